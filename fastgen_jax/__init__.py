@@ -1,0 +1,45 @@
+"""fastgen_jax: high-throughput text generation with JAX.
+
+    import fastgen_jax
+    pipe = fastgen_jax.pipeline("smollm2-135m-instruct")
+    print(pipe("DeepSpeed is", max_new_tokens=32)[0])
+
+Importing it is cheap: JAX is loaded with the first name that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgen_jax.api.pipeline import Pipeline as Pipeline
+    from fastgen_jax.api.pipeline import Response as Response
+    from fastgen_jax.api.pipeline import pipeline as pipeline
+    from fastgen_jax.engine.config import EngineConfig as EngineConfig
+    from fastgen_jax.engine.engine import Engine as Engine
+    from fastgen_jax.engine.outputs import RequestOutput as RequestOutput
+    from fastgen_jax.scheduling import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Pipeline": "fastgen_jax.api.pipeline",
+    "Response": "fastgen_jax.api.pipeline",
+    "pipeline": "fastgen_jax.api.pipeline",
+    "EngineConfig": "fastgen_jax.engine.config",
+    "Engine": "fastgen_jax.engine.engine",
+    "RequestOutput": "fastgen_jax.engine.outputs",
+    "SamplingParams": "fastgen_jax.scheduling",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,216 @@
+"""Generation in a call: prompts in, responses out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.engine import Engine, Prompt
+from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
+from fastgen_jax.scheduling import SamplingParams
+
+LONG_BATCH = 8  # prompts from which on a progress bar is worth its line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """The answer to one prompt. Lengths count tokens."""
+
+    generated_text: str
+    """Empty when the engine has no tokenizer."""
+    prompt_length: int
+    generated_length: int
+    finish_reason: str
+    """"stop" (end of sequence, stop token or stop string) or "length"."""
+    token_ids: tuple[int, ...]
+    """Generated tokens; with `echo`, the prompt's before them."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One entry a generated token, with `logprobs`."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """One entry for each prompt token but the first, with `prompt_logprobs`."""
+    cached_length: int = 0
+    """Prompt tokens that a shared prefix saved from being computed."""
+
+    def __str__(self) -> str:
+        return self.generated_text
+
+
+class Pipeline:
+    """A model that answers: `pipe(prompts, **options) -> [Response]`, `pipe.stream(prompt, **options)`.
+
+    Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...) and
+    `return_full_text`, `echo`, `stream` and `progress`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+
+    @property
+    def engine(self) -> Engine:
+        """The engine below; ValueError after `destroy`."""
+        if self._engine is None:
+            raise ValueError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
+        return self._engine
+
+    def __call__(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        stream: bool = False,
+        return_full_text: bool = False,
+        echo: bool = False,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> list[Response] | Iterator[tuple[int, RequestOutput]]:
+        """One response a prompt, in order; with `n`, n in a row for each.
+
+        `prompts` is one prompt or a list of them, each as text, token ids or chat messages. `return_full_text` puts
+        the prompt before the generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows
+        it for long batches. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive instead.
+        Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has run.
+        """
+        params = sampling_params(options)
+        items = as_prompts(prompts)
+        if stream:
+            if return_full_text or echo:
+                raise ValueError("return_full_text and echo belong to whole responses; with stream=True leave them out")
+            return self._run(items, params)
+        token_ids = [self.engine.encode(prompt) for prompt in items]
+        show = len(items) >= LONG_BATCH if progress is None else progress
+        answers = [_Answer() for _ in range(len(items) * params.n)]
+        with tqdm(total=len(answers), desc="generating", unit="prompt", disable=not show) as bar:
+            generated = 0
+            for index, output in self._run(token_ids, params):
+                answers[index].add(output)
+                generated += len(output.new_token_ids)
+                if output.finished:
+                    bar.set_postfix_str(f"{generated} tokens", refresh=False)
+                    bar.update()
+        responses = []
+        for index, answer in enumerate(answers):
+            prompt_ids = token_ids[index // params.n]
+            text = self._prompt_text(items[index // params.n], prompt_ids) if return_full_text else ""
+            responses.append(answer.response(text, prompt_ids if echo else ()))
+        return responses
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[RequestOutput]:
+        """The outputs for one prompt, each as soon as its token is known; `output.text` is what to print.
+
+        Leaving the loop early ends the request. Raises as a call does.
+        """
+        params = sampling_params(options)
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}; stream follows one sequence: use pipe(prompt, stream=True, n={params.n})")
+        return (output for _, output in self._run([prompt], params))
+
+    def destroy(self) -> None:
+        """Lets go of weights and cache; the pipeline cannot be used afterwards."""
+        self._engine = None
+
+    def _run(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[tuple[int, RequestOutput]]:
+        engine = self.engine
+        index_of: dict[str, int] = {}
+        try:
+            for prompt in prompts:
+                token_ids = engine.encode(prompt)
+                for sample in range(params.n):
+                    # Seeds of one prompt's samples follow each other, so that n=2 begins with what n=1 gives.
+                    seed = None if params.seed is None else (params.seed + sample) % 2**32
+                    request_id = engine.add(token_ids, replace(params, n=1, seed=seed))
+                    index_of[request_id] = len(index_of)
+        except ValueError:
+            for request_id in index_of:
+                engine.abort(request_id)
+            raise
+        return self._outputs(engine, index_of)
+
+    @staticmethod
+    def _outputs(engine: Engine, index_of: dict[str, int]) -> Iterator[tuple[int, RequestOutput]]:
+        running = set(index_of)
+        try:
+            while running:
+                for output in engine.step():
+                    if output.request_id in running:
+                        if output.finished:
+                            running.discard(output.request_id)
+                        yield index_of[output.request_id], output
+        finally:
+            for request_id in running:  # the caller left early, or a step failed
+                engine.abort(request_id)
+
+    def _prompt_text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        tokenizer = self.engine.tokenizer
+        return tokenizer.decode(list(token_ids), skip_special_tokens=False) if tokenizer else ""
+
+
+class _Answer:
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+        self._last: RequestOutput | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        self._texts.append(output.text)
+        self._token_ids += output.new_token_ids
+        self._logprobs += output.logprobs or ()
+        self._prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
+        self._last = output
+
+    def response(self, text_before: str, ids_before: Sequence[int]) -> Response:
+        last = self._last
+        assert last is not None and last.finish_reason is not None
+        return Response(
+            generated_text=text_before + "".join(self._texts),
+            prompt_length=last.num_prompt_tokens,
+            generated_length=len(self._token_ids),
+            finish_reason=last.finish_reason,
+            token_ids=(*ids_before, *self._token_ids),
+            logprobs=tuple(self._logprobs) if last.logprobs is not None else None,
+            prompt_logprobs=self._prompt_logprobs,
+            cached_length=last.num_cached_tokens,
+        )
+
+
+def pipeline(
+    model: str | os.PathLike[str], *, progress: bool = True, config: EngineConfig | None = None, **options: Any
+) -> Pipeline:
+    """A pipeline for a model, ready to answer.
+
+    `model` is a directory in Hugging Face layout, a GGUF file, "smollm2-135m-instruct", or a repo id on the hub.
+    `options` are fields of `EngineConfig` (`token_budget`, `dtype`, `quantize`, `num_blocks`, ...), or give them as
+    `config`. Raises ValueError for an unknown option or a checkpoint that cannot be read.
+
+        pipe = fastgen_jax.pipeline("smollm2-135m-instruct")
+        print(pipe("DeepSpeed is", max_new_tokens=32)[0])
+    """
+    return Pipeline(Engine.from_pretrained(model, config, progress=progress, **options))
+
+
+def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """`SamplingParams` from keyword options; an unknown one raises ValueError that lists the known."""
+    known = {f.name for f in fields(SamplingParams)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        more = ("echo", "progress", "return_full_text", "stream")
+        raise ValueError(f"unknown option {unknown[0]!r}; generation options: {', '.join(sorted({*known, *more}))}")
+    return SamplingParams(**options)
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts from one prompt or several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if not items:
+        raise ValueError("no prompts; give at least one")
+    is_single = not isinstance(items[0], str) and not isinstance(items[0], Sequence)  # token ids or messages
+    return [items] if is_single else items

@@ -1,0 +1,88 @@
+"""What this machine is and how fast it multiplies: the context without which a benchmark figure means nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+PEAK_SECONDS = 0.6  # spent on each way to multiply; the best of the repetitions counts
+PEAK_SIZE = 1024  # rows and columns: 2.1 GFLOP a product, large enough for full speed and small enough for a cache
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores this process may use, memory in GiB and operating system."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = dict(
+            line.split(":", 1) for line in cpuinfo.read_text(errors="replace").splitlines() if ":" in line
+        )
+        by_name = {key.strip(): value.strip() for key, value in fields.items()}
+        name = by_name.get("model name", name)
+        if "cpu family" in by_name:  # virtual machines often hide the exact name
+            name += f" (family {by_name['cpu family']}, model {by_name.get('model')})"
+    return {
+        "cpu": name,
+        "cores": usable_cores(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def matmul_peak(dtype: str = "float32") -> dict[str, float]:
+    """Measured FLOP/s of a square product of `dtype`, by way of multiplying; loads JAX.
+
+    "jax" is the default device through XLA. On a CPU "numpy" is added for float32, because its BLAS is often the
+    faster one; the peak to compare with is the largest.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    flops = 2.0 * PEAK_SIZE**3
+    on_cpu = jax.default_backend() == "cpu"
+    # An accelerator needs a larger product to hide the dispatch.
+    size = PEAK_SIZE if on_cpu else 8 * PEAK_SIZE
+    a = jnp.ones((size, size), jnp.dtype(dtype))
+    multiply = jax.jit(jnp.matmul)
+    multiply(a, a).block_until_ready()
+    peaks = {"jax": flops * (size / PEAK_SIZE) ** 3 / _best_seconds(lambda: multiply(a, a).block_until_ready())}
+    if on_cpu and dtype == "float32":
+        b = np.ones((size, size), np.float32)
+        peaks["numpy"] = flops / _best_seconds(lambda: b @ b)
+    return peaks
+
+
+def _best_seconds(work: Any) -> float:
+    best, deadline = float("inf"), time.perf_counter() + PEAK_SECONDS
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@contextlib.contextmanager
+def machine_to_itself(lock_file: Path | None, *, mode: Literal["shared", "exclusive"]) -> Iterator[None]:
+    """Holds an advisory lock on `lock_file` meanwhile, so that measurements on a shared machine do not overlap.
+
+    "exclusive" for a measurement, "shared" for the work around it. None locks nothing.
+    """
+    if lock_file is None:
+        yield
+        return
+    with lock_file.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX if mode == "exclusive" else fcntl.LOCK_SH)
+        yield  # closing the file releases the lock

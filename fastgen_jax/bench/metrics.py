@@ -1,0 +1,169 @@
+"""What per-request timestamps say about an engine: pure functions, no clock and no engine in sight.
+
+`tgt` ("token generation times") is DeepSpeed-FastGen's convention: the gaps between a request's tokens, where
+`tgt[0]` is the time to the first token. Times are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+PROMPT_TOKENS_PER_SECOND = 512  # FastGen's promise for the first token: prompt_tokens / 512 seconds
+EWM_SPAN = 16  # tokens; FastGen smooths the token gaps with it before it compares them with the promised rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestTimes:
+    """One finished request: when it was sent and, for each generated token, when it arrived."""
+
+    request_id: str
+    num_prompt_tokens: int
+    start: float
+    token_times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.token_times:
+            raise ValueError(f"request {self.request_id!r} has no tokens; only finished requests can be measured")
+        before = (self.start, *self.token_times)
+        if any(later < earlier for earlier, later in zip(before, self.token_times, strict=False)):
+            raise ValueError(f"request {self.request_id!r} has token times that run backwards: {before}")
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RequestTimes:
+        """From a worker's record, whose `events` are pairs of a time and the tokens that arrived then."""
+        times = tuple(float(at) for at, count in record["events"] for _ in range(count))
+        return cls(
+            request_id=record["request_id"],
+            num_prompt_tokens=record["prompt_tokens"],
+            start=float(record["start"]),
+            token_times=times,
+        )
+
+    @property
+    def tgt(self) -> tuple[float, ...]:
+        """Gaps between tokens; the first is the time to the first token."""
+        before = (self.start, *self.token_times[:-1])
+        return tuple(at - earlier for earlier, at in zip(before, self.token_times, strict=True))
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds from sending the request to its first token."""
+        return self.token_times[0] - self.start
+
+    @property
+    def latency(self) -> float:
+        """Seconds from sending the request to its last token."""
+        return self.token_times[-1] - self.start
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens a second after the first token's arrival; None if everything arrived at once."""
+        seconds = self.token_times[-1] - self.token_times[0]
+        after_first = sum(at > self.token_times[0] for at in self.token_times)
+        return after_first / seconds if seconds > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One run of a workload. Rates are tokens a second over the whole run, times are seconds."""
+
+    wall: float
+    """From the first request sent to the last token."""
+    output_rate: float
+    """Generated tokens a second."""
+    total_rate: float
+    """Prompt and generated tokens a second."""
+    ttft_p50: float
+    ttft_max: float
+    token_latency_p50: float | None
+    """Gaps between tokens, first and last of each request left out; None if no request has three tokens."""
+    token_latency_p90: float | None
+    token_latency_p95: float | None
+    decode_rate_p50: float | None
+    """Median over requests of the tokens a second after the first one."""
+    latency_mean: float
+
+
+def summarize(requests: Sequence[RequestTimes]) -> Summary:
+    """The figures of one run; raises ValueError for an empty one."""
+    if not requests:
+        raise ValueError("there are 0 requests to summarize; run a workload of at least 1")
+    wall = max(request.token_times[-1] for request in requests) - min(request.start for request in requests)
+    if wall <= 0:
+        raise ValueError(f"the run took {wall} s; a rate needs a time above 0")
+    num_output = sum(len(request.token_times) for request in requests)
+    num_total = num_output + sum(request.num_prompt_tokens for request in requests)
+    first = [request.time_to_first_token for request in requests]
+    gaps = [gap for request in requests for gap in request.tgt[1:-1]]
+    decode = [rate for rate in (request.decode_rate for request in requests) if rate is not None]
+    p50, p90, p95 = (float(p) for p in np.percentile(gaps, (50, 90, 95))) if gaps else (None, None, None)
+    return Summary(
+        wall=wall,
+        output_rate=num_output / wall,
+        total_rate=num_total / wall,
+        ttft_p50=float(np.median(first)),
+        ttft_max=max(first),
+        token_latency_p50=p50,
+        token_latency_p90=p90,
+        token_latency_p95=p95,
+        decode_rate_p50=float(np.median(decode)) if decode else None,
+        latency_mean=float(np.mean([request.latency for request in requests])),
+    )
+
+
+def ewm_mean(values: Sequence[float], *, span: int = EWM_SPAN) -> list[float]:
+    """Exponentially weighted means as pandas' `ewm(span, adjust=True).mean()`: weights (1 - 2/(span+1))^age."""
+    if span < 1:
+        raise ValueError(f"span is {span} tokens; it must be at least 1")
+    decay = 1 - 2 / (span + 1)
+    weighted_sum, weights, means = 0.0, 0.0, []
+    for value in values:
+        weighted_sum = value + decay * weighted_sum
+        weights = 1 + decay * weights
+        means.append(weighted_sum / weights)
+    return means
+
+
+def meets_promise(
+    request: RequestTimes, *, tokens_per_second: float, variant: Literal["ewm", "cumulative"] = "ewm"
+) -> bool:
+    """Whether a reader who wants `tokens_per_second` was served: FastGen's condition for effective throughput.
+
+    The first token within `prompt_tokens / 512` seconds, and then either every smoothed gap below
+    `1 / tokens_per_second` ("ewm"), or no token later than a steady reader needs it ("cumulative").
+    """
+    if tokens_per_second <= 0:
+        raise ValueError(f"tokens_per_second is {tokens_per_second}; it must be above 0")
+    if request.time_to_first_token > request.num_prompt_tokens / PROMPT_TOKENS_PER_SECOND:
+        return False
+    gaps = request.tgt[1:]
+    if variant == "ewm":
+        return all(mean < 1 / tokens_per_second for mean in ewm_mean(gaps))
+    late = np.cumsum(gaps) > np.arange(1, len(gaps) + 1) / tokens_per_second
+    return not bool(late.any())
+
+
+def effective_throughput(
+    requests: Sequence[RequestTimes], *, tokens_per_second: float, variant: Literal["ewm", "cumulative"] = "ewm"
+) -> float:
+    """Requests a second that met the promise: FastGen's goodput of one run."""
+    if not requests:
+        raise ValueError("there are 0 requests; effective throughput needs at least 1")
+    wall = max(request.token_times[-1] for request in requests) - min(request.start for request in requests)
+    met = sum(meets_promise(request, tokens_per_second=tokens_per_second, variant=variant) for request in requests)
+    return met / wall
+
+
+def median_summary(summaries: Sequence[Summary]) -> Summary:
+    """The median of each figure over several runs of one workload; None stays None."""
+    if not summaries:
+        raise ValueError("there are 0 runs; a median needs at least 1")
+    figures: dict[str, Any] = {}
+    for name in Summary.__dataclass_fields__:
+        values = [getattr(summary, name) for summary in summaries]
+        figures[name] = None if any(value is None for value in values) else float(np.median(values))
+    return Summary(**figures)

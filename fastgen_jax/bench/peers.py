@@ -1,0 +1,228 @@
+"""Engines to measure beside ours, each in a process of its own and fed the same token ids.
+
+A `Peer` says how to start a worker; a `Worker` is a running one. Loading and compiling happen before the first run,
+so that only generation is timed, for every engine alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import fastgen_jax
+from fastgen_jax.bench.metrics import RequestTimes
+from fastgen_jax.bench.workloads import Workload
+
+WORKERS = Path(__file__).with_name("workers")
+LOAD_SECONDS = 900.0  # compiling whole models takes minutes on few cores
+RUN_SECONDS = 1800.0
+LOG_TAIL = 2000  # characters of a failed worker's log that its error message quotes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """How to start one engine's worker."""
+
+    name: str
+    python: str
+    script: Path
+    options: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> list[str]:
+        """The worker's command line: all it takes to run it by hand."""
+        return [self.python, str(self.script), json.dumps(self.options)]
+
+
+def fastgen_peer(model: str, *, config: Mapping[str, Any], name: str = "fastgen_jax") -> Peer:
+    """This engine. Its prefix cache is off unless `config` says otherwise: rounds repeat the same prompts."""
+    package_root = str(Path(fastgen_jax.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+    return Peer(
+        name=name,
+        python=sys.executable,
+        script=WORKERS / "fastgen_worker.py",
+        options={"model": model, "config": {"prefix_caching": False, **config}},
+        environment={"PYTHONPATH": path},
+    )
+
+
+def vllm_peer(
+    python: str,
+    model: str,
+    *,
+    threads: int,
+    max_model_len: int,
+    dtype: str = "float32",
+    enforce_eager: bool = False,
+    max_num_batched_tokens: int = 2048,
+    max_num_seqs: int = 32,
+    kv_gb: int = 2,
+    engine_process: bool = True,
+    preload: str | None = None,
+    name: str = "vllm",
+) -> Peer:
+    """vLLM's engine; `model` is a folder in Hugging Face layout, `preload` the libraries its CPU guide recommends."""
+    options = {
+        "model": model,
+        "threads": threads,
+        "dtype": dtype,
+        "enforce_eager": enforce_eager,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": max_model_len,
+        "kv_gb": kv_gb,
+        "engine_process": engine_process,
+    }
+    environment = {"LD_PRELOAD": preload} if preload else {}
+    return Peer(
+        name=name, python=python, script=WORKERS / "vllm_worker.py", options=options, environment=environment
+    )
+
+
+def llama_server_peer(
+    server: str, gguf: str, *, threads: int, slots: int, context_per_slot: int, name: str = "llama.cpp"
+) -> Peer:
+    """llama.cpp's server over HTTP on this machine, one slot a request."""
+    options = {
+        "server": server,
+        "model": gguf,
+        "threads": threads,
+        "slots": slots,
+        "context_per_slot": context_per_slot,
+        "extra": [],
+    }
+    return Peer(name=name, python=sys.executable, script=WORKERS / "llama_server_worker.py", options=options)
+
+
+def transformers_peer(
+    python: str,
+    model: str,
+    *,
+    threads: int,
+    mode: Literal["static", "continuous"] = "static",
+    batch_size: int = 32,
+    dtype: str = "float32",
+    name: str = "transformers",
+) -> Peer:
+    """transformers' `generate` over left-padded batches ("static") or its own continuous batching."""
+    options = {"model": model, "threads": threads, "dtype": dtype, "mode": mode, "batch_size": batch_size}
+    return Peer(
+        name=name,
+        python=python,
+        script=WORKERS / "transformers_worker.py",
+        options=options,
+        environment={"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What one run of a workload gave: times for each request, its tokens, and the engine's own counters if any."""
+
+    times: tuple[RequestTimes, ...]
+    token_ids: dict[str, list[int]]
+    extras: dict[str, Any]
+
+
+class Worker:
+    """A running engine; use it in a `with` statement, which starts and ends its process."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.description: dict[str, Any] = {}
+        """Engine, version and options, as the worker reports them once it is loaded."""
+
+    def __enter__(self) -> Worker:
+        self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{self.peer.name.replace('/', '-')}-", suffix=".log")
+        self._process = subprocess.Popen(
+            self.peer.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, **self.peer.environment},
+        )
+        try:
+            self.description = self._read(LOAD_SECONDS)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def run(self, workload: Workload) -> RunResult:
+        """Runs `workload` once; raises RuntimeError if the engine fails or returns another number of tokens."""
+        assert self._process.stdin is not None
+        requests = workload.to_jsonable()["requests"]
+        try:
+            self._process.stdin.write(json.dumps({"requests": requests}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise RuntimeError(self._failure("ended")) from error
+        reply = self._read(RUN_SECONDS)
+        records = {record["request_id"]: record for record in reply.pop("requests")}
+        for request in workload.requests:
+            got = len(records[request.request_id]["token_ids"])
+            if got != request.max_new_tokens:
+                raise RuntimeError(
+                    f"{self.peer.name} generated {got} tokens for {request.request_id} instead of "
+                    f"{request.max_new_tokens}; its figures would not be comparable"
+                )
+        return RunResult(
+            times=tuple(RequestTimes.from_record(record) for record in records.values()),
+            token_ids={request_id: record["token_ids"] for request_id, record in records.items()},
+            extras=reply,
+        )
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        """The worker's next line, waited for at most `seconds`."""
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+        if not ready:
+            raise RuntimeError(self._failure(f"gave no answer within {seconds:.0f} s"))
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(self._failure("ended"))
+        return json.loads(line)
+
+    def _failure(self, what: str) -> str:
+        self._log.flush()
+        tail = Path(self._log.name).read_text(errors="replace")[-LOG_TAIL:]
+        return f"the worker of {self.peer.name} {what}; the end of its log:\n{tail}"
+
+    def _end(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.close()
+            self._process.wait(timeout=20)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+
+def run_llama_bench(binary: str, gguf: str, *, threads: int, prompt: int = 512, output: int = 128) -> dict[str, float]:
+    """llama.cpp's own benchmark without server or batching: tokens a second, e.g. {"pp512": ..., "tg128": ...}."""
+    command = [binary, "-m", gguf, "-t", str(threads), "-p", str(prompt), "-n", str(output), "-r", "3", "-o", "json"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(f"{binary} ended with code {finished.returncode}: {finished.stderr[-LOG_TAIL:]}")
+    rows = json.loads(finished.stdout)
+    return {
+        f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}": float(row["avg_ts"]) for row in rows
+    }

@@ -1,0 +1,1 @@
+"""Programs that each measure one engine, in a process of its own: see `protocol`."""

@@ -1,0 +1,9 @@
+"""Checkpoints on disk, their names and formats, and how they become parameters; strict in both directions."""
+
+from fastgen_jax.checkpoint.base import Checkpoint, open_checkpoint
+from fastgen_jax.checkpoint.load import check_tensors, load_params
+from fastgen_jax.checkpoint.resolve import BUILT_IN, cache_dir, resolve_model
+
+__all__ = [
+    "BUILT_IN", "Checkpoint", "cache_dir", "check_tensors", "load_params", "open_checkpoint", "resolve_model",
+]

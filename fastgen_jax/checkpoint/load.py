@@ -1,0 +1,189 @@
+"""From a checkpoint on disk to the parameters that the model computes with."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import FAMILIES
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.params import Params, ParamSpec, param_specs
+
+_IGNORABLE = (r".*\.rotary_emb\.inv_freq",)  # buffers that old versions of transformers saved; we compute them
+_THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
+_AHEAD = 3  # weights read before they are asked for: host memory beyond the model, a fraction of a layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weight:
+    """One array to make: `path` as in `sources` ("layers.qkv"), `layer` its number or None."""
+
+    path: str
+    layer: int | None
+    source: Source
+    spec: ParamSpec
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name.format(layer=self.layer) for name in self.source.names)
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    *,
+    dtype: Any,
+    stack_layers: bool = True,
+    prepare: Callable[[str, np.ndarray], Any] | None = None,
+    progress: bool = False,
+) -> Params:
+    """All weights of a checkpoint as `Params`; strict: a missing, unknown or misshapen tensor is a ValueError.
+
+    `prepare(path, array)` makes the leaf of one weight (of one layer); it gets its path ("embed", "layers.qkv") and
+    the array [in, out] as stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then
+    its own business. Without it the leaf is `jnp.asarray(array, dtype)`. Weights come one after another, so that the
+    host never holds more than about a layer beyond what `prepare` returned. `progress` shows a bar on stderr.
+    """
+    import jax.numpy as jnp
+    from tqdm import tqdm
+
+    weights = list(_weights(checkpoint.config))
+    check_tensors(checkpoint)
+    make = prepare or (lambda path, array: jnp.asarray(array, dtype))
+    params: Params = {}
+    layers: list[dict[str, Any]] = [{} for _ in range(checkpoint.config.num_layers)]
+    stacked: dict[str, Any] = {}
+    bar = tqdm(total=len(weights), desc=f"loading {checkpoint.path.name}", unit="weight", disable=not progress)
+    with ThreadPoolExecutor(_THREADS) as pool, bar:
+        for weight, array in _read_ahead(checkpoint, weights, pool):
+            leaf = make(weight.path, array)
+            del array
+            name = weight.path.removeprefix("layers.")
+            if weight.layer is None:
+                params[name] = leaf
+            elif stack_layers:
+                stacked[name] = _store(stacked.get(name), leaf, weight.layer, len(layers), weight.path)
+            else:
+                layers[weight.layer][name] = leaf
+            bar.update()
+    params["layers"] = stacked if stack_layers else tuple(layers)
+    return params
+
+
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """ValueError unless the checkpoint holds exactly the tensors that its config asks for, in their shapes.
+
+    Reads headers alone, but for the head of a tied checkpoint that has one: it must equal the embedding.
+    """
+    config, names = checkpoint.config, checkpoint.tensor_names
+    expected: dict[str, tuple[int, ...]] = {}
+    for weight in _weights(config):
+        for name, shape in zip(weight.names, _stored_shapes(weight, config), strict=True):
+            expected[name] = shape
+    for name, shape in expected.items():
+        if name not in names:
+            raise missing_tensor(name, checkpoint.path, names)
+        if checkpoint.shape(name) != shape:
+            raise ValueError(f"{checkpoint.path}: tensor {name!r} has shape {checkpoint.shape(name)}, but the config "
+                             f"asks for {shape}; the file and its config do not belong together")
+    extra = {name for name in names - expected.keys() if not any(re.fullmatch(p, name) for p in _IGNORABLE)}
+    if config.tie_embeddings and "lm_head.weight" in extra:
+        _check_tied(checkpoint)
+        extra.remove("lm_head.weight")
+    if extra:
+        some = ", ".join(map(repr, sorted(extra)[:3]))
+        raise ValueError(f"{checkpoint.path} holds {len(extra)} tensors that the {config.family} family does not know "
+                         f"({some}{', ...' if len(extra) > 3 else ''}); ignoring them would change the model's output")
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    (embedding,) = FAMILIES[checkpoint.config.family].sources(checkpoint.config)["embed"].names
+    head, embed = checkpoint.read("lm_head.weight"), checkpoint.read(embedding)
+    if head.shape != embed.shape or not np.array_equal(head, embed):
+        raise ValueError(f"{checkpoint.path}: the config ties the embeddings, but 'lm_head.weight' differs from "
+                         f"{embedding!r}; set tie_word_embeddings to false in config.json, or remove the tensor")
+
+
+def _weights(config: ModelConfig) -> Iterator[_Weight]:
+    """Every array of the model, layer by layer as they lie in the file."""
+    sources: Mapping[str, Source] = FAMILIES[config.family].sources(config)
+    specs = param_specs(config)
+    layer_specs = specs.pop("layers")
+    for path, spec in specs.items():
+        yield _Weight(path=path, layer=None, source=sources[path], spec=spec)
+    for layer in range(config.num_layers):
+        for name, spec in layer_specs.items():
+            path = f"layers.{name}"
+            yield _Weight(path=path, layer=layer, source=sources[path], spec=spec)
+
+
+def _stored_shapes(weight: _Weight, config: ModelConfig) -> list[tuple[int, ...]]:
+    """The shape of each tensor that makes a weight: the spec's, divided along the output axis where several join."""
+    inputs, outputs = weight.spec.shape[:-1], weight.spec.shape[-1]
+    sizes = [outputs]
+    if len(weight.names) > 1:
+        kind = weight.path.removeprefix("layers.").removesuffix("_bias")
+        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes = {"qkv": [heads, kv_heads, kv_heads], "gate_up": [config.mlp_dim, config.mlp_dim]}[kind]
+    shapes = [(*inputs, size) for size in sizes]
+    return [shape[::-1] for shape in shapes] if weight.source.transpose else shapes
+
+
+def _read_ahead(
+    checkpoint: Checkpoint, weights: list[_Weight], pool: ThreadPoolExecutor
+) -> Iterator[tuple[_Weight, np.ndarray]]:
+    """The weights in order, each with its array, a few of them read ahead by the pool."""
+    pending: deque[Future[np.ndarray]] = deque()
+    submitted = iter(weights)
+    for weight in weights:
+        while len(pending) < _AHEAD and (upcoming := next(submitted, None)) is not None:
+            pending.append(pool.submit(_assemble, checkpoint, upcoming))
+        yield weight, pending.popleft().result()
+
+
+def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
+    """One weight as its spec says: tensors joined along the output axis, matrices turned to [in, out]."""
+    if len(weight.names) == 1 and not weight.source.transpose:
+        return checkpoint.read(weight.names[0])
+    out: np.ndarray | None = None
+    start = 0
+    for name in weight.names:
+        piece = checkpoint.read(name)
+        piece = piece.T if weight.source.transpose else piece
+        if out is None:
+            out = np.empty(weight.spec.shape, piece.dtype)
+        out[..., start : start + piece.shape[-1]] = piece
+        start += piece.shape[-1]
+    assert out is not None and start == out.shape[-1], "check_tensors has compared the shapes"
+    return out
+
+
+def _store(stacked: Any, leaf: Any, layer: int, num_layers: int, path: str) -> Any:
+    """`stacked` with `leaf` as its layer; the buffer is donated, so that nothing is held twice."""
+    import jax
+    import jax.numpy as jnp
+
+    if stacked is None:
+        stacked = jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape), x.dtype), leaf)
+    elif jax.tree.structure(stacked) != jax.tree.structure(leaf):
+        raise ValueError(f"prepare({path!r}) gave layer {layer} another structure than layer 0 "
+                         f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False")
+    return _layer_setter()(stacked, leaf, layer)
+
+
+@functools.cache
+def _layer_setter() -> Callable[[Any, Any, int], Any]:
+    import jax
+
+    def set_layer(stacked: Any, leaf: Any, layer: Any) -> Any:
+        return jax.tree.map(lambda whole, part: whole.at[layer].set(part), stacked, leaf)
+
+    return jax.jit(set_layer, donate_argnums=0)

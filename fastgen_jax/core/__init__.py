@@ -1,0 +1,6 @@
+"""The types that travel to the device: plain frozen pytrees of arrays."""
+
+from fastgen_jax.core.batch import RaggedBatch
+from fastgen_jax.core.kv_cache import KVCache
+
+__all__ = ["KVCache", "RaggedBatch"]

@@ -1,0 +1,30 @@
+"""Keys and values of every token that a sequence may still attend to, in blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fastgen_jax.core.pytree import pytree
+
+
+@pytree
+class KVCache:
+    """K and V of all layers as one flat pool of blocks each: [L * N, K, B, D].
+
+    Layer l owns blocks [l * N, (l + 1) * N). Block tables and KV slots name blocks within a layer. One flat array is
+    the form that no compiler copies, neither as the carry of a layer scan nor as a donated argument.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    @staticmethod
+    def zeros(
+        *, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: Any
+    ) -> KVCache:
+        """An empty cache of `num_blocks` blocks a layer, `block_size` tokens each."""
+        shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
+        return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))

@@ -1,0 +1,131 @@
+"""The operator's choices, and how the open ones are filled in."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.scheduling import POLICIES
+
+FREE_MEMORY_SHARE = {"cpu": 0.25}  # of the host's free memory: other programs live there too
+ACCELERATOR_MEMORY_SHARE = 0.85  # the rest is for activations and logits
+BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # buckets that may be chosen where none are given
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine runs a model. Every None is filled by `resolve`, from the model and the device."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of weights and activations. None: float32 on a CPU, bfloat16 elsewhere."""
+    quantize: Literal["int8"] | None = None
+    """Weight-only quantisation, one scale per output channel. None: weights stay in `dtype`."""
+    token_budget: int | None = None
+    """Tokens of a full step. None: measured on this device once, then remembered."""
+    budget_ladder: tuple[int, ...] | None = None
+    """Smaller steps for a lightly loaded engine, tokens. None: chosen from the same measurement."""
+    max_num_seqs: int = 64
+    """Sequences that run at once; more wait."""
+    max_context_len: int | None = None
+    """Tokens of a sequence, prompt and generated together. None: the model's own limit."""
+    block_size: int = 32
+    """Tokens of a KV block."""
+    num_blocks: int | None = None
+    """KV blocks a layer. None: what fits into free memory, but no more than `max_num_seqs` full contexts need."""
+    prefix_caching: bool = True
+    """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
+    policy: str = "splitfuse"
+    """How a step is filled: splitfuse, prompts_first or orca."""
+    overlap: bool = True
+    """Whether the next step is dispatched before the tokens of the last one are read."""
+    stack_layers: bool | None = None
+    """Whether layers are scanned as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
+    attention: str | None = None
+    """Implementation of ragged attention. None: the best one for the device."""
+    compile_cache_dir: str | None = field(default_factory=lambda: os.environ.get("FASTGEN_CACHE_DIR"))
+    """Folder of compiled programs and measurements. None: ~/.cache/fastgen_jax; "" keeps nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        choices = {
+            "dtype": ("float32", "bfloat16", "float16", None),
+            "quantize": ("int8", None),
+            "policy": tuple(POLICIES),
+            "attention": ("reference", "xla", "cpu", None),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
+        if self.budget_ladder is not None:
+            if self.token_budget is None:
+                raise ValueError(f"budget_ladder={self.budget_ladder} needs a token_budget, the size of a full step")
+            if any(not 1 <= budget <= self.token_budget for budget in self.budget_ladder):
+                raise ValueError(
+                    f"budget_ladder={self.budget_ladder} has a step outside 1..{self.token_budget} (token_budget)"
+                )
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> EngineConfig:
+        """A config from keyword options; an unknown one raises ValueError that lists the known."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}; engine options: {', '.join(sorted(known))}")
+        return cls(**options)
+
+
+def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """Fills what can be known before anything runs; the token budget may stay None, to be measured.
+
+    Raises ValueError where the choices contradict the model or the free memory.
+    """
+    platform = jax.default_backend()
+    if config.quantize and platform not in ("cpu", "tpu", "gpu"):
+        raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
+    dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    if config.max_context_len is not None and config.max_context_len > model.max_context_len:
+        raise ValueError(
+            f"max_context_len={config.max_context_len} exceeds the model's {model.max_context_len}; "
+            f"choose at most that"
+        )
+    max_context_len = config.max_context_len or model.max_context_len
+    blocks_a_sequence = -(-max_context_len // config.block_size)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        bytes_a_block = model.kv_bytes_per_token(jnp.dtype(dtype).itemsize) * config.block_size
+        fitting = int(_memory_for_cache(platform)) // bytes_a_block
+        num_blocks = min(fitting, config.max_num_seqs * blocks_a_sequence)
+        if num_blocks < 1:
+            raise ValueError(
+                f"no room for a single KV block of {bytes_a_block / 2**20:.1f} MiB; free memory, choose a smaller "
+                f"block_size than {config.block_size}, or a smaller dtype than {dtype}"
+            )
+    # A key rotated for a prompt of one length is wrong for a longer prompt that begins alike.
+    prefix_caching = config.prefix_caching and model.rope.kind != "dynamic"
+    stack_layers = platform != "cpu" if config.stack_layers is None else config.stack_layers
+    ladder = config.budget_ladder
+    if config.token_budget is not None:
+        if ladder is None:
+            ladder = tuple(budget for budget in BUDGETS if budget < config.token_budget)
+        ladder = tuple(sorted({*ladder, config.token_budget}))
+    return replace(
+        config, dtype=dtype, max_context_len=max_context_len, num_blocks=num_blocks, stack_layers=stack_layers,
+        budget_ladder=ladder, prefix_caching=prefix_caching,
+    )
+
+
+def _memory_for_cache(platform: str) -> float:
+    """Bytes that the KV cache may take on this device."""
+    stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return ACCELERATOR_MEMORY_SHARE * stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return FREE_MEMORY_SHARE["cpu"] * free

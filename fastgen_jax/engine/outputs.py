@@ -1,0 +1,110 @@
+"""What comes back for a request, and how its text is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fastgen_jax.scheduling import Sequence
+from fastgen_jax.text import IncrementalDetokenizer, StopStrings, Tokenizer
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of one token under the model, before temperature, penalties and bias."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most probable token of the vocabulary."""
+    top: dict[int, float]
+    """The most probable alternatives, best first: token id -> log-probability."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """What a request gained in one step."""
+
+    request_id: str
+    new_token_ids: tuple[int, ...]
+    text: str
+    """Text that became certain; text that may be the beginning of a stop string or of a character is held back."""
+    finished: bool
+    finish_reason: str | None
+    """"stop" (end of sequence, stop token or stop string), "length", "abort"; None while it runs."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """One entry a new token, if asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None
+    """One entry for each prompt token but the first; given once, with the first new token."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose keys and values were already in the cache."""
+    num_generated_tokens: int
+
+
+class RequestState:
+    """The growing answer to one request."""
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None) -> None:
+        self.sequence = sequence
+        params = sequence.request.params
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self._num_returned = 0
+        self._detokenizer = None
+        self._stops = None
+        if tokenizer is not None:
+            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=sequence.request.prompt_token_ids)
+            self._stops = StopStrings(params.stop) if params.stop else None
+
+    def add_prompt_logprob(self, position: int, logprob: TokenLogprob) -> None:
+        """Keeps the log-probability of the prompt token at `position`, unless a preemption made it come twice."""
+        if position == len(self.prompt_logprobs) + 1:
+            self.prompt_logprobs.append(logprob)
+
+    def advance(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob]) -> tuple[RequestOutput, bool]:
+        """The output for `token_ids`, and whether a stop string ended the request."""
+        sequence = self.sequence
+        params = sequence.request.params
+        text, stopped = "", False
+        if self._detokenizer is not None:
+            text = self._detokenizer.push(token_ids)
+            if sequence.finish_reason is not None:
+                text += self._detokenizer.flush()
+            # Stop strings count only once the minimum is reached, like every other reason to stop.
+            if self._stops is not None and self._num_returned + len(token_ids) > params.min_new_tokens:
+                text, match = self._stops.push(text)
+                stopped = match is not None
+                if sequence.finish_reason is not None and not stopped:
+                    text += self._stops.flush()
+        first = self._num_returned == 0
+        self._num_returned += len(token_ids)
+        finished = stopped or sequence.finish_reason is not None
+        return RequestOutput(
+            request_id=sequence.request.request_id,
+            new_token_ids=tuple(token_ids),
+            text=text,
+            finished=finished,
+            finish_reason="stop" if stopped else sequence.finish_reason,
+            logprobs=tuple(logprobs) if params.logprobs is not None else None,
+            prompt_logprobs=tuple(self.prompt_logprobs) if first and params.prompt_logprobs is not None else None,
+            num_prompt_tokens=len(sequence.request.prompt_token_ids),
+            num_cached_tokens=sequence.num_cached,
+            num_generated_tokens=self._num_returned,
+        ), stopped
+
+
+class SampledRows:
+    """The sampled rows of a step as host arrays; log-probabilities are read only if a row wants them."""
+
+    def __init__(self, tokens: np.ndarray, logprobs: tuple[np.ndarray, ...] | None) -> None:
+        self.tokens: list[int] = tokens.tolist()
+        self._logprobs = logprobs
+
+    def logprob(self, row: int, token_id: int, num_top: int) -> TokenLogprob:
+        """The log-probability of `token_id`, which row `row` sampled or was asked about."""
+        assert self._logprobs is not None
+        logprobs, ranks, top_ids, top_logprobs = self._logprobs
+        top = dict(zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True))
+        return TokenLogprob(token_id, float(logprobs[row]), int(ranks[row]), top)

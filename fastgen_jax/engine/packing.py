@@ -1,0 +1,213 @@
+"""A scheduled step as one array: what the host sends to the device, once per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastgen_jax.core import RaggedBatch
+from fastgen_jax.engine.sampling import SamplingBatch
+from fastgen_jax.engine.sampling_tables import SamplingTables, sampling_fields
+from fastgen_jax.scheduling import Step
+
+
+class Field(NamedTuple):
+    """One array inside the packed one."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any = np.int32
+
+
+class Layout:
+    """Where each field lies in a flat int32 array; fields of other 4-byte types keep their bit pattern."""
+
+    def __init__(self, fields: Sequence[Field]) -> None:
+        self._places: dict[str, tuple[int, Field]] = {}
+        self.size = 0
+        for field in fields:
+            if np.dtype(field.dtype).itemsize != 4:
+                raise ValueError(f"field {field.name!r} has dtype {field.dtype}; a packed field takes 4 bytes a number")
+            self._places[field.name] = (self.size, field)
+            self.size += math.prod(field.shape)
+
+    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """Writable views of `buffer` i32[size], one a field."""
+        return {
+            name: buffer[start : start + math.prod(field.shape)].view(field.dtype).reshape(field.shape)
+            for name, (start, field) in self._places.items()
+        }
+
+    def unpack(self, packed: jax.Array) -> dict[str, jax.Array]:
+        """The fields of `packed` i32[size], on the device."""
+        arrays = {}
+        for name, (start, field) in self._places.items():
+            flat = packed[start : start + math.prod(field.shape)]
+            if np.dtype(field.dtype) != np.int32:
+                flat = jax.lax.bitcast_convert_type(flat, field.dtype)
+            arrays[name] = flat.reshape(field.shape)
+        return arrays
+
+
+class Bucket:
+    """A compiled shape: `num_tokens` T, with rows for `num_seqs` S sequences and as many sampled tokens."""
+
+    def __init__(
+        self, num_tokens: int, *, max_num_seqs: int, max_blocks: int, num_slots: int, vocab_size: int
+    ) -> None:
+        self.num_tokens = num_tokens
+        self.num_seqs = min(num_tokens, max_num_seqs)
+        self.layout = Layout(
+            [
+                Field("token_ids", (num_tokens,)),
+                Field("token_slots", (num_tokens,)),
+                Field("positions", (num_tokens,)),
+                Field("rope_lengths", (num_tokens,)),
+                Field("kv_slots", (num_tokens,)),
+                Field("query_starts", (self.num_seqs + 1,)),
+                Field("context_lens", (self.num_seqs,)),
+                Field("block_tables", (self.num_seqs, max_blocks)),
+                Field("sample_rows", (self.num_seqs,)),
+                Field("num_sample_rows", ()),
+                *(Field(f"sampling.{name}", shape, dtype) for name, shape, dtype in sampling_fields(self.num_seqs)),
+            ]
+        )
+        # An empty step, copied and filled for each real one.
+        self._empty = np.zeros(self.layout.size, np.int32)
+        views = self.layout.views(self._empty)
+        views["token_slots"][:] = max_num_seqs
+        views["kv_slots"][:] = num_slots
+        SamplingTables.clear(_sampling_part(views), max_num_seqs=max_num_seqs, vocab_size=vocab_size)
+
+    def new_buffer(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A fresh packed array of an empty step, and its views.
+
+        Fresh each time: on a CPU the device may read the host's memory in place while the next step is packed.
+        """
+        buffer = self._empty.copy()
+        return buffer, self.layout.views(buffer)
+
+    def unpack(self, packed: jax.Array) -> tuple[RaggedBatch, SamplingBatch]:
+        """The typed batches inside `packed`, on the device."""
+        arrays = self.layout.unpack(packed)
+        sampling = _sampling_part(arrays)
+        batch = RaggedBatch(**{name: array for name, array in arrays.items() if not name.startswith("sampling.")})
+        return batch, SamplingBatch(**sampling)
+
+
+class Packer:
+    """Fills packed arrays from scheduled steps; keeps the host's copy of the block tables, changed step by step."""
+
+    def __init__(
+        self, *, max_num_seqs: int, max_blocks: int, num_blocks: int, block_size: int, tables: SamplingTables
+    ) -> None:
+        self._block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self._block_size = block_size
+        self._num_slots = num_blocks * block_size
+        self._tables = tables
+
+    def pack(self, step: Step, bucket: Bucket) -> np.ndarray:
+        """The packed array i32 of `step`, padded to `bucket`."""
+        for slot, first, block_ids in step.block_updates:
+            self._block_tables[slot, first : first + len(block_ids)] = block_ids
+        buffer, v = bucket.new_buffer()
+        chunks = step.chunks
+        n = len(chunks)
+        slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
+        starts = np.array([chunk.start for chunk in chunks], np.int32)
+        lengths = np.array([chunk.length for chunk in chunks], np.int32)
+        ends = np.cumsum(lengths, dtype=np.int32)
+        total = int(ends[-1])
+
+        contexts = starts + lengths
+        blocks_used = -(-int(contexts.max()) // self._block_size)
+        tables = self._block_tables[slots, :blocks_used]
+        v["query_starts"][1 : n + 1] = ends
+        v["query_starts"][n + 1 :] = total
+        v["context_lens"][:n] = contexts
+        v["block_tables"][:n, :blocks_used] = tables
+
+        if total == n:  # every chunk is one token
+            rows, positions = np.arange(n), starts
+        else:
+            rows = np.repeat(np.arange(n), lengths)
+            positions = np.arange(total, dtype=np.int32) + np.repeat(starts - (ends - lengths), lengths)
+        block, offset = np.divmod(positions, self._block_size)
+        v["positions"][:total] = positions
+        v["kv_slots"][:total] = tables[rows, block] * self._block_size + offset
+        self._fill_tokens(step, ends, v["token_ids"], v["token_slots"])
+        prompt_lengths = np.array([len(chunk.sequence.request.prompt_token_ids) for chunk in chunks], np.int32)
+        v["rope_lengths"][:total] = np.maximum(positions + 1, prompt_lengths[rows])
+        self._fill_sample_rows(step, slots, contexts, ends, v)
+        return buffer
+
+    def _fill_tokens(self, step: Step, ends: np.ndarray, token_ids: np.ndarray, token_slots: np.ndarray) -> None:
+        host_rows, host_tokens, device_rows, device_slots = [], [], [], []
+        for chunk, end in zip(step.chunks, ends.tolist(), strict=True):
+            sequence, start, length = chunk.sequence, chunk.start, chunk.length
+            prompt = sequence.request.prompt_token_ids
+            generated = start - len(prompt)
+            if length == 1 and generated >= 0:
+                output = sequence.output_token_ids
+                if generated < len(output):
+                    host_rows.append(end - 1)
+                    host_tokens.append(output[generated])
+                else:  # sampled by a step whose tokens the host has not read yet
+                    device_rows.append(end - 1)
+                    device_slots.append(sequence.slot)
+            elif start + length <= len(prompt):
+                token_ids[end - length : end] = prompt[start : start + length]
+            else:  # recomputed after a preemption: generated tokens are part of the prompt now
+                tokens = (*prompt, *sequence.output_token_ids)
+                token_ids[end - length : end] = tokens[start : start + length]
+        token_ids[host_rows] = host_tokens
+        token_slots[device_rows] = device_slots
+
+    def _fill_sample_rows(
+        self, step: Step, slots: np.ndarray, contexts: np.ndarray, ends: np.ndarray, v: dict[str, np.ndarray]
+    ) -> None:
+        if all(chunk.num_sample_rows <= 1 for chunk in step.chunks):
+            sampled = [i for i, chunk in enumerate(step.chunks) if chunk.num_sample_rows]
+            rows, row_slots, positions = ends[sampled] - 1, slots[sampled], contexts[sampled]
+            writes = np.array([step.chunks[i].samples for i in sampled], np.int32)
+            wanted: dict[int, int] = {}
+        else:
+            rows, row_slots, positions, writes, wanted = [], [], [], [], {}
+            for i, chunk in enumerate(step.chunks):
+                prompt = chunk.sequence.request.prompt_token_ids
+                for back in range(chunk.num_sample_rows, 0, -1):
+                    position = int(contexts[i]) - back + 1  # of the token that this row predicts
+                    samples = chunk.samples and back == 1
+                    if not samples and position < len(prompt):
+                        wanted[len(rows)] = prompt[position]
+                    rows.append(int(ends[i]) - back)
+                    row_slots.append(int(slots[i]))
+                    positions.append(position)
+                    writes.append(int(samples))
+            rows, row_slots, positions, writes = (np.array(x, np.int32) for x in (rows, row_slots, positions, writes))
+        n = len(rows)
+        v["sample_rows"][:n] = rows
+        v["num_sample_rows"][...] = n
+        self._tables.fill(_sampling_part(v), slots=row_slots, positions=positions, writes_token=writes, targets=wanted)
+
+
+def _sampling_part(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = "sampling."
+    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def padded(values: Sequence[int], length: int, fill: int) -> np.ndarray:
+    """`values` as i32[length], filled up with `fill`."""
+    array = np.full(length, fill, np.int32)
+    array[: len(values)] = values
+    return array
+
+
+def to_device(array: np.ndarray) -> jax.Array:
+    """A device array whose memory the host does not share."""
+    return jnp.array(array, copy=True)

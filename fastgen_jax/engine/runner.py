@@ -1,0 +1,157 @@
+"""The compiled programs, and the device memory that they own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastgen_jax.core import KVCache
+from fastgen_jax.core.pytree import pytree
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.packing import Bucket
+from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.decoder import forward
+from fastgen_jax.models.params import Params
+
+CPU_LOGITS_TILE = 16  # rows of logits at a time: a CPU is at its matmul peak from here on, and unused rows cost time
+
+
+@pytree
+class StepOutput:
+    """What a step leaves on the device for the host to read, one entry a sampled row."""
+
+    sampled: SampleOutput
+    logits: jax.Array
+    """f32[R, V]: raw logits; only the research interface reads them."""
+
+
+class Runner:
+    """Runs steps: one program a bucket, compiled ahead of time; owns the KV cache and the sampler's state."""
+
+    def __init__(self, params: Params, model: ModelConfig, config: EngineConfig) -> None:
+        assert config.num_blocks and config.max_context_len and config.dtype  # resolved
+        self.params = params
+        self.model = model
+        self.config = config
+        self.max_blocks = -(-config.max_context_len // config.block_size)
+        self._compiled: dict[int, tuple[Bucket, Any]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Fresh device memory: an empty cache and sampler state."""
+        model, config = self.model, self.config
+        self.kv_cache = KVCache.zeros(
+            num_layers=model.num_layers, num_blocks=config.num_blocks, num_kv_heads=model.num_kv_heads,
+            block_size=config.block_size, head_dim=model.head_dim, dtype=jnp.dtype(config.dtype),
+        )
+        self.state: SamplerState = init_state(config.max_num_seqs, model.vocab_size)
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Token budgets of the compiled programs, smallest first."""
+        return tuple(sorted(self._compiled))
+
+    def bucket(self, num_tokens: int) -> Bucket:
+        """The smallest compiled shape that holds `num_tokens`."""
+        for budget in self.budgets:
+            if budget >= num_tokens:
+                return self._compiled[budget][0]
+        raise ValueError(f"a step of {num_tokens} tokens exceeds the largest compiled budget {max(self.budgets)}")
+
+    def compile(self, budgets: Sequence[int], *, on_done: Callable[[int], None] = lambda budget: None) -> None:
+        """Compiles one program for each budget that has none yet; `on_done(budget)` reports progress."""
+        for budget in budgets:
+            if budget not in self._compiled:
+                bucket = self._new_bucket(budget)
+                program = self.lower(bucket).compile()
+                self._compiled[budget] = (bucket, program)
+            on_done(budget)
+
+    def lower(self, bucket: Bucket) -> Any:
+        """The step program of `bucket`, lowered for the current device but not compiled."""
+        packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+        step = partial(_step, bucket=bucket, config=self.model, logits_tile=self._logits_tile,
+                       attention=self.config.attention)
+        jitted = jax.jit(step, donate_argnums=(1, 2))
+        return jitted.lower(self.params, self.kv_cache, self.state, packed)
+
+    def keep_only(self, budgets: Sequence[int]) -> None:
+        """Forgets the programs of all other budgets."""
+        self._compiled = {budget: self._compiled[budget] for budget in budgets}
+
+    def run(self, packed: np.ndarray, bucket: Bucket) -> StepOutput:
+        """Dispatches a step and returns at once; reading the output waits for it."""
+        program = self._compiled[bucket.num_tokens][1]
+        output, self.kv_cache, self.state = program(self.params, self.kv_cache, self.state, packed)
+        return output
+
+    def reset_slot(self, slot: int, **tables: Any) -> None:
+        """Gives a sequence's row of the sampler's state its penalties' history and its logit bias."""
+        self.state = reset_slot(self.state, slot, **tables)
+
+    def measure(self, budget: int, *, repeats: int = 5) -> float:
+        """Median seconds of a full step: one prompt chunk of `budget` tokens at the start of its sequence.
+
+        Overwrites the first blocks of the cache, so it belongs before the first request.
+        """
+        bucket, _ = self._compiled[budget]
+        times = []
+        for _ in range(repeats + 1):  # the first run pays for page faults
+            buffer, views = bucket.new_buffer()
+            views["query_starts"][1:] = budget
+            views["context_lens"][0] = budget
+            blocks = -(-budget // self.config.block_size)
+            views["block_tables"][0, :blocks] = np.arange(blocks)
+            views["positions"][:] = views["kv_slots"][:] = np.arange(budget)
+            views["sample_rows"][0] = budget - 1
+            views["num_sample_rows"][...] = 1
+            start = time.perf_counter()
+            jax.block_until_ready(self.run(buffer, bucket))
+            times.append(time.perf_counter() - start)
+        return float(np.median(times[1:]))
+
+    def can_hold(self, budget: int) -> bool:
+        """Whether a sequence of `budget` tokens fits into the context limit and the cache, so that it can be measured."""
+        config = self.config
+        return budget <= min(config.max_context_len or 0, (config.num_blocks or 0) * config.block_size)
+
+    @property
+    def _logits_tile(self) -> int | None:
+        return CPU_LOGITS_TILE if jax.default_backend() == "cpu" else None
+
+    def _new_bucket(self, budget: int) -> Bucket:
+        config = self.config
+        return Bucket(
+            budget, max_num_seqs=config.max_num_seqs, max_blocks=self.max_blocks,
+            num_slots=config.num_blocks * config.block_size, vocab_size=self.model.vocab_size,
+        )
+
+
+def _step(
+    params: Params,
+    kv_cache: KVCache,
+    state: SamplerState,
+    packed: jax.Array,
+    *,
+    bucket: Bucket,
+    config: ModelConfig,
+    logits_tile: int | None,
+    attention: str | None,
+) -> tuple[StepOutput, KVCache, SamplerState]:
+    batch, sampling = bucket.unpack(packed)
+    last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
+    on_device = batch.token_slots < state.last_tokens.shape[0]
+    batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
+    logits, kv_cache = forward(
+        params, kv_cache, batch, config=config, logits_tile=logits_tile, attention=attention
+    )
+    sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS)
+    return StepOutput(sampled=sampled, logits=logits), kv_cache, state

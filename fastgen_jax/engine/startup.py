@@ -1,0 +1,107 @@
+"""From a name to an engine that is ready: weights loaded, step sizes chosen, programs compiled."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model
+from fastgen_jax.engine import ladder
+from fastgen_jax.engine.config import BUDGETS, EngineConfig, resolve
+from fastgen_jax.engine.runner import Runner
+from fastgen_jax.engine.weights import prepare_leaf, prepare_params
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import Params
+from fastgen_jax.text import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    model: str | os.PathLike[str], config: EngineConfig, *, progress: bool
+) -> tuple[Params, ModelConfig, Tokenizer | None]:
+    """Weights in the form of `config`, the facts of the model, and its tokenizer.
+
+    Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing there, damaged, unsupported.
+    """
+    checkpoint = open_checkpoint(resolve_model(model))
+    resolved = resolve(config, checkpoint.config)  # before the long part: a mistake should show at once
+    tokenizer = load_tokenizer(checkpoint)
+    params = load_params(
+        checkpoint,
+        dtype=resolved.dtype,
+        stack_layers=bool(resolved.stack_layers),
+        prepare=lambda path, array: prepare_leaf(path, array, resolved),
+        progress=progress,
+    )
+    return params, checkpoint.config, tokenizer
+
+
+def start(params: Params, model: ModelConfig, config: EngineConfig, *, progress: bool) -> tuple[EngineConfig, Runner]:
+    """The config with every choice made, and a runner whose programs are compiled and warm."""
+    config = resolve(config, model)
+    folder = _use_compile_cache(config)
+    runner = Runner(prepare_params(params, model, config), model, config)
+    if config.token_budget is None:
+        config = _choose_budgets(runner, config, model, folder, progress=progress)
+    assert config.budget_ladder is not None
+    _compile(runner, config.budget_ladder, progress=progress)
+    runner.keep_only(config.budget_ladder)
+    runner.warm_up()
+    log.info("engine ready: %s", config)
+    return config, runner
+
+
+def _choose_budgets(
+    runner: Runner, config: EngineConfig, model: ModelConfig, folder: Path | None, *, progress: bool
+) -> EngineConfig:
+    candidates = [budget for budget in BUDGETS if runner.can_hold(budget)]
+    path = folder / "step_costs.json" if folder else None
+    key = _measurement_key(config, model)
+    costs = ladder.load_costs(path, key) if path else None
+    if costs is None or set(costs) != set(candidates):
+        _compile(runner, candidates, progress=progress)
+        costs = {budget: runner.measure(budget) for budget in candidates}
+        log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
+        if path:
+            ladder.save_costs(path, key, costs)
+    token_budget = ladder.choose_budget(costs)
+    return replace(config, token_budget=token_budget, budget_ladder=ladder.choose_ladder(costs, token_budget))
+
+
+def _compile(runner: Runner, budgets: Any, *, progress: bool) -> None:
+    missing = [budget for budget in budgets if budget not in runner.budgets]
+    with tqdm(total=len(missing), desc="compiling", unit="program", disable=not progress or not missing) as bar:
+        runner.compile(missing, on_done=lambda budget: bar.update())
+
+
+def _use_compile_cache(config: EngineConfig) -> Path | None:
+    """The folder for compiled programs and measurements, JAX's persistent cache pointed there unless the user has one."""
+    if config.compile_cache_dir == "":
+        return None
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgen_jax"
+    folder = Path(config.compile_cache_dir) if config.compile_cache_dir else base
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        # The default skips programs that compile within a second; here each one delays the first token.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return folder
+
+
+def _measurement_key(config: EngineConfig, model: ModelConfig) -> str:
+    """Names what step costs depend on: device, versions, model and the choices that shape a step."""
+    device = jax.devices()[0].device_kind
+    if device == "cpu":
+        device = f"cpu {platform.machine()} x{os.cpu_count()}"
+    facts = repr((asdict(model), config.dtype, config.quantize, config.block_size, config.max_num_seqs, config.attention,
+                  config.stack_layers, config.max_context_len))
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return f"{device}, jax {jax.__version__}, {model.family} {digest}"

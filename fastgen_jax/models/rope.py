@@ -1,0 +1,106 @@
+"""Rotary position embeddings and the scalings that stretch them to longer contexts."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastgen_jax.models.config import RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per position of each rotated pair, f32[D/2], for every scaling that does not depend on the length.
+
+    Sources: RoPE (arXiv:2104.09864), position interpolation (arXiv:2306.15595) for `linear`, YaRN (arXiv:2309.00071),
+    and the Llama 3.1 release for `llama3`. `dynamic` gives the unscaled values, right up to the original context.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    base = 1.0 / rope.theta**exponent
+    if rope.kind == "linear":
+        base = base / rope.factor
+    elif rope.kind == "llama3":
+        base = _llama3(base, rope)
+    elif rope.kind == "yarn":
+        base = _yarn(base, rope, head_dim)
+    return base.astype(np.float32)
+
+
+def rotation(
+    positions: jax.Array, rope_lengths: jax.Array, *, rope: RopeConfig, head_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines f32[T, D/2] of the angles at `positions` i32[T].
+
+    `rope_lengths` i32[T] matters to the `dynamic` scaling (NTK-aware, growing with the sequence) alone: it is the
+    length of the sequence as the request stated it, so the angles do not depend on how a prompt is split.
+    """
+    # float32 until after sin and cos: bfloat16 has 8 significant bits, so from position 257 on angles would collide.
+    position = positions.astype(jnp.float32)[:, None]
+    if rope.kind == "dynamic":
+        frequency = _dynamic_ntk(rope_lengths, rope, head_dim)  # [T, D/2]
+    else:
+        frequency = jnp.asarray(inverse_frequencies(rope, head_dim))[None, :]
+    angle = position * frequency
+    scale = attention_factor(rope)
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """`x` [T, heads, D] with the pair (x[i], x[i + D/2]) turned by the angle of pair i."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """What YaRN multiplies cos and sin with, to sharpen attention over a longer context; 1.0 for the other kinds."""
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1.0 else 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def _dynamic_ntk(lengths: jax.Array, rope: RopeConfig, head_dim: int) -> jax.Array:
+    original = rope.original_max_position
+    assert original is not None  # RopeConfig has checked it
+    length = jnp.maximum(lengths, original).astype(jnp.float32)
+    growth = rope.factor * length / original - (rope.factor - 1.0)
+    theta = rope.theta * growth ** (head_dim / (head_dim - 2))  # [T]
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    return theta[:, None] ** -exponent[None, :]
+
+
+def _llama3(base: np.ndarray, rope: RopeConfig) -> np.ndarray:
+    """Long waves are stretched by `factor`, short ones stay, those between are blended."""
+    assert rope.original_max_position is not None
+    turns = rope.original_max_position * base / (2 * math.pi)  # over the original context
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return base * (blend + (1.0 - blend) / rope.factor)
+
+
+def _yarn(base: np.ndarray, rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Like llama3, but blended linearly over the index of the dimension instead of over its number of turns."""
+    assert rope.original_max_position is not None
+    original = rope.original_max_position
+
+    def dimension_with(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_with(rope.beta_fast), dimension_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a ramp, without dividing by zero
+    stretched = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
+    return base * (1.0 - stretched) + base / rope.factor * stretched

@@ -1,0 +1,185 @@
+"""KV blocks: who holds which, and which still hold a prefix worth keeping."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+_DIGEST_BYTES = 16  # 128 bits: a collision among 2**40 blocks has odds of 2**-49
+
+
+class BlockPool:
+    """Hands out blocks, counts their owners, and finds blocks whose content is already there.
+
+    A block is *blank* (free, nothing to keep), *held* (one owner or more) or *idle* (no owner, but its content is
+    registered, so that it can serve a later prompt until it is evicted, least recently used first). Blank and idle
+    blocks are free. A full block is registered under a digest chained over all tokens from position 0, which does not
+    depend on the process; `salt` separates pools whose equal tokens mean different KV. Every operation takes constant
+    time per block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, salt: bytes = b"") -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.num_evictions = 0
+        self._owners = [0] * num_blocks
+        self._digests: list[bytes | None] = [None] * num_blocks
+        self._registered: dict[bytes, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 is handed out first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._packer = struct.Struct(f"<{block_size}i")
+        self._root = hashlib.blake2b(salt, digest_size=_DIGEST_BYTES).digest()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out, by eviction if need be."""
+        return len(self._blank) + len(self._idle)
+
+    def num_owners(self, block_id: int) -> int:
+        """How many times the block is held."""
+        return self._owners[block_id]
+
+    def allocate(self, count: int) -> list[int]:
+        """Hands out `count` blocks with one owner each, blank ones first.
+
+        Raises:
+            RuntimeError: fewer are free; the caller must look at `num_free` first.
+        """
+        if count > self.num_free:
+            raise RuntimeError(f"{count} blocks were asked for but {self.num_free} of {self.num_blocks} are free")
+        blank, owners = self._blank, self._owners
+        block_ids = []
+        for _ in range(count):
+            if blank:
+                block_id = blank.pop()
+            else:
+                block_id, _ = self._idle.popitem(last=False)
+                self._forget(block_id)
+                self.num_evictions += 1
+            owners[block_id] = 1
+            block_ids.append(block_id)
+        return block_ids
+
+    def share(self, block_ids: Iterable[int]) -> None:
+        """Adds an owner to blocks that `lookup` found."""
+        for block_id in block_ids:
+            if not self._owners[block_id]:
+                del self._idle[block_id]
+            self._owners[block_id] += 1
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Takes one owner from each block of a sequence, in table order.
+
+        Raises:
+            RuntimeError: a block has no owner.
+        """
+        owners, digests = self._owners, self._digests
+        # From the end: of two idle blocks of a sequence, the later one is of no use without the earlier, so it goes first.
+        for block_id in reversed(block_ids):
+            if not owners[block_id]:
+                raise RuntimeError(f"block {block_id} is freed but nobody holds it")
+            owners[block_id] -= 1
+            if not owners[block_id]:
+                if digests[block_id] is None:
+                    self._blank.append(block_id)
+                else:
+                    self._idle[block_id] = None
+
+    def digest(self, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
+        """The name of a full block: `parent` is the digest of the block before it, None at position 0."""
+        content = (parent or self._root) + self._packer.pack(*token_ids)
+        return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+
+    def register(self, block_id: int, digest: bytes) -> None:
+        """Offers a held, full block for reuse. Of several blocks with the same content the first one serves."""
+        if self.prefix_caching and digest not in self._registered and self._digests[block_id] is None:
+            self._registered[digest] = block_id
+            self._digests[block_id] = digest
+
+    def lookup(self, digests: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest registered prefix of `digests`."""
+        block_ids = []
+        for digest in digests:
+            block_id = self._registered.get(digest)
+            if block_id is None:
+                break
+            block_ids.append(block_id)
+        return block_ids
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Checks that every block is exactly one of blank, idle, held, given the block table of every sequence.
+
+        Raises:
+            RuntimeError: the first contradiction found.
+        """
+        holders = Counter(block_id for table in tables for block_id in table)
+        for block_id, owners in enumerate(self._owners):
+            if owners != holders[block_id]:
+                raise RuntimeError(f"block {block_id} counts {owners} owners but {holders[block_id]} sequences list it")
+        blank = Counter(self._blank)
+        for block_id, owners in enumerate(self._owners):
+            digest = self._digests[block_id]
+            places = blank[block_id] + (block_id in self._idle) + (owners > 0)
+            if places != 1:
+                raise RuntimeError(
+                    f"block {block_id} is blank {blank[block_id]} times, idle {int(block_id in self._idle)} times "
+                    f"and has {owners} owners; exactly one of these must hold"
+                )
+            if digest is not None and self._registered.get(digest) != block_id:
+                raise RuntimeError(f"block {block_id} carries a digest that names {self._registered.get(digest)}")
+            if digest is None and block_id in self._idle:
+                raise RuntimeError(f"block {block_id} is idle but carries no digest")
+            if digest is not None and blank[block_id]:
+                raise RuntimeError(f"block {block_id} is blank but carries a digest")
+        num_digests = sum(digest is not None for digest in self._digests)
+        if num_digests != len(self._registered):
+            raise RuntimeError(f"{num_digests} blocks carry a digest but {len(self._registered)} are registered")
+
+    def _forget(self, block_id: int) -> None:
+        digest = self._digests[block_id]
+        if digest is not None:
+            del self._registered[digest]
+            self._digests[block_id] = None
+
+
+class BlockLedger:
+    """What would be free if the plan so far were carried out. The pool itself is not touched.
+
+    `available` is the number of blocks that can still be taken.
+    """
+
+    __slots__ = ("_owners", "_pool", "available")
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._owners: dict[int, int] = {}  # only where the plan changes them
+        self.available = pool.num_free
+
+    def take(self, count: int) -> None:
+        """Plans to allocate `count` blocks."""
+        self.available -= count
+
+    def cost_of_sharing(self, block_ids: Iterable[int]) -> int:
+        """How many of these registered blocks are free now, and would not be any more."""
+        return sum(not self._num_owners(block_id) for block_id in block_ids)
+
+    def share(self, block_ids: Iterable[int]) -> None:
+        """Plans to add an owner to each of these blocks."""
+        for block_id in block_ids:
+            owners = self._num_owners(block_id)
+            self.available -= not owners
+            self._owners[block_id] = owners + 1
+
+    def free(self, block_ids: Iterable[int]) -> None:
+        """Plans to take an owner from each of these blocks."""
+        for block_id in block_ids:
+            owners = self._num_owners(block_id) - 1
+            self.available += not owners
+            self._owners[block_id] = owners
+
+    def _num_owners(self, block_id: int) -> int:
+        owners = self._owners.get(block_id)
+        return self._pool.num_owners(block_id) if owners is None else owners

@@ -1,0 +1,244 @@
+"""What a user asks for: sampling parameters and the immutable request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_TOKEN_IDS = 16
+MAX_LOGIT_BIAS_ENTRIES = 300
+_MAX_TOKEN_ID = 2**31 - 1  # token ids travel as int32
+_MAX_SEED = 2**32 - 1  # seeds travel as uint32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How one request is continued, complete and checked when constructed.
+
+    Lengths are in tokens. `max_new_tokens` limits what is generated, `max_length` the prompt and the generated tokens
+    together; with neither, generation runs up to the engine's context length. At least `min_new_tokens` tokens are
+    generated before an end-of-sequence or stop token can end the request. `ignore_eos` leaves only `stop`,
+    `stop_token_ids` and the length limits.
+
+    `do_sample=False` or `temperature=0` is greedy; `temperature=None` is 1. `presence_penalty` and
+    `frequency_penalty` are subtracted from the logits of generated tokens, `repetition_penalty` divides positive and
+    multiplies negative logits of all tokens seen, `logit_bias` is added per token id. `seed=None` lets the engine draw
+    one. `logprobs=k` reports each generated token's log-probability and those of the `k` likeliest alternatives,
+    `prompt_logprobs=k` the same for the prompt.
+
+    `stop` accepts one string or several, `logit_bias` a mapping; both are stored as tuples (of strings, and of
+    `(token id, bias)` pairs in ascending order of token id), so that the parameters are hashable.
+
+    Raises:
+        ValueError: an argument is out of its range or contradicts another; the message says which, and what to do.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    stop: str | Iterable[str] = ()
+    stop_token_ids: Iterable[int] = ()
+    do_sample: bool = True
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _logit_bias_pairs(self.logit_bias))
+        self._check_lengths()
+        self._check_distribution()
+        self._check_contradictions()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken at every position."""
+        return not self.do_sample or self.temperature == 0
+
+    def _check_lengths(self) -> None:
+        if self.max_new_tokens is not None:
+            _check_int("max_new_tokens", self.max_new_tokens, 1, None, "ask for at least one token")
+        if self.max_length is not None:
+            _check_int("max_length", self.max_length, 2, None, "it counts the prompt and the generated tokens")
+        _check_int("min_new_tokens", self.min_new_tokens, 0, None, "use 0 for no minimum")
+        _check_int("n", self.n, 1, None, "ask for at least one continuation")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_int(name, value, 0, MAX_TOP_LOGPROBS, "use None for no log-probabilities")
+        for name in ("ignore_eos", "do_sample"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+
+    def _check_distribution(self) -> None:
+        if self.temperature is not None:
+            _check_float("temperature", self.temperature, 0, None, "use 0 for greedy, None for 1")
+        if self.top_k is not None:
+            _check_int("top_k", self.top_k, 1, None, "use None to keep every token")
+        if self.top_p is not None:
+            _check_float("top_p", self.top_p, 0, 1, "use None to keep every token", open_low=True)
+        if self.min_p is not None:
+            _check_float("min_p", self.min_p, 0, 1, "use None to keep every token")
+        _check_float("presence_penalty", self.presence_penalty, -2, 2, "use 0 for no penalty")
+        _check_float("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for no penalty")
+        _check_float("repetition_penalty", self.repetition_penalty, 0, 10, "use 1 for no penalty", open_low=True)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None to have one drawn")
+
+    def _check_contradictions(self) -> None:
+        if self.max_new_tokens is not None and self.max_length is not None:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} and max_length={self.max_length} are both given; "
+                "give one of them: max_length is the prompt's length plus max_new_tokens"
+            )
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens} but max_new_tokens is {self.max_new_tokens}; "
+                f"lower min_new_tokens to at most {self.max_new_tokens}"
+            )
+        if not self.do_sample:
+            if self.temperature not in (None, 0):
+                raise ValueError(
+                    f"do_sample=False takes the likeliest token, but temperature is {self.temperature}; "
+                    "remove temperature, or set do_sample=True"
+                )
+            for name in ("top_k", "top_p", "min_p", "seed"):
+                value = getattr(self, name)
+                if value is not None:
+                    raise ValueError(
+                        f"do_sample=False takes the likeliest token, but {name} is {value}; "
+                        f"remove {name}, or set do_sample=True"
+                    )
+        if self.n > 1 and self.greedy:
+            raise ValueError(
+                f"n is {self.n} but greedy decoding gives the same continuation every time; "
+                "use n=1, or sample with a temperature above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt to be continued once.
+
+    `request_id` is unique among unfinished requests. `priority`: lower runs first; `arrival_time` (seconds on any one
+    clock) orders requests of one priority, then the order of adding. `seed` is the number that randomness is drawn
+    from, already concrete where `params.seed` may be None.
+
+    Raises:
+        ValueError: an empty prompt, or a value that is out of range.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    arrival_time: float = 0.0
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.request_id, str) or not self.request_id:
+            raise ValueError(f"request_id is {self.request_id!r}; it must be a non-empty string")
+        object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        if not self.prompt_token_ids:
+            raise ValueError(
+                f"prompt_token_ids of request {self.request_id!r} is empty; "
+                "a prompt needs at least one token, for example the beginning-of-sequence token"
+            )
+        for name in ("prompt_token_ids", "eos_token_ids"):
+            _check_token_ids(name, getattr(self, name))
+        _check_int("priority", self.priority, None, None, "lower runs first")
+        _check_float("arrival_time", self.arrival_time, None, None, "give seconds on one clock")
+        _check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32")
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else _as_tuple("stop", stop)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop contains {string!r}; every stop must be a non-empty string; remove it")
+    return strings
+
+
+def _stop_token_ids(stop_token_ids: Any) -> tuple[int, ...]:
+    ids = _as_tuple("stop_token_ids", stop_token_ids)
+    _check_token_ids("stop_token_ids", ids)
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(
+            f"stop_token_ids has {len(ids)} entries but at most {MAX_STOP_TOKEN_IDS} are supported; "
+            "keep the most frequent, or use stop strings"
+        )
+    return ids
+
+
+def _logit_bias_pairs(logit_bias: Any) -> tuple[tuple[int, float], ...]:
+    pairs = logit_bias.items() if isinstance(logit_bias, Mapping) else logit_bias
+    try:
+        biases = {token_id: bias for token_id, bias in pairs}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"logit_bias is {logit_bias!r}; it must be a mapping from token id to bias; use for example {{50: -1.5}}"
+        ) from None
+    _check_token_ids("logit_bias", tuple(biases))
+    for token_id, bias in biases.items():
+        _check_float(f"logit_bias[{token_id}]", bias, -100, 100, "-100 forbids a token in practice, 100 forces it")
+    if len(biases) > MAX_LOGIT_BIAS_ENTRIES:
+        raise ValueError(
+            f"logit_bias has {len(biases)} entries but at most {MAX_LOGIT_BIAS_ENTRIES} are supported; "
+            "keep those with the largest biases"
+        )
+    return tuple(sorted((token_id, float(bias)) for token_id, bias in biases.items()))
+
+
+def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise ValueError(f"{name} is {values!r}; it must be a sequence; use () for none") from None
+
+
+def _check_token_ids(name: str, token_ids: tuple[Any, ...]) -> None:
+    for token_id in token_ids:
+        if type(token_id) is not int or not 0 <= token_id <= _MAX_TOKEN_ID:
+            raise ValueError(
+                f"{name} contains {token_id!r}; token ids are ints in [0, {_MAX_TOKEN_ID}]; "
+                "convert them with int(), and check the tokenizer"
+            )
+
+
+def _check_int(name: str, value: Any, low: int | None, high: int | None, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}; it must be an int; {remedy}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"{name} is {value}; it must be {_range_text(low, high)}; {remedy}")
+
+
+def _check_float(
+    name: str, value: Any, low: float | None, high: float | None, remedy: str, *, open_low: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number; {remedy}")
+    too_low = low is not None and (value <= low if open_low else value < low)
+    if too_low or (high is not None and value > high):
+        raise ValueError(f"{name} is {value}; it must be {_range_text(low, high, open_low=open_low)}; {remedy}")
+
+
+def _range_text(low: float | None, high: float | None, *, open_low: bool = False) -> str:
+    if high is None:
+        return f"at least {low}"
+    return f"in {'(' if open_low else '['}{low}, {high}]"

@@ -1,0 +1,440 @@
+"""The scheduler: the one owner of queues, slots and blocks."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections import abc, deque
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
+
+from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
+from fastgen_jax.scheduling.estimate import steps_until_first_token
+from fastgen_jax.scheduling.plan import Admission, Chunk, StepLimits
+from fastgen_jax.scheduling.policies import POLICIES
+from fastgen_jax.scheduling.request import Request
+from fastgen_jax.scheduling.sequence import FinishReason, Sequence, SequenceStatus
+
+_FINISHED = SequenceStatus.FINISHED
+_RUNNING = SequenceStatus.RUNNING
+_WAITING = SequenceStatus.WAITING
+_ORDER = attrgetter("order")
+
+
+class Step(NamedTuple):
+    """One step to dispatch.
+
+    `sampled` are the sequences whose chunk samples a new token, in chunk order. `block_updates` holds exactly what
+    changed in the block tables: `(slot, first index, block ids)`, the whole table for a sequence in `admitted`, which
+    got its slot in this step. Sequences in `preempted` lost theirs; it may be in use again in this very step.
+    """
+
+    chunks: list[Chunk]
+    sampled: list[Sequence]
+    block_updates: list[tuple[int, int, list[int]]]
+    admitted: list[Sequence]
+    preempted: list[Sequence]
+    num_tokens: int
+    num_sample_rows: int
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences with a chunk in this step."""
+        return len(self.chunks)
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since the start. Tokens are tokens computed; a prefix hit is a token that was not computed again."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_preemptions: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_bypasses: int = 0
+
+
+class Scheduler:
+    """Decides what each step computes, and keeps the books of tokens, slots and KV blocks.
+
+    `add` a request; then, as long as there is work, `schedule()` a step, run it, and `commit` what it sampled.
+    `schedule()` may be called again before the commit: sequences then run on tokens that are still on the device.
+    Every step that `schedule()` returns must be run, in order, and committed, in order.
+
+    A sequence is preempted by recomputation: it loses its blocks, keeps its tokens, and waits at its old place in line.
+    Slots and blocks of a sequence that ended or was preempted are free at once: the device runs steps in order, so a
+    late write of an earlier step comes before any write of a later one.
+
+    Args:
+        num_blocks: KV blocks in the pool, of `block_size` tokens each.
+        token_budget: tokens a step can hold.
+        max_num_seqs: sequences that can run at a time.
+        max_context_len: longest sequence in tokens, prompt and generated.
+        max_sample_rows: logit rows a step can compute.
+        policy: a key of `POLICIES`.
+        prefix_caching: whether full blocks are kept and shared.
+        watermark_blocks: blocks that stay free when a sequence is admitted; None for 1 % of the pool.
+        max_bypasses: how many later sequences may overtake one for which there is no room.
+        prefix_salt: distinguishes the digests of pools with different contents.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        token_budget: int,
+        max_num_seqs: int,
+        max_context_len: int,
+        max_sample_rows: int,
+        policy: str = "splitfuse",
+        prefix_caching: bool = True,
+        watermark_blocks: int | None = None,
+        max_bypasses: int = 16,
+        prefix_salt: bytes = b"",
+    ) -> None:
+        for name, value, lowest in (
+            ("num_blocks", num_blocks, 1),
+            ("block_size", block_size, 1),
+            ("token_budget", token_budget, 1),
+            ("max_num_seqs", max_num_seqs, 1),
+            ("max_context_len", max_context_len, 2),
+            ("max_sample_rows", max_sample_rows, 1),
+            ("max_bypasses", max_bypasses, 0),
+            ("watermark_blocks", watermark_blocks, 0),
+        ):
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} is {value}; it must be at least {lowest}; raise it")
+        if policy not in POLICIES:
+            raise ValueError(f"policy is {policy!r}; choose one of {', '.join(map(repr, POLICIES))}")
+        self.max_context_len = max_context_len
+        self.limits = StepLimits(
+            token_budget=token_budget,
+            max_num_seqs=max_num_seqs,
+            max_sample_rows=max_sample_rows,
+            block_size=block_size,
+            watermark_blocks=-(-num_blocks // 100) if watermark_blocks is None else watermark_blocks,
+            max_bypasses=max_bypasses,
+        )
+        self.stats = SchedulerStats()
+        self._policy = POLICIES[policy]
+        self._pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching, salt=prefix_salt)
+        self._waiting: list[Sequence] = []  # both in ascending order
+        self._running: list[Sequence] = []
+        self._unfinished: dict[str, Sequence] = {}
+        self._free_slots = list(range(max_num_seqs))  # a heap: the lowest slot is given first
+        self._steps_in_flight: deque[Step] = deque()
+        self._num_added = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with a slot."""
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._unfinished)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody holds, including those kept for their content."""
+        return self._pool.num_free
+
+    def add(self, request: Request) -> Sequence:
+        """Puts a request in line.
+
+        Raises:
+            ValueError: it can never run here, or its id is in use. Nothing has changed then.
+        """
+        if request.request_id in self._unfinished:
+            raise ValueError(f"request_id {request.request_id!r} is already in use; give each request its own")
+        sequence = self._new_sequence(request)
+        self._num_added += 1
+        self._unfinished[request.request_id] = sequence
+        insort(self._waiting, sequence, key=_ORDER)
+        return sequence
+
+    def schedule(self) -> Step | None:
+        """Gives the next step, or None if nothing can run: without work, or before the step in flight is committed."""
+        if not self._unfinished:
+            return None
+        pool = self._pool
+        plan = self._policy(
+            self._running,
+            self._waiting,
+            limits=self.limits,
+            blocks=BlockLedger(pool),
+            cached_prefix=self._cached_prefix,
+        )
+        chunks = plan.chunks
+        if not chunks:
+            if not self._steps_in_flight:
+                raise RuntimeError(
+                    f"the policy planned nothing for {self.num_running} running and {self.num_waiting} waiting "
+                    f"sequences with {pool.num_free} of {pool.num_blocks} blocks free; this is a defect of the policy"
+                )
+            return None
+        for sequence in plan.preempted:
+            self._preempt(sequence)
+        for sequence in plan.bypassed:
+            sequence.num_bypasses += 1
+        self.stats.num_bypasses += len(plan.bypassed)
+        if plan.admissions:
+            self._admit(plan.admissions)
+
+        num_tokens = num_rows = 0
+        updates: list[tuple[int, int, list[int]]] = []
+        sampled: list[Sequence] = []
+        for sequence, start, length, rows, samples in chunks:
+            stop = start + length
+            if stop > sequence.capacity:
+                updates.append(self._extend(sequence, stop))
+            sequence.num_computed = stop
+            num_tokens += length
+            num_rows += rows
+            if samples:
+                sequence.num_tokens = stop + 1
+                sampled.append(sequence)
+            if stop >= sequence.next_block_end:
+                self._register_blocks(sequence)
+            if stop > sequence.next_prompt_row:
+                sequence.next_prompt_row = min(stop, sequence.num_prompt_tokens)
+        self.stats.num_steps += 1
+        self.stats.num_tokens += num_tokens
+        admitted = [admission.sequence for admission in plan.admissions]
+        step = Step(chunks, sampled, updates, admitted, plan.preempted, num_tokens, num_rows)
+        self._steps_in_flight.append(step)
+        return step
+
+    def commit(self, step: Step, token_ids: abc.Sequence[int]) -> list[Sequence]:
+        """Takes in what the oldest step in flight sampled: one token id for each of `step.sampled`, in that order.
+
+        Gives the sequences that advanced by a token; `finish_reason` tells which of them are done. Tokens of sequences
+        that ended in the meantime are dropped.
+
+        Raises:
+            ValueError: the step is not the oldest in flight, or the number of tokens is wrong. Nothing has changed then.
+        """
+        sampled = step.sampled
+        if not self._steps_in_flight or self._steps_in_flight[0] is not step:
+            raise ValueError(
+                f"the step is not the oldest of the {len(self._steps_in_flight)} in flight; "
+                "commit every step once, in the order of schedule()"
+            )
+        if len(token_ids) != len(sampled):
+            raise ValueError(
+                f"token_ids has {len(token_ids)} entries but the step samples {len(sampled)} tokens; "
+                "give one for each of step.sampled"
+            )
+        self._steps_in_flight.popleft()
+        advanced: list[Sequence] = []
+        finished: list[Sequence] = []
+        for sequence, token_id in zip(sampled, token_ids, strict=True):
+            if sequence.finish_reason is not None:
+                continue
+            advanced.append(sequence)
+            output = sequence.output_token_ids
+            output.append(token_id)
+            if token_id in sequence.stop_ids and len(output) > sequence.min_new_tokens:
+                sequence.finish_reason = "stop"
+                finished.append(sequence)
+            elif len(output) == sequence.max_new_tokens:
+                sequence.finish_reason = "length"
+                finished.append(sequence)
+            if sequence.num_computed >= sequence.next_block_end:
+                self._register_blocks(sequence)
+        if finished:
+            self._retire(finished)
+        return advanced
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence now, for a reason found above the scheduler, such as a stop string.
+
+        Its blocks are free at once, and tokens in flight are dropped. If the sequence has just ended by itself, only
+        the reason changes.
+
+        Raises:
+            ValueError: `reason` is not one of the three.
+        """
+        if reason not in ("stop", "length", "abort"):
+            raise ValueError(f"reason is {reason!r}; choose 'stop', 'length' or 'abort'")
+        sequence.finish_reason = reason
+        if sequence.status is not _FINISHED:
+            self._retire([sequence])
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request now with reason "abort"; False if there is no unfinished request of this id."""
+        sequence = self._unfinished.get(request_id)
+        if sequence is None:
+            return False
+        self.finish(sequence, "abort")
+        return True
+
+    def estimate_wait(self, request: Request) -> int:
+        """How many steps from now the request, if added, might have its first token (see `steps_until_first_token`).
+
+        Raises:
+            ValueError: the request can never run here.
+        """
+        sequence = self._new_sequence(request)
+        ahead = self._waiting[: bisect_left(self._waiting, sequence.order, key=_ORDER)]
+        return steps_until_first_token(
+            sequence, self._running, ahead, limits=self.limits, num_free_blocks=self._pool.num_free
+        )
+
+    def check_integrity(self) -> None:
+        """Checks the books against each other, in time linear in everything there is; for tests.
+
+        Raises:
+            RuntimeError: the first contradiction found.
+        """
+        live = [*self._running, *self._waiting]
+        self._pool.check_integrity(sequence.block_ids for sequence in live)
+        if {sequence.request_id: sequence for sequence in live} != self._unfinished:
+            raise RuntimeError("the unfinished requests are not those that run or wait")
+        for queue in (self._running, self._waiting):
+            if any(a.order >= b.order for a, b in zip(queue, queue[1:], strict=False)):
+                raise RuntimeError(f"a queue is out of order: {queue}")
+        slots = sorted([*(sequence.slot for sequence in self._running if sequence.slot is not None), *self._free_slots])
+        if slots != list(range(self.limits.max_num_seqs)):
+            raise RuntimeError(f"every slot must be free or used exactly once, but these are: {slots}")
+        for sequence in live:
+            running = sequence.status is _RUNNING
+            if running != (sequence.slot is not None) or (sequence.block_ids and not running):
+                raise RuntimeError(f"only a running sequence has a slot and blocks, but this is {sequence}")
+            if sequence.capacity != len(sequence.block_ids) * self.limits.block_size:
+                raise RuntimeError(f"{sequence} counts a capacity of {sequence.capacity} positions")
+            if not sequence.num_computed <= min(sequence.num_tokens - 1, sequence.capacity):
+                raise RuntimeError(f"{sequence} has computed more than it has tokens or blocks for")
+            if not sequence.num_known_tokens <= sequence.num_tokens <= sequence.max_total_tokens:
+                raise RuntimeError(f"{sequence} counts {sequence.num_in_flight} tokens in flight")
+
+    def _new_sequence(self, request: Request) -> Sequence:
+        params, num_prompt = request.params, len(request.prompt_token_ids)
+        if num_prompt >= self.max_context_len:
+            raise ValueError(
+                f"prompt of request {request.request_id!r} has {num_prompt} tokens but max_context_len is "
+                f"{self.max_context_len} and must hold a generated one too; shorten the prompt to "
+                f"{self.max_context_len - 1} tokens, or raise max_context_len"
+            )
+        if params.max_length is not None and params.max_length <= num_prompt:
+            raise ValueError(
+                f"max_length is {params.max_length} but the prompt of request {request.request_id!r} alone has "
+                f"{num_prompt} tokens; raise max_length to at least {num_prompt + 1}, or use max_new_tokens"
+            )
+        limit = self.max_context_len
+        if params.max_new_tokens is not None:
+            limit = num_prompt + params.max_new_tokens
+        elif params.max_length is not None:
+            limit = params.max_length
+        limit = min(limit, self.max_context_len)
+        if params.min_new_tokens > limit - num_prompt:
+            raise ValueError(
+                f"min_new_tokens is {params.min_new_tokens} but only {limit - num_prompt} tokens can follow the prompt "
+                f"of {num_prompt} tokens within {limit}; lower min_new_tokens or shorten the prompt"
+            )
+        pool = self._pool
+        num_needed = -(-limit // pool.block_size)
+        if num_needed > pool.num_blocks:
+            most = pool.num_blocks * pool.block_size - num_prompt
+            remedy = f"use max_new_tokens={most} or less" if most > 0 else "shorten the prompt"
+            raise ValueError(
+                f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of {pool.block_size}, "
+                f"but the KV cache has {pool.num_blocks} blocks; {remedy}, or start with more blocks"
+            )
+        order = (request.priority, request.arrival_time, self._num_added)
+        sequence = Sequence(request, max_total_tokens=limit, order=order)
+        sequence.next_block_end = pool.block_size if pool.prefix_caching else limit + 1
+        return sequence
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Registered blocks of its tokens, but not those of positions whose logits are wanted."""
+        if not self._pool.prefix_caching:
+            return []
+        return self._pool.lookup(self._digest(sequence, i) for i in range(sequence.first_row // self.limits.block_size))
+
+    def _digest(self, sequence: Sequence, index: int) -> bytes:
+        """The digest of a full block of known tokens; they are asked for, and remembered, from the first on."""
+        digests = sequence.block_digests
+        if index == len(digests):
+            size = self.limits.block_size
+            parent = digests[-1] if digests else None
+            digests.append(self._pool.digest(parent, sequence.token_ids(index * size, (index + 1) * size)))
+        return digests[index]
+
+    def _register_blocks(self, sequence: Sequence) -> None:
+        """Offers full blocks whose tokens are known and whose computation is dispatched to the prefix cache."""
+        size = self.limits.block_size
+        stop = min(sequence.num_computed, sequence.num_known_tokens)
+        while sequence.next_block_end <= stop:
+            index = sequence.next_block_end // size - 1
+            self._pool.register(sequence.block_ids[index], self._digest(sequence, index))
+            sequence.next_block_end += size
+
+    def _admit(self, admissions: list[Admission]) -> None:
+        # All cached blocks are taken before the first is allocated, because allocating may evict them.
+        for sequence, cached in admissions:
+            self._pool.share(cached)
+            self._remove(self._waiting, sequence)
+            insort(self._running, sequence, key=_ORDER)
+            sequence.status = _RUNNING
+            sequence.slot = heapq.heappop(self._free_slots)
+            sequence.block_ids = list(cached)
+            sequence.capacity = sequence.num_computed = len(cached) * self.limits.block_size
+            if self._pool.prefix_caching:
+                sequence.next_block_end = sequence.capacity + self.limits.block_size
+            if not sequence.num_preemptions:
+                sequence.num_cached = sequence.capacity
+            self.stats.num_prefix_hit_tokens += sequence.capacity
+
+    def _extend(self, sequence: Sequence, stop: int) -> tuple[int, int, list[int]]:
+        """Allocates blocks up to position `stop`; gives the update of its block table."""
+        table, size = sequence.block_ids, self.limits.block_size
+        # A sequence starts at a block border, in a step that gives it at least one block: then all entries are new.
+        first = 0 if sequence.slot_is_new else len(table)
+        table += self._pool.allocate(-(-stop // size) - len(table))
+        sequence.capacity = len(table) * size
+        assert sequence.slot is not None
+        return sequence.slot, first, table[first:]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._remove(self._running, sequence)
+        self._release(sequence)
+        sequence.status = _WAITING
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        insort(self._waiting, sequence, key=_ORDER)
+
+    def _retire(self, finished: list[Sequence]) -> None:
+        """Removes sequences that have a finish reason from all books."""
+        for sequence in finished:
+            if sequence.status is _WAITING:
+                self._remove(self._waiting, sequence)
+            else:
+                self._remove(self._running, sequence)
+                self._release(sequence)
+            sequence.status = _FINISHED
+            del self._unfinished[sequence.request_id]
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        heapq.heappush(self._free_slots, sequence.slot)
+        self._pool.free(sequence.block_ids)
+        sequence.slot = None
+        sequence.block_ids = []
+        sequence.capacity = 0
+
+    @staticmethod
+    def _remove(queue: list[Sequence], sequence: Sequence) -> None:
+        del queue[bisect_left(queue, sequence.order, key=_ORDER)]

@@ -1,0 +1,133 @@
+"""Our state for one request while it is served."""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+from fastgen_jax.scheduling.request import Request
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence stands: a running one has a slot and blocks, the others have neither."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """The progress of one request. Read it anywhere; only `Scheduler` writes it.
+
+    ```
+    position  0          num_prompt_tokens      num_known_tokens   num_tokens   max_total_tokens
+              |  prompt  |  output_token_ids    |  in flight       |            |
+              |  KV dispatched ........ num_computed |  remaining  |
+    ```
+
+    `num_tokens` counts the tokens in flight: sampled by steps that were dispatched, not yet committed. A sequence
+    that generates has one token left to compute (`remaining == 1`). The last token of all, at position
+    `max_total_tokens - 1`, is sampled but never computed.
+
+    `block_ids` lists its KV blocks in order of position and `capacity` how many positions they hold. `num_cached` is
+    how many prompt tokens came from the prefix cache when the sequence first ran. `next_prompt_row` is the first
+    prompt position whose logits are still wanted for `prompt_logprobs`; it equals `num_prompt_tokens` when none are.
+    `num_bypasses` counts the later sequences that were admitted while this one had no room.
+    """
+
+    __slots__ = (
+        "block_digests",
+        "block_ids",
+        "capacity",
+        "finish_reason",
+        "max_new_tokens",
+        "max_total_tokens",
+        "min_new_tokens",
+        "next_block_end",
+        "next_prompt_row",
+        "num_bypasses",
+        "num_cached",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_tokens",
+        "order",
+        "output_token_ids",
+        "request",
+        "slot",
+        "status",
+        "stop_ids",
+    )
+
+    def __init__(self, request: Request, *, max_total_tokens: int, order: tuple[int, float, int]) -> None:
+        params = request.params
+        self.request = request
+        self.order = order  # (priority, arrival time, number of adding): unique, smaller runs first
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.max_total_tokens = max_total_tokens
+        self.max_new_tokens = max_total_tokens - self.num_prompt_tokens
+        self.min_new_tokens = params.min_new_tokens
+        eos_token_ids = () if params.ignore_eos else request.eos_token_ids
+        self.stop_ids = frozenset((*eos_token_ids, *params.stop_token_ids))
+        self.output_token_ids: list[int] = []
+        self.num_tokens = self.num_prompt_tokens
+        self.num_computed = 0
+        self.block_ids: list[int] = []
+        self.capacity = 0
+        self.slot: int | None = None
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.num_cached = 0
+        self.num_preemptions = 0
+        self.num_bypasses = 0
+        self.next_prompt_row = 0 if params.prompt_logprobs is not None else self.num_prompt_tokens
+        self.block_digests: list[bytes] = []  # of the full blocks of known tokens, as far as they were asked for
+        self.next_block_end = 0  # where the first block that is not offered to the prefix cache ends
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt tokens plus committed output tokens."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Tokens sampled by dispatched steps that are not committed yet."""
+        return self.num_tokens - self.num_prompt_tokens - len(self.output_token_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens left to compute: 1 for a sequence that generates."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def first_row(self) -> int:
+        """The first position, of those not computed, whose logits are wanted; all later ones are wanted too."""
+        return self.next_prompt_row if self.next_prompt_row < self.num_prompt_tokens else self.num_tokens - 1
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a finish reason and will not run again."""
+        return self.status is SequenceStatus.FINISHED
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """The known tokens at positions `[start, stop)`, fewer where they are in flight."""
+        prompt = self.num_prompt_tokens
+        if start >= prompt:
+            return self.output_token_ids[start - prompt : stop - prompt]
+        known = list(self.request.prompt_token_ids[start:stop])
+        if stop > prompt:
+            known += self.output_token_ids[: stop - prompt]
+        return known
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request_id!r}, {self.status.value}, slot={self.slot}, "
+            f"computed {self.num_computed} of {self.num_tokens} tokens, {len(self.block_ids)} blocks)"
+        )

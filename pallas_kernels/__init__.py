@@ -1,0 +1,1 @@
+"""Kernels that stand on their own: they receive plain arrays and know nothing of engines or models."""

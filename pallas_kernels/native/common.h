@@ -1,0 +1,217 @@
+// What every native kernel of this package shares: the vector type of this CPU, a parallel loop, scratch memory.
+//
+// Portable C++17 with the vector extensions of GCC and Clang; compiled for the machine it runs on.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace fastgen {
+
+namespace ffi = xla::ffi;
+
+// ---- vectors -------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE, NEON
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+// The same vectors where memory promises no alignment and other types may live.
+typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int8_t UnalignedBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+#define FASTGEN_INLINE inline __attribute__((always_inline))
+
+FASTGEN_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+FASTGEN_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+// x - 0 is x for every x, which compilers know; 0 + x is not, for x = -0.
+FASTGEN_INLINE Vec splat(float x) { return x - Vec{}; }
+
+// int8[kLanes] -> float[kLanes]; exact. GCC 12 converts the generic form element by element, hence the intrinsics.
+FASTGEN_INLINE Vec load_int8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  const int16x8_t halves = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(word)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const UnalignedBytes*>(p), Vec);
+#endif
+}
+
+// bfloat16[kLanes] -> float[kLanes]; exact.
+FASTGEN_INLINE Vec load_bfloat16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#elif defined(__AVX2__)
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    v[i] = x;
+  }
+  return v;
+#endif
+}
+
+FASTGEN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+FASTGEN_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+FASTGEN_INLINE float sum(Vec v) {
+  float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+}
+FASTGEN_INLINE float max_element(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// e^x, relative error below 2e-7; 0 below -87.3, the largest power near 3e38 above 88. NaN stays NaN.
+FASTGEN_INLINE Vec exp(Vec x) {
+  const Vec lowest = splat(-87.33654f);
+  const Vec clamped = min(max(x, lowest), splat(88.37626f));
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum.
+  const Vec magic = splat(12582912.0f);
+  const Vec shifted = clamped * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  // ln 2 in two parts, so that n * ln 2 loses no bits.
+  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4B400000 + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  const Vec y = x < lowest ? Vec{} : p * power;
+  return x == x ? y : x;
+}
+
+// x * sigmoid(x)
+FASTGEN_INLINE Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+
+// ---- scratch memory ------------------------------------------------------------------------------------------
+
+// Memory of the calling thread, 64-byte aligned, kept from call to call; one per `Tag`. Contents are undefined.
+template <class Tag>
+inline float* scratch(size_t num_floats) {
+  struct Holder {
+    float* data = nullptr;
+    size_t size = 0;
+    ~Holder() { std::free(data); }
+  };
+  thread_local Holder holder;
+  if (holder.size < num_floats) {
+    std::free(holder.data);
+    holder.data = nullptr;
+    holder.size = 0;
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, num_floats * sizeof(float)) != 0) throw std::bad_alloc();
+    holder.data = static_cast<float*>(data);
+    holder.size = num_floats;
+  }
+  return holder.data;
+}
+
+// ---- parallel loop -------------------------------------------------------------------------------------------
+
+FASTGEN_INLINE void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until `condition()` holds; gives the core away when that takes long.
+template <class Condition>
+inline void wait_until(Condition&& condition) {
+  for (int i = 0; !condition(); ++i) {
+    if (i < 4096) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+// Calls body(i) once for every i in [0, count), on the calling thread and on threads of XLA's pool.
+//
+// Items are claimed in rising order from one counter, so the calling thread can do all of them alone: when the pool
+// is busy, nothing waits for it. The caller waits only for items that another thread has begun. A pool task that
+// starts after that finds no item left, and touches nothing but the shared counter, which it keeps alive itself.
+// An item may therefore wait for one with a lower number (it has begun), never for a higher one.
+// `body` must not throw.
+template <class Body>
+inline void parallel_for(ffi::ThreadPool& pool, int64_t count, Body&& body) {
+  if (count <= 0) return;
+  const int64_t num_helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  if (num_helpers <= 0) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  using Function = std::remove_reference_t<Body>;
+  struct State {
+    alignas(64) std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> num_done{0};
+    int64_t count;
+    Function* body;
+
+    void work() {
+      for (;;) {
+        const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+        if (i >= count) return;
+        (*body)(i);
+        num_done.fetch_add(1, std::memory_order_release);
+      }
+    }
+  };
+  auto state = std::make_shared<State>();
+  state->count = count;
+  state->body = &body;
+  for (int64_t i = 0; i < num_helpers; ++i) pool.Schedule([state] { state->work(); });
+  state->work();
+  wait_until([&] { return state->num_done.load(std::memory_order_acquire) == count; });
+}
+
+}  // namespace fastgen

@@ -1,0 +1,117 @@
+"""Finds a C++ compiler and says with which flags to call it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jaxlib.version
+
+# contract=fast: a * b + c becomes one fused instruction, in every kernel alike. Nothing here reorders sums.
+_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w",
+)  # fmt: skip
+_PROBE_TIMEOUT_S = 60
+_COMPILE_TIMEOUT_S = 600
+
+
+class CompilerError(RuntimeError):
+    """No compiler, or one that fails; the message says what was tried."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiler:
+    """A C++ compiler that works here, and the flags for this machine."""
+
+    command: tuple[str, ...]
+    flags: tuple[str, ...]
+    version: str
+
+    def key(self, sources: bytes) -> str:
+        """Names everything that decides the machine code: sources, flags, compiler, CPU, jaxlib's headers."""
+        parts = (*self.command, *self.flags, self.version, cpu_description(), jaxlib.version.__version__)
+        return hashlib.sha256("\0".join(parts).encode() + b"\0" + sources).hexdigest()[:32]
+
+    def compile(self, source: Path, output: Path, *, include: Sequence[Path]) -> None:
+        """Writes the shared library `output`. Raises `CompilerError` with the compiler's last words."""
+        directories = [f"-I{directory}" for directory in include]
+        command = [*self.command, *self.flags, *directories, str(source), "-o", str(output)]
+        result = _run(command, timeout=_COMPILE_TIMEOUT_S)
+        if result.returncode != 0:
+            raise CompilerError(f"{shlex.join(command)} failed:\n{result.stdout[-2000:]}")
+
+
+def find_compiler() -> Compiler:
+    """The first of $CXX, c++, g++, clang++ and `python -m ziglang c++` that builds a library for this CPU.
+
+    Raises `CompilerError` when there is none.
+    """
+    if sys.platform not in ("linux", "darwin"):
+        raise CompilerError(f"native kernels are built on Linux and macOS, not on {sys.platform!r}")
+    tried = []
+    for command in _candidates():
+        for machine_flag in _machine_flags():
+            flags = (*_FLAGS, machine_flag)
+            problem = _try(command, flags)
+            if problem is None:
+                version = _run([*command, "--version"], timeout=_PROBE_TIMEOUT_S).stdout
+                return Compiler(command=command, flags=flags, version=version)
+            tried.append(f"{shlex.join(command)} {machine_flag}: {problem}")
+    remedy = "install g++ or clang++, or `pip install ziglang`"
+    raise CompilerError(f"no C++ compiler works ({'; '.join(tried) or 'none found'}); {remedy}")
+
+
+def cpu_description() -> str:
+    """Model and instruction sets of this CPU: what `-march=native` depends on."""
+    if sys.platform == "darwin":
+        model = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return f"{platform.machine()} {model.stdout.strip()}"
+    wanted = ("model name", "cpu family", "model\t", "flags", "Features", "CPU implementer", "CPU part")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(wanted)})])
+
+
+def _candidates() -> list[tuple[str, ...]]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    commands = [tuple(named)] if named else []
+    commands += [(path,) for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
+    if importlib.util.find_spec("ziglang") is not None:
+        commands.append((sys.executable, "-m", "ziglang", "c++"))
+    return commands
+
+
+def _machine_flags() -> tuple[str, ...]:
+    # On Arm -mcpu selects the instruction set and the tuning, -march only the former.
+    return ("-march=native", "-mcpu=native") if platform.machine() in ("x86_64", "AMD64") else (
+        "-mcpu=native", "-march=native")
+
+
+def _try(command: tuple[str, ...], flags: tuple[str, ...]) -> str | None:
+    """None when the compiler accepts the flags and has a C++ standard library, else its complaint."""
+    # Only what costs a tenth of a second: a linker that is missing shows when a kernel is built.
+    arguments = [*command, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    result = _run(arguments, timeout=_PROBE_TIMEOUT_S, text="#include <cstdint>\nstd::int64_t probe;\n")
+    return None if result.returncode == 0 else result.stdout.strip()[-300:] or f"exit status {result.returncode}"
+
+
+def _run(command: Sequence[str], *, timeout: float, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Output and errors together in `stdout`; a command that cannot start or hangs counts as failed."""
+    try:
+        return subprocess.run(
+            command, input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, returncode=1, stdout=str(error))

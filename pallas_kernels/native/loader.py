@@ -1,0 +1,158 @@
+"""Compiles, caches, loads and registers one C++ source. See the package docstring."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels.native.compiler import Compiler, CompilerError, find_compiler
+
+_log = logging.getLogger(__name__)
+_COMMON_HEADER = Path(__file__).with_name("common.h")
+
+_lock = threading.RLock()
+_outcomes: dict[str, str | None] = {}  # name of a library -> None when loaded, else the reason why not
+_loaded: dict[str, ctypes.CDLL] = {}  # keeps the code that XLA points to mapped
+
+
+def available() -> bool:
+    """True when native kernels can be built here: not turned off, and a C++ compiler is found. Never raises."""
+    return unavailable_reason() is None
+
+
+def unavailable_reason() -> str | None:
+    """Why native kernels cannot be built here, in one sentence; None when they can. Never raises."""
+    if os.environ.get("FASTGEN_NATIVE", "1").lower() in ("0", "false", "off"):
+        return "FASTGEN_NATIVE=0 turns native kernels off"
+    compiler = _compiler()
+    return compiler if isinstance(compiler, str) else None
+
+
+def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
+    """Makes the functions of a C++ source callable through `jax.ffi.ffi_call` on the CPU; True when they are.
+
+    The first call for a `name` compiles (seconds) or opens the cached library (milliseconds); later calls return the
+    outcome of the first. Call it while tracing, before `ffi_call`. Never raises: when it returns False the reason has
+    been logged, and the caller uses plain XLA.
+
+    Args:
+      name: of the library; part of its file name.
+      source: the `.cc` file. It may include "common.h" and "xla/ffi/api/ffi.h".
+      symbols: name of the FFI target -> C symbol of its handler.
+    """
+    with _lock:
+        reason = unavailable_reason()
+        if reason is None and name not in _outcomes:
+            try:
+                library = _open(name, source)
+                _register(library, symbols)
+                _loaded[name] = library
+                _outcomes[name] = None
+            except Exception as error:  # noqa: BLE001  a kernel that cannot be had must not stop the caller
+                _outcomes[name] = str(error)
+        if reason is None:
+            reason = _outcomes[name]
+        if reason is not None:
+            _log_once(name, reason)
+        return reason is None
+
+
+def function(name: str, symbol: str) -> Any:
+    """The C function `symbol` of a library that `load(name, ...)` has loaded, for `ctypes` calls.
+
+    Raises `KeyError` when the library is not loaded.
+    """
+    return getattr(_loaded[name], symbol)
+
+
+@functools.cache
+def _log_once(name: str, reason: str) -> None:
+    _log.info("native kernels of %r are not used, plain XLA serves instead: %s", name, reason)
+
+
+@functools.cache
+def _compiler() -> Compiler | str:
+    """The compiler, or the reason why there is none."""
+    try:
+        return find_compiler()
+    except CompilerError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  `available` never raises
+        return f"looking for a C++ compiler failed: {error!r}"
+
+
+def _register(library: ctypes.CDLL, symbols: Mapping[str, str]) -> None:
+    for target, symbol in symbols.items():
+        handler = jax.ffi.pycapsule(getattr(library, symbol))
+        jax.ffi.register_ffi_target(target, handler, platform="cpu", api_version=1)
+
+
+def _open(name: str, source: Path) -> ctypes.CDLL:
+    path = _build(name, source)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        # A disk that ran full or a foreign file can leave a library that does not load: build it once more.
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_build(name, source)))
+
+
+def _build(name: str, source: Path) -> Path:
+    """Path of the library built from `source`, compiled unless the cache has it."""
+    compiler = _compiler()
+    assert isinstance(compiler, Compiler)
+    sources = source.read_bytes() + b"\0" + _COMMON_HEADER.read_bytes()
+    directory = _cache_directory()
+    path = directory / f"{name}-{compiler.key(sources)}.so"
+    if path.exists():
+        return path
+    with _exclusive(directory / f"{path.name}.lock"):
+        if not path.exists():  # another process may have built it while this one waited
+            handle, partial = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=directory)
+            os.close(handle)
+            try:
+                _log.info("compiling %s with %s (once per machine)", source.name, compiler.command[0])
+                compiler.compile(source, Path(partial), include=(_COMMON_HEADER.parent, Path(jax.ffi.include_dir())))
+                os.replace(partial, path)
+            finally:
+                Path(partial).unlink(missing_ok=True)
+    return path
+
+
+@functools.cache
+def _cache_directory() -> Path:
+    """A directory of this user alone, since what lies there is executed; a temporary one where that is impossible."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    directory = Path(root) / "fastgen_jax" / "native"
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = directory.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK | os.X_OK):
+            return directory
+        problem = "it is not this user's, or others may write to it"
+    except OSError as error:
+        problem = str(error)
+    fallback = Path(tempfile.mkdtemp(prefix="fastgen_jax_native_"))
+    _log.warning("native kernels are cached in %s for this process only: %s: %s", fallback, directory, problem)
+    return fallback
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Holds a lock between processes, so that eight workers compile once; without one where locks do not work."""
+    import fcntl
+
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

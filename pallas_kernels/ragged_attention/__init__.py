@@ -1,0 +1,128 @@
+"""Causal attention of ragged chunks over a blocked KV cache, with the cache written on the way.
+
+`ragged_attention` picks the implementation when the program is lowered for its platform. All of them are tested
+against `reference.py`, which defines the semantics in forty lines.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_attention import contract, cpu
+from pallas_kernels.ragged_attention.cpu import ragged_attention_cpu
+from pallas_kernels.ragged_attention.reference import ragged_attention_reference
+from pallas_kernels.ragged_attention.xla import ragged_attention_xla
+
+__all__ = ["IMPLEMENTATIONS", "ragged_attention"]
+
+IMPLEMENTATIONS = {
+    "reference": ragged_attention_reference,
+    "xla": ragged_attention_xla,
+    "cpu": ragged_attention_cpu,
+}
+
+
+def ragged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    kv_slots: jax.Array,
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    block_tables: jax.Array,
+    layer: int | jax.Array,
+    num_blocks: int,
+    scale: float,
+    sliding_window: int | jax.Array | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of every token over its own sequence, and the two caches with this step's keys and values in them.
+
+    Token `t` of chunk `s` (`query_starts[s] <= t < query_starts[s+1]`) stands at position
+    `context_lens[s] - query_starts[s+1] + t` of its sequence and sees the keys up to there: those written by this very
+    call and those that lie in the cache. Key `j` of sequence `s` lies in block `layer*N + block_tables[s, j // B]` at
+    offset `j % B`. What the caches hold elsewhere may be anything, NaN included.
+
+    Args:
+      q: [T, H, D], H a multiple of K; query head h reads KV head h // (H // K).
+      k, v: [T, K, D], converted to the dtype of the caches.
+      k_cache, v_cache: [L*N, K, B, D], one flat pool, layer l owns blocks [l*N, (l+1)*N). Donate them to the jitted
+        program: they are updated in place.
+      kv_slots: i32[T], where token t is written: block * B + offset, relative to the layer, every slot once. A slot
+        outside [0, N*B) marks padding and is dropped.
+      query_starts: i32[S+1], rising.
+      context_lens: i32[S], cached and new tokens; 0 for an unused row, whose chunk is empty.
+      block_tables: i32[S, M], relative to the layer; entries past the context, or wholly before the window of all
+        queries, are never followed.
+      layer: which layer's blocks, an int or a traced i32 scalar.
+      num_blocks: N.
+      scale: factor of the dot products.
+      sliding_window: a query at position p sees keys j with p - sliding_window < j <= p. May be traced.
+      soft_cap: scores become soft_cap * tanh(score / soft_cap).
+      alibi_slopes: f32[H]; slope * (j - p) is added after the cap.
+      sinks: f32[H]; one more logit a head that takes probability and carries no value.
+      implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
+        for: "cpu" on a CPU where a C++ compiler was found and the cache is float32 or bfloat16, else "xla".
+
+    Returns:
+      out [T, H, D] in the dtype of q, zero in rows that belong to no chunk; k_cache; v_cache. Softmax and sums are in
+      float32. With "cpu" a row's result is the same bits whatever its companions and however its prompt was chunked.
+
+    Raises:
+      ValueError: an argument's shape, dtype or static value does not fit, or the implementation cannot be had.
+    """
+    contract.check(
+        q, k, v, k_cache, v_cache,
+        kv_slots=kv_slots, query_starts=query_starts, context_lens=context_lens, block_tables=block_tables,
+        layer=layer, num_blocks=num_blocks, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
+        alibi_slopes=alibi_slopes, sinks=sinks,
+    )  # fmt: skip
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        names = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
+    if implementation == "cpu":
+        _require_cpu(k_cache)
+
+    arrays = {
+        "kv_slots": kv_slots, "query_starts": query_starts, "context_lens": context_lens, "block_tables": block_tables,
+        "layer": jnp.asarray(layer, jnp.int32),
+    }  # fmt: skip
+    optional = {"sliding_window": sliding_window, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    arrays |= {name: jnp.asarray(value) for name, value in optional.items() if value is not None}
+
+    def run(name: str):
+        def call(q, k, v, k_cache, v_cache, arrays):
+            return IMPLEMENTATIONS[name](
+                q, k, v, k_cache, v_cache, **arrays, num_blocks=num_blocks, scale=scale, soft_cap=soft_cap
+            )
+
+        return call
+
+    operands = (q, k, v, k_cache, v_cache, arrays)
+    if implementation is not None:
+        return run(implementation)(*operands)
+    # A kernel for another platform gets its line here.
+    kernels = {}
+    if k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
+        kernels["cpu"] = run("cpu")
+    return jax.lax.platform_dependent(*operands, **kernels, default=run("xla"))
+
+
+def _require_cpu(k_cache: jax.Array) -> None:
+    if k_cache.dtype not in cpu.CACHE_DTYPES:
+        raise ValueError(
+            f"implementation='cpu' takes float32 and bfloat16 caches but k_cache has dtype {k_cache.dtype}; "
+            "use implementation='xla'"
+        )
+    if not cpu.available():
+        raise ValueError(
+            "implementation='cpu' needs a native kernel, which cannot be had here: install a C++ compiler (g++ or "
+            "clang++), or use implementation='xla'; the log of pallas_kernels.native has the reason"
+        )

@@ -1,0 +1,147 @@
+"""What `ragged_attention` accepts: the checks on shapes, dtypes and static options that every implementation relies on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dims:
+    """The axis lengths of one call; letters as in the package's docstrings."""
+
+    T: int
+    S: int
+    M: int
+    H: int
+    K: int
+    G: int
+    D: int
+    P: int
+    N: int
+    B: int
+
+
+def _require_shape(name: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(array.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(array.shape)} but must be {meaning} = {shape}")
+
+
+def _require_rank(name: str, array: jax.Array, meaning: str) -> None:
+    rank = meaning.count(",") + 1
+    if array.ndim != rank:
+        raise ValueError(f"{name} has shape {tuple(array.shape)} but must have {rank} axes {meaning}")
+    if any(length == 0 for length in array.shape):
+        raise ValueError(f"{name} has shape {tuple(array.shape)}; every axis of {meaning} must be at least 1")
+
+
+def _require_int32(name: str, array: jax.Array) -> None:
+    if array.dtype != jnp.int32:
+        raise ValueError(f"{name} has dtype {array.dtype} but must be int32; convert it with .astype(jnp.int32)")
+
+
+def _require_float(name: str, array: jax.Array) -> None:
+    if array.dtype not in FLOAT_DTYPES:
+        accepted = ", ".join(jnp.dtype(dtype).name for dtype in FLOAT_DTYPES)
+        raise ValueError(f"{name} has dtype {array.dtype} but must be one of {accepted}")
+
+
+def check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    kv_slots: jax.Array,
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    block_tables: jax.Array,
+    layer: int | jax.Array,
+    num_blocks: int,
+    scale: float,
+    sliding_window: int | jax.Array | None,
+    soft_cap: float | None,
+    alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
+) -> Dims:
+    """Returns the axis lengths, or raises a `ValueError` that names the first argument that does not fit.
+
+    Looks at shapes, dtypes and static values only, so it costs nothing in a compiled program. What is in the index
+    arrays (rising `query_starts`, block ids below `num_blocks`) is the caller's promise.
+    """
+    _require_rank("q", q, "[T, H, D]")
+    _require_rank("k", k, "[T, K, D]")
+    _require_rank("k_cache", k_cache, "[L*N, K, B, D]")
+    _require_rank("block_tables", block_tables, "[S, M]")
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    pool, _, block_size, _ = k_cache.shape
+    num_sequences, blocks_per_sequence = block_tables.shape
+
+    _require_shape("k", k, (num_tokens, num_kv_heads, head_dim), "[T, K, D], T and D as in q,")
+    _require_shape("v", v, tuple(k.shape), "the shape of k")
+    _require_shape("k_cache", k_cache, (pool, num_kv_heads, block_size, head_dim), "[L*N, K, B, D], K and D as in k,")
+    _require_shape("v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
+    _require_shape("kv_slots", kv_slots, (num_tokens,), "[T]")
+    _require_shape("query_starts", query_starts, (num_sequences + 1,), "[S+1], S as in block_tables,")
+    _require_shape("context_lens", context_lens, (num_sequences,), "[S], S as in block_tables,")
+    for name, array in {
+        "kv_slots": kv_slots,
+        "query_starts": query_starts,
+        "context_lens": context_lens,
+        "block_tables": block_tables,
+    }.items():
+        _require_int32(name, array)
+    for name, array in {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}.items():
+        _require_float(name, array)
+    if v_cache.dtype != k_cache.dtype:
+        raise ValueError(f"v_cache has dtype {v_cache.dtype} but must be {k_cache.dtype}, the dtype of k_cache")
+
+    if num_heads % num_kv_heads:
+        raise ValueError(f"q has {num_heads} heads, which is not a multiple of the {num_kv_heads} heads of k")
+    if num_blocks < 1 or pool % num_blocks:
+        raise ValueError(
+            f"num_blocks is {num_blocks} but must be at least 1 and divide the {pool} blocks of k_cache; "
+            "pass the number of blocks of one layer"
+        )
+    num_layers = pool // num_blocks
+    if isinstance(layer, int):
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"layer is {layer} but must be in [0, {num_layers}): k_cache holds {num_layers} layers")
+    else:
+        _require_shape("layer", layer, (), "a scalar")
+        _require_int32("layer", layer)
+
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale is {scale} but must be positive and finite, usually D**-0.5 = {head_dim**-0.5:.4g}")
+    if isinstance(sliding_window, int):
+        if sliding_window < 1:
+            raise ValueError(f"sliding_window is {sliding_window} but must be at least 1; None attends to everything")
+    elif sliding_window is not None:
+        _require_shape("sliding_window", sliding_window, (), "a scalar")
+        _require_int32("sliding_window", sliding_window)
+    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
+        raise ValueError(f"soft_cap is {soft_cap} but must be positive and finite; None leaves the scores uncapped")
+    for name, array in {"alibi_slopes": alibi_slopes, "sinks": sinks}.items():
+        if array is not None:
+            _require_shape(name, array, (num_heads,), "[H]")
+            if array.dtype != jnp.float32:
+                raise ValueError(f"{name} has dtype {array.dtype} but must be float32")
+    return Dims(
+        T=num_tokens,
+        S=num_sequences,
+        M=blocks_per_sequence,
+        H=num_heads,
+        K=num_kv_heads,
+        G=num_heads // num_kv_heads,
+        D=head_dim,
+        P=pool,
+        N=num_blocks,
+        B=block_size,
+    )

@@ -1,0 +1,81 @@
+"""The definition of `ragged_attention`: one query token at a time, nothing clever. Slow; for tests and for reading."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def ragged_attention_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    kv_slots: jax.Array,
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    block_tables: jax.Array,
+    layer: int | jax.Array,
+    num_blocks: int,
+    scale: float,
+    sliding_window: int | jax.Array | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them."""
+    num_tokens, num_heads, head_dim = q.shape
+    pool, num_kv_heads, block_size, _ = k_cache.shape
+    group = num_heads // num_kv_heads
+    first_block = jnp.asarray(layer, jnp.int32) * num_blocks
+
+    # 1. Write. A slot outside [0, N*B) is padding: it goes to block `pool`, which does not exist, and is dropped.
+    is_real = (kv_slots >= 0) & (kv_slots < num_blocks * block_size)
+    block = jnp.where(is_real, first_block + kv_slots // block_size, pool)
+    offset = kv_slots % block_size
+    k_cache = k_cache.at[block, :, offset].set(k.astype(k_cache.dtype), mode="drop")
+    v_cache = v_cache.at[block, :, offset].set(v.astype(v_cache.dtype), mode="drop")
+
+    # 2. Attend. Token t is in chunk s, and the last token of a chunk is the last token of its context.
+    def attend(t: jax.Array) -> jax.Array:
+        s = jnp.sum(query_starts[1:] <= t)  # the number of chunks that end at or before t
+        belongs_to_a_chunk = s < context_lens.shape[0]
+        s = jnp.minimum(s, context_lens.shape[0] - 1)
+        position = context_lens[s] - query_starts[s + 1] + t
+
+        blocks = first_block + jnp.clip(block_tables[s], 0, num_blocks - 1)
+        keys = k_cache[blocks].swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim).astype(jnp.float32)  # [K, M*B, D]
+        values = v_cache[blocks].swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim).astype(jnp.float32)
+        queries = q[t].reshape(num_kv_heads, group, head_dim).astype(jnp.float32)  # [K, G, D]
+
+        key_positions = jnp.arange(keys.shape[1], dtype=jnp.int32)  # [M*B]
+        is_visible = key_positions <= position
+        if sliding_window is not None:
+            is_visible &= key_positions > position - sliding_window
+        # What lies outside may be anything, NaN included: select, never multiply by zero.
+        keys = jnp.where(is_visible[None, :, None], keys, 0.0)
+        values = jnp.where(is_visible[None, :, None], values, 0.0)
+
+        scores = scale * jnp.einsum("kgd,kjd->kgj", queries, keys, precision=HIGHEST)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        if alibi_slopes is not None:
+            distance = (key_positions - position).astype(jnp.float32)
+            scores = scores + alibi_slopes.reshape(num_kv_heads, group)[:, :, None] * distance
+        scores = jnp.where(is_visible, scores, -jnp.inf)
+
+        # A sink is one more logit per head: it takes probability and has no value.
+        sink = jnp.full((num_heads,), -jnp.inf) if sinks is None else sinks
+        sink = sink.reshape(num_kv_heads, group, 1)
+        top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top)
+        out = jnp.einsum("kgj,kjd->kgd", weights / total, values, precision=HIGHEST)
+        return jnp.where(belongs_to_a_chunk, out.reshape(num_heads, head_dim), 0.0).astype(q.dtype)
+
+    out = jax.lax.map(attend, jnp.arange(num_tokens, dtype=jnp.int32))
+    return out, k_cache, v_cache

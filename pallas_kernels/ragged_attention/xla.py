@@ -1,0 +1,265 @@
+"""Ragged attention in plain XLA: the production path where no kernel is at hand, on any platform.
+
+Two loops share one online softmax over tiles of keys:
+  - rows with a single query (sequences that generate) run together, in groups of similar context;
+  - longer chunks run one tile of queries at a time.
+Trip counts come from the contexts in the batch, so neither the size of the cache nor the width of the block table
+costs time. Keys are fetched a tile at a time: nothing of the size of a context is ever materialised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Measured on a 2-core CPU: fewer keys a tile cost loop overhead, more cost the L2 cache.
+_DECODE_TILE_KEYS = 64
+_PROMPT_TILE_KEYS = 256
+_PROMPT_TILE_QUERIES = 64
+_DECODE_GROUP = 32  # rows that run together, each group as long as its longest context
+
+_einsum = functools.partial(
+    jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Scoring:
+    """What turns a dot product into a score; heads are laid out [K, G]."""
+
+    window: jax.Array | None  # i32 scalar
+    soft_cap: float | None
+    slopes: jax.Array | None  # f32[K, G]
+    sinks: jax.Array | None  # f32[K, G]
+
+
+def ragged_attention_xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    kv_slots: jax.Array,
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    block_tables: jax.Array,
+    layer: int | jax.Array,
+    num_blocks: int,
+    scale: float,
+    sliding_window: int | jax.Array | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
+    layer = jnp.asarray(layer, jnp.int32)
+    k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=kv_slots, layer=layer, num_blocks=num_blocks)
+
+    scoring = _Scoring(
+        window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
+        soft_cap=soft_cap,
+        slopes=None if alibi_slopes is None else alibi_slopes.reshape(num_kv_heads, group),
+        sinks=None if sinks is None else sinks.reshape(num_kv_heads, group),
+    )
+    tables = layer * num_blocks + jnp.clip(block_tables, 0, num_blocks - 1)
+    queries = (q.astype(jnp.float32) * jnp.float32(scale)).reshape(num_tokens, num_kv_heads, group, head_dim)
+    query_lens = query_starts[1:] - query_starts[:-1]
+    out = jnp.zeros(queries.shape, jnp.float32)
+    if num_tokens > 1:  # a chunk of several tokens fits
+        out = _attend_chunks(
+            queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, scoring=scoring
+        )
+    out = _attend_single_rows(
+        queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, scoring=scoring
+    )
+    return out.reshape(q.shape).astype(q.dtype), k_cache, v_cache
+
+
+def write_kv(
+    k: jax.Array,
+    v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    kv_slots: jax.Array,
+    layer: jax.Array,
+    num_blocks: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
+    pool, _, block_size, _ = k_cache.shape
+    if k.shape[0] == 1:
+        # XLA turns a scatter of one row into a form for which it copies the whole cache. A dropped second row avoids it.
+        k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
+        kv_slots = jnp.concatenate([kv_slots, jnp.full((1,), num_blocks * block_size, jnp.int32)])
+    is_real = (kv_slots >= 0) & (kv_slots < num_blocks * block_size)
+    block = jnp.where(is_real, layer * num_blocks + kv_slots // block_size, pool)
+    offset = jnp.where(is_real, kv_slots % block_size, 0)
+    return (
+        k_cache.at[block, :, offset].set(k.astype(k_cache.dtype), mode="drop"),
+        v_cache.at[block, :, offset].set(v.astype(v_cache.dtype), mode="drop"),
+    )
+
+
+def _attend_single_rows(
+    queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, *, scoring: _Scoring
+) -> jax.Array:
+    """Fills the rows of `out` that belong to chunks of one token."""
+    num_sequences = tables.shape[0]
+    num_tokens = queries.shape[0]
+    block_size = k_cache.shape[2]
+    width = min(_DECODE_GROUP, num_sequences)
+    tile_blocks = max(1, _DECODE_TILE_KEYS // block_size)
+
+    contexts = jnp.where(query_lens == 1, context_lens, 0)
+    order = jnp.argsort(-contexts)  # long contexts share a group; rows without work come last
+    order = jnp.pad(order, (0, -num_sequences % width), constant_values=num_sequences)
+    contexts = jnp.pad(contexts, (0, 1))
+    num_groups = -(-jnp.sum(contexts > 0) // width)
+
+    def attend_group(i: jax.Array, out: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice(order, (i * width,), (width,))
+        tokens = query_starts[jnp.minimum(rows, num_sequences - 1)]
+        context = contexts[rows]
+        result = _attend(
+            queries[jnp.minimum(tokens, num_tokens - 1)][:, :, None],  # [W, K, 1, G, D]
+            (context - 1)[:, None],
+            context,
+            tables[jnp.minimum(rows, num_sequences - 1)],
+            k_cache,
+            v_cache,
+            tile_blocks=tile_blocks,
+            scoring=scoring,
+        )
+        target = jnp.where(context > 0, tokens, num_tokens)
+        return out.at[target].set(result[:, :, 0], mode="drop")
+
+    return lax.fori_loop(0, num_groups, attend_group, out)
+
+
+def _attend_chunks(
+    queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, *, scoring: _Scoring
+) -> jax.Array:
+    """Fills the rows of `out` that belong to chunks of several tokens, one tile of queries after another."""
+    num_tokens = queries.shape[0]
+    block_size = k_cache.shape[2]
+    tile = min(_PROMPT_TILE_QUERIES, num_tokens)
+    tile_blocks = max(1, _PROMPT_TILE_KEYS // block_size)
+
+    tiles = jnp.where(query_lens > 1, -(-query_lens // tile), 0)
+    ends = jnp.cumsum(tiles)  # tile i belongs to the first sequence whose end is above i
+    padding = [(0, tile), (0, 0), (0, 0), (0, 0)]  # the last tile may reach beyond T
+    queries, out = jnp.pad(queries, padding), jnp.pad(out, padding)
+
+    def attend_tile(i: jax.Array, out: jax.Array) -> jax.Array:
+        s = jnp.sum(ends <= i)
+        start = query_starts[s] + (i - (ends[s] - tiles[s])) * tile
+        first = context_lens[s] - query_starts[s + 1] + start  # position of the tile's first query
+        count = jnp.minimum(tile, query_starts[s + 1] - start)
+        rows = lax.dynamic_slice_in_dim(queries, start, tile)  # [tile, K, G, D]
+        offsets = jnp.arange(tile, dtype=jnp.int32)
+        result = _attend(
+            rows.swapaxes(0, 1)[None],
+            (first + jnp.minimum(offsets, count - 1))[None],
+            (first + count)[None],
+            tables[s][None],
+            k_cache,
+            v_cache,
+            tile_blocks=tile_blocks,
+            scoring=scoring,
+        )[0].swapaxes(0, 1)
+        old = lax.dynamic_slice_in_dim(out, start, tile)
+        new = jnp.where((offsets < count)[:, None, None, None], result, old)
+        return lax.dynamic_update_slice_in_dim(out, new, start, axis=0)
+
+    return lax.fori_loop(0, ends[-1], attend_tile, out)[:num_tokens]
+
+
+def _attend(
+    queries: jax.Array,
+    positions: jax.Array,
+    contexts: jax.Array,
+    tables: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    tile_blocks: int,
+    scoring: _Scoring,
+) -> jax.Array:
+    """Softmax-weighted values [W, K, Q, G, D] for W independent tiles of Q queries, each on its own context.
+
+    Args:
+      queries: f32[W, K, Q, G, D], scaled.
+      positions: i32[W, Q], rising in a row.
+      contexts: i32[W], keys that exist for a tile; 0 for a tile without work, whose result is 0.
+      tables: i32[W, M], blocks of the flat pool.
+    """
+    width, num_kv_heads, num_queries, group, head_dim = queries.shape
+    block_size = k_cache.shape[2]
+    max_blocks = tables.shape[1]
+    tile_blocks = min(tile_blocks, max_blocks)
+    rows = queries.reshape(width, num_kv_heads, num_queries * group, head_dim)
+
+    num_blocks = -(-contexts // block_size)  # [W]
+    first_block = jnp.zeros_like(num_blocks)
+    if scoring.window is not None:
+        first_block = jnp.maximum(0, positions[:, 0] - scoring.window + 1) // block_size
+    num_steps = jnp.max(-(-(num_blocks - first_block) // tile_blocks))
+
+    def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        top, total, acc = state
+        block = (first_block + i * tile_blocks)[:, None] + jnp.arange(tile_blocks, dtype=jnp.int32)  # [W, t]
+        ids = jnp.take_along_axis(tables, jnp.minimum(block, max_blocks - 1), axis=1)
+        ids = jnp.where(block < num_blocks[:, None], ids, 0)
+        key_position = block[:, :, None] * block_size + jnp.arange(block_size, dtype=jnp.int32)  # [W, t, B]
+
+        keys = k_cache[ids].astype(jnp.float32)  # [W, t, K, B, D]
+        scores = _einsum("wkqd,wtkbd->wtkqb", rows, keys)
+        scores = scores.reshape(width, tile_blocks, num_kv_heads, num_queries, group, block_size)
+        if scoring.soft_cap is not None:
+            scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
+        distance = key_position[:, :, None, :] - positions[:, None, :, None]  # [W, t, Q, B]
+        if scoring.slopes is not None:
+            far = distance.astype(jnp.float32)[:, :, None, :, None, :]
+            scores = scores + scoring.slopes[:, None, :, None] * far
+        visible = distance <= 0
+        if scoring.window is not None:
+            visible &= distance > -scoring.window
+        visible &= (block < num_blocks[:, None])[:, :, None, None]
+        scores = jnp.where(visible[:, :, None, :, None, :], scores, -jnp.inf)
+
+        new_top = jnp.maximum(top, jnp.max(scores, axis=(1, 5)))  # [W, K, Q, G]
+        # A row that has seen no key yet keeps -inf; 0 in its place gives weights of exp(-inf) = 0, not NaN.
+        base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+        weights = jnp.exp(scores - base[:, None, :, :, :, None])
+        keep = jnp.exp(top - base)
+        # Select, since what lies outside a context may be NaN.
+        exists = key_position < contexts[:, None, None]
+        if scoring.window is not None:
+            exists &= key_position > positions[:, :1, None] - scoring.window
+        values = v_cache[ids].astype(jnp.float32)
+        values = jnp.where(exists[:, :, None, :, None], values, 0.0)
+        weights = weights.reshape(width, tile_blocks, num_kv_heads, num_queries * group, block_size)
+        added = jnp.sum(_einsum("wtkqb,wtkbd->wtkqd", weights, values), axis=1)
+        added = added.reshape(queries.shape)
+        total = total * keep + jnp.sum(weights, axis=(1, 4)).reshape(keep.shape)
+        return new_top, total, acc * keep[..., None] + added
+
+    per_row = (width, num_kv_heads, num_queries, group)
+    state = (jnp.full(per_row, -jnp.inf, jnp.float32), jnp.zeros(per_row, jnp.float32), jnp.zeros(queries.shape, jnp.float32))
+    top, total, acc = lax.fori_loop(0, num_steps, step, state)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks[:, None, :]
+        base = jnp.maximum(top, sinks)
+        keep = jnp.exp(top - base)
+        total, acc = total * keep + jnp.exp(sinks - base), acc * keep[..., None]
+    return acc / jnp.where(total == 0.0, 1.0, total)[..., None]
+
+

@@ -1,0 +1,89 @@
+"""Ragged batches for tests: sequences with a history in the cache, chunks of new tokens, NaN in all the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Arguments of `ragged_attention`, as NumPy arrays, and what is needed to read its results."""
+
+    arrays: dict[str, np.ndarray]  # q, k, v, caches and index arrays, by argument name
+    num_blocks: int
+    layer: int
+    histories: list[tuple[np.ndarray, np.ndarray]]  # per sequence all keys and values [context, K, D]
+
+    def arguments(self, **changes: object) -> dict[str, object]:
+        head_dim = self.arrays["q"].shape[-1]
+        static = {"num_blocks": self.num_blocks, "layer": self.layer, "scale": head_dim**-0.5}
+        return {name: jnp.asarray(array) for name, array in self.arrays.items()} | static | changes
+
+
+def make_batch(
+    chunks: Sequence[tuple[int, int]],
+    *,
+    num_kv_heads: int = 1,
+    group: int = 2,
+    head_dim: int = 16,
+    block_size: int = 16,
+    num_layers: int = 3,
+    layer: int = 1,
+    spare_tokens: int = 0,
+    spare_blocks: int = 2,
+    spare_table: int = 1,
+    unused_kv: float = np.nan,
+    seed: int = 0,
+    dtype: type = np.float32,
+) -> Batch:
+    """A batch of `chunks`, each (query length, context length): (0, 0) is an unused row.
+
+    Blocks are dealt out in random order. Whatever no sequence owns holds `unused_kv`, other layers included.
+    """
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    num_heads = num_kv_heads * group
+    needed = [-(-context // block_size) for _, context in chunks]
+    num_blocks = sum(needed) + spare_blocks
+    num_tokens = sum(query for query, _ in chunks) + spare_tokens
+    free = list(rng.permutation(num_blocks))
+
+    cache_shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
+    caches = [np.full(cache_shape, unused_kv, np.float32) for _ in range(2)]
+    new = [normal(num_tokens, num_kv_heads, head_dim) for _ in range(2)]
+    # Blocks that do not exist stand where no kernel may look.
+    tables = np.full((len(chunks), max(needed, default=0) + spare_table), 2**30, np.int32)
+    slots = np.full(num_tokens, num_blocks * block_size, np.int32)
+    slots[1::2] += 12345  # any slot beyond the layer is padding, the next layer's too
+    starts, histories = [0], []
+    for s, (query, context) in enumerate(chunks):
+        blocks = np.array([free.pop() for _ in range(needed[s])], np.int64)
+        tables[s, : len(blocks)] = blocks
+        positions = np.arange(context)
+        flat = blocks[positions // block_size] * block_size + positions % block_size if context else positions
+        start, old = starts[-1], context - query
+        slots[start : start + query] = flat[old:]
+        history = []
+        for cache, fresh in zip(caches, new, strict=True):
+            own = normal(context, num_kv_heads, head_dim)
+            own[old:] = fresh[start : start + query]
+            cache[layer * num_blocks + flat[:old] // block_size, :, flat[:old] % block_size] = own[:old]
+            history.append(own)
+        histories.append((history[0], history[1]))
+        starts.append(start + query)
+    arrays = {
+        "q": normal(num_tokens, num_heads, head_dim),
+        "k": new[0],
+        "v": new[1],
+        "k_cache": caches[0].astype(dtype),
+        "v_cache": caches[1].astype(dtype),
+        "kv_slots": slots,
+        "query_starts": np.array(starts, np.int32),
+        "context_lens": np.array([context for _, context in chunks], np.int32),
+        "block_tables": tables,
+    }
+    return Batch(arrays=arrays, num_blocks=num_blocks, layer=layer, histories=histories)

@@ -1,0 +1,60 @@
+"""The tiny random checkpoints of tests/reference/tiny, as engines."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgen_jax import Engine, EngineConfig, RequestOutput, SamplingParams
+from fastgen_jax.checkpoint import load_params, open_checkpoint
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import Params
+
+HOME = Path(__file__).parent / "reference" / "tiny"
+VARIANTS = sorted(path.name for path in HOME.iterdir() if path.is_dir())
+
+
+@cache
+def tiny_model(variant: str = "default", *, stack_layers: bool = False) -> tuple[Params, ModelConfig]:
+    """Float32 weights and config of a variant."""
+    checkpoint = open_checkpoint(HOME / variant)
+    params = load_params(checkpoint, dtype="float32", stack_layers=stack_layers, prepare=None, progress=False)
+    return params, checkpoint.config
+
+
+def expected(variant: str = "default") -> dict[str, np.ndarray]:
+    """What transformers computed: token_ids, logits, greedy."""
+    return dict(np.load(HOME / variant / "expected.npz"))
+
+
+def tiny_engine(variant: str = "default", **options: Any) -> Engine:
+    """A small engine: budget 32, 8 sequences, 64 blocks of 4 tokens, unless `options` say otherwise."""
+    params, model = tiny_model(variant)
+    settings: dict[str, Any] = {
+        "token_budget": 32, "budget_ladder": (1, 8), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64, **options,
+    }
+    return Engine(params, model, EngineConfig(**settings))
+
+
+def greedy(max_new_tokens: int, **options: Any) -> SamplingParams:
+    """Greedy decoding of exactly so many tokens."""
+    return SamplingParams(max_new_tokens=max_new_tokens, do_sample=False, ignore_eos=True, **options)
+
+
+def drain(engine: Engine) -> dict[str, list[RequestOutput]]:
+    """Steps until nothing is left; every request's outputs in order."""
+    outputs: dict[str, list[RequestOutput]] = {}
+    for _ in range(10_000):
+        if not engine.has_work:
+            return outputs
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    raise AssertionError("the engine did not finish in 10,000 steps")
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[int]:
+    """All tokens that a request generated."""
+    return [token for output in outputs for token in output.new_token_ids]
