@@ -20,9 +20,7 @@ def describe() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(
-            line.split(":", 1) for line in cpuinfo.read_text(errors="replace").splitlines() if ":" in line
-        )
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text(errors="replace").splitlines() if ":" in line)
         by_name = {key.strip(): value.strip() for key, value in fields.items()}
         name = by_name.get("model name", name)
         if "cpu family" in by_name:  # virtual machines often hide the exact name

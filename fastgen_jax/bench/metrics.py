@@ -148,7 +148,10 @@ def meets_promise(
 
 
 def effective_throughput(
-    requests: Sequence[RequestTimes], *, tokens_per_second: float, variant: Literal["ewm", "cumulative"] = "ewm"
+    requests: Sequence[RequestTimes],
+    *,
+    tokens_per_second: float,
+    variant: Literal["ewm", "cumulative"] = "ewm",
 ) -> float:
     """Requests a second that met the promise: FastGen's goodput of one run."""
     if not requests:

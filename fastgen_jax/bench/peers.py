@@ -6,9 +6,11 @@ so that only generation is timed, for every engine alike.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from fastgen_jax.bench.workloads import Workload
 WORKERS = Path(__file__).with_name("workers")
 LOAD_SECONDS = 900.0  # compiling whole models takes minutes on few cores
 RUN_SECONDS = 1800.0
+END_SECONDS = 10.0  # an engine that has not ended by then is killed
 LOG_TAIL = 2000  # characters of a failed worker's log that its error message quotes
 
 
@@ -85,9 +88,7 @@ def vllm_peer(
         "engine_process": engine_process,
     }
     environment = {"LD_PRELOAD": preload} if preload else {}
-    return Peer(
-        name=name, python=python, script=WORKERS / "vllm_worker.py", options=options, environment=environment
-    )
+    return Peer(name=name, python=python, script=WORKERS / "vllm_worker.py", options=options, environment=environment)
 
 
 def llama_server_peer(
@@ -136,7 +137,10 @@ class RunResult:
 
 
 class Worker:
-    """A running engine; use it in a `with` statement, which starts and ends its process."""
+    """A running engine; use it in a `with` statement, which starts and ends its processes.
+
+    Between runs they are stopped (SIGSTOP): some engines spin while they wait and would slow the next one measured.
+    """
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -144,12 +148,15 @@ class Worker:
         """Engine, version and options, as the worker reports them once it is loaded."""
 
     def __enter__(self) -> Worker:
-        self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{self.peer.name.replace('/', '-')}-", suffix=".log")
+        self._log = tempfile.NamedTemporaryFile(
+            "w+", prefix=f"bench-{self.peer.name.replace('/', '-')}-", suffix=".log"
+        )
         self._process = subprocess.Popen(
             self.peer.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
+            start_new_session=True,
             env={**os.environ, **self.peer.environment},
         )
         try:
@@ -157,6 +164,7 @@ class Worker:
         except BaseException:
             self._end()
             raise
+        self._signal(signal.SIGSTOP)
         return self
 
     def __exit__(
@@ -168,12 +176,14 @@ class Worker:
         """Runs `workload` once; raises RuntimeError if the engine fails or returns another number of tokens."""
         assert self._process.stdin is not None
         requests = workload.to_jsonable()["requests"]
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps({"requests": requests}).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise RuntimeError(self._failure("ended")) from error
         reply = self._read(RUN_SECONDS)
+        self._signal(signal.SIGSTOP)
         records = {record["request_id"]: record for record in reply.pop("requests")}
         for request in workload.requests:
             got = len(records[request.request_id]["token_ids"])
@@ -204,25 +214,44 @@ class Worker:
         tail = Path(self._log.name).read_text(errors="replace")[-LOG_TAIL:]
         return f"the worker of {self.peer.name} {what}; the end of its log:\n{tail}"
 
+    def _signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the worker and everything it started (they share its process group)."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
     def _end(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._signal(signal.SIGCONT)
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-            self._process.wait(timeout=20)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=END_SECONDS)
+        self._signal(signal.SIGKILL)  # whatever is left of the group: servers and engine processes of their own
+        self._process.wait()
         self._process.stdout.close()
         self._log.close()
 
 
 def run_llama_bench(binary: str, gguf: str, *, threads: int, prompt: int = 512, output: int = 128) -> dict[str, float]:
     """llama.cpp's own benchmark without server or batching: tokens a second, e.g. {"pp512": ..., "tg128": ...}."""
-    command = [binary, "-m", gguf, "-t", str(threads), "-p", str(prompt), "-n", str(output), "-r", "3", "-o", "json"]
+    command = [
+        binary,
+        "-m",
+        gguf,
+        "-t",
+        str(threads),
+        "-p",
+        str(prompt),
+        "-n",
+        str(output),
+        "-r",
+        "3",
+        "-o",
+        "json",
+    ]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise RuntimeError(f"{binary} ended with code {finished.returncode}: {finished.stderr[-LOG_TAIL:]}")
     rows = json.loads(finished.stdout)
-    return {
-        f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}": float(row["avg_ts"]) for row in rows
-    }
+    return {f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}": float(row["avg_ts"]) for row in rows}

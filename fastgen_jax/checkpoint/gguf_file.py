@@ -75,7 +75,9 @@ def read_gguf(path: str | Path) -> GGUFFile:
     ValueError names the file and what is wrong with it: not GGUF, truncated, corrupt, big-endian.
     """
     path = Path(path)
-    data = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    if path.stat().st_size == 0:  # which cannot be mapped
+        raise ValueError(f"{path} is empty; download it again")
+    data: Any = np.memmap(path, dtype=np.uint8, mode="r")
     try:
         return _Header(memoryview(data), path).parse()
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:

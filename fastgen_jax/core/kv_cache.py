@@ -25,6 +25,14 @@ class KVCache:
     def zeros(
         *, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: Any
     ) -> KVCache:
-        """An empty cache of `num_blocks` blocks a layer, `block_size` tokens each."""
+        """An empty cache of `num_blocks` blocks a layer, `block_size` tokens each; see `stored_head_dim`."""
         shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
         return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def stored_head_dim(head_dim: int, platform: str) -> int:
+    """Numbers that the cache keeps for a head of `head_dim`: on a TPU a multiple of its 128 lanes.
+
+    XLA:TPU pads the minor axis to 128 in memory anyway, or else stores the pool transposed and copies it in every step.
+    """
+    return -(-head_dim // 128) * 128 if platform == "tpu" else head_dim

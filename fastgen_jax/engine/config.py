@@ -9,12 +9,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from fastgen_jax.core import stored_head_dim
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import POLICIES
 
 FREE_MEMORY_SHARE = {"cpu": 0.25}  # of the host's free memory: other programs live there too
 ACCELERATOR_MEMORY_SHARE = 0.85  # the rest is for activations and logits
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # buckets that may be chosen where none are given
+MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # of these, a measurement compiles and times only some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,10 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     blocks_a_sequence = -(-max_context_len // config.block_size)
     num_blocks = config.num_blocks
     if num_blocks is None:
-        bytes_a_block = model.kv_bytes_per_token(jnp.dtype(dtype).itemsize) * config.block_size
+        head_dim = stored_head_dim(model.head_dim, platform)
+        bytes_a_block = config.block_size * model.kv_bytes_per_token(
+            jnp.dtype(dtype).itemsize, stored_head_dim=head_dim
+        )
         fitting = int(_memory_for_cache(platform)) // bytes_a_block
         num_blocks = min(fitting, config.max_num_seqs * blocks_a_sequence)
         if num_blocks < 1:

@@ -21,7 +21,8 @@ from fastgen_jax.engine.runner import Runner, StepOutput
 from fastgen_jax.engine.sampling_tables import SamplingTables, validate
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import Params
-from fastgen_jax.scheduling import Request, SamplingParams, Scheduler, Step
+from fastgen_jax.scheduling import Chunk, Request, SamplingParams, Scheduler, Step
+from fastgen_jax.scheduling import Sequence as HostSequence
 from fastgen_jax.text import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -115,7 +116,7 @@ class Engine(ResearchInterface):
         if params.n != 1:
             raise ValueError(f"n is {params.n}; the engine runs one sequence a request: add it {params.n} times with "
                              f"different seeds, or use pipeline, which does that")
-        validate(params, self.model.vocab_size)
+        validate(params, self.model.vocab_size, eos_token_ids=self.eos_token_ids)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings {params.stop} need a tokenizer, and this engine has none; use stop_token_ids")
         request_id = f"request-{next(self._numbers)}" if request_id is None else request_id
@@ -205,6 +206,15 @@ class Engine(ResearchInterface):
         self.metrics.compiles_while_serving += compile_count() - compiles
         return outputs
 
+    def measure_step(self, num_tokens: int) -> float:
+        """Seconds of one full step of the bucket for `num_tokens`, measured now; ValueError unless the engine is idle.
+
+        It overwrites the cache, so prefixes cached so far are forgotten.
+        """
+        if self.has_work or self._put_sequences:
+            raise ValueError("the engine has requests or sequences; measure it while it is idle")
+        return self._runner.measure(self._runner.bucket(num_tokens).num_tokens, repeats=1)
+
     def _dispatch(self) -> bool:
         start = time.perf_counter()
         step = self._scheduler.schedule()
@@ -225,15 +235,16 @@ class Engine(ResearchInterface):
         m.count_step(num_tokens=step.num_tokens, bucket=bucket.num_tokens, token_budget=self.config.token_budget or 0)
         return True
 
-    def _admit(self, sequence: Any) -> None:
-        request = sequence.request
+    def _admit(self, sequence: HostSequence) -> None:
+        request, slot = sequence.request, sequence.slot
+        assert slot is not None  # it was admitted
         update = self._tables.admit(
-            sequence.slot, request.params, eos_token_ids=request.eos_token_ids, seed=request.seed,
-            num_prompt_tokens=len(request.prompt_token_ids),
+            slot, request.params, eos_token_ids=request.eos_token_ids, seed=request.seed,
+            num_prompt_tokens=sequence.num_prompt_tokens,
         )
         if update:
             self._runner.reset_slot(
-                sequence.slot, prompt_ids=request.prompt_token_ids, output_ids=sequence.output_token_ids,
+                slot, prompt_ids=request.prompt_token_ids, output_ids=sequence.output_token_ids,
                 logit_bias=request.params.logit_bias,
             )
 
@@ -241,19 +252,18 @@ class Engine(ResearchInterface):
         start = time.perf_counter()
         rows = self._read(step, output)
         read = time.perf_counter()
-        row_chunks = []  # (first row, chunk) of chunks with sampled rows
+        row_chunks = []  # (row behind its last one, chunk) of chunks with sampled rows
         row = 0
         for chunk in step.chunks:
             if chunk.num_sample_rows:
-                row_chunks.append((row, chunk))
                 row += chunk.num_sample_rows
-        sampling = [(first + chunk.num_sample_rows - 1, chunk) for first, chunk in row_chunks if chunk.samples]
-        advanced = self._scheduler.commit(step, [rows.tokens[row] for row, _ in sampling])
+                row_chunks.append((row, chunk))
+        advanced = self._scheduler.commit(step, [rows.tokens[end - 1] for end, chunk in row_chunks if chunk.samples])
         committed = time.perf_counter()
-        outputs = self._outputs(rows, row_chunks, set(map(id, advanced)))
+        outputs = self._outputs(rows, row_chunks, set(advanced))
         m = self.metrics
         m.generated_tokens += len(advanced)
-        m.wasted_rows += len(sampling) - len(advanced)
+        m.wasted_rows += len(step.sampled) - len(advanced)
         m.wait_seconds.append(read - start)
         m.commit_seconds.append(committed - read)
         m.output_seconds.append(time.perf_counter() - committed)
@@ -272,9 +282,11 @@ class Engine(ResearchInterface):
             )
         return SampledRows(np.asarray(sampled.tokens), logprobs)
 
-    def _outputs(self, rows: SampledRows, row_chunks: list[tuple[int, Any]], advanced: set[int]) -> list[RequestOutput]:
+    def _outputs(
+        self, rows: SampledRows, row_chunks: list[tuple[int, Chunk]], advanced: set[HostSequence]
+    ) -> list[RequestOutput]:
         outputs = []
-        for first, chunk in row_chunks:
+        for end, chunk in row_chunks:
             sequence = chunk.sequence
             request = sequence.request
             state = self._states.get(request.request_id)
@@ -282,16 +294,15 @@ class Engine(ResearchInterface):
                 continue  # aborted, or finished by an earlier step
             params = request.params
             if params.prompt_logprobs is not None:
-                for row in range(first, first + chunk.num_sample_rows):
-                    position = chunk.start + chunk.length - chunk.num_sample_rows + (row - first) + 1
-                    if position < len(request.prompt_token_ids):
+                for back in range(chunk.num_sample_rows, 0, -1):
+                    row, position = end - back, chunk.start + chunk.length - back + 1
+                    if position < sequence.num_prompt_tokens:
                         token_id = request.prompt_token_ids[position]
                         state.add_prompt_logprob(position, rows.logprob(row, token_id, params.prompt_logprobs))
-            if not chunk.samples or id(sequence) not in advanced:
+            if not chunk.samples or sequence not in advanced:
                 continue
-            row = first + chunk.num_sample_rows - 1
-            token_id = rows.tokens[row]
-            logprobs = [] if params.logprobs is None else [rows.logprob(row, token_id, params.logprobs)]
+            token_id = rows.tokens[end - 1]
+            logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs)]
             output, stopped = state.advance([token_id], logprobs)
             if stopped and sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "stop")

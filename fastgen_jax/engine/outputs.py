@@ -75,9 +75,10 @@ class RequestState:
             # Stop strings count only once the minimum is reached, like every other reason to stop.
             if self._stops is not None and self._num_returned + len(token_ids) > params.min_new_tokens:
                 text, match = self._stops.push(text)
+                if sequence.finish_reason is not None and match is None:
+                    rest, match = self._stops.flush()
+                    text += rest
                 stopped = match is not None
-                if sequence.finish_reason is not None and not stopped:
-                    text += self._stops.flush()
         first = self._num_returned == 0
         self._num_returned += len(token_ids)
         finished = stopped or sequence.finish_reason is not None
@@ -89,7 +90,7 @@ class RequestState:
             finish_reason="stop" if stopped else sequence.finish_reason,
             logprobs=tuple(logprobs) if params.logprobs is not None else None,
             prompt_logprobs=tuple(self.prompt_logprobs) if first and params.prompt_logprobs is not None else None,
-            num_prompt_tokens=len(sequence.request.prompt_token_ids),
+            num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached,
             num_generated_tokens=self._num_returned,
         ), stopped

@@ -141,7 +141,7 @@ class Packer:
         v["positions"][:total] = positions
         v["kv_slots"][:total] = tables[rows, block] * self._block_size + offset
         self._fill_tokens(step, ends, v["token_ids"], v["token_slots"])
-        prompt_lengths = np.array([len(chunk.sequence.request.prompt_token_ids) for chunk in chunks], np.int32)
+        prompt_lengths = np.array([chunk.sequence.num_prompt_tokens for chunk in chunks], np.int32)
         v["rope_lengths"][:total] = np.maximum(positions + 1, prompt_lengths[rows])
         self._fill_sample_rows(step, slots, contexts, ends, v)
         return buffer
@@ -150,8 +150,7 @@ class Packer:
         host_rows, host_tokens, device_rows, device_slots = [], [], [], []
         for chunk, end in zip(step.chunks, ends.tolist(), strict=True):
             sequence, start, length = chunk.sequence, chunk.start, chunk.length
-            prompt = sequence.request.prompt_token_ids
-            generated = start - len(prompt)
+            generated = start - sequence.num_prompt_tokens
             if length == 1 and generated >= 0:
                 output = sequence.output_token_ids
                 if generated < len(output):
@@ -160,11 +159,8 @@ class Packer:
                 else:  # sampled by a step whose tokens the host has not read yet
                     device_rows.append(end - 1)
                     device_slots.append(sequence.slot)
-            elif start + length <= len(prompt):
-                token_ids[end - length : end] = prompt[start : start + length]
-            else:  # recomputed after a preemption: generated tokens are part of the prompt now
-                tokens = (*prompt, *sequence.output_token_ids)
-                token_ids[end - length : end] = tokens[start : start + length]
+            else:
+                token_ids[end - length : end] = sequence.token_ids(start, start + length)
         token_ids[host_rows] = host_tokens
         token_slots[device_rows] = device_slots
 

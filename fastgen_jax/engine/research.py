@@ -134,7 +134,7 @@ class ResearchInterface:
         tokens += new
         old = self._put_sequences.get(uid)
         request = Request(request_id=uid, prompt_token_ids=tuple(tokens), params=SamplingParams(), seed=0)
-        sequence = HostSequence(request, max_total_tokens=len(tokens))
+        sequence = HostSequence(request, max_total_tokens=len(tokens), order=(0, 0.0, 0))
         if old is not None:
             sequence.num_computed, sequence.block_ids, sequence.slot = old.num_computed, old.block_ids, old.slot
         else:
@@ -163,8 +163,10 @@ class ResearchInterface:
             budget -= length
             if done:
                 finished.append(uid)
-        num_tokens = sum(chunk.length for chunk in chunks)
-        step = Step(chunks=chunks, block_updates=updates, admitted=[], preempted=[], num_tokens=num_tokens)
+        step = Step(
+            chunks=chunks, sampled=[], block_updates=updates, admitted=[], preempted=[],
+            num_tokens=sum(chunk.length for chunk in chunks), num_sample_rows=len(finished),
+        )
         return step, remaining, finished
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgen_jax.core import KVCache
+from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.packing import Bucket
@@ -50,7 +50,8 @@ class Runner:
         model, config = self.model, self.config
         self.kv_cache = KVCache.zeros(
             num_layers=model.num_layers, num_blocks=config.num_blocks, num_kv_heads=model.num_kv_heads,
-            block_size=config.block_size, head_dim=model.head_dim, dtype=jnp.dtype(config.dtype),
+            block_size=config.block_size, dtype=jnp.dtype(config.dtype),
+            head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
         )
         self.state: SamplerState = init_state(config.max_num_seqs, model.vocab_size)
 
@@ -75,13 +76,14 @@ class Runner:
                 self._compiled[budget] = (bucket, program)
             on_done(budget)
 
-    def lower(self, bucket: Bucket) -> Any:
-        """The step program of `bucket`, lowered for the current device but not compiled."""
+    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
+        """The step program of `bucket` for the current device, not compiled yet."""
         packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
-        step = partial(_step, bucket=bucket, config=self.model, logits_tile=self._logits_tile,
-                       attention=self.config.attention)
-        jitted = jax.jit(step, donate_argnums=(1, 2))
-        return jitted.lower(self.params, self.kv_cache, self.state, packed)
+        program = step_program(
+            self.model, bucket, attention=self.config.attention,
+            logits_tile=CPU_LOGITS_TILE if jax.default_backend() == "cpu" else None,
+        )
+        return program.lower(self.params, self.kv_cache, self.state, packed)
 
     def keep_only(self, budgets: Sequence[int]) -> None:
         """Forgets the programs of all other budgets."""
@@ -97,8 +99,16 @@ class Runner:
         """Gives a sequence's row of the sampler's state its penalties' history and its logit bias."""
         self.state = reset_slot(self.state, slot, **tables)
 
+    def warm_up(self) -> None:
+        """Runs every program once on an empty step, and the program that resets a slot, so that the first request
+        pays for no first time."""
+        for bucket, _ in self._compiled.values():
+            jax.block_until_ready(self.run(bucket.new_buffer()[0], bucket))
+        self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
+
     def measure(self, budget: int, *, repeats: int = 5) -> float:
-        """Median seconds of a full step: one prompt chunk of `budget` tokens at the start of its sequence.
+        """Seconds of a full step, one prompt chunk of `budget` tokens at the start of its sequence: the least of several
+        runs, because whatever else the machine does can only add to it.
 
         Overwrites the first blocks of the cache, so it belongs before the first request.
         """
@@ -116,16 +126,12 @@ class Runner:
             start = time.perf_counter()
             jax.block_until_ready(self.run(buffer, bucket))
             times.append(time.perf_counter() - start)
-        return float(np.median(times[1:]))
+        return min(times[1:])
 
     def can_hold(self, budget: int) -> bool:
         """Whether a sequence of `budget` tokens fits into the context limit and the cache, so that it can be measured."""
         config = self.config
         return budget <= min(config.max_context_len or 0, (config.num_blocks or 0) * config.block_size)
-
-    @property
-    def _logits_tile(self) -> int | None:
-        return CPU_LOGITS_TILE if jax.default_backend() == "cpu" else None
 
     def _new_bucket(self, budget: int) -> Bucket:
         config = self.config
@@ -133,6 +139,17 @@ class Runner:
             budget, max_num_seqs=config.max_num_seqs, max_blocks=self.max_blocks,
             num_slots=config.num_blocks * config.block_size, vocab_size=self.model.vocab_size,
         )
+
+
+def step_program(
+    model: ModelConfig, bucket: Bucket, *, attention: str | None = None, logits_tile: int | None = None
+) -> Any:
+    """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
+
+    `attention` and `logits_tile` are those of `models.decoder.forward`.
+    """
+    step = partial(_step, bucket=bucket, config=model, logits_tile=logits_tile, attention=attention)
+    return jax.jit(step, donate_argnums=(1, 2))
 
 
 def _step(

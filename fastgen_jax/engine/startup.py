@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model
 from fastgen_jax.engine import ladder
-from fastgen_jax.engine.config import BUDGETS, EngineConfig, resolve
+from fastgen_jax.engine.config import MEASURED_BUDGETS, EngineConfig, resolve
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.config import ModelConfig
@@ -27,19 +27,19 @@ log = logging.getLogger(__name__)
 
 def load(
     model: str | os.PathLike[str], config: EngineConfig, *, progress: bool
-) -> tuple[Params, ModelConfig, Tokenizer | None]:
+) -> tuple[Params, ModelConfig, Tokenizer]:
     """Weights in the form of `config`, the facts of the model, and its tokenizer.
 
     Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing there, damaged, unsupported.
     """
     checkpoint = open_checkpoint(resolve_model(model))
     resolved = resolve(config, checkpoint.config)  # before the long part: a mistake should show at once
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     params = load_params(
         checkpoint,
         dtype=resolved.dtype,
         stack_layers=bool(resolved.stack_layers),
-        prepare=lambda path, array: prepare_leaf(path, array, resolved),
+        prepare=lambda path, array: prepare_leaf(path, array, checkpoint.config, resolved),
         progress=progress,
     )
     return params, checkpoint.config, tokenizer
@@ -63,7 +63,7 @@ def start(params: Params, model: ModelConfig, config: EngineConfig, *, progress:
 def _choose_budgets(
     runner: Runner, config: EngineConfig, model: ModelConfig, folder: Path | None, *, progress: bool
 ) -> EngineConfig:
-    candidates = [budget for budget in BUDGETS if runner.can_hold(budget)]
+    candidates = [budget for budget in MEASURED_BUDGETS if runner.can_hold(budget)]
     path = folder / "step_costs.json" if folder else None
     key = _measurement_key(config, model)
     costs = ladder.load_costs(path, key) if path else None

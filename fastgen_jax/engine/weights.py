@@ -6,24 +6,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import Params
-from pallas_kernels.matmul import prepare
+from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
 MATRICES = ("qkv", "o", "gate_up", "down", "lm_head")  # read through `linear`; everything else is a plain array
 
 
-def prepare_leaf(path: str, array: Any, config: EngineConfig) -> Any:
+def prepare_leaf(path: str, array: Any, model: ModelConfig, config: EngineConfig) -> Any:
     """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array in `dtype`.
 
-    `path` is its place in the tree, like "layers.qkv"; `array` is [in, out] for a matrix.
+    `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either.
     """
     name = path.rsplit(".", 1)[-1]
-    if name in MATRICES and array.ndim == 2:
-        return prepare(jnp.asarray(array, config.dtype), quantize=config.quantize, platform=jax.default_backend())
-    return jnp.asarray(array, config.dtype)
+    if name not in MATRICES:
+        return jnp.asarray(array, config.dtype)
+    if path.startswith("layers.") and config.stack_layers:  # a packed weight cannot be sliced by a scan
+        if config.quantize is None:
+            return jnp.asarray(array, config.dtype)
+        values, scales = quantize_int8(np.asarray(array))
+        return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+    return prepare(
+        np.asarray(array).astype(config.dtype), quantize=config.quantize, platform=jax.default_backend(),
+        gated=name == "gate_up" and not model.mlp_bias,
+    )
 
 
 def prepare_params(params: Params, model: ModelConfig, config: EngineConfig) -> Params:
@@ -31,28 +40,29 @@ def prepare_params(params: Params, model: ModelConfig, config: EngineConfig) -> 
 
     What is prepared already stays as it is.
     """
-    prepared = {name: leaf for name, leaf in params.items() if name != "layers"}
-    if "lm_head" not in prepared and _reads_head_differently(config):
-        prepared["lm_head"] = jnp.asarray(prepared["embed"]).T  # the embedding itself is still looked up row by row
-    prepared = {name: _prepare_plain(name, leaf, config) for name, leaf in prepared.items()}
+
+    def prepared(path: str, leaf: Any) -> Any:
+        return prepare_leaf(path, leaf, model, config) if isinstance(leaf, jax.Array | np.ndarray) else leaf
+
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    if "lm_head" not in rest and _head_is_stored_apart(config):
+        rest["lm_head"] = np.asarray(rest["embed"]).T
+    rest = {name: prepared(name, leaf) for name, leaf in rest.items()}
     layers = params["layers"]
+    if isinstance(layers, dict) and not config.stack_layers:
+        layers = tuple(jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], layers) for i in range(model.num_layers))
+    elif not isinstance(layers, dict) and config.stack_layers:
+        layers = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *layers)
     if isinstance(layers, dict):
-        if config.stack_layers and config.quantize is None:
-            return {**prepared, "layers": {name: jnp.asarray(leaf, config.dtype) for name, leaf in layers.items()}}
-        layers = tuple(
-            jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], layers) for i in range(model.num_layers)
-        )
-    layers = tuple({name: _prepare_plain(name, leaf, config) for name, leaf in layer.items()} for layer in layers)
-    if config.stack_layers:
-        return {**prepared, "layers": jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *layers)}
-    return {**prepared, "layers": layers}
+        return {**rest, "layers": {name: prepared(f"layers.{name}", leaf) for name, leaf in layers.items()}}
+    layers = tuple({name: prepared(f"layers.{name}", leaf) for name, leaf in layer.items()} for layer in layers)
+    return {**rest, "layers": layers}
 
 
-def _prepare_plain(name: str, leaf: Any, config: EngineConfig) -> Any:
-    return prepare_leaf(name, leaf, config) if hasattr(leaf, "ndim") else leaf
+def _head_is_stored_apart(config: EngineConfig) -> bool:
+    """Whether a tied head is worth its own memory: where a prepared matrix is not just an array.
 
-
-def _reads_head_differently(config: EngineConfig) -> bool:
-    """Whether a matrix in `prepare`'s form is something else than the embedding transposed."""
-    probe = prepare(jnp.zeros((8, 8), config.dtype), quantize=config.quantize, platform=jax.default_backend())
+    The embedding itself stays as it is, because it is looked up row by row.
+    """
+    probe = prepare(np.zeros((8, 8), np.float32), quantize=config.quantize, platform=jax.default_backend())
     return not isinstance(probe, jax.Array)

@@ -88,6 +88,6 @@ class ModelConfig:
         head = e * self.vocab_size if sampled else 0
         return 2.0 * (self.num_layers * (per_layer + attention) + head)
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
+    def kv_bytes_per_token(self, itemsize: int, *, stored_head_dim: int | None = None) -> int:
         """Bytes of K and V that a token keeps in all layers, at `itemsize` bytes a number."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+        return 2 * self.num_layers * self.num_kv_heads * (stored_head_dim or self.head_dim) * itemsize

@@ -35,15 +35,18 @@ def forward(
     """
     x = jnp.take(params["embed"], batch.token_ids, axis=0)  # [T, E]
     cos, sin = rotation(batch.positions, batch.rope_lengths, rope=config.rope, head_dim=config.head_dim)
+    # Without the barrier XLA moves the cosines into every layer that uses them.
+    cos, sin = jax.lax.optimization_barrier((cos, sin))
     num_blocks = kv_cache.k.shape[0] // config.num_layers
 
     def layer(x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int) -> tuple[jax.Array, KVCache]:
+        h = rms_norm(x, w["attn_norm"], eps=config.norm_eps)
         h, cache = _attention(
-            rms_norm(x, w["attn_norm"], eps=config.norm_eps), w, cache, batch, cos, sin, index,
-            config=config, num_blocks=num_blocks, implementation=attention,
+            h, w, cache, batch, cos, sin, index, config=config, num_blocks=num_blocks, implementation=attention
         )
-        x = x + h
-        return x + _mlp(rms_norm(x, w["mlp_norm"], eps=config.norm_eps), w), cache
+        x = _project(h, w, "o", residual=x)
+        h = _mlp(rms_norm(x, w["mlp_norm"], eps=config.norm_eps), w)
+        return _project(h, w, "down", residual=x), cache
 
     x, kv_cache = run_layers(layer, params["layers"], x, kv_cache, num_layers=config.num_layers)
     rows = rms_norm(jnp.take(x, batch.sample_rows, axis=0), params["final_norm"], eps=config.norm_eps)
@@ -97,10 +100,12 @@ def _attention(
 ) -> tuple[jax.Array, KVCache]:
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = _project(x, w, "qkv").reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
-    qk = rotate(qkv[:, : h + k], cos, sin)
+    qkv = jnp.concatenate([rotate(qkv[:, : h + k], cos, sin), qkv[:, h + k :]], axis=1)
+    if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
+        qkv = jnp.pad(qkv, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d)))
     out, k_cache, v_cache = ragged_attention(
-        qk[:, :h],
-        qk[:, h:],
+        qkv[:, :h],
+        qkv[:, h : h + k],
         qkv[:, h + k :],
         cache.k,
         cache.v,
@@ -113,18 +118,19 @@ def _attention(
         scale=1.0 / math.sqrt(d),
         implementation=implementation,
     )
-    return _project(out.reshape(-1, h * d), w, "o"), KVCache(k=k_cache, v=v_cache)
+    return out[..., :d].reshape(-1, h * d), KVCache(k=k_cache, v=v_cache)
 
 
 def _mlp(x: jax.Array, w: dict[str, Any]) -> jax.Array:
+    """The gated hidden units [T, F], before the projection back to E."""
     if "gate_up_bias" not in w:
-        return _project(swiglu(x, w["gate_up"]), w, "down")
+        return swiglu(x, w["gate_up"])
     gate, up = jnp.split(_project(x, w, "gate_up"), 2, axis=-1)
-    return _project(jax.nn.silu(gate) * up, w, "down")
+    return jax.nn.silu(gate) * up
 
 
-def _project(x: jax.Array, w: dict[str, Any], name: str) -> jax.Array:
-    y = linear(x, w[name])
+def _project(x: jax.Array, w: dict[str, Any], name: str, *, residual: jax.Array | None = None) -> jax.Array:
+    y = linear(x, w[name], residual=residual)
     return y + w[f"{name}_bias"] if f"{name}_bias" in w else y
 
 

@@ -13,14 +13,16 @@ _DIGEST_BYTES = 16  # 128 bits: a collision among 2**40 blocks has odds of 2**-4
 class BlockPool:
     """Hands out blocks, counts their owners, and finds blocks whose content is already there.
 
-    A block is *blank* (free, nothing to keep), *held* (one owner or more) or *idle* (no owner, but its content is
-    registered, so that it can serve a later prompt until it is evicted, least recently used first). Blank and idle
-    blocks are free. A full block is registered under a digest chained over all tokens from position 0, which does not
-    depend on the process; `salt` separates pools whose equal tokens mean different KV. Every operation takes constant
-    time per block.
+    A block is *blank* (free, nothing to keep), *held* (one owner or more) or *idle* (no owner, but its
+    content is registered, so that it can serve a later prompt until it is evicted, least recently used
+    first). Blank and idle blocks are free. A full block is registered under a digest chained over all tokens
+    from position 0, which does not depend on the process; `salt` separates pools whose equal tokens mean
+    different KV. Every operation takes constant time per block.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, salt: bytes = b"") -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, salt: bytes = b""
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
@@ -49,7 +51,9 @@ class BlockPool:
             RuntimeError: fewer are free; the caller must look at `num_free` first.
         """
         if count > self.num_free:
-            raise RuntimeError(f"{count} blocks were asked for but {self.num_free} of {self.num_blocks} are free")
+            raise RuntimeError(
+                f"{count} blocks were asked for but {self.num_free} of {self.num_blocks} are free"
+            )
         blank, owners = self._blank, self._owners
         block_ids = []
         for _ in range(count):
@@ -77,7 +81,7 @@ class BlockPool:
             RuntimeError: a block has no owner.
         """
         owners, digests = self._owners, self._digests
-        # From the end: of two idle blocks of a sequence, the later one is of no use without the earlier, so it goes first.
+        # From the end: a later block is of no use without the earlier ones, so it should be evicted first.
         for block_id in reversed(block_ids):
             if not owners[block_id]:
                 raise RuntimeError(f"block {block_id} is freed but nobody holds it")
@@ -94,7 +98,7 @@ class BlockPool:
         return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
     def register(self, block_id: int, digest: bytes) -> None:
-        """Offers a held, full block for reuse. Of several blocks with the same content the first one serves."""
+        """Offers a held, full block for reuse. Of several blocks of equal content the first one serves."""
         if self.prefix_caching and digest not in self._registered and self._digests[block_id] is None:
             self._registered[digest] = block_id
             self._digests[block_id] = digest
@@ -110,7 +114,7 @@ class BlockPool:
         return block_ids
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Checks that every block is exactly one of blank, idle, held, given the block table of every sequence.
+        """Checks that every block is exactly one of blank, idle and held, given the table of every sequence.
 
         Raises:
             RuntimeError: the first contradiction found.
@@ -118,25 +122,32 @@ class BlockPool:
         holders = Counter(block_id for table in tables for block_id in table)
         for block_id, owners in enumerate(self._owners):
             if owners != holders[block_id]:
-                raise RuntimeError(f"block {block_id} counts {owners} owners but {holders[block_id]} sequences list it")
+                raise RuntimeError(
+                    f"block {block_id} counts {owners} owners but {holders[block_id]} sequences list it"
+                )
         blank = Counter(self._blank)
         for block_id, owners in enumerate(self._owners):
             digest = self._digests[block_id]
             places = blank[block_id] + (block_id in self._idle) + (owners > 0)
             if places != 1:
                 raise RuntimeError(
-                    f"block {block_id} is blank {blank[block_id]} times, idle {int(block_id in self._idle)} times "
-                    f"and has {owners} owners; exactly one of these must hold"
+                    f"block {block_id} is blank {blank[block_id]} times, "
+                    f"idle {int(block_id in self._idle)} times and has {owners} owners; "
+                    "exactly one of these must hold"
                 )
             if digest is not None and self._registered.get(digest) != block_id:
-                raise RuntimeError(f"block {block_id} carries a digest that names {self._registered.get(digest)}")
+                raise RuntimeError(
+                    f"block {block_id} carries a digest that names {self._registered.get(digest)}"
+                )
             if digest is None and block_id in self._idle:
                 raise RuntimeError(f"block {block_id} is idle but carries no digest")
             if digest is not None and blank[block_id]:
                 raise RuntimeError(f"block {block_id} is blank but carries a digest")
         num_digests = sum(digest is not None for digest in self._digests)
         if num_digests != len(self._registered):
-            raise RuntimeError(f"{num_digests} blocks carry a digest but {len(self._registered)} are registered")
+            raise RuntimeError(
+                f"{num_digests} blocks carry a digest but {len(self._registered)} are registered"
+            )
 
     def _forget(self, block_id: int) -> None:
         digest = self._digests[block_id]

@@ -11,18 +11,26 @@ from fastgen_jax.scheduling.sequence import Sequence
 
 
 def steps_until_first_token(
-    sequence: Sequence, running: Iterable[Sequence], ahead: Iterable[Sequence], *, limits: StepLimits, num_free_blocks: int
+    sequence: Sequence,
+    running: Iterable[Sequence],
+    ahead: Iterable[Sequence],
+    *,
+    limits: StepLimits,
+    num_free_blocks: int,
 ) -> int:
     """Estimates the number of steps until `sequence`, which is behind `ahead`, has its first token.
 
-    A replay without the steps: prompts are computed one after another, at the rate that the generating sequences leave
-    of the token budget; each sequence then holds its slot and blocks until its length limit. Early ends and prefix
-    hits make the wait shorter; preemption, growing sequences and later requests of higher priority make it longer.
+    A replay without the steps: prompts are computed one after another, at the rate that the generating
+    sequences leave of the token budget; each sequence then holds its slot and blocks until its length limit.
+    Early ends and prefix hits make the wait shorter; preemption, growing sequences and later requests of
+    higher priority make it longer.
     """
     block_size = limits.block_size
     free_slots, free_blocks = limits.max_num_seqs, num_free_blocks
     num_generating = prompt_tokens = 0
-    releases: list[tuple[float, int]] = []  # (step, blocks): a heap of the moments when a slot and blocks come free
+    releases: list[
+        tuple[float, int]
+    ] = []  # (step, blocks): a heap of the moments when a slot and blocks come free
     for other in running:
         free_slots -= 1
         num_generating += other.remaining == 1

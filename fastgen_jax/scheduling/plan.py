@@ -8,21 +8,11 @@ from typing import NamedTuple
 
 from fastgen_jax.scheduling.block_pool import BlockLedger
 from fastgen_jax.scheduling.sequence import Sequence
+from fastgen_jax.scheduling.step import Chunk
 
-_MAX_BLOCKED = 8  # waiting sequences without room that are looked at in a step, so that a long queue costs little
-
-
-class Chunk(NamedTuple):
-    """The tokens at positions `[start, start + length)` of one sequence, computed in one step.
-
-    Logits are wanted for the last `num_sample_rows` positions. `samples`: the very last of them yields a new token.
-    """
-
-    sequence: Sequence
-    start: int
-    length: int
-    num_sample_rows: int
-    samples: bool
+_MAX_BLOCKED = (
+    8  # waiting sequences without room that are looked at in a step, so that a long queue costs little
+)
 
 
 class Admission(NamedTuple):
@@ -46,8 +36,8 @@ class StepLimits:
     """What one step and the pool can hold.
 
     A step holds `token_budget` tokens, `max_num_seqs` sequences have a slot, `max_sample_rows` logit rows are
-    computed. `watermark_blocks` stay free when a sequence is admitted beside others. A waiting sequence is overtaken
-    at most `max_bypasses` times.
+    computed. `watermark_blocks` stay free when a sequence is admitted beside others. A waiting sequence is
+    overtaken at most `max_bypasses` times.
     """
 
     token_budget: int
@@ -61,7 +51,8 @@ class StepLimits:
 class Draft:
     """A plan in the making, and what is left of the step's limits.
 
-    Reads `running` and `waiting`, which are in the order of their claim to run; changes only itself and `blocks`.
+    Reads `running` and `waiting`, which are in the order of their claim to run; changes only itself and
+    `blocks`.
     """
 
     def __init__(
@@ -151,8 +142,8 @@ class Draft:
     def prompt_alone(self, *, beside_generation: bool) -> bool:
         """Gives the step to the prompt that is first in line, if a step could not hold the whole of it.
 
-        `beside_generation`: the step would have to hold a token of each generating sequence too. False, and nothing
-        is added, if there is no such prompt, or no room for it in memory.
+        `beside_generation`: the step would have to hold a token of each generating sequence too. False, and
+        nothing is added, if there is no such prompt, or no room for it in memory.
         """
         under_way = self._prompts_under_way()
         if under_way:
@@ -177,14 +168,20 @@ class Draft:
         return True
 
     def finish(self) -> StepPlan:
-        """Gives the plan, after a last resort: if nothing could be added because prompts under way hold all blocks,
-        the last of them give way to the first. While tokens are in flight their commit may free blocks instead.
+        """Gives the plan, after a last resort that keeps things moving.
+
+        If prompts under way hold all blocks and nothing could be added, the last give way to the first.
+        While tokens are in flight their commit may free blocks instead.
         """
-        if not self.plan.chunks and self.running and not any(sequence.num_in_flight for sequence in self.running):
-            first = self.running[0]
+        if (
+            not self.plan.chunks
+            and self.running
+            and not any(sequence.num_in_flight for sequence in self.running)
+        ):
+            self._continue(self.running[0])
             while not self.plan.chunks and self.num_kept > 1:
                 self._preempt_last()
-                self._continue(first)
+                self._continue(self.running[0])
         return self.plan
 
     def _prompts_under_way(self) -> list[Sequence]:
@@ -194,11 +191,11 @@ class Draft:
         return self.num_kept + len(self.plan.admissions) < self.limits.max_num_seqs
 
     def _start_of(self, sequence: Sequence) -> list[int] | None:
-        """The cached blocks that a waiting sequence can start behind; None while tokens of it are in flight."""
+        """The cached blocks that a waiting sequence can start behind; None while it has tokens in flight."""
         return None if sequence.num_in_flight else self.cached_prefix(sequence)
 
     def _cut(self, sequence: Sequence, start: int, tokens: int, rows: int) -> Chunk | None:
-        """The longest chunk from `start` within `tokens` tokens and `rows` logit rows; None if it would be empty."""
+        """The longest chunk from `start` within `tokens` tokens and `rows` logit rows; None if empty."""
         first_row = max(start, sequence.first_row)
         stop = min(sequence.num_tokens, start + tokens, first_row + rows)
         if stop <= start:
@@ -241,7 +238,7 @@ class Draft:
             self.blocks.take(num_blocks - num_held_blocks)
 
     def _take_block_for(self, sequence: Sequence) -> bool:
-        """Takes a block, from the last running sequences if none is free; False if it came to `sequence` itself."""
+        """Takes a block, if need be from the last running sequence; False if that is `sequence` itself."""
         while not self.blocks.available:
             if self._preempt_last() is sequence:
                 return False

@@ -1,23 +1,24 @@
 """Which tokens make up the next step: one pure function a policy.
 
 A policy reads the running and the waiting sequences and returns a `StepPlan`. It changes nothing but the
-`BlockLedger` that it is given for this purpose. Sequences come in the order of their claim to run: by priority, then
-arrival time, then order of adding.
+`BlockLedger` that it is given for this purpose. Sequences come in the order of their claim to run: by
+priority, then arrival time, then order of adding.
 
 What the policies share:
 
-- **Generation**: one token for each running sequence with one token left to compute. If there is no block for it, the
-  last of all running sequences is preempted, if need be the sequence itself; so the first one always advances.
-- **Memory**: a waiting sequence is admitted as soon as the blocks for its next chunk exist and the watermark remains,
-  which keeps it from being preempted at once. One that was preempted before is admitted only when there are blocks
-  for all its tokens: it has shown that memory is short. When nothing else runs, no watermark is kept. Prompts under
-  way have the first claim on free blocks: while one of them is short of blocks nobody is admitted, nor in a step that
-  preempts.
-- **Bounded bypass**: a waiting sequence for which there is no memory (or no logit row, or whose tokens are in flight)
-  is stepped over. It is overtaken at most `max_bypasses` times, counted per sequence that overtakes it; then
-  everybody behind it waits until it is admitted.
-- **Logit rows**: a chunk that completes the known tokens of a sequence takes one row; a prompt whose log-probabilities
-  are wanted takes one a token, and is cut where the rows end.
+- **Generation**: one token for each running sequence with one token left to compute. If there is no block for
+  it, the last of all running sequences is preempted, if need be the sequence itself; so the first one always
+  advances.
+- **Memory**: a waiting sequence is admitted as soon as the blocks for its next chunk exist and the watermark
+  remains, which keeps it from being preempted at once. One that was preempted before is admitted only when
+  there are blocks for all its tokens: it has shown that memory is short. When nothing else runs, no watermark
+  is kept. Prompts under way have the first claim on free blocks: while one of them is short of blocks nobody
+  is admitted, nor in a step that preempts.
+- **Bounded bypass**: a waiting sequence for which there is no memory (or no logit row, or whose tokens are in
+  flight) is stepped over. It is overtaken at most `max_bypasses` times, counted per sequence that overtakes
+  it; then everybody behind it waits until it is admitted.
+- **Logit rows**: a chunk that completes the known tokens of a sequence takes one row; a prompt whose
+  log-probabilities are wanted takes one a token, and is cut where the rows end.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from fastgen_jax.scheduling.sequence import Sequence
 class Policy(Protocol):
     """Plans one step.
 
-    `running` and `waiting` are in order and only read (a sequence carries its `request`, with priority and arrival
-    time). `blocks` counts the free blocks as the plan grows. `cached_prefix` gives the registered blocks that a
-    waiting sequence could start behind.
+    `running` and `waiting` are in order and only read (a sequence carries its `request`, with priority and
+    arrival time). `blocks` counts the free blocks as the plan grows. `cached_prefix` gives the registered
+    blocks that a waiting sequence could start behind.
     """
 
     def __call__(
@@ -59,7 +60,7 @@ def splitfuse(
     blocks: BlockLedger,
     cached_prefix: Callable[[Sequence], list[int]],
 ) -> StepPlan:
-    """Fills every step to the token budget: generation first, then prompts, of which the last is split to fit.
+    """Fills every step to the token budget: generation first, then prompts, the last of them split to fit.
 
     Source: Dynamic SplitFuse, DeepSpeed-FastGen (arXiv:2401.08671).
     """
@@ -100,8 +101,9 @@ def orca(
 ) -> StepPlan:
     """Puts whole prompts beside generation.
 
-    A prompt that does not fit beside the running sequences runs alone, in consecutive steps filled by it if need be,
-    once it is first in line; generation pauses meanwhile. Source: iteration-level scheduling, Orca (OSDI 2022).
+    A prompt that does not fit beside the running sequences runs alone, in consecutive steps filled by it if
+    need be, once it is first in line; generation pauses meanwhile. Source: iteration-level scheduling, Orca
+    (OSDI 2022).
     """
     draft = Draft(running, waiting, limits, blocks, cached_prefix)
     if not draft.prompt_alone(beside_generation=True):

@@ -18,22 +18,23 @@ _MAX_SEED = 2**32 - 1  # seeds travel as uint32
 class SamplingParams:
     """How one request is continued, complete and checked when constructed.
 
-    Lengths are in tokens. `max_new_tokens` limits what is generated, `max_length` the prompt and the generated tokens
-    together; with neither, generation runs up to the engine's context length. At least `min_new_tokens` tokens are
-    generated before an end-of-sequence or stop token can end the request. `ignore_eos` leaves only `stop`,
-    `stop_token_ids` and the length limits.
+    Lengths are in tokens. `max_new_tokens` limits what is generated, `max_length` the prompt and the
+    generated tokens together; with neither, generation runs up to the engine's context length. At least
+    `min_new_tokens` tokens are generated before an end-of-sequence or stop token can end the request.
+    `ignore_eos` leaves only `stop`, `stop_token_ids` and the length limits.
 
     `do_sample=False` or `temperature=0` is greedy; `temperature=None` is 1. `presence_penalty` and
-    `frequency_penalty` are subtracted from the logits of generated tokens, `repetition_penalty` divides positive and
-    multiplies negative logits of all tokens seen, `logit_bias` is added per token id. `seed=None` lets the engine draw
-    one. `logprobs=k` reports each generated token's log-probability and those of the `k` likeliest alternatives,
-    `prompt_logprobs=k` the same for the prompt.
+    `frequency_penalty` are subtracted from the logits of generated tokens, `repetition_penalty` divides
+    positive and multiplies negative logits of all tokens seen, `logit_bias` is added per token id.
+    `seed=None` lets the engine draw one. `logprobs=k` reports each generated token's log-probability and
+    those of the `k` likeliest alternatives, `prompt_logprobs=k` the same for the prompt.
 
-    `stop` accepts one string or several, `logit_bias` a mapping; both are stored as tuples (of strings, and of
-    `(token id, bias)` pairs in ascending order of token id), so that the parameters are hashable.
+    `stop` accepts one string or several, `logit_bias` a mapping; both are stored as tuples (of strings, and
+    of `(token id, bias)` pairs in ascending order of token id), so that the parameters are hashable.
 
     Raises:
-        ValueError: an argument is out of its range or contradicts another; the message says which, and what to do.
+        ValueError: an argument is out of its range or contradicts another; the message says which, and what
+        to do.
     """
 
     max_new_tokens: int | None = None
@@ -73,7 +74,9 @@ class SamplingParams:
         if self.max_new_tokens is not None:
             _check_int("max_new_tokens", self.max_new_tokens, 1, None, "ask for at least one token")
         if self.max_length is not None:
-            _check_int("max_length", self.max_length, 2, None, "it counts the prompt and the generated tokens")
+            _check_int(
+                "max_length", self.max_length, 2, None, "it counts the prompt and the generated tokens"
+            )
         _check_int("min_new_tokens", self.min_new_tokens, 0, None, "use 0 for no minimum")
         _check_int("n", self.n, 1, None, "ask for at least one continuation")
         for name in ("logprobs", "prompt_logprobs"):
@@ -95,9 +98,13 @@ class SamplingParams:
             _check_float("min_p", self.min_p, 0, 1, "use None to keep every token")
         _check_float("presence_penalty", self.presence_penalty, -2, 2, "use 0 for no penalty")
         _check_float("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for no penalty")
-        _check_float("repetition_penalty", self.repetition_penalty, 0, 10, "use 1 for no penalty", open_low=True)
+        _check_float(
+            "repetition_penalty", self.repetition_penalty, 0, 10, "use 1 for no penalty", open_low=True
+        )
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None to have one drawn")
+            _check_int(
+                "seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None to have one drawn"
+            )
 
     def _check_contradictions(self) -> None:
         if self.max_new_tokens is not None and self.max_length is not None:
@@ -134,9 +141,9 @@ class SamplingParams:
 class Request:
     """One prompt to be continued once.
 
-    `request_id` is unique among unfinished requests. `priority`: lower runs first; `arrival_time` (seconds on any one
-    clock) orders requests of one priority, then the order of adding. `seed` is the number that randomness is drawn
-    from, already concrete where `params.seed` may be None.
+    `request_id` is unique among unfinished requests. `priority`: lower runs first; `arrival_time` (seconds on
+    any one clock) orders requests of one priority, then the order of adding. `seed` is the number that
+    randomness is drawn from, already concrete where `params.seed` may be None.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -189,14 +196,17 @@ def _stop_token_ids(stop_token_ids: Any) -> tuple[int, ...]:
 def _logit_bias_pairs(logit_bias: Any) -> tuple[tuple[int, float], ...]:
     pairs = logit_bias.items() if isinstance(logit_bias, Mapping) else logit_bias
     try:
-        biases = {token_id: bias for token_id, bias in pairs}
+        biases = dict(pairs)
     except (TypeError, ValueError):
         raise ValueError(
-            f"logit_bias is {logit_bias!r}; it must be a mapping from token id to bias; use for example {{50: -1.5}}"
+            f"logit_bias is {logit_bias!r}; it must be a mapping from token id to bias; "
+            "use for example {50: -1.5}"
         ) from None
     _check_token_ids("logit_bias", tuple(biases))
     for token_id, bias in biases.items():
-        _check_float(f"logit_bias[{token_id}]", bias, -100, 100, "-100 forbids a token in practice, 100 forces it")
+        _check_float(
+            f"logit_bias[{token_id}]", bias, -100, 100, "-100 forbids a token in practice, 100 forces it"
+        )
     if len(biases) > MAX_LOGIT_BIAS_ENTRIES:
         raise ValueError(
             f"logit_bias has {len(biases)} entries but at most {MAX_LOGIT_BIAS_ENTRIES} are supported; "
@@ -235,7 +245,9 @@ def _check_float(
         raise ValueError(f"{name} is {value!r}; it must be a finite number; {remedy}")
     too_low = low is not None and (value <= low if open_low else value < low)
     if too_low or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}; it must be {_range_text(low, high, open_low=open_low)}; {remedy}")
+        raise ValueError(
+            f"{name} is {value}; it must be {_range_text(low, high, open_low=open_low)}; {remedy}"
+        )
 
 
 def _range_text(low: float | None, high: float | None, *, open_low: bool = False) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import abc, deque
-from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
-from typing import NamedTuple
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.estimate import steps_until_first_token
-from fastgen_jax.scheduling.plan import Admission, Chunk, StepLimits
+from fastgen_jax.scheduling.plan import Admission, StepLimits
 from fastgen_jax.scheduling.policies import POLICIES
 from fastgen_jax.scheduling.request import Request
 from fastgen_jax.scheduling.sequence import FinishReason, Sequence, SequenceStatus
+from fastgen_jax.scheduling.step import SchedulerStats, Step
 
 _FINISHED = SequenceStatus.FINISHED
 _RUNNING = SequenceStatus.RUNNING
@@ -22,49 +22,16 @@ _WAITING = SequenceStatus.WAITING
 _ORDER = attrgetter("order")
 
 
-class Step(NamedTuple):
-    """One step to dispatch.
-
-    `sampled` are the sequences whose chunk samples a new token, in chunk order. `block_updates` holds exactly what
-    changed in the block tables: `(slot, first index, block ids)`, the whole table for a sequence in `admitted`, which
-    got its slot in this step. Sequences in `preempted` lost theirs; it may be in use again in this very step.
-    """
-
-    chunks: list[Chunk]
-    sampled: list[Sequence]
-    block_updates: list[tuple[int, int, list[int]]]
-    admitted: list[Sequence]
-    preempted: list[Sequence]
-    num_tokens: int
-    num_sample_rows: int
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences with a chunk in this step."""
-        return len(self.chunks)
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counts since the start. Tokens are tokens computed; a prefix hit is a token that was not computed again."""
-
-    num_steps: int = 0
-    num_tokens: int = 0
-    num_preemptions: int = 0
-    num_prefix_hit_tokens: int = 0
-    num_bypasses: int = 0
-
-
 class Scheduler:
     """Decides what each step computes, and keeps the books of tokens, slots and KV blocks.
 
-    `add` a request; then, as long as there is work, `schedule()` a step, run it, and `commit` what it sampled.
-    `schedule()` may be called again before the commit: sequences then run on tokens that are still on the device.
-    Every step that `schedule()` returns must be run, in order, and committed, in order.
+    `add` a request; then, as long as there is work, `schedule()` a step, run it, and `commit` what it
+    sampled. `schedule()` may be called again before the commit: sequences then run on tokens that are still
+    on the device. Every step that `schedule()` returns must be run, in order, and committed, in order.
 
-    A sequence is preempted by recomputation: it loses its blocks, keeps its tokens, and waits at its old place in line.
-    Slots and blocks of a sequence that ended or was preempted are free at once: the device runs steps in order, so a
-    late write of an earlier step comes before any write of a later one.
+    A sequence is preempted by recomputation: it loses its blocks, keeps its tokens, and waits at its old
+    place in line. Slots and blocks of a sequence that ended or was preempted are free at once: the device
+    runs steps in order, so a late write of an earlier step comes before any write of a later one.
 
     Args:
         num_blocks: KV blocks in the pool, of `block_size` tokens each.
@@ -157,7 +124,9 @@ class Scheduler:
             ValueError: it can never run here, or its id is in use. Nothing has changed then.
         """
         if request.request_id in self._unfinished:
-            raise ValueError(f"request_id {request.request_id!r} is already in use; give each request its own")
+            raise ValueError(
+                f"request_id {request.request_id!r} is already in use; give each request its own"
+            )
         sequence = self._new_sequence(request)
         self._num_added += 1
         self._unfinished[request.request_id] = sequence
@@ -165,7 +134,7 @@ class Scheduler:
         return sequence
 
     def schedule(self) -> Step | None:
-        """Gives the next step, or None if nothing can run: without work, or before the step in flight is committed."""
+        """Gives the next step; None if there is no work, or if a step in flight must be committed first."""
         if not self._unfinished:
             return None
         pool = self._pool
@@ -180,8 +149,9 @@ class Scheduler:
         if not chunks:
             if not self._steps_in_flight:
                 raise RuntimeError(
-                    f"the policy planned nothing for {self.num_running} running and {self.num_waiting} waiting "
-                    f"sequences with {pool.num_free} of {pool.num_blocks} blocks free; this is a defect of the policy"
+                    f"the policy planned nothing for {self.num_running} running and {self.num_waiting} "
+                    f"waiting sequences with {pool.num_free} of {pool.num_blocks} blocks free; "
+                    "this is a defect of the policy"
                 )
             return None
         for sequence in plan.preempted:
@@ -189,16 +159,17 @@ class Scheduler:
         for sequence in plan.bypassed:
             sequence.num_bypasses += 1
         self.stats.num_bypasses += len(plan.bypassed)
-        if plan.admissions:
-            self._admit(plan.admissions)
+        admitted = self._admit(plan.admissions) if plan.admissions else []
 
         num_tokens = num_rows = 0
         updates: list[tuple[int, int, list[int]]] = []
         sampled: list[Sequence] = []
+        fresh = set(admitted)
         for sequence, start, length, rows, samples in chunks:
             stop = start + length
             if stop > sequence.capacity:
-                updates.append(self._extend(sequence, stop))
+                # A sequence starts at a block border, so its first chunk always comes here: all is new then.
+                updates.append(self._extend(sequence, stop, whole_table=sequence in fresh))
             sequence.num_computed = stop
             num_tokens += length
             num_rows += rows
@@ -211,19 +182,19 @@ class Scheduler:
                 sequence.next_prompt_row = min(stop, sequence.num_prompt_tokens)
         self.stats.num_steps += 1
         self.stats.num_tokens += num_tokens
-        admitted = [admission.sequence for admission in plan.admissions]
         step = Step(chunks, sampled, updates, admitted, plan.preempted, num_tokens, num_rows)
         self._steps_in_flight.append(step)
         return step
 
     def commit(self, step: Step, token_ids: abc.Sequence[int]) -> list[Sequence]:
-        """Takes in what the oldest step in flight sampled: one token id for each of `step.sampled`, in that order.
+        """Takes in what the oldest step in flight sampled: a token id for each of `step.sampled`, in order.
 
-        Gives the sequences that advanced by a token; `finish_reason` tells which of them are done. Tokens of sequences
-        that ended in the meantime are dropped.
+        Gives the sequences that advanced by a token; `finish_reason` tells which of them are done. Tokens of
+        sequences that ended in the meantime are dropped.
 
         Raises:
-            ValueError: the step is not the oldest in flight, or the number of tokens is wrong. Nothing has changed then.
+            ValueError: the step is not the oldest in flight, or the number of tokens is wrong. Nothing has
+            changed then.
         """
         sampled = step.sampled
         if not self._steps_in_flight or self._steps_in_flight[0] is not step:
@@ -260,8 +231,8 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends a sequence now, for a reason found above the scheduler, such as a stop string.
 
-        Its blocks are free at once, and tokens in flight are dropped. If the sequence has just ended by itself, only
-        the reason changes.
+        Its blocks are free at once, and tokens in flight are dropped. If the sequence has just ended by
+        itself, only the reason changes.
 
         Raises:
             ValueError: `reason` is not one of the three.
@@ -281,7 +252,7 @@ class Scheduler:
         return True
 
     def estimate_wait(self, request: Request) -> int:
-        """How many steps from now the request, if added, might have its first token (see `steps_until_first_token`).
+        """Estimates how many steps after being added the request would have its first token.
 
         Raises:
             ValueError: the request can never run here.
@@ -303,9 +274,11 @@ class Scheduler:
         if {sequence.request_id: sequence for sequence in live} != self._unfinished:
             raise RuntimeError("the unfinished requests are not those that run or wait")
         for queue in (self._running, self._waiting):
-            if any(a.order >= b.order for a, b in zip(queue, queue[1:], strict=False)):
+            if any(a.order >= b.order for a, b in pairwise(queue)):
                 raise RuntimeError(f"a queue is out of order: {queue}")
-        slots = sorted([*(sequence.slot for sequence in self._running if sequence.slot is not None), *self._free_slots])
+        slots = sorted(
+            [*(sequence.slot for sequence in self._running if sequence.slot is not None), *self._free_slots]
+        )
         if slots != list(range(self.limits.max_num_seqs)):
             raise RuntimeError(f"every slot must be free or used exactly once, but these are: {slots}")
         for sequence in live:
@@ -329,8 +302,9 @@ class Scheduler:
             )
         if params.max_length is not None and params.max_length <= num_prompt:
             raise ValueError(
-                f"max_length is {params.max_length} but the prompt of request {request.request_id!r} alone has "
-                f"{num_prompt} tokens; raise max_length to at least {num_prompt + 1}, or use max_new_tokens"
+                f"max_length is {params.max_length} but the prompt of request {request.request_id!r} "
+                f"alone has {num_prompt} tokens; raise max_length to at least {num_prompt + 1}, "
+                "or use max_new_tokens"
             )
         limit = self.max_context_len
         if params.max_new_tokens is not None:
@@ -340,8 +314,9 @@ class Scheduler:
         limit = min(limit, self.max_context_len)
         if params.min_new_tokens > limit - num_prompt:
             raise ValueError(
-                f"min_new_tokens is {params.min_new_tokens} but only {limit - num_prompt} tokens can follow the prompt "
-                f"of {num_prompt} tokens within {limit}; lower min_new_tokens or shorten the prompt"
+                f"min_new_tokens is {params.min_new_tokens} but only {limit - num_prompt} tokens can follow "
+                f"the prompt of {num_prompt} tokens within {limit}; "
+                "lower min_new_tokens or shorten the prompt"
             )
         pool = self._pool
         num_needed = -(-limit // pool.block_size)
@@ -349,8 +324,9 @@ class Scheduler:
             most = pool.num_blocks * pool.block_size - num_prompt
             remedy = f"use max_new_tokens={most} or less" if most > 0 else "shorten the prompt"
             raise ValueError(
-                f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of {pool.block_size}, "
-                f"but the KV cache has {pool.num_blocks} blocks; {remedy}, or start with more blocks"
+                f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
+                f"{pool.block_size}, but the KV cache has {pool.num_blocks} blocks; {remedy}, "
+                "or start with more blocks"
             )
         order = (request.priority, request.arrival_time, self._num_added)
         sequence = Sequence(request, max_total_tokens=limit, order=order)
@@ -361,10 +337,12 @@ class Scheduler:
         """Registered blocks of its tokens, but not those of positions whose logits are wanted."""
         if not self._pool.prefix_caching:
             return []
-        return self._pool.lookup(self._digest(sequence, i) for i in range(sequence.first_row // self.limits.block_size))
+        return self._pool.lookup(
+            self._digest(sequence, i) for i in range(sequence.first_row // self.limits.block_size)
+        )
 
     def _digest(self, sequence: Sequence, index: int) -> bytes:
-        """The digest of a full block of known tokens; they are asked for, and remembered, from the first on."""
+        """The digest of a full block of known tokens. The first one is asked for first, and so on."""
         digests = sequence.block_digests
         if index == len(digests):
             size = self.limits.block_size
@@ -373,7 +351,7 @@ class Scheduler:
         return digests[index]
 
     def _register_blocks(self, sequence: Sequence) -> None:
-        """Offers full blocks whose tokens are known and whose computation is dispatched to the prefix cache."""
+        """Offers the prefix cache the full blocks whose tokens are known and whose KV is dispatched."""
         size = self.limits.block_size
         stop = min(sequence.num_computed, sequence.num_known_tokens)
         while sequence.next_block_end <= stop:
@@ -381,7 +359,7 @@ class Scheduler:
             self._pool.register(sequence.block_ids[index], self._digest(sequence, index))
             sequence.next_block_end += size
 
-    def _admit(self, admissions: list[Admission]) -> None:
+    def _admit(self, admissions: list[Admission]) -> list[Sequence]:
         # All cached blocks are taken before the first is allocated, because allocating may evict them.
         for sequence, cached in admissions:
             self._pool.share(cached)
@@ -396,12 +374,12 @@ class Scheduler:
             if not sequence.num_preemptions:
                 sequence.num_cached = sequence.capacity
             self.stats.num_prefix_hit_tokens += sequence.capacity
+        return [admission.sequence for admission in admissions]
 
-    def _extend(self, sequence: Sequence, stop: int) -> tuple[int, int, list[int]]:
+    def _extend(self, sequence: Sequence, stop: int, *, whole_table: bool) -> tuple[int, int, list[int]]:
         """Allocates blocks up to position `stop`; gives the update of its block table."""
         table, size = sequence.block_ids, self.limits.block_size
-        # A sequence starts at a block border, in a step that gives it at least one block: then all entries are new.
-        first = 0 if sequence.slot_is_new else len(table)
+        first = 0 if whole_table else len(table)
         table += self._pool.allocate(-(-stop // size) - len(table))
         sequence.capacity = len(table) * size
         assert sequence.slot is not None

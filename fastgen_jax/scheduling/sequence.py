@@ -27,14 +27,15 @@ class Sequence:
               |  KV dispatched ........ num_computed |  remaining  |
     ```
 
-    `num_tokens` counts the tokens in flight: sampled by steps that were dispatched, not yet committed. A sequence
-    that generates has one token left to compute (`remaining == 1`). The last token of all, at position
-    `max_total_tokens - 1`, is sampled but never computed.
+    `num_tokens` counts the tokens in flight: sampled by steps that were dispatched, not yet committed. A
+    sequence that generates has one token left to compute (`remaining == 1`). The last token of all, at
+    position `max_total_tokens - 1`, is sampled but never computed.
 
-    `block_ids` lists its KV blocks in order of position and `capacity` how many positions they hold. `num_cached` is
-    how many prompt tokens came from the prefix cache when the sequence first ran. `next_prompt_row` is the first
-    prompt position whose logits are still wanted for `prompt_logprobs`; it equals `num_prompt_tokens` when none are.
-    `num_bypasses` counts the later sequences that were admitted while this one had no room.
+    `block_ids` lists its KV blocks in order of position and `capacity` how many positions they hold.
+    `num_cached` is how many prompt tokens came from the prefix cache when the sequence first ran.
+    `next_prompt_row` is the first prompt position whose logits are still wanted for `prompt_logprobs`; it
+    equals `num_prompt_tokens` when none are. `num_bypasses` counts the later sequences that were admitted
+    while this one had no room.
     """
 
     __slots__ = (
@@ -83,7 +84,9 @@ class Sequence:
         self.num_preemptions = 0
         self.num_bypasses = 0
         self.next_prompt_row = 0 if params.prompt_logprobs is not None else self.num_prompt_tokens
-        self.block_digests: list[bytes] = []  # of the full blocks of known tokens, as far as they were asked for
+        self.block_digests: list[
+            bytes
+        ] = []  # of the full blocks of known tokens, as far as they were asked for
         self.next_block_end = 0  # where the first block that is not offered to the prefix cache ends
 
     @property
@@ -108,7 +111,7 @@ class Sequence:
 
     @property
     def first_row(self) -> int:
-        """The first position, of those not computed, whose logits are wanted; all later ones are wanted too."""
+        """The first uncomputed position whose logits are wanted; those of all later ones are wanted too."""
         return self.next_prompt_row if self.next_prompt_row < self.num_prompt_tokens else self.num_tokens - 1
 
     @property

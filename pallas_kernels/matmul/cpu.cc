@@ -163,7 +163,8 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
   std::atomic<int64_t> num_packed{0};
 
   // Items are (chunk of row blocks, panel): as few chunks as the cache and the number of threads allow.
-  const int64_t enough_items = 4 * std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t num_threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t enough_items = 4 * num_threads;
   int64_t num_chunks = std::max((m * depth * 4 + kChunkBytes - 1) / kChunkBytes,
                                 (enough_items + num_panels - 1) / num_panels);
   num_chunks = std::min(num_chunks, blocks.count);
@@ -193,8 +194,11 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
       if (widens) {
         for (int64_t i = 0; i < part * kWidth; i += kLanes) store(wide + i, Weight::get(b + i));
       }
-      // The tiles of this panel together fetch the memory that follows it, most likely the next panel to be used.
-      const char* ahead = reinterpret_cast<const char*>(b + part * kWidth);
+      // Together the tiles fetch what this thread most likely multiplies by next: the rest of the panel, then, as
+      // threads take panels in turn, the one num_threads further on. A wrong guess, or one past the end, only costs.
+      const bool last_part = k + part == depth;
+      const Element* next = last_part ? panel_data + num_threads * depth * kWidth : b + part * kWidth;
+      const char* ahead = reinterpret_cast<const char*>(next);
       const int64_t ahead_step = static_cast<int64_t>(kWidth * sizeof(Element)) / (last_block - first_block);
       for (int64_t i = first_block; i < last_block; ++i) {
         const int64_t row = blocks.start(i), rows = blocks.length(i);
@@ -207,7 +211,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
         } else {
           tile_for<Weight>(rows, all)(part, block, b, block_sums, k == 0, fetch, ahead_step);
         }
-        if (k + part == depth) {
+        if (last_part) {
           for (int64_t r = 0; r < rows; ++r) output.write(row + r, panel, block_sums + r * kWidth);
         }
       }

@@ -1,10 +1,11 @@
 """C++ kernels for the CPU, compiled for this very machine the first time they are used.
 
-A kernel is one `.cc` file beside the Python that calls it. `load` compiles it with the system's C++ compiler, keeps
-the library in a cache of the user, and registers its functions with XLA. Without a compiler everything still runs, on
-plain XLA: `available()` says so, and `unavailable_reason()` says why.
+A kernel is one `.cc` file beside the Python that calls it. `load` compiles it with the system's C++ compiler,
+keeps the library in a cache of the user, and registers its functions with XLA. Without a compiler everything
+still runs, on plain XLA: `available()` says so, and `unavailable_reason()` says why.
 
-Environment: `FASTGEN_NATIVE=0` turns native kernels off, `CXX` names the compiler, `XDG_CACHE_HOME` moves the cache.
+Environment: `FASTGEN_NATIVE=0` turns native kernels off, `CXX` names the compiler, `XDG_CACHE_HOME` moves the
+cache.
 """
 
 from pallas_kernels.native.loader import available, function, load, unavailable_reason

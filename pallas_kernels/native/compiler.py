@@ -60,13 +60,13 @@ def find_compiler() -> Compiler:
         raise CompilerError(f"native kernels are built on Linux and macOS, not on {sys.platform!r}")
     tried = []
     for command in _candidates():
-        for machine_flag in _machine_flags():
-            flags = (*_FLAGS, machine_flag)
+        for machine_flags in _machine_flags():
+            flags = (*_FLAGS, *machine_flags)
             problem = _try(command, flags)
             if problem is None:
                 version = _run([*command, "--version"], timeout=_PROBE_TIMEOUT_S).stdout
                 return Compiler(command=command, flags=flags, version=version)
-            tried.append(f"{shlex.join(command)} {machine_flag}: {problem}")
+            tried.append(f"{shlex.join([*command, *machine_flags])}: {problem}")
     remedy = "install g++ or clang++, or `pip install ziglang`"
     raise CompilerError(f"no C++ compiler works ({'; '.join(tried) or 'none found'}); {remedy}")
 
@@ -74,8 +74,8 @@ def find_compiler() -> Compiler:
 def cpu_description() -> str:
     """Model and instruction sets of this CPU: what `-march=native` depends on."""
     if sys.platform == "darwin":
-        model = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-        return f"{platform.machine()} {model.stdout.strip()}"
+        model = _run(["sysctl", "-n", "machdep.cpu.brand_string"], timeout=_PROBE_TIMEOUT_S).stdout
+        return f"{platform.machine()} {model.strip()}"
     wanted = ("model name", "cpu family", "model\t", "flags", "Features", "CPU implementer", "CPU part")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -93,25 +93,36 @@ def _candidates() -> list[tuple[str, ...]]:
     return commands
 
 
-def _machine_flags() -> tuple[str, ...]:
+def _machine_flags() -> tuple[tuple[str, ...], ...]:
+    """Ways to ask for the code of this very CPU, the best first."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        # Clang would split 64-byte vectors in two on some CPUs, and then run out of registers.
+        return ("-march=native", "-mprefer-vector-width=512"), ("-march=native",)
     # On Arm -mcpu selects the instruction set and the tuning, -march only the former.
-    return ("-march=native", "-mcpu=native") if platform.machine() in ("x86_64", "AMD64") else (
-        "-mcpu=native", "-march=native")
+    return ("-mcpu=native",), ("-march=native",)
 
 
 def _try(command: tuple[str, ...], flags: tuple[str, ...]) -> str | None:
     """None when the compiler accepts the flags and has a C++ standard library, else its complaint."""
-    # Only what costs a tenth of a second: a linker that is missing shows when a kernel is built.
-    arguments = [*command, *flags, "-fsyntax-only", "-x", "c++", "-"]
-    result = _run(arguments, timeout=_PROBE_TIMEOUT_S, text="#include <cstdint>\nstd::int64_t probe;\n")
-    return None if result.returncode == 0 else result.stdout.strip()[-300:] or f"exit status {result.returncode}"
+    # Preprocessing takes a few hundredths of a second; a linker that is missing shows when a kernel is built.
+    arguments = [*command, *flags, "-E", "-x", "c++", "-"]
+    result = _run(arguments, timeout=_PROBE_TIMEOUT_S, text="#include <atomic>\n")
+    if result.returncode == 0:
+        return None
+    return result.stdout.strip()[-300:] or f"exit status {result.returncode}"
 
 
 def _run(command: Sequence[str], *, timeout: float, text: str = "") -> subprocess.CompletedProcess[str]:
     """Output and errors together in `stdout`; a command that cannot start or hangs counts as failed."""
     try:
         return subprocess.run(
-            command, input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False
+            command,
+            input=text,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, returncode=1, stdout=str(error))

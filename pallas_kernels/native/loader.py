@@ -26,7 +26,7 @@ _loaded: dict[str, ctypes.CDLL] = {}  # keeps the code that XLA points to mapped
 
 
 def available() -> bool:
-    """True when native kernels can be built here: not turned off, and a C++ compiler is found. Never raises."""
+    """True when native kernels are not turned off and a C++ compiler is found. Never raises."""
     return unavailable_reason() is None
 
 
@@ -41,9 +41,9 @@ def unavailable_reason() -> str | None:
 def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
     """Makes the functions of a C++ source callable through `jax.ffi.ffi_call` on the CPU; True when they are.
 
-    The first call for a `name` compiles (seconds) or opens the cached library (milliseconds); later calls return the
-    outcome of the first. Call it while tracing, before `ffi_call`. Never raises: when it returns False the reason has
-    been logged, and the caller uses plain XLA.
+    The first call for a `name` compiles (seconds) or opens the cached library (milliseconds); later calls
+    return the outcome of the first. Call it while tracing, before `ffi_call`. Never raises: when it returns
+    False the reason has been logged, and the caller uses plain XLA.
 
     Args:
       name: of the library; part of its file name.
@@ -58,7 +58,7 @@ def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
                 _register(library, symbols)
                 _loaded[name] = library
                 _outcomes[name] = None
-            except Exception as error:  # noqa: BLE001  a kernel that cannot be had must not stop the caller
+            except Exception as error:  # a kernel that cannot be had must not stop the caller
                 _outcomes[name] = str(error)
         if reason is None:
             reason = _outcomes[name]
@@ -87,7 +87,7 @@ def _compiler() -> Compiler | str:
         return find_compiler()
     except CompilerError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001  `available` never raises
+    except Exception as error:  # `available` never raises
         return f"looking for a C++ compiler failed: {error!r}"
 
 
@@ -122,7 +122,8 @@ def _build(name: str, source: Path) -> Path:
             os.close(handle)
             try:
                 _log.info("compiling %s with %s (once per machine)", source.name, compiler.command[0])
-                compiler.compile(source, Path(partial), include=(_COMMON_HEADER.parent, Path(jax.ffi.include_dir())))
+                include = (_COMMON_HEADER.parent, Path(jax.ffi.include_dir()))
+                compiler.compile(source, Path(partial), include=include)
                 os.replace(partial, path)
             finally:
                 Path(partial).unlink(missing_ok=True)
@@ -131,25 +132,31 @@ def _build(name: str, source: Path) -> Path:
 
 @functools.cache
 def _cache_directory() -> Path:
-    """A directory of this user alone, since what lies there is executed; a temporary one where that is impossible."""
+    """A directory of this user alone, since what lies there is executed; a temporary one if need be."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     directory = Path(root) / "fastgen_jax" / "native"
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = directory.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK | os.X_OK):
+        if (
+            status.st_uid == os.getuid()
+            and not status.st_mode & 0o022
+            and os.access(directory, os.W_OK | os.X_OK)
+        ):
             return directory
         problem = "it is not this user's, or others may write to it"
     except OSError as error:
         problem = str(error)
     fallback = Path(tempfile.mkdtemp(prefix="fastgen_jax_native_"))
-    _log.warning("native kernels are cached in %s for this process only: %s: %s", fallback, directory, problem)
+    _log.warning(
+        "native kernels are cached in %s for this process only: %s: %s", fallback, directory, problem
+    )
     return fallback
 
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Holds a lock between processes, so that eight workers compile once; without one where locks do not work."""
+    """Holds a lock between processes, so that eight workers compile once; does without where that fails."""
     import fcntl
 
     with open(path, "w") as file:

@@ -1,4 +1,4 @@
-"""What `ragged_attention` accepts: the checks on shapes, dtypes and static options that every implementation relies on."""
+"""What `ragged_attention` accepts: the checks of shapes, dtypes and static options that implementations rely on."""
 
 from __future__ import annotations
 

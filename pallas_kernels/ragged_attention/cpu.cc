@@ -293,6 +293,16 @@ class Worker {
     int begin, end;  // visible to any row, relative to the tile
   };
 
+  // The part of [keys.begin, keys.end) that any of `count` rows from `row` on sees; empty when begin >= end.
+  struct Range {
+    int begin, end;
+  };
+  Range visible(const Unit& unit, int row, int count, int tile, const Rows& keys) const {
+    const int group = static_cast<int>(p_.G);
+    const int first = unit.first_position + row / group, last = unit.first_position + (row + count - 1) / group;
+    return {std::max(keys.begin, std::max(first - p_.window + 1, 0) - tile), std::min(keys.end, last + 1 - tile)};
+  }
+
   void prepare(const Unit& unit, int rows) {
     struct Tag {};
     const int64_t state = State::size(rows, dim_);
@@ -353,9 +363,9 @@ class Worker {
         ahead = &buffers[(i + 1) & 1];
         find_rows(unit, tile + kTile, begin, tile + kTile < end ? end : unit.key_end, *ahead);
       }
-      score(unit, num_rows, rows, ahead);
+      score(unit, num_rows, tile, rows, ahead);
       for (int r = 0; r < num_rows; ++r) softmax(unit, r, tile, rows, state);
-      add_values(num_rows, rows, ahead, tile == first_tile, state);
+      add_values(unit, num_rows, tile, rows, ahead, tile == first_tile, state);
     }
     for (int r = 0; r < num_rows; ++r) {
       float s = 0;
@@ -364,8 +374,8 @@ class Worker {
     }
   }
 
-  // scores_[row, j] = q[row] . key[j] for the groups of kLanes keys that hold a visible one.
-  void score(const Unit& unit, int num_rows, const Rows& rows, const Rows* ahead) {
+  // scores_[row, j] = q[row] . key[j] for the groups of kLanes keys that hold a visible one; the rest is undefined.
+  void score(const Unit& unit, int num_rows, int tile, const Rows& rows, const Rows* ahead) {
     const int first = rows.begin / kLanes, last = (rows.end + kLanes - 1) / kLanes;
     for (int group = first; group < last; ++group) {
       const Element* const* keys = rows.keys + group * kLanes;
@@ -388,9 +398,12 @@ class Worker {
     }
     const int dim = static_cast<int>(p_.D);
     for_each_block(num_rows, [&](int row, int count) {
-      for (int group = first; group < last; group += kBlockVecs) {
+      const Range range = visible(unit, row, count, tile, rows);
+      if (range.begin >= range.end) return;
+      const int end = (range.end + kLanes - 1) / kLanes;
+      for (int group = range.begin / kLanes; group < end; group += kBlockVecs) {
         const float* keys = keys_ + group * kLanes;
-        with_shape(count, std::min(kBlockVecs, last - group), [&](auto R, auto V) {
+        with_shape(count, std::min(kBlockVecs, end - group), [&](auto R, auto V) {
           multiply_add<R(), V()>(
               q_ + row * p_.D, p_.D, 0, dim, [&](int d) { return keys + d * kTile; },
               scores_ + row * kTile + group * kLanes, kTile, true);
@@ -438,7 +451,8 @@ class Worker {
   }
 
   // out[row] = out[row] * rescale[row] + sum over j of weight[row, j] * value[j], j rising.
-  void add_values(int num_rows, const Rows& rows, const Rows* ahead, bool is_first, const State& state) {
+  void add_values(const Unit& unit, int num_rows, int tile, const Rows& rows, const Rows* ahead, bool is_first,
+                  const State& state) {
     const float* values[kTile];
     if (std::is_same_v<Element, float> && dim_ == p_.D) {
       for (int j = rows.begin; j < rows.end; ++j) values[j] = reinterpret_cast<const float*>(rows.values[j]);
@@ -459,11 +473,12 @@ class Worker {
     }
     bool prefetch = ahead != nullptr;
     for_each_block(num_rows, [&](int row, int count) {
+      const Range range = visible(unit, row, count, tile, rows);
       for (int64_t d = 0; d < dim_; d += kBlockVecs * kLanes) {
         const int num_vecs = static_cast<int>(std::min<int64_t>(kBlockVecs, (dim_ - d) / kLanes));
         with_shape(count, num_vecs, [&](auto R, auto V) {
           auto run = [&](auto row_of) {
-            multiply_add<R(), V()>(scores_ + row * kTile, kTile, rows.begin, rows.end, row_of,
+            multiply_add<R(), V()>(scores_ + row * kTile, kTile, range.begin, range.end, row_of,
                                    state.out + row * dim_ + d, dim_, is_first);
           };
           if (prefetch) {

@@ -12,7 +12,10 @@ from pallas_kernels import native
 
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16)
 
-_TARGETS = {jnp.dtype(jnp.float32): "fastgen_ragged_attention_f32", jnp.dtype(jnp.bfloat16): "fastgen_ragged_attention_bf16"}
+_TARGETS = {
+    jnp.dtype(jnp.float32): "fastgen_ragged_attention_f32",
+    jnp.dtype(jnp.bfloat16): "fastgen_ragged_attention_bf16",
+}
 _NO_WINDOW = np.iinfo(np.int32).max
 
 
@@ -42,7 +45,7 @@ def ragged_attention_cpu(
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, for float32 and bfloat16 caches.
+    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`; float32 and bfloat16 caches.
 
     A row's result depends on its query, its keys and its position, bit for bit: not on the other rows, not on how a
     prompt was cut into chunks, not on where the blocks lie, not on the number of threads. See `cpu.cc`.

@@ -17,14 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 
 # Measured on a 2-core CPU: fewer keys a tile cost loop overhead, more cost the L2 cache.
-_DECODE_TILE_KEYS = 64
+_DECODE_TILE_KEYS = 128
 _PROMPT_TILE_KEYS = 256
-_PROMPT_TILE_QUERIES = 64
-_DECODE_GROUP = 32  # rows that run together, each group as long as its longest context
+_PROMPT_TILE_QUERIES = 128
+_DECODE_GROUP = 16  # rows that run together, each group as long as its longest context
 
-_einsum = functools.partial(
-    jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-)
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +94,7 @@ def write_kv(
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
     pool, _, block_size, _ = k_cache.shape
     if k.shape[0] == 1:
-        # XLA turns a scatter of one row into a form for which it copies the whole cache. A dropped second row avoids it.
+        # XLA turns a scatter of one row into a form that copies the whole cache; a dropped second row avoids it.
         k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
         kv_slots = jnp.concatenate([kv_slots, jnp.full((1,), num_blocks * block_size, jnp.int32)])
     is_real = (kv_slots >= 0) & (kv_slots < num_blocks * block_size)
@@ -206,6 +204,12 @@ def _attend(
     max_blocks = tables.shape[1]
     tile_blocks = min(tile_blocks, max_blocks)
     rows = queries.reshape(width, num_kv_heads, num_queries * group, head_dim)
+    row_positions = jnp.repeat(positions, group, axis=1)  # [W, Q*G]
+
+    def per_row(of_head: jax.Array | None) -> jax.Array | None:  # [K, G] -> [K, Q*G]
+        return None if of_head is None else jnp.tile(of_head, (1, num_queries))
+
+    row_slopes, row_sinks = per_row(scoring.slopes), per_row(scoring.sinks)
 
     num_blocks = -(-contexts // block_size)  # [W]
     first_block = jnp.zeros_like(num_blocks)
@@ -213,53 +217,51 @@ def _attend(
         first_block = jnp.maximum(0, positions[:, 0] - scoring.window + 1) // block_size
     num_steps = jnp.max(-(-(num_blocks - first_block) // tile_blocks))
 
+    def fetch(cache: jax.Array, ids: jax.Array) -> jax.Array:
+        tile = cache[ids].swapaxes(1, 2)  # [W, K, t, B, D]
+        return tile.reshape(width, num_kv_heads, tile_blocks * block_size, head_dim).astype(jnp.float32)
+
     def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = state
         block = (first_block + i * tile_blocks)[:, None] + jnp.arange(tile_blocks, dtype=jnp.int32)  # [W, t]
         ids = jnp.take_along_axis(tables, jnp.minimum(block, max_blocks - 1), axis=1)
         ids = jnp.where(block < num_blocks[:, None], ids, 0)
-        key_position = block[:, :, None] * block_size + jnp.arange(block_size, dtype=jnp.int32)  # [W, t, B]
+        offset = jnp.arange(block_size, dtype=jnp.int32)
+        key_position = (block[:, :, None] * block_size + offset).reshape(width, -1)  # [W, J], J = t * B
 
-        keys = k_cache[ids].astype(jnp.float32)  # [W, t, K, B, D]
-        scores = _einsum("wkqd,wtkbd->wtkqb", rows, keys)
-        scores = scores.reshape(width, tile_blocks, num_kv_heads, num_queries, group, block_size)
+        scores = _einsum("wkrd,wkjd->wkrj", rows, fetch(k_cache, ids))  # [W, K, Q*G, J]
         if scoring.soft_cap is not None:
             scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
-        distance = key_position[:, :, None, :] - positions[:, None, :, None]  # [W, t, Q, B]
-        if scoring.slopes is not None:
-            far = distance.astype(jnp.float32)[:, :, None, :, None, :]
-            scores = scores + scoring.slopes[:, None, :, None] * far
+        distance = key_position[:, None, :] - row_positions[:, :, None]  # [W, Q*G, J]
+        if row_slopes is not None:
+            scores = scores + row_slopes[:, :, None] * distance.astype(jnp.float32)[:, None]
         visible = distance <= 0
         if scoring.window is not None:
             visible &= distance > -scoring.window
-        visible &= (block < num_blocks[:, None])[:, :, None, None]
-        scores = jnp.where(visible[:, :, None, :, None, :], scores, -jnp.inf)
+        visible &= (key_position < contexts[:, None])[:, None]
+        scores = jnp.where(visible[:, None], scores, -jnp.inf)
 
-        new_top = jnp.maximum(top, jnp.max(scores, axis=(1, 5)))  # [W, K, Q, G]
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))  # [W, K, Q*G]
         # A row that has seen no key yet keeps -inf; 0 in its place gives weights of exp(-inf) = 0, not NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        weights = jnp.exp(scores - base[:, None, :, :, :, None])
+        weights = jnp.exp(scores - base[..., None])
         keep = jnp.exp(top - base)
-        # Select, since what lies outside a context may be NaN.
-        exists = key_position < contexts[:, None, None]
+        # Select, since what lies outside a context or before the window may be NaN.
+        exists = key_position < contexts[:, None]
         if scoring.window is not None:
-            exists &= key_position > positions[:, :1, None] - scoring.window
-        values = v_cache[ids].astype(jnp.float32)
-        values = jnp.where(exists[:, :, None, :, None], values, 0.0)
-        weights = weights.reshape(width, tile_blocks, num_kv_heads, num_queries * group, block_size)
-        added = jnp.sum(_einsum("wtkqb,wtkbd->wtkqd", weights, values), axis=1)
-        added = added.reshape(queries.shape)
-        total = total * keep + jnp.sum(weights, axis=(1, 4)).reshape(keep.shape)
-        return new_top, total, acc * keep[..., None] + added
+            exists &= key_position > positions[:, :1] - scoring.window
+        values = jnp.where(exists[:, None, :, None], fetch(v_cache, ids), 0.0)
+        acc = acc * keep[..., None] + _einsum("wkrj,wkjd->wkrd", weights, values)
+        return new_top, total * keep + jnp.sum(weights, axis=-1), acc
 
-    per_row = (width, num_kv_heads, num_queries, group)
-    state = (jnp.full(per_row, -jnp.inf, jnp.float32), jnp.zeros(per_row, jnp.float32), jnp.zeros(queries.shape, jnp.float32))
-    top, total, acc = lax.fori_loop(0, num_steps, step, state)
-    if scoring.sinks is not None:
-        sinks = scoring.sinks[:, None, :]
-        base = jnp.maximum(top, sinks)
+    start = (
+        jnp.full(rows.shape[:3], -jnp.inf, jnp.float32),
+        jnp.zeros(rows.shape[:3], jnp.float32),
+        jnp.zeros(rows.shape, jnp.float32),
+    )
+    top, total, acc = lax.fori_loop(0, num_steps, step, start)
+    if row_sinks is not None:
+        base = jnp.maximum(top, row_sinks)
         keep = jnp.exp(top - base)
-        total, acc = total * keep + jnp.exp(sinks - base), acc * keep[..., None]
-    return acc / jnp.where(total == 0.0, 1.0, total)[..., None]
-
-
+        total, acc = total * keep + jnp.exp(row_sinks - base), acc * keep[..., None]
+    return (acc / jnp.where(total == 0.0, 1.0, total)[..., None]).reshape(queries.shape)

@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 import transformers
+from texts import ALICE, CODE, CONVERSATIONS, DECLARATION, GETTYSBURG, TRICKY_STRINGS
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from texts import ALICE, CODE, CONVERSATIONS, DECLARATION, GETTYSBURG, TRICKY_STRINGS
 
 NUM_TOKENS = 64
 DECIMALS = 5  # float32 log-probabilities near 10 carry about six significant digits
@@ -152,9 +151,10 @@ def make(gguf: Path) -> dict[str, Any]:
         for text in TRICKY_STRINGS
         for ids in [tokenizer(text, add_special_tokens=False).input_ids]
     ]
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     return {
         "model": gguf.name,
-        "made_with": f"transformers {transformers.__version__}, torch {torch.__version__}, {platform.machine()}, float32",
+        "made_with": f"{versions}, {platform.machine()}, float32",
         "generations": generations,
         "prompt_logprobs": prompt_scores,
         "chats": chats,

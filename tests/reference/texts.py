@@ -94,7 +94,7 @@ CONVERSATIONS = [
         {"role": "user", "content": "And why is it red at sunset?"},
     ],
     [
-        {"role": "user", "content": "  Mind the spaces  \n\nand <b>this</b> & \"that\"\t\u2014 \U0001f600"},
+        {"role": "user", "content": '  Mind the spaces  \n\nand <b>this</b> & "that"\t\u2014 \U0001f600'},
         {"role": "assistant", "content": ""},
         {"role": "user", "content": "What is 12 * 12?"},
     ],

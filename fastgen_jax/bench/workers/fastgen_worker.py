@@ -13,9 +13,20 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
     import fastgen_jax
     from fastgen_jax import Engine, EngineConfig, SamplingParams
+    from fastgen_jax.bench.machine import matmul_peak
 
     config = EngineConfig.from_options(options["config"])
     engine = Engine.from_pretrained(options["model"], config=config)
+    dtype = engine.config.dtype or "float32"
+
+    def flops_of(request: dict[str, Any]) -> float:
+        """Floating-point operations that one request takes, without padding and recomputation."""
+        num_output = request["max_new_tokens"]
+        num_computed = len(request["prompt_token_ids"]) + num_output - 1  # the last token is never an input
+        # Linear in the context, so the mean context stands for every token.
+        body = engine.model.flops_per_token(context_len=(num_computed + 1) // 2, sampled=False)
+        head = engine.model.flops_per_token(sampled=True) - engine.model.flops_per_token(sampled=False)
+        return num_computed * body + num_output * head
 
     def run(requests: Requests) -> dict[str, Any]:
         timeline = Timeline(requests)
@@ -23,18 +34,24 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         begin = time.perf_counter()
         for request in requests:
             params = SamplingParams(max_new_tokens=request["max_new_tokens"], ignore_eos=True, do_sample=False)
-            engine.add(
-                prompt_token_ids=request["prompt_token_ids"], params=params, request_id=request["request_id"]
-            )
+            engine.add(request["prompt_token_ids"], params, request_id=request["request_id"])
         while engine.has_work:
             outputs = engine.step()
             now = time.perf_counter() - begin
             for output in outputs:
                 timeline.add(output.request_id, now, list(output.new_token_ids))
-        return {**timeline.result(), "engine_metrics": {"before": before, "after": engine.metrics.snapshot()}}
+        after = engine.metrics.snapshot()
+        return {
+            **timeline.result(),
+            "engine_metrics": {"before": before, "after": after},
+            "model_flops": sum(flops_of(request) for request in requests),
+            # Right after the run, so that both saw the machine in the same state.
+            "matmul_peak": matmul_peak(dtype),
+        }
 
     description = {
         "engine": "fastgen_jax",
+        "token_budget": engine.config.token_budget,
         "version": f"{fastgen_jax.__version__}, jax {jax.__version__}, {jax.default_backend()}",
         "options": options,
     }

@@ -6,6 +6,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import atexit
 import http.client
 import json
 import socket
@@ -19,6 +20,7 @@ from protocol import Requests, Timeline, serve
 
 START_SECONDS = 120  # a server that is not healthy by then has failed to load
 HOST = "127.0.0.1"
+UNKNOWN_ID = -1  # equals no token, so a comparison of texts counts it as different
 
 
 def free_port() -> int:
@@ -61,13 +63,18 @@ def complete(port: int, request: dict[str, Any], begin: float, timeline: Timelin
         response = connection.getresponse()
         if response.status != 200:
             raise RuntimeError(f"status {response.status}: {response.read(500)!r}")
+        arrived = 0
         for line in response:
             if line.startswith(b"data: "):
                 now = time.perf_counter() - begin
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise RuntimeError(str(event["error"]))
-                timeline.add(request["request_id"], now, event.get("tokens", []))
+                # A token that ends inside a character is never sent, only counted: its id stays unknown.
+                tokens = event.get("tokens", [])
+                unknown = event["tokens_predicted"] - arrived - len(tokens)
+                timeline.add(request["request_id"], now, [UNKNOWN_ID] * unknown + tokens)
+                arrived = event["tokens_predicted"]
     except Exception as error:  # a thread must not lose its failure: the run reports it
         failures.append(f"{request['request_id']}: {error!r}")
 
@@ -82,22 +89,15 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         "--no-kv-unified", "--cache-ram", "0", *options["extra"],
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)
-    try:
-        wait_until_healthy(process, port)
-    except RuntimeError:
-        process.kill()
-        raise
-    # Ends the server with the worker: the guard's standard input closes when this process is gone.
-    guard = "import os, signal, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), signal.SIGTERM)"
-    subprocess.Popen([sys.executable, "-c", guard, str(process.pid)], stdin=subprocess.PIPE)
+    atexit.register(process.terminate)
+    wait_until_healthy(process, port)
 
     def run(requests: Requests) -> dict[str, Any]:
         timeline = Timeline(requests)
         failures: list[str] = []
         begin = time.perf_counter()
         threads = [
-            threading.Thread(target=complete, args=(port, request, begin, timeline, failures))
-            for request in requests
+            threading.Thread(target=complete, args=(port, request, begin, timeline, failures)) for request in requests
         ]
         for thread in threads:
             thread.start()

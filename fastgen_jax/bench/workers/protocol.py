@@ -48,7 +48,9 @@ class Timeline:
         return {"requests": list(self._by_id.values())}
 
 
-def serve(load: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[Requests], dict[str, Any]]]]) -> None:
+def serve(
+    load: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[Requests], dict[str, Any]]]],
+) -> None:
     """Runs a worker: `load(options)` -> (description, run); then `run(requests)` for every command line.
 
     `options` is the JSON object in the first argument. Whatever the engine prints goes to standard error.

@@ -13,7 +13,7 @@ from protocol import Requests, Timeline, serve
 
 
 class Clock:
-    """A streamer that notes when each token of a batch arrives; the first call, which brings the prompts, is skipped."""
+    """A streamer that notes when each token of a batch arrives; the first call brings the prompts and is skipped."""
 
     def __init__(self, requests: Requests, begin: float, timeline: Timeline) -> None:
         self._requests = requests
@@ -24,7 +24,7 @@ class Clock:
     def put(self, value: Any) -> None:
         if self._calls:
             now = time.perf_counter() - self._begin
-            for request, token_id in zip(self._requests, value.tolist()):
+            for request, token_id in zip(self._requests, value.tolist(), strict=True):
                 if self._calls <= request["max_new_tokens"]:
                     self._timeline.add(request["request_id"], now, [token_id])
         self._calls += 1
@@ -34,9 +34,9 @@ class Clock:
 
 
 def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM, GenerationConfig  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(options["threads"])
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=getattr(torch, options["dtype"])).eval()

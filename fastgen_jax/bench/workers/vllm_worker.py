@@ -19,9 +19,9 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if options["engine_process"] else "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-    import vllm
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
+    import vllm  # pyright: ignore[reportMissingImports]
+    from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
+    from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
 
     arguments: dict[str, Any] = {
         "model": options["model"],
@@ -43,9 +43,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
             sampling = vllm.SamplingParams(
                 temperature=0.0, max_tokens=request["max_new_tokens"], ignore_eos=True, detokenize=False
             )
-            engine.add_request(
-                request["request_id"], {"prompt_token_ids": request["prompt_token_ids"]}, sampling
-            )
+            engine.add_request(request["request_id"], {"prompt_token_ids": request["prompt_token_ids"]}, sampling)
         while engine.has_unfinished_requests():
             outputs = engine.step()
             now = time.perf_counter() - begin

@@ -33,9 +33,9 @@ def make_batch(
     block_size: int = 16,
     num_layers: int = 3,
     layer: int = 1,
-    spare_tokens: int = 0,
-    spare_blocks: int = 2,
-    spare_table: int = 1,
+    num_tokens: int | None = None,
+    num_blocks: int | None = None,
+    max_blocks: int | None = None,
     unused_kv: float = np.nan,
     seed: int = 0,
     dtype: type = np.float32,
@@ -43,20 +43,25 @@ def make_batch(
     """A batch of `chunks`, each (query length, context length): (0, 0) is an unused row.
 
     Blocks are dealt out in random order. Whatever no sequence owns holds `unused_kv`, other layers included.
+    `num_tokens`, `num_blocks` and `max_blocks` fix the shapes; by default two, two and one more than needed.
     """
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
     num_heads = num_kv_heads * group
     needed = [-(-context // block_size) for _, context in chunks]
-    num_blocks = sum(needed) + spare_blocks
-    num_tokens = sum(query for query, _ in chunks) + spare_tokens
+    num_blocks = sum(needed) + 2 if num_blocks is None else num_blocks
+    num_tokens = sum(query for query, _ in chunks) + 2 if num_tokens is None else num_tokens
+    max_blocks = max(needed) + 1 if max_blocks is None else max_blocks
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
     free = list(rng.permutation(num_blocks))
 
     cache_shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
     caches = [np.full(cache_shape, unused_kv, np.float32) for _ in range(2)]
     new = [normal(num_tokens, num_kv_heads, head_dim) for _ in range(2)]
     # Blocks that do not exist stand where no kernel may look.
-    tables = np.full((len(chunks), max(needed, default=0) + spare_table), 2**30, np.int32)
+    tables = np.full((len(chunks), max_blocks), 2**30, np.int32)
     slots = np.full(num_tokens, num_blocks * block_size, np.int32)
     slots[1::2] += 12345  # any slot beyond the layer is padding, the next layer's too
     starts, histories = [0], []

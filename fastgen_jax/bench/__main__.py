@@ -1,0 +1,30 @@
+"""`fastgen bench`, also without the `fastgen` command around it: `python -m fastgen_jax.bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastgen_jax.bench import kv_blocks, offline
+
+BENCHMARKS = {"offline": offline, "kv-blocks": kv_blocks}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark that `argv` names; a user's mistake is printed and gives 2."""
+    parser = argparse.ArgumentParser(prog="fastgen bench", description="Measures engines.")
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, module in BENCHMARKS.items():
+        first_line = (module.__doc__ or "").splitlines()[0]
+        module.add_arguments(commands.add_parser(name, help=first_line, description=first_line))
+    arguments = parser.parse_args(argv)
+    try:
+        return BENCHMARKS[arguments.benchmark].run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,414 @@
+"""The sampler of the step program: logits in, tokens and log-probabilities out, pure functions throughout.
+
+Order: repetition, presence and frequency penalties; logit bias; ban of stop tokens; temperature; top-k; top-p (of what
+top-k left, renormalised); min-p; a draw from what is left, renormalised. The lowest token id wins every tie: of equal
+logits, greedy decoding takes it, and top-k and top-p keep it first, so that `top_k=k` keeps exactly k tokens and
+`top_k=1` is greedy decoding. Of a row that holds a NaN, some token of the vocabulary comes out.
+
+A token depends on its logits, its request's parameters and `fold_in(key(seed), position)`, and on nothing else in the
+batch. To that end no sum of floats decides anything: probabilities are fixed-point integers (2**30 is 1), and sums of
+integers come out the same in whatever order a compiler takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fastgen_jax.core.pytree import pytree
+from fastgen_jax.engine.sampling_tables import SamplingBatch
+from fastgen_jax.scheduling.request import MAX_LOGIT_BIAS_ENTRIES, MAX_TOP_LOGPROBS
+
+__all__ = [
+    "MAX_LOGPROBS", "SampleOutput", "SamplerState", "SamplingBatch", "init_state", "reset_slot", "sample",
+]
+
+MAX_LOGPROBS = MAX_TOP_LOGPROBS
+HISTORY_PIECE = 2048  # tokens of a history that one call takes: most prompts in one or two, and a scatter of 0.2 ms
+
+_ONE = 30  # log2 of probability 1 in fixed point; rounding adds at most V / 2, so that sums stay below 2**31
+_TOP_P_SLACK = 2.0**-22  # float32 rounds p and the total by 2**-24 each: without slack 0.9 of ten equals would be ten
+_PIECE_WIDTH = 128  # a vector register's row on TPU; a vocabulary then has a few hundred pieces
+_MAX_TIMES = 2**14 - 1  # counting stops here: 2 * _MAX_TIMES + 1 is the largest int16
+
+
+@pytree
+class SamplerState:
+    """What the sampler remembers of each sequence, on the device; donated to every step."""
+
+    last_tokens: jax.Array
+    """i32[S]: the token sampled last."""
+    token_counts: jax.Array
+    """i16[S, V]: twice the times a token was generated, plus 1 if the prompt holds it. Kept for rows with penalties."""
+    bias_ids: jax.Array
+    """i32[S, 300]: tokens with a logit bias; V fills up."""
+    bias_values: jax.Array
+    """f32[S, 300]."""
+
+
+@pytree
+class SampleOutput:
+    """One entry a sampled row. All but `tokens` are zeros in a step where nobody asked for log-probabilities.
+
+    Log-probabilities are those of the model: before penalties, bias and temperature.
+    """
+
+    tokens: jax.Array
+    """i32[R]: sampled, or the row's target."""
+    logprobs: jax.Array
+    """f32[R]: natural logarithm of the probability of `tokens`."""
+    ranks: jax.Array
+    """i32[R]: 1 + how many tokens are likelier."""
+    top_ids: jax.Array
+    """i32[R, max_logprobs]: the likeliest tokens, likeliest first; V past the vocabulary's end."""
+    top_logprobs: jax.Array
+    """f32[R, max_logprobs]."""
+
+
+def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
+    """The state of `max_num_seqs` slots that no sequence has used; 2 * vocab_size + 2404 bytes each."""
+    return SamplerState(
+        last_tokens=jnp.zeros(max_num_seqs, jnp.int32),
+        token_counts=jnp.zeros((max_num_seqs, vocab_size), jnp.int16),
+        bias_ids=jnp.full((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), vocab_size, jnp.int32),
+        bias_values=jnp.zeros((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), jnp.float32),
+    )
+
+
+def reset_slot(
+    state: SamplerState,
+    slot: int,
+    *,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    logit_bias: Sequence[tuple[int, float]],
+) -> SamplerState:
+    """The state with the history and the logit bias of the sequence that gets `slot`; donates `state`.
+
+    Needed only for a sequence with penalties or bias, each time it gets a slot; `output_ids` are the tokens that it
+    generated before it was preempted. Takes any lengths with one compiled program, `HISTORY_PIECE` tokens a call.
+    """
+    vocab_size = state.token_counts.shape[1]
+    bias_ids = np.full(MAX_LOGIT_BIAS_ENTRIES, vocab_size, np.int32)
+    bias_values = np.zeros(MAX_LOGIT_BIAS_ENTRIES, np.float32)
+    bias_ids[: len(logit_bias)] = [token_id for token_id, _ in logit_bias]
+    bias_values[: len(logit_bias)] = [bias for _, bias in logit_bias]
+    for start in range(0, max(len(prompt_ids), len(output_ids), 1), HISTORY_PIECE):
+        prompt, output = np.full((2, HISTORY_PIECE), vocab_size, np.int32)
+        for piece, ids in ((prompt, prompt_ids), (output, output_ids)):
+            part = ids[start : start + HISTORY_PIECE]
+            piece[: len(part)] = part
+        is_first = np.bool_(start == 0)
+        state = _add_history(state, np.int32(slot), prompt, output, bias_ids, bias_values, is_first)
+    return state
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_history(
+    state: SamplerState,
+    slot: jax.Array,
+    prompt_ids: jax.Array,
+    output_ids: jax.Array,
+    bias_ids: jax.Array,
+    bias_values: jax.Array,
+    is_first: jax.Array,
+) -> SamplerState:
+    vocab_size = state.token_counts.shape[1]
+    before = jnp.where(is_first, jnp.int16(0), state.token_counts[slot])
+    in_prompt = jnp.zeros(vocab_size, jnp.int16).at[prompt_ids].set(1, mode="drop")
+    times = jnp.zeros(vocab_size, jnp.int32).at[output_ids].add(2, mode="drop")
+    counts = (before | in_prompt).astype(jnp.int32)
+    counts = jnp.minimum(counts + times, 2 * _MAX_TIMES + (counts & 1))
+    return SamplerState(
+        last_tokens=state.last_tokens,
+        token_counts=state.token_counts.at[slot].set(counts.astype(jnp.int16)),
+        bias_ids=state.bias_ids.at[slot].set(bias_ids),
+        bias_values=state.bias_values.at[slot].set(bias_values),
+    )
+
+
+def sample(
+    logits: jax.Array, state: SamplerState, batch: SamplingBatch, *, max_logprobs: int
+) -> tuple[SampleOutput, SamplerState]:
+    """The next token of every row of `logits` f32[R, V], and the state that knows it.
+
+    A step in which no row needs more costs an argmax. Donate `state`: it is then updated in place.
+
+    Raises:
+        ValueError: `logits` is not a float32 matrix, or its vocabulary is not the state's.
+    """
+    vocab_size = state.token_counts.shape[1]
+    if logits.ndim != 2 or logits.shape[1] != vocab_size or logits.dtype != jnp.float32:
+        raise ValueError(
+            f"logits are {logits.dtype}{list(logits.shape)} but the sampler takes float32[R, {vocab_size}]; "
+            "convert them, and initialise the state with the model's vocab_size"
+        )
+    is_plain = (batch.any_sampling | batch.any_penalties | batch.any_bias | batch.any_bans) == 0
+    chosen = lax.cond(is_plain, lambda logits, *_: _argmax(logits), _choose, logits, state, batch)
+    tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen)
+    logprobs, ranks, top_ids, top_logprobs = lax.cond(
+        batch.any_logprobs > 0,
+        partial(_logprobs, max_logprobs=max_logprobs),
+        partial(_no_logprobs, max_logprobs=max_logprobs),
+        logits,
+        tokens,
+    )
+    output = SampleOutput(
+        tokens=tokens, logprobs=logprobs, ranks=ranks, top_ids=top_ids, top_logprobs=top_logprobs
+    )
+    return output, _remember(state, batch, tokens)
+
+
+def _remember(state: SamplerState, batch: SamplingBatch, tokens: jax.Array) -> SamplerState:
+    # The scatters run in every step, on R elements: inside a cond they would make the compiler copy the tables.
+    max_num_seqs = state.last_tokens.shape[0]
+    slots = jnp.where(batch.writes_token > 0, batch.slots, max_num_seqs)
+    counted = jnp.where(_has_penalties(batch), slots, max_num_seqs)
+    count = state.token_counts.at[counted, tokens].get(mode="fill", fill_value=0)
+    more = jnp.where(count < 2 * _MAX_TIMES, jnp.int16(2), jnp.int16(0))
+    return SamplerState(
+        last_tokens=state.last_tokens.at[slots].set(tokens, mode="drop"),
+        token_counts=state.token_counts.at[counted, tokens].add(more, mode="drop"),
+        bias_ids=state.bias_ids,
+        bias_values=state.bias_values,
+    )
+
+
+def _has_penalties(batch: SamplingBatch) -> jax.Array:
+    return (batch.presence_penalty != 0) | (batch.frequency_penalty != 0) | (batch.repetition_penalty != 1)
+
+
+def _pieces(x: jax.Array, *, fill: float) -> jax.Array:
+    """`x` [R, V] as [R, pieces, width], filled up with `fill`.
+
+    Reductions and searches go in two levels, over each piece and over the pieces. The first one vectorises wherever it
+    runs; a CPU needs 20 times as long for an argmax over whole rows, and many passes for a running sum.
+    """
+    num_rows, length = x.shape
+    width = min(_PIECE_WIDTH, length)
+    return jnp.pad(x, ((0, 0), (0, -length % width)), constant_values=fill).reshape(num_rows, -1, width)
+
+
+def _piece(pieces: jax.Array, index: jax.Array) -> jax.Array:
+    """[R, width]: one piece of each row."""
+    return jnp.take_along_axis(pieces, index[:, None, None], axis=1, mode="clip")[:, 0]
+
+
+def _largest(logits: jax.Array) -> jax.Array:
+    return jnp.max(jnp.max(_pieces(logits, fill=-jnp.inf), axis=2), axis=1)
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    """i32[R]: lowest index of the largest value."""
+
+    def first(x: jax.Array, value: jax.Array) -> jax.Array:
+        ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        return jnp.min(jnp.where(x == value[:, None], ids, x.shape[1] - 1), axis=1)
+
+    pieces = _pieces(logits, fill=-jnp.inf)
+    maxima = jnp.max(pieces, axis=2)
+    largest = jnp.max(maxima, axis=1)
+    piece = first(maxima, largest)
+    index = piece * pieces.shape[2] + first(_piece(pieces, piece), largest)
+    return jnp.minimum(index, logits.shape[1] - 1)  # a NaN equals nothing, not even in the last piece
+
+
+def _choose(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
+    def unchanged(logits: jax.Array, *_: object) -> jax.Array:
+        return logits
+
+    logits = lax.cond(batch.any_penalties > 0, _penalised, unchanged, logits, state.token_counts, batch)
+    logits = lax.cond(batch.any_bias > 0, _biased, unchanged, logits, state, batch)
+    logits = lax.cond(batch.any_bans > 0, _banned, unchanged, logits, batch)
+    return lax.cond(batch.any_sampling > 0, _drawn, lambda logits, _: _argmax(logits), logits, batch)
+
+
+def _penalised(logits: jax.Array, token_counts: jax.Array, batch: SamplingBatch) -> jax.Array:
+    """Sources: CTRL (arXiv:1909.05858) for repetition, OpenAI's API for the other two."""
+    counts = token_counts.at[batch.slots].get(mode="fill", fill_value=0)  # [R, V]
+    penalty = batch.repetition_penalty[:, None]
+    repeated = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(counts > 0, repeated, logits)
+    times = (counts >> 1).astype(jnp.float32)
+    minus = batch.frequency_penalty[:, None] * times + batch.presence_penalty[:, None]
+    return jnp.where(times > 0, logits - minus, logits)
+
+
+def _biased(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
+    slots = jnp.where(batch.has_bias > 0, batch.slots, state.bias_ids.shape[0])
+    ids = state.bias_ids.at[slots].get(mode="fill", fill_value=logits.shape[1])
+    values = state.bias_values.at[slots].get(mode="fill", fill_value=0)
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    return logits.at[rows, ids].add(values, mode="drop")
+
+
+def _banned(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+    early = (batch.positions < batch.ban_before)[:, None]
+    ids = jnp.where(early, batch.stop_ids, logits.shape[1])
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    return logits.at[rows, ids].set(-jnp.inf, mode="drop")
+
+
+def _drawn(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+    weights = _weights(logits, batch)
+    total = jnp.sum(weights, axis=1, dtype=jnp.int32)
+    # 1 ... total, each as likely as 32 random bits allow: the draw is the token that reaches it.
+    ticket = 1 + _scaled(_random_bits(batch.seeds, batch.positions), total)
+    return jnp.where(batch.temperature > 0, _first_reaching(weights, ticket), _argmax(logits))
+
+
+def _weights(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+    """i32[R, V]: what to draw from, 0 for a token that is not kept; a row sums to less than 2**31."""
+    vocab_size = logits.shape[1]
+    largest = _largest(logits)[:, None]
+    # The largest is set to 0 rather than computed, because inf - inf is NaN.
+    below = jnp.where(logits == largest, 0, logits - largest)
+    temperature = jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+    ratios = jnp.exp(below / temperature)  # to the probability of the likeliest
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+
+    uses_top_k = (batch.top_k > 0) & (batch.top_k < vocab_size)
+    keys = _sortable(logits)
+    threshold, last_id = lax.cond(
+        jnp.any(uses_top_k), _top_k_limits, _no_limits, keys, jnp.where(uses_top_k, batch.top_k, vocab_size)
+    )
+    keep = (keys > threshold[:, None]) | ((keys == threshold[:, None]) & (ids <= last_id[:, None]))
+    ratios = jnp.where(keep, ratios, 0)
+
+    scale = 2.0**_ONE / _sum_in_any_order(ratios)
+    masses = jnp.round(ratios * scale[:, None]).astype(jnp.int32)
+    total = jnp.sum(masses, axis=1, dtype=jnp.int32)
+    uses_top_p = batch.top_p < 1
+    enough = jnp.floor(batch.top_p * (1 - _TOP_P_SLACK) * total.astype(jnp.float32)).astype(jnp.int32)
+    enough = jnp.where(uses_top_p, jnp.clip(enough, 1, total), total)
+    threshold, last_id = lax.cond(
+        jnp.any(uses_top_p), _top_p_limits, _no_limits, lax.bitcast_convert_type(masses, jnp.uint32), enough
+    )
+    threshold = lax.bitcast_convert_type(threshold, jnp.int32)
+    keep = (masses > threshold[:, None]) | ((masses == threshold[:, None]) & (ids <= last_id[:, None]))
+    return jnp.where(keep & (ratios >= batch.min_p[:, None]), masses, 0)
+
+
+# A limit is (threshold u32[R], last id i32[R]): tokens above the threshold are kept, and those at it up to the last id.
+
+
+def _no_limits(keys: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    num_rows, vocab_size = keys.shape
+    return jnp.zeros(num_rows, jnp.uint32), jnp.full(num_rows, vocab_size, jnp.int32)
+
+
+def _top_k_limits(keys: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    threshold = _largest_threshold(keys, lambda kept: kept.astype(jnp.int32), top_k, num_bits=32)
+    above = jnp.sum(keys > threshold[:, None], axis=1, dtype=jnp.int32)
+    return threshold, _first_reaching((keys == threshold[:, None]).astype(jnp.int32), top_k - above)
+
+
+def _top_p_limits(masses: jax.Array, enough: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values = lax.bitcast_convert_type(masses, jnp.int32)
+    threshold = _largest_threshold(masses, lambda kept: jnp.where(kept, values, 0), enough, num_bits=31)
+    above = jnp.sum(jnp.where(masses > threshold[:, None], values, 0), axis=1, dtype=jnp.int32)
+    return threshold, _first_reaching(jnp.where(masses == threshold[:, None], values, 0), enough - above)
+
+
+def _largest_threshold(
+    keys: jax.Array, weigh: Callable[[jax.Array], jax.Array], enough: jax.Array, *, num_bits: int
+) -> jax.Array:
+    """u32[R]: the largest t at which the tokens with keys >= t weigh enough together.
+
+    Found bit by bit from the highest: exact, in `num_bits` passes over the keys, and many times faster than a sort.
+    """
+
+    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        higher = threshold | (jnp.uint32(1) << (num_bits - 1 - i).astype(jnp.uint32))
+        weight = jnp.sum(weigh(keys >= higher[:, None]), axis=1, dtype=jnp.int32)
+        return jnp.where(weight >= enough, higher, threshold)
+
+    return lax.fori_loop(0, num_bits, set_bit, jnp.zeros(keys.shape[0], jnp.uint32))
+
+
+def _sortable(x: jax.Array) -> jax.Array:
+    """u32 that compares like the float32 `x`; both zeros are one."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _sum_in_any_order(ratios: jax.Array) -> jax.Array:
+    """f32[R]: the sum of each row to 1 %, the same in whatever order it is taken. Ratios are at most 1, V < 2**19."""
+    fixed = jnp.round(ratios * 2.0**24).astype(jnp.int32)
+    high = jnp.sum(fixed >> 12, axis=1, dtype=jnp.int32)
+    low = jnp.sum(fixed & (2**12 - 1), axis=1, dtype=jnp.int32)
+    return high.astype(jnp.float32) * 2.0**-12 + low.astype(jnp.float32) * 2.0**-24
+
+
+def _first_reaching(weights: jax.Array, enough: jax.Array) -> jax.Array:
+    """i32[R]: the lowest index up to which the non-negative `weights` i32[R, V] sum to `enough` i32[R] >= 1."""
+    enough = enough[:, None]
+    pieces = _pieces(weights, fill=0)
+    sums = jnp.cumsum(jnp.sum(pieces, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
+    piece = jnp.minimum(jnp.sum(sums < enough, axis=1, dtype=jnp.int32), sums.shape[1] - 1)
+    before = jnp.take_along_axis(jnp.pad(sums, ((0, 0), (1, 0))), piece[:, None], axis=1, mode="clip")
+    inside = jnp.cumsum(_piece(pieces, piece), axis=1, dtype=jnp.int32)
+    offset = jnp.sum(inside < enough - before, axis=1, dtype=jnp.int32)
+    return jnp.minimum(piece * pieces.shape[2] + offset, weights.shape[1] - 1)
+
+
+def _random_bits(seeds: jax.Array, positions: jax.Array) -> jax.Array:
+    """u32[R]. The generator is named, so that a user's choice of JAX's default one does not change the tokens."""
+
+    def bits(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.random.bits(key, (), jnp.uint32)
+
+    return jax.vmap(bits)(seeds, positions)
+
+
+def _scaled(bits: jax.Array, total: jax.Array) -> jax.Array:
+    """i32[R]: floor(bits / 2**32 * total), exact: the high half of a 64-bit product, from 16-bit digits."""
+    total = total.astype(jnp.uint32)
+    low, high = bits & 0xFFFF, bits >> 16
+    total_low, total_high = total & 0xFFFF, total >> 16
+    first = high * total_low + (low * total_low >> 16)
+    second = low * total_high + (first & 0xFFFF)
+    return (high * total_high + (first >> 16) + (second >> 16)).astype(jnp.int32)
+
+
+def _logprobs(
+    logits: jax.Array, tokens: jax.Array, *, max_logprobs: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    vocab_size = logits.shape[1]
+    largest = _largest(logits)[:, None]
+
+    def below_largest(x: jax.Array) -> jax.Array:
+        return jnp.where(x == largest, 0, x - largest)  # inf - inf would be NaN
+
+    log_total = jnp.log(jnp.sum(jnp.exp(below_largest(logits)), axis=1, keepdims=True))
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
+    logprobs = (below_largest(chosen) - log_total)[:, 0]
+    ranks = 1 + jnp.sum(logits > chosen, axis=1, dtype=jnp.int32)
+    num_top = min(max_logprobs, vocab_size)
+    values, top_ids = lax.top_k(logits, num_top)
+    fill = ((0, 0), (0, max_logprobs - num_top))
+    return (
+        logprobs,
+        ranks,
+        jnp.pad(top_ids.astype(jnp.int32), fill, constant_values=vocab_size),
+        jnp.pad(below_largest(values) - log_total, fill, constant_values=-jnp.inf),
+    )
+
+
+def _no_logprobs(
+    logits: jax.Array, tokens: jax.Array, *, max_logprobs: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    num_rows = tokens.shape[0]
+    return (
+        jnp.zeros(num_rows, jnp.float32),
+        jnp.zeros(num_rows, jnp.int32),
+        jnp.zeros((num_rows, max_logprobs), jnp.int32),
+        jnp.zeros((num_rows, max_logprobs), jnp.float32),
+    )

@@ -1,0 +1,32 @@
+"""Decides, on the host, which tokens each step computes. Standard library only."""
+
+from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
+from fastgen_jax.scheduling.plan import Admission, Draft, StepLimits, StepPlan
+from fastgen_jax.scheduling.policies import POLICIES, Policy, orca, prompts_first, splitfuse
+from fastgen_jax.scheduling.request import Request, SamplingParams
+from fastgen_jax.scheduling.scheduler import Scheduler
+from fastgen_jax.scheduling.sequence import FinishReason, Sequence, SequenceStatus
+from fastgen_jax.scheduling.step import Chunk, SchedulerStats, Step
+
+__all__ = [
+    "POLICIES",
+    "Admission",
+    "BlockLedger",
+    "BlockPool",
+    "Chunk",
+    "Draft",
+    "FinishReason",
+    "Policy",
+    "Request",
+    "SamplingParams",
+    "Scheduler",
+    "SchedulerStats",
+    "Sequence",
+    "SequenceStatus",
+    "Step",
+    "StepLimits",
+    "StepPlan",
+    "orca",
+    "prompts_first",
+    "splitfuse",
+]

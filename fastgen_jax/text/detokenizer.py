@@ -1,0 +1,43 @@
+"""Text from tokens as they arrive."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from fastgen_jax.text.tokenizer import Tokenizer
+
+
+class IncrementalDetokenizer:
+    """The text of a growing sequence, piece by piece, without ever decoding the whole again.
+
+    A character whose bytes are spread over tokens is held back until it is complete, or certain never to be. The
+    deltas, `flush` included, join to what `tokenizer.decode` adds to the prompt's text for the same tokens; a character
+    that the prompt left unfinished belongs to them.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, prompt_ids: Iterable[int] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drops_space = tokenizer.drops_leading_space
+        self.push(prompt_ids)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that became certain with these tokens; often empty, never part of a character."""
+        data = b"".join(
+            self._tokenizer.visible_bytes(id, skip_special_tokens=self._skip_special_tokens) for id in ids
+        )
+        return self._at_start(self._utf8.decode(data))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for bytes that no character came of. Call it once, when no token follows."""
+        return self._at_start(self._utf8.decode(b"", final=True))
+
+    def _at_start(self, text: str) -> str:
+        if not text or not self._drops_space:
+            return text
+        self._drops_space = False
+        return text.removeprefix(" ")

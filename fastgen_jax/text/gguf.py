@@ -1,0 +1,142 @@
+"""The tokenizer in a GGUF file's metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastgen_jax.text.pieces import piece_bytes
+from fastgen_jax.text.spm import SentencePieceEncoder, build_model
+from fastgen_jax.text.tokenizer import Encoder, Tokenizer
+
+_PREFIX = "tokenizer.ggml."
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+
+# How each kind cuts text into words before merging: tokenizers' own steps, or regular expressions applied in turn.
+_CONTRACTION_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS: dict[str, tuple[str, ...]] = {
+    "gpt-2": (_CONTRACTION_WORDS + r"|\s+",),
+    "smollm": (r"\p{N}", _CONTRACTION_WORDS + r"|\s+"),
+    "llama-bpe": (_WORDS.format(digits="{1,3}"),),
+    "qwen2": (_WORDS.format(digits=""),),
+    # llama.cpp's own, for files converted before the kind was recorded
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _CONTRACTION_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+_SYNONYMS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_ADDS_BOS = frozenset({"llama-bpe"})  # kinds that start with BOS where add_bos_token is absent
+
+
+def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that the metadata describe; ValueError if they are incomplete or of an unsupported kind."""
+    model = metadata.get(_PREFIX + "model")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"tokenizer.ggml.model is {model!r}; supported: 'gpt2' (byte-level BPE), "
+                         "'llama' (SentencePiece)")
+    texts = _required(metadata, "tokens", list)
+    types = metadata.get(_PREFIX + "token_type") or [_NORMAL] * len(texts)
+    if len(types) != len(texts):
+        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(texts)} tokens")
+    ids = {name: _token_id(metadata, name, len(texts)) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
+    if model == "gpt2":
+        body, drops_space, adds_bos = _byte_level_bpe(metadata, texts, types), False, _kind(metadata) in _ADDS_BOS
+    else:
+        body, drops_space, adds_bos = _sentencepiece(metadata, texts, types, ids)
+    first = _border(ids["bos"], "bos", wanted=metadata.get(_PREFIX + "add_bos_token", adds_bos))
+    last = _border(ids["eos"], "eos", wanted=metadata.get(_PREFIX + "add_eos_token", False))
+
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        middle = body(text, add_special_tokens=False)
+        return [*first, *middle, *last] if add_special_tokens else middle
+
+    scheme = "byte-level" if model == "gpt2" else "metaspace"
+    special = frozenset(i for i, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN))
+    spelled = special | {i for i, kind in enumerate(types) if kind == _USER_DEFINED and scheme == "byte-level"}
+    ends = [ids[name] for name in ("eos", "eot", "eom")]
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    return Tokenizer(
+        encoder=encode,
+        texts=texts,
+        pieces=[text.encode() if i in spelled else piece_bytes(text, scheme) for i, text in enumerate(texts)],
+        special_ids=special,
+        drops_leading_space=drops_space,
+        bos_token_id=ids["bos"],
+        eos_token_ids=tuple(dict.fromkeys(id for id in ends if id is not None)),
+        templates=_templates(metadata),
+        named_tokens={new: texts[id] for name, new in names.items() if (id := ids[name]) is not None},
+    )
+
+
+def _border(id: int | None, name: str, *, wanted: bool) -> list[int]:
+    """The token that goes around every text, if the file asks for one."""
+    if wanted and id is None:
+        raise ValueError(f"{_PREFIX}add_{name}_token asks for a token that {_PREFIX}{name}_token_id does not name")
+    return [id] if wanted and id is not None else []
+
+
+def _required(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = metadata.get(_PREFIX + name)
+    if not isinstance(value, kind) or not value:
+        raise ValueError(f"the metadata lack {_PREFIX}{name}; the file is incomplete, convert it again")
+    return value
+
+
+def _token_id(metadata: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
+    id = metadata.get(f"{_PREFIX}{name}_token_id")
+    if id is not None and not 0 <= id < vocab_size:
+        raise ValueError(f"{_PREFIX}{name}_token_id is {id}, outside the vocabulary of {vocab_size}")
+    return id
+
+
+def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    base = "tokenizer.chat_template"
+    found = {"default": metadata[base]} if metadata.get(base) else {}
+    return found | {name[len(base) + 1 :]: text for name, text in metadata.items() if name.startswith(base + ".")}
+
+
+def _kind(metadata: Mapping[str, Any]) -> str:
+    kind: str = metadata.get(_PREFIX + "pre", "default")
+    return _SYNONYMS.get(kind, kind)
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any], texts: list[str], types: list[int]) -> Encoder:
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    kind = _kind(metadata)
+    if kind not in _SPLITS:
+        raise ValueError(f"tokenizer.ggml.pre is {kind!r}; supported: {', '.join([*_SPLITS, *_SYNONYMS])}; "
+                         "the Hugging Face checkpoint's tokenizer.json works whatever the kind")
+    merges = [tuple(merge.split(" ", 1)) for merge in _required(metadata, "merges", list)]
+    try:
+        # Llama 3 takes a word that is in the vocabulary whole, whether or not merges lead there.
+        bpe = models.BPE({text: i for i, text in enumerate(texts)}, merges, ignore_merges=kind == "llama-bpe")
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"the vocabulary and its merges do not fit together: {error}") from error
+    tokenizer = Tokenizer(bpe)
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[kind]),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        tokenizer.add_tokens([
+            AddedToken(text, normalized=False, special=special)
+            for text, type_ in zip(texts, types, strict=True) if type_ == wanted and text
+        ])
+    return lambda text, *, add_special_tokens: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], texts: list[str], types: list[int], ids: Mapping[str, int | None]
+) -> tuple[Encoder, bool, bool]:
+    scores = _required(metadata, "scores", list)
+    if len(scores) != len(texts):
+        raise ValueError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(texts)} tokens")
+    prefix = bool(metadata.get(_PREFIX + "add_space_prefix", True))
+    model = build_model(texts, scores, types, unknown_id=ids["unknown"] or 0, add_space_prefix=prefix)
+    specials = {text: i for i, (text, kind) in enumerate(zip(texts, types, strict=True)) if kind == _CONTROL}
+    return SentencePieceEncoder(model, specials=specials), prefix, True

@@ -1,0 +1,67 @@
+"""From a token's text in the vocabulary to the bytes that it stands for."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Scheme = Literal["byte-level", "metaspace"]
+"""How a vocabulary spells bytes: GPT-2's alphabet of 256 printable characters, or SentencePiece's ▁ and <0x0A>."""
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@functools.cache
+def byte_alphabet() -> Mapping[str, int]:
+    """The character that byte-level BPE writes for each byte, inverted.
+
+    Bytes that print are their own Latin-1 character, the other 68 are numbered from U+0100. Source: GPT-2's encoder.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def piece_bytes(piece: str, scheme: Scheme) -> bytes:
+    """The bytes of one vocabulary entry."""
+    if scheme == "metaspace":
+        byte = _BYTE_PIECE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode("utf-8", "replace")
+    alphabet = byte_alphabet()
+    try:
+        return bytes([alphabet[character] for character in piece])
+    except KeyError:  # not spelled in the alphabet: an added token, plain text
+        return piece.encode("utf-8", "replace")
+
+
+def scheme_of_decoder(decoder: Mapping[str, Any] | None) -> tuple[Scheme, bool]:
+    """The scheme that a tokenizer.json's `decoder` undoes, and whether it drops one space at the start of the text.
+
+    ValueError for a decoder that is not a mapping from tokens to bytes (WordPiece, CTC, ...).
+    """
+    steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return "byte-level", False
+    if kinds == ["Metaspace"]:
+        _check_replacement(steps[0].get("replacement"))
+        return "metaspace", steps[0].get("prepend_scheme", "always") != "never"
+    if "Replace" in kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
+        strip = False
+        for step in steps:
+            if step["type"] == "Replace":
+                _check_replacement(step.get("pattern", {}).get("String"))
+            elif step["type"] == "Strip":
+                if (step.get("content"), step.get("start"), step.get("stop")) != (" ", 1, 0):
+                    raise ValueError(f"tokenizer.json has the decoder step {step}; supported: Strip of a leading space")
+                strip = True
+        return "metaspace", strip
+    raise ValueError(f"tokenizer.json has a decoder of {kinds or 'no'} steps, which is not supported; supported: "
+                     "ByteLevel, Metaspace, or Replace + ByteFallback + Fuse (+ Strip)")
+
+
+def _check_replacement(character: str | None) -> None:
+    if character != "▁":
+        raise ValueError(f"tokenizer.json writes spaces as {character!r}; supported: '▁' (U+2581)")

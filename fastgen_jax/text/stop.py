@@ -1,0 +1,106 @@
+"""Stop strings in a stream of text."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class _Node:
+    """A prefix of some stop string, in an Aho-Corasick automaton."""
+
+    depth: int
+    children: dict[str, _Node] = field(default_factory=dict)
+    fallback: _Node | None = None  # the longest proper suffix that is a prefix too
+    longest: str | None = None  # the longest stop string that ends here
+
+
+class StopStrings:
+    """Finds the first of several stop strings in text that arrives in pieces.
+
+    The match that starts earliest wins, the longest of those that start there; how the text was cut does not matter.
+    No more text is held back than could still turn out to begin a stop string.
+    Source: Aho and Corasick, Efficient string matching (1975).
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if isinstance(stops, str):
+            raise ValueError(f"stop strings must be a list, got the single string {stops!r}; pass [{stops!r}]")
+        for stop in stops:
+            if not isinstance(stop, str) or not stop:
+                raise ValueError(f"a stop string must be a non-empty str, got {stop!r}; leave it out")
+        self._root = self._state = _automaton(stops)
+        self._held = ""  # the end of the text seen, not yet emitted
+        self._best: tuple[int, str] | None = None  # where in `_held` the best match so far starts, and which
+        self.matched: str | None = None  # the stop string that ended the text
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Text that can be shown now, and the stop string if it is certain; after that nothing more is emitted."""
+        if self.matched is not None:
+            return "", self.matched
+        start = len(self._held)
+        self._held += text
+        for position, character in enumerate(text, start + 1):
+            self._state = self._next(character)
+            stop = self._state.longest
+            if stop is not None:
+                candidate = (position - len(stop), stop)
+                # Earlier first; at the same start the later find is the longer one.
+                if self._best is None or candidate[0] <= self._best[0]:
+                    self._best = candidate
+            if self._best is not None and not self._may_improve(position):
+                return self._finish()
+        pending = len(self._held) - self._state.depth
+        keep = pending if self._best is None else min(pending, self._best[0])
+        emitted, self._held = self._held[:keep], self._held[keep:]
+        if self._best is not None:
+            self._best = (self._best[0] - keep, self._best[1])
+        return emitted, None
+
+    def flush(self) -> tuple[str, str | None]:
+        """At the end of the text: what was held back, and the stop string if one was complete."""
+        if self.matched is not None:
+            return "", self.matched
+        if self._best is not None:
+            return self._finish()
+        emitted, self._held = self._held, ""
+        self._state = self._root
+        return emitted, None
+
+    def _finish(self) -> tuple[str, str | None]:
+        assert self._best is not None
+        start, self.matched = self._best
+        emitted, self._held = self._held[:start], ""
+        return emitted, self.matched
+
+    def _next(self, character: str) -> _Node:
+        node: _Node | None = self._state
+        while node is not None and character not in node.children:
+            node = node.fallback
+        return self._root if node is None else node.children[character]
+
+    def _may_improve(self, position: int) -> bool:
+        """Whether a prefix under way starts before the best match, or at it and can grow longer."""
+        assert self._best is not None
+        return bool(self._state.children) and position - self._state.depth <= self._best[0]
+
+
+def _automaton(stops: Sequence[str]) -> _Node:
+    root = _Node(0)
+    for stop in stops:
+        node = root
+        for character in stop:
+            node = node.children.setdefault(character, _Node(node.depth + 1))
+        node.longest = stop
+    queue = deque((root, character, child) for character, child in root.children.items())
+    while queue:  # breadth first: a fallback is shallower, so it is complete when it is needed
+        parent, character, node = queue.popleft()
+        fallback = parent.fallback
+        while fallback is not None and character not in fallback.children:
+            fallback = fallback.fallback
+        node.fallback = root if fallback is None else fallback.children[character]
+        node.longest = node.longest or node.fallback.longest
+        queue.extend((node, letter, child) for letter, child in node.children.items())
+    return root

@@ -1,0 +1,89 @@
+"""The native CPU kernel: loading it, its panel layout, and calling it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from pallas_kernels import native
+
+_LIBRARY = "matmul"
+_SOURCE = Path(__file__).with_name("cpu.cc")
+_TARGET = "fastgen_matmul"
+
+
+def ensure_loaded() -> bool:
+    """Compiles and registers the kernel the first time; True when it can be called."""
+    return native.load(_LIBRARY, _SOURCE, {_TARGET: "FastgenMatmul"})
+
+
+@functools.cache
+def panel_width() -> int:
+    """Output columns in one panel on this CPU (8 to 32). The kernel must be loaded."""
+    return int(native.function(_LIBRARY, "fastgen_matmul_panel_width")())
+
+
+def pack(w: np.ndarray, *, gated: bool) -> np.ndarray:
+    """Panels [P, K, width] of a matrix [K, N], the last one filled up with zeros.
+
+    With `gated` the matrix is [gate | up], N = 2F, and each panel holds width/2 columns of the gate, then the
+    same columns of up, so that one tile has both factors of its outputs in registers.
+    """
+    parts = np.split(w, 2, axis=1) if gated else [w]
+    share = panel_width() // len(parts)
+    return np.concatenate([_panels(part, share) for part in parts], axis=2)
+
+
+def _panels(w: np.ndarray, width: int) -> np.ndarray:
+    depth, columns = w.shape
+    count = -(-columns // width)
+    padded = np.zeros((depth, count * width), w.dtype)
+    padded[:, :columns] = w
+    return np.ascontiguousarray(padded.reshape(depth, count, width).swapaxes(0, 1))
+
+
+# Passes its argument through on the CPU; lowering it for anything else is the user's mistake, with a remedy.
+_cpu_only_p = Primitive("packed_weight_on_cpu")
+_cpu_only_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(_cpu_only_p, lambda context, x: [x], platform="cpu")
+
+
+def _refuse(context: mlir.LoweringRuleContext, x: mlir.Value) -> NoReturn:
+    platforms = ", ".join(context.module_context.platforms)
+    raise ValueError(
+        f"a PackedWeight was lowered for platform {platforms!r}, but its layout is only for 'cpu'; "
+        f"call prepare(w, platform={platforms!r}) on the original weight"
+    )
+
+
+mlir.register_lowering(_cpu_only_p, _refuse)
+
+
+@functools.partial(jax.jit, static_argnames=("num_outputs", "gated"))
+def multiply(
+    x: jax.Array,
+    panels: jax.Array,
+    scales: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    num_outputs: int,
+    gated: bool,
+) -> jax.Array:
+    """float32[M, num_outputs] = x[M, K] @ panels (* scales) (+ residual). Layout: see `PackedWeight`."""
+    if not ensure_loaded():
+        raise RuntimeError(
+            f"a PackedWeight needs the native kernels, which cannot be loaded here "
+            f"({native.unavailable_reason() or 'the log has the reason'}); "
+            f"call prepare(w, ...) in this process to get a weight that plain XLA can use"
+        )
+    others = [array for array in (scales, residual) if array is not None]
+    result = jax.ShapeDtypeStruct((x.shape[0], num_outputs), jnp.float32)
+    call = jax.ffi.ffi_call(_TARGET, result)
+    return call(_cpu_only_p.bind(x), panels, *others, gated=gated, has_residual=residual is not None)

@@ -1,0 +1,80 @@
+"""`linear` and `swiglu`: one product, whatever the weight is stored as."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.matmul import cpu
+from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight
+
+
+def linear(x: jax.Array, w: Weight, *, residual: jax.Array | None = None) -> jax.Array:
+    """x @ w (+ residual), [..., N] in the dtype of x; products are summed in float32.
+
+    With a `PackedWeight` the result of a row does not depend, to the last bit, on the other rows or how many
+    there are.
+
+    Args:
+      x: [..., K], float32, bfloat16 or float16.
+      w: [K, N].
+      residual: [..., N] like the result; added in float32, before the one rounding to the dtype of x.
+    """
+    _check(x, w)
+    if residual is not None and (residual.shape != (*x.shape[:-1], w.shape[1]) or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype}{list(residual.shape)}, but must be like the result, "
+            f"{x.dtype}{[*x.shape[:-1], w.shape[1]]}"
+        )
+    if isinstance(w, PackedWeight):
+        if w.gated:
+            raise ValueError(
+                "w was prepared with gated=True, for swiglu; for linear, prepare with gated=False"
+            )
+        return _packed(x, w, residual)
+    y = _product(x, w)
+    return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
+
+
+def swiglu(x: jax.Array, w: Weight) -> jax.Array:
+    """silu(x @ gate) * (x @ up), [..., F] in the dtype of x, computed in float32.
+
+    Args:
+      x: [..., K], float32, bfloat16 or float16.
+      w: [K, 2F]: the columns of gate, then those of up. A `PackedWeight` must be prepared with gated=True.
+    """
+    _check(x, w)
+    if isinstance(w, PackedWeight):
+        if not w.gated:
+            raise ValueError("w was prepared with gated=False; for swiglu, prepare it with gated=True")
+        return _packed(x, w, None)
+    if w.shape[1] % 2:
+        raise ValueError(f"w is [gate | up], so its width must be even, not {w.shape[1]}")
+    gate, up = jnp.split(_product(x, w), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(x.dtype)
+
+
+def _check(x: jax.Array, w: Weight) -> None:
+    if len(w.shape) != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
+        raise ValueError(
+            f"x {list(x.shape)} does not fit w {list(w.shape)}; they must be [..., K] and [K, N]"
+        )
+
+
+def _product(x: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
+    """float32[..., N]"""
+    matrix = w.values.astype(x.dtype) if isinstance(w, Int8Weight) else w
+    contract_last_with_first = (((x.ndim - 1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(x, matrix, contract_last_with_first, preferred_element_type=jnp.float32)
+    return y * jnp.expand_dims(w.scales, range(x.ndim - 1)) if isinstance(w, Int8Weight) else y
+
+
+def _packed(x: jax.Array, w: PackedWeight, residual: jax.Array | None) -> jax.Array:
+    def rows(array: jax.Array) -> jax.Array:
+        return array.reshape(-1, array.shape[-1]).astype(jnp.float32)
+
+    y = cpu.multiply(
+        rows(x), w.panels, w.scales, None if residual is None else rows(residual),
+        num_outputs=w.num_outputs, gated=w.gated,
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], w.num_outputs).astype(x.dtype)

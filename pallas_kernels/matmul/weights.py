@@ -1,0 +1,128 @@
+"""How weights are stored for `linear`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.matmul import cpu
+
+# int8 is used symmetrically, so that w and -w become q and -q.
+_LARGEST = 127
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8Weight:
+    """w[k, n] = values[k, n] * scales[n]; activations stay in floating point.
+
+    Leaves may have a leading layer axis that `lax.scan` or indexing takes away.
+
+    Attributes:
+      values: int8[..., K, N] in [-127, 127].
+      scales: float32[..., N], positive.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["panels", "scales"], meta_fields=["num_outputs", "gated"]
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedWeight:
+    """A weight [K, N] in the layout of this CPU's native kernel; neither saved nor differentiated.
+
+    Attributes:
+      panels: float32, bfloat16 or int8 [P, K, width]; panel p holds output columns
+        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated.
+      scales: float32[P, width] when the panels are int8, else None.
+      num_outputs: columns of the result: N, or F = N / 2 when gated.
+      gated: made for `swiglu`, not for `linear`.
+    """
+
+    panels: jax.Array
+    scales: jax.Array | None
+    num_outputs: int
+    gated: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N) of the weight that was packed."""
+        return self.panels.shape[1], self.num_outputs * (1 + self.gated)
+
+
+Weight = jax.Array | Int8Weight | PackedWeight
+
+
+def prepare(
+    w: np.ndarray | jax.Array, *, quantize: str | None = None, platform: str, gated: bool = False
+) -> Weight:
+    """The form of `w` that `linear` (`swiglu` when `gated`) multiplies with fastest on `platform`.
+
+    On the CPU, with native kernels, that is a `PackedWeight`: in bfloat16 when `w` is, in float32 otherwise.
+    Elsewhere it is the array as it is, or an `Int8Weight`. Int8 is rounded to nearest with one scale per
+    output column: the error of a weight is at most half a scale, max|column| / 254.
+
+    Args:
+      w: [K, N] floating point; [K, 2F], gate columns before up columns, when `gated`.
+      quantize: None or "int8".
+      platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
+      gated: the weight of `swiglu`.
+    """
+    if w.ndim != 2:
+        raise ValueError(f"w has shape {w.shape}, but must be [K, N]; prepare stacked weights one by one")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(
+            f"w has dtype {w.dtype}, but must be floating point; quantize='int8' makes int8 of that"
+        )
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is {quantize!r}, but must be None or 'int8'")
+    if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):
+        raise ValueError(f"platform is {platform!r}, but must be 'cpu', 'gpu', 'cuda', 'rocm' or 'tpu'")
+    if gated and w.shape[1] % 2:
+        raise ValueError(f"a gated w is [gate | up], so its width must be even, not {w.shape[1]}")
+
+    packed = platform == "cpu" and cpu.ensure_loaded()
+    if quantize is None and not packed:
+        return jnp.asarray(w)
+    if quantize is None:
+        host = np.asarray(w)
+        kept = host if host.dtype == jnp.bfloat16 else host.astype(np.float32)
+        return _packed(kept, None, gated=gated)
+    values, scales = quantize_int8(np.asarray(w))
+    if packed:
+        return _packed(values, scales, gated=gated)
+    return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+
+
+def quantize_int8(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int8[..., K, N], float32[..., N]) whose product is nearest to `w`, one scale per output column."""
+    wide = w.astype(np.float32)
+    largest = np.abs(wide).max(axis=-2)
+    if not np.isfinite(largest).all():
+        raise ValueError("w has infinite or NaN values, which int8 cannot represent; check the checkpoint")
+    # A column of zeros has values 0 with any scale.
+    scales = np.where(largest > 0, largest / _LARGEST, 1).astype(np.float32)
+    values = np.clip(np.rint(wide / scales[..., None, :]), -_LARGEST, _LARGEST)
+    return values.astype(np.int8), scales
+
+
+def _packed(w: np.ndarray, scales: np.ndarray | None, *, gated: bool) -> PackedWeight:
+    host = jax.devices("cpu")[0]
+    packed_scales = None if scales is None else cpu.pack(scales[None, :], gated=gated)[:, 0]
+    return PackedWeight(
+        panels=jax.device_put(cpu.pack(w, gated=gated), host),
+        scales=None if packed_scales is None else jax.device_put(packed_scales, host),
+        num_outputs=w.shape[1] // (1 + gated),
+        gated=gated,
+    )

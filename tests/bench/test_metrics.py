@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastgen_jax.bench.metrics import (
+    RequestTimes,
+    effective_throughput,
+    ewm_mean,
+    median_summary,
+    meets_promise,
+    summarize,
+)
+
+
+def times(*token_times: float, prompt: int = 512, start: float = 0.0, name: str = "a") -> RequestTimes:
+    return RequestTimes(request_id=name, num_prompt_tokens=prompt, start=start, token_times=token_times)
+
+
+def test_tgt_starts_with_the_time_to_the_first_token_and_goes_on_with_gaps() -> None:
+    request = times(3.0, 3.5, 4.5, start=1.0)
+    assert request.tgt == (2.0, 0.5, 1.0)
+    assert request.time_to_first_token == 2.0
+    assert request.latency == 3.5
+
+
+def test_decode_rate_counts_tokens_after_the_first_arrival() -> None:
+    assert times(1.0, 2.0, 3.0, 5.0).decode_rate == pytest.approx(3 / 4)
+    # Two tokens came first together: both belong to the prompt's step.
+    assert times(1.0, 1.0, 2.0, 3.0).decode_rate == pytest.approx(2 / 2)
+    assert times(1.0, 1.0).decode_rate is None
+
+
+def test_a_run_is_summarized_by_hand_computed_figures() -> None:
+    summary = summarize([times(1.0, 2.0, 4.0, 5.0, prompt=10), times(2.0, 3.0, 6.0, 10.0, prompt=20, name="b")])
+    assert summary.wall == 10.0
+    assert summary.output_rate == pytest.approx(0.8)
+    assert summary.total_rate == pytest.approx(3.8)
+    assert (summary.ttft_p50, summary.ttft_max) == (1.5, 2.0)
+    # Gaps without the first (time to first token) and the last of each request: 1, 2 and 1, 3.
+    assert summary.token_latency_p50 == pytest.approx(1.5)
+    assert summary.token_latency_p90 == pytest.approx(np.percentile([1, 2, 1, 3], 90))
+    assert summary.token_latency_p95 == pytest.approx(np.percentile([1, 2, 1, 3], 95))
+    assert summary.decode_rate_p50 == pytest.approx((3 / 4 + 3 / 8) / 2)
+    assert summary.latency_mean == 7.5
+
+
+def test_a_run_is_timed_from_the_first_request_sent() -> None:
+    assert summarize([times(7.0, start=5.0), times(9.0, start=6.0, name="b")]).wall == 4.0
+
+
+def test_requests_of_two_tokens_have_no_token_latency() -> None:
+    summary = summarize([times(1.0, 2.0)])
+    assert (summary.token_latency_p50, summary.token_latency_p95) == (None, None)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=40), st.integers(1, 30))
+def test_ewm_is_the_weighted_mean_that_its_definition_says(values: list[float], span: int) -> None:
+    decay = 1 - 2 / (span + 1)
+    for index, mean in enumerate(ewm_mean(values, span=span)):
+        weights = [decay**age for age in range(index + 1)]
+        direct = sum(w * v for w, v in zip(weights, reversed(values[: index + 1]), strict=True)) / sum(weights)
+        assert mean == pytest.approx(direct, rel=1e-9, abs=1e-9)
+
+
+def test_a_late_first_token_breaks_the_promise() -> None:
+    on_time, late = times(1.0, 1.1, prompt=512), times(1.01, 1.1, prompt=512)
+    assert meets_promise(on_time, tokens_per_second=2)
+    assert not meets_promise(late, tokens_per_second=2)
+
+
+def test_one_long_gap_is_forgiven_by_the_cumulative_variant_only_after_a_head_start() -> None:
+    ahead = times(0.5, 0.6, 0.7, 0.8, 1.9, prompt=512)  # 1.1 s of silence, but 4 tokens in 1.4 s
+    assert meets_promise(ahead, tokens_per_second=2, variant="cumulative")
+    assert meets_promise(ahead, tokens_per_second=2)  # smoothed over 4 gaps: about 0.41 s
+    behind = times(0.5, 1.6, 1.7, 1.8, 1.9, prompt=512)
+    assert not meets_promise(behind, tokens_per_second=2, variant="cumulative")
+    assert not meets_promise(behind, tokens_per_second=2)
+
+
+def test_effective_throughput_counts_only_promises_kept() -> None:
+    kept, broken = times(1.0, 1.2, 2.0), times(3.0, 3.1, 4.0, name="b")
+    assert effective_throughput([kept, broken], tokens_per_second=1) == pytest.approx(1 / 4)
+
+
+def test_the_median_is_taken_figure_by_figure() -> None:
+    runs = [summarize([times(at, 2 * at, 3 * at, 4 * at)]) for at in (1.0, 4.0, 2.0)]
+    assert asdict(median_summary(runs)) == pytest.approx(asdict(runs[2]))
+
+
+def test_a_worker_record_becomes_one_time_a_token() -> None:
+    record = {"request_id": "r", "prompt_tokens": 3, "start": 0.5, "events": [[1.0, 1], [2.0, 3]], "token_ids": [1] * 4}
+    assert RequestTimes.from_record(record).token_times == (1.0, 2.0, 2.0, 2.0)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match="'a' has no tokens"):
+        times()
+    with pytest.raises(ValueError, match="run backwards"):
+        times(2.0, 1.0)
+    with pytest.raises(ValueError, match="there are 0 requests"):
+        summarize([])
+    with pytest.raises(ValueError, match="the run took 0.0 s"):
+        summarize([times(0.0)])
+    with pytest.raises(ValueError, match="tokens_per_second is 0"):
+        meets_promise(times(1.0), tokens_per_second=0)
+    with pytest.raises(ValueError, match="there are 0 runs"):
+        median_summary([])
+    with pytest.raises(ValueError, match="span is 0 tokens"):
+        ewm_mean([1.0], span=0)

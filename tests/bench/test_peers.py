@@ -1,0 +1,151 @@
+"""Workers are tested with a fake engine: a real process that speaks the protocol and generates known tokens."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgen_jax.bench import offline
+from fastgen_jax.bench.__main__ import main
+from fastgen_jax.bench.machine import describe, machine_to_itself
+from fastgen_jax.bench.metrics import summarize
+from fastgen_jax.bench.peers import WORKERS, Peer, Worker
+from fastgen_jax.bench.workloads import make_workload
+
+FAKE = '''
+import os, sys, time
+sys.path.insert(0, {workers!r})
+from protocol import Timeline, serve
+
+def load(options):
+    print("noise of an engine on standard output")
+    if options.get("fail") == "load":
+        raise RuntimeError("no weights here")
+    def run(requests):
+        if options.get("fail") == "run":
+            os._exit(3)
+        timeline = Timeline(requests)
+        for request in requests:
+            for i in range(request["max_new_tokens"] - options.get("missing", 0)):
+                timeline.add(request["request_id"], 0.25 * (i + 1), [request["prompt_token_ids"][0] + i])
+        return {{**timeline.result(), "pid": os.getpid()}}
+    return {{"engine": "fake", "version": "1", "options": options}}, run
+
+serve(load)
+'''
+WORKLOAD = make_workload("tiny", num_requests=3, mean_prompt=6, mean_output=5, vocab_size=1000, spread=0.0)
+
+
+@pytest.fixture
+def fake(tmp_path: Path):
+    script = tmp_path / "fake_worker.py"
+    script.write_text(FAKE.format(workers=str(WORKERS)))
+
+    def make(name: str = "fake", **options: object) -> Peer:
+        return Peer(name=name, python=sys.executable, script=script, options=dict(options))
+
+    return make
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def test_a_worker_is_given_the_requests_and_returns_times_and_tokens(fake) -> None:
+    with Worker(fake()) as worker:
+        assert worker.description["engine"] == "fake"
+        result = worker.run(WORKLOAD)
+    first = WORKLOAD.requests[0]
+    assert result.token_ids[first.request_id] == [first.prompt_token_ids[0] + i for i in range(5)]
+    assert summarize(result.times).output_rate == pytest.approx(15 / 1.25)
+
+
+def test_a_worker_serves_many_rounds_in_one_process_and_rests_in_between(fake) -> None:
+    with Worker(fake()) as worker:
+        pids = {worker.run(WORKLOAD).extras["pid"] for _ in range(3)}
+        (pid,) = pids
+        if Path("/proc").exists():
+            assert state_of(pid) == "T"  # stopped: it cannot disturb another engine's turn
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_worker_that_cannot_load_is_reported_with_the_end_of_its_log(fake) -> None:
+    with pytest.raises(RuntimeError, match="the worker of fake ended(.|\n)*no weights here"), Worker(fake(fail="load")):
+        pass
+
+
+def test_a_worker_that_dies_in_a_run_is_reported(fake) -> None:
+    with Worker(fake(fail="run")) as worker, pytest.raises(RuntimeError, match="the worker of fake ended"):
+        worker.run(WORKLOAD)
+
+
+def test_an_engine_that_stops_early_is_not_compared(fake) -> None:
+    with Worker(fake(missing=1)) as worker, pytest.raises(RuntimeError, match="4 tokens for tiny-0 instead of 5"):
+        worker.run(WORKLOAD)
+
+
+def test_engines_take_turns_and_every_run_is_recorded(fake, tmp_path: Path, capsys) -> None:
+    results = tmp_path / "runs.jsonl"
+    parser = argparse.ArgumentParser()
+    offline.add_arguments(parser)
+    arguments = parser.parse_args(["--rounds", "2", "--results", str(results), "--exclusive-lock", str(tmp_path / "l")])
+    runs = offline.measure([fake("A"), fake("B")], [WORKLOAD], arguments, {"machine": describe(), "command": "test"})
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(record["round"], record["engine"]) for record in records] == [(1, "A"), (1, "B"), (2, "A"), (2, "B")]
+    assert {record["output_rate"] for record in records} == {15 / 1.25}
+    table = offline.table(WORKLOAD, {name: runs[name, "tiny"] for name in ("A", "B")})
+    rows = [line for line in table if line.startswith(("| A", "| B"))]
+    assert len(rows) == 2
+    assert all(row.endswith("| 1.00 | 3/3 |") and "| 12.0 | 12.0-12.0 |" in row for row in rows)
+
+
+def test_only_one_holds_an_exclusive_lock(tmp_path: Path) -> None:
+    import fcntl
+
+    lock = tmp_path / "lock"
+    with machine_to_itself(lock, mode="exclusive"), lock.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with machine_to_itself(lock, mode="shared"), lock.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "there is nothing to measure"),
+        (["--rounds", "0"], "rounds is 0"),
+        (["--hf-python", "p"], "need --hf-model"),
+        (["--llama-server", "s"], "at least one --gguf NAME=PATH"),
+        (["--gguf", "nameless"], "--gguf is 'nameless'; write it as NAME=VALUE"),
+        (["--workload", "custom", "--requests", "0"], "num_requests is 0"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_explained(argv: list[str], message: str, capsys) -> None:
+    assert main(["offline", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_engines_are_sized_for_the_largest_workload() -> None:
+    parser = argparse.ArgumentParser()
+    offline.add_arguments(parser)
+    arguments = parser.parse_args(
+        ["--model", "m", "--option", "token_budget=256", "--option", "quantize=int8", "--vllm-python", "v"]
+        + ["--hf-python", "h", "--hf-model", "folder", "--llama-server", "s", "--gguf", "F16=f.gguf"]
+    )
+    peers = offline.choose_peers(arguments, [WORKLOAD], ggufs={"F16": "f.gguf"}, threads=2)
+    by_name = {peer.name: peer.options for peer in peers}
+    assert list(by_name) == ["fastgen_jax", "vllm", "llama.cpp F16", "transformers static"]
+    config = by_name["fastgen_jax"]["config"]
+    assert config == {
+        "prefix_caching": False,
+        "max_context_len": 11,
+        "max_num_seqs": 3,
+        "token_budget": 256,
+        "quantize": "int8",
+    }
+    assert (by_name["vllm"]["max_model_len"], by_name["vllm"]["max_num_seqs"]) == (11, 3)
+    assert (by_name["llama.cpp F16"]["slots"], by_name["llama.cpp F16"]["context_per_slot"]) == (3, 11)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fastgen_jax.checkpoint import open_checkpoint
+from tests.checkpoint.tiny_files import write_hf
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shards", [0, 3])
+def test_tensors_come_back_as_they_were_written(tmp_path, dtype, shards):
+    made = write_hf(tmp_path, dtype=dtype, shards=shards)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.tensor_names == made.keys()
+    for name, array in made.items():
+        assert checkpoint.shape(name) == array.shape
+        assert checkpoint.read(name).dtype == dtype
+        np.testing.assert_array_equal(checkpoint.read(name), array)
+
+
+def test_end_of_sequence_ids_of_the_generation_config_are_added(tmp_path):
+    write_hf(tmp_path, eos_token_id=2)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5, 9]}')
+    assert open_checkpoint(tmp_path).config.eos_token_ids == (2, 5, 9)
+
+
+def test_head_dim_and_biases_come_from_the_config(tmp_path):
+    write_hf(tmp_path, head_dim=8, attention_bias=True)
+    config = open_checkpoint(tmp_path).config
+    assert (config.head_dim, config.attention_bias) == (8, True)
+
+
+def _drop_shard(path):
+    (path / "model-00002-of-00003.safetensors").unlink()
+
+
+def _cut_shard(path):
+    file = path / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _garbage_shard(path):
+    (path / "model-00002-of-00003.safetensors").write_bytes(b"\xff" * 50)
+
+
+def _misplaced_tensor(path):
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "model-00002-of-00003.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _bad_index(path):
+    (path / "model.safetensors.index.json").write_text('{"weight_map": ')
+
+
+def _empty_index(path):
+    (path / "model.safetensors.index.json").write_text("{}")
+
+
+def _no_index(path):
+    (path / "model.safetensors.index.json").unlink()
+
+
+def _bad_config(path):
+    (path / "config.json").write_text("{'vocab_size': 3}")
+
+
+def _no_config(path):
+    (path / "config.json").unlink()
+
+
+def _config_without(field):
+    def change(path):
+        config = json.loads((path / "config.json").read_text())
+        del config[field]
+        (path / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (_drop_shard, r"index.json names model-00002-of-00003.safetensors, which is absent"),
+    (_cut_shard, r"model-00002-of-00003.safetensors is truncated or corrupt"),
+    (_garbage_shard, r"model-00002-of-00003.safetensors is truncated or corrupt"),
+    (_misplaced_tensor, r"says that model-00002-of-00003.safetensors holds 'lm_head.weight', but it does not"),
+    (_bad_index, r"index.json is not valid JSON"),
+    (_empty_index, r"index.json has no 'weight_map'"),
+    (_no_index, r"3 safetensors files but no model.safetensors.index.json"),
+    (_bad_config, r"config.json is not valid JSON"),
+    (_no_config, r"config.json does not exist"),
+    (_config_without("architectures"), r"config.json: 'architectures' must name one architecture"),
+    (_config_without("hidden_size"), r"config.json lacks the field 'hidden_size'"),
+])
+def test_a_damaged_directory_is_refused_with_the_file_and_the_cause(tmp_path, damage, message):
+    write_hf(tmp_path, shards=3)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"architectures": ["LlamaForCausalLm"]}, "nearest supported: LlamaForCausalLM"),
+    ({"hidden_act": "relu"}, r"config.json: config.json has hidden_act='relu'|hidden_act='relu'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+    ({"num_attention_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
+])
+def test_a_config_that_we_cannot_compute_is_refused(tmp_path, overrides, message):
+    write_hf(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | overrides
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_integer_weights_are_refused(tmp_path):
+    write_hf(tmp_path)
+    save_file({"model.norm.weight": np.zeros(32, np.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'model.norm.weight' has dtype I8; supported: F32, F16, BF16"):
+        open_checkpoint(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_a_way_out(tmp_path):
+    write_hf(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"only pytorch_model.bin; .*save_pretrained them as safetensors"):
+        open_checkpoint(tmp_path)

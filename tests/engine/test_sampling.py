@@ -1,0 +1,476 @@
+"""The sampler against a slow one in float64, and what must not change its tokens."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgen_jax.engine import sampling
+from fastgen_jax.engine.sampling import HISTORY_PIECE, SampleOutput, SamplerState, SamplingBatch, init_state, reset_slot
+from fastgen_jax.engine.sampling_tables import SamplingTables, sampling_fields
+from fastgen_jax.scheduling.request import SamplingParams
+
+V = 200  # two pieces of a search, the second one partly filled
+S = 8
+R = 8
+TOP = 20
+# Probabilities are float32 and top-p's limit is a product of such: either side is right within this distance.
+MASS_TOLERANCE = 1e-5
+
+weights_of = jax.jit(sampling._weights)
+argmax_of = jax.jit(sampling._argmax)
+
+
+def views_of(num_rows: int, vocab_size: int = V) -> dict[str, np.ndarray]:
+    views = {name: np.zeros(shape, dtype) for name, shape, dtype in sampling_fields(num_rows)}
+    SamplingTables.clear(views, max_num_seqs=S, vocab_size=vocab_size)
+    return views
+
+
+def batch_of(views: dict[str, np.ndarray]) -> SamplingBatch:
+    return SamplingBatch(**{name: jnp.array(view) for name, view in views.items()})
+
+
+def sampling_rows(num_rows: int, vocab_size: int = V, **columns: Any) -> SamplingBatch:
+    """Rows that sample at temperature 1 unless `columns` says otherwise."""
+    views = views_of(num_rows, vocab_size)
+    for name, value in {"temperature": 1, "any_sampling": 1, **columns}.items():
+        views[name][...] = value
+    return batch_of(views)
+
+
+@functools.cache
+def program(num_rows: int) -> Any:
+    """The compiled sampler for `num_rows` rows."""
+    sample = jax.jit(sampling.sample, static_argnames="max_logprobs", donate_argnames="state")
+    return sample.lower(jnp.zeros((num_rows, V)), init_state(S, V), sampling_rows(num_rows), max_logprobs=TOP).compile()
+
+
+def run(
+    logits: np.ndarray, batch: SamplingBatch, state: SamplerState | None = None
+) -> tuple[SampleOutput, SamplerState]:
+    return program(len(logits))(jnp.asarray(logits, jnp.float32), state or init_state(S, V), batch)
+
+
+def draws(logits: np.ndarray, count: int = 4096, **columns: Any) -> np.ndarray:
+    """Tokens of one row of logits at positions 0 ... count - 1, R at a time."""
+    num_rows = 256
+    tiled = np.tile(np.asarray(logits, np.float32), (num_rows, 1))
+    starts = range(0, count, num_rows)
+    batches = [
+        sampling_rows(num_rows, len(logits), positions=start + np.arange(num_rows), **columns) for start in starts
+    ]
+    return np.concatenate([np.asarray(run(tiled, batch)[0].tokens) for batch in batches])
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    below = np.where(x == x.max(), 0, x - np.where(np.isinf(x.max()), 0, x.max()))
+    if np.isinf(x.max()):
+        below = np.where(x == x.max(), 0, -np.inf)
+    return np.exp(below) / np.exp(below).sum()
+
+
+def kept_tokens(logits: np.ndarray, *, temperature: float, top_k: int, top_p: float, min_p: float) -> list[int]:
+    """The definition: tokens in order of logit, then id; the first k; the first that hold p of those; min-p."""
+    order = np.lexsort((np.arange(len(logits)), -logits.astype(np.float64)))
+    order = order[: top_k or len(order)]
+    p = softmax(logits[order] / temperature)
+    num_kept = 1 + int(np.searchsorted(np.cumsum(p), top_p)) if top_p < 1 else len(order)
+    return [int(t) for t, share in zip(order[:num_kept], p[:num_kept] / p[0], strict=True) if share >= min_p]
+
+
+# Greedy
+
+
+def test_without_requests_for_more_the_likeliest_token_is_taken_and_the_lowest_id_wins_a_tie() -> None:
+    logits = np.zeros((R, V), np.float32)
+    logits[0, [190, 7]] = 5
+    logits[1, V - 1] = 1
+    logits[2] = -np.inf
+    logits[3, [150, 160]] = np.inf
+    logits[4] = np.arange(V)
+    tokens = run(logits, batch_of(views_of(R)))[0].tokens
+    np.testing.assert_array_equal(tokens, [7, V - 1, 0, 150, V - 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 127, 128, 129, 1000])
+def test_the_argmax_agrees_with_numpy_for_any_size_of_vocabulary(vocab_size: int) -> None:
+    logits = np.random.default_rng(vocab_size).integers(0, 50, (6, vocab_size)).astype(np.float32)
+    np.testing.assert_array_equal(argmax_of(logits), logits.argmax(axis=1))
+
+
+def test_a_row_with_nan_still_yields_a_token_of_the_vocabulary() -> None:
+    logits = np.full((R, V), np.nan, np.float32)
+    for batch in (batch_of(views_of(R)), sampling_rows(R, top_p=0.5)):
+        tokens = np.asarray(run(logits, batch)[0].tokens)
+        assert ((tokens >= 0) & (tokens < V)).all()
+
+
+def test_a_greedy_row_stays_greedy_beside_rows_that_sample() -> None:
+    logits = np.random.default_rng(1).normal(size=(R, V)).astype(np.float32)
+    temperature = np.where(np.arange(R) % 2, 0, 5)
+    tokens = np.asarray(run(logits, sampling_rows(R, temperature=temperature))[0].tokens)
+    np.testing.assert_array_equal(tokens[1::2], logits[1::2].argmax(axis=1))
+    assert (tokens[::2] != logits[::2].argmax(axis=1)).any()
+
+
+# What is kept
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    grid=st.sampled_from([0.001, 0.25, 2.0]),
+    infinities=st.sampled_from([(), (-np.inf,), (np.inf,), (np.inf, -np.inf)]),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+)
+def test_top_k_top_p_and_min_p_keep_what_their_definition_keeps(seed, grid, infinities, temperature) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (np.round(rng.normal(size=(R, V)) * rng.uniform(0.1, 6) / grid) * grid).astype(np.float32)
+    for value in infinities:
+        logits[np.arange(R), rng.integers(0, V, R)] = value
+    top_k = rng.choice([0, 1, 2, 7, 50, V - 1, V, V + 5, 2**31 - 1], R)
+    top_p = rng.choice([1e-30, 0.01, 0.3, 0.5, 0.9, 0.999, 1], R)
+    min_p = rng.choice([0, 0, 0.05, 0.6], R)
+    batch = sampling_rows(R, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    weights = np.asarray(weights_of(logits, batch))
+    for row in range(R):
+        limits = {"temperature": temperature, "top_k": int(top_k[row])}
+        p, q = float(top_p[row]), float(min_p[row])
+        kept = set(np.flatnonzero(weights[row]).tolist())
+        fewest = kept_tokens(logits[row], top_p=p - MASS_TOLERANCE, min_p=q * (1 + MASS_TOLERANCE), **limits)
+        at_most = p + MASS_TOLERANCE if p < 1 else 1
+        most = kept_tokens(logits[row], top_p=at_most, min_p=q * (1 - MASS_TOLERANCE), **limits)
+        probabilities = softmax(logits[row][most] / temperature)
+        unseen = {t for t, share in zip(most, probabilities, strict=True) if share < 2.0**-29}  # rounds to 0
+        assert set(fewest) - unseen <= kept <= set(most)
+
+
+@pytest.mark.parametrize("num_equal", range(2, 65, 7))
+def test_of_equal_tokens_top_p_keeps_just_enough_and_the_lowest_ids(num_equal: int) -> None:
+    logits = np.full((R, V), -np.inf, np.float32)
+    ids = np.arange(num_equal) * 3
+    logits[:, ids] = 1.5
+    wanted = np.linspace(1, num_equal - 1, R).round().astype(int)
+    weights = np.asarray(weights_of(logits, sampling_rows(R, top_p=wanted / num_equal)))
+    for row in range(R):
+        np.testing.assert_array_equal(np.flatnonzero(weights[row]), ids[: wanted[row]])
+
+
+def test_of_equal_tokens_top_k_keeps_exactly_k_and_the_lowest_ids() -> None:
+    logits = np.zeros((R, V), np.float32)
+    logits[:, 120] = 1
+    weights = np.asarray(weights_of(logits, sampling_rows(R, top_k=np.arange(1, R + 1))))
+    for row in range(R):
+        np.testing.assert_array_equal(np.flatnonzero(weights[row]), sorted({120, *range(row)}))
+
+
+def test_logits_that_differ_in_the_last_bit_are_told_apart() -> None:
+    logits = np.full((R, V), -3, np.float32)
+    logits[:, 5] = np.nextafter(np.float32(20), np.float32(0))
+    logits[:, 6] = 20
+    logits[:, 190] = np.nextafter(np.float32(-3), np.float32(0))
+    batch = sampling_rows(R, top_k=np.array([1, 2, 3] * 2 + [1, 1]))
+    weights = np.asarray(weights_of(logits * 1, batch))
+    assert [np.flatnonzero(row).tolist() for row in weights[:2]] == [[6], [5, 6]]
+    assert np.flatnonzero(np.asarray(weights_of(logits / 20, batch))[2]).tolist() == [5, 6, 190]
+
+
+@pytest.mark.parametrize("temperature", [np.finfo(np.float32).tiny, 1e-6, np.finfo(np.float32).max])
+def test_extreme_temperatures_neither_overflow_nor_lose_the_likeliest_token(temperature: float) -> None:
+    logits = np.random.default_rng(0).normal(size=(R, V)).astype(np.float32) * 100
+    weights = np.asarray(weights_of(logits, sampling_rows(R, temperature=temperature)))
+    kept = (weights > 0).sum(axis=1)
+    assert (weights[np.arange(R), logits.argmax(axis=1)] > 0).all()
+    assert (kept == (V if temperature > 1 else 1)).all()
+
+
+def test_weights_sum_to_less_than_the_largest_int32_even_if_all_tokens_are_equally_likely() -> None:
+    vocab_size = 262208  # the largest in use
+    for logits in (np.zeros((1, vocab_size)), np.linspace(-12, 0, vocab_size)[None]):
+        weights = np.asarray(weights_of(logits.astype(np.float32), sampling_rows(1, vocab_size)), np.int64)
+        assert (weights >= 0).all()
+        assert 0.98 < weights.sum() / 2**30 < 1.02
+
+
+# The draw
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {}, {"temperature": 2.5}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2},
+        {"temperature": 1.5, "top_k": 9, "top_p": 0.8},
+    ],
+)
+def test_tokens_follow_the_renormalised_distribution_of_what_is_kept(columns: dict[str, float]) -> None:
+    logits = np.full(V, -np.inf, np.float32)
+    logits[np.arange(12) * 15] = np.random.default_rng(3).normal(size=12) * 1.5
+    limits = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **columns}
+    kept = kept_tokens(logits, **limits)
+    kept = [token for token in kept if logits[token] > -np.inf]
+    tokens = draws(logits, seeds=11, **columns)
+    assert set(tokens.tolist()) <= set(kept)
+    p = softmax(logits[kept] / limits["temperature"])
+    expected = p * len(tokens)
+    found = np.array([(tokens == token).sum() for token in kept])
+    chi_square = ((found - expected) ** 2 / expected).sum()
+    # Mean n, deviation sqrt(2 n) for n degrees of freedom; fixed seeds, so that it passes always or never.
+    freedom = max(len(kept) - 1, 1)
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_neither_end_of_the_random_range_draws_a_token_of_probability_zero() -> None:
+    weights = np.zeros((4, V), np.int32)
+    weights[0, [3, 150]] = [5, 7]
+    weights[1, 3] = 2**30
+    weights[2, V - 1] = 1
+    weights[3] = 1
+    totals = weights.sum(axis=1)
+    for bits, expected in ((0, [3, 3, V - 1, 0]), (2**32 - 1, [150, 3, V - 1, V - 1])):
+        ticket = 1 + sampling._scaled(jnp.full(4, bits, jnp.uint32), jnp.asarray(totals))
+        np.testing.assert_array_equal(sampling._first_reaching(jnp.asarray(weights), ticket), expected)
+
+
+def test_the_high_half_of_the_product_of_bits_and_total_is_exact() -> None:
+    rng = np.random.default_rng(0)
+    bits = np.r_[0, 2**32 - 1, rng.integers(0, 2**32, 500)].astype(np.uint32)
+    totals = np.r_[2**31 - 1, 2**31 - 1, rng.integers(1, 2**31, 500)].astype(np.int32)
+    expected = [int(b) * int(t) >> 32 for b, t in zip(bits, totals, strict=True)]
+    np.testing.assert_array_equal(sampling._scaled(jnp.asarray(bits), jnp.asarray(totals)), expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, R])
+def test_companions_and_the_place_in_the_batch_do_not_change_a_token(num_rows: int) -> None:
+    rng = np.random.default_rng(5)
+    count = 256
+    logits = rng.normal(size=(count, V)).astype(np.float32) * 2
+    columns = {
+        "temperature": rng.choice([0.7, 1.0, 3.0], count), "top_k": rng.choice([0, 20, 100], count),
+        "top_p": rng.choice([0.5, 0.9, 1.0], count), "min_p": rng.choice([0, 0.01], count),
+        "seeds": rng.integers(0, 2**32, count), "positions": rng.integers(0, 10**6, count),
+    }
+    together = np.asarray(run(logits, sampling_rows(count, **columns))[0].tokens)
+    order = rng.permutation(count)
+    for start in range(0, 16 * num_rows, num_rows):
+        rows = order[start : start + num_rows]
+        batch = sampling_rows(num_rows, **{name: values[rows] for name, values in columns.items()})
+        np.testing.assert_array_equal(run(logits[rows], batch)[0].tokens, together[rows])
+        # Bit by bit, not merely as good as always the same token.
+        backwards = weights_of(logits[rows[::-1]], flipped(batch))[::-1]
+        np.testing.assert_array_equal(weights_of(logits[rows], batch), backwards)
+
+
+def flipped(batch: SamplingBatch) -> SamplingBatch:
+    return jax.tree.map(lambda x: x[::-1] if x.ndim else x, batch)
+
+
+def test_seed_and_position_each_change_the_tokens_and_repeat_them() -> None:
+    logits = np.zeros(V, np.float32)
+    first, again, other = (draws(logits, 256, seeds=seed) for seed in (1, 1, 2**32 - 1))
+    np.testing.assert_array_equal(first, again)
+    # Two independent draws from 200 tokens agree once in 200 times.
+    assert (first == other).mean() < 0.05
+    assert (first[1:] == first[:-1]).mean() < 0.05
+
+
+# Penalties, bias, bans
+
+
+def penalised(logits: np.ndarray, prompt: list[int], output: list[int], params: SamplingParams) -> np.ndarray:
+    """The definition, one token at a time."""
+    logits = logits.astype(np.float64)
+    for token in {*prompt, *output}:
+        factor = params.repetition_penalty
+        logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+    for token in set(output):
+        logits[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    return logits
+
+
+def admitted(
+    params: SamplingParams,
+    prompt: list[int],
+    output: list[int],
+    state: SamplerState,
+    *,
+    slot: int,
+    tables: SamplingTables,
+) -> SamplerState:
+    update = tables.admit(slot, params, eos_token_ids=(2,), seed=9, num_prompt_tokens=len(prompt))
+    if not update:
+        return state
+    logit_bias: Any = params.logit_bias
+    return reset_slot(state, slot, prompt_ids=prompt, output_ids=output, logit_bias=logit_bias)
+
+
+PARAMS = [
+    SamplingParams(do_sample=False, repetition_penalty=1.7),
+    SamplingParams(do_sample=False, presence_penalty=1.1),
+    SamplingParams(do_sample=False, frequency_penalty=0.4),
+    SamplingParams(do_sample=False, logit_bias={3: 2.5, 190: -100}),
+    SamplingParams(do_sample=False),
+    SamplingParams(
+        do_sample=False, repetition_penalty=0.5, presence_penalty=-2, frequency_penalty=0.3, logit_bias={9: 1}
+    ),
+]
+
+
+def test_greedy_continuations_with_penalties_and_bias_agree_with_a_loop_over_the_history() -> None:
+    rng = np.random.default_rng(2)
+    tables, state = SamplingTables(S, V), init_state(S, V)
+    slots = np.array([6, 1, 0, 7, 3, 2], np.int32)
+    prompts = [rng.integers(0, V, 30).tolist() for _ in PARAMS]
+    outputs: list[list[int]] = [[] for _ in PARAMS]
+    base = (rng.normal(size=V) * 0.7).astype(np.float32)  # near one another, so that penalties decide
+    for params, prompt, slot in zip(PARAMS, prompts, slots, strict=True):
+        state = admitted(params, prompt, [], state, slot=int(slot), tables=tables)
+    for step in range(12):
+        logits = np.tile(base, (R, 1)) + (rng.normal(size=(R, V)) * 0.3).astype(np.float32)
+        views = views_of(R)
+        ones = np.ones(len(PARAMS), np.int32)
+        tables.fill(views, slots=slots, positions=30 + step * ones, writes_token=ones, targets={})
+        output, state = run(logits, batch_of(views), state)
+        for row, params in enumerate(PARAMS):
+            expected = int(penalised(logits[row], prompts[row], outputs[row], params).argmax())
+            assert int(output.tokens[row]) == expected
+            outputs[row].append(expected)
+        np.testing.assert_array_equal(state.last_tokens[slots], output.tokens[: len(PARAMS)])
+    assert max(map(len, map(set, outputs))) > 3
+
+    # A sequence that is preempted now and gets another slot is penalised for what it generated before.
+    resumed = init_state(S, V)
+    row = 5
+    resumed = admitted(PARAMS[row], prompts[row], outputs[row], resumed, slot=4, tables=tables)
+    np.testing.assert_array_equal(resumed.token_counts[4], state.token_counts[slots[row]])
+
+
+def test_histories_longer_than_a_piece_are_counted_whole_and_a_slot_forgets_its_former_sequence() -> None:
+    rng = np.random.default_rng(4)
+    prompt, output = (rng.integers(0, V, size).tolist() for size in (2 * HISTORY_PIECE + 5, HISTORY_PIECE + 1))
+    state = reset_slot(init_state(S, V), 3, prompt_ids=[1] * 9, output_ids=[199] * 9, logit_bias=((5, 1.0),))
+    state = reset_slot(state, 3, prompt_ids=prompt, output_ids=output, logit_bias=())
+    expected = 2 * np.bincount(output, minlength=V) + (np.bincount(prompt, minlength=V) > 0)
+    np.testing.assert_array_equal(state.token_counts[3], expected)
+    assert not np.asarray(state.token_counts)[np.arange(S) != 3].any()
+    assert (np.asarray(state.bias_ids[3]) == V).all()
+
+
+def test_a_count_stops_at_the_largest_int16_instead_of_wrapping() -> None:
+    state = reset_slot(init_state(S, V), 0, prompt_ids=[5], output_ids=[5] * 20_000 + [6] * 16_382, logit_bias=())
+    assert state.token_counts[0, 5:7].tolist() == [2**15 - 1, 2 * 16_382]
+    logits = np.zeros((R, V), np.float32)
+    columns = {"slots": np.r_[0, [S] * (R - 1)], "writes_token": 1, "frequency_penalty": 1e-9, "any_sampling": 0}
+    for token, expected in ((5, 2**15 - 1), (6, 2**15 - 2), (6, 2**15 - 2)):
+        logits[:] = 0
+        logits[:, token] = 1
+        _, state = run(logits, sampling_rows(R, temperature=0, **columns), state)
+        assert int(state.token_counts[0, token]) == expected
+
+
+def test_a_row_without_bias_ignores_the_bias_that_a_former_sequence_left_in_its_slot() -> None:
+    tables, state = SamplingTables(S, V), init_state(S, V)
+    biased, plain = SamplingParams(do_sample=False, logit_bias={8: 50}), SamplingParams(do_sample=False)
+    state = admitted(biased, [1], [], state, slot=0, tables=tables)
+    state = admitted(biased, [1], [], state, slot=1, tables=tables)
+    state = admitted(plain, [1], [], state, slot=0, tables=tables)
+    views = views_of(R)
+    ones = np.ones(2, np.int32)
+    tables.fill(views, slots=np.array([0, 1], np.int32), positions=ones, writes_token=ones, targets={})
+    logits = np.zeros((R, V), np.float32)
+    logits[:, 4] = 1
+    assert run(logits, batch_of(views), state)[0].tokens[:2].tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_stop_and_end_tokens_are_banned_until_min_new_tokens_are_generated(temperature: int) -> None:
+    tables = SamplingTables(S, V)
+    params = SamplingParams(temperature=temperature, min_new_tokens=3, stop_token_ids=(5, 199))
+    tables.admit(0, params, eos_token_ids=(2,), seed=1, num_prompt_tokens=10)
+    for position in range(10, 15):
+        views = views_of(R)
+        ones = np.ones(1, np.int32)
+        tables.fill(views, slots=0 * ones, positions=position * ones, writes_token=ones, targets={})
+        logits = np.full((R, V), -50, np.float32)
+        logits[:, [2, 5, 199]] = [30, 25, 20]
+        logits[:, 77] = 0
+        assert int(run(logits, batch_of(views))[0].tokens[0]) == (77 if position < 13 else 2)
+
+
+# Log-probabilities
+
+
+def test_logprobs_are_those_of_the_raw_logits_whatever_changes_the_token() -> None:
+    rng = np.random.default_rng(6)
+    logits = (rng.normal(size=(R, V)) * 4).astype(np.float32)
+    logits[3, 10:100] = -np.inf
+    logits[4] = np.round(logits[4])  # ties
+    tables, state = SamplingTables(S, V), init_state(S, V)
+    params = SamplingParams(temperature=3, top_k=30, repetition_penalty=1.5, logit_bias={4: 3}, logprobs=5)
+    for slot in range(R - 1):
+        state = admitted(params, [1, 2], [3], state, slot=slot, tables=tables)
+    views = views_of(R)
+    slots = np.arange(R - 1, dtype=np.int32)
+    writes = np.array([1] * 5 + [0] * 2, np.int32)
+    tables.fill(views, slots=slots, positions=slots + 9, writes_token=writes, targets={5: 180, 6: 0})
+    before = np.asarray(state.last_tokens)
+    output, state = run(logits, batch_of(views), state)
+    tokens = np.asarray(output.tokens)
+    assert tokens[5:7].tolist() == [180, 0]
+    exact = logits.astype(np.float64)
+    expected = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    for row in range(R - 1):
+        np.testing.assert_allclose(output.logprobs[row], expected[row, tokens[row]], atol=1e-5)
+        assert output.ranks[row] == 1 + (logits[row] > logits[row, tokens[row]]).sum()
+        order = np.lexsort((np.arange(V), -logits[row]))[:TOP]
+        np.testing.assert_array_equal(output.top_ids[row], order)
+        np.testing.assert_allclose(output.top_logprobs[row], expected[row, order], atol=1e-5)
+    # Rows that report a target sample nothing: the state does not hear of them.
+    np.testing.assert_array_equal(state.last_tokens, np.r_[tokens[:5], before[5:]])
+    assert not np.asarray(state.token_counts[5:7, 180]).any()
+
+
+def test_a_vocabulary_smaller_than_the_number_of_logprobs_fills_up_with_tokens_that_do_not_exist() -> None:
+    logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
+    logprobs, ranks, top_ids, top_logprobs = sampling._logprobs(logits, jnp.array([2]), max_logprobs=5)
+    assert top_ids.tolist() == [[1, 2, 0, 3, 3]]
+    assert ranks.tolist() == [2]
+    np.testing.assert_allclose(np.exp(np.r_[logprobs, top_logprobs[0]]), [0.3, 0.6, 0.3, 0.1, 0, 0], atol=1e-6)
+
+
+# State
+
+
+def test_unused_rows_and_unused_slots_leave_the_state_as_it_is() -> None:
+    state = init_state(S, V)
+    before = jax.tree.map(np.array, state)
+    batch = sampling_rows(R, writes_token=1, frequency_penalty=1, any_penalties=1, any_bias=1, has_bias=1, any_bans=1)
+    _, state = run(np.random.default_rng(0).normal(size=(R, V)), batch, state)
+    jax.tree.map(np.testing.assert_array_equal, before, state)
+
+
+@pytest.mark.parametrize("num_rows", [1, R])
+def test_a_step_updates_the_state_in_place_and_never_copies_the_counts(num_rows: int) -> None:
+    memory = program(num_rows).memory_analysis()
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(init_state(S, V)))
+    text = program(num_rows).as_text()
+    assert f"s16[{S},{V}]" in text
+    assert re.findall(rf"= s16\[{S},{V}\]\S* copy.*", text) == []
+
+
+def test_logits_of_another_vocabulary_or_type_are_refused_with_the_remedy() -> None:
+    batch = batch_of(views_of(R))
+    for logits in (jnp.zeros((R, V + 1)), jnp.zeros((R, V), jnp.bfloat16), jnp.zeros(V)):
+        with pytest.raises(ValueError, match=r"float32\[R, 200\].*convert"):
+            sampling.sample(logits, init_state(S, V), batch, max_logprobs=TOP)

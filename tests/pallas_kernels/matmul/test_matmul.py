@@ -1,0 +1,234 @@
+"""`linear` and `swiglu`: every storage of a weight against NumPy in float64."""
+
+from __future__ import annotations
+
+import concurrent.futures
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import native
+from pallas_kernels.matmul import Int8Weight, PackedWeight, linear, prepare, quantize_int8, swiglu
+
+needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
+
+# A chain of K float32 additions of terms near 1 is off by less than K / 2 ulp; far less in practice.
+_ULP = 2.0**-23
+# Shapes [M, K, N] with everything odd; 2049 and 4100 are more than one part of the contraction axis.
+_RAGGED = [
+    (1, 1, 1),
+    (2, 33, 7),
+    (7, 577, 50),
+    (13, 64, 31),
+    (14, 65, 32),
+    (15, 100, 333),
+    (29, 2049, 95),
+    (70, 4100, 33),
+]
+
+
+def _normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def _exact(w: np.ndarray, storage: str) -> np.ndarray:
+    """float64 of what is stored for `w`."""
+    if storage == "int8":
+        values, scales = quantize_int8(w)
+        return values.astype(np.float64) * scales
+    return w.astype(jnp.bfloat16).astype(np.float64) if storage == "bfloat16" else w.astype(np.float64)
+
+
+def _prepare(w: np.ndarray, storage: str, *, platform: str = "cpu", gated: bool = False):
+    if storage == "bfloat16":
+        w = w.astype(jnp.bfloat16)
+    return prepare(w, quantize="int8" if storage == "int8" else None, platform=platform, gated=gated)
+
+
+def _close(actual: jax.Array, expected: np.ndarray, depth: int) -> None:
+    scale = np.abs(expected).max() + np.sqrt(depth)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=4 * _ULP * scale * np.sqrt(depth))
+
+
+@needs_native
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("m", "k", "n"), _RAGGED)
+def test_packed_linear_equals_numpy(m: int, k: int, n: int, storage: str):
+    x, w, residual = _normal(m, k), _normal(k, n, seed=1), _normal(m, n, seed=2)
+    packed = _prepare(w, storage)
+    assert isinstance(packed, PackedWeight)
+    assert packed.shape == (k, n)
+    expected = x.astype(np.float64) @ _exact(w, storage)
+    _close(linear(jnp.asarray(x), packed), expected, k)
+    _close(linear(jnp.asarray(x), packed, residual=jnp.asarray(residual)), expected + residual, k)
+
+
+@needs_native
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_packed_linear_equals_numpy_for_every_small_number_of_rows(storage: str):
+    w = _normal(37, 45, seed=1)
+    packed, exact = _prepare(w, storage), _exact(w, storage)
+    for m in range(1, 71):
+        x = _normal(m, 37, seed=m)
+        _close(linear(jnp.asarray(x), packed), x.astype(np.float64) @ exact, 37)
+
+
+@needs_native
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("f", [1, 16, 50])
+def test_swiglu_equals_numpy_in_every_storage(f: int, platform: str, storage: str):
+    x, w = _normal(17, 65), _normal(65, 2 * f, seed=1) / 8
+    gate, up = np.split(x.astype(np.float64) @ _exact(w, storage), 2, axis=1)
+    prepared = _prepare(w, storage, platform=platform, gated=True)
+    # On a TPU bfloat16 weights meet bfloat16 activations; here only the storage is looked at.
+    if isinstance(prepared, jax.Array):
+        prepared = prepared.astype(jnp.float32)
+    _close(swiglu(jnp.asarray(x), prepared), gate / (1 + np.exp(-gate)) * up, 65)
+
+
+@needs_native
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_the_result_of_a_row_does_not_depend_on_its_companions(storage: str):
+    x = _normal(130, 2050)  # NumPy slices it without compiling a program for each size
+    packed = _prepare(_normal(2050, 70, seed=1), storage)
+    gated = _prepare(_normal(2050, 140, seed=2), storage, gated=True)
+    everything, everything_gated = np.asarray(linear(x, packed)), np.asarray(swiglu(x, gated))
+    for i in range(0, 130, 7):
+        np.testing.assert_array_equal(linear(x[i : i + 1], packed)[0], everything[i])
+    # The last m rows: each of them stands at another place than before.
+    for m in range(1, 130) if storage == "float32" else (2, 13, 14, 15, 28, 29, 64, 65, 129):
+        np.testing.assert_array_equal(linear(x[-m:], packed), everything[-m:])
+    for m in (1, 2, 14, 15, 64, 129):
+        np.testing.assert_array_equal(swiglu(x[-m:], gated), everything_gated[-m:])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_int8_is_off_by_at_most_half_a_scale_for_each_weight(platform: str):
+    x, w = _normal(9, 200), _normal(200, 40, seed=1)
+    w[:, 3] = 0
+    half_a_scale = np.abs(w).max(axis=0) / 254
+    bound = np.abs(x).sum(axis=1)[:, None] * half_a_scale
+    y = linear(jnp.asarray(x), prepare(w, quantize="int8", platform=platform))
+    error = np.abs(np.asarray(y) - x.astype(np.float64) @ w)
+    assert (error <= bound * 1.001 + 1e-5).all()
+    assert (np.asarray(y)[:, 3] == 0).all()
+
+
+def test_elsewhere_a_weight_stays_a_plain_array_or_becomes_int8():
+    w = _normal(20, 30)
+    assert isinstance(prepare(w, platform="tpu"), jax.Array)
+    quantized = prepare(w, quantize="int8", platform="cuda")
+    assert isinstance(quantized, Int8Weight)
+    assert quantized.shape == (20, 30)
+    x = jnp.asarray(_normal(2, 3, 20))
+    _close(linear(x, quantized), np.asarray(x, np.float64) @ _exact(w, "int8"), 20)
+
+
+def test_stacked_int8_layers_can_be_scanned():
+    w = _normal(3, 8, 8)
+    values, scales = quantize_int8(w)
+    stacked = Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+    x = jnp.asarray(_normal(4, 8))
+    result, _ = jax.lax.scan(lambda y, layer: (linear(y, layer), None), x, stacked)
+    expected = np.asarray(x, np.float64)
+    for layer in values.astype(np.float64) * scales[:, None, :]:
+        expected = expected @ layer
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_leading_axes_and_narrow_activations_keep_shape_and_dtype():
+    w = _normal(24, 18, seed=1)
+    x = jnp.asarray(_normal(2, 3, 24)).astype(jnp.bfloat16)
+    for weight in (prepare(w, platform="cpu"), jnp.asarray(w).astype(jnp.bfloat16)):
+        y = linear(x, weight, residual=jnp.ones((2, 3, 18), jnp.bfloat16))
+        assert y.shape == (2, 3, 18)
+        assert y.dtype == jnp.bfloat16
+        # bfloat16 has 8 significant bits, and the second weight is rounded to it.
+        np.testing.assert_allclose(
+            y.astype(jnp.float32), np.asarray(x, np.float64) @ w + 1, rtol=0.02, atol=0.1
+        )
+    assert linear(x[:0], prepare(w, platform="cpu")).shape == (0, 3, 18)
+
+
+def test_plain_weights_are_differentiable():
+    x, w = jnp.asarray(_normal(5, 6)), jnp.asarray(_normal(6, 7, seed=1))
+    gradient = jax.grad(lambda w: linear(x, w).sum())(w)
+    np.testing.assert_allclose(gradient, jnp.repeat(x.sum(0)[:, None], 7, axis=1), rtol=1e-5)
+
+
+@needs_native
+def test_eight_threads_may_call_at_once():
+    w = _normal(300, 200, seed=1)
+    packed = prepare(w, platform="cpu")
+    run = jax.jit(lambda x: linear(linear(x, packed)[:, :100] @ jnp.ones((100, 300)), packed))
+    inputs = [jnp.asarray(_normal(m, 300, seed=m)) for m in (1, 2, 30, 31, 64, 65, 100, 7)]
+    expected = [np.asarray(run(x)) for x in inputs]
+
+    def repeat(i: int) -> bool:
+        return all(np.array_equal(run(inputs[i]), expected[i]) for _ in range(20))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(repeat, range(8)))
+
+
+@needs_native
+def test_the_compiled_program_does_not_copy_the_weight():
+    packed = [
+        prepare(_normal(64, 96, seed=i), quantize=q, platform="cpu") for i, q in enumerate((None, "int8"))
+    ]
+    program = jax.jit(lambda x, ws: [linear(x, w) for w in ws]).lower(jnp.ones((1, 64)), packed).compile()
+    text = program.as_text()
+    assert text.count('custom_call_target="fastgen_matmul"') == 2
+    for w in packed:
+        shape = ",".join(map(str, w.panels.shape))
+        uses = [line for line in text.splitlines() if f"[{shape}]" in line and " parameter(" not in line]
+        assert uses and all(
+            "fastgen_matmul" in line or "ENTRY" in line or "HloModule" in line for line in uses
+        ), uses
+
+
+@needs_native
+def test_a_packed_weight_is_refused_for_other_platforms():
+    packed = prepare(_normal(8, 8), platform="cpu")
+    with pytest.raises(ValueError, match=r"PackedWeight was lowered for platform 'tpu'.*prepare"):
+        jax.jit(linear).trace(jnp.ones((1, 8)), packed).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"w": np.zeros((2, 3, 4), np.float32), "platform": "cpu"}, r"shape \(2, 3, 4\).*one by one"),
+        ({"w": np.zeros((3, 4), np.int8), "platform": "cpu"}, "dtype int8.*floating point"),
+        (
+            {"w": np.zeros((3, 4), np.float32), "platform": "cpu", "quantize": "int4"},
+            "'int4'.*None or 'int8'",
+        ),
+        ({"w": np.zeros((3, 4), np.float32), "platform": "metal"}, "'metal'"),
+        ({"w": np.zeros((3, 5), np.float32), "platform": "tpu", "gated": True}, "even, not 5"),
+        ({"w": np.full((3, 5), np.nan, np.float32), "platform": "tpu", "quantize": "int8"}, "NaN"),
+    ],
+)
+def test_prepare_refuses_what_it_cannot_store(arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        prepare(**arguments)
+
+
+@needs_native
+def test_linear_and_swiglu_refuse_what_does_not_fit():
+    w = _normal(8, 6)
+    plain, gated = prepare(w, platform="cpu"), prepare(w, platform="cpu", gated=True)
+    x = jnp.ones((2, 8))
+    with pytest.raises(ValueError, match="gated=True"):
+        linear(x, gated)
+    with pytest.raises(ValueError, match="gated=False"):
+        swiglu(x, plain)
+    with pytest.raises(ValueError, match="does not fit"):
+        linear(jnp.ones((2, 7)), plain)
+    with pytest.raises(ValueError, match="residual is"):
+        linear(x, plain, residual=jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match="even, not 5"):
+        swiglu(x, jnp.ones((8, 5)))

@@ -1,0 +1,86 @@
+"""What does not fit is refused with a message that names it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ragged_batches import make_batch
+
+from pallas_kernels import native
+from pallas_kernels.ragged_attention import cpu, ragged_attention
+
+needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+
+
+@pytest.fixture
+def arguments() -> dict[str, object]:
+    return make_batch([(3, 20), (1, 5)], num_tokens=6, num_kv_heads=2).arguments()  # H=4, K=2, D=16, L=3
+
+
+def zeros(*shape: int, dtype: type = jnp.float32) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": zeros(6, 16)}, r"q has shape \(6, 16\) but must have 3 axes \[T, H, D\]"),
+        ({"q": zeros(6, 0, 16)}, r"q has shape \(6, 0, 16\); every axis of \[T, H, D\] must be at least 1"),
+        ({"q": zeros(6, 3, 16)}, r"q has 3 heads, which is not a multiple of the 2 heads of k"),
+        ({"q": zeros(6, 4, 16, dtype=jnp.int32)}, r"q has dtype int32 but must be one of float32, bfloat16, float16"),
+        ({"k": zeros(5, 2, 16)}, r"k has shape \(5, 2, 16\) but must be \[T, K, D\]"),
+        ({"v": zeros(6, 2, 8)}, r"v has shape \(6, 2, 8\) but must be the shape of k"),
+        ({"k_cache": zeros(15, 2, 16, 8)}, r"k_cache has shape \(15, 2, 16, 8\) but must be \[L\*N, K, B, D\]"),
+        ({"v_cache": zeros(15, 2, 4, 16)}, r"v_cache has shape .* but must be the shape of k_cache"),
+        ({"kv_slots": zeros(5, dtype=jnp.int32)}, r"kv_slots has shape \(5,\) but must be \[T\] = \(6,\)"),
+        ({"kv_slots": zeros(6)}, r"kv_slots has dtype float32 but must be int32"),
+        ({"query_starts": zeros(2, dtype=jnp.int32)}, r"query_starts has shape \(2,\) but must be \[S\+1\]"),
+        ({"context_lens": zeros(3, dtype=jnp.int32)}, r"context_lens has shape \(3,\) but must be \[S\]"),
+        ({"block_tables": zeros(2, dtype=jnp.int32)}, r"block_tables has shape \(2,\) but must have 2 axes"),
+        ({"layer": 3}, r"layer is 3 but must be in \[0, 3\)"),
+        ({"layer": zeros(1, dtype=jnp.int32)}, r"layer has shape \(1,\) but must be a scalar"),
+        ({"num_blocks": 4}, r"num_blocks is 4 but must be at least 1 and divide the 15 blocks"),
+        ({"scale": 0.0}, r"scale is 0.0 but must be positive and finite, usually D\*\*-0.5 = 0.25"),
+        ({"sliding_window": 0}, r"sliding_window is 0 but must be at least 1"),
+        ({"soft_cap": -1.0}, r"soft_cap is -1.0 but must be positive and finite"),
+        ({"alibi_slopes": zeros(2)}, r"alibi_slopes has shape \(2,\) but must be \[H\] = \(4,\)"),
+        ({"sinks": zeros(4, dtype=jnp.int32)}, r"sinks has dtype int32 but must be float32"),
+        ({"implementation": "triton"}, r"implementation is 'triton' but must be one of 'reference', 'xla', 'cpu'"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(arguments: dict, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ragged_attention(**(arguments | changes))
+
+
+def test_the_native_kernel_refuses_a_half_precision_cache_that_it_cannot_read(arguments: dict) -> None:
+    caches = {name: arguments[name].astype(jnp.float16) for name in ("k_cache", "v_cache")}
+    with pytest.raises(ValueError, match="takes float32 and bfloat16 caches but k_cache has dtype float16"):
+        ragged_attention(**(arguments | caches), implementation="cpu")
+    assert np.isfinite(ragged_attention(**(arguments | caches))[0]).all()  # by itself it picks another way
+
+
+@needs_native
+def test_by_default_the_native_kernel_runs_on_a_cpu(arguments: dict) -> None:
+    expected = ragged_attention(**arguments, implementation="cpu")[0]
+    np.testing.assert_array_equal(ragged_attention(**arguments)[0], expected)
+    assert (
+        "fastgen_ragged_attention_f32"
+        in jax.jit(lambda q: ragged_attention(**(arguments | {"q": q}))[0]).lower(arguments["q"]).as_text()
+    )
+
+
+def test_without_a_compiler_xla_serves(arguments: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTGEN_NATIVE", "0")
+    assert not native.available()
+    expected = ragged_attention(**arguments, implementation="xla")[0]
+    np.testing.assert_array_equal(ragged_attention(**arguments)[0], expected)
+    with pytest.raises(ValueError, match="needs a native kernel, which cannot be had here"):
+        ragged_attention(**arguments, implementation="cpu")
+
+
+def test_another_platform_gets_plain_xla(arguments: dict) -> None:
+    lowered = jax.jit(lambda q: ragged_attention(**(arguments | {"q": q}))).trace(arguments["q"])
+    assert "fastgen_ragged_attention" not in lowered.lower(lowering_platforms=("cuda",)).as_text()

@@ -1,0 +1,90 @@
+"""The cache is updated where it lies: no compiled program holds a copy of the pool."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.ragged_attention import cpu, ragged_attention
+
+needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+NUM_LAYERS, NUM_BLOCKS = 30, 8
+POOL = (NUM_LAYERS * NUM_BLOCKS, 3, 16, 64)
+
+
+def program(implementation: str | None, *, num_layers: int, scanned: bool) -> Callable:
+    def run(x, caches, index):
+        def one_layer(state, layer):
+            x, (k_cache, v_cache) = state
+            kv = x[:, ::3]
+            out, *caches = ragged_attention(
+                x, kv, kv, k_cache, v_cache, **index, layer=layer, num_blocks=NUM_BLOCKS, scale=0.125,
+                implementation=implementation,
+            )  # fmt: skip
+            return (x + out, tuple(caches)), None
+
+        state = (x, caches)
+        if scanned:
+            return jax.lax.scan(one_layer, state, jnp.arange(num_layers, dtype=jnp.int32))[0]
+        for layer in range(num_layers):
+            state, _ = one_layer(state, layer)
+        return state
+
+    return run
+
+
+def compile_step(implementation: str | None, *, num_tokens: int, num_layers: int, scanned: bool) -> jax.stages.Compiled:
+    f32, i32 = jnp.float32, jnp.int32
+    pool = jax.ShapeDtypeStruct(POOL, f32)
+    index = {
+        "kv_slots": jax.ShapeDtypeStruct((num_tokens,), i32),
+        "query_starts": jax.ShapeDtypeStruct((5,), i32),
+        "context_lens": jax.ShapeDtypeStruct((4,), i32),
+        "block_tables": jax.ShapeDtypeStruct((4, 6), i32),
+    }
+    x = jax.ShapeDtypeStruct((num_tokens, 9, 64), f32)
+    step = jax.jit(program(implementation, num_layers=num_layers, scanned=scanned), donate_argnums=1)
+    return step.lower(x, (pool, pool), index).compile()
+
+
+def copies_of_the_pool(compiled: jax.stages.Compiled) -> list[str]:
+    """Instructions that copy, start a copy of, or rearrange an array with as many elements as the pool."""
+    flat = f"f32[{POOL[0] * POOL[1] * POOL[2] * POOL[3]}]"
+    shapes = [f"f32[{','.join(map(str, POOL))}]", flat]
+    pattern = re.compile(
+        r"= \(?(" + "|".join(map(re.escape, shapes)) + r")\S* (copy|copy-start|transpose|concatenate|pad)\("
+    )
+    return [line.strip() for line in compiled.as_text().splitlines() if pattern.search(line)]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 40])
+@pytest.mark.parametrize(
+    ("implementation", "num_layers", "scanned"),
+    [
+        pytest.param("cpu", NUM_LAYERS, False, marks=needs_native),
+        pytest.param("cpu", NUM_LAYERS, True, marks=needs_native),
+        pytest.param(None, NUM_LAYERS, True),
+        pytest.param(None, 2, False),
+        pytest.param("xla", NUM_LAYERS, True),
+        pytest.param("xla", 2, False),
+    ],
+)
+def test_no_program_copies_the_pool(
+    implementation: str | None, num_layers: int, scanned: bool, num_tokens: int
+) -> None:
+    compiled = compile_step(implementation, num_tokens=num_tokens, num_layers=num_layers, scanned=scanned)
+    assert copies_of_the_pool(compiled) == []
+    pool_bytes = 4 * POOL[0] * POOL[1] * POOL[2] * POOL[3]
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes
+
+
+def test_the_search_for_copies_finds_one_without_donation() -> None:
+    pool = jax.ShapeDtypeStruct(POOL, jnp.float32)
+    compiled = jax.jit(lambda pool: pool.at[3, 0, 0, 0].set(1.0)).lower(pool).compile()
+    assert copies_of_the_pool(compiled) != []

@@ -1,0 +1,193 @@
+"""The reference equals a loop in NumPy; every implementation equals the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ragged_batches import Batch, make_batch
+
+from pallas_kernels.ragged_attention import cpu, ragged_attention
+
+NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 72, 330  # beyond one segment (256 keys) of the native kernel
+# Scores are sums of D products of float32: a few units in the last place of values near 1, more for a long head.
+TOLERANCE = 2e-5
+
+needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+IMPLEMENTATIONS = ["xla", pytest.param("cpu", marks=needs_native)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    block_size: int
+    soft_cap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    dtype: str = "float32"
+
+    def options(self) -> dict[str, object]:
+        heads = self.num_kv_heads * self.group
+        options: dict[str, object] = {"soft_cap": self.soft_cap}
+        if self.alibi:
+            options["alibi_slopes"] = jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)
+        if self.sinks:
+            options["sinks"] = jnp.asarray(np.linspace(-3, 6, heads), jnp.float32)
+        return options
+
+
+SHAPES = [
+    Shape(num_kv_heads=1, group=1, head_dim=16, block_size=16),
+    Shape(num_kv_heads=3, group=3, head_dim=64, block_size=16),
+    Shape(num_kv_heads=2, group=4, head_dim=80, block_size=8, soft_cap=2.0, alibi=True),
+    Shape(num_kv_heads=1, group=71, head_dim=64, block_size=16, sinks=True, alibi=True),
+    Shape(num_kv_heads=2, group=3, head_dim=96, block_size=5, soft_cap=5.0, sinks=True),
+    Shape(num_kv_heads=1, group=4, head_dim=128, block_size=32, sinks=True),
+    Shape(num_kv_heads=2, group=1, head_dim=256, block_size=128),
+    Shape(num_kv_heads=2, group=3, head_dim=20, block_size=1),
+    Shape(num_kv_heads=2, group=2, head_dim=64, block_size=16, dtype="bfloat16"),
+]
+
+
+@st.composite
+def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
+    chunks, room = [], NUM_TOKENS
+    for _ in range(NUM_SEQUENCES):
+        query = draw(st.sampled_from([0, 1, 1, 2, 5, 16, 40]).filter(lambda n: n <= room))  # noqa: B023
+        old = draw(st.one_of(st.sampled_from([0, 15, 16, 63, 64, 255, 256]), st.integers(0, MAX_CONTEXT - 40)))
+        chunks.append((query, query + old if query else 0))
+        room -= query
+    return chunks
+
+
+@functools.cache
+def compiled(implementation: str, num_blocks: int, scale: float, soft_cap: float | None):
+    return jax.jit(
+        functools.partial(
+            ragged_attention, implementation=implementation, num_blocks=num_blocks, scale=scale, soft_cap=soft_cap
+        )
+    )
+
+
+def run(batch: Batch, implementation: str, **options: object) -> list[np.ndarray]:
+    arguments = batch.arguments(**options)
+    static = [arguments.pop(name) for name in ("num_blocks", "scale", "soft_cap")]
+    arguments["layer"] = jnp.asarray(arguments["layer"], jnp.int32)
+    return [np.asarray(x, np.float32) for x in compiled(implementation, *static)(**arguments)]
+
+
+def loop_in_numpy(batch: Batch, *, window: int, soft_cap: float | None, alibi_slopes=None, sinks=None) -> np.ndarray:
+    """One score at a time, in float64, from the histories: no cache, no blocks."""
+    q, starts = batch.arrays["q"].astype(np.float64), batch.arrays["query_starts"]
+    out = np.zeros_like(q)
+    for s, (keys, values) in enumerate(batch.histories):
+        group = q.shape[1] // keys.shape[1]
+        for t in range(starts[s], starts[s + 1]):
+            p = len(keys) - starts[s + 1] + t
+            seen = np.arange(max(0, p - window + 1), p + 1)
+            for h in range(q.shape[1]):
+                scores = keys[seen, h // group].astype(np.float64) @ q[t, h] * q.shape[2] ** -0.5
+                if soft_cap is not None:
+                    scores = soft_cap * np.tanh(scores / soft_cap)
+                if alibi_slopes is not None:
+                    scores = scores + float(alibi_slopes[h]) * (seen - p)
+                total = np.exp(scores).sum() + (np.exp(float(sinks[h])) if sinks is not None else 0.0)
+                out[t, h] = np.exp(scores) @ values[seen, h // group] / total
+    return out
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[4]], ids=str)
+def test_reference_equals_a_loop_over_every_score(shape: Shape) -> None:
+    batch = make_batch(
+        [(1, 33), (0, 0), (7, 7), (3, 20)],
+        num_kv_heads=shape.num_kv_heads, group=shape.group, head_dim=shape.head_dim, block_size=shape.block_size,
+    )  # fmt: skip
+    out, k_cache, v_cache = run(batch, "reference", sliding_window=9, **shape.options())
+    expected = loop_in_numpy(batch, window=9, **shape.options())
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE, rtol=0)
+    for s, (keys, values) in enumerate(batch.histories):
+        positions = np.arange(len(keys))
+        block = batch.arrays["block_tables"][s, positions // shape.block_size] + batch.layer * batch.num_blocks
+        np.testing.assert_array_equal(k_cache[block, :, positions % shape.block_size], keys)
+        np.testing.assert_array_equal(v_cache[block, :, positions % shape.block_size], values)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_implementations_equal_the_reference(shape: Shape) -> None:
+    max_blocks = -(-MAX_CONTEXT // shape.block_size)
+    names = ["xla", "cpu"] if cpu.available() else ["xla"]
+
+    @settings(max_examples=6, deadline=None, derandomize=True, database=None)
+    @given(chunks=ragged_chunks(), window=st.sampled_from([1, 10, 64, 100, 2**31 - 1]), layer=st.integers(0, 2))
+    def check(chunks: list[tuple[int, int]], window: int, layer: int) -> None:
+        batch = make_batch(
+            chunks, num_kv_heads=shape.num_kv_heads, group=shape.group, head_dim=shape.head_dim,
+            block_size=shape.block_size, layer=layer, num_tokens=NUM_TOKENS, max_blocks=max_blocks,
+            num_blocks=NUM_SEQUENCES * max_blocks, dtype=jnp.dtype(shape.dtype),
+        )  # fmt: skip
+        options = shape.options() | {"sliding_window": jnp.asarray(window, jnp.int32)}
+        expected = run(batch, "reference", **options)
+        assert np.isfinite(expected[0]).all()
+        for name in names:
+            out, k_cache, v_cache = run(batch, name, **options)
+            np.testing.assert_allclose(out, expected[0], atol=TOLERANCE, rtol=0, err_msg=name)
+            np.testing.assert_array_equal(k_cache, expected[1], err_msg=name)
+            np.testing.assert_array_equal(v_cache, expected[2], err_msg=name)
+
+    check()
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_padding_is_dropped_and_its_rows_are_zero(implementation: str) -> None:
+    batch = make_batch([(3, 20), (0, 0), (1, 5)], num_tokens=11, unused_kv=7.0)
+    out, k_cache, v_cache = run(batch, implementation, soft_cap=None)
+    np.testing.assert_array_equal(out[4:], 0.0)
+    layer = slice(batch.num_blocks, 2 * batch.num_blocks)
+    for new, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+        old = batch.arrays[name].copy()
+        new = new.copy()
+        assert (new[layer] != old[layer]).sum() == 4 * old.shape[1] * old.shape[3]  # the four real tokens
+        new[layer] = old[layer] = 0
+        np.testing.assert_array_equal(new, old)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_blocks_before_the_window_are_never_followed(implementation: str) -> None:
+    batch = make_batch([(1, 200), (4, 100), (40, 300)])
+    expected = run(batch, "reference", soft_cap=None, sliding_window=20)
+    tables = batch.arrays["block_tables"]
+    for s, first_seen in enumerate([200 - 20, 96 - 19, 260 - 19]):
+        tables[s, : first_seen // 16] = 2**30
+    out = run(batch, implementation, soft_cap=None, sliding_window=20)[0]
+    np.testing.assert_allclose(out, expected[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scores_far_from_zero_neither_overflow_nor_vanish(implementation: str) -> None:
+    batch = make_batch([(1, 90), (30, 300)])
+    batch.arrays["q"] *= 300.0  # scores of several hundred: exp of them is infinite in float32
+    expected = run(batch, "reference", soft_cap=None)[0]
+    assert np.isfinite(expected).all()
+    # The scores themselves carry an error of 1e-4 here, which the softmax passes on.
+    np.testing.assert_allclose(run(batch, implementation, soft_cap=None)[0], expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_half_precision_queries_give_half_precision_results(implementation: str) -> None:
+    batch = make_batch([(1, 30), (5, 40)], unused_kv=0.0)
+    arguments = batch.arguments()
+    for name in ("q", "k", "v", "k_cache", "v_cache"):
+        arguments[name] = arguments[name].astype(jnp.bfloat16)
+    out, k_cache, _ = ragged_attention(**arguments, implementation=implementation)
+    expected, _, _ = ragged_attention(**arguments, implementation="reference")
+    assert out.dtype == k_cache.dtype == jnp.bfloat16
+    # One rounding to 8 bits of values of order 1, twice.
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=2e-2, rtol=0)

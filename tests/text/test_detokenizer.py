@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastgen_jax.text import IncrementalDetokenizer
+
+IDS = st.lists(st.integers(0, 430), max_size=40)  # byte pieces, special tokens, ids past the vocabulary included
+
+
+def _cut(ids, borders):
+    edges = sorted({0, len(ids), *(border % (len(ids) + 1) for border in borders)})
+    return [ids[a:b] for a, b in itertools.pairwise(edges)]
+
+
+@given(ids=IDS, borders=st.lists(st.integers(0, 100)), skip=st.booleans())
+def test_deltas_join_to_the_decoded_text_however_tokens_arrive(tokenizers, ids, borders, skip):
+    for tokenizer in tokenizers.values():
+        stream = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
+        text = "".join([*map(stream.push, _cut(ids, borders)), stream.flush()])
+        assert text == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@given(prompt=IDS, ids=IDS)
+def test_after_a_prompt_the_deltas_are_what_decoding_adds_to_its_text(tokenizers, prompt, ids):
+    for tokenizer in tokenizers.values():
+        stream = IncrementalDetokenizer(tokenizer, prompt_ids=prompt)
+        text = "".join([*(stream.push([id]) for id in ids), stream.flush()])
+        before = IncrementalDetokenizer(tokenizer).push(prompt)  # all but an unfinished character
+        assert before + text == tokenizer.decode([*prompt, *ids])
+
+
+@pytest.mark.parametrize("text", ["日本語", "👩‍👩‍👧‍👦🇩🇪", "e\u0301 Grüße", "a😀b"])
+def test_a_character_appears_whole_or_not_yet(tokenizer, text):
+    stream = IncrementalDetokenizer(tokenizer)
+    deltas = [stream.push([id]) for id in tokenizer.encode(text, add_special_tokens=False)]
+    assert "".join(deltas) == text
+    assert "\ufffd" not in "".join(deltas)
+    assert stream.flush() == ""
+
+
+@pytest.mark.parametrize(("data", "shown", "left"), [
+    (b"\xe6\x97", "", "\ufffd"),  # cut short: one replacement, at the end only
+    (b"\xe6A", "\ufffdA", ""),  # broken off by a letter
+    (b"\x80\xff", "\ufffd\ufffd", ""),  # can begin nothing
+    (b"\xf0\x9f\x98", "", "\ufffd"),
+    (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd", ""),  # a surrogate
+    (b"\xc0\xaf", "\ufffd\ufffd", ""),  # an overlong slash
+])
+def test_invalid_bytes_become_replacement_characters(tokenizers, data, shown, left):
+    tokenizer = tokenizers["spm"]
+    ids = [tokenizer.texts.index(f"<0x{byte:02X}>") for byte in data]
+    stream = IncrementalDetokenizer(tokenizer)
+    assert "".join(stream.push([id]) for id in ids) == shown
+    assert stream.flush() == left
+    assert tokenizer.decode(ids) == shown + left
+
+
+def test_the_leading_space_of_sentencepiece_is_dropped_at_the_start_and_kept_after_a_prompt(tokenizers):
+    tokenizer = tokenizers["spm"]
+    ids = tokenizer.encode("the dog", add_special_tokens=False)
+    assert IncrementalDetokenizer(tokenizer).push(ids) == "the dog"
+    assert IncrementalDetokenizer(tokenizer, prompt_ids=tokenizer.encode("see")).push(ids) == " the dog"
+    assert IncrementalDetokenizer(tokenizer, prompt_ids=[1]).push(ids) == "the dog"  # BOS has no text
+
+
+def test_special_tokens_show_only_when_asked_for(tokenizer):
+    end = tokenizer.eos_token_ids[0]
+    assert IncrementalDetokenizer(tokenizer).push([end]) == ""
+    assert IncrementalDetokenizer(tokenizer, skip_special_tokens=False).push([end]) == "</s>"
+
+
+def test_the_work_of_a_token_does_not_grow_with_the_text(tokenizers):
+    calls = 0
+
+    class Counting(type(tokenizers["json"])):
+        def token_bytes(self, id):
+            nonlocal calls
+            calls += 1
+            return super().token_bytes(id)
+
+    fields = {name: getattr(tokenizers["json"], name) for name in tokenizers["json"].__dataclass_fields__}
+    stream = IncrementalDetokenizer(Counting(**fields))
+    for _ in range(1000):
+        stream.push([50])
+    assert calls == 1000

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastgen_jax.text import StopStrings
+
+LETTERS = st.text("ab\u0301", max_size=12)  # few letters, so that matches, overlaps and near misses abound
+STOPS = st.lists(st.text("ab\u0301", min_size=1, max_size=5), max_size=4)
+
+
+def _first_match(text, stops):
+    """By definition: the earliest start, then the longest."""
+    found = [(text.find(stop), -len(stop), stop) for stop in stops if stop in text]
+    return (text[: min(found)[0]], min(found)[2]) if found else (text, None)
+
+
+def _stream(pieces, stops):
+    matcher = StopStrings(stops)
+    shown = ""
+    for piece in pieces:
+        text, matched = matcher.push(piece)
+        shown += text
+        if matched:
+            return shown, matched
+    text, matched = matcher.flush()
+    return shown + text, matched
+
+
+@given(pieces=st.lists(LETTERS, max_size=8), stops=STOPS)
+def test_the_earliest_and_then_longest_match_wins_however_the_text_is_cut(pieces, stops):
+    assert _stream(pieces, stops) == _first_match("".join(pieces), stops)
+    assert _stream(list("".join(pieces)), stops) == _first_match("".join(pieces), stops)
+
+
+@given(text=LETTERS, stops=STOPS)
+def test_no_more_is_held_back_than_could_begin_a_stop_string(text, stops):
+    if any(stop in text for stop in stops):
+        return
+    shown, _ = StopStrings(stops).push(text)
+    held = text[len(shown) :]
+    longest = max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+    assert text == shown + held
+    assert len(held) == longest
+
+
+def test_a_stop_string_is_found_across_pieces():
+    matcher = StopStrings(["\nUser:"])
+    assert matcher.push("Hello\nUs") == ("Hello", None)
+    assert matcher.push("er") == ("", None)
+    assert matcher.push(": x") == ("", "\nUser:")
+    assert matcher.push("more") == ("", "\nUser:")
+    assert matcher.flush() == ("", "\nUser:")
+
+
+def test_a_false_start_is_released():
+    matcher = StopStrings(["\nUser:"])
+    assert matcher.push("a\nUs") == ("a", None)
+    assert matcher.push("ual") == ("\nUsual", None)
+
+
+def test_a_longer_stop_string_is_awaited_and_given_up_at_the_end():
+    matcher = StopStrings(["\n", "\n\n"])
+    assert matcher.push("a\n") == ("a", None)
+    assert matcher.flush() == ("", "\n")
+    matcher = StopStrings(["\n", "\n\n"])
+    matcher.push("a\n")
+    assert matcher.push("\n") == ("", "\n\n")
+
+
+def test_a_shorter_stop_string_inside_a_longer_one_waits_for_its_outcome():
+    assert _stream(["xab", "c!"], ["abcd", "b"]) == ("xa", "b")
+    assert _stream(["xab", "cd"], ["abcd", "b"]) == ("x", "abcd")
+
+
+def test_without_stop_strings_everything_passes_at_once():
+    matcher = StopStrings([])
+    assert matcher.push("anything") == ("anything", None)
+    assert matcher.flush() == ("", None)
+
+
+def test_many_long_stop_strings_take_time_by_the_character():
+    stops = ["a" * n + "b" for n in range(1, 300)]
+    assert _stream(["a" * 50] * 100, stops) == ("a" * 5000, None)
+    assert _stream(["a" * 50] * 100 + ["b"], stops) == ("a" * 4701, "a" * 299 + "b")
+
+
+@pytest.mark.parametrize(("stops", "message"), [
+    ("END", r"got the single string 'END'; pass \['END'\]"), ([""], "non-empty str, got ''"), ([3], "got 3"),
+])
+def test_malformed_stop_strings_are_refused(stops, message):
+    with pytest.raises(ValueError, match=message):
+        StopStrings(stops)

@@ -1,0 +1,96 @@
+"""Small tokenizers of every format, trained or written in a moment."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from fastgen_jax.text import Tokenizer, load_tokenizer
+from fastgen_jax.text.gguf import load_gguf
+from fastgen_jax.text.pieces import byte_alphabet
+
+CORPUS = ["The quick brown fox jumps over the lazy dog, again and again.", "Grüße aus Köln! Ça va? 日本語 テキスト",
+          "def f(x):\n    return x ** 2  # squares\n", "1234 5678 90", "don't won't I'll we've",
+          "the the and and of of"]
+TRICKY = ["", " ", "  ", "Hello", " Hello", "Hello ", "a  b   c", "\n\nnew\n", "\t\tx", "1234567", "don't",
+          "é", "e\u0301",
+          "日本語", "한국어", "हिन्दी", "العربية", "😀", "👩‍👩‍👧‍👦🇩🇪", "\u200b\ufeff", "a\u00a0b", "\x00\x7f", "\ufffd",
+          "\U0010ffff", "<s>", "</s>x", "▁under", "<0x41>", "ﬁ Ǆ", "½ Ⅷ ٣", "\r\n crlf \r", "x" * 300]
+SPECIALS = ["<s>", "</s>", "<|user|>", "<|end|>"]
+
+
+@functools.cache
+def _byte_bpe() -> dict[str, Any]:
+    """The JSON of a byte-level BPE tokenizer trained on the corpus, special tokens first."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(CORPUS * 5, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=sorted(byte_alphabet()), show_progress=False))
+    backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    return json.loads(backend.to_str())
+
+
+@functools.cache
+def spm_model() -> bytes:
+    """A SentencePiece BPE model with byte fallback, trained on the corpus."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20), model_writer=out, vocab_size=420, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["<think>"],
+        minloglevel=2)
+    return out.getvalue()
+
+
+def write_json(path: Path, **settings: Any) -> Path:
+    """A directory with tokenizer.json and tokenizer_config.json."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.json").write_text(json.dumps(_byte_bpe()))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"} | settings))
+    return path
+
+
+def write_spm(path: Path, **settings: Any) -> Path:
+    """A directory with tokenizer.model and tokenizer_config.json, two tokens added behind the model's."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.model").write_bytes(spm_model())
+    added = {"420": {"content": "<|user|>", "special": True}, "421": {"content": "<tool>", "special": False}}
+    (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added} | settings))
+    return path
+
+
+def gguf_metadata(kind: str, **extra: Any) -> dict[str, Any]:
+    """Metadata as GGUF keeps them: kind "llama" for SentencePiece, else a `tokenizer.ggml.pre` of byte-level BPE."""
+    if kind == "llama":
+        spm = sentencepiece.SentencePieceProcessor(model_proto=spm_model())
+        size = spm.get_piece_size()
+        types = [2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1
+                 for i in range(size)]
+        texts = [spm.id_to_piece(i) for i in range(size)]
+        types[texts.index("<think>")] = 4
+        fields = {"model": "llama", "tokens": texts, "scores": [spm.get_score(i) for i in range(size)],
+                  "token_type": types, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    else:
+        model = _byte_bpe()["model"]
+        texts = [*sorted(model["vocab"], key=model["vocab"].get), "<think>"]
+        types = [3 if text in SPECIALS else 4 if text == "<think>" else 1 for text in texts]
+        fields = {"model": "gpt2", "pre": kind, "tokens": texts, "token_type": types, "bos_token_id": 0,
+                  "eos_token_id": 1, "merges": [" ".join(merge) for merge in model["merges"]]}
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()} | extra
+
+
+def all_tokenizers(folder: Path) -> dict[str, Tokenizer]:
+    """One of every format."""
+    return {
+        "json": load_tokenizer(write_json(folder / "json")),
+        "spm": load_tokenizer(write_spm(folder / "spm")),
+        "gguf bpe": load_gguf(gguf_metadata("llama-bpe")),
+        "gguf spm": load_gguf(gguf_metadata("llama")),
+    }
