@@ -31,12 +31,21 @@ def expected(variant: str = "default") -> dict[str, np.ndarray]:
 
 
 def tiny_engine(variant: str = "default", **options: Any) -> Engine:
-    """A small engine: budget 32, 8 sequences, 64 blocks of 4 tokens, unless `options` say otherwise."""
+    """A small engine: budget 32, 8 sequences, 64 blocks of 4 tokens, unless `options` say otherwise.
+
+    Engines are kept, because compiling one takes longer than most tests; a test leaves its engine idle.
+    """
+    settings = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64,
+                **options}
+    engine = _tiny_engine(variant, tuple(sorted(settings.items())))
+    assert not engine.has_work, "another test left requests behind"
+    return engine
+
+
+@cache
+def _tiny_engine(variant: str, settings: tuple[tuple[str, Any], ...]) -> Engine:
     params, model = tiny_model(variant)
-    settings: dict[str, Any] = {
-        "token_budget": 32, "budget_ladder": (1, 8), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64, **options,
-    }
-    return Engine(params, model, EngineConfig(**settings))
+    return Engine(params, model, EngineConfig(**dict(settings)))
 
 
 def greedy(max_new_tokens: int, **options: Any) -> SamplingParams:

@@ -81,7 +81,7 @@ class ResearchInterface:
         block_size = self.config.block_size
         blocks = len(sequence.block_ids) if sequence else 0
         num_tokens = len(self._put_tokens.get(str(uid), ()))
-        room = (blocks + self._scheduler.block_pool.num_free) * block_size
+        room = (blocks + self._scheduler.num_free_blocks) * block_size
         return SequenceInfo(num_tokens, max(min(limit, room) - num_tokens, 0), blocks)
 
     def can_schedule(self, uids: Sequence[str | int], lengths: Sequence[int]) -> bool:
@@ -98,7 +98,7 @@ class ResearchInterface:
         if sequence is None:
             raise ValueError(f"no sequence {uid!r}; known: {', '.join(map(repr, self._put_sequences)) or 'none'}")
         del self._put_tokens[str(uid)]
-        self._scheduler.block_pool.free(sequence.block_ids)
+        self._scheduler.return_blocks(sequence.block_ids)
         self._free_put_slots.append(sequence.slot)
 
     def _check_put(self, uids: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
@@ -119,7 +119,7 @@ class ResearchInterface:
                 raise ValueError(f"sequence {uid!r} would have {total} tokens but max_context_len is {limit}; flush it")
             held = self._put_sequences.get(uid)
             blocks += -(-total // self.config.block_size) - (len(held.block_ids) if held else 0)
-        free = self._scheduler.block_pool.num_free
+        free = self._scheduler.num_free_blocks
         if blocks > free:
             raise ValueError(f"put needs {blocks} KV blocks and {free} are free; flush sequences or wait for requests")
         new_sequences = sum(uid not in self._put_sequences for uid in uids)
@@ -140,7 +140,7 @@ class ResearchInterface:
         else:
             sequence.slot = self._free_put_slots.pop()
         missing = -(-len(tokens) // self.config.block_size) - len(sequence.block_ids)
-        sequence.block_ids += self._scheduler.block_pool.allocate(missing)
+        sequence.block_ids += self._scheduler.borrow_blocks(missing)
         self._put_sequences[uid] = sequence
 
     def _next_put_step(self, pending: list[str]) -> tuple[Step, list[str], list[str]]:

@@ -199,8 +199,8 @@ def _piece(pieces: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(pieces, index[:, None, None], axis=1, mode="clip")[:, 0]
 
 
-def _largest(logits: jax.Array) -> jax.Array:
-    return jnp.max(jnp.max(_pieces(logits, fill=-jnp.inf), axis=2), axis=1)
+def _largest(pieces: jax.Array) -> jax.Array:
+    return jnp.max(jnp.max(pieces, axis=2), axis=1)
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
@@ -255,107 +255,116 @@ def _banned(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
 
 
 def _drawn(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
-    weights = _weights(logits, batch)
-    total = jnp.sum(weights, axis=1, dtype=jnp.int32)
-    # 1 ... total, each as likely as 32 random bits allow: the draw is the token that reaches it.
-    ticket = 1 + _scaled(_random_bits(batch.seeds, batch.positions), total)
-    return jnp.where(batch.temperature > 0, _first_reaching(weights, ticket), _argmax(logits))
+    drawn = _draw(_weights(logits, batch), _random_bits(batch.seeds, batch.positions))
+    drawn = jnp.minimum(drawn, logits.shape[1] - 1)  # only a row of NaN or -inf alone can end in the filling
+    return jnp.where(batch.temperature > 0, drawn, _argmax(logits))
+
+
+def _draw(weights: jax.Array, bits: jax.Array) -> jax.Array:
+    """i32[R]: indices as likely as their `weights` i32[R, pieces, width], by 32 random bits a row."""
+    # 1 ... total, each as likely as the other: the token that reaches it is drawn, which one of weight 0 never does.
+    ticket = 1 + _scaled(bits, _sum(weights))
+    return _first_reaching(weights, ticket)
 
 
 def _weights(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
-    """i32[R, V]: what to draw from, 0 for a token that is not kept; a row sums to less than 2**31."""
+    """i32[R, pieces, width]: what to draw from, 0 for a token that is not kept; a row sums to less than 2**31."""
     vocab_size = logits.shape[1]
-    largest = _largest(logits)[:, None]
+    pieces = _pieces(logits, fill=-jnp.inf)
+    largest = _wide(_largest(pieces))
     # The largest is set to 0 rather than computed, because inf - inf is NaN.
-    below = jnp.where(logits == largest, 0, logits - largest)
-    temperature = jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
-    ratios = jnp.exp(below / temperature)  # to the probability of the likeliest
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    below = jnp.where(pieces == largest, 0, pieces - largest)
+    ratios = jnp.exp(below / _wide(jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)))
 
+    keys = _sortable(pieces)
     uses_top_k = (batch.top_k > 0) & (batch.top_k < vocab_size)
-    keys = _sortable(logits)
-    threshold, last_id = lax.cond(
-        jnp.any(uses_top_k), _top_k_limits, _no_limits, keys, jnp.where(uses_top_k, batch.top_k, vocab_size)
-    )
-    keep = (keys > threshold[:, None]) | ((keys == threshold[:, None]) & (ids <= last_id[:, None]))
-    ratios = jnp.where(keep, ratios, 0)
+    top_k = jnp.where(uses_top_k, batch.top_k, vocab_size)
+    ratios = jnp.where(_within(keys, lax.cond(jnp.any(uses_top_k), _top_k_limit, _no_limit, keys, top_k)), ratios, 0)
 
-    scale = 2.0**_ONE / _sum_in_any_order(ratios)
-    masses = jnp.round(ratios * scale[:, None]).astype(jnp.int32)
-    total = jnp.sum(masses, axis=1, dtype=jnp.int32)
-    uses_top_p = batch.top_p < 1
+    masses = jnp.round(ratios * _wide(2.0**_ONE / _sum_in_any_order(ratios))).astype(jnp.int32)
+    total = _sum(masses)
     enough = jnp.floor(batch.top_p * (1 - _TOP_P_SLACK) * total.astype(jnp.float32)).astype(jnp.int32)
-    enough = jnp.where(uses_top_p, jnp.clip(enough, 1, total), total)
-    threshold, last_id = lax.cond(
-        jnp.any(uses_top_p), _top_p_limits, _no_limits, lax.bitcast_convert_type(masses, jnp.uint32), enough
-    )
-    threshold = lax.bitcast_convert_type(threshold, jnp.int32)
-    keep = (masses > threshold[:, None]) | ((masses == threshold[:, None]) & (ids <= last_id[:, None]))
-    return jnp.where(keep & (ratios >= batch.min_p[:, None]), masses, 0)
+    enough = jnp.where(batch.top_p < 1, jnp.clip(enough, 1, total), total)
+    limit = lax.cond(jnp.any(batch.top_p < 1), _top_p_limit, _no_limit, masses, enough)
+    return jnp.where(_within(masses, limit) & (ratios >= _wide(batch.min_p)), masses, 0)
 
 
-# A limit is (threshold u32[R], last id i32[R]): tokens above the threshold are kept, and those at it up to the last id.
+def _wide(x: jax.Array) -> jax.Array:
+    """[R] as [R, 1, 1]."""
+    return x[:, None, None]
 
 
-def _no_limits(keys: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-    num_rows, vocab_size = keys.shape
-    return jnp.zeros(num_rows, jnp.uint32), jnp.full(num_rows, vocab_size, jnp.int32)
+def _sum(x: jax.Array) -> jax.Array:
+    """i32[R]: the sum of i32[R, pieces, width]."""
+    return jnp.sum(jnp.sum(x, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
 
 
-def _top_k_limits(keys: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    threshold = _largest_threshold(keys, lambda kept: kept.astype(jnp.int32), top_k, num_bits=32)
-    above = jnp.sum(keys > threshold[:, None], axis=1, dtype=jnp.int32)
-    return threshold, _first_reaching((keys == threshold[:, None]).astype(jnp.int32), top_k - above)
+# A limit is (threshold, last index), i32[R] both: what is above the threshold is kept, what equals it up to the index.
 
 
-def _top_p_limits(masses: jax.Array, enough: jax.Array) -> tuple[jax.Array, jax.Array]:
-    values = lax.bitcast_convert_type(masses, jnp.int32)
-    threshold = _largest_threshold(masses, lambda kept: jnp.where(kept, values, 0), enough, num_bits=31)
-    above = jnp.sum(jnp.where(masses > threshold[:, None], values, 0), axis=1, dtype=jnp.int32)
-    return threshold, _first_reaching(jnp.where(masses == threshold[:, None], values, 0), enough - above)
+def _within(keys: jax.Array, limit: tuple[jax.Array, jax.Array]) -> jax.Array:
+    threshold, last = map(_wide, limit)
+    num_pieces, width = keys.shape[1:]
+    index = lax.broadcasted_iota(jnp.int32, (1, num_pieces, width), 1) * width
+    index = index + lax.broadcasted_iota(jnp.int32, (1, num_pieces, width), 2)
+    return (keys > threshold) | ((keys == threshold) & (index <= last))
 
 
-def _largest_threshold(
-    keys: jax.Array, weigh: Callable[[jax.Array], jax.Array], enough: jax.Array, *, num_bits: int
-) -> jax.Array:
-    """u32[R]: the largest t at which the tokens with keys >= t weigh enough together.
+def _no_limit(keys: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.full(keys.shape[0], jnp.iinfo(jnp.int32).min, jnp.int32), jnp.full(keys.shape[0], keys.size, jnp.int32)
 
-    Found bit by bit from the highest: exact, in `num_bits` passes over the keys, and many times faster than a sort.
+
+def _top_k_limit(keys: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _limit(keys, lambda kept: kept.astype(jnp.int32), top_k, lowest=jnp.iinfo(jnp.int32).min)
+
+
+def _top_p_limit(masses: jax.Array, enough: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _limit(masses, lambda kept: jnp.where(kept, masses, 0), enough, lowest=0)
+
+
+def _limit(
+    keys: jax.Array, weigh: Callable[[jax.Array], jax.Array], enough: jax.Array, *, lowest: int
+) -> tuple[jax.Array, jax.Array]:
+    """The limit that keeps just enough weight of `keys` i32[R, pieces, width], none of them below `lowest`.
+
+    The threshold is the largest at which the keys that reach it weigh enough together. It is found bit by bit from the
+    highest: exact, in 31 or 32 passes over the keys, and many times faster than a sort.
     """
 
     def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        higher = threshold | (jnp.uint32(1) << (num_bits - 1 - i).astype(jnp.uint32))
-        weight = jnp.sum(weigh(keys >= higher[:, None]), axis=1, dtype=jnp.int32)
-        return jnp.where(weight >= enough, higher, threshold)
+        higher = threshold + (jnp.int32(1) << (30 - i))
+        return jnp.where(_sum(weigh(keys >= _wide(higher))) >= enough, higher, threshold)
 
-    return lax.fori_loop(0, num_bits, set_bit, jnp.zeros(keys.shape[0], jnp.uint32))
+    threshold = jnp.full(keys.shape[0], lowest, jnp.int32)
+    if lowest < 0:  # the sign comes first
+        threshold = jnp.where(_sum(weigh(keys >= 0)) >= enough, 0, threshold)
+    threshold = lax.fori_loop(0, 31, set_bit, threshold)
+    above = _sum(weigh(keys > _wide(threshold)))
+    return threshold, _first_reaching(weigh(keys == _wide(threshold)), enough - above)
 
 
 def _sortable(x: jax.Array) -> jax.Array:
-    """u32 that compares like the float32 `x`; both zeros are one."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits >= sign, ~bits, bits | sign)
+    """i32 that compares like the float32 `x`; both zeros are one."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
 
 
 def _sum_in_any_order(ratios: jax.Array) -> jax.Array:
     """f32[R]: the sum of each row to 1 %, the same in whatever order it is taken. Ratios are at most 1, V < 2**19."""
     fixed = jnp.round(ratios * 2.0**24).astype(jnp.int32)
-    high = jnp.sum(fixed >> 12, axis=1, dtype=jnp.int32)
-    low = jnp.sum(fixed & (2**12 - 1), axis=1, dtype=jnp.int32)
+    high, low = _sum(fixed >> 12), _sum(fixed & (2**12 - 1))
     return high.astype(jnp.float32) * 2.0**-12 + low.astype(jnp.float32) * 2.0**-24
 
 
 def _first_reaching(weights: jax.Array, enough: jax.Array) -> jax.Array:
-    """i32[R]: the lowest index up to which the non-negative `weights` i32[R, V] sum to `enough` i32[R] >= 1."""
+    """i32[R]: the lowest index up to which non-negative `weights` i32[R, pieces, width] sum to `enough` i32[R] >= 1."""
+    num_pieces, width = weights.shape[1:]
     enough = enough[:, None]
-    pieces = _pieces(weights, fill=0)
-    sums = jnp.cumsum(jnp.sum(pieces, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
-    piece = jnp.minimum(jnp.sum(sums < enough, axis=1, dtype=jnp.int32), sums.shape[1] - 1)
+    sums = jnp.cumsum(jnp.sum(weights, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
+    piece = jnp.minimum(jnp.sum(sums < enough, axis=1, dtype=jnp.int32), num_pieces - 1)
     before = jnp.take_along_axis(jnp.pad(sums, ((0, 0), (1, 0))), piece[:, None], axis=1, mode="clip")
-    inside = jnp.cumsum(_piece(pieces, piece), axis=1, dtype=jnp.int32)
-    offset = jnp.sum(inside < enough - before, axis=1, dtype=jnp.int32)
-    return jnp.minimum(piece * pieces.shape[2] + offset, weights.shape[1] - 1)
+    inside = jnp.cumsum(_piece(weights, piece), axis=1, dtype=jnp.int32)
+    return piece * width + jnp.sum(inside < enough - before, axis=1, dtype=jnp.int32)
 
 
 def _random_bits(seeds: jax.Array, positions: jax.Array) -> jax.Array:
@@ -382,15 +391,17 @@ def _logprobs(
     logits: jax.Array, tokens: jax.Array, *, max_logprobs: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     vocab_size = logits.shape[1]
-    largest = _largest(logits)[:, None]
+    pieces = _pieces(logits, fill=-jnp.inf)
+    largest = _largest(pieces)
 
     def below_largest(x: jax.Array) -> jax.Array:
-        return jnp.where(x == largest, 0, x - largest)  # inf - inf would be NaN
+        shift = largest.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(x == shift, 0, x - shift)  # inf - inf would be NaN
 
-    log_total = jnp.log(jnp.sum(jnp.exp(below_largest(logits)), axis=1, keepdims=True))
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
-    logprobs = (below_largest(chosen) - log_total)[:, 0]
-    ranks = 1 + jnp.sum(logits > chosen, axis=1, dtype=jnp.int32)
+    log_total = jnp.log(jnp.sum(jnp.sum(jnp.exp(below_largest(pieces)), axis=2), axis=1))
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")[:, 0]
+    logprobs = below_largest(chosen) - log_total
+    ranks = 1 + _sum((pieces > _wide(chosen)).astype(jnp.int32))
     num_top = min(max_logprobs, vocab_size)
     values, top_ids = lax.top_k(logits, num_top)
     fill = ((0, 0), (0, max_logprobs - num_top))
@@ -398,7 +409,7 @@ def _logprobs(
         logprobs,
         ranks,
         jnp.pad(top_ids.astype(jnp.int32), fill, constant_values=vocab_size),
-        jnp.pad(below_largest(values) - log_total, fill, constant_values=-jnp.inf),
+        jnp.pad(below_largest(values) - log_total[:, None], fill, constant_values=-jnp.inf),
     )
 
 

@@ -88,6 +88,7 @@ class Scheduler:
             max_bypasses=max_bypasses,
         )
         self.stats = SchedulerStats()
+        self._borrowed: list[int] = []
         self._policy = POLICIES[policy]
         self._pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching, salt=prefix_salt)
         self._waiting: list[Sequence] = []  # both in ascending order
@@ -116,6 +117,18 @@ class Scheduler:
     def num_free_blocks(self) -> int:
         """Blocks that nobody holds, including those kept for their content."""
         return self._pool.num_free
+
+    def borrow_blocks(self, count: int) -> list[int]:
+        """Takes `count` blocks out of scheduling, for a caller that fills them itself; RuntimeError if none are left."""
+        blocks = self._pool.allocate(count)
+        self._borrowed += blocks
+        return blocks
+
+    def return_blocks(self, block_ids: abc.Sequence[int]) -> None:
+        """Gives borrowed blocks back."""
+        for block_id in block_ids:
+            self._borrowed.remove(block_id)
+        self._pool.free(block_ids)
 
     def add(self, request: Request) -> Sequence:
         """Puts a request in line.
@@ -147,6 +160,11 @@ class Scheduler:
         )
         chunks = plan.chunks
         if not chunks:
+            if not self._steps_in_flight and self._borrowed:
+                raise RuntimeError(
+                    f"{len(self._borrowed)} of {pool.num_blocks} blocks are borrowed, and the {pool.num_free} free ones "
+                    f"do not suffice for any of {self.num_running + self.num_waiting} requests; give some back"
+                )
             if not self._steps_in_flight:
                 raise RuntimeError(
                     f"the policy planned nothing for {self.num_running} running and {self.num_waiting} "
@@ -270,7 +288,7 @@ class Scheduler:
             RuntimeError: the first contradiction found.
         """
         live = [*self._running, *self._waiting]
-        self._pool.check_integrity(sequence.block_ids for sequence in live)
+        self._pool.check_integrity([*(sequence.block_ids for sequence in live), self._borrowed])
         if {sequence.request_id: sequence for sequence in live} != self._unfinished:
             raise RuntimeError("the unfinished requests are not those that run or wait")
         for queue in (self._running, self._waiting):

@@ -25,7 +25,6 @@ TOP = 20
 # Probabilities are float32 and top-p's limit is a product of such: either side is right within this distance.
 MASS_TOLERANCE = 1e-5
 
-weights_of = jax.jit(sampling._weights)
 argmax_of = jax.jit(sampling._argmax)
 
 
@@ -45,6 +44,12 @@ def sampling_rows(num_rows: int, vocab_size: int = V, **columns: Any) -> Samplin
     for name, value in {"temperature": 1, "any_sampling": 1, **columns}.items():
         views[name][...] = value
     return batch_of(views)
+
+
+@jax.jit
+def weights_of(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+    """i32[R, V]: what each token's chance to be drawn is proportional to."""
+    return sampling._weights(jnp.asarray(logits), batch).reshape(logits.shape[0], -1)[:, : logits.shape[1]]
 
 
 @functools.cache
@@ -230,15 +235,13 @@ def test_tokens_follow_the_renormalised_distribution_of_what_is_kept(columns: di
 
 
 def test_neither_end_of_the_random_range_draws_a_token_of_probability_zero() -> None:
-    weights = np.zeros((4, V), np.int32)
-    weights[0, [3, 150]] = [5, 7]
-    weights[1, 3] = 2**30
-    weights[2, V - 1] = 1
+    weights = np.zeros((4, 2, 100), np.int32)  # two pieces
+    weights[0, [0, 1], [3, 50]] = [5, 7]
+    weights[1, 0, 3] = 2**30
+    weights[2, 1, 99] = 1
     weights[3] = 1
-    totals = weights.sum(axis=1)
-    for bits, expected in ((0, [3, 3, V - 1, 0]), (2**32 - 1, [150, 3, V - 1, V - 1])):
-        ticket = 1 + sampling._scaled(jnp.full(4, bits, jnp.uint32), jnp.asarray(totals))
-        np.testing.assert_array_equal(sampling._first_reaching(jnp.asarray(weights), ticket), expected)
+    for bits, expected in ((0, [3, 3, 199, 0]), (2**32 - 1, [150, 3, 199, 199])):
+        np.testing.assert_array_equal(sampling._draw(weights, jnp.full(4, bits, jnp.uint32)), expected)
 
 
 def test_the_high_half_of_the_product_of_bits_and_total_is_exact() -> None:
@@ -398,14 +401,15 @@ def test_stop_and_end_tokens_are_banned_until_min_new_tokens_are_generated(tempe
     tables = SamplingTables(S, V)
     params = SamplingParams(temperature=temperature, min_new_tokens=3, stop_token_ids=(5, 199))
     tables.admit(0, params, eos_token_ids=(2,), seed=1, num_prompt_tokens=10)
+    tables.admit(1, params, eos_token_ids=(2,), seed=1, num_prompt_tokens=100)  # banned all the time
     for position in range(10, 15):
         views = views_of(R)
-        ones = np.ones(1, np.int32)
-        tables.fill(views, slots=0 * ones, positions=position * ones, writes_token=ones, targets={})
+        positions, ones = np.array([position, 100], np.int32), np.ones(2, np.int32)
+        tables.fill(views, slots=ones.cumsum() - 1, positions=positions, writes_token=ones, targets={})
         logits = np.full((R, V), -50, np.float32)
         logits[:, [2, 5, 199]] = [30, 25, 20]
         logits[:, 77] = 0
-        assert int(run(logits, batch_of(views))[0].tokens[0]) == (77 if position < 13 else 2)
+        assert run(logits, batch_of(views))[0].tokens[:2].tolist() == [77 if position < 13 else 2, 77]
 
 
 # Log-probabilities
@@ -450,6 +454,15 @@ def test_a_vocabulary_smaller_than_the_number_of_logprobs_fills_up_with_tokens_t
 
 
 # State
+
+
+def test_a_row_that_writes_no_token_leaves_its_slot_as_it_is() -> None:
+    logits = np.zeros((R, V), np.float32)
+    logits[:, 9] = 1
+    columns = {"slots": np.arange(R), "writes_token": np.arange(R) % 2, "presence_penalty": 0.1, "any_penalties": 1}
+    _, state = run(logits, sampling_rows(R, temperature=0, **columns))
+    np.testing.assert_array_equal(state.last_tokens, [0, 9] * (R // 2))
+    np.testing.assert_array_equal(state.token_counts[:, 9], [0, 2] * (R // 2))
 
 
 def test_unused_rows_and_unused_slots_leave_the_state_as_it_is() -> None:

@@ -88,7 +88,7 @@ def test_the_place_and_size_of_blocks_do_not_change_a_bit() -> None:
 def test_chunking_hardly_changes_the_result_of_xla() -> None:
     whole = run_in_chunks([300], implementation="xla")
     # Rounding only: tiles of single rows and of chunks differ.
-    np.testing.assert_allclose(run_in_chunks([200, 99, 1], implementation="xla"), whole, atol=2e-6, rtol=0)
+    np.testing.assert_allclose(run_in_chunks([299, 1], implementation="xla"), whole, atol=2e-6, rtol=0)
 
 
 def last_row(chunks: list[tuple[int, int]]) -> np.ndarray:

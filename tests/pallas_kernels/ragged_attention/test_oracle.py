@@ -145,15 +145,23 @@ def test_implementations_equal_the_reference(shape: Shape) -> None:
     check()
 
 
+def small_batch(chunks: list[tuple[int, int]], **changes: object) -> Batch:
+    """Three sequences in shapes that are the same for every test, so that each implementation compiles once."""
+    return make_batch(chunks, num_tokens=48, num_blocks=50, max_blocks=20, **changes)
+
+
+def run_small(batch: Batch, implementation: str, *, window: int = 2**31 - 1) -> list[np.ndarray]:
+    return run(batch, implementation, soft_cap=None, sliding_window=jnp.asarray(window, jnp.int32))
+
+
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 def test_padding_is_dropped_and_its_rows_are_zero(implementation: str) -> None:
-    batch = make_batch([(3, 20), (0, 0), (1, 5)], num_tokens=11, unused_kv=7.0)
-    out, k_cache, v_cache = run(batch, implementation, soft_cap=None)
+    batch = small_batch([(3, 20), (0, 0), (1, 5)], unused_kv=7.0)
+    out, k_cache, v_cache = run_small(batch, implementation)
     np.testing.assert_array_equal(out[4:], 0.0)
     layer = slice(batch.num_blocks, 2 * batch.num_blocks)
-    for new, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+    for new, name in ((k_cache.copy(), "k_cache"), (v_cache.copy(), "v_cache")):
         old = batch.arrays[name].copy()
-        new = new.copy()
         assert (new[layer] != old[layer]).sum() == 4 * old.shape[1] * old.shape[3]  # the four real tokens
         new[layer] = old[layer] = 0
         np.testing.assert_array_equal(new, old)
@@ -161,33 +169,39 @@ def test_padding_is_dropped_and_its_rows_are_zero(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_blocks_before_the_window_are_never_followed(implementation: str) -> None:
-    batch = make_batch([(1, 200), (4, 100), (40, 300)])
-    expected = run(batch, "reference", soft_cap=None, sliding_window=20)
+    batch = small_batch([(1, 200), (4, 100), (40, 300)])
+    expected = run_small(batch, "reference", window=20)
     tables = batch.arrays["block_tables"]
-    for s, first_seen in enumerate([200 - 20, 96 - 19, 260 - 19]):
+    for s, first_seen in enumerate([200 - 20, 97 - 20, 261 - 20]):
+        freed = tables[s, : first_seen // 16]
+        for cache in ("k_cache", "v_cache"):
+            batch.arrays[cache][batch.layer * batch.num_blocks + freed] = np.nan
         tables[s, : first_seen // 16] = 2**30
-    out = run(batch, implementation, soft_cap=None, sliding_window=20)[0]
+    out = run_small(batch, implementation, window=20)[0]
     np.testing.assert_allclose(out, expected[0], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scores_far_from_zero_neither_overflow_nor_vanish(implementation: str) -> None:
-    batch = make_batch([(1, 90), (30, 300)])
+    batch = small_batch([(1, 90), (30, 300), (0, 0)])
     batch.arrays["q"] *= 300.0  # scores of several hundred: exp of them is infinite in float32
-    expected = run(batch, "reference", soft_cap=None)[0]
+    expected = run_small(batch, "reference")[0]
     assert np.isfinite(expected).all()
     # The scores themselves carry an error of 1e-4 here, which the softmax passes on.
-    np.testing.assert_allclose(run(batch, implementation, soft_cap=None)[0], expected, atol=2e-3, rtol=0)
+    np.testing.assert_allclose(run_small(batch, implementation)[0], expected, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_half_precision_queries_give_half_precision_results(implementation: str) -> None:
-    batch = make_batch([(1, 30), (5, 40)], unused_kv=0.0)
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [("xla", jnp.float16), pytest.param("cpu", jnp.bfloat16, marks=needs_native)]
+)
+def test_half_precision_queries_give_half_precision_results(implementation: str, dtype: type) -> None:
+    batch = make_batch([(1, 30), (5, 40)])
     arguments = batch.arguments()
     for name in ("q", "k", "v", "k_cache", "v_cache"):
-        arguments[name] = arguments[name].astype(jnp.bfloat16)
-    out, k_cache, _ = ragged_attention(**arguments, implementation=implementation)
-    expected, _, _ = ragged_attention(**arguments, implementation="reference")
-    assert out.dtype == k_cache.dtype == jnp.bfloat16
+        arguments[name] = arguments[name].astype(dtype)
+    static = {name: arguments.pop(name) for name in ("num_blocks", "layer", "scale")}
+    out, k_cache, _ = jax.jit(functools.partial(ragged_attention, implementation=implementation, **static))(**arguments)
+    expected, _, _ = jax.jit(functools.partial(ragged_attention, implementation="reference", **static))(**arguments)
+    assert out.dtype == k_cache.dtype == dtype
     # One rounding to 8 bits of values of order 1, twice.
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=2e-2, rtol=0)
