@@ -32,7 +32,7 @@ _HOMES = {
     "RequestOutput": "fastgen_jax.engine.outputs",
     "SamplingParams": "fastgen_jax.scheduling",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["Engine", "EngineConfig", "Pipeline", "RequestOutput", "Response", "SamplingParams", "__version__", "pipeline"]
 
 
 def __getattr__(name: str) -> Any:

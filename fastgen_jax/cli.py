@@ -82,7 +82,7 @@ def _pipeline(options: dict[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
     from fastgen_jax.api.pipeline import pipeline, sampling_params
     from fastgen_jax.engine.config import EngineConfig
 
-    given = {name: tuple(value) if isinstance(value, list) else value
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
              for name, value in options.items() if value is not None}
     model = given.pop("model")
     engine = {f.name: given.pop(f.name) for f in fields(EngineConfig) if f.name in given}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 from tqdm import tqdm
 
@@ -56,6 +56,23 @@ class Pipeline:
         if self._engine is None:
             raise ValueError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
         return self._engine
+
+    @overload
+    def __call__(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        stream: Literal[False] = False,
+        return_full_text: bool = False,
+        echo: bool = False,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> list[Response]: ...
+
+    @overload
+    def __call__(
+        self, prompts: Prompt | Sequence[Prompt], *, stream: Literal[True], **options: Any
+    ) -> Iterator[tuple[int, RequestOutput]]: ...
 
     def __call__(
         self,
@@ -167,7 +184,8 @@ class _Answer:
 
     def response(self, text_before: str, ids_before: Sequence[int]) -> Response:
         last = self._last
-        assert last is not None and last.finish_reason is not None
+        assert last is not None
+        assert last.finish_reason is not None
         return Response(
             generated_text=text_before + "".join(self._texts),
             prompt_length=last.num_prompt_tokens,
@@ -213,4 +231,4 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not items:
         raise ValueError("no prompts; give at least one")
     is_single = not isinstance(items[0], str) and not isinstance(items[0], Sequence)  # token ids or messages
-    return [items] if is_single else items
+    return [cast("Prompt", items)] if is_single else cast("list[Prompt]", items)

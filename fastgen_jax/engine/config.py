@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import jax
@@ -84,7 +84,29 @@ class EngineConfig:
         return cls(**options)
 
 
-def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An `EngineConfig` without open choices, but for a token budget that is still to be measured."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+    max_context_len: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+    num_blocks: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+    stack_layers: bool  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+
+    @property
+    def max_sample_rows(self) -> int:
+        """Rows of logits that the largest program gives."""
+        return min(self.full_step, self.max_num_seqs)
+
+    @property
+    def full_step(self) -> int:
+        """The token budget; ValueError before it is measured."""
+        if self.token_budget is None:
+            raise ValueError("token_budget is None: it has not been measured yet")
+        return self.token_budget
+
+
+def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     """Fills what can be known before anything runs; the token budget may stay None, to be measured.
 
     Raises ValueError where the choices contradict the model or the free memory.
@@ -121,10 +143,11 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         if ladder is None:
             ladder = tuple(budget for budget in BUDGETS if budget < config.token_budget)
         ladder = tuple(sorted({*ladder, config.token_budget}))
-    return replace(
-        config, dtype=dtype, max_context_len=max_context_len, num_blocks=num_blocks, stack_layers=stack_layers,
-        budget_ladder=ladder, prefix_caching=prefix_caching,
-    )
+    filled = {
+        "dtype": dtype, "max_context_len": max_context_len, "num_blocks": num_blocks, "stack_layers": stack_layers,
+        "budget_ladder": ladder, "prefix_caching": prefix_caching,
+    }
+    return ResolvedConfig(**{**{f.name: getattr(config, f.name) for f in fields(EngineConfig)}, **filled})
 
 
 def _memory_for_cache(platform: str) -> float:

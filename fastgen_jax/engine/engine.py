@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from fastgen_jax.engine.metrics import Metrics, compile_count
 from fastgen_jax.engine.outputs import RequestOutput, RequestState, SampledRows
 from fastgen_jax.engine.packing import Packer
 from fastgen_jax.engine.research import ResearchInterface
-from fastgen_jax.engine.runner import Runner, StepOutput
+from fastgen_jax.engine.runner import StepOutput
 from fastgen_jax.engine.sampling_tables import SamplingTables, validate
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import Params
@@ -57,24 +57,23 @@ class Engine(ResearchInterface):
         """
         self.model = model
         self.config, self._runner = startup.start(params, model, config or EngineConfig(), progress=progress)
-        config = self.config
-        assert config.num_blocks and config.max_context_len and config.token_budget  # resolved
+        resolved = self.config
         self.tokenizer = tokenizer
         self.metrics = Metrics()
         self._scheduler = Scheduler(
-            num_blocks=config.num_blocks,
-            block_size=config.block_size,
-            token_budget=config.token_budget,
-            max_num_seqs=config.max_num_seqs,
-            max_context_len=config.max_context_len,
-            max_sample_rows=min(config.token_budget, config.max_num_seqs),
-            policy=config.policy,
-            prefix_caching=config.prefix_caching,
+            num_blocks=resolved.num_blocks,
+            block_size=resolved.block_size,
+            token_budget=resolved.full_step,
+            max_num_seqs=resolved.max_num_seqs,
+            max_context_len=resolved.max_context_len,
+            max_sample_rows=resolved.max_sample_rows,
+            policy=resolved.policy,
+            prefix_caching=resolved.prefix_caching,
         )
-        self._tables = SamplingTables(config.max_num_seqs, model.vocab_size)
+        self._tables = SamplingTables(resolved.max_num_seqs, model.vocab_size)
         self._packer = Packer(
-            max_num_seqs=config.max_num_seqs, max_blocks=self._runner.max_blocks, num_blocks=config.num_blocks,
-            block_size=config.block_size, tables=self._tables,
+            max_num_seqs=resolved.max_num_seqs, max_blocks=self._runner.max_blocks, num_blocks=resolved.num_blocks,
+            block_size=resolved.block_size, tables=self._tables,
         )
         self._states: dict[str, RequestState] = {}
         self._in_flight: deque[tuple[Step, StepOutput]] = deque()
@@ -140,12 +139,14 @@ class Engine(ResearchInterface):
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt in any of its forms; ValueError if it is empty or not one of them."""
+        token_ids: Sequence[Any]
         if isinstance(prompt, str):
             token_ids = self._need_tokenizer("text").encode(prompt)
         elif len(prompt) and isinstance(prompt[0], Mapping):
-            token_ids = self._need_tokenizer("chat messages").encode_chat(prompt)
+            messages = cast("Sequence[Mapping[str, Any]]", prompt)
+            token_ids = self._need_tokenizer("chat messages").encode_chat(messages)
         else:
-            token_ids = list(prompt)
+            token_ids = prompt
         if not len(token_ids):
             raise ValueError("the prompt is empty; give at least one token")
         for token_id in token_ids:
@@ -232,7 +233,7 @@ class Engine(ResearchInterface):
         m.plan_seconds.append(planned - start)
         m.pack_seconds.append(done - planned)
         m.dispatch_seconds.append(time.perf_counter() - done)
-        m.count_step(num_tokens=step.num_tokens, bucket=bucket.num_tokens, token_budget=self.config.token_budget or 0)
+        m.count_step(num_tokens=step.num_tokens, bucket=bucket.num_tokens, token_budget=self.config.full_step)
         return True
 
     def _admit(self, sequence: HostSequence) -> None:

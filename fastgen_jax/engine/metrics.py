@@ -14,7 +14,7 @@ WINDOW = 4096  # steps that the medians look back on
 _compiles = 0
 
 
-def _count_compiles(event: str, duration: float, **_: Any) -> None:
+def _count_compiles(event: str, duration_secs: float, **kwargs: str | int) -> None:
     global _compiles
     if event == "/jax/core/compile/backend_compile_duration":
         _compiles += 1

@@ -56,7 +56,7 @@ class RequestState:
         self._stops = None
         if tokenizer is not None:
             self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=sequence.request.prompt_token_ids)
-            self._stops = StopStrings(params.stop) if params.stop else None
+            self._stops = StopStrings(tuple(params.stop)) if params.stop else None
 
     def add_prompt_logprob(self, position: int, logprob: TokenLogprob) -> None:
         """Keeps the log-probability of the prompt token at `position`, unless a preemption made it come twice."""

@@ -13,7 +13,7 @@ from fastgen_jax.scheduling import Chunk, Request, SamplingParams, Step
 from fastgen_jax.scheduling import Sequence as HostSequence
 
 if TYPE_CHECKING:
-    from fastgen_jax.engine.config import EngineConfig
+    from fastgen_jax.engine.config import ResolvedConfig
     from fastgen_jax.engine.runner import Runner
     from fastgen_jax.models.config import ModelConfig
     from fastgen_jax.scheduling import Scheduler
@@ -35,14 +35,13 @@ class ResearchInterface:
     by itself, and `flush` gives the blocks back.
     """
 
-    config: EngineConfig
+    config: ResolvedConfig
     model: ModelConfig
     _runner: Runner
     _scheduler: Scheduler
 
     def _init_research(self) -> None:
         config = self.config
-        assert config.num_blocks
         self._put_sequences: dict[str, HostSequence] = {}
         self._put_tokens: dict[str, list[int]] = {}
         self._free_put_slots = list(range(config.max_num_seqs))
@@ -76,7 +75,7 @@ class ResearchInterface:
 
     def query(self, uid: str | int) -> SequenceInfo:
         """How long a sequence is and how many tokens `put` would still take; zeros and the maximum for an unknown one."""
-        limit = self.config.max_context_len or 0
+        limit = self.config.max_context_len
         sequence = self._put_sequences.get(str(uid))
         block_size = self.config.block_size
         blocks = len(sequence.block_ids) if sequence else 0
@@ -99,6 +98,7 @@ class ResearchInterface:
             raise ValueError(f"no sequence {uid!r}; known: {', '.join(map(repr, self._put_sequences)) or 'none'}")
         del self._put_tokens[str(uid)]
         self._scheduler.return_blocks(sequence.block_ids)
+        assert sequence.slot is not None  # from its first put to its flush
         self._free_put_slots.append(sequence.slot)
 
     def _check_put(self, uids: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
@@ -106,7 +106,7 @@ class ResearchInterface:
             raise ValueError(f"{len(uids)} sequence ids but {len(tokens)} token lists; give one list for each id")
         if len(set(uids)) != len(uids):
             raise ValueError(f"sequence ids {list(uids)} repeat; give each sequence once, with all its new tokens")
-        limit = self.config.max_context_len or 0
+        limit = self.config.max_context_len
         blocks = 0
         for uid, new in zip(uids, tokens, strict=True):
             if not len(new):
@@ -145,8 +145,7 @@ class ResearchInterface:
 
     def _next_put_step(self, pending: list[str]) -> tuple[Step, list[str], list[str]]:
         """A step over the pending sequences, those that remain after it, and those whose last token it computes."""
-        budget = self.config.token_budget or 0
-        max_rows = min(budget, self.config.max_num_seqs)
+        budget, max_rows = self.config.full_step, self.config.max_sample_rows
         chunks, updates, finished, remaining = [], [], [], []
         for uid in pending:
             sequence = self._put_sequences[uid]

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.core.pytree import pytree
-from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample
 from fastgen_jax.models.config import ModelConfig
@@ -36,8 +36,7 @@ class StepOutput:
 class Runner:
     """Runs steps: one program a bucket, compiled ahead of time; owns the KV cache and the sampler's state."""
 
-    def __init__(self, params: Params, model: ModelConfig, config: EngineConfig) -> None:
-        assert config.num_blocks and config.max_context_len and config.dtype  # resolved
+    def __init__(self, params: Params, model: ModelConfig, config: ResolvedConfig) -> None:
         self.params = params
         self.model = model
         self.config = config
@@ -67,7 +66,7 @@ class Runner:
                 return self._compiled[budget][0]
         raise ValueError(f"a step of {num_tokens} tokens exceeds the largest compiled budget {max(self.budgets)}")
 
-    def compile(self, budgets: Sequence[int], *, on_done: Callable[[int], None] = lambda budget: None) -> None:
+    def compile(self, budgets: Sequence[int], *, on_done: Callable[[int], object] = lambda budget: None) -> None:
         """Compiles one program for each budget that has none yet; `on_done(budget)` reports progress."""
         for budget in budgets:
             if budget not in self._compiled:
@@ -131,7 +130,7 @@ class Runner:
     def can_hold(self, budget: int) -> bool:
         """Whether a sequence of `budget` tokens fits into the context limit and the cache, so that it can be measured."""
         config = self.config
-        return budget <= min(config.max_context_len or 0, (config.num_blocks or 0) * config.block_size)
+        return budget <= min(config.max_context_len, config.num_blocks * config.block_size)
 
     def _new_bucket(self, budget: int) -> Bucket:
         config = self.config

@@ -148,8 +148,11 @@ def sample(
             f"logits are {logits.dtype}{list(logits.shape)} but the sampler takes float32[R, {vocab_size}]; "
             "convert them, and initialise the state with the model's vocab_size"
         )
-    is_plain = (batch.any_sampling | batch.any_penalties | batch.any_bias | batch.any_bans) == 0
-    chosen = lax.cond(is_plain, lambda logits, *_: _argmax(logits), _choose, logits, state, batch)
+    # One switch rather than conditionals in one another: XLA's CPU runs what is nested twice on a single core.
+    adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans) > 0
+    branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
+    branches = (lambda logits, *_: _argmax(logits), _adjusted_argmax, _sampled)
+    chosen = lax.switch(branch, branches, logits, state, batch)
     tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen)
     logprobs, ranks, top_ids, top_logprobs = lax.cond(
         batch.any_logprobs > 0,
@@ -199,8 +202,8 @@ def _piece(pieces: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(pieces, index[:, None, None], axis=1, mode="clip")[:, 0]
 
 
-def _largest(pieces: jax.Array) -> jax.Array:
-    return jnp.max(jnp.max(pieces, axis=2), axis=1)
+def _largest(logits: jax.Array) -> jax.Array:
+    return jnp.max(jnp.max(_pieces(logits, fill=-jnp.inf), axis=2), axis=1)
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
@@ -218,14 +221,23 @@ def _argmax(logits: jax.Array) -> jax.Array:
     return jnp.minimum(index, logits.shape[1] - 1)  # a NaN equals nothing, not even in the last piece
 
 
-def _choose(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
+def _adjusted_argmax(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
+    return _argmax(_adjusted(logits, state, batch))
+
+
+def _sampled(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
+    logits = _adjusted(logits, state, batch)
+    drawn = _draw(_weights(logits, batch), _random_bits(batch.seeds, batch.positions))
+    return jnp.where(batch.temperature > 0, drawn, _argmax(logits))
+
+
+def _adjusted(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
     def unchanged(logits: jax.Array, *_: object) -> jax.Array:
         return logits
 
     logits = lax.cond(batch.any_penalties > 0, _penalised, unchanged, logits, state.token_counts, batch)
     logits = lax.cond(batch.any_bias > 0, _biased, unchanged, logits, state, batch)
-    logits = lax.cond(batch.any_bans > 0, _banned, unchanged, logits, batch)
-    return lax.cond(batch.any_sampling > 0, _drawn, lambda logits, _: _argmax(logits), logits, batch)
+    return lax.cond(batch.any_bans > 0, _banned, unchanged, logits, batch)
 
 
 def _penalised(logits: jax.Array, token_counts: jax.Array, batch: SamplingBatch) -> jax.Array:
@@ -254,93 +266,68 @@ def _banned(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
     return logits.at[rows, ids].set(-jnp.inf, mode="drop")
 
 
-def _drawn(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
-    drawn = _draw(_weights(logits, batch), _random_bits(batch.seeds, batch.positions))
-    drawn = jnp.minimum(drawn, logits.shape[1] - 1)  # only a row of NaN or -inf alone can end in the filling
-    return jnp.where(batch.temperature > 0, drawn, _argmax(logits))
-
-
 def _draw(weights: jax.Array, bits: jax.Array) -> jax.Array:
-    """i32[R]: indices as likely as their `weights` i32[R, pieces, width], by 32 random bits a row."""
+    """i32[R]: indices as likely as their `weights` i32[R, V], by 32 random bits a row."""
     # 1 ... total, each as likely as the other: the token that reaches it is drawn, which one of weight 0 never does.
     ticket = 1 + _scaled(bits, _sum(weights))
     return _first_reaching(weights, ticket)
 
 
 def _weights(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
-    """i32[R, pieces, width]: what to draw from, 0 for a token that is not kept; a row sums to less than 2**31."""
+    """i32[R, V]: what to draw from, 0 for a token that is not kept; a row sums to less than 2**31."""
     vocab_size = logits.shape[1]
-    pieces = _pieces(logits, fill=-jnp.inf)
-    largest = _wide(_largest(pieces))
+    largest = _largest(logits)[:, None]
     # The largest is set to 0 rather than computed, because inf - inf is NaN.
-    below = jnp.where(pieces == largest, 0, pieces - largest)
-    ratios = jnp.exp(below / _wide(jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)))
+    below = jnp.where(logits == largest, 0, logits - largest)
+    ratios = jnp.exp(below / jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None])
 
-    keys = _sortable(pieces)
     uses_top_k = (batch.top_k > 0) & (batch.top_k < vocab_size)
-    top_k = jnp.where(uses_top_k, batch.top_k, vocab_size)
-    ratios = jnp.where(_within(keys, lax.cond(jnp.any(uses_top_k), _top_k_limit, _no_limit, keys, top_k)), ratios, 0)
+    keep = _keep(_sortable(logits), lambda reach: reach.astype(jnp.int32), batch.top_k, uses_top_k, num_bits=32)
+    ratios = jnp.where(keep, ratios, 0)
 
-    masses = jnp.round(ratios * _wide(2.0**_ONE / _sum_in_any_order(ratios))).astype(jnp.int32)
+    masses = jnp.round(ratios * (2.0**_ONE / _sum_in_any_order(ratios))[:, None]).astype(jnp.int32)
     total = _sum(masses)
     enough = jnp.floor(batch.top_p * (1 - _TOP_P_SLACK) * total.astype(jnp.float32)).astype(jnp.int32)
-    enough = jnp.where(batch.top_p < 1, jnp.clip(enough, 1, total), total)
-    limit = lax.cond(jnp.any(batch.top_p < 1), _top_p_limit, _no_limit, masses, enough)
-    return jnp.where(_within(masses, limit) & (ratios >= _wide(batch.min_p)), masses, 0)
+    enough = jnp.clip(enough, 1, total)
+    keep = _keep(masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31)
+    return jnp.where(keep & (ratios >= batch.min_p[:, None]), masses, 0)
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    """[R] as [R, 1, 1]."""
-    return x[:, None, None]
+def _keep(
+    keys: jax.Array,
+    weigh: Callable[[jax.Array], jax.Array],
+    enough: jax.Array,
+    is_limited: jax.Array,
+    *,
+    num_bits: int,
+) -> jax.Array:
+    """bool[R, V]: the fewest of the largest `keys` i32[R, V] that weigh `enough` together; all where not limited.
+
+    Those above a threshold are kept, and of those at it the first. The threshold is the largest at which the keys that
+    reach it weigh enough. It is found bit by bit from the highest: exact, in `num_bits` passes over the keys (32, or 31
+    where none is negative), and many times faster than a sort. No pass is made if no row is limited.
+    """
+    any_limited = jnp.any(is_limited)
+
+    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        higher = threshold + (jnp.int32(1) << (num_bits - 1 - i))  # the sign bit, added to the lowest int32, makes 0
+        return jnp.where(_sum(weigh(keys >= higher[:, None])) >= enough, higher, threshold)
+
+    def last_at(threshold: jax.Array) -> jax.Array:
+        above = _sum(weigh(keys > threshold[:, None]))
+        return _first_reaching(weigh(keys == threshold[:, None]), enough - above)
+
+    lowest = jnp.full_like(enough, -(2**31) if num_bits == 32 else 0)
+    threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
+    last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
+    threshold = jnp.where(is_limited, threshold, lowest)[:, None]
+    last = jnp.where(is_limited, last, keys.shape[1])[:, None]
+    ids = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
+    return (keys > threshold) | ((keys == threshold) & (ids <= last))
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """i32[R]: the sum of i32[R, pieces, width]."""
-    return jnp.sum(jnp.sum(x, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
-
-
-# A limit is (threshold, last index), i32[R] both: what is above the threshold is kept, what equals it up to the index.
-
-
-def _within(keys: jax.Array, limit: tuple[jax.Array, jax.Array]) -> jax.Array:
-    threshold, last = map(_wide, limit)
-    num_pieces, width = keys.shape[1:]
-    index = lax.broadcasted_iota(jnp.int32, (1, num_pieces, width), 1) * width
-    index = index + lax.broadcasted_iota(jnp.int32, (1, num_pieces, width), 2)
-    return (keys > threshold) | ((keys == threshold) & (index <= last))
-
-
-def _no_limit(keys: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.full(keys.shape[0], jnp.iinfo(jnp.int32).min, jnp.int32), jnp.full(keys.shape[0], keys.size, jnp.int32)
-
-
-def _top_k_limit(keys: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _limit(keys, lambda kept: kept.astype(jnp.int32), top_k, lowest=jnp.iinfo(jnp.int32).min)
-
-
-def _top_p_limit(masses: jax.Array, enough: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _limit(masses, lambda kept: jnp.where(kept, masses, 0), enough, lowest=0)
-
-
-def _limit(
-    keys: jax.Array, weigh: Callable[[jax.Array], jax.Array], enough: jax.Array, *, lowest: int
-) -> tuple[jax.Array, jax.Array]:
-    """The limit that keeps just enough weight of `keys` i32[R, pieces, width], none of them below `lowest`.
-
-    The threshold is the largest at which the keys that reach it weigh enough together. It is found bit by bit from the
-    highest: exact, in 31 or 32 passes over the keys, and many times faster than a sort.
-    """
-
-    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        higher = threshold + (jnp.int32(1) << (30 - i))
-        return jnp.where(_sum(weigh(keys >= _wide(higher))) >= enough, higher, threshold)
-
-    threshold = jnp.full(keys.shape[0], lowest, jnp.int32)
-    if lowest < 0:  # the sign comes first
-        threshold = jnp.where(_sum(weigh(keys >= 0)) >= enough, 0, threshold)
-    threshold = lax.fori_loop(0, 31, set_bit, threshold)
-    above = _sum(weigh(keys > _wide(threshold)))
-    return threshold, _first_reaching(weigh(keys == _wide(threshold)), enough - above)
+    return jnp.sum(x, axis=1, dtype=jnp.int32)
 
 
 def _sortable(x: jax.Array) -> jax.Array:
@@ -357,14 +344,14 @@ def _sum_in_any_order(ratios: jax.Array) -> jax.Array:
 
 
 def _first_reaching(weights: jax.Array, enough: jax.Array) -> jax.Array:
-    """i32[R]: the lowest index up to which non-negative `weights` i32[R, pieces, width] sum to `enough` i32[R] >= 1."""
-    num_pieces, width = weights.shape[1:]
+    """i32[R]: the lowest index up to which the non-negative `weights` i32[R, V] sum to `enough` i32[R] >= 1."""
     enough = enough[:, None]
-    sums = jnp.cumsum(jnp.sum(weights, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
-    piece = jnp.minimum(jnp.sum(sums < enough, axis=1, dtype=jnp.int32), num_pieces - 1)
+    pieces = _pieces(weights, fill=0)
+    sums = jnp.cumsum(jnp.sum(pieces, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
+    piece = jnp.minimum(_sum(sums < enough), sums.shape[1] - 1)
     before = jnp.take_along_axis(jnp.pad(sums, ((0, 0), (1, 0))), piece[:, None], axis=1, mode="clip")
-    inside = jnp.cumsum(_piece(weights, piece), axis=1, dtype=jnp.int32)
-    return piece * width + jnp.sum(inside < enough - before, axis=1, dtype=jnp.int32)
+    inside = jnp.cumsum(_piece(pieces, piece), axis=1, dtype=jnp.int32)
+    return jnp.minimum(piece * pieces.shape[2] + _sum(inside < enough - before), weights.shape[1] - 1)
 
 
 def _random_bits(seeds: jax.Array, positions: jax.Array) -> jax.Array:
@@ -391,17 +378,15 @@ def _logprobs(
     logits: jax.Array, tokens: jax.Array, *, max_logprobs: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     vocab_size = logits.shape[1]
-    pieces = _pieces(logits, fill=-jnp.inf)
-    largest = _largest(pieces)
+    largest = _largest(logits)[:, None]
 
     def below_largest(x: jax.Array) -> jax.Array:
-        shift = largest.reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(x == shift, 0, x - shift)  # inf - inf would be NaN
+        return jnp.where(x == largest, 0, x - largest)  # inf - inf would be NaN
 
-    log_total = jnp.log(jnp.sum(jnp.sum(jnp.exp(below_largest(pieces)), axis=2), axis=1))
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")[:, 0]
-    logprobs = below_largest(chosen) - log_total
-    ranks = 1 + _sum((pieces > _wide(chosen)).astype(jnp.int32))
+    log_total = jnp.log(jnp.sum(jnp.exp(below_largest(logits)), axis=1, keepdims=True))
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
+    logprobs = (below_largest(chosen) - log_total)[:, 0]
+    ranks = 1 + _sum(logits > chosen)
     num_top = min(max_logprobs, vocab_size)
     values, top_ids = lax.top_k(logits, num_top)
     fill = ((0, 0), (0, max_logprobs - num_top))
@@ -409,7 +394,7 @@ def _logprobs(
         logprobs,
         ranks,
         jnp.pad(top_ids.astype(jnp.int32), fill, constant_values=vocab_size),
-        jnp.pad(below_largest(values) - log_total[:, None], fill, constant_values=-jnp.inf),
+        jnp.pad(below_largest(values) - log_total, fill, constant_values=-jnp.inf),
     )
 
 

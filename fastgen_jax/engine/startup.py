@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model
 from fastgen_jax.engine import ladder
-from fastgen_jax.engine.config import MEASURED_BUDGETS, EngineConfig, resolve
+from fastgen_jax.engine.config import MEASURED_BUDGETS, EngineConfig, ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.config import ModelConfig
@@ -32,7 +32,7 @@ def load(
 
     Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing there, damaged, unsupported.
     """
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
     resolved = resolve(config, checkpoint.config)  # before the long part: a mistake should show at once
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     params = load_params(
@@ -45,9 +45,11 @@ def load(
     return params, checkpoint.config, tokenizer
 
 
-def start(params: Params, model: ModelConfig, config: EngineConfig, *, progress: bool) -> tuple[EngineConfig, Runner]:
+def start(
+    params: Params, model: ModelConfig, open_config: EngineConfig, *, progress: bool
+) -> tuple[ResolvedConfig, Runner]:
     """The config with every choice made, and a runner whose programs are compiled and warm."""
-    config = resolve(config, model)
+    config = resolve(open_config, model)
     folder = _use_compile_cache(config)
     runner = Runner(prepare_params(params, model, config), model, config)
     if config.token_budget is None:
@@ -61,8 +63,8 @@ def start(params: Params, model: ModelConfig, config: EngineConfig, *, progress:
 
 
 def _choose_budgets(
-    runner: Runner, config: EngineConfig, model: ModelConfig, folder: Path | None, *, progress: bool
-) -> EngineConfig:
+    runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Path | None, *, progress: bool
+) -> ResolvedConfig:
     candidates = [budget for budget in MEASURED_BUDGETS if runner.can_hold(budget)]
     path = folder / "step_costs.json" if folder else None
     key = _measurement_key(config, model)
@@ -89,14 +91,14 @@ def _use_compile_cache(config: EngineConfig) -> Path | None:
         return None
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgen_jax"
     folder = Path(config.compile_cache_dir) if config.compile_cache_dir else base
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (defined at run time)
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
         # The default skips programs that compile within a second; here each one delays the first token.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 
-def _measurement_key(config: EngineConfig, model: ModelConfig) -> str:
+def _measurement_key(config: ResolvedConfig, model: ModelConfig) -> str:
     """Names what step costs depend on: device, versions, model and the choices that shape a step."""
     device = jax.devices()[0].device_kind
     if device == "cpu":

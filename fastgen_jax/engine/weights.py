@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import Params
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
@@ -16,7 +16,7 @@ from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 MATRICES = ("qkv", "o", "gate_up", "down", "lm_head")  # read through `linear`; everything else is a plain array
 
 
-def prepare_leaf(path: str, array: Any, model: ModelConfig, config: EngineConfig) -> Any:
+def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
     """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array in `dtype`.
 
     `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either.
@@ -35,7 +35,7 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: EngineConfig
     )
 
 
-def prepare_params(params: Params, model: ModelConfig, config: EngineConfig) -> Params:
+def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:
     """`params` with all matrices prepared, layers stacked or not as `config` says, and a tied head made explicit.
 
     What is prepared already stays as it is.
@@ -59,7 +59,7 @@ def prepare_params(params: Params, model: ModelConfig, config: EngineConfig) -> 
     return {**rest, "layers": layers}
 
 
-def _head_is_stored_apart(config: EngineConfig) -> bool:
+def _head_is_stored_apart(config: ResolvedConfig) -> bool:
     """Whether a tied head is worth its own memory: where a prepared matrix is not just an array.
 
     The embedding itself stays as it is, because it is looked up row by row.

@@ -25,6 +25,8 @@ constexpr int kWidth = kVecs * kLanes;
 constexpr int64_t kDepth = 2048;
 // Bytes of activations that one item walks through for each panel: they should stay in the L2 or L3 cache.
 constexpr int64_t kChunkBytes = 1 << 20;
+// How far a single tile fetches ahead in its own panel, a memory page: the hardware's prefetcher stops at its end.
+constexpr int64_t kNearBytes = 4096;
 
 struct Float32 {
   static constexpr bool kNarrow = false;
@@ -63,7 +65,9 @@ void tile(int64_t depth, const float* a, const typename Weight::Element* b, floa
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) acc[r][v] = x * row[v] + acc[r][v];
     }
+    // Two cache lines, since a float32 row of an AVX-512 panel is that long.
     __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + 64);
     ahead += ahead_step;
     a += Rows;
     b += kWidth;
@@ -194,11 +198,13 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
       if (widens) {
         for (int64_t i = 0; i < part * kWidth; i += kLanes) store(wide + i, Weight::get(b + i));
       }
-      // Together the tiles fetch what this thread most likely multiplies by next: the rest of the panel, then, as
-      // threads take panels in turn, the one num_threads further on. A wrong guess, or one past the end, only costs.
-      const bool last_part = k + part == depth;
+      // A single tile waits for memory, and fetches a little ahead in the stream that it reads. Several tiles find the
+      // panel in the cache after the first; together they fetch what this thread most likely multiplies by next: the
+      // rest of the panel, then, as threads take panels in turn, the one num_threads further on. A wrong guess, or
+      // one past the end, costs time only.
+      const bool last_part = k + part == depth, single = last_block - first_block == 1;
       const Element* next = last_part ? panel_data + num_threads * depth * kWidth : b + part * kWidth;
-      const char* ahead = reinterpret_cast<const char*>(next);
+      const char* ahead = single ? reinterpret_cast<const char*>(b) + kNearBytes : reinterpret_cast<const char*>(next);
       const int64_t ahead_step = static_cast<int64_t>(kWidth * sizeof(Element)) / (last_block - first_block);
       for (int64_t i = first_block; i < last_block; ++i) {
         const int64_t row = blocks.start(i), rows = blocks.length(i);

@@ -74,7 +74,7 @@ def test_a_worker_serves_many_rounds_in_one_process_and_rests_in_between(fake) -
 
 
 def test_a_worker_that_cannot_load_is_reported_with_the_end_of_its_log(fake) -> None:
-    with pytest.raises(RuntimeError, match="the worker of fake ended(.|\n)*no weights here"), Worker(fake(fail="load")):
+    with pytest.raises(RuntimeError, match=r"the worker of fake ended(.|\n)*no weights here"), Worker(fake(fail="load")):
         pass
 
 
@@ -133,8 +133,8 @@ def test_engines_are_sized_for_the_largest_workload() -> None:
     parser = argparse.ArgumentParser()
     offline.add_arguments(parser)
     arguments = parser.parse_args(
-        ["--model", "m", "--option", "token_budget=256", "--option", "quantize=int8", "--vllm-python", "v"]
-        + ["--hf-python", "h", "--hf-model", "folder", "--llama-server", "s", "--gguf", "F16=f.gguf"]
+        ["--model", "m", "--option", "token_budget=256", "--option", "quantize=int8", "--vllm-python", "v",
+         "--hf-python", "h", "--hf-model", "folder", "--llama-server", "s", "--gguf", "F16=f.gguf"]
     )
     peers = offline.choose_peers(arguments, [WORKLOAD], ggufs={"F16": "f.gguf"}, threads=2)
     by_name = {peer.name: peer.options for peer in peers}

@@ -25,6 +25,7 @@ TOP = 20
 # Probabilities are float32 and top-p's limit is a product of such: either side is right within this distance.
 MASS_TOLERANCE = 1e-5
 
+weights_of = jax.jit(sampling._weights)
 argmax_of = jax.jit(sampling._argmax)
 
 
@@ -44,12 +45,6 @@ def sampling_rows(num_rows: int, vocab_size: int = V, **columns: Any) -> Samplin
     for name, value in {"temperature": 1, "any_sampling": 1, **columns}.items():
         views[name][...] = value
     return batch_of(views)
-
-
-@jax.jit
-def weights_of(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
-    """i32[R, V]: what each token's chance to be drawn is proportional to."""
-    return sampling._weights(jnp.asarray(logits), batch).reshape(logits.shape[0], -1)[:, : logits.shape[1]]
 
 
 @functools.cache
@@ -235,12 +230,12 @@ def test_tokens_follow_the_renormalised_distribution_of_what_is_kept(columns: di
 
 
 def test_neither_end_of_the_random_range_draws_a_token_of_probability_zero() -> None:
-    weights = np.zeros((4, 2, 100), np.int32)  # two pieces
-    weights[0, [0, 1], [3, 50]] = [5, 7]
-    weights[1, 0, 3] = 2**30
-    weights[2, 1, 99] = 1
+    weights = np.zeros((4, V), np.int32)
+    weights[0, [3, 150]] = [5, 7]
+    weights[1, 3] = 2**30
+    weights[2, V - 1] = 1
     weights[3] = 1
-    for bits, expected in ((0, [3, 3, 199, 0]), (2**32 - 1, [150, 3, 199, 199])):
+    for bits, expected in ((0, [3, 3, V - 1, 0]), (2**32 - 1, [150, 3, V - 1, V - 1])):
         np.testing.assert_array_equal(sampling._draw(weights, jnp.full(4, bits, jnp.uint32)), expected)
 
 
