@@ -12,7 +12,8 @@
 namespace fastgen {
 namespace {
 
-// Accumulators are kMaxRows * kVecs of the 32 (AVX-512, NEON) or 16 vector registers; the rest holds a row of the panel.
+// Accumulators are kMaxRows * kVecs of the 32 (AVX-512, NEON) or 16 vector registers; the others hold a row of the
+// panel.
 #if defined(__AVX512F__)
 constexpr int kVecs = 2, kMaxRows = 14;
 #elif defined(__aarch64__)

@@ -185,8 +185,8 @@ inline void wait_until(Condition&& condition) {
 template <class Body>
 inline void parallel_for(ffi::ThreadPool& pool, int64_t count, Body&& body) {
   if (count <= 0) return;
-  const int64_t num_helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  if (num_helpers <= 0) {
+  const int64_t num_extra = std::min<int64_t>(pool.num_threads(), count) - 1;
+  if (num_extra <= 0) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
@@ -209,7 +209,7 @@ inline void parallel_for(ffi::ThreadPool& pool, int64_t count, Body&& body) {
   auto state = std::make_shared<State>();
   state->count = count;
   state->body = &body;
-  for (int64_t i = 0; i < num_helpers; ++i) pool.Schedule([state] { state->work(); });
+  for (int64_t i = 0; i < num_extra; ++i) pool.Schedule([state] { state->work(); });
   state->work();
   wait_until([&] { return state->num_done.load(std::memory_order_acquire) == count; });
 }

@@ -228,8 +228,16 @@ class Worker {
  public:
   explicit Worker(const Problem<Element>& problem) : p_(problem), dim_(problem.padded_dim()) {}
 
+  // The keys that this thread will probably want next.
+  struct Start {
+    const Unit* unit;  // null: unknown
+    int begin;
+  };
+
   // Attends from `unit` to the keys of [begin, end); begin and end are clipped segment borders. Returns the state.
-  State attend(const Unit& unit, int begin, int end) {
+  State attend(const Unit& unit, int begin, int end, Start next) {
+    next_ = next;
+    end_ = end;
     const int rows = unit.num_tokens * static_cast<int>(p_.G);
     prepare(unit, rows);
     bool is_first = true;
@@ -357,11 +365,16 @@ class Worker {
     find_rows(unit, first_tile, begin, end, buffers[0]);
     for (int tile = first_tile, i = 0; tile < end; tile += kTile, ++i) {
       const Rows& rows = buffers[i & 1];
-      // Keys of the segment behind come too early to be worth a prefetch, except from here.
-      Rows* ahead = nullptr;
-      if (tile + kTile < unit.key_end) {
-        ahead = &buffers[(i + 1) & 1];
-        find_rows(unit, tile + kTile, begin, tile + kTile < end ? end : unit.key_end, *ahead);
+      // While this tile is worked on, the next one comes into the cache, be it of another item.
+      Rows* ahead = &buffers[(i + 1) & 1];
+      if (tile + kTile < end) {
+        find_rows(unit, tile + kTile, begin, end, *ahead);
+      } else if (end < end_) {
+        find_rows(unit, end, end, end_, *ahead);
+      } else if (next_.unit != nullptr) {
+        find_rows(*next_.unit, next_.begin / kTile * kTile, next_.begin, next_.unit->key_end, *ahead);
+      } else {
+        ahead = nullptr;
       }
       score(unit, num_rows, tile, rows, ahead);
       for (int r = 0; r < num_rows; ++r) softmax(unit, r, tile, rows, state);
@@ -513,6 +526,8 @@ class Worker {
   float* q_ = nullptr;        // [rows, D], scaled
   float* rescale_ = nullptr;  // [rows]
   State total_{}, part_{};
+  Start next_{};
+  int end_ = 0;  // of the keys of this item
 };
 
 // ---- planning and running --------------------------------------------------------------------------------------
@@ -609,20 +624,29 @@ void attend(const Problem<Element>& p, ffi::ThreadPool& pool) {
   std::vector<std::atomic<int>> num_missing(units.size());
   for (size_t u = 0; u < units.size(); ++u) num_missing[u].store(units[u].num_pieces, std::memory_order_relaxed);
 
+  auto first_key = [&](const Item& item) {
+    const int begin = units[item.unit].key_begin;
+    return item.piece == 0 ? begin : (begin / kSegment + item.piece) * kSegment;
+  };
+  const int64_t num_threads = alone ? 1 : std::max<int64_t>(1, pool.num_threads());
   auto run = [&](int64_t i) {
     const Item& item = items[i];
     const Unit& unit = units[item.unit];
     Worker<Element> worker(p);
+    typename Worker<Element>::Start next{};
+    if (i + num_threads < static_cast<int64_t>(items.size())) {
+      const Item& later = items[i + num_threads];
+      next = {&units[later.unit], first_key(later)};
+    }
     if (unit.num_pieces == 1) {
-      worker.finish(unit, worker.attend(unit, unit.key_begin, unit.key_end));
+      worker.finish(unit, worker.attend(unit, unit.key_begin, unit.key_end, next));
       return;
     }
     const int rows = unit.num_tokens * static_cast<int>(p.G);
     const int64_t size = State::size(rows, dim);
     auto partial = [&](int piece) { return State::at(partials + unit.partials + piece * size, rows, dim); };
-    const int segment = (unit.key_begin / kSegment + item.piece) * kSegment;
-    const State state =
-        worker.attend(unit, std::max(unit.key_begin, segment), std::min(unit.key_end, segment + kSegment));
+    const int begin = first_key(item);
+    const State state = worker.attend(unit, begin, std::min(unit.key_end, (begin / kSegment + 1) * kSegment), next);
     std::memcpy(partial(item.piece).out, state.out, size * sizeof(float));
     // Whoever completes the last piece merges them all, in the order of the keys.
     if (num_missing[item.unit].fetch_sub(1, std::memory_order_acq_rel) > 1) return;

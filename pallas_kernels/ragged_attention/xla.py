@@ -92,18 +92,23 @@ def write_kv(
     num_blocks: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
-    pool, _, block_size, _ = k_cache.shape
-    if k.shape[0] == 1:
-        # XLA turns a scatter of one row into a form that copies the whole cache; a dropped second row avoids it.
-        k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
-        kv_slots = jnp.concatenate([kv_slots, jnp.full((1,), num_blocks * block_size, jnp.int32)])
+    pool, num_kv_heads, block_size, head_dim = k_cache.shape
+    # As a scatter of whole rows [D]: a scatter that indexes two axes around the heads makes XLA:TPU transpose the pool.
     is_real = (kv_slots >= 0) & (kv_slots < num_blocks * block_size)
-    block = jnp.where(is_real, layer * num_blocks + kv_slots // block_size, pool)
-    offset = jnp.where(is_real, kv_slots % block_size, 0)
-    return (
-        k_cache.at[block, :, offset].set(k.astype(k_cache.dtype), mode="drop"),
-        v_cache.at[block, :, offset].set(v.astype(v_cache.dtype), mode="drop"),
-    )
+    block = layer * num_blocks + kv_slots // block_size
+    first = block * (num_kv_heads * block_size) + kv_slots % block_size  # of the first head; the next is B rows on
+    rows = first[:, None] + block_size * jnp.arange(num_kv_heads, dtype=jnp.int32)
+    rows = jnp.where(is_real[:, None], rows, pool * num_kv_heads * block_size).reshape(-1)
+    if rows.shape[0] == 1:
+        # XLA:CPU turns a scatter of one row into a form for which it copies the whole cache. A dropped one avoids it.
+        rows = jnp.concatenate([rows, jnp.full((1,), pool * num_kv_heads * block_size, jnp.int32)])
+        k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
+
+    def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+        flat = cache.reshape(-1, head_dim).at[rows].set(new.reshape(-1, head_dim).astype(cache.dtype), mode="drop")
+        return flat.reshape(cache.shape)
+
+    return put(k_cache, k), put(v_cache, v)
 
 
 def _attend_single_rows(

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ragged_batches import make_batch
 
 from pallas_kernels.ragged_attention import cpu, ragged_attention
+from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 OPTIONS = [

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged_batches import Batch, make_batch
 
 from pallas_kernels.ragged_attention import cpu, ragged_attention
+from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 72, 330  # beyond one segment (256 keys) of the native kernel
 # Scores are sums of D products of float32: a few units in the last place of values near 1, more for a long head.
