@@ -10,10 +10,10 @@ demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
 
 test: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --run-slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --run-slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

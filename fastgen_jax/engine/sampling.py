@@ -320,10 +320,10 @@ def _keep(
     lowest = jnp.full_like(enough, -(2**31) if num_bits == 32 else 0)
     threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
     last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
+    # Every key that matters is above the lowest: that of -inf as a logit, any but 0 as a mass.
     threshold = jnp.where(is_limited, threshold, lowest)[:, None]
-    last = jnp.where(is_limited, last, keys.shape[1])[:, None]
     ids = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
-    return (keys > threshold) | ((keys == threshold) & (ids <= last))
+    return (keys > threshold) | ((keys == threshold) & (ids <= last[:, None]))
 
 
 def _sum(x: jax.Array) -> jax.Array:
