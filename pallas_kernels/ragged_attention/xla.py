@@ -72,9 +72,7 @@ def ragged_attention_xla(
     query_lens = query_starts[1:] - query_starts[:-1]
     out = jnp.zeros(queries.shape, jnp.float32)
     if num_tokens > 1:  # a chunk of several tokens fits
-        out = _attend_chunks(
-            queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, scoring=scoring
-        )
+        out = _attend_chunks(queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, scoring=scoring)
     out = _attend_single_rows(
         queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, scoring=scoring
     )

@@ -76,9 +76,7 @@ def copies_of_the_pool(compiled: jax.stages.Compiled) -> list[str]:
         ("xla", 2, False, 1),
     ],
 )
-def test_no_program_copies_the_pool(
-    implementation: str | None, num_layers: int, scanned: bool, num_tokens: int
-) -> None:
+def test_no_program_copies_the_pool(implementation: str | None, num_layers: int, scanned: bool, num_tokens: int) -> None:
     compiled = compile_step(implementation, num_tokens=num_tokens, num_layers=num_layers, scanned=scanned)
     assert copies_of_the_pool(compiled) == []
     pool_bytes = 4 * POOL[0] * POOL[1] * POOL[2] * POOL[3]

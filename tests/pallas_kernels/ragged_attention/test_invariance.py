@@ -25,9 +25,7 @@ OPTIONS = [
 HEADS = {"num_kv_heads": 2, "group": 3, "head_dim": 64}
 
 
-def run_in_chunks(
-    lengths: list[int], *, implementation: str, block_size: int = 16, seed: int = 0, **options
-) -> np.ndarray:
+def run_in_chunks(lengths: list[int], *, implementation: str, block_size: int = 16, seed: int = 0, **options) -> np.ndarray:
     """Results of all tokens of one sequence, fed in chunks of these lengths, each call with other companions."""
     total = sum(lengths)
     rng = np.random.default_rng(1)  # the sequence itself is the same for every seed
