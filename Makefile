@@ -17,7 +17,7 @@ test-all: $(VENV)/.demo $(VENV)/.dev
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 $(STAMP): pyproject.toml

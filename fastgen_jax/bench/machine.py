@@ -72,6 +72,30 @@ def _best_seconds(work: Any) -> float:
     return best
 
 
+def busy_seconds(process_group: int | None = None) -> float:
+    """Processor seconds used so far by the whole machine, or by one process group; 0 where there is no /proc.
+
+    What the machine used beyond the measured group is what disturbed the measurement.
+    """
+    ticks = os.sysconf("SC_CLK_TCK")
+    try:
+        if process_group is None:
+            user, nice, system, _idle, _iowait, irq, softirq, *_ = map(
+                int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+            )
+            return (user + nice + system + irq + softirq) / ticks
+    except OSError:
+        return 0.0
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # a process may end while we look
+            # After the name in parentheses: state, parent, group, ..., user, system, and both of ended children.
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            if int(fields[2]) == process_group:
+                total += sum(map(int, fields[11:15]))
+    return total / ticks
+
+
 @contextlib.contextmanager
 def machine_to_itself(lock_file: Path | None, *, mode: Literal["shared", "exclusive"]) -> Iterator[None]:
     """Holds an advisory lock on `lock_file` meanwhile, so that measurements on a shared machine do not overlap.

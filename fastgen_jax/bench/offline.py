@@ -155,6 +155,16 @@ def choose_peers(
     return peers
 
 
+DISTURBED_CORES = 0.15  # above it, other programs took enough of the machine to change a figure
+
+
+def disturbance(result: RunResult) -> str:
+    """A warning to append to a run's line, empty if the engine had the machine to itself."""
+    if result.foreign_cores < DISTURBED_CORES:
+        return ""
+    return f" -- disturbed: other programs kept {result.foreign_cores:.1f} cores busy"
+
+
 Runs = dict[tuple[str, str], list[tuple[Summary, RunResult]]]
 
 
@@ -186,7 +196,8 @@ def measure(
                     runs[worker.peer.name, workload.name].append((summary, result))
                     print(
                         f"round {round_number + 1}, {workload.name}, {worker.peer.name}: "
-                        f"{summary.output_rate:.1f} output tok/s, {summary.total_rate:.0f} total tok/s",
+                        f"{summary.output_rate:.1f} output tok/s, {summary.total_rate:.0f} total tok/s"
+                        + disturbance(result),
                         flush=True,
                     )
                     _append(
@@ -203,6 +214,7 @@ def measure(
                             "output_tokens": workload.num_output_tokens,
                             "round": round_number + 1,
                             **asdict(summary),
+                            "foreign_cores": result.foreign_cores,
                             **result.extras,
                         },
                     )

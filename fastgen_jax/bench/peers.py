@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import fastgen_jax
+from fastgen_jax.bench.machine import busy_seconds
 from fastgen_jax.bench.metrics import RequestTimes
 from fastgen_jax.bench.workloads import Workload
 
@@ -134,6 +136,8 @@ class RunResult:
     times: tuple[RequestTimes, ...]
     token_ids: dict[str, list[int]]
     extras: dict[str, Any]
+    foreign_cores: float
+    """Processor cores that other programs kept busy meanwhile: near 0, or the figures are not to be trusted."""
 
 
 class Worker:
@@ -176,6 +180,7 @@ class Worker:
         """Runs `workload` once; raises RuntimeError if the engine fails or returns another number of tokens."""
         assert self._process.stdin is not None
         requests = workload.to_jsonable()["requests"]
+        busy_before, own_before, began = busy_seconds(), busy_seconds(self._process.pid), time.perf_counter()
         self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps({"requests": requests}).encode() + b"\n")
@@ -184,6 +189,8 @@ class Worker:
             raise RuntimeError(self._failure("ended")) from error
         reply = self._read(RUN_SECONDS)
         self._signal(signal.SIGSTOP)
+        own = busy_seconds(self._process.pid) - own_before
+        foreign = (busy_seconds() - busy_before - own) / (time.perf_counter() - began)
         records = {record["request_id"]: record for record in reply.pop("requests")}
         for request in workload.requests:
             got = len(records[request.request_id]["token_ids"])
@@ -196,6 +203,7 @@ class Worker:
             times=tuple(RequestTimes.from_record(record) for record in records.values()),
             token_ids={request_id: record["token_ids"] for request_id, record in records.items()},
             extras=reply,
+            foreign_cores=max(0.0, foreign),
         )
 
     def _read(self, seconds: float) -> dict[str, Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fastgen_jax.bench import offline
 from fastgen_jax.bench.__main__ import main
-from fastgen_jax.bench.machine import describe, machine_to_itself
+from fastgen_jax.bench.machine import busy_seconds, describe, machine_to_itself
 from fastgen_jax.bench.metrics import summarize
 from fastgen_jax.bench.peers import WORKERS, Peer, Worker
 from fastgen_jax.bench.workloads import make_workload
@@ -28,6 +31,9 @@ def load(options):
     def run(requests):
         if options.get("fail") == "run":
             os._exit(3)
+        end = time.time() + options.get("seconds", 0)
+        while time.time() < end:
+            pass
         timeline = Timeline(requests)
         for request in requests:
             for i in range(request["max_new_tokens"] - options.get("missing", 0)):
@@ -103,6 +109,21 @@ def test_engines_take_turns_and_every_run_is_recorded(fake, tmp_path: Path, caps
     assert all(row.endswith("| 1.00 | 3/3 |") and "| 12.0 | 12.0-12.0 |" in row for row in rows)
 
 
+def test_work_of_other_programs_is_noticed_but_not_the_engines_own(fake) -> None:
+    spin = "import time; end = time.time() + 60\nwhile time.time() < end: pass"
+    with Worker(fake(seconds=1.0)) as worker:
+        busy, began = busy_seconds(), time.perf_counter()
+        alone = worker.run(WORKLOAD)
+        all_cores = (busy_seconds() - busy) / (time.perf_counter() - began)
+        with subprocess.Popen([sys.executable, "-c", spin], start_new_session=True) as other:
+            disturbed = worker.run(WORKLOAD)
+            other.kill()
+    # 0.3: what a spinning process gets at least of a machine that other tests share.
+    assert alone.foreign_cores < all_cores - 0.3
+    assert disturbed.foreign_cores > 0.3
+    assert "disturbed" in offline.disturbance(disturbed)
+
+
 def test_only_one_holds_an_exclusive_lock(tmp_path: Path) -> None:
     import fcntl
 
@@ -127,6 +148,16 @@ def test_only_one_holds_an_exclusive_lock(tmp_path: Path) -> None:
 def test_a_mistake_on_the_command_line_is_explained(argv: list[str], message: str, capsys) -> None:
     assert main(["offline", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_process_groups_time_is_part_of_the_machines() -> None:
+    before = busy_seconds(), busy_seconds(os.getpgrp())
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    after = busy_seconds(), busy_seconds(os.getpgrp())
+    assert after[1] - before[1] >= 0.2  # counted in ticks of 10 ms
+    assert after[0] - before[0] >= after[1] - before[1] - 0.1
 
 
 def test_engines_are_sized_for_the_largest_workload() -> None:
