@@ -11,13 +11,18 @@ from fastgen_jax.bench import kv_blocks, offline
 BENCHMARKS = {"offline": offline, "kv-blocks": kv_blocks}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark that `argv` names; a user's mistake is printed and gives 2."""
-    parser = argparse.ArgumentParser(prog="fastgen bench", description="Measures engines.")
+def add_benchmarks(parser: argparse.ArgumentParser) -> None:
+    """Adds one command a benchmark to `parser`; the chosen one's name is parsed into `benchmark`."""
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, module in BENCHMARKS.items():
         first_line = (module.__doc__ or "").splitlines()[0]
         module.add_arguments(commands.add_parser(name, help=first_line, description=first_line))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark that `argv` names; a user's mistake is printed and gives 2."""
+    parser = argparse.ArgumentParser(prog="fastgen bench", description="Measures engines.")
+    add_benchmarks(parser)
     arguments = parser.parse_args(argv)
     try:
         return BENCHMARKS[arguments.benchmark].run(arguments)

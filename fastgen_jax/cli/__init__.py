@@ -1,0 +1,41 @@
+"""`fastgen`: one module a command, imported when it is called.
+
+A command module has `add_arguments(parser)` and `run(options: dict) -> exit code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "generate": "answer prompts given as arguments or on standard input, one a line",
+    "chat": "talk with a model; an empty line ends",
+    "demo": "a few prompts at once, with a summary of how the engine ran them",
+    "bench": "throughput and latency, ours and our peers'",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a `fastgen` command and returns its exit code: 0 for success, 2 for a mistake in what was asked for."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="fastgen", description="High-throughput text generation with JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, help_line in COMMANDS.items():
+        # Only the command that is called is imported: some need what others can do without.
+        command = commands.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
+        if argv[:1] == [name]:
+            module = import_module(f"fastgen_jax.cli.{name.replace('-', '_')}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    options = vars(parser.parse_args(argv))
+    run = options.pop("run")
+    try:
+        return run(options)
+    except ValueError as error:
+        print(f"fastgen: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

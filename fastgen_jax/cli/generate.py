@@ -1,0 +1,34 @@
+"""`fastgen generate`: answers prompts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from fastgen_jax.cli.options import add_pipeline_arguments, make_pipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
+    add_pipeline_arguments(parser)
+
+
+def run(options: dict[str, Any]) -> int:
+    """Runs the command on its parsed options and returns the exit code."""
+    prompts = options.pop("prompts") or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    chat = options.pop("chat")
+    if not prompts:
+        raise ValueError("no prompts; give them as arguments or on standard input, one a line")
+    pipe, generation = make_pipeline(options)
+    items: list[Any] = [[{"role": "user", "content": text}] for text in prompts] if chat else prompts
+    if len(items) == 1:
+        for output in pipe.stream(items[0], **generation):
+            print(output.text, end="", flush=True)
+        print()
+        return 0
+    for prompt, response in zip(prompts, pipe(items, **generation), strict=True):
+        print(f"> {prompt}\n{response.generated_text}\n")
+    return 0
