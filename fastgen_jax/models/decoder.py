@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import Params
-from fastgen_jax.models.rope import rotate, rotation
+from fastgen_jax.models.rope import rotation
 from pallas_kernels.matmul import linear, swiglu
 from pallas_kernels.ragged_attention import ragged_attention
+from pallas_kernels.rotary import rotary
 
 
 def forward(
@@ -100,13 +101,11 @@ def _attention(
 ) -> tuple[jax.Array, KVCache]:
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = _project(x, w, "qkv").reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
-    qkv = jnp.concatenate([rotate(qkv[:, : h + k], cos, sin), qkv[:, h + k :]], axis=1)
+    parts = rotary(qkv, cos, sin, num_heads=h)
     if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
-        qkv = jnp.pad(qkv, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d)))
+        parts = [jnp.pad(part, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))) for part in parts]
     out, k_cache, v_cache = ragged_attention(
-        qkv[:, :h],
-        qkv[:, h : h + k],
-        qkv[:, h + k :],
+        *parts,
         cache.k,
         cache.v,
         kv_slots=batch.kv_slots,
