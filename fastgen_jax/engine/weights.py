@@ -10,10 +10,11 @@ import numpy as np
 
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.params import Params, stack, unstack
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
-MATRICES = ("qkv", "o", "gate_up", "down", "lm_head")  # read through `linear`; everything else is a plain array
+# Read through `linear`; everything else is a plain array.
+MATRICES = ("qkv", "o", "gate_up", "up", "down", "lm_head", "project_in", "project_out")
 
 
 def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
@@ -31,7 +32,7 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
         return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
     return prepare(
         np.asarray(array).astype(config.dtype), quantize=config.quantize, platform=jax.default_backend(),
-        gated=name == "gate_up" and not model.mlp_bias,
+        gated=name == "gate_up" and model.fused_swiglu,
     )
 
 
@@ -50,9 +51,9 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
     rest = {name: prepared(name, leaf) for name, leaf in rest.items()}
     layers = params["layers"]
     if isinstance(layers, dict) and not config.stack_layers:
-        layers = tuple(jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], layers) for i in range(model.num_layers))
+        layers = unstack(layers, model)
     elif not isinstance(layers, dict) and config.stack_layers:
-        layers = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *layers)
+        layers = stack(layers)
     if isinstance(layers, dict):
         return {**rest, "layers": {name: prepared(f"layers.{name}", leaf) for name, leaf in layers.items()}}
     layers = tuple({name: prepared(f"layers.{name}", leaf) for name, leaf in layer.items()} for layer in layers)
