@@ -26,6 +26,7 @@ class Step:
     """What all layers of a step share."""
 
     batch: RaggedBatch
+    used: jax.Array  # bool[T]: whether a token is no padding
     rotations: dict[RopeConfig, tuple[jax.Array, jax.Array]]  # cosines and sines f32[T, R/2]
     query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
     num_blocks: int  # N
@@ -47,7 +48,8 @@ def prepare_step(
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     return Step(
-        batch=batch, rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
+        batch=batch, used=jnp.arange(batch.token_ids.shape[0]) < batch.query_starts[-1],
+        rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
         num_blocks=kv_cache.k.shape[0] // config.num_layers,
         attend=implementation if callable(implementation) else partial(ragged_attention, implementation=implementation),
     )
@@ -94,6 +96,7 @@ def attention(
         sliding_window=_window_of(config, index),
         soft_cap=config.attention_soft_cap,
         alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
+        sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
     )
     out = out[..., :d].reshape(-1, h * d)
     return project(out, w, "o", residual=residual), KVCache(k=k_cache, v=v_cache)

@@ -181,7 +181,7 @@ LLAMA_NAMES: Mapping[str, str | Sequence[str]] = {
 
 def sources_from(
     config: ModelConfig,
-    names: Mapping[str, str | Sequence[str]],
+    names: Mapping[str, str | Sequence[str] | Source],
     *,
     transposed: bool = True,
     rearrange: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
@@ -189,7 +189,7 @@ def sources_from(
     """Where each weight of `param_specs(config)` lies; `{layer}` stands for the layer's number.
 
     `names` maps a weight's path to the module, or the modules joined, whose `.weight` it is; the module's `.bias` is
-    `<path>_bias`. `transposed` says that the checkpoint stores matrices [out, in], as `torch.nn.Linear` does.
+    `<path>_bias`. A `Source` is taken as it is, under the whole path. `transposed` says that the checkpoint stores matrices [out, in], as `torch.nn.Linear` does.
     `rearrange` reorders the outputs of a weight and of its bias.
     """
     specs = param_specs(config)
@@ -197,14 +197,19 @@ def sources_from(
     specs |= {f"layers.{name}": spec for name, spec in layer.items()}
     found = {}
     for path, spec in specs.items():
+        given = names.get(path)
+        if isinstance(given, Source):
+            found[path] = given
+            continue
         is_bias = path.endswith("_bias")
         module = names[path.removesuffix("_bias") if is_bias else path]
+        assert not isinstance(module, Source), f"{path} is named by a Source, but {path.removesuffix('_bias')} is not it"
         modules = [module] if isinstance(module, str) else module
-        is_matrix = len(spec.shape) == 2 and path not in ("embed", "position_embed") and "norm" not in path
+        is_matrix = len(spec.shape) >= 2 and path not in ("embed", "position_embed") and "norm" not in path
         found[path] = Source(
             *(f"{module}.{'bias' if is_bias else 'weight'}" for module in modules),
             transpose=transposed and is_matrix,
-            stacked="norm" in path and len(modules) > 1,
+            stacked=("norm" in path or len(spec.shape) == 3) and len(modules) > 1,
             rearrange=(rearrange or {}).get(path.removesuffix("_bias")),
         )
     return found
