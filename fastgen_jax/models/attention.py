@@ -27,7 +27,7 @@ class Step:
     """What all layers of a step share."""
 
     batch: RaggedBatch
-    used: jax.Array  # bool[T]: whether a token is no padding
+    num_tokens: jax.Array  # i32: tokens from there on are padding
     rotations: dict[RopeConfig, tuple[jax.Array, jax.Array]]  # cosines and sines f32[T, R/2]
     query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
     num_blocks: int  # N
@@ -49,7 +49,7 @@ def prepare_step(
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     return Step(
-        batch=batch, used=jnp.arange(batch.token_ids.shape[0]) < batch.query_starts[-1],
+        batch=batch, num_tokens=batch.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
         num_blocks=kv_cache.k.shape[0] // config.num_layers,
         attend=implementation if callable(implementation) else partial(ragged_attention, implementation=implementation),
@@ -69,7 +69,7 @@ def attention(
     """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step."""
     batch = step.batch
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
-    qkv = project(x, w, "qkv").reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
+    qkv = project(x, w, "qkv", num_rows=step.num_tokens).reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
     if config.qk_norm is not None:
         q, key = (_qk_norm(part, w, name, config) for part, name in ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm")))
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
@@ -101,7 +101,7 @@ def attention(
         sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
     )
     out = out[..., :d].reshape(-1, h * d)
-    return project(out, w, "o", residual=residual), KVCache(k=k_cache, v=v_cache)
+    return project(out, w, "o", residual=residual, num_rows=step.num_tokens), KVCache(k=k_cache, v=v_cache)
 
 
 def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, config: ModelConfig) -> jax.Array:
