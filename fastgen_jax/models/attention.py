@@ -33,6 +33,15 @@ class Step:
     num_blocks: int  # N
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]  # `ragged_attention`, or what stands in for it
 
+    def num_rows(self, rows: jax.Array | None) -> jax.Array:
+        """How many of the tokens, or of the sampled `rows`, are no padding."""
+        return self.num_tokens if rows is None else self.batch.num_sample_rows
+
+
+def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """x[rows], or all of x."""
+    return x if rows is None else jnp.take(x, rows, axis=0)
+
 
 def prepare_step(
     batch: RaggedBatch, kv_cache: KVCache, *, config: ModelConfig, implementation: str | Callable[..., Any] | None
@@ -62,11 +71,15 @@ def attention(
     cache: KVCache,
     step: Step,
     index: jax.Array | int,
+    rows: jax.Array | None,
     *,
     config: ModelConfig,
     residual: jax.Array | None,
 ) -> tuple[jax.Array, KVCache]:
-    """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step."""
+    """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step.
+
+    `rows` i32[R] are the tokens whose results [R, E] are wanted, and those that `residual` holds; None stands for all.
+    """
     batch = step.batch
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = project(x, w, "qkv", num_rows=step.num_tokens).reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
@@ -100,8 +113,8 @@ def attention(
         alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
         sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
     )
-    out = out[..., :d].reshape(-1, h * d)
-    return project(out, w, "o", residual=residual, num_rows=step.num_tokens), KVCache(k=k_cache, v=v_cache)
+    out = take_rows(out[..., :d].reshape(-1, h * d), rows)
+    return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), KVCache(k=k_cache, v=v_cache)
 
 
 def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, config: ModelConfig) -> jax.Array:
