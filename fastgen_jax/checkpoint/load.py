@@ -135,7 +135,7 @@ def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
     pieces = len(source.names) // (weight.spec.shape[0] if source.stacked else 1)
     sizes = (shape[-1],) if pieces == 1 else weight.spec.parts
     shapes = [(*shape[:-1], size) for size in sizes]
-    shapes = [shape[::-1] for shape in shapes] if source.transpose else shapes
+    shapes = [(*rest, n, m) for *rest, m, n in shapes] if source.transpose else shapes
     return shapes * (len(source.names) // pieces)
 
 
@@ -161,7 +161,7 @@ def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
     start = 0
     for i, name in enumerate(weight.names):
         piece = checkpoint.read(name)
-        piece = piece.T if source.transpose else piece
+        piece = piece.swapaxes(-1, -2) if source.transpose else piece
         if out is None:
             out = np.empty(shape, piece.dtype)
         if i % (len(weight.names) // entries) == 0:

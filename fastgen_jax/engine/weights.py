@@ -10,11 +10,15 @@ import numpy as np
 
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params, stack, unstack
+from fastgen_jax.models.params import EXPERT_MATRICES, Params, stack, unstack
+from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
 # Read through `linear`; everything else is a plain array.
-MATRICES = ("qkv", "o", "gate_up", "up", "down", "lm_head", "project_in", "project_out")
+MATRICES = ("qkv", "o", "gate_up", "up", "down", "lm_head", "project_in", "project_out",
+            "shared_gate_up", "shared_down", "shared_gate", "router")
+# Scores decide which experts a token meets: the few numbers that int8 would save are not worth a wrong choice.
+_NEVER_QUANTIZED = ("router", "shared_gate")
 
 
 def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
@@ -23,16 +27,24 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
     `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either.
     """
     name = path.rsplit(".", 1)[-1]
-    if name not in MATRICES:
+    if name == "choice_bias":  # its steps are finer than bfloat16's
+        return jnp.asarray(array, jnp.float32)
+    if name not in (*MATRICES, *EXPERT_MATRICES):
         return jnp.asarray(array, config.dtype)
+    quantize = None if name in _NEVER_QUANTIZED else config.quantize
     if path.startswith("layers.") and config.stack_layers:  # a packed weight cannot be sliced by a scan
-        if config.quantize is None:
+        if quantize is None:
             return jnp.asarray(array, config.dtype)
         values, scales = quantize_int8(np.asarray(array))
         return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
-    return prepare(
-        np.asarray(array).astype(config.dtype), quantize=config.quantize, platform=jax.default_backend(),
-        gated=name == "gate_up" and model.fused_swiglu,
+    gated = {
+        "gate_up": model.fused_swiglu,
+        "shared_gate_up": True,
+        "expert_gate_up": model.moe is not None and model.moe.swiglu_limit is None,
+    }.get(name, False)
+    make = prepare_groups if name in EXPERT_MATRICES else prepare
+    return make(
+        np.asarray(array).astype(config.dtype), quantize=quantize, platform=jax.default_backend(), gated=gated
     )
 
 

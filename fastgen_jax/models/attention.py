@@ -15,8 +15,9 @@ import numpy as np
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
 from fastgen_jax.models.layers import norm, project
-from fastgen_jax.models.rope import rotate, rotation
+from fastgen_jax.models.rope import rotation
 from pallas_kernels.ragged_attention import ragged_attention
+from pallas_kernels.rotary import rotary
 
 _NO_WINDOW = np.iinfo(np.int32).max  # the window of a layer that sees everything, where others do not
 
@@ -26,6 +27,7 @@ class Step:
     """What all layers of a step share."""
 
     batch: RaggedBatch
+    used: jax.Array  # bool[T]: whether a token is no padding
     rotations: dict[RopeConfig, tuple[jax.Array, jax.Array]]  # cosines and sines f32[T, R/2]
     query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
     num_blocks: int  # N
@@ -47,7 +49,8 @@ def prepare_step(
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     return Step(
-        batch=batch, rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
+        batch=batch, used=jnp.arange(batch.token_ids.shape[0]) < batch.query_starts[-1],
+        rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
         num_blocks=kv_cache.k.shape[0] // config.num_layers,
         attend=implementation if callable(implementation) else partial(ragged_attention, implementation=implementation),
     )
@@ -71,17 +74,18 @@ def attention(
         q, key = (_qk_norm(part, w, name, config) for part, name in ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm")))
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
     turn = _rotation_of(step, config, index)
-    if turn is not None:
-        qkv = jnp.concatenate([rotate(qkv[:, : h + k], *turn), qkv[:, h + k :]], axis=1)
-    if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
-        qkv = jnp.pad(qkv, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d)))
-    q = qkv[:, :h]
+    if turn is None:
+        q, key, value = qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
+    else:
+        q, key, value = rotary(qkv, *turn, num_heads=h)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
+    if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
+        q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))) for part in (q, key, value))
     out, k_cache, v_cache = step.attend(
         q,
-        qkv[:, h : h + k],
-        qkv[:, h + k :],
+        key,
+        value,
         cache.k,
         cache.v,
         kv_slots=batch.kv_slots,
@@ -94,6 +98,7 @@ def attention(
         sliding_window=_window_of(config, index),
         soft_cap=config.attention_soft_cap,
         alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
+        sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
     )
     out = out[..., :d].reshape(-1, h * d)
     return project(out, w, "o", residual=residual), KVCache(k=k_cache, v=v_cache)

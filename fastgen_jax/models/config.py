@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from fastgen_jax.models.moe_config import MoEConfig
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "stepped_ntk"]
 LENGTH_DEPENDENT = ("dynamic", "longrope", "stepped_ntk")  # rotary scalings whose angles depend on the whole sequence
 
@@ -99,12 +101,14 @@ class ModelConfig:
     rope: RopeConfig | None = field(default_factory=RopeConfig)  # None: no rotary embedding at all
     layer_ropes: tuple[RopeConfig | None, ...] = ()  # one a layer where they differ; (): `rope` everywhere
     layer_windows: tuple[int | None, ...] = ()  # tokens that each layer looks back on, itself included; (): all
+    attention_sinks: bool = False  # one more logit a head, learned, that takes probability and carries no value
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
 
     # MLP
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     mlp_gated: bool = True  # act(x @ gate) * (x @ up), else act(x @ up)
     mlp_bias: bool = False
+    moe: MoEConfig | None = None  # experts in place of the MLP, in some layers or all
 
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -134,7 +134,7 @@ def _sequential_layer(
     x = norm(y, w, "attn_norm", config=config) if place == "residual" else y
 
     h = norm(x, w, "mlp_norm", config=config) if before else x
-    y = mlp(h, w, config=config, residual=x if fused else None)
+    y = mlp(h, w, config=config, used=step.used, residual=x if fused else None)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config) if after else y)
     return norm(y, w, "mlp_norm", config=config) if place == "residual" else y, cache
@@ -146,7 +146,7 @@ def _parallel_layer(
     h = norm(x, w, "attn_norm", config=config)
     for_mlp = h if config.shared_norm else norm(x, w, "mlp_norm", config=config)
     y, cache = attention(h, w, cache, step, index, config=config, residual=x)
-    return mlp(for_mlp, w, config=config, residual=y), cache
+    return mlp(for_mlp, w, config=config, used=step.used, residual=y), cache
 
 
 def _logits(

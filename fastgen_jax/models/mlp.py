@@ -9,11 +9,20 @@ import jax.numpy as jnp
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import ACTIVATIONS, project
+from fastgen_jax.models.moe import moe
 from pallas_kernels.matmul import swiglu
 
 
-def mlp(x: jax.Array, w: dict[str, Any], *, config: ModelConfig, residual: jax.Array | None) -> jax.Array:
-    """The MLP of `x` [T, E] (+ residual), whichever kind the weights `w` of the layer are for."""
+def mlp(
+    x: jax.Array, w: dict[str, Any], *, config: ModelConfig, used: jax.Array, residual: jax.Array | None
+) -> jax.Array:
+    """The MLP or the experts of `x` [T, E] (+ residual), whichever the weights `w` of the layer are for.
+
+    `used` bool[T] marks the tokens that are no padding.
+    """
+    if "router" in w:
+        assert config.moe is not None, "a layer with a router has experts"
+        return moe(x, w, config=config.moe, used=used, residual=residual)
     return project(_hidden(x, w, config), w, "down", residual=residual)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.moe_config import MoEConfig
 
 Params = dict[str, Any]
 """`{"embed": [V, E], "layers": ..., "final_norm": [E], "lm_head": [E, V], ...}`, as `param_specs` declares them.
@@ -14,6 +15,9 @@ Params = dict[str, Any]
 `layers` is either one dict of arrays, each stacked over the layers that have it (the form that `lax.scan` walks), or a
 tuple of L dicts (the form whose layers are buffers of their own; see `models.decoder.run_layers`).
 """
+
+EXPERT_MATRICES = ("expert_gate_up", "expert_down")
+"""Weights [X, in, out], one matrix an expert, which only the tokens of that expert meet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,9 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, ParamSpec]:
             specs |= _norm_specs("mlp_norm", config)
     if after:
         specs |= _norm_specs("post_attn_norm", config) | _norm_specs("post_mlp_norm", config)
-    return specs | _attention_specs(config) | _mlp_specs(config)
+    specs |= _attention_specs(config)
+    has_experts = config.moe is not None and layer in config.moe.layers
+    return specs | (_moe_specs(config.embed_dim, config.moe) if has_experts else _mlp_specs(config))
 
 
 def _norm_specs(name: str, config: ModelConfig) -> dict[str, ParamSpec]:
@@ -88,6 +94,8 @@ def _attention_specs(config: ModelConfig) -> dict[str, ParamSpec]:
         specs["qkv_bias"] = ParamSpec(shape=(sum(parts),), axes=("HD",), init="zeros", parts=parts)
     if config.o_bias:
         specs["o_bias"] = ParamSpec(shape=(e,), axes=("E",), init="zeros")
+    if config.attention_sinks:
+        specs["sinks"] = ParamSpec(shape=(h,), axes=("H",), init="zeros")
     if config.qk_norm is not None:
         ones = "zeros" if config.norm_offset else "ones"
         for name, heads in {"q_norm": h, "k_norm": k}.items():
@@ -116,6 +124,28 @@ def _mlp_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     return specs
 
 
+def _moe_specs(e: int, moe: MoEConfig) -> dict[str, ParamSpec]:
+    x, f, s = moe.num_experts, moe.expert_dim, moe.shared_dim
+    specs = {
+        "router": ParamSpec(shape=(e, x), axes=("E", "X")),
+        "expert_gate_up": ParamSpec(shape=(x, e, 2 * f), axes=("X", "E", "F"), parts=(f, f)),
+        "expert_down": ParamSpec(shape=(x, f, e), axes=("X", "F", "E")),
+    }
+    if moe.router_bias:
+        specs["router_bias"] = ParamSpec(shape=(x,), axes=("X",), init="zeros")
+    if moe.choice_bias:
+        specs["choice_bias"] = ParamSpec(shape=(x,), axes=("X",), init="zeros")
+    if moe.expert_bias:
+        specs["expert_gate_up_bias"] = ParamSpec(shape=(x, 2 * f), axes=("X", "F"), init="zeros", parts=(f, f))
+        specs["expert_down_bias"] = ParamSpec(shape=(x, e), axes=("X", "E"), init="zeros")
+    if s:
+        specs["shared_gate_up"] = ParamSpec(shape=(e, 2 * s), axes=("E", "F"), parts=(s, s))
+        specs["shared_down"] = ParamSpec(shape=(s, e), axes=("F", "E"))
+    if moe.shared_gate:
+        specs["shared_gate"] = ParamSpec(shape=(e, 1), axes=("E", "one"))
+    return specs
+
+
 def layers_with(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The numbers of the layers that have each weight: the rows of its stacked form, in order."""
     having: dict[str, list[int]] = {}
@@ -139,8 +169,11 @@ def count_products(config: ModelConfig, *, sampled: bool) -> int:
     if config.embed_proj_dim is not None:
         total += config.embed_dim * p * (1 + sampled)
     for layer in range(config.num_layers):
-        total += sum(math.prod(spec.shape) for name, spec in layer_specs(config, layer).items()
-                     if len(spec.shape) == 2 and "norm" not in name)
+        for name, spec in layer_specs(config, layer).items():
+            if name in EXPERT_MATRICES and config.moe is not None:
+                total += math.prod(spec.shape) * config.moe.experts_per_token // config.moe.num_experts
+            elif len(spec.shape) == 2 and "norm" not in name and "bias" not in name:
+                total += math.prod(spec.shape)
     return total
 
 

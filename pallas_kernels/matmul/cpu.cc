@@ -101,18 +101,38 @@ struct RowBlocks {
   int64_t length(int64_t i) const { return size + (i < num_larger); }
 };
 
-// out[k * rows + r] = x[r * depth + k]
+// out[k * rows + r] = x[r * depth + k], for at most kMaxRows rows.
 void pack_rows(const float* x, int64_t rows, int64_t depth, float* out) {
+  constexpr int kGroups = (kMaxRows + kLanes - 1) / kLanes;
+  const float* const end = out + rows * depth;
   int64_t k = 0;
   for (; k + kLanes <= depth; k += kLanes) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vec v = load(x + r * depth + k);
+    Vec columns[kGroups][kLanes];
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) out[(k + i) * rows + r] = v[i];
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t r = g * kLanes + i;
+        columns[g][i] = r < rows ? load(x + r * depth + k) : Vec{};
+      }
+      transpose(columns[g]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i, out += rows) {
+      for (int g = 0; g * kLanes < rows; ++g) {
+        // A whole vector spills into the next column, which overwrites that; behind the last one another thread may
+        // be writing.
+        float* to = out + g * kLanes;
+        if (to + kLanes <= end) {
+          store(to, columns[g][i]);
+        } else {
+          for (int64_t r = 0; to + r < end; ++r) to[r] = columns[g][i][r];
+        }
+      }
     }
   }
   for (; k < depth; ++k) {
-    for (int64_t r = 0; r < rows; ++r) out[k * rows + r] = x[r * depth + k];
+    for (int64_t r = 0; r < rows; ++r) *out++ = x[r * depth + k];
   }
 }
 

@@ -17,6 +17,7 @@ from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
+from fastgen_jax.models.families import FAMILIES
 from fastgen_jax.models.params import Params
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -28,9 +29,10 @@ MARKS = "<!-- parity: made by python -m tests.models.parity -->", "<!-- end of p
 
 def variants() -> list[tuple[str, str]]:
     """(family, variant) of every checkpoint, those of Llama from `tiny/`."""
-    llama = [("llama", path.name) for path in sorted((REFERENCE / "tiny").iterdir()) if path.is_dir()]
-    others = [(path.parent.name, path.name) for path in sorted((REFERENCE / "families").glob("*/*")) if path.is_dir()]
-    return llama + others
+    llama = sorted((REFERENCE / "tiny").glob("*/config.json"))
+    others = sorted((REFERENCE / "families").glob("*/*/config.json"))
+    names = [("llama", path.parent.name) for path in llama] + [(path.parts[-3], path.parts[-2]) for path in others]
+    return [(family, variant) for family, variant in names if family in FAMILIES]
 
 
 def folder(family: str, variant: str) -> Path:

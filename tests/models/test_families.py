@@ -15,6 +15,7 @@ from fastgen_jax.engine.config import EngineConfig, resolve
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.params import count_params, init_params
+from tests.models import test_moe_families
 from tests.models.parity import Runs, error, expected, folder, load, random_cut, variants
 
 # Two float32 programs that add up in different orders; transformers' own cached decode differs from its full forward
@@ -22,8 +23,9 @@ from tests.models.parity import Runs, error, expected, folder, load, random_cut,
 TOLERANCE = 1e-4
 # 8 significant bits in weights and activations, two to four layers with weights of standard deviation 0.3.
 BFLOAT16_MEAN_TOLERANCE = 0.02
+WITH_TESTS_OF_THEIR_OWN = ("llama", *test_moe_families.FAMILIES)
 ALL = [pytest.param(*names, id="-".join(names)) for names in variants()]
-OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if names[0] != "llama"]
+OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if names[0] not in WITH_TESTS_OF_THEIR_OWN]
 
 
 @pytest.mark.parametrize(("family", "variant"), OTHERS)

@@ -10,8 +10,11 @@ import difflib
 from importlib import import_module
 from types import ModuleType
 
-_NAMES = ("llama", "mistral", "opt", "falcon", "phi", "phi3", "qwen", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2",
-          "gpt_neox", "bloom", "olmo2", "smollm3", "granite", "starcoder2", "stablelm", "cohere", "cohere2")
+_NAMES = (
+    "llama", "mistral", "opt", "falcon", "phi", "phi3", "qwen", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2",
+    "gpt_neox", "bloom", "olmo2", "smollm3", "granite", "starcoder2", "stablelm", "cohere", "cohere2",
+    "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe",
+)  # fmt: skip
 
 FAMILIES: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in _NAMES}
 

@@ -199,7 +199,7 @@ LLAMA_NAMES: Mapping[str, str | Sequence[str]] = {
 
 def sources_from(
     config: ModelConfig,
-    names: Mapping[str, str | Sequence[str]],
+    names: Mapping[str, str | Sequence[str] | Source],
     *,
     conv1d: Sequence[str] = (),
     rearrange: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
@@ -207,22 +207,28 @@ def sources_from(
     """Where each weight of `param_specs(config)` lies; `{layer}` stands for the layer's number.
 
     `names` maps a weight's path to the module, or the modules joined, whose `.weight` it is; the module's `.bias` is
-    `<path>_bias`. Matrices are stored [out, in], as `torch.nn.Linear` does, but for those in `conv1d`, which are
-    [in, out] as in GPT-2. `rearrange` reorders the outputs of a weight and of its bias.
+    `<path>_bias`. A `Source` is taken as it is, under the whole path. Matrices are stored [out, in], as
+    `torch.nn.Linear` does, but for those in `conv1d`, which are [in, out] as in GPT-2. `rearrange` reorders the outputs
+    of a weight and of its bias.
     """
     specs = param_specs(config)
     layer = specs.pop("layers")
     specs |= {f"layers.{name}": spec for name, spec in layer.items()}
     found = {}
     for path, spec in specs.items():
+        given = names.get(path)
+        if isinstance(given, Source):
+            found[path] = given
+            continue
         is_bias = path.endswith("_bias")
         module = names[path.removesuffix("_bias") if is_bias else path]
+        assert not isinstance(module, Source), f"{path} is named by a Source, but {path.removesuffix('_bias')} is not it"
         modules = [module] if isinstance(module, str) else module
-        is_matrix = len(spec.shape) == 2 and path not in ("embed", "position_embed") and "norm" not in path
+        is_matrix = len(spec.shape) >= 2 and path not in ("embed", "position_embed") and "norm" not in path
         found[path] = Source(
             *(f"{module}.{'bias' if is_bias else 'weight'}" for module in modules),
             transpose=is_matrix and path not in conv1d,
-            stacked="norm" in path and len(modules) > 1,
+            stacked=("norm" in path or len(spec.shape) == 3) and len(modules) > 1,
             rearrange=(rearrange or {}).get(path.removesuffix("_bias")),
         )
     return found
