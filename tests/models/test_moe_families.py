@@ -14,7 +14,7 @@ from fastgen_jax.models.params import Params
 from tests.models.test_decoder import LOGIT_TOLERANCE, run_chunks
 
 HOME = Path(__file__).parent.parent / "reference" / "families"
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3")
 VARIANTS = [f"{family}/{path.name}" for family in FAMILIES for path in sorted((HOME / family).iterdir())]
 
 

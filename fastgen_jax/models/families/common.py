@@ -189,7 +189,8 @@ def sources_from(
     """Where each weight of `param_specs(config)` lies; `{layer}` stands for the layer's number.
 
     `names` maps a weight's path to the module, or the modules joined, whose `.weight` it is; the module's `.bias` is
-    `<path>_bias`. A `Source` is taken as it is, under the whole path. `transposed` says that the checkpoint stores matrices [out, in], as `torch.nn.Linear` does.
+    `<path>_bias`. A `Source` is taken as it is, under the whole path. `transposed` says that the checkpoint stores
+    matrices [out, in], as `torch.nn.Linear` does.
     `rearrange` reorders the outputs of a weight and of its bias.
     """
     specs = param_specs(config)
