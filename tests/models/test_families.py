@@ -118,7 +118,7 @@ def test_a_switch_that_a_family_does_not_know_is_refused(family, variant):
 
 
 @pytest.mark.parametrize(("family", "variant", "changes", "message"), [
-    ("bloom", "default", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True"),
+    ("bloom", "default", {"apply_residual_connection_post_layernorm": True}, "connection_post_layernorm=True"),
     ("opt", "default", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
     ("opt", "default", {"activation_function": "quick_gelu"}, "activation_function='quick_gelu'"),
     ("gpt2", "default", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
@@ -167,5 +167,5 @@ def test_a_shape_that_does_not_fit_the_config_is_refused(tmp_path):
     hf = json.loads((source / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(hf | {"num_kv_heads": 4}))
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"query_key_value.weight' has shape \(64, 32\), but the config asks for \(96, 32\)"):
+    with pytest.raises(ValueError, match=r"query_key_value.weight' has shape \(64, 32\), but .* asks for \(96, 32\)"):
         load_params(open_checkpoint(tmp_path), dtype="float32")
