@@ -81,6 +81,7 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "upper_window": {**LLAMA_LIKE, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 16,
                          "max_window_layers": 1},
         "yarn": LLAMA_LIKE | YARN,
+        "multi_head": {**LLAMA_LIKE, "num_key_value_heads": 4},  # test_qwen.py renames it to Qwen 1
     }),
     "qwen3": ("qwen3", {
         "default": {**LLAMA_LIKE, "head_dim": 12},
