@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.engine.config import EngineConfig, resolve
@@ -169,3 +170,16 @@ def test_a_shape_that_does_not_fit_the_config_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"query_key_value.weight' has shape \(64, 32\), but .* asks for \(96, 32\)"):
         load_params(open_checkpoint(tmp_path), dtype="float32")
+
+
+def test_a_checkpoint_of_the_bare_model_with_saved_masks_is_the_same_model(tmp_path):
+    """So are the files of GPT-2 on the hub: no `transformer.` before the names, and the causal mask as a tensor."""
+    source = folder("gpt2", "default")
+    tensors = {name.removeprefix("transformer."): value for name, value in
+               load_file(source / "model.safetensors").items()}
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 96, 96), np.float32))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    params = load_params(open_checkpoint(tmp_path), dtype="float32", stack_layers=False)
+    jax.tree.map(np.testing.assert_array_equal, params, load("gpt2", "default")[0])
