@@ -1,6 +1,6 @@
 """Our logits beside those of transformers, for every tiny checkpoint of tests/reference.
 
-    python -m tests.models.parity          # rewrites the table in docs/models.md
+    python -m tests.models.parity          # rewrites the tables of docs/models.md, in about two minutes
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax.checkpoint import load_params, open_checkpoint
+from fastgen_jax.cli.models import table
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
@@ -24,7 +25,6 @@ REFERENCE = Path(__file__).parents[1] / "reference"
 BLOCK_SIZE = 4
 NUM_BLOCKS = 24
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
-MARKS = "<!-- parity: made by python -m tests.models.parity -->", "<!-- end of parity -->"
 
 
 def variants() -> list[tuple[str, str]]:
@@ -127,17 +127,22 @@ def measure(family: str, variant: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures everything and rewrites the table."""
+    """Measures everything and rewrites the tables."""
     columns = ["family", "variant", "whole prompt", "random chunks", "generation", "bfloat16, mean"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for family, variant in variants():
         errors = measure(family, variant)
         lines.append(f"| {family} | {variant} | " + " | ".join(f"{value:.0e}" for value in errors.values()) + " |")
         print(lines[-1], flush=True)
-    text = DOCUMENT.read_text()
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    DOCUMENT.write_text("\n".join([before + MARKS[0], "", *lines, "", MARKS[1] + after]))
+    text = replace_between(DOCUMENT.read_text(), "families", table())
+    DOCUMENT.write_text(replace_between(text, "parity", lines))
+
+
+def replace_between(text: str, name: str, lines: list[str]) -> str:
+    """`text` with `lines` between its marks `<!-- name -->` and `<!-- end of name -->`."""
+    before, rest = text.split(f"<!-- {name} -->")
+    after = rest.split(f"<!-- end of {name} -->")[1]
+    return "\n".join([f"{before}<!-- {name} -->", "", *lines, "", f"<!-- end of {name} -->{after}"])
 
 
 if __name__ == "__main__":
