@@ -28,11 +28,20 @@ class Step:
     """What all layers of a step share."""
 
     batch: RaggedBatch
-    used: jax.Array  # bool[T]: whether a token is no padding
+    num_tokens: jax.Array  # i32: tokens from there on are padding
     rotations: dict[RopeConfig, tuple[jax.Array, jax.Array]]  # cosines and sines f32[T, R/2]
     query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
     num_blocks: int  # N
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]  # `ragged_attention`, or what stands in for it
+
+    def num_rows(self, rows: jax.Array | None) -> jax.Array:
+        """How many of the tokens, or of the sampled `rows`, are no padding."""
+        return self.num_tokens if rows is None else self.batch.num_sample_rows
+
+
+def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """x[rows], or all of x."""
+    return x if rows is None else jnp.take(x, rows, axis=0)
 
 
 def prepare_step(
@@ -50,7 +59,7 @@ def prepare_step(
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     return Step(
-        batch=batch, used=jnp.arange(batch.token_ids.shape[0]) < batch.query_starts[-1],
+        batch=batch, num_tokens=batch.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
         num_blocks=kv_cache.k.shape[0] // config.num_layers,
         attend=implementation if callable(implementation) else partial(ragged_attention, implementation=implementation),
@@ -63,13 +72,17 @@ def attention(
     cache: KVCache,
     step: Step,
     index: jax.Array | int,
+    rows: jax.Array | None,
     *,
     config: ModelConfig,
     residual: jax.Array | None,
 ) -> tuple[jax.Array, KVCache]:
-    """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step."""
+    """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step.
+
+    `rows` i32[R] are the tokens whose results [R, E] are wanted, and those that `residual` holds; None stands for all.
+    """
     batch, d = step.batch, config.head_dim
-    q, key, value = _heads(x, w, _rotation_of(step, config, index), config=config)
+    q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
     if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
@@ -92,15 +105,15 @@ def attention(
         alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
         sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
     )
-    out = out[..., :d]
+    out = take_rows(out[..., :d], rows)
     if config.mla is not None:
         out = expand_values(out, w, config=config.mla)
     out = out.reshape(out.shape[0], -1)
-    return project(out, w, "o", residual=residual), KVCache(k=k_cache, v=v_cache)
+    return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), KVCache(k=k_cache, v=v_cache)
 
 
 def _heads(
-    x: jax.Array, w: dict[str, Any], turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
+    x: jax.Array, w: dict[str, Any], step: Step, turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [T, H, D], keys and values [T, K, D] of `x` [T, E], normalised and rotated as the config says."""
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
@@ -108,7 +121,7 @@ def _heads(
         assert turn is not None, "latent attention rotates in every layer"
         q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h)
         return q, latent, latent
-    qkv = project(x, w, "qkv").reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
+    qkv = project(x, w, "qkv", num_rows=step.num_tokens).reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
     if config.qk_norm is not None:
         q, key = (_qk_norm(part, w, name, config) for part, name in ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm")))
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
