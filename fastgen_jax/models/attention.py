@@ -16,8 +16,9 @@ from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
 from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
-from fastgen_jax.models.rope import rotate, rotation
+from fastgen_jax.models.rope import rotation
 from pallas_kernels.ragged_attention import ragged_attention
+from pallas_kernels.rotary import rotary
 
 _NO_WINDOW = np.iinfo(np.int32).max  # the window of a layer that sees everything, where others do not
 
@@ -27,7 +28,7 @@ class Step:
     """What all layers of a step share."""
 
     batch: RaggedBatch
-    used: jax.Array  # bool[T]: whether a token is no padding
+    num_tokens: jax.Array  # i32: tokens from there on are padding
     rotations: dict[RopeConfig, tuple[jax.Array, jax.Array]]  # cosines and sines f32[T, R/2]
     query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
     num_blocks: int  # N
@@ -49,7 +50,7 @@ def prepare_step(
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     return Step(
-        batch=batch, used=jnp.arange(batch.token_ids.shape[0]) < batch.query_starts[-1],
+        batch=batch, num_tokens=batch.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
         num_blocks=kv_cache.k.shape[0] // config.num_layers,
         attend=implementation if callable(implementation) else partial(ragged_attention, implementation=implementation),
@@ -68,12 +69,11 @@ def attention(
 ) -> tuple[jax.Array, KVCache]:
     """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step."""
     batch, d = step.batch, config.head_dim
-    q, key, value = _heads(x, w, _rotation_of(step, config, index), config=config)
-    if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
-        behind = ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))
-        q, key, value = jnp.pad(q, behind), jnp.pad(key, behind), jnp.pad(value, behind)
+    q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
+    if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
+        q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))) for part in (q, key, value))
     out, k_cache, v_cache = step.attend(
         q,
         key,
@@ -96,25 +96,25 @@ def attention(
     if config.mla is not None:
         out = expand_values(out, w, config=config.mla)
     out = out.reshape(out.shape[0], -1)
-    return project(out, w, "o", residual=residual), KVCache(k=k_cache, v=v_cache)
+    return project(out, w, "o", residual=residual, num_rows=step.num_tokens), KVCache(k=k_cache, v=v_cache)
 
 
 def _heads(
-    x: jax.Array, w: dict[str, Any], turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
+    x: jax.Array, w: dict[str, Any], step: Step, turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [T, H, D], keys and values [T, K, D] of `x` [T, E], normalised and rotated as the config says."""
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     if config.mla is not None:
         assert turn is not None, "latent attention rotates in every layer"
-        q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h)
+        q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h, num_tokens=step.num_tokens)
         return q, latent, latent
-    qkv = project(x, w, "qkv").reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
+    qkv = project(x, w, "qkv", num_rows=step.num_tokens).reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
     if config.qk_norm is not None:
         q, key = (_qk_norm(part, w, name, config) for part, name in ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm")))
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
-    if turn is not None:
-        qkv = jnp.concatenate([rotate(qkv[:, : h + k], *turn), qkv[:, h + k :]], axis=1)
-    return qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
+    if turn is None:
+        return qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
+    return rotary(qkv, *turn, num_heads=h)
 
 
 def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, config: ModelConfig) -> jax.Array:

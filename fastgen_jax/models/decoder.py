@@ -34,13 +34,10 @@ def forward(
     batch: RaggedBatch,
     *,
     config: ModelConfig,
-    logits_tile: int | None = None,
     attention: str | Callable[..., Any] | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
-    `logits_tile` computes the vocabulary head for so many rows at a time, and for used rows only: worth it where a
-    row of logits is expensive and the number of sampled rows varies. None computes all R rows in one product.
     `attention` names an implementation of `ragged_attention`, or is one; None is the best for the platform.
     Rows of logits that are not used are finite and meaningless.
     """
@@ -57,7 +54,7 @@ def forward(
         rows = norm(rows, params, "final_norm", config=config)
     if "project_out" in params:
         rows = linear(rows, params["project_out"])
-    return _logits(rows, params, batch.num_sample_rows, tile=logits_tile, config=config), kv_cache
+    return _logits(rows, params, batch.num_sample_rows, config=config), kv_cache
 
 
 def run_layers(
@@ -134,7 +131,7 @@ def _sequential_layer(
     x = norm(y, w, "attn_norm", config=config) if place == "residual" else y
 
     h = norm(x, w, "mlp_norm", config=config) if before else x
-    y = mlp(h, w, config=config, used=step.used, residual=x if fused else None)
+    y = mlp(h, w, config=config, num_tokens=step.num_tokens, residual=x if fused else None)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config) if after else y)
     return norm(y, w, "mlp_norm", config=config) if place == "residual" else y, cache
@@ -146,31 +143,14 @@ def _parallel_layer(
     h = norm(x, w, "attn_norm", config=config)
     for_mlp = h if config.shared_norm else norm(x, w, "mlp_norm", config=config)
     y, cache = attention(h, w, cache, step, index, config=config, residual=x)
-    return mlp(for_mlp, w, config=config, used=step.used, residual=y), cache
+    return mlp(for_mlp, w, config=config, num_tokens=step.num_tokens, residual=y), cache
 
 
-def _logits(
-    rows: jax.Array, params: Params, num_rows: jax.Array, *, tile: int | None, config: ModelConfig
-) -> jax.Array:
+def _logits(rows: jax.Array, params: Params, num_rows: jax.Array, *, config: ModelConfig) -> jax.Array:
     weight = params["lm_head"] if "lm_head" in params else params["embed"].T
-
-    def head(rows: jax.Array) -> jax.Array:
-        logits = linear(rows, weight).astype(jnp.float32)
-        if config.head_bias:
-            logits = logits + params["lm_head_bias"].astype(jnp.float32)
-        if config.logits_multiplier != 1.0:
-            logits = logits * config.logits_multiplier
-        return soft_cap(logits, config.logits_soft_cap)
-
-    if tile is None or tile >= rows.shape[0]:
-        return head(rows)
-
-    # The last tile is shifted back to end at R, for rows and logits alike, so a few rows may be computed twice.
-    def body(i: jax.Array, logits: jax.Array) -> jax.Array:
-        start = i * tile
-        some = jax.lax.dynamic_slice_in_dim(rows, start, tile)
-        return jax.lax.dynamic_update_slice_in_dim(logits, head(some), start, axis=0)
-
-    num_tiles = (num_rows + tile - 1) // tile
-    shape = (rows.shape[0], weight.shape[-1])
-    return jax.lax.fori_loop(0, num_tiles, body, jnp.zeros(shape, jnp.float32))
+    logits = linear(rows, weight, num_rows=num_rows).astype(jnp.float32)
+    if config.head_bias:
+        logits = logits + params["lm_head_bias"].astype(jnp.float32)
+    if config.logits_multiplier != 1.0:
+        logits = logits * config.logits_multiplier
+    return soft_cap(logits, config.logits_soft_cap)

@@ -44,9 +44,16 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, eps: 
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def project(x: jax.Array, w: Mapping[str, Any], name: str, *, residual: jax.Array | None = None) -> jax.Array:
-    """x @ w[name] (+ residual), plus the bias if the layer has one."""
-    y = linear(x, w[name], residual=residual)
+def project(
+    x: jax.Array,
+    w: Mapping[str, Any],
+    name: str,
+    *,
+    residual: jax.Array | None = None,
+    num_rows: jax.Array | None = None,
+) -> jax.Array:
+    """x @ w[name] (+ residual), plus the bias if the layer has one. Rows from `num_rows` on are padding."""
+    y = linear(x, w[name], residual=residual, num_rows=num_rows)
     return y + w[f"{name}_bias"] if f"{name}_bias" in w else y
 
 

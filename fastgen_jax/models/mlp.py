@@ -14,24 +14,24 @@ from pallas_kernels.matmul import swiglu
 
 
 def mlp(
-    x: jax.Array, w: dict[str, Any], *, config: ModelConfig, used: jax.Array, residual: jax.Array | None
+    x: jax.Array, w: dict[str, Any], *, config: ModelConfig, num_tokens: jax.Array, residual: jax.Array | None
 ) -> jax.Array:
     """The MLP or the experts of `x` [T, E] (+ residual), whichever the weights `w` of the layer are for.
 
-    `used` bool[T] marks the tokens that are no padding.
+    Tokens from `num_tokens` on are padding.
     """
     if "router" in w:
         assert config.moe is not None, "a layer with a router has experts"
-        return moe(x, w, config=config.moe, used=used, residual=residual)
-    return project(_hidden(x, w, config), w, "down", residual=residual)
+        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual)
+    return project(_hidden(x, w, num_tokens, config), w, "down", residual=residual, num_rows=num_tokens)
 
 
-def _hidden(x: jax.Array, w: dict[str, Any], config: ModelConfig) -> jax.Array:
+def _hidden(x: jax.Array, w: dict[str, Any], num_tokens: jax.Array, config: ModelConfig) -> jax.Array:
     """The hidden units [T, F], before the projection back to E."""
     activation = ACTIVATIONS[config.activation]
     if not config.mlp_gated:
-        return activation(project(x, w, "up"))
+        return activation(project(x, w, "up", num_rows=num_tokens))
     if config.fused_swiglu:
-        return swiglu(x, w["gate_up"])
-    gate, up = jnp.split(project(x, w, "gate_up"), 2, axis=-1)
+        return swiglu(x, w["gate_up"], num_rows=num_tokens)
+    gate, up = jnp.split(project(x, w, "gate_up", num_rows=num_tokens), 2, axis=-1)
     return activation(gate) * up

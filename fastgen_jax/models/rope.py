@@ -51,16 +51,6 @@ def rotation(
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`x` [T, heads, D] with the pair (x[i], x[i + R/2]) turned by the angle of pair i; what is behind R stays."""
-    turning = 2 * cos.shape[-1]
-    if turning < x.shape[-1]:
-        return jnp.concatenate([rotate(x[..., :turning], cos, sin), x[..., turning:]], axis=-1)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def attention_factor(rope: RopeConfig) -> float:
     """What YaRN and LongRoPE multiply cos and sin with, to sharpen attention over a longer context; else 1.0."""
     if rope.kind not in ("yarn", "longrope"):

@@ -75,13 +75,6 @@ def test_scanned_layers_compute_what_unrolled_layers_compute():
     np.testing.assert_allclose(run_chunks(stacked, config, token_ids, [75]), unrolled, atol=1e-5, rtol=0)
 
 
-def test_a_logits_tile_leaves_the_used_rows_as_they_are():
-    params, config = tiny_model()
-    token_ids = expected()["token_ids"]
-    whole = run_chunks(params, config, token_ids, [70])
-    np.testing.assert_allclose(run_chunks(params, config, token_ids, [70], logits_tile=16), whole, atol=1e-5, rtol=0)
-
-
 def test_bfloat16_stays_near_float32():
     params, config = tiny_model()
     half = jax.tree_util.tree_map(lambda x: x.astype(jnp.bfloat16), params)

@@ -38,4 +38,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Where each weight of `param_specs` lies in the checkpoint."""
     block = "model.layers.{layer}.block_sparse_moe"
-    return common.sources_from(config, {**common.LLAMA_NAMES, **expert_names(config, block=block, gate="w1", up="w3", down="w2")})
+    experts = expert_names(config, block=block, gate="w1", up="w3", down="w2")
+    return common.sources_from(config, {**common.LLAMA_NAMES, **experts})
