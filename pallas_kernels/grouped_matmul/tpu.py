@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.grouped_matmul.xla import scaled_rows
 from pallas_kernels.matmul import Int8Weight
 
 LANES = 128
@@ -30,9 +31,14 @@ _SUBLANES = 16  # rows of a bfloat16 tile; a float32 tile has 8
 
 
 def may_be_lowered() -> bool:
-    """Whether the program at hand may be one for a TPU: then the kernel is worth the time that tracing it takes."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return getattr(device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
+    """Whether the program at hand may be one for a single TPU.
+
+    XLA divides its own kernel over the devices of a mesh, but not this one: there it would have to stand in a shard_map.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
+        return False
+    return getattr(mesh.abstract_device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
 
 
 def grouped_matmul_tpu(
@@ -55,7 +61,6 @@ def grouped_matmul_tpu(
     tile_depth, tile_columns = _weight_tile(depth, num_columns, values.dtype.itemsize)
     row_tiles = pl.cdiv(num_rows, rows)
     work, num_work = _plan(group_sizes, rows=rows, row_tiles=row_tiles)
-    scalars = [*work, jnp.reshape(first_group, (1,))]
 
     def x_block(column, item, k, group, tile, *_):
         return tile[item], k
@@ -63,26 +68,19 @@ def grouped_matmul_tpu(
     def w_block(column, item, k, group, tile, starts, ends, first):
         return first[0] + group[item], k, column
 
-    def scale_block(column, item, k, group, tile, starts, ends, first):
-        return first[0] + group[item], 0, column
-
     def out_block(column, item, k, group, tile, *_):
         return tile[item], column
 
-    operands, specs = [x, values], [
-        pl.BlockSpec((rows, tile_depth), x_block),
-        pl.BlockSpec((pl.squeezed, tile_depth, tile_columns), w_block),
-    ]
-    if isinstance(w, Int8Weight):
-        operands.append(w.scales[:, None, :])  # a row of its own: blocks are two-dimensional at least
-        specs.append(pl.BlockSpec((pl.squeezed, 1, tile_columns), scale_block))
     out = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, num_parts=depth // tile_depth, scaled=isinstance(w, Int8Weight)),
+        functools.partial(_kernel, rows=rows, num_parts=depth // tile_depth),
         out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=len(work) + 1,
             grid=(pl.cdiv(num_columns, tile_columns), num_work, depth // tile_depth),
-            in_specs=specs,
+            in_specs=[
+                pl.BlockSpec((rows, tile_depth), x_block),
+                pl.BlockSpec((pl.squeezed, tile_depth, tile_columns), w_block),
+            ],
             out_specs=pl.BlockSpec((rows, tile_columns), out_block),
             scratch_shapes=[pltpu.VMEM((rows, tile_columns), jnp.float32)],
         ),
@@ -95,9 +93,8 @@ def grouped_matmul_tpu(
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(*scalars, *operands)
-    # Tiles without any row of a group were not written.
-    return jnp.where((jnp.arange(num_rows) < jnp.sum(group_sizes))[:, None], out, 0.0)
+    )(*work, jnp.reshape(first_group, (1,)), x, values)
+    return scaled_rows(out, w, group_sizes, first_group)  # tiles without any row of a group were not written
 
 
 def _plan(
@@ -116,9 +113,8 @@ def _plan(
     return (group, jnp.minimum(tile, row_tiles - 1), starts, ends), work_ends[-1]
 
 
-def _kernel(group, tile, starts, ends, first, x, w, *others, rows: int, num_parts: int, scaled: bool) -> None:
-    del first
-    *scales, out, sums = others  # x [rows, depth], w [depth, columns], scales [1, columns], out and sums [rows, columns]
+def _kernel(group, tile, starts, ends, first, x, w, out, sums, *, rows: int, num_parts: int) -> None:
+    del first  # x [rows, depth], w [depth, columns], out and sums [rows, columns]
     item, part = pl.program_id(1), pl.program_id(2)
 
     @pl.when(part == 0)
@@ -133,12 +129,11 @@ def _kernel(group, tile, starts, ends, first, x, w, *others, rows: int, num_part
 
     @pl.when(part == num_parts - 1)
     def _() -> None:
-        y = sums[...] * scales[0][...] if scaled else sums[...]
-        row = tile[item] * rows + jax.lax.broadcasted_iota(jnp.int32, y.shape, 0)
+        row = tile[item] * rows + jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0)
         mine = (row >= starts[group[item]]) & (row < ends[group[item]])
         first_of_tile = (item == 0) | (tile[jnp.maximum(item - 1, 0)] != tile[item])
         # What the tile's memory held before the first group wrote to it is nobody's.
-        out[...] = jnp.where(mine, y, jnp.where(first_of_tile, 0.0, out[...]))
+        out[...] = jnp.where(mine, sums[...], jnp.where(first_of_tile, 0.0, out[...]))
 
 
 def _tile_rows(num_rows: int, num_groups: int) -> int:
