@@ -119,13 +119,15 @@ def _heads(
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     if config.mla is not None:
         assert turn is not None, "latent attention rotates in every layer"
-        q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h)
+        q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h, num_tokens=step.num_tokens)
         return q, latent, latent
     qkv = project(x, w, "qkv", num_rows=step.num_tokens).reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
     if config.qk_norm is not None:
         q, key = (_qk_norm(part, w, name, config) for part, name in ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm")))
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
-    return (qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]) if turn is None else rotary(qkv, *turn, num_heads=h)
+    if turn is None:
+        return qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
+    return rotary(qkv, *turn, num_heads=h)
 
 
 def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, config: ModelConfig) -> jax.Array:

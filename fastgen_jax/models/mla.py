@@ -26,19 +26,29 @@ _NORM_EPS = 1e-6  # of the norms of latents, whatever the model's other norms us
 
 
 def latent_heads(
-    x: jax.Array, w: Mapping[str, Any], turn: tuple[jax.Array, jax.Array], *, config: MLAConfig, num_heads: int
+    x: jax.Array,
+    w: Mapping[str, Any],
+    turn: tuple[jax.Array, jax.Array],
+    *,
+    config: MLAConfig,
+    num_heads: int,
+    num_tokens: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Queries [T, H, kv_rank + rope_dim] in the latent space, and what is cached of each token, [T, 1, ...] alike."""
+    """Queries [T, H, kv_rank + rope_dim] in the latent space, and what is cached of each token, [T, 1, ...] alike.
+
+    Tokens from `num_tokens` on are padding.
+    """
     c, n = config, x.shape[0]
     if c.q_rank is None:
-        q = project(x, w, "q")
+        q = project(x, w, "q", num_rows=num_tokens)
     else:
-        q = project(rms_norm(project(x, w, "q_a"), w["q_a_norm"], eps=_NORM_EPS), w, "q_b")
+        q = rms_norm(project(x, w, "q_a", num_rows=num_tokens), w["q_a_norm"], eps=_NORM_EPS)
+        q = project(q, w, "q_b", num_rows=num_tokens)
     q = q.reshape(n, num_heads, c.nope_dim + c.rope_dim)
     k_up, _ = _expansions(w, config, num_heads)
     in_latent = jnp.einsum("thn,lhn->thl", q[..., : c.nope_dim], k_up, preferred_element_type=jnp.float32)
     q = jnp.concatenate([in_latent.astype(x.dtype), rotate(q[..., c.nope_dim :], *turn)], axis=-1)
-    kv = project(x, w, "kv_a")  # [T, kv_rank + rope_dim]
+    kv = project(x, w, "kv_a", num_rows=num_tokens)  # [T, kv_rank + rope_dim]
     latent = rms_norm(kv[:, : c.kv_rank], w["kv_a_norm"], eps=_NORM_EPS)
     return q, jnp.concatenate([latent[:, None], rotate(kv[:, None, c.kv_rank :], *turn)], axis=-1)
 

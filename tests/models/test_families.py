@@ -59,7 +59,7 @@ def test_prepared_weights_give_the_same_logits(family, variant):
     params, config = load(family, variant)
     prepared = prepare_params(params, config, resolve(EngineConfig(dtype="float32", num_blocks=8), config))
     tokens, want, prompt = expected(family, variant)
-    runs = Runs(prepared, config, len(tokens), logits_tile=16)
+    runs = Runs(prepared, config, len(tokens))
     assert error(runs.logits(tokens, random_cut(len(tokens), seed=2), prompt_length=prompt), want) < TOLERANCE
 
 

@@ -119,7 +119,7 @@ def test_experts_compute_what_numpy_computes_token_by_token(name: str):
     config, x = _CONFIGS[name], _tokens()
     w = _weights(config)
     residual = np.random.default_rng(2).standard_normal(x.shape, np.float32)
-    got = moe(jnp.asarray(x), _prepared(w, config), config=config, used=jnp.ones(_T, bool), residual=jnp.asarray(residual))
+    got = moe(jnp.asarray(x), _prepared(w, config), config=config, num_tokens=jnp.int32(_T), residual=jnp.asarray(residual))
     np.testing.assert_allclose(got, _numpy_moe(x, w, config) + residual, atol=2e-5)
 
 
@@ -128,12 +128,12 @@ def test_experts_compute_what_numpy_computes_token_by_token(name: str):
 def test_what_a_token_gets_does_not_depend_on_companions_or_padding(name: str):
     config, x = _CONFIGS[name], _tokens(40)
     w = _prepared(_weights(config), config)
-    run = jax.jit(lambda x, used: moe(x, w, config=config, used=used, residual=x))
-    together = np.asarray(run(jnp.asarray(x), jnp.ones(40, bool)))
+    run = jax.jit(lambda x, num_tokens: moe(x, w, config=config, num_tokens=num_tokens, residual=x))
+    together = np.asarray(run(jnp.asarray(x), jnp.int32(40)))
     for mine in ([3], [5, 17, 30], list(range(25))):
         batch = np.full_like(x, 1e30)  # padding that would overflow if an expert saw it
         batch[: len(mine)] = x[mine]
-        got = np.asarray(run(jnp.asarray(batch), jnp.arange(40) < len(mine)))
+        got = np.asarray(run(jnp.asarray(batch), jnp.int32(len(mine))))
         np.testing.assert_array_equal(got[: len(mine)], together[mine])
 
 
@@ -149,7 +149,7 @@ def test_padding_is_in_no_group(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(module, "grouped_matmul", spy)
     moe(jnp.asarray(_tokens()), {key: jnp.asarray(value) for key, value in _weights(_PLAIN).items()}, config=_PLAIN,
-        used=jnp.arange(_T) < 5, residual=None)
+        num_tokens=jnp.int32(5), residual=None)
     assert [int(size.sum()) for size in sizes] == [5 * _PLAIN.experts_per_token]
 
 
