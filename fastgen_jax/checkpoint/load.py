@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
-from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
 
-_IGNORABLE = (r".*\.rotary_emb\.inv_freq",)  # buffers that old versions of transformers saved; we compute them
+_IGNORABLE = (  # buffers that old versions of transformers saved: rotary frequencies and causal masks
+    r".*\.rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias", r".*\.attention\.(masked_)?bias",
+)
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
 _AHEAD = 3  # weights read before they are asked for: host memory beyond the model, a fraction of a layer
 
@@ -31,10 +32,11 @@ class _Weight:
     layer: int | None
     source: Source
     spec: ParamSpec
+    omitted: str  # what the checkpoint leaves out at the beginning of names
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name.format(layer=self.layer) for name in self.source.names)
+        return tuple(name.format(layer=self.layer).removeprefix(self.omitted) for name in self.source.names)
 
 
 def load_params(
@@ -55,7 +57,7 @@ def load_params(
     import jax.numpy as jnp
     from tqdm import tqdm
 
-    weights = list(_weights(checkpoint.config))
+    weights = list(_weights(checkpoint))
     check_tensors(checkpoint)
     make = prepare or (lambda path, array: jnp.asarray(array, dtype))
     params: Params = {}
@@ -87,7 +89,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     """
     config, names = checkpoint.config, checkpoint.tensor_names
     expected: dict[str, tuple[int, ...]] = {}
-    for weight in _weights(config):
+    for weight in _weights(checkpoint):
         for name, shape in zip(weight.names, _stored_shapes(weight), strict=True):
             expected[name] = shape
     for name, shape in expected.items():
@@ -114,17 +116,21 @@ def _check_tied(checkpoint: Checkpoint) -> None:
                          f"{embedding!r}; set tie_word_embeddings to false in config.json, or remove the tensor")
 
 
-def _weights(config: ModelConfig) -> Iterator[_Weight]:
+def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
     """Every array of the model, layer by layer as they lie in the file."""
+    config = checkpoint.config
     sources: Mapping[str, Source] = FAMILIES[config.family].sources(config)
+    # A checkpoint of the bare model, like those of GPT-2 and BLOOM, lacks the name of the model before its parts.
+    model = sources["embed"].names[0].split(".")[0] + "."
+    omitted = "" if any(name.startswith(model) for name in checkpoint.tensor_names) else model
     specs = param_specs(config)
     del specs["layers"]
     for path, spec in specs.items():
-        yield _Weight(path=path, layer=None, source=sources[path], spec=spec)
+        yield _Weight(path=path, layer=None, source=sources[path], spec=spec, omitted=omitted)
     for layer in range(config.num_layers):
         for name, spec in layer_specs(config, layer).items():
             path = f"layers.{name}"
-            yield _Weight(path=path, layer=layer, source=sources[path], spec=spec)
+            yield _Weight(path=path, layer=layer, source=sources[path], spec=spec, omitted=omitted)
 
 
 def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:

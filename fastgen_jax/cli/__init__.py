@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "answer prompts given as arguments or on standard input, one a line",
     "chat": "talk with a model; an empty line ends",
     "demo": "a few prompts at once, with a summary of how the engine ran them",
+    "models": "the model families that can be served, and what of each",
     "bench": "throughput and latency, ours and our peers'",
 }
 
