@@ -14,6 +14,8 @@ COMMANDS = {
     "generate": "answer prompts given as arguments or on standard input, one a line",
     "chat": "talk with a model; an empty line ends",
     "demo": "a few prompts at once, with a summary of how the engine ran them",
+    "convert": "any checkpoint as an inference snapshot, which loads at disk speed on any mesh",
+    "inspect": "what a checkpoint holds: config, parameters, number formats, tokenizer",
     "bench": "throughput and latency, ours and our peers'",
 }
 

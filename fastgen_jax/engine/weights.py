@@ -19,9 +19,14 @@ MATRICES = ("qkv", "o", "gate_up", "down", "lm_head")  # read through `linear`; 
 def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
     """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array in `dtype`.
 
-    `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either.
+    `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either. A
+    matrix that is an `Int8Weight` already (of a snapshot) stays int8.
     """
     name = path.rsplit(".", 1)[-1]
+    if isinstance(array, Int8Weight):
+        if path.startswith("layers.") and config.stack_layers:
+            return jax.tree_util.tree_map(jnp.asarray, array)
+        return prepare(array, platform=jax.default_backend(), gated=name == "gate_up" and not model.mlp_bias)
     if name not in MATRICES:
         return jnp.asarray(array, config.dtype)
     if path.startswith("layers.") and config.stack_layers:  # a packed weight cannot be sliced by a scan
@@ -33,6 +38,16 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
         np.asarray(array).astype(config.dtype), quantize=config.quantize, platform=jax.default_backend(),
         gated=name == "gate_up" and not model.mlp_bias,
     )
+
+
+def host_leaf(path: str, array: Any, *, dtype: Any, quantize: str | None) -> Any:
+    """One weight as a snapshot keeps it, on the host: in `dtype`, or an `Int8Weight` if it is a matrix and asked for."""
+    if isinstance(array, Int8Weight):
+        return array
+    if quantize is None or path.rsplit(".", 1)[-1] not in MATRICES:
+        return np.asarray(array).astype(jnp.dtype(dtype))
+    values, scales = quantize_int8(np.asarray(array))
+    return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)
 
 
 def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:

@@ -58,6 +58,8 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     ends = [ids[name] for name in ("eos", "eot", "eom")]
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     return Tokenizer(
+        kind=f"byte-level BPE from GGUF (pre {metadata.get(_PREFIX + 'pre', 'default')})" if model == "gpt2" else
+        "SentencePiece from GGUF",
         encoder=encode,
         texts=texts,
         pieces=[text.encode() if i in spelled else piece_bytes(text, scheme) for i, text in enumerate(texts)],

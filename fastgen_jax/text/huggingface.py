@@ -56,7 +56,8 @@ def _from_json(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     def encode(text: str, *, add_special_tokens: bool) -> list[int]:
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    return _assemble(path, settings, names, ids, encoder=encode, texts=texts, pieces=pieces,
+    kind = f"tokenizer.json ({scheme} {description['model'].get('type', 'BPE')})"
+    return _assemble(path, settings, names, ids, kind=kind, encoder=encode, texts=texts, pieces=pieces,
                      special_ids=special, drops_leading_space=drops_space)
 
 
@@ -96,7 +97,7 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         first=ends["bos"],
         last=ends["eos"],
     )
-    return _assemble(path, settings, names, ids, encoder=encoder, texts=texts, pieces=pieces,
+    return _assemble(path, settings, names, ids, kind="SentencePiece (tokenizer.model)", encoder=encoder, texts=texts, pieces=pieces,
                      special_ids=frozenset(special),
                      drops_leading_space=model.encode_as_pieces("a")[0].startswith("▁"))
 

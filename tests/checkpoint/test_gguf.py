@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fastgen_jax.checkpoint import open_checkpoint
-from fastgen_jax.checkpoint.gguf import llama3_factors
+from fastgen_jax.checkpoint.gguf_architectures import llama3_factors
 from fastgen_jax.checkpoint.gguf_file import read_gguf
 from tests.checkpoint.tiny_files import write_gguf
 
@@ -35,7 +35,7 @@ def test_biases_of_q_and_k_are_put_in_order_too(tmp_path):
 
 def test_a_tensor_larger_than_one_piece_is_dequantised_whole(tmp_path, monkeypatch):
     made = write_gguf(tmp_path / "m.gguf", kind="Q8_0")
-    monkeypatch.setattr("fastgen_jax.checkpoint.gguf._PIECE", 32 * 7)  # 7 rows of 32, which do not divide 96
+    monkeypatch.setattr("fastgen_jax.checkpoint.gguf_file._PIECE", 32 * 7)  # 7 rows of 32, which do not divide 96
     read = open_checkpoint(tmp_path / "m.gguf").read("lm_head.weight")
     assert np.abs(read - made["lm_head.weight"]).max() <= QUANTIZATION_ERROR["Q8_0"] * np.abs(read).max()
 
