@@ -188,6 +188,9 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
             raise ValueError(f"{file.path} holds a vocabulary, not a model")
         raise ValueError(f"{file.path} has no tensor 'token_embd.weight'; the file is incomplete, convert it again")
     architecture, m = ARCHITECTURES[kind], Metadata(file)
+    if m.get("block_count") > len(file.tensors):  # before anybody counts to it
+        raise m.refusal(f"{kind}.block_count is {m.get('block_count'):,}, but the file holds only {len(file.tensors)} "
+                        "tensors; it is corrupt, download it again")
     eos = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     config = {
         "architectures": [architecture.name],
