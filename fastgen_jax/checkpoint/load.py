@@ -17,7 +17,6 @@ from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, ParamSpec, param_specs
-from pallas_kernels.matmul import Int8Weight
 
 _IGNORABLE = (r".*\.rotary_emb\.inv_freq",)  # buffers that old versions of transformers saved; we compute them
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
@@ -58,6 +57,8 @@ def load_params(
     """
     import jax.numpy as jnp
     from tqdm import tqdm
+
+    from pallas_kernels.matmul import Int8Weight
 
     weights = list(_weights(checkpoint))
     check_tensors(checkpoint)

@@ -28,7 +28,6 @@ from fastgen_jax.checkpoint.huggingface import model_config, read_json
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, param_specs
-from pallas_kernels.matmul import Int8Weight
 
 FORMAT = 1
 MARKER = "fastgen.json"
@@ -101,6 +100,8 @@ class SnapshotCheckpoint:
         Every device reads its own part. The scales of an `Int8Weight` follow the columns of its values.
         """
         import orbax.checkpoint as ocp
+
+        from pallas_kernels.matmul import Int8Weight
 
         def target(where: Any, dtype: Any) -> Any:
             if where is None:
@@ -184,6 +185,8 @@ def _flat(params: Params, dtype: Any) -> Iterator[tuple[str, Any]]:
     import jax
     import jax.numpy as jnp
 
+    from pallas_kernels.matmul import Int8Weight
+
     def stored(leaf: Any) -> Any:
         if isinstance(leaf, Int8Weight):
             return {field: getattr(leaf, field) for field in _INT8_FIELDS}
@@ -230,7 +233,7 @@ def _require_orbax() -> None:
     try:
         import orbax.checkpoint  # noqa: F401
     except ImportError as error:
-        raise ValueError("snapshots need Orbax, which is not installed; pip install orbax-checkpoint") from error
+        raise ValueError("snapshots need Orbax, which is not installed; pip install 'fastgen_jax[checkpoints]'") from error
 
 
 def _absolute(folder: Path) -> Path:

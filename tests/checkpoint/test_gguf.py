@@ -101,7 +101,7 @@ def test_absent_metadata_are_named(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"m.gguf: the metadata lack llama.attention.head_count"):
+    with pytest.raises(ValueError, match=r"m.gguf: the metadata lack llama.block_count"):
         open_checkpoint(tmp_path / "m.gguf")
 
 
