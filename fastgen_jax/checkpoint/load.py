@@ -16,7 +16,7 @@ from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
-from fastgen_jax.models.params import Params, ParamSpec, param_specs
+from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
 
 _IGNORABLE = (r".*\.rotary_emb\.inv_freq",)  # buffers that old versions of transformers saved; we compute them
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
@@ -67,6 +67,7 @@ def load_params(
     params: Params = {}
     layers: list[dict[str, Any]] = [{} for _ in range(checkpoint.config.num_layers)]
     stacked: dict[str, Any] = {}
+    having = layers_with(checkpoint.config)
     bar = tqdm(total=len(weights), desc=f"loading {checkpoint.path.name}", unit="weight", disable=not progress)
     with ThreadPoolExecutor(_THREADS) as pool, bar:
         for weight, array in _read_ahead(read, weights, pool):
@@ -76,7 +77,8 @@ def load_params(
             if weight.layer is None:
                 params[name] = leaf
             elif stack_layers:
-                stacked[name] = _store(stacked.get(name), leaf, weight.layer, len(layers), weight.path)
+                rows = having[name]
+                stacked[name] = _store(stacked.get(name), leaf, rows.index(weight.layer), len(rows), weight.path)
             else:
                 layers[weight.layer][name] = leaf
             bar.update()
@@ -92,7 +94,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     config, names = checkpoint.config, checkpoint.tensor_names
     expected: dict[str, tuple[int, ...]] = {}
     for weight in _weights(checkpoint):
-        for name, shape in zip(weight.names, _stored_shapes(weight, config), strict=True):
+        for name, shape in zip(weight.names, _stored_shapes(weight), strict=True):
             expected[name] = shape
     for name, shape in expected.items():
         if name not in names:
@@ -122,25 +124,25 @@ def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
     """Every array of the model, layer by layer as they lie in the file."""
     config, sources = checkpoint.config, checkpoint.sources
     specs = param_specs(config)
-    layer_specs = specs.pop("layers")
+    del specs["layers"]
     for path, spec in specs.items():
         yield _Weight(path=path, layer=None, source=sources[path], spec=spec)
     for layer in range(config.num_layers):
-        for name, spec in layer_specs.items():
+        for name, spec in layer_specs(config, layer).items():
             path = f"layers.{name}"
             yield _Weight(path=path, layer=layer, source=sources[path], spec=spec)
 
 
-def _stored_shapes(weight: _Weight, config: ModelConfig) -> list[tuple[int, ...]]:
-    """The shape of each tensor that makes a weight: the spec's, divided along the output axis where several join."""
-    inputs, outputs = weight.spec.shape[:-1], weight.spec.shape[-1]
-    sizes = [outputs]
-    if len(weight.names) > 1:
-        kind = weight.path.removeprefix("layers.").removesuffix("_bias")
-        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        sizes = {"qkv": [heads, kv_heads, kv_heads], "gate_up": [config.mlp_dim, config.mlp_dim]}[kind]
-    shapes = [(*inputs, size) for size in sizes]
-    return [shape[::-1] for shape in shapes] if weight.source.transpose else shapes
+def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
+    """The shape of each tensor that makes a weight: the spec's, divided into its parts where several join."""
+    shape, source = weight.spec.shape, weight.source
+    if source.stacked:
+        shape = shape[1:]
+    pieces = len(source.names) // (weight.spec.shape[0] if source.stacked else 1)
+    sizes = (shape[-1],) if pieces == 1 else weight.spec.parts
+    shapes = [(*shape[:-1], size) for size in sizes]
+    shapes = [(*rest, n, m) for *rest, m, n in shapes] if source.transpose else shapes
+    return shapes * (len(source.names) // pieces)
 
 
 def _read_ahead(
@@ -171,33 +173,38 @@ def _read(checkpoint: Checkpoint, weight: _Weight, *, dtype: Any, sharding: Any)
 
 
 def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
-    """One weight as its spec says: tensors joined along the output axis, matrices turned to [in, out]."""
-    if len(weight.names) == 1 and not weight.source.transpose:
+    """One weight as its spec says: tensors stacked, joined along the output axis, and matrices turned to [in, out]."""
+    source, shape = weight.source, weight.spec.shape
+    if len(weight.names) == 1 and not source.transpose and source.rearrange is None:
         return checkpoint.read(weight.names[0])
     out: np.ndarray | None = None
+    entries = shape[0] if source.stacked else 1
     start = 0
-    for name in weight.names:
+    for i, name in enumerate(weight.names):
         piece = checkpoint.read(name)
-        piece = piece.T if weight.source.transpose else piece
+        piece = piece.swapaxes(-1, -2) if source.transpose else piece
         if out is None:
-            out = np.empty(weight.spec.shape, piece.dtype)
-        out[..., start : start + piece.shape[-1]] = piece
+            out = np.empty(shape, piece.dtype)
+        if i % (len(weight.names) // entries) == 0:
+            start = 0
+        whole = out[i * entries // len(weight.names)] if source.stacked else out
+        whole[..., start : start + piece.shape[-1]] = piece
         start += piece.shape[-1]
     assert out is not None, "every weight has a source"
-    return out
+    return out if source.rearrange is None else source.rearrange(out)
 
 
-def _store(stacked: Any, leaf: Any, layer: int, num_layers: int, path: str) -> Any:
-    """`stacked` with `leaf` as its layer; the buffer is donated, so that nothing is held twice."""
+def _store(stacked: Any, leaf: Any, row: int, num_rows: int, path: str) -> Any:
+    """`stacked` with `leaf` as a row; the buffer is donated, so that nothing is held twice."""
     import jax
 
     if stacked is None:
-        stacked = jax.tree.map(lambda x: _zeros((num_layers, *x.shape), x), leaf)
+        stacked = jax.tree.map(lambda x: _zeros((num_rows, *x.shape), x), leaf)
     forms = [jax.tree.structure(stacked), *((x.shape[1:], x.dtype) for x in jax.tree.leaves(stacked))]
     if forms != [jax.tree.structure(leaf), *((x.shape, x.dtype) for x in jax.tree.leaves(leaf))]:
-        raise ValueError(f"prepare({path!r}) made layer {layer} in another form than layer 0 "
+        raise ValueError(f"prepare({path!r}) made row {row} in another form than row 0 "
                          f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False")
-    return _layer_setter()(stacked, leaf, layer)
+    return _layer_setter()(stacked, leaf, row)
 
 
 def _zeros(shape: tuple[int, ...], layer: Any) -> Any:

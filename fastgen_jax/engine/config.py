@@ -136,7 +136,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
                 f"block_size than {config.block_size}, or a smaller dtype than {dtype}"
             )
     # A key rotated for a prompt of one length is wrong for a longer prompt that begins alike.
-    prefix_caching = config.prefix_caching and model.rope.kind != "dynamic"
+    prefix_caching = config.prefix_caching and not model.rope_depends_on_length
     stack_layers = platform != "cpu" if config.stack_layers is None else config.stack_layers
     ladder = config.budget_ladder
     if config.token_budget is not None:

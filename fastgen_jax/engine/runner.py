@@ -21,8 +21,6 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import Params
 
-CPU_LOGITS_TILE = 16  # rows of logits at a time: a CPU is at its matmul peak from here on, and unused rows cost time
-
 
 @pytree
 class StepOutput:
@@ -78,10 +76,7 @@ class Runner:
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The step program of `bucket` for the current device, not compiled yet."""
         packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
-        program = step_program(
-            self.model, bucket, attention=self.config.attention,
-            logits_tile=CPU_LOGITS_TILE if jax.default_backend() == "cpu" else None,
-        )
+        program = step_program(self.model, bucket, attention=self.config.attention)
         return program.lower(self.params, self.kv_cache, self.state, packed)
 
     def keep_only(self, budgets: Sequence[int]) -> None:
@@ -105,22 +100,24 @@ class Runner:
             jax.block_until_ready(self.run(bucket.new_buffer()[0], bucket))
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
 
-    def measure(self, budget: int, *, repeats: int = 5) -> float:
-        """Seconds of a full step, one prompt chunk of `budget` tokens at the start of its sequence: the least of several
-        runs, because whatever else the machine does can only add to it.
+    def measure(self, budget: int, *, num_tokens: int | None = None, repeats: int = 5) -> float:
+        """Seconds of a step of `num_tokens` (default: all) in the program of `budget`.
 
-        Overwrites the first blocks of the cache, so it belongs before the first request.
+        The step is one prompt chunk at the start of its sequence. The result is the least of several runs, because
+        whatever else the machine does can only add to it. Overwrites the first blocks of the cache, so it belongs
+        before the first request.
         """
         bucket, _ = self._compiled[budget]
+        used = budget if num_tokens is None else num_tokens
         times = []
         for _ in range(repeats + 1):  # the first run pays for page faults
             buffer, views = bucket.new_buffer()
-            views["query_starts"][1:] = budget
-            views["context_lens"][0] = budget
-            blocks = -(-budget // self.config.block_size)
+            views["query_starts"][1:] = used
+            views["context_lens"][0] = used
+            blocks = -(-used // self.config.block_size)
             views["block_tables"][0, :blocks] = np.arange(blocks)
-            views["positions"][:] = views["kv_slots"][:] = np.arange(budget)
-            views["sample_rows"][0] = budget - 1
+            views["positions"][:used] = views["kv_slots"][:used] = np.arange(used)
+            views["sample_rows"][0] = used - 1
             views["num_sample_rows"][...] = 1
             start = time.perf_counter()
             jax.block_until_ready(self.run(buffer, bucket))
@@ -140,14 +137,12 @@ class Runner:
         )
 
 
-def step_program(
-    model: ModelConfig, bucket: Bucket, *, attention: str | None = None, logits_tile: int | None = None
-) -> Any:
+def step_program(model: ModelConfig, bucket: Bucket, *, attention: str | None = None) -> Any:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
-    `attention` and `logits_tile` are those of `models.decoder.forward`.
+    `attention` is that of `models.decoder.forward`.
     """
-    step = partial(_step, bucket=bucket, config=model, logits_tile=logits_tile, attention=attention)
+    step = partial(_step, bucket=bucket, config=model, attention=attention)
     return jax.jit(step, donate_argnums=(1, 2))
 
 
@@ -159,15 +154,12 @@ def _step(
     *,
     bucket: Bucket,
     config: ModelConfig,
-    logits_tile: int | None,
     attention: str | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
     on_device = batch.token_slots < state.last_tokens.shape[0]
     batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
-    logits, kv_cache = forward(
-        params, kv_cache, batch, config=config, logits_tile=logits_tile, attention=attention
-    )
+    logits, kv_cache = forward(params, kv_cache, batch, config=config, attention=attention)
     sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS)
     return StepOutput(sampled=sampled, logits=logits), kv_cache, state

@@ -73,18 +73,21 @@ def start(
 def _choose_budgets(
     runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Path | None, *, progress: bool
 ) -> ResolvedConfig:
-    candidates = [budget for budget in MEASURED_BUDGETS if runner.can_hold(budget)]
-    path = folder / "step_costs.json" if folder else None
+    path = folder / "budgets.json" if folder else None
     key = _measurement_key(config, model)
-    costs = ladder.load_costs(path, key) if path else None
-    if costs is None or set(costs) != set(candidates):
+    chosen = ladder.load_choice(path, key) if path else None
+    if chosen is None:
+        candidates = [budget for budget in MEASURED_BUDGETS if runner.can_hold(budget)]
         _compile(runner, candidates, progress=progress)
         costs = {budget: runner.measure(budget) for budget in candidates}
         log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
+        chosen = ladder.choose_ladder(
+            costs, ladder.choose_budget(costs),
+            seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
+        )
         if path:
-            ladder.save_costs(path, key, costs)
-    token_budget = ladder.choose_budget(costs)
-    return replace(config, token_budget=token_budget, budget_ladder=ladder.choose_ladder(costs, token_budget))
+            ladder.save_choice(path, key, chosen, costs)
+    return replace(config, token_budget=chosen[-1], budget_ladder=chosen)
 
 
 def _compile(runner: Runner, budgets: Any, *, progress: bool) -> None:

@@ -67,32 +67,6 @@ void convert(const float* from, BFloat16* to, int n) {
 
 // ---- small pieces ----------------------------------------------------------------------------------------------
 
-template <int Step, bool High, size_t... I>
-FASTGEN_INLINE Vec exchange(Vec a, Vec b, std::index_sequence<I...>) {
-  // Low: the elements of a and b whose index has no bit `Step`, side by side; High: those that have it.
-  return High ? __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes : int(I) + Step)...)
-              : __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes - Step : int(I))...);
-}
-
-template <int Step>
-FASTGEN_INLINE void transpose_step(Vec (&rows)[kLanes]) {
-  constexpr auto lanes = std::make_index_sequence<kLanes>();
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & Step) continue;
-    const Vec a = rows[i], b = rows[i + Step];
-    rows[i] = exchange<Step, false>(a, b, lanes);
-    rows[i + Step] = exchange<Step, true>(a, b, lanes);
-  }
-}
-
-FASTGEN_INLINE void transpose(Vec (&rows)[kLanes]) {
-  transpose_step<1>(rows);
-  transpose_step<2>(rows);
-  if constexpr (kLanes > 4) transpose_step<4>(rows);
-  if constexpr (kLanes > 8) transpose_step<8>(rows);
-}
-
 template <int Step, size_t... I>
 FASTGEN_INLINE Vec swap_lanes(Vec v, std::index_sequence<I...>) {
   return __builtin_shufflevector(v, v, int(I ^ Step)...);

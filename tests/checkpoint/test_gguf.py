@@ -31,7 +31,7 @@ def test_every_tensor_comes_back_under_its_hugging_face_name_with_heads_in_huggi
 def test_biases_of_q_and_k_are_put_in_order_too(tmp_path):
     made = write_gguf(tmp_path / "m.gguf", kind="Q8_0", attention_bias=True)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    assert checkpoint.config.attention_bias
+    assert checkpoint.config.qkv_bias
     for name in ("model.layers.1.self_attn.q_proj.bias", "model.layers.1.self_attn.k_proj.bias"):
         np.testing.assert_array_equal(checkpoint.read(name), made[name])
 

@@ -32,7 +32,7 @@ def test_end_of_sequence_ids_of_the_generation_config_are_added(tmp_path):
 def test_head_dim_and_biases_come_from_the_config(tmp_path):
     write_hf(tmp_path, head_dim=8, attention_bias=True)
     config = open_checkpoint(tmp_path).config
-    assert (config.head_dim, config.attention_bias) == (8, True)
+    assert (config.head_dim, config.qkv_bias) == (8, True)
 
 
 def _drop_shard(path):
@@ -105,7 +105,7 @@ def test_a_damaged_directory_is_refused_with_the_file_and_the_cause(tmp_path, da
 
 @pytest.mark.parametrize(("overrides", "message"), [
     ({"architectures": ["LlamaForCausalLm"]}, "nearest supported: LlamaForCausalLM"),
-    ({"hidden_act": "relu"}, r"config.json: config.json has hidden_act='relu'|hidden_act='relu'"),
+    ({"hidden_act": "mish"}, r"config.json: config.json has hidden_act='mish'|hidden_act='mish'"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
     ({"num_attention_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
 ])

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from fastgen_jax.text import load_tokenizer
+from fastgen_jax.text.splits import SPLITS
 from fastgen_jax.text.tiktoken import read_tiktoken
-from tests.text.vocabularies import TRICKY, ranks, write_qwen, write_tekken
+from tests.text.vocabularies import TEKKEN_PATTERN, TRICKY, ranks, write_qwen, write_tekken
 
 TEXTS = st.text(st.one_of(st.sampled_from("the dog in 123 qüu\n日 ver"), st.characters(codec="utf-8")), max_size=30)
 
@@ -30,15 +31,12 @@ def _by_definition(word: bytes, ranked: dict[bytes, int]) -> list[int]:
 
 
 @given(text=TEXTS)
-def test_ids_are_those_of_tiktokens_rule_word_by_word(tokenizers, tmp_path_factory, text):
-    home = tmp_path_factory.getbasetemp() / "tokenizers0"
-    for name, file, offset in (("tiktoken", "qwen.tiktoken", 0), ("tekken", "tekken.json", 30)):
-        vocabulary = read_tiktoken(home / name / file)
-        ranked = {piece: id for id, piece in enumerate(vocabulary.pieces) if id not in vocabulary.special_ids}
-        assert min(ranked.values()) == offset
-        cut = pre_tokenizers.Split(Regex(vocabulary.pattern), "isolated")
+def test_ids_are_those_of_tiktokens_rule_word_by_word(tokenizers, text):
+    for name, pattern, offset, pieces in (("tiktoken", SPLITS["qwen2"][0], 0, ranks()),
+                                          ("tekken", TEKKEN_PATTERN, 30, ranks()[:-1])):
+        ranked = {piece: rank + offset for rank, piece in enumerate(pieces)}
         composed = unicodedata.normalize("NFC", text) if name == "tiktoken" else text
-        words = [word.encode() for word, _ in cut.pre_tokenize_str(composed)]
+        words = [word.encode() for word, _ in pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(composed)]
         expected = [id for word in words for id in _by_definition(word, ranked)]
         assert tokenizers[name].encode(text, add_special_tokens=False) == expected
         assert tokenizers[name].decode(expected) == composed

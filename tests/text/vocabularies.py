@@ -71,6 +71,9 @@ WORDS = ["th", "the", " t", " the", "in", "ing", "qu", "un", "dog", " d", " do",
          "日".encode()[:2], "12", "123", "he", "ver", "er"]
 
 
+TEKKEN_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
 def ranks() -> list[bytes]:
     """The pieces of a small tiktoken vocabulary in order of rank: all bytes, then a few words."""
     words = [word if isinstance(word, bytes) else word.encode() for word in WORDS]
@@ -88,7 +91,7 @@ def write_qwen(path: Path) -> Path:
 def write_tekken(path: Path) -> Path:
     """A directory with a tekken.json: 30 special tokens, then the ranks, of which the last does not count."""
     path.mkdir(parents=True, exist_ok=True)
-    config = {"pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+", "default_vocab_size": 29 + len(ranks()),
+    config = {"pattern": TEKKEN_PATTERN, "default_vocab_size": 29 + len(ranks()),
               "default_num_special_tokens": 30}
     vocab = [{"rank": i, "token_bytes": base64.b64encode(piece).decode()} for i, piece in enumerate(ranks())]
     (path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))

@@ -8,9 +8,13 @@ from __future__ import annotations
 import difflib
 from types import ModuleType
 
-from fastgen_jax.models.families import llama
+from fastgen_jax.models.families import gpt_oss, granitemoe, llama, mixtral, olmoe, qwen2_moe, qwen3_moe
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama}
+FAMILIES: dict[str, ModuleType] = {
+    "llama": llama,
+    "mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss, "olmoe": olmoe,
+    "granitemoe": granitemoe,
+}
 
 
 def family_of(architecture: str) -> ModuleType:

@@ -1,0 +1,48 @@
+"""OLMoE: queries and keys normalised over all heads at once, 64 small experts, none shared."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families.common import (
+    LLAMA_NAMES,
+    Fields,
+    Source,
+    reads_every_field,
+    refuse_unsupported,
+    sizes,
+    sources_from,
+)
+from fastgen_jax.models.families.experts import expert_names
+from fastgen_jax.models.families.rope import rope_from_hf
+from fastgen_jax.models.moe_config import MoEConfig
+
+ARCHITECTURES = ("OlmoeForCausalLM",)
+
+
+@reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`, written by transformers 4 or 5."""
+    refuse_unsupported(hf, {"hidden_act": ("silu",), "attention_bias": (False,), "clip_qkv": (None,)})
+    hf.first("hidden_act", "attention_bias", "clip_qkv")
+    max_context_len = hf.get("max_position_embeddings", 4096)
+    return ModelConfig(
+        family="olmoe",
+        **sizes(hf),
+        max_context_len=max_context_len,
+        norm_eps=hf.get("rms_norm_eps", 1e-5),
+        rope=rope_from_hf(hf, max_context_len=max_context_len),
+        qk_norm="row",
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        moe=MoEConfig(
+            num_experts=hf.first("num_experts", "num_local_experts", default=64),
+            experts_per_token=hf.get("num_experts_per_tok", 8),
+            expert_dim=hf["intermediate_size"],
+            layers=tuple(range(hf["num_hidden_layers"])),
+            normalize=hf.get("norm_topk_prob", False),
+        ),
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint; `{layer}` stands for the layer's number."""
+    return sources_from(config, {**LLAMA_NAMES, **expert_names(config)})
