@@ -14,7 +14,6 @@ import numpy as np
 
 from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
-from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
 

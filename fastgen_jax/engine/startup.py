@@ -30,7 +30,8 @@ def load(
 ) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig]:
     """Weights in the form of `config`, the facts of the model, its tokenizer, and `config` with what the checkpoint decides.
 
-    An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing there, damaged, unsupported.
+    An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing
+    there, damaged, unsupported.
     """
     checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:

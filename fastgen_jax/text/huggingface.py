@@ -123,8 +123,8 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         first=ends["bos"],
         last=ends["eos"],
     )
-    return _assemble(path, settings, names, ids, kind="SentencePiece (tokenizer.model)", encoder=encoder, texts=texts, pieces=pieces,
-                     special_ids=frozenset(special),
+    return _assemble(path, settings, names, ids, kind="SentencePiece (tokenizer.model)", encoder=encoder, texts=texts,
+                     pieces=pieces, special_ids=frozenset(special),
                      drops_leading_space=model.encode_as_pieces("a")[0].startswith("▁"))
 
 

@@ -108,7 +108,7 @@ def test_integers_in_a_bin_file_are_refused(tmp_path):
     made = write_hf(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     write_torch(tmp_path / "pytorch_model.bin", made | {"model.norm.weight": np.zeros(32, np.int64)})
-    with pytest.raises(ValueError, match="'model.norm.weight' has dtype LongStorage; supported: float32"):
+    with pytest.raises(ValueError, match=r"'model.norm.weight' has dtype LongStorage; supported: float32"):
         open_checkpoint(tmp_path)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import unicodedata
 
@@ -23,7 +24,7 @@ def _by_definition(word: bytes, ranked: dict[bytes, int]) -> list[int]:
         return [ranked[word]]
     parts = [bytes([byte]) for byte in word]
     while True:
-        pairs = [(ranked[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranked]
+        pairs = [(ranked[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranked]
         if not pairs:
             return [ranked[part] for part in parts]
         _, i = min(pairs)
