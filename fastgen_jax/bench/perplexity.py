@@ -36,9 +36,10 @@ def run(args: argparse.Namespace) -> int:
     from fastgen_jax.engine import Engine
 
     text = read_text(args.text)[: args.characters]
-    engine = Engine.from_pretrained(args.model, dtype=args.dtype, quantize=args.quantize, token_budget=256,
-                                    budget_ladder=(256,), max_num_seqs=8, prefix_caching=False,
-                                    num_blocks=8 * -(-(args.window + 1) // 32))
+    # A step gives no more rows of logits than sequences may run, and here every token wants one.
+    engine = Engine.from_pretrained(args.model, dtype=args.dtype, quantize=args.quantize, token_budget=64,
+                                    budget_ladder=(64,), max_num_seqs=64, prefix_caching=False,
+                                    num_blocks=16 * -(-(args.window + 1) // 32))
     assert engine.tokenizer is not None  # from_pretrained refuses a checkpoint without one
     token_ids = engine.tokenizer.encode(text, add_special_tokens=False)
     value, predicted = perplexity(engine, token_ids, window=args.window)
