@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgen_jax.bench import kv_blocks, offline
+from fastgen_jax.bench import kv_blocks, loading, offline, perplexity, tokenizers
 
-BENCHMARKS = {"offline": offline, "kv-blocks": kv_blocks}
+BENCHMARKS = {
+    "offline": offline, "kv-blocks": kv_blocks, "loading": loading, "perplexity": perplexity, "tokenizers": tokenizers,
+}
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
-from fastgen_jax.models.families import FAMILIES
+from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
 
@@ -44,29 +44,35 @@ def load_params(
     *,
     dtype: Any,
     stack_layers: bool = True,
-    prepare: Callable[[str, np.ndarray], Any] | None = None,
+    prepare: Callable[[str, Any], Any] | None = None,
+    sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
     progress: bool = False,
 ) -> Params:
     """All weights of a checkpoint as `Params`; strict: a missing, unknown or misshapen tensor is a ValueError.
 
     `prepare(path, array)` makes the leaf of one weight (of one layer); it gets its path ("embed", "layers.qkv") and
     the array [in, out] as stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then
-    its own business. Without it the leaf is `jnp.asarray(array, dtype)`. Weights come one after another, so that the
-    host never holds more than about a layer beyond what `prepare` returned. `progress` shows a bar on stderr.
+    its own business. Without it the leaf is `jnp.asarray(array, dtype)`. `sharding(path, shape)` names the
+    `jax.sharding.Sharding` of a weight (of one layer); `prepare` then gets an array that lies there already. An int8
+    snapshot gives `Int8Weight`s instead of matrices. Weights come one after another, so that the host never holds more
+    than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
     """
     import jax.numpy as jnp
     from tqdm import tqdm
 
+    from pallas_kernels.matmul import Int8Weight
+
     weights = list(_weights(checkpoint))
     check_tensors(checkpoint)
-    make = prepare or (lambda path, array: jnp.asarray(array, dtype))
+    make = prepare or (lambda path, array: array if isinstance(array, Int8Weight) else jnp.asarray(array, dtype))
+    read = functools.partial(_read, checkpoint, dtype=dtype, sharding=sharding)
     params: Params = {}
     layers: list[dict[str, Any]] = [{} for _ in range(checkpoint.config.num_layers)]
     stacked: dict[str, Any] = {}
     having = layers_with(checkpoint.config)
     bar = tqdm(total=len(weights), desc=f"loading {checkpoint.path.name}", unit="weight", disable=not progress)
     with ThreadPoolExecutor(_THREADS) as pool, bar:
-        for weight, array in _read_ahead(checkpoint, weights, pool):
+        for weight, array in _read_ahead(read, weights, pool):
             leaf = make(weight.path, array)
             del array
             name = weight.path.removeprefix("layers.")
@@ -109,7 +115,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:
-    (embedding,) = FAMILIES[checkpoint.config.family].sources(checkpoint.config)["embed"].names
+    (embedding,) = checkpoint.sources["embed"].names
     head, embed = checkpoint.read("lm_head.weight"), checkpoint.read(embedding)
     if head.shape != embed.shape or not np.array_equal(head, embed):
         raise ValueError(f"{checkpoint.path}: the config ties the embeddings, but 'lm_head.weight' differs from "
@@ -118,8 +124,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
 
 def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
     """Every array of the model, layer by layer as they lie in the file."""
-    config = checkpoint.config
-    sources: Mapping[str, Source] = FAMILIES[config.family].sources(config)
+    config, sources = checkpoint.config, checkpoint.sources
     # A checkpoint of the bare model, like those of GPT-2 and BLOOM, lacks the name of the model before its parts.
     model = sources["embed"].names[0].split(".")[0] + "."
     omitted = "" if any(name.startswith(model) for name in checkpoint.tensor_names) else model
@@ -146,15 +151,30 @@ def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
 
 
 def _read_ahead(
-    checkpoint: Checkpoint, weights: list[_Weight], pool: ThreadPoolExecutor
-) -> Iterator[tuple[_Weight, np.ndarray]]:
+    read: Callable[[_Weight], Any], weights: list[_Weight], pool: ThreadPoolExecutor
+) -> Iterator[tuple[_Weight, Any]]:
     """The weights in order, each with its array, a few of them read ahead by the pool."""
-    pending: deque[Future[np.ndarray]] = deque()
+    pending: deque[Future[Any]] = deque()
     submitted = iter(weights)
     for weight in weights:
         while len(pending) < _AHEAD and (upcoming := next(submitted, None)) is not None:
-            pending.append(pool.submit(_assemble, checkpoint, upcoming))
+            pending.append(pool.submit(read, upcoming))
         yield weight, pending.popleft().result()
+
+
+def _read(checkpoint: Checkpoint, weight: _Weight, *, dtype: Any, sharding: Any) -> Any:
+    """One weight in memory of its own, on the host or as `sharding` says."""
+    import jax
+
+    if sharding is None:
+        array = _assemble(checkpoint, weight)
+        return np.array(array) if isinstance(array, np.memmap) else array
+    place = sharding(weight.path, weight.spec.shape)
+    if isinstance(checkpoint, SnapshotCheckpoint):
+        (name,) = weight.names
+        return checkpoint.restore(name, dtype=dtype, sharding=place)
+    whole = _assemble(checkpoint, weight)
+    return jax.make_array_from_callback(whole.shape, place, lambda index: np.asarray(whole[index], dtype))
 
 
 def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
@@ -182,15 +202,25 @@ def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
 def _store(stacked: Any, leaf: Any, row: int, num_rows: int, path: str) -> Any:
     """`stacked` with `leaf` as a row; the buffer is donated, so that nothing is held twice."""
     import jax
-    import jax.numpy as jnp
 
     if stacked is None:
-        stacked = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape), x.dtype), leaf)
+        stacked = jax.tree.map(lambda x: _zeros((num_rows, *x.shape), x), leaf)
     forms = [jax.tree.structure(stacked), *((x.shape[1:], x.dtype) for x in jax.tree.leaves(stacked))]
     if forms != [jax.tree.structure(leaf), *((x.shape, x.dtype) for x in jax.tree.leaves(leaf))]:
         raise ValueError(f"prepare({path!r}) made row {row} in another form than row 0 "
                          f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False")
     return _layer_setter()(stacked, leaf, row)
+
+
+def _zeros(shape: tuple[int, ...], layer: Any) -> Any:
+    """Zeros for all layers, each of which lies where `layer` does."""
+    import jax
+    import jax.numpy as jnp
+
+    place = getattr(layer, "sharding", None)
+    if isinstance(place, jax.sharding.NamedSharding):
+        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(None, *place.spec))
+    return jnp.zeros(shape, layer.dtype, device=place)
 
 
 @functools.cache

@@ -15,6 +15,8 @@ COMMANDS = {
     "chat": "talk with a model; an empty line ends",
     "demo": "a few prompts at once, with a summary of how the engine ran them",
     "models": "the model families that can be served, and what of each",
+    "convert": "any checkpoint as an inference snapshot, which loads at disk speed on any mesh",
+    "inspect": "what a checkpoint holds: config, parameters, number formats, tokenizer",
     "bench": "throughput and latency, ours and our peers'",
 }
 

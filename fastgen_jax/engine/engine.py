@@ -92,7 +92,7 @@ class Engine(ResearchInterface):
         if config is not None and options:
             raise ValueError(f"give either config or options, not both; options were {', '.join(sorted(options))}")
         config = config or EngineConfig.from_options(options)
-        params, model_config, tokenizer = startup.load(model, config, progress=progress)
+        params, model_config, tokenizer, config = startup.load(model, config, progress=progress)
         return cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
 
     # Requests

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model
+from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.engine import ladder
 from fastgen_jax.engine.config import MEASURED_BUDGETS, EngineConfig, ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
@@ -27,14 +27,23 @@ log = logging.getLogger(__name__)
 
 def load(
     model: str | os.PathLike[str], config: EngineConfig, *, progress: bool
-) -> tuple[Params, ModelConfig, Tokenizer]:
-    """Weights in the form of `config`, the facts of the model, and its tokenizer.
+) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig]:
+    """Weights in the form of `config`, the facts of the model, its tokenizer, and `config` with what the checkpoint decides.
 
-    Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing there, damaged, unsupported.
+    An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing
+    there, damaged, unsupported.
     """
     checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
+    if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
+        config = replace(config, quantize="int8")
     resolved = resolve(config, checkpoint.config)  # before the long part: a mistake should show at once
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise ValueError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
+            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or the tokenizer got tokens that the "
+            "model never learned: take the tokenizer of this very checkpoint"
+        )
     params = load_params(
         checkpoint,
         dtype=resolved.dtype,
@@ -42,7 +51,7 @@ def load(
         prepare=lambda path, array: prepare_leaf(path, array, checkpoint.config, resolved),
         progress=progress,
     )
-    return params, checkpoint.config, tokenizer
+    return params, checkpoint.config, tokenizer, config
 
 
 def start(

@@ -24,7 +24,8 @@ _NEVER_QUANTIZED = ("router", "shared_gate")
 def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
     """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array in `dtype`.
 
-    `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either.
+    `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either. A
+    matrix that is an `Int8Weight` already (of a snapshot) stays int8.
     """
     name = path.rsplit(".", 1)[-1]
     if name == "choice_bias":  # its steps are finer than bfloat16's
@@ -33,6 +34,8 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
         return jnp.asarray(array, config.dtype)
     quantize = None if name in _NEVER_QUANTIZED else config.quantize
     if path.startswith("layers.") and config.stack_layers:  # a packed weight cannot be sliced by a scan
+        if isinstance(array, Int8Weight):
+            return jax.tree_util.tree_map(jnp.asarray, array)
         if quantize is None:
             return jnp.asarray(array, config.dtype)
         values, scales = quantize_int8(np.asarray(array))
@@ -43,9 +46,21 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
         "expert_gate_up": model.moe is not None and model.moe.swiglu_limit is None,
     }.get(name, False)
     make = prepare_groups if name in EXPERT_MATRICES else prepare
-    return make(
-        np.asarray(array).astype(config.dtype), quantize=quantize, platform=jax.default_backend(), gated=gated
-    )
+    plain = array if isinstance(array, Int8Weight) else np.asarray(array).astype(config.dtype)
+    return make(plain, quantize=quantize, platform=jax.default_backend(), gated=gated)
+
+
+def host_leaf(path: str, array: Any, *, dtype: Any, quantize: str | None) -> Any:
+    """One weight as a snapshot keeps it, on the host: in `dtype`, or an `Int8Weight` if it is a matrix and asked for."""
+    name = path.rsplit(".", 1)[-1]
+    if isinstance(array, Int8Weight):
+        return array
+    if name == "choice_bias":
+        return np.asarray(array, np.float32)
+    if quantize is None or name not in (*MATRICES, *EXPERT_MATRICES) or name in _NEVER_QUANTIZED:
+        return np.asarray(array).astype(jnp.dtype(dtype))
+    values, scales = quantize_int8(np.asarray(array))
+    return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)
 
 
 def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:

@@ -43,7 +43,7 @@ GroupedWeight = jax.Array | Int8Weight | PackedGroups
 
 
 def prepare(
-    w: np.ndarray | jax.Array, *, quantize: str | None = None, platform: str, gated: bool = False
+    w: np.ndarray | jax.Array | Int8Weight, *, quantize: str | None = None, platform: str, gated: bool = False
 ) -> GroupedWeight:
     """The form of `w` that `grouped_matmul` (`grouped_swiglu` when `gated`) multiplies with fastest on `platform`.
 
@@ -52,14 +52,14 @@ def prepare(
     group.
 
     Args:
-      w: [G, K, N] floating point; [G, K, 2F], gate columns before up columns, when `gated`.
+      w: [G, K, N] floating point, or quantised already; [G, K, 2F], gate columns before up columns, when `gated`.
       quantize: None or "int8".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
       gated: the weights of `grouped_swiglu`.
     """
-    if w.ndim != 3:
+    if len(w.shape) != 3:
         raise ValueError(f"w has shape {w.shape}, but must be [G, K, N], one matrix a group")
-    if not jnp.issubdtype(w.dtype, jnp.floating):
+    if not isinstance(w, Int8Weight) and not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"w has dtype {w.dtype}, but must be floating point; quantize='int8' makes int8 of that")
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize is {quantize!r}, but must be None or 'int8'")
@@ -69,12 +69,15 @@ def prepare(
         raise ValueError(f"a gated w is [gate | up], so its width must be even, not {w.shape[2]}")
 
     packed = platform == "cpu" and cpu.available()
-    if quantize is None and not packed:
+    if isinstance(w, Int8Weight):
+        values, scales = np.asarray(w.values), np.asarray(w.scales)
+    elif quantize is None and not packed:
         return jnp.asarray(w)
-    host = np.asarray(w)
-    if quantize is None:
+    elif quantize is None:
+        host = np.asarray(w)
         return _packed(host if host.dtype == jnp.bfloat16 else host.astype(np.float32), None, gated=gated)
-    values, scales = quantize_int8(host)
+    else:
+        values, scales = quantize_int8(np.asarray(w))
     if packed:
         return _packed(values, scales, gated=gated)
     return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))

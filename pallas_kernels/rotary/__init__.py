@@ -6,7 +6,9 @@ thread, so there a native kernel does it in one pass.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +38,22 @@ def _rotary_xla(qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, num_heads: in
     return turned[:, :num_heads], turned[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
 
 
-def _rotary_cpu(qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, num_heads: int) -> tuple[jax.Array, ...]:
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _native(qkv: jax.Array, cos: jax.Array, sin: jax.Array, num_heads: int) -> tuple[jax.Array, ...]:
     tokens, all_heads, dim = qkv.shape
     num_kv_heads = (all_heads - num_heads) // 2
     shapes = [jax.ShapeDtypeStruct((tokens, n, dim), jnp.float32) for n in (num_heads, num_kv_heads, num_kv_heads)]
     parts = jax.ffi.ffi_call(_TARGET, shapes)(qkv.astype(jnp.float32), cos, sin)
     return tuple(part.astype(qkv.dtype) for part in parts)
+
+
+@_native.defjvp
+def _derivative(num_heads: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    return jax.jvp(partial(_rotary_xla, num_heads=num_heads), primals, tangents)
+
+
+def _rotary_cpu(qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, num_heads: int) -> tuple[jax.Array, ...]:
+    return _native(qkv, cos, sin, num_heads)
 
 
 IMPLEMENTATIONS = {"xla": _rotary_xla, "cpu": _rotary_cpu}

@@ -90,7 +90,7 @@ def _config_without(field):
     (_misplaced_tensor, r"says that model-00002-of-00003.safetensors holds 'lm_head.weight', but it does not"),
     (_bad_index, r"index.json is not valid JSON"),
     (_empty_index, r"index.json has no 'weight_map'"),
-    (_no_index, r"3 safetensors files but no model.safetensors.index.json"),
+    (_no_index, r"3 \*.safetensors files but no model.safetensors.index.json"),
     (_bad_config, r"config.json is not valid JSON"),
     (_no_config, r"config.json does not exist"),
     (_config_without("architectures"), r"config.json: 'architectures' must name one architecture"),
@@ -120,12 +120,5 @@ def test_a_config_that_we_cannot_compute_is_refused(tmp_path, overrides, message
 def test_integer_weights_are_refused(tmp_path):
     write_hf(tmp_path)
     save_file({"model.norm.weight": np.zeros(32, np.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"'model.norm.weight' has dtype I8; supported: F32, F16, BF16"):
-        open_checkpoint(tmp_path)
-
-
-def test_pickled_weights_are_refused_with_a_way_out(tmp_path):
-    write_hf(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"only pytorch_model.bin; .*save_pretrained them as safetensors"):
+    with pytest.raises(ValueError, match=r"'model.norm.weight' has dtype I8; supported: float32, float16, bfloat16"):
         open_checkpoint(tmp_path)
