@@ -17,6 +17,7 @@ computed the next one is on its way, also across the border to the next tile:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,6 +59,11 @@ class Spec:
     def share(self) -> int:
         """Blocks of a piece that belong to one sequence of a single tile."""
         return self.piece // self.sequences
+
+    @property
+    def slice(self) -> int:
+        """Queries of a chunk tile that are transposed at once."""
+        return min(self.queries, 16)
 
     @property
     def padded_group(self) -> int:
@@ -321,11 +327,19 @@ class _Kernel:
                     refs.q_single[j * spec.num_kv_heads + h, : spec.group] = heads[h * spec.group : (h + 1) * spec.group]
             sums = (refs.top_single, refs.total_single, refs.acc_single)
         else:
-            rows = refs.q_buffer[: spec.queries].astype(jnp.float32)  # [Q, H, D]
-            refs.q_chunk[...] = jnp.swapaxes(rows, 0, 1).astype(refs.q_chunk.dtype)
+            def transpose(start: jax.Array) -> None:
+                rows = refs.q_buffer[pl.ds(start, spec.slice)].astype(jnp.float32)  # [slice, H, D]
+                refs.q_chunk[:, pl.ds(start, spec.slice)] = jnp.swapaxes(rows, 0, 1).astype(refs.q_chunk.dtype)
+
+            self.for_slices(transpose)
             sums = (refs.top_chunk, refs.total_chunk, refs.acc_chunk)
         for ref, start in zip(sums, (MASKED, 0.0, 0.0), strict=True):
             ref[...] = jnp.full_like(ref, start)
+
+    def for_slices(self, do: Callable[[jax.Array], None]) -> None:
+        """Calls `do` with the first query of each slice of a chunk tile: a transposition in one go is all code."""
+        size = self.spec.slice
+        lax.fori_loop(0, self.spec.queries // size, lambda n, _: do(pl.multiple_of(n * size, size)), None)
 
     def attend_singles(self, i: jax.Array, r: jax.Array, buffer: jax.Array) -> None:
         refs, spec = self.refs, self.spec
@@ -453,7 +467,12 @@ class _Kernel:
                 refs.acc_chunk[heads] = self.normalised(top, total, acc, sinks).reshape(g, q, -1)
 
             lax.fori_loop(0, spec.num_kv_heads, finish_head, None)
-            refs.out_buffer[: spec.queries] = jnp.swapaxes(refs.acc_chunk[...], 0, 1).astype(refs.out_buffer.dtype)
+
+            def transpose(start: jax.Array) -> None:
+                rows = jnp.swapaxes(refs.acc_chunk[:, pl.ds(start, spec.slice)], 0, 1)  # [slice, H, D]
+                refs.out_buffer[pl.ds(start, spec.slice)] = rows.astype(refs.out_buffer.dtype)
+
+            self.for_slices(transpose)
             return
         for j in range(spec.sequences):
             heads = []
