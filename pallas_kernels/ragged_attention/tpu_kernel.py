@@ -27,7 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-TABLE_PIECE = 128  # block ids that one copy brings into SMEM
+TABLE_BITS = 7
+TABLE_PIECE = 1 << TABLE_BITS  # block ids that one copy brings into SMEM
 # Finite, so that a row that has seen no key yet gives weights of exp(0), not NaN; the first real key makes them 0.
 MASKED = -1e30
 NO_WINDOW = 2**31 - 1
@@ -59,6 +60,15 @@ class Spec:
     def share(self) -> int:
         """Blocks of a piece that belong to one sequence of a single tile."""
         return self.piece // self.sequences
+
+    @property
+    def block_bits(self) -> int:
+        """Everything is a power of two: a shift is one scalar operation, a division is ten."""
+        return self.block_size.bit_length() - 1
+
+    @property
+    def share_bits(self) -> int:
+        return self.share.bit_length() - 1
 
     @property
     def slice(self) -> int:
@@ -117,7 +127,11 @@ def attend_tiles(refs: Refs, spec: Spec) -> None:
     @pl.when(num_mine > 0)
     def _() -> None:
         # Keys that are not fetched meet weights of zero, but zero times what memory held before may be NaN.
-        refs.v_buffer[...] = jnp.zeros_like(refs.v_buffer)
+        def blank(c: jax.Array, _: None) -> None:
+            for buffer in range(2):
+                refs.v_buffer[buffer, c] = jnp.zeros(refs.v_buffer.shape[2:], refs.v_buffer.dtype)
+
+        lax.fori_loop(0, spec.piece, blank, None)
         refs.q_single[...] = jnp.zeros_like(refs.q_single)
         kernel.copy_tables(core, 0, "start")
         kernel.copy_queries(core, "start")
@@ -131,6 +145,11 @@ def attend_tiles(refs: Refs, spec: Spec) -> None:
         if spec.has_chunks:
             lax.fori_loop(num_mine_single, num_mine, lambda n, buffer: tile(n, buffer, single=False), buffer)
         kernel.copy_results(core + (num_mine - 1) * spec.cores, "wait")
+
+
+def _cdiv(n: jax.Array, bits: int) -> jax.Array:
+    """n / 2**bits, rounded up."""
+    return (n + (1 << bits) - 1) >> bits
 
 
 class _Kernel:
@@ -159,30 +178,30 @@ class _Kernel:
 
     def num_pieces(self, i: jax.Array, *, single: bool) -> jax.Array:
         members, blocks = (self.spec.sequences, self.spec.share) if single else (1, self.spec.piece)
-        keys = blocks * self.spec.block_size
+        bits = (blocks * self.spec.block_size).bit_length() - 1
         pieces = jnp.int32(0)
         for j in range(members):
             first, end = self.key_range(i, j)
-            pieces = jnp.maximum(pieces, pl.cdiv(end, keys) - first // keys)
+            pieces = jnp.maximum(pieces, _cdiv(end, bits) - (first >> bits))
         return pieces
 
     def first_block(self, i: jax.Array, r: jax.Array | int, j: int) -> jax.Array:
         """The block of the sequence that lies first in part j of piece r, whether it is needed or not."""
-        share, parts, keys = self.spec.share, self.spec.sequences, self.spec.share * self.spec.block_size
+        parts, bits = self.spec.sequences, self.spec.block_bits + self.spec.share_bits
         first, _ = self.key_range(i, j)
         # A chunk tile's piece is J parts in a row; in a single tile part j belongs to member j.
-        of_single = first // keys + r
-        of_chunk = (first // (keys * parts) + r) * parts + j
-        return jnp.where(self.is_single(i), of_single, of_chunk) * share
+        of_single = (first >> bits) + r
+        of_chunk = ((first >> (bits + parts.bit_length() - 1)) + r) * parts + j
+        return jnp.where(self.is_single(i), of_single, of_chunk) << self.spec.share_bits
 
     # --- copies ------------------------------------------------------------------------------------------------
 
     def copy_tables(self, i: jax.Array, buffer: jax.Array | int, do: str) -> None:
         """The pieces of the members' block tables that hold needed blocks."""
-        refs, keys = self.refs, TABLE_PIECE * self.spec.block_size
+        refs, bits = self.refs, TABLE_BITS + self.spec.block_bits
         for j in range(self.spec.sequences):
             first, end = self.key_range(i, j)
-            begin, stop = first // keys, pl.cdiv(end, keys)
+            begin, stop = first >> bits, _cdiv(end, bits)
             if j > 0:  # the parts of a chunk tile share one table
                 stop = jnp.where(self.is_single(i), stop, begin)
             row = refs.sequence[self.member(i, j)]
@@ -204,18 +223,34 @@ class _Kernel:
             first, end = self.key_range(i, j)
             start = self.first_block(i, r, j)
             table = jnp.where(self.is_single(i), j, 0)
-            begin = jnp.maximum(start, first // spec.block_size)
-            stop = jnp.minimum(start + spec.share, pl.cdiv(end, spec.block_size))
+            begin = jnp.maximum(start, first >> spec.block_bits)
+            stop = jnp.minimum(start + spec.share, _cdiv(end, spec.block_bits))
 
-            def block(b: jax.Array, _: None, *, j: int = j, start: jax.Array = start, table: jax.Array = table) -> None:
-                source, target = 0, j * spec.share + b - start
-                if do == "start":  # a wait counts bytes: which block they come from does not matter
-                    source = refs.scalars[FIRST_BLOCK] + refs.table_buffer[tables, table, b // TABLE_PIECE, 0, b % TABLE_PIECE]
-                for cache, keys in ((refs.k_cache, refs.k_buffer), (refs.v_cache, refs.v_buffer)):
-                    copy = pltpu.make_async_copy(cache.at[source], keys.at[buffer, target], refs.kv_sem.at[buffer])
-                    getattr(copy, do)()
+            def block(b: jax.Array, *, j: int = j, start: jax.Array = start, table: jax.Array = table) -> None:
+                entry = refs.table_buffer[tables, table, b >> TABLE_BITS, 0, b & (TABLE_PIECE - 1)]
+                # A wait counts bytes: which block they come from does not matter.
+                source = refs.scalars[FIRST_BLOCK] + entry if do == "start" else 0
+                self._copy_blocks(pl.ds(source, 1), buffer, pl.ds(j * spec.share + b - start, 1), do)
 
-            lax.fori_loop(begin, stop, block, None)
+            def all_blocks(*, j: int = j, start: jax.Array = start, block: Any = block) -> None:
+                if do == "wait":
+                    self._copy_blocks(pl.ds(0, spec.share), buffer, pl.ds(j * spec.share, spec.share), do)
+                    return
+                unroll = min(spec.share, 8)
+                lax.fori_loop(
+                    0, spec.share // unroll, lambda n, _: [block(start + n * unroll + m) for m in range(unroll)] and None, None
+                )
+
+            complete = stop - begin == spec.share
+            pl.when(complete)(all_blocks)
+            stop = jnp.where(complete, begin, stop)
+            lax.fori_loop(begin, stop, lambda b, _, block=block: block(b), None)
+
+    def _copy_blocks(self, source: Any, buffer: jax.Array | int, target: Any, do: str) -> None:
+        refs = self.refs
+        for cache, keys in ((refs.k_cache, refs.k_buffer), (refs.v_cache, refs.v_buffer)):
+            copy = pltpu.make_async_copy(cache.at[source], keys.at[buffer, target], refs.kv_sem.at[buffer])
+            getattr(copy, do)()
 
     def copy_queries(self, i: jax.Array, do: str) -> None:
         self._copy_rows(i, do, lambda token, row, n: (
@@ -305,7 +340,7 @@ class _Kernel:
             start, blocks = self.first_block(i, r, j), spec.share if single else spec.piece
             borders = [(end, "end")] + ([(first, "first")] if spec.has_window else [])
             for key, kind in borders:
-                block, offset = key // spec.block_size, key % spec.block_size
+                block, offset = key >> spec.block_bits, key & (spec.block_size - 1)
 
                 @pl.when((block >= start) & (block < start + blocks) & (offset > 0))
                 def _(j: int = j, start: jax.Array = start, block: Any = block, offset: Any = offset, kind: str = kind) -> None:
