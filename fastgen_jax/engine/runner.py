@@ -141,7 +141,11 @@ class Runner:
 
 
 def step_program(
-    model: ModelConfig, bucket: Bucket, *, attention: str | None = None, logits_tile: int | None = None
+    model: ModelConfig,
+    bucket: Bucket,
+    *,
+    attention: str | Callable[..., Any] | None = None,
+    logits_tile: int | None = None,
 ) -> Any:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
@@ -160,7 +164,7 @@ def _step(
     bucket: Bucket,
     config: ModelConfig,
     logits_tile: int | None,
-    attention: str | None,
+    attention: str | Callable[..., Any] | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")

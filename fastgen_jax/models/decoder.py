@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,13 +25,13 @@ def forward(
     *,
     config: ModelConfig,
     logits_tile: int | None = None,
-    attention: str | None = None,
+    attention: str | Callable[..., Any] | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
     `logits_tile` computes the vocabulary head for so many rows at a time, and for used rows only: worth it where a
     row of logits is expensive and the number of sampled rows varies. None computes all R rows in one product.
-    `attention` names an implementation of `ragged_attention`; None is the best for the platform.
+    `attention` names an implementation of `ragged_attention`, or is one; None is the best for the platform.
     Rows of logits that are not used are finite and meaningless.
     """
     x = jnp.take(params["embed"], batch.token_ids, axis=0)  # [T, E]
@@ -96,14 +97,17 @@ def _attention(
     *,
     config: ModelConfig,
     num_blocks: int,
-    implementation: str | None,
+    implementation: str | Callable[..., Any] | None,
 ) -> tuple[jax.Array, KVCache]:
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = _project(x, w, "qkv").reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
     qkv = jnp.concatenate([rotate(qkv[:, : h + k], cos, sin), qkv[:, h + k :]], axis=1)
     if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
         qkv = jnp.pad(qkv, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d)))
-    out, k_cache, v_cache = ragged_attention(
+    attend = implementation
+    if not callable(attend):
+        attend = partial(ragged_attention, implementation=implementation)
+    out, k_cache, v_cache = attend(
         qkv[:, :h],
         qkv[:, h : h + k],
         qkv[:, h + k :],
@@ -116,7 +120,6 @@ def _attention(
         layer=index,
         num_blocks=num_blocks,
         scale=1.0 / math.sqrt(d),
-        implementation=implementation,
     )
     return out[..., :d].reshape(-1, h * d), KVCache(k=k_cache, v=v_cache)
 

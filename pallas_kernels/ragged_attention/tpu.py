@@ -39,6 +39,16 @@ def unsupported(k_cache: jax.Array, max_blocks: int) -> str | None:
     return None
 
 
+def may_be_lowered() -> bool:
+    """Whether the program at hand may be one for a TPU: then the kernel is worth the second that tracing it takes.
+
+    True where there is a TPU, and under the abstract mesh of one; a program that is exported for TPUs from elsewhere
+    asks for implementation="tpu".
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
+
+
 def ragged_attention_tpu(
     q: jax.Array,
     k: jax.Array,
