@@ -16,7 +16,7 @@ class Device:
     memory: int  # bytes
     bandwidth: float  # bytes a second, from that memory
     flops: float  # bfloat16 operations a second
-    link: float  # bytes a second that a device sends to its neighbours in an all-reduce, one direction
+    link: float  # bytes a second that a device sends to its neighbours, all links together
 
 
 # TPU: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x, per JAX device: a v4 or v5p chip is one, half a TPU7x chip.
@@ -24,11 +24,11 @@ class Device:
 DEVICES = {
     device.kind: device
     for device in (
-        Device(kind="v4", platform="tpu", memory=32 * GIB, bandwidth=1.228e12, flops=275e12, link=100e9),
-        Device(kind="v5e", platform="tpu", memory=16 * GIB, bandwidth=0.819e12, flops=197e12, link=50e9),
-        Device(kind="v5p", platform="tpu", memory=95 * GIB, bandwidth=2.765e12, flops=459e12, link=200e9),
-        Device(kind="v6e", platform="tpu", memory=32 * GIB, bandwidth=1.64e12, flops=918e12, link=100e9),
-        Device(kind="tpu7x", platform="tpu", memory=96 * GIB, bandwidth=3.69e12, flops=1154e12, link=100e9),
+        Device(kind="v4", platform="tpu", memory=32 * GIB, bandwidth=1.228e12, flops=275e12, link=150e9),
+        Device(kind="v5e", platform="tpu", memory=16 * GIB, bandwidth=0.819e12, flops=197e12, link=100e9),
+        Device(kind="v5p", platform="tpu", memory=95 * GIB, bandwidth=2.765e12, flops=459e12, link=300e9),
+        Device(kind="v6e", platform="tpu", memory=32 * GIB, bandwidth=1.64e12, flops=918e12, link=224e9),
+        Device(kind="tpu7x", platform="tpu", memory=96 * GIB, bandwidth=3.69e12, flops=1154e12, link=300e9),
         Device(kind="h100", platform="cuda", memory=80 * GIB, bandwidth=3.35e12, flops=989e12, link=450e9),
     )
 }

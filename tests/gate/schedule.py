@@ -201,10 +201,13 @@ def compile_one(which: str, shape: str, kind: str) -> dict[str, Any]:
                 context_lens=index[0], block_tables=index[1],
             )
         else:
-            from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
-            from jax.experimental.pallas.ops.tpu.ragged_paged_attention.tuned_block_sizes import get_tuned_block_sizes
+            from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention, tuned_block_sizes
 
-            sizes = get_tuned_block_sizes(
+            # Its table asks the process's own device what it is: tell it what is compiled for.
+            version = {"v4": 4, "v5e": 5, "v5p": 5, "v6e": 6, "tpu7x": 7}[kind]
+            tuned_block_sizes.get_tpu_version = lambda: version
+            tuned_block_sizes.get_device_name = lambda: "TPU7x" if version == 7 else f"TPU v{version}"
+            sizes = tuned_block_sizes.get_tuned_block_sizes(
                 bf16, bf16, call.num_heads, call.num_kv_heads, call.head_dim, call.block_size, call.num_tokens, max_blocks
             )
             facts["pages"], facts["queries"] = map(int, sizes)
