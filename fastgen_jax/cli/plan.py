@@ -56,7 +56,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
     except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}; --model is a directory with a config.json, or that file") from error
+        raise ValueError(
+            f"cannot read {file}: {error.strerror}; --model is a directory with a config.json, or that file"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict) or not config.get("architectures"):

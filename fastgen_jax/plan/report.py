@@ -190,7 +190,7 @@ def table(plan: Plan) -> str:
             if check.seconds is None:
                 lines.append(f"  {check.token_budget:7} refused: {check.words}")
             else:
-                lines.append(f"  {check.token_budget:7} {check.seconds:6.1f} s, temporaries {check.temporaries / 2**20:.0f} MiB"
-                             f"{', ' + check.words if check.words else ', KV cache updated in place'}")
+                lines.append(f"  {check.token_budget:7} {check.seconds:6.1f} s, temporaries "
+                             f"{(check.temporaries or 0) / 2**20:.0f} MiB, {check.words or 'KV cache updated in place'}")
     lines += ["", "it fits" if plan.fits else "it does not fit", *(f"  try {line}" for line in plan.advice)]
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -13,7 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_attention import tiles as tile_sizes
 from pallas_kernels.ragged_attention.tiles import Tiles
-from pallas_kernels.ragged_attention.tpu_kernel import LANES, NO_WINDOW, TABLE_PIECE, Refs, Spec, attend_tiles
+from pallas_kernels.ragged_attention.tpu_copies import LANES, NO_WINDOW, TABLE_PIECE, Refs, Spec
+from pallas_kernels.ragged_attention.tpu_kernel import attend_tiles
 from pallas_kernels.ragged_attention.tpu_write import granule_rows, write_kv_tpu
 
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16)
@@ -83,8 +83,10 @@ def ragged_attention_tpu(
     num_sequences, max_blocks = block_tables.shape
     layer = jnp.asarray(layer, jnp.int32)
     tiles = tiles or tile_sizes.choose(
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
-        num_tokens=num_tokens, num_sequences=num_sequences, dtype=k_cache.dtype,
+        tile_sizes.Shape(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
+            num_tokens=num_tokens, num_sequences=num_sequences, dtype=k_cache.dtype.name,
+        )
     )  # fmt: skip
     k_cache, v_cache = write_kv_tpu(
         k, v, k_cache, v_cache, kv_slots=kv_slots, layer=layer, num_blocks=num_blocks, interpret=interpret
@@ -175,7 +177,7 @@ def _attend(
     scalars: jax.Array, work: list[jax.Array], q: jax.Array, k_cache: jax.Array, v_cache: jax.Array,
     tables: jax.Array, *, slopes: jax.Array | None, sinks: jax.Array | None, spec: Spec, tiles: Tiles, interpret: Any,
 ) -> jax.Array:  # fmt: skip
-    num_tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     rows = max(spec.queries, spec.sequences) if spec.has_chunks else spec.sequences
     singles = (spec.sequences * spec.num_kv_heads, spec.padded_group)
     chunk = (num_heads, spec.queries)

@@ -186,16 +186,17 @@ def compile_one(which: str, shape: str, kind: str) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     with lowering_for(mesh):
         if which == "ours":
-            chosen = tiles.choose(
+            chosen = tiles.modelled(tiles.Shape(
                 num_heads=call.num_heads, num_kv_heads=call.num_kv_heads, head_dim=call.head_dim,
                 block_size=call.block_size, num_tokens=call.num_tokens, num_sequences=call.num_sequences,
-                dtype=jnp.dtype(bf16),
-            )  # fmt: skip
+                dtype="bfloat16",
+            ), kind)  # fmt: skip
             facts["tiles"] = dataclasses.asdict(chosen)
             new = array(call.num_tokens, call.num_kv_heads, call.head_dim, dtype=bf16)
             cache = array(num_blocks, call.num_kv_heads, call.block_size, call.head_dim, dtype=bf16)
             program = jax.jit(
-                functools.partial(ragged_attention_tpu, layer=0, num_blocks=num_blocks, scale=0.1), donate_argnums=(3, 4)
+                functools.partial(ragged_attention_tpu, layer=0, num_blocks=num_blocks, scale=0.1, tiles=chosen),
+                donate_argnums=(3, 4),
             ).lower(
                 q, new, new, cache, cache, kv_slots=array(call.num_tokens), query_starts=index[2],
                 context_lens=index[0], block_tables=index[1],

@@ -148,7 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--kinds", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--only", default="", help="run the checks whose name holds this")
-    parser.add_argument("--seconds", type=float, default=900.0, help="time for all; what is not reached is named")
+    parser.add_argument("--seconds", type=float, default=1500.0, help="time for all; what is not reached is named")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_this_process:
@@ -161,7 +161,8 @@ def main() -> int:
     for i, kind in enumerate(options.kinds):
         # What is left is divided among the kinds that are left: a slow one does not starve the others.
         share = max(1.0, (deadline - time.monotonic()) / (len(options.kinds) - i))
-        command = [sys.executable, "-m", "tests.gate.tpu_check", "--in-this-process", "--kinds", kind, "--only", options.only]
+        command = [sys.executable, "-m", "tests.gate.tpu_check", "--in-this-process", "--kinds", kind]
+        command += ["--only", options.only]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

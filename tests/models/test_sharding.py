@@ -58,5 +58,5 @@ def test_a_step_divided_over_two_devices_gives_the_same_logits() -> None:
 
 
 def test_a_model_that_cannot_be_divided_is_refused_with_what_works() -> None:
-    with pytest.raises(ValueError, match="num_kv_heads=2 cannot be divided over 4 devices; choose .* among 1, 2"):
+    with pytest.raises(ValueError, match=r"num_kv_heads=2 cannot be divided over 4 devices; choose .* among 1, 2"):
         check_divisible(TINY, 4)

@@ -19,8 +19,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the race d
 from jax.experimental.pallas import tpu as pltpu
 
 from fastgen_jax.core import stored_head_dim
+from pallas_kernels.ragged_attention.autotune import autotune
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
-from pallas_kernels.ragged_attention.tiles import Tiles, choose
+from pallas_kernels.ragged_attention.tiles import DEVICES, Shape, Tiles, choose, measured, modelled, vmem_bytes
 from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
 from pallas_kernels.ragged_attention.tpu_write import write_kv_tpu
 from pallas_kernels.ragged_attention.xla import write_kv
@@ -189,14 +190,42 @@ def test_what_the_tpu_kernel_cannot_take_is_refused(changes: dict, message: str)
         ragged_attention_tpu(**arguments)
 
 
-@pytest.mark.parametrize("kind", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def shape(num_heads: int, num_kv_heads: int, **changes: int) -> Shape:
+    sizes = {"head_dim": 128, "block_size": 32, "num_tokens": 2048, "num_sequences": 64} | changes
+    return Shape(num_heads=num_heads, num_kv_heads=num_kv_heads, dtype="bfloat16", **sizes)
+
+
+@pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(8, 1), (32, 8), (32, 32), (71, 1), (128, 8)])
-def test_chosen_tiles_are_powers_of_two_within_vmem(kind: str, num_heads: int, num_kv_heads: int) -> None:
+def test_modelled_tiles_are_powers_of_two_within_vmem(kind: str, num_heads: int, num_kv_heads: int) -> None:
     for num_tokens, num_sequences in ((1, 1), (64, 64), (2048, 64)):
-        tiles = choose(
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128, block_size=32, num_tokens=num_tokens,
-            num_sequences=num_sequences, dtype=jnp.dtype(jnp.bfloat16), kind=kind,
-        )  # fmt: skip
+        call = shape(num_heads, num_kv_heads, num_tokens=num_tokens, num_sequences=num_sequences)
+        tiles = modelled(call, kind)
         for size in (tiles.queries, tiles.keys, tiles.sequences):
             assert size & (size - 1) == 0
         assert tiles.keys // tiles.sequences >= 128
+        assert tiles.queries == 8 or vmem_bytes(tiles.queries, tiles.keys, call) <= DEVICES[kind].vmem_limit
+
+
+def test_autotune_writes_the_fastest_tiles_that_work_and_choose_finds_them(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("PALLAS_KERNELS_TILES", str(path))
+    call = shape(32, 8)
+    assert choose(call, "v5e") == modelled(call, "v5e")
+
+    def measure(tiles: Tiles) -> float:
+        if tiles.keys > 512:
+            raise RuntimeError("Ran out of memory in memory space vmem")
+        return 1e-3 / tiles.keys + 1e-6 * tiles.queries
+
+    best = autotune(call, kind="v5e", measure=measure, path=path, report=lambda line: None)
+    assert best.keys == 512
+    assert best.queries == modelled(call, "v5e").queries // 2
+    assert choose(call, "v5e") == best
+    assert choose(shape(32, 8, num_tokens=1500), "v5e") == best  # the same class
+    assert choose(shape(32, 4), "v5e") == modelled(shape(32, 4), "v5e")
+    path.write_text("[1]")
+    measured.cache_clear()
+    with pytest.raises(ValueError, match="does not hold measured tiles"):
+        choose(call, "v5e")
+    measured.cache_clear()
