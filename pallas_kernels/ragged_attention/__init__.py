@@ -6,22 +6,32 @@ against `reference.py`, which defines the semantics in forty lines.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention import contract, cpu, tpu
+from pallas_kernels.ragged_attention import contract, cpu, tpu_support
 from pallas_kernels.ragged_attention.cpu import ragged_attention_cpu
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
-from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
 from pallas_kernels.ragged_attention.xla import ragged_attention_xla
 
 __all__ = ["IMPLEMENTATIONS", "ragged_attention"]
+
+
+
+def _ragged_attention_tpu(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`tpu.ragged_attention_tpu`, imported when it is first asked for."""
+    from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
+
+    return ragged_attention_tpu(*arrays, **options)
+
 
 IMPLEMENTATIONS = {
     "reference": ragged_attention_reference,
     "xla": ragged_attention_xla,
     "cpu": ragged_attention_cpu,
-    "tpu": ragged_attention_tpu,
+    "tpu": _ragged_attention_tpu,
 }
 
 
@@ -115,7 +125,7 @@ def ragged_attention(
     kernels = {}
     if k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
         kernels["cpu"] = run("cpu")
-    if tpu.may_be_lowered() and tpu.unsupported(k_cache, block_tables.shape[1]) is None:
+    if tpu_support.may_be_lowered() and tpu_support.unsupported(k_cache, block_tables.shape[1]) is None:
         kernels["tpu"] = run("tpu")
     return jax.lax.platform_dependent(*operands, **kernels, default=run("xla"))
 

@@ -12,7 +12,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
 TABLE_BITS = 7
 TABLE_PIECE = 1 << TABLE_BITS  # block ids that one copy brings into SMEM
 NO_WINDOW = 2**31 - 1

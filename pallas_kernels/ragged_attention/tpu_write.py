@@ -20,14 +20,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ragged_attention.tpu_support import granule_rows
+
 FIRST_BLOCK, NUM_GRANULES = range(2)
 RING = 16  # granules in flight: a copy takes about a microsecond, whatever its size
 LEAD = 8  # of these, granules that are being read
-
-
-def granule_rows(dtype: Any) -> int:
-    """Rows of one tile of memory: a block holds a whole number of them."""
-    return 32 // jnp.dtype(dtype).itemsize
 
 
 def write_kv_tpu(

@@ -21,7 +21,7 @@ TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v4": "v4:
 MIB = 2**20
 KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and values; the cache is 1000 MiB and more
 STEP_TEMPORARIES = 640 * MIB  # activations of 512 tokens and their logits
-SECONDS_A_PROGRAM = 180
+SECONDS_A_PROGRAM = 180  # of processor time
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -129,15 +129,15 @@ def run_kind(kind: str, only: str) -> None:
     for name, check in checks_of(kind, mesh, small).items():
         if only not in name:
             continue
-        start = time.perf_counter()
+        start = time.process_time()  # whoever else uses the machine does not count
         temporaries = 0
         try:
             temporaries, words = check()
         except (DoesNotCompile, ValueError, NotImplementedError) as error:
             words = f"{type(error).__name__}: {error}"
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         if seconds > SECONDS_A_PROGRAM and not words:
-            words = f"took more than {SECONDS_A_PROGRAM} s"
+            words = f"took more than {SECONDS_A_PROGRAM} processor seconds"
         result = Result(
             kind=kind, check=name, passed=not words, seconds=seconds, temporaries=temporaries, words=words
         )
@@ -157,7 +157,7 @@ def main() -> int:
 
     deadline = time.monotonic() + options.seconds
     failed = 0
-    print(f"{'':6} {'check':42} {'compile':>8} {'temporaries':>12}")
+    print(f"{'':6} {'check':42} {'CPU':>8} {'temporaries':>12}")
     for i, kind in enumerate(options.kinds):
         # What is left is divided among the kinds that are left: a slow one does not starve the others.
         share = max(1.0, (deadline - time.monotonic()) / (len(options.kinds) - i))
