@@ -53,4 +53,5 @@ CALLS = (
     Call(name="heads of 256", num_tokens=512, num_heads=8, num_kv_heads=4, head_dim=256),
     Call(name="float32 cache", num_tokens=256, num_heads=8, num_kv_heads=2, dtype="float32"),
     Call(name="128k contexts", num_tokens=512, context=131072),
+    Call(name="tables of 48 Ki blocks", num_tokens=64, num_heads=8, num_kv_heads=1, num_sequences=2, context=49152 * 32),
 )
