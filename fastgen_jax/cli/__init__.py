@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "any checkpoint as an inference snapshot, which loads at disk speed on any mesh",
     "inspect": "what a checkpoint holds: config, parameters, number formats, tokenizer",
     "bench": "throughput and latency, ours and our peers'",
+    "plan": "whether and how a model fits on devices that need not be here, from its config.json alone",
 }
 
 

@@ -139,7 +139,9 @@ class Runner:
         )
 
 
-def step_program(model: ModelConfig, bucket: Bucket, *, attention: str | None = None) -> Any:
+def step_program(
+    model: ModelConfig, bucket: Bucket, *, attention: str | Callable[..., Any] | None = None
+) -> Any:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
     `attention` is that of `models.decoder.forward`.
@@ -156,7 +158,7 @@ def _step(
     *,
     bucket: Bucket,
     config: ModelConfig,
-    attention: str | None,
+    attention: str | Callable[..., Any] | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
