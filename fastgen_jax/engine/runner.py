@@ -16,7 +16,7 @@ from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample
+from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample, set_masks
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import Params
@@ -47,6 +47,7 @@ class Runner:
     def reset(self) -> None:
         """Fresh device memory: an empty cache and sampler state."""
         model, config = self.model, self.config
+        self.__dict__.pop("kv_cache", None)  # the old one goes first: there may be no room for two
         self.kv_cache = KVCache.zeros(
             num_layers=model.num_layers, num_blocks=config.num_blocks, num_kv_heads=model.num_kv_heads,
             block_size=config.block_size, dtype=jnp.dtype(config.dtype),
@@ -98,12 +99,17 @@ class Runner:
         """Gives a sequence's row of the sampler's state its penalties' history and its logit bias."""
         self.state = reset_slot(self.state, slot, **tables)
 
+    def set_masks(self, slots: Sequence[int], masks: np.ndarray) -> None:
+        """Limits the next tokens of some slots to those of their masks i32[n, ceil(V / 32)]."""
+        self.state = set_masks(self.state, slots, masks)
+
     def warm_up(self) -> None:
-        """Runs every program once on an empty step, and the program that resets a slot, so that the first request
-        pays for no first time."""
+        """Runs every program once on an empty step, and the programs that change the sampler's state, so that the
+        first request pays for no first time."""
         for bucket, _ in self._compiled.values():
             jax.block_until_ready(self.run(bucket.new_buffer()[0], bucket))
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
+        self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
 
     def measure(self, budget: int, *, repeats: int = 5) -> float:
         """Seconds of a full step, one prompt chunk of `budget` tokens at the start of its sequence: the least of several
