@@ -156,6 +156,11 @@ class Engine(ResearchInterface):
         return self._scheduler.num_waiting
 
     @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Ids of the unfinished requests, in the order of adding."""
+        return tuple(self._states)
+
+    @property
     def scheduler(self) -> Scheduler:
         """The scheduler, to look at: its statistics, its estimates, its integrity check."""
         return self._scheduler
