@@ -50,6 +50,8 @@ class Stream:
     def __init__(self, request: Request, on_close: Callable[[Stream], object]) -> None:
         self.request = request
         self.outputs = 0
+        self.on_put: Callable[[], object] | None = None
+        """Called after each event, for one who follows many streams."""
         self._pending: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._on_close = on_close
@@ -60,8 +62,12 @@ class Stream:
         self._pending.append(event)
         self.outputs += 1
         self._done |= isinstance(event, Failure) or event.finished
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._wake()
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether everything was taken and nothing will come."""
+        return self._done and not self._pending
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
@@ -74,10 +80,14 @@ class Stream:
     async def batches(self) -> AsyncIterator[list[RequestOutput]]:
         """All outputs that are there, each time: one for a reader who keeps up."""
         while await self._wait():
-            outputs = []
-            while self._pending and not (outputs and isinstance(self._pending[0], Failure)):
-                outputs.append(_checked(self._pending.popleft()))
-            yield outputs
+            yield self.take()
+
+    def take(self) -> list[RequestOutput]:
+        """The outputs that are there, none of them again; raises RequestFailedError when nothing else is left."""
+        outputs = []
+        while self._pending and not (outputs and isinstance(self._pending[0], Failure)):
+            outputs.append(_checked(self._pending.popleft()))
+        return outputs
 
     async def _wait(self) -> bool:
         """Waits for an event; False if none will come."""
@@ -96,6 +106,13 @@ class Stream:
         if not self._done:
             self._done = True
             self._on_close(self)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if self.on_put is not None:
+            self.on_put()
 
 
 class AsyncEngine:

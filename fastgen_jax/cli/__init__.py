@@ -14,6 +14,8 @@ COMMANDS = {
     "generate": "answer prompts given as arguments or on standard input, one a line",
     "chat": "talk with a model; an empty line ends",
     "demo": "a few prompts at once, with a summary of how the engine ran them",
+    "serve": "a model behind OpenAI's HTTP interface, until it is told to end",
+    "deployments": "the servers that run on this machine",
     "bench": "throughput and latency, ours and our peers'",
 }
 

@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastgen_jax.serving.errors import unsupported
-from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Tool
+from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
-def grammar_of(body: ChatRequest) -> Grammar | None:
+def grammar_of(body: Sampling) -> Grammar | None:
     """What the answer must look like, if the request says."""
-    if body.forces_tool:
+    if isinstance(body, ChatRequest) and body.forces_tool:
         return Grammar.json_schema(_forced_schema(body))
     form = body.response_format
     if form is None or form.type == "text":

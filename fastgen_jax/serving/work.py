@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from fastgen_jax.api.async_engine import Stream
@@ -84,6 +85,9 @@ class Work:
     timings: list[Timing] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
+    reasons: list[str | None] = field(default_factory=list)
+    on_gap: Callable[[float | None, Timing], object] = lambda gap, timing: None
+    """Called for each output with the seconds since the one before it, None for the first."""
 
     @property
     def samples_a_prompt(self) -> int:
@@ -118,8 +122,10 @@ class Work:
         }
 
     def _note(self, index: int, outputs: Sequence[RequestOutput]) -> None:
+        timing = self.timings[index]
         for output in outputs:
-            self.timings[index].note(output)
+            self.on_gap(timing.note(output), timing)
+            self.reasons[index] = output.finish_reason
             self.generated[index] += len(output.new_token_ids)
             self.cached[index] = output.num_cached_tokens
 
@@ -130,24 +136,19 @@ class Work:
                     self._note(0, outputs)
                     yield 0, outputs
                 return
-            ready: asyncio.Queue[tuple[int, list[RequestOutput] | None]] = asyncio.Queue(maxsize=len(self.streams))
-
-            async def follow(index: int, stream: Stream) -> None:
-                async for outputs in stream.batches():
-                    await ready.put((index, outputs))
-                await ready.put((index, None))
-
-            async with asyncio.TaskGroup() as group:
-                for index, stream in enumerate(self.streams):
-                    group.create_task(follow(index, stream))
-                unfinished = len(self.streams)
-                while unfinished:
-                    index, outputs = await ready.get()
-                    if outputs is None:
-                        unfinished -= 1
-                    else:
-                        self._note(index, outputs)
-                        yield index, outputs
+            ready: asyncio.Queue[int] = asyncio.Queue()
+            for index, stream in enumerate(self.streams):
+                stream.on_put = partial(ready.put_nowait, index)
+                ready.put_nowait(index)  # for what came before
+            unfinished = set(range(len(self.streams)))
+            while unfinished:
+                index = await ready.get()
+                outputs = self.streams[index].take()
+                if outputs:
+                    self._note(index, outputs)
+                    yield index, outputs
+                if self.streams[index].is_exhausted:
+                    unfinished.discard(index)
         finally:
             self.close()
 
@@ -190,12 +191,11 @@ async def start_work(
             stream.close()
         raise
     zeros = [0] * len(streams)
-    return Work(encoded, every * len(encoded), streams, [Timing(arrival) for _ in streams], [*zeros], [*zeros])
+    timings = [Timing(arrival) for _ in streams]
+    return Work(encoded, every * len(encoded), streams, timings, [*zeros], [*zeros], [None] * len(streams))
 
 
 def _all_samples(params: SamplingParams, num_samples: int) -> list[SamplingParams]:
-    from dataclasses import replace
-
     if num_samples > 1 and params.greedy:
         return [params] * num_samples  # the same answer each time, as OpenAI gives it
     return samples(replace(params, n=num_samples))
