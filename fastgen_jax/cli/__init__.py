@@ -16,6 +16,8 @@ COMMANDS = {
     "demo": "a few prompts at once, with a summary of how the engine ran them",
     "serve": "a model behind OpenAI's HTTP interface, until it is told to end",
     "deployments": "the servers that run on this machine",
+    "top": "what a deployment does right now, in the terminal",
+    "batch": "a file of requests to a file of answers; resumes where it was stopped",
     "bench": "throughput and latency, ours and our peers'",
 }
 

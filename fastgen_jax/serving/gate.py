@@ -36,16 +36,21 @@ class Gate:
         request_id = headers.get(b"x-request-id", b"")[:100].decode("latin-1") or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         state = {"status": 0, "received": 0}
+        too_large: ApiError | None = None
 
         async def counted() -> Message:
+            nonlocal too_large
             message = await receive()
             if message["type"] == "http.request":
                 state["received"] += len(message.get("body", b""))
                 if state["received"] > self._max_body_bytes:
-                    raise self._too_large(state["received"])
+                    too_large = self._too_large(state["received"])
+                    raise too_large
             return message
 
         async def named(message: Message) -> None:
+            if too_large is not None and not state["status"]:
+                return  # what the application makes of a body that it could not read
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode("latin-1"))]
@@ -54,6 +59,9 @@ class Gate:
         try:
             self._check(scope, headers)
             await self._app(scope, counted, named)
+            refusal, too_large = too_large, None
+            if refusal is not None and not state["status"]:
+                await refusal.response()(scope, receive, named)
         except ApiError as error:
             if state["status"]:
                 raise

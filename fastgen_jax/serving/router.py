@@ -167,17 +167,20 @@ class Router:
         self._numbers = itertools.count()
         self._keepers: list[asyncio.Task[None]] = []
         self._failure: str | None = None
-        self._one_ready = asyncio.Event()
 
     async def start(self) -> Router:
         """Starts the replicas and returns when all are ready or given up; ValueError if none is ready."""
         # One after another: the first fills the compile cache that the others read.
-        for replica in self.replicas:
-            ready = asyncio.Event()
-            self._keepers.append(asyncio.create_task(self._keep(replica, ready)))
-            await ready.wait()
-            if not replica.is_ready:
-                break
+        try:
+            for replica in self.replicas:
+                ready = asyncio.Event()
+                self._keepers.append(asyncio.create_task(self._keep(replica, ready)))
+                await ready.wait()
+                if not replica.is_ready:
+                    break
+        except asyncio.CancelledError:
+            await self.close()
+            raise
         if not any(replica.is_ready for replica in self.replicas):
             await self.close()
             raise ValueError(self._failure or "no replica became ready")

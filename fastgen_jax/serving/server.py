@@ -17,11 +17,14 @@ import uvicorn
 
 from fastgen_jax.api.async_engine import AsyncEngine
 from fastgen_jax.api.deployment import Deployment, check_name, default_name, process_start, written_down
+from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.serving.app import Server, create_app
+from fastgen_jax.serving.router import Router
 from fastgen_jax.serving.settings import Served, ServerConfig
 from fastgen_jax.serving.work import Backend
+from fastgen_jax.text import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +49,19 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
     with written_down(record):
         log.info("deployment %s listens on %s and loads %s", record.name, record.url, model)
         server = Server(served)
-        asyncio.run(_serve(server, listener, _loader(model, config, engine_config)))
+
+        async def serve() -> None:
+            loading = asyncio.create_task(load_backend(model, config, engine_config))
+            await _serve(server, listener, loading)
+
+        asyncio.run(serve())
     if server.failure is not None:
         log.error("%s", server.failure)
         return 2
     return 0
 
 
-async def _serve(server: Server, listener: socket.socket, load: Callable[[], Any]) -> None:
+async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[Backend]) -> None:
     config = server.served.config
     http = _Uvicorn(uvicorn.Config(
         create_app(server), log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=CLOSE_SECONDS,
@@ -70,13 +78,14 @@ async def _serve(server: Server, listener: socket.socket, load: Callable[[], Any
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    loading = _in_daemon_thread(load)
     asked = asyncio.create_task(ending.wait())
-    await asyncio.wait({serving, asyncio.ensure_future(loading), asked}, return_when=asyncio.FIRST_COMPLETED)
-    if loading.done():
+    await asyncio.wait({serving, loading, asked}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+    else:
         try:
-            made = loading.result()
-            backend: Backend = await made() if callable(made) else made
+            backend = loading.result()
         except Exception as error:
             server.failure = f"the model could not be loaded: {error}"
             if not isinstance(error, ValueError):
@@ -104,6 +113,8 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _loader(model: str, config: ServerConfig, engine_config: EngineConfig) -> Callable[[], Any]:
+    """What loads the model, in a thread; it returns what makes the backend, in the event loop."""
+
     def one() -> Callable[[], Any]:
         engine = Engine.from_pretrained(model, engine_config)
 
@@ -112,7 +123,21 @@ def _loader(model: str, config: ServerConfig, engine_config: EngineConfig) -> Ca
 
         return backend
 
-    return one
+    def several() -> Callable[[], Any]:
+        # Facts of the model only: this process must not touch an accelerator that a replica is to have.
+        checkpoint = open_checkpoint(resolve_model(model))
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+        router = Router(model, engine_config, tokenizer, checkpoint.config, replicas=config.replicas,
+                        max_queue=config.max_queue)
+        return router.start
+
+    return one if config.replicas == 1 else several
+
+
+async def load_backend(model: str, config: ServerConfig, engine_config: EngineConfig) -> Backend:
+    """What answers requests for `model`, ready: one engine in this process, or several behind a router."""
+    make = await _in_daemon_thread(_loader(model, config, engine_config))
+    return await make()
 
 
 def _in_daemon_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:

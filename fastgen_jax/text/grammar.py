@@ -13,6 +13,10 @@ import numpy as np
 from fastgen_jax.text.tokenizer import Tokenizer
 
 
+# Between the parts of a JSON text: a model that may write any white space can write it for ever.
+_JSON_LAYOUT = {"whitespace_pattern": " ?"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grammar:
     """What a text must look like: a JSON schema, a regular expression, or llguidance's variant of a Lark grammar."""
@@ -66,7 +70,7 @@ class GrammarCompiler:
         library = _library()
         matchers = library.LLMatcher
         make = {
-            "json_schema": matchers.grammar_from_json_schema,
+            "json_schema": lambda source: matchers.grammar_from_json_schema(source, defaults=_JSON_LAYOUT),
             "regex": matchers.grammar_from_regex,
             "lark": matchers.grammar_from_lark,
         }[grammar.kind]

@@ -6,7 +6,10 @@ import json
 
 import pytest
 
-from tests.serving.house import MODEL, ask, events, offline
+from fastgen_jax.serving.errors import ApiError
+from fastgen_jax.serving.protocol import ChatRequest
+from fastgen_jax.serving.tools import ToolReader, prepare_messages
+from tests.serving.house import MODEL, ask, events, offline, tokenizer
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0,
         "ignore_eos": True}
@@ -30,8 +33,6 @@ def joined(got, part="content"):
 def test_a_chat_is_the_completion_of_its_rendered_template():
     got = choice(CHAT)
     # The template writes its own special tokens, so none is added: compare by token ids.
-    from tests.serving.house import tokenizer
-
     ids = tokenizer().encode("u:Hi\na:", add_special_tokens=False)
     assert got["message"] == {"role": "assistant", "refusal": None,
                               "content": offline(ids, do_sample=False, max_new_tokens=8, ignore_eos=True)}
@@ -86,8 +87,42 @@ def test_a_named_function_is_called_with_arguments_of_its_schema():
 
 def test_a_required_call_chooses_among_the_tools():
     other = {"type": "function", "function": {"name": "g", "parameters": WEATHER["function"]["parameters"]}}
-    # The prompt speaks of the tools, which takes most of the tiny model's context.
     got = choice({**CHAT, "max_tokens": 60, "tools": [other], "tool_choice": "required"})
     (call,) = got["message"]["tool_calls"]
     assert call["function"]["name"] == "g"
     assert json.loads(call["function"]["arguments"])["c"] in ("A", "B")
+
+
+def test_whole_calls_are_read_from_free_text_and_content_before_them_stays():
+    reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
+    text = 'Let me see. <tool_call>{"name": "f", "arguments": {"c": "A"}}</tool_call>\n<tool_call>{"name": "f"}</tool_call>'
+    content, calls = "", []
+    for piece in (text[i : i + 3] for i in range(0, len(text), 3)):
+        more, deltas = reader.push(piece)
+        content, calls = content + more, calls + deltas
+    more, deltas = reader.flush()
+    assert content + more == "Let me see. "
+    assert [c["function"] for c in calls + deltas] == [{"name": "f", "arguments": '{"c": "A"}'},
+                                                       {"name": "f", "arguments": "{}"}]
+
+
+@pytest.mark.parametrize("text", ["plain", "a < b", "ends with <tool", "<tool_call>cut off"])
+def test_text_that_is_no_call_is_content_or_was_cut_off(text):
+    reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
+    content = "".join(reader.push(c)[0] for c in text) + reader.flush()[0]
+    assert content == text.removeprefix("<tool_call>")
+    assert reader.num_calls == 0
+
+
+def test_a_model_whose_template_knows_no_tools_is_told_of_them():
+    body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
+    messages, tools = prepare_messages(tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}"), body)
+    assert tools is None
+    assert '"name": "f"' in messages[0]["content"]
+    assert messages[1:] == body.messages
+
+
+def test_a_form_of_tool_calls_that_is_not_read_is_refused_where_the_model_may_choose():
+    body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
+    with pytest.raises(ApiError, match="in a form that is not read here"):
+        prepare_messages(tokenizer(template="{{ tools }}"), body)
