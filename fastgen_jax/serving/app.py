@@ -34,7 +34,7 @@ from fastgen_jax.serving.trace import perfetto
 from fastgen_jax.serving.work import Backend
 
 _NOT_OPENAI = {"description": "An error in OpenAI's shape."}
-_ERRORS: dict[int | str, dict[str, Any]] = {code: _NOT_OPENAI for code in (400, 401, 404, 408, 413, 429, 500, 503)}
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _NOT_OPENAI)
 CLIENT_GONE = 499  # nginx's number for a client that did not wait; nobody reads it but the log
 
 

@@ -82,8 +82,8 @@ def read_done(path: Path) -> Done:
     return done
 
 
-def read_request(line: str, number: int, model: str, options: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """Custom id, URL and body of an input line; `options` go into bodies that do not have them."""
+def read_request(line: str, model: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """URL and body of an input line; `options` go into bodies that do not have them."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -96,15 +96,15 @@ def read_request(line: str, number: int, model: str, options: dict[str, Any]) ->
             raise ValueError(f"method is {value['method']!r}; it must be POST")
         if not isinstance(body, dict) or body.get("stream"):
             raise ValueError("body must be an object without stream=true")
-        return str(value.get("custom_id", number)), url, {**options, **body}
+        return url, {**options, **body}
     if isinstance(value, dict) and ("prompt" in value or "messages" in value):
         url = URLS["messages" in value]
         rest = {name: item for name, item in value.items() if name != "custom_id"}
-        return str(value.get("custom_id", number)), url, {"model": model, **options, **rest}
+        return url, {"model": model, **options, **rest}
     if isinstance(value, dict):
         raise ValueError("an object needs 'body' (OpenAI's batch format), 'prompt' or 'messages'")
     text = value if isinstance(value, str) else line
-    return str(number), URLS[0], {"model": model, "prompt": text, **options}
+    return URLS[0], {"model": model, "prompt": text, **options}
 
 
 async def run_batch(
@@ -163,9 +163,9 @@ def _unanswered(lines: BinaryIO, done: Done) -> Iterator[tuple[int, str]]:
 async def _answer(
     http: httpx.AsyncClient, number: int, line: str, model: str, options: dict[str, Any]
 ) -> dict[str, Any]:
-    custom_id: str = str(number)
+    custom_id = _custom_id(line, number)
     try:
-        custom_id, url, body = read_request(line, number, model, options)
+        url, body = read_request(line, model, options)
     except ValueError as error:
         return {"id": f"batch-{number}", "custom_id": custom_id, "response": None,
                 "error": {"code": "invalid_line", "message": str(error)}}
@@ -184,6 +184,14 @@ async def _answer(
             pause = max(pause, min(float(response.headers.get("retry-after", 0)), MAX_WAIT) / 2)
         pause = min(2 * pause, MAX_WAIT)
         await asyncio.sleep(pause)
+
+
+def _custom_id(line: str, number: int) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    return str(value.get("custom_id", number) if isinstance(value, dict) else number)
 
 
 def _write(file: BinaryIO, answer: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from fastgen_jax.text.tokenizer import Tokenizer
 
-
 # Between the parts of a JSON text: a model that may write any white space can write it for ever.
 _JSON_LAYOUT = {"whitespace_pattern": " ?"}
 

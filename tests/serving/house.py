@@ -20,7 +20,8 @@ from tests.tiny import drain, tiny_model
 SPECIALS = ("<unk>", "<s>", "</s>")
 CHARACTERS = (" \nABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
               "!\"#$%&'()*+,-./:;<=>?@[\\]_{|}")
-TEMPLATE = ("{# <tool_call> #}{% for t in tools or () %}T:{{ t.function.name }}\n{% endfor %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+TEMPLATE = ("{# <tool_call> #}{% for t in tools or () %}T:{{ t.function.name }}\n{% endfor %}"
+            "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}a:{% endif %}")
 MODEL = "tiny"
 

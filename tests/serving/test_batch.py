@@ -137,5 +137,5 @@ def test_a_file_that_is_no_output_is_not_overwritten(tmp_path):
 
 
 def test_options_fill_only_what_a_body_leaves_open():
-    _, _, body = read_request(json.dumps({"prompt": "x", "max_tokens": 9}), 0, MODEL, {"max_tokens": 1, "seed": 2})
+    _, body = read_request(json.dumps({"prompt": "x", "max_tokens": 9}), MODEL, {"max_tokens": 1, "seed": 2})
     assert body == {"model": MODEL, "prompt": "x", "max_tokens": 9, "seed": 2}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from fastgen_jax import EngineConfig
 from fastgen_jax.api.async_engine import RequestFailedError
 from fastgen_jax.api.engine_thread import Load
@@ -79,13 +81,10 @@ def test_prompts_that_begin_alike_go_to_the_same_replica_until_it_has_too_much()
         prompt = [5] * (PIECE + 10)
         first, _ = f.submit(prompt, 4)
         f.say(f.home(first), first, [1] * 4, finished=True)
-        other = f.router.replicas[1]
-        other.tickets.clear()
         again, _ = f.submit([*prompt, 9], 4)
         assert f.home(again) == 0
-        f.submit(prompt, 20)
-        fourth, _ = f.submit(prompt, 20)
-        assert f.home(fourth) == 1  # sharing the prefix saves less than waiting costs
+        third, _ = f.submit(prompt, 20)
+        assert f.home(third) == 1  # sharing the prefix saves less than waiting costs
 
     run(scenario)
 
@@ -119,12 +118,8 @@ def test_an_answer_that_comes_out_differently_fails_instead_of_going_on():
         dead = f.home(request)
         f.die(dead)
         f.say(1 - dead, request, [9])
-        try:
+        with pytest.raises(RequestFailedError, match="does not give the same tokens"):
             await anext(stream)
-        except RequestFailedError as error:
-            assert error.kind == "lost"
-        else:
-            raise AssertionError("it went on")
 
     run(scenario)
 
