@@ -215,13 +215,13 @@ def _parse(line: str, counts: dict[int, int]) -> tuple[int, RequestOutput] | Non
         raise ServerError(event["error"]["message"], status=500)
     index = event["index"]
     counts[index] = counts.get(index, 0) + len(event["token_ids"])
-    logprobs = {name: tuple(map(_logprob, event[name])) if name in event else None for name in
-                ("logprobs", "prompt_logprobs")}
+    logprobs, prompt_logprobs = (tuple(map(_logprob, event[name])) if name in event else None
+                                 for name in ("logprobs", "prompt_logprobs"))
     return index, RequestOutput(
         request_id=str(index), new_token_ids=tuple(event["token_ids"]), text=event["text"],
         finished=event["finish_reason"] is not None, finish_reason=event["finish_reason"],
         num_prompt_tokens=event["prompt_length"], num_cached_tokens=event["cached_length"],
-        num_generated_tokens=counts[index], **logprobs,
+        num_generated_tokens=counts[index], logprobs=logprobs, prompt_logprobs=prompt_logprobs,
     )
 
 

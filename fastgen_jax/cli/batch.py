@@ -71,10 +71,12 @@ async def _run(options: dict[str, Any], bar: Any) -> Any:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         async with httpx.AsyncClient(base_url=deployment.url, headers=headers, timeout=None, limits=limits) as http:
             return await run_batch(http, options["input"], options["output"], model=deployment.name, **rest)
-    engine = {f.name: options[f.name] for f in fields(EngineConfig) if options.get(f.name) is not None}
-    engine = {name: tuple(value) if isinstance(value, list) else value for name, value in engine.items()}
+    engine = EngineConfig.from_options({
+        f.name: tuple(value) if isinstance(value, list) else value
+        for f in fields(EngineConfig) if (value := options.get(f.name)) is not None
+    })
     config = ServerConfig(replicas=options["replicas"], max_queue=max(1024, options["concurrency"]))
-    backend = await load_backend(options["model"], config, EngineConfig(**engine))
+    backend = await load_backend(options["model"], config, engine)
     name = default_name(options["model"])
     app = create_app(Server(Served(name=name, deployment=name, config=config), backend))
     try:

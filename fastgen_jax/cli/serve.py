@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
 from fastgen_jax.cli.options import add_fields
@@ -42,8 +43,7 @@ def run(options: dict[str, Any]) -> int:
 
 def _server_config() -> Any:
     try:
-        from fastgen_jax.serving.server import run_server as _  # uvicorn, fastapi and the rest
-        from fastgen_jax.serving.settings import ServerConfig
+        import_module("fastgen_jax.serving.server")  # uvicorn, fastapi and the rest
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}; pip install 'fastgen_jax[serve]'") from None
-    return ServerConfig
+    return import_module("fastgen_jax.serving.settings").ServerConfig

@@ -84,7 +84,7 @@ class RequestState:
         params = sequence.request.params
         ended = sequence.finish_reason is not None
         if self.matcher is not None:
-            ended |= any([self.matcher.advance(token_id) for token_id in token_ids])
+            ended |= any(self.matcher.advance(token_id) for token_id in token_ids)
         error = self.matcher.error if self.matcher else None
         text, stopped = "", False
         if self._detokenizer is not None:

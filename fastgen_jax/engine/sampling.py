@@ -1,9 +1,9 @@
 """The sampler of the step program: logits in, tokens and log-probabilities out, pure functions throughout.
 
 Order: repetition, presence and frequency penalties; logit bias; ban of stop tokens; token masks; temperature; top-k;
-top-p (of what top-k left, renormalised); min-p; a draw from what is left, renormalised. The lowest token id wins every tie: of equal
-logits, greedy decoding takes it, and top-k and top-p keep it first, so that `top_k=k` keeps exactly k tokens and
-`top_k=1` is greedy decoding. Of a row that holds a NaN, some token of the vocabulary comes out.
+top-p (of what top-k left, renormalised); min-p; a draw from what is left, renormalised. The lowest token id wins every
+tie: of equal logits, greedy decoding takes it, and top-k and top-p keep it first, so that `top_k=k` keeps exactly k
+tokens and `top_k=1` is greedy decoding. Of a row that holds a NaN, some token of the vocabulary comes out.
 
 A token depends on its logits, its request's parameters and `fold_in(key(seed), position)`, and on nothing else in the
 batch. To that end no sum of floats decides anything: probabilities are fixed-point integers (2**30 is 1), and sums of

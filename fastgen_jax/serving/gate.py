@@ -32,24 +32,23 @@ class Gate:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        headers = {name: value for name, value in scope["headers"]}
+        headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"")[:100].decode("latin-1") or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         state = {"status": 0, "received": 0}
-        too_large: ApiError | None = None
+        refusals: list[ApiError] = []
 
         async def counted() -> Message:
-            nonlocal too_large
             message = await receive()
             if message["type"] == "http.request":
                 state["received"] += len(message.get("body", b""))
                 if state["received"] > self._max_body_bytes:
-                    too_large = self._too_large(state["received"])
-                    raise too_large
+                    refusals.append(self._too_large(state["received"]))
+                    raise refusals[0]
             return message
 
         async def named(message: Message) -> None:
-            if too_large is not None and not state["status"]:
+            if refusals and not state["status"]:
                 return  # what the application makes of a body that it could not read
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
@@ -57,15 +56,17 @@ class Gate:
             await send(message)
 
         try:
-            self._check(scope, headers)
-            await self._app(scope, counted, named)
-            refusal, too_large = too_large, None
-            if refusal is not None and not state["status"]:
+            try:
+                self._check(scope, headers)
+                await self._app(scope, counted, named)
+            except ApiError as error:
+                if state["status"]:
+                    raise
+                refusals.append(error)
+            if refusals and not state["status"]:
+                refusal = refusals[0]
+                refusals.clear()
                 await refusal.response()(scope, receive, named)
-        except ApiError as error:
-            if state["status"]:
-                raise
-            await error.response()(scope, receive, named)
         finally:
             log.info("%s %s %d", scope["method"], scope["path"], state["status"], extra={
                 "method": scope["method"], "path": scope["path"], "status": state["status"], "request_id": request_id,
@@ -79,7 +80,7 @@ class Gate:
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and any([secrets.compare_digest(given.strip(), key) for key in self._keys]):
+        if scheme.lower() == b"bearer" and any(secrets.compare_digest(given.strip(), key) for key in self._keys):
             return
         raise ApiError("this server wants a key: send the header 'Authorization: Bearer KEY'", status=401,
                        type="authentication_error", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -190,7 +191,7 @@ def test_the_command_line_lists_it_and_looks_into_it(client):
     assert row[1:3] == [client.deployment.url, str(client.deployment.pid)]
     assert row[-1].endswith("two.log")
     assert "engine 1: 0 running" in fastgen("top", "two", "--once", "--interval", "0.1")
-    log = open(client.deployment.log).read().splitlines()  # noqa: SIM115 (one line)
+    log = Path(client.deployment.log).read_text().splitlines()
     entries = [json.loads(line) for line in log if line.startswith("{")]
     assert any(entry.get("path") == "/v1/completions" and entry.get("status") == 200 for entry in entries)
 
