@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import threading
 from pathlib import Path
 
 import pytest
-import uvicorn
 
-from fastgen_jax.api.async_engine import AsyncEngine
-from fastgen_jax.serving.app import Server, create_app
-from fastgen_jax.serving.settings import Served
 from tests.serving.house import MODEL, engine, offline, tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -31,21 +25,6 @@ def browser():
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def url():
-    backend = AsyncEngine(engine())
-    server = uvicorn.Server(uvicorn.Config(create_app(Server(Served(name=MODEL, deployment=MODEL), backend)),
-                                           log_config=None))
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    backend._thread.close()
 
 
 @pytest.mark.parametrize("size", SIZES)
