@@ -157,7 +157,7 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """Whether a request would be taken."""
-        return self._thread.is_alive and not self._closed
+        return not self._thread.has_ended and not self._closed
 
     def submit(
         self, request: Request, *, grammar: Grammar | None = None, matcher: GrammarMatcher | None = None,
@@ -179,7 +179,11 @@ class AsyncEngine:
             matcher = self.intake.matcher(grammar)
         self._loop = asyncio.get_running_loop()
         stream = self._streams[request.request_id] = Stream(request, self._on_stream_closed)
-        self._thread.submit(request, matcher, deadline=deadline)
+        try:
+            self._thread.submit(request, matcher, deadline=deadline)
+        except RuntimeError as error:
+            self._streams.pop(request.request_id, None)
+            raise ClosedError(f"this server takes no more requests: {error}") from None
         return stream
 
     async def generate(
@@ -208,7 +212,7 @@ class AsyncEngine:
             stream.close()
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """What `function(engine)` returns, run in the engine's thread between two steps."""
+        """What `function(engine)` returns, run in the engine's thread between two steps; ClosedError if that has ended."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
 
@@ -219,7 +223,10 @@ class AsyncEngine:
                 result, error = None, exception
             loop.call_soon_threadsafe(_settle, future, result, error)
 
-        self._thread.call(run)
+        try:
+            self._thread.call(run)
+        except RuntimeError as error:
+            raise ClosedError(str(error)) from None
         return await future
 
     async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.1
+SERVER_KEYS_VARIABLE = "FASTGEN_SERVER_KEYS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +130,18 @@ def start_server(model: str, *, deployment_name: str, options: dict[str, Any], t
     folder = deployments_dir()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = folder / f"{name}.log"
+    environment = dict(os.environ)
+    options = dict(options)
+    if options.get("api_key"):  # anybody can read a command line
+        environment[SERVER_KEYS_VARIABLE] = ",".join(options.pop("api_key"))
     command = [sys.executable, "-m", "fastgen_jax.cli", "serve", model, "--deployment-name", name, "--log-file", str(log)]
     for option, value in options.items():
         command += _flags(option, value)
     log.write_bytes(b"")
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=True)  # it lives on when this process and its terminal end
+        # In a session of its own, so that it lives on when this process and its terminal end.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+                                   start_new_session=True)
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if process.poll() is not None:

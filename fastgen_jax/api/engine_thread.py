@@ -56,6 +56,8 @@ class EngineThread:
         self.engine = engine
         self.load = Load()
         self.num_failed_steps = 0
+        self.has_ended = False
+        """Whether it takes no more requests, because it was closed or could not be recovered."""
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._deadlines: list[tuple[float, str]] = []
@@ -72,22 +74,26 @@ class EngineThread:
         """Requests that do not run yet, those that the engine has not seen included."""
         return self.load.num_waiting + self._inbox.qsize()
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
-
     def submit(self, request: Request, matcher: GrammarMatcher | None = None, *, deadline: float | None = None) -> None:
-        """Queues a checked request; its events follow. `deadline` is on the clock of `time.monotonic`."""
+        """Queues a checked request; its events follow. `deadline` is on the clock of `time.monotonic`.
+
+        Raises RuntimeError if the thread has ended.
+        """
         self._inbox.put(lambda: self._add(request, matcher, deadline))
+        self._check()
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; no event follows, and none if it is unknown."""
         self._inbox.put(lambda: self.engine.abort(request_id))
 
     def call(self, function: Callable[[Engine], Any]) -> None:
-        """Runs `function` between two steps."""
+        """Runs `function` between two steps. Raises RuntimeError if the thread has ended."""
         self._inbox.put(lambda: function(self.engine))
+        self._check()
+
+    def wait(self) -> None:
+        """Returns when the thread has ended."""
+        self._thread.join()
 
     def close(self, timeout: float | None = None) -> None:
         """Ends the thread after the step that runs; unfinished requests get a `Failure`."""
@@ -95,22 +101,27 @@ class EngineThread:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while not self._stopping:
-            try:
-                self._take_commands()
-                self._expire()
-                if self.engine.has_work and not self._stopping:
-                    self._step()
-            except Exception as error:  # the thread must live: without it every client would hang
-                self._recover(error)
+        try:
+            while not self._stopping:
+                try:
+                    self._take_commands(wait=not self.engine.has_work)
+                    self._expire()
+                    if self.engine.has_work and not self._stopping:
+                        self._step()
+                except Exception as error:  # the thread must live: without it every client would hang
+                    self._recover(error)
+                self._publish()
+                self._hand_over()
+        except Exception:
+            log.exception("the engine cannot be recovered; it takes no more requests")
+        finally:
+            self.has_ended = True
+            self._take_commands(wait=False)  # what came in meanwhile must hear of it too
+            self._fail([*self.engine.request_ids], "shutdown", "the server is shutting down")
             self._publish()
             self._hand_over()
-        self._fail([*self.engine.request_ids], "shutdown", "the server is shutting down")
-        self._publish()
-        self._hand_over()
 
-    def _take_commands(self) -> None:
-        wait = not self.engine.has_work
+    def _take_commands(self, *, wait: bool) -> None:
         while True:
             try:
                 command = self._inbox.get(block=wait)
@@ -118,6 +129,11 @@ class EngineThread:
                 return
             command()
             wait = False
+
+    def _check(self) -> None:
+        # After the command was queued: one that came too late for the last look into the inbox is seen here.
+        if self.has_ended:
+            raise RuntimeError("the engine's thread has ended")
 
     def _stop(self) -> None:
         self._stopping = True

@@ -148,7 +148,10 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        snapshots = await server.backend.snapshots() if server.backend else []
+        snapshots = []
+        if server.backend is not None:
+            with contextlib.suppress(ClosedError):  # an engine that has ended has nothing to say
+                snapshots = await server.backend.snapshots()
         return Response(server.metrics.render(snapshots), media_type=CONTENT_TYPE)
 
     @app.get("/stats", responses=_ERRORS)

@@ -79,6 +79,8 @@ def main(descriptor: int) -> None:
         outbox.put(pack(("events", list(events), thread.load)))
 
     thread = EngineThread(engine, deliver)
+    # A replica whose engine cannot be recovered is of no use: the router starts another.
+    threading.Thread(target=lambda: (thread.wait(), os._exit(3)), daemon=True).start()
     outbox.put(pack(("ready", engine.config)))
 
     def snapshot(number: int, since_step: int | None) -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
+
+from fastgen_jax.api.deployment import SERVER_KEYS_VARIABLE
+
+
+def _keys_of_environment() -> tuple[str, ...]:
+    return tuple(filter(None, os.environ.get(SERVER_KEYS_VARIABLE, "").split(",")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +27,9 @@ class ServerConfig:
     """TCP port; 0 takes a free one."""
     replicas: int = 1
     """Engines, each in a process of its own if there are several."""
-    api_key: tuple[str, ...] = ()
-    """Keys that a request may carry as a bearer token; none: no key is asked for."""
+    api_key: tuple[str, ...] = field(default_factory=_keys_of_environment)
+    """Keys that a request may carry as a bearer token; none: no key is asked for. By default FASTGEN_SERVER_KEYS,
+    separated by commas, which other users of the machine cannot see in its list of processes."""
     cors_origin: tuple[str, ...] = ()
     """Web origins that browsers may call from; * allows all."""
     tls_certificate: str | None = None

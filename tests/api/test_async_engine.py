@@ -175,6 +175,27 @@ def test_a_failed_step_ends_its_requests_and_the_queue_survives(monkeypatch, whe
     assert [r for r, w in zip(results, want, strict=True) if r != w] == failed  # all others are as they should be
 
 
+def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
+    def breaks(self, *_):
+        raise RuntimeError("the device is gone for good")
+
+    monkeypatch.setattr(Engine, "_set_masks", breaks)
+    monkeypatch.setattr(Engine, "recover", breaks)
+    engine = tiny_engine(num_blocks=66)  # nobody else's: it is not to be used again
+
+    async def scenario():
+        wrapped = AsyncEngine(engine)
+        results = await asyncio.gather(*(tokens(wrapped, [5 + i]) for i in range(12)), return_exceptions=True)
+        assert {type(r) for r in results} <= {RequestFailedError, ClosedError}
+        assert not wrapped.is_ready
+        with pytest.raises(ClosedError):
+            await wrapped.snapshots()
+        with pytest.raises(ClosedError):
+            await tokens(wrapped, [5])
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 def test_a_mistake_is_raised_where_it_was_made():
     async def scenario(engine):
         with pytest.raises(ValueError, match="prompt is empty"):

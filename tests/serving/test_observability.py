@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import pairwise
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_stats_give_the_timeline_from_a_step_on_and_top_draws_it():
     assert f"step {steps[0][0]:>6} {'░' * 40}  0 generated, 32 prompt tokens" in drawn
     device = [e for e in trace["traceEvents"] if e["ph"] == "X" and e["tid"] == 0]
     assert [e["args"]["step"] for e in device] == sorted(e["args"]["step"] for e in device)
-    for earlier, later in zip(device, device[1:], strict=False):
+    for earlier, later in pairwise(device):
         assert earlier["ts"] + earlier["dur"] <= later["ts"] + 1, "steps do not overlap on the device"
 
 
