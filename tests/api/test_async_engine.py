@@ -181,7 +181,7 @@ def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
 
     monkeypatch.setattr(Engine, "_set_masks", breaks)
     monkeypatch.setattr(Engine, "recover", breaks)
-    engine = tiny_engine(num_blocks=66)  # nobody else's: it is not to be used again
+    engine = tiny_engine()
 
     async def scenario():
         wrapped = AsyncEngine(engine)
@@ -194,6 +194,9 @@ def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
             await tokens(wrapped, [5])
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
+    monkeypatch.undo()
+    engine.recover()  # for the tests that come
+    assert not engine.has_work
 
 
 def test_a_mistake_is_raised_where_it_was_made():
