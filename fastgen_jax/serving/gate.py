@@ -17,6 +17,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})  # asked every second by machines
 
 
 class Gate:
@@ -68,7 +69,8 @@ class Gate:
                 refusals.clear()
                 await refusal.response()(scope, receive, named)
         finally:
-            log.info("%s %s %d", scope["method"], scope["path"], state["status"], extra={
+            level = logging.DEBUG if scope["path"] in QUIET_PATHS and state["status"] < 400 else logging.INFO
+            log.log(level, "%s %s %d", scope["method"], scope["path"], state["status"], extra={
                 "method": scope["method"], "path": scope["path"], "status": state["status"], "request_id": request_id,
                 "milliseconds": round(1e3 * (time.perf_counter() - start), 3), **scope["state"].get("log", {}),
             })

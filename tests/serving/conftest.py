@@ -20,6 +20,7 @@ def url():
                                            log_config=None))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.listen()  # from here on nobody is turned away
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
