@@ -190,9 +190,11 @@ class SseEncoder:
     def __init__(self, head: dict[str, Any]) -> None:
         self._head = ("data: " + json.dumps(head)[:-1]).encode()
 
-    def choices(self, choices: list[dict[str, Any]], *, with_usage: bool) -> bytes:
-        """One event; `with_usage` if a last event will carry the usage, which this one then has as null."""
-        tail = b',"usage":null}\n\n' if with_usage else b"}\n\n"
+    def choices(self, choices: list[dict[str, Any]], *, usage: dict[str, int] | bool) -> bytes:
+        """One event. `usage` is what it has to say about tokens; True: null, because a last event will say it."""
+        tail = b"}\n\n" if usage is False else b',"usage":null}\n\n'
+        if isinstance(usage, dict):
+            tail = b',"usage":' + json.dumps(usage).encode() + b"}\n\n"
         return self._head + b',"choices":' + json.dumps(choices, ensure_ascii=False).encode() + tail
 
     def usage(self, usage: dict[str, Any]) -> bytes:

@@ -170,7 +170,7 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part != "body"]
         message = first["msg"].removeprefix("Value error, ")
@@ -180,7 +180,7 @@ def _add_errors(app: FastAPI) -> None:
             message, where = f"the body is not JSON: {first['ctx']['error']}", []
         elif where:
             message = f"{'.'.join(where)}: {message}"
-        return ApiError(message, param=where[0] if where else None).response()
+        return _answer_error(request, ApiError(message, param=where[0] if where else None))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -192,13 +192,18 @@ def _add_errors(app: FastAPI) -> None:
     async def gone(_: Request, __: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return _answer_error(request, error)
+
     for kind in (ApiError, QueueFullError, ClosedError, RequestFailedError, ValueError):
-        app.add_exception_handler(kind, _answer_error)
+        app.add_exception_handler(kind, answer)
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
 
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    return as_api_error(error).response()
+def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    answer = as_api_error(error)
+    request.state.log = {**getattr(request.state, "log", {}), "error": str(answer)}
+    return answer.response()

@@ -20,6 +20,7 @@ from fastgen_jax.serving.protocol import (
     DetokenizeRequest,
     GenerateRequest,
     Sampling,
+    StreamOptions,
     TokenizeRequest,
 )
 from fastgen_jax.serving.spans import record_span
@@ -129,8 +130,7 @@ async def _answer(
     if body.user is not None:
         request.state.log = {"user": body.user}
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(work, _events(work, answer, with_usage=with_usage), end)
+        return EventStream(work, _events(work, answer, body.stream_options or StreamOptions()), end)
 
     async def whole() -> dict[str, Any]:
         return answer.whole([choice async for index, outputs in work for choice in answer.chunk(index, outputs)])
@@ -144,13 +144,16 @@ async def _answer(
                                          ("queue_ms", "first_token_ms", "total_ms")})
 
 
-async def _events(work: Work, answer: CompletionAnswer | ChatAnswer, *, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(
+    work: Work, answer: CompletionAnswer | ChatAnswer, options: StreamOptions
+) -> AsyncIterator[bytes]:
     encoder = answer.encoder()
     async for index, outputs in work:
         choices = answer.chunk(index, outputs)
         if _says_something(choices[0]):
-            yield encoder.choices(choices, with_usage=with_usage)
-    if with_usage:
+            usage = work.usage_so_far() if options.continuous_usage_stats else options.include_usage
+            yield encoder.choices(choices, usage=usage)
+    if options.include_usage:
         yield encoder.usage(answer.usage())
 
 

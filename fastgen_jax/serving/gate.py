@@ -70,9 +70,11 @@ class Gate:
                 await refusal.response()(scope, receive, named)
         finally:
             level = logging.DEBUG if scope["path"] in QUIET_PATHS and state["status"] < 400 else logging.INFO
-            log.log(level, "%s %s %d", scope["method"], scope["path"], state["status"], extra={
+            facts = scope["state"].get("log", {})
+            log.log(level, "%s %s %d%s", scope["method"], scope["path"], state["status"],
+                    f": {facts['error'][:200]}" if "error" in facts else "", extra={
                 "method": scope["method"], "path": scope["path"], "status": state["status"], "request_id": request_id,
-                "milliseconds": round(1e3 * (time.perf_counter() - start), 3), **scope["state"].get("log", {}),
+                "milliseconds": round(1e3 * (time.perf_counter() - start), 3), **facts,
             })
 
     def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:

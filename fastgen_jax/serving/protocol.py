@@ -26,6 +26,8 @@ class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="Extension: the usage so far in every event.")
+    include_obfuscation: Literal[False] | None = None
 
 
 class JsonSchema(Body):

@@ -103,16 +103,20 @@ class Work:
         for stream in self.streams:
             stream.close()
 
+    def usage_so_far(self) -> dict[str, int]:
+        """Tokens only."""
+        prompt, generated = sum(map(len, self.prompts)), sum(self.generated)
+        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
     def usage(self) -> dict[str, Any]:
         """Tokens in OpenAI's shape, and as an extension the times of the slowest sample in milliseconds."""
-        prompt, generated = sum(map(len, self.prompts)), sum(self.generated)
         n = self.samples_a_prompt
         cached = sum(self.cached[i] for i in range(0, len(self.cached), n))
         timing = max(self.timings, key=lambda t: t.last or t.start)
         first, last = timing.first or timing.start, timing.last or timing.start
         gaps = max(1, self.generated[self.timings.index(timing)] - 1)
         return {
-            "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
+            **self.usage_so_far(),
             "prompt_tokens_details": {"cached_tokens": cached},
             "timing": {
                 "queue_ms": round(1e3 * timing.queue, 3), "first_token_ms": round(1e3 * (first - timing.start), 3),
