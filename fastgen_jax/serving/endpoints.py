@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
@@ -26,7 +27,7 @@ from fastgen_jax.serving.protocol import (
 from fastgen_jax.serving.spans import record_span
 from fastgen_jax.serving.sse import EventStream, while_connected
 from fastgen_jax.serving.tools import grammar_of, prepare_messages
-from fastgen_jax.serving.work import Backend, Work, start_work
+from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
 
 if TYPE_CHECKING:
     from fastgen_jax.serving.app import Server
@@ -60,7 +61,9 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     backend = server.ready()
     tokenizer = backend.intake.need_tokenizer("a chat")
     messages, tools = prepare_messages(tokenizer, body)
-    prompt = tokenizer.encode_chat(messages, tools=tools, **_template_variables(body))
+    encode = partial(tokenizer.encode_chat, messages, tools=tools, **_template_variables(body))
+    long = sum(len(str(message.get("content"))) for message in messages) > LONG_PROMPT
+    prompt = await asyncio.to_thread(encode) if long else encode()
     params = body.sampling_params(
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

@@ -26,7 +26,7 @@ class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool = False
-    continuous_usage_stats: bool = Field(False, description="Extension: the usage so far in every event.")
+    continuous_usage_stats: Annotated[bool, Field(description="Extension: the usage so far in every event.")] = False
     include_obfuscation: Literal[False] | None = None
 
 
