@@ -15,9 +15,8 @@ ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_s
 
 def test_replicas_under_ray_give_the_offline_answers(tmp_path):
     ray = pytest.importorskip("ray", reason="pip install 'fastgen_jax[ray]'")
-    from ray import serve
-
     import httpx
+    from ray import serve
 
     from fastgen_jax.serving.ray_app import deploy
 
