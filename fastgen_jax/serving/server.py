@@ -54,7 +54,8 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
             loading = asyncio.create_task(load_backend(model, config, engine_config))
             await _serve(server, listener, loading)
 
-        asyncio.run(serve())
+        with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+            runner.run(serve())
     if server.failure is not None:
         log.error("%s", server.failure)
         return 2
@@ -102,6 +103,15 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
     http.should_exit = True
     await serving
     asked.cancel()
+
+
+def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop where there is one: a socket write costs it half as much, and a stream is made of them."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 class _Uvicorn(uvicorn.Server):
