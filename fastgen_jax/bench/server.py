@@ -38,6 +38,8 @@ class Run:
     tokens: int
     gaps: list[float]
     first: list[float]
+    queue: list[float]
+    """Seconds that each request waited for its first step; empty for an offline run."""
 
     @property
     def rate(self) -> float:
@@ -104,7 +106,7 @@ def offline(engine: Any, workload: Workload) -> Run:
             else:
                 first.append(now - start)
             last[output.request_id] = now
-    return Run(time.perf_counter() - start, tokens, gaps, first)
+    return Run(time.perf_counter() - start, tokens, gaps, first, [])
 
 
 async def online(url: str, workload: Workload) -> Run:
@@ -113,6 +115,7 @@ async def online(url: str, workload: Workload) -> Run:
     model = await _model(url)
     gaps: list[float] = []
     first: list[float] = []
+    queue: list[float] = []
 
     async def one(prompt: tuple[int, ...], max_tokens: int) -> int:
         body = {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
@@ -121,6 +124,7 @@ async def online(url: str, workload: Workload) -> Run:
         async for event in stream_events(url, "/v1/completions", body):
             now = time.perf_counter()
             if event["usage"]:
+                queue.append(event["usage"]["timing"]["queue_ms"] / 1e3)
                 return event["usage"]["completion_tokens"]
             if last is None:
                 first.append(now - start)
@@ -130,7 +134,7 @@ async def online(url: str, workload: Workload) -> Run:
         raise ValueError("a stream ended without its usage")
 
     tokens = await asyncio.gather(*(one(r.prompt_token_ids, r.max_new_tokens) for r in workload.requests))
-    return Run(time.perf_counter() - start, sum(tokens), gaps, first)
+    return Run(time.perf_counter() - start, sum(tokens), gaps, first, queue)
 
 
 async def lags(url: str) -> dict[float, float]:
@@ -153,7 +157,8 @@ def _report_lag(streams: int, result: Run, before: dict[float, float], after: di
     worst = min(bound for bound, count in counts.items() if count == total)
     p99 = min(bound for bound, count in counts.items() if count >= 0.99 * total)
     print(f"{streams} streams: {result.rate:.1f} tokens/s, gap P50 {1e3 * _median(result.gaps):.1f} ms, P99 "
-          f"{1e3 * statistics.quantiles(result.gaps, n=100)[98]:.1f} ms")
+          f"{1e3 * statistics.quantiles(result.gaps, n=100)[98]:.1f} ms, wait for the first step P50 "
+          f"{_median(result.queue):.2f} s, P99 {statistics.quantiles(result.queue, n=100)[98]:.2f} s")
     print(f"event loop lag over {total:.0f} looks: P99 at most {1e3 * p99:g} ms, all at most {1e3 * worst:g} ms, "
           f"{1 - counts[0.02] / total:.2%} above 20 ms")
 
