@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 
 from fastgen_jax.serving.batch import read_done, read_request, run_batch
+from tests.serving.checkpoint import write_checkpoint
 from tests.serving.house import MODEL, offline, with_server
 
 OPTIONS = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -139,3 +144,26 @@ def test_a_file_that_is_no_output_is_not_overwritten(tmp_path):
 def test_options_fill_only_what_a_body_leaves_open():
     _, body = read_request(json.dumps({"prompt": "x", "max_tokens": 9}), MODEL, {"max_tokens": 1, "seed": 2})
     assert body == {"model": MODEL, "prompt": "x", "max_tokens": 9, "seed": 2}
+
+
+@pytest.mark.slow
+def test_the_command_survives_kill_nine_with_two_replicas(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    prompts = write_prompts(source, 2000)
+    command = [sys.executable, "-m", "fastgen_jax.cli", "batch", str(source), str(target), "--model", str(checkpoint),
+               "--replicas", "2", "--concurrency", "32", "--token-budget", "32", "--budget-ladder", "8", "--block-size", "4",
+               "--max-num-seqs", "8", "--num-blocks", "128", "--set", "max_tokens=20", "--set", "temperature=0",
+               "--set", "ignore_eos=true"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not target.exists() or target.read_bytes().count(b"\n") < 100:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert 100 <= target.read_bytes().count(b"\n") < 2000, "it was meant to be killed in the middle"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    got = answers(target)
+    assert sorted(got) == list(range(2000))
+    for i in range(0, 2000, 100):
+        assert text_of(got[i]) == offline(prompts[i], max_new_tokens=20, do_sample=False, ignore_eos=True)
