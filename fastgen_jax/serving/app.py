@@ -77,10 +77,10 @@ def create_app(server: Server) -> Any:
     _add_errors(app)
     _add_openai(app, server)
     _add_operations(app, server)
-    if config.cors_origin:
+    app.add_middleware(Gate, api_keys=config.api_key, max_body_bytes=int(config.max_body_mb * 2**20))
+    if config.cors_origin:  # around the gate: a browser may read a refusal too
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"],
                            allow_headers=["*"])
-    app.add_middleware(Gate, api_keys=config.api_key, max_body_bytes=int(config.max_body_mb * 2**20))
     return app
 
 

@@ -107,6 +107,13 @@ def test_browsers_are_let_in_where_the_operator_says_so():
     assert with_server(scenario, cors_origin=("http://page",)).headers["access-control-allow-origin"] == "http://page"
     assert "access-control-allow-origin" not in with_server(scenario).headers
 
+    async def refused(client, _):
+        return await client.get("/v1/models", headers={"Origin": "http://page"})
+
+    response = with_server(refused, cors_origin=("*",), api_key=("k",))
+    assert response.status_code == 401
+    assert response.headers["access-control-allow-origin"] == "*"  # so that the page can say why
+
 
 def test_a_full_queue_is_429_with_the_time_to_come_back():
     async def scenario(client, backend):
