@@ -32,15 +32,11 @@ from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
 if TYPE_CHECKING:
     from fastgen_jax.serving.app import Server
 
-MAX_PROMPTS = 2048  # of one completion request: more belong into a batch
-
 
 async def complete(server: Server, body: CompletionRequest, request: Request) -> Response:
     """POST /v1/completions."""
     server.check_model(body.model)
     backend = server.ready()
-    if len(body.prompts) > MAX_PROMPTS:
-        raise ValueError(f"prompt has {len(body.prompts)} entries but at most {MAX_PROMPTS} are taken; use fastgen batch")
     wants_prompt = body.echo and body.logprobs is not None
     params = body.sampling_params(
         max_new_tokens=None if body.max_tokens is None else max(1, body.max_tokens),
@@ -80,8 +76,6 @@ async def generate(server: Server, body: GenerateRequest, request: Request) -> R
     backend = server.ready()
     params = sampling_params(body.model_extra or {})
     prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
-    if len(prompts) > MAX_PROMPTS:
-        raise ValueError(f"{len(prompts)} prompts but at most {MAX_PROMPTS} are taken; use fastgen batch")
     work = await start_work(backend, prompts, replace(params, n=1), num_samples=params.n, priority=body.priority,
                             timeout=body.timeout)
     work.on_gap = server.metrics.note_gap

@@ -21,7 +21,15 @@ LONG_PROMPT = 4000  # characters from which on tokenising is left to another thr
 class Backend(Protocol):
     """What answers requests: `AsyncEngine`, or a router over several replicas."""
 
-    intake: Intake
+    @property
+    def intake(self) -> Intake:
+        """Makes checked requests."""
+        ...
+
+    @property
+    def max_queue(self) -> int:
+        """Requests that may wait in a replica."""
+        ...
 
     @property
     def is_ready(self) -> bool:
@@ -172,6 +180,9 @@ async def start_work(
     Raises ValueError, QueueFullError and ClosedError as `AsyncEngine.submit` does.
     """
     intake, arrival = backend.intake, time.monotonic()
+    if len(prompts) * num_samples > backend.max_queue:
+        raise ValueError(f"{len(prompts)} prompts with n={num_samples} are more than the {backend.max_queue} requests that "
+                         "may wait here; send them in parts, or use fastgen batch")
     every = _all_samples(params, num_samples)
 
     def prepare() -> tuple[list[tuple[int, ...]], list[tuple[Request, GrammarMatcher | None]]]:

@@ -28,6 +28,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_to
     ("completions", {"logit_bias": {"abc": 1}}, "logit_bias", "keys are token ids"),
     ("completions", {"logit_bias": {"4000": 1}}, None, "logit_bias names token 4000"),
     ("completions", {"stream_options": {"include_usage": True}}, None, "belong to stream=true"),
+    ("completions", {"prompt": ["x"] * 100}, None, "more than the 64 requests that may wait"),
     ("completions", {"min_tokens": 9}, None, "min_new_tokens is 9"),
     ("completions", {"logprobs": 50}, "logprobs", "less than or equal to 20"),
     ("chat/completions", {"functions": [{}]}, None, "functions=[{}] is not supported"),
@@ -125,7 +126,8 @@ def test_a_full_queue_is_429_with_the_time_to_come_back():
         while backend.num_unfinished < 2:
             await asyncio.sleep(0.001)
         response = await client.post("/v1/completions", json=COMPLETION)
-        both = await client.post("/v1/completions", json={**COMPLETION, "n": 2})
+        both = await client.post("/v1/completions", json={**COMPLETION, "n": 2})  # none of them runs
+        assert backend.num_unfinished == 2
         release.set()
         assert [(await task).status_code for task in first] == [200, 200]
         assert both.status_code == 429
