@@ -42,12 +42,15 @@ class Runner:
         self.config = config
         self.max_blocks = -(-config.max_context_len // config.block_size)
         self._compiled: dict[int, tuple[Bucket, Any]] = {}
-        self.reset()
+        self._allocate()
 
     def reset(self) -> None:
         """Fresh device memory: an empty cache and sampler state."""
+        del self.kv_cache, self.state  # the old ones go first: there may be no room for two
+        self._allocate()
+
+    def _allocate(self) -> None:
         model, config = self.model, self.config
-        self.__dict__.pop("kv_cache", None)  # the old one goes first: there may be no room for two
         self.kv_cache = KVCache.zeros(
             num_layers=model.num_layers, num_blocks=config.num_blocks, num_kv_heads=model.num_kv_heads,
             block_size=config.block_size, dtype=jnp.dtype(config.dtype),
