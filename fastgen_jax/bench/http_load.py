@@ -36,7 +36,10 @@ async def stream_events(
     try:
         writer.write(head.encode() + data)
         await writer.drain()
-        status = int((await reader.readline()).split()[1])
+        first = await reader.readline()
+        if not first:
+            raise asyncio.IncompleteReadError(first, None)
+        status = int(first.split()[1])
         answer_headers = {}
         while (line := await reader.readline()).strip():
             name, _, value = line.decode("latin-1").partition(":")
@@ -59,7 +62,7 @@ async def stream_events(
 async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     """Lines of a body in chunked transfer encoding."""
     rest = b""
-    while size := int((await reader.readline()).strip() or b"0", 16):
+    while size := int((await reader.readuntil(b"\r\n")), 16):
         *lines, rest = (rest + await reader.readexactly(size)).split(b"\n")
         await reader.readexactly(2)
         for line in lines:
