@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all check tpu-check gpu-compile-check clean
+.PHONY: demo test test-all soak check tpu-check gpu-compile-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
@@ -14,6 +14,10 @@ test: $(VENV)/.demo $(VENV)/.dev
 
 test-all: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --run-slow
+
+# A server under 200 clients, good and bad, for some minutes.
+soak: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m tests.serving.soak
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

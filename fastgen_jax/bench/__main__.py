@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgen_jax.bench import kv_blocks, loading, offline, perplexity, tokenizers
+from fastgen_jax.bench import kv_blocks, loading, offline, perplexity, server, tokenizers
 
 BENCHMARKS = {
-    "offline": offline, "kv-blocks": kv_blocks, "loading": loading, "perplexity": perplexity, "tokenizers": tokenizers,
+    "offline": offline, "server": server, "kv-blocks": kv_blocks, "loading": loading, "perplexity": perplexity,
+    "tokenizers": tokenizers,
 }
 
 

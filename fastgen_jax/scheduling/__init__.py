@@ -1,6 +1,7 @@
 """Decides, on the host, which tokens each step computes. Standard library only."""
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
+from fastgen_jax.scheduling.limits import max_total_tokens
 from fastgen_jax.scheduling.plan import Admission, Draft, StepLimits, StepPlan
 from fastgen_jax.scheduling.policies import POLICIES, Policy, orca, prompts_first, splitfuse
 from fastgen_jax.scheduling.request import Request, SamplingParams
@@ -26,6 +27,7 @@ __all__ = [
     "Step",
     "StepLimits",
     "StepPlan",
+    "max_total_tokens",
     "orca",
     "prompts_first",
     "splitfuse",

@@ -83,6 +83,8 @@ class Draft:
             # With max_total_tokens - 1 computed, the last token is in flight: its commit ends the sequence.
             if start != sequence.num_tokens - 1 or start == sequence.max_total_tokens - 1:
                 continue
+            if sequence.awaits_each_token and sequence.num_in_flight:
+                continue
             if len(chunks) == room or (preempted and sequence.order >= preempted[-1].order):
                 break
             if start == sequence.capacity and not self._take_block_for(sequence):

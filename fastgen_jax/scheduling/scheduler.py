@@ -10,6 +10,7 @@ from operator import attrgetter
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.estimate import steps_until_first_token
+from fastgen_jax.scheduling.limits import max_total_tokens
 from fastgen_jax.scheduling.plan import Admission, StepLimits
 from fastgen_jax.scheduling.policies import POLICIES
 from fastgen_jax.scheduling.request import Request
@@ -269,6 +270,28 @@ class Scheduler:
         self.finish(sequence, "abort")
         return True
 
+    def forget_device(self) -> list[Sequence]:
+        """Starts over with empty blocks, after the device's memory was lost; returns the unfinished sequences of the
+        steps in flight, whose tokens are lost with it.
+
+        All others keep their tokens and their place in line; those that ran are computed again. Borrowed blocks are
+        no longer anybody's.
+        """
+        lost = {
+            id(chunk.sequence): chunk.sequence
+            for step in self._steps_in_flight for chunk in step.chunks if not chunk.sequence.is_finished
+        }
+        self._steps_in_flight.clear()
+        for sequence in [*self._running]:
+            self._preempt(sequence)
+        for sequence in self._waiting:
+            sequence.num_tokens = sequence.num_known_tokens
+            if sequence.request.params.prompt_logprobs is not None and not sequence.output_token_ids:
+                sequence.next_prompt_row = 0
+        self._borrowed.clear()
+        self._pool.reset()
+        return [*lost.values()]
+
     def estimate_wait(self, request: Request) -> int:
         """Estimates how many steps after being added the request would have its first token.
 
@@ -311,41 +334,10 @@ class Scheduler:
                 raise RuntimeError(f"{sequence} counts {sequence.num_in_flight} tokens in flight")
 
     def _new_sequence(self, request: Request) -> Sequence:
-        params, num_prompt = request.params, len(request.prompt_token_ids)
-        if num_prompt >= self.max_context_len:
-            raise ValueError(
-                f"prompt of request {request.request_id!r} has {num_prompt} tokens but max_context_len is "
-                f"{self.max_context_len} and must hold a generated one too; shorten the prompt to "
-                f"{self.max_context_len - 1} tokens, or raise max_context_len"
-            )
-        if params.max_length is not None and params.max_length <= num_prompt:
-            raise ValueError(
-                f"max_length is {params.max_length} but the prompt of request {request.request_id!r} "
-                f"alone has {num_prompt} tokens; raise max_length to at least {num_prompt + 1}, "
-                "or use max_new_tokens"
-            )
-        limit = self.max_context_len
-        if params.max_new_tokens is not None:
-            limit = num_prompt + params.max_new_tokens
-        elif params.max_length is not None:
-            limit = params.max_length
-        limit = min(limit, self.max_context_len)
-        if params.min_new_tokens > limit - num_prompt:
-            raise ValueError(
-                f"min_new_tokens is {params.min_new_tokens} but only {limit - num_prompt} tokens can follow "
-                f"the prompt of {num_prompt} tokens within {limit}; "
-                "lower min_new_tokens or shorten the prompt"
-            )
         pool = self._pool
-        num_needed = -(-limit // pool.block_size)
-        if num_needed > pool.num_blocks:
-            most = pool.num_blocks * pool.block_size - num_prompt
-            remedy = f"use max_new_tokens={most} or less" if most > 0 else "shorten the prompt"
-            raise ValueError(
-                f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
-                f"{pool.block_size}, but the KV cache has {pool.num_blocks} blocks; {remedy}, "
-                "or start with more blocks"
-            )
+        limit = max_total_tokens(
+            request, max_context_len=self.max_context_len, num_blocks=pool.num_blocks, block_size=pool.block_size
+        )
         order = (request.priority, request.arrival_time, self._num_added)
         sequence = Sequence(request, max_total_tokens=limit, order=order)
         sequence.next_block_end = pool.block_size if pool.prefix_caching else limit + 1
