@@ -1,0 +1,124 @@
+"""One replica: the engine's loop around the engine's scheduler, on a clock of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastgen_jax.bench.metrics import RequestTimes
+from fastgen_jax.scheduling import Request, SamplingParams, Scheduler, Sequence, Step
+from fastgen_jax.simulation.costs import StepCost, shape_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaConfig:
+    """The choices of an engine that matter to its timing; fields as in `EngineConfig`, all filled in."""
+
+    num_blocks: int
+    max_context_len: int
+    policy: str = "splitfuse"
+    token_budget: int = 768
+    max_num_seqs: int = 256
+    block_size: int = 64
+    prefix_caching: bool = False
+    overlap: bool = True
+    host_seconds: float = 0.0
+    """Seconds of planning, packing and reading a step; with `overlap` the device runs another step meanwhile."""
+
+
+class StepRecord(NamedTuple):
+    """One step of the timeline: when the device ran it, and for each chunk (request id, start, length)."""
+
+    start: float
+    end: float
+    num_tokens: int
+    chunks: tuple[tuple[str, int, int], ...]
+
+
+class Replica:
+    """What `Engine.step` does, with a cost model for a device.
+
+    `wake` is when the host will read the oldest step in flight; None if there is none. The simulator calls `commit` at
+    that time and `dispatch` right after it, with requests that came in between added in the meantime, as the engine's
+    thread does.
+    """
+
+    def __init__(self, config: ReplicaConfig, cost: StepCost, *, record_steps: bool = False) -> None:
+        self.config = config
+        self.cost = cost
+        self.now = 0.0
+        self.wake: float | None = None
+        self.busy_seconds = 0.0
+        self.outstanding_tokens = 0
+        self.steps: list[StepRecord] | None = [] if record_steps else None
+        self.scheduler = Scheduler(
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            token_budget=config.token_budget,
+            max_num_seqs=config.max_num_seqs,
+            max_context_len=config.max_context_len,
+            max_sample_rows=min(config.token_budget, config.max_num_seqs),
+            policy=config.policy,
+            prefix_caching=config.prefix_caching,
+        )
+        self._in_flight: deque[tuple[Step, float]] = deque()
+        self._keep = 0
+        self._device_free = 0.0
+        self._commit_times: list[float] = []
+        self._due: dict[str, float] = {}
+
+    def add(self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, *, sent: float, now: float) -> None:
+        """Queues a request that was sent at `sent` and reaches the engine at `now`."""
+        params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, do_sample=False)
+        self.scheduler.add(
+            Request(request_id=request_id, prompt_token_ids=prompt, params=params, arrival_time=now, seed=0)
+        )
+        self.outstanding_tokens += len(prompt) + max_new_tokens
+        self._due[request_id] = sent
+
+    def dispatch(self, now: float) -> None:
+        """Plans the next step and gives it to the device; sets `wake`."""
+        self.now = now
+        step = self.scheduler.schedule()
+        self._keep = 0
+        if step is not None:
+            seconds = self.cost(shape_of(step))
+            start = max(self._device_free, now + self.config.host_seconds)
+            self._device_free = start + seconds
+            self.busy_seconds += seconds
+            self._in_flight.append((step, self._device_free))
+            self._keep = int(self.config.overlap)
+            if self.steps is not None:
+                chunks = tuple((c.sequence.request_id, c.start, c.length) for c in step.chunks)
+                self.steps.append(StepRecord(start, self._device_free, step.num_tokens, chunks))
+        if len(self._in_flight) > self._keep:
+            self.wake = max(now, self._in_flight[0][1])
+        elif self._in_flight:
+            self.wake = now  # nothing to wait for yet: plan the next step right away
+        else:
+            self.wake = None
+
+    def commit(self, now: float) -> list[RequestTimes]:
+        """Reads the steps that are due; gives the requests that finished."""
+        self.now = now
+        done: list[RequestTimes] = []
+        while len(self._in_flight) > self._keep:
+            step, end = self._in_flight.popleft()
+            self.now = max(self.now, end)
+            # The tokens of a simulated sequence say when they came: each is the number of the commit.
+            number = len(self._commit_times)
+            self._commit_times.append(self.now)
+            advanced = self.scheduler.commit(step, [number] * len(step.sampled))
+            done += [self._times_of(sequence) for sequence in advanced if sequence.finish_reason is not None]
+        return done
+
+    def _times_of(self, sequence: Sequence) -> RequestTimes:
+        self.outstanding_tokens -= sequence.max_total_tokens
+        times = self._commit_times
+        return RequestTimes(
+            request_id=sequence.request_id,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            start=self._due.pop(sequence.request_id),
+            token_times=tuple([times[number] for number in sequence.output_token_ids]),
+        )
