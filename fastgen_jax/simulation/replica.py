@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastgen_jax.bench.metrics import RequestTimes
-from fastgen_jax.scheduling import Request, SamplingParams, Scheduler, Sequence, Step
+from fastgen_jax.scheduling import Promise, Request, SamplingParams, Scheduler, Sequence, Step
 from fastgen_jax.simulation.costs import StepCost, shape_of
 
 
@@ -25,6 +25,18 @@ class ReplicaConfig:
     overlap: bool = True
     host_seconds: float = 0.0
     """Seconds of planning, packing and reading a step; with `overlap` the device runs another step meanwhile."""
+    promise: Promise | None = None
+    step_sizes: tuple[int, ...] = ()
+    """Sizes to which the device pads a step; a policy with a promise goes by them."""
+
+
+class Refusal(NamedTuple):
+    """A request that was told that it cannot be served in time."""
+
+    request_id: str
+    num_prompt_tokens: int
+    sent: float
+    at: float
 
 
 class StepRecord(NamedTuple):
@@ -61,12 +73,15 @@ class Replica:
             max_sample_rows=min(config.token_budget, config.max_num_seqs),
             policy=config.policy,
             prefix_caching=config.prefix_caching,
+            promise=config.promise,
+            clock=lambda: self.now,
+            step_sizes=config.step_sizes if config.promise else (),
         )
         self._in_flight: deque[tuple[Step, float]] = deque()
         self._keep = 0
         self._device_free = 0.0
         self._commit_times: list[float] = []
-        self._due: dict[str, float] = {}
+        self._sent: dict[str, float] = {}
 
     def add(self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, *, sent: float, now: float) -> None:
         """Queues a request that was sent at `sent` and reaches the engine at `now`."""
@@ -75,10 +90,10 @@ class Replica:
             Request(request_id=request_id, prompt_token_ids=prompt, params=params, arrival_time=now, seed=0)
         )
         self.outstanding_tokens += len(prompt) + max_new_tokens
-        self._due[request_id] = sent
+        self._sent[request_id] = sent
 
-    def dispatch(self, now: float) -> None:
-        """Plans the next step and gives it to the device; sets `wake`."""
+    def dispatch(self, now: float) -> list[Refusal]:
+        """Plans the next step and gives it to the device; sets `wake`. Gives the requests that the plan refuses."""
         self.now = now
         step = self.scheduler.schedule()
         self._keep = 0
@@ -98,6 +113,7 @@ class Replica:
             self.wake = now  # nothing to wait for yet: plan the next step right away
         else:
             self.wake = None
+        return [self._refuse(sequence) for sequence in self.scheduler.take_refused()] if self.config.promise else []
 
     def commit(self, now: float) -> list[RequestTimes]:
         """Reads the steps that are due; gives the requests that finished."""
@@ -113,12 +129,17 @@ class Replica:
             done += [self._times_of(sequence) for sequence in advanced if sequence.finish_reason is not None]
         return done
 
+    def _refuse(self, sequence: Sequence) -> Refusal:
+        self.outstanding_tokens -= sequence.max_total_tokens
+        sent = self._sent.pop(sequence.request_id)
+        return Refusal(sequence.request_id, sequence.num_prompt_tokens, sent, self.now)
+
     def _times_of(self, sequence: Sequence) -> RequestTimes:
         self.outstanding_tokens -= sequence.max_total_tokens
         times = self._commit_times
         return RequestTimes(
             request_id=sequence.request_id,
             num_prompt_tokens=sequence.num_prompt_tokens,
-            start=self._due.pop(sequence.request_id),
+            start=self._sent.pop(sequence.request_id),
             token_times=tuple([times[number] for number in sequence.output_token_ids]),
         )

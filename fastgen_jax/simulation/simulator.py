@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fastgen_jax.bench.loads import Load, LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
 from fastgen_jax.simulation.costs import StepCost
-from fastgen_jax.simulation.replica import Replica, ReplicaConfig, StepRecord
+from fastgen_jax.simulation.replica import Refusal, Replica, ReplicaConfig, StepRecord
 
 Router = Callable[[Sequence[Replica], LoadRequest], int]
 """Which of the replicas gets a request: its index."""
@@ -27,6 +27,7 @@ class Simulation:
     """What happened, in the order in which requests finished."""
 
     requests: tuple[RequestTimes, ...]
+    refused: tuple[Refusal, ...]
     seconds: float
     """When the last token came."""
     busy_seconds: tuple[float, ...]
@@ -58,6 +59,7 @@ def simulate(
     stats = [replica.scheduler.stats for replica in world.replicas]
     return Simulation(
         requests=tuple(world.finished),
+        refused=tuple(world.refused),
         seconds=world.now,
         busy_seconds=tuple(replica.busy_seconds for replica in world.replicas),
         num_steps=tuple(s.num_steps for s in stats),
@@ -76,8 +78,8 @@ class _World:
         self.router = router
         self.now = 0.0
         self.finished: list[RequestTimes] = []
+        self.refused: list[Refusal] = []
         self._wakes: list[tuple[float, int]] = []
-        self._sent: dict[str, int] = {}  # request id -> replica
         self._queue = deque(load.requests)  # closed loop: what no client has taken yet
         self._warming = {request.request_id for request in load.warmup}
         if load.num_clients is None:
@@ -100,7 +102,8 @@ class _World:
             self.now, index = heapq.heappop(wakes)
             replica = replicas[index]
             for times in replica.commit(self.now):
-                self._finish(times)
+                if self._ended(times.request_id):
+                    self.finished.append(times)
             while arrivals and arrivals[0][0] <= self.now:  # the answered clients' next requests
                 _, _, request = heapq.heappop(arrivals)
                 self._send(request, busy=index)
@@ -108,7 +111,9 @@ class _World:
 
     def _dispatch(self, index: int) -> None:
         replica = self.replicas[index]
-        replica.dispatch(self.now)
+        for refusal in replica.dispatch(self.now):
+            if self._ended(refusal.request_id):
+                self.refused.append(refusal)
         if replica.wake is not None:
             heapq.heappush(self._wakes, (replica.wake, index))
 
@@ -131,15 +136,16 @@ class _World:
             ids += [block] * size
         return tuple(ids[: request.num_prompt_tokens])
 
-    def _finish(self, times: RequestTimes) -> None:
-        if times.request_id in self._warming:
-            self._warming.remove(times.request_id)
+    def _ended(self, request_id: str) -> bool:
+        """Lets the client go on; False for a request that is not measured."""
+        if request_id in self._warming:
+            self._warming.remove(request_id)
             if not self._warming:
                 self._start_clients(self.now)
-            return
-        self.finished.append(times)
+            return False
         if self.load.num_clients is not None:
             self._next_of_client(self.now)
+        return True
 
     def _start_clients(self, now: float) -> None:
         for wait in self.load.stagger:
