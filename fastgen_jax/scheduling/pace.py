@@ -16,13 +16,17 @@ _MARGIN = 0.9  # of a gap between tokens is planned for: the promise is about th
 class Promise:
     """A service level: the first token within `prompt_tokens / prompt_rate` seconds, then `generation_rate` tokens a second.
 
-    Both in tokens a second; FastGen's are 512, and 2, 4 or 6. Raises ValueError for one that is not above 0.
+    Both in tokens a second; FastGen's are 512, and 2, 4 or 6. A request that has no first token `grace` seconds after it
+    was due is refused. Raises ValueError for rates that are not above 0 and for a negative grace.
     """
 
     prompt_rate: float
     generation_rate: float
+    grace: float = 1.0
 
     def __post_init__(self) -> None:
+        if not self.grace >= 0:
+            raise ValueError(f"grace is {self.grace!r}; it must be 0 seconds or more")
         for name in ("prompt_rate", "generation_rate"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):

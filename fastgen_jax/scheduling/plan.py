@@ -156,16 +156,17 @@ class Draft:
             prompt = max(num_tokens - len(self.plan.chunks), self.limits.block_size)
             self.tokens_left = int(min(self.tokens_left, prompt))
 
-    def take_in_line(self, line: list[Sequence]) -> None:
+    def take_in_line(self, line: list[Sequence], leftover: list[Sequence]) -> None:
         """Continues or admits the sequences of `line` in its order, splitting the last to fit.
 
-        Whoever is before an admitted sequence in the order of waiting is bypassed by it. Where that is no longer
-        allowed, and where there is no memory, a sequence is stepped over.
+        What is left over goes to those of `leftover`, whole beside prompts of `line`. Whoever is before an admitted
+        sequence in the order of waiting is bypassed by it; where that is no longer allowed, and where there is no
+        memory, a sequence is stepped over.
         """
         counts: Counter[Sequence] = Counter()  # bypasses by this plan
         left = [sequence for sequence in self.waiting if sequence not in self.plan.refused]
         num_blocked = 0
-        for sequence in line:
+        for index, sequence in enumerate((*line, *leftover)):
             if not self.tokens_left:
                 return
             if sequence.slot is not None:
@@ -183,6 +184,8 @@ class Draft:
             chunk = self._cut(sequence, len(cached) * self.limits.block_size, self.tokens_left, self.rows_left)
             if chunk is None or not self._has_room(chunk, cached):
                 num_blocked += 1
+                continue
+            if index >= len(line) > 0 and not chunk.samples:
                 continue
             self._admit(chunk, cached)
             left.remove(sequence)

@@ -128,23 +128,23 @@ def sla(
     cached_prefix: Callable[[Sequence], list[int]],
     pace: Pace | None = None,
 ) -> StepPlan:
-    """SplitFuse that keeps a promise: steps short enough for it, prompts by deadline, the hopeless refused at once.
+    """SplitFuse that keeps a promise: steps short enough for it, prompts by deadline, the hopeless refused.
 
-    Beside generation a step takes no more tokens than fit into the promised gap between two tokens. What is left goes
-    to the largest set of prompts that can all be in time, by deadline. A request whose first token cannot be
-    in time any more, even if it had the device to itself, is refused: so everybody is answered or refused within
-    the time that was promised for the first token. One that was overtaken `max_bypasses` times is next.
+    Beside generation a step takes no more tokens than fit into the promised gap between two tokens. Prompts share
+    what is left: first the largest set of them that can all be in time, by deadline, then those that cannot. A request
+    without a first token `grace` seconds after it was due is refused, so everybody is answered or refused within a
+    bounded time; and who was overtaken `max_bypasses` times is next.
     """
     assert pace is not None  # the scheduler gives it to policies in NEED_PROMISE
     draft = Draft(running, waiting, limits, blocks, cached_prefix)
     draft.generate()
     draft.limit(pace.tokens_within_a_gap())
-    line, refused = feasible_line(
+    line = feasible_line(
         running[: draft.num_kept], waiting, pace, limits,
         prompt_tokens=draft.tokens_left, num_generating=len(draft.plan.chunks), cached_prefix=cached_prefix,
     )
-    draft.plan.refused.extend(refused)
-    draft.take_in_line(line)
+    draft.plan.refused.extend(line.refused)
+    draft.take_in_line(line.in_time, line.leftover)
     return draft.finish()
 
 

@@ -27,7 +27,7 @@ def make_scheduler(clock: Clock, **changes: Any) -> Scheduler:
     arguments: dict[str, Any] = {
         "num_blocks": 256, "block_size": 4, "token_budget": 64, "max_num_seqs": 16, "max_context_len": 200,
         "max_sample_rows": 16, "prefix_caching": False, "policy": "sla", "clock": clock,
-        "promise": Promise(prompt_rate=10.0, generation_rate=2.0),
+        "promise": Promise(prompt_rate=10.0, generation_rate=2.0, grace=0.0),
     }
     return Scheduler(**(arguments | changes))
 
@@ -104,12 +104,26 @@ def test_what_cannot_be_in_time_is_refused_and_the_rest_is_served() -> None:
     clock.now = 5.0
     late = scheduler.add(make_request("late", range(20), 4, arrival_time=3.5))  # due at 5.5, 1 s of work left
     fine = scheduler.add(make_request("fine", range(20), 4, arrival_time=5.0))
-    assert run_step(scheduler, clock, seconds_a_token=0.05) == [("fine", 20)]
-    assert scheduler.take_refused() == [late]
+    assert run_step(scheduler, clock, seconds_a_token=0.05) == [("fine", 20), ("late", 20)], "late has what is left over"
     assert scheduler.take_refused() == []
-    assert (late.finish_reason, late.output_token_ids, late.is_finished) == ("refused", [], True)
-    assert fine.finish_reason is None
+    gone = scheduler.add(make_request("gone", range(20), 4, arrival_time=4.5))  # due at 6.5, but it is 7.0
+    assert run_step(scheduler, clock, seconds_a_token=0.05) == [("late", 1), ("fine", 1)]
+    assert scheduler.take_refused() == [gone]
+    assert scheduler.take_refused() == []
+    assert (gone.finish_reason, gone.output_token_ids, gone.is_finished) == ("refused", [], True)
+    assert late.finish_reason is fine.finish_reason is None
     scheduler.check_integrity()
+
+
+def test_a_late_prompt_takes_nothing_from_one_that_is_in_time() -> None:
+    clock = Clock()
+    scheduler = make_scheduler(clock, promise=Promise(prompt_rate=10.0, generation_rate=2.0, grace=10.0))
+    scheduler.add(make_request("teacher", range(8), 1))
+    run_step(scheduler, clock, seconds_a_token=0.05)
+    clock.now = 5.0
+    scheduler.add(make_request("late", range(20), 4, arrival_time=3.0))
+    scheduler.add(make_request("fine", range(60), 4, arrival_time=5.0))
+    assert run_step(scheduler, clock, seconds_a_token=0.05) == [("fine", 60)], "late does not fit whole"
 
 
 def test_when_all_are_refused_no_step_is_left_and_the_scheduler_is_idle() -> None:
@@ -157,7 +171,7 @@ class Journal(Scheduler):
         assert self._pace is not None
         for sequence in self._waiting:
             if not sequence.num_preemptions:
-                assert self._pace.now() <= self._pace.promise.deadline(sequence), "neither served nor refused in time"
+                assert self._pace.now() <= self._pace.promise.deadline(sequence) + 1.0, "neither served nor refused in time"
         return step
 
 
