@@ -119,11 +119,11 @@ def test_a_late_prompt_takes_nothing_from_one_that_is_in_time() -> None:
     clock = Clock()
     scheduler = make_scheduler(clock, promise=Promise(prompt_rate=10.0, generation_rate=2.0, grace=10.0))
     scheduler.add(make_request("teacher", range(8), 1))
-    run_step(scheduler, clock, seconds_a_token=0.05)
+    run_step(scheduler, clock, seconds_a_token=0.04)
     clock.now = 5.0
     scheduler.add(make_request("late", range(20), 4, arrival_time=3.0))
     scheduler.add(make_request("fine", range(60), 4, arrival_time=5.0))
-    assert run_step(scheduler, clock, seconds_a_token=0.05) == [("fine", 60)], "late does not fit whole"
+    assert run_step(scheduler, clock, seconds_a_token=0.04) == [("fine", 60)], "late does not fit whole"
 
 
 def test_when_all_are_refused_no_step_is_left_and_the_scheduler_is_idle() -> None:
