@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": "talk with a model; an empty line ends",
     "demo": "a few prompts at once, with a summary of how the engine ran them",
     "bench": "throughput and latency, ours and our peers'",
+    "simulate": "what an engine would do on hardware that is not here",
 }
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fastgen_jax.bench.loads import LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
 from fastgen_jax.scheduling import Promise, Request, SamplingParams, Scheduler, Sequence, Step
 from fastgen_jax.simulation.costs import StepCost, shape_of
+
+
+PREFIXES_REMEMBERED = 512  # blocks of a Mooncake prompt, 512 tokens each: what the router remembers of a replica
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class Replica:
         self._device_free = 0.0
         self._commit_times: list[float] = []
         self._sent: dict[str, float] = {}
+        self._prefixes: OrderedDict[int, None] = OrderedDict()  # oldest first
 
     def add(self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, *, sent: float, now: float) -> None:
         """Queues a request that was sent at `sent` and reaches the engine at `now`."""
@@ -91,6 +96,23 @@ class Replica:
         )
         self.outstanding_tokens += len(prompt) + max_new_tokens
         self._sent[request_id] = sent
+
+    def remember(self, request: LoadRequest) -> None:
+        """Notes that the prompt's blocks will be in the prefix cache, as far as a router can know it."""
+        if self.config.prefix_caching:
+            for block in request.prefix_blocks:
+                self._prefixes[block] = None
+                self._prefixes.move_to_end(block)
+            while len(self._prefixes) > PREFIXES_REMEMBERED:
+                self._prefixes.popitem(last=False)
+
+    def known_tokens(self, request: LoadRequest) -> int:
+        """Prompt tokens that it has seen before, as far as a router can know it."""
+        blocks = request.prefix_blocks
+        if not self._prefixes or not blocks:
+            return 0
+        known = next((i for i, block in enumerate(blocks) if block not in self._prefixes), len(blocks))
+        return known * request.num_prompt_tokens // len(blocks)
 
     def dispatch(self, now: float) -> list[Refusal]:
         """Plans the next step and gives it to the device; sets `wake`. Gives the requests that the plan refuses."""
@@ -126,6 +148,7 @@ class Replica:
             number = len(self._commit_times)
             self._commit_times.append(self.now)
             advanced = self.scheduler.commit(step, [number] * len(step.sampled))
+            self.outstanding_tokens -= len(advanced)
             done += [self._times_of(sequence) for sequence in advanced if sequence.finish_reason is not None]
         return done
 
@@ -135,7 +158,7 @@ class Replica:
         return Refusal(sequence.request_id, sequence.num_prompt_tokens, sent, self.now)
 
     def _times_of(self, sequence: Sequence) -> RequestTimes:
-        self.outstanding_tokens -= sequence.max_total_tokens
+        self.outstanding_tokens -= sequence.num_prompt_tokens
         times = self._commit_times
         return RequestTimes(
             request_id=sequence.request_id,

@@ -13,7 +13,7 @@ from fastgen_jax.bench.results import table
 from fastgen_jax.scheduling import NEED_PROMISE, Promise
 from fastgen_jax.simulation.costs import StepCost
 from fastgen_jax.simulation.replica import ReplicaConfig
-from fastgen_jax.simulation.simulator import Router, Simulation, least_outstanding, simulate
+from fastgen_jax.simulation.simulator import Router, Simulation, least_work, simulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def compare_policies(
     *,
     policies: Sequence[str] = ("splitfuse", "sla"),
     num_replicas: int = 1,
-    router: Router = least_outstanding,
+    router: Router = least_work,
 ) -> list[Service]:
     """Every policy on every load."""
     return [
@@ -108,7 +108,7 @@ def replicas_needed(
     *,
     share: float = 0.99,
     most: int = 64,
-    router: Router = least_outstanding,
+    router: Router = least_work,
 ) -> tuple[int, list[tuple[int, Service]]]:
     """The smallest fleet that keeps the promise to `share` of the requests, and what the fleets that were tried did.
 

@@ -17,9 +17,12 @@ Router = Callable[[Sequence[Replica], LoadRequest], int]
 """Which of the replicas gets a request: its index."""
 
 
-def least_outstanding(replicas: Sequence[Replica], request: LoadRequest) -> int:
-    """The replica with the fewest prompt and output tokens still to be served; the first of equals."""
-    return min(range(len(replicas)), key=lambda index: replicas[index].outstanding_tokens)
+def least_work(replicas: Sequence[Replica], request: LoadRequest) -> int:
+    """The replica that would be done first: what lies there, and what of the prompt it has not computed before.
+
+    The rule of `fastgen serve`'s router, with tokens as the measure of work. Of equals the first.
+    """
+    return min(range(len(replicas)), key=lambda i: replicas[i].outstanding_tokens - replicas[i].known_tokens(request))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ def simulate(
     cost: StepCost,
     *,
     num_replicas: int = 1,
-    router: Router = least_outstanding,
+    router: Router = least_work,
     record_steps: bool = False,
 ) -> Simulation:
     """Runs `load` on `num_replicas` equal replicas. Nothing is random and no clock is read: same load, same result.
@@ -122,6 +125,7 @@ class _World:
         index = self.router(self.replicas, request)
         replica = self.replicas[index]
         prompt = self._prompt(request)
+        replica.remember(request)
         replica.add(request.request_id, prompt, request.max_new_tokens, sent=self.now, now=self.now)
         if replica.wake is None and index != busy:
             self._dispatch(index)
