@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastgen_jax.bench.engine_options import add_engine_arguments
 from fastgen_jax.bench.load_options import add_load_arguments, add_promise_arguments, loads_of, rates
 from fastgen_jax.bench.metrics import effective_throughput, summarize, summarize_closed_loop
 from fastgen_jax.bench.results import RunRecord, append, context, table
@@ -26,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sla = commands.add_parser("sla", help="what policies keep of a promise on a load")
     fleet = commands.add_parser("replicas", help="how many replicas a load takes at a service level")
     paper = commands.add_parser("paper", help="the table of the FastGen paper: Llama-2-70B on 4 A100")
+    check = commands.add_parser("validate", help="measure an engine here, simulate it, and print the errors")
+    add_engine_arguments(check)
+    add_load_arguments(check, open_loops=False)
+    check.add_argument("--contexts", type=int, nargs="+", default=[32, 256, 512], help="to measure step costs at, tokens")
+    check.add_argument("--generated", type=int, default=12, help="steps of each batch of the cost measurement")
     for command in (run, sla, fleet):
         _add_replica_arguments(command)
         add_load_arguments(command)
@@ -38,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument("--share", type=float, default=0.99, help="of the requests served as promised (default: %(default)s)")
     fleet.add_argument("--most", type=int, default=64, help="replicas to try at most (default: %(default)s)")
     paper.add_argument("--requests", type=int, default=512, help="of each run (default: %(default)s)")
-    for command in (run, paper):
+    for command in (run, paper, check):
         command.add_argument("-o", "--results", type=Path, help="file to which every run is appended as a JSON line")
 
 
@@ -61,7 +67,7 @@ def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: dict[str, Any]) -> int:
     """Answers the question and returns the exit code."""
     args = argparse.Namespace(**options)
-    return {"run": _run, "sla": _sla, "replicas": _replicas, "paper": _paper}[args.question](args)
+    return {"run": _run, "sla": _sla, "replicas": _replicas, "paper": _paper, "validate": _validate}[args.question](args)
 
 
 def _replica(args: argparse.Namespace, longest: int) -> tuple[StepCost, ReplicaConfig, str]:
@@ -174,6 +180,12 @@ def _paper(args: argparse.Namespace) -> int:
     if args.results:
         append(args.results, records)
     return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from fastgen_jax.simulation.validate import validate
+
+    return validate(args, loads_of(args), args.results)
 
 
 def _ms(seconds: float | None) -> str:
