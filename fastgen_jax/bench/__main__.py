@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgen_jax.bench import kv_blocks, offline, policies, steps
+from fastgen_jax.bench import kv_blocks, offline, policies, serve, steps
 
-BENCHMARKS = {"offline": offline, "policies": policies, "steps": steps, "kv-blocks": kv_blocks}
+BENCHMARKS = {"offline": offline, "serve": serve, "policies": policies, "steps": steps, "kv-blocks": kv_blocks}
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:
