@@ -6,9 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgen_jax.bench import kv_blocks, offline, policies, serve, steps
+from fastgen_jax.bench import compare, kv_blocks, offline, policies, report, serve, steps
 
-BENCHMARKS = {"offline": offline, "serve": serve, "policies": policies, "steps": steps, "kv-blocks": kv_blocks}
+BENCHMARKS = {
+    "serve": serve, "policies": policies, "steps": steps, "offline": offline, "compare": compare, "report": report,
+    "kv-blocks": kv_blocks,
+}
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:
