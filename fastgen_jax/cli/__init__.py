@@ -23,6 +23,7 @@ COMMANDS = {
     "batch": "a file of requests to a file of answers; resumes where it was stopped",
     "bench": "throughput and latency, ours and our peers'",
     "plan": "whether and how a model fits on devices that need not be here, from its config.json alone",
+    "simulate": "what an engine would do on hardware that is not here",
 }
 
 
