@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fastgen_jax.bench import (
     compare,
+    host,
     kv_blocks,
     loading,
     offline,
@@ -22,7 +23,8 @@ from fastgen_jax.bench import (
 
 BENCHMARKS = {
     "serve": serve, "policies": policies, "steps": steps, "offline": offline, "compare": compare, "report": report,
-    "server": server, "kv-blocks": kv_blocks, "loading": loading, "perplexity": perplexity, "tokenizers": tokenizers,
+    "server": server, "host": host, "kv-blocks": kv_blocks, "loading": loading, "perplexity": perplexity,
+    "tokenizers": tokenizers,
 }
 
 

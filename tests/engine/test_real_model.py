@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -27,9 +28,15 @@ def engine() -> Engine:
     )
 
 
-def run(engine: Engine, items, params) -> dict[str, tuple[list[int], np.ndarray]]:
-    """Tokens and log-probabilities of all items, run together."""
-    ids = {item["name"]: engine.add(item["prompt_token_ids"], params) for item in items}
+def run(engine: Engine, items, params, *, num_companions: int = 0) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Tokens and log-probabilities of all items, run together and among requests that nobody looks at."""
+    rng = np.random.default_rng(11)
+    companions = (rng.integers(0, 49152, int(rng.integers(1, 200))).tolist() for _ in range(num_companions))
+    ids = {}
+    for item in items:
+        ids[item["name"]] = engine.add(item["prompt_token_ids"], params)
+        for prompt in itertools.islice(companions, 2):
+            engine.add(prompt, greedy(48))
     outputs = drain(engine)
     engine.scheduler.check_integrity()
     assert engine.metrics.compiles_while_serving == 0
@@ -82,7 +89,7 @@ def test_prompt_logprobs_equal_those_of_transformers(engine):
                  id="sampled"),
 ])
 def test_tokens_do_not_depend_on_how_the_engine_runs_them(engine, options, params):
-    want = run(engine, GENERATIONS, params)
+    want = run(engine, GENERATIONS, params, num_companions=64 - len(GENERATIONS))  # each among 63 others
     settings = {"token_budget": 128, "budget_ladder": (1, 32), "num_blocks": 600, "max_context_len": 2048, **options}
     other = Engine.from_pretrained("smollm2-135m-instruct", **settings)
     got = run(other, GENERATIONS, params)

@@ -1,0 +1,63 @@
+"""What the host does for a step, in milliseconds, against the number of generating sequences.
+
+    fastgen bench host --sequences 32 256
+
+The model is a random one of a few thousand parameters, so that the steps are short and many; what the host does for
+them does not depend on the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+
+PROMPT_LENGTH, WARM_UP_STEPS = 40, 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastgen bench host`."""
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 256], help="numbers of sequences to compare")
+    parser.add_argument("--steps", type=int, default=300, help="measured steps each (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table."""
+    if min(args.sequences) < 1 or args.steps < 1:
+        raise ValueError(f"--sequences {args.sequences} and --steps {args.steps} must be at least 1")
+    print(f"{'sequences':>10} {'plan':>8} {'pack':>8} {'commit':>8} {'sum, ms':>8} {'outputs':>8} {'dispatch':>8}")
+    for count in args.sequences:
+        times = _measure(count, args.steps)
+        host = [sum(step) for step in zip(*(times[name] for name in ("plan", "pack", "commit")), strict=True)]
+        columns = [1e3 * median(values) for values in (*(times[name] for name in ("plan", "pack", "commit")), host,
+                                                       times["output"], times["dispatch"])]
+        print(f"{count:10d} " + " ".join(f"{value:8.3f}" for value in columns))
+    return 0
+
+
+def _measure(count: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of each part of the last `steps` steps, in which `count` sequences generate a token each."""
+    import jax
+
+    from fastgen_jax.engine import Engine, EngineConfig
+    from fastgen_jax.models.config import ModelConfig
+    from fastgen_jax.models.params import init_params
+    from fastgen_jax.scheduling import SamplingParams
+
+    length = PROMPT_LENGTH + WARM_UP_STEPS + steps + count  # prompts enter one after another
+    model = ModelConfig(family="llama", vocab_size=64, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8,
+                        mlp_dim=16, max_context_len=length)
+    engine = Engine(
+        init_params(model, jax.random.key(0)), model,
+        EngineConfig(token_budget=max(512, 2 * count), budget_ladder=(), max_num_seqs=count, compile_cache_dir="",
+                     num_blocks=count * -(-length // 32) + 1),
+    )
+    params = SamplingParams(max_new_tokens=length - PROMPT_LENGTH, do_sample=False, ignore_eos=True)
+    for number in range(count):
+        engine.add([(number + i) % 64 for i in range(PROMPT_LENGTH)], params)
+    engine.step()
+    while engine.num_waiting or engine.metrics.timeline[-1].num_generating < count:
+        engine.step()
+    for _ in range(WARM_UP_STEPS + steps):
+        engine.step()
+    return {name: list(getattr(engine.metrics, f"{name}_seconds"))[-steps:]
+            for name in ("plan", "pack", "commit", "output", "dispatch")}
