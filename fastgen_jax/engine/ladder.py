@@ -8,15 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 GOOD_ENOUGH = 1.05  # cost per token, relative to the best: beyond it a larger budget buys latency, not throughput
+ROOM_FOR_PROMPTS = 4  # tokens of a step for each sequence that may generate
 WORTH_A_PROGRAM = 0.9  # a program must take at most this share of what the next larger one takes for its tokens
 
 
-def choose_budget(seconds: Mapping[int, float]) -> int:
-    """The smallest budget whose cost per token is within 5% of the best: throughput first, then token latency.
+def choose_budget(seconds: Mapping[int, float], *, max_num_seqs: int) -> int:
+    """The smallest budget whose cost per prompt token is within 5% of the best, of those that generation leaves room in.
 
-    `seconds` maps a budget in tokens to the measured seconds of a full step.
+    `seconds` maps a budget in tokens to the measured seconds of a full step. A step must hold four times as many tokens
+    as sequences may generate, if any measured one does: what they take is lost to prompts.
     """
-    per_token = {budget: cost / budget for budget, cost in seconds.items()}
+    roomy = {budget: cost / budget for budget, cost in seconds.items() if budget >= ROOM_FOR_PROMPTS * max_num_seqs}
+    per_token = roomy or {max(seconds): seconds[max(seconds)] / max(seconds)}
     best = min(per_token.values())
     return min(budget for budget, cost in per_token.items() if cost <= GOOD_ENOUGH * best)
 

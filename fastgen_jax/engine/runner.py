@@ -15,6 +15,7 @@ import numpy as np
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample
 from fastgen_jax.models.config import ModelConfig
@@ -40,6 +41,7 @@ class Runner:
         self.config = config
         self.max_blocks = -(-config.max_context_len // config.block_size)
         self._compiled: dict[int, tuple[Bucket, Any]] = {}
+        use_huge_pages(params)
         self.reset()
 
     def reset(self) -> None:

@@ -74,7 +74,7 @@ def _choose_budgets(
         costs = {budget: runner.measure(budget) for budget in candidates}
         log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
         chosen = ladder.choose_ladder(
-            costs, ladder.choose_budget(costs),
+            costs, ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
             seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
         )
         if path:

@@ -34,6 +34,15 @@ class Step:
     num_blocks: int  # N
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]  # `ragged_attention`, or what stands in for it
 
+    def num_rows(self, rows: jax.Array | None) -> jax.Array:
+        """How many of the tokens, or of the sampled `rows`, are no padding."""
+        return self.num_tokens if rows is None else self.batch.num_sample_rows
+
+
+def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """x[rows], or all of x."""
+    return x if rows is None else jnp.take(x, rows, axis=0)
+
 
 def prepare_step(
     batch: RaggedBatch, kv_cache: KVCache, *, config: ModelConfig, implementation: str | Callable[..., Any] | None
@@ -63,11 +72,15 @@ def attention(
     cache: KVCache,
     step: Step,
     index: jax.Array | int,
+    rows: jax.Array | None,
     *,
     config: ModelConfig,
     residual: jax.Array | None,
 ) -> tuple[jax.Array, KVCache]:
-    """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step."""
+    """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step.
+
+    `rows` i32[R] are the tokens whose results [R, E] are wanted, and those that `residual` holds; None stands for all.
+    """
     batch, d = step.batch, config.head_dim
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
@@ -92,11 +105,11 @@ def attention(
         alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
         sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
     )
-    out = out[..., :d]
+    out = take_rows(out[..., :d], rows)
     if config.mla is not None:
         out = expand_values(out, w, config=config.mla)
     out = out.reshape(out.shape[0], -1)
-    return project(out, w, "o", residual=residual, num_rows=step.num_tokens), KVCache(k=k_cache, v=v_cache)
+    return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), KVCache(k=k_cache, v=v_cache)
 
 
 def _heads(

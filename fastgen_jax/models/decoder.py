@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import KVCache, RaggedBatch
-from fastgen_jax.models.attention import Step, attention, prepare_step
+from fastgen_jax.models.attention import Step, attention, prepare_step, take_rows
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import EXPERT_MATRICES, Params, layers_with
 from pallas_kernels.matmul import linear
 
-Layer = Callable[[jax.Array, KVCache, dict[str, Any], "jax.Array | int"], tuple[jax.Array, KVCache]]
+Layer = Callable[..., tuple[jax.Array, KVCache]]
 
 
 def forward(
@@ -43,13 +43,14 @@ def forward(
     """
     step = prepare_step(batch, kv_cache, config=config, implementation=attention)
 
-    def layer(x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int) -> tuple[jax.Array, KVCache]:
-        if config.parallel_residual:
-            return _parallel_layer(x, cache, w, index, step, config=config)
-        return _sequential_layer(x, cache, w, index, step, config=config)
+    def layer(
+        x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int, rows: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        run = _parallel_layer if config.parallel_residual else _sequential_layer
+        return run(x, cache, w, index, step, rows, config=config)
 
-    x, kv_cache = run_layers(layer, params["layers"], _embed(params, batch, config), kv_cache, config=config)
-    rows = jnp.take(x, batch.sample_rows, axis=0)
+    x = _embed(params, batch, config)
+    rows, kv_cache = run_layers(layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config)
     if config.final_norm:
         rows = norm(rows, params, "final_norm", config=config)
     if "project_out" in params:
@@ -58,18 +59,19 @@ def forward(
 
 
 def run_layers(
-    layer: Layer, layers: Any, x: jax.Array, kv_cache: KVCache, *, config: ModelConfig
+    layer: Layer, layers: Any, x: jax.Array, kv_cache: KVCache, *, rows: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, KVCache]:
-    """Applies `layer(x, cache, weights, index)` once per layer, in the form that `layers` is given in.
+    """x[rows] [R, E] after `layer(x, cache, weights, index)` once per layer, in the form that `layers` is given in.
 
     One dict of stacked arrays is scanned: the program does not grow with depth. Where layers have different weights
     (an MLP here, experts there), each run of like layers is one scan. A tuple of L dicts is unrolled: on a CPU the
-    slices that a scan takes are copies, which is to read and write the whole model once more in every step.
+    slices that a scan takes are copies, which is to read and write the whole model once more in every step. The last
+    of them is told which rows are wanted: behind its attention the others are of no use to anybody.
     """
     if not isinstance(layers, dict):
-        for index, weights in enumerate(layers):
+        for index, weights in enumerate(layers[:-1]):
             x, kv_cache = layer(x, kv_cache, weights, index)
-        return x, kv_cache
+        return layer(x, kv_cache, layers[-1], len(layers) - 1, rows)
 
     having = layers_with(config)
     # Experts are handed over as one stack: a slice of them would be a copy, since a grouped matmul is opaque to XLA.
@@ -80,7 +82,7 @@ def run_layers(
             return layer(*carry, *xs), None
 
         carry, _ = jax.lax.scan(body, (x, kv_cache), (layers, jnp.arange(config.num_layers, dtype=jnp.int32)))
-        return carry
+        return jnp.take(carry[0], rows, axis=0), carry[1]
 
     carry = (x, kv_cache)
     for start, stop in _runs(having, config.num_layers):
@@ -99,7 +101,7 @@ def run_layers(
             return layer(*carry, weights, start + i), None
 
         carry, _ = jax.lax.scan(some, carry, jnp.arange(stop - start, dtype=jnp.int32))
-    return carry
+    return jnp.take(carry[0], rows, axis=0), carry[1]
 
 
 def _runs(having: dict[str, tuple[int, ...]], num_layers: int) -> list[tuple[int, int]]:
@@ -123,7 +125,14 @@ def _embed(params: Params, batch: RaggedBatch, config: ModelConfig) -> jax.Array
 
 
 def _sequential_layer(
-    x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int, step: Step, *, config: ModelConfig
+    x: jax.Array,
+    cache: KVCache,
+    w: dict[str, Any],
+    index: jax.Array | int,
+    step: Step,
+    rows: jax.Array | None,
+    *,
+    config: ModelConfig,
 ) -> tuple[jax.Array, KVCache]:
     place, scale = config.norm_placement, config.residual_multiplier
     before, after = place in ("input", "both"), place in ("output", "both")
@@ -131,25 +140,34 @@ def _sequential_layer(
     fused = not after and scale == 1.0
 
     h = norm(x, w, "attn_norm", config=config) if before else x
-    y, cache = attention(h, w, cache, step, index, config=config, residual=x if fused else None)
+    x = take_rows(x, rows)
+    y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x if fused else None)
     if not fused:
         y = x + scale * (norm(y, w, "post_attn_norm", config=config) if after else y)
     x = norm(y, w, "attn_norm", config=config) if place == "residual" else y
 
     h = norm(x, w, "mlp_norm", config=config) if before else x
-    y = mlp(h, w, config=config, num_tokens=step.num_tokens, residual=x if fused else None)
+    y = mlp(h, w, config=config, num_tokens=step.num_rows(rows), residual=x if fused else None)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config) if after else y)
     return norm(y, w, "mlp_norm", config=config) if place == "residual" else y, cache
 
 
 def _parallel_layer(
-    x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int, step: Step, *, config: ModelConfig
+    x: jax.Array,
+    cache: KVCache,
+    w: dict[str, Any],
+    index: jax.Array | int,
+    step: Step,
+    rows: jax.Array | None,
+    *,
+    config: ModelConfig,
 ) -> tuple[jax.Array, KVCache]:
     h = norm(x, w, "attn_norm", config=config)
-    for_mlp = h if config.shared_norm else norm(x, w, "mlp_norm", config=config)
-    y, cache = attention(h, w, cache, step, index, config=config, residual=x)
-    return mlp(for_mlp, w, config=config, num_tokens=step.num_tokens, residual=y), cache
+    x = take_rows(x, rows)
+    for_mlp = take_rows(h, rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config)
+    y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x)
+    return mlp(for_mlp, w, config=config, num_tokens=step.num_rows(rows), residual=y), cache
 
 
 def _logits(rows: jax.Array, params: Params, num_rows: jax.Array, *, config: ModelConfig) -> jax.Array:

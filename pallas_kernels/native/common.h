@@ -128,16 +128,14 @@ FASTGEN_INLINE void transpose(Vec (&rows)[kLanes]) {
   if constexpr (kLanes > 8) transpose_step<8>(rows);
 }
 
-// e^x, relative error below 2e-7; 0 below -87.3, the largest power near 3e38 above 88. NaN stays NaN.
-FASTGEN_INLINE Vec exp(Vec x) {
-  const Vec lowest = splat(-87.33654f);
-  const Vec clamped = min(max(x, lowest), splat(88.37626f));
+// e^x for x below 88.3, relative error below 2e-7; 0 below -87.3. NaN stays NaN.
+FASTGEN_INLINE Vec exp_below_overflow(Vec x) {
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum.
   const Vec magic = splat(12582912.0f);
-  const Vec shifted = clamped * 1.44269504088896341f + magic;
+  const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec n = shifted - magic;
   // ln 2 in two parts, so that n * ln 2 loses no bits.
-  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -150,8 +148,13 @@ FASTGEN_INLINE Vec exp(Vec x) {
   bits = (bits - 0x4B400000 + 127) << 23;
   Vec power;
   std::memcpy(&power, &bits, sizeof power);
-  const Vec y = x < lowest ? Vec{} : p * power;
-  return x == x ? y : x;
+  return x < splat(-87.33654f) ? Vec{} : p * power;
+}
+
+// e^x, the largest power near 3e38 above 88.
+FASTGEN_INLINE Vec exp(Vec x) {
+  const Vec largest = splat(88.37626f);
+  return exp_below_overflow(x > largest ? largest : x);
 }
 
 // x * sigmoid(x)

@@ -10,7 +10,12 @@ CURVE = {1: 0.010, 16: 0.012, 64: 0.030, 256: 0.100, 512: 0.198}
 
 
 def test_the_budget_is_the_smallest_that_is_nearly_as_cheap_a_token_as_the_best() -> None:
-    assert choose_budget(CURVE) == 256
+    assert choose_budget(CURVE, max_num_seqs=4) == 256
+
+
+def test_the_budget_leaves_room_beside_generation() -> None:
+    assert choose_budget(CURVE, max_num_seqs=100) == 512
+    assert choose_budget(CURVE, max_num_seqs=1000) == 512  # the largest there is
 
 
 def test_where_padding_costs_a_full_step_every_clearly_cheaper_program_is_kept() -> None:
