@@ -92,6 +92,7 @@ def ask_tpu_compiler(topology: str) -> None:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             memory = jax.jit(program).lower(*arguments).compile().memory_analysis()
         seconds = time.perf_counter() - start
+        assert memory is not None, "the TPU compiler analyses memory"
         print(f"{name:64}{memory.argument_size_in_bytes / MIB:10.0f}{memory.temp_size_in_bytes / MIB:12.2f}{seconds:9.1f}",
               flush=True)
 

@@ -16,7 +16,10 @@ from tests.tiny import drain, greedy, tokens_of
 HOME = REFERENCE / "families"
 TOLERANCE = 1e-4  # of the largest logit: two float32 programs that add up in different orders
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3")
-VARIANTS = [names for names in variants() if names[0] in FAMILIES]
+QUICK = {("mixtral", "window"), ("qwen2_moe", "every_second"), ("qwen3_moe", "default"), ("gpt_oss", "default"),
+         ("deepseek_v2", "groups"), ("deepseek_v3", "default")}  # together they have every feature but the multipliers
+VARIANTS = [pytest.param(*names, marks=() if names in QUICK else pytest.mark.slow)
+            for names in variants() if names[0] in FAMILIES]
 
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
@@ -29,7 +32,9 @@ def test_logits_equal_those_of_transformers_however_the_tokens_are_cut(family: s
         assert error(runs.logits(tokens, sizes, prompt_length=prompt), want) < TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "variant"), [("qwen2_moe", "dense_first"), ("deepseek_v3", "default")])
+@pytest.mark.parametrize(("family", "variant"), [
+    ("qwen2_moe", "dense_first"), pytest.param("deepseek_v3", "default", marks=pytest.mark.slow),
+])
 def test_runs_of_like_layers_are_scanned(family: str, variant: str):
     params, config = load(family, variant, stack_layers=True)
     assert config.moe is not None
@@ -40,7 +45,7 @@ def test_runs_of_like_layers_are_scanned(family: str, variant: str):
     assert error(runs.logits(tokens, [30, len(tokens) - 30], prompt_length=prompt), want) < TOLERANCE
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_request_gets_the_same_tokens_alone_and_in_company(quantize: str | None):
     params, config = load("deepseek_v3", "default")
     engine = Engine(params, config, EngineConfig(
