@@ -13,6 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastgen_jax.api.async_engine import AsyncEngine as AsyncEngine
+    from fastgen_jax.api.client import AsyncClient as AsyncClient
+    from fastgen_jax.api.client import Client as Client
+    from fastgen_jax.api.client import async_client as async_client
+    from fastgen_jax.api.client import client as client
+    from fastgen_jax.api.client import serve as serve
     from fastgen_jax.api.pipeline import Pipeline as Pipeline
     from fastgen_jax.api.pipeline import Response as Response
     from fastgen_jax.api.pipeline import pipeline as pipeline
@@ -24,6 +30,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncClient": "fastgen_jax.api.client",
+    "AsyncEngine": "fastgen_jax.api.async_engine",
+    "Client": "fastgen_jax.api.client",
+    "async_client": "fastgen_jax.api.client",
+    "client": "fastgen_jax.api.client",
+    "serve": "fastgen_jax.api.client",
     "Pipeline": "fastgen_jax.api.pipeline",
     "Response": "fastgen_jax.api.pipeline",
     "pipeline": "fastgen_jax.api.pipeline",
@@ -32,7 +44,10 @@ _HOMES = {
     "RequestOutput": "fastgen_jax.engine.outputs",
     "SamplingParams": "fastgen_jax.scheduling",
 }
-__all__ = ["Engine", "EngineConfig", "Pipeline", "RequestOutput", "Response", "SamplingParams", "__version__", "pipeline"]
+__all__ = [
+    "AsyncClient", "AsyncEngine", "Client", "Engine", "EngineConfig", "Pipeline", "RequestOutput", "Response",
+    "SamplingParams", "__version__", "async_client", "client", "pipeline", "serve",
+]
 
 
 def __getattr__(name: str) -> Any:

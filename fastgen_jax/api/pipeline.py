@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, cast, overload
 
 from tqdm import tqdm
 
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine, Prompt
+from fastgen_jax.engine.intake import samples
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.scheduling import SamplingParams
 
@@ -135,10 +136,8 @@ class Pipeline:
         try:
             for prompt in prompts:
                 token_ids = engine.encode(prompt)
-                for sample in range(params.n):
-                    # Seeds of one prompt's samples follow each other, so that n=2 begins with what n=1 gives.
-                    seed = None if params.seed is None else (params.seed + sample) % 2**32
-                    request_id = engine.add(token_ids, replace(params, n=1, seed=seed))
+                for sample in samples(params):
+                    request_id = engine.add(token_ids, sample)
                     index_of[request_id] = len(index_of)
         except ValueError:
             for request_id in index_of:

@@ -17,7 +17,9 @@ from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
 
-_IGNORABLE = (r".*\.rotary_emb\.inv_freq",)  # buffers that old versions of transformers saved; we compute them
+_IGNORABLE = (  # buffers that old versions of transformers saved: rotary frequencies and causal masks
+    r".*\.rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias", r".*\.attention\.(masked_)?bias",
+)
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
 _AHEAD = 3  # weights read before they are asked for: host memory beyond the model, a fraction of a layer
 
@@ -30,10 +32,11 @@ class _Weight:
     layer: int | None
     source: Source
     spec: ParamSpec
+    omitted: str  # what the checkpoint leaves out at the beginning of names
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name.format(layer=self.layer) for name in self.source.names)
+        return tuple(name.format(layer=self.layer).removeprefix(self.omitted) for name in self.source.names)
 
 
 def load_params(
@@ -122,14 +125,17 @@ def _check_tied(checkpoint: Checkpoint) -> None:
 def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
     """Every array of the model, layer by layer as they lie in the file."""
     config, sources = checkpoint.config, checkpoint.sources
+    # A checkpoint of the bare model, like those of GPT-2 and BLOOM, lacks the name of the model before its parts.
+    model = sources["embed"].names[0].split(".")[0] + "."
+    omitted = "" if any(name.startswith(model) for name in checkpoint.tensor_names) else model
     specs = param_specs(config)
     del specs["layers"]
     for path, spec in specs.items():
-        yield _Weight(path=path, layer=None, source=sources[path], spec=spec)
+        yield _Weight(path=path, layer=None, source=sources[path], spec=spec, omitted=omitted)
     for layer in range(config.num_layers):
         for name, spec in layer_specs(config, layer).items():
             path = f"layers.{name}"
-            yield _Weight(path=path, layer=layer, source=sources[path], spec=spec)
+            yield _Weight(path=path, layer=layer, source=sources[path], spec=spec, omitted=omitted)
 
 
 def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.metrics import Metrics, compile_count
+from fastgen_jax.engine.intake import Intake, Prompt
+from fastgen_jax.engine.metrics import Metrics, StepTimes, compile_count
 from fastgen_jax.engine.outputs import RequestOutput, RequestState, SampledRows
 from fastgen_jax.engine.packing import Packer
 from fastgen_jax.engine.research import ResearchInterface
 from fastgen_jax.engine.runner import StepOutput
-from fastgen_jax.engine.sampling_tables import SamplingTables, validate
+from fastgen_jax.engine.sampling_tables import SamplingTables
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import Params
 from fastgen_jax.scheduling import Chunk, Request, SamplingParams, Scheduler, Step
 from fastgen_jax.scheduling import Sequence as HostSequence
 from fastgen_jax.text import Tokenizer
+from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or chat messages `[{"role": ..., "content": ...}, ...]`."""
+__all__ = ["Engine", "Prompt"]
 
 
 class Engine(ResearchInterface):
@@ -59,6 +58,7 @@ class Engine(ResearchInterface):
         self.config, self._runner = startup.start(params, model, config or EngineConfig(), progress=progress)
         resolved = self.config
         self.tokenizer = tokenizer
+        self.intake = Intake(tokenizer, model, resolved)
         self.metrics = Metrics()
         self._scheduler = Scheduler(
             num_blocks=resolved.num_blocks,
@@ -69,6 +69,8 @@ class Engine(ResearchInterface):
             max_sample_rows=resolved.max_sample_rows,
             policy=resolved.policy,
             prefix_caching=resolved.prefix_caching,
+            promise=resolved.promise,
+            step_sizes=resolved.budget_ladder if resolved.promise and resolved.budget_ladder else (),
         )
         self._tables = SamplingTables(resolved.max_num_seqs, model.vocab_size)
         self._packer = Packer(
@@ -76,8 +78,8 @@ class Engine(ResearchInterface):
             block_size=resolved.block_size, tables=self._tables,
         )
         self._states: dict[str, RequestState] = {}
-        self._in_flight: deque[tuple[Step, StepOutput]] = deque()
-        self._numbers = itertools.count()
+        self._in_flight: deque[tuple[Step, StepOutput, StepTimes]] = deque()
+        self._committing: Step | None = None
         self._init_research()
 
     @classmethod
@@ -104,57 +106,33 @@ class Engine(ResearchInterface):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> str:
         """Queues a request and returns its id.
 
-        A lower `priority` runs first; equal ones run in order of arrival. Raises ValueError, and changes nothing, if
-        the prompt is empty or too long, a token id is not in the vocabulary, the id is taken, or the request could
-        never fit into the cache.
+        A lower `priority` runs first; equal ones run in order of arrival. With `grammar`, only tokens that keep to it
+        are sampled. Raises ValueError, and changes nothing, if the prompt is empty or too long, a token id is not in
+        the vocabulary, the id is taken, or the request could never fit into the cache.
         """
-        params = params or SamplingParams()
-        if params.n != 1:
-            raise ValueError(f"n is {params.n}; the engine runs one sequence a request: add it {params.n} times with "
-                             f"different seeds, or use pipeline, which does that")
-        validate(params, self.model.vocab_size, eos_token_ids=self.eos_token_ids)
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop strings {params.stop} need a tokenizer, and this engine has none; use stop_token_ids")
-        request_id = f"request-{next(self._numbers)}" if request_id is None else request_id
-        if request_id in self._states:
-            raise ValueError(f"request id {request_id!r} is already in use; choose another, or leave it out")
-        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "little")
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=self.encode(prompt),
-            params=params,
-            eos_token_ids=self.eos_token_ids,
-            priority=priority,
-            arrival_time=time.monotonic(),
-            seed=seed,
+        matcher = self.intake.matcher(grammar) if grammar else None
+        request = self.intake.request(
+            prompt, params, request_id=request_id, priority=priority, awaits_each_token=matcher is not None
         )
+        return self.add_request(request, matcher)
+
+    def add_request(self, request: Request, matcher: GrammarMatcher | None = None) -> str:
+        """Queues a request that `intake` made, with the matcher of its grammar if it has one; see `add`."""
+        if request.request_id in self._states:
+            raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or leave it out")
         sequence = self._scheduler.add(request)
-        self._states[request_id] = RequestState(sequence, self.tokenizer)
+        self._states[request.request_id] = RequestState(sequence, self.tokenizer, matcher)
         self.metrics.requests += 1
         self.metrics.prompt_tokens += len(request.prompt_token_ids)
-        return request_id
+        return request.request_id
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt in any of its forms; ValueError if it is empty or not one of them."""
-        token_ids: Sequence[Any]
-        if isinstance(prompt, str):
-            token_ids = self._need_tokenizer("text").encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            messages = cast("Sequence[Mapping[str, Any]]", prompt)
-            token_ids = self._need_tokenizer("chat messages").encode_chat(messages)
-        else:
-            token_ids = prompt
-        if not len(token_ids):
-            raise ValueError("the prompt is empty; give at least one token")
-        for token_id in token_ids:
-            if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool):
-                raise ValueError(f"the prompt holds {token_id!r}; give text, token ids, or chat messages")
-            if not 0 <= token_id < self.model.vocab_size:
-                raise ValueError(f"token id {token_id} is outside the vocabulary, 0..{self.model.vocab_size - 1}")
-        return tuple(map(int, token_ids))
+        return self.intake.encode(prompt)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request and frees its blocks at once; False if there is none of that id (it may just have finished)."""
@@ -180,6 +158,11 @@ class Engine(ResearchInterface):
         return self._scheduler.num_waiting
 
     @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Ids of the unfinished requests, in the order of adding."""
+        return tuple(self._states)
+
+    @property
     def scheduler(self) -> Scheduler:
         """The scheduler, to look at: its statistics, its estimates, its integrity check."""
         return self._scheduler
@@ -187,8 +170,7 @@ class Engine(ResearchInterface):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a sequence: those of the checkpoint and those of its tokenizer."""
-        ids = self.model.eos_token_ids
-        return ids or (self.tokenizer.eos_token_ids if self.tokenizer else ())
+        return self.intake.eos_token_ids
 
     # Steps
 
@@ -201,11 +183,32 @@ class Engine(ResearchInterface):
         dispatched = self._dispatch()
         # One step stays in flight while the host works, unless there was nothing to put behind it.
         keep = 1 if dispatched and self.config.overlap else 0
-        outputs: list[RequestOutput] = []
+        outputs = [self._refuse(sequence) for sequence in self._scheduler.take_refused()]
         while len(self._in_flight) > keep:
             outputs += self._commit(*self._in_flight.popleft())
         self.metrics.compiles_while_serving += compile_count() - compiles
         return outputs
+
+    def recover(self) -> list[str]:
+        """Makes the engine usable again after `step` raised; returns the ids of the requests that it ends.
+
+        Those are the requests whose tokens were being computed. All others keep what they have: waiting ones wait,
+        running ones are computed again. The device's memory is made anew, prefixes cached so far are forgotten, and
+        so are the sequences of `put`.
+        """
+        lost = self._scheduler.forget_device()
+        if self._committing is not None:
+            lost += [chunk.sequence for chunk in self._committing.chunks if not chunk.sequence.is_finished]
+        if not lost:  # it was the plan that failed, so that the next would fail too if nothing changed
+            lost = [state.sequence for state in self._states.values()][:1]
+        self._in_flight.clear()
+        self._committing = None
+        self._runner.reset()
+        self._init_research()
+        ended = list(dict.fromkeys(sequence.request_id for sequence in lost))
+        for request_id in ended:
+            self.abort(request_id)
+        return ended
 
     def measure_step(self, num_tokens: int) -> float:
         """Seconds of one full step of the bucket for `num_tokens`, measured now; ValueError unless the engine is idle.
@@ -224,32 +227,62 @@ class Engine(ResearchInterface):
         planned = time.perf_counter()
         for sequence in step.admitted:
             self._admit(sequence)
+        self._set_masks(step)
         bucket = self._runner.bucket(step.num_tokens)
         packed = self._packer.pack(step, bucket)
         done = time.perf_counter()
         output = self._runner.run(packed, bucket)
-        self._in_flight.append((step, output))
+        dispatched = time.perf_counter()
+        times = StepTimes(
+            number=self.metrics.steps, num_tokens=step.num_tokens, num_generating=sum(c.samples for c in step.chunks
+            if c.length == 1), bucket=bucket.num_tokens, num_running=self.num_running, num_waiting=self.num_waiting,
+            start=start, planned=planned, packed=done, dispatched=dispatched,
+        )
+        self._in_flight.append((step, output, times))
         m = self.metrics
         m.plan_seconds.append(planned - start)
         m.pack_seconds.append(done - planned)
-        m.dispatch_seconds.append(time.perf_counter() - done)
+        m.dispatch_seconds.append(dispatched - done)
         m.count_step(num_tokens=step.num_tokens, bucket=bucket.num_tokens, token_budget=self.config.full_step)
         return True
+
+    def _set_masks(self, step: Step) -> None:
+        """Sends the device what the grammars allow next; only steps with such requests pay for it."""
+        if not any(sequence.awaits_each_token for sequence in step.sampled):
+            return
+        slots, matchers = [], []
+        for sequence in step.sampled:
+            matcher = self._states[sequence.request_id].matcher
+            if matcher is not None:
+                slots.append(sequence.slot)
+                matchers.append(matcher)
+        masks = np.zeros((len(slots), -(-self.model.vocab_size // 32)), np.int32)
+        for row, matcher in zip(masks, matchers, strict=True):
+            matcher.fill_mask(row)
+        self._runner.set_masks(slots, masks)
 
     def _admit(self, sequence: HostSequence) -> None:
         request, slot = sequence.request, sequence.slot
         assert slot is not None  # it was admitted
         update = self._tables.admit(
             slot, request.params, eos_token_ids=request.eos_token_ids, seed=request.seed,
-            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_prompt_tokens=sequence.num_prompt_tokens, has_mask=sequence.awaits_each_token,
         )
+        self._states[request.request_id].note_start()
         if update:
             self._runner.reset_slot(
                 slot, prompt_ids=request.prompt_token_ids, output_ids=sequence.output_token_ids,
                 logit_bias=request.params.logit_bias,
             )
 
-    def _commit(self, step: Step, output: StepOutput) -> list[RequestOutput]:
+    def _refuse(self, sequence: HostSequence) -> RequestOutput:
+        """The only output of a request whose promise cannot be kept."""
+        self.metrics.refused += 1
+        output, _ = self._states.pop(sequence.request_id).advance([], [])
+        return output
+
+    def _commit(self, step: Step, output: StepOutput, times: StepTimes) -> list[RequestOutput]:
+        self._committing = step
         start = time.perf_counter()
         rows = self._read(step, output)
         read = time.perf_counter()
@@ -267,7 +300,10 @@ class Engine(ResearchInterface):
         m.wasted_rows += len(step.sampled) - len(advanced)
         m.wait_seconds.append(read - start)
         m.commit_seconds.append(committed - read)
-        m.output_seconds.append(time.perf_counter() - committed)
+        done = time.perf_counter()
+        m.output_seconds.append(done - committed)
+        m.timeline.append(times._replace(waited=start, read=read, committed=committed, done=done))
+        self._committing = None
         return outputs
 
     def _read(self, step: Step, output: StepOutput) -> SampledRows:
@@ -304,16 +340,11 @@ class Engine(ResearchInterface):
                 continue
             token_id = rows.tokens[end - 1]
             logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs)]
-            output, stopped = state.advance([token_id], logprobs)
-            if stopped and sequence.finish_reason is None:
-                self._scheduler.finish(sequence, "stop")
+            output = state.advance([token_id], logprobs)
+            if output.finished and sequence.finish_reason is None:
+                self._scheduler.finish(sequence, "abort" if output.error else "stop")
             if output.finished:
                 del self._states[request.request_id]
                 self.metrics.finished += 1
             outputs.append(output)
         return outputs
-
-    def _need_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(f"a prompt of {what} needs a tokenizer, and this engine has none; give token ids")
-        return self.tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -28,6 +28,31 @@ def compile_count() -> int:
     return _compiles
 
 
+class StepTimes(NamedTuple):
+    """What one step carried, and when its parts began on the clock of `time.perf_counter`, seconds.
+
+        start .. planned .. packed .. dispatched     waited .. read .. committed .. done
+          plan     pack     dispatch        device       wait    commit     output
+    """
+
+    number: int
+    num_tokens: int
+    """Tokens of all chunks."""
+    num_generating: int
+    """Of these, the last tokens of sequences that generate; the rest are prompts (and what preemption lost)."""
+    bucket: int
+    num_running: int
+    num_waiting: int
+    start: float
+    planned: float
+    packed: float
+    dispatched: float
+    waited: float = 0.0
+    read: float = 0.0
+    committed: float = 0.0
+    done: float = 0.0
+
+
 @dataclass
 class Metrics:
     """Counters since the engine started, and recent times of the host's part of a step."""
@@ -47,9 +72,13 @@ class Metrics:
     requests: int = 0
     finished: int = 0
     aborted: int = 0
+    refused: int = 0
+    """Requests that policy sla could not serve in time."""
     compiles_while_serving: int = 0
     """Compilations inside `Engine.step`: each is a bug, or somebody else's thread compiling."""
     steps_by_budget: dict[int, int] = field(default_factory=dict)
+    timeline: deque[StepTimes] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    """The last steps, oldest first."""
     plan_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     pack_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     dispatch_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -72,7 +101,7 @@ class Metrics:
         """
         times = {name: getattr(self, f"{name}_seconds") for name in
                  ("plan", "pack", "dispatch", "wait", "commit", "output")}
-        counters = {name: value for name, value in vars(self).items() if not name.endswith("_seconds")}
+        counters = {name: value for name, value in vars(self).items() if not isinstance(value, deque)}
         counters["steps_by_budget"] = dict(sorted(self.steps_by_budget.items()))
         medians = {f"{name}_ms": 1e3 * median(values) if values else 0.0 for name, values in times.items()}
         host = medians["plan_ms"] + medians["pack_ms"] + medians["commit_ms"]

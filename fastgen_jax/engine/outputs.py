@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from fastgen_jax.scheduling import Sequence
 from fastgen_jax.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from fastgen_jax.text.grammar import GrammarMatcher
 
 
 class TokenLogprob(NamedTuple):
@@ -33,7 +35,7 @@ class RequestOutput:
     """Text that became certain; text that may be the beginning of a stop string or of a character is held back."""
     finished: bool
     finish_reason: str | None
-    """"stop" (end of sequence, stop token or stop string), "length", "abort"; None while it runs."""
+    """"stop" (end of sequence, stop token or stop string), "length", "abort", "refused"; None while it runs."""
     logprobs: tuple[TokenLogprob, ...] | None
     """One entry a new token, if asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None
@@ -42,58 +44,78 @@ class RequestOutput:
     num_cached_tokens: int
     """Prompt tokens whose keys and values were already in the cache."""
     num_generated_tokens: int
+    queue_seconds: float = 0.0
+    """From the request's arrival to the first step that computed for it."""
+    error: str | None = None
+    """Why the request ended with "abort" by itself: its grammar could not be followed any further."""
 
 
 class RequestState:
     """The growing answer to one request."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, sequence: Sequence, tokenizer: Tokenizer | None, matcher: GrammarMatcher | None = None
+    ) -> None:
         self.sequence = sequence
+        self.matcher = matcher
         params = sequence.request.params
         self.prompt_logprobs: list[TokenLogprob] = []
         self._num_returned = 0
+        self._queue_seconds: float | None = None
         self._detokenizer = None
         self._stops = None
         if tokenizer is not None:
             self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=sequence.request.prompt_token_ids)
             self._stops = StopStrings(tuple(params.stop)) if params.stop else None
 
+    def note_start(self) -> None:
+        """Notes that the request runs now; called again after a preemption, which does not count."""
+        if self._queue_seconds is None:
+            self._queue_seconds = time.monotonic() - self.sequence.request.arrival_time
+
     def add_prompt_logprob(self, position: int, logprob: TokenLogprob) -> None:
         """Keeps the log-probability of the prompt token at `position`, unless a preemption made it come twice."""
         if position == len(self.prompt_logprobs) + 1:
             self.prompt_logprobs.append(logprob)
 
-    def advance(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob]) -> tuple[RequestOutput, bool]:
-        """The output for `token_ids`, and whether a stop string ended the request."""
+    def advance(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob]) -> RequestOutput:
+        """The output for `token_ids`; it is finished if the sequence is, or its grammar, or a stop string came."""
         sequence = self.sequence
         params = sequence.request.params
+        ended = sequence.finish_reason is not None
+        if self.matcher is not None:
+            ended |= any(self.matcher.advance(token_id) for token_id in token_ids)
+        error = self.matcher.error if self.matcher else None
         text, stopped = "", False
         if self._detokenizer is not None:
             text = self._detokenizer.push(token_ids)
-            if sequence.finish_reason is not None:
+            if ended:
                 text += self._detokenizer.flush()
             # Stop strings count only once the minimum is reached, like every other reason to stop.
             if self._stops is not None and self._num_returned + len(token_ids) > params.min_new_tokens:
                 text, match = self._stops.push(text)
-                if sequence.finish_reason is not None and match is None:
+                if ended and match is None:
                     rest, match = self._stops.flush()
                     text += rest
                 stopped = match is not None
         first = self._num_returned == 0
         self._num_returned += len(token_ids)
-        finished = stopped or sequence.finish_reason is not None
+        finished = stopped or ended
+        reason = "stop" if stopped else "abort" if error else sequence.finish_reason or "stop"
         return RequestOutput(
             request_id=sequence.request.request_id,
             new_token_ids=tuple(token_ids),
             text=text,
             finished=finished,
-            finish_reason="stop" if stopped else sequence.finish_reason,
+            finish_reason=reason if finished else None,
             logprobs=tuple(logprobs) if params.logprobs is not None else None,
             prompt_logprobs=tuple(self.prompt_logprobs) if first and params.prompt_logprobs is not None else None,
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached,
             num_generated_tokens=self._num_returned,
-        ), stopped
+            queue_seconds=self._queue_seconds or 0.0,
+            error=error,
+        )
 
 
 class SampledRows:

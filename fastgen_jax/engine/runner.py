@@ -15,8 +15,9 @@ import numpy as np
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample
+from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample, set_masks
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import Params
@@ -40,10 +41,15 @@ class Runner:
         self.config = config
         self.max_blocks = -(-config.max_context_len // config.block_size)
         self._compiled: dict[int, tuple[Bucket, Any]] = {}
-        self.reset()
+        use_huge_pages(params)
+        self._allocate()
 
     def reset(self) -> None:
         """Fresh device memory: an empty cache and sampler state."""
+        del self.kv_cache, self.state  # the old ones go first: there may be no room for two
+        self._allocate()
+
+    def _allocate(self) -> None:
         model, config = self.model, self.config
         self.kv_cache = KVCache.zeros(
             num_layers=model.num_layers, num_blocks=config.num_blocks, num_kv_heads=model.num_kv_heads,
@@ -93,12 +99,17 @@ class Runner:
         """Gives a sequence's row of the sampler's state its penalties' history and its logit bias."""
         self.state = reset_slot(self.state, slot, **tables)
 
+    def set_masks(self, slots: Sequence[int], masks: np.ndarray) -> None:
+        """Limits the next tokens of some slots to those of their masks i32[n, ceil(V / 32)]."""
+        self.state = set_masks(self.state, slots, masks)
+
     def warm_up(self) -> None:
-        """Runs every program once on an empty step, and the program that resets a slot, so that the first request
-        pays for no first time."""
+        """Runs every program once on an empty step, and the programs that change the sampler's state, so that the
+        first request pays for no first time."""
         for bucket, _ in self._compiled.values():
             jax.block_until_ready(self.run(bucket.new_buffer()[0], bucket))
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
+        self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
 
     def measure(self, budget: int, *, num_tokens: int | None = None, repeats: int = 5) -> float:
         """Seconds of a step of `num_tokens` (default: all) in the program of `budget`.
@@ -137,7 +148,9 @@ class Runner:
         )
 
 
-def step_program(model: ModelConfig, bucket: Bucket, *, attention: str | None = None) -> Any:
+def step_program(
+    model: ModelConfig, bucket: Bucket, *, attention: str | Callable[..., Any] | None = None
+) -> Any:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
     `attention` is that of `models.decoder.forward`.
@@ -154,7 +167,7 @@ def _step(
     *,
     bucket: Bucket,
     config: ModelConfig,
-    attention: str | None,
+    attention: str | Callable[..., Any] | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")

@@ -1,9 +1,9 @@
 """The sampler of the step program: logits in, tokens and log-probabilities out, pure functions throughout.
 
-Order: repetition, presence and frequency penalties; logit bias; ban of stop tokens; temperature; top-k; top-p (of what
-top-k left, renormalised); min-p; a draw from what is left, renormalised. The lowest token id wins every tie: of equal
-logits, greedy decoding takes it, and top-k and top-p keep it first, so that `top_k=k` keeps exactly k tokens and
-`top_k=1` is greedy decoding. Of a row that holds a NaN, some token of the vocabulary comes out.
+Order: repetition, presence and frequency penalties; logit bias; ban of stop tokens; token masks; temperature; top-k;
+top-p (of what top-k left, renormalised); min-p; a draw from what is left, renormalised. The lowest token id wins every
+tie: of equal logits, greedy decoding takes it, and top-k and top-p keep it first, so that `top_k=k` keeps exactly k
+tokens and `top_k=1` is greedy decoding. Of a row that holds a NaN, some token of the vocabulary comes out.
 
 A token depends on its logits, its request's parameters and `fold_in(key(seed), position)`, and on nothing else in the
 batch. To that end no sum of floats decides anything: probabilities are fixed-point integers (2**30 is 1), and sums of
@@ -13,6 +13,7 @@ integers come out the same in whatever order a compiler takes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -25,10 +26,11 @@ from fastgen_jax.engine.sampling_tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_LOGIT_BIAS_ENTRIES, MAX_TOP_LOGPROBS
 
 __all__ = [
-    "MAX_LOGPROBS", "SampleOutput", "SamplerState", "SamplingBatch", "init_state", "reset_slot", "sample",
+    "MAX_LOGPROBS", "SampleOutput", "SamplerState", "SamplingBatch", "init_state", "reset_slot", "sample", "set_masks",
 ]
 
 MAX_LOGPROBS = MAX_TOP_LOGPROBS
+MASKS_A_CALL = 8  # rows of token masks that one call of `set_masks` takes, as many as a typical load needs
 HISTORY_PIECE = 2048  # tokens of a history that one call takes: most prompts in one or two, of 0.3 ms each on a CPU
 
 _ONE = 30  # log2 of probability 1 in fixed point; rounding adds at most V / 2, so that sums stay below 2**31
@@ -49,6 +51,8 @@ class SamplerState:
     """i32[S, 300]: tokens with a logit bias; V fills up."""
     bias_values: jax.Array
     """f32[S, 300]."""
+    token_masks: jax.Array
+    """i32[S, ceil(V / 32)]: bit v % 32 of word v // 32 is 1 if token v may come next. Read for rows with a mask."""
 
 
 @pytree
@@ -71,13 +75,33 @@ class SampleOutput:
 
 
 def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
-    """The state of `max_num_seqs` slots that no sequence has used; 2 * vocab_size + 2404 bytes each."""
+    """The state of `max_num_seqs` slots that no sequence has used; 2.125 * vocab_size + 2404 bytes each."""
     return SamplerState(
         last_tokens=jnp.zeros(max_num_seqs, jnp.int32),
         token_counts=jnp.zeros((max_num_seqs, vocab_size), jnp.int16),
         bias_ids=jnp.full((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), vocab_size, jnp.int32),
         bias_values=jnp.zeros((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), jnp.float32),
+        token_masks=jnp.zeros((max_num_seqs, -(-vocab_size // 32)), jnp.int32),
     )
+
+
+def set_masks(state: SamplerState, slots: Sequence[int], masks: np.ndarray) -> SamplerState:
+    """The state with token masks i32[n, ceil(V / 32)] for n slots; donates `state`.
+
+    They hold until they are set again. Takes any n with one compiled program, `MASKS_A_CALL` rows a call.
+    """
+    for start in range(0, len(slots), MASKS_A_CALL):
+        rows = np.full(MASKS_A_CALL, state.token_masks.shape[0], np.int32)
+        words = np.zeros((MASKS_A_CALL, state.token_masks.shape[1]), np.int32)
+        part = slots[start : start + MASKS_A_CALL]
+        rows[: len(part)], words[: len(part)] = part, masks[start : start + MASKS_A_CALL]
+        state = _write_masks(state, rows, words)
+    return state
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_masks(state: SamplerState, slots: jax.Array, masks: jax.Array) -> SamplerState:
+    return replace(state, token_masks=state.token_masks.at[slots].set(masks, mode="drop"))
 
 
 def reset_slot(
@@ -124,8 +148,8 @@ def _add_history(
     times = jnp.zeros(vocab_size, jnp.int32).at[output_ids].add(2, mode="drop")
     counts = (before | in_prompt).astype(jnp.int32)
     counts = jnp.minimum(counts + times, 2 * _MAX_TIMES + (counts & 1))
-    return SamplerState(
-        last_tokens=state.last_tokens,
+    return replace(
+        state,
         token_counts=state.token_counts.at[slot].set(counts.astype(jnp.int16)),
         bias_ids=state.bias_ids.at[slot].set(bias_ids),
         bias_values=state.bias_values.at[slot].set(bias_values),
@@ -150,7 +174,7 @@ def sample(
         )
     # One switch, and loops of no passes further in, rather than conditionals in one another: on a CPU with two cores
     # jax 0.10.2 takes twice as long for the passes over the vocabulary inside a conditional within a conditional.
-    adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans) > 0
+    adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
     branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
     branches = (lambda logits, *_: _argmax(logits), _adjusted_argmax, _sampled)
     chosen = lax.switch(branch, branches, logits, state, batch)
@@ -175,11 +199,10 @@ def _remember(state: SamplerState, batch: SamplingBatch, tokens: jax.Array) -> S
     counted = jnp.where(_has_penalties(batch), slots, max_num_seqs)
     count = state.token_counts.at[counted, tokens].get(mode="fill", fill_value=0)
     more = jnp.where(count < 2 * _MAX_TIMES, jnp.int16(2), jnp.int16(0))
-    return SamplerState(
+    return replace(
+        state,
         last_tokens=state.last_tokens.at[slots].set(tokens, mode="drop"),
         token_counts=state.token_counts.at[counted, tokens].add(more, mode="drop"),
-        bias_ids=state.bias_ids,
-        bias_values=state.bias_values,
     )
 
 
@@ -238,7 +261,8 @@ def _adjusted(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> j
 
     logits = lax.cond(batch.any_penalties > 0, _penalised, unchanged, logits, state.token_counts, batch)
     logits = lax.cond(batch.any_bias > 0, _biased, unchanged, logits, state, batch)
-    return lax.cond(batch.any_bans > 0, _banned, unchanged, logits, batch)
+    logits = lax.cond(batch.any_bans > 0, lambda x, _, b: _banned(x, b), unchanged, logits, state, batch)
+    return lax.cond(batch.any_masks > 0, _masked, unchanged, logits, state, batch)
 
 
 def _penalised(logits: jax.Array, token_counts: jax.Array, batch: SamplingBatch) -> jax.Array:
@@ -265,6 +289,13 @@ def _banned(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
     ids = jnp.where(early, batch.stop_ids, logits.shape[1])
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return logits.at[rows, ids].set(-jnp.inf, mode="drop")
+
+
+def _masked(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
+    slots = jnp.where(batch.has_mask > 0, batch.slots, state.token_masks.shape[0])
+    words = state.token_masks.at[slots].get(mode="fill", fill_value=-1)  # [R, ceil(V / 32)]; all ones without a mask
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1  # [R, words, 32]
+    return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
 
 def _draw(weights: jax.Array, bits: jax.Array) -> jax.Array:

@@ -26,10 +26,11 @@ _COLUMNS: tuple[tuple[str, Any, float], ...] = (
     ("frequency_penalty", np.float32, 0),
     ("repetition_penalty", np.float32, 1),
     ("has_bias", np.int32, 0),
+    ("has_mask", np.int32, 0),
     ("seeds", np.uint32, 0),
     ("ban_before", np.int32, 0),
 )
-_FLAGS = ("any_sampling", "any_penalties", "any_bias", "any_logprobs")  # bit i of a slot's flags raises name i
+_FLAGS = ("any_sampling", "any_penalties", "any_bias", "any_logprobs", "any_masks")  # bit i of a slot's flags raises name i
 
 
 @pytree
@@ -56,6 +57,8 @@ class SamplingBatch:
     """f32[R]: divides positive and multiplies negative logits of tokens in the prompt or generated; 1 does nothing."""
     has_bias: jax.Array
     """i32[R]: 1 where the slot's logit bias is this row's, not a former sequence's."""
+    has_mask: jax.Array
+    """i32[R]: 1 where only the tokens of the slot's mask may come next."""
     seeds: jax.Array
     """u32[R]."""
     stop_ids: jax.Array
@@ -75,6 +78,8 @@ class SamplingBatch:
     any_bans: jax.Array
     """i32[]."""
     any_logprobs: jax.Array
+    """i32[]."""
+    any_masks: jax.Array
     """i32[]."""
 
 
@@ -140,6 +145,7 @@ class SamplingTables:
         eos_token_ids: Sequence[int],
         seed: int,
         num_prompt_tokens: int,
+        has_mask: bool = False,
     ) -> bool:
         """Gives `slot` the parameters of a sequence; true if the device needs `reset_slot` before its next step."""
         has_penalties = (
@@ -159,6 +165,7 @@ class SamplingTables:
             "frequency_penalty": params.frequency_penalty,
             "repetition_penalty": params.repetition_penalty,
             "has_bias": has_bias,
+            "has_mask": has_mask,
             "seeds": seed,
             "ban_before": num_prompt_tokens + params.min_new_tokens if banned else 0,
         }
@@ -166,7 +173,7 @@ class SamplingTables:
             self._columns[name][slot] = value
         self._stop_ids[slot, : len(banned)] = banned
         self._stop_ids[slot, len(banned) :] = self._vocab_size
-        raised = (not params.greedy, has_penalties, has_bias, params.logprobs is not None)
+        raised = (not params.greedy, has_penalties, has_bias, params.logprobs is not None, has_mask)
         self._flags[slot] = sum(1 << bit for bit, is_raised in enumerate(raised) if is_raised)
         return has_penalties or has_bias
 

@@ -15,6 +15,7 @@ import numpy as np
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
 from fastgen_jax.models.layers import norm, project
+from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import rotation
 from pallas_kernels.ragged_attention import ragged_attention
 from pallas_kernels.rotary import rotary
@@ -80,17 +81,8 @@ def attention(
 
     `rows` i32[R] are the tokens whose results [R, E] are wanted, and those that `residual` holds; None stands for all.
     """
-    batch = step.batch
-    h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
-    qkv = project(x, w, "qkv", num_rows=step.num_tokens).reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
-    if config.qk_norm is not None:
-        q, key = (_qk_norm(part, w, name, config) for part, name in ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm")))
-        qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
-    turn = _rotation_of(step, config, index)
-    if turn is None:
-        q, key, value = qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
-    else:
-        q, key, value = rotary(qkv, *turn, num_heads=h)
+    batch, d = step.batch, config.head_dim
+    q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
     if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
@@ -113,8 +105,29 @@ def attention(
         alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
         sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
     )
-    out = take_rows(out[..., :d].reshape(-1, h * d), rows)
+    out = take_rows(out[..., :d], rows)
+    if config.mla is not None:
+        out = expand_values(out, w, config=config.mla)
+    out = out.reshape(out.shape[0], -1)
     return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), KVCache(k=k_cache, v=v_cache)
+
+
+def _heads(
+    x: jax.Array, w: dict[str, Any], step: Step, turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [T, H, D], keys and values [T, K, D] of `x` [T, E], normalised and rotated as the config says."""
+    h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
+    if config.mla is not None:
+        assert turn is not None, "latent attention rotates in every layer"
+        q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h, num_tokens=step.num_tokens)
+        return q, latent, latent
+    qkv = project(x, w, "qkv", num_rows=step.num_tokens).reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
+    if config.qk_norm is not None:
+        q, key = (_qk_norm(part, w, name, config) for part, name in ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm")))
+        qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
+    if turn is None:
+        return qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
+    return rotary(qkv, *turn, num_heads=h)
 
 
 def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, config: ModelConfig) -> jax.Array:

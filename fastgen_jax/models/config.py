@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from fastgen_jax.models.moe_config import MoEConfig
+from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "stepped_ntk"]
 LENGTH_DEPENDENT = ("dynamic", "longrope", "stepped_ntk")  # rotary scalings whose angles depend on the whole sequence
@@ -101,6 +101,7 @@ class ModelConfig:
     rope: RopeConfig | None = field(default_factory=RopeConfig)  # None: no rotary embedding at all
     layer_ropes: tuple[RopeConfig | None, ...] = ()  # one a layer where they differ; (): `rope` everywhere
     layer_windows: tuple[int | None, ...] = ()  # tokens that each layer looks back on, itself included; (): all
+    mla: MLAConfig | None = None  # latent attention in place of q, k and v
     attention_sinks: bool = False  # one more logit a head, learned, that takes probability and carries no value
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
 

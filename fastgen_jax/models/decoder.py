@@ -22,7 +22,7 @@ from fastgen_jax.models.attention import Step, attention, prepare_step, take_row
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mlp import mlp
-from fastgen_jax.models.params import Params, layers_with
+from fastgen_jax.models.params import EXPERT_MATRICES, Params, layers_with
 from pallas_kernels.matmul import linear
 
 Layer = Callable[..., tuple[jax.Array, KVCache]]
@@ -74,7 +74,10 @@ def run_layers(
         return layer(x, kv_cache, layers[-1], len(layers) - 1, rows)
 
     having = layers_with(config)
-    if all(len(rows) == config.num_layers for rows in having.values()):
+    # Experts are handed over as one stack: a slice of them would be a copy, since a grouped matmul is opaque to XLA.
+    experts = {name: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers[name])
+               for name in EXPERT_MATRICES if name in layers}
+    if not experts and all(len(rows) == config.num_layers for rows in having.values()):
         def body(carry: tuple[jax.Array, KVCache], xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
             return layer(*carry, *xs), None
 
@@ -90,8 +93,11 @@ def run_layers(
             weights = {
                 name: jax.tree.map(lambda leaf, row=row: jax.lax.dynamic_index_in_dim(leaf, row + i, keepdims=False),
                                    layers[name])
-                for name, row in first_row.items()
+                for name, row in first_row.items() if name not in experts
             }
+            if config.moe is not None and first_row.keys() & experts.keys():
+                weights |= experts
+                weights["first_expert"] = (first_row[EXPERT_MATRICES[0]] + i) * config.moe.num_experts
             return layer(*carry, weights, start + i), None
 
         carry, _ = jax.lax.scan(some, carry, jnp.arange(stop - start, dtype=jnp.int32))

@@ -22,8 +22,7 @@ def mlp(
     """
     if "router" in w:
         assert config.moe is not None, "a layer with a router has experts"
-        used = jnp.arange(x.shape[0]) < num_tokens
-        return moe(x, w, config=config.moe, used=used, residual=residual)
+        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual)
     return project(_hidden(x, w, num_tokens, config), w, "down", residual=residual, num_rows=num_tokens)
 
 

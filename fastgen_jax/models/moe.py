@@ -26,15 +26,16 @@ _SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) is close to the normal distribution's,
 
 
 def moe(
-    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, used: jax.Array, residual: jax.Array | None
+    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array, residual: jax.Array | None
 ) -> jax.Array:
     """The experts' answer to `x` [T, E] (+ residual), in its dtype; sums are in float32.
 
-    `used` bool[T] marks the tokens that are no padding; the others cost no expert any work, and what they get is finite.
+    Tokens from `num_tokens` on are padding: they cost no expert any work, and what they get is finite.
     `w` holds the weights of the layer, or, with "first_expert" i32[], those of the experts of all layers, [L*X, ...].
     """
-    num_tokens, k = x.shape[0], config.experts_per_token
-    weights, chosen = route(x, w, config=config)
+    k = config.experts_per_token
+    used = jnp.arange(x.shape[0]) < num_tokens
+    weights, chosen = route(x, w, config=config, num_tokens=num_tokens)
     expert = jnp.where(used[:, None], chosen, config.num_experts).reshape(-1)  # [T * k]
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts), axis=0, dtype=jnp.int32)
@@ -42,16 +43,18 @@ def moe(
     rows = _experts(rows, w, sizes, jnp.take(expert, order), config=config)
     # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
     # slow on accelerators and adds in no certain order.
-    mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(num_tokens, k, -1).astype(jnp.float32)
+    mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1).astype(jnp.float32)
     y = jnp.sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
     if config.shared_dim:
-        y = y + _shared_expert(x, w).astype(jnp.float32)
+        y = y + _shared_expert(x, w, num_tokens).astype(jnp.float32)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
 
 
-def route(x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
+def route(
+    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The weights f32[T, k] and numbers i32[T, k] of the experts that each token of `x` [T, E] is sent to."""
-    logits = linear(x.astype(jnp.float32), w["router"])  # in float32 to the end: neighbours in rank are close
+    logits = linear(x.astype(jnp.float32), w["router"], num_rows=num_tokens)  # float32: neighbours in rank are close
     if config.router_bias:
         logits = logits + w["router_bias"].astype(jnp.float32)
     k = config.experts_per_token
@@ -106,8 +109,8 @@ def clamped_swiglu(gate_up: jax.Array, *, limit: float) -> jax.Array:
     return (gate * jax.nn.sigmoid(_SWIGLU_ALPHA * gate) * (up + 1.0)).astype(gate_up.dtype)
 
 
-def _shared_expert(x: jax.Array, w: Mapping[str, Any]) -> jax.Array:
-    y = project(swiglu(x, w["shared_gate_up"]), w, "shared_down")
+def _shared_expert(x: jax.Array, w: Mapping[str, Any], num_tokens: jax.Array) -> jax.Array:
+    y = project(swiglu(x, w["shared_gate_up"], num_rows=num_tokens), w, "shared_down", num_rows=num_tokens)
     if "shared_gate" not in w:
         return y
-    return y * jax.nn.sigmoid(linear(x, w["shared_gate"]).astype(jnp.float32)).astype(y.dtype)
+    return y * jax.nn.sigmoid(linear(x, w["shared_gate"], num_rows=num_tokens).astype(jnp.float32)).astype(y.dtype)

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its experts."""
+"""What a checkpoint says about its experts, and about latent attention."""
 
 from __future__ import annotations
 
@@ -43,3 +43,16 @@ class MoEConfig:
             raise ValueError(f"experts_per_token is {self.experts_per_token}, but the chosen groups hold {in_groups}")
         if self.shared_gate and not self.shared_dim:
             raise ValueError("shared_gate is set, but shared_dim is 0: there is no shared expert to scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Sizes of latent attention. The model's `head_dim` is `kv_rank + rope_dim`, and it has one KV head."""
+
+    kv_rank: int  # numbers of a token's latent
+    rope_dim: int  # numbers of a head that carry the position
+    nope_dim: int  # and that do not
+    v_dim: int  # numbers of a head's value
+    q_rank: int | None = None  # queries are projected through so many numbers; None: directly
+    rope_interleaved: bool = True  # whether the file has the pairs that turn together side by side
+    kv_bias: bool = False  # biases of the projections to latents

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.moe_config import MoEConfig
+from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 
 Params = dict[str, Any]
 """`{"embed": [V, E], "layers": ..., "final_norm": [E], "lm_head": [E, V], ...}`, as `param_specs` declares them.
@@ -85,6 +85,8 @@ def _norm_specs(name: str, config: ModelConfig) -> dict[str, ParamSpec]:
 
 def _attention_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     e, h, k, d = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    if config.mla is not None:
+        return _latent_attention_specs(config, config.mla)
     parts = (h * d, k * d, k * d)
     specs = {
         "qkv": ParamSpec(shape=(e, sum(parts)), axes=("E", "HD"), parts=parts),
@@ -108,6 +110,30 @@ def _attention_specs(config: ModelConfig) -> dict[str, ParamSpec]:
             specs[name] = ParamSpec(shape=shape, axes=axes, init=ones)
             if config.qk_norm_bias:
                 specs[f"{name}_bias"] = ParamSpec(shape=shape, axes=axes, init="zeros")
+    return specs
+
+
+def _latent_attention_specs(config: ModelConfig, mla: MLAConfig) -> dict[str, ParamSpec]:
+    e, h = config.embed_dim, config.num_heads
+    queries, latent = h * (mla.nope_dim + mla.rope_dim), mla.kv_rank + mla.rope_dim
+    specs = {
+        "kv_a": ParamSpec(shape=(e, latent), axes=("E", "latent")),
+        "kv_a_norm": ParamSpec(shape=(mla.kv_rank,), axes=("latent",), init="ones"),
+        "kv_b": ParamSpec(shape=(mla.kv_rank, h * (mla.nope_dim + mla.v_dim)), axes=("latent", "HD")),
+        "o": ParamSpec(shape=(h * mla.v_dim, e), axes=("HD", "E")),
+    }
+    if mla.q_rank is None:
+        specs["q"] = ParamSpec(shape=(e, queries), axes=("E", "HD"))
+    else:
+        specs["q_a"] = ParamSpec(shape=(e, mla.q_rank), axes=("E", "latent"))
+        specs["q_a_norm"] = ParamSpec(shape=(mla.q_rank,), axes=("latent",), init="ones")
+        specs["q_b"] = ParamSpec(shape=(mla.q_rank, queries), axes=("latent", "HD"))
+    if mla.kv_bias:
+        specs["kv_a_bias"] = ParamSpec(shape=(latent,), axes=("latent",), init="zeros")
+        if mla.q_rank is not None:
+            specs["q_a_bias"] = ParamSpec(shape=(mla.q_rank,), axes=("latent",), init="zeros")
+    if config.o_bias:
+        specs["o_bias"] = ParamSpec(shape=(e,), axes=("E",), init="zeros")
     return specs
 
 

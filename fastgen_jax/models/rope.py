@@ -73,11 +73,13 @@ def _stretched_theta(lengths: jax.Array, rope: RopeConfig, dim: int) -> jax.Arra
     """NTK-aware scaling: theta grows with the length, smoothly (`dynamic`) or when it doubles (`stepped_ntk`, Qwen)."""
     original = rope.original_max_position
     assert original is not None  # RopeConfig has checked it
-    length = jnp.maximum(lengths, original).astype(jnp.float32)
     if rope.kind == "dynamic":
+        length = jnp.maximum(lengths, original).astype(jnp.float32)
         growth = rope.factor * length / original - (rope.factor - 1.0)
-    else:  # 2^ceil(log2(length / original) + 1) - 1: 1, then 3 up to twice the original, 7 up to four times, ...
-        growth = 2.0 ** (jnp.ceil(jnp.log2(length / original)) + 1.0) - 1.0
+    else:  # 1 up to the original length, 3 up to twice of it, 7 up to four times, ...
+        limits = np.array([limit for k in range(31) if (limit := original << k) <= np.iinfo(np.int32).max], np.int32)
+        doublings = jnp.sum(lengths[:, None] > limits, axis=1)
+        growth = 2.0 ** (doublings + 1).astype(jnp.float32) - 1.0
     theta = rope.theta * growth ** (dim / (dim - 2))  # [T]
     exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     return theta[:, None] ** -exponent[None, :]

@@ -27,13 +27,18 @@ class BlockPool:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.num_evictions = 0
+        self._packer = struct.Struct(f"<{block_size}i")
+        self._root = hashlib.blake2b(salt, digest_size=_DIGEST_BYTES).digest()
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes every block blank, whoever held it: what the blocks contained is lost."""
+        num_blocks = self.num_blocks
         self._owners = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._registered: dict[bytes, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 is handed out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self._packer = struct.Struct(f"<{block_size}i")
-        self._root = hashlib.blake2b(salt, digest_size=_DIGEST_BYTES).digest()
 
     @property
     def num_free(self) -> int:

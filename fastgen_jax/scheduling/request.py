@@ -143,7 +143,8 @@ class Request:
 
     `request_id` is unique among unfinished requests. `priority`: lower runs first; `arrival_time` (seconds on
     any one clock) orders requests of one priority, then the order of adding. `seed` is the number that
-    randomness is drawn from, already concrete where `params.seed` may be None.
+    randomness is drawn from, already concrete where `params.seed` may be None. `awaits_each_token`: which
+    token may come next depends on the last one, so none is sampled while one is in flight.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -156,6 +157,7 @@ class Request:
     priority: int = 0
     arrival_time: float = 0.0
     seed: int
+    awaits_each_token: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import bisect_left, insort
 from collections import abc, deque
 from itertools import pairwise
 from operator import attrgetter
+from typing import get_args
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.estimate import steps_until_first_token
+from fastgen_jax.scheduling.limits import max_total_tokens
+from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, StepLimits
-from fastgen_jax.scheduling.policies import POLICIES
+from fastgen_jax.scheduling.policies import NEED_PROMISE, POLICIES
 from fastgen_jax.scheduling.request import Request
 from fastgen_jax.scheduling.sequence import FinishReason, Sequence, SequenceStatus
 from fastgen_jax.scheduling.step import SchedulerStats, Step
@@ -44,6 +48,9 @@ class Scheduler:
         watermark_blocks: blocks that stay free when a sequence is admitted; None for 1 % of the pool.
         max_bypasses: how many later sequences may overtake one for which there is no room.
         prefix_salt: distinguishes the digests of pools with different contents.
+        promise: what a policy in `NEED_PROMISE` promises; None for the others.
+        clock: seconds on the clock of the requests' arrival times; read only for the sake of a promise.
+        step_sizes: the sizes in tokens to which steps are padded, ascending; empty if they are not.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -63,6 +70,9 @@ class Scheduler:
         watermark_blocks: int | None = None,
         max_bypasses: int = 16,
         prefix_salt: bytes = b"",
+        promise: Promise | None = None,
+        clock: abc.Callable[[], float] = time.monotonic,
+        step_sizes: tuple[int, ...] = (),
     ) -> None:
         for name, value, lowest in (
             ("num_blocks", num_blocks, 1),
@@ -78,6 +88,11 @@ class Scheduler:
                 raise ValueError(f"{name} is {value}; it must be at least {lowest}; raise it")
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}; choose one of {', '.join(map(repr, POLICIES))}")
+        if (policy in NEED_PROMISE) != (promise is not None):
+            raise ValueError(
+                f"policy is {policy!r} and promise is {promise}; give a promise with "
+                f"{', '.join(map(repr, sorted(NEED_PROMISE)))}, and only there"
+            )
         self.max_context_len = max_context_len
         self.limits = StepLimits(
             token_budget=token_budget,
@@ -96,6 +111,10 @@ class Scheduler:
         self._unfinished: dict[str, Sequence] = {}
         self._free_slots = list(range(max_num_seqs))  # a heap: the lowest slot is given first
         self._steps_in_flight: deque[Step] = deque()
+        self._pace = Pace(promise, clock, step_sizes) if promise else None
+        self._dispatch_times: deque[float] = deque()  # of the steps in flight, where there is a pace
+        self._last_commit = 0.0
+        self._refused: list[Sequence] = []
         self._num_added = 0
 
     @property
@@ -157,8 +176,15 @@ class Scheduler:
             limits=self.limits,
             blocks=BlockLedger(pool),
             cached_prefix=self._cached_prefix,
+            pace=self._pace,
         )
         chunks = plan.chunks
+        if plan.refused:
+            self._refused += plan.refused
+            for sequence in plan.refused:
+                self.finish(sequence, "refused")
+            if not self._unfinished:
+                return None
         if not chunks:
             if not self._steps_in_flight and self._borrowed:
                 raise RuntimeError(
@@ -182,7 +208,7 @@ class Scheduler:
         num_tokens = num_rows = 0
         updates: list[tuple[int, int, list[int]]] = []
         sampled: list[Sequence] = []
-        fresh = set(admitted)
+        fresh = set(admitted) if admitted else admitted
         for sequence, start, length, rows, samples in chunks:
             stop = start + length
             if stop > sequence.capacity:
@@ -196,13 +222,20 @@ class Scheduler:
                 sampled.append(sequence)
             if stop >= sequence.next_block_end:
                 self._register_blocks(sequence)
-            if stop > sequence.next_prompt_row:
+            if stop > sequence.next_prompt_row < sequence.num_prompt_tokens:
                 sequence.next_prompt_row = min(stop, sequence.num_prompt_tokens)
         self.stats.num_steps += 1
         self.stats.num_tokens += num_tokens
         step = Step(chunks, sampled, updates, admitted, plan.preempted, num_tokens, num_rows)
         self._steps_in_flight.append(step)
+        if self._pace:
+            self._dispatch_times.append(self._pace.now())
         return step
+
+    def take_refused(self) -> list[Sequence]:
+        """The sequences refused since the last call: ended with reason "refused", without a token."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def commit(self, step: Step, token_ids: abc.Sequence[int]) -> list[Sequence]:
         """Takes in what the oldest step in flight sampled: a token id for each of `step.sampled`, in order.
@@ -226,9 +259,14 @@ class Scheduler:
                 "give one for each of step.sampled"
             )
         self._steps_in_flight.popleft()
+        if self._pace:
+            now = self._pace.now()
+            self._pace.observe(step.num_tokens, now - max(self._last_commit, self._dispatch_times.popleft()))
+            self._last_commit = now
         advanced: list[Sequence] = []
         finished: list[Sequence] = []
-        for sequence, token_id in zip(sampled, token_ids, strict=True):
+        caching = self._pool.prefix_caching
+        for sequence, token_id in zip(sampled, token_ids):  # noqa: B905 (the lengths are equal, and this loop is hot)
             if sequence.finish_reason is not None:
                 continue
             advanced.append(sequence)
@@ -240,7 +278,7 @@ class Scheduler:
             elif len(output) == sequence.max_new_tokens:
                 sequence.finish_reason = "length"
                 finished.append(sequence)
-            if sequence.num_computed >= sequence.next_block_end:
+            if caching and sequence.num_computed >= sequence.next_block_end:
                 self._register_blocks(sequence)
         if finished:
             self._retire(finished)
@@ -253,10 +291,10 @@ class Scheduler:
         itself, only the reason changes.
 
         Raises:
-            ValueError: `reason` is not one of the three.
+            ValueError: `reason` is not one of `FinishReason`.
         """
-        if reason not in ("stop", "length", "abort"):
-            raise ValueError(f"reason is {reason!r}; choose 'stop', 'length' or 'abort'")
+        if reason not in get_args(FinishReason):
+            raise ValueError(f"reason is {reason!r}; choose one of {', '.join(map(repr, get_args(FinishReason)))}")
         sequence.finish_reason = reason
         if sequence.status is not _FINISHED:
             self._retire([sequence])
@@ -268,6 +306,28 @@ class Scheduler:
             return False
         self.finish(sequence, "abort")
         return True
+
+    def forget_device(self) -> list[Sequence]:
+        """Starts over with empty blocks, after the device's memory was lost; returns the unfinished sequences of the
+        steps in flight, whose tokens are lost with it.
+
+        All others keep their tokens and their place in line; those that ran are computed again. Borrowed blocks are
+        no longer anybody's.
+        """
+        lost = {
+            id(chunk.sequence): chunk.sequence
+            for step in self._steps_in_flight for chunk in step.chunks if not chunk.sequence.is_finished
+        }
+        self._steps_in_flight.clear()
+        for sequence in [*self._running]:
+            self._preempt(sequence)
+        for sequence in self._waiting:
+            sequence.num_tokens = sequence.num_known_tokens
+            if sequence.request.params.prompt_logprobs is not None and not sequence.output_token_ids:
+                sequence.next_prompt_row = 0
+        self._borrowed.clear()
+        self._pool.reset()
+        return [*lost.values()]
 
     def estimate_wait(self, request: Request) -> int:
         """Estimates how many steps after being added the request would have its first token.
@@ -311,41 +371,10 @@ class Scheduler:
                 raise RuntimeError(f"{sequence} counts {sequence.num_in_flight} tokens in flight")
 
     def _new_sequence(self, request: Request) -> Sequence:
-        params, num_prompt = request.params, len(request.prompt_token_ids)
-        if num_prompt >= self.max_context_len:
-            raise ValueError(
-                f"prompt of request {request.request_id!r} has {num_prompt} tokens but max_context_len is "
-                f"{self.max_context_len} and must hold a generated one too; shorten the prompt to "
-                f"{self.max_context_len - 1} tokens, or raise max_context_len"
-            )
-        if params.max_length is not None and params.max_length <= num_prompt:
-            raise ValueError(
-                f"max_length is {params.max_length} but the prompt of request {request.request_id!r} "
-                f"alone has {num_prompt} tokens; raise max_length to at least {num_prompt + 1}, "
-                "or use max_new_tokens"
-            )
-        limit = self.max_context_len
-        if params.max_new_tokens is not None:
-            limit = num_prompt + params.max_new_tokens
-        elif params.max_length is not None:
-            limit = params.max_length
-        limit = min(limit, self.max_context_len)
-        if params.min_new_tokens > limit - num_prompt:
-            raise ValueError(
-                f"min_new_tokens is {params.min_new_tokens} but only {limit - num_prompt} tokens can follow "
-                f"the prompt of {num_prompt} tokens within {limit}; "
-                "lower min_new_tokens or shorten the prompt"
-            )
         pool = self._pool
-        num_needed = -(-limit // pool.block_size)
-        if num_needed > pool.num_blocks:
-            most = pool.num_blocks * pool.block_size - num_prompt
-            remedy = f"use max_new_tokens={most} or less" if most > 0 else "shorten the prompt"
-            raise ValueError(
-                f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
-                f"{pool.block_size}, but the KV cache has {pool.num_blocks} blocks; {remedy}, "
-                "or start with more blocks"
-            )
+        limit = max_total_tokens(
+            request, max_context_len=self.max_context_len, num_blocks=pool.num_blocks, block_size=pool.block_size
+        )
         order = (request.priority, request.arrival_time, self._num_added)
         sequence = Sequence(request, max_total_tokens=limit, order=order)
         sequence.next_block_end = pool.block_size if pool.prefix_caching else limit + 1

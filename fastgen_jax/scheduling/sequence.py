@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastgen_jax.scheduling.request import Request
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "refused"]
 
 
 class SequenceStatus(enum.Enum):
@@ -39,6 +39,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "awaits_each_token",
         "block_digests",
         "block_ids",
         "capacity",
@@ -65,6 +66,7 @@ class Sequence:
     def __init__(self, request: Request, *, max_total_tokens: int, order: tuple[int, float, int]) -> None:
         params = request.params
         self.request = request
+        self.awaits_each_token = request.awaits_each_token
         self.order = order  # (priority, arrival time, number of adding): unique, smaller runs first
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_total_tokens = max_total_tokens

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import cpu
+from pallas_kernels.grouped_matmul import cpu, tpu
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
+from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
 
@@ -14,6 +15,7 @@ IMPLEMENTATIONS = {
     "reference": grouped_matmul_reference,
     "ragged_dot": grouped_matmul_ragged_dot,
     "tiles": grouped_matmul_tiles,
+    "tpu": grouped_matmul_tpu,
 }
 
 
@@ -39,8 +41,8 @@ def grouped_matmul(
       first_group: weight of group 0, an int or a traced i32: a layer's place in a stack of all layers' weights. It is
         in [0, G - X].
       implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
-        for: the compiler's grouped kernel on TPUs, a loop over tiles of rows elsewhere. `PackedGroups` have one
-        implementation of their own.
+        for: on TPUs the compiler's grouped kernel, or ours where w is a stack and the program is for one device; a
+        loop over tiles of rows elsewhere. `PackedGroups` have one implementation of their own.
 
     Raises:
       ValueError: shapes, dtypes or the implementation do not fit.
@@ -86,9 +88,10 @@ def _product(
         )
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](x, w, group_sizes, first)
-    return jax.lax.platform_dependent(
-        x, w, group_sizes, first, tpu=grouped_matmul_ragged_dot, default=grouped_matmul_tiles
-    )
+    on_tpu = grouped_matmul_ragged_dot
+    if w.shape[0] != group_sizes.shape[0] and tpu.may_be_lowered():
+        on_tpu = grouped_matmul_tpu
+    return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, default=grouped_matmul_tiles)
 
 
 def _check(

@@ -23,10 +23,7 @@ def grouped_matmul_ragged_dot(
     if values.shape[0] != count:
         values = jax.lax.dynamic_slice_in_dim(values, first_group, count)
     y = jax.lax.ragged_dot(x, values, group_sizes, preferred_element_type=jnp.float32)
-    group, used = group_of_rows(group_sizes, x.shape[0])
-    if isinstance(w, Int8Weight):
-        y = y * w.scales[first_group + group]
-    return jnp.where(used[:, None], y, 0.0)
+    return scaled_rows(y, w, group_sizes, first_group)
 
 
 def grouped_matmul_tiles(
@@ -65,11 +62,16 @@ def grouped_matmul_tiles(
     return jax.lax.fori_loop(0, tile_ends[-1], body, zeros)
 
 
-def group_of_rows(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """i32[T], the group of each row (the last one for rows of no group), and bool[T], whether it has one."""
-    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(num_rows), side="right").astype(jnp.int32)
-    last = group_sizes.shape[0] - 1
-    return jnp.minimum(group, last), group <= last
+def scaled_rows(
+    y: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
+) -> jax.Array:
+    """`y` float32[T, F], times the scales of each row's group if w is int8; zero in rows of no group, whatever is there."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(y.shape[0])
+    if isinstance(w, Int8Weight):
+        group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), group_sizes.shape[0] - 1)
+        y = y * w.scales[first_group + group]
+    return jnp.where((row < ends[-1])[:, None], y, 0.0)
 
 
 def _tile_rows(num_rows: int, num_groups: int) -> int:

@@ -77,7 +77,10 @@ def multiply(
     num_outputs: int,
     gated: bool,
 ) -> jax.Array:
-    """float32[M, num_outputs] = x[M, K] @ panels (* scales) (+ residual), zero from row `num_rows` on. Layout: see `PackedWeight`."""
+    """float32[M, num_outputs] = x[M, K] @ panels (* scales) (+ residual), zero from row `num_rows` on.
+
+    The layout of the panels is that of `PackedWeight`.
+    """
     if not ensure_loaded():
         raise RuntimeError(
             f"a PackedWeight needs the native kernels, which cannot be loaded here "

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import param_specs
+
+BFLOAT16 = ml_dtypes.bfloat16
 
 # Fields of config.json that do not change what a forward pass computes: training, generation defaults, file keeping.
 _INERT = frozenset({
@@ -136,6 +139,21 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     return tuple((slopes + between)[:num_heads])
 
 
+def windows(hf: Fields, size: int | None, is_sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """`layer_windows` of `ModelConfig`: `size` where `layer_types` says so, or `is_sliding(layer)` if it is absent."""
+    types = hf.get("layer_types")
+    count = hf["num_hidden_layers"]
+    if size is None:
+        return ()
+    if types is None:
+        types = ["sliding_attention" if is_sliding(i) else "full_attention" for i in range(count)]
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != count:
+        raise ValueError(f"config.json has layer_types={types!r}; supported: 'sliding_attention' or 'full_attention' for "
+                         f"each of the {count} layers")
+    return tuple(size if kind == "sliding_attention" else None for kind in types)
+
+
 @dataclass(frozen=True, init=False)
 class Source:
     """Checkpoint tensors that make one weight.
@@ -183,14 +201,15 @@ def sources_from(
     config: ModelConfig,
     names: Mapping[str, str | Sequence[str] | Source],
     *,
-    transposed: bool = True,
+    conv1d: Sequence[str] = (),
     rearrange: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
 ) -> dict[str, Source]:
     """Where each weight of `param_specs(config)` lies; `{layer}` stands for the layer's number.
 
     `names` maps a weight's path to the module, or the modules joined, whose `.weight` it is; the module's `.bias` is
-    `<path>_bias`. A `Source` is taken as it is, under the whole path. `transposed` says that the checkpoint stores matrices [out, in], as `torch.nn.Linear` does.
-    `rearrange` reorders the outputs of a weight and of its bias.
+    `<path>_bias`. A `Source` is taken as it is, under the whole path. Matrices are stored [out, in], as
+    `torch.nn.Linear` does, but for those in `conv1d`, which are [in, out] as in GPT-2. `rearrange` reorders the outputs
+    of a weight and of its bias.
     """
     specs = param_specs(config)
     layer = specs.pop("layers")
@@ -208,14 +227,14 @@ def sources_from(
         is_matrix = len(spec.shape) >= 2 and path not in ("embed", "position_embed") and "norm" not in path
         found[path] = Source(
             *(f"{module}.{'bias' if is_bias else 'weight'}" for module in modules),
-            transpose=transposed and is_matrix,
+            transpose=is_matrix and path not in conv1d,
             stacked=("norm" in path or len(spec.shape) == 3) and len(modules) > 1,
             rearrange=(rearrange or {}).get(path.removesuffix("_bias")),
         )
     return found
 
 
-def heads_interleaved(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
+def split_kv_groups(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
     """Reorders a fused [..., K * (G + 2) * D], each KV head's queries, key and value together, to q, then k, then v."""
     k, d, group = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
 
@@ -224,5 +243,18 @@ def heads_interleaved(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]
         grouped = fused.reshape(*lead, k, group + 2, d)
         parts = grouped[..., :group, :], grouped[..., group, :], grouped[..., group + 1, :]
         return np.concatenate([part.reshape(*lead, -1) for part in parts], axis=-1)
+
+    return rearrange
+
+
+def rope_pairs_to_halves(head_dim: int, num_heads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Reorders the leading `num_heads` heads of an axis so that pairs (2i, 2i + 1) that turn together lie D/2 apart.
+
+    Dot products of queries and keys do not change if both are reordered alike, and `rotate` needs one order only.
+    """
+    def rearrange(x: np.ndarray) -> np.ndarray:
+        turned, rest = np.split(x, [num_heads * head_dim], axis=-1)
+        pairs = turned.reshape(*x.shape[:-1], num_heads, head_dim // 2, 2)
+        return np.concatenate([np.swapaxes(pairs, -1, -2).reshape(turned.shape), rest], axis=-1)
 
     return rearrange

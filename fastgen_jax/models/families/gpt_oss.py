@@ -8,39 +8,28 @@ from __future__ import annotations
 import numpy as np
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.families.common import (
-    LLAMA_NAMES,
-    Fields,
-    Source,
-    reads_every_field,
-    refuse_unsupported,
-    sizes,
-    sources_from,
-)
-from fastgen_jax.models.families.rope import rope_from_hf
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
 ARCHITECTURES = ("GptOssForCausalLM",)
+FEATURES = "sinks; alternating windows; biases; YaRN; clamped experts in bfloat16, not MXFP4"
 
 
-@reads_every_field
+@common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`, written by transformers 4 or 5."""
-    refuse_unsupported(hf, {"hidden_act": ("silu",), "swiglu_alpha": (1.702,)})
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "swiglu_alpha": (1.702,)})
     # The original files say "initial_context_length" beside the rotary fields, and "experts_per_token" beside ours.
     hf.first("hidden_act", "swiglu_alpha", "initial_context_length", "experts_per_token")
-    max_context_len = hf.get("max_position_embeddings", 131_072)
-    num_layers = hf["num_hidden_layers"]
-    kinds = hf.get("layer_types") or ["sliding_attention", "full_attention"] * ((num_layers + 1) // 2)
-    window = hf.get("sliding_window", 128)
     bias = hf.get("attention_bias", True)
     return ModelConfig(
         family="gpt_oss",
-        **sizes(hf),
-        max_context_len=max_context_len,
+        **common.sizes(hf),
+        **rotary(hf, max_context_len=131_072, theta=150_000.0),
         norm_eps=hf.get("rms_norm_eps", 1e-5),
-        rope=rope_from_hf(hf, max_context_len=max_context_len, theta=150_000.0),
-        layer_windows=tuple(window if kind == "sliding_attention" else None for kind in kinds[:num_layers]),
+        layer_windows=common.windows(hf, hf.get("sliding_window", 128), lambda layer: layer % 2 == 0),
         qkv_bias=bias,
         o_bias=bias,
         attention_sinks=True,
@@ -49,7 +38,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             num_experts=hf.first("num_local_experts", "num_experts", default=128),
             experts_per_token=hf.get("num_experts_per_tok", 4),
             expert_dim=hf["intermediate_size"],
-            layers=tuple(range(num_layers)),
+            layers=tuple(range(hf["num_hidden_layers"])),
             scores="softmax_of_chosen",
             router_bias=True,
             expert_bias=True,
@@ -59,10 +48,10 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint; `{layer}` stands for the layer's number."""
+    """Where each weight of `param_specs` lies in the checkpoint."""
     experts = "model.layers.{layer}.mlp.experts"
-    return sources_from(config, {
-        **LLAMA_NAMES,
+    return common.sources_from(config, {
+        **common.LLAMA_NAMES,
         "layers.sinks": Source("model.layers.{layer}.self_attn.sinks"),
         "layers.router": "model.layers.{layer}.mlp.router",
         "layers.expert_gate_up": Source(f"{experts}.gate_up_proj", rearrange=_gate_then_up),

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.families.common import (
-    LLAMA_NAMES,
-    Fields,
-    Source,
-    reads_every_field,
-    refuse_unsupported,
-    sizes,
-    sources_from,
-)
-from fastgen_jax.models.families.rope import rope_from_hf
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
 ARCHITECTURES = ("GraniteMoeForCausalLM",)
+FEATURES = "experts in one tensor a layer; multipliers; biases"
 
 
-@reads_every_field
+@common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`, written by transformers 4 or 5."""
-    refuse_unsupported(hf, {"hidden_act": ("silu",)})
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    common.refuse_unsupported(hf, {"hidden_act": ("silu",)})
     hf.first("hidden_act")
-    max_context_len = hf.get("max_position_embeddings", 2048)
     bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="granitemoe",
-        **sizes(hf),
-        max_context_len=max_context_len,
+        **common.sizes(hf),
+        **rotary(hf, max_context_len=2048),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope=rope_from_hf(hf, max_context_len=max_context_len),
         qkv_bias=bias,
         o_bias=bias,
         embed_multiplier=hf.get("embedding_multiplier", 1.0),
@@ -49,10 +41,10 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint; `{layer}` stands for the layer's number."""
+    """Where each weight of `param_specs` lies in the checkpoint."""
     block = "model.layers.{layer}.block_sparse_moe"
-    return sources_from(config, {
-        **LLAMA_NAMES,
+    return common.sources_from(config, {
+        **common.LLAMA_NAMES,
         "layers.router": f"{block}.router.layer",
         "layers.expert_gate_up": f"{block}.input_linear",
         "layers.expert_down": f"{block}.output_linear",

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.families.common import (
-    LLAMA_NAMES,
-    Fields,
-    Source,
-    reads_every_field,
-    refuse_unsupported,
-    sizes,
-    sources_from,
-)
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.experts import expert_names, sparse_layers
-from fastgen_jax.models.families.rope import rope_from_hf
+from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
 ARCHITECTURES = ("Qwen2MoeForCausalLM",)
+FEATURES = "experts and a gated shared one; dense layers among them; biases; no window"
 
 
-@reads_every_field
+@common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`, written by transformers 4 or 5."""
-    refuse_unsupported(hf, {"hidden_act": ("silu",), "use_sliding_window": (False,)})
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "use_sliding_window": (False,)})
     # With use_sliding_window off, what it would do does not matter.
     hf.first("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-    max_context_len = hf.get("max_position_embeddings", 32_768)
     return ModelConfig(
         family="qwen2_moe",
-        **sizes(hf),
-        max_context_len=max_context_len,
+        **common.sizes(hf),
+        **rotary(hf, max_context_len=32_768),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope=rope_from_hf(hf, max_context_len=max_context_len),
         qkv_bias=hf.get("qkv_bias", True),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         moe=MoEConfig(
@@ -49,5 +41,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint; `{layer}` stands for the layer's number."""
-    return sources_from(config, {**LLAMA_NAMES, **expert_names(config)})
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, {**common.LLAMA_NAMES, **expert_names(config)})

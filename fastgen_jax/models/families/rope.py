@@ -19,6 +19,15 @@ _KNOWN = {
 _RENAMED = {"su": "longrope"}  # what LongRoPE was called in the first Phi-3 releases
 
 
+def rotary(hf: Mapping[str, Any], *, max_context_len: int, **assumed: Any) -> dict[str, Any]:
+    """`rope` and `max_context_len` as keyword arguments of `ModelConfig`; `assumed` as in `rope_from_hf`."""
+    max_context_len = hf.get("max_position_embeddings") or max_context_len
+    rope = rope_from_hf(hf, max_context_len=max_context_len, **assumed)
+    if rope.kind == "dynamic":  # its whole point is to read on beyond the trained length, up to `factor` times as far
+        max_context_len = int(max_context_len * rope.factor)
+    return {"rope": rope, "max_context_len": max_context_len}
+
+
 def rope_from_hf(
     hf: Mapping[str, Any],
     *,

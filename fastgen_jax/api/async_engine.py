@@ -1,0 +1,284 @@
+"""The engine for asyncio: streams of outputs, a bounded queue, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
+
+from fastgen_jax.api.engine_thread import EngineThread, Event, Failure, Load
+from fastgen_jax.api.snapshot import take_snapshot
+from fastgen_jax.engine.engine import Engine, Prompt
+from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.scheduling import Request, SamplingParams
+from fastgen_jax.text.grammar import Grammar, GrammarMatcher
+
+T = TypeVar("T")
+MAX_QUEUE = 1024  # requests: beyond it a client is better told to come back
+
+
+class QueueFullError(Exception):
+    """Too many requests wait; `retry_after` is the scheduler's estimate in seconds, at least 1."""
+
+    def __init__(self, num_waiting: int, limit: int, wait_seconds: float) -> None:
+        self.retry_after = max(1, math.ceil(wait_seconds))
+        super().__init__(f"{num_waiting} requests wait, and the limit is {limit}; come back in {self.retry_after} s")
+
+
+class ClosedError(Exception):
+    """The engine takes no more requests."""
+
+
+class RequestFailedError(Exception):
+    """A request ended without an answer; `kind` is that of `Failure`."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.kind = failure.kind
+        super().__init__(failure.message)
+
+
+class Stream:
+    """The outputs of one request, to be read with `async for`.
+
+    A reader that is slow finds more of them when it comes: the engine does not wait for it. `close` ends the request.
+    """
+
+    def __init__(self, request: Request, on_close: Callable[[Stream], object]) -> None:
+        self.request = request
+        self.outputs = 0
+        self.on_put: Callable[[], object] | None = None
+        """Called after each event, for one who follows many streams."""
+        self._pending: deque[Event] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._on_close = on_close
+        self._done = False  # the last event is in
+
+    def put(self, event: Event) -> None:
+        """Adds an event; for the one who makes the stream."""
+        self._pending.append(event)
+        self.outputs += 1
+        self._done |= isinstance(event, Failure) or event.finished
+        self._wake()
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether everything was taken and nothing will come."""
+        return self._done and not self._pending
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if not await self._wait():
+            raise StopAsyncIteration
+        return _checked(self._pending.popleft())
+
+    async def batches(self) -> AsyncIterator[list[RequestOutput]]:
+        """All outputs that are there, each time: one for a reader who keeps up."""
+        while await self._wait():
+            yield self.take()
+
+    def take(self) -> list[RequestOutput]:
+        """The outputs that are there, none of them again; raises RequestFailedError when nothing else is left."""
+        outputs = []
+        while self._pending and not (outputs and isinstance(self._pending[0], Failure)):
+            outputs.append(_checked(self._pending.popleft()))
+        return outputs
+
+    async def _wait(self) -> bool:
+        """Waits for an event; False if none will come."""
+        while not self._pending:
+            if self._done:
+                return False
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return True
+
+    def close(self) -> None:
+        """Ends the request if it is unfinished; its blocks are free before the next step."""
+        if not self._done:
+            self._done = True
+            self._on_close(self)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if self.on_put is not None:
+            self.on_put()
+
+
+class AsyncEngine:
+    """An engine in its own thread, driven from one event loop.
+
+        async with AsyncEngine(engine) as engine:
+            async for output in engine.generate("Once upon a time", SamplingParams(max_new_tokens=16)):
+                print(output.text, end="")
+
+    `max_queue` requests may wait; more are refused.
+    """
+
+    def __init__(self, engine: Engine, *, max_queue: int = MAX_QUEUE) -> None:
+        self.intake: Intake = engine.intake
+        self.max_queue = max_queue
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[str, Stream] = {}
+        self._closed = False
+        self._thread = EngineThread(engine, self._hand_over)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self._thread.load
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were submitted and have not ended."""
+        return len(self._streams)
+
+    @property
+    def num_failed_steps(self) -> int:
+        """Steps that raised an exception."""
+        return self._thread.num_failed_steps
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be taken."""
+        return not self._thread.has_ended and not self._closed
+
+    def submit(
+        self, request: Request, *, grammar: Grammar | None = None, matcher: GrammarMatcher | None = None,
+        deadline: float | None = None,
+    ) -> Stream:
+        """The stream of a checked request (`intake.request`).
+
+        `matcher` belongs to `grammar`; it is made here if it is not given. `deadline` is on the clock of
+        `time.monotonic`. Raises QueueFullError, ClosedError, and ValueError for a grammar that cannot be used.
+        """
+        if not self.is_ready:
+            raise ClosedError("this server takes no more requests: it is shutting down")
+        num_waiting = self._thread.num_waiting
+        if num_waiting >= self.max_queue:
+            raise QueueFullError(num_waiting, self.max_queue, self.load.wait_seconds)
+        if request.request_id in self._streams:
+            raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or leave it out")
+        if grammar is not None and matcher is None:
+            matcher = self.intake.matcher(grammar)
+        self._loop = asyncio.get_running_loop()
+        stream = self._streams[request.request_id] = Stream(request, self._on_stream_closed)
+        try:
+            self._thread.submit(request, matcher, deadline=deadline)
+        except RuntimeError as error:
+            self._streams.pop(request.request_id, None)
+            raise ClosedError(f"this server takes no more requests: {error}") from None
+        return stream
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        grammar: Grammar | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """The outputs for one prompt as they come; leaving the loop early ends the request.
+
+        Raises ValueError for a request that cannot run, QueueFullError and ClosedError as `submit`, and
+        RequestFailedError if it fails or is not finished after `timeout` seconds.
+        """
+        request = await asyncio.to_thread(
+            self.intake.request, prompt, params, priority=priority, awaits_each_token=grammar is not None
+        )
+        deadline = None if timeout is None else time.monotonic() + timeout
+        stream = self.submit(request, grammar=grammar, deadline=deadline)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            stream.close()
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """What `function(engine)` returns, run in the engine's thread between two steps; ClosedError if that has ended."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def run(engine: Engine) -> None:
+            try:
+                result, error = function(engine), None
+            except Exception as exception:
+                result, error = None, exception
+            loop.call_soon_threadsafe(_settle, future, result, error)
+
+        try:
+            self._thread.call(run)
+        except RuntimeError as error:
+            raise ClosedError(str(error)) from None
+        return await future
+
+    async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:
+        """What `take_snapshot` says about the engine, in a list of one; waits for the step that runs."""
+        snapshot = await self.call(lambda engine: take_snapshot(engine, since_step=since_step))
+        snapshot["counters"]["failed_steps"] = self.num_failed_steps
+        return [snapshot]
+
+    async def drain(self, timeout: float) -> bool:
+        """Takes no more requests and waits until all have ended; False if some have not after `timeout` seconds."""
+        self._closed = True
+        end = time.monotonic() + timeout
+        while self._streams and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return not self._streams
+
+    async def close(self) -> None:
+        """Ends the thread; requests that are unfinished fail."""
+        self._closed = True
+        await asyncio.to_thread(self._thread.close)
+        await asyncio.sleep(0)  # the last events were handed over before the thread ended
+
+    def _hand_over(self, events: Sequence[Event]) -> None:
+        """Called in the engine's thread: one wake-up of the loop a step, however many requests it served."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is not None:
+                if isinstance(event, Failure) or event.finished:
+                    del self._streams[event.request_id]
+                stream.put(event)
+
+    def _on_stream_closed(self, stream: Stream) -> None:
+        if self._streams.pop(stream.request.request_id, None) is not None:
+            self._thread.abort(stream.request.request_id)
+
+
+def _checked(event: Event) -> RequestOutput:
+    if isinstance(event, Failure):
+        raise RequestFailedError(event)
+    if event.error is not None:
+        raise RequestFailedError(Failure(event.request_id, "step", event.error))
+    return event
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.cancelled():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

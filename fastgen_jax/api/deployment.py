@@ -1,0 +1,216 @@
+"""Deployments on this machine: where they are written down, and how one is started and found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.1
+SERVER_KEYS_VARIABLE = "FASTGEN_SERVER_KEYS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A server that runs, or ran: as it wrote itself down."""
+
+    name: str
+    model: str
+    url: str
+    """Base URL, without /v1."""
+    pid: int
+    started: float
+    """Seconds since the epoch."""
+    process_start: str
+    """Start time of the process as the system counts it: process ids are used again."""
+    log: str | None = None
+    replicas: int = 1
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process that wrote this is still there."""
+        return process_start(self.pid) == self.process_start
+
+
+def deployments_dir() -> Path:
+    """Where deployments are written down: `$XDG_STATE_HOME/fastgen_jax/deployments`, by default under ~/.local/state."""
+    base = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    return base / "fastgen_jax" / "deployments"
+
+
+def deployments() -> list[Deployment]:
+    """All deployments of this user on this machine that are alive; records of dead ones are removed."""
+    alive = []
+    for path in sorted(deployments_dir().glob("*.json")):
+        deployment = _read(path)
+        if deployment is None:
+            continue
+        if deployment.is_alive:
+            alive.append(deployment)
+        else:
+            path.unlink(missing_ok=True)
+    return alive
+
+
+def find_deployment(name: str) -> Deployment:
+    """The deployment of that name; ValueError, naming those there are, if it does not run."""
+    for deployment in deployments():
+        if deployment.name == name:
+            return deployment
+    known = ", ".join(d.name for d in deployments()) or "none"
+    raise ValueError(f"no deployment {name!r} runs on this machine (running: {known}); start it with `fastgen serve MODEL "
+                     f"--deployment-name {name}`, or fastgen_jax.serve(model, deployment_name={name!r})")
+
+
+@contextlib.contextmanager
+def written_down(deployment: Deployment) -> Iterator[None]:
+    """Keeps the record of a deployment while it runs; ValueError if another of that name does.
+
+    The file is created exclusively, so of two servers that start at once one is told.
+    """
+    folder = deployments_dir()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{deployment.name}.json"
+    deployments()  # removes the record of a dead one
+    scratch = folder / f".{deployment.name}.{os.getpid()}"
+    scratch.write_text(json.dumps(asdict(deployment)))
+    try:
+        os.link(scratch, path)  # unlike a rename, it fails if the name is taken, and nobody sees half a file
+    except FileExistsError:
+        other = _read(path)
+        raise ValueError(f"a deployment {deployment.name!r} runs already (process {other.pid if other else '?'}); "
+                         "choose another deployment_name, or end that one with `fastgen deployments --stop NAME`") from None
+    finally:
+        scratch.unlink()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_name(name: str) -> str:
+    """`name`, if it can be the name of a deployment: it becomes part of a path and of a URL."""
+    if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+        raise ValueError(f"deployment_name is {name!r}; use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def default_name(model: str) -> str:
+    """The name of a deployment that was given none: the last part of the model's path or id."""
+    last = os.path.basename(model.rstrip("/")).removesuffix(".gguf")
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in last).lstrip(".") or "model"
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, as the system writes it; None if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None if Path("/proc/self").exists() or not _exists(pid) else "unknown"
+    state, *rest = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if state == "Z" else rest[18]
+
+
+def start_server(model: str, *, deployment_name: str, options: dict[str, Any], timeout: float) -> Deployment:
+    """Starts `fastgen serve` in a process that outlives this one; returns when it can answer.
+
+    Raises ValueError with the end of its log if it ends instead, and if it is not ready after `timeout` seconds.
+    """
+    name = check_name(deployment_name)
+    if any(d.name == name for d in deployments()):
+        raise ValueError(f"a deployment {name!r} runs already; use fastgen_jax.client({name!r}), or choose another name")
+    folder = deployments_dir()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = folder / f"{name}.log"
+    environment = dict(os.environ)
+    options = dict(options)
+    if options.get("api_key"):  # anybody can read a command line
+        environment[SERVER_KEYS_VARIABLE] = ",".join(options.pop("api_key"))
+    command = [sys.executable, "-m", "fastgen_jax.cli", "serve", model, "--deployment-name", name, "--log-file", str(log)]
+    for option, value in options.items():
+        command += _flags(option, value)
+    log.write_bytes(b"")
+    with log.open("ab") as output:
+        # In a session of its own, so that it lives on when this process and its terminal end.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+                                   start_new_session=True)
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise ValueError(f"the server for {model!r} ended with code {process.returncode}; the end of {log}:\n"
+                             + _tail(log))
+        found = next((d for d in deployments() if d.name == name and d.pid == process.pid), None)
+        if found is not None and _is_ready(found):
+            process.returncode = 0  # it is meant to outlive this object, which would complain
+            return found
+        time.sleep(POLL_SECONDS)
+    process.terminate()
+    raise ValueError(f"the server for {model!r} was not ready after {timeout:g} s; raise timeout, or look into {log}:\n"
+                     + _tail(log))
+
+
+def stop_server(deployment: Deployment, *, timeout: float) -> None:
+    """Tells a server to finish what runs and end, and waits; ValueError if it lives on after `timeout` seconds."""
+    if not deployment.is_alive:
+        return
+    os.kill(deployment.pid, signal.SIGTERM)
+    end = time.monotonic() + timeout
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(deployment.pid, os.WNOHANG)  # if it is our child, it is a zombie until somebody asks
+        if not deployment.is_alive:
+            return
+        if time.monotonic() > end:
+            raise ValueError(f"deployment {deployment.name!r} (process {deployment.pid}) still runs after {timeout:g} s; "
+                             f"its requests may take longer: wait, or kill it")
+        time.sleep(POLL_SECONDS)
+
+
+def _flags(option: str, value: Any) -> list[str]:
+    flag = f"--{option.replace('_', '-')}"
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, list | tuple):
+        return [flag, *map(str, value)]
+    return [flag, str(value)]
+
+
+def _is_ready(deployment: Deployment) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(f"{deployment.url}/health", timeout=5, verify=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _read(path: Path) -> Deployment | None:
+    try:
+        return Deployment(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _tail(path: Path, lines: int = 20) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True

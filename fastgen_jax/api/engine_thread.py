@@ -1,0 +1,192 @@
+"""The one thread that runs an engine: commands in, outputs out, and it never waits for anybody."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.scheduling import Request, SamplingParams
+from fastgen_jax.text.grammar import GrammarMatcher
+
+log = logging.getLogger(__name__)
+
+ESTIMATE_EVERY = 0.25  # seconds: an estimate replays the queue, a millisecond for a thousand waiting requests
+STEPS_REMEMBERED = 0.9  # share of the old value that the average step time keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The end of a request that the engine could not finish."""
+
+    request_id: str
+    kind: Literal["deadline", "step", "shutdown", "lost"]
+    message: str
+
+
+Event = RequestOutput | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy an engine is; a snapshot."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    wait_seconds: float = 0.0
+    """Estimated time until a request that came now would have its first token."""
+
+
+class EngineThread:
+    """Runs `engine` until `close`. All methods may be called from any thread; none of them waits for a step.
+
+    `deliver` gets the events of each step, in the engine's thread: it must hand them over and return.
+    """
+
+    def __init__(self, engine: Engine, deliver: Callable[[Sequence[Event]], object]) -> None:
+        self.engine = engine
+        self.load = Load()
+        self.num_failed_steps = 0
+        self.has_ended = False
+        """Whether it takes no more requests, because it was closed or could not be recovered."""
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._deadlines: list[tuple[float, str]] = []
+        self._events: list[Event] = []
+        self._stopping = False
+        self._step_seconds = 0.0
+        self._next_estimate = 0.0
+        self._publish()
+        self._thread = threading.Thread(target=self._run, name="fastgen-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that do not run yet, those that the engine has not seen included."""
+        return self.load.num_waiting + self._inbox.qsize()
+
+    def submit(self, request: Request, matcher: GrammarMatcher | None = None, *, deadline: float | None = None) -> None:
+        """Queues a checked request; its events follow. `deadline` is on the clock of `time.monotonic`.
+
+        Raises RuntimeError if the thread has ended.
+        """
+        self._inbox.put(lambda: self._add(request, matcher, deadline))
+        self._check()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step; no event follows, and none if it is unknown."""
+        self._inbox.put(lambda: self.engine.abort(request_id))
+
+    def call(self, function: Callable[[Engine], Any]) -> None:
+        """Runs `function` between two steps. Raises RuntimeError if the thread has ended."""
+        self._inbox.put(lambda: function(self.engine))
+        self._check()
+
+    def wait(self) -> None:
+        """Returns when the thread has ended."""
+        self._thread.join()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Ends the thread after the step that runs; unfinished requests get a `Failure`."""
+        self._inbox.put(self._stop)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                try:
+                    self._take_commands(wait=not self.engine.has_work)
+                    self._expire()
+                    if self.engine.has_work and not self._stopping:
+                        self._step()
+                except Exception as error:  # the thread must live: without it every client would hang
+                    self._recover(error)
+                self._publish()
+                self._hand_over()
+        except Exception:
+            log.exception("the engine cannot be recovered; it takes no more requests")
+        finally:
+            self.has_ended = True
+            self._take_commands(wait=False)  # what came in meanwhile must hear of it too
+            self._fail([*self.engine.request_ids], "shutdown", "the server is shutting down")
+            self._publish()
+            self._hand_over()
+
+    def _take_commands(self, *, wait: bool) -> None:
+        while True:
+            try:
+                command = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            command()
+            wait = False
+
+    def _check(self) -> None:
+        # After the command was queued: one that came too late for the last look into the inbox is seen here.
+        if self.has_ended:
+            raise RuntimeError("the engine's thread has ended")
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _add(self, request: Request, matcher: GrammarMatcher | None, deadline: float | None) -> None:
+        try:
+            self.engine.add_request(request, matcher)
+        except ValueError as error:
+            self._events.append(Failure(request.request_id, "step", str(error)))
+            return
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, request.request_id))
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            self._fail([request_id], "deadline", "the deadline of the request passed before it was finished")
+        if not self.engine.has_work:
+            self._deadlines.clear()
+
+    def _step(self) -> None:
+        start = time.monotonic()
+        self._events += self.engine.step()
+        seconds = time.monotonic() - start
+        self._step_seconds += (1 - STEPS_REMEMBERED if self._step_seconds else 1) * (seconds - self._step_seconds)
+
+    def _recover(self, error: Exception) -> None:
+        self.num_failed_steps += 1
+        log.exception("a step failed; its requests end, all others go on")
+        ended = self.engine.recover()
+        message = f"the step that computed this request failed ({type(error).__name__}: {error}); send it again"
+        self._events += [Failure(request_id, "step", message) for request_id in ended]
+
+    def _fail(self, request_ids: Sequence[str], kind: Literal["deadline", "shutdown"], message: str) -> None:
+        self._events += [Failure(i, kind, message) for i in request_ids if self.engine.abort(i)]
+
+    def _hand_over(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            try:
+                self._deliver(events)
+            except Exception:
+                log.exception("events could not be delivered")
+
+    def _publish(self) -> None:
+        engine, old, now = self.engine, self.load, time.monotonic()
+        wait = old.wait_seconds if engine.num_waiting else 0.0
+        if engine.num_waiting and now >= self._next_estimate:
+            probe = Request(request_id="probe", prompt_token_ids=(0,), params=SamplingParams(max_new_tokens=1),
+                            arrival_time=now, seed=0)
+            wait = engine.scheduler.estimate_wait(probe) * self._step_seconds
+            self._next_estimate = now + ESTIMATE_EVERY
+        self.load = Load(
+            engine.num_running, engine.num_waiting, engine.config.num_blocks, engine.scheduler.num_free_blocks, wait
+        )

@@ -1,0 +1,36 @@
+"""What an engine says about itself, as plain data that travels between processes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastgen_jax.engine.engine import Engine
+
+
+def take_snapshot(engine: Engine, *, since_step: int | None = None) -> dict[str, Any]:
+    """Gauges and counters of an engine, and with `since_step` the timeline from that step on.
+
+    Call it in the engine's thread. `clock_offset` plus a time of the timeline is seconds since the epoch.
+    """
+    scheduler, metrics = engine.scheduler, engine.metrics
+    counters = {
+        name: value for name, value in vars(metrics).items() if isinstance(value, int) and not isinstance(value, bool)
+    }
+    steps = []
+    if since_step is not None:
+        steps = [tuple(step) for step in metrics.timeline if step.number >= since_step]
+    return {
+        "running": engine.num_running,
+        "waiting": engine.num_waiting,
+        "blocks": engine.config.num_blocks,
+        "free_blocks": scheduler.num_free_blocks,
+        "token_budget": engine.config.full_step,
+        "counters": {
+            **counters,
+            "preemptions": scheduler.stats.num_preemptions,
+            "prefix_hit_tokens": scheduler.stats.num_prefix_hit_tokens,
+        },
+        "steps": steps,
+        "clock_offset": time.time() - time.perf_counter(),
+    }

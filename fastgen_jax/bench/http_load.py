@@ -1,0 +1,69 @@
+"""A lean HTTP client for load: it costs the machine that is measured as little as possible."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urlsplit
+
+
+class HttpError(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, body: str) -> None:
+        super().__init__(f"{status}: {body[:300]}")
+        self.status = status
+        self.body = body
+
+
+async def stream_events(
+    url: str, path: str, body: Any, *, headers: dict[str, str] | None = None, pause: float = 0.0
+) -> AsyncIterator[dict[str, Any]]:
+    """The events of a streamed answer. `pause` seconds pass between two reads of a reader who is slow.
+
+    Leaving the loop early closes the connection. Raises HttpError, and OSError or asyncio.IncompleteReadError when the
+    connection breaks.
+    """
+    address = urlsplit(url)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = {"Host": address.netloc, "Content-Type": "application/json", "Content-Length": str(len(data)),
+             "Connection": "close", **(headers or {})}
+    head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n"
+    # A small buffer for a slow reader, so that the server's side fills up and must wait for it.
+    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=2**12 if pause else 2**20)
+    try:
+        writer.write(head.encode() + data)
+        await writer.drain()
+        first = await reader.readline()
+        if not first:
+            raise asyncio.IncompleteReadError(first, None)
+        status = int(first.split()[1])
+        answer_headers = {}
+        while (line := await reader.readline()).strip():
+            name, _, value = line.decode("latin-1").partition(":")
+            answer_headers[name.lower()] = value.strip()
+        if status != 200:
+            size = int(answer_headers.get("content-length", 0))
+            raise HttpError(status, (await reader.readexactly(size)).decode("utf-8", "replace"))
+        async for line in _lines(reader):
+            if line.startswith(b"data: ") and line != b"data: [DONE]":
+                yield json.loads(line[6:])
+                if pause:
+                    await asyncio.sleep(pause)
+            elif line == b"data: [DONE]":
+                return
+        raise asyncio.IncompleteReadError(b"", None)  # an answer ends with [DONE]
+    finally:
+        writer.close()
+
+
+async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Lines of a body in chunked transfer encoding."""
+    rest = b""
+    while size := int((await reader.readuntil(b"\r\n")), 16):
+        *lines, rest = (rest + await reader.readexactly(size)).split(b"\n")
+        await reader.readexactly(2)
+        for line in lines:
+            yield line

@@ -1,0 +1,185 @@
+"""What the server costs: its tokens per second against the same engine's without it, and its lag under many streams.
+
+    fastgen bench server                     # W1 offline and over HTTP in turns, then 200 concurrent streams
+
+The client runs on the same machine, so what it costs is part of the server's figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from fastgen_jax.bench.http_load import stream_events
+from fastgen_jax.bench.workloads import Workload, make_workload, standard_workload, warmup_workload
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastgen bench server`."""
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="checkpoint to run (default: %(default)s)")
+    parser.add_argument("--workload", default="W1", help="standard workload (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs each, in turns (default: %(default)s)")
+    parser.add_argument("--streams", type=int, default=200, help="concurrent streams of the second part")
+    parser.add_argument("--replicas", type=int, default=1, help="replicas of the server")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                        help="a field of EngineConfig for both, as JSON")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a workload."""
+
+    seconds: float
+    tokens: int
+    gaps: list[float]
+    first: list[float]
+    queue: list[float]
+    """Seconds that each request waited for its first step; empty for an offline run."""
+
+    @property
+    def rate(self) -> float:
+        """Generated tokens a second."""
+        return self.tokens / self.seconds
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the figures."""
+    from fastgen_jax import Engine
+    from fastgen_jax.api.client import serve
+
+    options = dict(_option(pair) for pair in args.option)
+    engine = Engine.from_pretrained(args.model, progress=True, **options)
+    vocab_size = engine.model.vocab_size
+    workload = standard_workload(args.workload, vocab_size=vocab_size)
+    settled = {name: getattr(engine.config, name) for name in ("token_budget", "budget_ladder", "num_blocks")}
+    client = serve(args.model, deployment_name="bench", replica_num=args.replicas, **{**options, **settled})
+    url = client.deployment.url
+    try:
+        warm = warmup_workload(workload, vocab_size=vocab_size)
+        offline(engine, warm)
+        asyncio.run(online(url, warm))
+        runs: dict[str, list[Run]] = {"offline": [], "server": []}
+        for number in range(args.rounds):
+            # Other ids each time: neither may find the prompts of the round before in its cache.
+            fresh = standard_workload(args.workload, vocab_size=vocab_size, seed=1000 + number)
+            runs["offline"].append(offline(engine, fresh))
+            runs["server"].append(asyncio.run(online(url, fresh)))
+        for name, results in runs.items():
+            print(f"{name:8} {_median([r.rate for r in results]):8.1f} tokens/s "
+                  f"({min(r.rate for r in results):.1f}-{max(r.rate for r in results):.1f}), first token P50 "
+                  f"{_median([_median(r.first) for r in results]):.2f} s, gap P50 "
+                  f"{1e3 * _median([_median(r.gaps) for r in results]):.1f} ms")
+        ratio = _median([s.rate / o.rate for s, o in zip(runs["server"], runs["offline"], strict=True)])
+        print(f"server / offline {ratio:.3f}, median of {args.rounds} pairs ({workload.description})")
+        many = make_workload("streams", num_requests=args.streams, mean_prompt=64, mean_output=64, vocab_size=vocab_size)
+        before = asyncio.run(lags(url))
+        result = asyncio.run(online(url, many))
+        after = asyncio.run(lags(url))
+        _report_lag(args.streams, result, before, after)
+    finally:
+        client.terminate_server()
+    return 0
+
+
+def offline(engine: Any, workload: Workload) -> Run:
+    """The workload in the engine of this process."""
+    from fastgen_jax import SamplingParams
+
+    start = time.perf_counter()
+    last: dict[str, float] = {}
+    gaps, first = [], []
+    for request in workload.requests:
+        params = SamplingParams(max_new_tokens=request.max_new_tokens, ignore_eos=True, do_sample=False)
+        engine.add(request.prompt_token_ids, params, request_id=request.request_id)
+    tokens = 0
+    while engine.has_work:
+        for output in engine.step():
+            now = time.perf_counter()
+            tokens += len(output.new_token_ids)
+            if output.request_id in last:
+                gaps.append(now - last[output.request_id])
+            else:
+                first.append(now - start)
+            last[output.request_id] = now
+    return Run(time.perf_counter() - start, tokens, gaps, first, [])
+
+
+async def online(url: str, workload: Workload) -> Run:
+    """The workload as concurrent streams."""
+    start = time.perf_counter()
+    model = await _model(url)
+    gaps: list[float] = []
+    first: list[float] = []
+    queue: list[float] = []
+
+    async def one(prompt: tuple[int, ...], max_tokens: int) -> int:
+        body = {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+                "stream": True, "stream_options": {"include_usage": True}}
+        last = None
+        async for event in stream_events(url, "/v1/completions", body):
+            now = time.perf_counter()
+            if event["usage"]:
+                queue.append(event["usage"]["timing"]["queue_ms"] / 1e3)
+                return event["usage"]["completion_tokens"]
+            if last is None:
+                first.append(now - start)
+            else:
+                gaps.append(now - last)
+            last = now
+        raise ValueError("a stream ended without its usage")
+
+    tokens = await asyncio.gather(*(one(r.prompt_token_ids, r.max_new_tokens) for r in workload.requests))
+    return Run(time.perf_counter() - start, sum(tokens), gaps, first, queue)
+
+
+async def lags(url: str) -> dict[float, float]:
+    """The histogram of event loop lags so far: upper bound in seconds -> count up to it."""
+    import httpx
+
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        text = (await http.get("/metrics")).text
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("fastgen:event_loop_lag_seconds_bucket"):
+            bound = line.split('le="')[1].split('"')[0]
+            found[float(bound)] = float(line.rsplit(" ", 1)[1])
+    return found
+
+
+def _report_lag(streams: int, result: Run, before: dict[float, float], after: dict[float, float]) -> None:
+    counts = {bound: after[bound] - before[bound] for bound in after}
+    total = max(counts.values())
+    worst = min(bound for bound, count in counts.items() if count == total)
+    p99 = min(bound for bound, count in counts.items() if count >= 0.99 * total)
+    print(f"{streams} streams: {result.rate:.1f} tokens/s, gap P50 {1e3 * _median(result.gaps):.1f} ms, P99 "
+          f"{1e3 * statistics.quantiles(result.gaps, n=100)[98]:.1f} ms, wait for the first step P50 "
+          f"{_median(result.queue):.2f} s, P99 {statistics.quantiles(result.queue, n=100)[98]:.2f} s")
+    print(f"event loop lag over {total:.0f} looks: P99 at most {1e3 * p99:g} ms, all at most {1e3 * worst:g} ms, "
+          f"{1 - counts[0.02] / total:.2%} above 20 ms")
+
+
+async def _model(url: str) -> str:
+    import httpx
+
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        return (await http.get("/v1/models")).json()["data"][0]["id"]
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values) if values else float("nan")
+
+
+def _option(pair: str) -> tuple[str, Any]:
+    name, equals, text = pair.partition("=")
+    if not equals:
+        raise ValueError(f"--option {pair}: write it as NAME=VALUE")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    return name, tuple(value) if isinstance(value, list) else value

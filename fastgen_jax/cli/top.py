@@ -1,0 +1,77 @@
+"""`fastgen top`: what a deployment does right now, in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import Any
+
+BAR = 40  # characters of the widest bar
+STEPS_SHOWN = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    parser.add_argument("name", nargs="?", help="deployment; may be left out where only one runs")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
+    parser.add_argument("--once", action="store_true", help="two looks, one interval apart, and no more")
+
+
+def run(options: dict[str, Any]) -> int:
+    """Runs the command on its parsed options and returns the exit code."""
+    import httpx
+
+    from fastgen_jax.api.client import KEY_VARIABLE
+    from fastgen_jax.api.deployment import deployments, find_deployment
+
+    if options["interval"] <= 0:
+        raise ValueError(f"interval is {options['interval']}; it must be above 0 seconds")
+    running = deployments()
+    if options["name"] is None and len(running) != 1:
+        names = ", ".join(d.name for d in running) or "none"
+        raise ValueError(f"name the deployment to watch (running: {names})")
+    deployment = find_deployment(options["name"]) if options["name"] else running[0]
+    key = os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    before, since = None, 0
+    with httpx.Client(base_url=deployment.url, headers=headers, verify=False, timeout=30) as http:
+        while True:
+            answer = http.get("/stats", params={"since_step": since})
+            if answer.status_code != 200:
+                raise ValueError(f"{deployment.url} answers {answer.status_code}: {answer.text[:200]}")
+            stats, now = answer.json(), time.monotonic()
+            if before is not None:
+                print("" if options["once"] else "\x1b[H\x1b[2J", render(stats, before[0], now - before[1]), sep="",
+                      flush=True)
+                if options["once"]:
+                    return 0
+            before = (stats, now)
+            since = max([0, *(step[0] - STEPS_SHOWN for engine in stats["engines"] for step in engine["steps"][-1:])])
+            time.sleep(options["interval"])
+
+
+def render(stats: dict[str, Any], before: dict[str, Any], seconds: float) -> str:
+    """A screen of text from two looks at /stats, `seconds` apart."""
+    lines = [f"{stats['deployment']}  {stats['model']}  up {int(stats['uptime'])} s  unfinished {stats['unfinished']}  "
+             f"worst event loop lag {stats['worst_lag_ms']:.1f} ms"]
+    for number, (engine, old) in enumerate(zip(stats["engines"], before["engines"], strict=False)):
+        counters, past = engine["counters"], old["counters"]
+
+        def rate(name: str, counters: dict[str, int] = counters, past: dict[str, int] = past) -> float:
+            return max(0, counters[name] - past[name]) / seconds
+
+        used = 1 - engine["free_blocks"] / engine["blocks"]
+        lines += [
+            "",
+            f"engine {number}: {engine['running']} running, {engine['waiting']} waiting; {rate('generated_tokens'):.1f} "
+            f"generated and {rate('tokens'):.0f} tokens/s in {rate('steps'):.1f} steps/s; {counters['preemptions']} "
+            f"preemptions, {counters.get('failed_steps', 0)} failed steps",
+            f"KV blocks  {'█' * round(BAR * used):<{BAR}}  {used:.1%} of {engine['blocks']}",
+        ]
+        for step in engine["steps"][-STEPS_SHOWN:]:
+            generated = round(BAR * step[2] / engine["token_budget"])
+            prompt = round(BAR * step[1] / engine["token_budget"]) - generated
+            lines.append(f"step {step[0]:>6} {'█' * generated + '░' * prompt:<{BAR}}  {step[2]} generated, "
+                         f"{step[1] - step[2]} prompt tokens, {1e3 * (step[11] - step[9]):.1f} ms")
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""What happens to a prompt before the engine sees it: tokens, checks, a request. Pure, so that any thread may do it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+
+from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.sampling_tables import validate
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.scheduling import Request, SamplingParams, max_total_tokens
+from fastgen_jax.text import Tokenizer
+from fastgen_jax.text.grammar import Grammar, GrammarCompiler, GrammarMatcher
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or chat messages `[{"role": ..., "content": ...}, ...]`."""
+
+
+class Intake:
+    """Makes checked requests for an engine of this model and config."""
+
+    def __init__(self, tokenizer: Tokenizer | None, model: ModelConfig, config: ResolvedConfig) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.config = config
+        self._numbers = itertools.count()
+        self._grammars = None
+        if tokenizer is not None:
+            self._grammars = GrammarCompiler(
+                tokenizer, vocab_size=model.vocab_size, eos_token_ids=self.eos_token_ids
+            )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence: those of the checkpoint and those of its tokenizer."""
+        ids = self.model.eos_token_ids
+        return ids or (self.tokenizer.eos_token_ids if self.tokenizer else ())
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt in any of its forms; ValueError if it is empty or not one of them."""
+        token_ids: Sequence[Any]
+        if isinstance(prompt, str):
+            token_ids = self.need_tokenizer("a prompt of text").encode(prompt)
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            messages = cast("Sequence[Mapping[str, Any]]", prompt)
+            token_ids = self.need_tokenizer("a prompt of chat messages").encode_chat(messages)
+        else:
+            token_ids = prompt
+        if not len(token_ids):
+            raise ValueError("the prompt is empty; give at least one token")
+        for token_id in token_ids:
+            if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool):
+                raise ValueError(f"the prompt holds {token_id!r}; give text, token ids, or chat messages")
+            if not 0 <= token_id < self.model.vocab_size:
+                raise ValueError(f"token id {token_id} is outside the vocabulary, 0..{self.model.vocab_size - 1}")
+        return tuple(map(int, token_ids))
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        awaits_each_token: bool = False,
+    ) -> Request:
+        """A request that can run here; ValueError, with the numbers, for one that never could."""
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}; the engine runs one sequence a request: add it {params.n} times with "
+                             f"different seeds, or use pipeline, which does that")
+        validate(params, self.model.vocab_size, eos_token_ids=self.eos_token_ids)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop strings {params.stop} need a tokenizer, and this engine has none; use stop_token_ids")
+        if awaits_each_token and params.min_new_tokens:
+            raise ValueError(f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; "
+                             "leave min_new_tokens out")
+        request = Request(
+            request_id=f"request-{next(self._numbers)}" if request_id is None else request_id,
+            prompt_token_ids=self.encode(prompt),
+            params=params,
+            eos_token_ids=self.eos_token_ids,
+            priority=priority,
+            arrival_time=time.monotonic(),
+            seed=params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "little"),
+            awaits_each_token=awaits_each_token,
+        )
+        config = self.config
+        max_total_tokens(
+            request, max_context_len=config.max_context_len, num_blocks=config.num_blocks, block_size=config.block_size
+        )
+        return request
+
+    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+        """A matcher at the start of `grammar`; ValueError if it cannot be used. Complex ones take up to a second."""
+        self.need_tokenizer("a grammar")
+        assert self._grammars is not None  # there is a tokenizer
+        return self._grammars.matcher(grammar)
+
+    def need_tokenizer(self, what: str) -> Tokenizer:
+        """The tokenizer; ValueError naming `what` needs it, if there is none."""
+        if self.tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer, and this engine has none; give token ids")
+        return self.tokenizer
+
+
+def samples(params: SamplingParams) -> list[SamplingParams]:
+    """The parameters of each of `params.n` samples. Their seeds follow each other, so n=2 begins with what n=1 gives."""
+    seeds = [None if params.seed is None else (params.seed + i) % 2**32 for i in range(params.n)]
+    return [replace(params, n=1, seed=seed) for seed in seeds]

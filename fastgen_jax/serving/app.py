@@ -1,0 +1,209 @@
+"""The HTTP interface: OpenAI's, vLLM's helpers, MII's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from fastgen_jax import __version__
+from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
+from fastgen_jax.serving import endpoints
+from fastgen_jax.serving.errors import ApiError, as_api_error, unsupported
+from fastgen_jax.serving.gate import Gate
+from fastgen_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
+from fastgen_jax.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
+from fastgen_jax.serving.settings import Served
+from fastgen_jax.serving.sse import ClientGoneError
+from fastgen_jax.serving.trace import perfetto
+from fastgen_jax.serving.work import Backend
+
+_NOT_OPENAI = {"description": "An error in OpenAI's shape."}
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _NOT_OPENAI)
+CLIENT_GONE = 499  # nginx's number for a client that did not wait; nobody reads it but the log
+
+
+class Server:
+    """What the endpoints share. `backend` is None until the model is loaded and compiled."""
+
+    def __init__(self, served: Served, backend: Backend | None = None) -> None:
+        self.served = served
+        self.backend = backend
+        self.failure: str | None = None
+        self.started = time.time()
+        self.metrics = ServerMetrics(served.name)
+
+    def ready(self) -> Backend:
+        """The backend; 503 before it is ready."""
+        if self.backend is None:
+            raise ApiError(self.failure or "the model is being loaded and compiled; ask /health when it is done",
+                           status=503, type="server_error", code="loading", headers={"Retry-After": "5"})
+        return self.backend
+
+    def check_model(self, name: str | None) -> None:
+        """404 for a model that is not served here."""
+        if name is not None and name not in (self.served.name, self.served.deployment):
+            raise ApiError(f"the model {name!r} is not served here; use {self.served.name!r}", status=404,
+                           param="model", code="model_not_found")
+
+
+def create_app(server: Server) -> Any:
+    """The ASGI application of `server`."""
+    config = server.served.config
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watcher = asyncio.create_task(server.metrics.watch_loop())
+        yield
+        watcher.cancel()
+
+    app = FastAPI(title="fastgen_jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.server = server
+    _add_errors(app)
+    _add_openai(app, server)
+    _add_operations(app, server)
+    app.add_middleware(Gate, api_keys=config.api_key, max_body_bytes=int(config.max_body_mb * 2**20))
+    if config.cors_origin:  # around the gate: a browser may read a refusal too
+        app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"],
+                           allow_headers=["*"])
+    return app
+
+
+def _add_openai(app: FastAPI, server: Server) -> None:
+    def model_card() -> dict[str, Any]:
+        card = {"id": server.served.name, "object": "model", "created": int(server.started), "owned_by": "fastgen_jax"}
+        if server.backend is not None:
+            card["max_model_len"] = server.backend.intake.config.max_context_len
+        return card
+
+    @app.get("/v1/models", responses=_ERRORS)
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_card()]}
+
+    @app.get("/v1/models/{model:path}", responses=_ERRORS)
+    async def get_model(model: str) -> dict[str, Any]:
+        server.check_model(model)
+        return model_card()
+
+    @app.post("/v1/completions", responses=_ERRORS)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await endpoints.complete(server, body, request)
+
+    @app.post("/v1/chat/completions", responses=_ERRORS)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await endpoints.chat(server, body, request)
+
+    @app.post("/v1/embeddings", responses=_ERRORS)
+    async def embeddings() -> Response:
+        raise unsupported("endpoint", "/v1/embeddings", "this server generates text; use an embedding server")
+
+    @app.post("/tokenize", responses=_ERRORS)
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        return await endpoints.tokenize(server, body)
+
+    @app.post("/detokenize", responses=_ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        return await endpoints.detokenize(server, body)
+
+    @app.post("/mii/{deployment}", responses=_ERRORS)
+    async def generate(deployment: str, body: GenerateRequest, request: Request) -> Response:
+        if deployment != server.served.deployment:
+            raise ApiError(f"the deployment {deployment!r} is not here; this one is {server.served.deployment!r}",
+                           status=404, param="deployment", code="deployment_not_found")
+        return await endpoints.generate(server, body, request)
+
+
+def _add_operations(app: FastAPI, server: Server) -> None:
+    page = files("fastgen_jax.serving").joinpath("page/index.html")
+
+    @app.get("/", response_class=HTMLResponse)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page.read_text(encoding="utf-8"))
+
+    @app.get("/health", responses=_ERRORS)
+    async def health() -> JSONResponse:
+        ready = server.backend is not None and server.backend.is_ready
+        status = "ready" if ready else "failed" if server.failure else "loading" if server.backend is None else "ending"
+        return JSONResponse({"status": status, "model": server.served.name, "deployment": server.served.deployment,
+                             "failure": server.failure}, 200 if ready else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        snapshots = []
+        if server.backend is not None:
+            with contextlib.suppress(ClosedError):  # an engine that has ended has nothing to say
+                snapshots = await server.backend.snapshots()
+        return Response(server.metrics.render(snapshots), media_type=CONTENT_TYPE)
+
+    @app.get("/stats", responses=_ERRORS)
+    async def stats(since_step: int = Query(0, ge=0, lt=2**53)) -> dict[str, Any]:
+        """Gauges, counters and the timeline of steps, for the page and `fastgen top`."""
+        backend = server.ready()
+        return {"model": server.served.name, "deployment": server.served.deployment, "unfinished": backend.num_unfinished,
+                "uptime": time.time() - server.started, "worst_lag_ms": 1e3 * server.metrics.worst_lag,
+                "engines": await backend.snapshots(since_step=since_step)}
+
+    @app.get("/trace", responses=_ERRORS)
+    async def trace() -> dict[str, Any]:
+        """The last steps, to be opened in ui.perfetto.dev."""
+        return perfetto(await server.ready().snapshots(since_step=0))
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "body"]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field {where[0]!r}; leave it out"
+        elif first["type"] == "json_invalid":
+            message, where = f"the body is not JSON: {first['ctx']['error']}", []
+        elif where:
+            message = f"{'.'.join(where)}: {message}"
+        return _answer_error(request, ApiError(message, param=where[0] if where else None))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        return ApiError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code, code=code,
+                        headers=dict(error.headers or {})).response()
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return _answer_error(request, error)
+
+    for kind in (ApiError, QueueFullError, ClosedError, RequestFailedError, ValueError):
+        app.add_exception_handler(kind, answer)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+
+def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    answer = as_api_error(error)
+    request.state.log = {**getattr(request.state, "log", {}), "error": str(answer)}
+    return answer.response()

@@ -1,0 +1,211 @@
+"""The endpoints that need the model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from fastgen_jax.api.pipeline import as_prompts, sampling_params
+from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer
+from fastgen_jax.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    Sampling,
+    StreamOptions,
+    TokenizeRequest,
+)
+from fastgen_jax.serving.spans import record_span
+from fastgen_jax.serving.sse import EventStream, while_connected
+from fastgen_jax.serving.tools import grammar_of, prepare_messages
+from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
+
+if TYPE_CHECKING:
+    from fastgen_jax.serving.app import Server
+
+
+async def complete(server: Server, body: CompletionRequest, request: Request) -> Response:
+    """POST /v1/completions."""
+    server.check_model(body.model)
+    backend = server.ready()
+    wants_prompt = body.echo and body.logprobs is not None
+    params = body.sampling_params(
+        max_new_tokens=None if body.max_tokens is None else max(1, body.max_tokens),
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if wants_prompt else None,
+    )
+    work = await start_work(
+        backend, body.prompts, params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
+        grammar=grammar_of(body),
+    )
+    return await _answer(server, "text_completion", body, work,
+                         CompletionAnswer(body, work, backend.intake.tokenizer), request)
+
+
+async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    server.check_model(body.model)
+    backend = server.ready()
+    tokenizer = backend.intake.need_tokenizer("a chat")
+    messages, tools = prepare_messages(tokenizer, body)
+    encode = partial(tokenizer.encode_chat, messages, tools=tools, **_template_variables(body))
+    long = sum(len(str(message.get("content"))) for message in messages) > LONG_PROMPT
+    prompt = await asyncio.to_thread(encode) if long else encode()
+    params = body.sampling_params(
+        max_new_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    work = await start_work(
+        backend, [prompt], params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
+        grammar=grammar_of(body),
+    )
+    return await _answer(server, "chat", body, work, ChatAnswer(body, work, tokenizer), request)
+
+
+async def generate(server: Server, body: GenerateRequest, request: Request) -> Response:
+    """POST /mii/{deployment}: a list with a response a sample, or server-sent events of (index, output)."""
+    backend = server.ready()
+    params = sampling_params(body.model_extra or {})
+    prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
+    work = await start_work(backend, prompts, replace(params, n=1), num_samples=params.n, priority=body.priority,
+                            timeout=body.timeout)
+    work.on_gap = server.metrics.note_gap
+    end = _at_end(server, "generate", work, request)
+    if body.stream:
+        return EventStream(work, _plain_events(work), end)
+
+    async def whole() -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = [{"generated_text": "", "token_ids": []} for _ in work.streams]
+        async for index, outputs in work:
+            for output in outputs:
+                _add_output(answers[index], output)
+        if body.return_full_text:
+            for index, answer in enumerate(answers):
+                answer["generated_text"] = _prompt_text(
+                    backend, prompts[index // params.n], work.prompts[index // params.n]) + answer["generated_text"]
+        return answers
+
+    try:
+        return JSONResponse(await while_connected(request.receive, work, whole()))
+    finally:
+        end()
+
+
+async def tokenize(server: Server, body: TokenizeRequest) -> dict[str, Any]:
+    """POST /tokenize."""
+    server.check_model(body.model)
+    intake = server.ready().intake
+    tokenizer = intake.need_tokenizer("/tokenize")
+    if body.messages is not None:
+        ids = tokenizer.encode_chat(body.messages, add_generation_prompt=body.add_generation_prompt)
+    else:
+        ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=body.add_special_tokens)
+    return {"tokens": list(ids), "count": len(ids), "max_model_len": intake.config.max_context_len}
+
+
+async def detokenize(server: Server, body: DetokenizeRequest) -> dict[str, str]:
+    """POST /detokenize."""
+    server.check_model(body.model)
+    tokenizer = server.ready().intake.need_tokenizer("/detokenize")
+    return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+
+async def _answer(
+    server: Server, operation: str, body: Sampling, work: Work, answer: CompletionAnswer | ChatAnswer, request: Request
+) -> Response:
+    work.on_gap = server.metrics.note_gap
+    end = _at_end(server, operation, work, request)
+    if body.user is not None:
+        request.state.log = {"user": body.user}
+    if body.stream:
+        return EventStream(work, _events(work, answer, body.stream_options or StreamOptions()), end)
+
+    async def whole() -> dict[str, Any]:
+        return answer.whole([choice async for index, outputs in work for choice in answer.chunk(index, outputs)])
+
+    try:
+        result = await while_connected(request.receive, work, whole())
+    finally:
+        end()
+    timing = result["usage"]["timing"]
+    return JSONResponse(result, headers={f"x-fastgen-{name.replace('_', '-')}": str(timing[name]) for name in
+                                         ("queue_ms", "first_token_ms", "total_ms")})
+
+
+async def _events(
+    work: Work, answer: CompletionAnswer | ChatAnswer, options: StreamOptions
+) -> AsyncIterator[bytes]:
+    encoder = answer.encoder()
+    async for index, outputs in work:
+        choices = answer.chunk(index, outputs)
+        if _says_something(choices[0]):
+            usage = work.usage_so_far() if options.continuous_usage_stats else options.include_usage
+            yield encoder.choices(choices, usage=usage)
+    if options.include_usage:
+        yield encoder.usage(answer.usage())
+
+
+def _says_something(choice: dict[str, Any]) -> bool:
+    # A token may add no text yet: half a character, or what could become a stop string.
+    return bool(choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"])
+
+
+async def _plain_events(work: Work) -> AsyncIterator[bytes]:
+    async for index, outputs in work:
+        for output in outputs:
+            yield b"data: " + json.dumps({"index": index, **_plain(output)}, ensure_ascii=False).encode() + b"\n\n"
+
+
+def _plain(output: RequestOutput) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "text": output.text, "token_ids": output.new_token_ids, "finish_reason": output.finish_reason,
+        "prompt_length": output.num_prompt_tokens, "cached_length": output.num_cached_tokens,
+    }
+    for name in ("logprobs", "prompt_logprobs"):
+        entries = getattr(output, name)
+        if entries is not None:
+            plain[name] = entries
+    return plain
+
+
+def _add_output(answer: dict[str, Any], output: RequestOutput) -> None:
+    answer["generated_text"] += output.text
+    answer["token_ids"] += output.new_token_ids
+    answer |= {"prompt_length": output.num_prompt_tokens, "generated_length": len(answer["token_ids"]),
+               "finish_reason": output.finish_reason, "cached_length": output.num_cached_tokens}
+    if output.logprobs is not None:
+        answer.setdefault("logprobs", []).extend(output.logprobs)
+    if output.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = output.prompt_logprobs
+
+
+def _at_end(server: Server, operation: str, work: Work, request: Request) -> Callable[[], None]:
+    def end() -> None:
+        server.metrics.note_end(work)
+        record_span(operation, server.served.name, work, request.headers)
+
+    return end
+
+
+def _template_variables(body: ChatRequest) -> dict[str, Any]:
+    variables = body.chat_template_kwargs or {}
+    taken = {"messages", "tools", "add_generation_prompt"} & set(variables)
+    if taken:
+        raise ValueError(f"chat_template_kwargs has {sorted(taken)}, which have fields of their own; move them there")
+    return variables
+
+
+def _prompt_text(backend: Backend, prompt: Any, token_ids: Sequence[int]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    tokenizer = backend.intake.tokenizer
+    return tokenizer.decode(list(token_ids), skip_special_tokens=False) if tokenizer else ""

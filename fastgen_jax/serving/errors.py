@@ -1,0 +1,59 @@
+"""Errors in the shape that OpenAI's clients expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
+
+NO_RETRY = {"x-should-retry": "false"}  # what OpenAI's clients look at before they send a request again
+
+
+class ApiError(Exception):
+    """An answer other than 200: HTTP status, OpenAI's type and code, the offending parameter."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        """The HTTP answer."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def unsupported(param: str, value: Any, remedy: str) -> ApiError:
+    """The refusal of something that OpenAI's interface has and this server has not."""
+    return ApiError(f"{param}={value!r} is not supported here; {remedy}", param=param, code="unsupported_parameter")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The answer to whatever went wrong with a request; anything unforeseen is a 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(str(error), status=429, type="rate_limit_error", code="queue_full",
+                        headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, ClosedError):
+        return ApiError(str(error), status=503, type="server_error", code="shutting_down",
+                        headers={"Retry-After": "5"})
+    if isinstance(error, RequestFailedError):
+        if error.kind == "deadline":
+            return ApiError(str(error), status=408, type="timeout", code="deadline_exceeded", headers=NO_RETRY)
+        status = 503 if error.kind == "shutdown" else 500
+        return ApiError(str(error), status=status, type="server_error", code=error.kind)
+    if isinstance(error, ValueError):
+        return ApiError(str(error))
+    return ApiError(f"the server failed: {type(error).__name__}", status=500, type="server_error", code="internal")

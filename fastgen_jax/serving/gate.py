@@ -1,0 +1,94 @@
+"""What every request passes first: size limit, key, request id, one line in the log."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from fastgen_jax.serving.errors import ApiError
+
+log = logging.getLogger("fastgen_jax.access")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})  # asked every second by machines
+
+
+class Gate:
+    """ASGI middleware; a class of our own, because a body must be counted as it comes and streams not be buffered."""
+
+    def __init__(self, app: Any, *, api_keys: Sequence[str], max_body_bytes: int) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"")[:100].decode("latin-1") or uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        state = {"status": 0, "received": 0}
+        refusals: list[ApiError] = []
+
+        async def counted() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                state["received"] += len(message.get("body", b""))
+                if state["received"] > self._max_body_bytes:
+                    refusals.append(self._too_large(state["received"]))
+                    raise refusals[0]
+            return message
+
+        async def named(message: Message) -> None:
+            if refusals and not state["status"]:
+                return  # what the application makes of a body that it could not read
+            if message["type"] == "http.response.start":
+                state["status"] = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode("latin-1"))]
+            await send(message)
+
+        try:
+            try:
+                self._check(scope, headers)
+                await self._app(scope, counted, named)
+            except ApiError as error:
+                if state["status"]:
+                    raise
+                refusals.append(error)
+            if refusals and not state["status"]:
+                refusal = refusals[0]
+                refusals.clear()
+                await refusal.response()(scope, receive, named)
+        finally:
+            level = logging.DEBUG if scope["path"] in QUIET_PATHS and state["status"] < 400 else logging.INFO
+            facts = scope["state"].get("log", {})
+            log.log(level, "%s %s %d%s", scope["method"], scope["path"], state["status"],
+                    f": {facts['error'][:200]}" if "error" in facts else "", extra={
+                "method": scope["method"], "path": scope["path"], "status": state["status"], "request_id": request_id,
+                "milliseconds": round(1e3 * (time.perf_counter() - start), 3), **facts,
+            })
+
+    def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            raise self._too_large(int(length))
+        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer" and any(secrets.compare_digest(given.strip(), key) for key in self._keys):
+            return
+        raise ApiError("this server wants a key: send the header 'Authorization: Bearer KEY'", status=401,
+                       type="authentication_error", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _too_large(self, size: int) -> ApiError:
+        return ApiError(f"the body has {size} bytes and the limit is {self._max_body_bytes}; send less, or start the "
+                        "server with a larger max_body_mb", status=413, code="body_too_large")

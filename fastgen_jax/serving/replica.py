@@ -1,0 +1,125 @@
+"""A replica: an engine in a process of its own, at the other end of a socket. `python -m fastgen_jax.serving.replica FD`.
+
+Commands that it takes: ("submit", request, grammar, deadline), ("abort", id), ("snapshot", number, since_step),
+("stop",). What it sends: ("ready", resolved config), ("events", events, load), ("snapshot", number, snapshot),
+("failed", message).
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastgen_jax.serving.frames import pack, receive
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaPlan:
+    """What a replica is to run, and on which part of the machine."""
+
+    model: str
+    engine: dict[str, Any]
+    """Options of `EngineConfig`."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables that choose its accelerator."""
+    cpus: tuple[int, ...] | None = None
+    """Processors that it may use; None: all."""
+
+
+def share_machine(count: int) -> list[tuple[dict[str, str], tuple[int, ...] | None]]:
+    """Environment and processors of each of `count` replicas: an accelerator each, else an equal share of the CPUs."""
+    for pattern, variable in (("nvidia", "CUDA_VISIBLE_DEVICES"), ("accel", "TPU_VISIBLE_CHIPS")):
+        found = sorted(n for n in os.listdir("/dev") if n.startswith(pattern) and n[len(pattern) :].isdigit())
+        if found and os.environ.get("JAX_PLATFORMS") != "cpu":
+            given = os.environ.get(variable)
+            devices = given.split(",") if given else [str(i) for i in range(len(found))]
+            if len(devices) < count:
+                raise ValueError(f"replicas is {count} but there are {len(devices)} accelerators; use at most as many")
+            each = len(devices) // count
+            return [({variable: ",".join(devices[i * each : (i + 1) * each])}, None) for i in range(count)]
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if count == 1 or len(cpus) < count:
+        return [({}, None)] * count
+    each = len(cpus) // count
+    return [({}, tuple(cpus[i * each : (i + 1) * each])) for i in range(count)]
+
+
+def main(descriptor: int) -> None:
+    """Serves until the socket closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the router decides when it ends
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = socket.socket(fileno=descriptor)
+    plan: ReplicaPlan = receive(connection)
+    os.environ.update(plan.environment)
+    if plan.cpus is not None:
+        os.sched_setaffinity(0, plan.cpus)  # before JAX counts them
+
+    from fastgen_jax.api.engine_thread import EngineThread, Event, Failure
+    from fastgen_jax.api.snapshot import take_snapshot
+    from fastgen_jax.engine.config import EngineConfig
+    from fastgen_jax.engine.engine import Engine
+
+    outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
+    try:
+        engine = Engine.from_pretrained(plan.model, EngineConfig.from_options(plan.engine))
+    except Exception as error:
+        outbox.put(pack(("failed", f"{type(error).__name__}: {error}")))
+        outbox.put(None)
+        return
+
+    def deliver(events: Sequence[Event]) -> None:
+        outbox.put(pack(("events", list(events), thread.load)))
+
+    thread = EngineThread(engine, deliver)
+    # A replica whose engine cannot be recovered is of no use: the router starts another.
+    threading.Thread(target=lambda: (thread.wait(), os._exit(3)), daemon=True).start()
+    outbox.put(pack(("ready", engine.config)))
+
+    def snapshot(number: int, since_step: int | None) -> None:
+        plain = take_snapshot(engine, since_step=since_step)
+        plain["counters"]["failed_steps"] = thread.num_failed_steps
+        outbox.put(pack(("snapshot", number, plain)))
+
+    while True:
+        try:
+            kind, *rest = receive(connection)
+        except (EOFError, OSError):
+            return  # the router is gone; the thread is a daemon
+        if kind == "submit":
+            request, grammar, deadline = rest
+            try:
+                matcher = engine.intake.matcher(grammar) if grammar is not None else None
+            except ValueError as error:
+                deliver([Failure(request.request_id, "step", str(error))])
+                continue
+            thread.submit(request, matcher, deadline=deadline)
+        elif kind == "abort":
+            thread.abort(*rest)
+        elif kind == "snapshot":
+            thread.call(lambda _, rest=rest: snapshot(*rest))
+        else:  # "stop"
+            thread.close()
+            return
+
+
+def _write(connection: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> None:
+    """Sends what is in the outbox, so that the engine does not wait for the router."""
+    while (data := outbox.get()) is not None:
+        try:
+            connection.sendall(data)
+        except OSError:
+            os._exit(1)
+    os._exit(2)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
+    os._exit(0)

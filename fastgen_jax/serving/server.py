@@ -1,0 +1,184 @@
+"""The process of a deployment: listens at once, loads the model, serves, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from fastgen_jax.api.async_engine import AsyncEngine
+from fastgen_jax.api.deployment import Deployment, check_name, default_name, process_start, written_down
+from fastgen_jax.checkpoint import open_checkpoint, resolve_model
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.engine import Engine
+from fastgen_jax.serving.app import Server, create_app
+from fastgen_jax.serving.router import Router
+from fastgen_jax.serving.settings import Served, ServerConfig
+from fastgen_jax.serving.work import Backend
+from fastgen_jax.text import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 5  # for readers who are still being sent what was computed
+
+
+def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *, log_file: str | None = None) -> int:
+    """Serves `model` until a signal ends it; returns the exit code, 2 if the model could not be loaded.
+
+    Raises ValueError if the port is taken or a deployment of that name runs.
+    """
+    name = config.served_model_name or default_name(model)
+    served = Served(name=name, deployment=check_name(config.deployment_name or default_name(model)), config=config)
+    listener = _listen(config.host, config.port)
+    port = listener.getsockname()[1]
+    host = config.host if config.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    record = Deployment(
+        name=served.deployment, model=model, url=f"{'https' if config.tls_certificate else 'http'}://{host}:{port}",
+        pid=os.getpid(), started=time.time(), process_start=process_start(os.getpid()) or "", log=log_file,
+        replicas=config.replicas,
+    )
+    with written_down(record):
+        log.info("deployment %s listens on %s and loads %s", record.name, record.url, model)
+        server = Server(served)
+
+        async def serve() -> None:
+            loading = asyncio.create_task(load_backend(model, config, engine_config))
+            await _serve(server, listener, loading)
+
+        with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+            runner.run(serve())
+    if server.failure is not None:
+        log.error("%s", server.failure)
+        return 2
+    return 0
+
+
+async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[Backend]) -> None:
+    config = server.served.config
+    http = _Uvicorn(uvicorn.Config(
+        create_app(server), log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=CLOSE_SECONDS,
+        ssl_certfile=config.tls_certificate, ssl_keyfile=config.tls_key, timeout_keep_alive=75, backlog=2048,
+    ))
+    loop = asyncio.get_running_loop()
+    ending = asyncio.Event()
+
+    def end() -> None:
+        if ending.is_set():  # asked twice: at once, then
+            http.should_exit = http.force_exit = True
+        ending.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    asked = asyncio.create_task(ending.wait())
+    await asyncio.wait({serving, loading, asked}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+    else:
+        try:
+            backend = loading.result()
+        except Exception as error:
+            server.failure = f"the model could not be loaded: {error}"
+            if not isinstance(error, ValueError):
+                log.exception("the model could not be loaded")
+        else:
+            server.backend = backend
+            log.info("ready; %d KV blocks of %d tokens", backend.intake.config.num_blocks, backend.intake.config.block_size)
+            await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
+            log.info("finishing %d requests, for up to %g s", backend.num_unfinished, config.drain_seconds)
+            draining = asyncio.create_task(backend.drain(config.drain_seconds))
+            await asyncio.wait({serving, draining}, return_when=asyncio.FIRST_COMPLETED)
+            await backend.close()
+            log.info("ended, %d requests unfinished", backend.num_unfinished)
+    http.should_exit = True
+    await serving
+    asked.cancel()
+
+
+def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop where there is one: a socket write costs it half as much, and a stream is made of them."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us: a server that is told to end first finishes what runs."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _loader(model: str, config: ServerConfig, engine_config: EngineConfig) -> Callable[[], Any]:
+    """What loads the model, in a thread; it returns what makes the backend, in the event loop."""
+
+    def one() -> Callable[[], Any]:
+        engine = Engine.from_pretrained(model, engine_config)
+
+        async def backend() -> Backend:
+            return AsyncEngine(engine, max_queue=config.max_queue)
+
+        return backend
+
+    def several() -> Callable[[], Any]:
+        # Facts of the model only: this process must not touch an accelerator that a replica is to have.
+        checkpoint = open_checkpoint(resolve_model(model))
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+        router = Router(model, engine_config, tokenizer, checkpoint.config, replicas=config.replicas,
+                        max_queue=config.max_queue)
+        return router.start
+
+    return one if config.replicas == 1 else several
+
+
+async def load_backend(model: str, config: ServerConfig, engine_config: EngineConfig) -> Backend:
+    """What answers requests for `model`, ready: one engine in this process, or several behind a router."""
+    make = await _in_daemon_thread(_loader(model, config, engine_config))
+    return await make()
+
+
+def _in_daemon_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
+    """The result of `function`, run in a thread that does not keep the process alive."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result, error = function(), None
+        except Exception as exception:
+            result, error = None, exception
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, result, error)
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if not future.done():
+            future.set_exception(error) if error is not None else future.set_result(result)
+
+    threading.Thread(target=run, name="fastgen-load", daemon=True).start()
+    return future
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another port, or 0 for a free one"
+                         ) from error
+    return listener

@@ -1,0 +1,42 @@
+"""A span a request, where OpenTelemetry is installed; names after its conventions for generative models."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastgen_jax.serving.work import Work
+
+try:
+    from opentelemetry import trace
+except ImportError:
+    trace = None
+
+
+def record_span(operation: str, model: str, work: Work, headers: Any) -> None:
+    """Records a request that has ended; the caller's `traceparent` header makes it part of the caller's trace."""
+    if trace is None:
+        return
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    now = time.time() - time.monotonic()  # from the clock of timings to seconds since the epoch
+    start = min(timing.start for timing in work.timings)
+    end = max(timing.last or timing.start for timing in work.timings)
+    usage = work.usage()
+    timing = usage["timing"]
+    span = trace.get_tracer("fastgen_jax").start_span(
+        f"{operation} {model}",
+        context=TraceContextTextMapPropagator().extract(dict(headers)),
+        kind=trace.SpanKind.SERVER,
+        start_time=int(1e9 * (now + start)),
+        attributes={
+            "gen_ai.operation.name": operation, "gen_ai.request.model": model,
+            "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+            "gen_ai.usage.output_tokens": usage["completion_tokens"],
+            "gen_ai.response.finish_reasons": [reason or "abort" for reason in work.reasons],
+            "gen_ai.latency.time_in_queue": timing["queue_ms"] / 1e3,
+            "gen_ai.latency.time_to_first_token": timing["first_token_ms"] / 1e3,
+            "gen_ai.latency.e2e": timing["total_ms"] / 1e3,
+        },
+    )
+    span.end(int(1e9 * (now + end)))

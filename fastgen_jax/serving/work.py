@@ -1,0 +1,216 @@
+"""One HTTP request as work for the engine: its samples, their streams, and what they say together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+from fastgen_jax.api.async_engine import Stream
+from fastgen_jax.engine.intake import Intake, Prompt, samples
+from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.scheduling import Request, SamplingParams
+from fastgen_jax.text.grammar import Grammar, GrammarMatcher
+
+LONG_PROMPT = 4000  # characters from which on tokenising is left to another thread: about a millisecond
+
+
+class Backend(Protocol):
+    """What answers requests: `AsyncEngine`, or a router over several replicas."""
+
+    @property
+    def intake(self) -> Intake:
+        """Makes checked requests."""
+        ...
+
+    @property
+    def max_queue(self) -> int:
+        """Requests that may wait in a replica."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be taken."""
+        ...
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        ...
+
+    def submit(
+        self, request: Request, *, grammar: Grammar | None = None, matcher: GrammarMatcher | None = None,
+        deadline: float | None = None,
+    ) -> Stream:
+        """See `AsyncEngine.submit`."""
+        ...
+
+    async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:
+        """One `take_snapshot` a replica."""
+        ...
+
+    async def drain(self, timeout: float) -> bool:
+        """Takes no more requests and waits for the others; whether all have ended."""
+        ...
+
+    async def close(self) -> None:
+        """Ends everything."""
+        ...
+
+
+@dataclass
+class Timing:
+    """When things happened to one sample, seconds on the clock of `time.monotonic`."""
+
+    start: float
+    first: float | None = None
+    last: float | None = None
+    longest_gap: float = 0.0
+    queue: float = 0.0
+
+    def note(self, output: RequestOutput) -> float | None:
+        """Notes an output; returns the gap since the one before, None for the first."""
+        now = time.monotonic()
+        gap = None if self.last is None else now - self.last
+        if gap is None:
+            self.first, self.queue = now, output.queue_seconds
+        else:
+            self.longest_gap = max(self.longest_gap, gap)
+        self.last = now
+        return gap
+
+
+@dataclass
+class Work:
+    """The samples of one HTTP request: sample i belongs to prompt i // n."""
+
+    prompts: list[tuple[int, ...]]
+    params: list[SamplingParams]
+    streams: list[Stream]
+    timings: list[Timing] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
+    reasons: list[str | None] = field(default_factory=list)
+    on_gap: Callable[[float | None, Timing], object] = lambda gap, timing: None
+    """Called for each output with the seconds since the one before it, None for the first."""
+
+    @property
+    def samples_a_prompt(self) -> int:
+        """Samples of each prompt."""
+        return len(self.streams) // len(self.prompts)
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, list[RequestOutput]]]:
+        """(sample, its outputs since the last time), as they come; leaving early ends what is unfinished."""
+        return self._outputs()
+
+    def close(self) -> None:
+        """Ends what is unfinished."""
+        for stream in self.streams:
+            stream.close()
+
+    def usage_so_far(self) -> dict[str, int]:
+        """Tokens only."""
+        prompt, generated = sum(map(len, self.prompts)), sum(self.generated)
+        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens in OpenAI's shape, and as an extension the times of the slowest sample in milliseconds."""
+        n = self.samples_a_prompt
+        cached = sum(self.cached[i] for i in range(0, len(self.cached), n))
+        timing = max(self.timings, key=lambda t: t.last or t.start)
+        first, last = timing.first or timing.start, timing.last or timing.start
+        gaps = max(1, self.generated[self.timings.index(timing)] - 1)
+        return {
+            **self.usage_so_far(),
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "timing": {
+                "queue_ms": round(1e3 * timing.queue, 3), "first_token_ms": round(1e3 * (first - timing.start), 3),
+                "total_ms": round(1e3 * (last - timing.start), 3),
+                "mean_gap_ms": round(1e3 * (last - first) / gaps, 3), "longest_gap_ms": round(1e3 * timing.longest_gap, 3),
+            },
+        }
+
+    def _note(self, index: int, outputs: Sequence[RequestOutput]) -> None:
+        timing = self.timings[index]
+        for output in outputs:
+            self.on_gap(timing.note(output), timing)
+            self.reasons[index] = output.finish_reason
+            self.generated[index] += len(output.new_token_ids)
+            self.cached[index] = output.num_cached_tokens
+
+    async def _outputs(self) -> AsyncIterator[tuple[int, list[RequestOutput]]]:
+        try:
+            if len(self.streams) == 1:
+                async for outputs in self.streams[0].batches():
+                    self._note(0, outputs)
+                    yield 0, outputs
+                return
+            ready: asyncio.Queue[int] = asyncio.Queue()
+            for index, stream in enumerate(self.streams):
+                stream.on_put = partial(ready.put_nowait, index)
+                ready.put_nowait(index)  # for what came before
+            unfinished = set(range(len(self.streams)))
+            while unfinished:
+                index = await ready.get()
+                outputs = self.streams[index].take()
+                if outputs:
+                    self._note(index, outputs)
+                    yield index, outputs
+                if self.streams[index].is_exhausted:
+                    unfinished.discard(index)
+        finally:
+            self.close()
+
+
+async def start_work(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    num_samples: int,
+    priority: int = 0,
+    timeout: float | None = None,
+    grammar: Grammar | None = None,
+) -> Work:
+    """Everything checked, then everything submitted: either all samples run, or none does.
+
+    Raises ValueError, QueueFullError and ClosedError as `AsyncEngine.submit` does.
+    """
+    intake, arrival = backend.intake, time.monotonic()
+    if len(prompts) * num_samples > backend.max_queue:
+        raise ValueError(f"{len(prompts)} prompts with n={num_samples} are more than the {backend.max_queue} requests that "
+                         "may wait here; send them in parts, or use fastgen batch")
+    every = _all_samples(params, num_samples)
+
+    def prepare() -> tuple[list[tuple[int, ...]], list[tuple[Request, GrammarMatcher | None]]]:
+        encoded = [intake.encode(prompt) for prompt in prompts]
+        return encoded, [
+            (intake.request(ids, sample, priority=priority, awaits_each_token=grammar is not None),
+             intake.matcher(grammar) if grammar else None)
+            for ids in encoded for sample in every
+        ]
+
+    size = sum(map(len, prompts)) * len(every)
+    long = size > LONG_PROMPT or grammar is not None or any(not isinstance(p, str) for p in prompts)
+    encoded, requests = await asyncio.to_thread(prepare) if long else prepare()
+    streams: list[Stream] = []
+    try:
+        for request, matcher in requests:
+            deadline = None if timeout is None else arrival + timeout
+            streams.append(backend.submit(request, grammar=grammar, matcher=matcher, deadline=deadline))
+    except BaseException:
+        for stream in streams:
+            stream.close()
+        raise
+    zeros = [0] * len(streams)
+    timings = [Timing(arrival) for _ in streams]
+    return Work(encoded, every * len(encoded), streams, timings, [*zeros], [*zeros], [None] * len(streams))
+
+
+def _all_samples(params: SamplingParams, num_samples: int) -> list[SamplingParams]:
+    if num_samples > 1 and params.greedy:
+        return [params] * num_samples  # the same answer each time, as OpenAI gives it
+    return samples(replace(params, n=num_samples))

@@ -1,0 +1,115 @@
+"""Which tokens may come next under a grammar: masks from llguidance, one matcher a request."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fastgen_jax.text.tokenizer import Tokenizer
+
+# Between the parts of a JSON text: a model that may write any white space can write it for ever.
+_JSON_LAYOUT = {"whitespace_pattern": " ?"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grammar:
+    """What a text must look like: a JSON schema, a regular expression, or llguidance's variant of a Lark grammar."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+
+    @staticmethod
+    def json_schema(schema: Mapping[str, Any]) -> Grammar:
+        """The texts that are JSON values of `schema`."""
+        return Grammar(kind="json_schema", source=json.dumps(schema))
+
+
+class GrammarMatcher:
+    """How far a text has come in its grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+        self.error: str | None = None
+        """Why the grammar could not be followed any further, for example because it became too complex."""
+
+    def fill_mask(self, words: np.ndarray) -> None:
+        """Writes into `words` i32[ceil(V / 32)], contiguous, a 1 for each token that may come next."""
+        if self._matcher.is_error():
+            words[:] = -1  # the request ends when its token is read; until then any token will do
+        else:
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+
+    def advance(self, token_id: int) -> bool:
+        """Takes in a token; true if the text is complete and nothing can follow, or if there is an `error`."""
+        if not self._matcher.consume_token(token_id):
+            self.error = self._matcher.get_error().splitlines()[0]
+        return self.error is not None or self._matcher.is_stopped()
+
+
+class GrammarCompiler:
+    """Makes matchers for the vocabulary of one model; usable from several threads.
+
+    Source: Earley parsing over a lexer's derivatives, as in llguidance, whose masks these are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._lock = threading.Lock()
+        self._backend: Any = None
+
+    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+        """A matcher at the start of `grammar`; ValueError if it is malformed or has a feature that is not supported."""
+        library = _library()
+        matchers = library.LLMatcher
+        make = {
+            "json_schema": lambda source: matchers.grammar_from_json_schema(source, defaults=_JSON_LAYOUT),
+            "regex": matchers.grammar_from_regex,
+            "lark": matchers.grammar_from_lark,
+        }[grammar.kind]
+        matcher = matchers(self._vocabulary(library), make(grammar.source), log_level=0)
+        if matcher.is_error():
+            raise ValueError(f"the {grammar.kind.replace('_', ' ')} cannot be used: {matcher.get_error()}")
+        return GrammarMatcher(matcher)
+
+    def _vocabulary(self, library: Any) -> Any:
+        with self._lock:
+            if self._backend is None:
+                wrapper = library.TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids))
+                self._backend = library.LLTokenizer(wrapper, eos_token=list(self._eos_token_ids) or None)
+            return self._backend
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        # 0xff marks a token that is no text; padding rows of the embedding are such tokens too.
+        texts = [
+            b"\xff" + (tokenizer.texts[i] or f"<{i}>").encode() if i in tokenizer.special_ids or not piece else piece
+            for i, piece in enumerate(tokenizer.pieces)
+        ]
+        texts += [b"\xff<%d>" % i for i in range(len(texts), vocab_size)]
+        self.tokens = texts[:vocab_size]
+        self.special_token_ids = [i for i, text in enumerate(self.tokens) if text.startswith(b"\xff")]
+        self.eos_token_id = eos_token_ids[0] if eos_token_ids else self.special_token_ids[0]
+        self.bos_token_id = tokenizer.bos_token_id
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise ValueError("output that follows a grammar needs llguidance; pip install 'fastgen_jax[serve]'") from None
+    return llguidance

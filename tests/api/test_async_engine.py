@@ -1,0 +1,251 @@
+"""The engine behind asyncio: what one request does to others, and what happens when something breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from fastgen_jax import Engine, SamplingParams
+from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError
+from tests.tiny import drain, greedy, tiny_engine, tokens_of
+
+
+def run(scenario, **options):
+    """Runs `scenario(async_engine)` on a tiny engine, and checks that nothing is left behind."""
+    engine = tiny_engine()
+
+    async def inside():
+        async with AsyncEngine(engine, **options) as wrapped:
+            result = await asyncio.wait_for(scenario(wrapped), 120)
+            await wrapped.call(lambda e: e.scheduler.check_integrity())
+        return result
+
+    try:
+        return asyncio.run(inside())
+    finally:
+        for request_id in engine.request_ids:
+            engine.abort(request_id)
+        drain(engine)
+        assert engine.scheduler.num_free_blocks == engine.config.num_blocks
+        assert engine.metrics.compiles_while_serving == 0
+
+
+async def tokens(engine: AsyncEngine, prompt, params=None, **options) -> list[int]:
+    return [t async for out in engine.generate(prompt, params or greedy(8), **options) for t in out.new_token_ids]
+
+
+async def rest(stream) -> list:
+    return [out async for out in stream]
+
+
+def offline(prompts, params=None) -> list[list[int]]:
+    engine = tiny_engine()
+    ids = [engine.add(p, params or greedy(8)) for p in prompts]
+    outputs = drain(engine)
+    return [tokens_of(outputs[i]) for i in ids]
+
+
+PROMPTS = [[5, 6, 7], [8] * 20, [9, 10], [11] * 33, [12, 13, 14, 15]] * 4
+
+
+def test_streams_give_the_tokens_of_the_offline_engine():
+    async def scenario(engine):
+        return await asyncio.gather(*(tokens(engine, p) for p in PROMPTS))
+
+    assert run(scenario) == offline(PROMPTS)
+
+
+def test_a_reader_who_never_reads_holds_nobody():
+    async def scenario(engine):
+        request = engine.intake.request([5, 6], greedy(40))
+        stream = engine.submit(request)
+        assert await tokens(engine, [5, 6, 7], greedy(60)) == offline_60
+        while stream.outputs < 40:  # it was answered all the while
+            await asyncio.sleep(0.01)
+        return [t async for out in stream for t in out.new_token_ids]
+
+    (offline_60,) = offline([[5, 6, 7]], greedy(60))
+    assert run(scenario) == offline([[5, 6]], greedy(40))[0]
+
+
+def test_closing_a_stream_frees_its_blocks_before_the_next_step():
+    async def scenario(engine):
+        request = engine.intake.request([5] * 30, greedy(90))
+        stream = engine.submit(request)
+        await anext(stream)
+        stream.close()
+        assert [out async for out in stream] == []
+        return await engine.call(lambda e: (e.num_running, e.scheduler.num_free_blocks == e.config.num_blocks))
+
+    assert run(scenario) == (0, True)
+
+
+def test_a_full_queue_refuses_with_the_time_to_come_back():
+    async def scenario(engine):
+        started, release = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def hold(_):  # the engine's thread stands still until the queue is full
+            loop.call_soon_threadsafe(started.set)
+            while not release.is_set():
+                time.sleep(0.001)
+
+        engine._thread.call(hold)
+        await started.wait()
+        streams = [engine.submit(engine.intake.request([5], greedy(2))) for _ in range(3)]
+        with pytest.raises(QueueFullError, match="3 requests wait, and the limit is 3; come back in 1 s") as refused:
+            engine.submit(engine.intake.request([5], greedy(2)))
+        release.set()
+        for stream in streams:
+            assert len([out async for out in stream]) == 2
+        return refused.value.retry_after
+
+    assert run(scenario, max_queue=3) == 1
+
+
+def test_the_estimate_of_the_wait_grows_with_the_queue():
+    async def scenario(engine):
+        streams = [engine.submit(engine.intake.request([5] * 40, greedy(60))) for _ in range(40)]
+        await anext(streams[0])
+        waits = []
+        while engine.load.num_waiting > 20:
+            waits.append(engine.load.wait_seconds)
+            await asyncio.sleep(0.01)
+        for stream in streams:
+            stream.close()
+        return max(waits)
+
+    assert run(scenario) > 0
+
+
+def test_a_deadline_ends_a_request_and_no_other():
+    async def scenario(engine):
+        other = asyncio.create_task(tokens(engine, [5, 6, 7], greedy(60)))
+        with pytest.raises(RequestFailedError, match="deadline") as failed:
+            await tokens(engine, [8, 9], greedy(90), timeout=0.0)
+        assert failed.value.kind == "deadline"
+        return await other
+
+    assert run(scenario) == offline([[5, 6, 7]], greedy(60))[0]
+
+
+def test_a_lower_priority_number_runs_first():
+    async def scenario(engine):
+        order: list[str] = []
+
+        async def one(name, priority):
+            await tokens(engine, [5] * 30, greedy(20), priority=priority)
+            order.append(name)
+
+        crowd = [asyncio.create_task(one("late", 1)) for _ in range(16)]
+        await asyncio.sleep(0)
+        await asyncio.gather(one("first", -1), *crowd)
+        return order
+
+    assert "first" in run(scenario)[:9]  # eight run at once
+
+
+@pytest.mark.parametrize("where", ["dispatch", "commit"])
+def test_a_failed_step_ends_its_requests_and_the_queue_survives(monkeypatch, where):
+    prompts = [[5 + i, 6] for i in range(20)]
+    want = offline(prompts)
+    engine = tiny_engine()
+    failures = iter([False, False, True])
+    name = {"dispatch": "_set_masks", "commit": "_outputs"}[where]
+    original = getattr(Engine, name)
+
+    def breaks(self, *args):
+        if next(failures, False):
+            raise RuntimeError("the device is gone")
+        return original(self, *args)
+
+    monkeypatch.setattr(Engine, name, breaks)
+
+    async def scenario(wrapped):
+        results = await asyncio.gather(*(tokens(wrapped, p) for p in prompts), return_exceptions=True)
+        assert wrapped.num_failed_steps == 1
+        return results
+
+    results = run(scenario)
+    failed = [r for r in results if isinstance(r, RequestFailedError)]
+    assert 1 <= len(failed) <= engine.config.max_num_seqs  # those of the step, not the queue
+    assert all(r.kind == "step" and "the device is gone" in str(r) for r in failed)
+    assert [r for r, w in zip(results, want, strict=True) if r != w] == failed  # all others are as they should be
+
+
+def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
+    def breaks(self, *_):
+        raise RuntimeError("the device is gone for good")
+
+    monkeypatch.setattr(Engine, "_set_masks", breaks)
+    monkeypatch.setattr(Engine, "recover", breaks)
+    engine = tiny_engine()
+
+    async def scenario():
+        wrapped = AsyncEngine(engine)
+        results = await asyncio.gather(*(tokens(wrapped, [5 + i]) for i in range(12)), return_exceptions=True)
+        assert {type(r) for r in results} <= {RequestFailedError, ClosedError}
+        assert not wrapped.is_ready
+        with pytest.raises(ClosedError):
+            await wrapped.snapshots()
+        with pytest.raises(ClosedError):
+            await tokens(wrapped, [5])
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    monkeypatch.undo()
+    engine.recover()  # for the tests that come
+    assert not engine.has_work
+
+
+def test_a_mistake_is_raised_where_it_was_made():
+    async def scenario(engine):
+        with pytest.raises(ValueError, match="prompt is empty"):
+            await tokens(engine, [])
+        with pytest.raises(ValueError, match="max_context_len is"):
+            await tokens(engine, [5] * 500)
+        request = engine.intake.request([5], greedy(30), request_id="mine")
+        stream = engine.submit(request)
+        with pytest.raises(ValueError, match="'mine' is already in use"):
+            engine.submit(request)
+        stream.close()
+
+    run(scenario)
+
+
+def test_closing_ends_what_runs_with_an_error():
+    async def scenario(engine):
+        stream = engine.submit(engine.intake.request([5], greedy(90)))
+        await anext(stream)
+        await engine.close()
+        with pytest.raises(RequestFailedError, match="shutting down") as failed:
+            await rest(stream)
+        assert failed.value.kind == "shutdown"
+        with pytest.raises(ClosedError):
+            engine.submit(engine.intake.request([5], SamplingParams(max_new_tokens=1)))
+
+    engine = tiny_engine()
+
+    async def inside():
+        wrapped = AsyncEngine(engine)
+        await scenario(wrapped)
+
+    asyncio.run(inside())
+    drain(engine)
+
+
+def test_draining_finishes_what_runs_and_refuses_what_comes():
+    async def scenario(engine):
+        task = asyncio.create_task(tokens(engine, [5, 6, 7], greedy(60)))
+        while not engine.num_unfinished:
+            await asyncio.sleep(0)
+        drained = asyncio.create_task(engine.drain(60))
+        await asyncio.sleep(0)
+        with pytest.raises(ClosedError):
+            await tokens(engine, [5])
+        assert await drained
+        engine._closed = False  # `run` looks at the engine once more
+        return await task
+
+    assert run(scenario) == offline([[5, 6, 7]], greedy(60))[0]

@@ -1,0 +1,212 @@
+"""A server under a crowd of clients, good and bad, for minutes: `make soak`.
+
+    python -m tests.serving.soak --minutes 3 --clients 200
+
+Clients stream, wait, cancel, read slowly, send nonsense and prompts that can never fit; a replica is killed with
+SIGKILL every 20 seconds; the server gets SIGTERM in the middle of it all and is started again. At the end: every answer
+equals the offline engine's or is an error that the client was told of, none is lost or came twice, no block leaked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+import fastgen_jax
+from fastgen_jax.bench.http_load import HttpError, stream_events
+from tests.serving.checkpoint import write_checkpoint
+from tests.serving.house import offline
+
+ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 16, "block_size": 4, "num_blocks": 256}
+MAX_TOKENS = 60
+TOLD = {408, 429, 503}  # what a client may be told under load, and sends again
+
+
+class Soak:
+    """The crowd and what it saw."""
+
+    def __init__(self, url: str, model: str, answers: dict[str, str]) -> None:
+        self.url, self.model, self.answers = url, model, answers
+        self.seen: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.ending = False
+
+    async def client(self, seed: int) -> None:
+        """One of the crowd: asks until the end, each time in another way."""
+        rng = random.Random(seed)
+        kinds = (self.stream, self.whole, self.cancel, self.slow, self.malformed, self.oversized)
+        while not self.ending:
+            kind = rng.choices(kinds, weights=(8, 4, 3, 1, 1, 1))[0]
+            prompt = rng.choice(list(self.answers))
+            try:
+                await asyncio.wait_for(kind(prompt, rng), 120)
+                self.seen[kind.__name__] += 1
+            except HttpError as error:
+                self.seen[f"told {error.status}"] += 1
+                if error.status not in TOLD:
+                    self.wrong.append(f"{kind.__name__}: {error}")
+                await asyncio.sleep(0.2)
+            except (OSError, asyncio.IncompleteReadError, httpx.TransportError):
+                self.seen["connection broken"] += 1
+                if not self.down:
+                    self.wrong.append(f"{kind.__name__}: the connection broke while the server was up")
+                await asyncio.sleep(0.5)
+            except TimeoutError:
+                self.wrong.append(f"{kind.__name__}: no answer in 120 s")
+
+    down = False
+    """Whether the server is being ended and started again."""
+
+    async def stream(self, prompt: str, rng: random.Random, *, pause: float = 0.0) -> None:
+        """Reads a stream to its end."""
+        text = ""
+        async for event in stream_events(self.url, "/v1/completions", self._body(prompt, stream=True), pause=pause):
+            if "error" in event:
+                self.seen["told in the stream"] += 1
+                if not self.down:
+                    self.wrong.append(f"stream: {event['error']['message']}")
+                return
+            text += event["choices"][0]["text"]
+        self._check(prompt, text)
+
+    async def slow(self, prompt: str, rng: random.Random) -> None:
+        """Reads a stream more slowly than it is made."""
+        await self.stream(prompt, rng, pause=0.1)
+
+    async def whole(self, prompt: str, rng: random.Random) -> None:
+        """Waits for the whole answer."""
+        async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:
+            response = await http.post("/v1/completions", json=self._body(prompt))
+        if response.status_code != 200:
+            raise HttpError(response.status_code, response.text)
+        self._check(prompt, response.json()["choices"][0]["text"])
+
+    async def cancel(self, prompt: str, rng: random.Random) -> None:
+        """Leaves in the middle."""
+        leave = rng.randrange(20)
+        count = 0
+        events = stream_events(self.url, "/v1/completions", self._body(prompt, stream=True))
+        async for _ in events:
+            count += 1
+            if count > leave:
+                break
+        await events.aclose()
+
+    async def malformed(self, prompt: str, rng: random.Random) -> None:
+        """Sends what is not a request."""
+        body = rng.choice([b"{", b"\xff\xfe", b"[]", b'{"model": 3}', b'{"model": "x", "prompt": "y", "n": 1e9}'])
+        await self._refused(body, {400, 404})
+
+    async def oversized(self, prompt: str, rng: random.Random) -> None:
+        """Asks for what can never fit, or sends more than the server reads."""
+        if rng.random() < 0.5:
+            await self._refused(self._body("x" * 500), {400})
+        else:
+            await self._refused(self._body("x" * 2_000_000), {413})
+
+    async def _refused(self, body: Any, statuses: set[int]) -> None:
+        try:
+            async for _ in stream_events(self.url, "/v1/completions", body):
+                pass
+        except HttpError as error:
+            if error.status not in statuses:
+                raise
+        except OSError:
+            if 413 not in statuses:  # a server may close on a body that it does not want before it is all sent
+                raise
+
+    def _body(self, prompt: str, **more: Any) -> dict[str, Any]:
+        return {"model": self.model, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True,
+                **more}
+
+    def _check(self, prompt: str, text: str) -> None:
+        if text != self.answers[prompt]:
+            self.wrong.append(f"{prompt!r} was answered {text!r} instead of {self.answers[prompt]!r}")
+
+
+def start(checkpoint: Path, port: int) -> Any:
+    """The server with two replicas."""
+    return fastgen_jax.serve(checkpoint, deployment_name="soak", replica_num=2, port=port, max_body_mb=1.0, max_queue=150,
+                             timeout=600, **ENGINE)
+
+
+async def run(args: argparse.Namespace, checkpoint: Path) -> int:
+    """The whole soak; returns the exit code."""
+    prompts = [f"Question number {i} is: " + "why " * (i % 12) for i in range(32)]
+    answers = {p: offline(p, max_new_tokens=MAX_TOKENS, do_sample=False, ignore_eos=True) for p in prompts}
+    client = await asyncio.to_thread(start, checkpoint, 0)
+    url = client.deployment.url
+    soak = Soak(url, "tiny", answers)
+    begin = time.monotonic()
+    end = begin + 60 * args.minutes
+    crowd = [asyncio.create_task(soak.client(seed)) for seed in range(args.clients)]
+    kills = 0
+    ended_once = False
+    while time.monotonic() < end:
+        await asyncio.sleep(min(args.kill_every, max(0.1, end - time.monotonic())))
+        if not ended_once and time.monotonic() > begin + 30 * args.minutes:
+            ended_once, soak.down = True, True
+            os.kill(client.deployment.pid, signal.SIGTERM)
+            await asyncio.to_thread(client.terminate_server, timeout=120)
+            client = await asyncio.to_thread(start, checkpoint, int(url.rsplit(":", 1)[1]))
+            await asyncio.sleep(2)
+            soak.down = False
+            continue
+        children = [child for child in psutil.Process(client.deployment.pid).children()
+                    if "fastgen_jax.serving.replica" in child.cmdline()]
+        if children:
+            random.choice(children).kill()
+            kills += 1
+    soak.ending = True
+    await asyncio.gather(*crowd)
+    seconds = time.monotonic() - begin
+    leaked = await _leaked(url)
+    await asyncio.to_thread(client.terminate_server, timeout=120)
+    print(f"{seconds:.0f} s, {args.clients} clients, {kills} replicas killed, the server ended and started "
+          f"{int(ended_once)} times")
+    for what, count in sorted(soak.seen.items()):
+        print(f"  {count:7} {what}")
+    print(f"  {leaked:7} KV blocks leaked\n  {len(soak.wrong):7} wrong")
+    for line in soak.wrong[:20]:
+        print("   ", line)
+    return 1 if soak.wrong or leaked else 0
+
+
+async def _leaked(url: str) -> int:
+    """KV blocks in use when nobody asks for anything any more, by /metrics."""
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        for _ in range(600):
+            gauges = [line.rsplit(" ", 1) for line in (await http.get("/metrics")).text.splitlines()]
+            sums = {name: sum(float(v) for key, v in (g for g in gauges if len(g) == 2) if key.startswith(name + "{"))
+                    for name in ("fastgen:kv_blocks", "fastgen:kv_blocks_free")}
+            if sums["fastgen:kv_blocks"] == 2 * ENGINE["num_blocks"] == sums["fastgen:kv_blocks_free"]:
+                return 0
+            await asyncio.sleep(0.1)
+    return int(2 * ENGINE["num_blocks"] - sums["fastgen:kv_blocks_free"])
+
+
+def main() -> int:
+    """Runs the soak on a tiny model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--kill-every", type=float, default=20.0, metavar="SECONDS")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_STATE_HOME"] = folder
+        return asyncio.run(run(args, write_checkpoint(Path(folder) / "tiny")))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

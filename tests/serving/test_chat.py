@@ -1,0 +1,128 @@
+"""POST /v1/chat/completions: templates, log-probabilities, JSON by grammar, tool calls."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastgen_jax.serving.errors import ApiError
+from fastgen_jax.serving.protocol import ChatRequest
+from fastgen_jax.serving.tools import ToolReader, prepare_messages
+from tests.serving.house import MODEL, ask, events, offline, tokenizer
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0,
+        "ignore_eos": True}
+WEATHER = {"type": "function", "function": {
+    "name": "f", "description": "d", "parameters": {
+        "type": "object", "properties": {"c": {"enum": ["A", "B"]}}, "required": ["c"], "additionalProperties": False}}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}},
+          "required": ["a", "b"], "additionalProperties": False}
+
+
+def choice(body):
+    response = ask("/v1/chat/completions", body)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+def joined(got, part="content"):
+    return "".join(e["choices"][0]["delta"].get(part) or "" for e in got if e["choices"])
+
+
+def test_a_chat_is_the_completion_of_its_rendered_template():
+    got = choice(CHAT)
+    # The template writes its own special tokens, so none is added: compare by token ids.
+    ids = tokenizer().encode("u:Hi\na:", add_special_tokens=False)
+    assert got["message"] == {"role": "assistant", "refusal": None,
+                              "content": offline(ids, do_sample=False, max_new_tokens=8, ignore_eos=True)}
+    streamed = events(ask("/v1/chat/completions", {**CHAT, "stream": True}))
+    assert joined(streamed) == got["message"]["content"]
+    assert streamed[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert streamed[0]["object"] == "chat.completion.chunk"
+
+
+def test_logprobs_come_with_bytes_and_alternatives():
+    content = choice({**CHAT, "logprobs": True, "top_logprobs": 3})["logprobs"]["content"]
+    assert len(content) == 8
+    for entry in content:
+        assert entry["logprob"] <= 0
+        assert len(entry["top_logprobs"]) == 3
+        assert entry["token"] == entry["top_logprobs"][0]["token"]  # greedy takes the likeliest
+        assert bytes(entry["bytes"]).decode() == entry["token"]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.5, "seed": 4}])
+def test_a_schema_holds_whatever_the_model_would_say(sampling):
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
+    body = {**CHAT, **sampling, "max_tokens": 60, "response_format": form, "logit_bias": {}}
+    got = choice(body)
+    answer = json.loads(got["message"]["content"])
+    assert set(answer) == {"a", "b"}
+    assert answer["b"] in "xy"
+    assert 0 <= answer["a"] <= 9
+    assert got["finish_reason"] == "stop"
+    assert joined(events(ask("/v1/chat/completions", {**body, "stream": True}))) == got["message"]["content"]
+
+
+def test_completions_and_json_objects_keep_to_the_grammar_too():
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 40, "temperature": 0, "response_format": {"type": "json_object"}}
+    text = ask("/v1/completions", body).json()["choices"][0]["text"]
+    assert text.startswith("{")
+
+
+def test_a_named_function_is_called_with_arguments_of_its_schema():
+    body = {**CHAT, "max_tokens": 60, "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}}
+    got = choice(body)
+    (call,) = got["message"]["tool_calls"]
+    assert got["message"]["content"] is None
+    assert got["finish_reason"] == "tool_calls"
+    assert call["function"]["name"] == "f"
+    assert json.loads(call["function"]["arguments"])["c"] in ("A", "B")
+    deltas = [c for e in events(ask("/v1/chat/completions", {**body, "stream": True}))
+              for c in e["choices"][0]["delta"].get("tool_calls", ())]
+    assert "".join(d["function"]["arguments"] for d in deltas) == call["function"]["arguments"]
+    assert [d["function"].get("name") for d in deltas] == ["f"] + [None] * (len(deltas) - 1)
+
+
+def test_a_required_call_chooses_among_the_tools():
+    other = {"type": "function", "function": {"name": "g", "parameters": WEATHER["function"]["parameters"]}}
+    got = choice({**CHAT, "max_tokens": 60, "tools": [other], "tool_choice": "required"})
+    (call,) = got["message"]["tool_calls"]
+    assert call["function"]["name"] == "g"
+    assert json.loads(call["function"]["arguments"])["c"] in ("A", "B")
+
+
+def test_whole_calls_are_read_from_free_text_and_content_before_them_stays():
+    reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
+    text = 'Let me see. <tool_call>{"name": "f", "arguments": {"c": "A"}}</tool_call>\n<tool_call>{"name": "f"}</tool_call>'
+    content, calls = "", []
+    for piece in (text[i : i + 3] for i in range(0, len(text), 3)):
+        more, deltas = reader.push(piece)
+        content, calls = content + more, calls + deltas
+    more, deltas = reader.flush()
+    assert content + more == "Let me see. "
+    assert [c["function"] for c in calls + deltas] == [{"name": "f", "arguments": '{"c": "A"}'},
+                                                       {"name": "f", "arguments": "{}"}]
+
+
+@pytest.mark.parametrize("text", ["plain", "a < b", "ends with <tool", "<tool_call>cut off"])
+def test_text_that_is_no_call_is_content_or_was_cut_off(text):
+    reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
+    content = "".join(reader.push(c)[0] for c in text) + reader.flush()[0]
+    assert content == text.removeprefix("<tool_call>")
+    assert reader.num_calls == 0
+
+
+def test_a_model_whose_template_knows_no_tools_is_told_of_them():
+    body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
+    messages, tools = prepare_messages(tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}"), body)
+    assert tools is None
+    assert '"name": "f"' in messages[0]["content"]
+    assert messages[1:] == body.messages
+
+
+def test_a_form_of_tool_calls_that_is_not_read_is_refused_where_the_model_may_choose():
+    body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
+    with pytest.raises(ApiError, match="in a form that is not read here"):
+        prepare_messages(tokenizer(template="{{ tools }}"), body)

@@ -1,0 +1,132 @@
+"""POST /v1/completions, /tokenize and /detokenize: the answers of the offline engine in OpenAI's shape."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.serving.house import MODEL, ask, engine, events, offline, with_server
+
+GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+
+
+def test_a_completion_is_what_the_engine_says_offline():
+    body = {**GREEDY, "prompt": "Once upon"}
+    response = ask("/v1/completions", body)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    (choice,) = answer["choices"]
+    assert choice["text"] == offline("Once upon", do_sample=False, max_new_tokens=12, ignore_eos=True)
+    assert choice["finish_reason"] == "length"
+    assert answer["object"] == "text_completion"
+    usage = answer["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (10, 12, 22)
+    assert usage["timing"]["total_ms"] >= usage["timing"]["first_token_ms"] > 0
+    assert float(response.headers["x-fastgen-total-ms"]) > 0
+
+
+def test_a_stream_carries_the_same_text_and_at_its_end_the_usage():
+    body = {**GREEDY, "prompt": "Once upon"}
+    whole = ask("/v1/completions", body).json()
+    got = events(ask("/v1/completions", {**body, "stream": True, "stream_options": {"include_usage": True}}))
+    assert "".join(e["choices"][0]["text"] for e in got[:-1]) == whole["choices"][0]["text"]
+    assert [e["usage"] for e in got[:-1]] == [None] * (len(got) - 1)
+    assert got[-1]["choices"] == []
+    assert got[-1]["usage"]["completion_tokens"] == 12
+    assert [e["choices"][0]["finish_reason"] for e in got[:-1]] == [None] * (len(got) - 2) + ["length"]
+    every = events(ask("/v1/completions", {**body, "stream": True, "stream_options": {"continuous_usage_stats": True}}))
+    counts = [e["usage"]["completion_tokens"] for e in every]  # a reader who was late gets several tokens at once
+    assert counts == sorted(set(counts))
+    assert counts[-1] == 12
+    without = events(ask("/v1/completions", {**body, "stream": True}))
+    assert all("usage" not in e for e in without)
+
+
+def test_many_prompts_and_samples_come_in_order_and_each_by_its_seed():
+    body = {"model": MODEL, "prompt": ["Aa", "Bbb"], "n": 2, "seed": 7, "max_tokens": 6, "ignore_eos": True}
+    choices = ask("/v1/completions", body).json()["choices"]
+    assert [c["index"] for c in choices] == [0, 1, 2, 3]
+    for i, (prompt, seed) in enumerate((p, s) for p in ("Aa", "Bbb") for s in (7, 8)):
+        alone = ask("/v1/completions", {**body, "prompt": prompt, "n": 1, "seed": seed}).json()
+        assert choices[i]["text"] == alone["choices"][0]["text"]
+    streamed = events(ask("/v1/completions", {**body, "stream": True}))
+    texts = ["".join(e["choices"][0]["text"] for e in streamed if e["choices"][0]["index"] == i) for i in range(4)]
+    assert texts == [c["text"] for c in choices]
+
+
+def test_a_negative_seed_is_as_good_as_any():
+    body = {"model": MODEL, "prompt": "x", "seed": -1, "max_tokens": 4}
+    assert ask("/v1/completions", body).json()["choices"][0]["text"] == ask(
+        "/v1/completions", {**body, "seed": 2**32 - 1}).json()["choices"][0]["text"]
+
+
+def test_a_stop_string_ends_the_text_before_it():
+    text = offline("Once upon", do_sample=False, max_new_tokens=12, ignore_eos=True)
+    stop = text[4:6]
+    answer = ask("/v1/completions", {**GREEDY, "prompt": "Once upon", "stop": [stop, "never"]}).json()["choices"][0]
+    assert answer["text"] == text[: text.index(stop)]
+    assert answer["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_echo_with_logprobs_scores_the_prompt(max_tokens):
+    body = {**GREEDY, "prompt": "Hello", "echo": True, "logprobs": 2, "max_tokens": max_tokens}
+    answer = ask("/v1/completions", body).json()
+    (choice,) = answer["choices"]
+    scores = choice["logprobs"]
+    assert choice["text"].startswith("<s>Hello")
+    assert scores["tokens"][:6] == ["<s>", "H", "e", "l", "l", "o"]
+    assert scores["token_logprobs"][0] is None
+    assert all(value <= 0 for value in scores["token_logprobs"][1:])
+    assert len(scores["tokens"]) == 6 + max_tokens == len(scores["top_logprobs"]) == len(scores["text_offset"])
+    assert all(len(top) == 2 for top in scores["top_logprobs"][1:])
+    assert scores["text_offset"][:3] == [0, 3, 4]
+    assert answer["usage"]["completion_tokens"] == max_tokens
+    if max_tokens:  # the greedy token is the likeliest
+        assert scores["token_logprobs"][-1] == max(scores["top_logprobs"][-1].values())
+    streamed = events(ask("/v1/completions", {**body, "stream": True}))
+    assert "".join(e["choices"][0]["text"] for e in streamed) == choice["text"]
+    assert [t for e in streamed for t in e["choices"][0]["logprobs"]["tokens"]] == scores["tokens"]
+
+
+def test_bias_penalties_and_extensions_reach_the_sampler():
+    base = ask("/v1/completions", {**GREEDY, "prompt": "Once"}).json()["choices"][0]["text"]
+    forced = {**GREEDY, "prompt": "Once", "logit_bias": {"40": 100}}
+    assert ask("/v1/completions", forced).json()["choices"][0]["text"] == engine().tokenizer.decode([40]) * 12
+    for options in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 5.0}):
+        assert ask("/v1/completions", {**GREEDY, "prompt": "Once", **options}).json()["choices"][0]["text"] != base
+    sampled = {"model": MODEL, "prompt": "Once", "max_tokens": 12, "temperature": 2.0, "seed": 3, "ignore_eos": True}
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert ask("/v1/completions", {**sampled, **options}).json()["choices"][0]["text"] == base
+    assert ask("/v1/completions", sampled).json()["choices"][0]["text"] != base
+
+
+def test_tokens_go_there_and_back():
+    there = ask("/tokenize", {"prompt": "Hi you"}).json()
+    assert there["count"] == 7
+    assert ask("/detokenize", {"tokens": there["tokens"]}).json() == {"prompt": "<s>Hi you"}
+    chat = ask("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]}).json()
+    assert ask("/detokenize", {"tokens": chat["tokens"]}).json() == {"prompt": "u:Hi\na:"}
+
+
+def test_the_generation_options_of_the_pipeline_work_over_http():
+    body = {"prompts": ["Aa", "Bb"], "do_sample": False, "max_new_tokens": 5, "ignore_eos": True, "logprobs": 1}
+    answers = ask("/mii/here", body).json()
+    assert [a["generated_text"] for a in answers] == [
+        offline(p, do_sample=False, max_new_tokens=5, ignore_eos=True) for p in ("Aa", "Bb")]
+    assert all(a["generated_length"] == 5 and a["prompt_length"] == 3 and len(a["logprobs"]) == 5 for a in answers)
+    full = ask("/mii/here", {**body, "return_full_text": True}).json()
+    assert [a["generated_text"][:2] for a in full] == ["Aa", "Bb"]
+    streamed = events(ask("/mii/here", {**body, "stream": True}))
+    assert "".join(e["text"] for e in streamed if e["index"] == 1) == answers[1]["generated_text"]
+    assert ask("/mii/there", body).status_code == 404
+
+
+def test_models_health_and_version():
+    async def scenario(client, _):
+        models = (await client.get("/v1/models")).json()
+        assert [m["id"] for m in models["data"]] == [MODEL]
+        assert (await client.get("/v1/models/other")).json()["error"]["code"] == "model_not_found"
+        assert (await client.get("/health")).json()["status"] == "ready"
+        assert (await client.get("/version")).status_code == 200
+
+    with_server(scenario)

@@ -1,0 +1,220 @@
+"""What is wrong, unknown, unsupported or too much is refused in OpenAI's shape, and disturbs nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from fastgen_jax.serving.app import Server, create_app
+from fastgen_jax.serving.settings import Served
+from tests.serving.house import MODEL, ask, events, with_server
+
+COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 4}
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+
+
+@pytest.mark.parametrize(("path", "change", "param", "message"), [
+    ("completions", {"temprature": 1}, "temprature", "unknown field 'temprature'"),
+    ("completions", {"suffix": "end"}, None, "suffix='end' is not supported"),
+    ("completions", {"best_of": 4}, None, "best_of=4 is not supported"),
+    ("completions", {"temperature": -1}, "temperature", "greater than or equal to 0"),
+    ("completions", {"max_tokens": 0}, None, "max_tokens=0 asks for nothing"),
+    ("completions", {"prompt": []}, None, "prompt is empty"),
+    ("completions", {"prompt": [500]}, None, "token id 500 is outside the vocabulary"),
+    ("completions", {"prompt": "x" * 200}, None, "201 tokens but max_context_len is"),
+    ("completions", {"logit_bias": {"abc": 1}}, "logit_bias", "keys are token ids"),
+    ("completions", {"logit_bias": {"4000": 1}}, None, "logit_bias names token 4000"),
+    ("completions", {"stream_options": {"include_usage": True}}, None, "belong to stream=true"),
+    ("completions", {"prompt": ["x"] * 100}, None, "more than the 64 requests that may wait"),
+    ("completions", {"min_tokens": 9}, None, "min_new_tokens is 9"),
+    ("completions", {"logprobs": 50}, "logprobs", "less than or equal to 20"),
+    ("chat/completions", {"functions": [{}]}, None, "functions=[{}] is not supported"),
+    ("chat/completions", {"audio": {"voice": "x"}}, None, "audio={'voice': 'x'} is not supported"),
+    ("chat/completions", {"messages": []}, "messages", "at least 1 item"),
+    ("chat/completions", {"messages": [{"role": "user"}]}, None, "has no content"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "only text"),
+    ("chat/completions", {"top_logprobs": 2}, None, "top_logprobs needs logprobs"),
+    ("chat/completions", {"tool_choice": "required"}, None, "tool_choice needs tools"),
+    ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format", "json_schema belongs to"),
+    ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "oops"}}}},
+     None, "the json schema cannot be used"),
+])
+def test_a_mistake_is_named(path, change, param, message):
+    base = CHAT if path.startswith("chat") else COMPLETION
+    response = ask(f"/v1/{path}", {**base, **change})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert message in error["message"]
+    assert error["param"] == param
+
+
+def test_wrong_model_path_method_and_body():
+    async def scenario(client, _):
+        response = await client.post("/v1/completions", json={**COMPLETION, "model": "gpt-5"})
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+        assert (await client.get("/v2/nothing")).json()["error"]["code"] == "not_found"
+        assert (await client.get("/v1/completions")).status_code == 405
+        response = await client.post("/v1/completions", content=b'{"model": "tiny", ',
+                                     headers={"content-type": "application/json"})
+        assert response.status_code == 400
+        assert "not JSON" in response.json()["error"]["message"]
+        response = await client.post("/v1/embeddings", json={"input": "x"})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "unsupported_parameter")
+
+    with_server(scenario)
+
+
+def test_a_key_is_asked_for_but_not_by_health_and_metrics():
+    async def scenario(client, _):
+        refused = await client.post("/v1/completions", json=COMPLETION)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
+        wrong = await client.get("/v1/models", headers={"Authorization": "Bearer wrong"})
+        assert wrong.status_code == 401
+        for key in ("one", "two"):
+            right = await client.post("/v1/completions", json=COMPLETION, headers={"Authorization": f"Bearer {key}"})
+            assert right.status_code == 200
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/metrics")).status_code == 200
+
+    with_server(scenario, api_key=("one", "two"))
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_over_the_limit_is_refused_however_it_comes(announced):
+    body = json.dumps({**COMPLETION, "prompt": "x" * 3000}).encode()
+
+    async def pieces():
+        for start in range(0, len(body), 500):
+            yield body[start : start + 500]
+
+    async def scenario(client, _):
+        response = await client.post("/v1/completions", content=body if announced else pieces(),
+                                     headers={"content-type": "application/json"})
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+    with_server(scenario, max_body_mb=0.001)
+
+
+def test_browsers_are_let_in_where_the_operator_says_so():
+    headers = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+
+    async def scenario(client, _):
+        return await client.options("/v1/completions", headers=headers)
+
+    assert with_server(scenario, cors_origin=("http://page",)).headers["access-control-allow-origin"] == "http://page"
+    assert "access-control-allow-origin" not in with_server(scenario).headers
+
+    async def refused(client, _):
+        return await client.get("/v1/models", headers={"Origin": "http://page"})
+
+    response = with_server(refused, cors_origin=("*",), api_key=("k",))
+    assert response.status_code == 401
+    assert response.headers["access-control-allow-origin"] == "*"  # so that the page can say why
+
+
+def test_a_full_queue_is_429_with_the_time_to_come_back():
+    async def scenario(client, backend):
+        release = asyncio.Event()
+        backend._thread.call(lambda _: _hold(release))
+        while backend._thread._inbox.qsize():
+            await asyncio.sleep(0.001)
+        first = [asyncio.create_task(client.post("/v1/completions", json=COMPLETION)) for _ in range(2)]
+        while backend.num_unfinished < 2:
+            await asyncio.sleep(0.001)
+        response = await client.post("/v1/completions", json=COMPLETION)
+        both = await client.post("/v1/completions", json={**COMPLETION, "n": 2})  # none of them runs
+        assert backend.num_unfinished == 2
+        release.set()
+        assert [(await task).status_code for task in first] == [200, 200]
+        assert both.status_code == 429
+        return response
+
+    response = with_server(scenario, max_queue=2)
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+    assert response.json()["error"]["code"] == "queue_full"
+
+
+def _hold(release: asyncio.Event) -> None:
+    while not release.is_set():
+        time.sleep(0.001)
+
+
+def test_a_deadline_is_408_and_is_not_to_be_tried_again():
+    response = ask("/v1/completions", {**COMPLETION, "timeout": 1e-6})
+    assert response.status_code == 408
+    assert response.headers["x-should-retry"] == "false"
+    streamed = ask("/v1/completions", {**COMPLETION, "timeout": 1e-6, "stream": True})
+    assert streamed.status_code == 408  # nothing had been sent, so the status can still say it
+
+
+def test_an_error_in_the_middle_of_a_stream_is_an_event():
+    async def scenario(client, backend):
+        task = asyncio.create_task(
+            client.post("/v1/completions", json={**COMPLETION, "stream": True, "max_tokens": 80, "ignore_eos": True}))
+        while not any(stream.outputs for stream in backend._streams.values()):
+            await asyncio.sleep(0.001)
+        backend._thread.call(_fail)
+        return await task
+
+    def _fail(engine):
+        raise RuntimeError("broken on purpose")
+
+    last = events(with_server(scenario))[-1]
+    assert "broken on purpose" in last["error"]["message"]
+    assert last["error"]["type"] == "server_error"
+
+
+def test_before_the_model_is_loaded_everything_but_health_waits():
+    import httpx
+
+    async def scenario():
+        server = Server(Served(name=MODEL, deployment="here"))
+        transport = httpx.ASGITransport(app=create_app(server))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            health, answer = await client.get("/health"), await client.post("/v1/completions", json=COMPLETION)
+            assert (health.status_code, health.json()["status"]) == (503, "loading")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+            assert answer.headers["retry-after"]
+            assert (await client.get("/metrics")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_blocks(stream):
+    body = json.dumps({**COMPLETION, "max_tokens": 90, "ignore_eos": True, "stream": stream}).encode()
+
+    async def scenario(client, backend):
+        app = client._transport.app
+        gone, sent = asyncio.Event(), []
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive():
+            message = next(messages, None)
+            if message is None:
+                await gone.wait()
+                return {"type": "http.disconnect"}
+            return message
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/completions", "raw_path": b"",
+                 "query_string": b"", "root_path": "", "scheme": "http", "server": ("server", 80), "client": None,
+                 "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}}
+        task = asyncio.create_task(app(scope, receive, send))
+        while not any(s.outputs for s in backend._streams.values()):
+            await asyncio.sleep(0.001)
+        gone.set()
+        await task
+        steps = await backend.call(lambda e: (e.metrics.steps, e.num_running))
+        assert steps[1] == 0
+        return sent
+
+    sent = with_server(scenario)
+    assert sum(m["type"] == "http.response.body" for m in sent) < 80

@@ -1,0 +1,151 @@
+"""Where the router sends a request, and what becomes of it when its replica dies."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from fastgen_jax import EngineConfig
+from fastgen_jax.api.async_engine import RequestFailedError
+from fastgen_jax.api.engine_thread import Load
+from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.scheduling import SamplingParams
+from fastgen_jax.serving.router import PIECE, Router, prefix_pieces
+from tests.serving.house import engine, tokenizer
+
+
+class Fixture:
+    """A router whose replicas are ready and only write down what they are sent."""
+
+    def __init__(self, replicas: int = 2, **options):
+        shared = engine()
+        self.router = Router("nowhere", EngineConfig(), tokenizer(), shared.model, replicas=replicas, **options)
+        self.router._intake = Intake(tokenizer(), shared.model, shared.config)
+        self.sent: list[list[tuple]] = [[] for _ in range(replicas)]
+        for number, replica in enumerate(self.router.replicas):
+            replica.is_ready = True
+            replica.write = lambda *message, number=number: self.sent[number].append(message)
+
+    def submit(self, prompt, max_new_tokens=8):
+        request = self.router.intake.request(prompt, SamplingParams(max_new_tokens=max_new_tokens, seed=1))
+        return request, self.router.submit(request)
+
+    def home(self, request) -> int:
+        (number,) = [i for i, r in enumerate(self.router.replicas) if request.request_id in r.tickets]
+        return number
+
+    def say(self, number, request, token_ids, *, finished=False):
+        output = RequestOutput(
+            request_id=request.request_id, new_token_ids=tuple(token_ids), text="".join(map(str, token_ids)),
+            finished=finished, finish_reason="length" if finished else None, logprobs=None, prompt_logprobs=None,
+            num_prompt_tokens=1, num_cached_tokens=0, num_generated_tokens=1)
+        self.router._take(self.router.replicas[number], ("events", [output], Load()), asyncio.Event())
+
+    def die(self, number):
+        replica = self.router.replicas[number]
+        replica.is_ready = False
+        orphans, _ = list(replica.tickets.values()), replica.tickets.clear()
+        for ticket in orphans:
+            ticket.replayed = 0
+            self.router._route(ticket)
+
+
+def run(scenario):
+    async def inside():
+        return await asyncio.wait_for(scenario(), 60)
+
+    return asyncio.run(inside())
+
+
+def test_each_prompt_goes_where_the_least_work_lies():
+    async def scenario():
+        f = Fixture()
+        long, _ = f.submit([5] * 60)
+        short = [f.submit([6])[0] for _ in range(3)]
+        later, _ = f.submit([7])
+        assert [f.home(r) for r in short] == [1 - f.home(long)] * 3  # together they are less than the long one
+        assert f.home(later) == 1 - f.home(long)
+
+    run(scenario)
+
+
+def test_prompts_that_begin_alike_go_to_the_same_replica_until_it_has_too_much():
+    pieces = prefix_pieces(list(range(2 * PIECE + 5)))
+    assert len(pieces) == 2
+    assert prefix_pieces(list(range(PIECE)))[0] == pieces[0]
+
+    async def scenario():
+        f = Fixture()
+        prompt = [5] * (PIECE + 10)
+        first, _ = f.submit(prompt, 4)
+        f.say(f.home(first), first, [1] * 4, finished=True)
+        again, _ = f.submit([*prompt, 9], 4)
+        assert f.home(again) == 0
+        third, _ = f.submit(prompt, 20)
+        assert f.home(third) == 1  # sharing the prefix saves less than waiting costs
+
+    run(scenario)
+
+
+def test_what_a_dead_replica_had_not_answered_runs_elsewhere_and_nothing_comes_twice():
+    async def scenario():
+        f = Fixture()
+        request, stream = f.submit([5])
+        started, other = f.home(request), 1 - f.home(request)
+        f.say(started, request, [1])
+        f.say(started, request, [2])
+        assert [(await anext(stream)).new_token_ids for _ in range(2)] == [(1,), (2,)]
+        f.die(started)
+        assert f.sent[other][-1][0] == "submit"
+        for tokens in ([1], [2], [3]):
+            f.say(other, request, tokens)
+        f.say(other, request, [4], finished=True)
+        assert [out.new_token_ids async for out in stream] == [(3,), (4,)]
+        assert f.router.num_unfinished == 0
+        f.say(other, request, [5])  # late: nobody hears it
+
+    run(scenario)
+
+
+def test_an_answer_that_comes_out_differently_fails_instead_of_going_on():
+    async def scenario():
+        f = Fixture()
+        request, stream = f.submit([5])
+        f.say(f.home(request), request, [1])
+        await anext(stream)
+        dead = f.home(request)
+        f.die(dead)
+        f.say(1 - dead, request, [9])
+        with pytest.raises(RequestFailedError, match="does not give the same tokens"):
+            await anext(stream)
+
+    run(scenario)
+
+
+def test_without_a_replica_requests_wait_for_one():
+    async def scenario():
+        f = Fixture(replicas=1)
+        request, stream = f.submit([5])
+        f.die(0)
+        assert not f.router.is_ready
+        f.router.replicas[0].is_ready = False
+        f.sent[0].clear()
+        f.router._take(f.router.replicas[0], ("ready", engine().config), asyncio.Event())
+        assert [m[0] for m in f.sent[0]] == ["submit"]
+        f.say(0, request, [1], finished=True)
+        assert [out.new_token_ids async for out in stream] == [(1,)]
+
+    run(scenario)
+
+
+def test_a_client_that_goes_away_is_told_to_the_replica():
+    async def scenario():
+        f = Fixture(replicas=1)
+        request, stream = f.submit([5])
+        stream.close()
+        assert f.sent[0][-1] == ("abort", request.request_id)
+        assert f.router.num_unfinished == 0
+
+    run(scenario)
