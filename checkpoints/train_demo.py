@@ -45,7 +45,7 @@ def main() -> None:
     """Trains tokenizer and model, and writes the snapshot and the loss curve."""
     parser = argparse.ArgumentParser(description="Trains the demo checkpoint.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sotu-1m")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=4, help="windows a step (default: %(default)s)")
     parser.add_argument("--curve", type=Path, default=Path("sotu-1m-loss.csv"), help="where the loss curve goes")
     args = parser.parse_args()
@@ -116,7 +116,7 @@ def train_model(
         windows = windows_at(train, rng.integers(0, len(train) - CONTEXT - 1, batch))
         params, state, loss = step(params, state, jnp.asarray(windows))
         recent.append(loss)
-        if i == 1 or i % max(1, steps // 15) == 0:
+        if i == 1 or i % 80 == 0 or i == steps:
             row = (i, i * batch * CONTEXT, float(np.mean(recent)), float(evaluate(params, validation)),
                    time.perf_counter() - start)
             rows.append(tuple(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row))
@@ -127,9 +127,9 @@ def train_model(
 
 
 def learning_rate(steps: int) -> optax.Schedule:
-    """A cosine for two thirds of the run, laid out for a longer one, then a straight line to zero."""
-    start = 2 * steps // 3
-    cosine = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(100, steps // 10), 4 * steps // 3, PEAK_RATE / 20)
+    """A cosine for four fifths of the run, laid out for a longer one, then a straight line to zero."""
+    start = 4 * steps // 5
+    cosine = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(100, steps // 10), 8 * steps // 5, PEAK_RATE / 20)
     return optax.join_schedules([cosine, optax.linear_schedule(float(cosine(start)), 0.0, steps - start)], [start])
 
 

@@ -38,7 +38,8 @@ class Metadata:
         self.file = file
         self.kind: str = file.metadata["general.architecture"]
         prefix = f"{self.kind}."
-        self.fields = {name.removeprefix(prefix): value for name, value in file.metadata.items() if name.startswith(prefix)}
+        self.fields = {name.removeprefix(prefix): _as_written(value) for name, value in file.metadata.items()
+                       if name.startswith(prefix)}
         self._read: set[str] = set(_INERT)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -78,6 +79,13 @@ class Architecture:
     halves_interleaved: bool = False  # rows of q and k lie as llama.cpp's converter permutes them for its own rotation
     stored_norm_offset: float = 0.0  # what the converter added to the weights of norms
     transposed: tuple[str, ...] = ()  # endings of the modules whose matrices Hugging Face keeps [in, out]
+
+
+def _as_written(value: Any) -> Any:
+    """The shortest decimal of a number that was stored in float32: 1e-06, not 9.999999974752427e-07."""
+    if isinstance(value, float) and float(np.float32(value)) == value:
+        return float(str(np.float32(value)))
+    return value
 
 
 def _llama(m: Metadata) -> dict[str, Any]:

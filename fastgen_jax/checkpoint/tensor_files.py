@@ -55,7 +55,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
     return {
-        name: StoredTensor(file=file, dtype=_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]),
+        name: StoredTensor(file=file, dtype=str(_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])),
                            shape=tuple(entry["shape"]), offset=8 + length + entry["data_offsets"][0])
         for name, entry in header.items() if name != "__metadata__"
     }

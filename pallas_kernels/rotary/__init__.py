@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from pallas_kernels import native
 __all__ = ["IMPLEMENTATIONS", "rotary", "rotate"]
 
 _TARGET = "fastgen_rotary"
+Parts = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -32,27 +32,28 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(turned if 2 * pairs == x.shape[-1] else [*turned, rest], axis=-1).astype(x.dtype)
 
 
-def _rotary_xla(qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, num_heads: int) -> tuple[jax.Array, ...]:
+def _rotary_xla(qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, num_heads: int) -> Parts:
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
     turned = rotate(qkv[:, : num_heads + num_kv_heads], cos, sin)
     return turned[:, :num_heads], turned[:, num_heads:], qkv[:, num_heads + num_kv_heads :]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _native(qkv: jax.Array, cos: jax.Array, sin: jax.Array, num_heads: int) -> tuple[jax.Array, ...]:
+def _native(qkv: jax.Array, cos: jax.Array, sin: jax.Array, num_heads: int) -> Parts:
     tokens, all_heads, dim = qkv.shape
     num_kv_heads = (all_heads - num_heads) // 2
     shapes = [jax.ShapeDtypeStruct((tokens, n, dim), jnp.float32) for n in (num_heads, num_kv_heads, num_kv_heads)]
     parts = jax.ffi.ffi_call(_TARGET, shapes)(qkv.astype(jnp.float32), cos, sin)
-    return tuple(part.astype(qkv.dtype) for part in parts)
+    q, k, v = (part.astype(qkv.dtype) for part in parts)
+    return q, k, v
 
 
 @_native.defjvp
-def _derivative(num_heads: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+def _derivative(num_heads: int, primals: Parts, tangents: Parts) -> tuple[Parts, Parts]:
     return jax.jvp(partial(_rotary_xla, num_heads=num_heads), primals, tangents)
 
 
-def _rotary_cpu(qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, num_heads: int) -> tuple[jax.Array, ...]:
+def _rotary_cpu(qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, num_heads: int) -> Parts:
     return _native(qkv, cos, sin, num_heads)
 
 

@@ -10,7 +10,7 @@ from tests.text.vocabularies import gguf_metadata, write_json
 def _lines(capsys, *arguments) -> dict[str, str]:
     assert main(["inspect", *map(str, arguments)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    return {line.split("  ")[0].strip(): line.split("  ", 1)[-1].strip() for line in lines}
+    return {line.strip().split("  ")[0]: line.strip().split("  ", 1)[-1].strip() for line in lines}
 
 
 def test_a_directory_is_described_without_reading_a_weight(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,6 @@
 """Remakes `gguf/`: a tiny model of every GGUF architecture that we read, as llama.cpp's own converter writes it.
 
-    python tests/reference/make_gguf.py .../llama.cpp        # needs torch, transformers and llama.cpp's scripts
+    python tests/reference/make_gguf.py .../llama.cpp [ARCH ...]   # needs torch, transformers and llama.cpp's scripts
 
 Each architecture has ARCH.gguf (float16, no tokenizer worth the name) and ARCH.json, the config.json that it came from. The
 weights are those of `gguf_values.py`.
@@ -45,12 +45,24 @@ CONFIGS = {
 }
 
 
+# The converter knows byte-level vocabularies by a hash of what they do to a text; ours need none.
+CONVERT = """
+import runpy, sys
+from conversion.base import TextModel
+TextModel.set_vocab = lambda self: None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def main() -> None:
-    """Writes every architecture."""
+    """Writes every architecture, or those that are named."""
     converter = Path(sys.argv[1]) / "convert_hf_to_gguf.py"
     home = Path(__file__).with_name("gguf")
     home.mkdir(exist_ok=True)
     for name, config in CONFIGS.items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             model = hf.AutoModelForCausalLM.from_config(config).float()
             with torch.no_grad():
@@ -62,8 +74,9 @@ def main() -> None:
                 fields["n_ctx"] = fields["n_positions"]
             Path(folder, "config.json").write_text(json.dumps(fields))
             write_tokenizer(Path(folder))
-            subprocess.run([sys.executable, converter, folder, "--outtype", "f16", "--outfile", home / f"{name}.gguf"],
-                           check=True, env={**os.environ, "PYTHONPATH": str(converter.parent / "gguf-py")})
+            subprocess.run([sys.executable, "-c", CONVERT, converter, folder, "--outtype", "f16",
+                            "--outfile", home / f"{name}.gguf"], check=True,
+                           env={**os.environ, "PYTHONPATH": f"{converter.parent / 'gguf-py'}:{converter.parent}"})
             shutil.copy(Path(folder, "config.json"), home / f"{name}.json")
 
 
