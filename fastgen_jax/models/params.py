@@ -71,8 +71,9 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, ParamSpec]:
     if after:
         specs |= _norm_specs("post_attn_norm", config) | _norm_specs("post_mlp_norm", config)
     specs |= _attention_specs(config)
-    has_experts = config.moe is not None and layer in config.moe.layers
-    return specs | (_moe_specs(config.embed_dim, config.moe) if has_experts else _mlp_specs(config))
+    if config.moe is not None and layer in config.moe.layers:
+        return specs | _moe_specs(config.embed_dim, config.moe)
+    return specs | _mlp_specs(config)
 
 
 def _norm_specs(name: str, config: ModelConfig) -> dict[str, ParamSpec]:

@@ -31,7 +31,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         "topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",), "norm_topk_prob": (False, None),
     })
     in_groups = hf.first("topk_method", "scoring_func", "norm_topk_prob", default="greedy") == "group_limited_greedy"
-    num_groups, groups_per_token = hf.get("n_group"), hf.get("topk_group")
+    num_groups, groups_per_token = hf.get("n_group") or 1, hf.get("topk_group") or 1
     return ModelConfig(
         family="deepseek_v2",
         **latent_model(hf, max_context_len=2048),
