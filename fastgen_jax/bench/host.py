@@ -54,8 +54,8 @@ def _measure(count: int, steps: int) -> dict[str, list[float]]:
     params = SamplingParams(max_new_tokens=length - PROMPT_LENGTH, do_sample=False, ignore_eos=True)
     for number in range(count):
         engine.add([(number + i) % 64 for i in range(PROMPT_LENGTH)], params)
-    engine.step()
-    while engine.num_waiting or engine.metrics.timeline[-1].num_generating < count:
+    timeline = engine.metrics.timeline
+    while not timeline or timeline[-1].num_generating < count:
         engine.step()
     for _ in range(WARM_UP_STEPS + steps):
         engine.step()

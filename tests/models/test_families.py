@@ -12,12 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fastgen_jax.checkpoint import load_params, open_checkpoint
+from fastgen_jax.cli import main
 from fastgen_jax.engine.config import EngineConfig, resolve
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.params import count_params, init_params
 from tests.models import test_moe_families
-from tests.models.parity import Runs, error, expected, folder, load, random_cut, variants
+from tests.models.parity import DOCUMENT, Runs, error, expected, folder, load, random_cut, variants
 
 # Two float32 programs that add up in different orders; transformers' own cached decode differs from its full forward
 # by as much. In units of the largest logit.
@@ -42,6 +43,16 @@ def test_logits_equal_those_of_transformers_however_the_tokens_are_cut(family, v
 def test_every_family_has_a_variant():
     made_by_hand = {"qwen"}  # remote code: transformers cannot make it, see test_qwen.py
     assert {family for family, _ in variants()} == FAMILIES.keys() - made_by_hand
+
+
+def test_the_document_lists_every_family_and_variant(capsys):
+    document = DOCUMENT.read_text()
+    assert main(["models", "--markdown"]) == 0
+    assert capsys.readouterr().out in document, "run python -m tests.models.parity"
+    assert all(f"| {family} | {variant} |" in document for family, variant in variants())
+    assert main(["models"]) == 0
+    listed = capsys.readouterr().out
+    assert all(family in listed for family in FAMILIES)
 
 
 @pytest.mark.slow

@@ -91,8 +91,11 @@ def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any,
             )
 
 
-def sizes(hf: Fields) -> dict[str, Any]:
-    """The fields that every family spells as Llama does, as keyword arguments of `ModelConfig`."""
+def sizes(hf: Fields, *, head_dim: int | None = None) -> dict[str, Any]:
+    """The fields that every family spells as Llama does, as keyword arguments of `ModelConfig`.
+
+    `head_dim` is what the family assumes where the file is silent; None: the width of the model over its heads.
+    """
     num_heads = hf["num_attention_heads"]
     return {
         "vocab_size": hf["vocab_size"],
@@ -100,7 +103,7 @@ def sizes(hf: Fields) -> dict[str, Any]:
         "embed_dim": hf["hidden_size"],
         "num_heads": num_heads,
         "num_kv_heads": hf.get("num_key_value_heads") or num_heads,
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // num_heads,
+        "head_dim": hf.get("head_dim") or head_dim or hf["hidden_size"] // num_heads,
         "mlp_dim": hf["intermediate_size"],
         **special_tokens(hf),
     }
@@ -181,7 +184,7 @@ class Source:
         object.__setattr__(self, "rearrange", rearrange)
 
 
-LLAMA_NAMES: Mapping[str, str | Sequence[str]] = {
+LLAMA_NAMES: dict[str, str | Sequence[str]] = {
     "embed": "model.embed_tokens",
     "final_norm": "model.norm",
     "lm_head": "lm_head",

@@ -29,7 +29,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     everywhere, windowed = _ropes(hf, context)
     return ModelConfig(
         family="gemma3",
-        **common.sizes(hf) | {"head_dim": hf.get("head_dim") or 256},
+        **common.sizes(hf, head_dim=256),
         max_context_len=context,
         rope=everywhere,
         layer_ropes=tuple(everywhere if window is None else windowed for window in windows),

@@ -18,7 +18,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="qwen3",
-        **common.sizes(hf) | {"head_dim": hf.get("head_dim") or 128},
+        **common.sizes(hf, head_dim=128),
         **rotary(hf, max_context_len=32_768),
         layer_windows=window_layers(hf),
         norm_eps=hf.get("rms_norm_eps", 1e-6),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from fastgen_jax.models.config import RopeConfig
+from fastgen_jax.models.config import RopeConfig, RopeKind
 
 _KNOWN = {
     "default": (),
@@ -83,4 +83,4 @@ def rope_from_fields(
     for name in ("short_factor", "long_factor"):
         if name in settings:
             settings[name] = tuple(float(value) for value in settings[name])
-    return RopeConfig(kind=kind, theta=theta, dim=dim, original_max_position=original, **settings)
+    return RopeConfig(kind=cast(RopeKind, kind), theta=theta, dim=dim, original_max_position=original, **settings)
