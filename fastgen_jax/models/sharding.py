@@ -42,7 +42,7 @@ def partition_params(config: ModelConfig, params: Any) -> Any:
 
     def partition(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        spec = specs
+        spec: Any = specs
         for name in names:
             spec = spec[name]
         axes = tuple(TENSOR if axis in DIVIDED_AXES else None for axis in spec.axes)
