@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all soak check clean
+.PHONY: demo test test-all soak check tpu-check gpu-compile-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
@@ -24,6 +24,19 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+# The TPU compiler runs on any x86-64 machine. It has an environment of its own: 300 MB that nothing else needs.
+TPU_VENV ?= .venv-tpu
+TPU_CHECK_SECONDS ?= 1500
+tpu-check:
+	if $(MAKE) --silent $(TPU_VENV)/.installed; \
+	then $(TPU_VENV)/bin/python -m tests.gate.tpu_check --seconds $(TPU_CHECK_SECONDS); \
+	else echo 'tpu-check SKIPPED: jax[tpu] cannot be installed here'; fi
+
+$(TPU_VENV)/.installed: pyproject.toml
+	test -x $(TPU_VENV)/bin/python || $(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
+	touch $@
+
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgen_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,4 +53,4 @@ $(VENV)/.dev: $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TPU_VENV)

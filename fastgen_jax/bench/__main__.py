@@ -6,9 +6,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastgen_jax.bench import kv_blocks, offline, server
+from fastgen_jax.bench import (
+    compare,
+    kv_blocks,
+    loading,
+    offline,
+    perplexity,
+    policies,
+    report,
+    serve,
+    server,
+    steps,
+    tokenizers,
+)
 
-BENCHMARKS = {"offline": offline, "kv-blocks": kv_blocks, "server": server}
+BENCHMARKS = {
+    "serve": serve, "policies": policies, "steps": steps, "offline": offline, "compare": compare, "report": report,
+    "server": server, "kv-blocks": kv_blocks, "loading": loading, "perplexity": perplexity, "tokenizers": tokenizers,
+}
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:

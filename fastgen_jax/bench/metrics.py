@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 PROMPT_TOKENS_PER_SECOND = 512  # FastGen's promise for the first token: prompt_tokens / 512 seconds
+GENERATION_RATES = (1, 2, 3, 4, 6, 8)  # tokens a second that FastGen's readers may want
+Variant = Literal["ewm", "cumulative"]
 EWM_SPAN = 16  # tokens; FastGen smooths the token gaps with it before it compares them with the promised rate
 
 
@@ -129,16 +131,21 @@ def ewm_mean(values: Sequence[float], *, span: int = EWM_SPAN) -> list[float]:
 
 
 def meets_promise(
-    request: RequestTimes, *, tokens_per_second: float, variant: Literal["ewm", "cumulative"] = "ewm"
+    request: RequestTimes,
+    *,
+    tokens_per_second: float,
+    prompt_rate: float = PROMPT_TOKENS_PER_SECOND,
+    variant: Variant = "ewm",
 ) -> bool:
     """Whether a reader who wants `tokens_per_second` was served: FastGen's condition for effective throughput.
 
-    The first token within `prompt_tokens / 512` seconds, and then either every smoothed gap below
+    The first token within `prompt_tokens / prompt_rate` seconds, and then either every smoothed gap below
     `1 / tokens_per_second` ("ewm"), or no token later than a steady reader needs it ("cumulative").
     """
-    if tokens_per_second <= 0:
-        raise ValueError(f"tokens_per_second is {tokens_per_second}; it must be above 0")
-    if request.time_to_first_token > request.num_prompt_tokens / PROMPT_TOKENS_PER_SECOND:
+    for name, rate in (("tokens_per_second", tokens_per_second), ("prompt_rate", prompt_rate)):
+        if rate <= 0:
+            raise ValueError(f"{name} is {rate}; it must be above 0")
+    if request.time_to_first_token > request.num_prompt_tokens / prompt_rate:
         return False
     gaps = request.tgt[1:]
     if variant == "ewm":
@@ -151,14 +158,59 @@ def effective_throughput(
     requests: Sequence[RequestTimes],
     *,
     tokens_per_second: float,
-    variant: Literal["ewm", "cumulative"] = "ewm",
+    prompt_rate: float = PROMPT_TOKENS_PER_SECOND,
+    variant: Variant = "ewm",
 ) -> float:
-    """Requests a second that met the promise: FastGen's goodput of one run."""
+    """Requests a second that met the promise, from the first sent to the last token: FastGen's goodput of one run."""
     if not requests:
         raise ValueError("there are 0 requests; effective throughput needs at least 1")
     wall = max(request.token_times[-1] for request in requests) - min(request.start for request in requests)
-    met = sum(meets_promise(request, tokens_per_second=tokens_per_second, variant=variant) for request in requests)
+    met = sum(
+        meets_promise(request, tokens_per_second=tokens_per_second, prompt_rate=prompt_rate, variant=variant)
+        for request in requests
+    )
     return met / wall
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedLoopSummary:
+    """FastGen's figures of one run in which each client sends its next request when the last one is answered."""
+
+    num_clients: int
+    latency: float
+    """Mean seconds from sending a request to its last token."""
+    throughput: float
+    """Requests a second, defined as clients / latency."""
+    first_token_mean: float
+    """Seconds."""
+    token_latency_p50: float | None
+    """Seconds between tokens, without each request's first and last gap, nor the requests that started first and last."""
+    token_latency_p90: float | None
+    token_latency_p95: float | None
+
+
+def summarize_closed_loop(requests: Sequence[RequestTimes], *, num_clients: int) -> ClosedLoopSummary:
+    """What FastGen's benchmark reports of a run with `num_clients` clients.
+
+    Raises ValueError if there are no requests. Source: DeepSpeedExamples, benchmarks/inference/mii.
+    """
+    if not requests:
+        raise ValueError("there are 0 requests to summarize; run a workload of at least 1")
+    latency = float(np.mean([request.latency for request in requests]))
+    if latency <= 0:
+        raise ValueError(f"the mean latency is {latency} s; a rate needs a time above 0")
+    inner = sorted(requests, key=lambda request: request.start)[1:-1]
+    gaps = [gap for request in inner for gap in request.tgt[1:-1]]
+    p50, p90, p95 = (float(p) for p in np.percentile(gaps, (50, 90, 95))) if gaps else (None, None, None)
+    return ClosedLoopSummary(
+        num_clients=num_clients,
+        latency=latency,
+        throughput=num_clients / latency,
+        first_token_mean=float(np.mean([request.time_to_first_token for request in requests])),
+        token_latency_p50=p50,
+        token_latency_p90=p90,
+        token_latency_p95=p95,
+    )
 
 
 def median_summary(summaries: Sequence[Summary]) -> Summary:

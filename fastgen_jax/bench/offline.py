@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 1:
         raise ValueError(f"rounds is {arguments.rounds}; choose at least 1, and 3 or more for a median")
     workloads = [_workload(name, arguments) for name in arguments.workload or ["W1"]]
-    ggufs = dict(_split(pair, "--gguf") for pair in arguments.gguf)
+    ggufs = dict(split_pair(pair, "--gguf") for pair in arguments.gguf)
     threads = arguments.threads or machine.usable_cores()
     peers = choose_peers(arguments, workloads, ggufs=ggufs, threads=threads)
     if not peers and not arguments.llama_bench:
@@ -111,11 +111,11 @@ def choose_peers(
         raise ValueError("--llama-server needs at least one --gguf NAME=PATH")
     peers = []
     if arguments.model:
-        config = dict(_split(pair, "--option") for pair in arguments.option)
+        config = dict(split_pair(pair, "--option") for pair in arguments.option)
         values = {
             "max_context_len": longest,
             "max_num_seqs": slots,
-            **{k: _value(v) for k, v in config.items()},
+            **{k: parse_value(v) for k, v in config.items()},
         }
         peers.append(fastgen_peer(arguments.model, config=values))
     if arguments.vllm_python:
@@ -302,14 +302,15 @@ def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.1f}"
 
 
-def _split(pair: str, option: str) -> tuple[str, str]:
+def split_pair(pair: str, option: str) -> tuple[str, str]:
+    """NAME and VALUE of `pair`; ValueError that quotes `option` if it is not NAME=VALUE."""
     name, separator, value = pair.partition("=")
     if not separator or not name or not value:
         raise ValueError(f"{option} is {pair!r}; write it as NAME=VALUE")
     return name, value
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """`text` as JSON where it is JSON (numbers, true, null, lists), else as it stands."""
     try:
         return json.loads(text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families.common import Source
 
 if TYPE_CHECKING:
     from fastgen_jax.checkpoint.gguf_file import GGUFFile
@@ -28,8 +29,18 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def config_json(self) -> Mapping[str, Any]:
+        """The same as the fields of a Hugging Face config.json."""
+        ...
+
+    @property
     def tensor_names(self) -> frozenset[str]:
         """All tensors, by their Hugging Face names."""
+        ...
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """Which tensors make each weight of `param_specs`."""
         ...
 
     @property
@@ -41,18 +52,26 @@ class Checkpoint(Protocol):
         """The shape of a tensor, from the header alone."""
         ...
 
+    def dtype(self, name: str) -> str:
+        """How a tensor is stored: "float32", "bfloat16", "float16", "int8", or one of GGUF's names, like "Q4_K"."""
+        ...
+
     def read(self, name: str) -> np.ndarray:
         """One tensor: float32, float16 or bfloat16; a quantised one comes as float32. Matrices are [out, in]."""
         ...
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a directory of Hugging Face safetensors or a GGUF file; ValueError if it is neither or broken.
+    """Opens a Hugging Face directory, a snapshot or a GGUF file; ValueError if it is none of them or broken.
 
     Reads headers only. For names of models see `resolve_model`.
     """
-    path = Path(path)
+    from fastgen_jax.checkpoint.snapshot import MARKER, SnapshotCheckpoint, as_path
+
+    path = as_path(path)
     if path.is_dir():
+        if (path / MARKER).exists():
+            return SnapshotCheckpoint.open(path)
         from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 
         return HuggingFaceCheckpoint.open(path)

@@ -10,7 +10,6 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_RANK = 4  # GGML_MAX_DIMS
+_PIECE = 1 << 22  # values dequantised at a time: the temporaries of 4 Mi values stay near 100 MB
 _DEFAULT_ALIGNMENT = 32  # bytes, where general.alignment is absent
 
 
@@ -38,17 +38,16 @@ class GGUFFile:
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GGUFTensor]
-
-    @cached_property
-    def _bytes(self) -> np.memmap[Any, Any]:
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
+    metadata_end: int  # bytes from the start of the file: where the list of tensors begins
 
     def rows(self, name: str) -> np.ndarray:
-        """The stored bytes of a tensor, mapped, not read: uint8[..., bytes a row], leading axes as in `shape`."""
+        """The stored bytes of a tensor, mapped, not read: uint8[..., bytes a row], leading axes as in `shape`.
+
+        The mapping is the tensor's own, so that its pages are let go with the array.
+        """
         tensor = self.tensors[name]
-        row_bytes = row_size(tensor)
-        shape = (*tensor.shape[:-1], row_bytes)
-        return self._bytes[tensor.offset : tensor.offset + math.prod(shape)].reshape(shape)
+        shape = (*tensor.shape[:-1], row_size(tensor))
+        return np.memmap(self.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=shape)
 
 
 def row_size(tensor: GGUFTensor) -> int:
@@ -61,6 +60,30 @@ def row_size(tensor: GGUFTensor) -> int:
     if tensor.shape[-1] % block:
         raise ValueError(f"a row of {tensor.shape[-1]} values is not a multiple of its type's block of {block}")
     return tensor.shape[-1] // block * block_bytes
+
+
+def dequantize(rows: np.ndarray, type_id: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Values of stored rows: float32, but F16 and BF16 as they are. `rows` is uint8[..., bytes a row]."""
+    import gguf
+    import ml_dtypes
+
+    kind = gguf.GGMLQuantizationType(type_id)
+    plain = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    if kind.name in plain:
+        return np.ascontiguousarray(rows).view(plain[kind.name]).reshape(shape)
+    flat = rows.reshape(-1, rows.shape[-1])
+    out = np.empty((len(flat), shape[-1]), np.float32)
+    step = max(1, _PIECE // shape[-1])
+    for start in range(0, len(flat), step):
+        try:
+            # A plain array: the library's arithmetic on a memory map would make more maps.
+            piece = np.array(flat[start : start + step], subok=False)
+            out[start : start + step] = gguf.quants.dequantize(piece, kind)
+        except NotImplementedError as error:
+            known = ", ".join(sorted(kind.name for kind in gguf.quants._type_traits))
+            raise ValueError(f"storage type {kind.name} cannot be dequantised; requantise the file to one of F32, F16, "
+                             f"{known}") from error
+    return out.reshape(shape)
 
 
 def _known_types() -> list[int]:
@@ -87,6 +110,13 @@ def read_gguf(path: str | Path) -> GGUFFile:
         raise ValueError(f"{path}: {error}") from error
 
 
+def vocabulary_file(file: GGUFFile) -> bytes:
+    """A GGUF file of the same metadata and no tensors."""
+    with file.path.open("rb") as stream:
+        header = stream.read(file.metadata_end)
+    return header[:8] + struct.pack("<Q", 0) + header[16:]  # the number of tensors lies between magic and metadata
+
+
 class _Header:
     """A cursor over the bytes of a header."""
 
@@ -107,6 +137,7 @@ class _Header:
         for _ in range(num_fields):
             name = self.string()
             metadata[name] = self.value(self.scalar("I"))
+        metadata_end = self.at
         found = [self.tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
@@ -129,7 +160,7 @@ class _Header:
                     f"truncated: tensor {name!r} ends at byte {end:,}, the file at {len(self.data):,}; "
                     "download it again"
                 )
-        return GGUFFile(path=self.path, metadata=metadata, tensors=tensors)
+        return GGUFFile(path=self.path, metadata=metadata, tensors=tensors, metadata_end=metadata_end)
 
     def scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.data, self.at)

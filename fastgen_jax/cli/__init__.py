@@ -14,11 +14,16 @@ COMMANDS = {
     "generate": "answer prompts given as arguments or on standard input, one a line",
     "chat": "talk with a model; an empty line ends",
     "demo": "a few prompts at once, with a summary of how the engine ran them",
+    "models": "the model families that can be served, and what of each",
+    "convert": "any checkpoint as an inference snapshot, which loads at disk speed on any mesh",
+    "inspect": "what a checkpoint holds: config, parameters, number formats, tokenizer",
     "serve": "a model behind OpenAI's HTTP interface, until it is told to end",
     "deployments": "the servers that run on this machine",
     "top": "what a deployment does right now, in the terminal",
     "batch": "a file of requests to a file of answers; resumes where it was stopped",
     "bench": "throughput and latency, ours and our peers'",
+    "plan": "whether and how a model fits on devices that need not be here, from its config.json alone",
+    "simulate": "what an engine would do on hardware that is not here",
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.core import stored_head_dim
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.scheduling import POLICIES
+from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
 
 FREE_MEMORY_SHARE = {"cpu": 0.25}  # of the host's free memory: other programs live there too
 ACCELERATOR_MEMORY_SHARE = 0.85  # the rest is for activations and logits
@@ -42,7 +42,11 @@ class EngineConfig:
     prefix_caching: bool = True
     """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
     policy: str = "splitfuse"
-    """How a step is filled: splitfuse, prompts_first or orca."""
+    """How a step is filled: splitfuse, prompts_first, orca, or sla, which keeps the two promises below."""
+    promised_prompt_rate: float | None = None
+    """Policy sla: a first token is due after the prompt's tokens over this, tokens a second; what cannot be is refused."""
+    promised_generation_rate: float | None = None
+    """Policy sla: steps are kept short enough for each reader to get so many tokens a second."""
     overlap: bool = True
     """Whether the next step is dispatched before the tokens of the last one are read."""
     stack_layers: bool | None = None
@@ -61,11 +65,18 @@ class EngineConfig:
             "dtype": ("float32", "bfloat16", "float16", None),
             "quantize": ("int8", None),
             "policy": tuple(POLICIES),
-            "attention": ("reference", "xla", "cpu", None),
+            "attention": ("reference", "xla", "cpu", "tpu", None),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
+        promises = (self.promised_prompt_rate, self.promised_generation_rate)
+        if any((promise is not None) != (self.policy in NEED_PROMISE) for promise in promises):
+            raise ValueError(
+                f"policy is {self.policy!r}, promised_prompt_rate {promises[0]} and promised_generation_rate {promises[1]}; "
+                f"give both promises with {', '.join(sorted(NEED_PROMISE))}, and only there"
+            )
+        _ = self.promise  # checks the rates
         if self.budget_ladder is not None:
             if self.token_budget is None:
                 raise ValueError(f"budget_ladder={self.budget_ladder} needs a token_budget, the size of a full step")
@@ -73,6 +84,13 @@ class EngineConfig:
                 raise ValueError(
                     f"budget_ladder={self.budget_ladder} has a step outside 1..{self.token_budget} (token_budget)"
                 )
+
+    @property
+    def promise(self) -> Promise | None:
+        """What a policy promises, if it does; ValueError for a rate that is not above 0."""
+        if self.promised_prompt_rate is None or self.promised_generation_rate is None:
+            return None
+        return Promise(prompt_rate=self.promised_prompt_rate, generation_rate=self.promised_generation_rate)
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> EngineConfig:
@@ -136,7 +154,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
                 f"block_size than {config.block_size}, or a smaller dtype than {dtype}"
             )
     # A key rotated for a prompt of one length is wrong for a longer prompt that begins alike.
-    prefix_caching = config.prefix_caching and model.rope.kind != "dynamic"
+    prefix_caching = config.prefix_caching and not model.rope_depends_on_length
     stack_layers = platform != "cpu" if config.stack_layers is None else config.stack_layers
     ladder = config.budget_ladder
     if config.token_budget is not None:

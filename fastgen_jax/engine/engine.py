@@ -69,6 +69,8 @@ class Engine(ResearchInterface):
             max_sample_rows=resolved.max_sample_rows,
             policy=resolved.policy,
             prefix_caching=resolved.prefix_caching,
+            promise=resolved.promise,
+            step_sizes=resolved.budget_ladder if resolved.promise and resolved.budget_ladder else (),
         )
         self._tables = SamplingTables(resolved.max_num_seqs, model.vocab_size)
         self._packer = Packer(
@@ -92,7 +94,7 @@ class Engine(ResearchInterface):
         if config is not None and options:
             raise ValueError(f"give either config or options, not both; options were {', '.join(sorted(options))}")
         config = config or EngineConfig.from_options(options)
-        params, model_config, tokenizer = startup.load(model, config, progress=progress)
+        params, model_config, tokenizer, config = startup.load(model, config, progress=progress)
         return cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
 
     # Requests
@@ -181,7 +183,7 @@ class Engine(ResearchInterface):
         dispatched = self._dispatch()
         # One step stays in flight while the host works, unless there was nothing to put behind it.
         keep = 1 if dispatched and self.config.overlap else 0
-        outputs: list[RequestOutput] = []
+        outputs = [self._refuse(sequence) for sequence in self._scheduler.take_refused()]
         while len(self._in_flight) > keep:
             outputs += self._commit(*self._in_flight.popleft())
         self.metrics.compiles_while_serving += compile_count() - compiles
@@ -272,6 +274,12 @@ class Engine(ResearchInterface):
                 slot, prompt_ids=request.prompt_token_ids, output_ids=sequence.output_token_ids,
                 logit_bias=request.params.logit_bias,
             )
+
+    def _refuse(self, sequence: HostSequence) -> RequestOutput:
+        """The only output of a request whose promise cannot be kept."""
+        self.metrics.refused += 1
+        output, _ = self._states.pop(sequence.request_id).advance([], [])
+        return output
 
     def _commit(self, step: Step, output: StepOutput, times: StepTimes) -> list[RequestOutput]:
         self._committing = step

@@ -4,52 +4,61 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 GOOD_ENOUGH = 1.05  # cost per token, relative to the best: beyond it a larger budget buys latency, not throughput
-WORTH_A_PROGRAM = 0.85  # a smaller step must take at most this share of the next larger one's time
+ROOM_FOR_PROMPTS = 4  # tokens of a step for each sequence that may generate
+WORTH_A_PROGRAM = 0.9  # a program must take at most this share of what the next larger one takes for its tokens
 
 
-def choose_budget(seconds: Mapping[int, float]) -> int:
-    """The smallest budget whose cost per token is within 5% of the best: throughput first, then token latency.
+def choose_budget(seconds: Mapping[int, float], *, max_num_seqs: int) -> int:
+    """The smallest budget whose cost per prompt token is within 5% of the best, of those that generation leaves room in.
 
-    `seconds` maps a budget in tokens to the measured seconds of a full step.
+    `seconds` maps a budget in tokens to the measured seconds of a full step. A step must hold four times as many tokens
+    as sequences may generate, if any measured one does: what they take is lost to prompts.
     """
-    per_token = {budget: cost / budget for budget, cost in seconds.items()}
+    roomy = {budget: cost / budget for budget, cost in seconds.items() if budget >= ROOM_FOR_PROMPTS * max_num_seqs}
+    per_token = roomy or {max(seconds): seconds[max(seconds)] / max(seconds)}
     best = min(per_token.values())
     return min(budget for budget, cost in per_token.items() if cost <= GOOD_ENOUGH * best)
 
 
-def choose_ladder(seconds: Mapping[int, float], token_budget: int) -> tuple[int, ...]:
-    """The budgets up to `token_budget` that are clearly cheaper than the next larger one kept."""
+def choose_ladder(
+    seconds: Mapping[int, float], token_budget: int, *, seconds_within: Callable[[int, int], float]
+) -> tuple[int, ...]:
+    """The budgets up to `token_budget` whose full step is clearly cheaper than the same step in the next larger one kept.
+
+    `seconds_within(budget, num_tokens)` measures a step of `num_tokens` in the program of `budget`: where padding costs
+    little, as with our CPU kernels, few programs are worth their compilation.
+    """
     kept = [token_budget]
     for budget in sorted((b for b in seconds if b < token_budget), reverse=True):
-        if seconds[budget] <= WORTH_A_PROGRAM * seconds[kept[-1]]:
+        if seconds[budget] <= WORTH_A_PROGRAM * seconds_within(kept[-1], budget):
             kept.append(budget)
     return tuple(reversed(kept))
 
 
-def load_costs(path: Path, key: str) -> dict[int, float] | None:
-    """The curve saved under `key`, or None if there is none or the file cannot be read."""
+def load_choice(path: Path, key: str) -> tuple[int, ...] | None:
+    """The ladder saved under `key`, or None if there is none or the file cannot be read."""
     try:
-        curves = json.loads(path.read_text())
-        return {int(budget): float(cost) for budget, cost in curves[key].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        ladder = tuple(int(budget) for budget in json.loads(path.read_text())[key]["ladder"])
+        return ladder or None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def save_costs(path: Path, key: str, seconds: Mapping[int, float]) -> None:
-    """Adds a curve to the file, which holds one for each device, model and version."""
+def save_choice(path: Path, key: str, ladder: Sequence[int], seconds: Mapping[int, float]) -> None:
+    """Adds a ladder, with the curve that it was read off, to the file, which holds one for each device and model."""
     try:
-        curves = json.loads(path.read_text())
-        if not isinstance(curves, dict):
-            curves = {}
+        choices = json.loads(path.read_text())
+        if not isinstance(choices, dict):
+            choices = {}
     except (OSError, ValueError):
-        curves = {}
-    curves[key] = {str(budget): cost for budget, cost in sorted(seconds.items())}
+        choices = {}
+    choices[key] = {"ladder": list(ladder), "seconds": {str(budget): cost for budget, cost in sorted(seconds.items())}}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed: another engine that starts now reads the old file or the new one, never half of it.
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(curves, indent=1))
+    scratch.write_text(json.dumps(choices, indent=1))
     scratch.replace(path)

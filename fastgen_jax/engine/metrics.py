@@ -72,6 +72,8 @@ class Metrics:
     requests: int = 0
     finished: int = 0
     aborted: int = 0
+    refused: int = 0
+    """Requests that policy sla could not serve in time."""
     compiles_while_serving: int = 0
     """Compilations inside `Engine.step`: each is a bug, or somebody else's thread compiling."""
     steps_by_budget: dict[int, int] = field(default_factory=dict)

@@ -35,7 +35,7 @@ class RequestOutput:
     """Text that became certain; text that may be the beginning of a stop string or of a character is held back."""
     finished: bool
     finish_reason: str | None
-    """"stop" (end of sequence, stop token or stop string), "length", "abort"; None while it runs."""
+    """"stop" (end of sequence, stop token or stop string), "length", "abort", "refused"; None while it runs."""
     logprobs: tuple[TokenLogprob, ...] | None
     """One entry a new token, if asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None

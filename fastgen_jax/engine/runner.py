@@ -15,13 +15,12 @@ import numpy as np
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample, set_masks
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import Params
-
-CPU_LOGITS_TILE = 16  # rows of logits at a time: a CPU is at its matmul peak from here on, and unused rows cost time
 
 
 @pytree
@@ -42,6 +41,7 @@ class Runner:
         self.config = config
         self.max_blocks = -(-config.max_context_len // config.block_size)
         self._compiled: dict[int, tuple[Bucket, Any]] = {}
+        use_huge_pages(params)
         self._allocate()
 
     def reset(self) -> None:
@@ -82,10 +82,7 @@ class Runner:
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The step program of `bucket` for the current device, not compiled yet."""
         packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
-        program = step_program(
-            self.model, bucket, attention=self.config.attention,
-            logits_tile=CPU_LOGITS_TILE if jax.default_backend() == "cpu" else None,
-        )
+        program = step_program(self.model, bucket, attention=self.config.attention)
         return program.lower(self.params, self.kv_cache, self.state, packed)
 
     def keep_only(self, budgets: Sequence[int]) -> None:
@@ -114,22 +111,24 @@ class Runner:
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
         self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
 
-    def measure(self, budget: int, *, repeats: int = 5) -> float:
-        """Seconds of a full step, one prompt chunk of `budget` tokens at the start of its sequence: the least of several
-        runs, because whatever else the machine does can only add to it.
+    def measure(self, budget: int, *, num_tokens: int | None = None, repeats: int = 5) -> float:
+        """Seconds of a step of `num_tokens` (default: all) in the program of `budget`.
 
-        Overwrites the first blocks of the cache, so it belongs before the first request.
+        The step is one prompt chunk at the start of its sequence. The result is the least of several runs, because
+        whatever else the machine does can only add to it. Overwrites the first blocks of the cache, so it belongs
+        before the first request.
         """
         bucket, _ = self._compiled[budget]
+        used = budget if num_tokens is None else num_tokens
         times = []
         for _ in range(repeats + 1):  # the first run pays for page faults
             buffer, views = bucket.new_buffer()
-            views["query_starts"][1:] = budget
-            views["context_lens"][0] = budget
-            blocks = -(-budget // self.config.block_size)
+            views["query_starts"][1:] = used
+            views["context_lens"][0] = used
+            blocks = -(-used // self.config.block_size)
             views["block_tables"][0, :blocks] = np.arange(blocks)
-            views["positions"][:] = views["kv_slots"][:] = np.arange(budget)
-            views["sample_rows"][0] = budget - 1
+            views["positions"][:used] = views["kv_slots"][:used] = np.arange(used)
+            views["sample_rows"][0] = used - 1
             views["num_sample_rows"][...] = 1
             start = time.perf_counter()
             jax.block_until_ready(self.run(buffer, bucket))
@@ -150,13 +149,13 @@ class Runner:
 
 
 def step_program(
-    model: ModelConfig, bucket: Bucket, *, attention: str | None = None, logits_tile: int | None = None
+    model: ModelConfig, bucket: Bucket, *, attention: str | Callable[..., Any] | None = None
 ) -> Any:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
-    `attention` and `logits_tile` are those of `models.decoder.forward`.
+    `attention` is that of `models.decoder.forward`.
     """
-    step = partial(_step, bucket=bucket, config=model, logits_tile=logits_tile, attention=attention)
+    step = partial(_step, bucket=bucket, config=model, attention=attention)
     return jax.jit(step, donate_argnums=(1, 2))
 
 
@@ -168,15 +167,12 @@ def _step(
     *,
     bucket: Bucket,
     config: ModelConfig,
-    logits_tile: int | None,
-    attention: str | None,
+    attention: str | Callable[..., Any] | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
     on_device = batch.token_slots < state.last_tokens.shape[0]
     batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
-    logits, kv_cache = forward(
-        params, kv_cache, batch, config=config, logits_tile=logits_tile, attention=attention
-    )
+    logits, kv_cache = forward(params, kv_cache, batch, config=config, attention=attention)
     sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS)
     return StepOutput(sampled=sampled, logits=logits), kv_cache, state

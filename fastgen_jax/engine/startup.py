@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model
+from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.engine import ladder
 from fastgen_jax.engine.config import MEASURED_BUDGETS, EngineConfig, ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
@@ -27,14 +27,23 @@ log = logging.getLogger(__name__)
 
 def load(
     model: str | os.PathLike[str], config: EngineConfig, *, progress: bool
-) -> tuple[Params, ModelConfig, Tokenizer]:
-    """Weights in the form of `config`, the facts of the model, and its tokenizer.
+) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig]:
+    """Weights in the form of `config`, the facts of the model, its tokenizer, and `config` with what the checkpoint decides.
 
-    Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing there, damaged, unsupported.
+    An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing
+    there, damaged, unsupported.
     """
     checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
+    if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
+        config = replace(config, quantize="int8")
     resolved = resolve(config, checkpoint.config)  # before the long part: a mistake should show at once
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise ValueError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
+            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or the tokenizer got tokens that the "
+            "model never learned: take the tokenizer of this very checkpoint"
+        )
     params = load_params(
         checkpoint,
         dtype=resolved.dtype,
@@ -42,7 +51,7 @@ def load(
         prepare=lambda path, array: prepare_leaf(path, array, checkpoint.config, resolved),
         progress=progress,
     )
-    return params, checkpoint.config, tokenizer
+    return params, checkpoint.config, tokenizer, config
 
 
 def start(
@@ -65,18 +74,21 @@ def start(
 def _choose_budgets(
     runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Path | None, *, progress: bool
 ) -> ResolvedConfig:
-    candidates = [budget for budget in MEASURED_BUDGETS if runner.can_hold(budget)]
-    path = folder / "step_costs.json" if folder else None
+    path = folder / "budgets.json" if folder else None
     key = _measurement_key(config, model)
-    costs = ladder.load_costs(path, key) if path else None
-    if costs is None or set(costs) != set(candidates):
+    chosen = ladder.load_choice(path, key) if path else None
+    if chosen is None:
+        candidates = [budget for budget in MEASURED_BUDGETS if runner.can_hold(budget)]
         _compile(runner, candidates, progress=progress)
         costs = {budget: runner.measure(budget) for budget in candidates}
         log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
+        chosen = ladder.choose_ladder(
+            costs, ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
+            seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
+        )
         if path:
-            ladder.save_costs(path, key, costs)
-    token_budget = ladder.choose_budget(costs)
-    return replace(config, token_budget=token_budget, budget_ladder=ladder.choose_ladder(costs, token_budget))
+            ladder.save_choice(path, key, chosen, costs)
+    return replace(config, token_budget=chosen[-1], budget_ladder=chosen)
 
 
 def _compile(runner: Runner, budgets: Any, *, progress: bool) -> None:

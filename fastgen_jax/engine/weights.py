@@ -10,29 +10,57 @@ import numpy as np
 
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.params import EXPERT_MATRICES, Params, stack, unstack
+from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
-MATRICES = ("qkv", "o", "gate_up", "down", "lm_head")  # read through `linear`; everything else is a plain array
+# Read through `linear`; everything else is a plain array.
+MATRICES = ("qkv", "o", "q", "q_a", "q_b", "kv_a", "gate_up", "up", "down", "lm_head", "project_in", "project_out",
+            "shared_gate_up", "shared_down", "shared_gate", "router")
+# Scores decide which experts a token meets: the few numbers that int8 would save are not worth a wrong choice.
+_NEVER_QUANTIZED = ("router", "shared_gate")
 
 
 def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
     """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array in `dtype`.
 
-    `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either.
+    `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either. A
+    matrix that is an `Int8Weight` already (of a snapshot) stays int8.
     """
     name = path.rsplit(".", 1)[-1]
-    if name not in MATRICES:
+    if name == "choice_bias":  # its steps are finer than bfloat16's
+        return jnp.asarray(array, jnp.float32)
+    if name not in (*MATRICES, *EXPERT_MATRICES):
         return jnp.asarray(array, config.dtype)
+    quantize = None if name in _NEVER_QUANTIZED else config.quantize
     if path.startswith("layers.") and config.stack_layers:  # a packed weight cannot be sliced by a scan
-        if config.quantize is None:
+        if isinstance(array, Int8Weight):
+            return jax.tree_util.tree_map(jnp.asarray, array)
+        if quantize is None:
             return jnp.asarray(array, config.dtype)
         values, scales = quantize_int8(np.asarray(array))
         return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
-    return prepare(
-        np.asarray(array).astype(config.dtype), quantize=config.quantize, platform=jax.default_backend(),
-        gated=name == "gate_up" and not model.mlp_bias,
-    )
+    gated = {
+        "gate_up": model.fused_swiglu,
+        "shared_gate_up": True,
+        "expert_gate_up": model.moe is not None and model.moe.swiglu_limit is None,
+    }.get(name, False)
+    make = prepare_groups if name in EXPERT_MATRICES else prepare
+    plain = array if isinstance(array, Int8Weight) else np.asarray(array).astype(config.dtype)
+    return make(plain, quantize=quantize, platform=jax.default_backend(), gated=gated)
+
+
+def host_leaf(path: str, array: Any, *, dtype: Any, quantize: str | None) -> Any:
+    """One weight as a snapshot keeps it, on the host: in `dtype`, or an `Int8Weight` if it is a matrix and asked for."""
+    name = path.rsplit(".", 1)[-1]
+    if isinstance(array, Int8Weight):
+        return array
+    if name == "choice_bias":
+        return np.asarray(array, np.float32)
+    if quantize is None or name not in (*MATRICES, *EXPERT_MATRICES) or name in _NEVER_QUANTIZED:
+        return np.asarray(array).astype(jnp.dtype(dtype))
+    values, scales = quantize_int8(np.asarray(array))
+    return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)
 
 
 def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:
@@ -50,9 +78,9 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
     rest = {name: prepared(name, leaf) for name, leaf in rest.items()}
     layers = params["layers"]
     if isinstance(layers, dict) and not config.stack_layers:
-        layers = tuple(jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], layers) for i in range(model.num_layers))
+        layers = unstack(layers, model)
     elif not isinstance(layers, dict) and config.stack_layers:
-        layers = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *layers)
+        layers = stack(layers)
     if isinstance(layers, dict):
         return {**rest, "layers": {name: prepared(f"layers.{name}", leaf) for name, leaf in layers.items()}}
     layers = tuple({name: prepared(f"layers.{name}", leaf) for name, leaf in layer.items()} for layer in layers)

@@ -1,8 +1,16 @@
-"""The decoder: one pure function from a batch of chunks to the logits that are wanted."""
+"""The decoder: one pure function from a batch of chunks to the logits that are wanted.
+
+What differs between families is in `ModelConfig`. The norms of a layer stand in one of four places:
+
+    "input"                 "output" (OLMo 2)       "both" (Gemma 2)            "residual" (OPT-350m)
+    x += attn(norm(x))      x += norm(attn(x))      x += norm(attn(norm(x)))    x = norm(x + attn(x))
+    x += mlp(norm(x))       x += norm(mlp(x))       x += norm(mlp(norm(x)))     x = norm(x + mlp(x))
+
+and with `parallel_residual`: x += attn(norm(x)) + mlp(norm'(x)), where norm' may be the same norm.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models.attention import Step, attention, prepare_step, take_rows
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params
-from fastgen_jax.models.rope import rotate, rotation
-from pallas_kernels.matmul import linear, swiglu
-from pallas_kernels.ragged_attention import ragged_attention
+from fastgen_jax.models.layers import norm, soft_cap
+from fastgen_jax.models.mlp import mlp
+from fastgen_jax.models.params import EXPERT_MATRICES, Params, layers_with
+from pallas_kernels.matmul import linear
+
+Layer = Callable[..., tuple[jax.Array, KVCache]]
 
 
 def forward(
@@ -23,127 +34,147 @@ def forward(
     batch: RaggedBatch,
     *,
     config: ModelConfig,
-    logits_tile: int | None = None,
-    attention: str | None = None,
+    attention: str | Callable[..., Any] | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
-    `logits_tile` computes the vocabulary head for so many rows at a time, and for used rows only: worth it where a
-    row of logits is expensive and the number of sampled rows varies. None computes all R rows in one product.
-    `attention` names an implementation of `ragged_attention`; None is the best for the platform.
+    `attention` names an implementation of `ragged_attention`, or is one; None is the best for the platform.
     Rows of logits that are not used are finite and meaningless.
     """
-    x = jnp.take(params["embed"], batch.token_ids, axis=0)  # [T, E]
-    cos, sin = rotation(batch.positions, batch.rope_lengths, rope=config.rope, head_dim=config.head_dim)
-    # Without the barrier XLA moves the cosines into every layer that uses them.
-    cos, sin = jax.lax.optimization_barrier((cos, sin))
-    num_blocks = kv_cache.k.shape[0] // config.num_layers
+    step = prepare_step(batch, kv_cache, config=config, implementation=attention)
 
-    def layer(x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int) -> tuple[jax.Array, KVCache]:
-        h = rms_norm(x, w["attn_norm"], eps=config.norm_eps)
-        h, cache = _attention(
-            h, w, cache, batch, cos, sin, index, config=config, num_blocks=num_blocks, implementation=attention
-        )
-        x = _project(h, w, "o", residual=x)
-        h = _mlp(rms_norm(x, w["mlp_norm"], eps=config.norm_eps), w)
-        return _project(h, w, "down", residual=x), cache
+    def layer(
+        x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int, rows: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        run = _parallel_layer if config.parallel_residual else _sequential_layer
+        return run(x, cache, w, index, step, rows, config=config)
 
-    x, kv_cache = run_layers(layer, params["layers"], x, kv_cache, num_layers=config.num_layers)
-    rows = rms_norm(jnp.take(x, batch.sample_rows, axis=0), params["final_norm"], eps=config.norm_eps)
-    head = params["lm_head"] if "lm_head" in params else params["embed"].T
-    return _logits(rows, head, batch.num_sample_rows, tile=logits_tile), kv_cache
+    x = _embed(params, batch, config)
+    rows, kv_cache = run_layers(layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config)
+    if config.final_norm:
+        rows = norm(rows, params, "final_norm", config=config)
+    if "project_out" in params:
+        rows = linear(rows, params["project_out"])
+    return _logits(rows, params, batch.num_sample_rows, config=config), kv_cache
 
 
 def run_layers(
-    layer: Callable[..., tuple[jax.Array, KVCache]],
-    layers: Any,
-    x: jax.Array,
-    kv_cache: KVCache,
-    *,
-    num_layers: int,
+    layer: Layer, layers: Any, x: jax.Array, kv_cache: KVCache, *, rows: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, KVCache]:
-    """Applies `layer(x, cache, weights, index)` once per layer, in the form that `layers` is given in.
+    """x[rows] [R, E] after `layer(x, cache, weights, index)` once per layer, in the form that `layers` is given in.
 
-    One dict of [L, ...] arrays is scanned: the program does not grow with depth. A tuple of L dicts is unrolled: on a
-    CPU the slices that a scan takes are copies, which is to read and write the whole model once more in every step.
+    One dict of stacked arrays is scanned: the program does not grow with depth. Where layers have different weights
+    (an MLP here, experts there), each run of like layers is one scan. A tuple of L dicts is unrolled: on a CPU the
+    slices that a scan takes are copies, which is to read and write the whole model once more in every step. The last
+    of them is told which rows are wanted: behind its attention the others are of no use to anybody.
     """
-    if isinstance(layers, dict):
+    if not isinstance(layers, dict):
+        for index, weights in enumerate(layers[:-1]):
+            x, kv_cache = layer(x, kv_cache, weights, index)
+        return layer(x, kv_cache, layers[-1], len(layers) - 1, rows)
+
+    having = layers_with(config)
+    # Experts are handed over as one stack: a slice of them would be a copy, since a grouped matmul is opaque to XLA.
+    experts = {name: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers[name])
+               for name in EXPERT_MATRICES if name in layers}
+    if not experts and all(len(rows) == config.num_layers for rows in having.values()):
         def body(carry: tuple[jax.Array, KVCache], xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
             return layer(*carry, *xs), None
 
-        carry, _ = jax.lax.scan(body, (x, kv_cache), (layers, jnp.arange(num_layers, dtype=jnp.int32)))
-        return carry
-    for index, weights in enumerate(layers):
-        x, kv_cache = layer(x, kv_cache, weights, index)
-    return x, kv_cache
+        carry, _ = jax.lax.scan(body, (x, kv_cache), (layers, jnp.arange(config.num_layers, dtype=jnp.int32)))
+        return jnp.take(carry[0], rows, axis=0), carry[1]
+
+    carry = (x, kv_cache)
+    for start, stop in _runs(having, config.num_layers):
+        first_row = {name: rows.index(start) for name, rows in having.items() if start in rows}
+
+        def some(carry: tuple[jax.Array, KVCache], i: jax.Array, start=start, first_row=first_row) -> tuple[Any, None]:
+            # What a scan does with its xs, for stacks that hold the layers of other runs as well.
+            weights = {
+                name: jax.tree.map(lambda leaf, row=row: jax.lax.dynamic_index_in_dim(leaf, row + i, keepdims=False),
+                                   layers[name])
+                for name, row in first_row.items() if name not in experts
+            }
+            if config.moe is not None and first_row.keys() & experts.keys():
+                weights |= experts
+                weights["first_expert"] = (first_row[EXPERT_MATRICES[0]] + i) * config.moe.num_experts
+            return layer(*carry, weights, start + i), None
+
+        carry, _ = jax.lax.scan(some, carry, jnp.arange(stop - start, dtype=jnp.int32))
+    return jnp.take(carry[0], rows, axis=0), carry[1]
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
-    """`x` over its root mean square along the last axis, times `weight`; computed in float32 (arXiv:1910.07467)."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+def _runs(having: dict[str, tuple[int, ...]], num_layers: int) -> list[tuple[int, int]]:
+    """[start, stop) of the longest runs of neighbouring layers with the same weights."""
+    kinds = [frozenset(name for name, rows in having.items() if i in rows) for i in range(num_layers)]
+    starts = [i for i in range(num_layers) if i == 0 or kinds[i] != kinds[i - 1]]
+    return list(zip(starts, [*starts[1:], num_layers], strict=True))
 
 
-def _attention(
+def _embed(params: Params, batch: RaggedBatch, config: ModelConfig) -> jax.Array:
+    x = jnp.take(params["embed"], batch.token_ids, axis=0)  # [T, E]
+    if config.embed_multiplier != 1.0:
+        x = x * config.embed_multiplier
+    if "project_in" in params:
+        x = linear(x, params["project_in"])
+    if config.learned_positions:
+        x = x + jnp.take(params["position_embed"], batch.positions + config.position_offset, axis=0, mode="clip")
+    if config.embed_norm:
+        x = norm(x, params, "embed_norm", config=config)
+    return x
+
+
+def _sequential_layer(
     x: jax.Array,
-    w: dict[str, Any],
     cache: KVCache,
-    batch: RaggedBatch,
-    cos: jax.Array,
-    sin: jax.Array,
+    w: dict[str, Any],
     index: jax.Array | int,
+    step: Step,
+    rows: jax.Array | None,
     *,
     config: ModelConfig,
-    num_blocks: int,
-    implementation: str | None,
 ) -> tuple[jax.Array, KVCache]:
-    h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
-    qkv = _project(x, w, "qkv").reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
-    qkv = jnp.concatenate([rotate(qkv[:, : h + k], cos, sin), qkv[:, h + k :]], axis=1)
-    if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
-        qkv = jnp.pad(qkv, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d)))
-    out, k_cache, v_cache = ragged_attention(
-        qkv[:, :h],
-        qkv[:, h : h + k],
-        qkv[:, h + k :],
-        cache.k,
-        cache.v,
-        kv_slots=batch.kv_slots,
-        query_starts=batch.query_starts,
-        context_lens=batch.context_lens,
-        block_tables=batch.block_tables,
-        layer=index,
-        num_blocks=num_blocks,
-        scale=1.0 / math.sqrt(d),
-        implementation=implementation,
-    )
-    return out[..., :d].reshape(-1, h * d), KVCache(k=k_cache, v=v_cache)
+    place, scale = config.norm_placement, config.residual_multiplier
+    before, after = place in ("input", "both"), place in ("output", "both")
+    # Adding x inside the last product is cheaper, where nothing stands between them.
+    fused = not after and scale == 1.0
+
+    h = norm(x, w, "attn_norm", config=config) if before else x
+    x = take_rows(x, rows)
+    y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x if fused else None)
+    if not fused:
+        y = x + scale * (norm(y, w, "post_attn_norm", config=config) if after else y)
+    x = norm(y, w, "attn_norm", config=config) if place == "residual" else y
+
+    h = norm(x, w, "mlp_norm", config=config) if before else x
+    y = mlp(h, w, config=config, num_tokens=step.num_rows(rows), residual=x if fused else None)
+    if not fused:
+        y = x + scale * (norm(y, w, "post_mlp_norm", config=config) if after else y)
+    return norm(y, w, "mlp_norm", config=config) if place == "residual" else y, cache
 
 
-def _mlp(x: jax.Array, w: dict[str, Any]) -> jax.Array:
-    """The gated hidden units [T, F], before the projection back to E."""
-    if "gate_up_bias" not in w:
-        return swiglu(x, w["gate_up"])
-    gate, up = jnp.split(_project(x, w, "gate_up"), 2, axis=-1)
-    return jax.nn.silu(gate) * up
+def _parallel_layer(
+    x: jax.Array,
+    cache: KVCache,
+    w: dict[str, Any],
+    index: jax.Array | int,
+    step: Step,
+    rows: jax.Array | None,
+    *,
+    config: ModelConfig,
+) -> tuple[jax.Array, KVCache]:
+    h = norm(x, w, "attn_norm", config=config)
+    x = take_rows(x, rows)
+    for_mlp = take_rows(h, rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config)
+    y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x)
+    return mlp(for_mlp, w, config=config, num_tokens=step.num_rows(rows), residual=y), cache
 
 
-def _project(x: jax.Array, w: dict[str, Any], name: str, *, residual: jax.Array | None = None) -> jax.Array:
-    y = linear(x, w[name], residual=residual)
-    return y + w[f"{name}_bias"] if f"{name}_bias" in w else y
-
-
-def _logits(rows: jax.Array, head: Any, num_rows: jax.Array, *, tile: int | None) -> jax.Array:
-    if tile is None or tile >= rows.shape[0]:
-        return linear(rows, head).astype(jnp.float32)
-    # The last tile is shifted back to end at R, for rows and logits alike, so a few rows may be computed twice.
-    vocab_size = jax.eval_shape(linear, rows, head).shape[-1]
-
-    def body(i: jax.Array, logits: jax.Array) -> jax.Array:
-        start = i * tile
-        some = jax.lax.dynamic_slice_in_dim(rows, start, tile)
-        return jax.lax.dynamic_update_slice_in_dim(logits, linear(some, head).astype(jnp.float32), start, axis=0)
-
-    num_tiles = (num_rows + tile - 1) // tile
-    return jax.lax.fori_loop(0, num_tiles, body, jnp.zeros((rows.shape[0], vocab_size), jnp.float32))
+def _logits(rows: jax.Array, params: Params, num_rows: jax.Array, *, config: ModelConfig) -> jax.Array:
+    weight = params["lm_head"] if "lm_head" in params else params["embed"].T
+    logits = linear(rows, weight, num_rows=num_rows).astype(jnp.float32)
+    if config.head_bias:
+        logits = logits + params["lm_head_bias"].astype(jnp.float32)
+    if config.logits_multiplier != 1.0:
+        logits = logits * config.logits_multiplier
+    return soft_cap(logits, config.logits_soft_cap)

@@ -12,11 +12,13 @@ from fastgen_jax.models.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians per position of each rotated pair, f32[D/2], for every scaling that does not depend on the length.
+    """Radians per position of each rotated pair, f32[R/2], for every scaling that does not depend on the length.
 
-    Sources: RoPE (arXiv:2104.09864), position interpolation (arXiv:2306.15595) for `linear`, YaRN (arXiv:2309.00071),
-    and the Llama 3.1 release for `llama3`. `dynamic` gives the unscaled values, right up to the original context.
+    R is `rope.dim`, or all of `head_dim`. Sources: RoPE (arXiv:2104.09864), position interpolation (arXiv:2306.15595)
+    for `linear`, YaRN (arXiv:2309.00071), and the Llama 3.1 release for `llama3`. The kinds that depend on the length
+    give the unscaled values.
     """
+    head_dim = rope.dim or head_dim
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     base = 1.0 / rope.theta**exponent
     if rope.kind == "linear":
@@ -31,15 +33,17 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rotation(
     positions: jax.Array, rope_lengths: jax.Array, *, rope: RopeConfig, head_dim: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines f32[T, D/2] of the angles at `positions` i32[T].
+    """Cosines and sines f32[T, R/2] of the angles at `positions` i32[T], for the R numbers of a head that turn.
 
-    `rope_lengths` i32[T] matters to the `dynamic` scaling (NTK-aware, growing with the sequence) alone: it is the
-    length of the sequence as the request stated it, so the angles do not depend on how a prompt is split.
+    `rope_lengths` i32[T] matters to the scalings that depend on the length alone: it is the length of the sequence as
+    the request stated it, so the angles do not depend on how a prompt is split.
     """
     # float32 until after sin and cos: bfloat16 has 8 significant bits, so from position 257 on angles would collide.
     position = positions.astype(jnp.float32)[:, None]
-    if rope.kind == "dynamic":
-        frequency = _dynamic_ntk(rope_lengths, rope, head_dim)  # [T, D/2]
+    if rope.kind in ("dynamic", "stepped_ntk"):
+        frequency = _stretched_theta(rope_lengths, rope, rope.dim or head_dim)  # [T, R/2]
+    elif rope.kind == "longrope":
+        frequency = _longrope(rope_lengths, rope, head_dim)  # [T, R/2]
     else:
         frequency = jnp.asarray(inverse_frequencies(rope, head_dim))[None, :]
     angle = position * frequency
@@ -47,19 +51,15 @@ def rotation(
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`x` [T, heads, D] with the pair (x[i], x[i + D/2]) turned by the angle of pair i."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def attention_factor(rope: RopeConfig) -> float:
-    """What YaRN multiplies cos and sin with, to sharpen attention over a longer context; 1.0 for the other kinds."""
-    if rope.kind != "yarn":
+    """What YaRN and LongRoPE multiply cos and sin with, to sharpen attention over a longer context; else 1.0."""
+    if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.kind == "longrope":
+        assert rope.original_max_position is not None  # RopeConfig has checked it
+        return math.sqrt(1.0 + math.log(rope.factor) / math.log(rope.original_max_position))
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1.0 else 1.0
@@ -69,14 +69,29 @@ def attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
-def _dynamic_ntk(lengths: jax.Array, rope: RopeConfig, head_dim: int) -> jax.Array:
+def _stretched_theta(lengths: jax.Array, rope: RopeConfig, dim: int) -> jax.Array:
+    """NTK-aware scaling: theta grows with the length, smoothly (`dynamic`) or when it doubles (`stepped_ntk`, Qwen)."""
     original = rope.original_max_position
     assert original is not None  # RopeConfig has checked it
-    length = jnp.maximum(lengths, original).astype(jnp.float32)
-    growth = rope.factor * length / original - (rope.factor - 1.0)
-    theta = rope.theta * growth ** (head_dim / (head_dim - 2))  # [T]
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    if rope.kind == "dynamic":
+        length = jnp.maximum(lengths, original).astype(jnp.float32)
+        growth = rope.factor * length / original - (rope.factor - 1.0)
+    else:  # 1 up to the original length, 3 up to twice of it, 7 up to four times, ...
+        limits = np.array([limit for k in range(31) if (limit := original << k) <= np.iinfo(np.int32).max], np.int32)
+        doublings = jnp.sum(lengths[:, None] > limits, axis=1)
+        growth = 2.0 ** (doublings + 1).astype(jnp.float32) - 1.0
+    theta = rope.theta * growth ** (dim / (dim - 2))  # [T]
+    exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     return theta[:, None] ** -exponent[None, :]
+
+
+def _longrope(lengths: jax.Array, rope: RopeConfig, head_dim: int) -> jax.Array:
+    """One divisor a frequency, from one of two tables (arXiv:2402.13753)."""
+    assert rope.original_max_position is not None
+    base = inverse_frequencies(rope, head_dim)
+    short, long = (jnp.asarray(base / np.asarray(factor), jnp.float32)
+                   for factor in (rope.short_factor, rope.long_factor))
+    return jnp.where((lengths > rope.original_max_position)[:, None], long, short)
 
 
 def _llama3(base: np.ndarray, rope: RopeConfig) -> np.ndarray:

@@ -2,14 +2,16 @@
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.limits import max_total_tokens
+from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, Draft, StepLimits, StepPlan
-from fastgen_jax.scheduling.policies import POLICIES, Policy, orca, prompts_first, splitfuse
+from fastgen_jax.scheduling.policies import NEED_PROMISE, POLICIES, Policy, orca, prompts_first, sla, splitfuse
 from fastgen_jax.scheduling.request import Request, SamplingParams
 from fastgen_jax.scheduling.scheduler import Scheduler
 from fastgen_jax.scheduling.sequence import FinishReason, Sequence, SequenceStatus
 from fastgen_jax.scheduling.step import Chunk, SchedulerStats, Step
 
 __all__ = [
+    "NEED_PROMISE",
     "POLICIES",
     "Admission",
     "BlockLedger",
@@ -17,7 +19,9 @@ __all__ = [
     "Chunk",
     "Draft",
     "FinishReason",
+    "Pace",
     "Policy",
+    "Promise",
     "Request",
     "SamplingParams",
     "Scheduler",
@@ -30,5 +34,6 @@ __all__ = [
     "max_total_tokens",
     "orca",
     "prompts_first",
+    "sla",
     "splitfuse",
 ]

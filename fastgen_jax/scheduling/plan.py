@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,12 +24,17 @@ class Admission(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """What a policy decided. `bypassed` names a sequence once for each other that overtakes it."""
+    """What a policy decided.
+
+    `bypassed` names a sequence once for each other that overtakes it. `refused` are waiting sequences that never
+    ran and shall not: their promise cannot be kept.
+    """
 
     chunks: list[Chunk]
     admissions: list[Admission]
     preempted: list[Sequence]
     bypassed: list[Sequence]
+    refused: list[Sequence]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +69,7 @@ class Draft:
         blocks: BlockLedger,
         cached_prefix: Callable[[Sequence], list[int]],
     ) -> None:
-        self.plan = StepPlan([], [], [], [])
+        self.plan = StepPlan([], [], [], [], [])
         self.running = running
         self.num_kept = len(running)  # running[num_kept:] are preempted
         self.waiting = waiting
@@ -78,6 +84,7 @@ class Draft:
         """Adds one token for each running sequence that has one left to compute."""
         chunks, preempted = self.plan.chunks, self.plan.preempted
         room = min(self.tokens_left, self.rows_left)
+        append = chunks.append
         for sequence in self.running:
             start = sequence.num_computed
             # With max_total_tokens - 1 computed, the last token is in flight: its commit ends the sequence.
@@ -85,11 +92,12 @@ class Draft:
                 continue
             if sequence.awaits_each_token and sequence.num_in_flight:
                 continue
-            if len(chunks) == room or (preempted and sequence.order >= preempted[-1].order):
+            if not room or (preempted and sequence.order >= preempted[-1].order):
                 break
             if start == sequence.capacity and not self._take_block_for(sequence):
                 break
-            chunks.append(_new_chunk(Chunk, (sequence, start, 1, 1, True)))
+            room -= 1
+            append(_new_chunk(Chunk, (sequence, start, 1, 1, True)))
         self.tokens_left -= len(chunks)
         self.rows_left -= len(chunks)
 
@@ -140,6 +148,51 @@ class Draft:
                 tolerance -= 1
                 if tolerance == 0:
                     return
+
+    def limit(self, num_tokens: float) -> None:
+        """Makes a step with generation in it no larger than `num_tokens`, but for a block of prompt.
+
+        The block lets prompts under way advance, whatever generation alone takes.
+        """
+        if self.plan.chunks:
+            prompt = max(num_tokens - len(self.plan.chunks), self.limits.block_size)
+            self.tokens_left = int(min(self.tokens_left, prompt))
+
+    def take_in_line(self, line: list[Sequence], leftover: list[Sequence]) -> None:
+        """Continues or admits the sequences of `line` in its order, splitting the last to fit.
+
+        What is left over goes to those of `leftover`, whole beside prompts of `line`. Whoever is before an admitted
+        sequence in the order of waiting is bypassed by it; where that is no longer allowed, and where there is no
+        memory, a sequence is stepped over.
+        """
+        counts: Counter[Sequence] = Counter()  # bypasses by this plan
+        left = [sequence for sequence in self.waiting if sequence not in self.plan.refused]
+        num_blocked = 0
+        for index, sequence in enumerate((*line, *leftover)):
+            if not self.tokens_left:
+                return
+            if sequence.slot is not None:
+                self._continue(sequence)
+                continue
+            if self.plan.preempted or self.short_of_blocks or not self._has_slot() or num_blocked > _MAX_BLOCKED:
+                continue
+            overtaken = [other for other in left if other.order < sequence.order]
+            most = self.limits.max_bypasses
+            if any(other.num_bypasses + counts[other] >= most for other in overtaken):
+                continue
+            cached = self._start_of(sequence)
+            if cached is None:
+                continue
+            chunk = self._cut(sequence, len(cached) * self.limits.block_size, self.tokens_left, self.rows_left)
+            if chunk is None or not self._has_room(chunk, cached):
+                num_blocked += 1
+                continue
+            if index >= len(line) > 0 and not chunk.samples:
+                continue
+            self._admit(chunk, cached)
+            left.remove(sequence)
+            self.plan.bypassed.extend(overtaken)
+            counts.update(overtaken)
 
     def prompt_alone(self, *, beside_generation: bool) -> bool:
         """Gives the step to the prompt that is first in line, if a step could not hold the whole of it.

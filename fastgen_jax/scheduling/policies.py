@@ -27,6 +27,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from fastgen_jax.scheduling.block_pool import BlockLedger
+from fastgen_jax.scheduling.deadlines import feasible_line
+from fastgen_jax.scheduling.pace import Pace
 from fastgen_jax.scheduling.plan import Draft, StepLimits, StepPlan
 from fastgen_jax.scheduling.sequence import Sequence
 
@@ -36,7 +38,8 @@ class Policy(Protocol):
 
     `running` and `waiting` are in order and only read (a sequence carries its `request`, with priority and
     arrival time). `blocks` counts the free blocks as the plan grows. `cached_prefix` gives the registered
-    blocks that a waiting sequence could start behind.
+    blocks that a waiting sequence could start behind. `pace` tells the time, what steps cost and what was
+    promised; it is there for policies in `NEED_PROMISE`.
     """
 
     def __call__(
@@ -47,6 +50,7 @@ class Policy(Protocol):
         limits: StepLimits,
         blocks: BlockLedger,
         cached_prefix: Callable[[Sequence], list[int]],
+        pace: Pace | None = None,
     ) -> StepPlan:
         """Gives the next step; one without chunks means that nothing can run before a commit."""
         ...
@@ -59,6 +63,7 @@ def splitfuse(
     limits: StepLimits,
     blocks: BlockLedger,
     cached_prefix: Callable[[Sequence], list[int]],
+    pace: Pace | None = None,
 ) -> StepPlan:
     """Fills every step to the token budget: generation first, then prompts, the last of them split to fit.
 
@@ -78,6 +83,7 @@ def prompts_first(
     limits: StepLimits,
     blocks: BlockLedger,
     cached_prefix: Callable[[Sequence], list[int]],
+    pace: Pace | None = None,
 ) -> StepPlan:
     """Makes a step of whole prompts while any can be admitted, else of generation, as vLLM did in 2023.
 
@@ -98,6 +104,7 @@ def orca(
     limits: StepLimits,
     blocks: BlockLedger,
     cached_prefix: Callable[[Sequence], list[int]],
+    pace: Pace | None = None,
 ) -> StepPlan:
     """Puts whole prompts beside generation.
 
@@ -112,4 +119,34 @@ def orca(
     return draft.finish()
 
 
-POLICIES: dict[str, Policy] = {"splitfuse": splitfuse, "prompts_first": prompts_first, "orca": orca}
+def sla(
+    running: list[Sequence],
+    waiting: list[Sequence],
+    *,
+    limits: StepLimits,
+    blocks: BlockLedger,
+    cached_prefix: Callable[[Sequence], list[int]],
+    pace: Pace | None = None,
+) -> StepPlan:
+    """SplitFuse that keeps a promise: steps short enough for it, prompts by deadline, the hopeless refused.
+
+    Beside generation a step takes no more tokens than fit into the promised gap between two tokens. Prompts share
+    what is left: first the largest set of them that can all be in time, by deadline, then those that cannot. A request
+    without a first token `grace` seconds after it was due is refused, so everybody is answered or refused within a
+    bounded time; and who was overtaken `max_bypasses` times is next.
+    """
+    assert pace is not None  # the scheduler gives it to policies in NEED_PROMISE
+    draft = Draft(running, waiting, limits, blocks, cached_prefix)
+    draft.generate()
+    draft.limit(pace.tokens_within_a_gap())
+    line = feasible_line(
+        running[: draft.num_kept], waiting, pace, limits,
+        prompt_tokens=draft.tokens_left, num_generating=len(draft.plan.chunks), cached_prefix=cached_prefix,
+    )
+    draft.plan.refused.extend(line.refused)
+    draft.take_in_line(line.in_time, line.leftover)
+    return draft.finish()
+
+
+POLICIES: dict[str, Policy] = {"splitfuse": splitfuse, "prompts_first": prompts_first, "orca": orca, "sla": sla}
+NEED_PROMISE = frozenset({"sla"})

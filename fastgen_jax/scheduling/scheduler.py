@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import bisect_left, insort
 from collections import abc, deque
 from itertools import pairwise
 from operator import attrgetter
+from typing import get_args
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.estimate import steps_until_first_token
 from fastgen_jax.scheduling.limits import max_total_tokens
+from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, StepLimits
-from fastgen_jax.scheduling.policies import POLICIES
+from fastgen_jax.scheduling.policies import NEED_PROMISE, POLICIES
 from fastgen_jax.scheduling.request import Request
 from fastgen_jax.scheduling.sequence import FinishReason, Sequence, SequenceStatus
 from fastgen_jax.scheduling.step import SchedulerStats, Step
@@ -45,6 +48,9 @@ class Scheduler:
         watermark_blocks: blocks that stay free when a sequence is admitted; None for 1 % of the pool.
         max_bypasses: how many later sequences may overtake one for which there is no room.
         prefix_salt: distinguishes the digests of pools with different contents.
+        promise: what a policy in `NEED_PROMISE` promises; None for the others.
+        clock: seconds on the clock of the requests' arrival times; read only for the sake of a promise.
+        step_sizes: the sizes in tokens to which steps are padded, ascending; empty if they are not.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -64,6 +70,9 @@ class Scheduler:
         watermark_blocks: int | None = None,
         max_bypasses: int = 16,
         prefix_salt: bytes = b"",
+        promise: Promise | None = None,
+        clock: abc.Callable[[], float] = time.monotonic,
+        step_sizes: tuple[int, ...] = (),
     ) -> None:
         for name, value, lowest in (
             ("num_blocks", num_blocks, 1),
@@ -79,6 +88,11 @@ class Scheduler:
                 raise ValueError(f"{name} is {value}; it must be at least {lowest}; raise it")
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}; choose one of {', '.join(map(repr, POLICIES))}")
+        if (policy in NEED_PROMISE) != (promise is not None):
+            raise ValueError(
+                f"policy is {policy!r} and promise is {promise}; give a promise with "
+                f"{', '.join(map(repr, sorted(NEED_PROMISE)))}, and only there"
+            )
         self.max_context_len = max_context_len
         self.limits = StepLimits(
             token_budget=token_budget,
@@ -97,6 +111,10 @@ class Scheduler:
         self._unfinished: dict[str, Sequence] = {}
         self._free_slots = list(range(max_num_seqs))  # a heap: the lowest slot is given first
         self._steps_in_flight: deque[Step] = deque()
+        self._pace = Pace(promise, clock, step_sizes) if promise else None
+        self._dispatch_times: deque[float] = deque()  # of the steps in flight, where there is a pace
+        self._last_commit = 0.0
+        self._refused: list[Sequence] = []
         self._num_added = 0
 
     @property
@@ -158,8 +176,15 @@ class Scheduler:
             limits=self.limits,
             blocks=BlockLedger(pool),
             cached_prefix=self._cached_prefix,
+            pace=self._pace,
         )
         chunks = plan.chunks
+        if plan.refused:
+            self._refused += plan.refused
+            for sequence in plan.refused:
+                self.finish(sequence, "refused")
+            if not self._unfinished:
+                return None
         if not chunks:
             if not self._steps_in_flight and self._borrowed:
                 raise RuntimeError(
@@ -183,7 +208,7 @@ class Scheduler:
         num_tokens = num_rows = 0
         updates: list[tuple[int, int, list[int]]] = []
         sampled: list[Sequence] = []
-        fresh = set(admitted)
+        fresh = set(admitted) if admitted else admitted
         for sequence, start, length, rows, samples in chunks:
             stop = start + length
             if stop > sequence.capacity:
@@ -197,13 +222,20 @@ class Scheduler:
                 sampled.append(sequence)
             if stop >= sequence.next_block_end:
                 self._register_blocks(sequence)
-            if stop > sequence.next_prompt_row:
+            if stop > sequence.next_prompt_row < sequence.num_prompt_tokens:
                 sequence.next_prompt_row = min(stop, sequence.num_prompt_tokens)
         self.stats.num_steps += 1
         self.stats.num_tokens += num_tokens
         step = Step(chunks, sampled, updates, admitted, plan.preempted, num_tokens, num_rows)
         self._steps_in_flight.append(step)
+        if self._pace:
+            self._dispatch_times.append(self._pace.now())
         return step
+
+    def take_refused(self) -> list[Sequence]:
+        """The sequences refused since the last call: ended with reason "refused", without a token."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def commit(self, step: Step, token_ids: abc.Sequence[int]) -> list[Sequence]:
         """Takes in what the oldest step in flight sampled: a token id for each of `step.sampled`, in order.
@@ -227,9 +259,14 @@ class Scheduler:
                 "give one for each of step.sampled"
             )
         self._steps_in_flight.popleft()
+        if self._pace:
+            now = self._pace.now()
+            self._pace.observe(step.num_tokens, now - max(self._last_commit, self._dispatch_times.popleft()))
+            self._last_commit = now
         advanced: list[Sequence] = []
         finished: list[Sequence] = []
-        for sequence, token_id in zip(sampled, token_ids, strict=True):
+        caching = self._pool.prefix_caching
+        for sequence, token_id in zip(sampled, token_ids):  # noqa: B905 (the lengths are equal, and this loop is hot)
             if sequence.finish_reason is not None:
                 continue
             advanced.append(sequence)
@@ -241,7 +278,7 @@ class Scheduler:
             elif len(output) == sequence.max_new_tokens:
                 sequence.finish_reason = "length"
                 finished.append(sequence)
-            if sequence.num_computed >= sequence.next_block_end:
+            if caching and sequence.num_computed >= sequence.next_block_end:
                 self._register_blocks(sequence)
         if finished:
             self._retire(finished)
@@ -254,10 +291,10 @@ class Scheduler:
         itself, only the reason changes.
 
         Raises:
-            ValueError: `reason` is not one of the three.
+            ValueError: `reason` is not one of `FinishReason`.
         """
-        if reason not in ("stop", "length", "abort"):
-            raise ValueError(f"reason is {reason!r}; choose 'stop', 'length' or 'abort'")
+        if reason not in get_args(FinishReason):
+            raise ValueError(f"reason is {reason!r}; choose one of {', '.join(map(repr, get_args(FinishReason)))}")
         sequence.finish_reason = reason
         if sequence.status is not _FINISHED:
             self._retire([sequence])

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastgen_jax.scheduling.request import Request
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "refused"]
 
 
 class SequenceStatus(enum.Enum):

@@ -6,44 +6,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastgen_jax.text.pieces import piece_bytes
+from fastgen_jax.text.splits import ADDS_BOS, COMPOSES, IGNORES_MERGES, SPLITS, SYNONYMS
 from fastgen_jax.text.spm import SentencePieceEncoder, build_model
 from fastgen_jax.text.tokenizer import Encoder, Tokenizer
 
 _PREFIX = "tokenizer.ggml."
+_KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece", "gemma4": "BPE with byte fallback"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
-
-# How each kind cuts text into words before merging: tokenizers' own steps, or regular expressions applied in turn.
-_CONTRACTION_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_CONTRACTION_WORDS + r"|\s+",),
-    "smollm": (r"\p{N}", _CONTRACTION_WORDS + r"|\s+"),
-    "llama-bpe": (_WORDS.format(digits="{1,3}"),),
-    "qwen2": (_WORDS.format(digits=""),),
-    # llama.cpp's own, for files converted before the kind was recorded
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _CONTRACTION_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
-}
-_SYNONYMS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-_ADDS_BOS = frozenset({"llama-bpe"})  # kinds that start with BOS where add_bos_token is absent
-
 
 def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that the metadata describe; ValueError if they are incomplete or of an unsupported kind."""
     model = metadata.get(_PREFIX + "model")
-    if model not in ("gpt2", "llama"):
-        raise ValueError(f"tokenizer.ggml.model is {model!r}; supported: 'gpt2' (byte-level BPE), "
-                         "'llama' (SentencePiece)")
+    if model not in _KINDS:
+        raise ValueError(f"tokenizer.ggml.model is {model!r}; supported: "
+                         + ", ".join(f"{name!r} ({what})" for name, what in _KINDS.items()))
     texts = _required(metadata, "tokens", list)
     types = metadata.get(_PREFIX + "token_type") or [_NORMAL] * len(texts)
     if len(types) != len(texts):
         raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(texts)} tokens")
     ids = {name: _token_id(metadata, name, len(texts)) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
     if model == "gpt2":
-        body, drops_space, adds_bos = _byte_level_bpe(metadata, texts, types), False, _kind(metadata) in _ADDS_BOS
+        pre: str = metadata.get(_PREFIX + "pre", "default")
+        body, drops_space, adds_bos = _byte_level_bpe(metadata, texts, types, pre), False, pre in ADDS_BOS
+    elif model == "gemma4":
+        pre = "newlines"
+        body, drops_space, adds_bos = _metaspace_bpe(metadata, texts, types), False, True
     else:
+        pre = "none"
         body, drops_space, adds_bos = _sentencepiece(metadata, texts, types, ids)
     first = _border(ids["bos"], "bos", wanted=metadata.get(_PREFIX + "add_bos_token", adds_bos))
     last = _border(ids["eos"], "eos", wanted=metadata.get(_PREFIX + "add_eos_token", False))
@@ -58,6 +47,7 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     ends = [ids[name] for name in ("eos", "eot", "eom")]
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     return Tokenizer(
+        kind=f"{_KINDS[model]} from GGUF, pre-tokenizer {pre}",
         encoder=encode,
         texts=texts,
         pieces=[text.encode() if i in spelled else piece_bytes(text, scheme) for i, text in enumerate(texts)],
@@ -97,31 +87,46 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     return found | {name[len(base) + 1 :]: text for name, text in metadata.items() if name.startswith(base + ".")}
 
 
-def _kind(metadata: Mapping[str, Any]) -> str:
-    kind: str = metadata.get(_PREFIX + "pre", "default")
-    return _SYNONYMS.get(kind, kind)
+def _byte_level_bpe(metadata: Mapping[str, Any], texts: list[str], types: list[int], pre: str) -> Encoder:
+    from tokenizers import Regex, normalizers, pre_tokenizers
 
-
-def _byte_level_bpe(metadata: Mapping[str, Any], texts: list[str], types: list[int]) -> Encoder:
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
-
-    kind = _kind(metadata)
-    if kind not in _SPLITS:
-        raise ValueError(f"tokenizer.ggml.pre is {kind!r}; supported: {', '.join([*_SPLITS, *_SYNONYMS])}; "
+    splits = SPLITS.get(SYNONYMS.get(pre, pre))
+    if splits is None:
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join([*SPLITS, *SYNONYMS])}; "
                          "the Hugging Face checkpoint's tokenizer.json works whatever the kind")
-    merges = [tuple(merge.split(" ", 1)) for merge in _required(metadata, "merges", list)]
-    try:
-        # Llama 3 takes a word that is in the vocabulary whole, whether or not merges lead there.
-        bpe = models.BPE({text: i for i, text in enumerate(texts)}, merges, ignore_merges=kind == "llama-bpe")
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"the vocabulary and its merges do not fit together: {error}") from error
-    tokenizer = Tokenizer(bpe)
-    if kind == "qwen2":
+    tokenizer = _bpe(metadata, texts, ignore_merges=pre in IGNORES_MERGES)
+    if pre in COMPOSES:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[kind]),
+        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
+    return _with_added_tokens(tokenizer, texts, types)
+
+
+def _metaspace_bpe(metadata: Mapping[str, Any], texts: list[str], types: list[int]) -> Encoder:
+    """Gemma 4: merges over whole lines, spaces written as in SentencePiece, bytes for what is not in the vocabulary."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    tokenizer = _bpe(metadata, texts, byte_fallback=True)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
+    return _with_added_tokens(tokenizer, texts, types)
+
+
+def _bpe(metadata: Mapping[str, Any], texts: list[str], **options: bool) -> Any:
+    from tokenizers import Tokenizer, models
+
+    merges = [tuple(merge.split(" ", 1)) for merge in _required(metadata, "merges", list)]
+    try:
+        return Tokenizer(models.BPE({text: i for i, text in enumerate(texts)}, merges, **options))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"the vocabulary and its merges do not fit together: {error}") from error
+
+
+def _with_added_tokens(tokenizer: Any, texts: list[str], types: list[int]) -> Encoder:
+    from tokenizers import AddedToken
+
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         tokenizer.add_tokens([
             AddedToken(text, normalized=False, special=special)

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories: tokenizer.json, or SentencePiece's tokenizer.model."""
+"""Tokenizers of Hugging Face directories: tokenizer.json, SentencePiece's tokenizer.model, or tiktoken's ranks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Any
 from fastgen_jax.checkpoint.huggingface import read_json
 from fastgen_jax.text.pieces import piece_bytes, scheme_of_decoder
 from fastgen_jax.text.spm import SentencePieceEncoder, open_model
+from fastgen_jax.text.tiktoken import encoder_backend, find_tiktoken, read_tiktoken
 from fastgen_jax.text.tokenizer import Tokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def load_directory(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory; tokenizer.json goes before tokenizer.model."""
+    """The tokenizer of a checkpoint directory; tokenizer.json goes before all others."""
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
     if (path / "tokenizer.json").exists():
         return _from_json(path, settings)
+    if (ranks := find_tiktoken(path)) is not None:
+        return _from_tiktoken(path, settings, ranks)
     if (path / "tokenizer.model").exists():
         return _from_sentencepiece(path, settings)
-    raise ValueError(f"{path} has neither tokenizer.json nor tokenizer.model; found: "
+    raise ValueError(f"{path} has neither tokenizer.json nor tokenizer.model, *.tiktoken or tekken.json; found: "
                      f"{', '.join(sorted(file.name for file in path.iterdir())) or 'nothing'}")
 
 
@@ -56,8 +59,32 @@ def _from_json(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     def encode(text: str, *, add_special_tokens: bool) -> list[int]:
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    return _assemble(path, settings, names, ids, encoder=encode, texts=texts, pieces=pieces,
+    kind = f"tokenizer.json ({scheme} {description['model'].get('type', 'BPE')})"
+    return _assemble(path, settings, names, ids, kind=kind, encoder=encode, texts=texts, pieces=pieces,
                      special_ids=special, drops_leading_space=drops_space)
+
+
+def _from_tiktoken(path: Path, settings: Mapping[str, Any], file: Path) -> Tokenizer:
+    vocabulary = read_tiktoken(file)
+    backend, specials = encoder_backend(vocabulary), vocabulary.specials
+    first = [specials[vocabulary.bos]] if vocabulary.bos else []
+
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        return [*first, *ids] if add_special_tokens else ids
+
+    return Tokenizer(
+        kind=vocabulary.kind,
+        encoder=encode,
+        texts=[backend.id_to_token(id) for id in range(len(vocabulary.pieces))],
+        pieces=vocabulary.pieces,
+        special_ids=frozenset(vocabulary.special_ids),
+        drops_leading_space=False,
+        bos_token_id=first[0] if first else None,
+        eos_token_ids=tuple(specials[text] for text in vocabulary.eos),
+        templates=_templates(path, settings),
+        named_tokens={"eos_token": vocabulary.eos[0]} | ({"bos_token": vocabulary.bos} if vocabulary.bos else {}),
+    )
 
 
 def _from_sentencepiece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
@@ -96,8 +123,8 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         first=ends["bos"],
         last=ends["eos"],
     )
-    return _assemble(path, settings, names, ids, encoder=encoder, texts=texts, pieces=pieces,
-                     special_ids=frozenset(special),
+    return _assemble(path, settings, names, ids, kind="SentencePiece (tokenizer.model)", encoder=encoder, texts=texts,
+                     pieces=pieces, special_ids=frozenset(special),
                      drops_leading_space=model.encode_as_pieces("a")[0].startswith("▁"))
 
 

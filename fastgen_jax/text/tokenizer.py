@@ -25,6 +25,7 @@ class Encoder(Protocol):
 class Tokenizer:
     """A vocabulary, how text is cut into it, and the chat templates that belong to it. See `load_tokenizer`."""
 
+    kind: str  # where it comes from and how it cuts text, for people to read
     encoder: Encoder
     texts: Sequence[str | None]  # token id -> its entry in the vocabulary; None where there is none
     pieces: Sequence[bytes]  # token id -> the bytes that it adds to a text
@@ -123,6 +124,8 @@ def load_tokenizer(source: str | Path | GGUFFile) -> Tokenizer:
     """
     if isinstance(source, str | Path):
         path = Path(source)
+        if (path / "tokenizer.gguf").exists():  # in a snapshot that was made of a GGUF file
+            path = path / "tokenizer.gguf"
         if path.is_dir():
             from fastgen_jax.text.huggingface import load_directory
 

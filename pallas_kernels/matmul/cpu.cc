@@ -101,18 +101,38 @@ struct RowBlocks {
   int64_t length(int64_t i) const { return size + (i < num_larger); }
 };
 
-// out[k * rows + r] = x[r * depth + k]
+// out[k * rows + r] = x[r * depth + k], for at most kMaxRows rows.
 void pack_rows(const float* x, int64_t rows, int64_t depth, float* out) {
+  constexpr int kGroups = (kMaxRows + kLanes - 1) / kLanes;
+  const float* const end = out + rows * depth;
   int64_t k = 0;
   for (; k + kLanes <= depth; k += kLanes) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vec v = load(x + r * depth + k);
+    Vec columns[kGroups][kLanes];
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) out[(k + i) * rows + r] = v[i];
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t r = g * kLanes + i;
+        columns[g][i] = r < rows ? load(x + r * depth + k) : Vec{};
+      }
+      transpose(columns[g]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i, out += rows) {
+      for (int g = 0; g * kLanes < rows; ++g) {
+        // A whole vector spills into the next column, which overwrites that; behind the last one another thread may
+        // be writing.
+        float* to = out + g * kLanes;
+        if (to + kLanes <= end) {
+          store(to, columns[g][i]);
+        } else {
+          for (int64_t r = 0; to + r < end; ++r) to[r] = columns[g][i][r];
+        }
+      }
     }
   }
   for (; k < depth; ++k) {
-    for (int64_t r = 0; r < rows; ++r) out[k * rows + r] = x[r * depth + k];
+    for (int64_t r = 0; r < rows; ++r) *out++ = x[r * depth + k];
   }
 }
 
@@ -227,9 +247,11 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
 }
 
 using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
 
+// Rows of x from num_rows on are padding: they cost nothing and come out as zero.
 // Further arguments: float32[num_panels, kWidth] scales if the weight is int8, then the residual if `has_residual`.
-ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ffi::AnyBuffer weight,
+ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ffi::AnyBuffer weight, S32 num_rows,
                   ffi::RemainingArgs others, ffi::ResultBuffer<ffi::F32> y) {
   const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
   const int64_t columns = gated ? kWidth / 2 : kWidth;
@@ -251,10 +273,12 @@ ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ff
     }
     (is_scales ? output.scales : output.residual) = other->typed_data();
   }
+  const int64_t rows = std::clamp<int64_t>(num_rows.typed_data()[0], 0, xs[0]);
+  std::memset(y->typed_data() + rows * ys[1], 0, (xs[0] - rows) * ys[1] * sizeof(float));
   const auto multiply_by = [&](auto kind) {
     using Weight = decltype(kind);
     const auto* panels = static_cast<const typename Weight::Element*>(weight.untyped_data());
-    multiply<Weight>(pool, x.typed_data(), xs[0], xs[1], panels, ws[0], output);
+    multiply<Weight>(pool, x.typed_data(), rows, xs[1], panels, ws[0], output);
     return ffi::Error::Success();
   };
   try {
@@ -282,5 +306,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FastgenMatmul, fastgen::matmul,
                                   .Attr<bool>("has_residual")
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .RemainingArgs()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>());

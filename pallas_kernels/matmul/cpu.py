@@ -72,18 +72,23 @@ def multiply(
     panels: jax.Array,
     scales: jax.Array | None,
     residual: jax.Array | None,
+    num_rows: jax.Array | None,
     *,
     num_outputs: int,
     gated: bool,
 ) -> jax.Array:
-    """float32[M, num_outputs] = x[M, K] @ panels (* scales) (+ residual). Layout: see `PackedWeight`."""
+    """float32[M, num_outputs] = x[M, K] @ panels (* scales) (+ residual), zero from row `num_rows` on.
+
+    The layout of the panels is that of `PackedWeight`.
+    """
     if not ensure_loaded():
         raise RuntimeError(
             f"a PackedWeight needs the native kernels, which cannot be loaded here "
             f"({native.unavailable_reason() or 'the log has the reason'}); "
             f"call prepare(w, ...) in this process to get a weight that plain XLA can use"
         )
+    rows = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
     others = [array for array in (scales, residual) if array is not None]
     result = jax.ShapeDtypeStruct((x.shape[0], num_outputs), jnp.float32)
     call = jax.ffi.ffi_call(_TARGET, result)
-    return call(_cpu_only_p.bind(x), panels, *others, gated=gated, has_residual=residual is not None)
+    return call(_cpu_only_p.bind(x), panels, rows, *others, gated=gated, has_residual=residual is not None)

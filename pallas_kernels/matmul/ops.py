@@ -9,7 +9,9 @@ from pallas_kernels.matmul import cpu
 from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight
 
 
-def linear(x: jax.Array, w: Weight, *, residual: jax.Array | None = None) -> jax.Array:
+def linear(
+    x: jax.Array, w: Weight, *, residual: jax.Array | None = None, num_rows: jax.Array | None = None
+) -> jax.Array:
     """x @ w (+ residual), [..., N] in the dtype of x; products are summed in float32.
 
     With a `PackedWeight` the result of a row does not depend, to the last bit, on the other rows or how many
@@ -19,6 +21,8 @@ def linear(x: jax.Array, w: Weight, *, residual: jax.Array | None = None) -> jax
       x: [..., K], float32, bfloat16 or float16.
       w: [K, N].
       residual: [..., N] like the result; added in float32, before the one rounding to the dtype of x.
+      num_rows: i32 scalar; rows of a matrix x from there on are padding, and their results meaningless but finite if
+        x is. A `PackedWeight` does not compute them.
     """
     _check(x, w)
     if residual is not None and (residual.shape != (*x.shape[:-1], w.shape[1]) or residual.dtype != x.dtype):
@@ -31,23 +35,24 @@ def linear(x: jax.Array, w: Weight, *, residual: jax.Array | None = None) -> jax
             raise ValueError(
                 "w was prepared with gated=True, for swiglu; for linear, prepare with gated=False"
             )
-        return _packed(x, w, residual)
+        return _packed(x, w, residual, num_rows)
     y = _product(x, w)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
 
 
-def swiglu(x: jax.Array, w: Weight) -> jax.Array:
+def swiglu(x: jax.Array, w: Weight, *, num_rows: jax.Array | None = None) -> jax.Array:
     """silu(x @ gate) * (x @ up), [..., F] in the dtype of x, computed in float32.
 
     Args:
       x: [..., K], float32, bfloat16 or float16.
       w: [K, 2F]: the columns of gate, then those of up. A `PackedWeight` must be prepared with gated=True.
+      num_rows: as for `linear`.
     """
     _check(x, w)
     if isinstance(w, PackedWeight):
         if not w.gated:
             raise ValueError("w was prepared with gated=False; for swiglu, prepare it with gated=True")
-        return _packed(x, w, None)
+        return _packed(x, w, None, num_rows)
     if w.shape[1] % 2:
         raise ValueError(f"w is [gate | up], so its width must be even, not {w.shape[1]}")
     gate, up = jnp.split(_product(x, w), 2, axis=-1)
@@ -69,12 +74,17 @@ def _product(x: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
     return y * jnp.expand_dims(w.scales, range(x.ndim - 1)) if isinstance(w, Int8Weight) else y
 
 
-def _packed(x: jax.Array, w: PackedWeight, residual: jax.Array | None) -> jax.Array:
+def _packed(
+    x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows: jax.Array | None
+) -> jax.Array:
+    if num_rows is not None and x.ndim != 2:
+        raise ValueError(f"num_rows counts the rows of a matrix, but x is {list(x.shape)}")
+
     def rows(array: jax.Array) -> jax.Array:
         return array.reshape(-1, array.shape[-1]).astype(jnp.float32)
 
     y = cpu.multiply(
-        rows(x), w.panels, w.scales, None if residual is None else rows(residual),
+        rows(x), w.panels, w.scales, None if residual is None else rows(residual), num_rows,
         num_outputs=w.num_outputs, gated=w.gated,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], w.num_outputs).astype(x.dtype)

@@ -65,7 +65,7 @@ Weight = jax.Array | Int8Weight | PackedWeight
 
 
 def prepare(
-    w: np.ndarray | jax.Array, *, quantize: str | None = None, platform: str, gated: bool = False
+    w: np.ndarray | jax.Array | Int8Weight, *, quantize: str | None = None, platform: str, gated: bool = False
 ) -> Weight:
     """The form of `w` that `linear` (`swiglu` when `gated`) multiplies with fastest on `platform`.
 
@@ -74,14 +74,16 @@ def prepare(
     output column: the error of a weight is at most half a scale, max|column| / 254.
 
     Args:
-      w: [K, N] floating point; [K, 2F], gate columns before up columns, when `gated`.
+      w: [K, N] floating point, or quantised already; [K, 2F], gate columns before up columns, when `gated`.
       quantize: None or "int8".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
       gated: the weight of `swiglu`.
     """
-    if w.ndim != 2:
+    if len(w.shape) != 2:
         raise ValueError(f"w has shape {w.shape}, but must be [K, N]; prepare stacked weights one by one")
-    if not jnp.issubdtype(w.dtype, jnp.floating):
+    if isinstance(w, Int8Weight):
+        quantize = "int8"
+    elif not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(
             f"w has dtype {w.dtype}, but must be floating point; quantize='int8' makes int8 of that"
         )
@@ -93,13 +95,16 @@ def prepare(
         raise ValueError(f"a gated w is [gate | up], so its width must be even, not {w.shape[1]}")
 
     packed = platform == "cpu" and cpu.ensure_loaded()
-    if quantize is None and not packed:
+    if isinstance(w, Int8Weight):
+        values, scales = np.asarray(w.values), np.asarray(w.scales)
+    elif quantize is None and not packed:
         return jnp.asarray(w)
-    if quantize is None:
+    elif quantize is None:
         host = np.asarray(w)
         kept = host if host.dtype == jnp.bfloat16 else host.astype(np.float32)
         return _packed(kept, None, gated=gated)
-    values, scales = quantize_int8(np.asarray(w))
+    else:
+        values, scales = quantize_int8(np.asarray(w))
     if packed:
         return _packed(values, scales, gated=gated)
     return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))

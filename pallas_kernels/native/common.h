@@ -101,16 +101,41 @@ FASTGEN_INLINE float max_element(Vec v) {
   return m;
 }
 
-// e^x, relative error below 2e-7; 0 below -87.3, the largest power near 3e38 above 88. NaN stays NaN.
-FASTGEN_INLINE Vec exp(Vec x) {
-  const Vec lowest = splat(-87.33654f);
-  const Vec clamped = min(max(x, lowest), splat(88.37626f));
+template <int Step, bool High, size_t... I>
+FASTGEN_INLINE Vec exchange(Vec a, Vec b, std::index_sequence<I...>) {
+  // Low: the elements of a and b whose index has no bit `Step`, side by side; High: those that have it.
+  return High ? __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes : int(I) + Step)...)
+              : __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes - Step : int(I))...);
+}
+
+template <int Step>
+FASTGEN_INLINE void transpose_step(Vec (&rows)[kLanes]) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>();
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & Step) continue;
+    const Vec a = rows[i], b = rows[i + Step];
+    rows[i] = exchange<Step, false>(a, b, lanes);
+    rows[i + Step] = exchange<Step, true>(a, b, lanes);
+  }
+}
+
+// rows[i][j] becomes rows[j][i].
+FASTGEN_INLINE void transpose(Vec (&rows)[kLanes]) {
+  transpose_step<1>(rows);
+  transpose_step<2>(rows);
+  if constexpr (kLanes > 4) transpose_step<4>(rows);
+  if constexpr (kLanes > 8) transpose_step<8>(rows);
+}
+
+// e^x for x below 88.3, relative error below 2e-7; 0 below -87.3. NaN stays NaN.
+FASTGEN_INLINE Vec exp_below_overflow(Vec x) {
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum.
   const Vec magic = splat(12582912.0f);
-  const Vec shifted = clamped * 1.44269504088896341f + magic;
+  const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec n = shifted - magic;
   // ln 2 in two parts, so that n * ln 2 loses no bits.
-  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -123,8 +148,13 @@ FASTGEN_INLINE Vec exp(Vec x) {
   bits = (bits - 0x4B400000 + 127) << 23;
   Vec power;
   std::memcpy(&power, &bits, sizeof power);
-  const Vec y = x < lowest ? Vec{} : p * power;
-  return x == x ? y : x;
+  return x < splat(-87.33654f) ? Vec{} : p * power;
+}
+
+// e^x, the largest power near 3e38 above 88.
+FASTGEN_INLINE Vec exp(Vec x) {
+  const Vec largest = splat(88.37626f);
+  return exp_below_overflow(x > largest ? largest : x);
 }
 
 // x * sigmoid(x)

@@ -6,20 +6,32 @@ against `reference.py`, which defines the semantics in forty lines.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention import contract, cpu
+from pallas_kernels.ragged_attention import contract, cpu, tpu_support
 from pallas_kernels.ragged_attention.cpu import ragged_attention_cpu
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from pallas_kernels.ragged_attention.xla import ragged_attention_xla
 
 __all__ = ["IMPLEMENTATIONS", "ragged_attention"]
 
+
+
+def _ragged_attention_tpu(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`tpu.ragged_attention_tpu`, imported when it is first asked for."""
+    from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
+
+    return ragged_attention_tpu(*arrays, **options)
+
+
 IMPLEMENTATIONS = {
     "reference": ragged_attention_reference,
     "xla": ragged_attention_xla,
     "cpu": ragged_attention_cpu,
+    "tpu": _ragged_attention_tpu,
 }
 
 
@@ -69,7 +81,8 @@ def ragged_attention(
       alibi_slopes: f32[H]; slope * (j - p) is added after the cap.
       sinks: f32[H]; one more logit a head that takes probability and carries no value.
       implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
-        for: "cpu" on a CPU where a C++ compiler was found and the cache is float32 or bfloat16, else "xla".
+        for: "cpu" on a CPU where a C++ compiler was found and the cache is float32 or bfloat16; "tpu" on a TPU where
+        the cache fits it (float32 or bfloat16, D a multiple of 128, B a power of two of at least 8 or 16); else "xla".
 
     Returns:
       out [T, H, D] in the dtype of q, zero in rows that belong to no chunk; k_cache; v_cache. Softmax and sums are in
@@ -112,6 +125,8 @@ def ragged_attention(
     kernels = {}
     if k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
         kernels["cpu"] = run("cpu")
+    if tpu_support.may_be_lowered() and tpu_support.unsupported(k_cache, block_tables.shape[1]) is None:
+        kernels["tpu"] = run("tpu")
     return jax.lax.platform_dependent(*operands, **kernels, default=run("xla"))
 
 

@@ -67,32 +67,6 @@ void convert(const float* from, BFloat16* to, int n) {
 
 // ---- small pieces ----------------------------------------------------------------------------------------------
 
-template <int Step, bool High, size_t... I>
-FASTGEN_INLINE Vec exchange(Vec a, Vec b, std::index_sequence<I...>) {
-  // Low: the elements of a and b whose index has no bit `Step`, side by side; High: those that have it.
-  return High ? __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes : int(I) + Step)...)
-              : __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes - Step : int(I))...);
-}
-
-template <int Step>
-FASTGEN_INLINE void transpose_step(Vec (&rows)[kLanes]) {
-  constexpr auto lanes = std::make_index_sequence<kLanes>();
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & Step) continue;
-    const Vec a = rows[i], b = rows[i + Step];
-    rows[i] = exchange<Step, false>(a, b, lanes);
-    rows[i + Step] = exchange<Step, true>(a, b, lanes);
-  }
-}
-
-FASTGEN_INLINE void transpose(Vec (&rows)[kLanes]) {
-  transpose_step<1>(rows);
-  transpose_step<2>(rows);
-  if constexpr (kLanes > 4) transpose_step<4>(rows);
-  if constexpr (kLanes > 8) transpose_step<8>(rows);
-}
-
 template <int Step, size_t... I>
 FASTGEN_INLINE Vec swap_lanes(Vec v, std::index_sequence<I...>) {
   return __builtin_shufflevector(v, v, int(I ^ Step)...);
@@ -438,6 +412,22 @@ class Worker {
       rescale_[r] = 1;
       return;
     }
+    const bool plain = p_.soft_cap == 0 && p_.alibi_slopes == nullptr && begin <= 0 && end >= kTile;
+    if (plain && first == 0 && last == kGroups) {  // the usual case stays in registers
+      Vec x[kGroups];
+      for (int group = 0; group < kGroups; ++group) x[group] = load(scores + group * kLanes);
+      Vec top = x[0];
+      for (int group = 1; group < kGroups; ++group) top = max(top, x[group]);
+      const float new_top = begin_row(r, top, state);
+      Vec sum = load(state.sum + r * kLanes) * rescale_[r];
+      for (int group = 0; group < kGroups; ++group) {
+        const Vec weight = exp_below_overflow(x[group] - new_top);
+        store(scores + group * kLanes, weight);
+        sum = sum + weight;
+      }
+      store(state.sum + r * kLanes, sum);
+      return;
+    }
     Vec top = splat(-kInfinity);
     for (int group = first; group < last; ++group) {
       Vec x = load(scores + group * kLanes);
@@ -449,18 +439,23 @@ class Worker {
       store(scores + group * kLanes, x);
       top = max(top, x);
     }
-    const float old_top = state.top[r];
-    const float new_top = std::max(old_top, largest(top));
-    const float keep = old_top == new_top ? 1.0f : exp_of(old_top - new_top);
-    Vec sum = load(state.sum + r * kLanes) * keep;
+    const float new_top = begin_row(r, top, state);
+    Vec sum = load(state.sum + r * kLanes) * rescale_[r];
     for (int group = first; group < last; ++group) {
-      const Vec weight = exp(load(scores + group * kLanes) - new_top);
+      const Vec weight = exp_below_overflow(load(scores + group * kLanes) - new_top);
       store(scores + group * kLanes, weight);
       sum = sum + weight;
     }
     store(state.sum + r * kLanes, sum);
+  }
+
+  // Raises the top score of row r to that of `scores`, sets the factor that its sums so far shrink by; the new top.
+  FASTGEN_INLINE float begin_row(int r, Vec scores, const State& state) {
+    const float old_top = state.top[r];
+    const float new_top = std::max(old_top, largest(scores));
+    rescale_[r] = old_top == new_top ? 1.0f : exp_of(old_top - new_top);
     state.top[r] = new_top;
-    rescale_[r] = keep;
+    return new_top;
   }
 
   // out[row] = out[row] * rescale[row] + sum over j of weight[row, j] * value[j], j rising.

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from fastgen_jax.bench.metrics import (
     median_summary,
     meets_promise,
     summarize,
+    summarize_closed_loop,
 )
 
 
@@ -67,6 +69,51 @@ def test_ewm_is_the_weighted_mean_that_its_definition_says(values: list[float], 
         assert mean == pytest.approx(direct, rel=1e-9, abs=1e-9)
 
 
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=60), st.integers(1, 30))
+def test_ewm_equals_that_of_pandas(values: list[float], span: int) -> None:
+    expected = pandas.Series(values).ewm(span=span, adjust=True).mean()
+    np.testing.assert_allclose(ewm_mean(values, span=span), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_closed_loop_is_summarized_as_fastgen_does() -> None:
+    requests = [
+        times(9.0, 9.5, 9.6, 9.8, start=8.0, name="last"),
+        times(2.0, 2.1, 2.5, 2.6, start=1.0, name="second"),
+        times(1.0, 5.0, 6.0, 7.0, start=0.0, name="first"),
+        times(4.0, 4.2, 4.8, 4.9, start=2.0, name="third"),
+    ]
+    summary = summarize_closed_loop(requests, num_clients=2)
+    assert summary.latency == pytest.approx((1.8 + 1.6 + 7.0 + 2.9) / 4)
+    assert summary.throughput == pytest.approx(2 / summary.latency)
+    assert summary.first_token_mean == pytest.approx((1 + 1 + 1 + 2) / 4)
+    # Of the second and the third request to start, the gaps between the first and the last: 0.1, 0.4 and 0.2, 0.6.
+    assert summary.token_latency_p50 == pytest.approx(0.3)
+    assert summary.token_latency_p95 == pytest.approx(np.percentile([0.1, 0.4, 0.2, 0.6], 95))
+
+
+def test_one_request_has_no_token_latency_in_a_closed_loop() -> None:
+    assert summarize_closed_loop([times(1.0, 2.0, 3.0, 4.0)], num_clients=1).token_latency_p50 is None
+
+
+def test_a_scaled_promise_gives_a_slower_machine_more_time() -> None:
+    request = times(4.0, 4.1, prompt=512)
+    assert not meets_promise(request, tokens_per_second=2)
+    assert meets_promise(request, tokens_per_second=2, prompt_rate=128)
+
+
+def test_the_promise_is_kept_only_if_every_smoothed_gap_is_shorter() -> None:
+    # Smoothed gaps by hand for span 16: 0.5, then (0.6 + 15/17 * 0.5) / (1 + 15/17) = 0.553125.
+    request = times(0.5, 1.0, 1.6, prompt=512)
+    assert ewm_mean(request.tgt[1:]) == pytest.approx([0.5, 0.553125])
+    assert meets_promise(request, tokens_per_second=1 / 0.5532)
+    assert not meets_promise(request, tokens_per_second=1 / 0.5531)
+
+
+def test_a_request_of_one_token_only_has_to_be_in_time() -> None:
+    assert meets_promise(times(0.9, prompt=512), tokens_per_second=8)
+    assert not meets_promise(times(1.1, prompt=512), tokens_per_second=8)
+
+
 def test_a_late_first_token_breaks_the_promise() -> None:
     on_time, late = times(1.0, 1.1, prompt=512), times(1.01, 1.1, prompt=512)
     assert meets_promise(on_time, tokens_per_second=2)
@@ -108,6 +155,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
         summarize([times(0.0)])
     with pytest.raises(ValueError, match="tokens_per_second is 0"):
         meets_promise(times(1.0), tokens_per_second=0)
+    with pytest.raises(ValueError, match="prompt_rate is -1"):
+        meets_promise(times(1.0), tokens_per_second=1, prompt_rate=-1)
+    with pytest.raises(ValueError, match="there are 0 requests"):
+        summarize_closed_loop([], num_clients=1)
     with pytest.raises(ValueError, match="there are 0 runs"):
         median_summary([])
     with pytest.raises(ValueError, match="span is 0 tokens"):

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 
 from fastgen_jax.checkpoint import open_checkpoint
-from fastgen_jax.checkpoint.gguf import llama3_factors
-from fastgen_jax.checkpoint.gguf_file import read_gguf
+from fastgen_jax.checkpoint.gguf_architectures import llama3_factors
+from fastgen_jax.checkpoint.gguf_file import dequantize, read_gguf
 from tests.checkpoint.tiny_files import write_gguf
 
+REFERENCE = Path(__file__).parents[1] / "reference"
 # Largest error of a value as a share of the largest value in its block of 32: half a step of the format's grid,
 # and for Q4_1 a 16-bit offset besides.
 QUANTIZATION_ERROR = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.6 / 127, "Q4_1": 0.08}
@@ -28,14 +31,14 @@ def test_every_tensor_comes_back_under_its_hugging_face_name_with_heads_in_huggi
 def test_biases_of_q_and_k_are_put_in_order_too(tmp_path):
     made = write_gguf(tmp_path / "m.gguf", kind="Q8_0", attention_bias=True)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    assert checkpoint.config.attention_bias
+    assert checkpoint.config.qkv_bias
     for name in ("model.layers.1.self_attn.q_proj.bias", "model.layers.1.self_attn.k_proj.bias"):
         np.testing.assert_array_equal(checkpoint.read(name), made[name])
 
 
 def test_a_tensor_larger_than_one_piece_is_dequantised_whole(tmp_path, monkeypatch):
     made = write_gguf(tmp_path / "m.gguf", kind="Q8_0")
-    monkeypatch.setattr("fastgen_jax.checkpoint.gguf._PIECE", 32 * 7)  # 7 rows of 32, which do not divide 96
+    monkeypatch.setattr("fastgen_jax.checkpoint.gguf_file._PIECE", 32 * 7)  # 7 rows of 32, which do not divide 96
     read = open_checkpoint(tmp_path / "m.gguf").read("lm_head.weight")
     assert np.abs(read - made["lm_head.weight"]).max() <= QUANTIZATION_ERROR["Q8_0"] * np.abs(read).max()
 
@@ -98,7 +101,7 @@ def test_absent_metadata_are_named(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"m.gguf: the metadata lack llama.attention.head_count"):
+    with pytest.raises(ValueError, match=r"m.gguf: the metadata lack llama.block_count"):
         open_checkpoint(tmp_path / "m.gguf")
 
 
@@ -148,3 +151,21 @@ def test_an_unknown_tensor_name_is_answered_with_the_nearest(tmp_path):
     write_gguf(tmp_path / "m.gguf")
     with pytest.raises(ValueError, match=r"no tensor 'model.norm.wait'; the nearest name there is 'model.norm.weight'"):
         open_checkpoint(tmp_path / "m.gguf").read("model.norm.wait")
+
+
+BLOCKS = dict(np.load(REFERENCE / "ggml_blocks.npz"))
+
+
+@pytest.mark.parametrize("kind", sorted({name.split(".")[0] for name in BLOCKS} - {"Q1_0"}))
+def test_every_block_type_is_read_as_ggml_reads_it(kind):
+    rows, values = BLOCKS[f"{kind}.rows"], BLOCKS[f"{kind}.values"]
+    np.testing.assert_array_equal(dequantize(rows, gguf.GGMLQuantizationType[kind].value, values.shape), values)
+
+
+def test_every_type_that_the_gguf_library_reads_is_among_them():
+    assert {kind.name for kind in gguf.quants._type_traits} - {"BF16"} <= {name.split(".")[0] for name in BLOCKS}
+
+
+def test_a_block_type_that_the_library_does_not_read_is_refused():
+    with pytest.raises(ValueError, match="storage type Q8_K cannot be dequantised; requantise the file to one of F32, F16"):
+        dequantize(np.zeros((1, 292), np.uint8), gguf.GGMLQuantizationType.Q8_K.value, (1, 256))

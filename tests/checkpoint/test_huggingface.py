@@ -32,7 +32,7 @@ def test_end_of_sequence_ids_of_the_generation_config_are_added(tmp_path):
 def test_head_dim_and_biases_come_from_the_config(tmp_path):
     write_hf(tmp_path, head_dim=8, attention_bias=True)
     config = open_checkpoint(tmp_path).config
-    assert (config.head_dim, config.attention_bias) == (8, True)
+    assert (config.head_dim, config.qkv_bias) == (8, True)
 
 
 def _drop_shard(path):
@@ -90,7 +90,7 @@ def _config_without(field):
     (_misplaced_tensor, r"says that model-00002-of-00003.safetensors holds 'lm_head.weight', but it does not"),
     (_bad_index, r"index.json is not valid JSON"),
     (_empty_index, r"index.json has no 'weight_map'"),
-    (_no_index, r"3 safetensors files but no model.safetensors.index.json"),
+    (_no_index, r"3 \*.safetensors files but no model.safetensors.index.json"),
     (_bad_config, r"config.json is not valid JSON"),
     (_no_config, r"config.json does not exist"),
     (_config_without("architectures"), r"config.json: 'architectures' must name one architecture"),
@@ -105,7 +105,7 @@ def test_a_damaged_directory_is_refused_with_the_file_and_the_cause(tmp_path, da
 
 @pytest.mark.parametrize(("overrides", "message"), [
     ({"architectures": ["LlamaForCausalLm"]}, "nearest supported: LlamaForCausalLM"),
-    ({"hidden_act": "relu"}, r"config.json: config.json has hidden_act='relu'|hidden_act='relu'"),
+    ({"hidden_act": "mish"}, r"config.json: config.json has hidden_act='mish'|hidden_act='mish'"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
     ({"num_attention_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
 ])
@@ -120,12 +120,5 @@ def test_a_config_that_we_cannot_compute_is_refused(tmp_path, overrides, message
 def test_integer_weights_are_refused(tmp_path):
     write_hf(tmp_path)
     save_file({"model.norm.weight": np.zeros(32, np.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"'model.norm.weight' has dtype I8; supported: F32, F16, BF16"):
-        open_checkpoint(tmp_path)
-
-
-def test_pickled_weights_are_refused_with_a_way_out(tmp_path):
-    write_hf(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"only pytorch_model.bin; .*save_pretrained them as safetensors"):
+    with pytest.raises(ValueError, match=r"'model.norm.weight' has dtype I8; supported: float32, float16, bfloat16"):
         open_checkpoint(tmp_path)

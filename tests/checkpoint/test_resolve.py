@@ -44,7 +44,7 @@ def test_an_unknown_name_is_answered_with_the_names_there_are(name, tmp_path, mo
         with pytest.raises(ValueError, match=r"no config\.json"):  # Path("") is the current directory
             resolve_model(name)
         return
-    with pytest.raises(ValueError, match=r"built-in name \(smollm2-135m-instruct\).*organisation/name"):
+    with pytest.raises(ValueError, match=r"built-in name \(smollm2-135m-instruct, sotu-1m\).*organisation/name"):
         resolve_model(name)
 
 
@@ -67,7 +67,8 @@ def test_an_installed_wheel_is_found_without_importing_it():
 
 def test_importing_the_packages_stays_light():
     code = ("import sys, fastgen_jax.checkpoint.resolve, fastgen_jax.checkpoint, fastgen_jax.text; "
-            "print(*(m for m in ('gguf', 'safetensors', 'tokenizers', 'sentencepiece', 'jinja2', 'huggingface_hub') "
+            "print(*(m for m in ('jax', 'orbax', 'gguf', 'safetensors', 'tokenizers', 'sentencepiece', 'jinja2', "
+            "'huggingface_hub') "
             "if m in sys.modules))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == [], done.stderr

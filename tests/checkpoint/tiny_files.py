@@ -70,6 +70,7 @@ def write_gguf(
     kind: str = "F32",
     metadata: dict[str, Any] | None = None,
     extra: dict[str, np.ndarray] | None = None,
+    arrays: dict[str, Any] | None = None,
     architecture: str = "llama",
     **overrides: Any,
 ) -> dict[str, np.ndarray]:
@@ -88,8 +89,12 @@ def write_gguf(
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    if not arrays:
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+    for name, value in (arrays or {}).items():  # a tokenizer
+        add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}[type(value)]
+        add(name, value)
     for name, value in (metadata or {}).items():
         {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](name, value)
     for name, array in made.items():

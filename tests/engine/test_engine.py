@@ -44,6 +44,7 @@ def test_greedy_tokens_equal_those_of_transformers(variant):
     pytest.param({"num_blocks": 18, "block_size": 4, "prefix_caching": True}, id="preempted, with prefix cache"),
     pytest.param({"policy": "prompts_first"}, id="prompts first"),
     pytest.param({"policy": "orca"}, id="orca"),
+    pytest.param({"policy": "sla", "promised_prompt_rate": 1e-3, "promised_generation_rate": 1e-3}, id="sla"),
     pytest.param({"block_size": 16, "num_blocks": 16}, id="large blocks"),
     pytest.param({"stack_layers": True}, id="scanned layers"),
     pytest.param({"attention": "xla"}, id="portable attention"),
@@ -219,7 +220,23 @@ def test_put_gives_the_reference_logits_and_shares_the_cache_with_requests(alone
     engine.scheduler.check_integrity()
 
 
+def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
+    # A thousand million prompt tokens a second: whoever is not looked at within nanoseconds is too late.
+    engine = tiny_engine(policy="sla", promised_prompt_rate=1e9, promised_generation_rate=1.0)
+    ids = [engine.add(prompt, greedy(4)) for prompt in PROMPTS[:3]]
+    outputs = drain(engine)
+    for request_id in ids:
+        (output,) = outputs[request_id]
+        assert (output.finished, output.finish_reason, output.new_token_ids) == (True, "refused", ())
+    assert engine.metrics.refused == 3
+    assert engine.abort(ids[0]) is False, "nothing is left of it"
+    assert engine.scheduler.num_free_blocks == engine.config.num_blocks
+
+
 @pytest.mark.parametrize(("options", "message"), [
+    ({"policy": "sla", "promised_prompt_rate": 5.0}, "give both promises with sla, and only there"),
+    ({"promised_generation_rate": 5.0}, "policy is 'splitfuse', promised_prompt_rate None"),
+    ({"policy": "sla", "promised_prompt_rate": -5.0, "promised_generation_rate": 1.0}, "prompt_rate is -5.0"),
     ({"token_budget": 0}, "token_budget is 0"),
     ({"max_num_seqs": True}, "max_num_seqs is True"),
     ({"dtype": "int4"}, "dtype is 'int4'; choose one of float32"),

@@ -75,13 +75,6 @@ def test_scanned_layers_compute_what_unrolled_layers_compute():
     np.testing.assert_allclose(run_chunks(stacked, config, token_ids, [75]), unrolled, atol=1e-5, rtol=0)
 
 
-def test_a_logits_tile_leaves_the_used_rows_as_they_are():
-    params, config = tiny_model()
-    token_ids = expected()["token_ids"]
-    whole = run_chunks(params, config, token_ids, [70])
-    np.testing.assert_allclose(run_chunks(params, config, token_ids, [70], logits_tile=16), whole, atol=1e-5, rtol=0)
-
-
 def test_bfloat16_stays_near_float32():
     params, config = tiny_model()
     half = jax.tree_util.tree_map(lambda x: x.astype(jnp.bfloat16), params)
@@ -93,7 +86,7 @@ def test_bfloat16_stays_near_float32():
 
 def test_parameters_are_counted_as_they_are_made():
     for tie in (False, True):
-        config = replace(tiny_model()[1], tie_embeddings=tie, attention_bias=tie, mlp_bias=tie)
+        config = replace(tiny_model()[1], tie_embeddings=tie, qkv_bias=tie, o_bias=tie, mlp_bias=tie)
         params = init_params(config, jax.random.key(0))
         assert count_params(config) == sum(leaf.size for leaf in jax.tree_util.tree_leaves(params))
 

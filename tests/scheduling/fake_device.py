@@ -10,11 +10,19 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from fastgen_jax.scheduling import Chunk, Request, SamplingParams, Scheduler, Sequence, Step
+from fastgen_jax.scheduling import NEED_PROMISE, Chunk, Promise, Request, SamplingParams, Scheduler, Sequence, Step
 
 VOCAB = 5
 EOS = 4
+
+
+def with_promise(policy: str) -> dict[str, Any]:
+    """Scheduler arguments for a policy; where it needs a promise, one that every device keeps."""
+    if policy not in NEED_PROMISE:
+        return {"policy": policy}
+    return {"policy": policy, "promise": Promise(prompt_rate=1e-9, generation_rate=1e-9), "clock": lambda: 0.0}
 
 
 def extend_hash(parent: int, token_id: int) -> int:
@@ -195,7 +203,7 @@ def drive(
     assert scheduler.num_running == scheduler.num_waiting == 0
     assert scheduler.num_free_blocks == scheduler._pool.num_blocks, "blocks leaked"
     for sequence in run.sequences.values():
-        if sequence.request.params.prompt_logprobs is not None and sequence.finish_reason != "abort":
+        if sequence.request.params.prompt_logprobs is not None and sequence.finish_reason not in ("abort", "refused"):
             rows = [device.prompt_rows[sequence, p] for p in range(sequence.num_prompt_tokens)]
             assert rows == [1] * sequence.num_prompt_tokens, "each prompt position has its logits wanted once"
     return run

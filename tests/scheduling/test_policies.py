@@ -11,7 +11,7 @@ import pytest
 
 import fastgen_jax.scheduling
 from fastgen_jax.scheduling import POLICIES, Scheduler, Step
-from tests.scheduling.fake_device import drive, make_request, naive_tokens
+from tests.scheduling.fake_device import drive, make_request, naive_tokens, with_promise
 
 
 def make_scheduler(**changes: Any) -> Scheduler:
@@ -146,12 +146,12 @@ def test_a_preempted_sequence_returns_when_there_is_room_for_all_of_it_and_is_no
 def test_prompts_under_way_that_hold_all_blocks_give_way_to_the_first(policy: str) -> None:
     # "a" is cut by its logit rows, so "b", which is before it in line, starts beside it; together they
     # fill the pool while both have more than one token left to compute.
-    scheduler = make_scheduler(num_blocks=10, block_size=1, token_budget=4, max_sample_rows=1, policy=policy)
+    scheduler = make_scheduler(num_blocks=10, block_size=1, token_budget=4, max_sample_rows=1, **with_promise(policy))
     a = make_request("a", range(9), 1, prompt_logprobs=0, priority=1)
     b = make_request("b", range(9), 1)
     run = drive(scheduler, {0: [a], 2: [b]})
     assert run.sequences["b"].num_preemptions == 0
-    assert run.sequences["a"].num_preemptions == (1 if policy == "splitfuse" else 0)
+    assert run.sequences["a"].num_preemptions == (1 if policy in ("splitfuse", "sla") else 0)
 
 
 def test_the_watermark_stays_free_when_a_sequence_is_admitted_beside_others() -> None:
@@ -169,7 +169,7 @@ def test_the_watermark_stays_free_when_a_sequence_is_admitted_beside_others() ->
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_preemption_loses_no_token_and_the_first_sequence_is_never_preempted(policy: str) -> None:
-    scheduler = make_scheduler(num_blocks=8, token_budget=16, policy=policy)
+    scheduler = make_scheduler(num_blocks=8, token_budget=16, **with_promise(policy))
     requests = [make_request(i, [i] * 6, 20, seed_number=i) for i in range(4)]
     run = drive(scheduler, {0: requests}, depth=1)
     assert scheduler.stats.num_preemptions > 0

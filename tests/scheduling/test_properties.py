@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgen_jax.scheduling import POLICIES, Request, Scheduler
-from tests.scheduling.fake_device import EOS, VOCAB, drive, make_request, naive_tokens
+from tests.scheduling.fake_device import EOS, VOCAB, drive, make_request, naive_tokens, with_promise
 
 ANY_WORKLOAD = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -77,7 +77,7 @@ def workloads(draw: st.DrawFn) -> Workload:
 def test_any_workload_gives_the_tokens_of_each_request_alone(
     policy: str, depth: int, workload: Workload
 ) -> None:
-    scheduler = Scheduler(policy=policy, **workload.arguments)
+    scheduler = Scheduler(**with_promise(policy), **workload.arguments)
     run = drive(scheduler, workload.arrivals, depth=depth, aborts=workload.aborts)
     for request in workload.requests:
         sequence = run.sequences[request.request_id]
@@ -156,7 +156,7 @@ def test_a_refused_request_disturbs_nothing(workload: Workload, longer: int) -> 
 def test_the_same_workload_gives_the_same_steps(policy: str) -> None:
     def serve() -> list[list[tuple[str, int, int]]]:
         scheduler = Scheduler(
-            policy=policy,
+            **with_promise(policy),
             num_blocks=14,
             block_size=3,
             token_budget=11,

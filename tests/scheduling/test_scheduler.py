@@ -181,7 +181,7 @@ def test_finish_ends_a_sequence_and_only_changes_the_reason_of_one_that_ended() 
     assert ended.finish_reason == "length"
     scheduler.finish(ended, "stop")
     assert ended.finish_reason == "stop"
-    with pytest.raises(ValueError, match="reason is 'done'; choose 'stop', 'length' or 'abort'"):
+    with pytest.raises(ValueError, match="reason is 'done'; choose one of 'stop', 'length', 'abort', 'refused'"):
         scheduler.finish(ended, "done")  # type: ignore[arg-type]
     scheduler.check_integrity()
 
@@ -243,7 +243,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
 def test_a_policy_that_plans_nothing_is_reported_instead_of_waiting_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(POLICIES, "idle", lambda *_args, **_kwargs: StepPlan([], [], [], []))
+    monkeypatch.setitem(POLICIES, "idle", lambda *_args, **_kwargs: StepPlan([], [], [], [], []))
     scheduler = make_scheduler(policy="idle")
     assert scheduler.schedule() is None
     scheduler.add(make_request("a", range(8), 1))

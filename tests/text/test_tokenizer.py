@@ -157,7 +157,7 @@ def test_decoders_that_we_cannot_stream_are_refused(decoder):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"tokenizer.ggml.model": "bert"}, "model is 'bert'; supported: 'gpt2'"),
-    ({"tokenizer.ggml.pre": "tekken"}, "pre is 'tekken'; supported: gpt-2, smollm"),
+    ({"tokenizer.ggml.pre": "kimi-k2"}, "pre is 'kimi-k2'; supported: gpt-2, smollm"),
     ({"tokenizer.ggml.tokens": []}, "lack tokenizer.ggml.tokens"),
     ({"tokenizer.ggml.merges": None}, "lack tokenizer.ggml.merges"),
     ({"tokenizer.ggml.merges": ["no such"]}, "do not fit together"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import json
@@ -66,6 +67,49 @@ def write_spm(path: Path, **settings: Any) -> Path:
     return path
 
 
+WORDS = ["th", "the", " t", " the", "in", "ing", "qu", "un", "dog", " d", " do", " dog", "\n\n", "ü".encode(), "日".encode(),
+         "日".encode()[:2], "12", "123", "he", "ver", "er"]
+
+
+TEKKEN_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+def ranks() -> list[bytes]:
+    """The pieces of a small tiktoken vocabulary in order of rank: all bytes, then a few words."""
+    words = [word if isinstance(word, bytes) else word.encode() for word in WORDS]
+    return [bytes([byte]) for byte in range(256)] + sorted(words, key=len)
+
+
+def write_qwen(path: Path) -> Path:
+    """A directory with ranks as Qwen v1 has them."""
+    path.mkdir(parents=True, exist_ok=True)
+    lines = (base64.b64encode(piece) + f" {rank}\n".encode() for rank, piece in enumerate(ranks()))
+    (path / "qwen.tiktoken").write_bytes(b"".join(lines))
+    return path
+
+
+def write_tekken(path: Path) -> Path:
+    """A directory with a tekken.json: 30 special tokens, then the ranks, of which the last does not count."""
+    path.mkdir(parents=True, exist_ok=True)
+    config = {"pattern": TEKKEN_PATTERN, "default_vocab_size": 29 + len(ranks()),
+              "default_num_special_tokens": 30}
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(piece).decode()} for i, piece in enumerate(ranks())]
+    (path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
+    return path
+
+
+def metaspace_metadata() -> dict[str, Any]:
+    """Metadata of a BPE over characters with byte fallback, as Gemma 4 has it."""
+    letters = sorted(set("".join(CORPUS).replace(" ", "▁")) - {"\n"})
+    words = ["th", "the", "▁the", "og", "▁d", "▁dog", "▁▁"]
+    merges = ["t h", "th e", "▁ the", "o g", "▁ d", "▁d og", "▁ ▁"]
+    texts = ["<pad>", "<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *words, "<think>"]
+    types = [3, 3, 3, 2, *[6] * 256, *[1] * (len(letters) + len(words)), 4]
+    fields = {"model": "gemma4", "tokens": texts, "token_type": types, "merges": merges, "bos_token_id": 1,
+              "eos_token_id": 2, "unknown_token_id": 3, "padding_token_id": 0}
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+
+
 def gguf_metadata(kind: str, **extra: Any) -> dict[str, Any]:
     """Metadata as GGUF keeps them: kind "llama" for SentencePiece, else a `tokenizer.ggml.pre` of byte-level BPE."""
     if kind == "llama":
@@ -93,4 +137,7 @@ def all_tokenizers(folder: Path) -> dict[str, Tokenizer]:
         "spm": load_tokenizer(write_spm(folder / "spm")),
         "gguf bpe": load_gguf(gguf_metadata("llama-bpe")),
         "gguf spm": load_gguf(gguf_metadata("llama")),
+        "gguf metaspace": load_gguf(metaspace_metadata()),
+        "tiktoken": load_tokenizer(write_qwen(folder / "tiktoken")),
+        "tekken": load_tokenizer(write_tekken(folder / "tekken")),
     }

@@ -1,16 +1,22 @@
 """One small file a family: which config fields it reads, and what its weights are called.
 
-A family module has `ARCHITECTURES`, `config_from_hf(hf) -> ModelConfig` and `sources(config) -> dict[str, Source]`.
+A family module has `ARCHITECTURES`, `FEATURES` (what of it is supported, in a line), `config_from_hf(hf) -> ModelConfig`
+and `sources(config) -> dict[str, Source]`. See docs/adding-a-model.md.
 """
 
 from __future__ import annotations
 
 import difflib
+from importlib import import_module
 from types import ModuleType
 
-from fastgen_jax.models.families import llama
+_NAMES = (
+    "llama", "mistral", "opt", "falcon", "phi", "phi3", "qwen", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2",
+    "gpt_neox", "bloom", "olmo2", "smollm3", "granite", "starcoder2", "stablelm", "cohere", "cohere2",
+    "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3",
+)  # fmt: skip
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama}
+FAMILIES: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in _NAMES}
 
 
 def family_of(architecture: str) -> ModuleType:

@@ -1,32 +1,84 @@
-"""What the families share when they read a Hugging Face `config.json`."""
+"""What the families share when they read a Hugging Face `config.json` and name its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen_jax.models.config import RopeConfig
+import ml_dtypes
+import numpy as np
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import param_specs
+
+BFLOAT16 = ml_dtypes.bfloat16
+
+# Fields of config.json that do not change what a forward pass computes: training, generation defaults, file keeping.
+_INERT = frozenset({
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map", "_name_or_path",
+    "name_or_path", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id",
+    "unk_token_id", "decoder_start_token_id", "forced_eos_token_id", "tokenizer_class", "initializer_range", "init_std",
+    "initializer_factor", "output_router_logits", "router_aux_loss_coef", "id2label", "label2id", "problem_type",
+    "num_labels", "task_specific_params", "pretraining_tp", "vocab_file", "_attn_implementation_autoset",
+    "attn_implementation", "transformers.js_config", "is_llama_config", "unsloth_version", "unsloth_fixed",
+    "max_length", "min_length", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "do_sample", "num_beams", "chunk_size_feed_forward", "return_dict", "prefix",
+    "layerdrop", "cache_implementation", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels", "summary_first_dropout", "summary_last_dropout", "gradient_checkpointing",
+})
+_INERT_ENDINGS = ("_dropout", "_pdrop", "dropout")
 
 
-@dataclass(frozen=True, init=False)
-class Source:
-    """Checkpoint tensors that make one weight: joined along their output axis, transposed from [out, in] if asked."""
+class Fields(Mapping[str, Any]):
+    """A config.json that remembers which of its fields have been read, so that none is ignored by oversight."""
 
-    names: tuple[str, ...]
-    transpose: bool
+    def __init__(self, hf: Mapping[str, Any]) -> None:
+        self._hf = hf
+        self._read: set[str] = set()
 
-    def __init__(self, *names: str, transpose: bool = False) -> None:
-        object.__setattr__(self, "names", names)
-        object.__setattr__(self, "transpose", transpose)
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._hf[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hf)
+
+    def __len__(self) -> int:
+        return len(self._hf)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._hf
+
+    def first(self, *names: str, default: Any = None) -> Any:
+        """The value of the first of these fields that is there and not null; all count as read."""
+        values = [self[name] for name in names if name in self]
+        return next((value for value in values if value is not None), default)
+
+    def refuse_unread(self) -> None:
+        """ValueError if a field that nobody has read could change what the model computes."""
+        for name in self._hf.keys() - self._read - _INERT:
+            value = self._hf[name]
+            switched_off = value is None or value is False or value in (0, "", [], {})
+            if not (switched_off or name.endswith(_INERT_ENDINGS) or name.startswith("_")):
+                raise ValueError(
+                    f"the field {name}={value!r} is not known to this family, and ignoring it might change the model's "
+                    "output; remove it from config.json if it does not matter"
+                )
 
 
-def eos_ids(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence ids: none, one or several."""
-    eos = hf.get("eos_token_id")
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[[Mapping[str, Any]], ModelConfig]:
+    """Makes a `config_from_hf` strict: fields that it did not read are refused, see `Fields.refuse_unread`."""
+
+    @functools.wraps(read)
+    def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+        fields = Fields(hf)
+        config = read(fields)
+        fields.refuse_unread()
+        return config
+
+    return config_from_hf
 
 
 def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -39,38 +91,170 @@ def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any,
             )
 
 
-def rope_from_hf(hf: Mapping[str, Any], *, max_context_len: int) -> RopeConfig:
-    """The rotary settings, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    fields = dict(hf.get("rope_scaling") or {})
-    fields.update(hf.get("rope_parameters") or {})
-    theta = float(fields.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0)
-    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
-    fields.pop("type", None)
+def sizes(hf: Fields) -> dict[str, Any]:
+    """The fields that every family spells as Llama does, as keyword arguments of `ModelConfig`."""
+    num_heads = hf["num_attention_heads"]
+    return {
+        "vocab_size": hf["vocab_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "embed_dim": hf["hidden_size"],
+        "num_heads": num_heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or num_heads,
+        "head_dim": hf.get("head_dim") or hf["hidden_size"] // num_heads,
+        "mlp_dim": hf["intermediate_size"],
+        **special_tokens(hf),
+    }
+
+
+def special_tokens(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """`bos_token_id` and `eos_token_ids` as keyword arguments of `ModelConfig`."""
+    return {"bos_token_id": hf.get("bos_token_id"), "eos_token_ids": eos_ids(hf)}
+
+
+def eos_ids(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    """End-of-sequence ids: none, one or several."""
+    eos = hf.get("eos_token_id")
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+
+
+def activation(hf: Fields, name: str = "hidden_act", *, default: str) -> Any:
+    """The field `name` as an `activation` of `ModelConfig`; ValueError for one that we lack."""
     known = {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor", "original_max_position_embeddings"),
-        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
-                 "mscale", "mscale_all_dim", "truncate"),
+        "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
+        "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     }
-    if kind not in known:
-        raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(known)}")
-    # transformers writes these two beside any kind, at their neutral values
-    neutral = {"partial_rotary_factor": 1.0, "original_max_position_embeddings": fields.get(
-        "original_max_position_embeddings")}
-    unknown = {
-        name: value for name, value in fields.items()
-        if name not in known[kind] and value is not None and neutral.get(name, ...) != value
-    }
-    if unknown:
-        raise ValueError(f"rope_type {kind!r} has fields that we do not know: {unknown}; refusing to ignore them")
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if "factor" not in fields:
-        raise ValueError(f"rope_type {kind!r} needs a `factor`; config.json gives only {sorted(fields)}")
-    original = fields.pop("original_max_position_embeddings", None)
-    if kind == "dynamic" or not original:  # transformers reads the dynamic kind's threshold from the model's limit
-        original = max_context_len
-    settings = {name: fields[name] for name in known[kind] if fields.get(name) is not None}
-    return RopeConfig(kind=kind, theta=theta, original_max_position=original, **settings)
+    value = hf.get(name) or default
+    if value not in known:
+        raise ValueError(f"config.json has {name}={value!r}, which is not supported; supported: {', '.join(known)}")
+    return known[value]
+
+
+def alibi_slopes(num_heads: int) -> tuple[float, ...]:
+    """Press's geometric slopes, with those of twice as many heads filling up what is not a power of two."""
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    between = [2.0 ** (-4.0 * i / power) for i in range(1, 2 * power, 2)]
+    return tuple((slopes + between)[:num_heads])
+
+
+def windows(hf: Fields, size: int | None, is_sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """`layer_windows` of `ModelConfig`: `size` where `layer_types` says so, or `is_sliding(layer)` if it is absent."""
+    types = hf.get("layer_types")
+    count = hf["num_hidden_layers"]
+    if size is None:
+        return ()
+    if types is None:
+        types = ["sliding_attention" if is_sliding(i) else "full_attention" for i in range(count)]
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != count:
+        raise ValueError(f"config.json has layer_types={types!r}; supported: 'sliding_attention' or 'full_attention' for "
+                         f"each of the {count} layers")
+    return tuple(size if kind == "sliding_attention" else None for kind in types)
+
+
+@dataclass(frozen=True, init=False)
+class Source:
+    """Checkpoint tensors that make one weight.
+
+    They are transposed from [out, in] if asked, joined along the output axis (the last one), and, where the weight is
+    `stacked`, put one above the other along its first axis: names of row 0, then those of row 1, ... `rearrange` gets
+    the whole and reorders its output axis.
+    """
+
+    names: tuple[str, ...]
+    transpose: bool
+    stacked: bool
+    rearrange: Callable[[np.ndarray], np.ndarray] | None
+
+    def __init__(
+        self,
+        *names: str,
+        transpose: bool = False,
+        stacked: bool = False,
+        rearrange: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "transpose", transpose)
+        object.__setattr__(self, "stacked", stacked)
+        object.__setattr__(self, "rearrange", rearrange)
+
+
+LLAMA_NAMES: Mapping[str, str | Sequence[str]] = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
+    "layers.attn_norm": "model.layers.{layer}.input_layernorm",
+    "layers.mlp_norm": "model.layers.{layer}.post_attention_layernorm",
+    "layers.qkv": tuple(f"model.layers.{{layer}}.self_attn.{x}_proj" for x in "qkv"),
+    "layers.q_norm": "model.layers.{layer}.self_attn.q_norm",
+    "layers.k_norm": "model.layers.{layer}.self_attn.k_norm",
+    "layers.o": "model.layers.{layer}.self_attn.o_proj",
+    "layers.gate_up": ("model.layers.{layer}.mlp.gate_proj", "model.layers.{layer}.mlp.up_proj"),
+    "layers.down": "model.layers.{layer}.mlp.down_proj",
+}
+"""The modules of a Llama checkpoint that hold each weight; most families differ from it in a few lines."""
+
+
+def sources_from(
+    config: ModelConfig,
+    names: Mapping[str, str | Sequence[str] | Source],
+    *,
+    conv1d: Sequence[str] = (),
+    rearrange: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+) -> dict[str, Source]:
+    """Where each weight of `param_specs(config)` lies; `{layer}` stands for the layer's number.
+
+    `names` maps a weight's path to the module, or the modules joined, whose `.weight` it is; the module's `.bias` is
+    `<path>_bias`. A `Source` is taken as it is, under the whole path. Matrices are stored [out, in], as
+    `torch.nn.Linear` does, but for those in `conv1d`, which are [in, out] as in GPT-2. `rearrange` reorders the outputs
+    of a weight and of its bias.
+    """
+    specs = param_specs(config)
+    layer = specs.pop("layers")
+    specs |= {f"layers.{name}": spec for name, spec in layer.items()}
+    found = {}
+    for path, spec in specs.items():
+        given = names.get(path)
+        if isinstance(given, Source):
+            found[path] = given
+            continue
+        is_bias = path.endswith("_bias")
+        module = names[path.removesuffix("_bias") if is_bias else path]
+        assert not isinstance(module, Source), f"{path} is named by a Source, but {path.removesuffix('_bias')} is not it"
+        modules = [module] if isinstance(module, str) else module
+        is_matrix = len(spec.shape) >= 2 and path not in ("embed", "position_embed") and "norm" not in path
+        found[path] = Source(
+            *(f"{module}.{'bias' if is_bias else 'weight'}" for module in modules),
+            transpose=is_matrix and path not in conv1d,
+            stacked=("norm" in path or len(spec.shape) == 3) and len(modules) > 1,
+            rearrange=(rearrange or {}).get(path.removesuffix("_bias")),
+        )
+    return found
+
+
+def split_kv_groups(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
+    """Reorders a fused [..., K * (G + 2) * D], each KV head's queries, key and value together, to q, then k, then v."""
+    k, d, group = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
+
+    def rearrange(fused: np.ndarray) -> np.ndarray:
+        lead = fused.shape[:-1]
+        grouped = fused.reshape(*lead, k, group + 2, d)
+        parts = grouped[..., :group, :], grouped[..., group, :], grouped[..., group + 1, :]
+        return np.concatenate([part.reshape(*lead, -1) for part in parts], axis=-1)
+
+    return rearrange
+
+
+def rope_pairs_to_halves(head_dim: int, num_heads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Reorders the leading `num_heads` heads of an axis so that pairs (2i, 2i + 1) that turn together lie D/2 apart.
+
+    Dot products of queries and keys do not change if both are reordered alike, and `rotate` needs one order only.
+    """
+    def rearrange(x: np.ndarray) -> np.ndarray:
+        turned, rest = np.split(x, [num_heads * head_dim], axis=-1)
+        pairs = turned.reshape(*x.shape[:-1], num_heads, head_dim // 2, 2)
+        return np.concatenate([np.swapaxes(pairs, -1, -2).reshape(turned.shape), rest], axis=-1)
+
+    return rearrange

@@ -1,0 +1,139 @@
+"""`fastgen bench report`: figures (PNG), tables and one self-contained HTML page from result files.
+
+    fastgen bench report runs.jsonl others.jsonl --costs costs.json --out report
+
+Every run in the files is compared with every other of the same workload, wherever it was measured or simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgen_jax.bench.curves import Curve, curves
+from fastgen_jax.bench.load_options import add_promise_arguments, rates
+from fastgen_jax.bench.policies import policy_tables
+from fastgen_jax.bench.results import RunRecord, read
+
+STYLE = ("body{font:14px/1.45 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}"
+         "table{border-collapse:collapse;font-size:12px}td,th{border:1px solid #ccc;padding:3px 7px;text-align:right}"
+         "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:.6em;overflow:auto}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastgen bench report`."""
+    parser.add_argument("results", type=Path, nargs="+", help="files of bench serve, bench policies and simulate")
+    parser.add_argument("--costs", type=Path, nargs="+", default=[], help="files of bench steps")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: %(default)s)")
+    add_promise_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the folder: one PNG a figure and index.html, which holds all of them."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("figures need matplotlib; pip install 'fastgen_jax[bench]'") from error
+    records = [record for path in args.results for record in read(path)]
+    models = [json.loads(path.read_text(encoding="utf-8")) for path in args.costs]
+    prompt_rate, generation = rates(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    page = Page(args.out)
+    build(page, records, models, prompt_rate, generation)
+    print(f"{page.write()}: {page.num_figures} figures of {len(records)} runs")
+    return 0
+
+
+class Page:
+    """A page in the making: text, tables and figures in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.num_figures = 0
+        self._parts: list[str] = []
+
+    def heading(self, text: str) -> None:
+        """Begins a section."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Adds a figure, and writes it as `name`.png."""
+        data = io.BytesIO()
+        # No date and no version inside: the same runs give the same bytes.
+        figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
+        (self.folder / f"{name}.png").write_bytes(data.getvalue())
+        self.num_figures += 1
+        self._parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"></p>')
+
+    def markdown(self, lines: Sequence[str]) -> None:
+        """Adds paragraphs and tables."""
+        rows: list[str] = []
+        for line in [*lines, ""]:
+            if line.startswith("|---"):
+                continue
+            if line.startswith("|"):
+                cell = "td" if rows else "th"
+                cells = "".join(f"<{cell}>{html.escape(text.strip())}</{cell}>" for text in line.strip("|").split("|"))
+                rows.append(f"<tr>{cells}</tr>")
+                continue
+            if rows:
+                self._parts.append(f"<table>{''.join(rows)}</table>")
+                rows = []
+            if line:
+                self._parts.append(f"<p>{html.escape(line)}</p>")
+
+    def commands(self, records: Sequence[RunRecord]) -> None:
+        """Adds how the runs were made."""
+        origins = dict.fromkeys(
+            (r.context.get("command", "?"), json.dumps(r.context.get("machine", {})), json.dumps(r.context.get("versions", {})))
+            for r in records
+        )
+        for command, machine, versions in origins:
+            self._parts.append(f"<pre>{html.escape(command)}\n{html.escape(machine)}\n{html.escape(versions)}</pre>")
+
+    def write(self) -> Path:
+        """Writes index.html and gives its path."""
+        path = self.folder / "index.html"
+        body = "\n".join(self._parts)
+        path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Benchmark report</title>'
+                        f"<style>{STYLE}</style><h1>Benchmark report</h1>\n{body}\n</html>\n", encoding="utf-8")
+        return path
+
+
+def build(
+    page: Page, records: Sequence[RunRecord], models: Sequence[dict[str, Any]], prompt_rate: float, generation: Sequence[float]
+) -> None:
+    """Puts everything that the runs can show on the page."""
+    from fastgen_jax.bench import figures
+
+    by_workload: dict[str, list[Curve]] = {}
+    for curve in curves(records):
+        by_workload.setdefault(curve.workload, []).append(curve)
+    for workload, group in by_workload.items():
+        slug = "".join(c if c.isalnum() else "-" for c in workload)
+        page.heading(f"Prompt/output {workload}")
+        page.figure(f"throughput-latency-{slug}", figures.throughput_latency(group))
+        for rate in generation:
+            page.figure(f"effective-{rate:g}-{slug}", figures.effective_throughput(group, rate, prompt_rate))
+        if set.intersection(*({s.num_clients for s in curve.summaries} for curve in group)):
+            page.figure(f"token-latency-{slug}", figures.token_latency(group))
+        page.markdown(policy_tables(group, prompt_rate, generation))
+    pictured: dict[str, RunRecord] = {}
+    for record in records:
+        if record.steps:
+            pictured[record.label] = record
+    if pictured:
+        page.heading("Which token ran in which step")
+    for i, record in enumerate(pictured.values()):
+        page.figure(f"steps-{i}", figures.steps(record))
+    if models:
+        page.heading("What a step costs")
+        page.figure("step-costs", figures.step_costs(models))
+    page.heading("How this was made")
+    page.commands(records)

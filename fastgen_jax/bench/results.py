@@ -1,0 +1,112 @@
+"""Results are files: one JSON line a run, with all that it takes to know what was measured and to measure it again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastgen_jax.bench.metrics import RequestTimes
+
+DIGITS = 6  # of a second: a microsecond
+PACKAGES = ("fastgen_jax", "jax", "jaxlib", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run of one load. Runs of equal `label` and different loads make a curve."""
+
+    label: str
+    """Who served: engine and policy, and the model and hardware where they are simulated."""
+    source: str
+    """ "measured" or "simulated"."""
+    load: dict[str, Any]
+    """`Load.facts`."""
+    requests: tuple[RequestTimes, ...]
+    num_refused: int = 0
+    num_failed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
+    """Machine, versions and command."""
+    steps: tuple[tuple[float, float, int, tuple[tuple[str, int, int], ...]], ...] = ()
+    """The first steps: start, end, tokens, and chunks as (request id, start, length)."""
+
+    @property
+    def num_clients(self) -> int | None:
+        """Of a closed loop."""
+        return self.load.get("num_clients")
+
+    @property
+    def workload(self) -> str:
+        """The load without its number of clients or its rate: what curves are drawn over."""
+        facts = self.load
+        if "trace" in facts:
+            return f"{facts['trace']}"
+        scale = facts.get("length_scale", 1.0)
+        return f"{facts['mean_prompt']}/{facts['mean_output']}" + (f" x {scale:g}" if scale != 1 else "")
+
+
+def context() -> dict[str, Any]:
+    """Versions and the command line; the same for the same command."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            continue
+    return {"versions": versions, "python": sys.version.split()[0], "command": shlex.join(sys.argv)}
+
+
+def append(path: Path, records: Iterable[RunRecord]) -> None:
+    """Adds runs to a file; times are rounded to microseconds."""
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(_to_jsonable(record), separators=(",", ":")) + "\n")
+
+
+def read(path: Path) -> list[RunRecord]:
+    """The runs in a file; lines of other kinds are passed over. ValueError if there is no run in it."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no runs: {error}; give a file that a benchmark wrote") from error
+    records = [_from_jsonable(line) for line in lines if isinstance(line, dict) and line.get("kind") == "run"]
+    if not records:
+        raise ValueError(f"{path} holds no runs; give a file that bench serve, bench policies or simulate wrote")
+    return records
+
+
+def _to_jsonable(record: RunRecord) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(record).items() if name not in ("requests", "steps")}
+    requests = [
+        [r.request_id, round(r.start, DIGITS), r.num_prompt_tokens, [round(at, DIGITS) for at in r.token_times]]
+        for r in record.requests
+    ]
+    steps = [[round(start, DIGITS), round(end, DIGITS), tokens, chunks] for start, end, tokens, chunks in record.steps]
+    return {"kind": "run", **fields, "requests": requests, "steps": steps}
+
+
+def _from_jsonable(line: dict[str, Any]) -> RunRecord:
+    requests = tuple(
+        RequestTimes(request_id=name, start=start, num_prompt_tokens=prompt, token_times=tuple(times))
+        for name, start, prompt, times in line["requests"]
+    )
+    steps = tuple(
+        (start, end, tokens, tuple((name, at, length) for name, at, length in chunks))
+        for start, end, tokens, chunks in line["steps"]
+    )
+    fields = {name: value for name, value in line.items() if name not in ("kind", "requests", "steps")}
+    return RunRecord(**fields, requests=requests, steps=steps)
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+

@@ -1,0 +1,192 @@
+"""`fastgen bench steps`: what a step costs on this device, as a model in tokens and attended contexts.
+
+Runs steps of known composition through the engine itself (batches of generation at several contexts, prompts alone,
+and both together), under sustained load, and fits: seconds = base of the compiled size + a for each row of logits + b for
+each position that a generated token attends to + c for each that a prompt's token attends to. `fastgen simulate --costs`
+reads the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgen_jax.bench import machine
+from fastgen_jax.bench.engine_options import add_engine_arguments, make_engine
+from fastgen_jax.bench.results import context, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measured step: its size, and the features that its cost is made of."""
+
+    size: int
+    """Of the compiled step that ran, tokens."""
+    num_tokens: int
+    num_sample_rows: int
+    decode_attended: int
+    prompt_attended: int
+    seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastgen bench steps`."""
+    add_engine_arguments(parser)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[32, 256, 512], help="contexts to generate at, tokens")
+    parser.add_argument("--generated", type=int, default=12, help="steps of each batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="of everything, in turns (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, help="file for the model; without it the model is only printed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, fits, prints and writes."""
+    engine = make_engine(args)
+    points = measure(engine, contexts=args.contexts, generated=args.generated, rounds=args.rounds)
+    model = fit(points, facts_of(engine, args.model))
+    print("\n".join(report(points, model)))
+    if args.output:
+        args.output.write_text(json.dumps({**model}, indent=1))
+    return 0
+
+
+def measure(engine: Any, *, contexts: Sequence[int], generated: int, rounds: int) -> list[Point]:
+    """Runs the batches and gives every step that took its usual time; the first two of each batch are not counted."""
+    from fastgen_jax.bench.driver import StepLog
+
+    limit = engine.config.max_context_len - generated - 1
+    contexts = sorted({min(context, limit) for context in contexts})
+    sizes = engine.config.budget_ladder
+    widths = sorted({min(size, engine.config.max_num_seqs) for size in sizes})
+    points: list[Point] = []
+    with StepLog(engine) as log:
+        for _ in range(rounds):
+            for width in widths:
+                for length in contexts:
+                    if width * (length + generated) <= engine.config.num_blocks * engine.config.block_size:
+                        _batch(engine, [length] * width, generated)
+            for length in (max(contexts), limit, *(min(limit, max(sizes) + size) for size in sizes)):
+                _batch(engine, [length], 1)  # prompts alone, whose steps attend to more and more, and end in every size
+            # Prompts beside generation, in all proportions.
+            _batch(engine, [contexts[-1] - 7 * i % contexts[-1] for i in range(engine.config.max_num_seqs)], generated)
+    for before, step in zip(log.steps, log.steps[1:], strict=False):
+        if step.start > before.read:  # the device was idle before: its first step is not like the others
+            continue
+        decode = sum(start + 1 for _, start, length in step.chunks if length == 1)
+        prompt = sum(n * start + n * (n + 1) // 2 for _, start, n in step.chunks if n > 1)
+        size = sizes[bisect_left(sizes, step.num_tokens)]
+        points.append(Point(size=size, num_tokens=step.num_tokens, num_sample_rows=step.num_sample_rows,
+                            decode_attended=decode, prompt_attended=prompt, seconds=step.seconds))
+    return points
+
+
+def _batch(engine: Any, lengths: Sequence[int], generated: int) -> None:
+    from fastgen_jax import SamplingParams
+
+    rng = np.random.default_rng(len(lengths) + sum(lengths))
+    for length in lengths:
+        params = SamplingParams(max_new_tokens=generated, ignore_eos=True, do_sample=False)
+        engine.add(rng.integers(0, engine.model.vocab_size, max(1, length)).tolist(), params)
+    while engine.has_work:
+        engine.step()
+
+
+FEATURES = ("num_sample_rows", "decode_attended", "prompt_attended")
+
+
+def fit(points: Sequence[Point], facts: dict[str, Any]) -> dict[str, Any]:
+    """The cost model as a JSON object, by least absolute relative errors, with coefficients that are not negative.
+
+    Least absolute errors, because a disturbed step is always slower and never faster. A compiled size that never ran
+    gets its base from its neighbours. Raises ValueError for fewer points than unknowns.
+    """
+    points = _undisturbed(points)
+    measured = sorted({point.size for point in points})
+    names = [name for name in FEATURES if any(getattr(point, name) for point in points)]
+    if len(points) < len(measured) + len(names):
+        raise ValueError(f"{len(points)} steps were measured; {len(measured) + len(names)} unknowns need more")
+    columns = [[float(point.size == size) for point in points] for size in measured]
+    columns += [[float(getattr(point, name)) for point in points] for name in names]
+    seconds = np.array([point.seconds for point in points])
+    matrix = np.array(columns).T
+    active = list(range(matrix.shape[1]))
+    while True:  # drop what came out negative and fit again
+        solution = _least_absolute(matrix[:, active], seconds)
+        if solution.min() >= 0:
+            break
+        active.pop(int(solution.argmin()))
+    values = dict.fromkeys(range(matrix.shape[1]), 0.0) | dict(zip(active, map(float, solution), strict=True))
+    found = dict(zip(names, (values[len(measured) + i] for i in range(len(names))), strict=True))
+    sizes = facts["engine"]["step_sizes"]
+    base = np.interp(sizes, measured, [values[i] for i in range(len(measured))])
+    predicted = matrix @ np.array([values[i] for i in range(matrix.shape[1])])
+    return {
+        "sizes": list(sizes),
+        "base": [float(x) for x in base],
+        "per_row": found.get("num_sample_rows", 0.0),
+        "per_decode_attended": found.get("decode_attended", 0.0),
+        "per_prompt_attended": found.get("prompt_attended", 0.0),
+        "host_seconds": facts["host_seconds"],
+        "facts": {**facts, "num_points": len(points), "median_error": float(np.median(np.abs(predicted / seconds - 1)))},
+    }
+
+
+def _least_absolute(matrix: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Coefficients of least absolute relative errors, by least squares that are weighted again and again."""
+    weights = 1 / seconds
+    solution = np.zeros(matrix.shape[1])
+    for _ in range(30):  # converges linearly; the noise is reached long before
+        solution = np.linalg.lstsq(matrix * weights[:, None], seconds * weights, rcond=None)[0]
+        scale = np.maximum(matrix @ solution, 0.1 * seconds)
+        relative = np.abs(matrix @ solution - seconds) / scale
+        weights = 1 / (scale * np.sqrt(np.maximum(relative, 0.01)))  # within 1 % all errors count alike
+    return solution
+
+
+def _undisturbed(points: Sequence[Point]) -> list[Point]:
+    kinds: dict[tuple[int, int], list[float]] = {}
+    for point in points:
+        kinds.setdefault((point.size, point.num_sample_rows), []).append(point.seconds)
+    medians = {kind: statistics.median(values) for kind, values in kinds.items()}
+    return [point for point in points if point.seconds <= 2 * medians[point.size, point.num_sample_rows]]
+
+
+def facts_of(engine: Any, model: str) -> dict[str, Any]:
+    """What the measurement was made with."""
+    config, snapshot = engine.config, engine.metrics.snapshot()
+    return {
+        "model": model,
+        "machine": machine.describe(),
+        "host_seconds": (snapshot["plan_ms"] + snapshot["pack_ms"] + snapshot["dispatch_ms"]) / 1e3,
+        "engine": {
+            "step_sizes": list(config.budget_ladder), "max_num_seqs": config.max_num_seqs, "num_blocks": config.num_blocks,
+            "block_size": config.block_size, "max_context_len": config.max_context_len, "overlap": config.overlap,
+            "dtype": config.dtype, "quantize": config.quantize,
+        },
+        **context(),
+    }
+
+
+def report(points: Sequence[Point], model: dict[str, Any]) -> list[str]:
+    """Lines of Markdown: FastGen's first insight, the time of a step against the tokens in it, then the model."""
+    rows = []
+    for size, base in zip(model["sizes"], model["base"], strict=True):
+        here = [p for p in points if p.size == size]
+        full = [p for p in here if p.num_tokens > 0.9 * size]
+        median = 1e3 * statistics.median(p.seconds for p in full) if full else None
+        rate = f"{size / median * 1e3:.0f}" if median else "-"
+        rows.append((size, len(here), "-" if median is None else f"{median:.1f}", rate, f"{1e3 * base:.1f}"))
+    return [
+        *table(("tokens", "steps measured", "full step, median ms", "tokens/s", "base ms"), rows),
+        "",
+        f"{1e6 * model['per_row']:.1f} us a row of logits, {1e9 * model['per_decode_attended']:.1f} ns a position attended in "
+        f"generation, {1e9 * model['per_prompt_attended']:.2f} ns in prompts, {1e3 * model['host_seconds']:.2f} ms of host a step; "
+        f"median error {model['facts']['median_error']:.1%} over {model['facts']['num_points']} steps",
+    ]

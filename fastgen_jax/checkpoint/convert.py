@@ -1,0 +1,43 @@
+"""Any checkpoint as an inference snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastgen_jax.checkpoint.base import Checkpoint
+from fastgen_jax.checkpoint.gguf_file import GGUFFile, vocabulary_file
+from fastgen_jax.checkpoint.load import load_params
+from fastgen_jax.checkpoint.snapshot import save_snapshot
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer.gguf", "*.tiktoken", "tekken.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+
+
+def convert(
+    checkpoint: Checkpoint, out: str | Path, *, prepare: Callable[[str, Any], Any], progress: bool = False
+) -> None:
+    """Writes a snapshot of `checkpoint` into the new directory `out`, local or gs://.
+
+    `prepare(path, array)` gives each weight the form that it is kept in: a host array or an `Int8Weight` of them. The
+    host holds the whole model in that form. Raises ValueError as `load_params` and `save_snapshot` do, and if there is
+    no tokenizer.
+    """
+    files = tokenizer_files(checkpoint.tokenizer_source)
+    if not files:
+        raise ValueError(f"{checkpoint.path} has no tokenizer files; put tokenizer.json or tokenizer.model beside the "
+                         "weights")
+    params = load_params(checkpoint, dtype=None, stack_layers=False, prepare=prepare, progress=progress)
+    save_snapshot(out, params, checkpoint.config_json, tokenizer_files=files)
+
+
+def tokenizer_files(source: Path | GGUFFile) -> Mapping[str, bytes]:
+    """The files that `load_tokenizer` reads, by name; of a GGUF file its metadata, without the weights."""
+    if isinstance(source, GGUFFile):
+        return {"tokenizer.gguf": vocabulary_file(source)}
+    found = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern)})
+    return {file.relative_to(source).as_posix(): file.read_bytes() for file in found}

@@ -1,0 +1,258 @@
+"""Inference snapshots: weights as the model computes with them, beside their config and tokenizer.
+
+    config.json     the fields of a Hugging Face config.json
+    fastgen.json    what this is: format, dtype, quantize
+    tokenizer/      the tokenizer's own files
+    params/         an Orbax checkpoint of a flat dict: "embed", "layers.qkv.0", "layers.qkv.1", ...
+
+Nothing has to be joined, turned or dequantised when one is loaded, and Orbax reads each weight straight into the
+sharding and dtype that are asked for, whatever mesh wrote it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from fastgen_jax.checkpoint.base import missing_tensor
+from fastgen_jax.checkpoint.huggingface import model_config, read_json
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.params import Params, param_specs
+
+FORMAT = 1
+MARKER = "fastgen.json"
+_INT8_FIELDS = ("values", "scales")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotCheckpoint:
+    """See `Checkpoint`; its tensors are the weights of `param_specs`, a layer's with the layer's number behind."""
+
+    path: Path
+    config: ModelConfig
+    config_json: Mapping[str, Any]
+    quantize: str | None
+    """"int8" if the matrices are `Int8Weight`s, else None."""
+    arrays: Mapping[str, Any]  # name -> Orbax's metadata of an array, or of the two of an Int8Weight
+
+    @classmethod
+    def open(cls, path: Path) -> SnapshotCheckpoint:
+        """Reads the metadata; ValueError if the snapshot is incomplete, damaged or of a later format."""
+        marker = read_json(path / MARKER)
+        if marker.get("format") != FORMAT:
+            raise ValueError(f"{path / MARKER} has format {marker.get('format')!r}, but this version reads {FORMAT}; "
+                             "convert the original checkpoint again")
+        hf = read_json(path / "config.json")
+        if not (path / "params").exists():
+            raise ValueError(f"{path} has no params: its conversion was interrupted; convert the original again")
+        try:
+            metadata = _checkpointer().metadata(path / "params").item_metadata
+            arrays = dict(metadata.tree)
+        except Exception as error:  # Orbax and TensorStore have many ways to say so
+            raise ValueError(f"{path / 'params'} is damaged ({_first_line(error)}); convert the original again") from error
+        return cls(path=path, config=model_config(hf, path / "config.json"), config_json=hf,
+                   quantize=marker.get("quantize"), arrays=arrays)
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        return frozenset(self.arrays)
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        specs = param_specs(self.config)
+        layer = specs.pop("layers")
+        return ({path: Source(path) for path in specs}
+                | {f"layers.{name}": Source(f"layers.{name}.{{layer}}") for name in layer})
+
+    @property
+    def tokenizer_source(self) -> Path:
+        """The tokenizer's files; those of a remote snapshot are copied into a temporary folder."""
+        folder = self.path / "tokenizer"
+        if not folder.exists():
+            raise ValueError(f"{self.path} has no tokenizer; convert the original again, or work with token ids")
+        return folder if isinstance(folder, Path) and not _is_remote(folder) else _local_copy(folder)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        stored = self._stored(name)
+        return tuple((stored["values"] if isinstance(stored, Mapping) else stored).shape)
+
+    def dtype(self, name: str) -> str:
+        stored = self._stored(name)
+        return str(np.dtype((stored["values"] if isinstance(stored, Mapping) else stored).dtype))
+
+    def read(self, name: str) -> Any:
+        """One weight on the host, as stored: an array, or an `Int8Weight` of arrays."""
+        return self.restore(name)
+
+    def restore(self, name: str, *, dtype: Any = None, sharding: Any = None) -> Any:
+        """One weight, in `dtype` (int8 stays what it is) and, with a `sharding`, straight on its devices.
+
+        Every device reads its own part. The scales of an `Int8Weight` follow the columns of its values.
+        """
+        import orbax.checkpoint as ocp
+
+        from pallas_kernels.matmul import Int8Weight
+
+        def target(where: Any, dtype: Any) -> Any:
+            if where is None:
+                return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+            return ocp.ArrayRestoreArgs(sharding=where, dtype=dtype)
+
+        if isinstance(self._stored(name), Mapping):
+            how = {"values": target(sharding, None), "scales": target(_of_columns(sharding), None)}
+        else:
+            how = target(sharding, dtype)
+        try:
+            found = _checkpointer().restore(self.path / "params", args=ocp.args.PyTreeRestore(
+                item={name: dict.fromkeys(how, 0) if isinstance(how, dict) else 0}, restore_args={name: how},
+                partial_restore=True,
+            ))[name]
+        except Exception as error:  # Orbax and TensorStore have many ways to say so
+            raise ValueError(f"{self.path}: the weight {name!r} cannot be read ({_first_line(error)}); the snapshot is "
+                             "damaged, convert the original again") from error
+        return Int8Weight(**found) if isinstance(found, Mapping) else found
+
+    def _stored(self, name: str) -> Any:
+        if name not in self.arrays:
+            raise missing_tensor(name, self.path, self.arrays)
+        return self.arrays[name]
+
+
+def save_snapshot(
+    out: str | Path,
+    params: Params,
+    config_json: Mapping[str, Any],
+    *,
+    tokenizer_files: Mapping[str, bytes],
+    dtype: Any = None,
+) -> None:
+    """Writes a snapshot into the new directory `out`, local or gs://; ValueError if there is something already.
+
+    `params` may be stacked or not, on the host or on any mesh; matrices may be `Int8Weight`s. `dtype` converts what is
+    floating point (not the scales of int8); None keeps it. `config_json` has the fields of a Hugging Face config.json,
+    `tokenizer_files` what `load_tokenizer` reads in a directory.
+    """
+    import jax
+
+    folder = as_path(out)
+    model_config(config_json, "config_json")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; choose another directory, or remove it first")
+    tree = dict(_flat(params, dtype))
+    quantized = any(isinstance(leaf, Mapping) for leaf in tree.values())
+    dtypes = {str(leaf.dtype) for leaf in tree.values() if not isinstance(leaf, Mapping)}
+    marker = {"format": FORMAT, "dtype": "/".join(sorted(dtypes)), "quantize": "int8" if quantized else None}
+    if jax.process_index() == 0:
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        for name, content in tokenizer_files.items():
+            target = folder / "tokenizer" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+    import orbax.checkpoint as ocp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax warns about shardings that host arrays do not have
+        _checkpointer().save(_absolute(folder) / "params", args=ocp.args.PyTreeSave(tree))
+
+
+def as_path(path: str | Path) -> Path:
+    """A local path, or one of gs:// and the like, which behaves the same where `etils` supports it."""
+    if "://" not in str(path):
+        return Path(path)
+    _require_orbax()
+    from etils import epath
+
+    try:
+        return cast(Path, epath.Path(path))
+    except KeyError as error:
+        raise ValueError(f"{path}: this kind of address is not supported; supported: local paths, gs://, s3://") from error
+
+
+def _flat(params: Params, dtype: Any) -> Iterator[tuple[str, Any]]:
+    """Every weight under its name in the file: stacked layers are taken apart."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.matmul import Int8Weight
+
+    def stored(leaf: Any) -> Any:
+        if isinstance(leaf, Int8Weight):
+            return {field: getattr(leaf, field) for field in _INT8_FIELDS}
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            raise ValueError(f"a {type(leaf).__name__} cannot be saved: prepared weights belong to one machine; pass the "
+                             "params of load_params, without prepare")
+        return leaf if dtype is None else leaf.astype(jnp.dtype(dtype))
+
+    for name, leaf in params.items():
+        if name != "layers":
+            yield name, stored(leaf)
+    layers = params["layers"]
+    if isinstance(layers, dict):
+        for name, leaf in layers.items():
+            for i in range(leaf.shape[0]):
+                yield f"layers.{name}.{i}", stored(jax.tree.map(lambda x, i=i: x[i], leaf))
+    else:
+        for i, layer in enumerate(layers):
+            for name, leaf in layer.items():
+                yield f"layers.{name}.{i}", stored(leaf)
+
+
+def _of_columns(sharding: Any) -> Any:
+    """The sharding of one number a column, given that of the matrix."""
+    import jax
+
+    if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) > 1:
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:-2], sharding.spec[-1]))
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
+
+
+@functools.cache
+def _checkpointer() -> Any:
+    _require_orbax()
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each array that it reads
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+
+def _require_orbax() -> None:
+    try:
+        import orbax.checkpoint  # noqa: F401
+    except ImportError as error:
+        raise ValueError("snapshots need Orbax, which is not installed; pip install orbax-checkpoint") from error
+
+
+def _absolute(folder: Path) -> Path:
+    return folder.absolute() if isinstance(folder, Path) and not _is_remote(folder) else folder
+
+
+def _is_remote(path: Path) -> bool:
+    return "://" in str(path)
+
+
+def _local_copy(folder: Path) -> Path:
+    target = Path(tempfile.mkdtemp(prefix="fastgen-tokenizer-"))
+    for file in folder.glob("**/*"):
+        if not file.is_dir():
+            local = target / file.relative_to(folder)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            local.write_bytes(file.read_bytes())
+    return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,29 @@
+"""`fastgen convert`: any checkpoint as an inference snapshot."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    parser.add_argument("model", metavar="MODEL", help="directory, .gguf file, built-in name or repo id")
+    parser.add_argument("out", metavar="OUT", help="a new directory for the snapshot, local or gs://")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
+                        help="number format of what is not quantised (default: %(default)s)")
+    parser.add_argument("--quantize", choices=("int8",), help="keep matrices as int8, one scale an output channel")
+
+
+def run(options: dict[str, Any]) -> int:
+    """Runs the command on its parsed options and returns the exit code."""
+    from fastgen_jax.checkpoint import open_checkpoint, resolve_model
+    from fastgen_jax.checkpoint.convert import convert
+    from fastgen_jax.engine.weights import host_leaf
+
+    checkpoint = open_checkpoint(resolve_model(options["model"]))
+    prepare = functools.partial(host_leaf, dtype=options["dtype"], quantize=options["quantize"])
+    convert(checkpoint, options["out"], prepare=prepare, progress=True)
+    print(f"{options['out']} is ready: fastgen generate --model {options['out']} \"...\"")
+    return 0

@@ -1,0 +1,68 @@
+"""`fastgen inspect`: what a checkpoint holds, from its headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from dataclasses import fields
+from typing import Any
+
+KV_DTYPES = {"float32": 4, "bfloat16": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    parser.add_argument("model", metavar="PATH", help="directory, .gguf file, built-in name or repo id")
+    parser.add_argument("--template", action="store_true", help="print the chat template in full")
+
+
+def run(options: dict[str, Any]) -> int:
+    """Runs the command on its parsed options and returns the exit code."""
+    from fastgen_jax.checkpoint import open_checkpoint, resolve_model
+
+    checkpoint = open_checkpoint(resolve_model(options["model"]))
+    for name, value in describe(checkpoint).items():
+        print(f"{name:<16}{value}")
+    print("config")
+    for field in fields(checkpoint.config):
+        value = getattr(checkpoint.config, field.name)
+        if value != field.default:  # what is as in most models says nothing
+            print(f"  {field.name:<22}{value}")
+    try:
+        tokenizer = _tokenizer(checkpoint)
+    except ValueError as error:
+        print(f"tokenizer       none: {error}")
+        return 0
+    names = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_ids}
+    print(f"tokenizer       {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, "
+          + ", ".join(f"{name} {value}" for name, value in names.items()))
+    print(f"chat templates  {', '.join(tokenizer.templates) or 'none'}")
+    if options["template"]:
+        for name, text in tokenizer.templates.items():
+            print(f"--- {name}\n{text}")
+    return 0
+
+
+def describe(checkpoint: Any) -> dict[str, str]:
+    """The facts of a checkpoint that take no reading of weights, by name."""
+    config = checkpoint.config
+    stored: Counter[str] = Counter()
+    for name in checkpoint.tensor_names:
+        stored[checkpoint.dtype(name)] += math.prod(checkpoint.shape(name))
+    total = sum(stored.values())
+    shares = ", ".join(f"{dtype} {100 * count / total:.1f} %" for dtype, count in stored.most_common())
+    kv = ", ".join(f"{config.kv_bytes_per_token(size):,} as {dtype}" for dtype, size in KV_DTYPES.items())
+    return {
+        "path": str(checkpoint.path),
+        "architecture": ", ".join(checkpoint.config_json["architectures"]),
+        "parameters": f"{config.num_params:,}",
+        "stored as": shares,
+        "KV bytes/token": kv,
+    }
+
+
+def _tokenizer(checkpoint: Any) -> Any:
+    from fastgen_jax.text import load_tokenizer
+
+    return load_tokenizer(checkpoint.tokenizer_source)

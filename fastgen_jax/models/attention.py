@@ -1,0 +1,165 @@
+"""The attention half of a layer, between its norm and the residual stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
+from fastgen_jax.models.layers import norm, project
+from fastgen_jax.models.mla import expand_values, latent_heads
+from fastgen_jax.models.rope import rotation
+from pallas_kernels.ragged_attention import ragged_attention
+from pallas_kernels.rotary import rotary
+
+_NO_WINDOW = np.iinfo(np.int32).max  # the window of a layer that sees everything, where others do not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What all layers of a step share."""
+
+    batch: RaggedBatch
+    num_tokens: jax.Array  # i32: tokens from there on are padding
+    rotations: dict[RopeConfig, tuple[jax.Array, jax.Array]]  # cosines and sines f32[T, R/2]
+    query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
+    num_blocks: int  # N
+    attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]  # `ragged_attention`, or what stands in for it
+
+    def num_rows(self, rows: jax.Array | None) -> jax.Array:
+        """How many of the tokens, or of the sampled `rows`, are no padding."""
+        return self.num_tokens if rows is None else self.batch.num_sample_rows
+
+
+def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """x[rows], or all of x."""
+    return x if rows is None else jnp.take(x, rows, axis=0)
+
+
+def prepare_step(
+    batch: RaggedBatch, kv_cache: KVCache, *, config: ModelConfig, implementation: str | Callable[..., Any] | None
+) -> Step:
+    """Computes once what depends on positions alone."""
+    rotations = {
+        rope: rotation(batch.positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim)
+        for rope in config.ropes
+    }
+    # Without the barrier XLA moves the cosines into every layer that uses them.
+    values = jax.lax.optimization_barrier(tuple(rotations.values()))
+    scale = None
+    if config.logn_length is not None:  # keeps the entropy of attention as it was at the trained length
+        length = (batch.positions + 1).astype(jnp.float32)
+        scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
+    return Step(
+        batch=batch, num_tokens=batch.query_starts[-1],
+        rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
+        num_blocks=kv_cache.k.shape[0] // config.num_layers,
+        attend=implementation if callable(implementation) else partial(ragged_attention, implementation=implementation),
+    )
+
+
+def attention(
+    x: jax.Array,
+    w: dict[str, Any],
+    cache: KVCache,
+    step: Step,
+    index: jax.Array | int,
+    rows: jax.Array | None,
+    *,
+    config: ModelConfig,
+    residual: jax.Array | None,
+) -> tuple[jax.Array, KVCache]:
+    """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step.
+
+    `rows` i32[R] are the tokens whose results [R, E] are wanted, and those that `residual` holds; None stands for all.
+    """
+    batch, d = step.batch, config.head_dim
+    q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
+    if step.query_scale is not None:
+        q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
+    if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
+        q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))) for part in (q, key, value))
+    out, k_cache, v_cache = step.attend(
+        q,
+        key,
+        value,
+        cache.k,
+        cache.v,
+        kv_slots=batch.kv_slots,
+        query_starts=batch.query_starts,
+        context_lens=batch.context_lens,
+        block_tables=batch.block_tables,
+        layer=index,
+        num_blocks=step.num_blocks,
+        scale=1.0 / math.sqrt(d) if config.attention_scale is None else config.attention_scale,
+        sliding_window=_window_of(config, index),
+        soft_cap=config.attention_soft_cap,
+        alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
+        sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
+    )
+    out = take_rows(out[..., :d], rows)
+    if config.mla is not None:
+        out = expand_values(out, w, config=config.mla)
+    out = out.reshape(out.shape[0], -1)
+    return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), KVCache(k=k_cache, v=v_cache)
+
+
+def _heads(
+    x: jax.Array, w: dict[str, Any], step: Step, turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [T, H, D], keys and values [T, K, D] of `x` [T, E], normalised and rotated as the config says."""
+    h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
+    if config.mla is not None:
+        assert turn is not None, "latent attention rotates in every layer"
+        q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h, num_tokens=step.num_tokens)
+        return q, latent, latent
+    qkv = project(x, w, "qkv", num_rows=step.num_tokens).reshape(-1, h + 2 * k, d)  # [T, H + 2K, D]
+    if config.qk_norm is not None:
+        q, key = (_qk_norm(part, w, name, config) for part, name in ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm")))
+        qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
+    if turn is None:
+        return qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
+    return rotary(qkv, *turn, num_heads=h)
+
+
+def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, config: ModelConfig) -> jax.Array:
+    """Queries or keys [T, heads, D], normalised over each head or over all of them at once."""
+    if config.qk_norm == "row":
+        return norm(x.reshape(x.shape[0], -1), w, name, config=config).reshape(x.shape)
+    return norm(x, w, name, config=config)
+
+
+def _rotation_of(
+    step: Step, config: ModelConfig, index: jax.Array | int
+) -> tuple[jax.Array, jax.Array] | None:
+    """Cosines and sines of a layer; None if it does not rotate."""
+    ropes = config.layer_ropes or (config.rope,)
+    if same_for_all(ropes) or isinstance(index, int):
+        rope = ropes[0] if same_for_all(ropes) else ropes[int(index)]
+        return None if rope is None else step.rotations[rope]
+    kinds = tuple(dict.fromkeys(ropes))
+    some_cos, some_sin = next(iter(step.rotations.values()))
+    # A layer without rotation turns by an angle of zero.
+    tables = [(jnp.ones_like(some_cos), jnp.zeros_like(some_sin)) if rope is None else step.rotations[rope]
+              for rope in kinds]
+    kind = jnp.asarray([kinds.index(rope) for rope in ropes], jnp.int32)[index]
+    cos, sin = (jnp.stack(table)[kind] for table in zip(*tables, strict=True))
+    return cos, sin
+
+
+def _window_of(config: ModelConfig, index: jax.Array | int) -> int | jax.Array | None:
+    """Tokens that a layer looks back on; None for all."""
+    windows = config.layer_windows
+    if not windows or same_for_all(windows):
+        return windows[0] if windows else None
+    if isinstance(index, int):
+        return windows[index]
+    return jnp.asarray([_NO_WINDOW if window is None else window for window in windows], jnp.int32)[index]

@@ -1,0 +1,81 @@
+"""The decoder without a cache, for training and for research: every token of equally long sequences, differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.decoder import forward
+from fastgen_jax.models.params import Params
+
+
+def dense_forward(params: Params, token_ids: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """Logits f32[N, P, V] of N sequences of P tokens each, token_ids i32[N, P].
+
+    It is `forward` itself on one batch that holds all sequences whole, with attention in one matrix product instead of
+    over a blocked cache, so that what is trained here is what the engine computes. The scores take N * H * P * P numbers.
+    """
+    num_sequences, length = token_ids.shape
+    num_tokens = num_sequences * length
+    zeros = jnp.zeros(num_tokens, jnp.int32)
+    batch = RaggedBatch(
+        token_ids=token_ids.reshape(num_tokens),
+        token_slots=zeros,
+        positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), num_sequences),
+        rope_lengths=jnp.full(num_tokens, length, jnp.int32),
+        kv_slots=zeros,
+        query_starts=jnp.arange(num_sequences + 1, dtype=jnp.int32) * length,
+        context_lens=jnp.full(num_sequences, length, jnp.int32),
+        block_tables=jnp.zeros((num_sequences, 0), jnp.int32),
+        sample_rows=jnp.arange(num_tokens, dtype=jnp.int32),
+        num_sample_rows=jnp.asarray(num_tokens, jnp.int32),
+    )
+    nothing = KVCache.zeros(num_layers=config.num_layers, num_blocks=0, num_kv_heads=config.num_kv_heads, block_size=1,
+                            head_dim=config.head_dim, dtype=params["embed"].dtype)
+    logits, _ = forward(params, nothing, batch, config=config, attention=causal_attention)
+    return logits.reshape(num_sequences, length, -1)
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    query_starts: jax.Array,
+    scale: float,
+    sliding_window: int | jax.Array | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    **cache_layout: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`ragged_attention` of sequences that begin in this batch and are all equally long; the caches stay untouched."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, num_sequences = k.shape[1], query_starts.shape[0] - 1
+    length = num_tokens // num_sequences
+    queries = q.reshape(num_sequences, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    keys, values = (x.reshape(num_sequences, length, num_kv_heads, head_dim) for x in (k, v))
+    scores = scale * jnp.einsum("nqkgd,njkd->nkgqj", queries, keys, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    distance = jnp.arange(length)[None, :] - jnp.arange(length)[:, None]  # [query, key], 0 on the diagonal
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.reshape(num_kv_heads, -1)[:, :, None, None]
+        scores = scores + slopes * distance.astype(jnp.float32)
+    is_visible = distance <= 0
+    if sliding_window is not None:
+        is_visible &= distance > -sliding_window
+    scores = jnp.where(is_visible, scores, -jnp.inf)
+    if sinks is not None:  # one more logit a head, which takes probability and carries no value
+        sink = jnp.broadcast_to(sinks.reshape(num_kv_heads, -1)[:, :, None, None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+    else:
+        weights = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("nkgqj,njkd->nqkgd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype), k_cache, v_cache

@@ -1,0 +1,137 @@
+"""DeepSeek V2: latent attention, dense layers first, then experts chosen from the best groups of experts.
+
+V3 is read by the same functions, see deepseek_v3.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.experts import expert_names
+from fastgen_jax.models.families.rope import rotary
+from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
+
+ARCHITECTURES = ("DeepseekV2ForCausalLM",)
+FEATURES = "latent attention (latents are cached); dense layers first; experts in groups; shared experts; YaRN"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    # transformers normalises the weights of the chosen in no case, whatever norm_topk_prob says.
+    common.refuse_unsupported(hf, {
+        "topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",), "norm_topk_prob": (False, None),
+    })
+    in_groups = hf.first("topk_method", "scoring_func", "norm_topk_prob", default="greedy") == "group_limited_greedy"
+    num_groups, groups_per_token = hf.get("n_group"), hf.get("topk_group")
+    return ModelConfig(
+        family="deepseek_v2",
+        **latent_model(hf, max_context_len=2048),
+        moe=MoEConfig(
+            **experts(hf),
+            num_groups=num_groups if in_groups else 1,
+            groups_per_token=groups_per_token if in_groups else 1,
+        ),
+    )
+
+
+def latent_model(hf: Fields, *, max_context_len: int) -> dict[str, Any]:
+    """Everything but the experts, as keyword arguments of `ModelConfig`."""
+    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "mlp_bias": (False,), "moe_layer_freq": (1,)})
+    # What the others say follows from the sizes, or concerns training and the layer that predicts a second token.
+    hf.first("hidden_act", "mlp_bias", "moe_layer_freq", "head_dim", "qk_head_dim", "num_key_value_heads",
+             "num_local_experts", "aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers")
+    nope_dim, rope_dim, kv_rank = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["kv_lora_rank"]
+    positions = rotary(hf, max_context_len=max_context_len)
+    positions["rope"] = dataclasses.replace(positions["rope"], dim=rope_dim)
+    bias = hf.get("attention_bias", False)
+    return {
+        "vocab_size": hf["vocab_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "embed_dim": hf["hidden_size"],
+        "num_heads": hf["num_attention_heads"],
+        "num_kv_heads": 1,
+        "head_dim": kv_rank + rope_dim,
+        "mlp_dim": hf["intermediate_size"],
+        **positions,
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "attention_scale": _attention_scale(nope_dim + rope_dim, positions["rope"]),
+        "o_bias": bias,
+        "mla": MLAConfig(
+            kv_rank=kv_rank,
+            rope_dim=rope_dim,
+            nope_dim=nope_dim,
+            v_dim=hf["v_head_dim"],
+            q_rank=hf.get("q_lora_rank"),
+            rope_interleaved=hf.get("rope_interleave", True),
+            kv_bias=bias,
+        ),
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
+        **common.special_tokens(hf),
+    }
+
+
+def experts(hf: Fields) -> dict[str, Any]:
+    """What V2 and V3 say alike of their experts, as keyword arguments of `MoEConfig`."""
+    return {
+        "num_experts": hf["n_routed_experts"],
+        "experts_per_token": hf["num_experts_per_tok"],
+        "expert_dim": hf["moe_intermediate_size"],
+        "layers": tuple(range(hf.get("first_k_dense_replace", 0), hf["num_hidden_layers"])),
+        "scale": hf.get("routed_scaling_factor", 1.0),
+        "shared_dim": hf["moe_intermediate_size"] * (hf.get("n_shared_experts") or 0),
+    }
+
+
+def _attention_scale(qk_dim: int, rope: RopeConfig) -> float:
+    """1 / sqrt(D), sharpened where YaRN's `mscale_all_dim` says so."""
+    scale = qk_dim**-0.5
+    if rope.kind == "default" or not rope.mscale_all_dim or rope.factor <= 1.0:
+        return scale
+    return scale * (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    attention = "model.layers.{layer}.self_attn"
+    mla = config.mla
+    assert mla is not None, "this family has latent attention"
+    paired = {}
+    if mla.rope_interleaved:
+        per_head = mla.nope_dim + mla.rope_dim
+        paired = {
+            "layers.q": _pairs_apart(config.num_heads, per_head, mla.rope_dim),
+            "layers.q_b": _pairs_apart(config.num_heads, per_head, mla.rope_dim),
+            "layers.kv_a": _pairs_apart(1, mla.kv_rank + mla.rope_dim, mla.rope_dim),
+        }
+    return common.sources_from(config, {
+        **common.LLAMA_NAMES,
+        **expert_names(config, shared="shared_experts"),
+        "layers.q": f"{attention}.q_proj",
+        "layers.q_a": f"{attention}.q_a_proj",
+        "layers.q_a_norm": f"{attention}.q_a_layernorm",
+        "layers.q_b": f"{attention}.q_b_proj",
+        "layers.kv_a": f"{attention}.kv_a_proj_with_mqa",
+        "layers.kv_a_norm": f"{attention}.kv_a_layernorm",
+        "layers.kv_b": f"{attention}.kv_b_proj",
+        "layers.choice_bias": Source("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
+    }, rearrange=paired)
+
+
+def _pairs_apart(heads: int, head_dim: int, rope_dim: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Reorders the last `rope_dim` outputs of each head from x0 y0 x1 y1 ... to x0 x1 ... y0 y1 ..., as `rotate` pairs."""
+
+    def rearrange(x: np.ndarray) -> np.ndarray:
+        per_head = x.reshape(*x.shape[:-1], heads, head_dim)
+        still, turning = per_head[..., :-rope_dim], per_head[..., -rope_dim:]
+        return np.concatenate([still, turning[..., ::2], turning[..., 1::2]], axis=-1).reshape(x.shape)
+
+    return rearrange

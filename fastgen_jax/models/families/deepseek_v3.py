@@ -1,0 +1,34 @@
+"""DeepSeek V3 and R1: as V2, but experts are scored by sigmoids, with a learned bias that balances the choice."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields
+from fastgen_jax.models.families.deepseek_v2 import experts, latent_model, sources
+from fastgen_jax.models.moe_config import MoEConfig
+
+__all__ = ["ARCHITECTURES", "FEATURES", "config_from_hf", "sources"]
+
+ARCHITECTURES = ("DeepseekV3ForCausalLM",)
+FEATURES = "as DeepSeek V2, with sigmoid scores and a bias of the choice; bfloat16 weights, not FP8"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    common.refuse_unsupported(hf, {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})
+    hf.first("topk_method", "scoring_func")
+    return ModelConfig(
+        family="deepseek_v3",
+        **latent_model(hf, max_context_len=4096),
+        moe=MoEConfig(
+            **experts(hf),
+            scores="sigmoid",
+            choice_bias=True,
+            normalize=hf.get("norm_topk_prob", True),
+            num_groups=hf.get("n_group", 1),
+            groups_per_token=hf.get("topk_group", 1),
+            group_score="two_best",
+        ),
+    )

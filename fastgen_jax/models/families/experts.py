@@ -1,0 +1,38 @@
+"""What the families with experts share when they name their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastgen_jax.models.config import ModelConfig
+
+
+def expert_names(
+    config: ModelConfig,
+    *,
+    block: str = "model.layers.{layer}.mlp",
+    router: str = "gate",
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    shared: str = "shared_expert",
+) -> dict[str, str | Sequence[str]]:
+    """The modules of the router, of every expert and of the shared expert, for `sources_from`.
+
+    `block` is the module that holds them; expert 3 is `<block>.experts.3`, with the matrices `gate`, `up` and `down`.
+    """
+    assert config.moe is not None, "only a family with experts asks for their names"
+    experts = range(config.moe.num_experts)
+    return {
+        "layers.router": f"{block}.{router}",
+        "layers.expert_gate_up": [f"{block}.experts.{i}.{part}" for i in experts for part in (gate, up)],
+        "layers.expert_down": [f"{block}.experts.{i}.{down}" for i in experts],
+        "layers.shared_gate_up": (f"{block}.{shared}.{gate}", f"{block}.{shared}.{up}"),
+        "layers.shared_down": f"{block}.{shared}.{down}",
+        "layers.shared_gate": f"{block}.{shared}_gate",
+    }
+
+
+def sparse_layers(num_layers: int, *, step: int, dense: Sequence[int]) -> tuple[int, ...]:
+    """The layers with experts: every `step`th, counted from one, but for those in `dense`."""
+    return tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)

@@ -1,0 +1,38 @@
+"""Gemma: norms that store weight - 1, embeddings times sqrt(E), gated tanh-GELU."""
+
+from __future__ import annotations
+
+import math
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
+
+ARCHITECTURES = ("GemmaForCausalLM",)
+FEATURES = "2B and 7B, version 1.1; CodeGemma"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    bias = hf.get("attention_bias", False)
+    # The first release says "gelu" and means its tanh form.
+    common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu", "gelu_pytorch_tanh", None)))
+    return ModelConfig(
+        family="gemma",
+        **common.sizes(hf) | {"head_dim": hf.get("head_dim") or 256},
+        **rotary(hf, max_context_len=8192),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_offset=1.0,
+        embed_multiplier=math.sqrt(hf["hidden_size"]),
+        tie_embeddings=hf.get("tie_word_embeddings", True),
+        qkv_bias=bias,
+        o_bias=bias,
+        activation="gelu_tanh",
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, common.LLAMA_NAMES)

@@ -1,0 +1,49 @@
+"""Gemma 2: norms before and after attention and MLP, soft caps, every other layer with a window."""
+
+from __future__ import annotations
+
+import math
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
+
+ARCHITECTURES = ("Gemma2ForCausalLM",)
+FEATURES = "2B, 9B and 27B"
+
+_LAYER = "model.layers.{layer}."
+NAMES = common.LLAMA_NAMES | {
+    "layers.post_attn_norm": f"{_LAYER}post_attention_layernorm",
+    "layers.mlp_norm": f"{_LAYER}pre_feedforward_layernorm",
+    "layers.post_mlp_norm": f"{_LAYER}post_feedforward_layernorm",
+}
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    bias = hf.get("attention_bias", False)
+    common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", None)))
+    return ModelConfig(
+        family="gemma2",
+        **common.sizes(hf) | {"head_dim": hf.get("head_dim") or 256},
+        **rotary(hf, max_context_len=8192),
+        layer_windows=common.windows(hf, hf.get("sliding_window", 4096), lambda layer: layer % 2 == 0),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_offset=1.0,
+        norm_placement="both",
+        embed_multiplier=math.sqrt(hf["hidden_size"]),
+        tie_embeddings=hf.get("tie_word_embeddings", True),
+        logits_soft_cap=hf.get("final_logit_softcapping", 30.0),
+        qkv_bias=bias,
+        o_bias=bias,
+        attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+        attention_soft_cap=hf.get("attn_logit_softcapping", 50.0),
+        activation="gelu_tanh",
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, NAMES)

@@ -1,0 +1,64 @@
+"""Gemma 3, text: Gemma 2 with norms on queries and keys instead of soft caps, five windowed layers to one that is not,
+and a rotary embedding of their own for the windowed ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.gemma2 import NAMES
+from fastgen_jax.models.families.rope import rope_from_fields
+
+ARCHITECTURES = ("Gemma3ForCausalLM",)
+FEATURES = "text models (270M, 1B, and the text part of others saved as such)"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    bias = hf.get("attention_bias", False)
+    common.refuse_unsupported(hf, {
+        "attn_logit_softcapping": (None,), "hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh",),
+    })
+    period = hf.first("sliding_window_pattern", "_sliding_window_pattern", default=6)
+    windows = common.windows(hf, hf.get("sliding_window", 4096), lambda layer: (layer + 1) % period != 0)
+    context = hf.get("max_position_embeddings", 131_072)
+    everywhere, windowed = _ropes(hf, context)
+    return ModelConfig(
+        family="gemma3",
+        **common.sizes(hf) | {"head_dim": hf.get("head_dim") or 256},
+        max_context_len=context,
+        rope=everywhere,
+        layer_ropes=tuple(everywhere if window is None else windowed for window in windows),
+        layer_windows=windows,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_offset=1.0,
+        norm_placement="both",
+        embed_multiplier=math.sqrt(hf["hidden_size"]),
+        tie_embeddings=hf.get("tie_word_embeddings", True),
+        logits_soft_cap=hf.get("final_logit_softcapping"),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm="head",
+        attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+        activation="gelu_tanh",
+    )
+
+
+def _ropes(hf: Fields, context: int) -> tuple[RopeConfig, RopeConfig]:
+    """The rotary settings of layers that see everything and of those with a window."""
+    given: dict[str, Any] = hf.get("rope_parameters") or {}
+    full = {**(hf.get("rope_scaling") or {}), **(given.get("full_attention") or {})}
+    local = dict(given.get("sliding_attention") or {})
+    full_theta = full.pop("rope_theta", None) or hf.get("rope_theta") or 1_000_000.0
+    local_theta = local.pop("rope_theta", None) or hf.get("rope_local_base_freq") or 10_000.0
+    return (rope_from_fields(full, max_context_len=context, theta=float(full_theta)),
+            rope_from_fields(local, max_context_len=context, theta=float(local_theta)))
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, NAMES)

@@ -1,0 +1,63 @@
+"""GPT-2: learned positions, LayerNorm, biases, matrices stored [in, out]."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+
+ARCHITECTURES = ("GPT2LMHeadModel",)
+FEATURES = "all sizes, DistilGPT-2; n_inner; unscaled attention"
+
+_LAYER = "transformer.h.{layer}."
+NAMES = {
+    "embed": "transformer.wte",
+    "position_embed": "transformer.wpe",
+    "final_norm": "transformer.ln_f",
+    "lm_head": "lm_head",
+    "layers.attn_norm": f"{_LAYER}ln_1",
+    "layers.mlp_norm": f"{_LAYER}ln_2",
+    "layers.qkv": f"{_LAYER}attn.c_attn",
+    "layers.o": f"{_LAYER}attn.c_proj",
+    "layers.up": f"{_LAYER}mlp.c_fc",
+    "layers.down": f"{_LAYER}mlp.c_proj",
+}
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    common.refuse_unsupported(hf, {"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)})
+    # `reorder_and_upcast_attn` guards against overflow in half precision; our scores are in float32 anyway.
+    hf.first("reorder_and_upcast_attn", "n_ctx")
+    num_heads, embed_dim = hf["n_head"], hf["n_embd"]
+    context = hf.get("n_positions", 1024)
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=hf["vocab_size"],
+        num_layers=hf["n_layer"],
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=embed_dim // num_heads,
+        mlp_dim=hf.get("n_inner") or 4 * embed_dim,
+        max_context_len=context,
+        norm="layer",
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        norm_bias=True,
+        learned_positions=context,
+        rope=None,
+        tie_embeddings=hf.get("tie_word_embeddings", True),
+        qkv_bias=True,
+        o_bias=True,
+        attention_scale=None if hf.get("scale_attn_weights", True) else 1.0,
+        activation=common.activation(hf, "activation_function", default="gelu_new"),
+        mlp_gated=False,
+        mlp_bias=True,
+        **common.special_tokens(hf),
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, NAMES, conv1d=("layers.qkv", "layers.o", "layers.up", "layers.down"))

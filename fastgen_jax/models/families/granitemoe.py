@@ -1,0 +1,51 @@
+"""Granite 3 MoE: Granite's multipliers, and experts that lie in one tensor a layer."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
+from fastgen_jax.models.moe_config import MoEConfig
+
+ARCHITECTURES = ("GraniteMoeForCausalLM",)
+FEATURES = "experts in one tensor a layer; multipliers; biases"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    common.refuse_unsupported(hf, {"hidden_act": ("silu",)})
+    hf.first("hidden_act")
+    bias = hf.get("attention_bias", False)
+    return ModelConfig(
+        family="granitemoe",
+        **common.sizes(hf),
+        **rotary(hf, max_context_len=2048),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        qkv_bias=bias,
+        o_bias=bias,
+        embed_multiplier=hf.get("embedding_multiplier", 1.0),
+        logits_multiplier=1.0 / hf.get("logits_scaling", 1.0),
+        residual_multiplier=hf.get("residual_multiplier", 1.0),
+        attention_scale=hf.get("attention_multiplier", 1.0),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        moe=MoEConfig(
+            num_experts=hf.first("num_local_experts", default=8),
+            experts_per_token=hf.get("num_experts_per_tok", 2),
+            expert_dim=hf["intermediate_size"],
+            layers=tuple(range(hf["num_hidden_layers"])),
+            scores="softmax_of_chosen",
+        ),
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    block = "model.layers.{layer}.block_sparse_moe"
+    return common.sources_from(config, {
+        **common.LLAMA_NAMES,
+        "layers.router": f"{block}.router.layer",
+        "layers.expert_gate_up": f"{block}.input_linear",
+        "layers.expert_down": f"{block}.output_linear",
+    })

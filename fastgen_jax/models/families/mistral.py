@@ -1,0 +1,30 @@
+"""Mistral 7B and its descendants: Llama with a sliding window."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
+
+ARCHITECTURES = ("MistralForCausalLM",)
+FEATURES = "sliding window on all or some layers; head_dim of its own; every rotary scaling"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    return ModelConfig(
+        family="mistral",
+        **common.sizes(hf),
+        **rotary(hf, max_context_len=131_072),
+        layer_windows=common.windows(hf, hf.get("sliding_window", 4096), lambda layer: True),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        activation=common.activation(hf, default="silu"),
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, common.LLAMA_NAMES)

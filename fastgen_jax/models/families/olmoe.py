@@ -1,0 +1,40 @@
+"""OLMoE: queries and keys normalised over all heads at once, 64 small experts, none shared."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.experts import expert_names
+from fastgen_jax.models.families.rope import rotary
+from fastgen_jax.models.moe_config import MoEConfig
+
+ARCHITECTURES = ("OlmoeForCausalLM",)
+FEATURES = "experts; norms over all heads; no clipping of q, k and v"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "attention_bias": (False,), "clip_qkv": (None,)})
+    hf.first("hidden_act", "attention_bias", "clip_qkv")
+    return ModelConfig(
+        family="olmoe",
+        **common.sizes(hf),
+        **rotary(hf, max_context_len=4096),
+        norm_eps=hf.get("rms_norm_eps", 1e-5),
+        qk_norm="row",
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        moe=MoEConfig(
+            num_experts=hf.first("num_experts", "num_local_experts", default=64),
+            experts_per_token=hf.get("num_experts_per_tok", 8),
+            expert_dim=hf["intermediate_size"],
+            layers=tuple(range(hf["num_hidden_layers"])),
+            normalize=hf.get("norm_topk_prob", False),
+        ),
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, {**common.LLAMA_NAMES, **expert_names(config)})

@@ -1,0 +1,47 @@
+"""Phi-3, Phi-3.5 and Phi-4, mini included: Llama with fused projections, LongRoPE and windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
+
+ARCHITECTURES = ("Phi3ForCausalLM",)
+FEATURES = "LongRoPE; sliding window; partial rotary and tied head (Phi-4-mini)"
+
+NAMES = common.LLAMA_NAMES | {
+    "layers.qkv": "model.layers.{layer}.self_attn.qkv_proj",
+    "layers.gate_up": "model.layers.{layer}.mlp.gate_up_proj",
+}
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    sizes = common.sizes(hf)
+    return ModelConfig(
+        family="phi3",
+        **sizes,
+        **rotary(_longrope_by_its_name(hf), max_context_len=4096, head_dim=sizes["head_dim"]),
+        layer_windows=common.windows(hf, hf.get("sliding_window"), lambda layer: True),
+        norm_eps=hf.get("rms_norm_eps", 1e-5),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        activation=common.activation(hf, default="silu"),
+    )
+
+
+def _longrope_by_its_name(hf: Fields) -> Mapping[str, Any]:
+    """Early Phi-3 releases call their LongRoPE "yarn"; its two lists of factors tell it apart."""
+    scaling = hf.get("rope_scaling")
+    if scaling and scaling.get("type") == "yarn" and "long_factor" in scaling:
+        return {name: hf[name] for name in hf} | {"rope_scaling": {**scaling, "type": "longrope"}}
+    return hf
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, NAMES)

@@ -1,0 +1,37 @@
+"""Qwen 1.5, 2 and 2.5: Llama with biases on queries, keys and values, and windows in the upper layers."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
+
+ARCHITECTURES = ("Qwen2ForCausalLM",)
+FEATURES = "window from max_window_layers on; YaRN; tied head"
+
+
+def window_layers(hf: Fields) -> tuple[int | None, ...]:
+    """The windows of Qwen2 and Qwen3: switched on by a flag, from a certain layer on."""
+    size, first = hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
+    return common.windows(hf, size if hf.get("use_sliding_window", False) else None, lambda layer: layer >= first)
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    return ModelConfig(
+        family="qwen2",
+        **common.sizes(hf),
+        **rotary(hf, max_context_len=32_768),
+        layer_windows=window_layers(hf),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        qkv_bias=True,
+        activation=common.activation(hf, default="silu"),
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, common.LLAMA_NAMES)

@@ -1,0 +1,35 @@
+"""Qwen3: Llama with a norm on each query and key head."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.qwen2 import window_layers
+from fastgen_jax.models.families.rope import rotary
+
+ARCHITECTURES = ("Qwen3ForCausalLM",)
+FEATURES = "norms on queries and keys; window from max_window_layers on; biases; YaRN; tied head"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    bias = hf.get("attention_bias", False)
+    return ModelConfig(
+        family="qwen3",
+        **common.sizes(hf) | {"head_dim": hf.get("head_dim") or 128},
+        **rotary(hf, max_context_len=32_768),
+        layer_windows=window_layers(hf),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm="head",
+        activation=common.activation(hf, default="silu"),
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, common.LLAMA_NAMES)

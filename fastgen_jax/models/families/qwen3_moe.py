@@ -1,0 +1,46 @@
+"""Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B): normalised heads, 128 experts, none shared."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.experts import expert_names, sparse_layers
+from fastgen_jax.models.families.rope import rotary
+from fastgen_jax.models.moe_config import MoEConfig
+
+ARCHITECTURES = ("Qwen3MoeForCausalLM",)
+FEATURES = "experts in all or some layers; norms on queries and keys; no window"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "use_sliding_window": (False,)})
+    # With use_sliding_window off, what it would do does not matter.
+    hf.first("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers")
+    bias = hf.get("attention_bias", False)
+    return ModelConfig(
+        family="qwen3_moe",
+        **common.sizes(hf),
+        **rotary(hf, max_context_len=32_768),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm="head",
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        moe=MoEConfig(
+            num_experts=hf.first("num_experts", "num_local_experts", default=128),
+            experts_per_token=hf.get("num_experts_per_tok", 8),
+            expert_dim=hf["moe_intermediate_size"],
+            layers=sparse_layers(
+                hf["num_hidden_layers"], step=hf.get("decoder_sparse_step", 1), dense=hf.get("mlp_only_layers") or (),
+            ),
+            normalize=hf.get("norm_topk_prob", False),
+        ),
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, {**common.LLAMA_NAMES, **expert_names(config)})

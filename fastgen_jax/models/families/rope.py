@@ -1,0 +1,86 @@
+"""Reading the rotary settings of a Hugging Face `config.json`, in their spellings before and since transformers 5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastgen_jax.models.config import RopeConfig
+
+_KNOWN = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+             "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+}
+_RENAMED = {"su": "longrope"}  # what LongRoPE was called in the first Phi-3 releases
+
+
+def rotary(hf: Mapping[str, Any], *, max_context_len: int, **assumed: Any) -> dict[str, Any]:
+    """`rope` and `max_context_len` as keyword arguments of `ModelConfig`; `assumed` as in `rope_from_hf`."""
+    max_context_len = hf.get("max_position_embeddings") or max_context_len
+    rope = rope_from_hf(hf, max_context_len=max_context_len, **assumed)
+    if rope.kind == "dynamic":  # its whole point is to read on beyond the trained length, up to `factor` times as far
+        max_context_len = int(max_context_len * rope.factor)
+    return {"rope": rope, "max_context_len": max_context_len}
+
+
+def rope_from_hf(
+    hf: Mapping[str, Any],
+    *,
+    max_context_len: int,
+    head_dim: int | None = None,
+    theta: float = 10_000.0,
+    partial: float = 1.0,
+) -> RopeConfig:
+    """The rotary settings, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+
+    `theta` and `partial`, the part of a head of `head_dim` numbers that turns, are what the family assumes where the
+    file is silent.
+    """
+    fields = dict(hf.get("rope_scaling") or {})
+    fields.update(hf.get("rope_parameters") or {})
+    given = (fields.pop("partial_rotary_factor", None), hf.get("partial_rotary_factor"))
+    partial = next((value for value in given if value is not None), partial)
+    if partial != 1.0 and head_dim is None:
+        raise ValueError(f"partial_rotary_factor={partial} is not supported by this family; supported: 1.0")
+    return rope_from_fields(
+        fields, max_context_len=max_context_len,
+        theta=float(fields.pop("rope_theta", None) or hf.get("rope_theta") or theta),
+        dim=None if partial == 1.0 or head_dim is None else int(head_dim * partial),
+        trained_len=hf.get("original_max_position_embeddings"),
+    )
+
+
+def rope_from_fields(
+    fields: Mapping[str, Any], *, max_context_len: int, theta: float, dim: int | None = None, trained_len: int | None = None
+) -> RopeConfig:
+    """The `RopeConfig` of one set of scaling fields; ValueError for a kind or a field that we do not know."""
+    fields = dict(fields)
+    kind = fields.pop("rope_type", None) or fields.get("type") or "default"
+    fields.pop("type", None)
+    kind = _RENAMED.get(kind, kind)
+    if kind not in _KNOWN:
+        raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(_KNOWN)}")
+    # transformers writes this one beside any kind
+    unknown = {name: value for name, value in fields.items()
+               if name not in (*_KNOWN[kind], "original_max_position_embeddings") and value is not None}
+    if unknown:
+        raise ValueError(f"rope_type {kind!r} has fields that we do not know: {unknown}; refusing to ignore them")
+    if kind == "default":
+        return RopeConfig(theta=theta, dim=dim)
+    original = fields.pop("original_max_position_embeddings", None) or trained_len
+    if kind == "dynamic" or not original:  # transformers reads the dynamic kind's threshold from the model's limit
+        original = max_context_len
+    if kind == "longrope":
+        fields["factor"] = fields.get("factor") or max(max_context_len / original, 1.0)
+    if "factor" not in fields:
+        raise ValueError(f"rope_type {kind!r} needs a `factor`; config.json gives only {sorted(fields)}")
+    settings = {name: fields[name] for name in _KNOWN[kind] if fields.get(name) is not None}
+    for name in ("short_factor", "long_factor"):
+        if name in settings:
+            settings[name] = tuple(float(value) for value in settings[name])
+    return RopeConfig(kind=kind, theta=theta, dim=dim, original_max_position=original, **settings)

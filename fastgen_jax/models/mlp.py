@@ -1,0 +1,37 @@
+"""The feed-forward half of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.layers import ACTIVATIONS, project
+from fastgen_jax.models.moe import moe
+from pallas_kernels.matmul import swiglu
+
+
+def mlp(
+    x: jax.Array, w: dict[str, Any], *, config: ModelConfig, num_tokens: jax.Array, residual: jax.Array | None
+) -> jax.Array:
+    """The MLP or the experts of `x` [T, E] (+ residual), whichever the weights `w` of the layer are for.
+
+    Tokens from `num_tokens` on are padding.
+    """
+    if "router" in w:
+        assert config.moe is not None, "a layer with a router has experts"
+        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual)
+    return project(_hidden(x, w, num_tokens, config), w, "down", residual=residual, num_rows=num_tokens)
+
+
+def _hidden(x: jax.Array, w: dict[str, Any], num_tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    """The hidden units [T, F], before the projection back to E."""
+    activation = ACTIVATIONS[config.activation]
+    if not config.mlp_gated:
+        return activation(project(x, w, "up", num_rows=num_tokens))
+    if config.fused_swiglu:
+        return swiglu(x, w["gate_up"], num_rows=num_tokens)
+    gate, up = jnp.split(project(x, w, "gate_up", num_rows=num_tokens), 2, axis=-1)
+    return activation(gate) * up

@@ -1,0 +1,116 @@
+"""The feed-forward half of a layer with experts: route, sort the tokens by expert, multiply, weigh and add up.
+
+    tokens          t0    t1    t2    (padding)
+    choice          2 0   1 2   0 2   - -                     two experts a token
+    sorted rows   | t0 t2 | t1 | t0 t1 t2 | - - |             by expert: sizes 2, 1, 3; padding is behind them all
+    back            t0 = weight * row of expert 2 + weight * row of expert 0, ...
+
+Work is proportional to the tokens in use. What a token gets does not depend on the others: rows of one expert are
+multiplied independently, and the results of a token are added up in the order in which it chose its experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fastgen_jax.models.layers import project
+from fastgen_jax.models.moe_config import MoEConfig
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.matmul import linear, swiglu
+
+_SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) is close to the normal distribution's, so x * sigmoid(1.702 x) to GELU
+
+
+def moe(
+    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array, residual: jax.Array | None
+) -> jax.Array:
+    """The experts' answer to `x` [T, E] (+ residual), in its dtype; sums are in float32.
+
+    Tokens from `num_tokens` on are padding: they cost no expert any work, and what they get is finite.
+    `w` holds the weights of the layer, or, with "first_expert" i32[], those of the experts of all layers, [L*X, ...].
+    """
+    k = config.experts_per_token
+    used = jnp.arange(x.shape[0]) < num_tokens
+    weights, chosen = route(x, w, config=config, num_tokens=num_tokens)
+    expert = jnp.where(used[:, None], chosen, config.num_experts).reshape(-1)  # [T * k]
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts), axis=0, dtype=jnp.int32)
+    rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
+    rows = _experts(rows, w, sizes, jnp.take(expert, order), config=config)
+    # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
+    # slow on accelerators and adds in no certain order.
+    mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1).astype(jnp.float32)
+    y = jnp.sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
+    if config.shared_dim:
+        y = y + _shared_expert(x, w, num_tokens).astype(jnp.float32)
+    return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
+
+
+def route(
+    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The weights f32[T, k] and numbers i32[T, k] of the experts that each token of `x` [T, E] is sent to."""
+    logits = linear(x.astype(jnp.float32), w["router"], num_rows=num_tokens)  # float32: neighbours in rank are close
+    if config.router_bias:
+        logits = logits + w["router_bias"].astype(jnp.float32)
+    k = config.experts_per_token
+    if config.scores == "softmax_of_chosen":
+        best, chosen = jax.lax.top_k(logits, k)
+        weights = jax.nn.softmax(best, axis=-1)
+    else:
+        scores = jax.nn.softmax(logits, axis=-1) if config.scores == "softmax" else jax.nn.sigmoid(logits)
+        merits = scores + w["choice_bias"].astype(jnp.float32) if config.choice_bias else scores
+        _, chosen = jax.lax.top_k(_of_best_groups(merits, config), k)
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if config.normalize:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return weights * config.scale, chosen
+
+
+def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
+    """`merits` f32[T, X], minus infinity outside the groups of experts that each token may choose from."""
+    if config.groups_per_token == config.num_groups:
+        return merits
+    grouped = merits.reshape(merits.shape[0], config.num_groups, -1)
+    if config.group_score == "max":
+        of_group = jnp.max(grouped, axis=-1)
+    else:
+        of_group = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    _, best = jax.lax.top_k(of_group, config.groups_per_token)
+    allowed = jnp.any(best[:, :, None] == jnp.arange(config.num_groups), axis=1)  # [T, groups]
+    return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(merits.shape)
+
+
+def _experts(
+    rows: jax.Array, w: Mapping[str, Any], sizes: jax.Array, expert: jax.Array, *, config: MoEConfig
+) -> jax.Array:
+    """Every row [T * k, E] through its expert; rows are sorted by `expert` i32[T * k], `sizes` i32[X] count them."""
+    first = w.get("first_expert", 0)
+    if config.swiglu_limit is None:
+        hidden = grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first)
+        return grouped_matmul(hidden, w["expert_down"], sizes, first_group=first)
+    # Padding has the number X, one past the last bias; it may have any.
+    hidden = grouped_matmul(rows, w["expert_gate_up"], sizes, first_group=first)
+    if config.expert_bias:
+        hidden = hidden + jnp.take(w["expert_gate_up_bias"], expert, axis=0, mode="clip")
+    hidden = clamped_swiglu(hidden, limit=config.swiglu_limit)
+    y = grouped_matmul(hidden, w["expert_down"], sizes, first_group=first)
+    return y + jnp.take(w["expert_down_bias"], expert, axis=0, mode="clip") if config.expert_bias else y
+
+
+def clamped_swiglu(gate_up: jax.Array, *, limit: float) -> jax.Array:
+    """gate * sigmoid(1.702 gate) * (up + 1), both halves [..., F] of `gate_up` clamped before. Source: gpt-oss."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (gate * jax.nn.sigmoid(_SWIGLU_ALPHA * gate) * (up + 1.0)).astype(gate_up.dtype)
+
+
+def _shared_expert(x: jax.Array, w: Mapping[str, Any], num_tokens: jax.Array) -> jax.Array:
+    y = project(swiglu(x, w["shared_gate_up"], num_rows=num_tokens), w, "shared_down", num_rows=num_tokens)
+    if "shared_gate" not in w:
+        return y
+    return y * jax.nn.sigmoid(linear(x, w["shared_gate"], num_rows=num_tokens).astype(jnp.float32)).astype(y.dtype)

@@ -1,0 +1,93 @@
+"""Tensor parallelism: heads, MLP columns and vocabulary are divided over one axis of a device mesh.
+
+The forward pass stays as it is written: weights and cache carry shardings, XLA inserts the sums. Only attention is told,
+since a kernel is opaque to XLA: each device runs it on its own heads and its own part of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fastgen_jax.core import KVCache
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import param_specs
+from pallas_kernels.ragged_attention import ragged_attention
+
+TENSOR = "tensor"
+"""Name of the mesh axis."""
+
+DIVIDED_AXES = frozenset({"HD", "F", "V"})  # logical axes of `ParamSpec`; all others are whole on every device
+
+
+def check_divisible(config: ModelConfig, num_devices: int) -> None:
+    """ValueError where the model cannot be divided over so many devices, naming what would work."""
+    sizes = {"num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim, "vocab_size": config.vocab_size}
+    for name, size in sizes.items():
+        if size % num_devices:
+            possible = [n for n in range(1, num_devices) if all(s % n == 0 for s in sizes.values())]
+            raise ValueError(
+                f"{name}={size} cannot be divided over {num_devices} devices; "
+                f"choose a number of devices among {', '.join(map(str, possible))}"
+            )
+
+
+def partition_params(config: ModelConfig, params: Any) -> Any:
+    """A PartitionSpec for each leaf of `params`, arrays or shapes, from the logical axes that the model declares."""
+    specs = param_specs(config)
+
+    def partition(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        spec = specs
+        for name in names:
+            spec = spec[name]
+        axes = tuple(TENSOR if axis in DIVIDED_AXES else None for axis in spec.axes)
+        return PartitionSpec(*(None,) * (leaf.ndim - len(axes)), *axes)  # a stack of layers has one more axis in front
+
+    return jax.tree_util.tree_map_with_path(partition, params)
+
+
+def partition_kv_cache() -> KVCache:
+    """The PartitionSpecs of the cache: every device holds the blocks of its own KV heads."""
+    spec = PartitionSpec(None, TENSOR)
+    return KVCache(k=spec, v=spec)  # pyright: ignore[reportArgumentType] (specs in place of arrays)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """`specs` as NamedShardings on `mesh`."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+
+
+def sharded_attention(mesh: Mesh, implementation: str | None = None) -> Callable[..., Any]:
+    """`ragged_attention` over the heads of each device of `mesh`; arguments and results as there."""
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *,
+        layer: int | jax.Array, num_blocks: int, scale: float, soft_cap: float | None = None,
+        alibi_slopes: jax.Array | None = None, sinks: jax.Array | None = None,
+        sliding_window: int | jax.Array | None = None, **index: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+        whole = index | {"layer": jnp.asarray(layer, jnp.int32)}
+        if sliding_window is not None:
+            whole["sliding_window"] = jnp.asarray(sliding_window, jnp.int32)
+        of_heads = {"alibi_slopes": alibi_slopes, "sinks": sinks}
+        of_heads = {name: array for name, array in of_heads.items() if array is not None}
+
+        def local(heads: Any, whole: Any, of_heads: Any) -> Any:
+            return ragged_attention(
+                *heads, **whole, **of_heads, num_blocks=num_blocks, scale=scale, soft_cap=soft_cap,
+                implementation=implementation,
+            )  # fmt: skip
+
+        heads = PartitionSpec(None, TENSOR)
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(heads, PartitionSpec(), PartitionSpec(TENSOR)), out_specs=heads, check_vma=False
+        )((q, k, v, k_cache, v_cache), whole, of_heads)
+
+    return attend

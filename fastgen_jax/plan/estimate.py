@@ -1,0 +1,125 @@
+"""Memory and time of a model on devices, by arithmetic alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from fastgen_jax.core import stored_head_dim
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import param_specs
+from fastgen_jax.models.sharding import DIVIDED_AXES
+from fastgen_jax.plan.devices import Topology
+
+RESERVED_SHARE = 0.06  # of a device's memory: the runtime, programs, and holes between buffers
+SAMPLER_COPIES = 4  # f32[R, V] that the sampler holds at once: logits, their order, probabilities, noise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device."""
+
+    total: int
+    reserved: int
+    weights: int
+    state: int  # the sampler's tables
+    temporaries: int  # of the largest step
+    block: int  # a KV block in all layers
+
+    @property
+    def free(self) -> int:
+        """What is left for the KV cache; negative if the rest does not fit."""
+        return self.total - self.reserved - self.weights - self.state - self.temporaries
+
+    @property
+    def num_blocks(self) -> int:
+        return max(0, self.free // self.block)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """A step on the roofline, seconds: it takes at least the longer of the first two, and the third beside them."""
+
+    tokens: int
+    sequences: int  # one token each; the rest of the tokens is a prompt chunk
+    compute: float  # matrix products at the device's peak
+    memory: float  # weights and keys and values, read once
+    links: float  # sums over the devices, not overlapped with anything
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory) + self.links
+
+    @property
+    def bound(self) -> str:
+        return "compute" if self.compute >= self.memory else "memory"
+
+
+def weight_bytes(model: ModelConfig, num_devices: int, itemsize: float) -> int:
+    """Weights on one device: what has a divided axis is divided, the rest is everywhere."""
+    specs = param_specs(model)
+
+    def held(spec: Any, copies: int) -> float:
+        divided = num_devices if DIVIDED_AXES & set(spec.axes) else 1
+        return copies * math.prod(spec.shape) * itemsize / divided
+
+    layer = sum(held(spec, model.num_layers) for spec in specs["layers"].values())
+    return math.ceil(layer + sum(held(spec, 1) for name, spec in specs.items() if name != "layers"))
+
+
+def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, itemsize: int) -> int:
+    """A KV block on one device: keys and values of its own heads, all layers."""
+    head_dim = stored_head_dim(model.head_dim, topology.device.platform)
+    return block_size * model.kv_bytes_per_token(itemsize, stored_head_dim=head_dim) // topology.num_devices
+
+
+def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, max_num_seqs: int, itemsize: int) -> int:
+    """An estimate of what a step needs beside its arguments; the compile check has the true number."""
+    h, k, d = model.num_heads, model.num_kv_heads, model.head_dim
+    a_token = itemsize * (4 * model.embed_dim + (2 * h + 4 * k) * d / num_devices) + 4 * 3 * model.mlp_dim / num_devices
+    rows = min(token_budget, max_num_seqs)
+    return math.ceil(token_budget * a_token + SAMPLER_COPIES * 4 * rows * model.vocab_size)
+
+
+def sampler_bytes(model: ModelConfig, max_num_seqs: int) -> int:
+    """The tables that the sampler keeps for each sequence, on every device."""
+    import jax
+
+    from fastgen_jax.engine.sampling import init_state
+
+    state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def largest_budget(model: ModelConfig, topology: Topology, memory: Memory, *, max_num_seqs: int, itemsize: int,
+                   blocks_a_sequence: int) -> int:
+    """The largest power of two of tokens a step that leaves room for the KV of one full context; 0 if none does."""
+    room = memory.free + memory.temporaries - blocks_a_sequence * memory.block
+    budget = 0
+    for candidate in (2**i for i in range(17)):
+        needed = temporary_bytes(model, topology.num_devices, token_budget=candidate, max_num_seqs=max_num_seqs,
+                                 itemsize=itemsize)
+        if needed <= room:
+            budget = candidate
+    return budget
+
+
+def step_time(
+    model: ModelConfig, topology: Topology, *, tokens: int, sequences: int, context: int, weights: int,
+    block: int, block_size: int, itemsize: int,
+) -> StepTime:  # fmt: skip
+    """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest."""
+    n, device = topology.num_devices, topology.device
+    chunks = sequences + (tokens > sequences)
+    flops = tokens * model.flops_per_token(context_len=context, sampled=False)
+    flops += chunks * 2 * model.embed_dim * model.vocab_size
+    keys = chunks * math.ceil(context / block_size) * block
+    # Two sums a layer; each byte of a ring's sum is sent about twice by every device.
+    links = 0.0
+    if n > 1:
+        links = 2 * model.num_layers * tokens * model.embed_dim * itemsize * 2 * (n - 1) / n / device.link
+    return StepTime(
+        tokens=tokens, sequences=sequences, compute=flops / n / device.flops,
+        memory=(weights + keys) / device.bandwidth, links=links,
+    )

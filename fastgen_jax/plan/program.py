@@ -1,0 +1,141 @@
+"""The engine's step program, compiled for devices that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.engine.packing import Bucket
+from fastgen_jax.engine.runner import step_program
+from fastgen_jax.engine.sampling import init_state
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import init_params
+from fastgen_jax.models.sharding import (
+    TENSOR,
+    check_divisible,
+    partition_kv_cache,
+    partition_params,
+    sharded_attention,
+    shardings,
+)
+from fastgen_jax.plan.devices import Topology
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What the compiler says about a step; bytes are those of one device."""
+
+    seconds: float  # to lower and compile
+    arguments: int
+    aliased: int  # arguments whose memory the results take over
+    temporaries: int
+    cache: int  # of the KV cache, all of which must be aliased
+    compiled: Any
+
+
+class DoesNotCompile(Exception):  # noqa: N818 (an answer, not a fault)
+    """The compiler's reason why a program cannot be had."""
+
+
+def deviceless_mesh(topology: Topology, num_devices: int | None = None) -> Mesh:
+    """A mesh of devices that only a compiler knows; ValueError if that compiler is not installed."""
+    # Two processes may both compile; without these libtpu holds a lock, and asks the network what machine it is on.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    if topology.device.platform != "tpu":
+        raise ValueError(f"{topology.name} has no compile check yet; only TPUs have")
+    name = f"{topology.device.kind}:{'x'.join(map(str, topology.shape))}"
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # libtpu raises errors of several kinds
+        if "libtpu" in str(error) or "Unknown backend" in str(error) or "not found" in str(error):
+            raise ValueError(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]'") from error
+        raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
+    devices = devices[: num_devices or len(devices)]
+    return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
+
+
+@contextlib.contextmanager
+def lowering_for(mesh: Mesh) -> Iterator[None]:
+    """Kernels choose their tiles for the devices of `mesh` instead of those of this process."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def compile_step(
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    token_budget: int,
+    max_num_seqs: int,
+    max_context_len: int,
+    block_size: int,
+    num_blocks: int,
+    dtype: Any = jnp.bfloat16,
+    attention: str | None = None,
+) -> Program:
+    """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
+
+    Raises DoesNotCompile with the compiler's words, ValueError where the model cannot be divided.
+    """
+    check_divisible(model, mesh.size)
+    max_blocks = -(-max_context_len // block_size)
+    bucket = Bucket(
+        token_budget, max_num_seqs=max_num_seqs, max_blocks=max_blocks, num_slots=num_blocks * block_size,
+        vocab_size=model.vocab_size,
+    )
+    params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
+    cache = jax.eval_shape(
+        lambda: KVCache.zeros(
+            num_layers=model.num_layers, num_blocks=num_blocks, num_kv_heads=model.num_kv_heads,
+            block_size=block_size, head_dim=stored_head_dim(model.head_dim, "tpu"), dtype=dtype,
+        )
+    )
+    state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
+    packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    kinds = (
+        shardings(mesh, partition_params(model, params)),
+        shardings(mesh, partition_kv_cache()),
+        jax.tree.map(lambda _: replicated, state),
+        replicated,
+    )
+    arguments = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (params, cache, state, packed), kinds,
+    )
+    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
+    step = step_program(model, bucket, attention=sharded_attention(mesh, attention))
+    start = time.perf_counter()
+    with lowering_for(mesh):
+        lowered = step.lower(*arguments)
+        compiled = compile_lowered(lowered)
+    memory = compiled.memory_analysis()
+    return Program(
+        seconds=time.perf_counter() - start,
+        arguments=memory.argument_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        cache=cache_bytes,
+        compiled=compiled,
+    )
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> Any:
+    """The compiled program; DoesNotCompile with the first lines of the compiler's reason."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise DoesNotCompile("\n".join(str(error).splitlines()[:12])[:1500]) from error

@@ -1,0 +1,196 @@
+"""The plan: what fits, how fast it could be, and what the compiler says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import family_of
+from fastgen_jax.models.sharding import check_divisible
+from fastgen_jax.plan import estimate
+from fastgen_jax.plan.devices import DEVICES, GIB, Topology, parse_topology
+from fastgen_jax.plan.estimate import Memory, StepTime
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileCheck:
+    """What the compiler said of one budget."""
+
+    token_budget: int
+    seconds: float | None  # None: it was refused
+    temporaries: int | None  # bytes of one device
+    words: str  # the reason of a refusal, or what is wrong with the program; "" if nothing is
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that `fastgen plan` prints. Bytes are those of one device."""
+
+    topology: str
+    num_devices: int
+    num_params: int
+    context: int
+    block_size: int
+    max_num_seqs: int
+    memory: Memory
+    sequences: int  # of the full context that fit at once
+    largest_budget: int
+    steps: tuple[StepTime, ...]
+    checks: tuple[CompileCheck, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.sequences >= 1 and not any(check.words for check in self.checks)
+
+
+def make_plan(
+    config: dict[str, Any], *, topology: str, context: int | None, budgets: Sequence[int], max_num_seqs: int,
+    block_size: int, dtype: str, compile: bool,
+) -> Plan:  # fmt: skip
+    """Plans for the model that `config` (the contents of a config.json) describes.
+
+    Raises ValueError for an unknown model or topology, and where the model cannot be divided over the devices.
+    """
+    devices = parse_topology(topology)
+    model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(config)
+    check_divisible(model, devices.num_devices)
+    context = min(context or model.max_context_len, model.max_context_len)
+    if min(budgets) < 1 or max_num_seqs < 1 or block_size < 1 or context < 1:
+        raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
+    itemsize = jnp.dtype(dtype).itemsize
+    blocks_a_sequence = -(-context // block_size)
+    memory = Memory(
+        total=devices.device.memory,
+        reserved=int(devices.device.memory * estimate.RESERVED_SHARE),
+        weights=estimate.weight_bytes(model, devices.num_devices, itemsize),
+        state=estimate.sampler_bytes(model, max_num_seqs),
+        temporaries=estimate.temporary_bytes(
+            model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
+        ),
+        block=estimate.block_bytes(model, devices, block_size=block_size, itemsize=itemsize),
+    )
+    checks: tuple[CompileCheck, ...] = ()
+    if compile and devices.device.platform == "tpu" and memory.num_blocks >= blocks_a_sequence:
+        checks = tuple(
+            _check(model, devices, budget, memory, max_num_seqs=max_num_seqs, context=context, block_size=block_size,
+                   dtype=dtype)
+            for budget in budgets
+        )
+        known = [check.temporaries for check in checks if check.temporaries is not None]
+        if len(known) == len(checks):
+            memory = dataclasses.replace(memory, temporaries=max(known))
+
+    sequences = memory.num_blocks // blocks_a_sequence
+    steps = tuple(
+        estimate.step_time(
+            model, devices, tokens=budget, sequences=min(budget, max_num_seqs, sequences), context=context,
+            weights=memory.weights, block=memory.block, block_size=block_size, itemsize=itemsize,
+        )
+        for budget in budgets if sequences
+    )  # fmt: skip
+    return Plan(
+        topology=topology, num_devices=devices.num_devices, num_params=model.num_params, context=context,
+        block_size=block_size, max_num_seqs=max_num_seqs, memory=memory, sequences=sequences, steps=steps, checks=checks,
+        largest_budget=estimate.largest_budget(
+            model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_a_sequence=blocks_a_sequence
+        ),
+        advice=_advice(model, devices, memory, context=context, block_size=block_size, itemsize=itemsize,
+                       max_num_seqs=max_num_seqs, sequences=sequences),
+    )
+
+
+def _check(
+    model: ModelConfig, topology: Topology, budget: int, memory: Memory, *, max_num_seqs: int, context: int,
+    block_size: int, dtype: str,
+) -> CompileCheck:  # fmt: skip
+    from fastgen_jax.plan.program import DoesNotCompile, compile_step, deviceless_mesh
+
+    try:
+        program = compile_step(
+            model, deviceless_mesh(topology), token_budget=budget, max_num_seqs=max_num_seqs, max_context_len=context,
+            block_size=block_size, num_blocks=memory.num_blocks, dtype=jnp.dtype(dtype),
+        )
+    except DoesNotCompile as error:
+        return CompileCheck(token_budget=budget, seconds=None, temporaries=None, words=str(error))
+    words = "" if program.aliased >= program.cache else "the KV cache is copied"
+    return CompileCheck(token_budget=budget, seconds=program.seconds, temporaries=program.temporaries, words=words)
+
+
+def _advice(
+    model: ModelConfig, topology: Topology, memory: Memory, *, context: int, block_size: int, itemsize: int,
+    max_num_seqs: int, sequences: int,
+) -> tuple[str, ...]:  # fmt: skip
+    """What to change, where not even one sequence of the full context fits, or not as many as may run at once."""
+    if sequences >= max_num_seqs:
+        return ()
+    advice = []
+    kind = topology.device
+    left = memory.num_blocks * block_size
+    if sequences < 1:
+        if left >= block_size:
+            advice.append(f"a context of at most {left} tokens: --context {left}")
+        sizes = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n > topology.num_devices and model.num_kv_heads % n == 0]
+        for n in sizes:
+            weights = estimate.weight_bytes(model, n, itemsize)
+            cache = -(-context // block_size) * memory.block * topology.num_devices // n
+            if weights + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory:
+                advice.append(f"{n} devices of {kind.kind} instead of {topology.num_devices}")
+                break
+        larger = [d for d in DEVICES.values() if d.memory > kind.memory]
+        fitting = [d.kind for d in larger
+                   if memory.weights + memory.state + memory.temporaries < d.memory * (1 - estimate.RESERVED_SHARE)]
+        if fitting:
+            advice.append(f"devices with more memory, for the same number: {', '.join(fitting)}")
+    else:
+        advice.append(
+            f"{sequences} sequences of the full context fit, not max_num_seqs={max_num_seqs}; shorter ones share the "
+            f"{left} tokens of KV, and what does not fit waits"
+        )
+    return tuple(advice)
+
+
+def table(plan: Plan) -> str:
+    """The plan for a terminal."""
+    memory = plan.memory
+
+    def gib(size: int) -> str:
+        return f"{size / GIB:9.2f} GiB"
+
+    lines = [
+        f"{plan.topology}: {plan.num_devices} devices, {plan.num_params / 1e9:.2f} billion parameters, "
+        f"contexts of {plan.context} tokens",
+        "",
+        "memory of one device",
+        f"  in all        {gib(memory.total)}",
+        f"  reserved      {gib(memory.reserved)}   runtime and programs",
+        f"  weights       {gib(memory.weights)}",
+        f"  sampler state {gib(memory.state)}",
+        f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",
+        f"  KV cache      {gib(max(0, memory.free))}   {memory.num_blocks} blocks of {plan.block_size} tokens",
+        "",
+        f"sequences of {plan.context} tokens at once: {plan.sequences}",
+        f"largest token budget that leaves room for one of them: {plan.largest_budget}",
+    ]
+    if plan.steps:
+        lines += ["", "roofline of a step: nothing can be faster, real steps are slower",
+                  f"  {'budget':>7} {'sequences':>9} {'compute':>10} {'memory':>10} {'links':>10} {'step':>10}  bound    "
+                  f"{'tokens/s':>9} {'generated/s':>11}"]
+        for step in plan.steps:
+            times = " ".join(f"{1e3 * x:7.2f} ms" for x in (step.compute, step.memory, step.links, step.seconds))
+            lines.append(f"  {step.tokens:7} {step.sequences:9} {times}  {step.bound:8} {step.tokens / step.seconds:9,.0f} "
+                         f"{step.sequences / step.seconds:11,.0f}")
+    if plan.checks:
+        lines += ["", "compiled by the device's own compiler"]
+        for check in plan.checks:
+            if check.seconds is None:
+                lines.append(f"  {check.token_budget:7} refused: {check.words}")
+            else:
+                lines.append(f"  {check.token_budget:7} {check.seconds:6.1f} s, temporaries "
+                             f"{(check.temporaries or 0) / 2**20:.0f} MiB, {check.words or 'KV cache updated in place'}")
+    lines += ["", "it fits" if plan.fits else "it does not fit", *(f"  try {line}" for line in plan.advice)]
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""One replica: the engine's loop around the engine's scheduler, on a clock of its own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastgen_jax.bench.loads import LoadRequest
+from fastgen_jax.bench.metrics import RequestTimes
+from fastgen_jax.scheduling import Promise, Request, SamplingParams, Scheduler, Sequence, Step
+from fastgen_jax.simulation.costs import StepCost, shape_of
+
+
+PREFIXES_REMEMBERED = 512  # blocks of a Mooncake prompt, 512 tokens each: what the router remembers of a replica
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaConfig:
+    """The choices of an engine that matter to its timing; fields as in `EngineConfig`, all filled in."""
+
+    num_blocks: int
+    max_context_len: int
+    policy: str = "splitfuse"
+    token_budget: int = 768
+    max_num_seqs: int = 256
+    block_size: int = 64
+    prefix_caching: bool = False
+    overlap: bool = True
+    host_seconds: float = 0.0
+    """Seconds of planning, packing and reading a step; with `overlap` the device runs another step meanwhile."""
+    promise: Promise | None = None
+    step_sizes: tuple[int, ...] = ()
+    """Sizes to which the device pads a step; a policy with a promise goes by them."""
+
+
+class Refusal(NamedTuple):
+    """A request that was told that it cannot be served in time."""
+
+    request_id: str
+    num_prompt_tokens: int
+    sent: float
+    at: float
+
+
+class StepRecord(NamedTuple):
+    """One step of the timeline: when the device ran it, and for each chunk (request id, start, length)."""
+
+    start: float
+    end: float
+    num_tokens: int
+    chunks: tuple[tuple[str, int, int], ...]
+
+
+class Replica:
+    """What `Engine.step` does, with a cost model for a device.
+
+    `wake` is when the host will read the oldest step in flight; None if there is none. The simulator calls `commit` at
+    that time and `dispatch` right after it, with requests that came in between added in the meantime, as the engine's
+    thread does.
+    """
+
+    def __init__(self, config: ReplicaConfig, cost: StepCost, *, record_steps: bool = False) -> None:
+        self.config = config
+        self.cost = cost
+        self.now = 0.0
+        self.wake: float | None = None
+        self.busy_seconds = 0.0
+        self.outstanding_tokens = 0
+        self.steps: list[StepRecord] | None = [] if record_steps else None
+        self.scheduler = Scheduler(
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            token_budget=config.token_budget,
+            max_num_seqs=config.max_num_seqs,
+            max_context_len=config.max_context_len,
+            max_sample_rows=min(config.token_budget, config.max_num_seqs),
+            policy=config.policy,
+            prefix_caching=config.prefix_caching,
+            promise=config.promise,
+            clock=lambda: self.now,
+            step_sizes=config.step_sizes if config.promise else (),
+        )
+        self._in_flight: deque[tuple[Step, float]] = deque()
+        self._keep = 0
+        self._device_free = 0.0
+        self._commit_times: list[float] = []
+        self._sent: dict[str, float] = {}
+        self._prefixes: OrderedDict[int, None] = OrderedDict()  # oldest first
+
+    def add(self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, *, sent: float, now: float) -> None:
+        """Queues a request that was sent at `sent` and reaches the engine at `now`."""
+        params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, do_sample=False)
+        self.scheduler.add(
+            Request(request_id=request_id, prompt_token_ids=prompt, params=params, arrival_time=now, seed=0)
+        )
+        self.outstanding_tokens += len(prompt) + max_new_tokens
+        self._sent[request_id] = sent
+
+    def remember(self, request: LoadRequest) -> None:
+        """Notes that the prompt's blocks will be in the prefix cache, as far as a router can know it."""
+        if self.config.prefix_caching:
+            for block in request.prefix_blocks:
+                self._prefixes[block] = None
+                self._prefixes.move_to_end(block)
+            while len(self._prefixes) > PREFIXES_REMEMBERED:
+                self._prefixes.popitem(last=False)
+
+    def known_tokens(self, request: LoadRequest) -> int:
+        """Prompt tokens that it has seen before, as far as a router can know it."""
+        blocks = request.prefix_blocks
+        if not self._prefixes or not blocks:
+            return 0
+        known = next((i for i, block in enumerate(blocks) if block not in self._prefixes), len(blocks))
+        return known * request.num_prompt_tokens // len(blocks)
+
+    def dispatch(self, now: float) -> list[Refusal]:
+        """Plans the next step and gives it to the device; sets `wake`. Gives the requests that the plan refuses."""
+        self.now = now
+        step = self.scheduler.schedule()
+        self._keep = 0
+        if step is not None:
+            seconds = self.cost(shape_of(step))
+            start = max(self._device_free, now + self.config.host_seconds)
+            self._device_free = start + seconds
+            self.busy_seconds += seconds
+            self._in_flight.append((step, self._device_free))
+            self._keep = int(self.config.overlap)
+            if self.steps is not None:
+                chunks = tuple((c.sequence.request_id, c.start, c.length) for c in step.chunks)
+                self.steps.append(StepRecord(start, self._device_free, step.num_tokens, chunks))
+        if len(self._in_flight) > self._keep:
+            self.wake = max(now, self._in_flight[0][1])
+        elif self._in_flight:
+            self.wake = now  # nothing to wait for yet: plan the next step right away
+        else:
+            self.wake = None
+        return [self._refuse(sequence) for sequence in self.scheduler.take_refused()] if self.config.promise else []
+
+    def commit(self, now: float) -> list[RequestTimes]:
+        """Reads the steps that are due; gives the requests that finished."""
+        self.now = now
+        done: list[RequestTimes] = []
+        while len(self._in_flight) > self._keep:
+            step, end = self._in_flight.popleft()
+            self.now = max(self.now, end)
+            # The tokens of a simulated sequence say when they came: each is the number of the commit.
+            number = len(self._commit_times)
+            self._commit_times.append(self.now)
+            advanced = self.scheduler.commit(step, [number] * len(step.sampled))
+            self.outstanding_tokens -= len(advanced)
+            done += [self._times_of(sequence) for sequence in advanced if sequence.finish_reason is not None]
+        return done
+
+    def _refuse(self, sequence: Sequence) -> Refusal:
+        self.outstanding_tokens -= sequence.max_total_tokens
+        sent = self._sent.pop(sequence.request_id)
+        return Refusal(sequence.request_id, sequence.num_prompt_tokens, sent, self.now)
+
+    def _times_of(self, sequence: Sequence) -> RequestTimes:
+        self.outstanding_tokens -= sequence.num_prompt_tokens
+        times = self._commit_times
+        return RequestTimes(
+            request_id=sequence.request_id,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            start=self._sent.pop(sequence.request_id),
+            token_times=tuple([times[number] for number in sequence.output_token_ids]),
+        )

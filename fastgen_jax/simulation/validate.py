@@ -1,0 +1,75 @@
+"""Simulated against measured: the same loads on an engine here and on its simulation."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from fastgen_jax.bench import steps
+from fastgen_jax.bench.curves import curves
+from fastgen_jax.bench.engine_options import make_engine
+from fastgen_jax.bench.loads import Load
+from fastgen_jax.bench.policies import measure
+from fastgen_jax.bench.results import RunRecord, append, table
+from fastgen_jax.simulation.costs import MeasuredCost
+from fastgen_jax.simulation.replica import ReplicaConfig
+from fastgen_jax.simulation.simulator import simulate
+
+ALLOWED = 0.10  # error of latency and throughput
+FIGURES = ("latency", "throughput", "first_token_mean", "token_latency_p50", "token_latency_p95")
+
+
+def validate(args: argparse.Namespace, loads: Sequence[Load], results: Path | None) -> int:
+    """Measures step costs, runs the loads for real, simulates them, prints the errors; 1 if one is above 10 %.
+
+    The loads are closed loops. The step costs come from batches of other lengths, measured before and after the loads so
+    that a machine that slows down shows in both.
+    """
+    engine = make_engine(args, max_context_len=max(load.longest_context for load in loads),
+                         max_num_seqs=max(load.num_clients or 1 for load in loads))
+    settings = {"contexts": args.contexts, "generated": args.generated, "rounds": 1}
+    points = steps.measure(engine, **settings)
+    measured = [measure(engine, load, engine.config.policy, args.model) for load in loads]
+    points += steps.measure(engine, **settings)
+    model = steps.fit(points, steps.facts_of(engine, args.model))
+    print("\n".join(steps.report(points, model)))
+    cost = MeasuredCost(**{field.name: model[field.name] for field in fields(MeasuredCost)}
+                        | {"sizes": tuple(model["sizes"]), "base": tuple(model["base"])})
+    simulated = [simulated_twin(record, load, cost) for record, load in zip(measured, loads, strict=True)]
+    if results:
+        append(results, [*measured, *simulated])
+    lines, worst = errors(measured, simulated)
+    print("\n" + "\n".join(lines))
+    print(f"\nlargest error of latency and throughput: {worst:.1%} (allowed {ALLOWED:.0%})")
+    return int(worst > ALLOWED)
+
+
+def simulated_twin(record: RunRecord, load: Load, cost: MeasuredCost) -> RunRecord:
+    """The simulation of a measured run, with the settings of its engine."""
+    s = record.settings
+    config = ReplicaConfig(
+        num_blocks=s["num_blocks"], block_size=s["block_size"], max_context_len=load.longest_context, policy=s["policy"],
+        token_budget=s["token_budget"], max_num_seqs=s["max_num_seqs"], overlap=s["overlap"],
+        host_seconds=cost.host_seconds,
+    )
+    result = simulate(load, config, cost)
+    return RunRecord(label=f"{record.label}, simulated", source="simulated", load=load.facts, requests=result.requests,
+                     settings=s, context={k: v for k, v in record.context.items() if k != "foreign_cores"})
+
+
+def errors(measured: Sequence[RunRecord], simulated: Sequence[RunRecord]) -> tuple[list[str], float]:
+    """Lines of Markdown with both figures and their difference, and the largest error of latency and throughput."""
+    (real,), (twin,) = curves(measured), curves(simulated)
+    rows, worst = [], 0.0
+    for a, b in zip(real.summaries, twin.summaries, strict=True):
+        for name in FIGURES:
+            x, y = getattr(a, name), getattr(b, name)
+            if x is None or y is None:
+                continue
+            error = y / x - 1
+            if name in FIGURES[:2]:
+                worst = max(worst, abs(error))
+            rows.append((a.num_clients, name, f"{x:.4g}", f"{y:.4g}", f"{error:+.1%}"))
+    return table(("clients", "figure", "measured", "simulated", "error"), rows), worst

@@ -1,0 +1,10 @@
+"""Matrix products of rows that are sorted by group, each group with a weight of its own: the experts of a model.
+
+`prepare` turns a checkpoint's stack of weights into what the platform multiplies with fastest; `grouped_matmul` and
+`grouped_swiglu` pick the implementation when the program is lowered. All are tested against `reference.py`.
+"""
+
+from pallas_kernels.grouped_matmul.ops import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups, prepare
+
+__all__ = ["IMPLEMENTATIONS", "GroupedWeight", "PackedGroups", "grouped_matmul", "grouped_swiglu", "prepare"]

@@ -1,0 +1,122 @@
+"""`grouped_matmul` and `grouped_swiglu`: one product, whatever the weights are stored as."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul import cpu, tpu
+from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
+from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
+from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
+from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
+
+IMPLEMENTATIONS = {
+    "reference": grouped_matmul_reference,
+    "ragged_dot": grouped_matmul_ragged_dot,
+    "tiles": grouped_matmul_tiles,
+    "tpu": grouped_matmul_tpu,
+}
+
+
+def grouped_matmul(
+    x: jax.Array,
+    w: GroupedWeight,
+    group_sizes: jax.Array,
+    *,
+    first_group: int | jax.Array = 0,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x[t] @ w[first_group + g] for every row t of every group g: [T, F] in the dtype of x, summed in float32.
+
+        rows of x     | group 0 | group 1 |   | group 3      | no group |      group_sizes: 2, 2, 0, 3
+
+    Work is proportional to the rows that have a group. Rows past the last group are zero in the result. With
+    `PackedGroups` the result of a row does not depend, to the last bit, on the other rows or how many there are.
+
+    Args:
+      x: [T, E], float32, bfloat16 or float16, rows sorted by group.
+      w: [G, E, F]. `PackedGroups` must be prepared with gated=False.
+      group_sizes: i32[X], X <= G, rows of each group; their sum is at most T.
+      first_group: weight of group 0, an int or a traced i32: a layer's place in a stack of all layers' weights. It is
+        in [0, G - X].
+      implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
+        for: on TPUs the compiler's grouped kernel, or ours where w is a stack and the program is for one device; a
+        loop over tiles of rows elsewhere. `PackedGroups` have one implementation of their own.
+
+    Raises:
+      ValueError: shapes, dtypes or the implementation do not fit.
+    """
+    _check(x, w, group_sizes, first_group, implementation)
+    if isinstance(w, PackedGroups) and w.gated:
+        raise ValueError("w was prepared with gated=True, for grouped_swiglu; for grouped_matmul, prepare with gated=False")
+    return _product(x, w, group_sizes, first_group, implementation).astype(x.dtype)
+
+
+def grouped_swiglu(
+    x: jax.Array,
+    w: GroupedWeight,
+    group_sizes: jax.Array,
+    *,
+    first_group: int | jax.Array = 0,
+    implementation: str | None = None,
+) -> jax.Array:
+    """silu(x @ gate) * (x @ up), [T, F] in the dtype of x, computed in float32; see `grouped_matmul`.
+
+    Args:
+      w: [G, E, 2F]: the columns of gate, then those of up. `PackedGroups` must be prepared with gated=True.
+    """
+    _check(x, w, group_sizes, first_group, implementation)
+    if isinstance(w, PackedGroups):
+        if not w.gated:
+            raise ValueError("w was prepared with gated=False; for grouped_swiglu, prepare it with gated=True")
+        return _product(x, w, group_sizes, first_group, implementation).astype(x.dtype)
+    if w.shape[2] % 2:
+        raise ValueError(f"w is [gate | up], so its width must be even, not {w.shape[2]}")
+    gate, up = jnp.split(_product(x, w, group_sizes, first_group, implementation), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(x.dtype)
+
+
+def _product(
+    x: jax.Array, w: GroupedWeight, group_sizes: jax.Array, first_group: int | jax.Array, implementation: str | None
+) -> jax.Array:
+    """float32[T, F]"""
+    first = jnp.asarray(first_group, jnp.int32)
+    if isinstance(w, PackedGroups):
+        return cpu.multiply(
+            x.astype(jnp.float32), w.panels, w.scales, group_sizes, first, num_outputs=w.num_outputs, gated=w.gated
+        )
+    if implementation is not None:
+        return IMPLEMENTATIONS[implementation](x, w, group_sizes, first)
+    on_tpu = grouped_matmul_ragged_dot
+    if w.shape[0] != group_sizes.shape[0] and tpu.may_be_lowered():
+        on_tpu = grouped_matmul_tpu
+    return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, default=grouped_matmul_tiles)
+
+
+def _check(
+    x: jax.Array,
+    w: GroupedWeight,
+    group_sizes: jax.Array,
+    first_group: int | jax.Array,
+    implementation: str | None,
+) -> None:
+    if len(w.shape) != 3 or x.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"x {list(x.shape)} does not fit w {list(w.shape)}; they must be [T, E] and [G, E, F]")
+    if group_sizes.ndim != 1 or group_sizes.dtype != jnp.int32:
+        raise ValueError(f"group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}, but must be int32[X]")
+    num_groups, num_weights = group_sizes.shape[0], w.shape[0]
+    if not 1 <= num_groups <= num_weights:
+        raise ValueError(f"group_sizes has {num_groups} groups, but w has the weights of {num_weights}; 1 to that many fit")
+    if isinstance(first_group, int) and not 0 <= first_group <= num_weights - num_groups:
+        raise ValueError(
+            f"first_group is {first_group}, but w has {num_weights} weights and {num_groups} groups are asked for; "
+            f"it must be in [0, {num_weights - num_groups}]"
+        )
+    if implementation is None:
+        return
+    if isinstance(w, PackedGroups):
+        raise ValueError(f"implementation is {implementation!r}, but PackedGroups have one of their own; pass None")
+    if implementation not in IMPLEMENTATIONS:
+        names = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")

@@ -1,0 +1,24 @@
+"""What a grouped matmul is."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.matmul import Int8Weight
+
+
+def grouped_matmul_reference(
+    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
+) -> jax.Array:
+    """float32[T, F]: every row with every weight, of which its group's is chosen. X times the work; for tests."""
+    ends = jnp.cumsum(group_sizes)
+    group = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")  # X for rows past the last group
+    # A row past the last group takes part too, but with whatever stands behind, so it is chosen to be zero.
+    index = first_group + jnp.minimum(group, group_sizes.shape[0] - 1)
+    values = w.values if isinstance(w, Int8Weight) else w
+    products = jnp.einsum("te,gef->tgf", x.astype(jnp.float32), values.astype(jnp.float32))
+    y = jnp.take_along_axis(products, index[:, None, None], axis=1)[:, 0]
+    if isinstance(w, Int8Weight):
+        y = y * w.scales[index]
+    return jnp.where(group[:, None] < group_sizes.shape[0], y, 0.0)

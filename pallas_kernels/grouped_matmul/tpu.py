@@ -1,0 +1,155 @@
+"""Grouped matmul on a TPU, for weights that are a part of a larger stack.
+
+`jax.lax.ragged_dot` is a kernel of the TPU compiler, and a good one, but it takes its weights whole: inside a scan over
+layers the compiler first copies the layer's experts out of the stack, every step. This kernel reads them where they lie.
+
+Work is a list of (group, tile of rows) pairs, made before and handed over in scalar memory:
+
+    rows      | a a a a a a a | b b | c c c c c |      groups a, b, c
+    tiles     | 0       | 1       | 2       |          work: (a, 0) (a, 1) (b, 1) (c, 1) (c, 2)
+
+A tile that several groups share is computed once for each of them, one after another; each keeps its own rows.
+Source of the idea: MegaBlocks (arXiv:2211.15841).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.grouped_matmul.xla import scaled_rows
+from pallas_kernels.matmul import Int8Weight
+
+LANES = 128
+_WEIGHT_TILE_BYTES = 2 << 20  # there are two in flight: a copy of a few MiB is near the full rate of the memory
+_SUBLANES = 16  # rows of a bfloat16 tile; a float32 tile has 8
+
+
+def may_be_lowered() -> bool:
+    """Whether the program at hand may be one for a single TPU.
+
+    XLA divides its own kernel over the devices of a mesh, but not this one: there it would have to stand in a shard_map.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
+        return False
+    return getattr(mesh.abstract_device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
+
+
+def grouped_matmul_tpu(
+    x: jax.Array,
+    w: jax.Array | Int8Weight,
+    group_sizes: jax.Array,
+    first_group: jax.Array,
+    *,
+    tile_rows: int | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`.
+
+    `tile_rows` None takes a share of the rows that suits their number; `interpret` is that of `pl.pallas_call`.
+    """
+    values = w.values if isinstance(w, Int8Weight) else w
+    num_rows, depth = x.shape
+    num_columns = values.shape[2]
+    rows = tile_rows or _tile_rows(num_rows, group_sizes.shape[0])
+    tile_depth, tile_columns = _weight_tile(depth, num_columns, values.dtype.itemsize)
+    row_tiles = pl.cdiv(num_rows, rows)
+    work, num_work = _plan(group_sizes, rows=rows, row_tiles=row_tiles)
+
+    def x_block(column, item, k, group, tile, *_):
+        return tile[item], k
+
+    def w_block(column, item, k, group, tile, starts, ends, first):
+        return first[0] + group[item], k, column
+
+    def out_block(column, item, k, group, tile, *_):
+        return tile[item], column
+
+    out = pl.pallas_call(
+        functools.partial(_kernel, rows=rows, num_parts=depth // tile_depth),
+        out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(work) + 1,
+            grid=(pl.cdiv(num_columns, tile_columns), num_work, depth // tile_depth),
+            in_specs=[
+                pl.BlockSpec((rows, tile_depth), x_block),
+                pl.BlockSpec((pl.squeezed, tile_depth, tile_columns), w_block),
+            ],
+            out_specs=pl.BlockSpec((rows, tile_columns), out_block),
+            scratch_shapes=[pltpu.VMEM((rows, tile_columns), jnp.float32)],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * num_rows * depth * num_columns,
+            bytes_accessed=group_sizes.shape[0] * depth * num_columns * values.dtype.itemsize
+            + num_rows * (depth * x.dtype.itemsize + 4 * num_columns),
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(*work, jnp.reshape(first_group, (1,)), x, values)
+    return scaled_rows(out, w, group_sizes, first_group)  # tiles without any row of a group were not written
+
+
+def _plan(
+    group_sizes: jax.Array, *, rows: int, row_tiles: int
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """(group and row tile of each item of work; first row and end of each group), and how many items there are."""
+    num_groups = group_sizes.shape[0]
+    ends = jnp.cumsum(group_sizes)
+    starts = ends - group_sizes
+    first_tile = starts // rows
+    tiles = jnp.where(group_sizes > 0, (ends - 1) // rows - first_tile + 1, 0)
+    work_ends = jnp.cumsum(tiles)
+    item = jnp.arange(row_tiles + num_groups - 1)
+    group = jnp.minimum(jnp.searchsorted(work_ends, item, side="right"), num_groups - 1).astype(jnp.int32)
+    tile = first_tile[group] + item - (work_ends[group] - tiles[group])
+    return (group, jnp.minimum(tile, row_tiles - 1), starts, ends), work_ends[-1]
+
+
+def _kernel(group, tile, starts, ends, first, x, w, out, sums, *, rows: int, num_parts: int) -> None:
+    del first  # x [rows, depth], w [depth, columns], out and sums [rows, columns]
+    item, part = pl.program_id(1), pl.program_id(2)
+
+    @pl.when(part == 0)
+    def _() -> None:
+        sums[...] = jnp.zeros_like(sums)
+
+    exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; float32 in full takes several passes
+    sums[...] += jax.lax.dot(
+        x[...], w[...].astype(x.dtype), preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+    )
+
+    @pl.when(part == num_parts - 1)
+    def _() -> None:
+        row = tile[item] * rows + jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0)
+        mine = (row >= starts[group[item]]) & (row < ends[group[item]])
+        first_of_tile = (item == 0) | (tile[jnp.maximum(item - 1, 0)] != tile[item])
+        # What the tile's memory held before the first group wrote to it is nobody's.
+        out[...] = jnp.where(mine, sums[...], jnp.where(first_of_tile, 0.0, out[...]))
+
+
+def _tile_rows(num_rows: int, num_groups: int) -> int:
+    """Rows of a tile: about a group's share, so that few rows are multiplied in vain, in [16, 512]."""
+    share = -(-num_rows // num_groups)
+    wanted = min(max(1 << (share - 1).bit_length(), _SUBLANES), 512)
+    return min(wanted, -(-num_rows // _SUBLANES) * _SUBLANES)
+
+
+def _weight_tile(depth: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """(depth, columns) of a tile of the weights: a divisor of the depth, and as many columns as the size allows."""
+    widths = [width for width in (512, 256, LANES) if width <= columns] or [columns]
+    for width in widths:
+        if depth * width * itemsize <= _WEIGHT_TILE_BYTES:  # the whole depth: tiles of one group share the weights
+            return depth, width
+    width = widths[0]
+    fitting = [part for part in range(LANES, depth, LANES)
+               if depth % part == 0 and part * width * itemsize <= _WEIGHT_TILE_BYTES]
+    return (fitting[-1] if fitting else depth), width

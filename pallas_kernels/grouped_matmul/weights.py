@@ -1,0 +1,96 @@
+"""How the weights of all groups are stored for `grouped_matmul`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.grouped_matmul import cpu
+from pallas_kernels.matmul import Int8Weight, quantize_int8
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["panels", "scales"], meta_fields=["num_outputs", "gated"]
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedGroups:
+    """Weights [G, K, N] in the layout of this CPU's native kernel; neither saved nor differentiated.
+
+    Attributes:
+      panels: float32, bfloat16 or int8 [G, P, K, width]; panel p of a group holds output columns
+        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated.
+      scales: float32[G, P, width] when the panels are int8, else float32[0].
+      num_outputs: columns of the result: N, or F = N / 2 when gated.
+      gated: made for `grouped_swiglu`, not for `grouped_matmul`.
+    """
+
+    panels: jax.Array
+    scales: jax.Array
+    num_outputs: int
+    gated: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(G, K, N) of the weights that were packed."""
+        return self.panels.shape[0], self.panels.shape[2], self.num_outputs * (1 + self.gated)
+
+
+GroupedWeight = jax.Array | Int8Weight | PackedGroups
+
+
+def prepare(
+    w: np.ndarray | jax.Array | Int8Weight, *, quantize: str | None = None, platform: str, gated: bool = False
+) -> GroupedWeight:
+    """The form of `w` that `grouped_matmul` (`grouped_swiglu` when `gated`) multiplies with fastest on `platform`.
+
+    On the CPU, with native kernels, that is `PackedGroups`: in bfloat16 when `w` is, in float32 otherwise. Elsewhere
+    it is the array as it is, or an `Int8Weight`. Int8 is rounded to nearest with one scale per output column of a
+    group.
+
+    Args:
+      w: [G, K, N] floating point, or quantised already; [G, K, 2F], gate columns before up columns, when `gated`.
+      quantize: None or "int8".
+      platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
+      gated: the weights of `grouped_swiglu`.
+    """
+    if len(w.shape) != 3:
+        raise ValueError(f"w has shape {w.shape}, but must be [G, K, N], one matrix a group")
+    if not isinstance(w, Int8Weight) and not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"w has dtype {w.dtype}, but must be floating point; quantize='int8' makes int8 of that")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is {quantize!r}, but must be None or 'int8'")
+    if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):
+        raise ValueError(f"platform is {platform!r}, but must be 'cpu', 'gpu', 'cuda', 'rocm' or 'tpu'")
+    if gated and w.shape[2] % 2:
+        raise ValueError(f"a gated w is [gate | up], so its width must be even, not {w.shape[2]}")
+
+    packed = platform == "cpu" and cpu.available()
+    if isinstance(w, Int8Weight):
+        values, scales = np.asarray(w.values), np.asarray(w.scales)
+    elif quantize is None and not packed:
+        return jnp.asarray(w)
+    elif quantize is None:
+        host = np.asarray(w)
+        return _packed(host if host.dtype == jnp.bfloat16 else host.astype(np.float32), None, gated=gated)
+    else:
+        values, scales = quantize_int8(np.asarray(w))
+    if packed:
+        return _packed(values, scales, gated=gated)
+    return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+
+
+def _packed(w: np.ndarray, scales: np.ndarray | None, *, gated: bool) -> PackedGroups:
+    host = jax.devices("cpu")[0]
+    packed_scales = np.zeros(0, np.float32)
+    if scales is not None:
+        packed_scales = cpu.pack(scales[:, None, :], gated=gated)[:, :, 0]
+    return PackedGroups(
+        panels=jax.device_put(cpu.pack(w, gated=gated), host),
+        scales=jax.device_put(packed_scales, host),
+        num_outputs=w.shape[2] // (1 + gated),
+        gated=gated,
+    )

@@ -1,0 +1,80 @@
+"""Grouped matmuls in plain XLA: the one of XLA itself for TPUs, and a loop over tiles for everything else."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.matmul import Int8Weight
+
+_SMALLEST_TILE, _LARGEST_TILE = 8, 128
+
+
+def grouped_matmul_ragged_dot(
+    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
+) -> jax.Array:
+    """float32[T, F] by `jax.lax.ragged_dot`: a kernel of the compiler on TPUs, elsewhere the work of all groups.
+
+    On TPUs int8 weights go into the kernel as they are. Where w holds more groups than there are sizes, those in use
+    are copied out first.
+    """
+    count = group_sizes.shape[0]
+    values = w.values if isinstance(w, Int8Weight) else w
+    if values.shape[0] != count:
+        values = jax.lax.dynamic_slice_in_dim(values, first_group, count)
+    y = jax.lax.ragged_dot(x, values, group_sizes, preferred_element_type=jnp.float32)
+    return scaled_rows(y, w, group_sizes, first_group)
+
+
+def grouped_matmul_tiles(
+    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
+) -> jax.Array:
+    """float32[T, F] by a loop over tiles of rows, each with the weight of its one group.
+
+        rows      | a a a a a a a | b b | c c c c c |
+        tiles     | 0     | 1     | 2   | 3     | 4 |      the rows of a tile that are not its group's are left alone
+
+    The loop runs as often as there are tiles in use; only the weights of groups that have rows are read.
+    """
+    num_rows, num_groups = x.shape[0], group_sizes.shape[0]
+    tile = min(num_rows, _tile_rows(num_rows, num_groups))
+    group_ends = jnp.cumsum(group_sizes)
+    tiles = (group_sizes + tile - 1) // tile  # of each group
+    tile_ends = jnp.cumsum(tiles)
+    values = w.values if isinstance(w, Int8Weight) else w
+
+    def body(i: jax.Array, out: jax.Array) -> jax.Array:
+        group = jnp.searchsorted(tile_ends, i, side="right")
+        end = group_ends[group]
+        first = end - group_sizes[group] + (i - (tile_ends[group] - tiles[group])) * tile
+        start = jnp.minimum(first, num_rows - tile)  # the last tile is shifted back to end with the rows
+        rows = jax.lax.dynamic_slice_in_dim(x, start, tile)
+        weight = jax.lax.dynamic_index_in_dim(values, first_group + group, keepdims=False)
+        y = jax.lax.dot(rows, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        if isinstance(w, Int8Weight):
+            y = y * jax.lax.dynamic_index_in_dim(w.scales, first_group + group)
+        row = start + jnp.arange(tile)
+        mine = (row >= first) & (row < end)
+        before = jax.lax.dynamic_slice_in_dim(out, start, tile)
+        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], y, before), start, axis=0)
+
+    zeros = jnp.zeros((num_rows, values.shape[2]), jnp.float32)
+    return jax.lax.fori_loop(0, tile_ends[-1], body, zeros)
+
+
+def scaled_rows(
+    y: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
+) -> jax.Array:
+    """`y` float32[T, F], times the scales of each row's group if w is int8; zero in rows of no group, whatever is there."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(y.shape[0])
+    if isinstance(w, Int8Weight):
+        group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), group_sizes.shape[0] - 1)
+        y = y * w.scales[first_group + group]
+    return jnp.where((row < ends[-1])[:, None], y, 0.0)
+
+
+def _tile_rows(num_rows: int, num_groups: int) -> int:
+    """The power of two next above an equal share of the rows: larger tiles would be empty for the most part."""
+    share = -(-num_rows // num_groups)
+    return min(max(1 << (share - 1).bit_length(), _SMALLEST_TILE), _LARGEST_TILE)

@@ -1,0 +1,251 @@
+"""What a tile of the TPU attention kernel consists of, and the copies that bring it in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+TABLE_BITS = 7
+TABLE_PIECE = 1 << TABLE_BITS  # block ids that one copy brings into SMEM
+NO_WINDOW = 2**31 - 1
+
+# Where the scalars of a call stand in `scalars`.
+NUM_SINGLE_TILES, NUM_TILES, FIRST_BLOCK, WINDOW = range(4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What is known of a call when it is compiled."""
+
+    num_kv_heads: int  # K
+    group: int  # G
+    head_dim: int  # D
+    block_size: int  # B
+    piece: int  # C, blocks that are fetched together
+    sequences: int  # J, sequences of a single tile
+    queries: int  # Q, queries of a chunk tile; a power of two
+    max_single_tiles: int
+    has_chunks: bool
+    has_window: bool
+    cores: int
+    scale: float
+    soft_cap: float | None
+    precision: lax.Precision
+
+    @property
+    def share(self) -> int:
+        """Blocks of a piece that belong to one sequence of a single tile."""
+        return self.piece // self.sequences
+
+    @property
+    def block_bits(self) -> int:
+        """Everything is a power of two: a shift is one scalar operation, a division is ten."""
+        return self.block_size.bit_length() - 1
+
+    @property
+    def share_bits(self) -> int:
+        return self.share.bit_length() - 1
+
+    @property
+    def slice(self) -> int:
+        """Queries of a chunk tile that are transposed at once."""
+        return min(self.queries, 16)
+
+    @property
+    def padded_group(self) -> int:
+        """Rows of a single query's heads, padded to the sublanes of a register."""
+        return -(-self.group // 8) * 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refs:
+    """Everything the kernel reads and writes; shapes in brackets."""
+
+    scalars: Any  # SMEM i32[4]
+    sequence: Any  # SMEM i32[tiles * J], these four describe the members of each tile; a chunk tile repeats its one
+    token: Any  # row of q of the first query
+    position: Any  # of the first query in its sequence
+    count: Any  # queries; 0 for a member without work
+    q: Any  # HBM [T, H, D]
+    k_cache: Any  # HBM [L*N, K, B, D]
+    v_cache: Any
+    tables: Any  # HBM i32[S, W, 1, TABLE_PIECE]
+    slopes: Any  # VMEM f32[K, Gp, LANES] or None
+    sinks: Any  # VMEM f32[K, Gp, LANES] or None
+    out: Any  # HBM [T, H, D]
+    table_buffer: Any  # SMEM i32[2, J, W, 1, TABLE_PIECE]
+    q_buffer: Any  # VMEM [max(Q, J), H, D]
+    k_buffer: Any  # VMEM [2, C, K, B, D]
+    v_buffer: Any
+    out_buffer: Any  # VMEM [max(Q, J), H, D]
+    q_single: Any  # VMEM f32[J * K, Gp, D]
+    top_single: Any  # VMEM f32[J * K, Gp, LANES], the largest score so far
+    total_single: Any  # VMEM f32[J * K, Gp, LANES], sums of weights, one a lane
+    acc_single: Any  # VMEM f32[J * K, Gp, D]
+    q_chunk: Any  # VMEM [H, Q, D]; these four are None where no chunk fits
+    top_chunk: Any  # VMEM f32[H, Q, LANES]
+    total_chunk: Any
+    acc_chunk: Any  # VMEM f32[H, Q, D]
+    table_sem: Any  # DMA semaphores [2]
+    kv_sem: Any  # [2]
+    q_sem: Any  # [1]
+    out_sem: Any  # [1]
+
+
+def _cdiv(n: jax.Array, bits: int) -> jax.Array:
+    """n / 2**bits, rounded up."""
+    return (n + (1 << bits) - 1) >> bits
+
+
+class Copies:
+    """Geometry and copies. `i` is a tile, `r` the number of a piece within it, `j` a member of a single tile.
+
+    Every copy is named twice, once to "start" it and once to "wait" for it.
+    """
+
+    def __init__(self, refs: Refs, spec: Spec) -> None:
+        self.refs, self.spec = refs, spec
+
+    def is_single(self, i: jax.Array) -> jax.Array:
+        return i < self.refs.scalars[NUM_SINGLE_TILES]
+
+    def member(self, i: jax.Array, j: int) -> jax.Array:
+        """Where member j of tile i stands in `sequence`, `token`, `position` and `count`."""
+        row = jnp.where(self.is_single(i), i, i - self.refs.scalars[NUM_SINGLE_TILES] + self.spec.max_single_tiles)
+        return row * self.spec.sequences + j
+
+    def key_range(self, i: jax.Array, j: int) -> tuple[jax.Array | int, jax.Array]:
+        """The first key that any query of the member sees, and the one behind the last."""
+        e = self.member(i, j)
+        end = self.refs.position[e] + self.refs.count[e]
+        if not self.spec.has_window:
+            return 0, end
+        return jnp.maximum(self.refs.position[e] - self.refs.scalars[WINDOW] + 1, 0), end
+
+    def num_pieces(self, i: jax.Array, *, single: bool) -> jax.Array:
+        members, blocks = (self.spec.sequences, self.spec.share) if single else (1, self.spec.piece)
+        bits = (blocks * self.spec.block_size).bit_length() - 1
+        pieces = jnp.int32(0)
+        for j in range(members):
+            first, end = self.key_range(i, j)
+            pieces = jnp.maximum(pieces, _cdiv(end, bits) - (first >> bits))
+        return pieces
+
+    def first_block(self, i: jax.Array, r: jax.Array | int, j: int) -> jax.Array:
+        """The block of the sequence that lies first in part j of piece r, whether it is needed or not."""
+        parts, bits = self.spec.sequences, self.spec.block_bits + self.spec.share_bits
+        first, _ = self.key_range(i, j)
+        # A chunk tile's piece is J parts in a row; in a single tile part j belongs to member j.
+        of_single = (first >> bits) + r
+        of_chunk = ((first >> (bits + parts.bit_length() - 1)) + r) * parts + j
+        return jnp.where(self.is_single(i), of_single, of_chunk) << self.spec.share_bits
+
+    def copy_tables(self, i: jax.Array, buffer: jax.Array | int, do: str) -> None:
+        """The pieces of the members' block tables that hold needed blocks."""
+        refs, bits = self.refs, TABLE_BITS + self.spec.block_bits
+        for j in range(self.spec.sequences):
+            first, end = self.key_range(i, j)
+            begin, stop = first >> bits, _cdiv(end, bits)
+            if j > 0:  # the parts of a chunk tile share one table
+                stop = jnp.where(self.is_single(i), stop, begin)
+            row = refs.sequence[self.member(i, j)]
+
+            def piece(w: jax.Array, _: None, *, j: int = j, row: jax.Array = row) -> None:
+                copy = pltpu.make_async_copy(
+                    refs.tables.at[row, w], refs.table_buffer.at[buffer, j, w], refs.table_sem.at[buffer]
+                )
+                getattr(copy, do)()
+
+            lax.fori_loop(begin, stop, piece, None)
+
+    def copy_keys(
+        self, i: jax.Array, r: jax.Array | int, buffer: jax.Array | int, tables: jax.Array | int, do: str
+    ) -> None:
+        """The blocks of piece r that hold keys which some query of the tile sees; no others."""
+        spec = self.spec
+        for j in range(spec.sequences):
+            first, end = self.key_range(i, j)
+            start = self.first_block(i, r, j)
+            begin = jnp.maximum(start, first >> spec.block_bits)
+            stop = jnp.minimum(start + spec.share, _cdiv(end, spec.block_bits))
+            table = jnp.where(self.is_single(i), j, 0)
+            block = functools.partial(
+                self._start_block, tables=(tables, table), buffer=buffer, offset=j * spec.share - start
+            )
+            if do == "wait":
+                block = functools.partial(self._wait_for_blocks, buffer=buffer, count=1)
+
+            def all_blocks(*, j: int = j, start: jax.Array = start, block: Any = block) -> None:
+                if do == "wait":
+                    self._wait_for_blocks(0, buffer=buffer, count=spec.share)
+                    return
+                unroll = min(spec.share, 8)  # the scalar unit works on several addresses at once
+
+                def some(n: jax.Array, _: None) -> None:
+                    for m in range(unroll):
+                        block(start + n * unroll + m)
+
+                lax.fori_loop(0, spec.share // unroll, some, None)
+
+            complete = stop - begin == spec.share
+            pl.when(complete)(all_blocks)
+            stop = jnp.where(complete, begin, stop)
+            lax.fori_loop(begin, stop, lambda b, _, block=block: block(b), None)
+
+    def _start_block(self, b: jax.Array, *, tables: Any, buffer: jax.Array | int, offset: jax.Array) -> None:
+        """Starts the copies of K and V of block b of a sequence to place b + offset of the buffer."""
+        refs = self.refs
+        block = refs.scalars[FIRST_BLOCK] + refs.table_buffer[*tables, b >> TABLE_BITS, 0, b & (TABLE_PIECE - 1)]
+        for cache, keys in ((refs.k_cache, refs.k_buffer), (refs.v_cache, refs.v_buffer)):
+            pltpu.make_async_copy(cache.at[block], keys.at[buffer, b + offset], refs.kv_sem.at[buffer]).start()
+
+    def _wait_for_blocks(self, _: Any, *, buffer: jax.Array | int, count: int) -> None:
+        """Waits for any `count` blocks of K and of V: a wait counts bytes, whatever they come from."""
+        for keys in (self.refs.k_buffer, self.refs.v_buffer):
+            some = keys.at[buffer, pl.ds(0, count)]
+            pltpu.make_async_copy(some, some, self.refs.kv_sem.at[buffer]).wait()
+
+    def copy_queries(self, i: jax.Array, do: str) -> None:
+        self._copy_rows(i, do, lambda token, row, n: (
+            self.refs.q.at[pl.ds(token, n)], self.refs.q_buffer.at[pl.ds(row, n)], self.refs.q_sem.at[0]
+        ))
+
+    def copy_results(self, i: jax.Array, do: str) -> None:
+        self._copy_rows(i, do, lambda token, row, n: (
+            self.refs.out_buffer.at[pl.ds(row, n)], self.refs.out.at[pl.ds(token, n)], self.refs.out_sem.at[0]
+        ))
+
+    def _copy_rows(self, i: jax.Array, do: str, ends: Any) -> None:
+        """Copies exactly the rows of the tile's queries: `ends(token, row, n)` are source, target and semaphore."""
+        refs, spec = self.refs, self.spec
+
+        @pl.when(self.is_single(i))
+        def _() -> None:
+            for j in range(spec.sequences):
+                e = self.member(i, j)
+
+                @pl.when(refs.count[e] > 0)
+                def _(e: jax.Array = e, j: int = j) -> None:
+                    getattr(pltpu.make_async_copy(*ends(refs.token[e], j, 1)), do)()
+
+        if not spec.has_chunks:
+            return
+
+        @pl.when(jnp.logical_not(self.is_single(i)))
+        def _() -> None:
+            e = self.member(i, 0)
+            size = spec.queries
+            while size:  # a copy has a fixed size, so a count of rows is copied by its binary digits
+                @pl.when((refs.count[e] & size) != 0)
+                def _(size: int = size) -> None:
+                    row = refs.count[e] & -(2 * size)
+                    getattr(pltpu.make_async_copy(*ends(refs.token[e] + row, row, size)), do)()
+
+                size //= 2

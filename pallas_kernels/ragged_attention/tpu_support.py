@@ -1,0 +1,46 @@
+"""Where the TPU kernel can be used. Imports nothing of Pallas, whose TPU part takes most of a second to import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+CACHE_DTYPES = (jnp.float32, jnp.bfloat16)
+# SMEM holds the block tables of the sequences that are being worked on, not all of them: 2 * J rows of M entries.
+MAX_TABLE_WORDS = 96 * 1024
+
+
+def unsupported(k_cache: jax.Array, max_blocks: int) -> str | None:
+    """Why the kernel cannot take this cache, with the remedy; None if it can."""
+    _, _, block_size, head_dim = k_cache.shape
+    rows = granule_rows(k_cache.dtype)
+    if k_cache.dtype not in CACHE_DTYPES:
+        return f"takes float32 and bfloat16 caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
+    if head_dim % LANES:
+        return f"stores heads in multiples of {LANES} numbers but D is {head_dim}; pad q, k, v and the cache with zeros"
+    if block_size < rows or block_size & (block_size - 1):
+        return f"needs a block size that is a power of two of at least {rows}, but it is {block_size}"
+    if 2 * max_blocks > MAX_TABLE_WORDS:
+        return (
+            f"takes up to {MAX_TABLE_WORDS // 2} blocks a sequence but block_tables has {max_blocks}; "
+            f"choose a larger block size than {block_size}"
+        )
+    return None
+
+
+def may_be_lowered() -> bool:
+    """Whether the program at hand may be one for a TPU: then the kernel is worth the second that tracing it takes.
+
+    True where there is a TPU, and under the abstract mesh of one; a program that is exported for TPUs from elsewhere
+    asks for implementation="tpu".
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
+
+
+def granule_rows(dtype: Any) -> int:
+    """Rows of one tile of memory: a block holds a whole number of them."""
+    return 32 // jnp.dtype(dtype).itemsize

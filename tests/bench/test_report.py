@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastgen_jax.bench import compare, figures
+from fastgen_jax.bench.__main__ import main
+from fastgen_jax.bench.curves import curves
+from fastgen_jax.bench.loads import closed_loop
+from fastgen_jax.bench.metrics import RequestTimes
+from fastgen_jax.bench.policies import comparison
+from fastgen_jax.bench.report import Page
+from fastgen_jax.bench.results import RunRecord, append, read
+
+
+def run_of(label: str, clients: int, *, gap: float, count: int = 6) -> RunRecord:
+    """Requests of 512 prompt tokens, each answered by five tokens after half a second and then every `gap` seconds."""
+    requests = tuple(
+        RequestTimes(request_id=f"r{i}", num_prompt_tokens=512, start=float(i),
+                     token_times=tuple(i + 0.5 + gap * k for k in range(5)))
+        for i in range(count)
+    )
+    load = closed_loop(clients, num_requests=count, mean_prompt=512, mean_output=5)
+    return RunRecord(
+        label=label, source="measured", load=load.facts, requests=requests, context={"command": f"run <{label}>"},
+        steps=((0.0, 0.5, 512, (("r0", 0, 512),)), (0.5, 0.5 + gap, 1, (("r0", 512, 1),))),
+    )
+
+
+RUNS = [run_of("quick", 1, gap=0.1), run_of("quick", 4, gap=0.2), run_of("slow", 1, gap=0.3), run_of("slow", 4, gap=0.6)]
+
+
+def test_runs_survive_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    append(path, RUNS[:2])
+    with path.open("a") as file:
+        file.write('{"engine": "a line of another benchmark"}\n')
+    append(path, RUNS[2:])
+    found = read(path)
+    assert [(r.label, r.num_clients, r.workload) for r in found] == [
+        ("quick", 1, "512/5"), ("quick", 4, "512/5"), ("slow", 1, "512/5"), ("slow", 4, "512/5")]
+    assert found[0].steps == RUNS[0].steps
+    for before, after in zip(RUNS, found, strict=True):
+        for a, b in zip(before.requests, after.requests, strict=True):
+            assert b.token_times == pytest.approx(a.token_times, abs=1e-6)
+
+
+def test_a_file_without_runs_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match="holds no runs"):
+        read(path)
+    with pytest.raises(ValueError, match="holds no runs"):
+        read(tmp_path / "missing.jsonl")
+
+
+def test_curves_interpolate_between_their_points_and_nowhere_else() -> None:
+    quick, slow = curves(RUNS)
+    # Latencies of 0.9 and 1.3 s with 1 and 4 clients.
+    assert [s.throughput for s in quick.summaries] == pytest.approx([1 / 0.9, 4 / 1.3])
+    assert quick.latency_at((1 / 0.9 + 4 / 1.3) / 2) == pytest.approx(1.1)
+    assert quick.throughput_at(1.5) is None
+    assert slow.effective(3.0) == pytest.approx([6 / 6.7, 0.0])  # gaps of 0.3 s keep 3 tokens a second, 0.6 s do not
+    with pytest.raises(ValueError, match="slow was not run with 2 clients, only with 1, 4"):
+        slow.summary(2)
+
+
+def test_a_comparison_says_how_many_times_better_ours_is() -> None:
+    rows = {row[0]: row[3] for row in comparison(*curves(RUNS), 512.0, [3.0, 4.0])}
+    assert rows["effective throughput at 3 tokens/s"] == f"{(6 / 5.9) / (6 / 6.7):.2f}"
+    assert rows["effective throughput at 4 tokens/s"] == "-", "the rival never keeps it"
+    assert rows["P95 token latency, 4 clients"] == "3.00"
+
+
+def test_a_report_is_one_page_with_its_figures_and_commands(tmp_path: Path, capsys) -> None:
+    append(tmp_path / "quick.jsonl", RUNS[:2])
+    append(tmp_path / "slow.jsonl", RUNS[2:])
+    costs = {"sizes": [8, 64], "base": [0.01, 0.05], "per_row": 0.0, "per_decode_attended": 0.0, "per_prompt_attended": 1e-6,
+             "facts": {"model": "m", "engine": {"dtype": "float32"}}}
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    argv = ["report", str(tmp_path / "quick.jsonl"), str(tmp_path / "slow.jsonl"), "--costs", str(tmp_path / "costs.json"),
+            "--generation-rates", "3"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert "6 figures of 4 runs" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert names == {"throughput-latency-512-5.png", "effective-3-512-5.png", "token-latency-512-5.png", "steps-0.png",
+                     "steps-1.png", "step-costs.png"}
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "run &lt;quick&gt;" in page
+    assert "http" not in page.replace("http-equiv", ""), "nothing is loaded from elsewhere"
+    again = Page(tmp_path)
+    again.figure("step-costs", figures.step_costs([costs]))
+    assert (tmp_path / "step-costs.png").read_bytes() == (tmp_path / "out" / "step-costs.png").read_bytes()
+
+
+def test_a_comparison_finds_what_is_installed(tmp_path: Path, monkeypatch) -> None:
+    import argparse
+
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho '[\"vllm\", \"torch\"]'\n")
+    python.chmod(0o755)
+    server = tmp_path / "llama-server"
+    server.write_text("#!/bin/sh\n")
+    server.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    arguments = parser.parse_args(["--hf-model", "folder"])
+    lines = compare.find(arguments, [str(python)])
+    assert arguments.vllm_python == str(python)
+    assert arguments.hf_python is None
+    assert any("transformers: not found" in line for line in lines)
+    assert any("llama-server: left out, it needs --gguf" in line for line in lines)
+    assert arguments.llama_server is None
+    with pytest.raises(ValueError, match="--python /no/where does not exist"):
+        compare.installed("/no/where")

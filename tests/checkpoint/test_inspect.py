@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+
+from fastgen_jax.cli import main
+from tests.checkpoint.tiny_files import write_gguf, write_hf
+from tests.text.vocabularies import gguf_metadata, write_json
+
+
+def _lines(capsys, *arguments) -> dict[str, str]:
+    assert main(["inspect", *map(str, arguments)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split("  ")[0].strip(): line.split("  ", 1)[-1].strip() for line in lines}
+
+
+def test_a_directory_is_described_without_reading_a_weight(tmp_path, capsys, monkeypatch):
+    write_hf(tmp_path, vocab_size=512, dtype="float16")
+    write_json(tmp_path, chat_template="{{ messages }}")
+    monkeypatch.setattr("fastgen_jax.checkpoint.huggingface.HuggingFaceCheckpoint.read", None)
+    lines = _lines(capsys, tmp_path)
+    assert lines["architecture"] == "LlamaForCausalLM"
+    # embedding and head, final norm, and a layer's two norms, q and o, k and v, gate, up and down, three times
+    assert lines["parameters"] == f"{2 * 512 * 32 + 32 + 3 * (2 * 32 + 2 * 64 * 32 + 2 * 32 * 32 + 3 * 64 * 32):,}"
+    assert lines["stored as"] == "float16 100.0 %"
+    assert lines["KV bytes/token"] == "768 as float32, 384 as bfloat16"  # 3 layers, K and V, 2 heads of 16
+    assert lines["tokenizer"].startswith("tokenizer.json (byte-level BPE), 380 tokens, bos 0, eos (1, 2)")
+    assert lines["chat templates"] == "default"
+    assert lines["num_heads"] == "4"
+
+
+def test_a_gguf_file_shows_its_block_types_and_a_missing_tokenizer_is_no_obstacle(tmp_path, capsys):
+    write_gguf(tmp_path / "a.gguf", kind="Q8_0", vocab_size=512, arrays=gguf_metadata("qwen2"))
+    lines = _lines(capsys, tmp_path / "a.gguf")
+    assert lines["stored as"].startswith("Q8_0 99.")
+    assert lines["tokenizer"].startswith("byte-level BPE from GGUF, pre-tokenizer qwen2")
+    assert lines["chat templates"] == "none"
+    write_gguf(tmp_path / "b.gguf")
+    assert _lines(capsys, tmp_path / "b.gguf")["tokenizer"].startswith("none: ")
+
+
+def test_the_template_is_printed_when_asked_for(tmp_path, capsys):
+    write_hf(tmp_path, vocab_size=512)
+    write_json(tmp_path, chat_template="{{ messages }}")
+    assert main(["inspect", str(tmp_path), "--template"]) == 0
+    assert capsys.readouterr().out.endswith("--- default\n{{ messages }}\n")
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, command):
+    arguments = [command, str(tmp_path / "absent"), *([str(tmp_path / "out")] if command == "convert" else [])]
+    assert main(arguments) == 2
+    assert "it is neither an existing directory" in capsys.readouterr().err

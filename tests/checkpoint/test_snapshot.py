@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastgen_jax import Engine, pipeline
+from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model, save_snapshot
+from fastgen_jax.checkpoint.convert import convert
+from fastgen_jax.cli import main
+from fastgen_jax.engine.weights import host_leaf
+from fastgen_jax.text import load_tokenizer
+from pallas_kernels.matmul import Int8Weight
+from tests.checkpoint.tiny_files import write_gguf, write_hf
+from tests.text.vocabularies import gguf_metadata, write_json
+
+VOCAB = 512  # rows of the embedding, enough for the tokenizers of tests.text
+ENGINE = {"token_budget": 16, "budget_ladder": (16,), "max_num_seqs": 2, "block_size": 4, "num_blocks": 32}
+
+
+def _source(path: Path, **overrides) -> Path:
+    """A Hugging Face directory with a tokenizer."""
+    write_hf(path, vocab_size=VOCAB, num_hidden_layers=2, **overrides)
+    return write_json(path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return _source(tmp_path_factory.mktemp("source"))
+
+
+def _snapshot(source: Path, out: Path, *, dtype: str = "float32", quantize: str | None = None) -> Path:
+    convert(open_checkpoint(source), out, prepare=partial(host_leaf, dtype=dtype, quantize=quantize))
+    return out
+
+
+@pytest.fixture(scope="module")
+def snapshot(source, tmp_path_factory) -> Path:
+    return _snapshot(source, tmp_path_factory.mktemp("snapshots") / "float32")
+
+
+@pytest.fixture(scope="module")
+def int8_snapshot(source, tmp_path_factory) -> Path:
+    return _snapshot(source, tmp_path_factory.mktemp("snapshots") / "int8", quantize="int8")
+
+
+@pytest.mark.parametrize("stack_layers", [False, True])
+def test_a_snapshot_loads_as_the_checkpoint_that_it_was_made_of(source, snapshot, stack_layers):
+    one, other = (load_params(open_checkpoint(path), dtype=jnp.float32, stack_layers=stack_layers)
+                  for path in (source, snapshot))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert open_checkpoint(source).config == open_checkpoint(snapshot).config
+
+
+def test_the_dtype_of_a_snapshot_is_converted_while_it_is_read(source, snapshot, tmp_path):
+    narrow = _snapshot(source, tmp_path / "out", dtype="bfloat16")
+    assert open_checkpoint(narrow).dtype("layers.qkv.0") == "bfloat16"
+    params = load_params(open_checkpoint(narrow), dtype=jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    whole = load_params(open_checkpoint(snapshot), dtype=jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, whole, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+
+
+def test_params_are_saved_alike_stacked_or_not(source, snapshot, tmp_path):
+    checkpoint = open_checkpoint(source)
+    params = load_params(checkpoint, dtype=jnp.float32, stack_layers=True)
+    save_snapshot(tmp_path / "out", params, checkpoint.config_json, tokenizer_files={})
+    one, other = (load_params(open_checkpoint(path), dtype=jnp.float32) for path in (snapshot, tmp_path / "out"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_the_command_makes_a_snapshot_that_the_pipeline_runs(source, tmp_path, capsys):
+    assert main(["convert", str(source), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert "is ready" in capsys.readouterr().out
+    options = {"max_new_tokens": 8, "do_sample": False, "ignore_eos": True}
+    answers = [pipeline(path, progress=False, **ENGINE)("The quick", **options)[0] for path in (source, tmp_path / "out")]
+    assert answers[0].token_ids == answers[1].token_ids
+    assert answers[0].generated_text == answers[1].generated_text
+
+
+def test_an_int8_snapshot_runs_as_the_checkpoint_quantised_while_loading(source, int8_snapshot):
+    checkpoint = open_checkpoint(int8_snapshot)
+    assert checkpoint.dtype("layers.o.1") == "int8"
+    assert isinstance(load_params(checkpoint, dtype=jnp.float32)["layers"]["qkv"], Int8Weight)
+    engines = [Engine.from_pretrained(source, quantize="int8", **ENGINE), Engine.from_pretrained(int8_snapshot, **ENGINE)]
+    assert engines[1].config.quantize == "int8"
+    logits = [engine.put(["a"], [[5, 6, 7, 8]]) for engine in engines]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_a_gguf_file_keeps_its_tokenizer_in_the_snapshot(tmp_path):
+    fields = gguf_metadata("llama-bpe")
+    write_gguf(tmp_path / "m.gguf", vocab_size=VOCAB, arrays=fields, metadata={
+        "tokenizer.chat_template": "{{ messages[0].content }}"})
+    out = _snapshot(tmp_path / "m.gguf", tmp_path / "out")
+    ours, theirs = (load_tokenizer(open_checkpoint(path).tokenizer_source) for path in (out, tmp_path / "m.gguf"))
+    text = "The quick brown fox, 1234!"
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.templates == theirs.templates
+    assert (out / "tokenizer" / "tokenizer.gguf").stat().st_size < (tmp_path / "m.gguf").stat().st_size / 4
+
+
+MESHES = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from fastgen_jax.checkpoint import load_params, open_checkpoint, save_snapshot
+source, out = sys.argv[1:]
+
+def sharding(rows, columns):
+    mesh = Mesh(np.array(jax.devices()).reshape(rows, columns), ("x", "y"))
+    return lambda path, shape: NamedSharding(mesh, P("x", "y") if len(shape) == 2 else P("y"))
+
+def load(path, where, stack):
+    return load_params(open_checkpoint(path), dtype="float32", stack_layers=stack, sharding=where)
+
+assert jax.device_count() == 8
+first = load(source, sharding(4, 2), True)
+assert first["layers"]["qkv"].sharding.spec == P(None, "x", "y"), first["layers"]["qkv"].sharding
+save_snapshot(out, first, open_checkpoint(source).config_json, tokenizer_files={})
+for where, stack in ((sharding(2, 4), True), (sharding(8, 1), False), (None, True)):
+    again = load(out, where, stack)
+    if not stack:
+        names = first["layers"]
+        again["layers"] = {n: np.stack([np.asarray(layer[n]) for layer in again["layers"]]) for n in names}
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, first), jax.tree.map(np.asarray, again))
+    if where and stack:
+        assert {s.data.shape for s in again["embed"].addressable_shards} == {(512 // 2, 32 // 4)}
+        assert {s.data.shape for s in again["layers"]["down"].addressable_shards} == {(2, 64 // 2, 32 // 4)}
+print("same on every mesh")
+"""
+
+
+def test_a_snapshot_does_not_depend_on_the_mesh_that_wrote_it(source, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES, str(source), str(tmp_path / "out")], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    assert done.stdout.strip() == "same on every mesh", done.stderr[-3000:]
+
+
+def _without_params(path):
+    shutil.rmtree(path / "params")
+
+
+def _cut_data(path):
+    largest = max((path / "params").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    largest.write_bytes(largest.read_bytes()[:100])
+
+
+def _later_format(path):
+    (path / "fastgen.json").write_text(json.dumps({"format": 99}))
+
+
+def _bad_metadata(path):
+    (path / "params" / "_METADATA").write_text("{")
+
+
+def _other_config(field, value):
+    def change(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {field: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (_without_params, "has no params: its conversion was interrupted"),
+    (_cut_data, "the weight '.*' cannot be read .*damaged, convert the original again"),
+    (_later_format, "has format 99, but this version reads 1"),
+    (_bad_metadata, "params is damaged"),
+    (_other_config("num_hidden_layers", 3), r"has no tensor 'layers.attn_norm.2'"),
+    (_other_config("num_hidden_layers", 1), r"holds 6 tensors that .*'layers.attn_norm.1'"),
+    (_other_config("intermediate_size", 32),
+     r"'layers.gate_up.0' has shape \(32, 128\), but the config asks for \(32, 64\)"),
+])
+def test_a_damaged_snapshot_is_refused_with_the_cause(snapshot, tmp_path, damage, message):
+    shutil.copytree(snapshot, tmp_path / "s")
+    damage(tmp_path / "s")
+    with pytest.raises(ValueError, match=message):
+        load_params(open_checkpoint(tmp_path / "s"), dtype=jnp.float32, stack_layers=False)
+
+
+def test_what_cannot_be_saved_is_refused(source, snapshot, tmp_path):
+    with pytest.raises(ValueError, match="is not empty; choose another directory"):
+        _snapshot(source, snapshot)
+    write_hf(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"has no tokenizer files; put tokenizer.json"):
+        _snapshot(tmp_path / "bare", tmp_path / "out")
+    checkpoint = open_checkpoint(source)
+    with pytest.raises(ValueError, match="a str cannot be saved"):
+        save_snapshot(tmp_path / "out", {"embed": "x", "layers": ()}, checkpoint.config_json, tokenizer_files={})
+
+
+def test_a_snapshot_without_a_tokenizer_is_refused_where_one_is_needed(snapshot, tmp_path):
+    shutil.copytree(snapshot, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / "tokenizer")
+    with pytest.raises(ValueError, match="has no tokenizer; convert the original again, or work with token ids"):
+        Engine.from_pretrained(tmp_path / "s")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(tmp_path):
+    write_hf(tmp_path, vocab_size=96)
+    write_json(tmp_path)
+    with pytest.raises(ValueError, match=r"the tokenizer has 380 tokens but the embedding only 96 rows"):
+        Engine.from_pretrained(tmp_path)
+
+
+def test_addresses_of_buckets_are_resolved_to_snapshots_alone(snapshot, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="foo://bucket/x: this kind of address is not supported"):
+        resolve_model("foo://bucket/x")
+    places = {"gs://bucket/full": snapshot, "gs://bucket/empty": tmp_path}
+    monkeypatch.setattr("fastgen_jax.checkpoint.resolve.as_path", places.__getitem__)
+    assert resolve_model("gs://bucket/full") == snapshot
+    with pytest.raises(ValueError, match=r"holds no snapshot \(no fastgen.json\); copy the checkpoint to a local disk"):
+        resolve_model("gs://bucket/empty")

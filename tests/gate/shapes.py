@@ -1,0 +1,57 @@
+"""The models and kernel calls that the gates compile: shapes of real checkpoints, no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 128256,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "num_key_value_heads": 8,
+}  # fmt: skip
+LLAMA_3_8B: dict[str, Any] = _LLAMA | {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32,
+}
+LLAMA_3_70B: dict[str, Any] = _LLAMA | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80,
+}
+MIXTRAL_8X7B: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "vocab_size": 32000,
+    "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "max_position_embeddings": 32768, "num_key_value_heads": 8,
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of ragged attention."""
+
+    name: str
+    num_tokens: int
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    block_size: int = 32
+    num_sequences: int = 64
+    context: int = 4096
+    window: int | None = None
+    soft_cap: float | None = None
+    extras: bool = False  # ALiBi slopes and sinks
+    dtype: str = "bfloat16"
+
+
+CALLS = (
+    Call(name="decode 64 x 4k", num_tokens=64),
+    Call(name="prompt 2k", num_tokens=2048, num_sequences=1),
+    Call(name="mixed 2k, 64 sequences", num_tokens=2048),
+    Call(name="70B on 8 devices, B=128", num_tokens=512, num_heads=8, num_kv_heads=1, block_size=128),
+    Call(name="one token", num_tokens=1, num_sequences=1),
+    Call(name="32 KV heads", num_tokens=512, num_kv_heads=32),
+    Call(name="71 query heads on one KV head", num_tokens=512, num_heads=71, num_kv_heads=1),
+    Call(name="window, cap, ALiBi, sinks", num_tokens=512, window=1024, soft_cap=50.0, extras=True),
+    Call(name="heads of 256", num_tokens=512, num_heads=8, num_kv_heads=4, head_dim=256),
+    Call(name="float32 cache", num_tokens=256, num_heads=8, num_kv_heads=2, dtype="float32"),
+    Call(name="128k contexts", num_tokens=512, context=131072),
+    Call(name="tables of 48 Ki blocks", num_tokens=64, num_heads=8, num_kv_heads=1, num_sequences=2, context=49152 * 32),
+)

@@ -1,0 +1,185 @@
+"""Every family and variant against transformers: whole prompt, chunks, generation; what a family cannot do is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fastgen_jax.checkpoint import load_params, open_checkpoint
+from fastgen_jax.engine.config import EngineConfig, resolve
+from fastgen_jax.engine.weights import prepare_params
+from fastgen_jax.models.families import FAMILIES, family_of
+from fastgen_jax.models.params import count_params, init_params
+from tests.models import test_moe_families
+from tests.models.parity import Runs, error, expected, folder, load, random_cut, variants
+
+# Two float32 programs that add up in different orders; transformers' own cached decode differs from its full forward
+# by as much. In units of the largest logit.
+TOLERANCE = 1e-4
+# 8 significant bits in weights and activations, two to four layers with weights of standard deviation 0.3.
+BFLOAT16_MEAN_TOLERANCE = 0.02
+WITH_TESTS_OF_THEIR_OWN = ("llama", *test_moe_families.FAMILIES)
+ALL = [pytest.param(*names, id="-".join(names)) for names in variants()]
+OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if names[0] not in WITH_TESTS_OF_THEIR_OWN]
+
+
+@pytest.mark.parametrize(("family", "variant"), OTHERS)
+def test_logits_equal_those_of_transformers_however_the_tokens_are_cut(family, variant):
+    params, config = load(family, variant)
+    tokens, want, prompt = expected(family, variant)
+    runs = Runs(params, config, len(tokens))
+    token_by_token = [prompt] + [1] * (len(tokens) - prompt)
+    for sizes in ([len(tokens)], random_cut(len(tokens), seed=0), token_by_token):
+        assert error(runs.logits(tokens, sizes, prompt_length=prompt), want) < TOLERANCE
+
+
+def test_every_family_has_a_variant():
+    made_by_hand = {"qwen"}  # remote code: transformers cannot make it, see test_qwen.py
+    assert {family for family, _ in variants()} == FAMILIES.keys() - made_by_hand
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "variant"), ALL)
+def test_scanned_layers_and_plain_attention_give_the_same_logits(family, variant):
+    params, config = load(family, variant, stack_layers=True)
+    tokens, want, prompt = expected(family, variant)
+    runs = Runs(params, config, len(tokens), attention="xla")
+    assert error(runs.logits(tokens, random_cut(len(tokens), seed=1), prompt_length=prompt), want) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "variant"), ALL)
+def test_prepared_weights_give_the_same_logits(family, variant):
+    params, config = load(family, variant)
+    prepared = prepare_params(params, config, resolve(EngineConfig(dtype="float32", num_blocks=8), config))
+    tokens, want, prompt = expected(family, variant)
+    runs = Runs(prepared, config, len(tokens))
+    assert error(runs.logits(tokens, random_cut(len(tokens), seed=2), prompt_length=prompt), want) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "variant"), ALL)
+def test_bfloat16_stays_near_float32(family, variant):
+    params, config = load(family, variant)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    tokens, want, prompt = expected(family, variant)
+    got = Runs(half, config, len(tokens)).logits(tokens, [len(tokens)], prompt_length=prompt)
+    assert np.abs(got - want).mean() < BFLOAT16_MEAN_TOLERANCE * np.abs(want).max()
+
+
+def test_scanned_layers_that_differ_look_up_their_own_settings():
+    for family, variant in (("gemma3", "default"), ("smollm3", "window_bias")):
+        params, config = load(family, variant, stack_layers=True)
+        tokens, want, prompt = expected(family, variant)
+        got = Runs(params, config, len(tokens)).logits(tokens, [len(tokens)], prompt_length=prompt)
+        assert error(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "variant", "changes"), [
+    ("mistral", "window", {"layer_windows": ()}),
+    ("gemma2", "default", {"attention_soft_cap": None}),
+    ("gemma2", "default", {"logits_soft_cap": None}),
+    ("gemma3", "default", {"layer_ropes": ()}),
+    ("smollm3", "default", {"layer_ropes": ()}),
+    ("falcon", "rw", {"alibi_slopes": ()}),
+    ("granite", "default", {"residual_multiplier": 1.0}),
+    ("granite", "default", {"embed_multiplier": 1.0}),
+    ("opt", "default", {"position_offset": 0}),
+])
+def test_the_checkpoints_are_sensitive_to_what_sets_a_family_apart(family, variant, changes):
+    """Guards the parity tests: dropping the peculiarity must show, or they could not fail."""
+    params, config = load(family, variant)
+    tokens, want, prompt = expected(family, variant)
+    got = Runs(params, replace(config, **changes), len(tokens)).logits(tokens, [len(tokens)], prompt_length=prompt)
+    assert error(got, want) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "variant"), OTHERS)
+def test_parameters_are_counted_as_they_are_made(family, variant):
+    config = open_checkpoint(folder(family, variant)).config
+    made = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert count_params(config) == sum(leaf.size for leaf in jax.tree.leaves(made))
+    unrolled = jax.eval_shape(lambda: init_params(config, jax.random.key(0), stack_layers=False))
+    assert len(unrolled["layers"]) == config.num_layers
+
+
+@pytest.mark.parametrize(("family", "variant"), OTHERS)
+def test_a_switch_that_a_family_does_not_know_is_refused(family, variant):
+    hf = json.loads((folder(family, variant) / "config.json").read_text())
+    read = family_of(hf["architectures"][0]).config_from_hf
+    with pytest.raises(ValueError, match="use_new_mathematics=True is not known to this family"):
+        read(hf | {"use_new_mathematics": True})
+    assert read(hf | {"use_new_mathematics": False}) == read(hf)
+
+
+@pytest.mark.parametrize(("family", "variant", "changes", "message"), [
+    ("bloom", "default", {"apply_residual_connection_post_layernorm": True}, "connection_post_layernorm=True"),
+    ("opt", "default", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+    ("opt", "default", {"activation_function": "quick_gelu"}, "activation_function='quick_gelu'"),
+    ("gpt2", "default", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ("falcon", "40b", {"parallel_attn": False}, "parallel_attn=False"),
+    ("falcon", "7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
+    ("gemma", "default", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ("gemma3", "default", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+    ("mistral", "window", {"layer_types": ["chunked_attention"] * 2}, "supported: 'sliding_attention' or 'full_attention'"),
+    ("qwen2", "tied", {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "rope_type 'mrope' is not supported"),
+    ("qwen2", "tied", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mystery": 1}}, "mystery"),
+    ("llama", "default", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+    ("cohere2", "default", {"position_embedding_type": "rope_neox"}, "position_embedding_type='rope_neox'"),
+    ("starcoder2", "default", {"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
+])
+def test_what_a_family_lacks_is_refused_by_name(family, variant, changes, message):
+    hf = json.loads((folder(family, variant) / "config.json").read_text()) | changes
+    with pytest.raises(ValueError, match=message):
+        family_of(hf["architectures"][0]).config_from_hf(hf)
+
+
+def test_an_unknown_architecture_names_the_nearest():
+    with pytest.raises(ValueError, match="nearest supported: Qwen3ForCausalLM"):
+        family_of("Qwen3ForCausalLm")
+
+
+def test_old_and_new_spellings_of_a_config_are_the_same_model():
+    """Files from before transformers 5 have rope_theta, rope_scaling and the patterns as numbers."""
+    hf = json.loads((folder("gemma3", "scaled") / "config.json").read_text())
+    read = FAMILIES["gemma3"].config_from_hf
+    old = {name: value for name, value in hf.items() if name not in ("rope_parameters", "layer_types", "dtype")}
+    old |= {"rope_theta": 1e6, "rope_local_base_freq": 5000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "sliding_window_pattern": 2, "torch_dtype": "bfloat16"}
+    assert read(old) == read(hf)
+    hf = json.loads((folder("phi3", "longrope_long") / "config.json").read_text())
+    read = FAMILIES["phi3"].config_from_hf
+    rope = hf["rope_parameters"]
+    for kind in ("su", "longrope", "yarn"):
+        old = {name: value for name, value in hf.items() if name != "rope_parameters"} | {
+            "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+            "rope_scaling": {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}}
+        assert read(old) == read(hf)
+
+
+def test_a_shape_that_does_not_fit_the_config_is_refused(tmp_path):
+    source = folder("falcon", "40b")
+    hf = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(hf | {"num_kv_heads": 4}))
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"query_key_value.weight' has shape \(64, 32\), but .* asks for \(96, 32\)"):
+        load_params(open_checkpoint(tmp_path), dtype="float32")
+
+
+def test_a_checkpoint_of_the_bare_model_with_saved_masks_is_the_same_model(tmp_path):
+    """So are the files of GPT-2 on the hub: no `transformer.` before the names, and the causal mask as a tensor."""
+    source = folder("gpt2", "default")
+    tensors = {name.removeprefix("transformer."): value for name, value in
+               load_file(source / "model.safetensors").items()}
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 96, 96), np.float32))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    params = load_params(open_checkpoint(tmp_path), dtype="float32", stack_layers=False)
+    jax.tree.map(np.testing.assert_array_equal, params, load("gpt2", "default")[0])

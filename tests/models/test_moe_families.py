@@ -1,0 +1,80 @@
+"""Models with experts beside transformers, in the engine, scanned, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastgen_jax import Engine, EngineConfig
+from fastgen_jax.checkpoint import open_checkpoint
+from fastgen_jax.models.families import deepseek_v3, qwen3_moe
+from tests.models.parity import REFERENCE, Runs, error, expected, load, random_cut, variants
+from tests.tiny import drain, greedy, tokens_of
+
+HOME = REFERENCE / "families"
+TOLERANCE = 1e-4  # of the largest logit: two float32 programs that add up in different orders
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3")
+VARIANTS = [names for names in variants() if names[0] in FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "variant"), VARIANTS)
+def test_logits_equal_those_of_transformers_however_the_tokens_are_cut(family: str, variant: str):
+    params, config = load(family, variant)
+    tokens, want, prompt = expected(family, variant)
+    runs = Runs(params, config, len(tokens))
+    token_by_token = [prompt] + [1] * (len(tokens) - prompt)
+    for sizes in ([len(tokens)], random_cut(len(tokens), seed=0), token_by_token):
+        assert error(runs.logits(tokens, sizes, prompt_length=prompt), want) < TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "variant"), [("qwen2_moe", "dense_first"), ("deepseek_v3", "default")])
+def test_runs_of_like_layers_are_scanned(family: str, variant: str):
+    params, config = load(family, variant, stack_layers=True)
+    assert config.moe is not None
+    assert params["layers"]["router"].shape[0] == len(config.moe.layers)
+    assert params["layers"]["gate_up"].shape[0] == config.num_layers - len(config.moe.layers)
+    tokens, want, prompt = expected(family, variant)
+    runs = Runs(params, config, len(tokens))
+    assert error(runs.logits(tokens, [30, len(tokens) - 30], prompt_length=prompt), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_request_gets_the_same_tokens_alone_and_in_company(quantize: str | None):
+    params, config = load("deepseek_v3", "default")
+    engine = Engine(params, config, EngineConfig(
+        token_budget=24, budget_ladder=() if quantize else (4,), max_num_seqs=4, block_size=4, num_blocks=64,
+        quantize=quantize))
+    tokens = expected("deepseek_v3", "default")[0].tolist()
+    prompts = [tokens[:60], tokens[:7], tokens[20:41], tokens[5:6]]
+    alone = []
+    for prompt in prompts:
+        engine.add(prompt, greedy(10))
+        alone += [tokens_of(outputs) for outputs in drain(engine).values()]
+    if quantize is None:
+        assert alone[0] == tokens[60:]  # what transformers generates
+    ids = [engine.add(prompt, greedy(10)) for prompt in prompts]
+    together = drain(engine)
+    assert [tokens_of(together[request]) for request in ids] == alone
+
+
+def test_what_a_family_lacks_is_refused():
+    hf = json.loads((HOME / "deepseek_v3" / "default" / "config.json").read_text())
+    for changes, message in [
+        ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ({"topk_method": "greedy"}, "topk_method='greedy'"),
+        ({"index_topk": 2048}, "index_topk=2048 is not known"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            deepseek_v3.config_from_hf({**hf, **changes})
+    hf = json.loads((HOME / "qwen3_moe" / "default" / "config.json").read_text())
+    with pytest.raises(ValueError, match="use_sliding_window=True"):
+        qwen3_moe.config_from_hf({**hf, "use_sliding_window": True})
+
+
+def test_mxfp4_weights_are_refused(tmp_path: Path):
+    hf = json.loads((HOME / "gpt_oss" / "default" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**hf, "quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(ValueError, match=r"quantised \(mxfp4\).*pass the original checkpoint"):
+        open_checkpoint(tmp_path)

@@ -1,0 +1,231 @@
+"""The TPU kernels equal the reference in Pallas' TPU interpreter, which models memories, copies and semaphores.
+
+Copies run in two ways: "eager", where the race detector sees every access, and "on_wait", where what was not waited for
+is not there. Neither is a TPU: `make tpu-check` asks the compiler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the race detector's verdict has no public name
+from jax.experimental.pallas import tpu as pltpu
+
+from fastgen_jax.core import stored_head_dim
+from pallas_kernels.ragged_attention.autotune import autotune
+from pallas_kernels.ragged_attention.reference import ragged_attention_reference
+from pallas_kernels.ragged_attention.tiles import DEVICES, Shape, Tiles, choose, measured, modelled, vmem_bytes
+from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
+from pallas_kernels.ragged_attention.tpu_write import write_kv_tpu
+from pallas_kernels.ragged_attention.xla import write_kv
+from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
+
+NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 300  # contexts of three pieces
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}  # bfloat16: weights are rounded to 8 bits before they meet the values
+NO_WINDOW = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    num_kv_heads: int = 2
+    group: int = 3
+    head_dim: int = 128
+    block_size: int = 16
+    soft_cap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    dtype: str = "float32"
+    queries: int = 8
+    sequences: int = 2
+    cores: int = 1
+
+    def options(self) -> dict[str, object]:
+        heads = self.num_kv_heads * self.group
+        options: dict[str, object] = {"soft_cap": self.soft_cap}
+        if self.alibi:
+            options["alibi_slopes"] = jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)
+        if self.sinks:
+            options["sinks"] = jnp.asarray(np.linspace(-3, 6, heads), jnp.float32)
+        return options
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles(
+            queries=self.queries, keys=128 * self.sequences, sequences=self.sequences, cores=self.cores, vmem_limit=2**24
+        )
+
+
+QUICK = [
+    (Case(soft_cap=5.0, sinks=True), "eager"),
+    (Case(num_kv_heads=1, group=4, alibi=True, dtype="bfloat16", queries=16), "on_wait"),
+]
+CASES = [
+    Case(group=1, sequences=1),
+    Case(num_kv_heads=3, head_dim=64, sinks=True, sequences=1),
+    Case(num_kv_heads=1, group=71, head_dim=64, alibi=True, queries=16),
+    Case(head_dim=80, block_size=8, group=4, soft_cap=2.0, alibi=True),
+    Case(head_dim=96, sinks=True, soft_cap=5.0, block_size=32),
+    Case(num_kv_heads=1, group=8, head_dim=256, dtype="bfloat16", sequences=4, block_size=128),
+    Case(num_kv_heads=5, group=1, dtype="bfloat16"),
+    Case(group=2, cores=2, dtype="bfloat16", queries=16),
+]
+
+
+@st.composite
+def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
+    chunks, room = [], NUM_TOKENS
+    for _ in range(NUM_SEQUENCES):
+        query = draw(st.sampled_from([0, 1, 1, 2, 5, 16, 20]).filter(lambda n: n <= room))  # noqa: B023
+        old = draw(st.one_of(st.sampled_from([0, 15, 16, 127, 128, 255]), st.integers(0, MAX_CONTEXT - 20)))
+        chunks.append((query, query + old if query else 0))
+        room -= query
+    return chunks
+
+
+def pad_heads(arguments: dict[str, object], head_dim: int) -> dict[str, object]:
+    """As the decoder does it: zeros behind each head, up to what the cache stores on a TPU."""
+    more = stored_head_dim(head_dim, "tpu") - head_dim
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
+
+    return arguments | {name: pad(arguments[name]) for name in ("q", "k", "v", "k_cache", "v_cache")}
+
+
+@functools.cache
+def compiled(implementation: str, case: Case, mode: str, scale: float, num_blocks: int):
+    static = {"scale": scale, "num_blocks": num_blocks, "soft_cap": case.soft_cap}
+    if implementation == "reference":
+        return jax.jit(functools.partial(ragged_attention_reference, **static))
+    interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode)
+    return jax.jit(functools.partial(ragged_attention_tpu, tiles=case.tiles, interpret=interpret, **static))
+
+
+def run(implementation: str, batch: Batch, case: Case, mode: str, **options: object) -> list[np.ndarray]:
+    arguments = batch.arguments(**case.options(), **options)
+    static = {name: arguments.pop(name) for name in ("scale", "num_blocks")}
+    arguments.pop("soft_cap")
+    arguments["layer"] = jnp.asarray(arguments["layer"], jnp.int32)
+    if implementation == "tpu":
+        arguments = pad_heads(arguments, case.head_dim)
+    results = compiled(implementation, case, mode, **static)(**arguments)
+    return [np.asarray(x, np.float32)[..., : case.head_dim] for x in results]
+
+
+def check_case(case: Case, mode: str, *, examples: int) -> None:
+    max_blocks = -(-MAX_CONTEXT // case.block_size)
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(chunks=ragged_chunks(), window=st.sampled_from([NO_WINDOW, NO_WINDOW, 1, 20, 150]), layer=st.integers(0, 2))
+    def check(chunks: list[tuple[int, int]], window: int, layer: int) -> None:
+        batch = make_batch(
+            chunks, num_kv_heads=case.num_kv_heads, group=case.group, head_dim=case.head_dim,
+            block_size=case.block_size, layer=layer, num_tokens=NUM_TOKENS, max_blocks=max_blocks,
+            num_blocks=NUM_SEQUENCES * max_blocks, dtype=jnp.dtype(case.dtype),
+        )  # fmt: skip
+        if case.dtype == "bfloat16":
+            for name in ("q", "k", "v"):
+                batch.arrays[name] = batch.arrays[name].astype(jnp.bfloat16)
+        window_array = jnp.asarray(window, jnp.int32)
+        expected = run("reference", batch, case, mode, sliding_window=window_array)
+        pltpu.reset_tpu_interpret_mode_state()
+        out, k_cache, v_cache = run("tpu", batch, case, mode, sliding_window=window_array)
+        races = interpret_pallas_call.races
+        assert races is None or not races.races_found
+        np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[case.dtype], rtol=0)
+        np.testing.assert_array_equal(k_cache, expected[1])
+        np.testing.assert_array_equal(v_cache, expected[2])
+
+    check()
+
+
+@pytest.mark.parametrize(("case", "mode"), QUICK, ids=str)
+def test_the_tpu_kernel_equals_the_reference(case: Case, mode: str) -> None:
+    check_case(case, mode, examples=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+@pytest.mark.parametrize("case", [case for case, _ in QUICK] + CASES, ids=str)
+def test_the_tpu_kernel_equals_the_reference_in_all_shapes(case: Case, mode: str) -> None:
+    check_case(case, mode, examples=12)
+
+
+def test_scattered_slots_are_written_wherever_they_lie() -> None:
+    """Tokens of one granule that do not stand side by side: each run must see what the one before it wrote."""
+    rng = np.random.default_rng(0)
+    shape, num_blocks = (6, 2, 16, 128), 3
+    slots = rng.permutation(num_blocks * 16)[:24].astype(np.int32)
+    slots[5] = num_blocks * 16  # padding
+    k, v = (jnp.asarray(rng.standard_normal((24, 2, 128), dtype=np.float32)) for _ in range(2))
+    caches = [jnp.full(shape, np.nan, jnp.float32) for _ in range(2)]
+    arguments = {"kv_slots": jnp.asarray(slots), "layer": jnp.int32(1), "num_blocks": num_blocks}
+    interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
+    pltpu.reset_tpu_interpret_mode_state()
+    written = write_kv_tpu(k, v, *caches, **arguments, interpret=interpret)
+    assert not interpret_pallas_call.races.races_found
+    for ours, expected in zip(written, write_kv(k, v, *caches, **arguments), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 64}, "multiples of 128 numbers but D is 64"),
+        ({"block_size": 24, "head_dim": 128}, "power of two of at least 8, but it is 24"),
+        ({"dtype": np.float16, "head_dim": 128}, "dtype float16; store bfloat16"),
+        ({"max_blocks": 50_000, "head_dim": 128}, "up to 49152 blocks a sequence but block_tables has 50000"),
+    ],
+)
+def test_what_the_tpu_kernel_cannot_take_is_refused(changes: dict, message: str) -> None:
+    arguments = make_batch([(1, 3)], **changes).arguments()
+    with pytest.raises(ValueError, match=message):
+        ragged_attention_tpu(**arguments)
+
+
+def shape(num_heads: int, num_kv_heads: int, **changes: int) -> Shape:
+    sizes = {"head_dim": 128, "block_size": 32, "num_tokens": 2048, "num_sequences": 64} | changes
+    return Shape(num_heads=num_heads, num_kv_heads=num_kv_heads, dtype="bfloat16", **sizes)
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(8, 1), (32, 8), (32, 32), (71, 1), (128, 8)])
+def test_modelled_tiles_are_powers_of_two_within_vmem(kind: str, num_heads: int, num_kv_heads: int) -> None:
+    for num_tokens, num_sequences in ((1, 1), (64, 64), (2048, 64)):
+        call = shape(num_heads, num_kv_heads, num_tokens=num_tokens, num_sequences=num_sequences)
+        tiles = modelled(call, kind)
+        for size in (tiles.queries, tiles.keys, tiles.sequences):
+            assert size & (size - 1) == 0
+        assert tiles.keys // tiles.sequences >= 128
+        assert tiles.queries == 8 or vmem_bytes(tiles.queries, tiles.keys, call) <= DEVICES[kind].vmem_limit
+
+
+def test_autotune_writes_the_fastest_tiles_that_work_and_choose_finds_them(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("PALLAS_KERNELS_TILES", str(path))
+    call = shape(32, 8)
+    assert choose(call, "v5e") == modelled(call, "v5e")
+
+    def measure(tiles: Tiles) -> float:
+        if tiles.keys > 512:
+            raise RuntimeError("Ran out of memory in memory space vmem")
+        return 1e-3 / tiles.keys + 1e-6 * tiles.queries
+
+    best = autotune(call, kind="v5e", measure=measure, path=path, report=lambda line: None)
+    assert best.keys == 512
+    assert best.queries == modelled(call, "v5e").queries // 2
+    assert choose(call, "v5e") == best
+    assert choose(shape(32, 8, num_tokens=1500), "v5e") == best  # the same class
+    assert choose(shape(32, 4), "v5e") == modelled(shape(32, 4), "v5e")
+    path.write_text("[1]")
+    measured.cache_clear()
+    with pytest.raises(ValueError, match="does not hold measured tiles"):
+        choose(call, "v5e")
+    measured.cache_clear()

@@ -1,0 +1,97 @@
+"""`fastgen plan`: its arithmetic against numbers worked out by hand, and what it says when a model does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastgen_jax.cli import main
+from fastgen_jax.plan.devices import GIB, parse_topology
+from fastgen_jax.plan.estimate import weight_bytes
+from fastgen_jax.plan.report import Plan, make_plan, table
+from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
+
+
+def plan(config: dict, topology: str, **changes) -> Plan:
+    options = {"context": 8192, "budgets": [64, 512], "max_num_seqs": 64, "block_size": 128, "dtype": "bfloat16"}
+    return make_plan(config, topology=topology, compile=False, **(options | changes))
+
+
+def test_llama_3_8b_on_eight_v5e_chips() -> None:
+    made = plan(LLAMA_3_8B, "v5e:2x4")
+    norms = 65 * 4096  # on every device; all else is divided by eight
+    assert made.num_params == 8_030_261_248
+    assert made.memory.weights == (made.num_params - norms) * 2 // 8 + norms * 2
+    assert made.memory.block == 128 * 2 * 32 * 1 * 128 * 2  # tokens, K and V, layers, one of eight KV heads, D, bytes
+    assert made.memory.num_blocks == made.memory.free // made.memory.block
+    assert made.sequences == made.memory.num_blocks // 64
+    assert made.fits
+    assert not made.advice
+
+
+def test_a_step_is_bound_by_memory_when_few_tokens_share_the_weights() -> None:
+    small, large = plan(LLAMA_3_8B, "v6e:2x2", context=1024, budgets=[64, 2048], max_num_seqs=32).steps
+    assert (small.bound, large.bound) == ("memory", "compute")
+    assert small.memory > 8.03e9 * 2 / 4 / 1.64e12  # the weights alone
+    products = 8_030_261_248 - 128256 * 4096 * 2  # without embedding and head
+    assert large.compute > 2 * products * 2048 / 4 / 918e12
+    assert large.seconds == max(large.compute, large.memory) + large.links
+
+
+def test_what_does_not_fit_comes_with_what_would() -> None:
+    made = plan(LLAMA_3_70B, "v5e:2x4")
+    assert not made.fits
+    assert made.sequences == made.largest_budget == 0
+    assert any("v6e" in line for line in made.advice)
+    assert "it does not fit" in table(made)
+    one = plan(LLAMA_3_8B, "v5e:1x1")
+    assert any(line == "2 devices of v5e instead of 1" for line in one.advice)
+
+
+def test_a_head_of_64_takes_128_numbers_on_a_tpu_but_not_on_a_gpu() -> None:
+    config = LLAMA_3_8B | {"hidden_size": 2048, "head_dim": 64}
+    on_tpu, on_gpu = (plan(config, topology, context=1024).memory.block for topology in ("v5e:2x2", "h100:4"))
+    assert on_tpu == 2 * on_gpu
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:2x2", r"topology is 'v9:2x2'; it must be a kind among v4, v5e"),
+        ("v5e:2xtwo", r"topology is 'v5e:2xtwo'"),
+        ("v5e:4x4", r"num_kv_heads=8 cannot be divided over 16 devices; choose a number of devices among 1, 2, 4, 8"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(topology: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(LLAMA_3_8B, topology)
+
+
+def test_topologies_count_jax_devices() -> None:
+    assert [parse_topology(name).num_devices for name in ("v5e:2x4", "v4:2x2x1", "tpu7x:2x2x1", "h100:8", "v5e")] == [
+        8, 4, 8, 8, 1]
+    assert parse_topology("v5p:2x2").shape == (2, 2, 1)
+    assert parse_topology("v6e:2x2").device.memory == 32 * GIB
+
+
+def test_the_command_prints_a_table_or_json(tmp_path, capsys) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    arguments = ["plan", "--model", str(tmp_path), "--topology", "v5e:2x4", "--no-compile", "--budget", "64"]
+    assert main(arguments) == 0
+    assert "sequences of 8192 tokens at once" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["fits"] is True
+    assert printed["steps"][0]["bound"] == "memory"
+    assert main(["plan", "--model", str(tmp_path / "no"), "--topology", "v5e:2x4"]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_weights_are_divided_but_for_what_every_device_needs() -> None:
+    model_bytes = plan(LLAMA_3_8B, "v5e:1x1").memory.weights
+    from fastgen_jax.models.families import family_of
+
+    model = family_of("LlamaForCausalLM").config_from_hf(LLAMA_3_8B)
+    norms = 2 * 65 * 4096
+    assert weight_bytes(model, 8, 2) == (model_bytes - norms) // 8 + norms

@@ -1,0 +1,118 @@
+"""The simulator against the engine's real loop, on a device whose steps take a known time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastgen_jax import Engine
+from fastgen_jax.bench import steps
+from fastgen_jax.bench.driver import StepLog, run_load
+from fastgen_jax.bench.loads import closed_loop, open_loop
+from fastgen_jax.bench.policies import measure
+from fastgen_jax.bench.steps import Point, fit
+from fastgen_jax.simulation import MeasuredCost, load_cost
+from fastgen_jax.simulation.validate import errors, simulated_twin
+from tests.tiny import tiny_engine
+
+BASE = {8: 0.010, 32: 0.024}  # seconds of a step by its compiled size; long enough for sleeps to be exact
+PER_ATTENDED = 2e-6
+
+
+@contextmanager
+def timed_device(engine: Engine) -> Iterator[None]:
+    """Makes results arrive as late as on a device that runs one step after another and takes a known time for each."""
+    run, read = engine._runner.run, engine._read
+    ready: list[float] = []
+
+    def timed_run(packed, bucket):
+        step = engine.scheduler._steps_in_flight[-1]
+        attended = sum(c.length * c.start + c.length * (c.length + 1) // 2 for c in step.chunks)
+        start = max(time.perf_counter(), ready[-1] if ready else 0.0)
+        ready.append(start + BASE[bucket.num_tokens] + PER_ATTENDED * attended)
+        return run(packed, bucket)
+
+    reads = iter(range(10**9))
+
+    def timed_read(step, output):
+        rows = read(step, output)
+        time.sleep(max(0.0, ready[next(reads)] - time.perf_counter()))
+        return rows
+
+    vars(engine._runner)["run"], vars(engine)["_read"] = timed_run, timed_read
+    try:
+        yield
+    finally:
+        del vars(engine._runner)["run"], vars(engine)["_read"]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_simulation_of_an_engine_is_within_ten_percent_of_it(overlap: bool) -> None:
+    engine = tiny_engine(overlap=overlap, prefix_caching=False)
+    loads = [closed_loop(n, num_requests=10, mean_prompt=40, mean_output=8, warmup=1) for n in (1, 4)]
+    with timed_device(engine):
+        measured = [measure(engine, load, "splitfuse", "tiny") for load in loads]
+    cost = MeasuredCost(sizes=(8, 32), base=(BASE[8], BASE[32]), per_row=0.0, per_decode_attended=PER_ATTENDED,
+                        per_prompt_attended=PER_ATTENDED, host_seconds=0.001, facts={})
+    simulated = [simulated_twin(record, load, cost) for record, load in zip(measured, loads, strict=True)]
+    lines, worst = errors(measured, simulated)
+    assert worst <= 0.10, "\n".join(lines)
+
+
+def test_measured_step_costs_are_those_of_the_device(tmp_path: Path) -> None:
+    engine = tiny_engine(prefix_caching=False)
+    with timed_device(engine):
+        points = steps.measure(engine, contexts=[8, 40], generated=6, rounds=1)
+    model = fit(points, steps.facts_of(engine, "tiny"))
+    for size, base in zip(model["sizes"], model["base"], strict=True):
+        # The host of a busy machine adds to a step of 10 ms; the device itself is exact.
+        assert BASE[size] * 0.9 <= base <= BASE[size] * 1.5
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(model))
+    assert load_cost(path).sizes == (8, 32)
+    assert any("tokens/s" in line for line in steps.report(points, model))
+
+
+def test_a_fit_finds_the_coefficients_among_disturbed_steps() -> None:
+    rng = np.random.default_rng(0)
+    true = MeasuredCost(sizes=(8, 64), base=(0.02, 0.08), per_row=5e-4, per_decode_attended=3e-6, per_prompt_attended=1e-6,
+                        host_seconds=0.0, facts={})
+    points = []
+    for i in range(300):
+        size = (8, 64)[i % 2]
+        tokens = int(rng.integers(1, 9)) if size == 8 else int(rng.integers(9, 65))
+        rows, decode, prompt = int(rng.integers(1, 8)), int(rng.integers(0, 4000)), int(rng.integers(0, 20_000))
+        seconds = true.base[i % 2] + true.per_row * rows + true.per_decode_attended * decode + true.per_prompt_attended * prompt
+        if i % 10 == 0:
+            seconds *= 1.8
+        points.append(Point(size=size, num_tokens=tokens, num_sample_rows=rows, decode_attended=decode,
+                            prompt_attended=prompt, seconds=seconds))
+    facts = {"engine": {"step_sizes": [8, 16, 64]}, "host_seconds": 0.0}
+    model = fit(points, facts)
+    assert model["base"] == pytest.approx([0.02, 0.02 + 0.06 * 8 / 56, 0.08], rel=0.01)
+    for name in ("per_row", "per_decode_attended", "per_prompt_attended"):
+        assert model[name] == pytest.approx(asdict(true)[name], rel=0.02)
+    with pytest.raises(ValueError, match="2 steps were measured; 5 unknowns need more"):
+        fit(points[:2], facts)
+
+
+def test_a_load_on_an_engine_is_served_as_asked() -> None:
+    engine = tiny_engine(prefix_caching=False)
+    load = open_loop(200.0, num_requests=6, mean_prompt=20, mean_output=5)
+    with StepLog(engine) as log:
+        finished, refused, begin = run_load(engine, load)
+    assert not refused
+    wanted = {r.request_id: (r.num_prompt_tokens, r.max_new_tokens) for r in load.requests}
+    assert {r.request_id: (r.num_prompt_tokens, len(r.token_times)) for r in finished} == wanted
+    for request, sent in zip(sorted(finished, key=lambda r: r.start), load.requests, strict=True):
+        assert request.start - begin == pytest.approx(sent.arrival)
+    computed = sum(step.num_tokens for step in log.steps)
+    assert computed >= sum(prompt + output - 1 for prompt, output in wanted.values())
+    assert "schedule" not in vars(engine.scheduler), "the engine is as before"
