@@ -37,7 +37,8 @@ def tokenizer(*, template: str = TEMPLATE) -> Tokenizer:
     """The 96 tokens of the tiny models: three special ones and 93 characters."""
     texts = (*SPECIALS, *CHARACTERS)
     return Tokenizer(
-        encoder=encode, texts=texts, pieces=[t.encode() for t in texts], special_ids=frozenset((0, 1, 2)),
+        kind="a token a character", encoder=encode, texts=texts, pieces=[t.encode() for t in texts],
+        special_ids=frozenset((0, 1, 2)),
         drops_leading_space=False, bos_token_id=1, eos_token_ids=(2,), templates={"default": template},
     )
 

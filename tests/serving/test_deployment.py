@@ -137,8 +137,6 @@ def test_openais_client_runs_over_every_endpoint(client):
         api.completions.create(model="other", prompt="x")
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{client.deployment.url}/v1", api_key="wrong", max_retries=0).models.list()
-    with pytest.raises(openai.APITimeoutError):
-        api.completions.create(model=model, prompt="x", max_tokens=100, timeout=0.001, **extra)
     api.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -13,7 +14,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's o
 ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64}
 
 
-def test_replicas_under_ray_give_the_offline_answers(tmp_path):
+def test_replicas_under_ray_give_the_offline_answers(tmp_path, monkeypatch):
+    for name in ("READY_CHECK", "HEALTH_CHECK"):  # a machine that is shared may need longer than five seconds
+        monkeypatch.setenv(f"RAY_SERVE_PROXY_{name}_TIMEOUT_S", "120")
     ray = pytest.importorskip("ray", reason="pip install 'fastgen_jax[ray]'")
     import httpx
     from ray import serve
@@ -21,7 +24,9 @@ def test_replicas_under_ray_give_the_offline_answers(tmp_path):
     from fastgen_jax.serving.ray_app import deploy
 
     checkpoint = write_checkpoint(tmp_path / "tiny")
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": ":".join(filter(None, sys.path))}})
+    environment = {name: os.environ[name] for name in os.environ if name.startswith("RAY_SERVE_PROXY")}
+    environment["PYTHONPATH"] = ":".join(filter(None, sys.path))
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment})
     try:
         deploy(str(checkpoint), replicas=2, engine=ENGINE, actor_options={"num_cpus": 0.5})
         body = {"model": "tiny", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
