@@ -89,7 +89,8 @@ def test_a_fit_finds_the_coefficients_among_disturbed_steps() -> None:
         size = (8, 64)[i % 2]
         tokens = int(rng.integers(1, 9)) if size == 8 else int(rng.integers(9, 65))
         rows, decode, prompt = int(rng.integers(1, 8)), int(rng.integers(0, 4000)), int(rng.integers(0, 20_000))
-        seconds = true.base[i % 2] + true.per_row * rows + true.per_decode_attended * decode + true.per_prompt_attended * prompt
+        seconds = true.base[i % 2] + true.per_row * rows
+        seconds += true.per_decode_attended * decode + true.per_prompt_attended * prompt
         if i % 10 == 0:
             seconds *= 1.8
         points.append(Point(size=size, num_tokens=tokens, num_sample_rows=rows, decode_attended=decode,
