@@ -155,8 +155,10 @@ class _Client:
             else:
                 work = [self._closed(begin + wait) for wait in self.load.stagger[self.index :: self.count]]
             await asyncio.gather(*work)
-        return Outcome(begin=begin, finished=sorted(self.finished, key=lambda r: r.start), refused=self.refused, failed=self.failed,
-                       cpu_seconds=time.process_time() - cpu)
+        return Outcome(
+            begin=begin, finished=sorted(self.finished, key=lambda r: r.start), refused=self.refused, failed=self.failed,
+            cpu_seconds=time.process_time() - cpu,
+        )
 
     async def _closed(self, start: float) -> None:
         await asyncio.sleep(max(0.0, start - time.perf_counter()))
@@ -207,8 +209,12 @@ class _Client:
         }).encode()
 
 
-WORDS = ("the of and to in a is that for it as was with be by on not he his but at are this have from or had an they "
-         "which one you were all her she there would their we him been has when who will no more if out so up said").split()
+WORDS = [  # each a token in most vocabularies
+    "the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he",
+    "his", "but", "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "all",
+    "her", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if",
+    "out", "so", "up", "said",
+]
 
 
 def read_stream(chunks: Sequence[tuple[float, bytes]]) -> tuple[list[float], int | None, bool]:

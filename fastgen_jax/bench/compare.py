@@ -16,13 +16,15 @@ from pathlib import Path
 
 from fastgen_jax.bench import offline
 
-PROBE = "import importlib.util, json; print(json.dumps([n for n in ('vllm', 'transformers', 'torch') if importlib.util.find_spec(n)]))"
+PROBE = """import importlib.util, json
+print(json.dumps([n for n in ("vllm", "transformers", "torch") if importlib.util.find_spec(n)]))"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench offline`, and where to look."""
     offline.add_arguments(parser)
-    parser.add_argument("--python", nargs="+", default=[], metavar="PYTHON", help="Pythons to look for vLLM and transformers in")
+    parser.add_argument("--python", nargs="+", default=[], metavar="PYTHON",
+                        help="Pythons to look for vLLM and transformers in")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +55,8 @@ def find(arguments: argparse.Namespace, pythons: Sequence[str]) -> list[str]:
         lines.append(f"llama.cpp, {arguments.llama_server}: left out, it needs --gguf NAME=PATH")
         arguments.llama_server = None
     else:
-        lines.append(f"llama.cpp, {arguments.llama_server}" if arguments.llama_server else "llama.cpp: no llama-server on the path")
+        server = arguments.llama_server
+        lines.append(f"llama.cpp, {server}" if server else "llama.cpp: no llama-server on the path")
     return lines
 
 

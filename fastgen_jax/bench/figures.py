@@ -10,7 +10,7 @@ from fastgen_jax.bench.curves import Curve
 from fastgen_jax.bench.results import RunRecord
 
 MARKERS = "osv^DP*X"
-MOST_SEQUENCES = 14  # rows of the picture of steps
+MOST_SEQUENCES = 18  # rows of the picture of steps
 
 
 def throughput_latency(curves: Sequence[Curve]) -> Any:
@@ -20,7 +20,8 @@ def throughput_latency(curves: Sequence[Curve]) -> Any:
         axes.plot([s.throughput for s in curve.summaries], [s.latency for s in curve.summaries],
                   marker=MARKERS[i % len(MARKERS)], label=curve.label)
         for s in (curve.summaries[0], curve.summaries[-1]):
-            axes.annotate(str(s.num_clients), (s.throughput, s.latency), textcoords="offset points", xytext=(5, 4), fontsize=7)
+            axes.annotate(str(s.num_clients), (s.throughput, s.latency), textcoords="offset points", xytext=(5, 4),
+                          fontsize=7)
     return _finish(figure, axes, f"{curves[0].workload}: latency against throughput (numbers are clients)",
                    "requests a second", "mean latency, s")
 
@@ -67,8 +68,9 @@ def steps(record: RunRecord) -> Any:
         axes.text((start + end) / 2 - begin, -1.0, str(num_tokens), ha="center", va="center", fontsize=5, rotation=90)
     axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.invert_yaxis()
-    return _finish(figure, axes, f"{record.label}: hatched, with their lengths, are chunks of prompts; plain are generated tokens;\n"
-                   "above each step its tokens", "seconds", "sequence", legend=False)
+    return _finish(figure, axes, f"{record.label}: which token ran in which step\n"
+                   "hatched: chunks of prompts, with their tokens; plain: generated; on top: tokens of the step",
+                   "seconds", "sequence", legend=False)
 
 
 def step_costs(models: Sequence[dict[str, Any]]) -> Any:
@@ -97,7 +99,9 @@ def _figure(height: float = 3.8) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _finish(figure: Any, axes: Any, title: str, xlabel: str, ylabel: str, *, bottom: bool = False, legend: bool = True) -> Any:
+def _finish(
+    figure: Any, axes: Any, title: str, xlabel: str, ylabel: str, *, bottom: bool = False, legend: bool = True
+) -> Any:
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(xlabel, fontsize=8)
     axes.set_ylabel(ylabel, fontsize=8)

@@ -18,7 +18,7 @@ def add_load_arguments(parser: argparse.ArgumentParser, *, open_loops: bool = Tr
     group.add_argument("--requests", type=int, default=512, help="requests of each run (default: %(default)s)")
     group.add_argument("--prompt", type=int, default=2600, help="mean prompt tokens (default: %(default)s)")
     group.add_argument("--output", type=int, default=60, help="mean output tokens (default: %(default)s)")
-    group.add_argument("--spread", type=float, default=0.3, help="standard deviation over mean of both (default: %(default)s)")
+    group.add_argument("--spread", type=float, default=0.3, help="standard deviation over mean (default: %(default)s)")
     group.add_argument("--max-prompt", type=int, default=MAX_PROMPT, help="longer prompts are cut (default: %(default)s)")
     group.add_argument("--length-scale", type=float, default=1.0, help="factor on all lengths (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42, help="of lengths and arrivals (default: %(default)s)")

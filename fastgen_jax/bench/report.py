@@ -69,7 +69,8 @@ class Page:
         figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
         (self.folder / f"{name}.png").write_bytes(data.getvalue())
         self.num_figures += 1
-        self._parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"></p>')
+        encoded = base64.b64encode(data.getvalue()).decode()
+        self._parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{encoded}"></p>')
 
     def markdown(self, lines: Sequence[str]) -> None:
         """Adds paragraphs and tables."""
@@ -91,11 +92,11 @@ class Page:
     def commands(self, records: Sequence[RunRecord]) -> None:
         """Adds how the runs were made."""
         origins = dict.fromkeys(
-            (r.context.get("command", "?"), json.dumps(r.context.get("machine", {})), json.dumps(r.context.get("versions", {})))
-            for r in records
+            tuple(json.dumps(r.context.get(name, {})) for name in ("command", "machine", "versions")) for r in records
         )
         for command, machine, versions in origins:
-            self._parts.append(f"<pre>{html.escape(command)}\n{html.escape(machine)}\n{html.escape(versions)}</pre>")
+            lines = html.escape("\n".join((json.loads(command) or "?", machine, versions)))
+            self._parts.append(f"<pre>{lines}</pre>")
 
     def write(self) -> Path:
         """Writes index.html and gives its path."""
@@ -107,7 +108,8 @@ class Page:
 
 
 def build(
-    page: Page, records: Sequence[RunRecord], models: Sequence[dict[str, Any]], prompt_rate: float, generation: Sequence[float]
+    page: Page, records: Sequence[RunRecord], models: Sequence[dict[str, Any]], prompt_rate: float,
+    generation: Sequence[float],
 ) -> None:
     """Puts everything that the runs can show on the page."""
     from fastgen_jax.bench import figures

@@ -1,7 +1,7 @@
 """`fastgen bench serve`: FastGen's methodology against any OpenAI-compatible server.
 
     fastgen bench serve --url http://127.0.0.1:8000/v1 --model M              # closed loops, 1 to 32 clients
-    fastgen bench serve --url ... --model M --rate 1 2 4 --gap-cv 1           # open loops: Poisson, or Gamma with a variation
+    fastgen bench serve --url ... --model M --rate 1 2 4 --gap-cv 1           # open loops: Poisson or Gamma gaps
     fastgen bench serve --url ... --model M --trace conv.csv --speed 0.5      # a recorded trace
     fastgen bench serve --null                                                # what the client itself can do
 """

@@ -186,7 +186,7 @@ def report(points: Sequence[Point], model: dict[str, Any]) -> list[str]:
     return [
         *table(("tokens", "steps measured", "full step, median ms", "tokens/s", "base ms"), rows),
         "",
-        f"{1e6 * model['per_row']:.1f} us a row of logits, {1e9 * model['per_decode_attended']:.1f} ns a position attended in "
-        f"generation, {1e9 * model['per_prompt_attended']:.2f} ns in prompts, {1e3 * model['host_seconds']:.2f} ms of host a step; "
+        f"{1e6 * model['per_row']:.1f} us a row of logits, {1e9 * model['per_decode_attended']:.1f} ns a position attended "
+        f"in generation, {1e9 * model['per_prompt_attended']:.2f} ns in prompts, {1e3 * model['host_seconds']:.2f} ms host; "
         f"median error {model['facts']['median_error']:.1%} over {model['facts']['num_points']} steps",
     ]

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("replica")
-    group.add_argument("--costs", type=Path, help="step costs that `fastgen bench steps` measured, in place of the next three")
+    group.add_argument("--costs", type=Path, help="step costs of `fastgen bench steps`, in place of the next three")
     group.add_argument("--model", default="llama-2-70b", choices=list(MODELS))
     group.add_argument("--hardware", default="a100", choices=list(ACCELERATORS))
     group.add_argument("--devices", type=int, default=4, help="that share the model (default: %(default)s)")
@@ -81,7 +81,8 @@ def _replica(args: argparse.Namespace, longest: int) -> tuple[StepCost, ReplicaC
         config = ReplicaConfig(
             num_blocks=args.num_blocks or engine["num_blocks"], block_size=engine["block_size"],
             token_budget=args.token_budget or max(cost.sizes), max_num_seqs=args.max_num_seqs or engine["max_num_seqs"],
-            host_seconds=cost.host_seconds if args.host_seconds is None else args.host_seconds, step_sizes=cost.sizes, **common,
+            host_seconds=cost.host_seconds if args.host_seconds is None else args.host_seconds,
+            step_sizes=cost.sizes, **common,
         )
         return cost, config, str(cost.facts["model"])
     device = roofline(args.model, args.hardware, args.devices)
@@ -131,7 +132,8 @@ def _run(args: argparse.Namespace) -> int:
     rate_names = " ".join(f"{rate:g}" for rate in generation)
     print("\n".join(table(("clients or rate", "throughput", "latency s", "first token P50 s", "gap P50 ms", "P95 ms",
                            f"effective at {rate_names} tokens/s", "refused", "device busy", "preempted"), rows)))
-    print(f"\n{simulated:.0f} s simulated in {spent:.1f} s of processor time: {simulated / max(spent, 1e-9):.0f} times real time")
+    speed = simulated / max(spent, 1e-9)
+    print(f"\n{simulated:.0f} s simulated in {spent:.1f} s of processor time: {speed:.0f} times real time")
     if args.results:
         append(args.results, records)
     return 0

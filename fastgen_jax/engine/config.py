@@ -47,6 +47,8 @@ class EngineConfig:
     """Policy sla: a first token is due after the prompt's tokens over this, tokens a second; what cannot be is refused."""
     promised_generation_rate: float | None = None
     """Policy sla: steps are kept short enough for each reader to get so many tokens a second."""
+    promise_grace: float | None = None
+    """Policy sla: seconds that a first token may be late before its request is refused. None: 1."""
     overlap: bool = True
     """Whether the next step is dispatched before the tokens of the last one are read."""
     stack_layers: bool | None = None
@@ -76,6 +78,8 @@ class EngineConfig:
                 f"policy is {self.policy!r}, promised_prompt_rate {promises[0]} and promised_generation_rate {promises[1]}; "
                 f"give both promises with {', '.join(sorted(NEED_PROMISE))}, and only there"
             )
+        if self.promise_grace is not None and self.policy not in NEED_PROMISE:
+            raise ValueError(f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; leave it out")
         _ = self.promise  # checks the rates
         if self.budget_ladder is not None:
             if self.token_budget is None:
@@ -87,10 +91,13 @@ class EngineConfig:
 
     @property
     def promise(self) -> Promise | None:
-        """What a policy promises, if it does; ValueError for a rate that is not above 0."""
+        """What a policy promises, if it does; ValueError for a rate that is not above 0, or a negative grace."""
         if self.promised_prompt_rate is None or self.promised_generation_rate is None:
             return None
-        return Promise(prompt_rate=self.promised_prompt_rate, generation_rate=self.promised_generation_rate)
+        return Promise(
+            prompt_rate=self.promised_prompt_rate, generation_rate=self.promised_generation_rate,
+            grace=1.0 if self.promise_grace is None else self.promise_grace,
+        )
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> EngineConfig:

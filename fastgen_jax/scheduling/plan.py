@@ -170,7 +170,7 @@ class Draft:
         num_blocked = 0
         for index, sequence in enumerate((*line, *leftover)):
             if not self.tokens_left:
-                return
+                break
             if sequence.slot is not None:
                 self._continue(sequence)
                 continue
@@ -191,8 +191,9 @@ class Draft:
                 continue
             self._admit(chunk, cached)
             left.remove(sequence)
-            self.plan.bypassed.extend(overtaken)
             counts.update(overtaken)
+        # Who was admitted later in the same step was not bypassed after all.
+        self.plan.bypassed.extend(other for other in counts.elements() if other in left)
 
     def prompt_alone(self, *, beside_generation: bool) -> bool:
         """Gives the step to the prompt that is first in line, if a step could not hold the whole of it.

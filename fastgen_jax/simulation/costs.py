@@ -91,11 +91,15 @@ class MeasuredCost:
         )
 
 
+def cost_from(model: dict[str, Any]) -> MeasuredCost:
+    """The cost model that `fastgen bench steps` fitted, from its JSON object; KeyError or TypeError if it is none."""
+    return MeasuredCost(**{**model, "sizes": tuple(model["sizes"]), "base": tuple(model["base"])})
+
+
 def load_cost(path: Path) -> MeasuredCost:
     """The cost model in a file of `fastgen bench steps`; ValueError if it is none."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return MeasuredCost(**{**fields, "sizes": tuple(fields["sizes"]), "base": tuple(fields["base"])})
+        return cost_from(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no step costs: {error!r}; write one with: fastgen bench steps -o {path}") from error
 

@@ -41,7 +41,10 @@ def paper_config(policy: str, cost: Roofline) -> ReplicaConfig:
 
 
 def paper_runs(
-    *, clients: Sequence[int] = CLIENT_LADDER, num_requests: int = NUM_REQUESTS, workloads: Iterable[tuple[int, int]] = WORKLOADS
+    *,
+    clients: Sequence[int] = CLIENT_LADDER,
+    num_requests: int = NUM_REQUESTS,
+    workloads: Iterable[tuple[int, int]] = WORKLOADS,
 ) -> list[RunRecord]:
     """Every policy on every workload with every number of clients."""
     cost = paper_cost()
@@ -57,7 +60,7 @@ def paper_runs(
                         requests=result.requests, context=context(),
                         settings={"policy": policy, "token_budget": TOKEN_BUDGETS[policy], "hardware": "4 a100"},
                         # A window of the steady state: enough for the picture of which token ran when.
-                        steps=result.steps[0][200:260],
+                        steps=result.steps[0][len(result.steps[0]) // 2 :][:60],
                     )
                 )
     return records
@@ -95,7 +98,8 @@ def _rows(ours: Curve, rival: Curve) -> list[tuple[str, ...]]:
         rows.append((name, f"throughput at a latency of {at:g} s", f"{a:.2f}/s", f"{b:.2f}/s", _ratio(a, b), claim))
         latency = ours.latency_at(b)
         if latency:
-            rows.append((name, f"latency at {b:.2f} requests/s", f"{latency:.1f} s", f"{at:.1f} s", _ratio(at, latency), "-"))
+            rows.append((name, f"latency at {b:.2f} requests/s", f"{latency:.1f} s", f"{at:.1f} s", _ratio(at, latency),
+                         "-"))
     return rows
 
 

@@ -11,7 +11,6 @@ from fastgen_jax.bench.metrics import RequestTimes
 from fastgen_jax.scheduling import Promise, Request, SamplingParams, Scheduler, Sequence, Step
 from fastgen_jax.simulation.costs import StepCost, shape_of
 
-
 PREFIXES_REMEMBERED = 512  # blocks of a Mooncake prompt, 512 tokens each: what the router remembers of a replica
 
 

@@ -40,8 +40,8 @@ def service(load: Load, result: Simulation, promise: Promise, policy: str) -> Se
     """The figures of one run; ValueError if nothing was served."""
     if not result.requests:
         raise ValueError("no request was served at all; the promise cannot be kept on this hardware")
-    rates = {"tokens_per_second": promise.generation_rate, "prompt_rate": promise.prompt_rate}
-    kept = sum(meets_promise(request, **rates) for request in result.requests)
+    generation, prompt = promise.generation_rate, promise.prompt_rate
+    kept = sum(meets_promise(r, tokens_per_second=generation, prompt_rate=prompt) for r in result.requests)
     overdue = [r.time_to_first_token - r.num_prompt_tokens / promise.prompt_rate for r in result.requests]
     overdue += [r.at - r.sent - r.num_prompt_tokens / promise.prompt_rate for r in result.refused]
     refused = {refusal.request_id for refusal in result.refused}
@@ -50,7 +50,7 @@ def service(load: Load, result: Simulation, promise: Promise, policy: str) -> Se
     return Service(
         policy=policy,
         offered=offered_rate(load.requests),
-        effective=effective_throughput(result.requests, **rates),
+        effective=effective_throughput(result.requests, tokens_per_second=generation, prompt_rate=prompt),
         share_kept=kept / len(load.requests),
         share_refused=len(refused) / len(load.requests),
         longest_overdue=max(0.0, *overdue),
@@ -95,7 +95,8 @@ def service_table(services: Sequence[Service]) -> list[str]:
                 "longest overdue", "first token P99")
     return table(headings, [
         (f"{s.offered:.2f}/s", s.policy, f"{s.share_kept:.1%}", f"{s.effective:.2f}/s", f"{s.share_refused:.1%}",
-         " ".join(f"{share:.0%}" for share in s.refused_by_length), f"{s.longest_overdue:.1f} s", f"{s.first_token_p99:.1f} s")
+         " ".join(f"{share:.0%}" for share in s.refused_by_length), f"{s.longest_overdue:.1f} s",
+         f"{s.first_token_p99:.1f} s")
         for s in services
     ])
 

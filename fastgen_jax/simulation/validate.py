@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from fastgen_jax.bench import steps
@@ -13,7 +12,7 @@ from fastgen_jax.bench.engine_options import make_engine
 from fastgen_jax.bench.loads import Load
 from fastgen_jax.bench.policies import measure
 from fastgen_jax.bench.results import RunRecord, append, table
-from fastgen_jax.simulation.costs import MeasuredCost
+from fastgen_jax.simulation.costs import MeasuredCost, cost_from
 from fastgen_jax.simulation.replica import ReplicaConfig
 from fastgen_jax.simulation.simulator import simulate
 
@@ -35,8 +34,7 @@ def validate(args: argparse.Namespace, loads: Sequence[Load], results: Path | No
     points += steps.measure(engine, **settings)
     model = steps.fit(points, steps.facts_of(engine, args.model))
     print("\n".join(steps.report(points, model)))
-    cost = MeasuredCost(**{field.name: model[field.name] for field in fields(MeasuredCost)}
-                        | {"sizes": tuple(model["sizes"]), "base": tuple(model["base"])})
+    cost = cost_from(model)
     simulated = [simulated_twin(record, load, cost) for record, load in zip(measured, loads, strict=True)]
     if results:
         append(results, [*measured, *simulated])

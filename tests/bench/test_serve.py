@@ -32,7 +32,8 @@ def test_each_chunk_with_text_is_a_token_at_the_time_of_its_last_byte() -> None:
 
 
 def test_tokens_that_only_the_usage_counts_came_with_the_last_chunk() -> None:
-    chunks = [(1.0, text("a")), (2.0, text("bc")), (2.5, event(choices=[], usage={"prompt_tokens": 7, "completion_tokens": 4}) + DONE)]
+    usage = event(choices=[], usage={"prompt_tokens": 7, "completion_tokens": 4})
+    chunks = [(1.0, text("a")), (2.0, text("bc")), (2.5, usage + DONE)]
     assert read_stream(chunks) == ([1.0, 2.0, 2.0, 2.0], 7, False)
 
 

@@ -222,7 +222,7 @@ def test_put_gives_the_reference_logits_and_shares_the_cache_with_requests(alone
 
 def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
     # A thousand million prompt tokens a second: whoever is not looked at within nanoseconds is too late.
-    engine = tiny_engine(policy="sla", promised_prompt_rate=1e9, promised_generation_rate=1.0)
+    engine = tiny_engine(policy="sla", promised_prompt_rate=1e9, promised_generation_rate=1.0, promise_grace=0.0)
     ids = [engine.add(prompt, greedy(4)) for prompt in PROMPTS[:3]]
     outputs = drain(engine)
     for request_id in ids:
@@ -235,6 +235,7 @@ def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"policy": "sla", "promised_prompt_rate": 5.0}, "give both promises with sla, and only there"),
+    ({"promise_grace": 5.0}, "policy 'splitfuse' makes no promise"),
     ({"promised_generation_rate": 5.0}, "policy is 'splitfuse', promised_prompt_rate None"),
     ({"policy": "sla", "promised_prompt_rate": -5.0, "promised_generation_rate": 1.0}, "prompt_rate is -5.0"),
     ({"token_budget": 0}, "token_budget is 0"),
