@@ -79,7 +79,8 @@ class EngineConfig:
                 f"give both promises with {', '.join(sorted(NEED_PROMISE))}, and only there"
             )
         if self.promise_grace is not None and self.policy not in NEED_PROMISE:
-            raise ValueError(f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; leave it out")
+            raise ValueError(f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; "
+                             "leave it out")
         _ = self.promise  # checks the rates
         if self.budget_ladder is not None:
             if self.token_budget is None:

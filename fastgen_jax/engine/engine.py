@@ -278,8 +278,7 @@ class Engine(ResearchInterface):
     def _refuse(self, sequence: HostSequence) -> RequestOutput:
         """The only output of a request whose promise cannot be kept."""
         self.metrics.refused += 1
-        output, _ = self._states.pop(sequence.request_id).advance([], [])
-        return output
+        return self._states.pop(sequence.request_id).advance([], [])
 
     def _commit(self, step: Step, output: StepOutput, times: StepTimes) -> list[RequestOutput]:
         self._committing = step
