@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all soak check tpu-check gpu-compile-check clean
+.PHONY: demo test test-all soak check tpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
