@@ -107,12 +107,12 @@ def test_a_full_queue_refuses_with_the_time_to_come_back():
 
 def test_the_estimate_of_the_wait_grows_with_the_queue():
     async def scenario(engine):
-        streams = [engine.submit(engine.intake.request([5] * 40, greedy(60))) for _ in range(40)]
+        streams = [engine.submit(engine.intake.request([5] * 40, greedy(60))) for _ in range(200)]
         await anext(streams[0])
         waits = []
-        while engine.load.num_waiting > 20:
+        while engine.load.num_waiting:
             waits.append(engine.load.wait_seconds)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.001)
         for stream in streams:
             stream.close()
         return max(waits)

@@ -7,10 +7,17 @@ from fastgen_jax.text import Tokenizer, load_tokenizer
 from tests.text.vocabularies import all_tokenizers
 
 
+class Tokenizers(dict[str, Tokenizer]):
+    """hypothesis writes out the arguments of a test, and whole vocabularies are too much for it."""
+
+    def __repr__(self) -> str:
+        return f"tokenizers of {', '.join(self)}"
+
+
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     """A small tokenizer of every format, by name."""
-    return all_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+    return Tokenizers(all_tokenizers(tmp_path_factory.mktemp("tokenizers")))
 
 
 @pytest.fixture(scope="session", params=["json", "spm", "gguf bpe", "gguf spm"])
