@@ -27,7 +27,7 @@ class Failure:
     """The end of a request that the engine could not finish."""
 
     request_id: str
-    kind: Literal["deadline", "step", "shutdown", "lost"]
+    kind: Literal["deadline", "step", "shutdown", "lost", "refused"]
     message: str
 
 

@@ -52,7 +52,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestFailedError):
         if error.kind == "deadline":
             return ApiError(str(error), status=408, type="timeout", code="deadline_exceeded", headers=NO_RETRY)
-        status = 503 if error.kind == "shutdown" else 500
+        status = {"shutdown": 503, "refused": 429}.get(error.kind, 500)
         return ApiError(str(error), status=status, type="server_error", code=error.kind)
     if isinstance(error, ValueError):
         return ApiError(str(error))

@@ -9,12 +9,13 @@ import pytest
 
 from fastgen_jax import Engine, SamplingParams
 from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError
+from fastgen_jax.serving.errors import as_api_error
 from tests.tiny import drain, greedy, tiny_engine, tokens_of
 
 
-def run(scenario, **options):
+def run(scenario, *, engine=None, **options):
     """Runs `scenario(async_engine)` on a tiny engine, and checks that nothing is left behind."""
-    engine = tiny_engine()
+    engine = engine or tiny_engine()
 
     async def inside():
         async with AsyncEngine(engine, **options) as wrapped:
@@ -118,6 +119,16 @@ def test_the_estimate_of_the_wait_grows_with_the_queue():
         return max(waits)
 
     assert run(scenario) > 0
+
+
+def test_a_request_whose_promise_cannot_be_kept_fails_with_the_reason():
+    async def scenario(engine):
+        with pytest.raises(RequestFailedError, match="come back when it is less busy") as failed:
+            await tokens(engine, [5] * 20)
+        return as_api_error(failed.value).status
+
+    promises = {"policy": "sla", "promised_prompt_rate": 1e9, "promised_generation_rate": 1.0, "promise_grace": 0.0}
+    assert run(scenario, engine=tiny_engine(**promises)) == 429
 
 
 def test_a_deadline_ends_a_request_and_no_other():
