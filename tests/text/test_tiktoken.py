@@ -6,13 +6,13 @@ import json
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from fastgen_jax.text import load_tokenizer
 from fastgen_jax.text.splits import SPLITS
-from fastgen_jax.text.tiktoken import read_tiktoken
+from fastgen_jax.text.tiktoken import _QWEN_SPECIALS, _TEKKEN_SPECIALS, read_tiktoken
 from tests.text.vocabularies import TEKKEN_PATTERN, TRICKY, ranks, write_qwen, write_tekken
 
 TEXTS = st.text(st.one_of(st.sampled_from("the dog in 123 qüu\n日 ver"), st.characters(codec="utf-8")), max_size=30)
@@ -33,6 +33,8 @@ def _by_definition(word: bytes, ranked: dict[bytes, int]) -> list[int]:
 
 @given(text=TEXTS)
 def test_ids_are_those_of_tiktokens_rule_word_by_word(tokenizers, text):
+    # hypothesis tries what it finds in our source as well, and the text of a special token is that token
+    assume(not any(special in text for special in (*_QWEN_SPECIALS, *_TEKKEN_SPECIALS, "<SPECIAL_")))
     for name, pattern, offset, pieces in (("tiktoken", SPLITS["qwen2"][0], 0, ranks()),
                                           ("tekken", TEKKEN_PATTERN, 30, ranks()[:-1])):
         ranked = {piece: rank + offset for rank, piece in enumerate(pieces)}
