@@ -9,6 +9,7 @@ one machine. Deadlines, queue limits and the rest work in each replica as they d
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from fastgen_jax.api.deployment import check_name, default_name
@@ -30,10 +31,7 @@ def build(
     cors_origin, max_body_mb, served_model_name, deployment_name), `actor_options` what Ray is to reserve for a replica
     (num_cpus, num_gpus, resources). Raises ValueError if Ray is not installed, or for an option that does not exist.
     """
-    try:
-        from ray import serve
-    except ImportError:
-        raise ValueError("replicas on several machines need Ray; pip install 'fastgen_jax[ray]'") from None
+    serve = _ray_serve()
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.serving.settings import ServerConfig
 
@@ -60,11 +58,17 @@ def build(
     class FastGen:
         """A replica."""
 
-    return FastGen.bind()
+    deployed: Any = FastGen  # the decorators made something else of the class
+    return deployed.bind()
+
+
+def _ray_serve() -> Any:
+    try:
+        return importlib.import_module("ray.serve")
+    except ImportError:
+        raise ValueError("replicas on several machines need Ray; pip install 'fastgen_jax[ray]'") from None
 
 
 def deploy(model: str, *, name: str | None = None, route_prefix: str = "/", **options: Any) -> Any:
     """Runs `build(model, **options)` on the Ray cluster and returns its handle when it is ready."""
-    from ray import serve
-
-    return serve.run(build(model, **options), name=name or default_name(model), route_prefix=route_prefix)
+    return _ray_serve().run(build(model, **options), name=name or default_name(model), route_prefix=route_prefix)
