@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
 
 from fastgen_jax import Engine, SamplingParams
 from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError
+from fastgen_jax.api.engine_thread import EngineThread
 from fastgen_jax.serving.errors import as_api_error
 from tests.tiny import drain, greedy, tiny_engine, tokens_of
 
@@ -73,10 +75,18 @@ def test_a_reader_who_never_reads_holds_nobody():
 
 def test_closing_a_stream_frees_its_blocks_before_the_next_step():
     async def scenario(engine):
-        request = engine.intake.request([5] * 30, greedy(90))
-        stream = engine.submit(request)
+        closed = threading.Event()
+        hand_over = engine._thread._deliver
+
+        def stand_still(events):  # behind the first token, until the stream is closed
+            hand_over(events)
+            closed.wait(60)
+
+        engine._thread._deliver = stand_still
+        stream = engine.submit(engine.intake.request([5] * 30, greedy(90)))
         await anext(stream)
         stream.close()
+        closed.set()
         assert [out async for out in stream] == []
         return await engine.call(lambda e: (e.num_running, e.scheduler.num_free_blocks == e.config.num_blocks))
 
@@ -107,18 +117,23 @@ def test_a_full_queue_refuses_with_the_time_to_come_back():
 
 
 def test_the_estimate_of_the_wait_grows_with_the_queue():
-    async def scenario(engine):
-        streams = [engine.submit(engine.intake.request([5] * 40, greedy(60))) for _ in range(200)]
-        await anext(streams[0])
-        waits = []
-        while engine.load.num_waiting:
-            waits.append(engine.load.wait_seconds)
-            await asyncio.sleep(0.001)
-        for stream in streams:
-            stream.close()
-        return max(waits)
+    engine, waits = tiny_engine(), []
+    full, done = threading.Event(), threading.Event()
 
-    assert run(scenario) > 0
+    def deliver(events):  # in the engine's thread, right after it has published its load
+        waits.append(thread.load.wait_seconds)
+        if not engine.has_work:
+            done.set()
+
+    thread = EngineThread(engine, deliver)
+    thread.call(lambda _: full.wait(60))
+    for _ in range(200):
+        thread.submit(engine.intake.request([5] * 40, greedy(60)))
+    full.set()
+    assert done.wait(120)
+    thread.close()
+    assert max(waits) > 0
+    assert waits[-1] == 0
 
 
 def test_a_request_whose_promise_cannot_be_kept_fails_with_the_reason():
