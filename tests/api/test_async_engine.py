@@ -12,7 +12,7 @@ from fastgen_jax import Engine, SamplingParams
 from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.api.engine_thread import EngineThread
 from fastgen_jax.serving.errors import as_api_error
-from tests.tiny import drain, greedy, tiny_engine, tokens_of
+from tests.tiny import drain, greedy, pause_after_outputs, tiny_engine, tokens_of
 
 
 def run(scenario, *, engine=None, **options):
@@ -75,18 +75,11 @@ def test_a_reader_who_never_reads_holds_nobody():
 
 def test_closing_a_stream_frees_its_blocks_before_the_next_step():
     async def scenario(engine):
-        closed = threading.Event()
-        hand_over = engine._thread._deliver
-
-        def stand_still(events):  # behind the first token, until the stream is closed
-            hand_over(events)
-            closed.wait(60)
-
-        engine._thread._deliver = stand_still
+        resume = pause_after_outputs(engine)
         stream = engine.submit(engine.intake.request([5] * 30, greedy(90)))
         await anext(stream)
         stream.close()
-        closed.set()
+        resume.set()
         assert [out async for out in stream] == []
         return await engine.call(lambda e: (e.num_running, e.scheduler.num_free_blocks == e.config.num_blocks))
 
@@ -242,9 +235,14 @@ def test_a_mistake_is_raised_where_it_was_made():
 
 def test_closing_ends_what_runs_with_an_error():
     async def scenario(engine):
+        resume = pause_after_outputs(engine)
         stream = engine.submit(engine.intake.request([5], greedy(90)))
         await anext(stream)
-        await engine.close()
+        closing = asyncio.create_task(engine.close())
+        while not engine._thread._inbox.qsize():
+            await asyncio.sleep(0)
+        resume.set()
+        await closing
         with pytest.raises(RequestFailedError, match="shutting down") as failed:
             await rest(stream)
         assert failed.value.kind == "shutdown"

@@ -11,6 +11,7 @@ import pytest
 from fastgen_jax.serving.app import Server, create_app
 from fastgen_jax.serving.settings import Served
 from tests.serving.house import MODEL, ask, events, with_server
+from tests.tiny import pause_after_outputs
 
 COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 4}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -154,11 +155,13 @@ def test_a_deadline_is_408_and_is_not_to_be_tried_again():
 
 def test_an_error_in_the_middle_of_a_stream_is_an_event():
     async def scenario(client, backend):
+        resume = pause_after_outputs(backend)
         task = asyncio.create_task(
             client.post("/v1/completions", json={**COMPLETION, "stream": True, "max_tokens": 80, "ignore_eos": True}))
         while not any(stream.outputs for stream in backend._streams.values()):
             await asyncio.sleep(0.001)
         backend._thread.call(_fail)
+        resume.set()
         return await task
 
     def _fail(engine):
@@ -191,6 +194,7 @@ def test_a_client_that_goes_away_frees_its_blocks(stream):
 
     async def scenario(client, backend):
         app = client._transport.app
+        resume = pause_after_outputs(backend)
         gone, sent = asyncio.Event(), []
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -212,6 +216,7 @@ def test_a_client_that_goes_away_frees_its_blocks(stream):
             await asyncio.sleep(0.001)
         gone.set()
         await task
+        resume.set()
         steps = await backend.call(lambda e: (e.metrics.steps, e.num_running))
         assert steps[1] == 0
         return sent
