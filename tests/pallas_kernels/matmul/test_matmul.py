@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.matmul import Int8Weight, PackedWeight, cpu, linear, prepare, quantize_int8, swiglu
+from pallas_kernels.matmul import Int8Weight, PackedWeight, linear, prepare, quantize_int8, swiglu
+from tests.pallas_kernels.rounding import met
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 
@@ -41,11 +42,6 @@ def _exact(w: np.ndarray, storage: str) -> np.ndarray:
     return w.astype(jnp.bfloat16).astype(np.float64) if storage == "bfloat16" else w.astype(np.float64)
 
 
-def _met(x: np.ndarray, storage: str) -> np.ndarray:
-    """float64 of the activations that meet a packed weight: a CPU that multiplies bfloat16 rounds them to it."""
-    return (x.astype(jnp.bfloat16) if storage != "float32" and cpu.narrow_group() == 2 else x).astype(np.float64)
-
-
 def _prepare(w: np.ndarray, storage: str, *, platform: str = "cpu", gated: bool = False):
     if storage == "bfloat16":
         w = w.astype(jnp.bfloat16)
@@ -65,7 +61,7 @@ def test_packed_linear_equals_numpy(m: int, k: int, n: int, storage: str):
     packed = _prepare(w, storage)
     assert isinstance(packed, PackedWeight)
     assert packed.shape == (k, n)
-    expected = _met(x, storage) @ _exact(w, storage)
+    expected = met(x, storage) @ _exact(w, storage)
     _close(linear(jnp.asarray(x), packed), expected, k)
     _close(linear(jnp.asarray(x), packed, residual=jnp.asarray(residual)), expected + residual, k)
 
@@ -77,7 +73,7 @@ def test_packed_linear_equals_numpy_for_every_small_number_of_rows(storage: str)
     packed, exact = _prepare(w, storage), _exact(w, storage)
     for m in range(1, 71):
         x = _normal(m, 37, seed=m)
-        _close(linear(jnp.asarray(x), packed), _met(x, storage) @ exact, 37)
+        _close(linear(jnp.asarray(x), packed), met(x, storage) @ exact, 37)
 
 
 @needs_native
@@ -86,7 +82,7 @@ def test_packed_linear_equals_numpy_for_every_small_number_of_rows(storage: str)
 @pytest.mark.parametrize("f", [1, 16, 50])
 def test_swiglu_equals_numpy_in_every_storage(f: int, platform: str, storage: str):
     x, w = _normal(17, 65), _normal(65, 2 * f, seed=1) / 8
-    gate, up = np.split((_met(x, storage) if platform == "cpu" else x.astype(np.float64)) @ _exact(w, storage), 2, axis=1)
+    gate, up = np.split(met(x, storage if platform == "cpu" else "float32") @ _exact(w, storage), 2, axis=1)
     prepared = _prepare(w, storage, platform=platform, gated=True)
     # On a TPU bfloat16 weights meet bfloat16 activations; here only the storage is looked at.
     if isinstance(prepared, jax.Array):
@@ -117,8 +113,7 @@ def test_int8_is_off_by_at_most_half_a_scale_for_each_weight(platform: str):
     half_a_scale = np.abs(w).max(axis=0) / 254
     bound = np.abs(x).sum(axis=1)[:, None] * half_a_scale
     y = linear(jnp.asarray(x), prepare(w, quantize="int8", platform=platform))
-    met = _met(x, "int8") if platform == "cpu" and native.available() else x.astype(np.float64)
-    error = np.abs(np.asarray(y) - met @ w)
+    error = np.abs(np.asarray(y) - met(x, "int8" if platform == "cpu" else "float32") @ w)
     assert (error <= bound * 1.001 + 1e-5).all()
     assert (np.asarray(y)[:, 3] == 0).all()
 
