@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fastgen_jax.core import stored_head_dim
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
+from pallas_kernels import native
 
 FREE_MEMORY_SHARE = {"cpu": 0.25}  # of the host's free memory: other programs live there too
 ACCELERATOR_MEMORY_SHARE = 0.85  # the rest is for activations and logits
@@ -24,7 +25,8 @@ class EngineConfig:
     """How the engine runs a model. Every None is filled by `resolve`, from the model and the device."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of weights and activations. None: float32 on a CPU, bfloat16 elsewhere."""
+    """Number format of weights, KV cache and activations (these are float32 on a CPU). None: float32 on a CPU, bfloat16
+    elsewhere."""
     quantize: Literal["int8"] | None = None
     """Weight-only quantisation, one scale per output channel. None: weights stay in `dtype`."""
     token_budget: int | None = None
@@ -118,6 +120,12 @@ class ResolvedConfig(EngineConfig):
     max_context_len: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     num_blocks: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     stack_layers: bool  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+
+    @property
+    def activation_dtype(self) -> str:
+        """Number format of the residual stream: `dtype`, but float32 where native kernels multiply, which take and give it."""
+        native_kernels = jax.default_backend() == "cpu" and not self.stack_layers and native.available()
+        return "float32" if native_kernels else self.dtype
 
     @property
     def max_sample_rows(self) -> int:

@@ -82,7 +82,9 @@ class Runner:
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The step program of `bucket` for the current device, not compiled yet."""
         packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
-        program = step_program(self.model, bucket, attention=self.config.attention)
+        program = step_program(
+            self.model, bucket, attention=self.config.attention, activation_dtype=self.config.activation_dtype
+        )
         return program.lower(self.params, self.kv_cache, self.state, packed)
 
     def keep_only(self, budgets: Sequence[int]) -> None:
@@ -149,13 +151,13 @@ class Runner:
 
 
 def step_program(
-    model: ModelConfig, bucket: Bucket, *, attention: str | Callable[..., Any] | None = None
+    model: ModelConfig, bucket: Bucket, *, attention: str | Callable[..., Any] | None = None, activation_dtype: Any = None
 ) -> Any:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
-    `attention` is that of `models.decoder.forward`.
+    `attention` and `activation_dtype` are those of `models.decoder.forward`.
     """
-    step = partial(_step, bucket=bucket, config=model, attention=attention)
+    step = partial(_step, bucket=bucket, config=model, attention=attention, activation_dtype=activation_dtype)
     return jax.jit(step, donate_argnums=(1, 2))
 
 
@@ -168,11 +170,14 @@ def _step(
     bucket: Bucket,
     config: ModelConfig,
     attention: str | Callable[..., Any] | None,
+    activation_dtype: Any,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
     on_device = batch.token_slots < state.last_tokens.shape[0]
     batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
-    logits, kv_cache = forward(params, kv_cache, batch, config=config, attention=attention)
+    logits, kv_cache = forward(
+        params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype
+    )
     sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS)
     return StepOutput(sampled=sampled, logits=logits), kv_cache, state

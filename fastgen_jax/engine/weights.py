@@ -17,12 +17,15 @@ from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 # Read through `linear`; everything else is a plain array.
 MATRICES = ("qkv", "o", "q", "q_a", "q_b", "kv_a", "gate_up", "up", "down", "lm_head", "project_in", "project_out",
             "shared_gate_up", "shared_down", "shared_gate", "router")
-# Scores decide which experts a token meets: the few numbers that int8 would save are not worth a wrong choice.
+_TABLES = ("embed", "position_embed")
+# Scores decide which experts a token meets: the few numbers that int8 or bfloat16 would save are not worth a wrong choice.
 _NEVER_QUANTIZED = ("router", "shared_gate")
 
 
 def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
-    """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array in `dtype`.
+    """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array.
+
+    Tables that are looked up row by row are in `dtype`, other arrays in that of the activations.
 
     `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either. A
     matrix that is an `Int8Weight` already (of a snapshot) stays int8.
@@ -30,8 +33,10 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
     name = path.rsplit(".", 1)[-1]
     if name == "choice_bias":  # its steps are finer than bfloat16's
         return jnp.asarray(array, jnp.float32)
-    if name not in (*MATRICES, *EXPERT_MATRICES):
+    if name in _TABLES:
         return jnp.asarray(array, config.dtype)
+    if name not in (*MATRICES, *EXPERT_MATRICES):
+        return jnp.asarray(array, config.activation_dtype)
     quantize = None if name in _NEVER_QUANTIZED else config.quantize
     if path.startswith("layers.") and config.stack_layers:  # a packed weight cannot be sliced by a scan
         if isinstance(array, Int8Weight):
@@ -46,7 +51,8 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
         "expert_gate_up": model.moe is not None and model.moe.swiglu_limit is None,
     }.get(name, False)
     make = prepare_groups if name in EXPERT_MATRICES else prepare
-    plain = array if isinstance(array, Int8Weight) else np.asarray(array).astype(config.dtype)
+    dtype = config.activation_dtype if name in _NEVER_QUANTIZED else config.dtype
+    plain = array if isinstance(array, Int8Weight) else np.asarray(array).astype(dtype)
     return make(plain, quantize=quantize, platform=jax.default_backend(), gated=gated)
 
 

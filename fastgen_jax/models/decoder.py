@@ -35,10 +35,12 @@ def forward(
     *,
     config: ModelConfig,
     attention: str | Callable[..., Any] | None = None,
+    activation_dtype: Any = None,
 ) -> tuple[jax.Array, KVCache]:
     """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
     `attention` names an implementation of `ragged_attention`, or is one; None is the best for the platform.
+    `activation_dtype` is that of the residual stream; None is the embedding's.
     Rows of logits that are not used are finite and meaningless.
     """
     step = prepare_step(batch, kv_cache, config=config, implementation=attention)
@@ -49,7 +51,7 @@ def forward(
         run = _parallel_layer if config.parallel_residual else _sequential_layer
         return run(x, cache, w, index, step, rows, config=config)
 
-    x = _embed(params, batch, config)
+    x = _embed(params, batch, config, activation_dtype)
     rows, kv_cache = run_layers(layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config)
     if config.final_norm:
         rows = norm(rows, params, "final_norm", config=config)
@@ -111,14 +113,17 @@ def _runs(having: dict[str, tuple[int, ...]], num_layers: int) -> list[tuple[int
     return list(zip(starts, [*starts[1:], num_layers], strict=True))
 
 
-def _embed(params: Params, batch: RaggedBatch, config: ModelConfig) -> jax.Array:
+def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: Any) -> jax.Array:
     x = jnp.take(params["embed"], batch.token_ids, axis=0)  # [T, E]
+    if dtype is not None:
+        x = x.astype(dtype)
     if config.embed_multiplier != 1.0:
         x = x * config.embed_multiplier
     if "project_in" in params:
         x = linear(x, params["project_in"])
     if config.learned_positions:
-        x = x + jnp.take(params["position_embed"], batch.positions + config.position_offset, axis=0, mode="clip")
+        places = jnp.take(params["position_embed"], batch.positions + config.position_offset, axis=0, mode="clip")
+        x = x + places.astype(x.dtype)
     if config.embed_norm:
         x = norm(x, params, "embed_norm", config=config)
     return x
