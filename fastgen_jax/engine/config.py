@@ -123,7 +123,7 @@ class ResolvedConfig(EngineConfig):
 
     @property
     def activation_dtype(self) -> str:
-        """Number format of the residual stream: `dtype`, but float32 where native kernels multiply, which take and give it."""
+        """Number format of the residual stream: `dtype`, but float32 where native kernels multiply, which give that."""
         native_kernels = jax.default_backend() == "cpu" and not self.stack_layers and native.available()
         return "float32" if native_kernels else self.dtype
 

@@ -218,7 +218,8 @@ def test_this_engine_can_run_several_times_with_other_options() -> None:
     arguments = parser.parse_args(["--model", "m", "--option", "token_budget=256", "--also", "dtype=bfloat16",
                                    "--also", "quantize=int8 token_budget=128"])
     peers = offline.choose_peers(arguments, [WORKLOAD], ggufs={}, threads=2)
-    configs = {peer.name: {k: peer.options["config"].get(k) for k in ("dtype", "quantize", "token_budget")} for peer in peers}
+    names = ("dtype", "quantize", "token_budget")
+    configs = {peer.name: {name: peer.options["config"].get(name) for name in names} for peer in peers}
     assert configs == {
         "fastgen_jax": {"dtype": None, "quantize": None, "token_budget": 256},
         "fastgen_jax dtype=bfloat16": {"dtype": "bfloat16", "quantize": None, "token_budget": 256},

@@ -87,10 +87,10 @@ def test_bfloat16_stays_near_float32(family, variant):
 QUICK = {("llama", "default"), ("opt", "post_norm"), ("qwen3_moe", "default"), ("deepseek_v2", "lite")}
 
 
-@pytest.mark.parametrize("formats", [{"dtype": "bfloat16"}, {"dtype": "float32", "quantize": "int8"}], ids=["bfloat16", "int8"])
-@pytest.mark.parametrize(
-    ("family", "variant"), [pytest.param(*p.values, marks=() if p.values in QUICK else pytest.mark.slow, id=p.id) for p in ALL]
-)
+@pytest.mark.parametrize("formats", [{"dtype": "bfloat16"}, {"dtype": "float32", "quantize": "int8"}],
+                         ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(("family", "variant"), [
+    pytest.param(*names, id="-".join(names), marks=() if names in QUICK else pytest.mark.slow) for names in variants()])
 def test_prepared_narrow_weights_stay_near_float32(family, variant, formats):
     params, config = load(family, variant)
     resolved = resolve(EngineConfig(num_blocks=8, **formats), config)
