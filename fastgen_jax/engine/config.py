@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.core import stored_head_dim
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
 
 FREE_MEMORY_SHARE = {"cpu": 0.25}  # of the host's free memory: other programs live there too
@@ -27,6 +28,8 @@ class EngineConfig:
     """Number format of weights and activations. None: float32 on a CPU, bfloat16 elsewhere."""
     quantize: Literal["int8"] | None = None
     """Weight-only quantisation, one scale per output channel. None: weights stay in `dtype`."""
+    tensor_parallel: int | None = None
+    """Devices of this process that heads, MLP columns and vocabulary are divided over. None: one device has it all."""
     token_budget: int | None = None
     """Tokens of a full step. None: measured on this device once, then remembered."""
     budget_ladder: tuple[int, ...] | None = None
@@ -59,7 +62,7 @@ class EngineConfig:
     """Folder of compiled programs and measurements. None: ~/.cache/fastgen_jax; "" keeps nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
+        for name in ("tensor_parallel", "token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
@@ -141,6 +144,9 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     if config.quantize and platform not in ("cpu", "tpu", "gpu"):
         raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    num_devices = config.tensor_parallel or 1
+    if config.tensor_parallel is not None:
+        _check_tensor_parallel(config, model, config.tensor_parallel, platform)
     if config.max_context_len is not None and config.max_context_len > model.max_context_len:
         raise ValueError(
             f"max_context_len={config.max_context_len} exceeds the model's {model.max_context_len}; "
@@ -154,7 +160,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         bytes_a_block = config.block_size * model.kv_bytes_per_token(
             jnp.dtype(dtype).itemsize, stored_head_dim=head_dim
         )
-        fitting = int(_memory_for_cache(platform)) // bytes_a_block
+        # The devices of a CPU are parts of one host, whose memory they share.
+        fitting = int(_memory_for_cache(platform)) * (1 if platform == "cpu" else num_devices) // bytes_a_block
         num_blocks = min(fitting, config.max_num_seqs * blocks_a_sequence)
         if num_blocks < 1:
             raise ValueError(
@@ -163,7 +170,9 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
             )
     # A key rotated for a prompt of one length is wrong for a longer prompt that begins alike.
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length
-    stack_layers = platform != "cpu" if config.stack_layers is None else config.stack_layers
+    stack_layers = config.stack_layers
+    if stack_layers is None:
+        stack_layers = platform != "cpu" or config.tensor_parallel is not None
     ladder = config.budget_ladder
     if config.token_budget is not None:
         if ladder is None:
@@ -174,6 +183,18 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         "budget_ladder": ladder, "prefix_caching": prefix_caching,
     }
     return ResolvedConfig(**{**{f.name: getattr(config, f.name) for f in fields(EngineConfig)}, **filled})
+
+
+def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices: int, platform: str) -> None:
+    """ValueError where the devices are not there, or the model or another choice does not go with them."""
+    here = len(jax.local_devices())
+    if here < num_devices:
+        remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} makes as many of a CPU"
+        raise ValueError(f"tensor_parallel={num_devices} but this process has {here} {platform} device(s); "
+                         f"choose 1 to {here}" + (remedy if platform == "cpu" else ""))
+    if config.stack_layers is False:
+        raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; leave stack_layers out")
+    check_divisible(model, num_devices)
 
 
 def _memory_for_cache(platform: str) -> float:

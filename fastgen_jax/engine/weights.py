@@ -7,10 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import EXPERT_MATRICES, Params, stack, unstack
+from fastgen_jax.models.params import EXPERT_MATRICES, Params, param_specs, stack, unstack
+from fastgen_jax.models.sharding import partition_leaf, tensor_mesh
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
@@ -28,6 +31,8 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
     matrix that is an `Int8Weight` already (of a snapshot) stays int8.
     """
     name = path.rsplit(".", 1)[-1]
+    if config.tensor_parallel is not None:
+        return _divided(path, array, model, config)
     if name == "choice_bias":  # its steps are finer than bfloat16's
         return jnp.asarray(array, jnp.float32)
     if name not in (*MATRICES, *EXPERT_MATRICES):
@@ -48,6 +53,27 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
     make = prepare_groups if name in EXPERT_MATRICES else prepare
     plain = array if isinstance(array, Int8Weight) else np.asarray(array).astype(config.dtype)
     return make(plain, quantize=quantize, platform=jax.default_backend(), gated=gated)
+
+
+def _divided(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
+    """One weight, plain or `Int8Weight`, its columns dealt out to the devices and each part put where it belongs."""
+    mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel])
+    spec: Any = param_specs(model)
+    for part in path.split("."):
+        spec = spec[part]
+
+    def dealt(leaf: Any) -> np.ndarray:
+        return deal_columns(leaf, spec.parts, mesh.size) if len(spec.parts) > 1 else np.asarray(leaf)
+
+    def placed(leaf: Any, *, is_scale: bool = False) -> jax.Array:
+        return jax.device_put(leaf, NamedSharding(mesh, partition_leaf(spec, leaf.ndim, is_scale=is_scale)))
+
+    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
+        return placed(array)  # it has been here before
+    host = host_leaf(path, array, dtype=config.dtype, quantize=config.quantize)
+    if isinstance(host, Int8Weight):
+        return Int8Weight(values=placed(dealt(host.values)), scales=placed(dealt(host.scales), is_scale=True))
+    return placed(dealt(host))
 
 
 def host_leaf(path: str, array: Any, *, dtype: Any, quantize: str | None) -> Any:
@@ -73,7 +99,7 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
         return prepare_leaf(path, leaf, model, config) if isinstance(leaf, jax.Array | np.ndarray) else leaf
 
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    if "lm_head" not in rest and _head_is_stored_apart(config):
+    if "lm_head" not in rest and config.tensor_parallel is None and _head_is_stored_apart(config):
         rest["lm_head"] = np.asarray(rest["embed"]).T
     rest = {name: prepared(name, leaf) for name, leaf in rest.items()}
     layers = params["layers"]

@@ -11,24 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.runner import step_program
+from fastgen_jax.engine.runner import memory_shardings, step_program
 from fastgen_jax.engine.sampling import init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import init_params
-from fastgen_jax.models.sharding import (
-    TENSOR,
-    check_divisible,
-    partition_kv_cache,
-    partition_params,
-    sharded_attention,
-    shardings,
-)
+from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
 from fastgen_jax.plan.devices import Topology
 
 
@@ -63,7 +55,7 @@ def deviceless_mesh(topology: Topology, num_devices: int | None = None) -> Mesh:
             raise ValueError(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]'") from error
         raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
     devices = devices[: num_devices or len(devices)]
-    return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
+    return tensor_mesh(devices)
 
 
 @contextlib.contextmanager
@@ -105,19 +97,17 @@ def compile_step(
     state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
     packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
 
-    replicated = NamedSharding(mesh, PartitionSpec())
     kinds = (
         shardings(mesh, partition_params(model, params)),
-        shardings(mesh, partition_kv_cache()),
-        jax.tree.map(lambda _: replicated, state),
-        replicated,
+        *memory_shardings(mesh, cache, state),
+        NamedSharding(mesh, PartitionSpec()),
     )
     arguments = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         (params, cache, state, packed), kinds,
     )
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
-    step = step_program(model, bucket, attention=sharded_attention(mesh, attention))
+    step = step_program(model, bucket, attention=attention, mesh=mesh)
     start = time.perf_counter()
     with lowering_for(mesh):
         lowered = step.lower(*arguments)
