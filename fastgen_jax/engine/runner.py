@@ -198,7 +198,7 @@ def _step(
     batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
     num_devices = 1 if whole is None else whole.mesh.size
     logits, kv_cache = forward(params, kv_cache, batch, config=config, attention=attention, num_devices=num_devices)
-    if whole is not None:  # each device samples for itself: sorting a divided vocabulary is slower than to gather it
+    if whole is not None:  # each device samples for itself; divided sampling has a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, whole)
     sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS)
     return StepOutput(sampled=sampled, logits=logits), kv_cache, state
