@@ -32,9 +32,9 @@ class KVCache:
         return KVCache(k=zeros(shape, dtype), v=zeros(shape, dtype))
 
 
-def bytes_per_head(dtype: Any, head_dim: int) -> int:
-    """What one head's key of one token takes, scale included; `head_dim` as stored, see `stored_head_dim`."""
-    return head_dim * jnp.dtype(dtype).itemsize + (jnp.dtype(jnp.float32).itemsize if is_quantized(dtype) else 0)
+def scale_bytes(dtype: Any) -> int:
+    """Bytes of the scale that a cache of this dtype keeps for each token, head, and K or V; 0 where there is none."""
+    return jnp.dtype(jnp.float32).itemsize if is_quantized(dtype) else 0
 
 
 def stored_head_dim(head_dim: int, platform: str) -> int:

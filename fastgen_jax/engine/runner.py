@@ -57,7 +57,7 @@ class Runner:
         def zeros() -> tuple[KVCache, SamplerState]:
             cache = KVCache.zeros(
                 num_layers=model.num_layers, num_blocks=config.num_blocks, num_kv_heads=model.num_kv_heads,
-                block_size=config.block_size, dtype=jnp.dtype(config.dtype),
+                block_size=config.block_size, dtype=jnp.dtype(config.kv_dtype),
                 head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
             )
             return cache, init_state(config.max_num_seqs, model.vocab_size)

@@ -10,10 +10,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from fastgen_jax.engine.config import ResolvedConfig
-from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import EXPERT_MATRICES, Params, param_specs, stack, unstack
-from fastgen_jax.models.sharding import partition_leaf, tensor_mesh
+from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
@@ -56,24 +55,14 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
 
 
 def _divided(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
-    """One weight, plain or `Int8Weight`, its columns dealt out to the devices and each part put where it belongs."""
-    mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel])
+    """One weight as `divide_leaf` divides it over the devices of `config`; what has been divided before stays."""
+    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
+        return array
     spec: Any = param_specs(model)
     for part in path.split("."):
         spec = spec[part]
-
-    def dealt(leaf: Any) -> np.ndarray:
-        return deal_columns(leaf, spec.parts, mesh.size) if len(spec.parts) > 1 else np.asarray(leaf)
-
-    def placed(leaf: Any, *, is_scale: bool = False) -> jax.Array:
-        return jax.device_put(leaf, NamedSharding(mesh, partition_leaf(spec, leaf.ndim, is_scale=is_scale)))
-
-    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
-        return placed(array)  # it has been here before
     host = host_leaf(path, array, dtype=config.dtype, quantize=config.quantize)
-    if isinstance(host, Int8Weight):
-        return Int8Weight(values=placed(dealt(host.values)), scales=placed(dealt(host.scales), is_scale=True))
-    return placed(dealt(host))
+    return divide_leaf(spec, host, tensor_mesh(jax.local_devices()[: config.tensor_parallel]))
 
 
 def host_leaf(path: str, array: Any, *, dtype: Any, quantize: str | None) -> Any:

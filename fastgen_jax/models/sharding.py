@@ -16,8 +16,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import KVCache
+from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import ParamSpec, param_specs
+from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.ragged_attention import ragged_attention
 
 TENSOR = "tensor"
@@ -68,6 +70,18 @@ def partition_leaf(spec: ParamSpec, ndim: int, *, is_scale: bool = False) -> Par
     if is_scale:
         axes = (*axes[:-2], axes[-1])
     return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)  # a stack of layers has one more axis in front
+
+
+def divide_leaf(spec: ParamSpec, leaf: Any, mesh: Mesh) -> Any:
+    """A weight as a checkpoint has it, plain or `Int8Weight`, with its columns dealt out (see `columns`) to `mesh`."""
+
+    def placed(array: Any, *, is_scale: bool = False) -> jax.Array:
+        array = deal_columns(array, spec.parts, mesh.size) if len(spec.parts) > 1 else np.asarray(array)
+        return jax.device_put(array, NamedSharding(mesh, partition_leaf(spec, array.ndim, is_scale=is_scale)))
+
+    if isinstance(leaf, Int8Weight):
+        return Int8Weight(values=placed(leaf.values), scales=placed(leaf.scales, is_scale=True))
+    return placed(leaf)
 
 
 def partition_kv_cache(cache: KVCache) -> KVCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,10 @@ from fastgen_jax.models.params import init_params
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
 from fastgen_jax.plan.devices import Topology
 
+# An asynchronous one is counted where it starts.
+_COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
+                         r"(?:-start)?\(")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
@@ -33,6 +38,7 @@ class Program:
     aliased: int  # arguments whose memory the results take over
     temporaries: int
     cache: int  # of the KV cache, all of which must be aliased
+    collectives: int  # that run in each layer
     compiled: Any
 
 
@@ -75,6 +81,7 @@ def compile_step(
     block_size: int,
     num_blocks: int,
     dtype: Any = jnp.bfloat16,
+    kv_dtype: Any = None,
     attention: str | None = None,
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
@@ -91,7 +98,7 @@ def compile_step(
     cache = jax.eval_shape(
         lambda: KVCache.zeros(
             num_layers=model.num_layers, num_blocks=num_blocks, num_kv_heads=model.num_kv_heads,
-            block_size=block_size, head_dim=stored_head_dim(model.head_dim, "tpu"), dtype=dtype,
+            block_size=block_size, head_dim=stored_head_dim(model.head_dim, "tpu"), dtype=kv_dtype or dtype,
         )
     )
     state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
@@ -119,8 +126,22 @@ def compile_step(
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         cache=cache_bytes,
+        collectives=count_in_loops(compiled.as_text()),
         compiled=compiled,
     )
+
+
+def count_in_loops(hlo: str) -> int:
+    """How many collectives the loop of an optimised program runs that has most of them: the one over layers."""
+    counts: dict[str, int] = {}
+    name = ""
+    for line in hlo.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header:
+            name = header[1]
+        counts[name] = counts.get(name, 0) + bool(_COLLECTIVE.search(line))
+    bodies = re.findall(r"\bbody=%?([\w.\-]+)", hlo)
+    return max((counts[body] for body in bodies), default=0)
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Any:
