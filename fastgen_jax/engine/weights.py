@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import EXPERT_MATRICES, Params, stack, unstack
+from fastgen_jax.models.params import EXPERT_MATRICES, Params, param_specs, stack, unstack
+from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
@@ -31,6 +33,8 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
     matrix that is an `Int8Weight` already (of a snapshot) stays int8.
     """
     name = path.rsplit(".", 1)[-1]
+    if config.tensor_parallel is not None:
+        return _divided(path, array, model, config)
     if name == "choice_bias":  # its steps are finer than bfloat16's
         return jnp.asarray(array, jnp.float32)
     if name in _TABLES:
@@ -56,6 +60,17 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
     return make(plain, quantize=quantize, platform=jax.default_backend(), gated=gated)
 
 
+def _divided(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
+    """One weight as `divide_leaf` divides it over the devices of `config`; what has been divided before stays."""
+    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
+        return array
+    spec: Any = param_specs(model)
+    for part in path.split("."):
+        spec = spec[part]
+    host = host_leaf(path, array, dtype=config.dtype, quantize=config.quantize)
+    return divide_leaf(spec, host, tensor_mesh(jax.local_devices()[: config.tensor_parallel]))
+
+
 def host_leaf(path: str, array: Any, *, dtype: Any, quantize: str | None) -> Any:
     """One weight as a snapshot keeps it, on the host: in `dtype`, or an `Int8Weight` if it is a matrix and asked for."""
     name = path.rsplit(".", 1)[-1]
@@ -79,7 +94,7 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
         return prepare_leaf(path, leaf, model, config) if isinstance(leaf, jax.Array | np.ndarray) else leaf
 
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    if "lm_head" not in rest and _head_is_stored_apart(config):
+    if "lm_head" not in rest and config.tensor_parallel is None and _head_is_stored_apart(config):
         rest["lm_head"] = np.asarray(rest["embed"]).T
     rest = {name: prepared(name, leaf) for name, leaf in rest.items()}
     layers = params["layers"]

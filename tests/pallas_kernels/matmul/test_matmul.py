@@ -235,5 +235,5 @@ def test_linear_and_swiglu_refuse_what_does_not_fit():
         linear(jnp.ones((2, 7)), plain)
     with pytest.raises(ValueError, match="residual is"):
         linear(x, plain, residual=jnp.ones((2, 5)))
-    with pytest.raises(ValueError, match="even, not 5"):
+    with pytest.raises(ValueError, match="a multiple of 2, not 5"):
         swiglu(x, jnp.ones((8, 5)))
