@@ -112,6 +112,8 @@ class _Seconds(NamedTuple):
     weights: float
     read_kv: float
     attend: float
+    decode: float
+    """A position that a generated token attends to: read or multiplied, whatever takes longer."""
     reduce_token: float
     reduce: float
 
@@ -151,12 +153,15 @@ class Roofline:
         # A ring sends each number of the all-reduce 2 (n - 1) / n times.
         reduced = 2 * model.num_layers * 2.0 * model.embed_dim * 2 * (n - 1) / n
         attention_flops = 4.0 * model.num_layers * model.num_heads * model.head_dim  # scores and values, for a position
+        read_kv = kv_bytes / bandwidth
+        attend = attention_flops / (flops * self.attention_efficiency)
         seconds = _Seconds(
             token=body / (flops * self.matmul_efficiency),
             row=(row - body) / (flops * self.matmul_efficiency),
             weights=model.num_params * self.bytes_a_weight / bandwidth,
-            read_kv=kv_bytes / bandwidth,
-            attend=attention_flops / (flops * self.attention_efficiency),
+            read_kv=read_kv,
+            attend=attend,
+            decode=max(read_kv, attend),
             reduce_token=reduced / (self.accelerator.link_bandwidth * self.link_efficiency),
             reduce=2 * model.num_layers * self.accelerator.link_latency if n > 1 else 0.0,
         )
@@ -164,17 +169,19 @@ class Roofline:
 
     def __call__(self, shape: StepShape) -> float:
         """Seconds for a step of this shape; ValueError if no compiled step holds it."""
-        tokens = shape.num_tokens
+        # Unpacked, and without max(): this is called for every simulated step.
+        tokens, rows, decode_attended, prompt_attended, prompt_context = shape
         if self.sizes:
             index = bisect_left(self.sizes, tokens)
             if index == len(self.sizes):
                 raise ValueError(f"a step of {tokens} tokens exceeds the largest compiled one, {self.sizes[-1]}")
             tokens = self.sizes[index]
-        each = self._seconds
-        matmuls = max(tokens * each.token + shape.num_sample_rows * each.row, each.weights)
-        decode = shape.decode_attended * max(each.read_kv, each.attend)
-        prompt = max(shape.prompt_context * each.read_kv, shape.prompt_attended * each.attend)
-        return matmuls + decode + prompt + each.reduce + tokens * each.reduce_token
+        token, row, weights, read_kv, attend, decode, reduce_token, reduce = self._seconds
+        matmuls = tokens * token + rows * row
+        if matmuls < weights:
+            matmuls = weights
+        prompt = max(prompt_context * read_kv, prompt_attended * attend) if prompt_context else 0.0
+        return matmuls + decode_attended * decode + prompt + reduce + tokens * reduce_token
 
     def num_kv_tokens(self, *, memory_share: float = 0.9) -> int:
         """Positions that the KV cache can hold in what the weights leave of `memory_share` of all memory.
