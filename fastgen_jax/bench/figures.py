@@ -82,8 +82,8 @@ def step_costs(models: Sequence[dict[str, Any]]) -> Any:
     for i, model in enumerate(models):
         sizes = model["sizes"]
         # A prompt alone: the mean context of its tokens is half of their number.
-        seconds = [base + model["per_row"] + model["per_prompt_attended"] * n * (n + 1) / 2
-                   for n, base in zip(sizes, model["base"], strict=True)]
+        seconds = [base + per_token * n + model["per_row"] + model["per_prompt_attended"] * n * (n + 1) / 2
+                   for n, base, per_token in zip(sizes, model["base"], model["per_token"], strict=True)]
         label = f"{model['facts']['model']}, {model['facts']['engine']['dtype']}"
         latency.plot(sizes, [1e3 * s for s in seconds], marker=MARKERS[i % len(MARKERS)], label=label)
         rate.plot(sizes, [n / s for n, s in zip(sizes, seconds, strict=True)], marker=MARKERS[i % len(MARKERS)], label=label)

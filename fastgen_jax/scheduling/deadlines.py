@@ -71,11 +71,13 @@ def feasible_line(
             jobs.append(_Job((priority, 0, 0.0, sequence.order), left, math.inf, False, sequence))
             continue
         deadline = pace.promise.deadline(sequence)
-        if now > deadline + pace.promise.grace:
+        hopeless = now + left * least_seconds_a_token > deadline
+        overtaken = sequence.num_bypasses >= limits.max_bypasses
+        if now > deadline + pace.promise.grace or (hopeless and overtaken):
             refused.append(sequence)
-        elif sequence.num_bypasses >= limits.max_bypasses:
+        elif overtaken:
             jobs.append(_Job((priority, 0, 0.0, sequence.order), left, math.inf, False, sequence))
-        elif now + left * least_seconds_a_token > deadline:
+        elif hopeless:
             late.append(sequence)
         else:
             jobs.append(_Job((priority, 1, deadline, sequence.order), left, deadline, True, sequence))

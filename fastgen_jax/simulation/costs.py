@@ -63,11 +63,13 @@ class StepCost(Protocol):
 class MeasuredCost:
     """A straight line for each compiled step size, as `fastgen bench steps` fits it.
 
-    `sizes` are the token budgets of the compiled programs, ascending, `base` the seconds of each with no context.
+    `sizes` are the token budgets of the compiled programs, ascending; `base` the seconds of each without a token, and
+    `per_token` for each token in it, which is nothing where padding is computed.
     """
 
     sizes: tuple[int, ...]
     base: tuple[float, ...]
+    per_token: tuple[float, ...]
     per_row: float
     """Seconds a row of logits."""
     per_decode_attended: float
@@ -80,20 +82,22 @@ class MeasuredCost:
 
     def __call__(self, shape: StepShape) -> float:
         """Seconds for a step of this shape; ValueError if no compiled step holds it."""
-        index = bisect_left(self.sizes, shape.num_tokens)
+        tokens, rows, decode_attended, prompt_attended, _ = shape
+        index = bisect_left(self.sizes, tokens)
         if index == len(self.sizes):
-            raise ValueError(f"a step of {shape.num_tokens} tokens exceeds the largest measured one, {self.sizes[-1]}")
+            raise ValueError(f"a step of {tokens} tokens exceeds the largest measured one, {self.sizes[-1]}")
         return (
             self.base[index]
-            + self.per_row * shape.num_sample_rows
-            + self.per_decode_attended * shape.decode_attended
-            + self.per_prompt_attended * shape.prompt_attended
+            + self.per_token[index] * tokens
+            + self.per_row * rows
+            + self.per_decode_attended * decode_attended
+            + self.per_prompt_attended * prompt_attended
         )
 
 
 def cost_from(model: dict[str, Any]) -> MeasuredCost:
     """The cost model that `fastgen bench steps` fitted, from its JSON object; KeyError or TypeError if it is none."""
-    return MeasuredCost(**{**model, "sizes": tuple(model["sizes"]), "base": tuple(model["base"])})
+    return MeasuredCost(**{**model, **{name: tuple(model[name]) for name in ("sizes", "base", "per_token")}})
 
 
 def load_cost(path: Path) -> MeasuredCost:

@@ -77,8 +77,8 @@ def test_a_comparison_says_how_many_times_better_ours_is() -> None:
 def test_a_report_is_one_page_with_its_figures_and_commands(tmp_path: Path, capsys) -> None:
     append(tmp_path / "quick.jsonl", RUNS[:2])
     append(tmp_path / "slow.jsonl", RUNS[2:])
-    costs = {"sizes": [8, 64], "base": [0.01, 0.05], "per_row": 0.0, "per_decode_attended": 0.0, "per_prompt_attended": 1e-6,
-             "facts": {"model": "m", "engine": {"dtype": "float32"}}}
+    costs = {"sizes": [8, 64], "base": [0.01, 0.05], "per_token": [0.0, 1e-4], "per_row": 0.0, "per_decode_attended": 0.0,
+             "per_prompt_attended": 1e-6, "facts": {"model": "m", "engine": {"dtype": "float32"}}}
     (tmp_path / "costs.json").write_text(json.dumps(costs))
     argv = ["report", str(tmp_path / "quick.jsonl"), str(tmp_path / "slow.jsonl"), "--costs", str(tmp_path / "costs.json"),
             "--generation-rates", "3"]
