@@ -60,9 +60,9 @@ def feasible_line(
         left = sequence.remaining
         if left > 1:
             deadline = pace.promise.deadline(sequence)
-            rank = (sequence.order[0], 1, deadline, sequence.order)
-            # For one that is late already nobody else is dropped.
+            # One that is late already is first, so that it is over soon, but nobody else is dropped for it.
             hopeless = now + left * least_seconds_a_token > deadline
+            rank = (sequence.order[0], 0, -1.0, sequence.order) if hopeless else (sequence.order[0], 1, deadline, sequence.order)
             jobs.append(_Job(rank, left, math.inf if hopeless else deadline, False, sequence))
     for sequence in waiting[:_MAX_LINE]:
         priority = sequence.order[0]
