@@ -30,7 +30,8 @@ STYLE = ("body{font:14px/1.45 system-ui,sans-serif;max-width:64em;margin:2em aut
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastgen bench report`."""
-    parser.add_argument("results", type=Path, nargs="+", help="files of bench serve, policies, offline, compare, and simulate")
+    parser.add_argument("results", type=Path, nargs="+",
+                        help="files of bench serve, policies, offline and compare, and of simulate")
     parser.add_argument("--costs", type=Path, nargs="+", default=[], help="files of bench steps")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: %(default)s)")
     add_promise_arguments(parser)

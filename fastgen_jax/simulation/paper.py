@@ -4,9 +4,9 @@ Llama-2-70B on four A100 80 GB. One roofline, the same kernels and the same host
 which tokens share a step. SplitFuse has FastGen's step of 768 tokens; the others need steps that hold whole prompts and
 have 4096, the model's context and the limit of vLLM in 2023. FastGen of 2023 did not overlap host and device.
 
-One more rival is no policy but a server: prompts-first with the longest pause between steps that vLLM's developers reported
-of their engine (5 to 13 ms in which the GPU waits, vllm-project/vllm issue 6854, July 2024; for 2023 nothing was found). It says
-how much of the paper's ratios such pauses can explain.
+One more rival is no policy but a server: prompts-first with the longest pause between steps that vLLM's developers
+reported of their engine (5 to 13 ms in which the GPU waits, vllm-project/vllm issue 6854, July 2024; for 2023 nothing was
+found). It says how much of the paper's ratios such pauses can explain.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_a_report_is_one_page_with_its_figures_and_commands(tmp_path: Path, caps
 
 
 def engine_line(engine: str, workload: str, rate: float) -> str:
-    summary = {name: 1.0 for name in Summary.__dataclass_fields__} | {"total_rate": rate, "token_latency_p95": None}
+    summary = dict.fromkeys(Summary.__dataclass_fields__, 1.0) | {"total_rate": rate, "token_latency_p95": None}
     return json.dumps({"engine": engine, "workload": workload, "command": f"compare {engine}", **summary}) + "\n"
 
 
