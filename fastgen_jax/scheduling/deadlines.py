@@ -68,7 +68,7 @@ def feasible_line(
     for sequence in waiting[:_MAX_LINE]:
         priority = sequence.order[0]
         left = sequence.num_tokens - limits.block_size * len(cached_prefix(sequence))
-        if sequence.num_preemptions:  # it was accepted, and its reader has begun
+        if sequence.num_tokens > sequence.num_prompt_tokens:  # it was preempted, but its reader has begun
             jobs.append(_Job((priority, 0, 0.0, sequence.order), left, math.inf, False, sequence))
             continue
         deadline = pace.promise.deadline(sequence)
