@@ -147,6 +147,37 @@ def test_a_snapshot_does_not_depend_on_the_mesh_that_wrote_it(source, tmp_path):
     assert done.stdout.strip() == "same on every mesh", done.stderr[-3000:]
 
 
+def test_orbax_itself_reads_a_snapshot(snapshot):
+    import orbax.checkpoint as ocp
+
+    checkpoint = open_checkpoint(snapshot)
+    theirs = ocp.PyTreeCheckpointer().restore(snapshot / "params")
+    assert theirs.keys() == checkpoint.tensor_names
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(checkpoint.read(name), array)
+
+
+def test_a_snapshot_that_was_compressed_and_in_one_piece_loads_too(snapshot, tmp_path):
+    """Snapshots of version 0.1.0 are like this, the demo checkpoint among them."""
+    import orbax.checkpoint as ocp
+
+    shutil.copytree(snapshot, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / "params")
+    checkpoint = open_checkpoint(snapshot)
+    tree = {name: checkpoint.read(name) for name in checkpoint.tensor_names}
+    ocp.PyTreeCheckpointer().save(tmp_path / "s" / "params", tree)
+    again = open_checkpoint(tmp_path / "s")
+    for name, array in tree.items():
+        np.testing.assert_array_equal(again.read(name), array)
+
+
+def test_opening_and_loading_a_snapshot_does_without_orbax(snapshot):
+    """Importing it takes longer than reading half a gigabyte."""
+    code = ("import sys\nfrom fastgen_jax.checkpoint import load_params, open_checkpoint\n"
+            "load_params(open_checkpoint(sys.argv[1]), dtype='float32')\nassert 'orbax.checkpoint' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code, str(snapshot)], check=True, timeout=600)
+
+
 def _without_params(path):
     shutil.rmtree(path / "params")
 
@@ -160,8 +191,12 @@ def _later_format(path):
     (path / "fastgen.json").write_text(json.dumps({"format": 99}))
 
 
-def _bad_metadata(path):
-    (path / "params" / "_METADATA").write_text("{")
+def _bad_manifest(path):
+    (path / "params" / "manifest.ocdbt").write_text("{")
+
+
+def _without_manifest(path):
+    (path / "params" / "manifest.ocdbt").unlink()
 
 
 def _other_config(field, value):
@@ -176,7 +211,8 @@ def _other_config(field, value):
     (_without_params, "has no params: its conversion was interrupted"),
     (_cut_data, "the weight '.*' cannot be read .*damaged, convert the original again"),
     (_later_format, "has format 99, but this version reads 1"),
-    (_bad_metadata, "params is damaged"),
+    (_bad_manifest, "params is damaged"),
+    (_without_manifest, r"params is damaged \(it holds no arrays\)"),
     (_other_config("num_hidden_layers", 3), r"has no tensor 'layers.attn_norm.2'"),
     (_other_config("num_hidden_layers", 1), r"holds 6 tensors that .*'layers.attn_norm.1'"),
     (_other_config("intermediate_size", 32),
