@@ -6,7 +6,6 @@ once; after that an array costs its bytes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +47,7 @@ def read_array(array: Any, *, dtype: Any = None, sharding: Any = None) -> Any:
 
     parts: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         bounds = tuple((axis.start, axis.stop) for axis in index)
         if bounds not in parts:
             parts[bounds] = _part(array[index], dtype)

@@ -7,7 +7,6 @@ make one matrix behind the name that the unquantised checkpoint has; nothing is 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +54,8 @@ def _mxfp4(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> 
         *lead, rows, groups, size = blocks.shape
         if scales.shape != blocks.shape[:-1]:
             raise ValueError(f"the scales of {name!r} have shape {scales.shape}; its blocks ask for {blocks.shape[:-1]}")
-        return PackedTensor(dtype="MXFP4", shape=(*lead, 2 * groups * size, rows), parts=(blocks, scales), values=mxfp4_values)
+        return PackedTensor(dtype="MXFP4", shape=(*lead, 2 * groups * size, rows), parts=(blocks, scales),
+                            values=mxfp4_values)
 
     return _grouped(tensors, ("_blocks", "_scales"), packed, rename=lambda stem: stem)
 
@@ -137,9 +137,9 @@ def _gptq(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> d
     _only(settings, {"bits": (4,), "checkpoint_format": ("gptq", "gptq_v2", None)})
     offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the first format stores zero points minus one
 
-    def packed(name: str, weight: StoredTensor, zeros: StoredTensor, scales: StoredTensor, group: StoredTensor) -> PackedTensor:
+    def packed(name: str, weight: StoredTensor, *others: StoredTensor) -> PackedTensor:
         words, outputs = weight.shape
-        return PackedTensor(dtype="GPTQ4", shape=(outputs, 8 * words), parts=(weight, zeros, scales, group),
+        return PackedTensor(dtype="GPTQ4", shape=(outputs, 8 * words), parts=(weight, *others),
                             values=functools.partial(gptq_values, offset=offset))
 
     return _grouped(tensors, (".qweight", ".qzeros", ".scales", ".g_idx"), packed, rename=lambda stem: f"{stem}.weight")

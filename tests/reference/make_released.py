@@ -1,6 +1,6 @@
 """Remakes the tiny checkpoints in the forms in which some models are released; see make_families.py, whose rules hold too.
 
-    python tests/reference/make_released.py [FAMILY/VARIANT ...]        # needs torch and transformers; the tests need neither
+    python tests/reference/make_released.py [FAMILY/VARIANT ...]    # needs torch and transformers; the tests need neither
 
 gpt-oss with its experts in MXFP4 and DeepSeek V3 in blocks of FP8, whose logits are those of the weights as transformers
 dequantises them, and models that also see, under the names that their files on the hub have.
@@ -107,7 +107,9 @@ def mistral3() -> tuple[Any, dict[str, Any]]:
     }
 
 
-def quantised(model_type: str, fields: dict[str, Any], quantise: Any, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def quantised(
+    model_type: str, fields: dict[str, Any], quantise: Any, settings: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     """Writes a quantised checkpoint and gives what transformers computes with its dequantised weights."""
     config = AutoConfig.for_model(model_type, **fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
@@ -138,8 +140,8 @@ GPT_OSS_RELEASED = {**GPT_OSS, "intermediate_size": 32, "num_hidden_layers": 2}
 DEEPSEEK_RELEASED = DEEPSEEK | GROUPS | {"q_lora_rank": 16, "moe_intermediate_size": 16, "kv_lora_rank": 16,
                                          "qk_rope_head_dim": 8, "v_head_dim": 8, "num_hidden_layers": 2}
 VARIANTS = {
-    "gpt_oss/mxfp4": lambda folder: quantised("gpt_oss", GPT_OSS_RELEASED, mxfp4, {"quantization_config": {"quant_method": "mxfp4"}},
-                                              folder),
+    "gpt_oss/mxfp4": lambda folder: quantised(
+        "gpt_oss", GPT_OSS_RELEASED, mxfp4, {"quantization_config": {"quant_method": "mxfp4"}}, folder),
     "deepseek_v3/fp8": lambda folder: quantised(
         "deepseek_v3", DEEPSEEK_RELEASED, fp8,
         {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",

@@ -8,7 +8,7 @@ from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("MistralForCausalLM", "Mistral3ForConditionalGeneration")
-FEATURES = "sliding window on all or some layers; head_dim of its own; every rotary scaling; Small 3.1 and 3.2 without images"
+FEATURES = "sliding window on all or some layers; head_dim of its own; every rotary scaling; Small 3.1/3.2 without images"
 
 
 @common.reads_every_field
