@@ -26,7 +26,7 @@ def open_arrays(folder: str) -> Mapping[str, Any]:
     import tensorstore
 
     context = tensorstore.Context(_CONTEXT)
-    store = {"driver": "ocdbt", "base": folder if "://" in folder else f"file://{folder}"}
+    store = {"driver": "ocdbt", "base": folder if "://" in folder else {"driver": "file", "path": f"{folder}/"}}
     keys = (key.decode() for key in tensorstore.KvStore.open(store, context=context).result().list().result())
     names = sorted(key.removesuffix(_METADATA_KEY) for key in keys if key.endswith(_METADATA_KEY))
     if not names:

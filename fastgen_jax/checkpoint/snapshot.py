@@ -11,6 +11,7 @@ sharding and dtype that are asked for, whatever mesh wrote it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import tempfile
@@ -32,6 +33,7 @@ from fastgen_jax.models.params import Params, param_specs
 FORMAT = 1
 MARKER = "fastgen.json"
 _INT8_FIELDS = ("values", "scales")
+_BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # what etils lists and reads small files of a bucket with
 _CHUNK = 16 << 20  # bytes: what is read and fetched at once, so that a device need not read what another one wants
 
 
@@ -175,6 +177,9 @@ def as_path(path: str | Path) -> Path:
     _require_orbax()
     from etils import epath
 
+    backend = _BUCKETS.get(str(path).partition("://")[0])
+    if backend and not any(importlib.util.find_spec(module) for module in (backend, "tensorflow")):
+        raise ValueError(f"{path}: reading and writing there needs {backend}, which is not installed; pip install {backend}")
     try:
         return cast(Path, epath.Path(path))
     except KeyError as error:

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ import pytest
 from fastgen_jax import Engine, pipeline
 from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model, save_snapshot
 from fastgen_jax.checkpoint.convert import convert
+from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
 from fastgen_jax.cli import main
 from fastgen_jax.engine.weights import host_leaf
 from fastgen_jax.text import load_tokenizer
@@ -248,6 +251,57 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(tmp
     write_json(tmp_path)
     with pytest.raises(ValueError, match=r"the tokenizer has 380 tokens but the embedding only 96 rows"):
         Engine.from_pretrained(tmp_path)
+
+
+class _Ranges(SimpleHTTPRequestHandler):
+    """Serves parts of files, as buckets do."""
+
+    sent = 0
+
+    def do_GET(self):  # noqa: N802 (the name that http.server calls)
+        file = Path(self.translate_path(self.path))
+        if not file.is_file():
+            self.send_error(404)
+            return
+        data, status = file.read_bytes(), 200
+        if wanted := self.headers.get("Range"):
+            first, last = wanted.removeprefix("bytes=").split("-")
+            size, status = len(data), 206
+            data = data[int(first) : int(last) + 1 if last else size]
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(data) - 1}/{size}")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        type(self).sent += len(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_arrays_are_read_over_a_network_and_only_those_that_are_asked_for(snapshot):
+    """A bucket is read by the same code; TensorStore knows its protocol."""
+    local = open_checkpoint(snapshot)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranges, directory=str(snapshot))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            arrays = open_arrays(f"http://127.0.0.1:{server.server_port}/params/")
+            assert arrays.keys() == local.tensor_names
+            before = _Ranges.sent
+            got = read_array(arrays["layers.o.1"])
+        finally:
+            server.shutdown()
+            thread.join()
+    np.testing.assert_array_equal(got, local.read("layers.o.1"))
+    assert _Ranges.sent - before < 2 * got.nbytes
+
+
+def test_a_bucket_without_what_reads_it_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"gs://bucket/x: .* needs gcsfs, which is not installed; pip install gcsfs"):
+        resolve_model("gs://bucket/x")
 
 
 def test_addresses_of_buckets_are_resolved_to_snapshots_alone(snapshot, tmp_path, monkeypatch):
