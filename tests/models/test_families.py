@@ -190,6 +190,25 @@ def test_old_and_new_spellings_of_a_config_are_the_same_model():
         assert read(old) == read(hf)
 
 
+def test_a_model_that_also_sees_loads_alike_under_its_old_and_new_names(tmp_path):
+    source = folder("gemma3", "also_sees")
+    tensors = load_file(source / "model.safetensors")
+    new = {f"model.{name.replace('language_model.model.', 'language_model.')}": value for name, value in tensors.items()}
+    save_file(new, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    params = load_params(open_checkpoint(tmp_path), dtype="float32", stack_layers=False)
+    jax.tree.map(np.testing.assert_array_equal, params, load("gemma3", "also_sees")[0])
+
+
+def test_only_the_named_parts_of_a_model_that_also_sees_are_left_out(tmp_path):
+    source = folder("mistral", "also_sees")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"audio_tower.weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"1 tensors that the mistral family does not know \('model.audio_tower.weight'\)"):
+        load_params(open_checkpoint(tmp_path), dtype="float32")
+
+
 def test_a_shape_that_does_not_fit_the_config_is_refused(tmp_path):
     source = folder("falcon", "40b")
     hf = json.loads((source / "config.json").read_text())
