@@ -34,10 +34,10 @@ class ClosedError(Exception):
 
 
 class RequestFailedError(Exception):
-    """A request ended without an answer; `kind` is that of `Failure`."""
+    """A request ended without an answer; `failure` says why."""
 
     def __init__(self, failure: Failure) -> None:
-        self.kind = failure.kind
+        self.failure = failure
         super().__init__(failure.message)
 
 
@@ -155,6 +155,13 @@ class AsyncEngine:
         return self._thread.num_failed_steps
 
     @property
+    def failure(self) -> str | None:
+        """Why no request will ever be answered again; None while there is hope."""
+        if self._thread.has_ended and not self._closed:
+            return "the engine cannot be recovered from an error; its log says which. Start the server again"
+        return None
+
+    @property
     def is_ready(self) -> bool:
         """Whether a request would be taken."""
         return not self._thread.has_ended and not self._closed
@@ -169,7 +176,7 @@ class AsyncEngine:
         `time.monotonic`. Raises QueueFullError, ClosedError, and ValueError for a grammar that cannot be used.
         """
         if not self.is_ready:
-            raise ClosedError("this server takes no more requests: it is shutting down")
+            raise ClosedError(self.failure or "this server takes no more requests: it is shutting down")
         num_waiting = self._thread.num_waiting
         if num_waiting >= self.max_queue:
             raise QueueFullError(num_waiting, self.max_queue, self.load.wait_seconds)

@@ -137,10 +137,12 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 
     @app.get("/health", responses=_ERRORS)
     async def health() -> JSONResponse:
-        ready = server.backend is not None and server.backend.is_ready
-        status = "ready" if ready else "failed" if server.failure else "loading" if server.backend is None else "ending"
+        backend = server.backend
+        ready = backend is not None and backend.is_ready
+        failure = server.failure or (backend.failure if backend is not None else None)
+        status = "ready" if ready else "failed" if failure else "loading" if backend is None else "ending"
         return JSONResponse({"status": status, "model": server.served.name, "deployment": server.served.deployment,
-                             "failure": server.failure}, 200 if ready else 503)
+                             "failure": failure}, 200 if ready else 503)
 
     @app.get("/version")
     async def version() -> dict[str, str]:

@@ -50,10 +50,13 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(str(error), status=503, type="server_error", code="shutting_down",
                         headers={"Retry-After": "5"})
     if isinstance(error, RequestFailedError):
-        if error.kind == "deadline":
+        if error.failure.kind == "deadline":
             return ApiError(str(error), status=408, type="timeout", code="deadline_exceeded", headers=NO_RETRY)
-        status = {"shutdown": 503, "refused": 429}.get(error.kind, 500)
-        return ApiError(str(error), status=status, type="server_error", code=error.kind)
+        status = {"shutdown": 503, "refused": 429}.get(error.failure.kind, 500)
+        # A request that was refused is as welcome in a moment as any other.
+        again = error.failure.retry_after or (1 if status in (429, 503) else None)
+        return ApiError(str(error), status=status, type="server_error", code=error.failure.kind,
+                        headers={"Retry-After": str(again)} if again else {})
     if isinstance(error, ValueError):
         return ApiError(str(error))
     return ApiError(f"the server failed: {type(error).__name__}", status=500, type="server_error", code="internal")

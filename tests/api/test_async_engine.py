@@ -199,6 +199,7 @@ def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
         results = await asyncio.gather(*(tokens(wrapped, [5 + i]) for i in range(12)), return_exceptions=True)
         assert {type(r) for r in results} <= {RequestFailedError, ClosedError}
         assert not wrapped.is_ready
+        assert "cannot be recovered" in (wrapped.failure or "")
         with pytest.raises(ClosedError):
             await wrapped.snapshots()
         with pytest.raises(ClosedError):
