@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.serving import endpoints
-from fastgen_jax.serving.errors import ApiError, as_api_error, unsupported
+from fastgen_jax.serving.errors import ApiError, as_api_error, of_validation, unsupported
 from fastgen_jax.serving.gate import Gate
 from fastgen_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
 from fastgen_jax.serving.protocol import (
@@ -173,20 +173,13 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown field {where[0]!r}; leave it out"
-        elif first["type"] == "json_invalid":
-            message, where = f"the body is not JSON: {first['ctx']['error']}", []
-        elif where:
-            message = f"{'.'.join(where)}: {message}"
-        return _answer_error(request, ApiError(message, param=where[0] if where else None))
+        return _answer_error(request, of_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
+            return ApiError(f"the body is not JSON in UTF-8: {str(error.__cause__)[:200]}").response()
         return ApiError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code, code=code,
                         headers=dict(error.headers or {})).response()
 

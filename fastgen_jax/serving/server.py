@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
 
     Raises ValueError if the port is taken or a deployment of that name runs.
     """
+    _check_tls(config)
+    _raise_file_limit()
     name = config.served_model_name or default_name(model)
     served = Served(name=name, deployment=check_name(config.deployment_name or default_name(model)), config=config)
     listener = _listen(config.host, config.port)
@@ -46,7 +49,7 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
         pid=os.getpid(), started=time.time(), process_start=process_start(os.getpid()) or "", log=log_file,
         replicas=config.replicas,
     )
-    with written_down(record):
+    with listener, written_down(record):
         log.info("deployment %s listens on %s and loads %s", record.name, record.url, model)
         server = Server(served)
 
@@ -169,6 +172,29 @@ def _in_daemon_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
 
     threading.Thread(target=run, name="fastgen-load", daemon=True).start()
     return future
+
+
+def _check_tls(config: ServerConfig) -> None:
+    """ValueError if clients could not connect with this certificate and key."""
+    if config.tls_certificate is None or config.tls_key is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")  # do not ask the terminal
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(f"tls_certificate {config.tls_certificate!r} with tls_key {config.tls_key!r} cannot be used "
+                         f"({error}); give PEM files, the certificate's chain and its key without a password") from error
+
+
+def _raise_file_limit() -> None:
+    """Lets this process have as many connections as the system allows it: each is an open file."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:
