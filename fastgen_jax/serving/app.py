@@ -116,6 +116,14 @@ def _add_openai(app: FastAPI, server: Server) -> None:
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         return await endpoints.tokenize(server, body)
 
+    @app.get("/tokenizer_info", responses=_ERRORS)
+    async def tokenizer_info() -> dict[str, Any]:
+        """What a client that counts tokens wants to know, as vLLM tells it."""
+        tokenizer = server.ready().intake.need_tokenizer("/tokenizer_info")
+        names = {name: tokenizer.named_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return {**names, "tokenizer_class": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
+                "chat_template": tokenizer.templates.get("default")}
+
     @app.post("/detokenize", responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         return await endpoints.detokenize(server, body)
