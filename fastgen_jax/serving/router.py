@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 EXPECTED_OUTPUT = 256  # tokens: the most that a request is counted with before it has generated them
 MAX_STARTS = 3  # in a row that came to nothing: then a replica is given up
+PAUSE_SECONDS = 2.0  # before the next start, times the starts in a row
 SOUND_SECONDS = 60.0  # a replica that lived so long, or finished a request, has come to something
 SUSPECT_DEATHS = 2  # replicas that died under a request: no other suspect runs beside it, so that the guilty one is found
 SNAPSHOT_SECONDS = 5.0
@@ -164,13 +165,13 @@ class Router:
                     pass
                 code = await replica.end()
                 if time.monotonic() - replica.started > SOUND_SECONDS:
-                    replica.num_starts = 1
+                    replica.num_starts = 0
                 orphans = list(replica.tickets.values())
                 replica.tickets.clear()
                 log.warning("replica %d ended with code %s and %d requests", replica.number, code, len(orphans))
                 for ticket in orphans:
                     self._bereave(ticket)
-                await asyncio.sleep(max(0.0, 0.5 * (replica.num_starts - 1)))
+                await asyncio.sleep(PAUSE_SECONDS * replica.num_starts)  # none after one that had come to something
             replica.is_given_up = True
             self._failure = self._failure or f"replica {replica.number} ended with code {code}"
             log.error("replica %d is given up after %d starts in a row: %s", replica.number, MAX_STARTS, self._failure)

@@ -13,6 +13,7 @@ from fastgen_jax.api.engine_thread import Load
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.scheduling import SamplingParams
+from fastgen_jax.serving import router
 from fastgen_jax.serving.frames import pack
 from fastgen_jax.serving.remote import PIECE, prefix_pieces
 from fastgen_jax.serving.router import Router
@@ -195,6 +196,7 @@ def test_a_replica_that_dies_again_and_again_is_given_up_and_that_is_reported(mo
             return reader
 
         monkeypatch.setattr(replica, "start", start)
+        monkeypatch.setattr(router, "PAUSE_SECONDS", 0)
         replica.is_ready = True
         streams = [f.submit([i])[1] for i in (5, 6)]
         f.die(0)

@@ -1,4 +1,4 @@
-"""HTTPS: clients connect that trust the certificate, others do not, and wrong options are refused before the model is loaded."""
+"""HTTPS: clients that trust the certificate connect, others do not; wrong options are refused before the model is loaded."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_cannot_serve_tls_is_refused_at_once(authority, files, tmp_path):
     text.write_text("no certificate")
     for pair in ((certificate, str(other)), (str(text), key), (certificate, str(tmp_path / "nothing")), (key, certificate)):
         config = ServerConfig(port=0, tls_certificate=pair[0], tls_key=pair[1])
-        with pytest.raises(ValueError, match="cannot be used .*give PEM files"):
+        with pytest.raises(ValueError, match=r"cannot be used .*give PEM files"):
             run_server("nowhere", config, EngineConfig())
     with pytest.raises(ValueError, match="tls_certificate and tls_key belong together"):
         ServerConfig(tls_certificate=certificate)
