@@ -72,17 +72,19 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
         ssl_certfile=config.tls_certificate, ssl_keyfile=config.tls_key, timeout_keep_alive=75, backlog=2048,
     ))
     loop = asyncio.get_running_loop()
-    ending = asyncio.Event()
+    ending, hurrying = asyncio.Event(), asyncio.Event()
 
     def end() -> None:
-        if ending.is_set():  # asked twice: at once, then
+        if hurrying.is_set():  # asked a third time
             http.should_exit = http.force_exit = True
+        elif ending.is_set():  # asked twice: what runs is told that it will not be finished
+            hurrying.set()
         ending.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    asked = asyncio.create_task(ending.wait())
+    asked, hurried = asyncio.create_task(ending.wait()), asyncio.create_task(hurrying.wait())
     await asyncio.wait({serving, loading, asked}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         loading.cancel()
@@ -100,12 +102,14 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
             await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
             log.info("finishing %d requests, for up to %g s", backend.num_unfinished, config.drain_seconds)
             draining = asyncio.create_task(backend.drain(config.drain_seconds))
-            await asyncio.wait({serving, draining}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            draining.cancel()
             await backend.close()
             log.info("ended, %d requests unfinished", backend.num_unfinished)
     http.should_exit = True
     await serving
     asked.cancel()
+    hurried.cancel()
 
 
 def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import os
 import random
-import signal
 import tempfile
 import time
 from collections import Counter
@@ -182,8 +181,7 @@ async def run(args: argparse.Namespace, checkpoint: Path) -> int:
         await asyncio.sleep(min(args.kill_every, max(0.1, end - time.monotonic())))
         if not ended_once and time.monotonic() > begin + 30 * args.minutes:
             ended_once, soak.down = True, True
-            os.kill(client.deployment.pid, signal.SIGTERM)
-            await asyncio.to_thread(client.terminate_server, timeout=120)
+            await asyncio.to_thread(client.terminate_server, timeout=120)  # SIGTERM, and it finishes what runs
             client = await asyncio.to_thread(start, checkpoint, int(url.rsplit(":", 1)[1]))
             await asyncio.sleep(2)
             soak.down = False

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import threading
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from fastgen_jax.api.deployment import Deployment, process_start, written_down
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.serving.server import run_server
-from fastgen_jax.serving.settings import ServerConfig
+from fastgen_jax.serving.app import Server
+from fastgen_jax.serving.server import _serve, run_server
+from fastgen_jax.serving.settings import Served, ServerConfig
 from tests.serving.house import MODEL, offline, with_server
 
 COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 4}
@@ -176,3 +179,41 @@ def test_a_port_in_use_and_a_name_in_use_are_refused_with_the_remedy(tmp_path, m
                         process_start=process_start(os.getpid()) or "")
     with written_down(record), pytest.raises(ValueError, match=r"'nowhere' runs already .*choose another deployment_name"):
         run_server("nowhere", ServerConfig(port=0), EngineConfig())
+
+
+class Endless:
+    """A backend whose requests never end by themselves."""
+
+    def __init__(self):
+        self.draining, self.closed = asyncio.Event(), False
+        self.num_unfinished, self.is_ready, self.failure = 1, True, None
+        self.intake = SimpleNamespace(config=SimpleNamespace(num_blocks=1, block_size=1))
+
+    async def drain(self, timeout):
+        self.draining.set()
+        await asyncio.sleep(timeout)
+
+    async def close(self):
+        self.closed = True
+
+
+def test_told_twice_to_end_a_server_waits_no_longer_for_what_runs():
+    backend = Endless()
+
+    async def scenario():
+        server = Server(Served(name=MODEL, deployment="here", config=ServerConfig(drain_seconds=600)))
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            loading = asyncio.create_task(asyncio.sleep(0, result=backend))
+            serving = asyncio.create_task(_serve(server, listener, loading))
+            await loading
+            while server.backend is None:
+                await asyncio.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await backend.draining.wait()
+            assert not serving.done()
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(serving, 60)
+
+    asyncio.run(scenario())
+    assert backend.closed
