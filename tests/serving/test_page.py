@@ -55,7 +55,7 @@ def test_it_chats_and_shows_what_the_engine_does(browser, url, size):
     page.get_by_text("8 prompts at once").click()  # most of them are too long for this model, and it says so
     page.wait_for_function("document.querySelector('#crowded').textContent.includes('of 8 answered')")
     assert "max_context_len" in page.locator("#crowded").inner_text()
-    page.locator("#steps").hover()
+    page.locator("#steps").hover(position={"x": 1, "y": 60})
     page.wait_for_function("document.querySelector('#detail').textContent.startsWith('step ')")
     if SCREENSHOTS:
         page.screenshot(path=Path(SCREENSHOTS) / f"{size}.png", full_page=True)
