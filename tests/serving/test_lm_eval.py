@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness runs against the server as it is, with tasks of its own making: no dataset is downloaded."""
+"""EleutherAI's evaluation harness runs against the server as it is, on tasks of its own making: nothing is downloaded."""
 
 from __future__ import annotations
 
