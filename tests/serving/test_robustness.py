@@ -16,6 +16,7 @@ import pytest
 from fastgen_jax.api.deployment import Deployment, process_start, written_down
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.serving.app import Server
+from fastgen_jax.serving.gate import Turnstile
 from fastgen_jax.serving.server import _serve, run_server
 from fastgen_jax.serving.settings import Served, ServerConfig
 from tests.serving.house import MODEL, offline, with_server
@@ -217,3 +218,26 @@ def test_told_twice_to_end_a_server_waits_no_longer_for_what_runs():
 
     asyncio.run(scenario())
     assert backend.closed
+
+
+def test_requests_that_come_at_once_begin_a_few_a_turn_and_in_order():
+    async def scenario():
+        turnstile, begun, by_turn = Turnstile(each=3), [], []
+
+        async def one(number):
+            await turnstile.enter()
+            begun.append(number)
+
+        tasks = [asyncio.create_task(one(number)) for number in range(10)]
+        await asyncio.sleep(0)
+        tasks[5].cancel()
+        while not all(task.done() for task in tasks):
+            before = len(begun)
+            await asyncio.sleep(0)
+            by_turn.append(len(begun) - before)
+        assert begun == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+        assert max(by_turn) == 3
+        await one(11)  # the idle one lets in at once
+        assert begun[-1] == 11
+
+    asyncio.run(scenario())
