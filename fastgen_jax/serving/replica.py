@@ -7,6 +7,7 @@ Commands that it takes: ("submit", request, grammar, deadline), ("abort", id), (
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -71,6 +72,8 @@ def main(descriptor: int) -> None:
     except Exception as error:
         connection.sendall(pack(("failed", f"{type(error).__name__}: {error}")))
         return
+    gc.collect()
+    gc.freeze()  # what is there now stays
     outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
 

@@ -6,11 +6,11 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fastgen_jax.api.async_engine import MAX_QUEUE, ClosedError, QueueFullError, Stream
+from fastgen_jax.api.async_engine import EVENTS_A_TURN, MAX_QUEUE, ClosedError, QueueFullError, Stream
 from fastgen_jax.api.engine_thread import Event, Failure
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig
 from fastgen_jax.engine.intake import Intake
@@ -160,7 +160,9 @@ class Router:
                 reader = await replica.start()
                 try:
                     while True:
-                        self._take(replica, await read(reader), first)
+                        for message in _parts(await read(reader)):
+                            self._take(replica, message, first)
+                            await asyncio.sleep(0)
                 except (asyncio.IncompleteReadError, OSError):
                     pass
                 code = await replica.end()
@@ -266,3 +268,13 @@ class Router:
             home = self._forget(ticket)
             if home is not None:
                 home.write("abort", stream.request.request_id)
+
+
+def _parts(message: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """A message, in pieces if it has more events than a turn of the event loop should handle."""
+    if message[0] != "events":
+        yield message
+        return
+    _, events, load = message
+    for start in range(0, max(1, len(events)), EVENTS_A_TURN):
+        yield "events", events[start : start + EVENTS_A_TURN], load

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -97,6 +98,9 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
             if not isinstance(error, ValueError):
                 log.exception("the model could not be loaded")
         else:
+            # What is there now stays: a collection that looks through a loaded model and JAX stops every stream for 0.1 s.
+            gc.collect()
+            gc.freeze()
             server.backend = backend
             log.info("ready; %d KV blocks of %d tokens", backend.intake.config.num_blocks, backend.intake.config.block_size)
             await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
