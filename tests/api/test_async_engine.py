@@ -111,7 +111,7 @@ def test_the_estimate_of_the_wait_grows_with_the_queue():
         streams = [engine.submit(engine.intake.request([5] * 40, greedy(60))) for _ in range(200)]
         await anext(streams[0])
         waits = []
-        while engine.load.num_waiting:
+        while engine._thread.num_waiting:  # those that the engine has not seen yet among them
             waits.append(engine.load.wait_seconds)
             await asyncio.sleep(0.001)
         for stream in streams:
