@@ -19,7 +19,7 @@ from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.serving import endpoints
 from fastgen_jax.serving.errors import ApiError, as_api_error, of_validation, unsupported
-from fastgen_jax.serving.gate import Gate
+from fastgen_jax.serving.gate import CLIENT_GONE, Gate
 from fastgen_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
 from fastgen_jax.serving.protocol import (
     ChatRequest,
@@ -35,7 +35,6 @@ from fastgen_jax.serving.work import Backend
 
 _NOT_OPENAI = {"description": "An error in OpenAI's shape."}
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _NOT_OPENAI)
-CLIENT_GONE = 499  # nginx's number for a client that did not wait; nobody reads it but the log
 
 
 class Server:
@@ -77,7 +76,8 @@ def create_app(server: Server) -> Any:
     _add_errors(app)
     _add_openai(app, server)
     _add_operations(app, server)
-    app.add_middleware(Gate, api_keys=config.api_key, max_body_bytes=int(config.max_body_mb * 2**20))
+    app.add_middleware(Gate, api_keys=config.api_key, max_body_bytes=int(config.max_body_mb * 2**20),
+                       on_response=server.metrics.note_response)
     if config.cors_origin:  # around the gate: a browser may read a refusal too
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"],
                            allow_headers=["*"])

@@ -18,6 +18,7 @@ log = logging.getLogger("fastgen_jax.access")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+CLIENT_GONE = 499  # nginx's number for a client that did not wait; nobody reads it but logs and metrics
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
 BEGIN_EACH_TURN = 4  # requests: some milliseconds
 QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})  # asked every second by machines
@@ -60,8 +61,11 @@ class Turnstile:
 class Gate:
     """ASGI middleware; a class of our own, because a body must be counted as it comes and streams not be buffered."""
 
-    def __init__(self, app: Any, *, api_keys: Sequence[str], max_body_bytes: int) -> None:
+    def __init__(
+        self, app: Any, *, api_keys: Sequence[str], max_body_bytes: int, on_response: Callable[[str, int], object]
+    ) -> None:
         self._app = app
+        self._on_response = on_response
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._turnstile = Turnstile()
@@ -109,6 +113,8 @@ class Gate:
                 refusals.clear()
                 await refusal.response()(scope, receive, named)
         finally:
+            # The path of the route, not that of the request: anybody can make up paths.
+            self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_GONE)
             level = logging.DEBUG if scope["path"] in QUIET_PATHS and state["status"] < 400 else logging.INFO
             facts = scope["state"].get("log", {})
             log.log(level, "%s %s %d%s", scope["method"], scope["path"], state["status"],
