@@ -76,8 +76,9 @@ async def generate(server: Server, body: GenerateRequest, request: Request) -> R
     """POST /mii/{deployment}: a list with a response a sample, or server-sent events of (index, output)."""
     backend = server.ready()
     params = sampling_params(body.model_extra or {})
-    if len(params.stop) > MAX_STOPS:
-        raise ValueError(f"stop has {len(params.stop)} strings and at most {MAX_STOPS} are served; keep the likeliest")
+    stops = tuple(params.stop)
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"stop has {len(stops)} strings and at most {MAX_STOPS} are served; keep the likeliest")
     prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
     work = await start_work(backend, prompts, replace(params, n=1), num_samples=params.n, priority=body.priority,
                             timeout=body.timeout)
