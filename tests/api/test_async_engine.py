@@ -144,7 +144,7 @@ def test_a_deadline_ends_a_request_and_no_other():
         other = asyncio.create_task(tokens(engine, [5, 6, 7], greedy(60)))
         with pytest.raises(RequestFailedError, match="deadline") as failed:
             await tokens(engine, [8, 9], greedy(90), timeout=0.0)
-        assert failed.value.kind == "deadline"
+        assert failed.value.failure.kind == "deadline"
         return await other
 
     assert run(scenario) == offline([[5, 6, 7]], greedy(60))[0]
@@ -190,7 +190,7 @@ def test_a_failed_step_ends_its_requests_and_the_queue_survives(monkeypatch, whe
     results = run(scenario)
     failed = [r for r in results if isinstance(r, RequestFailedError)]
     assert 1 <= len(failed) <= engine.config.max_num_seqs  # those of the step, not the queue
-    assert all(r.kind == "step" and "the device is gone" in str(r) for r in failed)
+    assert all(r.failure.kind == "step" and "the device is gone" in str(r) for r in failed)
     assert [r for r, w in zip(results, want, strict=True) if r != w] == failed  # all others are as they should be
 
 
@@ -207,6 +207,7 @@ def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
         results = await asyncio.gather(*(tokens(wrapped, [5 + i]) for i in range(12)), return_exceptions=True)
         assert {type(r) for r in results} <= {RequestFailedError, ClosedError}
         assert not wrapped.is_ready
+        assert "cannot be recovered" in (wrapped.failure or "")
         with pytest.raises(ClosedError):
             await wrapped.snapshots()
         with pytest.raises(ClosedError):
@@ -245,7 +246,7 @@ def test_closing_ends_what_runs_with_an_error():
         await closing
         with pytest.raises(RequestFailedError, match="shutting down") as failed:
             await rest(stream)
-        assert failed.value.kind == "shutdown"
+        assert failed.value.failure.kind == "shutdown"
         with pytest.raises(ClosedError):
             engine.submit(engine.intake.request([5], SamplingParams(max_new_tokens=1)))
 
