@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +13,20 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.checkpoint.base import missing_tensor
-from fastgen_jax.checkpoint.gguf_architectures import ARCHITECTURES, ROPE_TENSORS, Architecture, config_json
+from fastgen_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture, config_json
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, dequantize, read_gguf
+from fastgen_jax.checkpoint.gguf_metadata import ROPE_TENSORS
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a tensor of Hugging Face lies in the file: in a tensor of it, in one entry of a stack, or in several."""
+
+    names: tuple[str, ...]  # in the file; several are joined along the second axis, behind that of the experts
+    entry: int | None = None  # of the first axis, where experts that are tensors of their own lie in one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +37,7 @@ class GGUFCheckpoint:
     config: ModelConfig
     config_json: Mapping[str, Any]
     architecture: Architecture
-    stored_names: Mapping[str, str]  # Hugging Face name -> name in the file
+    places: Mapping[str, Place]  # by the name that the tensor has in Hugging Face's files
 
     @classmethod
     def open(cls, path: Path) -> GGUFCheckpoint:
@@ -40,7 +52,7 @@ class GGUFCheckpoint:
         wanted = [name.format(layer=layer) for source in FAMILIES[config.family].sources(config).values()
                   for name in source.names for layer in range(config.num_layers)]
         return cls(file=file, config=config, config_json=hf, architecture=ARCHITECTURES[kind],
-                   stored_names=stored_names(file, kind, wanted, num_layers=config.num_layers))
+                   places=find_places(file, kind, wanted, num_layers=config.num_layers))
 
     @property
     def path(self) -> Path:
@@ -48,7 +60,7 @@ class GGUFCheckpoint:
 
     @property
     def tensor_names(self) -> frozenset[str]:
-        return frozenset(self.stored_names)
+        return frozenset(self.places)
 
     @property
     def sources(self) -> Mapping[str, Source]:
@@ -59,39 +71,58 @@ class GGUFCheckpoint:
         return self.file
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = self.file.tensors[self._stored(name)].shape
-        return shape[::-1] if self._is_transposed(name) else shape
+        place = self._place(name)
+        shapes = [self.file.tensors[stored].shape for stored in place.names]
+        shape = shapes[0] if len(shapes) == 1 else (shapes[0][0], sum(each[1] for each in shapes), *shapes[0][2:])
+        shape = shape if place.entry is None else shape[1:]
+        return (*shape[:-2], shape[-1], shape[-2]) if self._is_transposed(name) else shape
 
     def dtype(self, name: str) -> str:
         import gguf
 
-        kind = gguf.GGMLQuantizationType(self.file.tensors[self._stored(name)].type_id).name
+        kind = gguf.GGMLQuantizationType(self.file.tensors[self._place(name).names[0]].type_id).name
         return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kind, kind)
 
     def read(self, name: str) -> np.ndarray:
-        stored = self._stored(name)
-        tensor, rows = self.file.tensors[stored], self.file.rows(stored)
-        heads = {"attn_q": self.config.num_heads, "attn_k": self.config.num_kv_heads}.get(stored.split(".")[-2], 0)
+        place = self._place(name)
+        values = [self._values(stored, place.entry) for stored in place.names]
+        if len(values) == 1:
+            (whole,) = values
+        elif self.architecture.alternating:
+            whole = np.stack(values, axis=2).reshape(len(values[0]), -1, *values[0].shape[2:])
+        else:
+            whole = np.concatenate(values, axis=1)
+        return whole.swapaxes(-1, -2) if self._is_transposed(name) else whole
+
+    def _values(self, stored: str, entry: int | None) -> np.ndarray:
+        """One tensor of the file, or an entry of its first axis, with its rows in Hugging Face's order."""
+        tensor, rows, config = self.file.tensors[stored], self.file.rows(stored), self.config
+        if entry is not None:
+            return dequantize(rows[entry], tensor.type_id, tensor.shape[1:])
+        reorder = None
+        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(stored.split(".")[-2], 0)
         if heads and self.architecture.halves_interleaved:
-            if len(tensor.shape) == 1:  # a bias is a single row, whose values change places
-                return undo_permutation(dequantize(rows, tensor.type_id, tensor.shape), num_heads=heads)
-            rows = undo_permutation(rows, num_heads=heads)
-        values = dequantize(rows, tensor.type_id, tensor.shape)
+            reorder = functools.partial(undo_permutation, num_heads=heads)
+        elif ".attn_qkv." in stored and self.architecture.qkv_by_kind:
+            reorder = functools.partial(head_by_head, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+        if reorder and len(tensor.shape) == 1:  # a bias is a single row, whose values change places
+            return reorder(dequantize(rows, tensor.type_id, tensor.shape))
+        values = dequantize(reorder(rows) if reorder else rows, tensor.type_id, tensor.shape)
         if self.architecture.stored_norm_offset and stored.endswith("norm.weight"):
             return values - np.asarray(self.architecture.stored_norm_offset, values.dtype)
-        return values.T if self._is_transposed(name) else values
+        return values
 
-    def _stored(self, name: str) -> str:
-        if name not in self.stored_names:
+    def _place(self, name: str) -> Place:
+        if name not in self.places:
             raise missing_tensor(name, self.path, self.tensor_names)
-        return self.stored_names[name]
+        return self.places[name]
 
     def _is_transposed(self, name: str) -> bool:
         return name.removesuffix(".weight").endswith(self.architecture.transposed or "\0")
 
 
-def stored_names(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers: int) -> dict[str, str]:
-    """Hugging Face name -> name in the file, by the gguf library's own table, for the wanted names that are there.
+def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers: int) -> dict[str, Place]:
+    """Where the wanted tensors of Hugging Face that are there lie, by the gguf library's own table of names.
 
     The other tensors keep the names that they have, so that they are refused when loading.
     """
@@ -99,13 +130,42 @@ def stored_names(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers
 
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     table = gguf.get_tensor_name_map(architecture, num_layers)
-    found = {}
+
+    def stored(name: str) -> str | None:
+        spellings = (name, name.partition(".")[2])  # the table has some modules without the name of the model before them
+        found = next((each for each in (table.get_name(spelling, try_suffixes=(".weight", ".bias"))
+                                        for spelling in spellings) if each), None)
+        return f"{found}.weight" if found and f"{found}.weight" in file.tensors else found  # sinks have none in theirs
+
+    def place(name: str) -> Place | None:
+        for ending, parts in ARCHITECTURES[kind].joined.items():
+            if name.endswith(ending):
+                layer = re.search(r"\.(\d+)\.", name)
+                return Place(names=tuple(f"blk.{layer.group(1)}.{part}" for part in parts)) if layer else None
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        found = stored(name.replace(expert.group(), ".experts.") if expert else name)
+        return None if found is None else Place(names=(found,), entry=int(expert.group(1)) if expert else None)
+
+    found: dict[str, Place] = {}
     for name in wanted:
-        stored = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        if stored in file.tensors:
-            found[name] = stored
-    others = file.tensors.keys() - set(found.values()) - ROPE_TENSORS
-    return found | {name: name for name in others}
+        where = place(name)
+        if where and all(stored in file.tensors for stored in where.names):
+            found[name] = where
+    entries = Counter(where.names[0] for where in found.values() if where.entry is not None)
+    for stored_name, count in entries.items():
+        if file.tensors[stored_name].shape[0] != count:
+            raise ValueError(f"{file.path}: {stored_name!r} holds {file.tensors[stored_name].shape[0]} experts, but the "
+                             f"metadata announce {count}; the file is corrupt, convert it again")
+    others = file.tensors.keys() - {stored for where in found.values() for stored in where.names} - ROPE_TENSORS
+    return found | {name: Place(names=(name,)) for name in others}
+
+
+def head_by_head(rows: np.ndarray, *, num_heads: int, num_kv_heads: int) -> np.ndarray:
+    """Rows of a fused projection in Hugging Face's order, each KV head's queries, key and value together, from q, k, v."""
+    d = rows.shape[0] // (num_heads + 2 * num_kv_heads)
+    parts = np.split(rows, [num_heads * d, (num_heads + num_kv_heads) * d])
+    groups = [part.reshape(num_kv_heads, -1, *rows.shape[1:]) for part in parts]
+    return np.concatenate(groups, axis=1).reshape(rows.shape)
 
 
 def undo_permutation(rows: np.ndarray, *, num_heads: int) -> np.ndarray:

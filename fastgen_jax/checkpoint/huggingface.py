@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.checkpoint.base import missing_tensor
+from fastgen_jax.checkpoint.quantized import PackedTensor, unpack
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
@@ -29,12 +30,13 @@ class HuggingFaceCheckpoint:
     path: Path
     config: ModelConfig
     config_json: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | PackedTensor]
 
     @classmethod
     def open(cls, path: Path) -> HuggingFaceCheckpoint:
         """Reads config.json, generation_config.json and the headers of all shards; ValueError names a broken file."""
         hf = config_json(path)
+        quantization = hf.pop("quantization_config", None)  # what is read is not quantised
         config = model_config(hf, path / "config.json")
         tensors: dict[str, StoredTensor] = {}
         for file, expected in _shards(path).items():
@@ -45,11 +47,21 @@ class HuggingFaceCheckpoint:
             for name, tensor in found.items():
                 if name in tensors:
                     raise ValueError(f"the tensor {name!r} lies in two files of {path}; remove the stale one")
-                if tensor.dtype not in _FLOATS and not name.endswith(_BUFFER):
-                    raise ValueError(f"{file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
-                                     f"{', '.join(_FLOATS)} (quantised checkpoints only as GGUF)")
                 tensors[name] = tensor
-        return cls(path=path, config=config, config_json=hf, tensors=tensors)
+        try:
+            plain = unpack(tensors, quantization) if quantization else tensors
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if "text_config" in hf:
+            plain = {inner: tensor for name, tensor in plain.items() if (inner := text_name(name)) is not None}
+        extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
+        predictors = tuple(f"model.layers.{layer}." for layer in extra)  # guess a further token; the model is whole without
+        plain = {name: tensor for name, tensor in plain.items() if not name.startswith(predictors)}
+        for name, tensor in plain.items():
+            if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not name.endswith(_BUFFER):
+                raise ValueError(f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
+                                 f"{', '.join(_FLOATS)}, or a quantization_config in config.json that explains it")
+        return cls(path=path, config=config, config_json=hf, tensors=plain)
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -72,7 +84,7 @@ class HuggingFaceCheckpoint:
     def read(self, name: str) -> np.ndarray:
         return self._stored(name).map()
 
-    def _stored(self, name: str) -> StoredTensor:
+    def _stored(self, name: str) -> StoredTensor | PackedTensor:
         if name not in self.tensors:
             raise missing_tensor(name, self.path, self.tensors)
         return self.tensors[name]
@@ -106,16 +118,21 @@ def model_config(hf: Mapping[str, Any], where: Any) -> ModelConfig:
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(f"{where}: 'architectures' must name one architecture, got {architectures!r}")
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"{where}: the weights are quantised ({method}); pass the original checkpoint "
-                         "(it can be quantised while loading) or a GGUF file")
     try:
         return family_of(architectures[0]).config_from_hf(hf)
     except KeyError as error:
         raise ValueError(f"{where} lacks the field {error}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def text_name(name: str) -> str | None:
+    """What a tensor of a model that also sees is called in its text model alone; None if it is of the part that sees."""
+    name = name.removeprefix("model.")  # since transformers 4.52 all parts but the head lie in "model."
+    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+        return None
+    inner = name.removeprefix("language_model.")
+    return inner if inner.startswith(("model.", "lm_head.")) else f"model.{inner}"
 
 
 def _as_list(value: Any) -> list[int]:

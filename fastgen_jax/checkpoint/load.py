@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
+from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
@@ -52,19 +53,16 @@ def load_params(
 
     `prepare(path, array)` makes the leaf of one weight (of one layer); it gets its path ("embed", "layers.qkv") and
     the array [in, out] as stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then
-    its own business. Without it the leaf is `jnp.asarray(array, dtype)`. `sharding(path, shape)` names the
+    its own business. Without it the leaf is the array in `dtype`. `sharding(path, shape)` names the
     `jax.sharding.Sharding` of a weight (of one layer); `prepare` then gets an array that lies there already. An int8
     snapshot gives `Int8Weight`s instead of matrices. Weights come one after another, so that the host never holds more
     than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
     """
-    import jax.numpy as jnp
     from tqdm import tqdm
-
-    from pallas_kernels.matmul import Int8Weight
 
     weights = list(_weights(checkpoint))
     check_tensors(checkpoint)
-    make = prepare or (lambda path, array: array if isinstance(array, Int8Weight) else jnp.asarray(array, dtype))
+    make = prepare or functools.partial(_plain, dtype=dtype)
     read = functools.partial(_read, checkpoint, dtype=dtype, sharding=sharding)
     params: Params = {}
     layers: list[dict[str, Any]] = [{} for _ in range(checkpoint.config.num_layers)]
@@ -86,6 +84,20 @@ def load_params(
             bar.update()
     params["layers"] = stacked if stack_layers else tuple(layers)
     return params
+
+
+def _plain(path: str, array: Any, *, dtype: Any) -> Any:
+    """A weight as a JAX array; a CPU device takes a host array over, if it has its dtype, instead of copying it."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.matmul import Int8Weight
+
+    if isinstance(array, Int8Weight):
+        return jax.tree.map(jax.device_put, array)
+    if isinstance(array, jax.Array):
+        return jnp.asarray(array, dtype)
+    return jax.device_put(np.asarray(array).astype(jnp.dtype(dtype), copy=False))
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -168,13 +180,19 @@ def _read(checkpoint: Checkpoint, weight: _Weight, *, dtype: Any, sharding: Any)
 
     if sharding is None:
         array = _assemble(checkpoint, weight)
-        return np.array(array) if isinstance(array, np.memmap) else array
+        return _in_memory(array) if isinstance(array, np.memmap) else array
     place = sharding(weight.path, weight.spec.shape)
     if isinstance(checkpoint, SnapshotCheckpoint):
         (name,) = weight.names
         return checkpoint.restore(name, dtype=dtype, sharding=place)
     whole = _assemble(checkpoint, weight)
     return jax.make_array_from_callback(whole.shape, place, lambda index: np.asarray(whole[index], dtype))
+
+
+def _in_memory(mapped: np.ndarray) -> np.ndarray:
+    array = aligned_empty(mapped.shape, mapped.dtype)
+    array[...] = mapped
+    return array
 
 
 def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
@@ -189,7 +207,7 @@ def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
         piece = checkpoint.read(name)
         piece = piece.swapaxes(-1, -2) if source.transpose else piece
         if out is None:
-            out = np.empty(shape, piece.dtype)
+            out = aligned_empty(shape, piece.dtype)
         if i % (len(weight.names) // entries) == 0:
             start = 0
         whole = out[i * entries // len(weight.names)] if source.stacked else out

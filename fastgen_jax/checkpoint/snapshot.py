@@ -5,13 +5,13 @@
     tokenizer/      the tokenizer's own files
     params/         an Orbax checkpoint of a flat dict: "embed", "layers.qkv.0", "layers.qkv.1", ...
 
-Nothing has to be joined, turned or dequantised when one is loaded, and Orbax reads each weight straight into the
+Nothing has to be joined, turned, decompressed or dequantised when one is loaded: each weight is read straight into the
 sharding and dtype that are asked for, whatever mesh wrote it.
 """
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import json
 import logging
 import tempfile
@@ -25,6 +25,7 @@ import numpy as np
 
 from fastgen_jax.checkpoint.base import missing_tensor
 from fastgen_jax.checkpoint.huggingface import model_config, read_json
+from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, param_specs
@@ -32,6 +33,8 @@ from fastgen_jax.models.params import Params, param_specs
 FORMAT = 1
 MARKER = "fastgen.json"
 _INT8_FIELDS = ("values", "scales")
+_BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # what etils lists and reads small files of a bucket with
+_CHUNK = 16 << 20  # bytes: what is read and fetched at once, so that a device need not read what another one wants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class SnapshotCheckpoint:
     config_json: Mapping[str, Any]
     quantize: str | None
     """"int8" if the matrices are `Int8Weight`s, else None."""
-    arrays: Mapping[str, Any]  # name -> Orbax's metadata of an array, or of the two of an Int8Weight
+    arrays: Mapping[str, Any]  # name -> an open array, or the two of an Int8Weight
 
     @classmethod
     def open(cls, path: Path) -> SnapshotCheckpoint:
@@ -56,10 +59,16 @@ class SnapshotCheckpoint:
         if not (path / "params").exists():
             raise ValueError(f"{path} has no params: its conversion was interrupted; convert the original again")
         try:
-            metadata = _checkpointer().metadata(path / "params").item_metadata
-            arrays = dict(metadata.tree)
-        except Exception as error:  # Orbax and TensorStore have many ways to say so
+            found = open_arrays(str(_absolute(path) / "params"))
+        except ValueError as error:
             raise ValueError(f"{path / 'params'} is damaged ({_first_line(error)}); convert the original again") from error
+        arrays: dict[str, Any] = {}
+        for name, array in found.items():
+            stem, _, field = name.rpartition(".")
+            if field in _INT8_FIELDS:
+                arrays.setdefault(stem, {})[field] = array
+            else:
+                arrays[name] = array
         return cls(path=path, config=model_config(hf, path / "config.json"), config_json=hf,
                    quantize=marker.get("quantize"), arrays=arrays)
 
@@ -88,7 +97,7 @@ class SnapshotCheckpoint:
 
     def dtype(self, name: str) -> str:
         stored = self._stored(name)
-        return str(np.dtype((stored["values"] if isinstance(stored, Mapping) else stored).dtype))
+        return str((stored["values"] if isinstance(stored, Mapping) else stored).dtype.numpy_dtype)
 
     def read(self, name: str) -> Any:
         """One weight on the host, as stored: an array, or an `Int8Weight` of arrays."""
@@ -99,28 +108,17 @@ class SnapshotCheckpoint:
 
         Every device reads its own part. The scales of an `Int8Weight` follow the columns of its values.
         """
-        import orbax.checkpoint as ocp
-
         from pallas_kernels.matmul import Int8Weight
 
-        def target(where: Any, dtype: Any) -> Any:
-            if where is None:
-                return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
-            return ocp.ArrayRestoreArgs(sharding=where, dtype=dtype)
-
-        if isinstance(self._stored(name), Mapping):
-            how = {"values": target(sharding, None), "scales": target(_of_columns(sharding), None)}
-        else:
-            how = target(sharding, dtype)
+        stored = self._stored(name)
         try:
-            found = _checkpointer().restore(self.path / "params", args=ocp.args.PyTreeRestore(
-                item={name: dict.fromkeys(how, 0) if isinstance(how, dict) else 0}, restore_args={name: how},
-                partial_restore=True,
-            ))[name]
-        except Exception as error:  # Orbax and TensorStore have many ways to say so
+            if not isinstance(stored, Mapping):
+                return read_array(stored, dtype=dtype, sharding=sharding)
+            places = {"values": sharding, "scales": _of_columns(sharding)}
+            return Int8Weight(**{field: read_array(stored[field], sharding=place) for field, place in places.items()})
+        except ValueError as error:
             raise ValueError(f"{self.path}: the weight {name!r} cannot be read ({_first_line(error)}); the snapshot is "
                              "damaged, convert the original again") from error
-        return Int8Weight(**found) if isinstance(found, Mapping) else found
 
     def _stored(self, name: str) -> Any:
         if name not in self.arrays:
@@ -160,11 +158,16 @@ def save_snapshot(
             target.write_bytes(content)
         (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
         (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+    _require_orbax()
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each array that it writes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Orbax warns about shardings that host arrays do not have
-        _checkpointer().save(_absolute(folder) / "params", args=ocp.args.PyTreeSave(tree))
+        # Weights hardly compress (float32 ones that were bfloat16 excepted), and decompressing costs more than a disk.
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        how = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
+        checkpointer.save(_absolute(folder) / "params", args=ocp.args.PyTreeSave(tree, save_args=how))
 
 
 def as_path(path: str | Path) -> Path:
@@ -174,6 +177,9 @@ def as_path(path: str | Path) -> Path:
     _require_orbax()
     from etils import epath
 
+    backend = _BUCKETS.get(str(path).partition("://")[0])
+    if backend and not any(importlib.util.find_spec(module) for module in (backend, "tensorflow")):
+        raise ValueError(f"{path}: reading and writing there needs {backend}, which is not installed; pip install {backend}")
     try:
         return cast(Path, epath.Path(path))
     except KeyError as error:
@@ -218,15 +224,6 @@ def _of_columns(sharding: Any) -> Any:
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return sharding
-
-
-@functools.cache
-def _checkpointer() -> Any:
-    _require_orbax()
-    import orbax.checkpoint as ocp
-
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each array that it reads
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 def _require_orbax() -> None:

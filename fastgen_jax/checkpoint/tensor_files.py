@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_DTYPES = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "U8": "uint8", "I32": "int32",  # parts of quantised matrices
+}
 _TORCH_STORAGES = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
 _ZIP_ENTRY_HEADER = 30  # bytes of a local file header before the name and the extra field
 _OLD_FORMAT = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # torch.save before PyTorch 1.6 starts with this number
@@ -36,7 +39,7 @@ class StoredTensor:
         """The tensor, memory-mapped; its pages are let go with the array."""
         import ml_dtypes
 
-        dtype = np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
         if not math.prod(self.shape):  # nothing cannot be mapped
             return np.zeros(self.shape, dtype)
         return np.memmap(self.file, dtype=dtype, mode="r", offset=self.offset, shape=self.shape)

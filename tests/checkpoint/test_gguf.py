@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fastgen_jax.checkpoint import open_checkpoint
-from fastgen_jax.checkpoint.gguf_architectures import llama3_factors
 from fastgen_jax.checkpoint.gguf_file import dequantize, read_gguf
+from fastgen_jax.checkpoint.gguf_metadata import llama3_factors
 from tests.checkpoint.tiny_files import write_gguf
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -82,7 +82,7 @@ def test_the_frequency_table_of_llama_3_becomes_its_scaling(tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama"),
-    ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count is 8; only 0"),
+    ({"metadata": {"llama.expert_count": 8}}, "the metadata lack llama.expert_used_count"),
     ({"metadata": {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}},
      "'longrope'.*linear, yarn"),
     ({"metadata": {"llama.rope.scaling.attn_factor": 0.5}}, "scaling.attn_factor is not supported"),

@@ -106,7 +106,7 @@ def test_a_damaged_directory_is_refused_with_the_file_and_the_cause(tmp_path, da
 @pytest.mark.parametrize(("overrides", "message"), [
     ({"architectures": ["LlamaForCausalLm"]}, "nearest supported: LlamaForCausalLM"),
     ({"hidden_act": "mish"}, r"config.json: config.json has hidden_act='mish'|hidden_act='mish'"),
-    ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+    ({"quantization_config": {"quant_method": "hqq"}}, r"quant_method='hqq'; read here: mxfp4, fp8, awq, gptq"),
     ({"num_attention_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
 ])
 def test_a_config_that_we_cannot_compute_is_refused(tmp_path, overrides, message):

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ import pytest
 from fastgen_jax import Engine, pipeline
 from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model, save_snapshot
 from fastgen_jax.checkpoint.convert import convert
+from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
 from fastgen_jax.cli import main
 from fastgen_jax.engine.weights import host_leaf
 from fastgen_jax.text import load_tokenizer
@@ -147,6 +150,37 @@ def test_a_snapshot_does_not_depend_on_the_mesh_that_wrote_it(source, tmp_path):
     assert done.stdout.strip() == "same on every mesh", done.stderr[-3000:]
 
 
+def test_orbax_itself_reads_a_snapshot(snapshot):
+    import orbax.checkpoint as ocp
+
+    checkpoint = open_checkpoint(snapshot)
+    theirs = ocp.PyTreeCheckpointer().restore(snapshot / "params")
+    assert theirs.keys() == checkpoint.tensor_names
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(checkpoint.read(name), array)
+
+
+def test_a_snapshot_that_was_compressed_and_in_one_piece_loads_too(snapshot, tmp_path):
+    """Snapshots of version 0.1.0 are like this, the demo checkpoint among them."""
+    import orbax.checkpoint as ocp
+
+    shutil.copytree(snapshot, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / "params")
+    checkpoint = open_checkpoint(snapshot)
+    tree = {name: checkpoint.read(name) for name in checkpoint.tensor_names}
+    ocp.PyTreeCheckpointer().save(tmp_path / "s" / "params", tree)
+    again = open_checkpoint(tmp_path / "s")
+    for name, array in tree.items():
+        np.testing.assert_array_equal(again.read(name), array)
+
+
+def test_opening_and_loading_a_snapshot_does_without_orbax(snapshot):
+    """Importing it takes longer than reading half a gigabyte."""
+    code = ("import sys\nfrom fastgen_jax.checkpoint import load_params, open_checkpoint\n"
+            "load_params(open_checkpoint(sys.argv[1]), dtype='float32')\nassert 'orbax.checkpoint' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code, str(snapshot)], check=True, timeout=600)
+
+
 def _without_params(path):
     shutil.rmtree(path / "params")
 
@@ -160,8 +194,12 @@ def _later_format(path):
     (path / "fastgen.json").write_text(json.dumps({"format": 99}))
 
 
-def _bad_metadata(path):
-    (path / "params" / "_METADATA").write_text("{")
+def _bad_manifest(path):
+    (path / "params" / "manifest.ocdbt").write_text("{")
+
+
+def _without_manifest(path):
+    (path / "params" / "manifest.ocdbt").unlink()
 
 
 def _other_config(field, value):
@@ -176,7 +214,8 @@ def _other_config(field, value):
     (_without_params, "has no params: its conversion was interrupted"),
     (_cut_data, "the weight '.*' cannot be read .*damaged, convert the original again"),
     (_later_format, "has format 99, but this version reads 1"),
-    (_bad_metadata, "params is damaged"),
+    (_bad_manifest, "params is damaged"),
+    (_without_manifest, r"params is damaged \(it holds no arrays\)"),
     (_other_config("num_hidden_layers", 3), r"has no tensor 'layers.attn_norm.2'"),
     (_other_config("num_hidden_layers", 1), r"holds 6 tensors that .*'layers.attn_norm.1'"),
     (_other_config("intermediate_size", 32),
@@ -212,6 +251,57 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(tmp
     write_json(tmp_path)
     with pytest.raises(ValueError, match=r"the tokenizer has 380 tokens but the embedding only 96 rows"):
         Engine.from_pretrained(tmp_path)
+
+
+class _Ranges(SimpleHTTPRequestHandler):
+    """Serves parts of files, as buckets do."""
+
+    sent = 0
+
+    def do_GET(self):  # noqa: N802 (the name that http.server calls)
+        file = Path(self.translate_path(self.path))
+        if not file.is_file():
+            self.send_error(404)
+            return
+        data, status = file.read_bytes(), 200
+        if wanted := self.headers.get("Range"):
+            first, last = wanted.removeprefix("bytes=").split("-")
+            size, status = len(data), 206
+            data = data[int(first) : int(last) + 1 if last else size]
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(data) - 1}/{size}")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        type(self).sent += len(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_arrays_are_read_over_a_network_and_only_those_that_are_asked_for(snapshot):
+    """A bucket is read by the same code; TensorStore knows its protocol."""
+    local = open_checkpoint(snapshot)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranges, directory=str(snapshot))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            arrays = open_arrays(f"http://127.0.0.1:{server.server_port}/params/")
+            assert arrays.keys() == local.tensor_names
+            before = _Ranges.sent
+            got = read_array(arrays["layers.o.1"])
+        finally:
+            server.shutdown()
+            thread.join()
+    np.testing.assert_array_equal(got, local.read("layers.o.1"))
+    assert _Ranges.sent - before < 2 * got.nbytes
+
+
+def test_a_bucket_without_what_reads_it_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"gs://bucket/x: .* needs gcsfs, which is not installed; pip install gcsfs"):
+        resolve_model("gs://bucket/x")
 
 
 def test_addresses_of_buckets_are_resolved_to_snapshots_alone(snapshot, tmp_path, monkeypatch):

@@ -84,6 +84,22 @@ def test_bfloat16_stays_near_float32(family, variant):
     assert np.abs(got - want).mean() < BFLOAT16_MEAN_TOLERANCE * np.abs(want).max()
 
 
+QUICK = {("llama", "default"), ("opt", "post_norm"), ("qwen3_moe", "default"), ("deepseek_v2", "lite")}
+
+
+@pytest.mark.parametrize("formats", [{"dtype": "bfloat16"}, {"dtype": "float32", "quantize": "int8"}],
+                         ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(("family", "variant"), [
+    pytest.param(*names, id="-".join(names), marks=() if names in QUICK else pytest.mark.slow) for names in variants()])
+def test_prepared_narrow_weights_stay_near_float32(family, variant, formats):
+    params, config = load(family, variant)
+    resolved = resolve(EngineConfig(num_blocks=8, **formats), config)
+    tokens, want, prompt = expected(family, variant)
+    runs = Runs(prepare_params(params, config, resolved), config, len(tokens), activation_dtype=resolved.activation_dtype)
+    got = runs.logits(tokens, random_cut(len(tokens), seed=3), prompt_length=prompt)
+    assert np.abs(got - want).mean() < BFLOAT16_MEAN_TOLERANCE * np.abs(want).max()
+
+
 def test_scanned_layers_that_differ_look_up_their_own_settings():
     for family, variant in (("gemma3", "default"), ("smollm3", "window_bias")):
         params, config = load(family, variant, stack_layers=True)
@@ -172,6 +188,25 @@ def test_old_and_new_spellings_of_a_config_are_the_same_model():
             "rope_theta": 10000.0, "original_max_position_embeddings": 32,
             "rope_scaling": {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}}
         assert read(old) == read(hf)
+
+
+def test_a_model_that_also_sees_loads_alike_under_its_old_and_new_names(tmp_path):
+    source = folder("gemma3", "also_sees")
+    tensors = load_file(source / "model.safetensors")
+    new = {f"model.{name.replace('language_model.model.', 'language_model.')}": value for name, value in tensors.items()}
+    save_file(new, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    params = load_params(open_checkpoint(tmp_path), dtype="float32", stack_layers=False)
+    jax.tree.map(np.testing.assert_array_equal, params, load("gemma3", "also_sees")[0])
+
+
+def test_only_the_named_parts_of_a_model_that_also_sees_are_left_out(tmp_path):
+    source = folder("mistral", "also_sees")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"audio_tower.weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"1 tensors that the mistral family does not know \('model.audio_tower.weight'\)"):
+        load_params(open_checkpoint(tmp_path), dtype="float32")
 
 
 def test_a_shape_that_does_not_fit_the_config_is_refused(tmp_path):

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fastgen_jax import Engine, EngineConfig
-from fastgen_jax.checkpoint import open_checkpoint
+from fastgen_jax.checkpoint import check_tensors, open_checkpoint
 from fastgen_jax.models.families import deepseek_v3, qwen3_moe
 from tests.models.parity import REFERENCE, Runs, error, expected, load, random_cut, variants
 from tests.tiny import drain, greedy, tokens_of
@@ -78,8 +79,21 @@ def test_what_a_family_lacks_is_refused():
         qwen3_moe.config_from_hf({**hf, "use_sliding_window": True})
 
 
-def test_mxfp4_weights_are_refused(tmp_path: Path):
-    hf = json.loads((HOME / "gpt_oss" / "default" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**hf, "quantization_config": {"quant_method": "mxfp4"}}))
-    with pytest.raises(ValueError, match=r"quantised \(mxfp4\).*pass the original checkpoint"):
+def test_mxfp4_scales_of_another_shape_are_refused(tmp_path: Path):
+    source = HOME / "gpt_oss" / "mxfp4"
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    save_file(tensors | {name: tensors[name][:, :-1].copy()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"scales of 'model.layers.1.mlp.experts.down_proj' have shape \(4, 31, 1\)"):
         open_checkpoint(tmp_path)
+
+
+def test_a_layer_that_guesses_a_further_token_is_left_out_only_if_the_config_announces_it(tmp_path: Path):
+    source = HOME / "deepseek_v3" / "fp8"
+    hf = json.loads((source / "config.json").read_text())
+    del hf["num_nextn_predict_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"does not know \('model.layers.2.enorm.weight'\)"):
+        check_tensors(open_checkpoint(tmp_path))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 import transformers as hf
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gguf_values import values
@@ -28,6 +29,7 @@ SIZES = {
     "vocab_size": 280, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CONFIGS = {
     "llama": hf.LlamaConfig(**SIZES, attention_bias=False),
     "qwen2": hf.Qwen2Config(**SIZES, tie_word_embeddings=False),
@@ -42,14 +44,33 @@ CONFIGS = {
     "smollm3": hf.SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}),
     "olmo2": hf.Olmo2Config(**SIZES),
     "phi3": hf.Phi3Config(**SIZES),
+    "phi2": hf.PhiConfig(**{**SIZES, "num_key_value_heads": 4},
+                         rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "stablelm": hf.StableLmConfig(**SIZES, use_qkv_bias=True, use_parallel_residual=True,
+                                  rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+    "command-r": hf.CohereConfig(**SIZES, logit_scale=0.25, use_qk_norm=True, rope_parameters={"rope_theta": 8e6}),
+    "cohere2": hf.Cohere2Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32, logit_scale=0.25),
+    "falcon": hf.FalconConfig(vocab_size=280, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
+                              eos_token_id=2, new_decoder_architecture=True, num_kv_heads=2),
+    "bloom": hf.BloomConfig(vocab_size=280, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
+                            seq_length=128),
+    "mixtral": hf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2moe": hf.Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=40),
+    "qwen3moe": hf.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, norm_topk_prob=True),
+    "olmoe": hf.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+    "granitemoe": hf.GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, attention_multiplier=0.25,
+                                      embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0),
+    "gpt-oss": hf.GptOssConfig(**{**SIZES, "num_hidden_layers": 3}, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+                               sliding_window=32),
 }
+FURTHER = {"gpt2": {"n_ctx": 128}, "cohere2": {"rotary_pct": 1.0}}  # fields that only the converter reads
 
 
 # The converter knows byte-level vocabularies by a hash of what they do to a text; ours need none.
 CONVERT = """
 import runpy, sys
 from conversion.base import TextModel
-TextModel.set_vocab = lambda self: None
+TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = lambda self: None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -65,19 +86,19 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             model = hf.AutoModelForCausalLM.from_config(config).float()
-            with torch.no_grad():
-                for key, parameter in model.named_parameters():
-                    parameter.copy_(torch.from_numpy(values(key, tuple(parameter.shape))))
             model.save_pretrained(folder)
+            file = Path(folder, "model.safetensors")
+            with safe_open(file, "pt") as saved:  # by the names in the file, which are not always those in memory
+                shapes = {key: tuple(saved.get_slice(key).get_shape()) for key in list(saved.keys())}
+            tensors = {key: torch.from_numpy(values(key, shape)) for key, shape in shapes.items()}
+            save_file(tensors, file)
             fields = json.loads(Path(folder, "config.json").read_text())
-            if name == "gpt2":
-                fields["n_ctx"] = fields["n_positions"]
-            Path(folder, "config.json").write_text(json.dumps(fields))
+            Path(folder, "config.json").write_text(json.dumps(fields | FURTHER.get(name, {})))
             write_tokenizer(Path(folder))
             subprocess.run([sys.executable, "-c", CONVERT, converter, folder, "--outtype", "f16",
                             "--outfile", home / f"{name}.gguf"], check=True,
                            env={**os.environ, "PYTHONPATH": f"{converter.parent / 'gguf-py'}:{converter.parent}"})
-            shutil.copy(Path(folder, "config.json"), home / f"{name}.json")
+            (home / f"{name}.json").write_text(json.dumps(fields))
 
 
 def write_tokenizer(folder: Path) -> None:

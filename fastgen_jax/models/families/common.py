@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +28,12 @@ _INERT = frozenset({
     "no_repeat_ngram_size", "do_sample", "num_beams", "chunk_size_feed_forward", "return_dict", "prefix",
     "layerdrop", "cache_implementation", "summary_type", "summary_use_proj", "summary_activation",
     "summary_proj_to_labels", "summary_first_dropout", "summary_last_dropout", "gradient_checkpointing",
+})
+# Fields around the text part of a model that also sees. Text alone meets none of what they say.
+_AROUND_TEXT = frozenset({
+    "vision_config", "text_config", "image_token_index", "image_token_id", "boi_token_index", "boi_token_id",
+    "eoi_token_index", "eoi_token_id", "mm_tokens_per_image", "multimodal_projector_bias", "projector_hidden_act",
+    "spatial_merge_size", "vision_feature_layer",
 })
 _INERT_ENDINGS = ("_dropout", "_pdrop", "dropout")
 
@@ -73,12 +80,19 @@ def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[[Mappin
 
     @functools.wraps(read)
     def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-        fields = Fields(hf)
+        fields = Fields(_text_part(hf) if "text_config" in hf else hf)
         config = read(fields)
         fields.refuse_unread()
         return config
 
     return config_from_hf
+
+
+def _text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the text model in a model that also sees; what stands around it counts where it says nothing."""
+    around = {name: value for name, value in hf.items() if name not in _AROUND_TEXT}
+    ends = {name: around[name] for name in ("eos_token_id", "bos_token_id") if around.get(name)}
+    return around | hf["text_config"] | ends
 
 
 def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -91,22 +105,27 @@ def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any,
             )
 
 
-def sizes(hf: Fields, *, head_dim: int | None = None) -> dict[str, Any]:
+def sizes(hf: Fields, *, head_dim: int | None = None, assumed: Mapping[str, int] = MappingProxyType({})) -> dict[str, Any]:
     """The fields that every family spells as Llama does, as keyword arguments of `ModelConfig`.
 
-    `head_dim` is what the family assumes where the file is silent; None: the width of the model over its heads.
+    `head_dim` is what the family assumes where the file is silent; None: the width of the model over its heads. `assumed`
+    does the same for further fields, by their names in config.json.
     """
-    num_heads = hf["num_attention_heads"]
+    num_heads = _given(hf, "num_attention_heads", assumed)
     return {
-        "vocab_size": hf["vocab_size"],
+        "vocab_size": _given(hf, "vocab_size", assumed),
         "num_layers": hf["num_hidden_layers"],
         "embed_dim": hf["hidden_size"],
         "num_heads": num_heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or num_heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or assumed.get("num_key_value_heads") or num_heads,
         "head_dim": hf.get("head_dim") or head_dim or hf["hidden_size"] // num_heads,
         "mlp_dim": hf["intermediate_size"],
         **special_tokens(hf),
     }
+
+
+def _given(hf: Fields, name: str, assumed: Mapping[str, int]) -> int:
+    return hf[name] if name in hf or name not in assumed else assumed[name]
 
 
 def special_tokens(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fastgen_jax.models.moe_config import MoEConfig
 __all__ = ["ARCHITECTURES", "FEATURES", "config_from_hf", "sources"]
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM",)
-FEATURES = "as DeepSeek V2, with sigmoid scores and a bias of the choice; bfloat16 weights, not FP8"
+FEATURES = "as DeepSeek V2, with sigmoid scores and a bias of the choice; FP8 as released; no multi-token prediction"
 
 
 @common.reads_every_field

@@ -1,5 +1,5 @@
 """Gemma 3, text: Gemma 2 with norms on queries and keys instead of soft caps, five windowed layers to one that is not,
-and a rotary embedding of their own for the windowed ones."""
+and a rotary embedding of their own for the windowed ones. Of the models that also see, the text part."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.gemma2 import NAMES
 from fastgen_jax.models.families.rope import rope_from_fields
 
-ARCHITECTURES = ("Gemma3ForCausalLM",)
-FEATURES = "text models (270M, 1B, and the text part of others saved as such)"
+ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
+FEATURES = "270M and 1B; 4B, 12B and 27B without images"
+# The hub's config.json of the models that also see leaves out what is as here.
+_SIZES = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 @common.reads_every_field
@@ -21,7 +23,8 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
     common.refuse_unsupported(hf, {
-        "attn_logit_softcapping": (None,), "hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh",),
+        "attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None),
+        "hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh",),
     })
     period = hf.first("sliding_window_pattern", "_sliding_window_pattern", default=6)
     windows = common.windows(hf, hf.get("sliding_window", 4096), lambda layer: (layer + 1) % period != 0)
@@ -29,7 +32,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     everywhere, windowed = _ropes(hf, context)
     return ModelConfig(
         family="gemma3",
-        **common.sizes(hf, head_dim=256),
+        **common.sizes(hf, head_dim=256, assumed=_SIZES),
         max_context_len=context,
         rope=everywhere,
         layer_ropes=tuple(everywhere if window is None else windowed for window in windows),

@@ -1,7 +1,4 @@
-"""gpt-oss: attention sinks, a window in every other layer, biases everywhere, experts with a clamped SwiGLU.
-
-The released files hold the experts in MXFP4, which is refused: pass a checkpoint in bfloat16.
-"""
+"""gpt-oss: attention sinks, a window in every other layer, biases everywhere, experts with a clamped SwiGLU."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
 ARCHITECTURES = ("GptOssForCausalLM",)
-FEATURES = "sinks; alternating windows; biases; YaRN; clamped experts in bfloat16, not MXFP4"
+FEATURES = "sinks; alternating windows; biases; YaRN; clamped experts, in bfloat16 or in MXFP4 as released"
 
 
 @common.reads_every_field

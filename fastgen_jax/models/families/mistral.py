@@ -1,4 +1,4 @@
-"""Mistral 7B and its descendants: Llama with a sliding window."""
+"""Mistral 7B and its descendants: Llama with a sliding window. Of the models that also see, the text part."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from fastgen_jax.models.families import common
 from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.rope import rotary
 
-ARCHITECTURES = ("MistralForCausalLM",)
-FEATURES = "sliding window on all or some layers; head_dim of its own; every rotary scaling"
+ARCHITECTURES = ("MistralForCausalLM", "Mistral3ForConditionalGeneration")
+FEATURES = "sliding window on all or some layers; head_dim of its own; every rotary scaling; Small 3.1/3.2 without images"
 
 
 @common.reads_every_field

@@ -1,0 +1,77 @@
+"""The arrays of an Orbax checkpoint, read through TensorStore, which Orbax itself writes them with.
+
+Orbax's own restore opens the checkpoint anew for each call, which costs more than reading a layer. Here it is opened
+once; after that an array costs its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_METADATA_KEY = "/.zarray"  # every array of zarr 2 has one
+_CONTEXT = {
+    "cache_pool": {"total_bytes_limit": 0},  # everything is read once
+    "file_io_mode": {"mode": "memmap"},  # local files are copied once, into the array
+}
+
+
+def open_arrays(folder: str) -> Mapping[str, Any]:
+    """Every array of a checkpoint by its name, as an open `tensorstore.TensorStore`; nothing of its values is read.
+
+    `folder` is an absolute path, or an address that TensorStore knows, like gs://. ValueError if there are none.
+    """
+    import tensorstore
+
+    context = tensorstore.Context(_CONTEXT)
+    store = {"driver": "ocdbt", "base": folder if "://" in folder else {"driver": "file", "path": f"{folder}/"}}
+    keys = (key.decode() for key in tensorstore.KvStore.open(store, context=context).result().list().result())
+    names = sorted(key.removesuffix(_METADATA_KEY) for key in keys if key.endswith(_METADATA_KEY))
+    if not names:
+        raise ValueError("it holds no arrays")
+    opened = {name: tensorstore.open({"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}},
+                                     context=context, open=True, read=True) for name in names}
+    return {name: array.result() for name, array in opened.items()}
+
+
+def read_array(array: Any, *, dtype: Any = None, sharding: Any = None) -> Any:
+    """An open array's values in `dtype` (None: as stored), on the host or, with a `sharding`, on its devices.
+
+    Every device reads its own part, and a part that several devices want is read once.
+    """
+    if sharding is None:
+        return _part(array, dtype)
+    import jax
+
+    parts: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        bounds = tuple((axis.start, axis.stop) for axis in index)
+        if bounds not in parts:
+            parts[bounds] = _part(array[index], dtype)
+        return parts[bounds]
+
+    return jax.make_array_from_callback(tuple(array.shape), sharding, part)
+
+
+def _part(array: Any, dtype: Any) -> np.ndarray:
+    import jax.numpy as jnp
+    import tensorstore
+
+    values = aligned_empty(tuple(array.shape), array.dtype.numpy_dtype)
+    # A part of an array keeps the coordinates that it has in the whole.
+    target = tensorstore.array(values, copy=False)[tensorstore.d[:].translate_to[array.domain.origin]]
+    target.write(array).result()
+    return values if dtype is None else values.astype(jnp.dtype(dtype), copy=False)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array that a JAX CPU device takes over instead of copying it."""
+    alignment = 64  # bytes, XLA's for buffers on a CPU
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + alignment, np.uint8)
+    start = -buffer.ctypes.data % alignment
+    return buffer[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,169 @@
+"""Remakes the tiny checkpoints in the forms in which some models are released; see make_families.py, whose rules hold too.
+
+    python tests/reference/make_released.py [FAMILY/VARIANT ...]    # needs torch and transformers; the tests need neither
+
+gpt-oss with its experts in MXFP4 and DeepSeek V3 in blocks of FP8, whose logits are those of the weights as transformers
+dequantises them, and models that also see, under the names that their files on the hub have.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from make_families import GEMMA, LLAMA_LIKE, PROMPT_LENGTH, compute, randomise
+from make_moe import DEEPSEEK, GPT_OSS, GROUPS
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+FP8_BLOCK = [8, 4]  # rows and columns; releases have [128, 128]
+EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14}
+
+
+def mxfp4(model: Any) -> dict[str, torch.Tensor]:
+    """Puts random MXFP4 numbers into the experts of gpt-oss and gives them as they are stored."""
+    stored = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = parameter.shape
+            blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(122, 126, blocks.shape[:-1], dtype=torch.uint8)
+            parameter.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return stored
+
+
+def fp8(model: Any) -> dict[str, torch.Tensor]:
+    """Rounds the matrices of the layers of a DeepSeek model to blocks of FP8 and gives them as they are stored."""
+    stored = {}
+    for name, parameter in model.named_parameters():
+        if "layers." not in name or "gate.weight" in name or parameter.dim() < 2:
+            continue
+        for expert, matrix in enumerate(parameter.data) if parameter.dim() == 3 else [(None, parameter.data)]:
+            rows, columns = (size // step for size, step in zip(matrix.shape, FP8_BLOCK, strict=True))
+            scales = torch.rand(rows, columns) * 0.02 + 0.01
+            spread = scales.repeat_interleave(FP8_BLOCK[0], 0).repeat_interleave(FP8_BLOCK[1], 1)
+            narrow = (matrix / spread).to(torch.float8_e4m3fn)
+            matrix.copy_(Fp8Dequantize(None)._dequantize_one(narrow, scales))
+            if expert is None:
+                stored |= {name: narrow, f"{name}_scale_inv": scales}
+            else:  # the layer's experts in one tensor, as transformers has them: gate above up
+                parts = ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
+                stem = name.rsplit(".", 1)[0]
+                for part, values, of in zip(parts, narrow.chunk(len(parts)), scales.chunk(len(parts)), strict=True):
+                    module = f"{stem}.{expert}.{part}.weight"
+                    stored |= {module: values.contiguous(), f"{module}_scale_inv": of.contiguous()}
+    # A layer behind the last guesses the token after the next; who does not speculate leaves it out.
+    return stored | {f"model.layers.{model.config.num_hidden_layers}.enorm.weight": torch.ones(32)}
+
+
+def as_on_the_hub(folder: Path, config: dict[str, Any]) -> None:
+    """The files of a model that also sees as they were before transformers 4.52: names, and a config with gaps."""
+    def name(new: str) -> str:
+        if new.startswith("lm_head"):
+            return f"language_model.{new}"
+        return new.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
+
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    if any(key.startswith("model.") for key in tensors):
+        tensors = {name(key): value for key, value in tensors.items()}
+    assert any(key.startswith("language_model.model.") for key in tensors)
+    save_file({key: value for key, value in tensors.items() if "vision_tower" not in key or "norm" in key}, file)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def gemma3() -> tuple[Any, dict[str, Any]]:
+    text = {**GEMMA, "num_hidden_layers": 3, "sliding_window": 16, "query_pre_attn_scalar": 20, "model_type": "gemma3_text",
+            "sliding_window_pattern": 3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 4}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**EYES, "model_type": "siglip_vision_model"},
+                                  mm_tokens_per_image=4, image_token_index=63, boi_token_index=61, eoi_token_index=62)
+    gaps = ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings", "eos_token_id", "bos_token_id")
+    return config, {
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "boi_token_index": 61,
+        "eoi_token_index": 62, "image_token_index": 63, "mm_tokens_per_image": 4, "eos_token_id": [1, 2],
+        "initializer_range": 0.02, "text_config": {key: value for key, value in text.items() if key not in gaps},
+        "vision_config": {**EYES, "model_type": "siglip_vision_model"}, "torch_dtype": "bfloat16",
+    }
+
+
+def mistral3() -> tuple[Any, dict[str, Any]]:
+    text = {**LLAMA_LIKE, "head_dim": 12, "sliding_window": None, "rope_theta": 1e6, "model_type": "mistral"}
+    eyes = {**EYES, "head_dim": 8, "model_type": "pixtral"}
+    config = AutoConfig.for_model("mistral3", text_config=text, vision_config=eyes, image_token_index=63,
+                                  tie_word_embeddings=False)
+    return config, {
+        "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "image_token_index": 63,
+        "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2,
+        "vision_feature_layer": -1, "text_config": text, "vision_config": eyes, "torch_dtype": "bfloat16",
+    }
+
+
+def quantised(
+    model_type: str, fields: dict[str, Any], quantise: Any, settings: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Writes a quantised checkpoint and gives what transformers computes with its dequantised weights."""
+    config = AutoConfig.for_model(model_type, **fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    randomise(model)
+    stored = quantise(model)
+    expected = compute(model, torch.randint(3, config.vocab_size, (PROMPT_LENGTH,)))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    plain = {name.removesuffix("_blocks") for name in stored}
+    save_file({name: value for name, value in tensors.items() if name not in plain} | stored, folder / "model.safetensors")
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | settings, indent=2) + "\n")
+    return expected
+
+
+def seeing(made: tuple[Any, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Writes a model that also sees and gives what transformers computes from text."""
+    config, hub = made
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval()
+    randomise(model)
+    expected = compute(model, torch.randint(3, 60, (PROMPT_LENGTH,)))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    as_on_the_hub(folder, hub)
+    return expected
+
+
+GPT_OSS_RELEASED = {**GPT_OSS, "intermediate_size": 32, "num_hidden_layers": 2}
+DEEPSEEK_RELEASED = DEEPSEEK | GROUPS | {"q_lora_rank": 16, "moe_intermediate_size": 16, "kv_lora_rank": 16,
+                                         "qk_rope_head_dim": 8, "v_head_dim": 8, "num_hidden_layers": 2}
+VARIANTS = {
+    "gpt_oss/mxfp4": lambda folder: quantised(
+        "gpt_oss", GPT_OSS_RELEASED, mxfp4, {"quantization_config": {"quant_method": "mxfp4"}}, folder),
+    "deepseek_v3/fp8": lambda folder: quantised(
+        "deepseek_v3", DEEPSEEK_RELEASED, fp8,
+        {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+                                 "weight_block_size": FP8_BLOCK}, "num_nextn_predict_layers": 1}, folder),
+    "gemma3/also_sees": lambda folder: seeing(gemma3(), folder),
+    "mistral/also_sees": lambda folder: seeing(mistral3(), folder),
+}
+
+
+def main() -> None:
+    """Writes the variants named on the command line, or all."""
+    for name in sys.argv[1:] or VARIANTS:
+        torch.manual_seed(0)
+        folder = Path(__file__).parent / "families" / name
+        expected = VARIANTS[name](folder)
+        for extra in ("generation_config.json", "preprocessor_config.json"):
+            (folder / extra).unlink(missing_ok=True)
+        np.savez_compressed(folder / "expected.npz", **expected)
+        size = sum(file.stat().st_size for file in folder.iterdir()) / 1024
+        logits = expected["logits"]
+        print(f"{name}: {size:.0f} KiB, logits in [{logits.min():.1f}, {logits.max():.1f}]", flush=True)
+
+
+if __name__ == "__main__":
+    main()
