@@ -62,7 +62,8 @@ def feasible_line(
             deadline = pace.promise.deadline(sequence)
             # One that is late already is first, so that it is over soon, but nobody else is dropped for it.
             hopeless = now + left * least_seconds_a_token > deadline
-            rank = (sequence.order[0], *((0, -1.0) if hopeless else (1, deadline)), sequence.order)
+            behind, due = (0, -1.0) if hopeless else (1, deadline)
+            rank = (sequence.order[0], behind, due, sequence.order)
             jobs.append(_Job(rank, left, math.inf if hopeless else deadline, False, sequence))
     for sequence in waiting[:_MAX_LINE]:
         priority = sequence.order[0]
