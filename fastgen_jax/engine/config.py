@@ -18,7 +18,8 @@ from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
 FREE_MEMORY_SHARE = {"cpu": 0.25}  # of the host's free memory: other programs live there too
 ACCELERATOR_MEMORY_SHARE = 0.85  # the rest is for activations and logits
-BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # buckets that may be chosen where none are given
+BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps of a token budget that comes without a ladder
+NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding, so that few programs serve all sizes
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # of these, a measurement compiles and times only some
 
 
@@ -192,7 +193,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     ladder = config.budget_ladder
     if config.token_budget is not None:
         if ladder is None:
-            ladder = tuple(budget for budget in BUDGETS if budget < config.token_budget)
+            padding_is_cheap = platform == "cpu" and not stack_layers and native.available()
+            ladder = tuple(b for b in (NATIVE_BUDGETS if padding_is_cheap else BUDGETS) if b < config.token_budget)
         ladder = tuple(sorted({*ladder, config.token_budget}))
     filled = {
         "dtype": dtype, "kv_dtype": kv_dtype, "block_size": block_size, "max_context_len": max_context_len,
