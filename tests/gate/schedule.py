@@ -30,7 +30,13 @@ SHAPES = {
     "decode": Call(name="decode", num_tokens=64, num_sequences=64),  # 64 x 1 token, context 4096
     "prompt": Call(name="prompt", num_tokens=2048, num_sequences=1, context=2048),  # one chunk from the start
     "mixed": Call(name="mixed", num_tokens=2048, num_sequences=64),  # 63 x 1 token and a chunk of 1985 after 2111
+    # Blocks as large as a cache of 8 bits needs, and such a cache; ours alone.
+    "decode-128": Call(name="decode", num_tokens=64, num_sequences=64, block_size=128),
+    "decode-int8": Call(name="decode", num_tokens=64, num_sequences=64, block_size=128, kv_dtype="int8"),
+    "prompt-128": Call(name="prompt", num_tokens=2048, num_sequences=1, context=2048, block_size=128),
+    "prompt-int8": Call(name="prompt", num_tokens=2048, num_sequences=1, context=2048, block_size=128, kv_dtype="int8"),
 }
+COMPARED = ("decode", "prompt", "mixed")
 
 
 def chunks_of(shape: str) -> list[tuple[int, int]]:
@@ -39,7 +45,7 @@ def chunks_of(shape: str) -> list[tuple[int, int]]:
         "decode": [(1, 4096)] * 64,
         "prompt": [(2048, 2048)],
         "mixed": [(1, 4096)] * 63 + [(1985, 4096)],
-    }[shape]
+    }[SHAPES[shape].name]
 
 
 @dataclasses.dataclass
@@ -102,7 +108,8 @@ def count_ours(shape: str, root: Loop, tiles: Any, call: Call) -> dict[str, floa
     blocks = tiles.keys // call.block_size
     bundles = float(root.own)
     fetched = 0
-    row_bytes = 2 * call.num_kv_heads * call.head_dim * 2
+    a_head = call.head_dim + 4 if call.kv_dtype == "int8" else 2 * call.head_dim
+    row_bytes = 2 * call.num_kv_heads * a_head
 
     def piece_of(tile: Loop) -> Loop:
         return max(tile.inside, key=lambda loop: len(loop.inside))
@@ -167,7 +174,7 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
 
     from fastgen_jax.plan.devices import parse_topology
     from fastgen_jax.plan.program import deviceless_mesh, lowering_for
-    from pallas_kernels.ragged_attention import tiles
+    from pallas_kernels.ragged_attention import QuantizedCache, tiles
     from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
     from tests.gate.tpu_check import TOPOLOGIES
 
@@ -189,11 +196,14 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
             chosen = tiles.modelled(tiles.Shape(
                 num_heads=call.num_heads, num_kv_heads=call.num_kv_heads, head_dim=call.head_dim,
                 block_size=call.block_size, num_tokens=call.num_tokens, num_sequences=call.num_sequences,
-                dtype="bfloat16",
+                dtype=call.kv_dtype or "bfloat16",
             ), kind)  # fmt: skip
             facts["tiles"] = dataclasses.asdict(chosen)
             new = array(call.num_tokens, call.num_kv_heads, call.head_dim, dtype=bf16)
-            cache = array(num_blocks, call.num_kv_heads, call.block_size, call.head_dim, dtype=bf16)
+            dims = (num_blocks, call.num_kv_heads, call.block_size, call.head_dim)
+            cache: Any = array(*dims, dtype=bf16)
+            if call.kv_dtype == "int8":
+                cache = QuantizedCache(values=array(*dims, dtype=jnp.int8), scales=array(*dims[:-1], dtype=jnp.float32))
             program = jax.jit(
                 functools.partial(ragged_attention_tpu, layer=0, num_blocks=num_blocks, scale=0.1, tiles=chosen),
                 donate_argnums=(3, 4),
@@ -258,7 +268,7 @@ def measure(which: str, shape: str, kind: str, *, timeout: float, jax_keys: int)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--kinds", nargs="+", default=["v5e", "v6e", "tpu7x"])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(COMPARED))
     parser.add_argument("--kernels", nargs="+", choices=("ours", "JAX"), default=["ours", "JAX"])
     parser.add_argument("--jax-keys", type=int, default=1024,
                         help="most keys a piece of JAX's kernel; its own table says up to 4096, which takes minutes to "
@@ -273,7 +283,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     for kind in options.kinds:
         for shape in options.shapes:
-            for which in options.kernels:
+            for which in options.kernels if shape in COMPARED else ["ours"]:
                 facts = measure(which, shape, kind, timeout=options.timeout, jax_keys=options.jax_keys)
                 if "failed" in facts:
                     print(f"| {kind} | {shape} | {which} | | {facts['failed']!r} |", flush=True)

@@ -55,6 +55,14 @@ def test_a_head_of_64_takes_128_numbers_on_a_tpu_but_not_on_a_gpu() -> None:
     assert on_tpu == 2 * on_gpu
 
 
+def test_a_cache_of_8_bits_takes_a_byte_a_number_and_four_a_head() -> None:
+    made = plan(LLAMA_3_8B, "v5e:2x4", kv_dtype="int8")
+    assert made.memory.block == 128 * 2 * 32 * 1 * (128 + 4)
+    wide = plan(LLAMA_3_8B, "v5e:2x4")
+    assert made.steps[0].memory < wide.steps[0].memory
+    assert made.memory.weights == wide.memory.weights
+
+
 @pytest.mark.parametrize(
     ("topology", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.ragged_attention import cpu, ragged_attention
+from pallas_kernels.ragged_attention import QuantizedCache, cpu, ragged_attention
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 NUM_LAYERS, NUM_BLOCKS = 30, 8
@@ -37,9 +38,13 @@ def program(implementation: str | None, *, num_layers: int, scanned: bool) -> Ca
     return run
 
 
-def compile_step(implementation: str | None, *, num_tokens: int, num_layers: int, scanned: bool) -> jax.stages.Compiled:
+def compile_step(
+    implementation: str | None, *, num_tokens: int, num_layers: int, scanned: bool, quantized: bool = False
+) -> jax.stages.Compiled:
     f32, i32 = jnp.float32, jnp.int32
     pool = jax.ShapeDtypeStruct(POOL, f32)
+    if quantized:
+        pool = jax.eval_shape(lambda: QuantizedCache.zeros(POOL, jnp.int8))
     index = {
         "kv_slots": jax.ShapeDtypeStruct((num_tokens,), i32),
         "query_starts": jax.ShapeDtypeStruct((5,), i32),
@@ -51,10 +56,10 @@ def compile_step(implementation: str | None, *, num_tokens: int, num_layers: int
     return step.lower(x, (pool, pool), index).compile()
 
 
-def copies_of_the_pool(compiled: jax.stages.Compiled) -> list[str]:
+def copies_of_the_pool(compiled: jax.stages.Compiled, dtype: str = "f32", pool: tuple[int, ...] = POOL) -> list[str]:
     """Instructions that copy, start a copy of, or rearrange an array with as many elements as the pool."""
-    flat = f"f32[{POOL[0] * POOL[1] * POOL[2] * POOL[3]}]"
-    shapes = [f"f32[{','.join(map(str, POOL))}]", flat]
+    flat = f"{dtype}[{math.prod(pool)}]"
+    shapes = [f"{dtype}[{','.join(map(str, pool))}]", flat]
     pattern = re.compile(
         r"= \(?(" + "|".join(map(re.escape, shapes)) + r")\S* (copy|copy-start|transpose|concatenate|pad)\("
     )
@@ -83,6 +88,14 @@ def test_no_program_copies_the_pool(implementation: str | None, num_layers: int,
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes
+
+
+def test_a_program_over_8_bits_copies_neither_the_pool_nor_its_scales() -> None:
+    compiled = compile_step("xla", num_tokens=40, num_layers=NUM_LAYERS, scanned=True, quantized=True)
+    assert copies_of_the_pool(compiled, "s8") == copies_of_the_pool(compiled, "f32", POOL[:-1]) == []
+    pool_bytes = math.prod(POOL) + 4 * math.prod(POOL[:-1])
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * pool_bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * pool_bytes  # tiles in float32, not both pools
 
 
 def test_the_search_for_copies_finds_one_without_donation() -> None:
