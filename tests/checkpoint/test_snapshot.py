@@ -258,7 +258,7 @@ class _Ranges(SimpleHTTPRequestHandler):
 
     sent = 0
 
-    def do_GET(self):  # noqa: N802 (the name that http.server calls)
+    def do_GET(self):
         file = Path(self.translate_path(self.path))
         if not file.is_file():
             self.send_error(404)
