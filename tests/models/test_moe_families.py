@@ -18,7 +18,8 @@ HOME = REFERENCE / "families"
 TOLERANCE = 1e-4  # of the largest logit: two float32 programs that add up in different orders
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3")
 QUICK = {("mixtral", "window"), ("qwen2_moe", "every_second"), ("qwen3_moe", "default"), ("gpt_oss", "default"),
-         ("deepseek_v2", "groups"), ("deepseek_v3", "default")}  # together they have every feature but the multipliers
+         ("deepseek_v2", "groups"), ("deepseek_v3", "default"), ("gpt_oss", "mxfp4"),
+         ("deepseek_v3", "fp8")}  # together they have every feature but the multipliers
 VARIANTS = [pytest.param(*names, marks=() if names in QUICK else pytest.mark.slow)
             for names in variants() if names[0] in FAMILIES]
 
