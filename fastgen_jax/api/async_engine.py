@@ -106,6 +106,7 @@ class Stream:
         """Ends the request if it is unfinished; its blocks are free before the next step."""
         if not self._done:
             self._done = True
+            self._pending.clear()  # nothing follows
             self._on_close(self)
             self._wake()
 
@@ -266,21 +267,24 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: Sequence[Event]) -> None:
-        if not self._undelivered:
-            asyncio.get_running_loop().call_soon(self._deliver_some)
+        pending = bool(self._undelivered)  # then the rest is called for already
         self._undelivered += events
+        if not pending:
+            self._deliver_some()
 
     def _deliver_some(self) -> None:
         """Each event wakes a task in the next turn of the loop; hundreds in one turn would hold up everything else."""
-        for _ in range(min(EVENTS_A_TURN, len(self._undelivered))):
-            event = self._undelivered.popleft()
-            stream = self._streams.get(event.request_id)
-            if stream is not None:
-                if isinstance(event, Failure) or event.finished:
-                    del self._streams[event.request_id]
-                stream.put(event)
-        if self._undelivered:
-            asyncio.get_running_loop().call_soon(self._deliver_some)
+        try:
+            for _ in range(min(EVENTS_A_TURN, len(self._undelivered))):
+                event = self._undelivered.popleft()
+                stream = self._streams.get(event.request_id)
+                if stream is not None:
+                    if isinstance(event, Failure) or event.finished:
+                        del self._streams[event.request_id]
+                    stream.put(event)
+        finally:
+            if self._undelivered:
+                asyncio.get_running_loop().call_soon(self._deliver_some)
 
     def _on_stream_closed(self, stream: Stream) -> None:
         if self._streams.pop(stream.request.request_id, None) is not None:

@@ -274,3 +274,13 @@ def test_draining_finishes_what_runs_and_refuses_what_comes():
         return await task
 
     assert run(scenario) == offline([[5, 6, 7]], greedy(60))[0]
+
+
+def test_the_events_of_a_large_step_arrive_some_at_a_time_and_in_order(monkeypatch):
+    monkeypatch.setattr("fastgen_jax.api.async_engine.EVENTS_A_TURN", 3)
+
+    async def scenario(engine):
+        streams = [engine.submit(engine.intake.request([5 + i], greedy(12))) for i in range(8)]
+        return [[t for out in await rest(stream) for t in out.new_token_ids] for stream in streams]
+
+    assert run(scenario) == offline([[5 + i] for i in range(8)], greedy(12))

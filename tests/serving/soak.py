@@ -28,9 +28,9 @@ from fastgen_jax.bench.http_load import HttpError, stream_events
 from tests.serving.checkpoint import write_checkpoint
 from tests.serving.house import offline
 
-ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 16, "block_size": 4, "num_blocks": 256}
+ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 256}
 MAX_TOKENS = 60
-MAX_QUEUE = 30  # with two replicas and what runs in them, half as many as there are clients
+MAX_QUEUE = 4  # with two replicas and what runs in them, 24 requests: far fewer than there are clients
 TOLD = {429, 503}  # what a client may be told under load, with the time to come back
 LONGEST_WAIT = 10.0  # seconds: a client comes back by then, whatever it was told
 
