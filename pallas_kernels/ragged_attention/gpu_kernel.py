@@ -1,0 +1,351 @@
+"""The body of the GPU attention kernel: what one thread block does with one q tile and one KV head.
+
+A q tile is up to 64 rows a warpgroup; a row is one query of one head, and the G heads that share a KV head lie side by
+side, so that keys and values are fetched once for all of them. Both kinds of tile run the same body:
+
+  chunk tiles    Q consecutive queries of one sequence, Q * G rows; normalised results
+  single tiles   one query, G rows, and a piece of its keys; partial results, to be combined by their log-sum-exp
+
+One warpgroup copies (TMA), the others compute (WGMMA), with a ring of buffers between them:
+
+  copy      | K0 V0 | K1 V1 | K2 V2 | ...       waits until the buffer that it overwrites was read
+  compute   |       | K0 V0 | K1 V1 | K2 ...    waits until the buffer is full
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP_ROWS = 64  # rows of one WGMMA
+LOG2E = math.log2(math.e)
+# Finite, so that a row that has seen no key yet gives weights of exp2(-inf) = 0, not NaN.
+NO_KEY = -1e30
+
+# Columns of the work list, i32[tiles, NUM_COLUMNS]; a tile without work has FIRST == END.
+SEQUENCE, ROW, POSITION, FIRST, END, WINDOW, FIRST_BLOCK, HAS_SINK = range(8)
+NUM_COLUMNS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What is static in a kernel."""
+
+    group: int  # G
+    head_dim: int  # D
+    block_size: int  # B, a power of two
+    warpgroups: int  # that compute; each has 64 rows of the tile
+    keys: int  # keys of a step, a multiple of 64 and a power of two
+    stages: int  # steps whose keys and values are in shared memory at once
+    scale: float
+    soft_cap: float | None
+    has_window: bool
+    partial: bool  # float32 results and their log-sum-exp, of the first `rows_out` rows
+    dtype: Any  # of q and the caches
+    interpreted: bool  # runs in Pallas' interpreter, which lacks some constructs
+
+    @property
+    def rows(self) -> int:
+        return WARPGROUP_ROWS * self.warpgroups
+
+    @property
+    def rows_out(self) -> int:
+        """Rows of a tile that are stored: all of a chunk tile, of a single tile those that hold a head."""
+        return min(self.rows, -(-self.group // 8) * 8) if self.partial and self.warpgroups == 1 else self.rows
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes: the widest pattern that divides a row of D 16-bit numbers."""
+        return next(width for width in (128, 64, 32) if (2 * self.head_dim) % width == 0)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of the buffers; barriers and the compiler's scratch come on top."""
+        results = 4 * self.rows * (self.head_dim + 1) if self.partial else 0
+        return 2 * self.head_dim * (self.rows + 2 * self.stages * self.keys) + results
+
+
+def attend_tile(refs: dict[str, Any], spec: Spec) -> None:
+    """Runs in every warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
+    tiled = (plgpu.TilingTransform((8, spec.swizzle // 2)), plgpu.SwizzleTransform(spec.swizzle))
+    ring = (spec.stages, spec.keys, spec.head_dim)
+    copies = max(1, spec.keys // spec.block_size)
+    scratch: dict[str, Any] = {
+        "q_buffer": plgpu.SMEM((spec.warpgroups, WARPGROUP_ROWS, spec.head_dim), spec.dtype, transforms=tiled),
+        "k_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
+        "v_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
+        "q_full": plgpu.Barrier(num_barriers=spec.warpgroups),
+        "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=spec.stages),
+        "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=spec.stages),
+        "k_free": plgpu.Barrier(num_arrivals=spec.warpgroups, num_barriers=spec.stages),
+        "v_free": plgpu.Barrier(num_arrivals=spec.warpgroups, num_barriers=spec.stages),
+    }
+    if spec.warpgroups > 1:
+        scratch["turn"] = plgpu.Barrier(num_arrivals=spec.warpgroups)
+    if spec.partial:
+        scratch |= {
+            "out_buffer": plgpu.SMEM((spec.warpgroups, WARPGROUP_ROWS, spec.head_dim), jnp.float32),
+            "lse_buffer": plgpu.SMEM((spec.warpgroups, WARPGROUP_ROWS), jnp.float32),
+        }
+
+    def body(*allocated: Any) -> None:
+        _Tile(refs | dict(zip(scratch, allocated, strict=True)), spec).run()
+
+    pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
+
+
+class _Tile:
+    """The work of one thread block."""
+
+    def __init__(self, refs: dict[str, Any], spec: Spec) -> None:
+        self.refs, self.spec = refs, spec
+        self.tile, self.head = lax.axis_index("tile"), lax.axis_index("head")
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.first, self.end = self.work(FIRST), self.work(END)
+        self.num_steps = lax.div(self.end - self.first + (spec.keys - 1), jnp.int32(spec.keys))
+
+    def work(self, column: int) -> jax.Array:
+        return self.refs["work"][self.tile, column]
+
+    def run(self) -> None:
+        spec = self.spec
+        computes = self.warpgroup < spec.warpgroups
+
+        @pl.when((self.num_steps > 0) & computes)
+        def _() -> None:
+            if spec.warpgroups > 1:
+                plgpu.set_max_registers(232, action="increase")
+            self.compute()
+
+        @pl.when((self.num_steps > 0) & ~computes)
+        def _() -> None:
+            if spec.warpgroups > 1:
+                plgpu.set_max_registers(40, action="decrease")
+            self.copy()
+
+    # The warpgroup that copies.
+
+    def copy(self) -> None:
+        """Fetches the keys and values of all steps, then waits until the last of them were read."""
+        stages = self.spec.stages
+
+        def await_free(n: jax.Array, name: str) -> None:
+            plgpu.barrier_wait(self.refs[name].at[lax.rem(n, jnp.int32(stages))])
+
+        def step(n: jax.Array, _: None) -> None:
+            blocks = self.blocks_of(n)
+            for kind in ("k", "v"):
+                pl.when(n >= stages)(lambda kind=kind: await_free(n, f"{kind}_free"))
+                self.fetch(n, kind, blocks)
+
+        lax.fori_loop(0, self.num_steps, step, None)
+
+        def drain(n: jax.Array, _: None) -> None:
+            await_free(n, "k_free")
+            await_free(n, "v_free")
+
+        lax.fori_loop(jnp.maximum(self.num_steps - stages, 0), self.num_steps, drain, None)
+
+    def blocks_of(self, n: jax.Array) -> list[tuple[jax.Array, Any]]:
+        """The blocks of the pool, and the first key in them, that hold the keys of step n."""
+        spec = self.spec
+        sequence, base = self.work(SEQUENCE), self.work(FIRST_BLOCK)
+        key = self.first + n * spec.keys
+        if spec.keys <= spec.block_size:
+            block = lax.div(key, jnp.int32(spec.block_size))
+            return [(base + self.refs["tables"][sequence, block], key - block * spec.block_size)]
+        # What comes after the last block is not there: the last one is fetched again, from cache, and not looked at.
+        last = lax.div(self.end - 1, jnp.int32(spec.block_size))
+        block = lax.div(key, jnp.int32(spec.block_size))
+        ids = [jnp.minimum(block + j, last) for j in range(spec.keys // spec.block_size)]
+        return [(base + self.refs["tables"][sequence, i], 0) for i in ids]
+
+    def fetch(self, n: jax.Array, kind: str, blocks: list[tuple[jax.Array, Any]]) -> None:
+        slot = lax.rem(n, jnp.int32(self.spec.stages))
+        rows = min(self.spec.keys, self.spec.block_size)
+        for j, (block, offset) in enumerate(blocks):
+            plgpu.copy_gmem_to_smem(
+                self.refs[f"{kind}_cache"].at[block, self.head, pl.ds(offset, rows)],
+                self.refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)],
+                self.refs[f"{kind}_full"].at[slot],
+            )
+
+    # The warpgroups that compute.
+
+    def compute(self) -> None:
+        spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
+        mine = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        q_buffer, q_full = refs["q_buffer"].at[warpgroup], refs["q_full"].at[warpgroup]
+        row = self.work(ROW) + warpgroup * WARPGROUP_ROWS
+        plgpu.copy_gmem_to_smem(refs["q"].at[self.head, pl.ds(row, WARPGROUP_ROWS)], q_buffer, q_full)
+
+        # The last key that a row sees, counted from the first key of the tile.
+        position = self.work(POSITION)
+        row = self.iota((WARPGROUP_ROWS,), 0) + warpgroup * WARPGROUP_ROWS
+        last_seen = lax.div(row, jnp.int32(spec.group)) + (position - self.first)  # [64]
+        slope = self.row_vector(refs["slopes"].at[self.head, mine]) * LOG2E if "slopes" in refs else None
+        top = self.full((WARPGROUP_ROWS,), NO_KEY)
+        total = self.full((WARPGROUP_ROWS,), 0.0)
+        if "sinks" in refs:  # one more logit, which the first piece of a context counts
+            has_sink = self.work(HAS_SINK) > 0
+            sink = self.row_vector(refs["sinks"].at[self.head, mine]) * LOG2E
+            top, total = jnp.where(has_sink, sink, top), jnp.where(has_sink, total + 1.0, total)
+        acc = self.full((WARPGROUP_ROWS, spec.head_dim), 0.0)
+        plgpu.barrier_wait(q_full)
+
+        if spec.warpgroups > 1:
+            pl.when(warpgroup == 1)(self.take_turn)
+
+        def step(n: jax.Array, state: tuple[jax.Array, ...], *, masked: bool) -> tuple[jax.Array, ...]:
+            return self.step(n, state, q_buffer=q_buffer, last_seen=last_seen, slope=slope, masked=masked)
+
+        # Only the steps at the borders compare positions:  | window | seen by all rows ... | diagonal |
+        all_seen = lax.div(position + 1 - self.first, jnp.int32(spec.keys))
+        borders = [jnp.int32(0), jnp.minimum(all_seen, self.num_steps), self.num_steps]
+        if spec.has_window:
+            # The last query's window starts behind this key; a single tile's query may be beyond the piece of keys.
+            before = jnp.maximum(self.end - 1, position) - self.work(WINDOW) - self.first
+            inside = jnp.where(before < 0, 0, lax.div(before, jnp.int32(spec.keys)) + 1)
+            borders.insert(1, jnp.minimum(inside, borders[1]))
+        state = (acc, top, total)
+        masked = [True, False, True] if spec.has_window else [False, True]
+        for first, end, compare in zip(borders, borders[1:], masked, strict=False):
+            state = lax.fori_loop(
+                first, end, lambda n, state, compare=compare: step(n, state, masked=compare), state
+            )
+        acc, top, total = state
+        if spec.warpgroups > 1:
+            pl.when(warpgroup == 0)(self.take_turn)
+        self.store(acc / self.along_rows(total, acc.shape), top, total)
+
+    def step(
+        self, n: jax.Array, state: tuple[jax.Array, ...], *, q_buffer: Any, last_seen: jax.Array,
+        slope: jax.Array | None, masked: bool,
+    ) -> tuple[jax.Array, ...]:  # fmt: skip
+        """One step of the online softmax; scores are in units of log2."""
+        spec, refs = self.spec, self.refs
+        acc, top, total = state
+        slot = lax.rem(n, jnp.int32(spec.stages))
+        shape = (WARPGROUP_ROWS, spec.keys)
+
+        plgpu.barrier_wait(refs["k_full"].at[slot])
+
+        scores = self.product_with_keys(q_buffer, refs["k_buffer"].at[slot])
+        plgpu.barrier_arrive(refs["k_free"].at[slot])
+
+        factor = spec.scale * LOG2E
+        last_seen = last_seen - n * spec.keys  # counted from the first key of the step
+        if spec.soft_cap is not None:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1): the hardware's own tanh is off by 5e-4, times the cap.
+            power = jnp.exp2(scores * (2.0 * LOG2E * spec.scale / spec.soft_cap))
+            scores, factor = (1.0 - 2.0 / (power + 1.0)) * (spec.soft_cap * LOG2E), 1.0
+        if slope is not None:
+            scores, factor = scores * factor, 1.0
+            distance = self.iota(shape, 1) - self.along_rows(last_seen, shape)
+            scores = scores + self.along_rows(slope, shape) * distance.astype(jnp.float32)
+        if masked:
+            key = self.iota(shape, 1)
+            seen = key <= self.along_rows(last_seen, shape)
+            if spec.has_window:
+                seen = seen & (key > self.along_rows(last_seen - self.work(WINDOW), shape))
+            scores = jnp.where(seen, scores, -jnp.inf)
+
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
+        weights = jnp.exp2(scores * factor - self.along_rows(new_top, shape))
+        keep = jnp.exp2(top - new_top)
+        total = total * keep + jnp.sum(weights, axis=1)
+        acc = acc * self.along_rows(keep, acc.shape)
+        weights = weights.astype(spec.dtype)
+        if spec.warpgroups > 1:
+            plgpu.barrier_arrive(refs["turn"])  # the other one may use the tensor cores, and we wait for it
+        plgpu.barrier_wait(refs["v_full"].at[slot])
+        if spec.warpgroups > 1:
+            plgpu.barrier_wait(refs["turn"])
+        if masked:
+            self.blank_unseen_values(n, slot)
+        acc = self.add_product(acc, weights, refs["v_buffer"].at[slot])
+        plgpu.barrier_arrive(refs["v_free"].at[slot])
+        return acc, new_top, total
+
+    def take_turn(self) -> None:
+        """Two warpgroups alternate: one computes weights while the other keeps the tensor cores busy."""
+        if self.spec.warpgroups > 1:
+            plgpu.barrier_arrive(self.refs["turn"])
+            plgpu.barrier_wait(self.refs["turn"])
+
+    def blank_unseen_values(self, n: jax.Array, slot: jax.Array) -> None:
+        """Zeros in place of the values behind the last key: weights of zero times what lies there may be NaN.
+
+        That is in the last step, where warpgroup 0 multiplies before it gives the last turn to warpgroup 1.
+        """
+        spec = self.spec
+        num_keys = self.end - self.first - n * spec.keys
+
+        @pl.when((num_keys < spec.keys) & (self.warpgroup == 0))
+        def _() -> None:
+            for part in range(0, spec.keys, WARPGROUP_ROWS):
+                values = self.refs["v_buffer"].at[slot, pl.ds(part, WARPGROUP_ROWS)]
+                exists = self.iota((WARPGROUP_ROWS, spec.head_dim), 0) < num_keys - part
+                values[...] = jnp.where(exists, values[...], jnp.zeros((), spec.dtype))
+            plgpu.commit_smem()
+
+    def store(self, result: jax.Array, top: jax.Array, total: jax.Array) -> None:
+        spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
+        buffer = refs["out_buffer" if spec.partial else "q_buffer"].at[warpgroup]
+        buffer[...] = result.astype(buffer.dtype)
+        rows = min(WARPGROUP_ROWS, spec.rows_out)
+        target = pl.ds(warpgroup * WARPGROUP_ROWS, rows) if spec.warpgroups > 1 else pl.ds(0, rows)
+        if spec.partial:
+            lse = refs["lse_buffer"].at[warpgroup]
+            lse[...] = top + jnp.log2(total)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(lse.at[pl.ds(0, rows)], refs["lse"].at[self.tile, self.head, target])
+        else:
+            plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, rows)], refs["out"].at[self.tile, self.head, target])
+        plgpu.wait_smem_to_gmem(0)
+
+    # What the interpreter knows by another name, or not at all.
+
+    def layout(self, x: jax.Array) -> jax.Array:
+        if self.spec.interpreted:
+            return x
+        return plgpu.layout_cast(x, plgpu.Layout.WGMMA if x.ndim == 2 else plgpu.Layout.WGMMA.reduce(1))
+
+    def iota(self, shape: tuple[int, ...], axis: int) -> jax.Array:
+        return self.layout(lax.broadcasted_iota(jnp.int32, shape, axis))
+
+    def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
+        return self.layout(jnp.full(shape, value, jnp.float32))
+
+    def row_vector(self, ref: Any) -> jax.Array:
+        return self.layout(ref[...])
+
+    def along_rows(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return lax.broadcast_in_dim(x, shape, [0])
+
+    def product_with_keys(self, queries: Any, keys: Any) -> jax.Array:
+        """queries @ keys.T; our turn ends when the tensor cores have all of it."""
+        if self.spec.interpreted:  # it cannot transpose an operand
+            self.take_turn()
+            return lax.dot_general(queries[...], keys[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+        def multiply(scores: Any) -> jax.Array:
+            plgpu.wgmma(scores, queries, plgpu.transpose_ref(keys, (1, 0)))
+            self.take_turn()
+            return scores[...]
+
+        return pl.run_scoped(multiply, plgpu.ACC((queries.shape[0], keys.shape[0]), jnp.float32))
+
+    def add_product(self, acc: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
+        """acc + weights @ values, the weights from registers."""
+        if self.spec.interpreted:  # it has neither accumulators that start with a value nor operands in registers
+            return acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
