@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_attention.gpu_kernel import NUM_COLUMNS, WARPGROUP_ROWS, Spec, attend_tile
+from pallas_kernels.ragged_attention.gpu_kernel import NUM_COLUMNS, WARPGROUP_ROWS, Spec, attend_tiles
 from pallas_kernels.ragged_attention.gpu_support import unsupported
 from pallas_kernels.ragged_attention.xla import write_kv
 
@@ -31,30 +31,30 @@ class GpuTiles:
     single_stages: int
     pieces: int  # that the contexts of all single queries are cut into, over all KV heads
     min_piece: int  # keys below which cutting costs more than it gives
+    blocks: int  # thread blocks that share the tiles
 
 
-# Shared memory of a thread block, 227 KiB, less the barriers; and of one of two that share a multiprocessor.
-SHARED_BYTES, HALF_SHARED_BYTES = 226 * 1024, 112 * 1024
-# Two blocks on each of 132 multiprocessors, four times over: what ends early is followed by something else.
-PIECES = 132 * 2 * 4
+MULTIPROCESSORS = 132  # of an H100 SXM; one thread block runs on each
+SHARED_BYTES = 225 * 1024  # of the 227 KiB of a thread block; barriers take some
 
 
 def modelled(head_dim: int) -> GpuTiles:
-    """Tiles for a head size: chunk tiles fill a multiprocessor's shared memory, two single tiles share it."""
-    wide = head_dim > 128  # the accumulator takes 128 registers a thread: fewer scores fit beside it
-    chunk_keys, single_keys = (64, 64) if wide else (128, 64)
+    """Tiles for a head size: as many stages as fit in shared memory."""
+    # Beyond 128 the accumulator takes 128 registers a thread, and fewer scores fit beside it.
+    keys = 128 if head_dim <= 128 else 64
 
-    def stages(rows: int, keys: int, room: int) -> int:
-        return max(2, min(4, (room - 2 * head_dim * rows) // (4 * head_dim * keys)))
+    def stages(rows: int) -> int:
+        return max(2, min(4, (SHARED_BYTES - 2 * head_dim * rows) // (4 * head_dim * keys)))
 
     return GpuTiles(
-        chunk_keys=chunk_keys,
-        chunk_stages=stages(2 * WARPGROUP_ROWS, chunk_keys, SHARED_BYTES),
-        single_keys=single_keys,
-        # The float32 results take as much as two tiles of queries.
-        single_stages=stages(3 * WARPGROUP_ROWS, single_keys, SHARED_BYTES if wide else HALF_SHARED_BYTES),
-        pieces=PIECES,
-        min_piece=8 * single_keys,
+        chunk_keys=keys,
+        chunk_stages=stages(2 * WARPGROUP_ROWS),
+        single_keys=keys if head_dim <= 128 else 32,
+        single_stages=stages(3 * WARPGROUP_ROWS),  # the float32 results take as much as two tiles of queries
+        # Eight for each multiprocessor, so that those that got one more than others run an eighth longer at most.
+        pieces=8 * MULTIPROCESSORS,
+        min_piece=256,
+        blocks=MULTIPROCESSORS,
     )
 
 
@@ -96,7 +96,7 @@ def ragged_attention_gpu(
 
     common: dict[str, Any] = {
         "group": group, "head_dim": head_dim, "block_size": block_size, "scale": scale, "soft_cap": soft_cap,
-        "has_window": sliding_window is not None, "dtype": k_cache.dtype, "interpreted": bool(interpret),
+        "has_window": sliding_window is not None, "blocks": tiles.blocks, "dtype": k_cache.dtype, "interpreted": bool(interpret),
     }  # fmt: skip
     window = NO_WINDOW if sliding_window is None else jnp.minimum(sliding_window, NO_WINDOW)
     window = jnp.asarray(window, jnp.int32)
@@ -154,7 +154,9 @@ def _first_key(position: jax.Array, window: jax.Array, spec: Spec) -> jax.Array:
 def _work_list(active: jax.Array, columns: list[jax.Array]) -> jax.Array:
     columns = [jnp.broadcast_to(column, active.shape) for column in columns]
     assert len(columns) == NUM_COLUMNS
-    return jnp.where(active[:, None], jnp.stack(columns, axis=1), 0)
+    work = jnp.where(active[:, None], jnp.stack(columns, axis=1), 0)
+    count = jnp.full((1, NUM_COLUMNS), jnp.sum(active, dtype=jnp.int32))
+    return jnp.concatenate([work, count])
 
 
 def plan_pieces(
@@ -176,6 +178,7 @@ def plan_pieces(
     share = jnp.maximum(max(1, tiles.min_piece // spec.keys), -(-jnp.sum(steps, dtype=jnp.int32) // wanted))
     share = jnp.maximum(share, -(-steps // most))  # steps of a piece, i32[S]
     pieces = -(-steps // share)
+    share = -(-steps // jnp.maximum(pieces, 1))  # pieces of a sequence are of one size
     ends = jnp.cumsum(pieces, dtype=jnp.int32)
     starts = ends - pieces
 
@@ -226,7 +229,8 @@ def plan_chunks(
 
 def launch(work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: Any) -> Any:
     """The results of all tiles, [tiles, K, rows, D], and with `spec.partial` their log2-sum-exp, f32[tiles, K, rows]."""
-    num_tiles, num_kv_heads = work.shape[0], operands["k_cache"].shape[1]
+    num_tiles, num_kv_heads = work.shape[0] - 1, operands["k_cache"].shape[1]
+    spec = dataclasses.replace(spec, blocks=min(spec.blocks, num_tiles * num_kv_heads))
     names = ["work", *operands, "out"]
     shape = (num_tiles, num_kv_heads, spec.rows_out)
     out: Any = jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.float32 if spec.partial else spec.dtype)
@@ -235,18 +239,17 @@ def launch(work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, inter
         out = (out, jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def kernel(*refs: Any) -> None:
-        attend_tile(dict(zip(names, refs, strict=True)), spec)
+        attend_tiles(dict(zip(names, refs, strict=True)), spec)
 
     return plgpu.kernel(
         kernel,
         out_type=out,
-        # The heads of a tile, whose keys lie side by side, run next to one another.
-        grid=(num_tiles, num_kv_heads),
-        grid_names=("tile", "head"),
+        grid=(spec.blocks,),
+        grid_names=("block",),
         num_threads=spec.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret or None,
         kernel_name="ragged_attention_pieces" if spec.partial else "ragged_attention_chunks",

@@ -1,4 +1,4 @@
-"""The body of the GPU attention kernel: what one thread block does with one q tile and one KV head.
+"""The body of the GPU attention kernel: what one thread block does with its share of q tiles and KV heads.
 
 A q tile is up to 64 rows a warpgroup; a row is one query of one head, and the G heads that share a KV head lie side by
 side, so that keys and values are fetched once for all of them. Both kinds of tile run the same body:
@@ -6,16 +6,18 @@ side, so that keys and values are fetched once for all of them. Both kinds of ti
   chunk tiles    Q consecutive queries of one sequence, Q * G rows; normalised results
   single tiles   one query, G rows, and a piece of its keys; partial results, to be combined by their log-sum-exp
 
-One warpgroup copies (TMA), the others compute (WGMMA), with a ring of buffers between them:
+One warpgroup copies (TMA), the others compute (WGMMA), with a ring of buffers between them that is never drained at the
+border from one tile to the next:
 
-  copy      | K0 V0 | K1 V1 | K2 V2 | ...       waits until the buffer that it overwrites was read
-  compute   |       | K0 V0 | K1 V1 | K2 ...    waits until the buffer is full
+  copy      | K0 V0 | K1 V1 | K2 V2 | K0 V0 | ...       waits until the buffer that it overwrites was read
+  compute   |       | K0 V0 | K1 V1 | K2 V2 | K0 ...    waits until the buffer is full
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +31,7 @@ LOG2E = math.log2(math.e)
 # Finite, so that a row that has seen no key yet gives weights of exp2(-inf) = 0, not NaN.
 NO_KEY = -1e30
 
-# Columns of the work list, i32[tiles, NUM_COLUMNS]; a tile without work has FIRST == END.
+# Columns of the work list, i32[tiles + 1, NUM_COLUMNS]; the last row holds the number of tiles that have work.
 SEQUENCE, ROW, POSITION, FIRST, END, WINDOW, FIRST_BLOCK, HAS_SINK = range(8)
 NUM_COLUMNS = 8
 
@@ -44,6 +46,7 @@ class Spec:
     warpgroups: int  # that compute; each has 64 rows of the tile
     keys: int  # keys of a step, a multiple of 64 and a power of two
     stages: int  # steps whose keys and values are in shared memory at once
+    blocks: int  # thread blocks that share the tiles
     scale: float
     soft_cap: float | None
     has_window: bool
@@ -72,7 +75,7 @@ class Spec:
         return 2 * self.head_dim * (self.rows + 2 * self.stages * self.keys) + results
 
 
-def attend_tile(refs: dict[str, Any], spec: Spec) -> None:
+def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
     """Runs in every warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
     tiled = (plgpu.TilingTransform((8, spec.swizzle // 2)), plgpu.SwizzleTransform(spec.swizzle))
     ring = (spec.stages, spec.keys, spec.head_dim)
@@ -96,143 +99,163 @@ def attend_tile(refs: dict[str, Any], spec: Spec) -> None:
         }
 
     def body(*allocated: Any) -> None:
-        _Tile(refs | dict(zip(scratch, allocated, strict=True)), spec).run()
+        _Block(refs | dict(zip(scratch, allocated, strict=True)), spec).run()
 
     pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
 
 
 class _Tile:
-    """The work of one thread block."""
+    """A tile and a head: what the work list says of it."""
+
+    def __init__(self, refs: dict[str, Any], spec: Spec, ordinal: jax.Array) -> None:
+        num_kv_heads = refs["k_cache"].shape[1]
+        # The heads of a tile, whose keys lie side by side, are worked on at the same time.
+        self.index = lax.div(ordinal, jnp.int32(num_kv_heads))
+        self.head = ordinal - self.index * num_kv_heads
+        self.columns = [refs["work"][self.index, column] for column in range(NUM_COLUMNS)]
+        self.first, self.end = self.columns[FIRST], self.columns[END]
+        self.num_steps = lax.div(self.end - self.first + (spec.keys - 1), jnp.int32(spec.keys))
+
+
+class _Block:
+    """The work of one thread block: every `blocks`-th pair of a tile and a head."""
 
     def __init__(self, refs: dict[str, Any], spec: Spec) -> None:
         self.refs, self.spec = refs, spec
-        self.tile, self.head = lax.axis_index("tile"), lax.axis_index("head")
         self.warpgroup = lax.axis_index("warpgroup")
-        self.first, self.end = self.work(FIRST), self.work(END)
-        self.num_steps = lax.div(self.end - self.first + (spec.keys - 1), jnp.int32(spec.keys))
-
-    def work(self, column: int) -> jax.Array:
-        return self.refs["work"][self.tile, column]
 
     def run(self) -> None:
         spec = self.spec
-        computes = self.warpgroup < spec.warpgroups
 
-        @pl.when((self.num_steps > 0) & computes)
+        @pl.when(self.warpgroup < spec.warpgroups)
         def _() -> None:
             if spec.warpgroups > 1:
                 plgpu.set_max_registers(232, action="increase")
-            self.compute()
+                pl.when(self.warpgroup == 1)(self.take_turn)
+            self.for_each_tile(self.compute)
+            if spec.warpgroups > 1:
+                pl.when(self.warpgroup == 0)(self.take_turn)
 
-        @pl.when((self.num_steps > 0) & ~computes)
+        @pl.when(self.warpgroup == spec.warpgroups)
         def _() -> None:
             if spec.warpgroups > 1:
                 plgpu.set_max_registers(40, action="decrease")
-            self.copy()
+            self.await_last_reads(self.for_each_tile(self.copy))
 
-    # The warpgroup that copies.
+    def for_each_tile(self, work: Callable[[_Tile, jax.Array], None]) -> jax.Array:
+        """Calls `work` with every tile of this block and the number of steps before it; returns that of all."""
+        block, blocks = lax.axis_index("block"), self.spec.blocks
+        num_tiles = self.refs["work"][self.refs["work"].shape[0] - 1, 0]
+        num_pairs = num_tiles * self.refs["k_cache"].shape[1]
 
-    def copy(self) -> None:
-        """Fetches the keys and values of all steps, then waits until the last of them were read."""
-        stages = self.spec.stages
+        def tile(i: jax.Array, steps_before: jax.Array) -> jax.Array:
+            tile = _Tile(self.refs, self.spec, block + i * blocks)
+            work(tile, steps_before)
+            return steps_before + tile.num_steps
 
-        def await_free(n: jax.Array, name: str) -> None:
-            plgpu.barrier_wait(self.refs[name].at[lax.rem(n, jnp.int32(stages))])
+        mine = lax.div(num_pairs - block + (blocks - 1), jnp.int32(blocks))
+        return lax.fori_loop(0, mine, tile, jnp.int32(0))
 
-        def step(n: jax.Array, _: None) -> None:
-            blocks = self.blocks_of(n)
+    # The warpgroup that copies. Steps are counted over all tiles of the block: step n uses buffer n % stages.
+
+    def await_free(self, n: jax.Array, kind: str) -> None:
+        plgpu.barrier_wait(self.refs[f"{kind}_free"].at[lax.rem(n, jnp.int32(self.spec.stages))])
+
+    def copy(self, tile: _Tile, steps_before: jax.Array) -> None:
+        """Fetches the keys and values of all steps."""
+
+        def step(i: jax.Array, _: None) -> None:
+            n = steps_before + i
+            blocks = self.blocks_of(tile, i)
             for kind in ("k", "v"):
-                pl.when(n >= stages)(lambda kind=kind: await_free(n, f"{kind}_free"))
-                self.fetch(n, kind, blocks)
+                pl.when(n >= self.spec.stages)(lambda kind=kind: self.await_free(n, kind))
+                self.fetch(tile, n, kind, blocks)
 
-        lax.fori_loop(0, self.num_steps, step, None)
+        lax.fori_loop(0, tile.num_steps, step, None)
 
-        def drain(n: jax.Array, _: None) -> None:
-            await_free(n, "k_free")
-            await_free(n, "v_free")
+    def await_last_reads(self, num_steps: jax.Array) -> None:
+        def step(n: jax.Array, _: None) -> None:
+            self.await_free(n, "k")
+            self.await_free(n, "v")
 
-        lax.fori_loop(jnp.maximum(self.num_steps - stages, 0), self.num_steps, drain, None)
+        lax.fori_loop(jnp.maximum(num_steps - self.spec.stages, 0), num_steps, step, None)
 
-    def blocks_of(self, n: jax.Array) -> list[tuple[jax.Array, Any]]:
-        """The blocks of the pool, and the first key in them, that hold the keys of step n."""
+    def blocks_of(self, tile: _Tile, i: jax.Array) -> list[tuple[jax.Array, Any]]:
+        """The blocks of the pool, and the first key in them, that hold the keys of the tile's step i."""
         spec = self.spec
-        sequence, base = self.work(SEQUENCE), self.work(FIRST_BLOCK)
-        key = self.first + n * spec.keys
+        sequence, base = tile.columns[SEQUENCE], tile.columns[FIRST_BLOCK]
+        key = tile.first + i * spec.keys
         if spec.keys <= spec.block_size:
             block = lax.div(key, jnp.int32(spec.block_size))
             return [(base + self.refs["tables"][sequence, block], key - block * spec.block_size)]
         # What comes after the last block is not there: the last one is fetched again, from cache, and not looked at.
-        last = lax.div(self.end - 1, jnp.int32(spec.block_size))
+        last = lax.div(tile.end - 1, jnp.int32(spec.block_size))
         block = lax.div(key, jnp.int32(spec.block_size))
-        ids = [jnp.minimum(block + j, last) for j in range(spec.keys // spec.block_size)]
-        return [(base + self.refs["tables"][sequence, i], 0) for i in ids]
+        entries = [jnp.minimum(block + j, last) for j in range(spec.keys // spec.block_size)]
+        return [(base + self.refs["tables"][sequence, entry], 0) for entry in entries]
 
-    def fetch(self, n: jax.Array, kind: str, blocks: list[tuple[jax.Array, Any]]) -> None:
+    def fetch(self, tile: _Tile, n: jax.Array, kind: str, blocks: list[tuple[jax.Array, Any]]) -> None:
         slot = lax.rem(n, jnp.int32(self.spec.stages))
         rows = min(self.spec.keys, self.spec.block_size)
         for j, (block, offset) in enumerate(blocks):
             plgpu.copy_gmem_to_smem(
-                self.refs[f"{kind}_cache"].at[block, self.head, pl.ds(offset, rows)],
+                self.refs[f"{kind}_cache"].at[block, tile.head, pl.ds(offset, rows)],
                 self.refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)],
                 self.refs[f"{kind}_full"].at[slot],
             )
 
     # The warpgroups that compute.
 
-    def compute(self) -> None:
+    def compute(self, tile: _Tile, steps_before: jax.Array) -> None:
         spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
         mine = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         q_buffer, q_full = refs["q_buffer"].at[warpgroup], refs["q_full"].at[warpgroup]
-        row = self.work(ROW) + warpgroup * WARPGROUP_ROWS
-        plgpu.copy_gmem_to_smem(refs["q"].at[self.head, pl.ds(row, WARPGROUP_ROWS)], q_buffer, q_full)
+        row = tile.columns[ROW] + warpgroup * WARPGROUP_ROWS
+        plgpu.copy_gmem_to_smem(refs["q"].at[tile.head, pl.ds(row, WARPGROUP_ROWS)], q_buffer, q_full)
 
         # The last key that a row sees, counted from the first key of the tile.
-        position = self.work(POSITION)
+        position = tile.columns[POSITION]
         row = self.iota((WARPGROUP_ROWS,), 0) + warpgroup * WARPGROUP_ROWS
-        last_seen = lax.div(row, jnp.int32(spec.group)) + (position - self.first)  # [64]
-        slope = self.row_vector(refs["slopes"].at[self.head, mine]) * LOG2E if "slopes" in refs else None
+        last_seen = lax.div(row, jnp.int32(spec.group)) + (position - tile.first)  # [64]
+        slope = self.row_vector(refs["slopes"].at[tile.head, mine]) * LOG2E if "slopes" in refs else None
         top = self.full((WARPGROUP_ROWS,), NO_KEY)
         total = self.full((WARPGROUP_ROWS,), 0.0)
         if "sinks" in refs:  # one more logit, which the first piece of a context counts
-            has_sink = self.work(HAS_SINK) > 0
-            sink = self.row_vector(refs["sinks"].at[self.head, mine]) * LOG2E
+            has_sink = tile.columns[HAS_SINK] > 0
+            sink = self.row_vector(refs["sinks"].at[tile.head, mine]) * LOG2E
             top, total = jnp.where(has_sink, sink, top), jnp.where(has_sink, total + 1.0, total)
         acc = self.full((WARPGROUP_ROWS, spec.head_dim), 0.0)
         plgpu.barrier_wait(q_full)
 
-        if spec.warpgroups > 1:
-            pl.when(warpgroup == 1)(self.take_turn)
-
-        def step(n: jax.Array, state: tuple[jax.Array, ...], *, masked: bool) -> tuple[jax.Array, ...]:
-            return self.step(n, state, q_buffer=q_buffer, last_seen=last_seen, slope=slope, masked=masked)
-
         # Only the steps at the borders compare positions:  | window | seen by all rows ... | diagonal |
-        all_seen = lax.div(position + 1 - self.first, jnp.int32(spec.keys))
-        borders = [jnp.int32(0), jnp.minimum(all_seen, self.num_steps), self.num_steps]
+        all_seen = lax.div(position + 1 - tile.first, jnp.int32(spec.keys))
+        borders = [jnp.int32(0), jnp.minimum(all_seen, tile.num_steps), tile.num_steps]
         if spec.has_window:
             # The last query's window starts behind this key; a single tile's query may be beyond the piece of keys.
-            before = jnp.maximum(self.end - 1, position) - self.work(WINDOW) - self.first
+            before = jnp.maximum(tile.end - 1, position) - tile.columns[WINDOW] - tile.first
             inside = jnp.where(before < 0, 0, lax.div(before, jnp.int32(spec.keys)) + 1)
             borders.insert(1, jnp.minimum(inside, borders[1]))
         state = (acc, top, total)
         masked = [True, False, True] if spec.has_window else [False, True]
-        for first, end, compare in zip(borders, borders[1:], masked, strict=False):
-            state = lax.fori_loop(
-                first, end, lambda n, state, compare=compare: step(n, state, masked=compare), state
-            )
+        for begin, end, compare in zip(borders, borders[1:], masked, strict=False):
+
+            def step(i: jax.Array, state: tuple[jax.Array, ...], compare: bool = compare) -> tuple[jax.Array, ...]:
+                return self.step(
+                    tile, i, steps_before, state, q_buffer=q_buffer, last_seen=last_seen, slope=slope, masked=compare
+                )
+
+            state = lax.fori_loop(begin, end, step, state)
         acc, top, total = state
-        if spec.warpgroups > 1:
-            pl.when(warpgroup == 0)(self.take_turn)
-        self.store(acc / self.along_rows(total, acc.shape), top, total)
+        self.store(tile, acc / self.along_rows(total, acc.shape), top, total)
 
     def step(
-        self, n: jax.Array, state: tuple[jax.Array, ...], *, q_buffer: Any, last_seen: jax.Array,
+        self, tile: _Tile, i: jax.Array, steps_before: jax.Array, state: tuple[jax.Array, ...], *, q_buffer: Any, last_seen: jax.Array,
         slope: jax.Array | None, masked: bool,
     ) -> tuple[jax.Array, ...]:  # fmt: skip
         """One step of the online softmax; scores are in units of log2."""
         spec, refs = self.spec, self.refs
         acc, top, total = state
-        slot = lax.rem(n, jnp.int32(spec.stages))
+        slot = lax.rem(steps_before + i, jnp.int32(spec.stages))
         shape = (WARPGROUP_ROWS, spec.keys)
 
         plgpu.barrier_wait(refs["k_full"].at[slot])
@@ -241,7 +264,7 @@ class _Tile:
         plgpu.barrier_arrive(refs["k_free"].at[slot])
 
         factor = spec.scale * LOG2E
-        last_seen = last_seen - n * spec.keys  # counted from the first key of the step
+        last_seen = last_seen - i * spec.keys  # counted from the first key of the step
         if spec.soft_cap is not None:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1): the hardware's own tanh is off by 5e-4, times the cap.
             power = jnp.exp2(scores * (2.0 * LOG2E * spec.scale / spec.soft_cap))
@@ -254,7 +277,7 @@ class _Tile:
             key = self.iota(shape, 1)
             seen = key <= self.along_rows(last_seen, shape)
             if spec.has_window:
-                seen = seen & (key > self.along_rows(last_seen - self.work(WINDOW), shape))
+                seen = seen & (key > self.along_rows(last_seen - tile.columns[WINDOW], shape))
             scores = jnp.where(seen, scores, -jnp.inf)
 
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
@@ -269,7 +292,7 @@ class _Tile:
         if spec.warpgroups > 1:
             plgpu.barrier_wait(refs["turn"])
         if masked:
-            self.blank_unseen_values(n, slot)
+            self.blank_unseen_values(tile.end - tile.first - i * spec.keys, slot)
         acc = self.add_product(acc, weights, refs["v_buffer"].at[slot])
         plgpu.barrier_arrive(refs["v_free"].at[slot])
         return acc, new_top, total
@@ -280,13 +303,12 @@ class _Tile:
             plgpu.barrier_arrive(self.refs["turn"])
             plgpu.barrier_wait(self.refs["turn"])
 
-    def blank_unseen_values(self, n: jax.Array, slot: jax.Array) -> None:
+    def blank_unseen_values(self, num_keys: jax.Array, slot: jax.Array) -> None:
         """Zeros in place of the values behind the last key: weights of zero times what lies there may be NaN.
 
-        That is in the last step, where warpgroup 0 multiplies before it gives the last turn to warpgroup 1.
+        Warpgroup 0 does it for both: it multiplies before it gives a turn to warpgroup 1.
         """
         spec = self.spec
-        num_keys = self.end - self.first - n * spec.keys
 
         @pl.when((num_keys < spec.keys) & (self.warpgroup == 0))
         def _() -> None:
@@ -296,7 +318,7 @@ class _Tile:
                 values[...] = jnp.where(exists, values[...], jnp.zeros((), spec.dtype))
             plgpu.commit_smem()
 
-    def store(self, result: jax.Array, top: jax.Array, total: jax.Array) -> None:
+    def store(self, tile: _Tile, result: jax.Array, top: jax.Array, total: jax.Array) -> None:
         spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
         buffer = refs["out_buffer" if spec.partial else "q_buffer"].at[warpgroup]
         buffer[...] = result.astype(buffer.dtype)
@@ -306,10 +328,10 @@ class _Tile:
             lse = refs["lse_buffer"].at[warpgroup]
             lse[...] = top + jnp.log2(total)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(lse.at[pl.ds(0, rows)], refs["lse"].at[self.tile, self.head, target])
+            plgpu.copy_smem_to_gmem(lse.at[pl.ds(0, rows)], refs["lse"].at[tile.index, tile.head, target])
         else:
             plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, rows)], refs["out"].at[self.tile, self.head, target])
+        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, rows)], refs["out"].at[tile.index, tile.head, target])
         plgpu.wait_smem_to_gmem(0)
 
     # What the interpreter knows by another name, or not at all.
@@ -326,7 +348,10 @@ class _Tile:
         return self.layout(jnp.full(shape, value, jnp.float32))
 
     def row_vector(self, ref: Any) -> jax.Array:
-        return self.layout(ref[...])
+        if self.spec.interpreted:
+            return ref[...]
+        # From global memory, a few bytes a thread, once a tile.
+        return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
     def along_rows(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return lax.broadcast_in_dim(x, shape, [0])
