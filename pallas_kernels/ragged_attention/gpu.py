@@ -49,7 +49,7 @@ def modelled(head_dim: int) -> GpuTiles:
     return GpuTiles(
         chunk_keys=keys,
         chunk_stages=stages(2 * WARPGROUP_ROWS),
-        single_keys=keys if head_dim <= 128 else 32,
+        single_keys=keys,
         single_stages=stages(3 * WARPGROUP_ROWS),  # the float32 results take as much as two tiles of queries
         # Eight for each multiprocessor, so that those that got one more than others run an eighth longer at most.
         pieces=8 * MULTIPROCESSORS,
