@@ -67,7 +67,7 @@ class EngineConfig:
             "dtype": ("float32", "bfloat16", "float16", None),
             "quantize": ("int8", None),
             "policy": tuple(POLICIES),
-            "attention": ("reference", "xla", "cpu", "tpu", None),
+            "attention": ("reference", "xla", "cpu", "tpu", "gpu", None),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
