@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_attention.gpu_kernel import NUM_COLUMNS, WARPGROUP_ROWS, Spec, attend_tiles
+from pallas_kernels.ragged_attention.gpu_kernel import GRANULE, NUM_COLUMNS, WARPGROUP_ROWS, Spec, attend_tiles
 from pallas_kernels.ragged_attention.gpu_support import unsupported
 from pallas_kernels.ragged_attention.xla import write_kv
 
@@ -100,13 +100,8 @@ def ragged_attention_gpu(
     }  # fmt: skip
     window = NO_WINDOW if sliding_window is None else jnp.minimum(sliding_window, NO_WINDOW)
     window = jnp.asarray(window, jnp.int32)
-    # Rows of the G heads of a KV head side by side; the last tile may reach beyond T.
-    queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(k_cache.dtype).swapaxes(0, 1)
-    queries = queries.reshape(num_kv_heads, num_tokens * group, head_dim)
-    queries = jnp.pad(queries, ((0, 0), (0, 2 * WARPGROUP_ROWS), (0, 0)))
-    operands = {
-        "q": queries, "k_cache": k_cache, "v_cache": v_cache, "tables": block_tables,
-    }  # fmt: skip
+    queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(k_cache.dtype)
+    operands = {"k_cache": k_cache, "v_cache": v_cache, "tables": block_tables}
     of_heads = {name: x for name, x in (("slopes", alibi_slopes), ("sinks", sinks)) if x is not None}
     lengths = query_starts[1:] - query_starts[:-1]
     index = {"query_starts": query_starts, "context_lens": context_lens, "first_block": layer * num_blocks,
@@ -117,7 +112,9 @@ def ragged_attention_gpu(
         partial=True,
     )  # fmt: skip
     work, starts, pieces, most = plan_pieces(**index, num_kv_heads=num_kv_heads, tiles=tiles, spec=spec)
-    partial, lse = launch(work, operands | _by_row(of_heads, spec), spec=spec, interpret=interpret)
+    rows = queries[jnp.minimum(query_starts[:-1], num_tokens - 1)]  # [S, K, G, D]
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spec.rows_out - group), (0, 0)))
+    partial, lse = launch(work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
     single = combine(partial[:, :, :group], lse[:, :, :group], starts, pieces, most=most)  # f32[S, K, G, D]
 
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -130,7 +127,10 @@ def ragged_attention_gpu(
             **common, warpgroups=2, keys=tiles.chunk_keys, stages=tiles.chunk_stages, partial=False
         )
         work, tile, row = plan_chunks(**index, num_tokens=num_tokens, sequence=sequence, spec=spec)
-        rows = launch(work, operands | _by_row(of_heads, spec), spec=spec, interpret=interpret)  # [tiles, K, R, D]
+        # Rows of the G heads of a KV head side by side; the last tile reaches beyond T.
+        rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
+        rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))
+        rows = launch(work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)  # [tiles, K, R, D]
         first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)) * spec.rows + row[:, None]
         at = first[:, :, None] + jnp.arange(group, dtype=jnp.int32)  # [T, K, G]
         chunk = rows.reshape(-1, head_dim)[at].astype(q.dtype)
@@ -140,8 +140,8 @@ def ragged_attention_gpu(
 
 
 def _by_row(of_heads: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:
-    """[H] -> [K, rows]: the number that belongs to the head of each row of a tile."""
-    head = jnp.arange(spec.rows, dtype=jnp.int32) % spec.group
+    """[H] -> [K, GRANULE + rows]: the number of each row's head, where the first head is that of row GRANULE."""
+    head = jnp.arange(-GRANULE, spec.rows, dtype=jnp.int32) % spec.group
     return {name: x.reshape(-1, spec.group)[:, head] for name, x in of_heads.items()}
 
 
@@ -205,7 +205,7 @@ def plan_chunks(
       the work list; for each token its tile and the row of its first head in it, i32[T].
     """
     num_sequences = context_lens.shape[0]
-    queries = spec.rows // spec.group
+    queries = spec.queries
     lengths = query_starts[1:] - query_starts[:-1]
     tiles = jnp.where(lengths > 1, -(-lengths // queries), 0)
     ends = jnp.cumsum(tiles, dtype=jnp.int32)
@@ -224,7 +224,10 @@ def plan_chunks(
     )  # fmt: skip
     query = jnp.arange(num_tokens, dtype=jnp.int32) - query_starts[sequence]
     tile = jnp.maximum(ends[-1] - 1 - starts[sequence] - query // queries, 0)
-    return work, tile, query % queries * spec.group
+    row = query % queries * spec.group
+    # The tile begins at a granule, which may lie before its first query.
+    skipped = (jnp.arange(num_tokens, dtype=jnp.int32) * spec.group - row) % GRANULE
+    return work, tile, row + skipped
 
 
 def launch(work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: Any) -> Any:

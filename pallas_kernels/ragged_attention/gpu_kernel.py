@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP_ROWS = 64  # rows of one WGMMA
+GRANULE = 8  # rows: where TMA reads a matrix that is tiled in shared memory, it begins at a multiple of this
 LOG2E = math.log2(math.e)
 # Finite, so that a row that has seen no key yet gives weights of exp2(-inf) = 0, not NaN.
 NO_KEY = -1e30
@@ -61,7 +62,12 @@ class Spec:
     @property
     def rows_out(self) -> int:
         """Rows of a tile that are stored: all of a chunk tile, of a single tile those that hold a head."""
-        return min(self.rows, -(-self.group // 8) * 8) if self.partial and self.warpgroups == 1 else self.rows
+        return -(-self.group // GRANULE) * GRANULE if self.partial and self.warpgroups == 1 else self.rows
+
+    @property
+    def queries(self) -> int:
+        """Queries of a chunk tile. It begins at a granule, so that rows of the query before may come first."""
+        return (self.rows - (GRANULE - 1 if self.group % GRANULE else 0)) // self.group
 
     @property
     def swizzle(self) -> int:
@@ -210,19 +216,31 @@ class _Block:
         spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
         mine = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         q_buffer, q_full = refs["q_buffer"].at[warpgroup], refs["q_full"].at[warpgroup]
-        row = tile.columns[ROW] + warpgroup * WARPGROUP_ROWS
-        plgpu.copy_gmem_to_smem(refs["q"].at[tile.head, pl.ds(row, WARPGROUP_ROWS)], q_buffer, q_full)
+        if spec.partial:
+            skipped = jnp.int32(0)
+            source, target = refs["q"].at[tile.columns[SEQUENCE], tile.head], q_buffer
+            if spec.rows_out < WARPGROUP_ROWS:  # what lies in the other rows stays there
+                target = q_buffer.at[pl.ds(0, spec.rows_out)]
+            else:
+                source = source.at[mine]
+        else:
+            granule = lax.div(tile.columns[ROW], jnp.int32(GRANULE)) * GRANULE
+            skipped = tile.columns[ROW] - granule  # rows before the first one
+            source = refs["q"].at[tile.head, pl.ds(granule + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+            target = q_buffer
+        plgpu.copy_gmem_to_smem(source, target, q_full)
 
         # The last key that a row sees, counted from the first key of the tile.
         position = tile.columns[POSITION]
-        row = self.iota((WARPGROUP_ROWS,), 0) + warpgroup * WARPGROUP_ROWS
+        row = self.iota((WARPGROUP_ROWS,), 0) + (warpgroup * WARPGROUP_ROWS - skipped)
         last_seen = lax.div(row, jnp.int32(spec.group)) + (position - tile.first)  # [64]
-        slope = self.row_vector(refs["slopes"].at[tile.head, mine]) * LOG2E if "slopes" in refs else None
+        heads = pl.ds(GRANULE - skipped + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        slope = self.row_vector(refs["slopes"].at[tile.head, heads]) * LOG2E if "slopes" in refs else None
         top = self.full((WARPGROUP_ROWS,), NO_KEY)
         total = self.full((WARPGROUP_ROWS,), 0.0)
         if "sinks" in refs:  # one more logit, which the first piece of a context counts
             has_sink = tile.columns[HAS_SINK] > 0
-            sink = self.row_vector(refs["sinks"].at[tile.head, mine]) * LOG2E
+            sink = self.row_vector(refs["sinks"].at[tile.head, heads]) * LOG2E
             top, total = jnp.where(has_sink, sink, top), jnp.where(has_sink, total + 1.0, total)
         acc = self.full((WARPGROUP_ROWS, spec.head_dim), 0.0)
         plgpu.barrier_wait(q_full)

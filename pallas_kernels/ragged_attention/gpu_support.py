@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 CACHE_DTYPES = (jnp.bfloat16, jnp.float16)
 MAX_HEAD_DIM = 256
-MAX_GROUP = 128  # rows of a tile of two warpgroups
+MAX_GROUP = 120  # a tile of two warpgroups has 128 rows, and begins at a multiple of 8
 # Compute capability 9.0. Newer ones have other matrix instructions, older ones neither these nor TMA.
 HOPPER_KINDS = ("H100", "H200", "H800", "H20", "GH200")
 

@@ -44,7 +44,7 @@ def run_interpreter(which: str, examples: int) -> None:
 
 
 def test_the_gpu_kernel_equals_the_reference() -> None:
-    run_interpreter("quick", 3)
+    run_interpreter("quick", 2)
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def plans(group: int, num_kv_heads: int):
     return lambda index: [np.asarray(x) for x in compiled(index)]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
     chunks=chunk_lists, group=st.sampled_from([3, 4]), window=st.sampled_from([1, 77, 1000, 2**30]),
     num_kv_heads=st.sampled_from([1, 8]),
@@ -129,9 +129,9 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
             row = tiles[tile[token]]
             assert tile[token] < count
             assert row[SEQUENCE] == s
-            assert row[ROW] + first_row[token] == token * group
+            assert row[ROW] // 8 * 8 + first_row[token] == token * group
             assert first_row[token] + group <= 128
-            position = row[POSITION] + first_row[token] // group
+            position = row[POSITION] + (first_row[token] - row[ROW] % 8) // group
             assert position == contexts[s] - starts[s + 1] + token
             show(token, position, row[FIRST], row[END])
 
@@ -166,7 +166,7 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
         ({"head_dim": 512}, "up to 256 but D is 512"),
         ({"block_size": 24}, "power of two of at least 8, but it is 24"),
         ({"block_size": 4}, "power of two of at least 8, but it is 4"),
-        ({"group": 129}, "up to 128 query heads a KV head but there are 129"),
+        ({"group": 121}, "up to 120 query heads a KV head but there are 121"),
     ],
 )
 def test_what_the_gpu_kernel_cannot_take_is_refused(changes: dict, message: str) -> None:
