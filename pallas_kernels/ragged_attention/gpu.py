@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_attention.gpu_kernel import GRANULE, NUM_COLUMNS, WARPGROUP_ROWS, Spec, attend_tiles
@@ -96,7 +95,8 @@ def ragged_attention_gpu(
 
     common: dict[str, Any] = {
         "group": group, "head_dim": head_dim, "block_size": block_size, "scale": scale, "soft_cap": soft_cap,
-        "has_window": sliding_window is not None, "blocks": tiles.blocks, "dtype": k_cache.dtype, "interpreted": bool(interpret),
+        "has_window": sliding_window is not None, "blocks": tiles.blocks, "dtype": k_cache.dtype,
+        "interpreted": bool(interpret),
     }  # fmt: skip
     window = NO_WINDOW if sliding_window is None else jnp.minimum(sliding_window, NO_WINDOW)
     window = jnp.asarray(window, jnp.int32)
@@ -130,7 +130,8 @@ def ragged_attention_gpu(
         # Rows of the G heads of a KV head side by side; the last tile reaches beyond T.
         rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
         rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))
-        rows = launch(work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)  # [tiles, K, R, D]
+        # [tiles, K, R, D]
+        rows = launch(work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
         first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)) * spec.rows + row[:, None]
         at = first[:, :, None] + jnp.arange(group, dtype=jnp.int32)  # [T, K, G]
         chunk = rows.reshape(-1, head_dim)[at].astype(q.dtype)

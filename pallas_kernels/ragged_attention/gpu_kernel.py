@@ -267,8 +267,8 @@ class _Block:
         self.store(tile, acc / self.along_rows(total, acc.shape), top, total)
 
     def step(
-        self, tile: _Tile, i: jax.Array, steps_before: jax.Array, state: tuple[jax.Array, ...], *, q_buffer: Any, last_seen: jax.Array,
-        slope: jax.Array | None, masked: bool,
+        self, tile: _Tile, i: jax.Array, steps_before: jax.Array, state: tuple[jax.Array, ...], *, q_buffer: Any,
+        last_seen: jax.Array, slope: jax.Array | None, masked: bool,
     ) -> tuple[jax.Array, ...]:  # fmt: skip
         """One step of the online softmax; scores are in units of log2."""
         spec, refs = self.spec, self.refs
@@ -385,10 +385,12 @@ class _Block:
             self.take_turn()
             return scores[...]
 
-        return pl.run_scoped(multiply, plgpu.ACC((queries.shape[0], keys.shape[0]), jnp.float32))
+        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((queries.shape[0], keys.shape[0]), jnp.float32))
 
     def add_product(self, acc: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
         """acc + weights @ values, the weights from registers."""
         if self.spec.interpreted:  # it has neither accumulators that start with a value nor operands in registers
             return acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+        accumulator: Any = plgpu.WGMMAAccumulatorRef.init(acc)
+        result: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(accumulator)
+        return result

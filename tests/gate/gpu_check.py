@@ -239,7 +239,7 @@ def main() -> int:
         compile_once()
         interpret = InterpretGPUParams()
     elif getattr(device, "compute_capability", "") != "9.0":
-        print(f"gpu-check needs a GPU of compute capability 9.0 (H100, H200), but JAX's first device is {device.device_kind}")
+        print(f"gpu-check needs compute capability 9.0 (H100, H200), but JAX's first device is {device.device_kind}")
         return 2
     print(f"{device.device_kind}, jax {jax.__version__}")
 

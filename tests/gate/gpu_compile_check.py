@@ -48,7 +48,10 @@ class Kernel:
 
 @contextlib.contextmanager
 def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
-    """Collects what the assembler says of the Mosaic-GPU kernels that are compiled meanwhile."""
+    """Collects what the assembler says of the Mosaic-GPU kernels that are compiled meanwhile.
+
+    It says nothing of a kernel that an earlier program of this process had in common with this one.
+    """
     with tempfile.TemporaryDirectory() as directory:
         os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": directory}
         try:
@@ -102,9 +105,6 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
     cache_bytes = 2 * cache.size * dtype.itemsize
     words = memory_complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
     words = words or kernel_complaint(kernels, SPILLED_BYTES_WITH_EXTRAS if call.extras else SPILLED_BYTES)
-    expected = 2 if call.num_tokens > 1 else 1
-    if not words and len(kernels) != expected:
-        words = f"the assembler reported {len(kernels)} kernels, not {expected}"
     return memory.temp_size_in_bytes, kernels, words
 
 
@@ -137,7 +137,7 @@ def check_step(hf: dict[str, Any], mesh: Any) -> tuple[int, list[Kernel], str]:
             model, mesh, token_budget=512, max_num_seqs=64, max_context_len=8192, block_size=32, num_blocks=4096
         )
     words = memory_complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
-    if not words and not any("ragged_attention" in kernel.name for kernel in kernels):
+    if not words and "ragged_attention_chunks" not in program.compiled.as_text():
         words = "the GPU kernel was not chosen"
     return program.temporaries, kernels, words or kernel_complaint(kernels, SPILLED_BYTES)
 
