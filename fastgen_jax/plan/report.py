@@ -87,7 +87,7 @@ def make_plan(
         except NoCompiler as error:
             not_compiled = str(error)
         known = [check.temporaries for check in checks if check.temporaries is not None]
-        if len(known) == len(checks):
+        if known and len(known) == len(checks):
             memory = dataclasses.replace(memory, temporaries=max(known))
 
     sequences = memory.num_blocks // blocks_a_sequence

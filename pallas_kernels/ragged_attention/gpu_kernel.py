@@ -16,6 +16,7 @@ border from one tile to the next:
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -69,10 +70,10 @@ class Spec:
         """Queries of a chunk tile. It begins at a granule, so that rows of the query before may come first."""
         return (self.rows - (GRANULE - 1 if self.group % GRANULE else 0)) // self.group
 
-    @property
-    def swizzle(self) -> int:
-        """Bytes: the widest pattern that divides a row of D 16-bit numbers."""
-        return next(width for width in (128, 64, 32) if (2 * self.head_dim) % width == 0)
+    def tiled(self, itemsize: int) -> tuple[Any, Any]:
+        """The layout in shared memory of rows [D]: the widest pattern of bytes that divides one."""
+        swizzle = next(width for width in (128, 64, 32) if (itemsize * self.head_dim) % width == 0)
+        return plgpu.TilingTransform((GRANULE, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
     @property
     def shared_bytes(self) -> int:
@@ -83,11 +84,12 @@ class Spec:
 
 def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
     """Runs in every warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
-    tiled = (plgpu.TilingTransform((8, spec.swizzle // 2)), plgpu.SwizzleTransform(spec.swizzle))
+    tiled = spec.tiled(2)
+    q_shape = (spec.warpgroups, WARPGROUP_ROWS, spec.head_dim)
     ring = (spec.stages, spec.keys, spec.head_dim)
     copies = max(1, spec.keys // spec.block_size)
     scratch: dict[str, Any] = {
-        "q_buffer": plgpu.SMEM((spec.warpgroups, WARPGROUP_ROWS, spec.head_dim), spec.dtype, transforms=tiled),
+        "q_buffer": plgpu.SMEM(q_shape, spec.dtype, transforms=tiled),
         "k_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
         "v_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
         "q_full": plgpu.Barrier(num_barriers=spec.warpgroups),
@@ -100,7 +102,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
         scratch["turn"] = plgpu.Barrier(num_arrivals=spec.warpgroups)
     if spec.partial:
         scratch |= {
-            "out_buffer": plgpu.SMEM((spec.warpgroups, WARPGROUP_ROWS, spec.head_dim), jnp.float32),
+            "out_buffer": plgpu.SMEM(q_shape, jnp.float32, transforms=spec.tiled(4)),
             "lse_buffer": plgpu.SMEM((spec.warpgroups, WARPGROUP_ROWS), jnp.float32),
         }
 
@@ -368,8 +370,9 @@ class _Block:
     def row_vector(self, ref: Any) -> jax.Array:
         if self.spec.interpreted:
             return ref[...]
-        # From global memory, a few bytes a thread, once a tile.
-        return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        # From global memory, a few bytes a thread, once a tile. Newer versions of JAX take no index.
+        index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []
+        return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
     def along_rows(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return lax.broadcast_in_dim(x, shape, [0])

@@ -25,7 +25,7 @@ MIB = 2**20
 KERNEL_TEMPORARIES = 96 * MIB  # results by tile, beside a cache of 500 MiB and more
 STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
 SPILLED_BYTES = 32  # a thread, where nothing is asked for but attention
-SPILLED_BYTES_WITH_EXTRAS = 256  # soft cap, window, ALiBi and sinks at once
+SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks at once, or an accumulator of 256 columns
 SHARED_BYTES = 232448  # what a thread block of an H100 can have
 
 # Not for this kernel: the float32 cache, and tables beyond what is worth a check.
@@ -104,7 +104,8 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
         memory = compile_lowered(lowered).memory_analysis()
     cache_bytes = 2 * cache.size * dtype.itemsize
     words = memory_complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
-    words = words or kernel_complaint(kernels, SPILLED_BYTES_WITH_EXTRAS if call.extras else SPILLED_BYTES)
+    tight = call.extras or call.head_dim > 128
+    words = words or kernel_complaint(kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES)
     return memory.temp_size_in_bytes, kernels, words
 
 
