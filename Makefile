@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all soak check tpu-check clean
+.PHONY: demo test test-all soak check tpu-check gpu-compile-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
@@ -39,6 +39,26 @@ $(TPU_DIR)/.installed: $(STAMP)
 	  "$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
 	touch $@
 
+# So does XLA's GPU compiler with NVIDIA's assembler: 1.4 GB, without the libraries that only a running GPU needs.
+GPU_VENV ?= .venv-gpu
+gpu-compile-check:
+	if $(MAKE) --silent $(GPU_VENV)/.installed; \
+	then JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m tests.gate.gpu_compile_check; \
+	else echo 'gpu-compile-check SKIPPED: the CUDA plugin of jax cannot be installed here'; fi
+
+$(GPU_VENV)/.installed: pyproject.toml
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	version=$$($(GPU_VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" nvidia-cuda-nvcc nvidia-nvvm
+	touch $@
+
+# On a machine with an H100: the kernels against the reference, then against bandwidth, matmul peak and other libraries.
+gpu-check: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
+	$(BIN)/python -m tests.gate.gpu_check
+
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgen_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,4 +75,4 @@ $(VENV)/.dev: $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TPU_DIR)
+	rm -rf $(VENV) $(TPU_DIR) $(GPU_VENV)

@@ -77,7 +77,7 @@ class EngineConfig:
             "quantize": ("int8", None),
             "kv_dtype": ("float32", "bfloat16", "float16", *QUANTIZED_DTYPES, None),
             "policy": tuple(POLICIES),
-            "attention": ("reference", "xla", "cpu", "tpu", None),
+            "attention": ("reference", "xla", "cpu", "tpu", "gpu", None),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -7,6 +7,10 @@ import dataclasses
 GIB = 2**30
 
 
+class NoCompiler(ValueError):  # noqa: N818 (what is missing)
+    """The compiler for a kind of device is not installed here; the message says how to get it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
     """Limits of one device."""
@@ -20,7 +24,7 @@ class Device:
 
 
 # TPU: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x, per JAX device: a v4 or v5p chip is one, half a TPU7x chip.
-# H100 SXM: NVIDIA's data sheet, dense.
+# H100 SXM, A100 SXM: NVIDIA's data sheets, dense; NVLink in one direction.
 DEVICES = {
     device.kind: device
     for device in (
@@ -30,6 +34,7 @@ DEVICES = {
         Device(kind="v6e", platform="tpu", memory=32 * GIB, bandwidth=1.64e12, flops=918e12, link=224e9),
         Device(kind="tpu7x", platform="tpu", memory=96 * GIB, bandwidth=3.69e12, flops=1154e12, link=300e9),
         Device(kind="h100", platform="cuda", memory=80 * GIB, bandwidth=3.35e12, flops=989e12, link=450e9),
+        Device(kind="a100", platform="cuda", memory=80 * GIB, bandwidth=2.039e12, flops=312e12, link=300e9),
     )
 }
 
@@ -56,7 +61,7 @@ def parse_topology(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     sizes = shape.split("x") if shape else ["1"]
     if kind not in DEVICES or not all(size.isdigit() and int(size) > 0 for size in sizes):
-        examples = "v4:2x2x1, v5e:2x4, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1, h100:8"
+        examples = "v4:2x2x1, v5e:2x4, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1, h100:8, a100:4"
         raise ValueError(f"topology is {name!r}; it must be a kind among {', '.join(DEVICES)} and a shape, as in {examples}")
     if kind in ("v4", "v5p", "tpu7x") and len(sizes) == 2:
         sizes.append("1")  # these are cubes

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from fastgen_jax.engine.sampling import init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import init_params
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
-from fastgen_jax.plan.devices import Topology
+from fastgen_jax.plan.devices import NoCompiler, Topology
 
 # An asynchronous one is counted where it starts.
 _COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
@@ -47,21 +48,39 @@ class DoesNotCompile(Exception):  # noqa: N818 (an answer, not a fault)
 
 
 def deviceless_mesh(topology: Topology, num_devices: int | None = None) -> Mesh:
-    """A mesh of devices that only a compiler knows; ValueError if that compiler is not installed."""
+    """A mesh of devices that only a compiler knows.
+
+    Raises NoCompiler if that compiler is not installed, ValueError if it does not know the topology.
+    """
     # Two processes may both compile; without these libtpu holds a lock, and asks the network what machine it is on.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    if topology.device.platform != "tpu":
-        raise ValueError(f"{topology.name} has no compile check yet; only TPUs have")
-    name = f"{topology.device.kind}:{'x'.join(map(str, topology.shape))}"
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # libtpu raises errors of several kinds
-        if "libtpu" in str(error) or "Unknown backend" in str(error) or "not found" in str(error):
-            raise ValueError(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]'") from error
-        raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
+    # The CUDA plugin is asked to compile, not to run: cuDNN and cuBLAS need not be there.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    devices = _tpus(topology) if topology.device.platform == "tpu" else _gpus(topology)
     devices = devices[: num_devices or len(devices)]
     return tensor_mesh(devices)
+
+
+def _tpus(topology: Topology) -> list[Any]:
+    name = f"{topology.device.kind}:{'x'.join(map(str, topology.shape))}"
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # libtpu raises errors of several kinds
+        if "libtpu" in str(error) or "Unknown backend" in str(error) or "not found" in str(error):
+            raise NoCompiler(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]'") from error
+        raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
+
+
+def _gpus(topology: Topology) -> list[Any]:
+    target = (Path(__file__).parent / "targets" / f"{topology.device.kind}.txtpb").read_text()
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology=f"1x1x{topology.num_devices}", target_config=target
+        ).devices
+    except Exception as error:  # of several kinds, none of them public
+        reason = str(error).splitlines()[0]
+        raise NoCompiler(f"no CUDA compiler here ({reason}); pip install 'fastgen_jax[cuda]'") from error
 
 
 @contextlib.contextmanager
@@ -98,7 +117,8 @@ def compile_step(
     cache = jax.eval_shape(
         lambda: KVCache.zeros(
             num_layers=model.num_layers, num_blocks=num_blocks, num_kv_heads=model.num_kv_heads,
-            block_size=block_size, head_dim=stored_head_dim(model.head_dim, "tpu"), dtype=kv_dtype or dtype,
+            block_size=block_size, head_dim=stored_head_dim(model.head_dim, mesh.devices.flat[0].platform),
+            dtype=kv_dtype or dtype,
         )
     )
     state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))

@@ -12,7 +12,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.plan import estimate
-from fastgen_jax.plan.devices import DEVICES, GIB, Topology, parse_topology
+from fastgen_jax.plan.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
 from fastgen_jax.plan.estimate import Memory, StepTime
 
 
@@ -43,6 +43,7 @@ class Plan:
     steps: tuple[StepTime, ...]
     checks: tuple[CompileCheck, ...]
     advice: tuple[str, ...]
+    not_compiled: str  # why there are no checks where they were asked for; ""
 
     @property
     def fits(self) -> bool:
@@ -77,14 +78,18 @@ def make_plan(
         block=estimate.block_bytes(model, devices, block_size=block_size, kv_dtype=jnp.dtype(kv_dtype)),
     )
     checks: tuple[CompileCheck, ...] = ()
-    if compile and devices.device.platform == "tpu" and memory.num_blocks >= blocks_a_sequence:
-        checks = tuple(
-            _check(model, devices, budget, memory, max_num_seqs=max_num_seqs, context=context, block_size=block_size,
-                   dtype=dtype, kv_dtype=kv_dtype)
-            for budget in budgets
-        )
+    not_compiled = ""
+    if compile and memory.num_blocks >= blocks_a_sequence:
+        try:
+            checks = tuple(
+                _check(model, devices, budget, memory, max_num_seqs=max_num_seqs, context=context,
+                       block_size=block_size, dtype=dtype, kv_dtype=kv_dtype)
+                for budget in budgets
+            )
+        except NoCompiler as error:
+            not_compiled = str(error)
         known = [check.temporaries for check in checks if check.temporaries is not None]
-        if len(known) == len(checks):
+        if known and len(known) == len(checks):
             memory = dataclasses.replace(memory, temporaries=max(known))
 
     sequences = memory.num_blocks // blocks_a_sequence
@@ -104,6 +109,7 @@ def make_plan(
         ),
         advice=_advice(model, devices, memory, context=context, block_size=block_size, itemsize=itemsize,
                        max_num_seqs=max_num_seqs, sequences=sequences),
+        not_compiled=not_compiled,
     )
 
 
@@ -196,5 +202,7 @@ def table(plan: Plan) -> str:
             else:
                 lines.append(f"  {check.token_budget:7} {check.seconds:6.1f} s, temporaries "
                              f"{(check.temporaries or 0) / 2**20:.0f} MiB, {check.words or 'KV cache updated in place'}")
+    if plan.not_compiled:
+        lines += ["", f"not compiled: {plan.not_compiled}"]
     lines += ["", "it fits" if plan.fits else "it does not fit", *(f"  try {line}" for line in plan.advice)]
     return "\n".join(lines)

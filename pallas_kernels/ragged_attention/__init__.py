@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention import contract, cpu, tpu_support
+from pallas_kernels.ragged_attention import contract, cpu, gpu_support, tpu_support
 from pallas_kernels.ragged_attention.cpu import ragged_attention_cpu
 from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
@@ -27,11 +27,19 @@ def _ragged_attention_tpu(*arrays: Any, **options: Any) -> tuple[jax.Array, Cach
     return ragged_attention_tpu(*arrays, **options)
 
 
+def _ragged_attention_gpu(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`gpu.ragged_attention_gpu`, imported when it is first asked for."""
+    from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
+
+    return ragged_attention_gpu(*arrays, **options)
+
+
 IMPLEMENTATIONS = {
     "reference": ragged_attention_reference,
     "xla": ragged_attention_xla,
     "cpu": ragged_attention_cpu,
     "tpu": _ragged_attention_tpu,
+    "gpu": _ragged_attention_gpu,
 }
 
 
@@ -83,6 +91,7 @@ def ragged_attention(
       implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
         for: "cpu" on a CPU where a C++ compiler was found and the cache is float32 or bfloat16; "tpu" on a TPU where
         the cache fits it (float32, bfloat16 or 8 bits, D a multiple of 128, B a power of two of at least 8, 16 or 128);
+        "gpu" on a GPU of compute capability 9.0 (bfloat16 or float16, D a multiple of 16 up to 256, B a power of two);
         else "xla".
 
     Returns:
@@ -122,12 +131,13 @@ def ragged_attention(
     operands = (q, k, v, k_cache, v_cache, arrays)
     if implementation is not None:
         return run(implementation)(*operands)
-    # A kernel for another platform gets its line here.
     kernels = {}
     if k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
         kernels["cpu"] = run("cpu")
     if tpu_support.may_be_lowered() and tpu_support.unsupported(k_cache, block_tables.shape[1]) is None:
         kernels["tpu"] = run("tpu")
+    if gpu_support.may_be_lowered() and gpu_support.unsupported(k_cache, q.shape[1]) is None:
+        kernels["cuda"] = run("gpu")
     return jax.lax.platform_dependent(*operands, **kernels, default=run("xla"))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from fastgen_jax.cli import main
-from fastgen_jax.plan.devices import GIB, parse_topology
+from fastgen_jax.plan.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.plan.estimate import weight_bytes
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
@@ -103,3 +105,35 @@ def test_weights_are_divided_but_for_what_every_device_needs() -> None:
     model = family_of("LlamaForCausalLM").config_from_hf(LLAMA_3_8B)
     norms = 2 * 65 * 4096
     assert weight_bytes(model, 8, 2) == (model_bytes - norms) // 8 + norms
+
+
+def test_gpus_are_planned_by_the_roofline_where_there_is_no_cuda_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen_jax.plan import program
+    from fastgen_jax.plan.devices import NoCompiler
+
+    def missing(*arguments: object, **options: object) -> None:
+        raise NoCompiler("no CUDA compiler here (topology not implemented for cuda); pip install 'fastgen_jax[cuda]'")
+
+    monkeypatch.setattr(program, "deviceless_mesh", missing)
+    made = make_plan(
+        LLAMA_3_8B, topology="a100", context=4096, budgets=[512], max_num_seqs=64, block_size=32, dtype="bfloat16",
+        compile=True,
+    )  # fmt: skip
+    assert made.fits
+    assert made.checks == ()
+    assert "not compiled: no CUDA compiler here" in table(made)
+    assert made.steps[0].compute > 2 * 7e9 * 512 / 312e12
+    h100 = plan(LLAMA_3_8B, "h100", context=4096, budgets=[512])
+    assert h100.not_compiled == ""  # nobody asked
+    assert h100.steps[0].seconds < made.steps[0].seconds
+
+
+@pytest.mark.parametrize("kind", [device.kind for device in DEVICES.values() if device.platform == "cuda"])
+def test_every_gpu_has_a_description_for_its_compiler(kind: str) -> None:
+    from fastgen_jax.plan import program
+
+    text = (Path(program.__file__).parent / "targets" / f"{kind}.txtpb").read_text()
+    assert kind.upper() in text
+    memory = int(re.findall(r"device_memory_size: (\d+)", text)[0])
+    assert 0.95 * DEVICES[kind].memory < memory <= DEVICES[kind].memory
+    assert int(re.findall(r"memory_bandwidth: (\d+)", text)[0]) == pytest.approx(DEVICES[kind].bandwidth, rel=0.01)

@@ -1,0 +1,286 @@
+"""What only a GPU can tell: `make gpu-check` on a machine with an H100 or H200, under ten minutes.
+
+First every variant of the GPU kernel against the reference, on the device. Then its time: single queries against the memory
+bandwidth that a copy reaches, prompt chunks against the rate that a matrix product reaches, and both against cuDNN through
+`jax.nn.dot_product_attention` and PyTorch's `scaled_dot_product_attention` (where torch with CUDA is installed), which get
+the same keys in dense arrays. With `--tiny` it runs anywhere, in Pallas' interpreter, to see that this script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Before JAX starts: the interpreter of `--tiny` needs more threads than there may be cores.
+if "--tiny" in sys.argv:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ragged_attention.gpu import modelled, ragged_attention_gpu
+from pallas_kernels.ragged_attention.reference import ragged_attention_reference
+from tests.gate.shapes import Call
+from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
+
+DECODE_TARGET, PROMPT_TARGET = 0.8, 0.6  # of measured bandwidth, of the measured rate of matrix products
+TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
+TINY = "--tiny" in sys.argv
+ROUNDS, REPEATS = (1, 1) if TINY else (5, 10)
+
+# Unused rows, chunks of one token, chunks that end at the border of a block, contexts of many steps.
+CHUNKS = [(1, 4000), (0, 0), (40, 200), (1, 5), (3, 3), (32, 64), (1, 1024), (1, 1), (200, 1500), (130, 130)]
+TINY_CHUNKS = [(1, 150), (0, 0), (5, 70), (2, 2)]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "float16": {"dtype": jnp.float16},
+    "one head": {"num_kv_heads": 8, "group": 1},
+    "GQA 3": {"group": 3},
+    "GQA 71": {"num_kv_heads": 1, "group": 71, "head_dim": 64},
+    "D=64": {"head_dim": 64},
+    "D=80": {"head_dim": 80},
+    "D=96": {"head_dim": 96},
+    "D=256": {"head_dim": 256},
+    "B=8": {"block_size": 8},
+    "B=128": {"block_size": 128},
+    "B=256": {"block_size": 256},
+    "window": {"sliding_window": 100},
+    "window beyond the contexts": {"sliding_window": 2**31 - 1},
+    "soft cap": {"soft_cap": 5.0},
+    "ALiBi": {"alibi": True},
+    "sinks": {"sinks": True},
+    "all": {"sliding_window": 300, "soft_cap": 5.0, "alibi": True, "sinks": True, "group": 3},
+}
+
+
+def kernel(head_dim: int, interpret: Any) -> Callable[..., Any]:
+    """The kernel as it is used, or interpreted with few thread blocks."""
+    if not interpret:
+        return ragged_attention_gpu
+    tiles = dataclasses.replace(modelled(head_dim), blocks=2, pieces=4)
+    return functools.partial(ragged_attention_gpu, tiles=tiles, interpret=interpret)
+
+
+def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], interpret: Any) -> float:
+    """The largest difference from the reference over its tolerance; NaN where unused KV got into a result."""
+    options = dict(options)
+    scoring = {name: options.pop(name) for name in ("sliding_window", "soft_cap") if name in options}
+    alibi, sinks = options.pop("alibi", False), options.pop("sinks", False)
+    shape = {"num_kv_heads": 2, "group": 4, "head_dim": 128, "block_size": 32, "dtype": jnp.bfloat16} | options
+    batch = make_batch(chunks, **shape)
+    heads, dtype = shape["num_kv_heads"] * shape["group"], jnp.dtype(shape["dtype"])
+    for name in ("q", "k", "v"):
+        batch.arrays[name] = batch.arrays[name].astype(dtype)
+    extras = {"alibi_slopes": jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)} if alibi else {}
+    extras |= {"sinks": jnp.asarray(np.linspace(-3, 6, heads), jnp.float32)} if sinks else {}
+    arguments = batch.arguments()
+    static = {name: arguments.pop(name) for name in ("scale", "num_blocks", "layer")} | scoring
+    results = [
+        jax.jit(functools.partial(function, **static))(**arguments, **extras)
+        for function in (ragged_attention_reference, kernel(shape["head_dim"], interpret))
+    ]
+    (expected, *caches), (out, *ours) = [[np.asarray(x, np.float32) for x in result] for result in results]
+    for mine, theirs in zip(ours, caches, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    return float(np.max(np.abs(out - expected))) / TOLERANCE[dtype.name]
+
+
+def seconds(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
+    """Of one call: the median of some, each of which is waited for after several were started."""
+    wait(call())
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            result = call()
+        wait(result)
+        times.append((time.perf_counter() - start) / REPEATS)
+    return statistics.median(times)
+
+
+def measured_bandwidth(size: int) -> float:
+    """Bytes a second that reading one array and writing another move."""
+    x = jnp.ones((size,), jnp.bfloat16)
+    add = jax.jit(lambda x: x + jnp.bfloat16(1))
+    return 2 * x.nbytes / seconds(lambda: add(x))
+
+
+def measured_peak(n: int) -> float:
+    """Operations a second of a product of bfloat16 matrices."""
+    key = jax.random.key(0)
+    a, b = (jax.random.normal(k, (n, n), jnp.bfloat16) for k in jax.random.split(key))
+    multiply = jax.jit(lambda a, b: a @ b)
+    return 2 * n**3 / seconds(lambda: multiply(a, b))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a call cannot avoid."""
+
+    bytes: int  # keys and values
+    flops: int  # both products, only for keys that are seen
+
+
+def work_of(call: Call) -> Work:
+    decode = call.num_tokens == call.num_sequences
+    keys = call.num_sequences * call.context
+    seen = keys if decode else call.num_tokens * call.context - call.num_tokens * (call.num_tokens - 1) // 2
+    return Work(bytes=4 * keys * call.num_kv_heads * call.head_dim, flops=4 * seen * call.num_heads * call.head_dim)
+
+
+def ours(call: Call, interpret: Any) -> Callable[[], Any]:
+    """A call of the kernel on a cache of its own, whose blocks are dealt out in random order."""
+    rng = np.random.default_rng(0)
+    s, blocks = call.num_sequences, -(-call.context // call.block_size)
+    dtype = jnp.dtype(call.dtype)
+    key = jax.random.key(0)
+    shape = (s * blocks, call.num_kv_heads, call.block_size, call.head_dim)
+    caches = [jax.random.normal(k, shape, dtype) for k in jax.random.split(key)]
+    new = jax.random.normal(key, (call.num_tokens, call.num_kv_heads, call.head_dim), dtype)
+    q = jax.random.normal(key, (call.num_tokens, call.num_heads, call.head_dim), dtype)
+    tables = rng.permutation(s * blocks).astype(np.int32).reshape(s, blocks)
+    length = call.num_tokens // s
+    positions = call.context - length + np.arange(length)
+    slots = tables[:, positions // call.block_size] * call.block_size + positions % call.block_size
+    index = {
+        "kv_slots": jnp.asarray(slots.reshape(-1), jnp.int32),
+        "query_starts": jnp.arange(s + 1, dtype=jnp.int32) * length,
+        "context_lens": jnp.full((s,), call.context, jnp.int32), "block_tables": jnp.asarray(tables),
+    }  # fmt: skip
+    attend = jax.jit(
+        functools.partial(
+            kernel(call.head_dim, interpret), layer=0, num_blocks=s * blocks, scale=call.head_dim**-0.5
+        ),
+        donate_argnums=(3, 4),
+    )
+
+    def run() -> Any:
+        out, *caches[:] = attend(q, new, new, *caches, **index)
+        return out
+
+    return run
+
+
+def cudnn(call: Call) -> Callable[[], Any]:
+    """Attention of a dense batch of the same lengths by cuDNN; raises what JAX raises where that is not to be had."""
+    s, length = call.num_sequences, call.num_tokens // call.num_sequences
+    key, dtype = jax.random.key(0), jnp.dtype(call.dtype)
+    q = jax.random.normal(key, (s, length, call.num_heads, call.head_dim), dtype)
+    k, v = (
+        jax.random.normal(x, (s, call.context, call.num_kv_heads, call.head_dim), dtype) for x in jax.random.split(key)
+    )
+
+    # cuDNN's causal mask begins at the first key, so a chunk at the end of a context is given as a bias.
+    causal = jnp.arange(call.context)[None, :] <= (call.context - length + jnp.arange(length))[:, None]
+    mask = causal[None, None] if length > 1 else None
+    attend = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"))
+    return lambda: attend(q, k, v)
+
+
+def torch_sdpa(call: Call) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """The same in PyTorch; raises ImportError or RuntimeError where torch has no GPU."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
+    s, length = call.num_sequences, call.num_tokens // call.num_sequences
+    dtype = getattr(torch, call.dtype)
+    q = torch.randn(s, call.num_heads, length, call.head_dim, device="cuda", dtype=dtype)
+    k, v = (torch.randn(s, call.num_kv_heads, call.context, call.head_dim, device="cuda", dtype=dtype) for _ in range(2))
+    mask = None
+    if length > 1:
+        last = call.context - length + torch.arange(length, device="cuda")
+        mask = torch.arange(call.context, device="cuda")[None, :] <= last[:, None]
+
+    def run() -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    return run, lambda _: torch.cuda.synchronize()
+
+
+def calls(tiny: bool) -> list[Call]:
+    if tiny:
+        return [Call(name="decode 2 x 64", num_tokens=2, num_sequences=2, context=64, num_heads=4, num_kv_heads=1),
+                Call(name="prompt 16, context 64", num_tokens=16, num_sequences=1, context=64, num_heads=4,
+                     num_kv_heads=1)]  # fmt: skip
+    decode = [
+        Call(name=f"decode {s} x {context}", num_tokens=s, num_sequences=s, context=context)
+        for s in (64, 256) for context in (1024, 2048, 4096, 8192)
+    ]  # fmt: skip
+    return [*decode, Call(name="prompt 2048, context 4096", num_tokens=2048, num_sequences=1, context=4096)]
+
+
+def other(measure: Callable[[], float]) -> str:
+    """Microseconds, or the first words of why there are none."""
+    try:
+        return f"{1e6 * measure():10.0f}"
+    except Exception as error:  # another library's: the table says why and goes on
+        return f"{type(error).__name__[:10]:>10}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
+    parser.add_argument("--tiny", action="store_true", help="small shapes in the interpreter, to see that this works")
+    parser.add_argument("--only", default="", help="run the variants and calls whose name holds this")
+    options = parser.parse_args()
+    device, interpret = jax.devices()[0], False
+    if options.tiny:
+        from tests.pallas_kernels.ragged_attention.gpu_interpreter import InterpretGPUParams, compile_once
+
+        compile_once()
+        interpret = InterpretGPUParams()
+    elif getattr(device, "compute_capability", "") != "9.0":
+        print(f"gpu-check needs compute capability 9.0 (H100, H200), but JAX's first device is {device.device_kind}")
+        return 2
+    print(f"{device.device_kind}, jax {jax.__version__}")
+
+    failed = 0
+    print("\nagainst the reference, the largest difference over its tolerance")
+    for name, variant in VARIANTS.items():
+        if options.only not in name or (options.tiny and not options.only and name not in ("plain", "all")):
+            continue
+        try:
+            difference = check_variant(variant, TINY_CHUNKS if options.tiny else CHUNKS, interpret)
+            words = "" if difference <= 1 else "WRONG"
+        except Exception as error:  # the other variants are to be seen as well
+            difference, words = float("nan"), f"FAILED {type(error).__name__}: {error}"[:300]
+        failed += bool(words)
+        print(f"  {name:28} {difference:6.3f}  {words}", flush=True)
+
+    bandwidth = measured_bandwidth(2**20 if options.tiny else 2**30)
+    peak = measured_peak(256 if options.tiny else 8192)
+    print(f"\nmeasured: {bandwidth / 1e9:,.0f} GB/s of a copy, {peak / 1e12:,.1f} TFLOP/s of a matrix product")
+    print(f"  {'':26} {'us':>10} {'cuDNN us':>10} {'torch us':>10} {'reached':>8} {'target':>7}")
+    for call in calls(options.tiny):
+        if options.only not in call.name:
+            continue
+        try:
+            took = seconds(ours(call, interpret))
+        except Exception as error:  # out of memory, say: the other shapes are to be seen as well
+            failed += 1
+            print(f"  {call.name:26} FAILED {type(error).__name__}: {error}"[:300], flush=True)
+            continue
+        work = work_of(call)
+        decode = call.num_tokens == call.num_sequences
+        reached = work.bytes / took / bandwidth if decode else work.flops / took / peak
+        target = DECODE_TARGET if decode else PROMPT_TARGET
+        missed = reached < target and not options.tiny
+        failed += missed
+        theirs = other(lambda call=call: seconds(cudnn(call))), other(lambda call=call: seconds(*torch_sdpa(call)))
+        print(f"  {call.name:26} {1e6 * took:10.0f} {theirs[0]} {theirs[1]} {100 * reached:7.1f}% {100 * target:6.0f}%"
+              f"{'  MISSED' if missed else ''}", flush=True)
+    print("all passed" if not failed else f"{failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

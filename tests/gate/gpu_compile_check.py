@@ -1,0 +1,215 @@
+"""What one would otherwise learn on a rented GPU: `make gpu-compile-check` compiles for an H100 (sm_90a), here.
+
+A check fails if its program does not compile, copies the KV cache, takes more temporary memory than the bound, if a kernel
+spills more registers than a few, or if the assembler had to serialise its matrix instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.gate.shapes import CALLS, LLAMA_3_8B, LLAMA_3_70B, Call
+
+MIB = 2**20
+KERNEL_TEMPORARIES = 96 * MIB  # results by tile, beside a cache of 500 MiB and more
+STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
+SPILLED_BYTES = 32  # a thread, where nothing is asked for but attention
+SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks at once, or an accumulator of 256 columns
+SHARED_BYTES = 232448  # what a thread block of an H100 can have
+
+# Not for this kernel: the float32 cache, and tables beyond what is worth a check.
+GPU_CALLS = (*(call for call in CALLS if call.dtype != "float32" and call.context < 2**20),
+             Call(name="heads of 64, float16", num_tokens=512, head_dim=64, dtype="float16"),
+             Call(name="heads of 80", num_tokens=512, head_dim=80),
+             Call(name="heads of 96, B=8", num_tokens=512, head_dim=96, block_size=8),
+             Call(name="window alone", num_tokens=512, window=1024))  # fmt: skip
+
+
+@dataclasses.dataclass(kw_only=True)
+class Kernel:
+    """What the assembler says of a kernel."""
+
+    name: str
+    registers: int
+    spilled: int  # bytes a thread
+    serialised: bool  # whether matrix instructions wait for one another
+
+
+@contextlib.contextmanager
+def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
+    """Collects what the assembler says of the Mosaic-GPU kernels that are compiled meanwhile.
+
+    It says nothing of a kernel that an earlier program of this process had in common with this one.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": directory}
+        try:
+            yield
+        finally:
+            del os.environ["MOSAIC_GPU_DUMP_PTXAS"], os.environ["MOSAIC_GPU_DUMP_TO"]
+        for path in sorted(Path(directory).glob("*.ptxas")):
+            text = path.read_text()
+            (registers,) = re.findall(r"Used (\d+) registers", text)
+            spilled = re.findall(r"(\d+) bytes spill stores", text)[-1]  # a warning, if there is one, comes before
+            kernels.append(
+                Kernel(
+                    name=re.sub(r"_\d+$", "", path.stem), registers=int(registers), spilled=int(spilled),
+                    serialised="wgmma.mma_async instructions are serialized" in text,
+                )
+            )  # fmt: skip
+
+
+def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list[Kernel], str]:
+    """Compiles one call; returns the bytes of temporaries, its kernels and a complaint, "" if there is none."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from fastgen_jax.plan.program import compile_lowered, lowering_for
+    from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+
+    dtype = jnp.dtype(call.dtype)
+    max_blocks = call.context // call.block_size
+    num_blocks = min(call.num_sequences, 32) * max_blocks
+    new = array((call.num_tokens, call.num_kv_heads, call.head_dim), dtype)
+    cache = array((num_blocks, call.num_kv_heads, call.block_size, call.head_dim), dtype)
+    extras = {name: array((call.num_heads,), jnp.float32) for name in ("alibi_slopes", "sinks") if call.extras}
+    attention = functools.partial(
+        ragged_attention_gpu, layer=0, num_blocks=num_blocks, scale=0.1, sliding_window=call.window,
+        soft_cap=call.soft_cap, tiles=tiles,
+    )  # fmt: skip
+    kernels: list[Kernel] = []
+    with lowering_for(mesh), assembler_reports(kernels):
+        lowered = jax.jit(attention, donate_argnums=(3, 4)).lower(
+            array((call.num_tokens, call.num_heads, call.head_dim), dtype), new, new, cache, cache,
+            kv_slots=array((call.num_tokens,)), query_starts=array((call.num_sequences + 1,)),
+            context_lens=array((call.num_sequences,)), block_tables=array((call.num_sequences, max_blocks)), **extras,
+        )  # fmt: skip
+        memory = compile_lowered(lowered).memory_analysis()
+    cache_bytes = 2 * cache.size * dtype.itemsize
+    words = memory_complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
+    tight = call.extras or call.head_dim > 128
+    words = words or kernel_complaint(kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES)
+    return memory.temp_size_in_bytes, kernels, words
+
+
+def memory_complaint(memory: Any, cache_bytes: int, bound: int) -> str:
+    if memory.alias_size_in_bytes < cache_bytes:
+        return f"the KV cache is copied: {memory.alias_size_in_bytes} of its {cache_bytes} bytes are aliased"
+    if memory.temp_size_in_bytes > bound:
+        return f"temporaries of {memory.temp_size_in_bytes / MIB:.0f} MiB exceed the bound of {bound / MIB:.0f} MiB"
+    return ""
+
+
+def kernel_complaint(kernels: list[Kernel], spilled: int) -> str:
+    for kernel in kernels:
+        if kernel.spilled > spilled:
+            return f"{kernel.name} spills {kernel.spilled} bytes a thread, more than {spilled}"
+        if kernel.serialised:
+            return f"the matrix instructions of {kernel.name} are serialised"
+    return ""
+
+
+def check_step(hf: dict[str, Any], mesh: Any) -> tuple[int, list[Kernel], str]:
+    """The whole step: the kernel must have been chosen, the cache updated in place."""
+    from fastgen_jax.models.families import family_of
+    from fastgen_jax.plan.program import compile_step
+
+    model = family_of(hf["architectures"][0]).config_from_hf(hf)
+    kernels: list[Kernel] = []
+    with assembler_reports(kernels):
+        program = compile_step(
+            model, mesh, token_budget=512, max_num_seqs=64, max_context_len=8192, block_size=32, num_blocks=4096
+        )
+    words = memory_complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
+    if not words and "ragged_attention_chunks" not in program.compiled.as_text():
+        words = "the GPU kernel was not chosen"
+    return program.temporaries, kernels, words or kernel_complaint(kernels, SPILLED_BYTES)
+
+
+def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
+    """The gate must be able to fail: a tile beyond shared memory is refused."""
+    from pallas_kernels.ragged_attention.gpu import modelled
+
+    tiles = dataclasses.replace(modelled(128), chunk_stages=6)
+    try:
+        check_kernel(Call(name="too large", num_tokens=64), mesh, tiles=tiles)
+    except Exception as error:  # of the lowering, before there is a compiler's error to speak of
+        return 0, [], "" if "shared memory" in str(error) else f"refused, but not for shared memory: {error}"
+    return 0, [], f"a tile of 400 KiB was accepted in {SHARED_BYTES} bytes of shared memory"
+
+
+def check_spills(mesh: Any) -> tuple[int, list[Kernel], str]:
+    """A tile whose scores do not fit beside the accumulator compiles, slowly: the gate must see its spills."""
+    from pallas_kernels.ragged_attention.gpu import modelled
+
+    call = Call(name="spills", num_tokens=64, num_heads=8, num_kv_heads=4, head_dim=256)
+    tiles = dataclasses.replace(modelled(256), chunk_keys=128, chunk_stages=1)
+    *rest, words = check_kernel(call, mesh, tiles=tiles)
+    return *rest, "" if "spills" in words else f"256 scores and accumulators a thread went unnoticed ({words!r})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
+    parser.add_argument("--only", default="", help="run the checks whose name holds this")
+    parser.add_argument("--seconds", type=float, default=900.0, help="time for all; what is not reached is named")
+    options = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from fastgen_jax.plan.devices import NoCompiler, parse_topology
+    from fastgen_jax.plan.program import deviceless_mesh
+
+    try:
+        one, eight = (deviceless_mesh(parse_topology(name)) for name in ("h100:1", "h100:8"))
+    except NoCompiler as error:
+        print(f"gpu-compile-check SKIPPED: {error}")
+        return 0
+    checks: dict[str, Callable[[], tuple[int, list[Kernel], str]]] = {
+        f"attention: {call.name}": functools.partial(check_kernel, call, one) for call in GPU_CALLS
+    }
+    checks["a too large tile is refused"] = functools.partial(check_refusal, one)
+    checks["spilled registers are seen"] = functools.partial(check_spills, one)
+    checks["step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, one)
+    checks["step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight)
+
+    deadline = time.monotonic() + options.seconds
+    failed = 0
+    print(f"{'check':42} {'CPU':>8} {'temporaries':>12}  registers and spilled bytes")
+    for name, check in checks.items():
+        if options.only not in name:
+            continue
+        if time.monotonic() > deadline:
+            failed += 1
+            print(f"{name:42} not reached in {options.seconds:.0f} s")
+            continue
+        start = time.process_time()
+        temporaries, kernels, words = 0, [], ""
+        try:
+            temporaries, kernels, words = check()
+        except Exception as error:  # whatever the compiler or the lowering says, the next check is independent of it
+            words = f"{type(error).__name__}: {error}"[:600]
+        failed += bool(words)
+        figures = ", ".join(f"{k.name.removeprefix('ragged_attention_')} {k.registers}/{k.spilled}" for k in kernels)
+        print(f"{name:42} {time.process_time() - start:6.1f} s {temporaries / MIB:8.0f} MiB  {figures}"
+              f"{'  FAILED ' + words if words else ''}", flush=True)
+    print("all passed" if not failed else f"{failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Compares the GPU kernel, run in Pallas' Mosaic-GPU interpreter, with the reference. A process of its own:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.pallas_kernels.ragged_attention.gpu_interpreter quick
+
+The interpreter runs every warpgroup in a thread that waits inside a callback, so XLA's pool, which has as many threads as
+there are cores or devices, must have more than two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src import core
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels.ragged_attention.gpu import GpuTiles, ragged_attention_gpu
+from pallas_kernels.ragged_attention.reference import ragged_attention_reference
+from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
+
+NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 330  # contexts of three steps and more
+# Weights are rounded to the dtype of the cache before they meet the values, and so are the results.
+TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
+NO_WINDOW = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    num_kv_heads: int = 2
+    group: int = 3
+    head_dim: int = 64
+    block_size: int = 16
+    soft_cap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    window: bool = True
+    dtype: str = "bfloat16"
+    chunk_keys: int = 64
+    single_keys: int = 64
+    stages: int = 2
+    blocks: int = 3
+    pieces: int = 12
+
+    @property
+    def tiles(self) -> GpuTiles:
+        return GpuTiles(
+            chunk_keys=self.chunk_keys, chunk_stages=self.stages, single_keys=self.single_keys, single_stages=self.stages,
+            pieces=self.pieces, min_piece=64, blocks=self.blocks,
+        )  # fmt: skip
+
+    def options(self) -> dict[str, Any]:
+        heads = self.num_kv_heads * self.group
+        options: dict[str, Any] = {}
+        if self.alibi:
+            options["alibi_slopes"] = jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)
+        if self.sinks:
+            options["sinks"] = jnp.asarray(np.linspace(-3, 6, heads), jnp.float32)
+        return options
+
+
+QUICK = [Case(soft_cap=5.0, sinks=True)]
+ALL = [
+    *QUICK,
+    Case(window=False, chunk_keys=128),
+    Case(num_kv_heads=1, group=4, head_dim=128, block_size=32, alibi=True, chunk_keys=128, single_keys=128),
+    Case(num_kv_heads=3, group=1, block_size=128, dtype="float16", stages=3),
+    Case(num_kv_heads=1, group=8, head_dim=80, block_size=8, sinks=True, alibi=True, blocks=1),
+    Case(num_kv_heads=1, group=71, block_size=64, pieces=5),
+    Case(num_kv_heads=2, group=2, head_dim=256, block_size=256, soft_cap=3.0, window=False, stages=3),
+    Case(num_kv_heads=1, group=6, head_dim=96, block_size=16, sinks=True, window=False, blocks=7, pieces=1),
+]
+
+
+@st.composite
+def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
+    chunks, room = [], NUM_TOKENS
+    for _ in range(NUM_SEQUENCES):
+        query = draw(st.sampled_from([0, 1, 1, 1, 2, 5, 16, 24]).filter(lambda n: n <= room))  # noqa: B023
+        old = draw(st.one_of(st.sampled_from([0, 15, 16, 63, 64, 127, 128, 255]), st.integers(0, MAX_CONTEXT - 24)))
+        chunks.append((query, query + old if query else 0))
+        room -= query
+    return chunks
+
+
+@functools.cache
+def compiled(implementation: str, case: Case, scale: float, num_blocks: int) -> Any:
+    static: dict[str, Any] = {"scale": scale, "num_blocks": num_blocks, "soft_cap": case.soft_cap}
+    if implementation == "reference":
+        return jax.jit(functools.partial(ragged_attention_reference, **static))
+    interpret = InterpretGPUParams(detect_races=True)
+    return jax.jit(functools.partial(ragged_attention_gpu, tiles=case.tiles, interpret=interpret, **static))
+
+
+def run(implementation: str, batch: Batch, case: Case, **options: Any) -> list[np.ndarray]:
+    arguments = batch.arguments(**case.options(), **options)
+    static = {name: arguments.pop(name) for name in ("scale", "num_blocks")}
+    arguments["layer"] = jnp.asarray(arguments["layer"], jnp.int32)
+    return [np.asarray(x, np.float32) for x in compiled(implementation, case, **static)(**arguments)]
+
+
+def check_case(case: Case, *, examples: int) -> None:
+    max_blocks = -(-MAX_CONTEXT // case.block_size)
+    windows = st.sampled_from([NO_WINDOW, NO_WINDOW, 1, 20, 150]) if case.window else st.none()
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(chunks=ragged_chunks(), window=windows, layer=st.integers(0, 2))
+    def check(chunks: list[tuple[int, int]], window: int | None, layer: int) -> None:
+        dtype = jnp.dtype(case.dtype)
+        batch = make_batch(
+            chunks, num_kv_heads=case.num_kv_heads, group=case.group, head_dim=case.head_dim,
+            block_size=case.block_size, layer=layer, num_tokens=NUM_TOKENS, max_blocks=max_blocks,
+            num_blocks=NUM_SEQUENCES * max_blocks, dtype=dtype,
+        )  # fmt: skip
+        for name in ("q", "k", "v"):
+            batch.arrays[name] = batch.arrays[name].astype(dtype)
+        options = {} if window is None else {"sliding_window": jnp.asarray(window, jnp.int32)}
+        expected = run("reference", batch, case, **options)
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+        out, k_cache, v_cache = run("gpu", batch, case, **options)
+        assert not interpret_pallas_call.get_races().races_found
+        np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[case.dtype], rtol=0)
+        np.testing.assert_array_equal(k_cache, expected[1])
+        np.testing.assert_array_equal(v_cache, expected[2])
+
+    check()
+
+
+def compile_once() -> None:
+    """The interpreter compiles its program anew for each warpgroup of each thread block; here they share one."""
+    programs: dict[Any, Any] = {}
+    lock = threading.Lock()
+
+    def run_jaxpr(jaxpr: Any, consts: Any, *args: Any) -> None:
+        def evaluate(consts: Any, *args: Any) -> None:
+            core.eval_jaxpr(jaxpr, consts, *args)
+
+        key = (id(jaxpr), *((x.shape, str(x.dtype)) for x in jax.tree.leaves((consts, args))))
+        with lock:
+            if key not in programs:  # with the jaxpr, so that no other gets its id
+                programs[key] = (jaxpr, jax.jit(evaluate).lower(consts, *args).compile())
+        programs[key][1](consts, *args)
+
+    thread_map._run_jaxpr = run_jaxpr
+
+
+def main(which: str, examples: int) -> None:
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    compile_once()
+    for case in QUICK if which == "quick" else ALL if which == "all" else [ALL[int(which)]]:
+        check_case(case, examples=examples)
+        print(f"equal: {case}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,209 @@
+"""The GPU kernel equals the reference in Pallas' Mosaic-GPU interpreter, and what surrounds it holds by itself.
+
+The interpreter needs more threads than this machine may have cores, so it runs in a process of its own, `gpu_interpreter`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.ragged_attention import ragged_attention
+from pallas_kernels.ragged_attention.gpu import combine, modelled, plan_chunks, plan_pieces, ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu_kernel import (
+    END,
+    FIRST,
+    HAS_SINK,
+    POSITION,
+    ROW,
+    SEQUENCE,
+    WINDOW,
+    Spec,
+)
+from pallas_kernels.ragged_attention.gpu_support import is_hopper
+from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
+
+NUM_CASES = 8  # in `gpu_interpreter.ALL`
+
+
+def run_interpreter(which: str, examples: int) -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.pallas_kernels.ragged_attention.gpu_interpreter", which, str(examples)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "equal: " in done.stdout
+
+
+def test_the_gpu_kernel_equals_the_reference() -> None:
+    run_interpreter("quick", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(NUM_CASES))
+def test_the_gpu_kernel_equals_the_reference_in_all_shapes(case: int) -> None:
+    run_interpreter(str(case), 8)
+
+
+def spec(*, group: int, partial: bool, block_size: int = 32) -> Spec:
+    return Spec(
+        group=group, head_dim=128, block_size=block_size, warpgroups=1 if partial else 2, keys=128, stages=2, blocks=132,
+        scale=1.0, soft_cap=None, has_window=True, partial=partial, dtype=jnp.bfloat16, interpreted=True,
+    )  # fmt: skip
+
+
+NUM_SEQUENCES, NUM_TOKENS = 6, 400
+chunk_lists = st.lists(
+    st.tuples(st.sampled_from([0, 1, 1, 2, 31, 33, 64]), st.integers(0, 5000)),
+    min_size=NUM_SEQUENCES, max_size=NUM_SEQUENCES,
+)  # fmt: skip
+
+
+@functools.cache
+def plans(group: int, num_kv_heads: int):
+    """Both plans as one compiled function of the index arrays."""
+
+    def run(index: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        *pieces, most = plan_pieces(
+            **index, num_kv_heads=num_kv_heads, tiles=modelled(128), spec=spec(group=group, partial=True)
+        )
+        tokens = jnp.arange(NUM_TOKENS, dtype=jnp.int32)
+        sequence = jnp.sum(index["query_starts"][None, 1:] <= tokens[:, None], axis=1, dtype=jnp.int32)
+        sequence = jnp.minimum(sequence, NUM_SEQUENCES - 1)
+        chunks = plan_chunks(**index, num_tokens=NUM_TOKENS, sequence=sequence, spec=spec(group=group, partial=False))
+        return (*pieces, jnp.int32(most), *chunks, sequence)
+
+    compiled = jax.jit(run)
+    return lambda index: [np.asarray(x) for x in compiled(index)]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(
+    chunks=chunk_lists, group=st.sampled_from([3, 4]), window=st.sampled_from([1, 77, 1000, 2**30]),
+    num_kv_heads=st.sampled_from([1, 8]),
+)  # fmt: skip
+def test_every_query_is_planned_once_and_sees_all_its_keys(
+    chunks: list[tuple[int, int]], group: int, window: int, num_kv_heads: int
+) -> None:
+    lengths = np.array([query for query, _ in chunks])
+    contexts = np.array([query + old if query else 0 for query, old in chunks])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    index = {
+        "query_starts": jnp.asarray(starts, jnp.int32), "context_lens": jnp.asarray(contexts, jnp.int32),
+        "first_block": jnp.int32(0), "window": jnp.int32(window),
+    }  # fmt: skip
+    seen: dict[int, np.ndarray] = {}  # by token, the positions that some tile shows it
+
+    def show(token: int, position: int, first: int, end: int) -> None:
+        keys = np.arange(max(first, position - window + 1), min(end, position + 1))
+        both = np.concatenate([seen.get(token, np.zeros(0, int)), keys])
+        assert len(np.unique(both)) == len(both)  # no key twice
+        seen[token] = np.sort(both)
+
+    work, first_piece, pieces, most, tiles, tile, first_row, sequence = plans(group, num_kv_heads)(index)
+    work, count = work[:-1], int(work[-1, 0])
+    assert pieces.max() <= most
+    assert count == pieces.sum()
+    for i, row in enumerate(work[:count]):
+        s = row[SEQUENCE]
+        assert lengths[s] == 1
+        assert first_piece[s] <= i < first_piece[s] + pieces[s]
+        assert row[HAS_SINK] == (i == first_piece[s])
+        assert row[WINDOW] == window
+        assert row[ROW] == starts[s] * group
+        assert row[FIRST] < row[END] <= contexts[s] == row[POSITION] + 1
+        show(starts[s], row[POSITION], row[FIRST], row[END])
+
+    tiles, count = tiles[:-1], int(tiles[-1, 0])
+    for token in range(starts[-1]):
+        s = sequence[token]
+        if lengths[s] > 1:
+            row = tiles[tile[token]]
+            assert tile[token] < count
+            assert row[SEQUENCE] == s
+            assert row[ROW] // 8 * 8 + first_row[token] == token * group
+            assert first_row[token] + group <= 128
+            position = row[POSITION] + (first_row[token] - row[ROW] % 8) // group
+            assert position == contexts[s] - starts[s + 1] + token
+            show(token, position, row[FIRST], row[END])
+
+    for token in range(starts[-1]):
+        s = np.searchsorted(starts, token, side="right") - 1
+        position = contexts[s] - starts[s + 1] + token
+        np.testing.assert_array_equal(seen[token], np.arange(max(0, position - window + 1), position + 1))
+
+
+def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(3, 50)) * 4
+    values = rng.normal(size=(50, 16))
+    expected = np.exp2(scores) @ values / np.exp2(scores).sum(1, keepdims=True)
+    partial, lse = np.full((6, 1, 3, 16), np.nan, np.float32), np.full((6, 1, 3), np.nan, np.float32)
+    for i, keys in enumerate((slice(0, 7), slice(7, 30), slice(30, 50))):  # pieces 1, 2, 3 are the second sequence's
+        weights = np.exp2(scores[:, keys])
+        partial[1 + i, 0] = weights @ values[keys] / weights.sum(1, keepdims=True)
+        lse[1 + i, 0] = np.log2(weights.sum(1))
+    starts, pieces = jnp.asarray([1, 1, 4], jnp.int32), jnp.asarray([0, 3, 0], jnp.int32)
+    out = combine(jnp.asarray(partial), jnp.asarray(lse), starts, pieces, most=4)
+    np.testing.assert_allclose(out[1, 0], expected, atol=1e-5)
+    np.testing.assert_array_equal(out[0], 0.0)
+    np.testing.assert_array_equal(out[2], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": np.float32, "head_dim": 128}, "takes bfloat16 and float16 caches but k_cache has dtype float32"),
+        ({"head_dim": 72}, "multiples of 16 numbers up to 256 but D is 72"),
+        ({"head_dim": 512}, "up to 256 but D is 512"),
+        ({"block_size": 24}, "power of two of at least 8, but it is 24"),
+        ({"block_size": 4}, "power of two of at least 8, but it is 4"),
+        ({"group": 121}, "up to 120 query heads a KV head but there are 121"),
+    ],
+)
+def test_what_the_gpu_kernel_cannot_take_is_refused(changes: dict, message: str) -> None:
+    arguments = make_batch([(1, 3)], **({"dtype": jnp.bfloat16} | changes)).arguments()
+    with pytest.raises(ValueError, match=message):
+        ragged_attention_gpu(**arguments)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+def test_modelled_tiles_fit_in_shared_memory(head_dim: int) -> None:
+    tiles = modelled(head_dim)
+    for keys, stages, partial in ((tiles.chunk_keys, tiles.chunk_stages, False),
+                                  (tiles.single_keys, tiles.single_stages, True)):  # fmt: skip
+        made = Spec(
+            group=4, head_dim=head_dim, block_size=32, warpgroups=1 if partial else 2, keys=keys, stages=stages,
+            blocks=132, scale=1.0, soft_cap=None, has_window=False, partial=partial, dtype=jnp.bfloat16, interpreted=False,
+        )  # fmt: skip
+        assert made.shared_bytes <= 227 * 1024 - 1024
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", True), ("NVIDIA H200", True), ("NVIDIA GH200 480GB", True), ("NVIDIA H100 PCIe", True),
+        ("Tesla T4", False), ("NVIDIA A100-SXM4-80GB", False), ("NVIDIA B200", False),
+    ],
+)  # fmt: skip
+def test_only_compute_capability_9_takes_the_kernel(kind: str, expected: bool) -> None:
+    assert is_hopper(kind) == expected
+
+
+def test_a_program_for_a_gpu_takes_xla_unless_it_is_known_to_be_a_hopper() -> None:
+    arguments = make_batch([(3, 20), (1, 5)], num_tokens=6, head_dim=64, dtype=jnp.bfloat16).arguments()
+    static = {name: arguments.pop(name) for name in ("num_blocks", "layer", "scale")}
+
+    def lowered(implementation: str | None) -> str:
+        traced = jax.jit(lambda a: ragged_attention(**a, **static, implementation=implementation)).trace(arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "mosaic_gpu" not in lowered(None)  # this process has no GPU, and no mesh says what it lowers for
