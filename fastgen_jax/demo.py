@@ -28,8 +28,11 @@ LONG_TEXT = (
 )
 
 
-def run(pipe: Pipeline, generation: dict[str, Any]) -> int:
-    """Answers the questions, prints them with a summary, and returns the exit code 0."""
+def run(pipe: Pipeline, generation: dict[str, Any], *, started_in: float) -> int:
+    """Answers the questions, prints them with a summary, and returns the exit code 0.
+
+    `started_in` is how many seconds it took to make `pipe`.
+    """
     generation = {"max_new_tokens": 64, "do_sample": False, **generation}
     prompts = [*QUESTIONS, f"Summarise this story in two sentences. {LONG_TEXT * 2}"]
     messages = [[{"role": "user", "content": text}] for text in prompts]
@@ -40,6 +43,7 @@ def run(pipe: Pipeline, generation: dict[str, Any]) -> int:
         print(f"\n\033[1m> {textwrap.shorten(prompt, 100)}\033[0m")
         print(textwrap.indent(textwrap.fill(response.generated_text.strip(), 100), "  "))
     m = pipe.engine.metrics.snapshot()
+    first_step = pipe.engine.metrics.timeline[0]  # it holds short prompts whole, so their first tokens
     config = pipe.engine.config
     prompt_tokens = sum(response.prompt_length for response in responses)
     cached = sum(response.cached_length for response in responses)
@@ -47,9 +51,11 @@ def run(pipe: Pipeline, generation: dict[str, Any]) -> int:
     print(f"""
 {len(prompts)} requests in {seconds:.2f} s: {prompt_tokens} prompt tokens ({cached} from the prefix cache) and {generated} \
 generated
+  start        {started_in:7.1f} s to load the weights and have the programs ready
+  first token  {first_step.done - start:7.2f} s after the requests were sent
   throughput   {generated / seconds:7.1f} generated tokens/s, {(prompt_tokens + generated) / seconds:.1f} in all
   steps        {m["steps"]:5d}     of at most {config.token_budget} tokens; programs for {config.budget_ladder}
-  budget fill  {100 * m["budget_fill"]:7.1f} % of the tokens that the programs computed
+  budget fill  {100 * m["budget_fill"]:7.1f} % of the programs' rows held a token, the others were padding
   host work    {m["host_ms"]:7.2f} ms a step to plan, pack and commit
   compiled     {m["compiles_while_serving"]:5d}     programs while serving""")
     return 0

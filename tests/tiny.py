@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax import Engine, EngineConfig, RequestOutput, SamplingParams
+from fastgen_jax.api.async_engine import AsyncEngine
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import Params
@@ -67,3 +69,15 @@ def drain(engine: Engine) -> dict[str, list[RequestOutput]]:
 def tokens_of(outputs: list[RequestOutput]) -> list[int]:
     """All tokens that a request generated."""
     return [token for output in outputs for token in output.new_token_ids]
+
+
+def pause_after_outputs(engine: AsyncEngine) -> threading.Event:
+    """Makes the engine's thread stand still behind every delivery of outputs until the event that is returned is set."""
+    resume, hand_over = threading.Event(), engine._thread._deliver
+
+    def deliver(events):
+        hand_over(events)
+        resume.wait(60)
+
+    engine._thread._deliver = deliver
+    return resume

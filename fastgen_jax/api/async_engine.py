@@ -18,6 +18,7 @@ from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 T = TypeVar("T")
+EVENTS_A_TURN = 32  # a turn of the event loop then takes some milliseconds
 MAX_QUEUE = 1024  # requests: beyond it a client is better told to come back
 
 
@@ -34,10 +35,10 @@ class ClosedError(Exception):
 
 
 class RequestFailedError(Exception):
-    """A request ended without an answer; `kind` is that of `Failure`."""
+    """A request ended without an answer; `failure` says why."""
 
     def __init__(self, failure: Failure) -> None:
-        self.kind = failure.kind
+        self.failure = failure
         super().__init__(failure.message)
 
 
@@ -130,6 +131,7 @@ class AsyncEngine:
         self.max_queue = max_queue
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, Stream] = {}
+        self._undelivered: deque[Event] = deque()
         self._closed = False
         self._thread = EngineThread(engine, self._hand_over)
 
@@ -155,6 +157,13 @@ class AsyncEngine:
         return self._thread.num_failed_steps
 
     @property
+    def failure(self) -> str | None:
+        """Why no request will ever be answered again; None while there is hope."""
+        if self._thread.has_ended and not self._closed:
+            return "the engine cannot be recovered from an error; its log says which. Start the server again"
+        return None
+
+    @property
     def is_ready(self) -> bool:
         """Whether a request would be taken."""
         return not self._thread.has_ended and not self._closed
@@ -169,7 +178,7 @@ class AsyncEngine:
         `time.monotonic`. Raises QueueFullError, ClosedError, and ValueError for a grammar that cannot be used.
         """
         if not self.is_ready:
-            raise ClosedError("this server takes no more requests: it is shutting down")
+            raise ClosedError(self.failure or "this server takes no more requests: it is shutting down")
         num_waiting = self._thread.num_waiting
         if num_waiting >= self.max_queue:
             raise QueueFullError(num_waiting, self.max_queue, self.load.wait_seconds)
@@ -248,6 +257,8 @@ class AsyncEngine:
         self._closed = True
         await asyncio.to_thread(self._thread.close)
         await asyncio.sleep(0)  # the last events were handed over before the thread ended
+        while self._undelivered:
+            await asyncio.sleep(0)
 
     def _hand_over(self, events: Sequence[Event]) -> None:
         """Called in the engine's thread: one wake-up of the loop a step, however many requests it served."""
@@ -255,12 +266,21 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: Sequence[Event]) -> None:
-        for event in events:
+        if not self._undelivered:
+            asyncio.get_running_loop().call_soon(self._deliver_some)
+        self._undelivered += events
+
+    def _deliver_some(self) -> None:
+        """Each event wakes a task in the next turn of the loop; hundreds in one turn would hold up everything else."""
+        for _ in range(min(EVENTS_A_TURN, len(self._undelivered))):
+            event = self._undelivered.popleft()
             stream = self._streams.get(event.request_id)
             if stream is not None:
                 if isinstance(event, Failure) or event.finished:
                     del self._streams[event.request_id]
                 stream.put(event)
+        if self._undelivered:
+            asyncio.get_running_loop().call_soon(self._deliver_some)
 
     def _on_stream_closed(self, stream: Stream) -> None:
         if self._streams.pop(stream.request.request_id, None) is not None:

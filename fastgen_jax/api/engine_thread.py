@@ -29,6 +29,8 @@ class Failure:
     request_id: str
     kind: Literal["deadline", "step", "shutdown", "lost", "refused"]
     message: str
+    retry_after: int | None = None
+    """Seconds after which it is worth trying again, if that is known."""
 
 
 Event = RequestOutput | Failure

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def find(arguments: argparse.Namespace, pythons: Sequence[str]) -> list[str]:
     """Fills in the engines that were not named; lines that say what was found, and what keeps an engine out."""
-    lines = []
+    lines = [f"fastgen_jax, {arguments.model}" if arguments.model else "fastgen_jax: left out, it needs --model"]
     for python in dict.fromkeys(pythons):
         have = installed(python)
         if {"vllm"} <= have and not arguments.vllm_python:

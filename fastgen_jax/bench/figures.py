@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def steps(record: RunRecord) -> Any:
                     axes.text((start + end) / 2 - begin, rows[name], str(length), ha="center", va="center", fontsize=6)
         axes.text((start + end) / 2 - begin, -1.0, str(num_tokens), ha="center", va="center", fontsize=5, rotation=90)
     axes.set_yticks(range(len(names)), names, fontsize=6)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -1.6)  # first come on top, with room for the numbers above
     return _finish(figure, axes, f"{record.label}: which token ran in which step\n"
                    "hatched: chunks of prompts, with their tokens; plain: generated; on top: tokens of the step",
                    "seconds", "sequence", legend=False)
@@ -81,12 +82,16 @@ def step_costs(models: Sequence[dict[str, Any]]) -> Any:
     latency, rate = figure.subplots(1, 2)
     for i, model in enumerate(models):
         sizes = model["sizes"]
+        tokens = sorted({*sizes, *(1 << i for i in range(max(sizes).bit_length()))})
         # A prompt alone: the mean context of its tokens is half of their number.
-        seconds = [base + model["per_row"] + model["per_prompt_attended"] * n * (n + 1) / 2
-                   for n, base in zip(sizes, model["base"], strict=True)]
+        seconds = [
+            model["base"][i] + model["per_token"][i] * n + model["per_row"] + model["per_prompt_attended"] * n * (n + 1) / 2
+            for n, i in ((n, bisect_left(sizes, n)) for n in tokens)
+        ]
         label = f"{model['facts']['model']}, {model['facts']['engine']['dtype']}"
-        latency.plot(sizes, [1e3 * s for s in seconds], marker=MARKERS[i % len(MARKERS)], label=label)
-        rate.plot(sizes, [n / s for n, s in zip(sizes, seconds, strict=True)], marker=MARKERS[i % len(MARKERS)], label=label)
+        style = {"marker": MARKERS[i % len(MARKERS)], "label": label}
+        latency.plot(tokens, [1e3 * s for s in seconds], **style)
+        rate.plot(tokens, [n / s for n, s in zip(tokens, seconds, strict=True)], **style)
     for axes, title, ylabel in ((latency, "time of a step", "ms"), (rate, "throughput of steps", "tokens a second")):
         _finish(figure, axes, title, "tokens in the step", ylabel, bottom=True)
     return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 class HttpError(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, body: str) -> None:
+    def __init__(self, status: int, body: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(f"{status}: {body[:300]}")
         self.status = status
         self.body = body
+        self.headers = headers or {}
 
 
 async def stream_events(
@@ -46,7 +47,7 @@ async def stream_events(
             answer_headers[name.lower()] = value.strip()
         if status != 200:
             size = int(answer_headers.get("content-length", 0))
-            raise HttpError(status, (await reader.readexactly(size)).decode("utf-8", "replace"))
+            raise HttpError(status, (await reader.readexactly(size)).decode("utf-8", "replace"), answer_headers)
         async for line in _lines(reader):
             if line.startswith(b"data: ") and line != b"data: [DONE]":
                 yield json.loads(line[6:])

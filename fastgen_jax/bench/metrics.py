@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import lt
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +32,7 @@ class RequestTimes:
         if not self.token_times:
             raise ValueError(f"request {self.request_id!r} has no tokens; only finished requests can be measured")
         before = (self.start, *self.token_times)
-        if any(later < earlier for earlier, later in zip(before, self.token_times, strict=False)):
+        if any(map(lt, self.token_times, before)):
             raise ValueError(f"request {self.request_id!r} has token times that run backwards: {before}")
 
     @classmethod

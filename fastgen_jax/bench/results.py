@@ -69,15 +69,22 @@ def append(path: Path, records: Iterable[RunRecord]) -> None:
             file.write(json.dumps(_to_jsonable(record), separators=(",", ":")) + "\n")
 
 
-def read(path: Path) -> list[RunRecord]:
-    """The runs in a file; lines of other kinds are passed over. ValueError if there is no run in it."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; ValueError if it is something else."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} holds no runs: {error}; give a file that a benchmark wrote") from error
-    records = [_from_jsonable(line) for line in lines if isinstance(line, dict) and line.get("kind") == "run"]
-    if not records:
-        raise ValueError(f"{path} holds no runs; give a file that bench serve, bench policies or simulate wrote")
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def read(path: Path, *, may_be_none: bool = False) -> list[RunRecord]:
+    """The runs in a file; lines of other kinds are passed over. ValueError if there is none, unless there may be none."""
+    records = [_from_jsonable(line) for line in read_lines(path) if line.get("kind") == "run"]
+    if not records and not may_be_none:
+        raise ValueError(
+            f"{path} holds no runs; give a file that bench serve, policies, offline, compare or simulate wrote"
+        )
     return records
 
 

@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=1, help="client processes (default: %(default)s)")
     parser.add_argument("--null", action="store_true", help="measure the client against a server that answers at once")
     add_load_arguments(parser)
+    parser.add_argument("--max-context-len", type=int,
+                        help="with --trace: prompts are cut to what it leaves beside the output (default: never)")
     add_promise_arguments(parser)
     parser.add_argument("-o", "--results", type=Path, help="file to which every run is appended as a JSON line")
 
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                     as_text=args.as_text, vocab_size=args.vocab_size)
     records = []
     num_failed = 0
-    for load in loads_of(args):
+    for load in loads_of(args, max_context_len=args.max_context_len):
         outcome = run_load(target, load, num_processes=min(args.processes, load.num_clients or len(load.requests)))
         for name, why in list(outcome.failed.items())[:3]:
             print(f"{name} failed: {why}", file=sys.stderr)

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name:8} {_median([r.rate for r in results]):8.1f} tokens/s "
                   f"({min(r.rate for r in results):.1f}-{max(r.rate for r in results):.1f}), first token P50 "
                   f"{_median([_median(r.first) for r in results]):.2f} s, gap P50 "
-                  f"{1e3 * _median([_median(r.gaps) for r in results]):.1f} ms")
+                  f"{1e3 * _median([_median(r.gaps) for r in results]):.1f} ms{_delay(results)}")
         ratio = _median([s.rate / o.rate for s, o in zip(runs["server"], runs["offline"], strict=True)])
         print(f"server / offline {ratio:.3f}, median of {args.rounds} pairs ({workload.description})")
         many = make_workload("streams", num_requests=args.streams, mean_prompt=64, mean_output=64, vocab_size=vocab_size)
@@ -149,6 +149,13 @@ async def lags(url: str) -> dict[float, float]:
             bound = line.split('le="')[1].split('"')[0]
             found[float(bound)] = float(line.rsplit(" ", 1)[1])
     return found
+
+
+def _delay(results: list[Run]) -> str:
+    waits = [wait for run in results for wait in run.queue]
+    if len(waits) < 2:
+        return ""
+    return f", wait for the first step P50 {_median(waits):.2f} s, P99 {statistics.quantiles(waits, n=100)[98]:.2f} s"
 
 
 def _report_lag(streams: int, result: Run, before: dict[float, float], after: dict[float, float]) -> None:

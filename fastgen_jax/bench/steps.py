@@ -1,9 +1,9 @@
 """`fastgen bench steps`: what a step costs on this device, as a model in tokens and attended contexts.
 
 Runs steps of known composition through the engine itself (batches of generation at several contexts, prompts alone,
-and both together), under sustained load, and fits: seconds = base of the compiled size + a for each row of logits + b for
-each position that a generated token attends to + c for each that a prompt's token attends to. `fastgen simulate --costs`
-reads the file.
+and both together), under sustained load, and fits: seconds = a straight line in the tokens for each compiled size (where
+padding is computed it is level; native CPU kernels skip padding) + a for each row of logits + b for each position that a
+generated token attends to + c for each that a prompt's token attends to. `fastgen simulate --costs` reads the file.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def measure(engine: Any, *, contexts: Sequence[int], generated: int, rounds: int
     limit = engine.config.max_context_len - generated - 1
     contexts = sorted({min(context, limit) for context in contexts})
     sizes = engine.config.budget_ladder
-    widths = sorted({min(size, engine.config.max_num_seqs) for size in sizes})
+    widths = _widths(engine.config.max_num_seqs, sizes)
+    ends = sorted({max(1, size * quarters // 4) for size in sizes for quarters in (2, 3, 4)})
     points: list[Point] = []
     with StepLog(engine) as log:
         for _ in range(rounds):
@@ -72,8 +73,9 @@ def measure(engine: Any, *, contexts: Sequence[int], generated: int, rounds: int
                 for length in contexts:
                     if width * (length + generated) <= engine.config.num_blocks * engine.config.block_size:
                         _batch(engine, [length] * width, generated)
-            for length in (max(contexts), limit, *(min(limit, max(sizes) + size) for size in sizes)):
-                _batch(engine, [length], 1)  # prompts alone, whose steps attend to more and more, and end in every size
+            # Prompts alone, whose steps attend to more and more, and end in every size, full and half full.
+            for length in (limit, *(min(limit, max(sizes) + end) for end in ends)):
+                _batch(engine, [length], 1)
             # Prompts beside generation, in all proportions.
             _batch(engine, [contexts[-1] - 7 * i % contexts[-1] for i in range(engine.config.max_num_seqs)], generated)
     for before, step in zip(log.steps, log.steps[1:], strict=False):
@@ -85,6 +87,12 @@ def measure(engine: Any, *, contexts: Sequence[int], generated: int, rounds: int
         points.append(Point(size=size, num_tokens=step.num_tokens, num_sample_rows=step.num_sample_rows,
                             decode_attended=decode, prompt_attended=prompt, seconds=step.seconds))
     return points
+
+
+def _widths(most: int, sizes: Sequence[int]) -> list[int]:
+    """Numbers of sequences to generate with: powers of two, what fills a compiled size, and the most."""
+    powers = [1 << i for i in range(most.bit_length())]
+    return sorted({width for width in (*powers, *sizes, most) if width <= most})
 
 
 def _batch(engine: Any, lengths: Sequence[int], generated: int) -> None:
@@ -99,43 +107,58 @@ def _batch(engine: Any, lengths: Sequence[int], generated: int) -> None:
 
 
 FEATURES = ("num_sample_rows", "decode_attended", "prompt_attended")
+OUTLIER = 1.5  # times what was expected: other programs had the processor
 
 
 def fit(points: Sequence[Point], facts: dict[str, Any]) -> dict[str, Any]:
     """The cost model as a JSON object, by least absolute relative errors, with coefficients that are not negative.
 
-    Least absolute errors, because a disturbed step is always slower and never faster. A compiled size that never ran
-    gets its base from its neighbours. Raises ValueError for fewer points than unknowns.
+    Least absolute errors, because a disturbed step is always slower and never faster; those far off are left out of a
+    second fit. A compiled size that never ran gets its line from its neighbours. Raises ValueError for fewer points than
+    unknowns.
     """
-    points = _undisturbed(points)
     measured = sorted({point.size for point in points})
     names = [name for name in FEATURES if any(getattr(point, name) for point in points)]
-    if len(points) < len(measured) + len(names):
-        raise ValueError(f"{len(points)} steps were measured; {len(measured) + len(names)} unknowns need more")
+    if len(points) < 2 * len(measured) + len(names):
+        raise ValueError(f"{len(points)} steps were measured; {2 * len(measured) + len(names)} unknowns need more")
     columns = [[float(point.size == size) for point in points] for size in measured]
+    columns += [[float(point.size == size) * point.num_tokens for point in points] for size in measured]
     columns += [[float(getattr(point, name)) for point in points] for name in names]
     seconds = np.array([point.seconds for point in points])
     matrix = np.array(columns).T
-    active = list(range(matrix.shape[1]))
-    while True:  # drop what came out negative and fit again
-        solution = _least_absolute(matrix[:, active], seconds)
-        if solution.min() >= 0:
-            break
-        active.pop(int(solution.argmin()))
-    values = dict.fromkeys(range(matrix.shape[1]), 0.0) | dict(zip(active, map(float, solution), strict=True))
-    found = dict(zip(names, (values[len(measured) + i] for i in range(len(names))), strict=True))
+    # Where a size was always as full, its tokens tell nothing beside its base.
+    free = [i for i in range(matrix.shape[1]) if i < len(measured) or len(set(columns[i]) - {0.0}) > 1]
+    values = _not_negative(matrix, seconds, free)
+    usual = seconds <= OUTLIER * (matrix @ values)
+    values = _not_negative(matrix[usual], seconds[usual], free)
+    found = dict(zip(names, values[2 * len(measured) :].tolist(), strict=True))
     sizes = facts["engine"]["step_sizes"]
-    base = np.interp(sizes, measured, [values[i] for i in range(len(measured))])
-    predicted = matrix @ np.array([values[i] for i in range(matrix.shape[1])])
+    base, per_token = (np.interp(sizes, measured, part) for part in np.split(values[: 2 * len(measured)], 2))
+    errors = np.abs(matrix @ values / seconds - 1)
     return {
         "sizes": list(sizes),
-        "base": [float(x) for x in base],
+        "base": base.tolist(),
+        "per_token": per_token.tolist(),
         "per_row": found.get("num_sample_rows", 0.0),
         "per_decode_attended": found.get("decode_attended", 0.0),
         "per_prompt_attended": found.get("prompt_attended", 0.0),
         "host_seconds": facts["host_seconds"],
-        "facts": {**facts, "num_points": len(points), "median_error": float(np.median(np.abs(predicted / seconds - 1)))},
+        "facts": {**facts, "num_points": len(points), "num_outliers": int((~usual).sum()),
+                  "median_error": float(np.median(errors))},
     }
+
+
+def _not_negative(matrix: np.ndarray, seconds: np.ndarray, free: Sequence[int]) -> np.ndarray:
+    """Coefficients of `matrix`, of which only those in `free` may differ from 0, and none is negative."""
+    free = list(free)
+    values = np.zeros(matrix.shape[1])
+    while True:  # drop what came out negative and fit again
+        solution = _least_absolute(matrix[:, free], seconds)
+        if solution.min() >= 0:
+            break
+        free.pop(int(solution.argmin()))
+    values[free] = solution
+    return values
 
 
 def _least_absolute(matrix: np.ndarray, seconds: np.ndarray) -> np.ndarray:
@@ -150,12 +173,13 @@ def _least_absolute(matrix: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return solution
 
 
-def _undisturbed(points: Sequence[Point]) -> list[Point]:
-    kinds: dict[tuple[int, int], list[float]] = {}
-    for point in points:
-        kinds.setdefault((point.size, point.num_sample_rows), []).append(point.seconds)
-    medians = {kind: statistics.median(values) for kind, values in kinds.items()}
-    return [point for point in points if point.seconds <= 2 * medians[point.size, point.num_sample_rows]]
+def expected(model: dict[str, Any], point: Point) -> float:
+    """Seconds of a step after the model."""
+    index = model["sizes"].index(point.size)
+    seconds = model["base"][index] + model["per_token"][index] * point.num_tokens + model["per_row"] * point.num_sample_rows
+    return seconds + (
+        model["per_decode_attended"] * point.decode_attended + model["per_prompt_attended"] * point.prompt_attended
+    )
 
 
 def facts_of(engine: Any, model: str) -> dict[str, Any]:
@@ -175,18 +199,30 @@ def facts_of(engine: Any, model: str) -> dict[str, Any]:
 
 
 def report(points: Sequence[Point], model: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: FastGen's first insight, the time of a step against the tokens in it, then the model."""
+    """Lines of Markdown: FastGen's first insight, the time of a step against the tokens in it, the model, its errors."""
     rows = []
-    for size, base in zip(model["sizes"], model["base"], strict=True):
+    for size, base, per_token in zip(model["sizes"], model["base"], model["per_token"], strict=True):
         here = [p for p in points if p.size == size]
         full = [p for p in here if p.num_tokens > 0.9 * size]
         median = 1e3 * statistics.median(p.seconds for p in full) if full else None
         rate = f"{size / median * 1e3:.0f}" if median else "-"
-        rows.append((size, len(here), "-" if median is None else f"{median:.1f}", rate, f"{1e3 * base:.1f}"))
+        rows.append((size, len(here), "-" if median is None else f"{median:.1f}", rate, f"{1e3 * base:.1f}",
+                     f"{1e6 * per_token:.0f}"))
+    kinds: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for p in points:
+        kind = "prompts" if not p.decode_attended else "both" if p.prompt_attended else "generation"
+        kinds.setdefault((p.size, kind), []).append((p.seconds, expected(model, p) / p.seconds - 1))
     return [
-        *table(("tokens", "steps measured", "full step, median ms", "tokens/s", "base ms"), rows),
+        *table(("tokens", "steps measured", "full step, median ms", "tokens/s", "base ms", "us a token"), rows),
         "",
         f"{1e6 * model['per_row']:.1f} us a row of logits, {1e9 * model['per_decode_attended']:.1f} ns a position attended "
         f"in generation, {1e9 * model['per_prompt_attended']:.2f} ns in prompts, {1e3 * model['host_seconds']:.2f} ms host; "
-        f"median error {model['facts']['median_error']:.1%} over {model['facts']['num_points']} steps",
+        f"median error {model['facts']['median_error']:.1%} over {model['facts']['num_points']} steps, "
+        f"{model['facts']['num_outliers']} of them disturbed",
+        "",
+        *table(("size", "steps of", "number", "median ms", "error of the model, quartiles"), [
+            (size, kind, len(pairs), f"{1e3 * statistics.median(seconds for seconds, _ in pairs):.1f}",
+             " ".join(f"{q:+.1%}" for q in np.percentile([error for _, error in pairs], (25, 50, 75))))
+            for (size, kind), pairs in sorted(kinds.items())
+        ]),
     ]

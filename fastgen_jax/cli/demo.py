@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 from fastgen_jax.cli.options import add_pipeline_arguments, make_pipeline
@@ -17,5 +18,6 @@ def run(options: dict[str, Any]) -> int:
     """Runs the command on its parsed options and returns the exit code."""
     from fastgen_jax.demo import run
 
+    begin = time.perf_counter()
     pipe, generation = make_pipeline(options)
-    return run(pipe, generation)
+    return run(pipe, generation, started_in=time.perf_counter() - begin)

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import fields
 from typing import Any
 
-KV_DTYPES = {"float32": 4, "bfloat16": 2}
+KV_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes a number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,13 +46,16 @@ def run(options: dict[str, Any]) -> int:
 
 def describe(checkpoint: Any) -> dict[str, str]:
     """The facts of a checkpoint that take no reading of weights, by name."""
+    from fastgen_jax.core import scale_bytes
+
     config = checkpoint.config
     stored: Counter[str] = Counter()
     for name in checkpoint.tensor_names:
         stored[checkpoint.dtype(name)] += math.prod(checkpoint.shape(name))
     total = sum(stored.values())
     shares = ", ".join(f"{dtype} {100 * count / total:.1f} %" for dtype, count in stored.most_common())
-    kv = ", ".join(f"{config.kv_bytes_per_token(size):,} as {dtype}" for dtype, size in KV_DTYPES.items())
+    kv = ", ".join(f"{config.kv_bytes_per_token(size, scale_bytes=scale_bytes(dtype)):,} as {dtype}"
+                   for dtype, size in KV_DTYPES.items())
     return {
         "path": str(checkpoint.path),
         "architecture": ", ".join(checkpoint.config_json["architectures"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen_jax.plan.report import Plan, make_plan, table
+from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="sequences at once (default: 64)")
     parser.add_argument("--block-size", type=int, default=128, metavar="TOKENS", help="tokens of a KV block (default: 128)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights and KV")
+    parser.add_argument("--kv-dtype", choices=("bfloat16", "float32", *QUANTIZED_DTYPES), default=None,
+                        help="of the KV cache, if another than --dtype; of 8 bits: with a scale a token and KV head")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                         help="ask the device's own compiler, which takes a minute a budget (default: yes)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -33,7 +36,8 @@ def run(options: dict[str, Any]) -> int:
     plan = make_plan(
         read_config(Path(options["model"])), topology=options["topology"], context=options["context"],
         budgets=sorted(set(options["budget"])), max_num_seqs=options["max_num_seqs"],
-        block_size=options["block_size"], dtype=options["dtype"], compile=options["compile"],
+        block_size=options["block_size"], dtype=options["dtype"], kv_dtype=options["kv_dtype"],
+        compile=options["compile"],
     )
     print(json.dumps(as_json(plan), indent=1) if options["json"] else table(plan))
     return 0 if plan.fits else 1

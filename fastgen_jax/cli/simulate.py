@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_load_arguments(check, open_loops=False)
     check.add_argument("--contexts", type=int, nargs="+", default=[32, 256, 512], help="to measure step costs at, tokens")
     check.add_argument("--generated", type=int, default=12, help="steps of each batch of the cost measurement")
+    check.add_argument("--rounds", type=int, default=3, help="of step costs and loads, in turns (default: %(default)s)")
     for command in (run, sla, fleet):
         _add_replica_arguments(command)
         add_load_arguments(command)

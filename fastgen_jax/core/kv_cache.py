@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core.pytree import pytree
+from pallas_kernels.ragged_attention.quantized import QuantizedCache, is_quantized
 
 
 @pytree
 class KVCache:
-    """K and V of all layers as one flat pool of blocks each: [L * N, K, B, D].
+    """K and V of all layers as one flat pool of blocks each: [L * N, K, B, D], or a `QuantizedCache` of that shape.
 
     Layer l owns blocks [l * N, (l + 1) * N). Block tables and KV slots name blocks within a layer. One flat array is
     the form that no compiler copies, neither as the carry of a layer scan nor as a donated argument.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | QuantizedCache
+    v: jax.Array | QuantizedCache
 
     @staticmethod
     def zeros(
@@ -27,7 +28,13 @@ class KVCache:
     ) -> KVCache:
         """An empty cache of `num_blocks` blocks a layer, `block_size` tokens each; see `stored_head_dim`."""
         shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
-        return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+        zeros = QuantizedCache.zeros if is_quantized(dtype) else jnp.zeros
+        return KVCache(k=zeros(shape, dtype), v=zeros(shape, dtype))
+
+
+def scale_bytes(dtype: Any) -> int:
+    """Bytes of the scale that a cache of this dtype keeps for each token, head, and K or V; 0 where there is none."""
+    return jnp.dtype(jnp.float32).itemsize if is_quantized(dtype) else 0
 
 
 def stored_head_dim(head_dim: int, platform: str) -> int:

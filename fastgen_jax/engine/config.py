@@ -9,9 +9,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.core import stored_head_dim
+from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
+from pallas_kernels import native
+from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
 FREE_MEMORY_SHARE = {"cpu": 0.25}  # of the host's free memory: other programs live there too
 ACCELERATOR_MEMORY_SHARE = 0.85  # the rest is for activations and logits
@@ -24,9 +27,14 @@ class EngineConfig:
     """How the engine runs a model. Every None is filled by `resolve`, from the model and the device."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of weights and activations. None: float32 on a CPU, bfloat16 elsewhere."""
+    """Number format of weights, and of activations where these are not float32 as on a CPU. None: float32 on a CPU,
+    bfloat16 elsewhere."""
     quantize: Literal["int8"] | None = None
     """Weight-only quantisation, one scale per output channel. None: weights stay in `dtype`."""
+    kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"] | None = None
+    """Number format of the KV cache; those of 8 bits have a scale for each token and KV head. None: `dtype`."""
+    tensor_parallel: int | None = None
+    """Devices of this process that heads, MLP columns and vocabulary are divided over. None: one device has it all."""
     token_budget: int | None = None
     """Tokens of a full step. None: measured on this device once, then remembered."""
     budget_ladder: tuple[int, ...] | None = None
@@ -35,8 +43,8 @@ class EngineConfig:
     """Sequences that run at once; more wait."""
     max_context_len: int | None = None
     """Tokens of a sequence, prompt and generated together. None: the model's own limit."""
-    block_size: int = 32
-    """Tokens of a KV block."""
+    block_size: int | None = None
+    """Tokens of a KV block. None: 32, or 128 for a cache of 8 bits on a TPU, whose kernel reads no smaller ones."""
     num_blocks: int | None = None
     """KV blocks a layer. None: what fits into free memory, but no more than `max_num_seqs` full contexts need."""
     prefix_caching: bool = True
@@ -59,13 +67,14 @@ class EngineConfig:
     """Folder of compiled programs and measurements. None: ~/.cache/fastgen_jax; "" keeps nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
+        for name in ("tensor_parallel", "token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         choices = {
             "dtype": ("float32", "bfloat16", "float16", None),
             "quantize": ("int8", None),
+            "kv_dtype": ("float32", "bfloat16", "float16", *QUANTIZED_DTYPES, None),
             "policy": tuple(POLICIES),
             "attention": ("reference", "xla", "cpu", "tpu", None),
         }
@@ -115,9 +124,17 @@ class ResolvedConfig(EngineConfig):
     """An `EngineConfig` without open choices, but for a token budget that is still to be measured."""
 
     dtype: Literal["float32", "bfloat16", "float16"]  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+    kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]  # pyright: ignore[reportGeneralTypeIssues]
+    block_size: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     max_context_len: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     num_blocks: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     stack_layers: bool  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+
+    @property
+    def activation_dtype(self) -> str:
+        """Number format of the residual stream: `dtype`, but float32 where native kernels multiply, which give that."""
+        native_kernels = jax.default_backend() == "cpu" and not self.stack_layers and native.available()
+        return "float32" if native_kernels else self.dtype
 
     @property
     def max_sample_rows(self) -> int:
@@ -141,39 +158,60 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     if config.quantize and platform not in ("cpu", "tpu", "gpu"):
         raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    num_devices = config.tensor_parallel or 1
+    if config.tensor_parallel is not None:
+        _check_tensor_parallel(config, model, config.tensor_parallel, platform)
     if config.max_context_len is not None and config.max_context_len > model.max_context_len:
         raise ValueError(
             f"max_context_len={config.max_context_len} exceeds the model's {model.max_context_len}; "
             f"choose at most that"
         )
     max_context_len = config.max_context_len or model.max_context_len
-    blocks_a_sequence = -(-max_context_len // config.block_size)
+    kv_dtype = config.kv_dtype or dtype
+    block_size = config.block_size or (128 if platform == "tpu" and kv_dtype in QUANTIZED_DTYPES else 32)
+    blocks_a_sequence = -(-max_context_len // block_size)
     num_blocks = config.num_blocks
     if num_blocks is None:
         head_dim = stored_head_dim(model.head_dim, platform)
-        bytes_a_block = config.block_size * model.kv_bytes_per_token(
-            jnp.dtype(dtype).itemsize, stored_head_dim=head_dim
+        bytes_a_block = block_size * model.kv_bytes_per_token(
+            jnp.dtype(kv_dtype).itemsize, stored_head_dim=head_dim, scale_bytes=scale_bytes(kv_dtype)
         )
-        fitting = int(_memory_for_cache(platform)) // bytes_a_block
+        # The devices of a CPU are parts of one host, whose memory they share.
+        fitting = int(_memory_for_cache(platform)) * (1 if platform == "cpu" else num_devices) // bytes_a_block
         num_blocks = min(fitting, config.max_num_seqs * blocks_a_sequence)
         if num_blocks < 1:
             raise ValueError(
                 f"no room for a single KV block of {bytes_a_block / 2**20:.1f} MiB; free memory, choose a smaller "
-                f"block_size than {config.block_size}, or a smaller dtype than {dtype}"
+                f"block_size than {block_size}, or a smaller kv_dtype than {kv_dtype}"
             )
     # A key rotated for a prompt of one length is wrong for a longer prompt that begins alike.
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length
-    stack_layers = platform != "cpu" if config.stack_layers is None else config.stack_layers
+    stack_layers = config.stack_layers
+    if stack_layers is None:
+        stack_layers = platform != "cpu" or config.tensor_parallel is not None
     ladder = config.budget_ladder
     if config.token_budget is not None:
         if ladder is None:
             ladder = tuple(budget for budget in BUDGETS if budget < config.token_budget)
         ladder = tuple(sorted({*ladder, config.token_budget}))
     filled = {
-        "dtype": dtype, "max_context_len": max_context_len, "num_blocks": num_blocks, "stack_layers": stack_layers,
+        "dtype": dtype, "kv_dtype": kv_dtype, "block_size": block_size, "max_context_len": max_context_len,
+        "num_blocks": num_blocks, "stack_layers": stack_layers,
         "budget_ladder": ladder, "prefix_caching": prefix_caching,
     }
     return ResolvedConfig(**{**{f.name: getattr(config, f.name) for f in fields(EngineConfig)}, **filled})
+
+
+def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices: int, platform: str) -> None:
+    """ValueError where the devices are not there, or the model or another choice does not go with them."""
+    here = len(jax.local_devices())
+    if here < num_devices:
+        remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} makes as many of a CPU"
+        raise ValueError(f"tensor_parallel={num_devices} but this process has {here} {platform} device(s); "
+                         f"choose 1 to {here}" + (remedy if platform == "cpu" else ""))
+    if config.stack_layers is False:
+        raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; leave stack_layers out")
+    check_divisible(model, num_devices)
 
 
 def _memory_for_cache(platform: str) -> float:

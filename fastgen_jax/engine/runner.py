@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.core.pytree import pytree
@@ -21,6 +22,7 @@ from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import Params
+from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, sharded_attention, shardings, tensor_mesh
 
 
 @pytree
@@ -41,6 +43,7 @@ class Runner:
         self.config = config
         self.max_blocks = -(-config.max_context_len // config.block_size)
         self._compiled: dict[int, tuple[Bucket, Any]] = {}
+        self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
         use_huge_pages(params)
         self._allocate()
 
@@ -51,12 +54,20 @@ class Runner:
 
     def _allocate(self) -> None:
         model, config = self.model, self.config
-        self.kv_cache = KVCache.zeros(
-            num_layers=model.num_layers, num_blocks=config.num_blocks, num_kv_heads=model.num_kv_heads,
-            block_size=config.block_size, dtype=jnp.dtype(config.dtype),
-            head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
-        )
-        self.state: SamplerState = init_state(config.max_num_seqs, model.vocab_size)
+        def zeros() -> tuple[KVCache, SamplerState]:
+            cache = KVCache.zeros(
+                num_layers=model.num_layers, num_blocks=config.num_blocks, num_kv_heads=model.num_kv_heads,
+                block_size=config.block_size, dtype=jnp.dtype(config.kv_dtype),
+                head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
+            )
+            return cache, init_state(config.max_num_seqs, model.vocab_size)
+
+        self.kv_cache: KVCache
+        self.state: SamplerState
+        if self.mesh is None:
+            self.kv_cache, self.state = zeros()
+        else:  # each device makes its own part: the whole may fit on none
+            self.kv_cache, self.state = jax.jit(zeros, out_shardings=memory_shardings(self.mesh, *jax.eval_shape(zeros)))()
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -82,7 +93,10 @@ class Runner:
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The step program of `bucket` for the current device, not compiled yet."""
         packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
-        program = step_program(self.model, bucket, attention=self.config.attention)
+        program = step_program(
+            self.model, bucket, attention=self.config.attention, activation_dtype=self.config.activation_dtype,
+            mesh=self.mesh,
+        )
         return program.lower(self.params, self.kv_cache, self.state, packed)
 
     def keep_only(self, budgets: Sequence[int]) -> None:
@@ -111,17 +125,19 @@ class Runner:
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
         self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
 
-    def measure(self, budget: int, *, num_tokens: int | None = None, repeats: int = 5) -> float:
+    def measure(
+        self, budget: int, *, num_tokens: int | None = None, repeats: int = 5, at_least: float = 0.4
+    ) -> float:
         """Seconds of a step of `num_tokens` (default: all) in the program of `budget`.
 
-        The step is one prompt chunk at the start of its sequence. The result is the least of several runs, because
-        whatever else the machine does can only add to it. Overwrites the first blocks of the cache, so it belongs
-        before the first request.
+        The step is one prompt chunk at the start of its sequence. The result is the least of `repeats` runs, or of more
+        if those take fewer than `at_least` seconds, because whatever else the machine does can only add to it.
+        Overwrites the first blocks of the cache, so it belongs before the first request.
         """
         bucket, _ = self._compiled[budget]
         used = budget if num_tokens is None else num_tokens
-        times = []
-        for _ in range(repeats + 1):  # the first run pays for page faults
+        times: list[float] = []
+        while len(times) <= repeats or sum(times[1:]) < at_least:  # the first run pays for page faults
             buffer, views = bucket.new_buffer()
             views["query_starts"][1:] = used
             views["context_lens"][0] = used
@@ -149,14 +165,27 @@ class Runner:
 
 
 def step_program(
-    model: ModelConfig, bucket: Bucket, *, attention: str | Callable[..., Any] | None = None
+    model: ModelConfig, bucket: Bucket, *, attention: str | None = None, activation_dtype: Any = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
-    `attention` is that of `models.decoder.forward`.
+    `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`, weights
+    and cache are divided over it as `models.sharding` says; the rest, results included, is whole on every device.
     """
-    step = partial(_step, bucket=bucket, config=model, attention=attention)
-    return jax.jit(step, donate_argnums=(1, 2))
+    step = partial(_step, bucket=bucket, config=model, activation_dtype=activation_dtype)
+    if mesh is None:
+        return jax.jit(partial(step, attention=attention, whole=None), donate_argnums=(1, 2))
+    whole = NamedSharding(mesh, PartitionSpec())
+    step = partial(step, attention=sharded_attention(mesh, attention), whole=whole)
+    cache = NamedSharding(mesh, PartitionSpec(None, TENSOR))
+    return jax.jit(step, donate_argnums=(1, 2), out_shardings=(whole, cache, whole))
+
+
+def memory_shardings(mesh: Mesh, cache: Any, state: Any) -> tuple[Any, Any]:
+    """Where the KV cache and the sampler's state, arrays or shapes, lie on the devices of `mesh`."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return shardings(mesh, partition_kv_cache(cache)), jax.tree.map(lambda _: whole, state)
 
 
 def _step(
@@ -168,11 +197,19 @@ def _step(
     bucket: Bucket,
     config: ModelConfig,
     attention: str | Callable[..., Any] | None,
+    activation_dtype: Any,
+    whole: NamedSharding | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
     on_device = batch.token_slots < state.last_tokens.shape[0]
     batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
-    logits, kv_cache = forward(params, kv_cache, batch, config=config, attention=attention)
+    num_devices = 1 if whole is None else whole.mesh.size
+    logits, kv_cache = forward(
+        params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype,
+        num_devices=num_devices,
+    )
+    if whole is not None:  # each device samples for itself; divided sampling has a hundred small collectives
+        logits = jax.lax.with_sharding_constraint(logits, whole)
     sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS)
     return StepOutput(sampled=sampled, logits=logits), kv_cache, state

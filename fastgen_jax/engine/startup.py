@@ -115,7 +115,7 @@ def _measurement_key(config: ResolvedConfig, model: ModelConfig) -> str:
     device = jax.devices()[0].device_kind
     if device == "cpu":
         device = f"cpu {platform.machine()} x{os.cpu_count()}"
-    facts = repr((asdict(model), config.dtype, config.quantize, config.block_size, config.max_num_seqs, config.attention,
-                  config.stack_layers, config.max_context_len))
+    facts = repr((asdict(model), config.dtype, config.quantize, config.kv_dtype, config.tensor_parallel, config.block_size,
+                  config.max_num_seqs, config.attention, config.stack_layers, config.max_context_len))
     digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
     return f"{device}, jax {jax.__version__}, {model.family} {digest}"

@@ -7,31 +7,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import EXPERT_MATRICES, Params, stack, unstack
+from fastgen_jax.models.params import EXPERT_MATRICES, Params, param_specs, stack, unstack
+from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
 # Read through `linear`; everything else is a plain array.
 MATRICES = ("qkv", "o", "q", "q_a", "q_b", "kv_a", "gate_up", "up", "down", "lm_head", "project_in", "project_out",
             "shared_gate_up", "shared_down", "shared_gate", "router")
-# Scores decide which experts a token meets: the few numbers that int8 would save are not worth a wrong choice.
+_TABLES = ("embed", "position_embed")
+# Scores decide which experts a token meets: the few numbers that int8 or bfloat16 would save are not worth a wrong choice.
 _NEVER_QUANTIZED = ("router", "shared_gate")
 
 
 def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
-    """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array in `dtype`.
+    """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array.
+
+    Tables that are looked up row by row are in `dtype`, other arrays in that of the activations.
 
     `path` is its place in the tree, like "layers.qkv"; `array` is a vector, a matrix [in, out], or a stack of either. A
     matrix that is an `Int8Weight` already (of a snapshot) stays int8.
     """
     name = path.rsplit(".", 1)[-1]
+    if config.tensor_parallel is not None:
+        return _divided(path, array, model, config)
     if name == "choice_bias":  # its steps are finer than bfloat16's
         return jnp.asarray(array, jnp.float32)
-    if name not in (*MATRICES, *EXPERT_MATRICES):
+    if name in _TABLES:
         return jnp.asarray(array, config.dtype)
+    if name not in (*MATRICES, *EXPERT_MATRICES):
+        return jnp.asarray(array, config.activation_dtype)
     quantize = None if name in _NEVER_QUANTIZED else config.quantize
     if path.startswith("layers.") and config.stack_layers:  # a packed weight cannot be sliced by a scan
         if isinstance(array, Int8Weight):
@@ -46,8 +55,20 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
         "expert_gate_up": model.moe is not None and model.moe.swiglu_limit is None,
     }.get(name, False)
     make = prepare_groups if name in EXPERT_MATRICES else prepare
-    plain = array if isinstance(array, Int8Weight) else np.asarray(array).astype(config.dtype)
+    dtype = config.activation_dtype if name in _NEVER_QUANTIZED else config.dtype
+    plain = array if isinstance(array, Int8Weight) else np.asarray(array).astype(dtype)
     return make(plain, quantize=quantize, platform=jax.default_backend(), gated=gated)
+
+
+def _divided(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
+    """One weight as `divide_leaf` divides it over the devices of `config`; what has been divided before stays."""
+    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
+        return array
+    spec: Any = param_specs(model)
+    for part in path.split("."):
+        spec = spec[part]
+    host = host_leaf(path, array, dtype=config.dtype, quantize=config.quantize)
+    return divide_leaf(spec, host, tensor_mesh(jax.local_devices()[: config.tensor_parallel]))
 
 
 def host_leaf(path: str, array: Any, *, dtype: Any, quantize: str | None) -> Any:
@@ -73,7 +94,7 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
         return prepare_leaf(path, leaf, model, config) if isinstance(leaf, jax.Array | np.ndarray) else leaf
 
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    if "lm_head" not in rest and _head_is_stored_apart(config):
+    if "lm_head" not in rest and config.tensor_parallel is None and _head_is_stored_apart(config):
         rest["lm_head"] = np.asarray(rest["embed"]).T
     rest = {name: prepared(name, leaf) for name, leaf in rest.items()}
     layers = params["layers"]

@@ -167,9 +167,10 @@ class ModelConfig:
         attention = 2 * context_len * self.num_heads * self.head_dim
         return 2.0 * (count_products(self, sampled=sampled) + self.num_layers * attention)
 
-    def kv_bytes_per_token(self, itemsize: int, *, stored_head_dim: int | None = None) -> int:
-        """Bytes of K and V that a token keeps in all layers, at `itemsize` bytes a number."""
-        return 2 * self.num_layers * self.num_kv_heads * (stored_head_dim or self.head_dim) * itemsize
+    def kv_bytes_per_token(self, itemsize: int, *, stored_head_dim: int | None = None, scale_bytes: int = 0) -> int:
+        """Bytes of K and V that a token keeps in all layers, at `itemsize` bytes a number and `scale_bytes` a head."""
+        a_head = (stored_head_dim or self.head_dim) * itemsize + scale_bytes
+        return 2 * self.num_layers * self.num_kv_heads * a_head
 
 
 def same_for_all(values: Sequence[T]) -> bool:

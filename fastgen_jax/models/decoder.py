@@ -35,13 +35,17 @@ def forward(
     *,
     config: ModelConfig,
     attention: str | Callable[..., Any] | None = None,
+    activation_dtype: Any = None,
+    num_devices: int = 1,
 ) -> tuple[jax.Array, KVCache]:
     """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
     `attention` names an implementation of `ragged_attention`, or is one; None is the best for the platform.
-    Rows of logits that are not used are finite and meaningless.
+    `activation_dtype` is that of the residual stream; None is the embedding's.
+    `num_devices` is how many the weights are divided over, by `models.sharding`. Rows of logits that are not used are
+    finite and meaningless.
     """
-    step = prepare_step(batch, kv_cache, config=config, implementation=attention)
+    step = prepare_step(batch, kv_cache, config=config, implementation=attention, num_devices=num_devices)
 
     def layer(
         x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int, rows: jax.Array | None = None
@@ -49,7 +53,7 @@ def forward(
         run = _parallel_layer if config.parallel_residual else _sequential_layer
         return run(x, cache, w, index, step, rows, config=config)
 
-    x = _embed(params, batch, config)
+    x = _embed(params, batch, config, activation_dtype)
     rows, kv_cache = run_layers(layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config)
     if config.final_norm:
         rows = norm(rows, params, "final_norm", config=config)
@@ -111,14 +115,17 @@ def _runs(having: dict[str, tuple[int, ...]], num_layers: int) -> list[tuple[int
     return list(zip(starts, [*starts[1:], num_layers], strict=True))
 
 
-def _embed(params: Params, batch: RaggedBatch, config: ModelConfig) -> jax.Array:
+def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: Any) -> jax.Array:
     x = jnp.take(params["embed"], batch.token_ids, axis=0)  # [T, E]
+    if dtype is not None:
+        x = x.astype(dtype)
     if config.embed_multiplier != 1.0:
         x = x * config.embed_multiplier
     if "project_in" in params:
         x = linear(x, params["project_in"])
     if config.learned_positions:
-        x = x + jnp.take(params["position_embed"], batch.positions + config.position_offset, axis=0, mode="clip")
+        places = jnp.take(params["position_embed"], batch.positions + config.position_offset, axis=0, mode="clip")
+        x = x + places.astype(x.dtype)
     if config.embed_norm:
         x = norm(x, params, "embed_norm", config=config)
     return x
@@ -147,7 +154,7 @@ def _sequential_layer(
     x = norm(y, w, "attn_norm", config=config) if place == "residual" else y
 
     h = norm(x, w, "mlp_norm", config=config) if before else x
-    y = mlp(h, w, config=config, num_tokens=step.num_rows(rows), residual=x if fused else None)
+    y = mlp(h, w, config=config, num_tokens=step.num_rows(rows), residual=x if fused else None, num_devices=step.num_devices)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config) if after else y)
     return norm(y, w, "mlp_norm", config=config) if place == "residual" else y, cache
@@ -167,7 +174,8 @@ def _parallel_layer(
     x = take_rows(x, rows)
     for_mlp = take_rows(h, rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config)
     y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x)
-    return mlp(for_mlp, w, config=config, num_tokens=step.num_rows(rows), residual=y), cache
+    y = mlp(for_mlp, w, config=config, num_tokens=step.num_rows(rows), residual=y, num_devices=step.num_devices)
+    return y, cache
 
 
 def _logits(rows: jax.Array, params: Params, num_rows: jax.Array, *, config: ModelConfig) -> jax.Array:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import ACTIVATIONS, project
 from fastgen_jax.models.moe import moe
@@ -14,24 +14,25 @@ from pallas_kernels.matmul import swiglu
 
 
 def mlp(
-    x: jax.Array, w: dict[str, Any], *, config: ModelConfig, num_tokens: jax.Array, residual: jax.Array | None
+    x: jax.Array, w: dict[str, Any], *, config: ModelConfig, num_tokens: jax.Array, residual: jax.Array | None,
+    num_devices: int = 1,
 ) -> jax.Array:
     """The MLP or the experts of `x` [T, E] (+ residual), whichever the weights `w` of the layer are for.
 
-    Tokens from `num_tokens` on are padding.
+    Tokens from `num_tokens` on are padding. The columns of gate and up are in the order for `num_devices`; see `columns`.
     """
     if "router" in w:
         assert config.moe is not None, "a layer with a router has experts"
-        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual)
-    return project(_hidden(x, w, num_tokens, config), w, "down", residual=residual, num_rows=num_tokens)
+        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, num_devices=num_devices)
+    return project(_hidden(x, w, num_tokens, config, num_devices), w, "down", residual=residual, num_rows=num_tokens)
 
 
-def _hidden(x: jax.Array, w: dict[str, Any], num_tokens: jax.Array, config: ModelConfig) -> jax.Array:
+def _hidden(x: jax.Array, w: dict[str, Any], num_tokens: jax.Array, config: ModelConfig, num_devices: int) -> jax.Array:
     """The hidden units [T, F], before the projection back to E."""
     activation = ACTIVATIONS[config.activation]
     if not config.mlp_gated:
         return activation(project(x, w, "up", num_rows=num_tokens))
     if config.fused_swiglu:
-        return swiglu(x, w["gate_up"], num_rows=num_tokens)
-    gate, up = jnp.split(project(x, w, "gate_up", num_rows=num_tokens), 2, axis=-1)
+        return swiglu(x, w["gate_up"], num_rows=num_tokens, shards=num_devices)
+    gate, up = split_columns(project(x, w, "gate_up", num_rows=num_tokens), 2 * (config.mlp_dim,), num_devices)
     return activation(gate) * up

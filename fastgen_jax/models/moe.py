@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.layers import project
 from fastgen_jax.models.moe_config import MoEConfig
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
@@ -26,11 +27,13 @@ _SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) is close to the normal distribution's,
 
 
 def moe(
-    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array, residual: jax.Array | None
+    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array, residual: jax.Array | None,
+    num_devices: int = 1,
 ) -> jax.Array:
     """The experts' answer to `x` [T, E] (+ residual), in its dtype; sums are in float32.
 
     Tokens from `num_tokens` on are padding: they cost no expert any work, and what they get is finite.
+    The columns of gate and up are in the order for `num_devices`; see `columns`.
     `w` holds the weights of the layer, or, with "first_expert" i32[], those of the experts of all layers, [L*X, ...].
     """
     k = config.experts_per_token
@@ -40,13 +43,13 @@ def moe(
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts), axis=0, dtype=jnp.int32)
     rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
-    rows = _experts(rows, w, sizes, jnp.take(expert, order), config=config)
+    rows = _experts(rows, w, sizes, jnp.take(expert, order), config=config, num_devices=num_devices)
     # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
     # slow on accelerators and adds in no certain order.
     mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1).astype(jnp.float32)
     y = jnp.sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
     if config.shared_dim:
-        y = y + _shared_expert(x, w, num_tokens).astype(jnp.float32)
+        y = y + _shared_expert(x, w, num_tokens, num_devices).astype(jnp.float32)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -86,31 +89,32 @@ def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
 
 
 def _experts(
-    rows: jax.Array, w: Mapping[str, Any], sizes: jax.Array, expert: jax.Array, *, config: MoEConfig
+    rows: jax.Array, w: Mapping[str, Any], sizes: jax.Array, expert: jax.Array, *, config: MoEConfig, num_devices: int
 ) -> jax.Array:
     """Every row [T * k, E] through its expert; rows are sorted by `expert` i32[T * k], `sizes` i32[X] count them."""
     first = w.get("first_expert", 0)
     if config.swiglu_limit is None:
-        hidden = grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first)
+        hidden = grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first, shards=num_devices)
         return grouped_matmul(hidden, w["expert_down"], sizes, first_group=first)
     # Padding has the number X, one past the last bias; it may have any.
     hidden = grouped_matmul(rows, w["expert_gate_up"], sizes, first_group=first)
     if config.expert_bias:
         hidden = hidden + jnp.take(w["expert_gate_up_bias"], expert, axis=0, mode="clip")
-    hidden = clamped_swiglu(hidden, limit=config.swiglu_limit)
+    hidden = clamped_swiglu(*split_columns(hidden, 2 * (config.expert_dim,), num_devices), limit=config.swiglu_limit)
     y = grouped_matmul(hidden, w["expert_down"], sizes, first_group=first)
     return y + jnp.take(w["expert_down_bias"], expert, axis=0, mode="clip") if config.expert_bias else y
 
 
-def clamped_swiglu(gate_up: jax.Array, *, limit: float) -> jax.Array:
-    """gate * sigmoid(1.702 gate) * (up + 1), both halves [..., F] of `gate_up` clamped before. Source: gpt-oss."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return (gate * jax.nn.sigmoid(_SWIGLU_ALPHA * gate) * (up + 1.0)).astype(gate_up.dtype)
+def clamped_swiglu(gate: jax.Array, up: jax.Array, *, limit: float) -> jax.Array:
+    """gate * sigmoid(1.702 gate) * (up + 1), both [..., F] clamped before. Source: gpt-oss."""
+    dtype = gate.dtype
+    gate, up = jnp.minimum(gate.astype(jnp.float32), limit), jnp.clip(up.astype(jnp.float32), -limit, limit)
+    return (gate * jax.nn.sigmoid(_SWIGLU_ALPHA * gate) * (up + 1.0)).astype(dtype)
 
 
-def _shared_expert(x: jax.Array, w: Mapping[str, Any], num_tokens: jax.Array) -> jax.Array:
-    y = project(swiglu(x, w["shared_gate_up"], num_rows=num_tokens), w, "shared_down", num_rows=num_tokens)
+def _shared_expert(x: jax.Array, w: Mapping[str, Any], num_tokens: jax.Array, num_devices: int) -> jax.Array:
+    hidden = swiglu(x, w["shared_gate_up"], num_rows=num_tokens, shards=num_devices)
+    y = project(hidden, w, "shared_down", num_rows=num_tokens)
     if "shared_gate" not in w:
         return y
     return y * jax.nn.sigmoid(linear(x, w["shared_gate"], num_rows=num_tokens).astype(jnp.float32)).astype(y.dtype)

@@ -1,21 +1,25 @@
 """Tensor parallelism: heads, MLP columns and vocabulary are divided over one axis of a device mesh.
 
-The forward pass stays as it is written: weights and cache carry shardings, XLA inserts the sums. Only attention is told,
-since a kernel is opaque to XLA: each device runs it on its own heads and its own part of the cache.
+The forward pass stays as it is written: weights and cache carry shardings, XLA inserts the sums, two a layer. It is told
+two things: in which order fused columns lie (see `columns`), and, since a kernel is opaque to XLA, how to attend: each
+device runs it on its own heads and its own part of the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import KVCache
+from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import param_specs
+from fastgen_jax.models.params import ParamSpec, param_specs
+from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.ragged_attention import ragged_attention
 
 TENSOR = "tensor"
@@ -27,6 +31,10 @@ DIVIDED_AXES = frozenset({"HD", "F", "V"})  # logical axes of `ParamSpec`; all o
 def check_divisible(config: ModelConfig, num_devices: int) -> None:
     """ValueError where the model cannot be divided over so many devices, naming what would work."""
     sizes = {"num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim, "vocab_size": config.vocab_size}
+    if config.moe is not None:
+        sizes |= {"expert_dim": config.moe.expert_dim, "shared_dim": config.moe.shared_dim}  # 0 divides by any number
+        if len(config.moe.layers) == config.num_layers:  # no layer has an MLP
+            del sizes["mlp_dim"]
     for name, size in sizes.items():
         if size % num_devices:
             possible = [n for n in range(1, num_devices) if all(s % n == 0 for s in sizes.values())]
@@ -34,6 +42,11 @@ def check_divisible(config: ModelConfig, num_devices: int) -> None:
                 f"{name}={size} cannot be divided over {num_devices} devices; "
                 f"choose a number of devices among {', '.join(map(str, possible))}"
             )
+
+
+def tensor_mesh(devices: Sequence[Any]) -> Mesh:
+    """A mesh of one axis, `TENSOR`."""
+    return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
 def partition_params(config: ModelConfig, params: Any) -> Any:
@@ -45,16 +58,35 @@ def partition_params(config: ModelConfig, params: Any) -> Any:
         spec: Any = specs
         for name in names:
             spec = spec[name]
-        axes = tuple(TENSOR if axis in DIVIDED_AXES else None for axis in spec.axes)
-        return PartitionSpec(*(None,) * (leaf.ndim - len(axes)), *axes)  # a stack of layers has one more axis in front
+        is_scale = getattr(path[-1], "name", None) == "scales"
+        return partition_leaf(spec, leaf.ndim, is_scale=is_scale)
 
     return jax.tree_util.tree_map_with_path(partition, params)
 
 
-def partition_kv_cache() -> KVCache:
-    """The PartitionSpecs of the cache: every device holds the blocks of its own KV heads."""
-    spec = PartitionSpec(None, TENSOR)
-    return KVCache(k=spec, v=spec)  # pyright: ignore[reportArgumentType] (specs in place of arrays)
+def partition_leaf(spec: ParamSpec, ndim: int, *, is_scale: bool = False) -> PartitionSpec:
+    """The PartitionSpec of a weight with so many axes, or of the scales of an int8 one, one for each of its columns."""
+    axes = tuple(TENSOR if axis in DIVIDED_AXES else None for axis in spec.axes)
+    if is_scale:
+        axes = (*axes[:-2], axes[-1])
+    return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)  # a stack of layers has one more axis in front
+
+
+def divide_leaf(spec: ParamSpec, leaf: Any, mesh: Mesh) -> Any:
+    """A weight as a checkpoint has it, plain or `Int8Weight`, with its columns dealt out (see `columns`) to `mesh`."""
+
+    def placed(array: Any, *, is_scale: bool = False) -> jax.Array:
+        array = deal_columns(array, spec.parts, mesh.size) if len(spec.parts) > 1 else np.asarray(array)
+        return jax.device_put(array, NamedSharding(mesh, partition_leaf(spec, array.ndim, is_scale=is_scale)))
+
+    if isinstance(leaf, Int8Weight):
+        return Int8Weight(values=placed(leaf.values), scales=placed(leaf.scales, is_scale=True))
+    return placed(leaf)
+
+
+def partition_kv_cache(cache: KVCache) -> KVCache:
+    """The PartitionSpecs of `cache`, arrays or shapes: every device holds the blocks of its own KV heads."""
+    return jax.tree.map(lambda _: PartitionSpec(None, TENSOR), cache)
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:

@@ -6,7 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
-from fastgen_jax.core import stored_head_dim
+import numpy as np
+
+from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
@@ -68,10 +70,13 @@ def weight_bytes(model: ModelConfig, num_devices: int, itemsize: float) -> int:
     return math.ceil(layer + sum(held(spec, 1) for name, spec in specs.items() if name != "layers"))
 
 
-def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, itemsize: int) -> int:
+def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, kv_dtype: Any) -> int:
     """A KV block on one device: keys and values of its own heads, all layers."""
     head_dim = stored_head_dim(model.head_dim, topology.device.platform)
-    return block_size * model.kv_bytes_per_token(itemsize, stored_head_dim=head_dim) // topology.num_devices
+    a_token = model.kv_bytes_per_token(
+        np.dtype(kv_dtype).itemsize, stored_head_dim=head_dim, scale_bytes=scale_bytes(kv_dtype)
+    )
+    return block_size * a_token // topology.num_devices
 
 
 def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, max_num_seqs: int, itemsize: int) -> int:

@@ -5,31 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.runner import step_program
+from fastgen_jax.engine.runner import memory_shardings, step_program
 from fastgen_jax.engine.sampling import init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import init_params
-from fastgen_jax.models.sharding import (
-    TENSOR,
-    check_divisible,
-    partition_kv_cache,
-    partition_params,
-    sharded_attention,
-    shardings,
-)
+from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
 from fastgen_jax.plan.devices import Topology
+
+# An asynchronous one is counted where it starts.
+_COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
+                         r"(?:-start)?\(")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +38,7 @@ class Program:
     aliased: int  # arguments whose memory the results take over
     temporaries: int
     cache: int  # of the KV cache, all of which must be aliased
+    collectives: int  # that run in each layer
     compiled: Any
 
 
@@ -63,7 +61,7 @@ def deviceless_mesh(topology: Topology, num_devices: int | None = None) -> Mesh:
             raise ValueError(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]'") from error
         raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
     devices = devices[: num_devices or len(devices)]
-    return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
+    return tensor_mesh(devices)
 
 
 @contextlib.contextmanager
@@ -83,6 +81,7 @@ def compile_step(
     block_size: int,
     num_blocks: int,
     dtype: Any = jnp.bfloat16,
+    kv_dtype: Any = None,
     attention: str | None = None,
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
@@ -99,25 +98,23 @@ def compile_step(
     cache = jax.eval_shape(
         lambda: KVCache.zeros(
             num_layers=model.num_layers, num_blocks=num_blocks, num_kv_heads=model.num_kv_heads,
-            block_size=block_size, head_dim=stored_head_dim(model.head_dim, "tpu"), dtype=dtype,
+            block_size=block_size, head_dim=stored_head_dim(model.head_dim, "tpu"), dtype=kv_dtype or dtype,
         )
     )
     state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
     packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
 
-    replicated = NamedSharding(mesh, PartitionSpec())
     kinds = (
         shardings(mesh, partition_params(model, params)),
-        shardings(mesh, partition_kv_cache()),
-        jax.tree.map(lambda _: replicated, state),
-        replicated,
+        *memory_shardings(mesh, cache, state),
+        NamedSharding(mesh, PartitionSpec()),
     )
     arguments = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         (params, cache, state, packed), kinds,
     )
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
-    step = step_program(model, bucket, attention=sharded_attention(mesh, attention))
+    step = step_program(model, bucket, attention=attention, mesh=mesh)
     start = time.perf_counter()
     with lowering_for(mesh):
         lowered = step.lower(*arguments)
@@ -129,8 +126,22 @@ def compile_step(
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         cache=cache_bytes,
+        collectives=count_in_loops(compiled.as_text()),
         compiled=compiled,
     )
+
+
+def count_in_loops(hlo: str) -> int:
+    """How many collectives the loop of an optimised program runs that has most of them: the one over layers."""
+    counts: dict[str, int] = {}
+    name = ""
+    for line in hlo.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header:
+            name = header[1]
+        counts[name] = counts.get(name, 0) + bool(_COLLECTIVE.search(line))
+    bodies = re.findall(r"\bbody=%?([\w.\-]+)", hlo)
+    return max((counts[body] for body in bodies), default=0)
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Any:

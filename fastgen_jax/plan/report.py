@@ -35,6 +35,7 @@ class Plan:
     num_params: int
     context: int
     block_size: int
+    kv_dtype: str
     max_num_seqs: int
     memory: Memory
     sequences: int  # of the full context that fit at once
@@ -50,7 +51,7 @@ class Plan:
 
 def make_plan(
     config: dict[str, Any], *, topology: str, context: int | None, budgets: Sequence[int], max_num_seqs: int,
-    block_size: int, dtype: str, compile: bool,
+    block_size: int, dtype: str, kv_dtype: str | None = None, compile: bool,
 ) -> Plan:  # fmt: skip
     """Plans for the model that `config` (the contents of a config.json) describes.
 
@@ -63,6 +64,7 @@ def make_plan(
     if min(budgets) < 1 or max_num_seqs < 1 or block_size < 1 or context < 1:
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
     itemsize = jnp.dtype(dtype).itemsize
+    kv_dtype = kv_dtype or dtype
     blocks_a_sequence = -(-context // block_size)
     memory = Memory(
         total=devices.device.memory,
@@ -72,13 +74,13 @@ def make_plan(
         temporaries=estimate.temporary_bytes(
             model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
         ),
-        block=estimate.block_bytes(model, devices, block_size=block_size, itemsize=itemsize),
+        block=estimate.block_bytes(model, devices, block_size=block_size, kv_dtype=jnp.dtype(kv_dtype)),
     )
     checks: tuple[CompileCheck, ...] = ()
     if compile and devices.device.platform == "tpu" and memory.num_blocks >= blocks_a_sequence:
         checks = tuple(
             _check(model, devices, budget, memory, max_num_seqs=max_num_seqs, context=context, block_size=block_size,
-                   dtype=dtype)
+                   dtype=dtype, kv_dtype=kv_dtype)
             for budget in budgets
         )
         known = [check.temporaries for check in checks if check.temporaries is not None]
@@ -95,7 +97,8 @@ def make_plan(
     )  # fmt: skip
     return Plan(
         topology=topology, num_devices=devices.num_devices, num_params=model.num_params, context=context,
-        block_size=block_size, max_num_seqs=max_num_seqs, memory=memory, sequences=sequences, steps=steps, checks=checks,
+        block_size=block_size, kv_dtype=kv_dtype, max_num_seqs=max_num_seqs, memory=memory, sequences=sequences,
+        steps=steps, checks=checks,
         largest_budget=estimate.largest_budget(
             model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_a_sequence=blocks_a_sequence
         ),
@@ -106,14 +109,14 @@ def make_plan(
 
 def _check(
     model: ModelConfig, topology: Topology, budget: int, memory: Memory, *, max_num_seqs: int, context: int,
-    block_size: int, dtype: str,
+    block_size: int, dtype: str, kv_dtype: str,
 ) -> CompileCheck:  # fmt: skip
     from fastgen_jax.plan.program import DoesNotCompile, compile_step, deviceless_mesh
 
     try:
         program = compile_step(
             model, deviceless_mesh(topology), token_budget=budget, max_num_seqs=max_num_seqs, max_context_len=context,
-            block_size=block_size, num_blocks=memory.num_blocks, dtype=jnp.dtype(dtype),
+            block_size=block_size, num_blocks=memory.num_blocks, dtype=jnp.dtype(dtype), kv_dtype=jnp.dtype(kv_dtype),
         )
     except DoesNotCompile as error:
         return CompileCheck(token_budget=budget, seconds=None, temporaries=None, words=str(error))
@@ -171,7 +174,8 @@ def table(plan: Plan) -> str:
         f"  weights       {gib(memory.weights)}",
         f"  sampler state {gib(memory.state)}",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",
-        f"  KV cache      {gib(max(0, memory.free))}   {memory.num_blocks} blocks of {plan.block_size} tokens",
+        f"  KV cache      {gib(max(0, memory.free))}   {memory.num_blocks} blocks of {plan.block_size} tokens, "
+        f"{plan.kv_dtype}",
         "",
         f"sequences of {plan.context} tokens at once: {plan.sequences}",
         f"largest token budget that leaves room for one of them: {plan.largest_budget}",

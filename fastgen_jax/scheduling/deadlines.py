@@ -60,22 +60,25 @@ def feasible_line(
         left = sequence.remaining
         if left > 1:
             deadline = pace.promise.deadline(sequence)
-            rank = (sequence.order[0], 1, deadline, sequence.order)
-            # For one that is late already nobody else is dropped.
+            # One that is late already is first, so that it is over soon, but nobody else is dropped for it.
             hopeless = now + left * least_seconds_a_token > deadline
+            place = (0, -1.0) if hopeless else (1, deadline)
+            rank = (sequence.order[0], *place, sequence.order)
             jobs.append(_Job(rank, left, math.inf if hopeless else deadline, False, sequence))
     for sequence in waiting[:_MAX_LINE]:
         priority = sequence.order[0]
         left = sequence.num_tokens - limits.block_size * len(cached_prefix(sequence))
-        if sequence.num_preemptions:  # it was accepted, and its reader has begun
+        if sequence.num_tokens > sequence.num_prompt_tokens:  # it was preempted, but its reader has begun
             jobs.append(_Job((priority, 0, 0.0, sequence.order), left, math.inf, False, sequence))
             continue
         deadline = pace.promise.deadline(sequence)
-        if now > deadline + pace.promise.grace:
+        hopeless = now + left * least_seconds_a_token > deadline
+        overtaken = sequence.num_bypasses >= limits.max_bypasses
+        if now > deadline + pace.promise.grace or (hopeless and overtaken):
             refused.append(sequence)
-        elif sequence.num_bypasses >= limits.max_bypasses:
+        elif overtaken:
             jobs.append(_Job((priority, 0, 0.0, sequence.order), left, math.inf, False, sequence))
-        elif now + left * least_seconds_a_token > deadline:
+        elif hopeless:
             late.append(sequence)
         else:
             jobs.append(_Job((priority, 1, deadline, sequence.order), left, deadline, True, sequence))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from fastgen_jax.scheduling.sequence import Sequence
 
-_MEMORY = 0.98  # weight of the step before, relative to the last one: the last 50 steps count, contexts change slowly
+# Weight of the step before, relative to the last one. The last 5 steps count: what a token costs grows with the contexts of
+# the prompts that are being computed, which change from prompt to prompt.
+_MEMORY = 0.8
 _MARGIN = 0.9  # of a gap between tokens is planned for: the promise is about the slower steps, not the mean
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -225,12 +226,26 @@ def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
 
 
 def _check_token_ids(name: str, token_ids: tuple[Any, ...]) -> None:
+    if _are_token_ids(token_ids):
+        return
     for token_id in token_ids:
         if type(token_id) is not int or not 0 <= token_id <= _MAX_TOKEN_ID:
             raise ValueError(
                 f"{name} contains {token_id!r}; token ids are ints in [0, {_MAX_TOKEN_ID}]; "
                 "convert them with int(), and check the tokenizer"
             )
+
+
+def _are_token_ids(values: tuple[Any, ...]) -> bool:
+    """Without a loop in Python: prompts have thousands of tokens."""
+    if list(map(type, values)).count(int) != len(values):
+        return False
+    try:  # what fits both a signed and an unsigned int of 32 bits is in [0, _MAX_TOKEN_ID]
+        struct.pack(f"{len(values)}i", *values)
+        struct.pack(f"{len(values)}I", *values)
+    except struct.error:
+        return False
+    return True
 
 
 def _check_int(name: str, value: Any, low: int | None, high: int | None, remedy: str) -> None:

@@ -18,7 +18,8 @@ from fastgen_jax.scheduling.plan import Admission, StepLimits
 from fastgen_jax.scheduling.policies import NEED_PROMISE, POLICIES
 from fastgen_jax.scheduling.request import Request
 from fastgen_jax.scheduling.sequence import FinishReason, Sequence, SequenceStatus
-from fastgen_jax.scheduling.step import SchedulerStats, Step
+from fastgen_jax.scheduling.steady import SteadyRun, advance, steady_run
+from fastgen_jax.scheduling.step import Chunk, SchedulerStats, Step
 
 _FINISHED = SequenceStatus.FINISHED
 _RUNNING = SequenceStatus.RUNNING
@@ -205,7 +206,7 @@ class Scheduler:
         self.stats.num_bypasses += len(plan.bypassed)
         admitted = self._admit(plan.admissions) if plan.admissions else []
 
-        num_tokens = num_rows = 0
+        num_tokens = num_rows = len(chunks)  # most have one token and one row
         updates: list[tuple[int, int, list[int]]] = []
         sampled: list[Sequence] = []
         fresh = set(admitted) if admitted else admitted
@@ -215,8 +216,10 @@ class Scheduler:
                 # A sequence starts at a block border, so its first chunk always comes here: all is new then.
                 updates.append(self._extend(sequence, stop, whole_table=sequence in fresh))
             sequence.num_computed = stop
-            num_tokens += length
-            num_rows += rows
+            if length > 1:
+                num_tokens += length - 1
+            if rows != 1:
+                num_rows += rows - 1
             if samples:
                 sequence.num_tokens = stop + 1
                 sampled.append(sequence)
@@ -283,6 +286,34 @@ class Scheduler:
         if finished:
             self._retire(finished)
         return advanced
+
+    def steady_run(self) -> SteadyRun | None:
+        """The steps that could be skipped by `skip`, because nothing is decided in them; None if the next is no such step.
+
+        There may be one step in flight, if it too is one token of each running sequence.
+        """
+        in_flight = self._steps_in_flight
+        if self._waiting or self._pace or len(in_flight) > 1:
+            return None
+        if in_flight and (in_flight[0].sampled != self._running or in_flight[0].num_tokens != len(self._running)):
+            return None
+        return steady_run(self._running, self.limits, self._pool, in_flight=bool(in_flight))
+
+    def skip(self, num_steps: int, token_ids: abc.Iterable[int]) -> Step | None:
+        """As `num_steps` times `schedule()` and `commit()`, within `steady_run()`, at the price of one: for simulations.
+
+        Every sequence gets the same `num_steps` token ids. Gives the step that is now in flight, if one was before.
+        """
+        running = self._running
+        advance(running, num_steps, token_ids, self._pool)
+        self.stats.num_steps += num_steps
+        self.stats.num_tokens += num_steps * len(running)
+        if not self._steps_in_flight:
+            return None
+        chunks = [Chunk(sequence, sequence.num_computed - 1, 1, 1, True) for sequence in running]
+        step = Step(chunks, self._steps_in_flight.pop().sampled, [], [], [], len(chunks), len(chunks))
+        self._steps_in_flight.append(step)
+        return step
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends a sequence now, for a reason found above the scheduler, such as a stop string.

@@ -14,6 +14,8 @@ from fastgen_jax.serving.tools import ToolReader, whole_calls
 from fastgen_jax.serving.work import Work
 from fastgen_jax.text import Tokenizer
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once, because every token passes it
+
 
 class TokenTexts:
     """How single tokens are spelled in log-probabilities."""
@@ -195,7 +197,7 @@ class SseEncoder:
         tail = b"}\n\n" if usage is False else b',"usage":null}\n\n'
         if isinstance(usage, dict):
             tail = b',"usage":' + json.dumps(usage).encode() + b"}\n\n"
-        return self._head + b',"choices":' + json.dumps(choices, ensure_ascii=False).encode() + tail
+        return self._head + b',"choices":' + _encode(choices).encode() + tail
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """The event before the last."""

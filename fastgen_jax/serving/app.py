@@ -18,8 +18,8 @@ from starlette.exceptions import HTTPException
 from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.serving import endpoints
-from fastgen_jax.serving.errors import ApiError, as_api_error, unsupported
-from fastgen_jax.serving.gate import Gate
+from fastgen_jax.serving.errors import ApiError, as_api_error, of_validation, unsupported
+from fastgen_jax.serving.gate import CLIENT_GONE, Gate
 from fastgen_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
 from fastgen_jax.serving.protocol import (
     ChatRequest,
@@ -35,7 +35,6 @@ from fastgen_jax.serving.work import Backend
 
 _NOT_OPENAI = {"description": "An error in OpenAI's shape."}
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _NOT_OPENAI)
-CLIENT_GONE = 499  # nginx's number for a client that did not wait; nobody reads it but the log
 
 
 class Server:
@@ -77,7 +76,8 @@ def create_app(server: Server) -> Any:
     _add_errors(app)
     _add_openai(app, server)
     _add_operations(app, server)
-    app.add_middleware(Gate, api_keys=config.api_key, max_body_bytes=int(config.max_body_mb * 2**20))
+    app.add_middleware(Gate, api_keys=config.api_key, max_body_bytes=int(config.max_body_mb * 2**20),
+                       on_response=server.metrics.note_response)
     if config.cors_origin:  # around the gate: a browser may read a refusal too
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"],
                            allow_headers=["*"])
@@ -116,6 +116,14 @@ def _add_openai(app: FastAPI, server: Server) -> None:
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         return await endpoints.tokenize(server, body)
 
+    @app.get("/tokenizer_info", responses=_ERRORS)
+    async def tokenizer_info() -> dict[str, Any]:
+        """What a client that counts tokens wants to know, as vLLM tells it."""
+        tokenizer = server.ready().intake.need_tokenizer("/tokenizer_info")
+        names = {name: tokenizer.named_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return {**names, "tokenizer_class": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
+                "chat_template": tokenizer.templates.get("default")}
+
     @app.post("/detokenize", responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         return await endpoints.detokenize(server, body)
@@ -137,10 +145,12 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 
     @app.get("/health", responses=_ERRORS)
     async def health() -> JSONResponse:
-        ready = server.backend is not None and server.backend.is_ready
-        status = "ready" if ready else "failed" if server.failure else "loading" if server.backend is None else "ending"
+        backend = server.backend
+        ready = backend is not None and backend.is_ready
+        failure = server.failure or (backend.failure if backend is not None else None)
+        status = "ready" if ready else "failed" if failure else "loading" if backend is None else "ending"
         return JSONResponse({"status": status, "model": server.served.name, "deployment": server.served.deployment,
-                             "failure": server.failure}, 200 if ready else 503)
+                             "failure": failure}, 200 if ready else 503)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -171,20 +181,13 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown field {where[0]!r}; leave it out"
-        elif first["type"] == "json_invalid":
-            message, where = f"the body is not JSON: {first['ctx']['error']}", []
-        elif where:
-            message = f"{'.'.join(where)}: {message}"
-        return _answer_error(request, ApiError(message, param=where[0] if where else None))
+        return _answer_error(request, of_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
+            return ApiError(f"the body is not JSON in UTF-8: {str(error.__cause__)[:200]}").response()
         return ApiError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code, code=code,
                         headers=dict(error.headers or {})).response()
 

@@ -16,6 +16,7 @@ from fastgen_jax.api.pipeline import as_prompts, sampling_params
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer
 from fastgen_jax.serving.protocol import (
+    MAX_STOPS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -75,6 +76,9 @@ async def generate(server: Server, body: GenerateRequest, request: Request) -> R
     """POST /mii/{deployment}: a list with a response a sample, or server-sent events of (index, output)."""
     backend = server.ready()
     params = sampling_params(body.model_extra or {})
+    stops = tuple(params.stop)
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"stop has {len(stops)} strings and at most {MAX_STOPS} are served; keep the likeliest")
     prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
     work = await start_work(backend, prompts, replace(params, n=1), num_samples=params.n, priority=body.priority,
                             timeout=body.timeout)

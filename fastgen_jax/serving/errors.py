@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
+from fastgen_jax.scheduling import SamplingParams
+from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, short
 
+_FIELDS = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *SamplingParams.__dataclass_fields__}
 NO_RETRY = {"x-should-retry": "false"}  # what OpenAI's clients look at before they send a request again
 
 
@@ -36,7 +41,36 @@ class ApiError(Exception):
 
 def unsupported(param: str, value: Any, remedy: str) -> ApiError:
     """The refusal of something that OpenAI's interface has and this server has not."""
-    return ApiError(f"{param}={value!r} is not supported here; {remedy}", param=param, code="unsupported_parameter")
+    return ApiError(f"{param}={short(value)} is not supported here; {remedy}", param=param, code="unsupported_parameter")
+
+
+def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The answer to a body that pydantic has refused: field, value, what is wanted."""
+    # Of a field that may have several forms, pydantic tells what is wrong with each; the form that was meant is the one
+    # whose type is right, or where the error lies deepest.
+    worst = max(errors, key=lambda e: (not e["type"].endswith("_type"), len(e["loc"])))
+    where = [str(part) for part in worst["loc"] if part != "body"]
+    field = where[0] if where else None
+    message = worst["msg"].removeprefix("Value error, ")
+    if worst["type"] == "extra_forbidden":
+        message = f"unknown field {'.'.join(where)!r}; leave it out"
+    elif worst["type"] == "json_invalid":
+        message, field = f"the body is not JSON: {worst['ctx']['error']}", None
+    elif field is not None and worst["type"] == "missing":
+        message = f"{'.'.join(where)} is missing; it is required"
+    elif field is not None and worst["type"] != "value_error":
+        # Names of forms, such as list[constrained-str], are pydantic's own.
+        named = [part for part in where if (part.isidentifier() and part not in ("str", "int")) or part.isdigit()]
+        message = f"{'.'.join(named)} is {short(worst['input'])}: {message[:1].lower()}{message[1:]}"
+    elif field is not None:
+        message = f"{field}: {message}"
+    return ApiError(message, param=field or _named(message))
+
+
+def _named(message: str) -> str | None:
+    """The argument that an error is about; those of the engine and of the protocol begin with its name."""
+    name = re.match(r"\w*", message)
+    return name[0] if name and name[0] in _FIELDS else None
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -50,10 +84,13 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(str(error), status=503, type="server_error", code="shutting_down",
                         headers={"Retry-After": "5"})
     if isinstance(error, RequestFailedError):
-        if error.kind == "deadline":
+        if error.failure.kind == "deadline":
             return ApiError(str(error), status=408, type="timeout", code="deadline_exceeded", headers=NO_RETRY)
-        status = {"shutdown": 503, "refused": 429}.get(error.kind, 500)
-        return ApiError(str(error), status=status, type="server_error", code=error.kind)
+        status = {"shutdown": 503, "refused": 429}.get(error.failure.kind, 500)
+        # A request that was refused is as welcome in a moment as any other.
+        again = error.failure.retry_after or (1 if status in (429, 503) else None)
+        return ApiError(str(error), status=status, type="server_error", code=error.failure.kind,
+                        headers={"Retry-After": str(again)} if again else {})
     if isinstance(error, ValueError):
-        return ApiError(str(error))
+        return ApiError(str(error), param=_named(str(error)))
     return ApiError(f"the server failed: {type(error).__name__}", status=500, type="server_error", code="internal")

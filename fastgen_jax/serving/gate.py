@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -16,17 +18,57 @@ log = logging.getLogger("fastgen_jax.access")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+CLIENT_GONE = 499  # nginx's number for a client that did not wait; nobody reads it but logs and metrics
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+BEGIN_EACH_TURN = 4  # requests: some milliseconds
 QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})  # asked every second by machines
+
+
+class Turnstile:
+    """Lets a few requests begin in each turn of the event loop.
+
+    A request is about a millisecond of work before it runs; two hundred that come at once would hold up every stream.
+    """
+
+    def __init__(self, each: int = BEGIN_EACH_TURN) -> None:
+        self._each = each
+        self._begun = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        """Returns when it is one's turn, in order of arrival."""
+        loop = asyncio.get_running_loop()
+        if self._begun == 0:
+            loop.call_soon(self._turn)
+        if self._begun < self._each and not self._waiting:
+            self._begun += 1
+            return
+        future = loop.create_future()
+        self._waiting.append(future)
+        await future
+
+    def _turn(self) -> None:
+        self._begun = 0
+        while self._waiting and self._begun < self._each:
+            future = self._waiting.popleft()
+            if not future.done():  # its client has not gone
+                future.set_result(None)
+                self._begun += 1
+        if self._begun:
+            asyncio.get_running_loop().call_soon(self._turn)
 
 
 class Gate:
     """ASGI middleware; a class of our own, because a body must be counted as it comes and streams not be buffered."""
 
-    def __init__(self, app: Any, *, api_keys: Sequence[str], max_body_bytes: int) -> None:
+    def __init__(
+        self, app: Any, *, api_keys: Sequence[str], max_body_bytes: int, on_response: Callable[[str, int], object]
+    ) -> None:
         self._app = app
+        self._on_response = on_response
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
+        self._turnstile = Turnstile()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,6 +101,8 @@ class Gate:
         try:
             try:
                 self._check(scope, headers)
+                if scope["method"] == "POST":
+                    await self._turnstile.enter()
                 await self._app(scope, counted, named)
             except ApiError as error:
                 if state["status"]:
@@ -69,6 +113,8 @@ class Gate:
                 refusals.clear()
                 await refusal.response()(scope, receive, named)
         finally:
+            # The path of the route, not that of the request: anybody can make up paths.
+            self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_GONE)
             level = logging.DEBUG if scope["path"] in QUIET_PATHS and state["status"] < 400 else logging.INFO
             facts = scope["state"].get("log", {})
             log.log(level, "%s %s %d%s", scope["method"], scope["path"], state["status"],

@@ -16,6 +16,15 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
+def short(value: Any) -> str:
+    """A value as an error shows it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of many digits, or a very deep list
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 class Body(BaseModel):
     """Refuses fields that it does not have."""
 
@@ -84,8 +93,8 @@ class Sampling(Body):
     @classmethod
     def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for key in value or {}:
-            if not (key.isascii() and key.isdigit() and int(key) < 2**31):
-                raise ValueError(f"logit_bias has the key {key!r}; keys are token ids, such as '50256'")
+            if not (key.isascii() and key.isdigit() and len(key) < 11 and int(key) < 2**31):
+                raise ValueError(f"logit_bias has the key {key[:100]!r}; keys are token ids, such as '50256'")
         return value
 
     @model_validator(mode="after")
@@ -93,7 +102,7 @@ class Sampling(Body):
         for name, neutral in self.NEUTRAL.items():
             value = getattr(self, name)
             if value not in neutral:
-                raise ValueError(f"{name}={value!r} is not supported here; leave it out")
+                raise ValueError(f"{name}={short(value)} is not supported here; leave it out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options belong to stream=true; leave them out")
         return self

@@ -7,6 +7,7 @@ Commands that it takes: ("submit", request, grammar, deadline), ("abort", id), (
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -66,14 +67,15 @@ def main(descriptor: int) -> None:
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.engine.engine import Engine
 
-    outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
     try:
         engine = Engine.from_pretrained(plan.model, EngineConfig.from_options(plan.engine))
     except Exception as error:
-        outbox.put(pack(("failed", f"{type(error).__name__}: {error}")))
-        outbox.put(None)
+        connection.sendall(pack(("failed", f"{type(error).__name__}: {error}")))
         return
+    gc.collect()
+    gc.freeze()  # what is there now stays
+    outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
 
     def deliver(events: Sequence[Event]) -> None:
         outbox.put(pack(("events", list(events), thread.load)))
@@ -110,14 +112,13 @@ def main(descriptor: int) -> None:
             return
 
 
-def _write(connection: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> None:
+def _write(connection: socket.socket, outbox: queue.SimpleQueue[bytes]) -> None:
     """Sends what is in the outbox, so that the engine does not wait for the router."""
-    while (data := outbox.get()) is not None:
+    while True:
         try:
-            connection.sendall(data)
+            connection.sendall(outbox.get())
         except OSError:
             os._exit(1)
-    os._exit(2)
 
 
 if __name__ == "__main__":

@@ -3,144 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import itertools
 import logging
-import socket
-import struct
-import subprocess
-import sys
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from fastgen_jax.api.async_engine import MAX_QUEUE, ClosedError, QueueFullError, Stream
-from fastgen_jax.api.engine_thread import Event, Failure, Load
+from fastgen_jax.api.async_engine import EVENTS_A_TURN, MAX_QUEUE, ClosedError, QueueFullError, Stream
+from fastgen_jax.api.engine_thread import Event, Failure
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig
 from fastgen_jax.engine.intake import Intake
-from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request
-from fastgen_jax.serving.frames import pack, read
+from fastgen_jax.serving.frames import read
+from fastgen_jax.serving.remote import Replica, Ticket, prefix_pieces
 from fastgen_jax.serving.replica import ReplicaPlan, share_machine
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 log = logging.getLogger(__name__)
 
-PIECE = 64  # tokens: prefixes are remembered in pieces of this size
-PIECES_REMEMBERED = 4096  # a replica; a quarter of a million tokens of prefixes
 EXPECTED_OUTPUT = 256  # tokens: the most that a request is counted with before it has generated them
-MAX_STARTS = 3  # in a row without becoming ready: then a replica is given up
+MAX_STARTS = 3  # in a row that came to nothing: then a replica is given up
+PAUSE_SECONDS = 2.0  # before the next start, times the starts in a row
+SOUND_SECONDS = 60.0  # a replica that lived so long, or finished a request, has come to something
+SUSPECT_DEATHS = 2  # replicas that died under a request: no other suspect runs beside it, so that the guilty one is found
 SNAPSHOT_SECONDS = 5.0
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request on its way through the router."""
-
-    request: Request
-    grammar: Grammar | None
-    deadline: float | None
-    stream: Stream
-    pieces: list[bytes]
-    work: int
-    """Tokens that it is expected to cost still."""
-    delivered: list[int] = field(default_factory=list)
-    """Token ids that the client has."""
-    replayed: int = 0
-    """How many of them the replica that runs it now has sent again."""
-
-
-class Replica:
-    """The router's end of a replica."""
-
-    def __init__(self, number: int, plan: ReplicaPlan) -> None:
-        self.number = number
-        self.plan = plan
-        self.tickets: dict[str, Ticket] = {}
-        self.load = Load()
-        self.is_ready = False
-        self.num_starts = 0
-        self.process: subprocess.Popen[bytes] | None = None
-        self.snapshots: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._writer: asyncio.StreamWriter | None = None
-        self._prefixes: OrderedDict[bytes, None] = OrderedDict()
-        self._new = 0  # submitted since the last load was heard
-
-    @property
-    def work(self) -> int:
-        """Tokens that its requests are expected to cost still."""
-        return sum(ticket.work for ticket in self.tickets.values())
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait there, as far as is known here."""
-        return self.load.num_waiting + self._new
-
-    def cost(self, ticket: Ticket) -> int:
-        """Tokens of work before the request would be done there: what lies there, and what of it is not cached."""
-        cached = next((i for i, piece in enumerate(ticket.pieces) if piece not in self._prefixes), len(ticket.pieces))
-        return self.work + ticket.work - cached * PIECE
-
-    def send(self, ticket: Ticket) -> None:
-        """Gives a request to the replica."""
-        self.tickets[ticket.request.request_id] = ticket
-        self._new += 1
-        for piece in ticket.pieces:
-            self._prefixes[piece] = None
-            self._prefixes.move_to_end(piece)
-        while len(self._prefixes) > PIECES_REMEMBERED:
-            self._prefixes.popitem(last=False)
-        self.write("submit", ticket.request, ticket.grammar, ticket.deadline)
-
-    def write(self, *message: Any) -> None:
-        """Sends a message, if there is anybody to hear it."""
-        if self._writer is not None:
-            self._writer.write(pack(message))
-
-    def heard(self, load: Load) -> None:
-        """Notes what the replica says about its load."""
-        self.load = load
-        self._new = 0
-
-    async def start(self) -> asyncio.StreamReader:
-        """A fresh process; returns where to read its messages."""
-        ours, theirs = socket.socketpair()
-        self.num_starts += 1
-        self._prefixes.clear()
-        self.heard(Load())
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "fastgen_jax.serving.replica", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self.write_plan()
-        return reader
-
-    def write_plan(self) -> None:
-        """Tells the process what to run."""
-        assert self._writer is not None
-        self._writer.write(pack(self.plan))
-
-    async def end(self) -> None:
-        """Lets go of the process, dead or alive."""
-        self.is_ready = False
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        for future in self.snapshots.values():
-            future.cancel()
-        self.snapshots.clear()
-        if self.process is not None:
-            process, self.process = self.process, None
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await asyncio.to_thread(process.wait)
 
 
 class Router:
@@ -160,9 +49,10 @@ class Router:
         plans = [ReplicaPlan(model=model, engine=asdict(engine), environment=environment, cpus=cpus)
                  for environment, cpus in share_machine(replicas)]
         self.replicas = [Replica(number, plan) for number, plan in enumerate(plans)]
-        self.num_rerun = 0
         self._tickets: dict[str, Ticket] = {}
         self._homeless: list[Ticket] = []
+        self._suspect: Ticket | None = None
+        self._suspects: list[Ticket] = []  # wait for the end of that one
         self._closed = False
         self._numbers = itertools.count()
         self._keepers: list[asyncio.Task[None]] = []
@@ -198,6 +88,13 @@ class Router:
         return not self._closed and any(replica.is_ready for replica in self.replicas)
 
     @property
+    def failure(self) -> str | None:
+        """Why no request will ever be answered again; None while there is hope."""
+        if not all(replica.is_given_up for replica in self.replicas):
+            return None
+        return f"every replica was given up after {MAX_STARTS} starts in a row: {self._failure or 'see the log'}"
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that have not ended."""
         return len(self._tickets)
@@ -211,7 +108,7 @@ class Router:
             raise ClosedError("this server takes no more requests: it is shutting down")
         ready = [replica for replica in self.replicas if replica.is_ready]
         if not ready:
-            raise ClosedError("no replica is ready; they are being started again")
+            raise ClosedError(self.failure or "no replica is ready; they are being started again")
         waiting = min(replica.num_waiting for replica in ready)
         if waiting >= self.max_queue:
             raise QueueFullError(waiting, self.max_queue, min(replica.load.wait_seconds for replica in ready))
@@ -263,24 +160,26 @@ class Router:
                 reader = await replica.start()
                 try:
                     while True:
-                        self._take(replica, await read(reader), first)
+                        for message in _parts(await read(reader)):
+                            self._take(replica, message, first)
+                            await asyncio.sleep(0)
                 except (asyncio.IncompleteReadError, OSError):
                     pass
-                was_ready = replica.is_ready
-                log.warning("replica %d ended with %d requests; it is started again", replica.number, len(replica.tickets))
-                await replica.end()
+                code = await replica.end()
+                if time.monotonic() - replica.started > SOUND_SECONDS:
+                    replica.num_starts = 0
                 orphans = list(replica.tickets.values())
                 replica.tickets.clear()
+                log.warning("replica %d ended with code %s and %d requests", replica.number, code, len(orphans))
                 for ticket in orphans:
-                    self.num_rerun += 1
-                    ticket.replayed = 0
-                    self._route(ticket)
-                if not was_ready:
-                    await asyncio.sleep(0.5 * replica.num_starts)
-            log.error("replica %d is given up after %d starts: %s", replica.number, MAX_STARTS, self._failure)
-            if not any(other.is_ready or other.num_starts < MAX_STARTS for other in self.replicas):
+                    self._bereave(ticket)
+                await asyncio.sleep(PAUSE_SECONDS * replica.num_starts)  # none after one that had come to something
+            replica.is_given_up = True
+            self._failure = self._failure or f"replica {replica.number} ended with code {code}"
+            log.error("replica %d is given up after %d starts in a row: %s", replica.number, MAX_STARTS, self._failure)
+            if self.failure is not None:
                 for ticket in list(self._tickets.values()):
-                    self._finish(ticket, Failure(ticket.request.request_id, "lost", "all replicas have failed"))
+                    self._finish(ticket, Failure(ticket.request.request_id, "lost", self.failure))
         finally:
             first.set()
             await replica.end()
@@ -300,7 +199,6 @@ class Router:
             config: ResolvedConfig = rest[0]
             self._intake = self._intake or Intake(self._tokenizer, self._model_config, config)
             replica.is_ready = True
-            replica.num_starts = 0
             first.set()
             homeless, self._homeless = self._homeless, []
             for ticket in homeless:
@@ -313,38 +211,39 @@ class Router:
         if ticket.request.request_id not in self._tickets:
             return  # its client has gone
         ready = [replica for replica in self.replicas if replica.is_ready]
-        if ready:
-            min(ready, key=lambda replica: replica.cost(ticket)).send(ticket)
-        else:
+        if not ready:
             self._homeless.append(ticket)
+            return
+        if ticket.deaths >= SUSPECT_DEATHS and ticket is not self._suspect:
+            if self._suspect is not None:
+                self._suspects.append(ticket)
+                return
+            self._suspect = ticket
+        min(ready, key=lambda replica: replica.cost(ticket)).send(ticket)
+
+    def _bereave(self, ticket: Ticket) -> None:
+        """Finds another home for a request whose replica died, unless it is probably what killed it."""
+        failure = ticket.orphan()
+        if failure is None:
+            self._route(ticket)
+        else:
+            self._finish(ticket, failure)
 
     def _deliver(self, replica: Replica, events: Sequence[Event]) -> None:
         for event in events:
             ticket = replica.tickets.get(event.request_id)
             if ticket is None:
                 continue
-            if isinstance(event, Failure):
-                self._finish(ticket, event)
+            accepted = ticket.accept(event)
+            if accepted is None:
                 continue
-            ticket.work = max(1, ticket.work - len(event.new_token_ids))
-            if ticket.replayed < len(ticket.delivered):
-                self._replay(ticket, event)
-                continue
-            ticket.delivered += event.new_token_ids
-            ticket.replayed = len(ticket.delivered)
-            if event.finished:
-                self._finish(ticket, event)
+            if accepted is not event:  # it came out differently
+                replica.write("abort", event.request_id)
+            if isinstance(accepted, Failure) or accepted.finished:
+                replica.num_starts = 0
+                self._finish(ticket, accepted)
             else:
-                ticket.stream.put(event)
-
-    def _replay(self, ticket: Ticket, event: RequestOutput) -> None:
-        """Compares what is computed again with what the client has."""
-        count = len(event.new_token_ids)
-        expected = tuple(ticket.delivered[ticket.replayed : ticket.replayed + count])
-        ticket.replayed += count
-        if event.new_token_ids != expected or event.finished:
-            message = "the replica that ran this request died, and another does not give the same tokens; send it again"
-            self._finish(ticket, Failure(event.request_id, "lost", message))
+                ticket.stream.put(accepted)
 
     def _finish(self, ticket: Ticket, event: Event) -> None:
         self._forget(ticket)
@@ -356,6 +255,11 @@ class Router:
         home = next((replica for replica in self.replicas if request_id in replica.tickets), None)
         if home is not None:
             del home.tickets[request_id]
+        if ticket is self._suspect:
+            self._suspect = None
+            waiting, self._suspects = self._suspects, []
+            for other in waiting:  # the first of them is the next
+                self._route(other)
         return home
 
     def _on_stream_closed(self, stream: Stream) -> None:
@@ -366,10 +270,11 @@ class Router:
                 home.write("abort", stream.request.request_id)
 
 
-def prefix_pieces(token_ids: Sequence[int]) -> list[bytes]:
-    """The names of a prompt's prefixes of one piece, two pieces, ..."""
-    names, digest = [], hashlib.blake2b(digest_size=8)
-    for start in range(0, len(token_ids) - PIECE + 1, PIECE):
-        digest.update(struct.pack(f"<{PIECE}i", *token_ids[start : start + PIECE]))
-        names.append(digest.digest())
-    return names
+def _parts(message: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """A message, in pieces if it has more events than a turn of the event loop should handle."""
+    if message[0] != "events":
+        yield message
+        return
+    _, events, load = message
+    for start in range(0, max(1, len(events)), EVENTS_A_TURN):
+        yield "events", events[start : start + EVENTS_A_TURN], load

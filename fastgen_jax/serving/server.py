@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +38,8 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
 
     Raises ValueError if the port is taken or a deployment of that name runs.
     """
+    _check_tls(config)
+    _raise_file_limit()
     name = config.served_model_name or default_name(model)
     served = Served(name=name, deployment=check_name(config.deployment_name or default_name(model)), config=config)
     listener = _listen(config.host, config.port)
@@ -46,7 +50,7 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
         pid=os.getpid(), started=time.time(), process_start=process_start(os.getpid()) or "", log=log_file,
         replicas=config.replicas,
     )
-    with written_down(record):
+    with listener, written_down(record):
         log.info("deployment %s listens on %s and loads %s", record.name, record.url, model)
         server = Server(served)
 
@@ -69,17 +73,19 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
         ssl_certfile=config.tls_certificate, ssl_keyfile=config.tls_key, timeout_keep_alive=75, backlog=2048,
     ))
     loop = asyncio.get_running_loop()
-    ending = asyncio.Event()
+    ending, hurrying = asyncio.Event(), asyncio.Event()
 
     def end() -> None:
-        if ending.is_set():  # asked twice: at once, then
+        if hurrying.is_set():  # asked a third time
             http.should_exit = http.force_exit = True
+        elif ending.is_set():  # asked twice: what runs is told that it will not be finished
+            hurrying.set()
         ending.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    asked = asyncio.create_task(ending.wait())
+    asked, hurried = asyncio.create_task(ending.wait()), asyncio.create_task(hurrying.wait())
     await asyncio.wait({serving, loading, asked}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         loading.cancel()
@@ -92,17 +98,22 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
             if not isinstance(error, ValueError):
                 log.exception("the model could not be loaded")
         else:
+            # What is there now stays: a collection that looks through a loaded model and JAX stops every stream for 0.1 s.
+            gc.collect()
+            gc.freeze()
             server.backend = backend
             log.info("ready; %d KV blocks of %d tokens", backend.intake.config.num_blocks, backend.intake.config.block_size)
             await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
             log.info("finishing %d requests, for up to %g s", backend.num_unfinished, config.drain_seconds)
             draining = asyncio.create_task(backend.drain(config.drain_seconds))
-            await asyncio.wait({serving, draining}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            draining.cancel()
             await backend.close()
             log.info("ended, %d requests unfinished", backend.num_unfinished)
     http.should_exit = True
     await serving
     asked.cancel()
+    hurried.cancel()
 
 
 def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -169,6 +180,29 @@ def _in_daemon_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
 
     threading.Thread(target=run, name="fastgen-load", daemon=True).start()
     return future
+
+
+def _check_tls(config: ServerConfig) -> None:
+    """ValueError if clients could not connect with this certificate and key."""
+    if config.tls_certificate is None or config.tls_key is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")  # do not ask the terminal
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(f"tls_certificate {config.tls_certificate!r} with tls_key {config.tls_key!r} cannot be used "
+                         f"({error}); give PEM files, the certificate's chain and its key without a password") from error
+
+
+def _raise_file_limit() -> None:
+    """Lets this process have as many connections as the system allows it: each is an open file."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -37,6 +37,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def failure(self) -> str | None:
+        """Why no request will ever be answered again; None while there is hope."""
+        ...
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that have not ended."""
         ...

@@ -63,11 +63,13 @@ class StepCost(Protocol):
 class MeasuredCost:
     """A straight line for each compiled step size, as `fastgen bench steps` fits it.
 
-    `sizes` are the token budgets of the compiled programs, ascending, `base` the seconds of each with no context.
+    `sizes` are the token budgets of the compiled programs, ascending; `base` the seconds of each without a token, and
+    `per_token` for each token in it, which is nothing where padding is computed.
     """
 
     sizes: tuple[int, ...]
     base: tuple[float, ...]
+    per_token: tuple[float, ...]
     per_row: float
     """Seconds a row of logits."""
     per_decode_attended: float
@@ -80,20 +82,22 @@ class MeasuredCost:
 
     def __call__(self, shape: StepShape) -> float:
         """Seconds for a step of this shape; ValueError if no compiled step holds it."""
-        index = bisect_left(self.sizes, shape.num_tokens)
+        tokens, rows, decode_attended, prompt_attended, _ = shape
+        index = bisect_left(self.sizes, tokens)
         if index == len(self.sizes):
-            raise ValueError(f"a step of {shape.num_tokens} tokens exceeds the largest measured one, {self.sizes[-1]}")
+            raise ValueError(f"a step of {tokens} tokens exceeds the largest measured one, {self.sizes[-1]}")
         return (
             self.base[index]
-            + self.per_row * shape.num_sample_rows
-            + self.per_decode_attended * shape.decode_attended
-            + self.per_prompt_attended * shape.prompt_attended
+            + self.per_token[index] * tokens
+            + self.per_row * rows
+            + self.per_decode_attended * decode_attended
+            + self.per_prompt_attended * prompt_attended
         )
 
 
 def cost_from(model: dict[str, Any]) -> MeasuredCost:
     """The cost model that `fastgen bench steps` fitted, from its JSON object; KeyError or TypeError if it is none."""
-    return MeasuredCost(**{**model, "sizes": tuple(model["sizes"]), "base": tuple(model["base"])})
+    return MeasuredCost(**{**model, **{name: tuple(model[name]) for name in ("sizes", "base", "per_token")}})
 
 
 def load_cost(path: Path) -> MeasuredCost:
@@ -112,6 +116,8 @@ class _Seconds(NamedTuple):
     weights: float
     read_kv: float
     attend: float
+    decode: float
+    """A position that a generated token attends to: read or multiplied, whatever takes longer."""
     reduce_token: float
     reduce: float
 
@@ -151,12 +157,15 @@ class Roofline:
         # A ring sends each number of the all-reduce 2 (n - 1) / n times.
         reduced = 2 * model.num_layers * 2.0 * model.embed_dim * 2 * (n - 1) / n
         attention_flops = 4.0 * model.num_layers * model.num_heads * model.head_dim  # scores and values, for a position
+        read_kv = kv_bytes / bandwidth
+        attend = attention_flops / (flops * self.attention_efficiency)
         seconds = _Seconds(
             token=body / (flops * self.matmul_efficiency),
             row=(row - body) / (flops * self.matmul_efficiency),
             weights=model.num_params * self.bytes_a_weight / bandwidth,
-            read_kv=kv_bytes / bandwidth,
-            attend=attention_flops / (flops * self.attention_efficiency),
+            read_kv=read_kv,
+            attend=attend,
+            decode=max(read_kv, attend),
             reduce_token=reduced / (self.accelerator.link_bandwidth * self.link_efficiency),
             reduce=2 * model.num_layers * self.accelerator.link_latency if n > 1 else 0.0,
         )
@@ -164,17 +173,19 @@ class Roofline:
 
     def __call__(self, shape: StepShape) -> float:
         """Seconds for a step of this shape; ValueError if no compiled step holds it."""
-        tokens = shape.num_tokens
+        # Unpacked, and without max(): this is called for every simulated step.
+        tokens, rows, decode_attended, prompt_attended, prompt_context = shape
         if self.sizes:
             index = bisect_left(self.sizes, tokens)
             if index == len(self.sizes):
                 raise ValueError(f"a step of {tokens} tokens exceeds the largest compiled one, {self.sizes[-1]}")
             tokens = self.sizes[index]
-        each = self._seconds
-        matmuls = max(tokens * each.token + shape.num_sample_rows * each.row, each.weights)
-        decode = shape.decode_attended * max(each.read_kv, each.attend)
-        prompt = max(shape.prompt_context * each.read_kv, shape.prompt_attended * each.attend)
-        return matmuls + decode + prompt + each.reduce + tokens * each.reduce_token
+        token, row, weights, read_kv, attend, decode, reduce_token, reduce = self._seconds
+        matmuls = tokens * token + rows * row
+        if matmuls < weights:
+            matmuls = weights
+        prompt = max(prompt_context * read_kv, prompt_attended * attend) if prompt_context else 0.0
+        return matmuls + decode_attended * decode + prompt + reduce + tokens * reduce_token
 
     def num_kv_tokens(self, *, memory_share: float = 0.9) -> int:
         """Positions that the KV cache can hold in what the weights leave of `memory_share` of all memory.

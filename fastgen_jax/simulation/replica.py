@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from fastgen_jax.bench.loads import LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
 from fastgen_jax.scheduling import Promise, Request, SamplingParams, Scheduler, Sequence, Step
-from fastgen_jax.simulation.costs import StepCost, shape_of
+from fastgen_jax.simulation.costs import StepCost, StepShape, shape_of
 
 PREFIXES_REMEMBERED = 512  # blocks of a Mooncake prompt, 512 tokens each: what the router remembers of a replica
 
@@ -31,6 +32,11 @@ class ReplicaConfig:
     promise: Promise | None = None
     step_sizes: tuple[int, ...] = ()
     """Sizes to which the device pads a step; a policy with a promise goes by them."""
+
+
+@lru_cache(maxsize=4096)
+def _params(max_new_tokens: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, do_sample=False)
 
 
 class Refusal(NamedTuple):
@@ -89,9 +95,8 @@ class Replica:
 
     def add(self, request_id: str, prompt: tuple[int, ...], max_new_tokens: int, *, sent: float, now: float) -> None:
         """Queues a request that was sent at `sent` and reaches the engine at `now`."""
-        params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, do_sample=False)
         self.scheduler.add(
-            Request(request_id=request_id, prompt_token_ids=prompt, params=params, arrival_time=now, seed=0)
+            Request(request_id=request_id, prompt_token_ids=prompt, params=_params(max_new_tokens), arrival_time=now, seed=0)
         )
         self.outstanding_tokens += len(prompt) + max_new_tokens
         self._sent[request_id] = sent
@@ -151,6 +156,44 @@ class Replica:
             done += [self._times_of(sequence) for sequence in advanced if sequence.finish_reason is not None]
         return done
 
+    def fast_forward(self, now: float, horizon: float) -> float:
+        """Runs steps of generation alone, as `dispatch` and `commit` would from `now` on, that end before `horizon`.
+
+        Gives the time of the last commit, when `dispatch` is due; `now` if there is no such step. Call it in place of
+        `dispatch`, where nothing but this replica acts before `horizon`.
+        """
+        in_flight, overlap = self._in_flight, self.config.overlap
+        if self.steps is not None or len(in_flight) != overlap:  # a timeline needs every step
+            return now
+        run = self.scheduler.steady_run()
+        if run is None:
+            return now
+        most, num_sequences, attended = run
+        cost, host_seconds, times = self.cost, self.config.host_seconds, self._commit_times
+        first = len(times)
+        free, due, busy = self._device_free, in_flight[0][1] if overlap else 0.0, self.busy_seconds
+        for _ in range(most):
+            seconds = cost(StepShape(num_sequences, num_sequences, attended, 0, 0))
+            start = now + host_seconds
+            end = (start if start > free else free) + seconds
+            wake = due if overlap else end
+            if wake < now:
+                wake = now
+            if wake >= horizon:
+                break
+            now, free, due, busy = wake, end, end, busy + seconds
+            attended += num_sequences
+            times.append(now)
+        count = len(times) - first
+        if not count:
+            return now
+        self.now, self._device_free, self.busy_seconds = now, free, busy
+        self.outstanding_tokens -= count * num_sequences
+        step = self.scheduler.skip(count, range(first, len(times)))
+        if step is not None:
+            in_flight[0] = step, due
+        return now
+
     def _refuse(self, sequence: Sequence) -> Refusal:
         self.outstanding_tokens -= sequence.max_total_tokens
         sent = self._sent.pop(sequence.request_id)
@@ -163,5 +206,5 @@ class Replica:
             request_id=sequence.request_id,
             num_prompt_tokens=sequence.num_prompt_tokens,
             start=self._sent.pop(sequence.request_id),
-            token_times=tuple([times[number] for number in sequence.output_token_ids]),
+            token_times=tuple(map(times.__getitem__, sequence.output_token_ids)),
         )

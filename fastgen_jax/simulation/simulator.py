@@ -110,7 +110,15 @@ class _World:
             while arrivals and arrivals[0][0] <= self.now:  # the answered clients' next requests
                 _, _, request = heapq.heappop(arrivals)
                 self._send(request, busy=index)
+            self.now = replica.fast_forward(self.now, self._horizon())
             self._dispatch(index)
+
+    def _horizon(self) -> float:
+        """Until when nobody but the replica that is awake acts: in a closed loop another one's answer brings a request."""
+        arrival = self._arrivals[0][0] if self._arrivals else math.inf
+        if self.load.num_clients is None or not self._wakes:
+            return arrival
+        return min(arrival, self._wakes[0][0])
 
     def _dispatch(self, index: int) -> None:
         replica = self.replicas[index]

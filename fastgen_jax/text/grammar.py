@@ -73,9 +73,14 @@ class GrammarCompiler:
             "regex": matchers.grammar_from_regex,
             "lark": matchers.grammar_from_lark,
         }[grammar.kind]
-        matcher = matchers(self._vocabulary(library), make(grammar.source), log_level=0)
+        kind = grammar.kind.replace("_", " ")
+        try:
+            source = make(grammar.source)
+        except ValueError as error:
+            raise ValueError(f"the {kind} cannot be used: {error}; simplify it") from None
+        matcher = matchers(self._vocabulary(library), source, log_level=0)
         if matcher.is_error():
-            raise ValueError(f"the {grammar.kind.replace('_', ' ')} cannot be used: {matcher.get_error()}")
+            raise ValueError(f"the {kind} cannot be used: {matcher.get_error()}")
         return GrammarMatcher(matcher)
 
     def _vocabulary(self, library: Any) -> Any:

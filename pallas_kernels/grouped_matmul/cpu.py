@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from pallas_kernels import native
+from pallas_kernels.matmul import cpu as matrix
 
 _LIBRARY = "grouped_matmul"
 _TARGET = "fastgen_grouped_matmul"
@@ -20,32 +21,23 @@ _TARGET = "fastgen_grouped_matmul"
 
 def available() -> bool:
     """True when the kernel could be built, or is built now (seconds, once per machine). Never raises."""
-    return native.load(_LIBRARY, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenGroupedMatmul"})
-
-
-@functools.cache
-def panel_width() -> int:
-    """Output columns in one panel on this CPU (8 to 32). The kernel must be loaded."""
-    return int(native.function(_LIBRARY, "fastgen_grouped_matmul_panel_width")())
+    loaded = native.load(_LIBRARY, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenGroupedMatmul"})
+    return loaded and matrix.ensure_loaded()  # which knows the layout of a panel
 
 
 def pack(w: np.ndarray, *, gated: bool) -> np.ndarray:
-    """Panels [G, P, K, width] of matrices [G, K, N], the last of each filled up with zeros.
+    """Panels [G, P, steps, width, group] of matrices [G, K, N]: those of `matmul.cpu.pack`, one group after another."""
+    first = matrix.pack(w[0], gated=gated)
+    panels = np.empty((w.shape[0], *first.shape), w.dtype)  # filled in place: experts are most of a model
+    panels[0] = first
+    for group in range(1, w.shape[0]):
+        panels[group] = matrix.pack(w[group], gated=gated)
+    return panels
 
-    With `gated` a matrix is [gate | up], N = 2F, and each panel holds width/2 columns of the gate, then the same
-    columns of up, so that one tile has both factors of its outputs in registers.
-    """
-    parts = 2 if gated else 1
-    groups, depth, columns = w.shape[0], w.shape[1], w.shape[2] // parts
-    share = panel_width() // parts
-    count = -(-columns // share)
-    panels = np.zeros((groups, count, depth, parts, share), w.dtype)
-    for part in range(parts):
-        for start in range(0, columns, share):
-            width = min(share, columns - start)
-            piece = w[:, :, part * columns + start : part * columns + start + width]
-            panels[:, start // share, :, part, :width] = piece
-    return panels.reshape(groups, count, depth, parts * share)
+
+def pack_scales(scales: np.ndarray, *, gated: bool) -> np.ndarray:
+    """float32[G, P, width] of the scales float32[G, N] of the columns."""
+    return np.stack([matrix.pack_scales(row, gated=gated) for row in scales])
 
 
 # Passes its argument through on the CPU; lowering it for anything else is the user's mistake, with a remedy.
@@ -65,7 +57,7 @@ def _refuse(context: mlir.LoweringRuleContext, x: mlir.Value) -> NoReturn:
 mlir.register_lowering(_cpu_only_p, _refuse)
 
 
-@functools.partial(jax.jit, static_argnames=("num_outputs", "gated"))
+@partial(jax.jit, static_argnames=("num_outputs", "gated"))
 def multiply(
     x: jax.Array,
     panels: jax.Array,

@@ -10,6 +10,7 @@ from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
+from pallas_kernels.matmul.ops import gated
 
 IMPLEMENTATIONS = {
     "reference": grouped_matmul_reference,
@@ -60,21 +61,22 @@ def grouped_swiglu(
     *,
     first_group: int | jax.Array = 0,
     implementation: str | None = None,
+    shards: int = 1,
 ) -> jax.Array:
     """silu(x @ gate) * (x @ up), [T, F] in the dtype of x, computed in float32; see `grouped_matmul`.
 
     Args:
       w: [G, E, 2F]: the columns of gate, then those of up. `PackedGroups` must be prepared with gated=True.
+      shards: each matrix is so many [gate | up] of equal width side by side, one for each device that it is divided over.
     """
     _check(x, w, group_sizes, first_group, implementation)
     if isinstance(w, PackedGroups):
         if not w.gated:
             raise ValueError("w was prepared with gated=False; for grouped_swiglu, prepare it with gated=True")
+        if shards != 1:
+            raise ValueError(f"shards is {shards}, but PackedGroups are never divided; pass plain or Int8Weights")
         return _product(x, w, group_sizes, first_group, implementation).astype(x.dtype)
-    if w.shape[2] % 2:
-        raise ValueError(f"w is [gate | up], so its width must be even, not {w.shape[2]}")
-    gate, up = jnp.split(_product(x, w, group_sizes, first_group, implementation), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(x.dtype)
+    return gated(_product(x, w, group_sizes, first_group, implementation), shards).astype(x.dtype)
 
 
 def _product(

@@ -14,29 +14,33 @@ from pallas_kernels.matmul import Int8Weight, quantize_int8
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["panels", "scales"], meta_fields=["num_outputs", "gated"]
+    jax.tree_util.register_dataclass,
+    data_fields=["panels", "scales"], meta_fields=["num_inputs", "num_outputs", "gated"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedGroups:
     """Weights [G, K, N] in the layout of this CPU's native kernel; neither saved nor differentiated.
 
     Attributes:
-      panels: float32, bfloat16 or int8 [G, P, K, width]; panel p of a group holds output columns
-        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated.
+      panels: float32, bfloat16 or int8 [G, P, steps, width, group]; panel p of a group holds output columns
+        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; steps are those of
+        `matmul.PackedWeight`.
       scales: float32[G, P, width] when the panels are int8, else float32[0].
+      num_inputs: K.
       num_outputs: columns of the result: N, or F = N / 2 when gated.
       gated: made for `grouped_swiglu`, not for `grouped_matmul`.
     """
 
     panels: jax.Array
     scales: jax.Array
+    num_inputs: int
     num_outputs: int
     gated: bool
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(G, K, N) of the weights that were packed."""
-        return self.panels.shape[0], self.panels.shape[2], self.num_outputs * (1 + self.gated)
+        return self.panels.shape[0], self.num_inputs, self.num_outputs * (1 + self.gated)
 
 
 GroupedWeight = jax.Array | Int8Weight | PackedGroups
@@ -87,10 +91,11 @@ def _packed(w: np.ndarray, scales: np.ndarray | None, *, gated: bool) -> PackedG
     host = jax.devices("cpu")[0]
     packed_scales = np.zeros(0, np.float32)
     if scales is not None:
-        packed_scales = cpu.pack(scales[:, None, :], gated=gated)[:, :, 0]
+        packed_scales = cpu.pack_scales(scales, gated=gated)
     return PackedGroups(
         panels=jax.device_put(cpu.pack(w, gated=gated), host),
         scales=jax.device_put(packed_scales, host),
+        num_inputs=w.shape[1],
         num_outputs=w.shape[2] // (1 + gated),
         gated=gated,
     )

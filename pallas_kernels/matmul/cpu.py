@@ -30,23 +30,39 @@ def panel_width() -> int:
     return int(native.function(_LIBRARY, "fastgen_matmul_panel_width")())
 
 
-def pack(w: np.ndarray, *, gated: bool) -> np.ndarray:
-    """Panels [P, K, width] of a matrix [K, N], the last one filled up with zeros.
+@functools.cache
+def narrow_group() -> int:
+    """Numbers of a column that a step of a bfloat16 or int8 panel holds: 2 where the CPU multiplies bfloat16, else 1.
 
-    With `gated` the matrix is [gate | up], N = 2F, and each panel holds width/2 columns of the gate, then the
-    same columns of up, so that one tile has both factors of its outputs in registers.
+    With 2, activations are rounded to bfloat16 before they meet such a weight. The kernel must be loaded.
     """
+    return int(native.function(_LIBRARY, "fastgen_matmul_narrow_group")())
+
+
+def pack(w: np.ndarray, *, gated: bool) -> np.ndarray:
+    """Panels [P, steps, width, group] of a matrix [K, N], filled up with zeros.
+
+    Step s of a panel has the rows s * group + (0 .. group - 1) of its columns, see `narrow_group`. With `gated` the matrix
+    is [gate | up], N = 2F, and each panel holds width/2 columns of the gate, then the same columns of up, so that one
+    tile has both factors of its outputs in registers.
+    """
+    group = 1 if w.dtype == np.float32 else narrow_group()
     parts = np.split(w, 2, axis=1) if gated else [w]
     share = panel_width() // len(parts)
-    return np.concatenate([_panels(part, share) for part in parts], axis=2)
+    return np.concatenate([_panels(part, share, group) for part in parts], axis=2)
 
 
-def _panels(w: np.ndarray, width: int) -> np.ndarray:
+def pack_scales(scales: np.ndarray, *, gated: bool) -> np.ndarray:
+    """float32[P, width] of the scales float32[N] of a matrix's columns."""
+    return pack(scales[None, :], gated=gated)[:, 0, :, 0]
+
+
+def _panels(w: np.ndarray, width: int, group: int) -> np.ndarray:
     depth, columns = w.shape
-    count = -(-columns // width)
-    padded = np.zeros((depth, count * width), w.dtype)
-    padded[:, :columns] = w
-    return np.ascontiguousarray(padded.reshape(depth, count, width).swapaxes(0, 1))
+    count, steps = -(-columns // width), -(-depth // group)
+    padded = np.zeros((steps * group, count * width), w.dtype)
+    padded[:depth, :columns] = w
+    return np.ascontiguousarray(padded.reshape(steps, group, count, width).transpose(2, 0, 3, 1))
 
 
 # Passes its argument through on the CPU; lowering it for anything else is the user's mistake, with a remedy.

@@ -40,23 +40,33 @@ def linear(
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
 
 
-def swiglu(x: jax.Array, w: Weight, *, num_rows: jax.Array | None = None) -> jax.Array:
+def swiglu(x: jax.Array, w: Weight, *, num_rows: jax.Array | None = None, shards: int = 1) -> jax.Array:
     """silu(x @ gate) * (x @ up), [..., F] in the dtype of x, computed in float32.
 
     Args:
       x: [..., K], float32, bfloat16 or float16.
       w: [K, 2F]: the columns of gate, then those of up. A `PackedWeight` must be prepared with gated=True.
       num_rows: as for `linear`.
+      shards: w is so many [gate | up] of equal width side by side, one for each device that it is divided over.
     """
     _check(x, w)
     if isinstance(w, PackedWeight):
         if not w.gated:
             raise ValueError("w was prepared with gated=False; for swiglu, prepare it with gated=True")
+        if shards != 1:
+            raise ValueError(f"shards is {shards}, but a PackedWeight is never divided; pass a plain or Int8Weight")
         return _packed(x, w, None, num_rows)
-    if w.shape[1] % 2:
-        raise ValueError(f"w is [gate | up], so its width must be even, not {w.shape[1]}")
-    gate, up = jnp.split(_product(x, w), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(x.dtype)
+    return gated(_product(x, w), shards).astype(x.dtype)
+
+
+def gated(y: jax.Array, shards: int = 1) -> jax.Array:
+    """silu(gate) * up, [..., F], of y [..., 2F]: `shards` times [gate | up], of equal width, side by side."""
+    if shards < 1 or y.shape[-1] % (2 * shards):
+        raise ValueError(
+            f"w is [gate | up] {shards} times, so its width must be a multiple of {2 * shards}, not {y.shape[-1]}"
+        )
+    pairs = y.reshape(*y.shape[:-1], shards, 2, -1)
+    return (jax.nn.silu(pairs[..., 0, :]) * pairs[..., 1, :]).reshape(*y.shape[:-1], -1)
 
 
 def _check(x: jax.Array, w: Weight) -> None:

@@ -36,29 +36,33 @@ class Int8Weight:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["panels", "scales"], meta_fields=["num_outputs", "gated"]
+    jax.tree_util.register_dataclass,
+    data_fields=["panels", "scales"], meta_fields=["num_inputs", "num_outputs", "gated"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedWeight:
     """A weight [K, N] in the layout of this CPU's native kernel; neither saved nor differentiated.
 
     Attributes:
-      panels: float32, bfloat16 or int8 [P, K, width]; panel p holds output columns
-        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated.
+      panels: float32, bfloat16 or int8 [P, steps, width, group]; panel p holds output columns
+        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; a step has one number
+        of each, or two neighbours along K where the CPU multiplies pairs (`cpu.narrow_group`).
       scales: float32[P, width] when the panels are int8, else None.
+      num_inputs: K.
       num_outputs: columns of the result: N, or F = N / 2 when gated.
       gated: made for `swiglu`, not for `linear`.
     """
 
     panels: jax.Array
     scales: jax.Array | None
+    num_inputs: int
     num_outputs: int
     gated: bool
 
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N) of the weight that was packed."""
-        return self.panels.shape[1], self.num_outputs * (1 + self.gated)
+        return self.num_inputs, self.num_outputs * (1 + self.gated)
 
 
 Weight = jax.Array | Int8Weight | PackedWeight
@@ -69,7 +73,8 @@ def prepare(
 ) -> Weight:
     """The form of `w` that `linear` (`swiglu` when `gated`) multiplies with fastest on `platform`.
 
-    On the CPU, with native kernels, that is a `PackedWeight`: in bfloat16 when `w` is, in float32 otherwise.
+    On the CPU, with native kernels, that is a `PackedWeight`: in bfloat16 when `w` is, in float32 otherwise. Where the
+    CPU multiplies bfloat16 (AVX512_BF16), activations are rounded to bfloat16 before they meet a bfloat16 or int8 one.
     Elsewhere it is the array as it is, or an `Int8Weight`. Int8 is rounded to nearest with one scale per
     output column: the error of a weight is at most half a scale, max|column| / 254.
 
@@ -124,10 +129,11 @@ def quantize_int8(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _packed(w: np.ndarray, scales: np.ndarray | None, *, gated: bool) -> PackedWeight:
     host = jax.devices("cpu")[0]
-    packed_scales = None if scales is None else cpu.pack(scales[None, :], gated=gated)[:, 0]
+    packed_scales = None if scales is None else cpu.pack_scales(scales, gated=gated)
     return PackedWeight(
         panels=jax.device_put(cpu.pack(w, gated=gated), host),
         scales=None if packed_scales is None else jax.device_put(packed_scales, host),
+        num_inputs=w.shape[0],
         num_outputs=w.shape[1] // (1 + gated),
         gated=gated,
     )

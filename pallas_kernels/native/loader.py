@@ -18,7 +18,7 @@ import jax
 from pallas_kernels.native.compiler import Compiler, CompilerError, find_compiler
 
 _log = logging.getLogger(__name__)
-_COMMON_HEADER = Path(__file__).with_name("common.h")
+_HEADERS = Path(__file__).parent
 
 _lock = threading.RLock()
 _outcomes: dict[str, str | None] = {}  # name of a library -> None when loaded, else the reason why not
@@ -47,7 +47,7 @@ def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
 
     Args:
       name: of the library; part of its file name.
-      source: the `.cc` file. It may include "common.h" and "xla/ffi/api/ffi.h".
+      source: the `.cc` file. It may include the headers beside this file and "xla/ffi/api/ffi.h".
       symbols: name of the FFI target -> C symbol of its handler.
     """
     with _lock:
@@ -111,7 +111,7 @@ def _build(name: str, source: Path) -> Path:
     """Path of the library built from `source`, compiled unless the cache has it."""
     compiler = _compiler()
     assert isinstance(compiler, Compiler)
-    sources = source.read_bytes() + b"\0" + _COMMON_HEADER.read_bytes()
+    sources = b"\0".join(path.read_bytes() for path in (source, *sorted(_HEADERS.glob("*.h"))))
     directory = _cache_directory()
     path = directory / f"{name}-{compiler.key(sources)}.so"
     if path.exists():
@@ -122,7 +122,7 @@ def _build(name: str, source: Path) -> Path:
             os.close(handle)
             try:
                 _log.info("compiling %s with %s (once per machine)", source.name, compiler.command[0])
-                include = (_COMMON_HEADER.parent, Path(jax.ffi.include_dir()))
+                include = (_HEADERS, Path(jax.ffi.include_dir()))
                 compiler.compile(source, Path(partial), include=include)
                 os.replace(partial, path)
             finally:

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_attention import contract, cpu, tpu_support
 from pallas_kernels.ragged_attention.cpu import ragged_attention_cpu
+from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from pallas_kernels.ragged_attention.xla import ragged_attention_xla
 
-__all__ = ["IMPLEMENTATIONS", "ragged_attention"]
+__all__ = ["IMPLEMENTATIONS", "QUANTIZED_DTYPES", "QuantizedCache", "ragged_attention"]
 
 
-
-def _ragged_attention_tpu(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _ragged_attention_tpu(*arrays: Any, **options: Any) -> tuple[jax.Array, Cache, Cache]:
     """`tpu.ragged_attention_tpu`, imported when it is first asked for."""
     from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
 
@@ -39,8 +39,8 @@ def ragged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Cache,
+    v_cache: Cache,
     *,
     kv_slots: jax.Array,
     query_starts: jax.Array,
@@ -54,7 +54,7 @@ def ragged_attention(
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Cache, Cache]:
     """Attention of every token over its own sequence, and the two caches with this step's keys and values in them.
 
     Token `t` of chunk `s` (`query_starts[s] <= t < query_starts[s+1]`) stands at position
@@ -66,7 +66,7 @@ def ragged_attention(
       q: [T, H, D], H a multiple of K; query head h reads KV head h // (H // K).
       k, v: [T, K, D], converted to the dtype of the caches.
       k_cache, v_cache: [L*N, K, B, D], one flat pool, layer l owns blocks [l*N, (l+1)*N). Donate them to the jitted
-        program: they are updated in place.
+        program: they are updated in place. A `QuantizedCache` keeps 8 bits a number and a scale a token and head.
       kv_slots: i32[T], where token t is written: block * B + offset, relative to the layer, every slot once. A slot
         outside [0, N*B) marks padding and is dropped.
       query_starts: i32[S+1], rising.
@@ -82,7 +82,8 @@ def ragged_attention(
       sinks: f32[H]; one more logit a head that takes probability and carries no value.
       implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
         for: "cpu" on a CPU where a C++ compiler was found and the cache is float32 or bfloat16; "tpu" on a TPU where
-        the cache fits it (float32 or bfloat16, D a multiple of 128, B a power of two of at least 8 or 16); else "xla".
+        the cache fits it (float32, bfloat16 or 8 bits, D a multiple of 128, B a power of two of at least 8, 16 or 128);
+        else "xla".
 
     Returns:
       out [T, H, D] in the dtype of q, zero in rows that belong to no chunk; k_cache; v_cache. Softmax and sums are in
@@ -130,7 +131,7 @@ def ragged_attention(
     return jax.lax.platform_dependent(*operands, **kernels, default=run("xla"))
 
 
-def _require_cpu(k_cache: jax.Array) -> None:
+def _require_cpu(k_cache: Cache) -> None:
     if k_cache.dtype not in cpu.CACHE_DTYPES:
         raise ValueError(
             f"implementation='cpu' takes float32 and bfloat16 caches but k_cache has dtype {k_cache.dtype}; "

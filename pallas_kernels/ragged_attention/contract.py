@@ -8,6 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache, is_quantized
+
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -27,12 +29,12 @@ class Dims:
     B: int
 
 
-def _require_shape(name: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
+def _require_shape(name: str, array: jax.Array | QuantizedCache, shape: tuple[int, ...], meaning: str) -> None:
     if tuple(array.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(array.shape)} but must be {meaning} = {shape}")
 
 
-def _require_rank(name: str, array: jax.Array, meaning: str) -> None:
+def _require_rank(name: str, array: jax.Array | QuantizedCache, meaning: str) -> None:
     rank = meaning.count(",") + 1
     if array.ndim != rank:
         raise ValueError(f"{name} has shape {tuple(array.shape)} but must have {rank} axes {meaning}")
@@ -51,12 +53,26 @@ def _require_float(name: str, array: jax.Array) -> None:
         raise ValueError(f"{name} has dtype {array.dtype} but must be one of {accepted}")
 
 
+def _check_cache(name: str, cache: Cache) -> None:
+    if not isinstance(cache, QuantizedCache):
+        if is_quantized(cache.dtype):
+            raise ValueError(f"{name} has dtype {cache.dtype} but no scales; pass a QuantizedCache")
+        _require_float(name, cache)
+        return
+    if not is_quantized(cache.dtype):
+        names = ", ".join(QUANTIZED_DTYPES)
+        raise ValueError(f"{name} is a QuantizedCache of dtype {cache.dtype} but must be one of {names}")
+    _require_shape(f"{name}.scales", cache.scales, tuple(cache.shape[:-1]), "[L*N, K, B], as its values,")
+    if cache.scales.dtype != jnp.float32:
+        raise ValueError(f"{name}.scales has dtype {cache.scales.dtype} but must be float32")
+
+
 def check(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Cache,
+    v_cache: Cache,
     *,
     kv_slots: jax.Array,
     query_starts: jax.Array,
@@ -98,8 +114,10 @@ def check(
         "block_tables": block_tables,
     }.items():
         _require_int32(name, array)
-    for name, array in {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}.items():
+    for name, array in {"q": q, "k": k, "v": v}.items():
         _require_float(name, array)
+    for name, cache in {"k_cache": k_cache, "v_cache": v_cache}.items():
+        _check_cache(name, cache)
     if v_cache.dtype != k_cache.dtype:
         raise ValueError(f"v_cache has dtype {v_cache.dtype} but must be {k_cache.dtype}, the dtype of k_cache")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
+
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -12,8 +14,8 @@ def ragged_attention_reference(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Cache,
+    v_cache: Cache,
     *,
     kv_slots: jax.Array,
     query_starts: jax.Array,
@@ -26,7 +28,7 @@ def ragged_attention_reference(
     soft_cap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them."""
     num_tokens, num_heads, head_dim = q.shape
     pool, num_kv_heads, block_size, _ = k_cache.shape
@@ -37,8 +39,17 @@ def ragged_attention_reference(
     is_real = (kv_slots >= 0) & (kv_slots < num_blocks * block_size)
     block = jnp.where(is_real, first_block + kv_slots // block_size, pool)
     offset = kv_slots % block_size
-    k_cache = k_cache.at[block, :, offset].set(k.astype(k_cache.dtype), mode="drop")
-    v_cache = v_cache.at[block, :, offset].set(v.astype(v_cache.dtype), mode="drop")
+
+    def put(cache: Cache, new: jax.Array) -> Cache:
+        if not isinstance(cache, QuantizedCache):
+            return cache.at[block, :, offset].set(new.astype(cache.dtype), mode="drop")
+        values, scales = quantize(new, cache.dtype)
+        return QuantizedCache(
+            values=cache.values.at[block, :, offset].set(values, mode="drop"),
+            scales=cache.scales.at[block, :, offset].set(scales, mode="drop"),
+        )
+
+    k_cache, v_cache = put(k_cache, k), put(v_cache, v)
 
     # 2. Attend. Token t is in chunk s, and the last token of a chunk is the last token of its context.
     def attend(t: jax.Array) -> jax.Array:
@@ -48,8 +59,10 @@ def ragged_attention_reference(
         position = context_lens[s] - query_starts[s + 1] + t
 
         blocks = first_block + jnp.clip(block_tables[s], 0, num_blocks - 1)
-        keys = k_cache[blocks].swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim).astype(jnp.float32)  # [K, M*B, D]
-        values = v_cache[blocks].swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim).astype(jnp.float32)
+        keys, values = (
+            gather_blocks(cache, blocks).swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim)  # [K, M*B, D]
+            for cache in (k_cache, v_cache)
+        )
         queries = q[t].reshape(num_kv_heads, group, head_dim).astype(jnp.float32)  # [K, G, D]
 
         key_positions = jnp.arange(keys.shape[1], dtype=jnp.int32)  # [M*B]

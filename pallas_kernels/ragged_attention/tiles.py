@@ -106,9 +106,10 @@ def modelled(shape: Shape, kind: str) -> Tiles:
 def vmem_bytes(queries: int, keys: int, shape: Shape) -> int:
     """Bytes of VMEM that a chunk tile needs, the compiler's own temporaries included."""
     item = jnp.dtype(shape.dtype).itemsize
+    wide = max(item, 2)  # queries and results are not stored in 8 bits
     rows = queries * shape.num_heads
     buffers = 4 * keys * shape.num_kv_heads * shape.head_dim * item
-    tile = rows * (3 * shape.head_dim * item + 4 * shape.head_dim + 2 * 4 * 128)
+    tile = rows * (3 * shape.head_dim * wide + 4 * shape.head_dim + 2 * 4 * 128)
     scores = 3 * 4 * (rows // shape.num_kv_heads) * keys
     return buffers + tile + scores
 

@@ -11,19 +11,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_attention import tiles as tile_sizes
+from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tiles import Tiles
 from pallas_kernels.ragged_attention.tpu_copies import NO_WINDOW, TABLE_PIECE, Refs, Spec
 from pallas_kernels.ragged_attention.tpu_kernel import attend_tiles
 from pallas_kernels.ragged_attention.tpu_support import LANES, MAX_TABLE_WORDS, unsupported
 from pallas_kernels.ragged_attention.tpu_write import write_kv_tpu
+from pallas_kernels.ragged_attention.tpu_write_quantized import write_kv_quantized_tpu
 
 
 def ragged_attention_tpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Cache,
+    v_cache: Cache,
     *,
     kv_slots: jax.Array,
     query_starts: jax.Array,
@@ -38,7 +40,7 @@ def ragged_attention_tpu(
     sinks: jax.Array | None = None,
     tiles: Tiles | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
 
     `tiles` None takes those of the device that is lowered for; `interpret` is that of `pl.pallas_call`.
@@ -57,7 +59,12 @@ def ragged_attention_tpu(
             num_tokens=num_tokens, num_sequences=num_sequences, dtype=k_cache.dtype.name,
         )
     )  # fmt: skip
-    k_cache, v_cache = write_kv_tpu(
+    write: Any = write_kv_tpu
+    product_dtype = k_cache.dtype
+    if isinstance(k_cache, QuantizedCache):
+        # 8 bits are whole in bfloat16, which the MXU multiplies.
+        write, product_dtype = write_kv_quantized_tpu, q.dtype if q.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+    k_cache, v_cache = write(
         k, v, k_cache, v_cache, kv_slots=kv_slots, layer=layer, num_blocks=num_blocks, interpret=interpret
     )
 
@@ -81,7 +88,9 @@ def ragged_attention_tpu(
         scale=scale,
         soft_cap=soft_cap,
         # The MXU multiplies bfloat16; float32 in full takes several passes.
-        precision=lax.Precision.HIGHEST if k_cache.dtype == jnp.float32 else lax.Precision.DEFAULT,
+        precision=lax.Precision.HIGHEST if product_dtype == jnp.float32 else lax.Precision.DEFAULT,
+        product_dtype=product_dtype,
+        zero_values=k_cache.dtype != jnp.int8,
     )
     work, num_single_tiles, num_tiles = plan_tiles(query_starts, context_lens, num_tokens=num_tokens, spec=spec)
     window = NO_WINDOW if sliding_window is None else sliding_window
@@ -143,20 +152,27 @@ def _by_kv_head(of_head: jax.Array | None, spec: Spec) -> jax.Array | None:
 
 
 def _attend(
-    scalars: jax.Array, work: list[jax.Array], q: jax.Array, k_cache: jax.Array, v_cache: jax.Array,
+    scalars: jax.Array, work: list[jax.Array], q: jax.Array, k_cache: Cache, v_cache: Cache,
     tables: jax.Array, *, slopes: jax.Array | None, sinks: jax.Array | None, spec: Spec, tiles: Tiles, interpret: Any,
 ) -> jax.Array:  # fmt: skip
     _, num_heads, head_dim = q.shape
     rows = max(spec.queries, spec.sequences) if spec.has_chunks else spec.sequences
     singles = (spec.sequences * spec.num_kv_heads, spec.padded_group)
     chunk = (num_heads, spec.queries)
-    f32, kv = jnp.float32, k_cache.dtype
-    buffer = pltpu.VMEM((2, spec.piece, *k_cache.shape[1:]), kv)
+    f32 = jnp.float32
+    buffer = pltpu.VMEM((2, spec.piece, *k_cache.shape[1:]), k_cache.dtype)
+    caches: dict[str, jax.Array] = {"k_cache": k_cache, "v_cache": v_cache}  # pyright: ignore[reportAssignmentType]
+    scale_buffers = {}
+    if isinstance(k_cache, QuantizedCache) and isinstance(v_cache, QuantizedCache):
+        caches = {"k_cache": k_cache.values, "v_cache": v_cache.values}
+        caches |= {"k_scales": k_cache.scales, "v_scales": v_cache.scales}
+        scale_buffers = dict.fromkeys(("k_scale_buffer", "v_scale_buffer"), pltpu.VMEM(buffer.shape[:-1], f32))
     scratch: dict[str, Any] = {
         "table_buffer": pltpu.SMEM((2, spec.sequences, *tables.shape[1:]), jnp.int32),
         "q_buffer": pltpu.VMEM((rows, num_heads, head_dim), q.dtype),
         "k_buffer": buffer,
         "v_buffer": buffer,
+        **scale_buffers,
         "out_buffer": pltpu.VMEM((rows, num_heads, head_dim), q.dtype),
         "q_single": pltpu.VMEM((*singles, head_dim), f32),
         "top_single": pltpu.VMEM((*singles, LANES), f32),
@@ -169,14 +185,15 @@ def _attend(
     }
     if spec.has_chunks:
         scratch |= {
-            "q_chunk": pltpu.VMEM((*chunk, head_dim), kv),
+            "q_chunk": pltpu.VMEM((*chunk, head_dim), spec.product_dtype),
             "top_chunk": pltpu.VMEM((*chunk, LANES), f32),
             "total_chunk": pltpu.VMEM((*chunk, LANES), f32),
             "acc_chunk": pltpu.VMEM((*chunk, head_dim), f32),
         }
     optional = {name: array for name, array in (("slopes", slopes), ("sinks", sinks)) if array is not None}
-    names = ["scalars", "sequence", "token", "position", "count", "q", "k_cache", "v_cache", "tables", *optional, "out"]
-    none = dict.fromkeys(("slopes", "sinks", "q_chunk", "top_chunk", "total_chunk", "acc_chunk"))
+    names = ["scalars", "sequence", "token", "position", "count", "q", *caches, "tables", *optional, "out"]
+    none = dict.fromkeys(("k_scales", "v_scales", "k_scale_buffer", "v_scale_buffer", "slopes", "sinks", "q_chunk",
+                          "top_chunk", "total_chunk", "acc_chunk"))
 
     def kernel(*refs: Any) -> None:
         attend_tiles(Refs(**(none | dict(zip([*names, *scratch], refs, strict=True)))), spec)
@@ -189,7 +206,7 @@ def _attend(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(spec.cores,),
-            in_specs=[hbm] * 4 + [vmem] * len(optional),
+            in_specs=[hbm] * (2 + len(caches)) + [vmem] * len(optional),
             out_specs=hbm,
             scratch_shapes=list(scratch.values()),
         ),
@@ -201,10 +218,10 @@ def _attend(
         cost_estimate=_cost(q, k_cache, tables, spec),
         interpret=interpret,
         name="ragged_attention",
-    )(scalars, *work, q, k_cache, v_cache, tables, *optional.values())
+    )(scalars, *work, q, *caches.values(), tables, *optional.values())
 
 
-def _cost(q: jax.Array, k_cache: jax.Array, tables: jax.Array, spec: Spec) -> pl.CostEstimate:
+def _cost(q: jax.Array, k_cache: Cache, tables: jax.Array, spec: Spec) -> pl.CostEstimate:
     """For XLA's scheduler: half of what full block tables would cost. The contexts are not known here."""
     num_tokens, num_heads, head_dim = q.shape
     keys = tables.shape[1] * TABLE_PIECE * spec.block_size // 2

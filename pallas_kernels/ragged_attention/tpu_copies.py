@@ -38,6 +38,8 @@ class Spec:
     scale: float
     soft_cap: float | None
     precision: lax.Precision
+    product_dtype: Any  # of the operands of matrix products
+    zero_values: bool  # whether values that nobody may see can be NaN
 
     @property
     def share(self) -> int:
@@ -76,6 +78,8 @@ class Refs:
     q: Any  # HBM [T, H, D]
     k_cache: Any  # HBM [L*N, K, B, D]
     v_cache: Any
+    k_scales: Any  # HBM f32[L*N, K, B] or None: of an 8-bit cache
+    v_scales: Any
     tables: Any  # HBM i32[S, W, 1, TABLE_PIECE]
     slopes: Any  # VMEM f32[K, Gp, LANES] or None
     sinks: Any  # VMEM f32[K, Gp, LANES] or None
@@ -84,6 +88,8 @@ class Refs:
     q_buffer: Any  # VMEM [max(Q, J), H, D]
     k_buffer: Any  # VMEM [2, C, K, B, D]
     v_buffer: Any
+    k_scale_buffer: Any  # VMEM f32[2, C, K, B] or None
+    v_scale_buffer: Any
     out_buffer: Any  # VMEM [max(Q, J), H, D]
     q_single: Any  # VMEM f32[J * K, Gp, D]
     top_single: Any  # VMEM f32[J * K, Gp, LANES], the largest score so far
@@ -112,6 +118,9 @@ class Copies:
 
     def __init__(self, refs: Refs, spec: Spec) -> None:
         self.refs, self.spec = refs, spec
+        pairs = [(refs.k_cache, refs.k_buffer), (refs.v_cache, refs.v_buffer),
+                 (refs.k_scales, refs.k_scale_buffer), (refs.v_scales, refs.v_scale_buffer)]
+        self.caches = [(cache, buffer) for cache, buffer in pairs if cache is not None]
 
     def is_single(self, i: jax.Array) -> jax.Array:
         return i < self.refs.scalars[NUM_SINGLE_TILES]
@@ -203,12 +212,12 @@ class Copies:
         """Starts the copies of K and V of block b of a sequence to place b + offset of the buffer."""
         refs = self.refs
         block = refs.scalars[FIRST_BLOCK] + refs.table_buffer[*tables, b >> TABLE_BITS, 0, b & (TABLE_PIECE - 1)]
-        for cache, keys in ((refs.k_cache, refs.k_buffer), (refs.v_cache, refs.v_buffer)):
+        for cache, keys in self.caches:
             pltpu.make_async_copy(cache.at[block], keys.at[buffer, b + offset], refs.kv_sem.at[buffer]).start()
 
-    def _wait_for_blocks(self, _: Any, *, buffer: jax.Array | int, count: int) -> None:
+    def _wait_for_blocks(self, _block: Any, *, buffer: jax.Array | int, count: int) -> None:
         """Waits for any `count` blocks of K and of V: a wait counts bytes, whatever they come from."""
-        for keys in (self.refs.k_buffer, self.refs.v_buffer):
+        for _, keys in self.caches:
             some = keys.at[buffer, pl.ds(0, count)]
             pltpu.make_async_copy(some, some, self.refs.kv_sem.at[buffer]).wait()
 

@@ -45,7 +45,9 @@ def attend_tiles(refs: Refs, spec: Spec) -> None:
         # Keys that are not fetched meet weights of zero, but zero times what memory held before may be NaN.
         def blank(c: jax.Array, _: None) -> None:
             for buffer in range(2):
-                refs.v_buffer[buffer, c] = jnp.zeros(refs.v_buffer.shape[2:], refs.v_buffer.dtype)
+                for ref in (refs.v_buffer, refs.v_scale_buffer):
+                    if ref is not None:
+                        ref[buffer, c] = jnp.zeros(ref.shape[2:], ref.dtype)
 
         lax.fori_loop(0, spec.piece, blank, None)
         refs.q_single[...] = jnp.zeros_like(refs.q_single)
@@ -111,7 +113,7 @@ class _Kernel:
 
     def blank_unseen_values(self, i: jax.Array, r: jax.Array, buffer: jax.Array, *, single: bool) -> None:
         """Zeros in place of the values that no query of the tile sees but that lie in a fetched block."""
-        spec, values = self.spec, self.refs.v_buffer
+        spec, values, scales = self.spec, self.refs.v_buffer, self.refs.v_scale_buffer
         for j in range(spec.sequences if single else 1):
             first, end = self.copies.key_range(i, j)
             start, blocks = self.copies.first_block(i, r, j), spec.share if single else spec.piece
@@ -124,10 +126,11 @@ class _Kernel:
                     j: int = j, start: jax.Array = start, block: Any = block, offset: Any = offset, kind: str = kind
                 ) -> None:
                     at = (buffer, j * spec.share + block - start)
-                    row = lax.broadcasted_iota(jnp.int32, values.shape[2:], 1)
-                    seen = row < offset if kind == "end" else row >= offset
-                    old = values[at].astype(jnp.float32)
-                    values[at] = jnp.where(seen, old, 0.0).astype(values.dtype)
+                    for ref in ([values] if spec.zero_values else []) + ([] if scales is None else [scales]):
+                        row = lax.broadcasted_iota(jnp.int32, ref.shape[2:], 1)
+                        seen = row < offset if kind == "end" else row >= offset
+                        old = ref[at].astype(jnp.float32)
+                        ref[at] = jnp.where(seen, old, 0.0).astype(ref.dtype)
 
     def load_queries(self, *, single: bool) -> None:
         """Rows of the same KV head come to lie together; the running sums start anew."""
@@ -158,13 +161,16 @@ class _Kernel:
         for j in range(spec.sequences):
             position = refs.position[self.copies.member(i, j)]
             first_key = self.copies.first_block(i, r, j) * spec.block_size
-            blocks = pl.ds(j * spec.share, spec.share)
+            first, count = j * spec.share, spec.share
+            blocks = pl.ds(first, count)
             for h in range(spec.num_kv_heads):
                 n = j * spec.num_kv_heads + h
                 refs.top_single[n], refs.total_single[n], refs.acc_single[n] = self.attend(
                     refs.q_single[n],
                     self.keys(refs.k_buffer[buffer, blocks, h]),
                     self.keys(refs.v_buffer[buffer, blocks, h]),
+                    self.scales(refs.k_scale_buffer, buffer, first, count, h),
+                    self.scales(refs.v_scale_buffer, buffer, first, count, h),
                     (refs.top_single[n], refs.total_single[n], refs.acc_single[n]),
                     query_position=position,
                     first_key=first_key,
@@ -195,6 +201,8 @@ class _Kernel:
                 refs.q_chunk[heads].reshape(g * q, -1),
                 self.keys(refs.k_buffer[buffer, :, h]),
                 self.keys(refs.v_buffer[buffer, :, h]),
+                self.scales(refs.k_scale_buffer, buffer, 0, spec.piece, h),
+                self.scales(refs.v_scale_buffer, buffer, 0, spec.piece, h),
                 state,
                 query_position=query_position,
                 first_key=first_key,
@@ -211,13 +219,21 @@ class _Kernel:
 
     def keys(self, blocks: jax.Array) -> jax.Array:
         """[C, B, D] -> [C*B, D]: blocks are stored head by head, so this moves nothing."""
-        return blocks.reshape(-1, self.spec.head_dim)
+        return blocks.reshape(-1, self.spec.head_dim).astype(self.spec.product_dtype)
+
+    def scales(self, ref: Any, buffer: jax.Array, first: int, count: int, h: int | jax.Array) -> jax.Array | None:
+        """[1, C*B], the scales of a head's keys in some blocks, in the order of `keys`; None if there are none."""
+        if ref is None:
+            return None
+        return jnp.concatenate([ref[buffer, c, pl.ds(h, 1)] for c in range(first, first + count)], axis=1)
 
     def attend(
         self,
         queries: jax.Array,
         keys: jax.Array,
         values: jax.Array,
+        key_scales: jax.Array | None,
+        value_scales: jax.Array | None,
         state: Any,
         *,
         query_position: jax.Array,
@@ -233,6 +249,8 @@ class _Kernel:
             queries.astype(keys.dtype), keys, (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32, precision=spec.precision,
         )  # [R, J]  # fmt: skip
+        if key_scales is not None:
+            scores = scores * key_scales
         if spec.soft_cap is None:
             scores = scores * spec.scale
         else:
@@ -254,6 +272,8 @@ class _Kernel:
         total = total * keep
         for start in range(0, num_keys, LANES):
             total = total + weights[:, start : start + LANES]
+        if value_scales is not None:
+            weights = weights * value_scales
         weighted = jnp.dot(
             weights.astype(values.dtype), values, preferred_element_type=jnp.float32, precision=spec.precision
         )

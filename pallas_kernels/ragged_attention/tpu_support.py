@@ -7,18 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
+
 LANES = 128
-CACHE_DTYPES = (jnp.float32, jnp.bfloat16)
+CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn)
+_NAMES = ", ".join(jnp.dtype(dtype).name for dtype in CACHE_DTYPES)
 # SMEM holds the block tables of the sequences that are being worked on, not all of them: 2 * J rows of M entries.
 MAX_TABLE_WORDS = 96 * 1024
 
 
-def unsupported(k_cache: jax.Array, max_blocks: int) -> str | None:
+def unsupported(k_cache: Cache, max_blocks: int) -> str | None:
     """Why the kernel cannot take this cache, with the remedy; None if it can."""
     _, _, block_size, head_dim = k_cache.shape
-    rows = granule_rows(k_cache.dtype)
+    # Scales of a block lie along the lanes.
+    rows = LANES if isinstance(k_cache, QuantizedCache) else granule_rows(k_cache.dtype)
     if k_cache.dtype not in CACHE_DTYPES:
-        return f"takes float32 and bfloat16 caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
+        return f"takes {_NAMES} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
     if head_dim % LANES:
         return f"stores heads in multiples of {LANES} numbers but D is {head_dim}; pad q, k, v and the cache with zeros"
     if block_size < rows or block_size & (block_size - 1):

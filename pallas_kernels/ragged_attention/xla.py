@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
+
 # Measured on a 2-core CPU: fewer keys a tile cost loop overhead, more cost the L2 cache.
 _DECODE_TILE_KEYS = 128
 _PROMPT_TILE_KEYS = 256
@@ -39,8 +41,8 @@ def ragged_attention_xla(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Cache,
+    v_cache: Cache,
     *,
     kv_slots: jax.Array,
     query_starts: jax.Array,
@@ -53,7 +55,7 @@ def ragged_attention_xla(
     soft_cap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -82,13 +84,13 @@ def ragged_attention_xla(
 def write_kv(
     k: jax.Array,
     v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Cache,
+    v_cache: Cache,
     *,
     kv_slots: jax.Array,
     layer: jax.Array,
     num_blocks: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Cache, Cache]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
     pool, num_kv_heads, block_size, head_dim = k_cache.shape
     # As a scatter of whole rows [D]: a scatter that indexes two axes around the heads makes XLA:TPU transpose the pool.
@@ -102,8 +104,15 @@ def write_kv(
         rows = jnp.concatenate([rows, jnp.full((1,), pool * num_kv_heads * block_size, jnp.int32)])
         k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
 
-    def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-        flat = cache.reshape(-1, head_dim).at[rows].set(new.reshape(-1, head_dim).astype(cache.dtype), mode="drop")
+    def put(cache: Cache, new: jax.Array) -> Cache:
+        if isinstance(cache, QuantizedCache):
+            values, scales = quantize(new, cache.dtype)
+            flat = cache.scales.reshape(-1).at[rows].set(scales.reshape(-1), mode="drop")
+            return QuantizedCache(values=put_rows(cache.values, values), scales=flat.reshape(cache.scales.shape))
+        return put_rows(cache, new.astype(cache.dtype))
+
+    def put_rows(cache: jax.Array, new: jax.Array) -> jax.Array:
+        flat = cache.reshape(-1, head_dim).at[rows].set(new.reshape(-1, head_dim), mode="drop")
         return flat.reshape(cache.shape)
 
     return put(k_cache, k), put(v_cache, v)
@@ -188,8 +197,8 @@ def _attend(
     positions: jax.Array,
     contexts: jax.Array,
     tables: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Cache,
+    v_cache: Cache,
     *,
     tile_blocks: int,
     scoring: _Scoring,
@@ -220,9 +229,9 @@ def _attend(
         first_block = jnp.maximum(0, positions[:, 0] - scoring.window + 1) // block_size
     num_steps = jnp.max(-(-(num_blocks - first_block) // tile_blocks))
 
-    def fetch(cache: jax.Array, ids: jax.Array) -> jax.Array:
-        tile = cache[ids].swapaxes(1, 2)  # [W, K, t, B, D]
-        return tile.reshape(width, num_kv_heads, tile_blocks * block_size, head_dim).astype(jnp.float32)
+    def fetch(cache: Cache, ids: jax.Array) -> jax.Array:
+        tile = gather_blocks(cache, ids).swapaxes(1, 2)  # [W, K, t, B, D]
+        return tile.reshape(width, num_kv_heads, tile_blocks * block_size, head_dim)
 
     def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = state

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
 
 from fastgen_jax import Engine, SamplingParams
 from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError
+from fastgen_jax.api.engine_thread import EngineThread
 from fastgen_jax.serving.errors import as_api_error
-from tests.tiny import drain, greedy, tiny_engine, tokens_of
+from tests.tiny import drain, greedy, pause_after_outputs, tiny_engine, tokens_of
 
 
 def run(scenario, *, engine=None, **options):
@@ -73,10 +75,11 @@ def test_a_reader_who_never_reads_holds_nobody():
 
 def test_closing_a_stream_frees_its_blocks_before_the_next_step():
     async def scenario(engine):
-        request = engine.intake.request([5] * 30, greedy(90))
-        stream = engine.submit(request)
+        resume = pause_after_outputs(engine)
+        stream = engine.submit(engine.intake.request([5] * 30, greedy(90)))
         await anext(stream)
         stream.close()
+        resume.set()
         assert [out async for out in stream] == []
         return await engine.call(lambda e: (e.num_running, e.scheduler.num_free_blocks == e.config.num_blocks))
 
@@ -107,18 +110,23 @@ def test_a_full_queue_refuses_with_the_time_to_come_back():
 
 
 def test_the_estimate_of_the_wait_grows_with_the_queue():
-    async def scenario(engine):
-        streams = [engine.submit(engine.intake.request([5] * 40, greedy(60))) for _ in range(200)]
-        await anext(streams[0])
-        waits = []
-        while engine.load.num_waiting:
-            waits.append(engine.load.wait_seconds)
-            await asyncio.sleep(0.001)
-        for stream in streams:
-            stream.close()
-        return max(waits)
+    engine, waits = tiny_engine(), []
+    full, done = threading.Event(), threading.Event()
 
-    assert run(scenario) > 0
+    def deliver(events):  # in the engine's thread, right after it has published its load
+        waits.append(thread.load.wait_seconds)
+        if not engine.has_work:
+            done.set()
+
+    thread = EngineThread(engine, deliver)
+    thread.call(lambda _: full.wait(60))
+    for _ in range(200):
+        thread.submit(engine.intake.request([5] * 40, greedy(60)))
+    full.set()
+    assert done.wait(120)
+    thread.close()
+    assert max(waits) > 0
+    assert waits[-1] == 0
 
 
 def test_a_request_whose_promise_cannot_be_kept_fails_with_the_reason():
@@ -136,7 +144,7 @@ def test_a_deadline_ends_a_request_and_no_other():
         other = asyncio.create_task(tokens(engine, [5, 6, 7], greedy(60)))
         with pytest.raises(RequestFailedError, match="deadline") as failed:
             await tokens(engine, [8, 9], greedy(90), timeout=0.0)
-        assert failed.value.kind == "deadline"
+        assert failed.value.failure.kind == "deadline"
         return await other
 
     assert run(scenario) == offline([[5, 6, 7]], greedy(60))[0]
@@ -182,7 +190,7 @@ def test_a_failed_step_ends_its_requests_and_the_queue_survives(monkeypatch, whe
     results = run(scenario)
     failed = [r for r in results if isinstance(r, RequestFailedError)]
     assert 1 <= len(failed) <= engine.config.max_num_seqs  # those of the step, not the queue
-    assert all(r.kind == "step" and "the device is gone" in str(r) for r in failed)
+    assert all(r.failure.kind == "step" and "the device is gone" in str(r) for r in failed)
     assert [r for r, w in zip(results, want, strict=True) if r != w] == failed  # all others are as they should be
 
 
@@ -199,6 +207,7 @@ def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
         results = await asyncio.gather(*(tokens(wrapped, [5 + i]) for i in range(12)), return_exceptions=True)
         assert {type(r) for r in results} <= {RequestFailedError, ClosedError}
         assert not wrapped.is_ready
+        assert "cannot be recovered" in (wrapped.failure or "")
         with pytest.raises(ClosedError):
             await wrapped.snapshots()
         with pytest.raises(ClosedError):
@@ -227,12 +236,17 @@ def test_a_mistake_is_raised_where_it_was_made():
 
 def test_closing_ends_what_runs_with_an_error():
     async def scenario(engine):
+        resume = pause_after_outputs(engine)
         stream = engine.submit(engine.intake.request([5], greedy(90)))
         await anext(stream)
-        await engine.close()
+        closing = asyncio.create_task(engine.close())
+        while not engine._thread._inbox.qsize():
+            await asyncio.sleep(0)
+        resume.set()
+        await closing
         with pytest.raises(RequestFailedError, match="shutting down") as failed:
             await rest(stream)
-        assert failed.value.kind == "shutdown"
+        assert failed.value.failure.kind == "shutdown"
         with pytest.raises(ClosedError):
             engine.submit(engine.intake.request([5], SamplingParams(max_new_tokens=1)))
 

@@ -172,6 +172,7 @@ def test_only_one_holds_an_exclusive_lock(tmp_path: Path) -> None:
         (["--rounds", "0"], "rounds is 0"),
         (["--hf-python", "p"], "need --hf-model"),
         (["--llama-server", "s"], "at least one --gguf NAME=PATH"),
+        (["--also", "dtype=bfloat16", "--vllm-python", "p", "--hf-model", "f"], "--also needs --model"),
         (["--gguf", "nameless"], "--gguf is 'nameless'; write it as NAME=VALUE"),
         (["--workload", "custom", "--requests", "0"], "num_requests is 0"),
     ],
@@ -209,3 +210,18 @@ def test_engines_are_sized_for_the_largest_workload() -> None:
     }
     assert (by_name["vllm"]["max_model_len"], by_name["vllm"]["max_num_seqs"]) == (11, 3)
     assert (by_name["llama.cpp F16"]["slots"], by_name["llama.cpp F16"]["context_per_slot"]) == (3, 11)
+
+
+def test_this_engine_can_run_several_times_with_other_options() -> None:
+    parser = argparse.ArgumentParser()
+    offline.add_arguments(parser)
+    arguments = parser.parse_args(["--model", "m", "--option", "token_budget=256", "--also", "dtype=bfloat16",
+                                   "--also", "quantize=int8 token_budget=128"])
+    peers = offline.choose_peers(arguments, [WORKLOAD], ggufs={}, threads=2)
+    names = ("dtype", "quantize", "token_budget")
+    configs = {peer.name: {name: peer.options["config"].get(name) for name in names} for peer in peers}
+    assert configs == {
+        "fastgen_jax": {"dtype": None, "quantize": None, "token_budget": 256},
+        "fastgen_jax dtype=bfloat16": {"dtype": "bfloat16", "quantize": None, "token_budget": 256},
+        "fastgen_jax quantize=int8 token_budget=128": {"dtype": None, "quantize": "int8", "token_budget": 128},
+    }

@@ -8,8 +8,9 @@ import pytest
 from fastgen_jax.bench import compare, figures
 from fastgen_jax.bench.__main__ import main
 from fastgen_jax.bench.curves import curves
+from fastgen_jax.bench.engine_runs import engine_tables, read_engine_runs
 from fastgen_jax.bench.loads import closed_loop
-from fastgen_jax.bench.metrics import RequestTimes
+from fastgen_jax.bench.metrics import RequestTimes, Summary
 from fastgen_jax.bench.policies import comparison
 from fastgen_jax.bench.report import Page
 from fastgen_jax.bench.results import RunRecord, append, read
@@ -77,8 +78,8 @@ def test_a_comparison_says_how_many_times_better_ours_is() -> None:
 def test_a_report_is_one_page_with_its_figures_and_commands(tmp_path: Path, capsys) -> None:
     append(tmp_path / "quick.jsonl", RUNS[:2])
     append(tmp_path / "slow.jsonl", RUNS[2:])
-    costs = {"sizes": [8, 64], "base": [0.01, 0.05], "per_row": 0.0, "per_decode_attended": 0.0, "per_prompt_attended": 1e-6,
-             "facts": {"model": "m", "engine": {"dtype": "float32"}}}
+    costs = {"sizes": [8, 64], "base": [0.01, 0.05], "per_token": [0.0, 1e-4], "per_row": 0.0, "per_decode_attended": 0.0,
+             "per_prompt_attended": 1e-6, "facts": {"model": "m", "engine": {"dtype": "float32"}}}
     (tmp_path / "costs.json").write_text(json.dumps(costs))
     argv = ["report", str(tmp_path / "quick.jsonl"), str(tmp_path / "slow.jsonl"), "--costs", str(tmp_path / "costs.json"),
             "--generation-rates", "3"]
@@ -94,6 +95,29 @@ def test_a_report_is_one_page_with_its_figures_and_commands(tmp_path: Path, caps
     again = Page(tmp_path)
     again.figure("step-costs", figures.step_costs([costs]))
     assert (tmp_path / "step-costs.png").read_bytes() == (tmp_path / "out" / "step-costs.png").read_bytes()
+
+
+def engine_line(engine: str, workload: str, rate: float) -> str:
+    summary = dict.fromkeys(Summary.__dataclass_fields__, 1.0) | {"total_rate": rate, "token_latency_p95": None}
+    return json.dumps({"engine": engine, "workload": workload, "command": f"compare {engine}", **summary}) + "\n"
+
+
+def test_a_report_compares_engines_of_any_two_files(tmp_path: Path, capsys) -> None:
+    (tmp_path / "monday.jsonl").write_text(engine_line("ours", "W1", 300.0) + engine_line("ours", "W1", 310.0)
+                                           + engine_line("ours", "W1", 500.0) + engine_line("rival", "W1", 200.0))
+    (tmp_path / "friday.jsonl").write_text(engine_line("rival", "W1", 620.0) + engine_line("rival", "W3", 7.0))
+    files = [tmp_path / "monday.jsonl", tmp_path / "friday.jsonl"]
+    lines = engine_tables(read_engine_runs(files))
+    assert "| ours (monday) | 3 | 310 | 300-500 | 1.0 | 1.00 | 1000.0 | - | 1.00 |" in lines
+    assert "| rival (monday) | 1 | 200 | 200-200 | 1.0 | 1.00 | 1000.0 | - | 1.55 |" in lines
+    assert "| rival (friday) | 1 | 620 | 620-620 | 1.0 | 1.00 | 1000.0 | - | 0.50 |" in lines
+    assert main(["report", *map(str, files), "--out", str(tmp_path / "out")]) == 0
+    assert "0 figures of 6 runs" in capsys.readouterr().out
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<td>ours (monday)</td>" in page
+    assert "compare rival" in page
+    with pytest.raises(ValueError, match="holds no runs"):
+        read_engine_runs([tmp_path / "missing.jsonl"])
 
 
 def test_a_comparison_finds_what_is_installed(tmp_path: Path, monkeypatch) -> None:
@@ -113,6 +137,7 @@ def test_a_comparison_finds_what_is_installed(tmp_path: Path, monkeypatch) -> No
     assert arguments.vllm_python == str(python)
     assert arguments.hf_python is None
     assert any("transformers: not found" in line for line in lines)
+    assert "fastgen_jax: left out, it needs --model" in lines
     assert any("llama-server: left out, it needs --gguf" in line for line in lines)
     assert arguments.llama_server is None
     with pytest.raises(ValueError, match="--python /no/where does not exist"):

@@ -39,6 +39,7 @@ class Call:
     soft_cap: float | None = None
     extras: bool = False  # ALiBi slopes and sinks
     dtype: str = "bfloat16"
+    kv_dtype: str | None = None  # None: dtype
 
 
 CALLS = (
@@ -52,6 +53,10 @@ CALLS = (
     Call(name="window, cap, ALiBi, sinks", num_tokens=512, window=1024, soft_cap=50.0, extras=True),
     Call(name="heads of 256", num_tokens=512, num_heads=8, num_kv_heads=4, head_dim=256),
     Call(name="float32 cache", num_tokens=256, num_heads=8, num_kv_heads=2, dtype="float32"),
+    Call(name="int8 KV, mixed 2k, 64 sequences", num_tokens=2048, block_size=128, kv_dtype="int8"),
+    Call(name="int8 KV, 70B on 8 devices", num_tokens=512, num_heads=8, num_kv_heads=1, block_size=128, kv_dtype="int8"),
+    Call(name="int8 KV, 32 KV heads", num_tokens=512, num_kv_heads=32, block_size=128, kv_dtype="int8"),
+    Call(name="float8 KV, decode 64 x 4k", num_tokens=64, block_size=128, kv_dtype="float8_e4m3fn"),
     Call(name="128k contexts", num_tokens=512, context=131072),
     Call(name="tables of 48 Ki blocks", num_tokens=64, num_heads=8, num_kv_heads=1, num_sequences=2, context=49152 * 32),
 )

@@ -1,7 +1,8 @@
 """What one would otherwise learn on a rented TPU: `make tpu-check` compiles for v4, v5e, v5p, v6e and TPU7x, here.
 
 Each kind of TPU has a process of its own, since the compiler may abort; the parent prints the table. A check fails if
-its program does not compile, copies the KV cache, takes more temporary memory than the bound, or VMEM overflows.
+its program does not compile, copies the KV cache, takes more temporary memory than the bound, if VMEM overflows, or if a
+layer has more collectives than it needs. To run out of `--seconds` is no failure: what was not reached is said.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ MIB = 2**20
 KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and values; the cache is 1000 MiB and more
 STEP_TEMPORARIES = 640 * MIB  # activations of 512 tokens and their logits
 SECONDS_A_PROGRAM = 180  # of processor time
+COLLECTIVES_A_LAYER = 2
+# What CI has time for: that the gate can fail, the kernels in both kinds of cache, and one whole step.
+QUICK = ("a too large tile is refused", "attention: 70B on 8 devices, B=128", "attention: int8 KV, 70B on 8 devices",
+         "step: Llama-3-8B")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,6 +46,7 @@ def check_kernel(call: Any, mesh: Any, *, tiles: Any = None) -> tuple[int, str]:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from fastgen_jax.plan.program import compile_lowered, lowering_for
+    from pallas_kernels.ragged_attention.quantized import QuantizedCache, is_quantized
     from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
 
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -48,11 +54,14 @@ def check_kernel(call: Any, mesh: Any, *, tiles: Any = None) -> tuple[int, str]:
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
 
-    dtype = jnp.dtype(call.dtype)
+    dtype, kv_dtype = jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype or call.dtype)
     max_blocks = call.context // call.block_size
     num_blocks = min(call.num_sequences, 8) * max_blocks
     new = array((call.num_tokens, call.num_kv_heads, call.head_dim), dtype)
-    cache = array((num_blocks, call.num_kv_heads, call.block_size, call.head_dim), dtype)
+    shape = (num_blocks, call.num_kv_heads, call.block_size, call.head_dim)
+    cache: Any = array(shape, kv_dtype)
+    if is_quantized(kv_dtype):
+        cache = QuantizedCache(values=cache, scales=array(shape[:-1], jnp.float32))  # pyright: ignore[reportArgumentType]
     extras = {name: array((call.num_heads,), jnp.float32) for name in ("alibi_slopes", "sinks") if call.extras}
     attention = functools.partial(
         ragged_attention_tpu, layer=0, num_blocks=num_blocks, scale=0.1, sliding_window=call.window,
@@ -65,7 +74,7 @@ def check_kernel(call: Any, mesh: Any, *, tiles: Any = None) -> tuple[int, str]:
             context_lens=array((call.num_sequences,)), block_tables=array((call.num_sequences, max_blocks)), **extras,
         )
         memory = compile_lowered(lowered).memory_analysis()
-    cache_bytes = 2 * cache.size * dtype.itemsize
+    cache_bytes = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     return memory.temp_size_in_bytes, complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
 
 
@@ -77,16 +86,22 @@ def complaint(memory: Any, cache_bytes: int, bound: int) -> str:
     return ""
 
 
-def check_step(hf: dict[str, Any], mesh: Any, *, num_layers: int | None = None) -> tuple[int, str]:
+def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> tuple[int, str]:
+    """Compiles a whole step, tensor-parallel; the least collectives that a layer needs are a sum behind each half."""
+    import jax.numpy as jnp
+
     from fastgen_jax.models.families import family_of
     from fastgen_jax.plan.program import compile_step
 
-    hf = hf if num_layers is None else hf | {"num_hidden_layers": num_layers}
     model = family_of(hf["architectures"][0]).config_from_hf(hf)
     program = compile_step(
-        model, mesh, token_budget=512, max_num_seqs=64, max_context_len=8192, block_size=128, num_blocks=512
+        model, mesh, token_budget=512, max_num_seqs=64, max_context_len=8192, block_size=128, num_blocks=512,
+        kv_dtype=jnp.dtype(kv_dtype),
     )
-    return program.temporaries, complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
+    words = complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
+    if program.collectives != COLLECTIVES_A_LAYER:
+        words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_A_LAYER}"
+    return program.temporaries, words
 
 
 def check_step_refused(hf: dict[str, Any], mesh: Any) -> tuple[int, str]:
@@ -120,10 +135,11 @@ def checks_of(kind: str, mesh: Any, small: Any) -> dict[str, Callable[[], tuple[
     from tests.gate import shapes
 
     checks: dict[str, Callable[[], tuple[int, str]]] = {}
+    checks["a too large tile is refused"] = functools.partial(check_refusal, small)
     for call in shapes.CALLS:
         checks[f"attention: {call.name}"] = functools.partial(check_kernel, call, small)
-    checks["a too large tile is refused"] = functools.partial(check_refusal, small)
     checks["step: Llama-3-8B"] = functools.partial(check_step, shapes.LLAMA_3_8B, mesh)
+    checks["step: Llama-3-8B, int8 KV"] = functools.partial(check_step, shapes.LLAMA_3_8B, mesh, kv_dtype="int8")
     if kind == "v5e":  # 141 GB of weights on eight devices of 16 GiB
         checks["step: Llama-3-70B is refused"] = functools.partial(check_step_refused, shapes.LLAMA_3_70B, mesh)
     else:
@@ -133,7 +149,7 @@ def checks_of(kind: str, mesh: Any, small: Any) -> dict[str, Callable[[], tuple[
     return checks
 
 
-def run_kind(kind: str, only: str) -> None:
+def run_kind(kind: str, only: str, *, quick: bool) -> None:
     """Runs the checks of a kind and prints one JSON line each; the process that `main` starts."""
     from fastgen_jax.plan.devices import parse_topology
     from fastgen_jax.plan.program import DoesNotCompile, deviceless_mesh
@@ -141,7 +157,7 @@ def run_kind(kind: str, only: str) -> None:
     topology = parse_topology(TOPOLOGIES[kind])
     mesh, small = deviceless_mesh(topology), deviceless_mesh(topology, num_devices=1)
     for name, check in checks_of(kind, mesh, small).items():
-        if only not in name:
+        if only not in name or (quick and name not in QUICK):
             continue
         start = time.process_time()  # whoever else uses the machine does not count
         temporaries = 0
@@ -163,42 +179,46 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--only", default="", help="run the checks whose name holds this")
     parser.add_argument("--seconds", type=float, default=1500.0, help="time for all; what is not reached is named")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_this_process:
-        run_kind(options.kinds[0], options.only)
+        run_kind(options.kinds[0], options.only, quick=options.quick)
         return 0
 
     deadline = time.monotonic() + options.seconds
-    failed = 0
+    failed = passed = unreached = 0
     print(f"{'':6} {'check':42} {'CPU':>8} {'temporaries':>12}")
     for i, kind in enumerate(options.kinds):
         # What is left is divided among the kinds that are left: a slow one does not starve the others.
         share = max(1.0, (deadline - time.monotonic()) / (len(options.kinds) - i))
         command = [sys.executable, "-m", "tests.gate.tpu_check", "--in-this-process", "--kinds", kind]
-        command += ["--only", options.only]
+        command += ["--only", options.only] + ["--quick"] * options.quick
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         try:
             output, errors = process.communicate(timeout=share)
-            ended = f"the process ended with {process.returncode}: {errors[-600:]}" if process.returncode else ""
+            crashed = process.returncode != 0
+            ended = f"FAILED the process ended with {process.returncode}: {errors[-600:]}" if crashed else ""
         except subprocess.TimeoutExpired:
             process.kill()
             output, errors = process.communicate()
-            ended = f"stopped after {share:.0f} s; the checks that are missing were not reached"
+            ended, crashed = f"NOT REACHED within {share:.0f} s: the checks that are missing", False
         for line in output.splitlines():
             if not line.startswith("{"):
                 continue
             result = Result(**json.loads(line))
             failed += not result.passed
+            passed += result.passed
             print(f"{kind:6} {result.check:42} {result.seconds:6.1f} s {result.temporaries / MIB:8.0f} MiB"
                   f"  {'' if result.passed else 'FAILED ' + result.words}", flush=True)
+        failed += crashed
+        unreached += bool(ended) and not crashed
         if ended:
-            failed += 1
             print(f"{kind:6} {ended}", flush=True)
-    print("all passed" if not failed else f"{failed} failed")
+    print(f"{passed} passed, {failed} failed" + (", some were not reached" if unreached else ""))
     return 1 if failed else 0
 
 

@@ -84,6 +84,22 @@ def test_bfloat16_stays_near_float32(family, variant):
     assert np.abs(got - want).mean() < BFLOAT16_MEAN_TOLERANCE * np.abs(want).max()
 
 
+QUICK = {("llama", "default"), ("opt", "post_norm"), ("qwen3_moe", "default"), ("deepseek_v2", "lite")}
+
+
+@pytest.mark.parametrize("formats", [{"dtype": "bfloat16"}, {"dtype": "float32", "quantize": "int8"}],
+                         ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(("family", "variant"), [
+    pytest.param(*names, id="-".join(names), marks=() if names in QUICK else pytest.mark.slow) for names in variants()])
+def test_prepared_narrow_weights_stay_near_float32(family, variant, formats):
+    params, config = load(family, variant)
+    resolved = resolve(EngineConfig(num_blocks=8, **formats), config)
+    tokens, want, prompt = expected(family, variant)
+    runs = Runs(prepare_params(params, config, resolved), config, len(tokens), activation_dtype=resolved.activation_dtype)
+    got = runs.logits(tokens, random_cut(len(tokens), seed=3), prompt_length=prompt)
+    assert np.abs(got - want).mean() < BFLOAT16_MEAN_TOLERANCE * np.abs(want).max()
+
+
 def test_scanned_layers_that_differ_look_up_their_own_settings():
     for family, variant in (("gemma3", "default"), ("smollm3", "window_bias")):
         params, config = load(family, variant, stack_layers=True)

@@ -22,7 +22,10 @@ from jax.sharding import AxisType, Mesh
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import init_params
-from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, partition_params, sharded_attention, shardings
+from fastgen_jax.models.params import param_specs
+from fastgen_jax.models.sharding import (TENSOR, divide_leaf, partition_kv_cache, partition_params, sharded_attention,
+                                         shardings)
+from fastgen_jax.plan.program import count_in_loops
 from tests.models.test_sharding import TINY
 
 params = init_params(TINY, jax.random.key(0))
@@ -38,11 +41,14 @@ batch = RaggedBatch(
 mesh = Mesh(np.array(jax.devices()), (TENSOR,), axis_types=(AxisType.Auto,))
 for name in ("xla", None):
     whole, cache_whole = jax.jit(lambda p, c: forward(p, c, batch, config=TINY, attention=name))(params, cache())
-    p = jax.device_put(params, shardings(mesh, partition_params(TINY, params)))
-    c = jax.device_put(cache(), shardings(mesh, partition_kv_cache()))
+    p = jax.tree.map(lambda spec, leaf: divide_leaf(spec, leaf, mesh), param_specs(TINY), params)
+    assert jax.tree.map(lambda x: x.sharding, p) == shardings(mesh, partition_params(TINY, params))
+    c = jax.device_put(cache(), shardings(mesh, partition_kv_cache(cache())))
     assert p["layers"]["qkv"].addressable_shards[0].data.size * 2 == p["layers"]["qkv"].size
     attend = sharded_attention(mesh, name)
-    divided, cache_divided = jax.jit(lambda p, c: forward(p, c, batch, config=TINY, attention=attend))(p, c)
+    step = jax.jit(lambda p, c: forward(p, c, batch, config=TINY, attention=attend, num_devices=2)).lower(p, c).compile()
+    assert count_in_loops(step.as_text()) == 2, "a sum behind attention and one behind the MLP"
+    divided, cache_divided = step(p, c)
     assert cache_divided.k.sharding.spec[1] == TENSOR
     np.testing.assert_allclose(divided, whole, atol=2e-5)
     np.testing.assert_allclose(cache_divided.k, cache_whole.k, atol=2e-5)

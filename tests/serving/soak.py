@@ -2,9 +2,10 @@
 
     python -m tests.serving.soak --minutes 3 --clients 200
 
-Clients stream, wait, cancel, read slowly, send nonsense and prompts that can never fit; a replica is killed with
-SIGKILL every 20 seconds; the server gets SIGTERM in the middle of it all and is started again. At the end: every answer
-equals the offline engine's or is an error that the client was told of, none is lost or came twice, no block leaked.
+Clients stream, wait, cancel, read slowly, send nonsense and prompts that can never fit; they are more than the server
+takes, so that it tells some to come back, which they do when it says; a replica is killed with SIGKILL every 20 seconds;
+the server gets SIGTERM in the middle of it all and is started again. At the end: every request that could be answered
+was, with the offline engine's text, none came twice, no block leaked.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import asyncio
 import os
 import random
-import signal
 import tempfile
 import time
 from collections import Counter
@@ -30,7 +30,13 @@ from tests.serving.house import offline
 
 ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 16, "block_size": 4, "num_blocks": 256}
 MAX_TOKENS = 60
-TOLD = {408, 429, 503}  # what a client may be told under load, and sends again
+MAX_QUEUE = 30  # with two replicas and what runs in them, half as many as there are clients
+TOLD = {429, 503}  # what a client may be told under load, with the time to come back
+LONGEST_WAIT = 10.0  # seconds: a client comes back by then, whatever it was told
+
+
+class ToldInStreamError(Exception):
+    """The server ended an answer that had begun."""
 
 
 class Soak:
@@ -41,29 +47,50 @@ class Soak:
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.ending = False
+        self.most_tries = 0
 
     async def client(self, seed: int) -> None:
-        """One of the crowd: asks until the end, each time in another way."""
+        """One of the crowd: asks until the end, each time in another way, and each time until it is answered."""
         rng = random.Random(seed)
         kinds = (self.stream, self.whole, self.cancel, self.slow, self.malformed, self.oversized)
         while not self.ending:
             kind = rng.choices(kinds, weights=(8, 4, 3, 1, 1, 1))[0]
             prompt = rng.choice(list(self.answers))
-            try:
-                await asyncio.wait_for(kind(prompt, rng), 120)
-                self.seen[kind.__name__] += 1
-            except HttpError as error:
-                self.seen[f"told {error.status}"] += 1
-                if error.status not in TOLD:
-                    self.wrong.append(f"{kind.__name__}: {error}")
-                await asyncio.sleep(0.2)
-            except (OSError, asyncio.IncompleteReadError, httpx.TransportError):
-                self.seen["connection broken"] += 1
-                if not self.down:
-                    self.wrong.append(f"{kind.__name__}: the connection broke while the server was up")
-                await asyncio.sleep(0.5)
-            except TimeoutError:
-                self.wrong.append(f"{kind.__name__}: no answer in 120 s")
+            tries = 0
+            while not await self._try(kind, prompt, rng):
+                tries += 1
+            self.seen["answered after they were told to come back"] += tries > 0
+            self.most_tries = max(self.most_tries, tries)
+
+    async def _try(self, kind: Any, prompt: str, rng: random.Random) -> bool:
+        """Asks once; whether that settled it."""
+        wait = 0.5
+        try:
+            await asyncio.wait_for(kind(prompt, rng), 120)
+            self.seen[kind.__name__] += 1
+            return True
+        except TimeoutError:  # before OSError, of which it is one
+            self.wrong.append(f"{kind.__name__}: no answer in 120 s")
+            return True
+        except HttpError as error:
+            self.seen[f"told {error.status}"] += 1
+            if error.status not in TOLD:
+                self.wrong.append(f"{kind.__name__}: {error}")
+                return True
+            if not error.headers.get("retry-after", "").isdigit():
+                self.wrong.append(f"{kind.__name__}: {error} does not say when to come back")
+                return True
+            wait = min(LONGEST_WAIT, int(error.headers["retry-after"]))
+        except (OSError, asyncio.IncompleteReadError, httpx.TransportError):
+            self.seen["connection broken"] += 1
+            if not self.down:
+                self.wrong.append(f"{kind.__name__}: the connection broke while the server was up")
+        except ToldInStreamError as error:
+            self.seen["told in the stream"] += 1
+            if not self.down:
+                self.wrong.append(f"{kind.__name__}: {error}")
+        await asyncio.sleep(wait * rng.uniform(0.5, 1))
+        return False
 
     down = False
     """Whether the server is being ended and started again."""
@@ -73,10 +100,7 @@ class Soak:
         text = ""
         async for event in stream_events(self.url, "/v1/completions", self._body(prompt, stream=True), pause=pause):
             if "error" in event:
-                self.seen["told in the stream"] += 1
-                if not self.down:
-                    self.wrong.append(f"stream: {event['error']['message']}")
-                return
+                raise ToldInStreamError(event["error"]["message"])
             text += event["choices"][0]["text"]
         self._check(prompt, text)
 
@@ -89,7 +113,7 @@ class Soak:
         async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:
             response = await http.post("/v1/completions", json=self._body(prompt))
         if response.status_code != 200:
-            raise HttpError(response.status_code, response.text)
+            raise HttpError(response.status_code, response.text, response.headers)
         self._check(prompt, response.json()["choices"][0]["text"])
 
     async def cancel(self, prompt: str, rng: random.Random) -> None:
@@ -137,8 +161,8 @@ class Soak:
 
 def start(checkpoint: Path, port: int) -> Any:
     """The server with two replicas."""
-    return fastgen_jax.serve(checkpoint, deployment_name="soak", replica_num=2, port=port, max_body_mb=1.0, max_queue=150,
-                             timeout=600, **ENGINE)
+    return fastgen_jax.serve(checkpoint, deployment_name="soak", replica_num=2, port=port, max_body_mb=1.0,
+                             max_queue=MAX_QUEUE, timeout=600, **ENGINE)
 
 
 async def run(args: argparse.Namespace, checkpoint: Path) -> int:
@@ -157,15 +181,15 @@ async def run(args: argparse.Namespace, checkpoint: Path) -> int:
         await asyncio.sleep(min(args.kill_every, max(0.1, end - time.monotonic())))
         if not ended_once and time.monotonic() > begin + 30 * args.minutes:
             ended_once, soak.down = True, True
-            os.kill(client.deployment.pid, signal.SIGTERM)
-            await asyncio.to_thread(client.terminate_server, timeout=120)
+            await asyncio.to_thread(client.terminate_server, timeout=120)  # SIGTERM, and it finishes what runs
             client = await asyncio.to_thread(start, checkpoint, int(url.rsplit(":", 1)[1]))
             await asyncio.sleep(2)
             soak.down = False
             continue
         children = [child for child in psutil.Process(client.deployment.pid).children()
                     if "fastgen_jax.serving.replica" in child.cmdline()]
-        if children:
+        # Not before it has come back from the last time: three deaths at the start, and a replica is given up.
+        if len(children) == 2 and await _engines(url) == 2:
             random.choice(children).kill()
             kills += 1
     soak.ending = True
@@ -177,10 +201,21 @@ async def run(args: argparse.Namespace, checkpoint: Path) -> int:
           f"{int(ended_once)} times")
     for what, count in sorted(soak.seen.items()):
         print(f"  {count:7} {what}")
+    for what in ("told 429", "answered after they were told to come back"):
+        if not soak.seen[what]:
+            soak.wrong.append(f"nobody was {what}: the crowd is too small for the server")
+    print(f"  {soak.most_tries:7} refusals of one request at most")
     print(f"  {leaked:7} KV blocks leaked\n  {len(soak.wrong):7} wrong")
     for line in soak.wrong[:20]:
         print("   ", line)
     return 1 if soak.wrong or leaked else 0
+
+
+async def _engines(url: str) -> int:
+    """Replicas that are ready."""
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        answer = await http.get("/stats")
+    return len(answer.json()["engines"]) if answer.status_code == 200 else 0
 
 
 async def _leaked(url: str) -> int:

@@ -227,6 +227,8 @@ def end_while_busy(client, name):
 def test_a_wrong_option_and_a_name_in_use_are_told_where_it_was_started(client, checkpoint):
     with pytest.raises(ValueError, match="unrecognized arguments: --bad-option"):
         fastgen_jax.serve(checkpoint, deployment_name="bad", bad_option=1, timeout=120)
+    with pytest.raises(ValueError, match="tensor_parallel is 2, but an engine runs on one device so far"):
+        fastgen_jax.serve(checkpoint, tensor_parallel=2)
     with pytest.raises(ValueError, match="'two' runs already"):
         fastgen_jax.serve(checkpoint, deployment_name="two")
 

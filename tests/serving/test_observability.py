@@ -47,6 +47,25 @@ def test_metrics_count_what_happened_under_vllms_names():
     assert after["vllm:kv_cache_usage_perc"] == 0
     assert after["fastgen:kv_blocks_free"] == after["fastgen:kv_blocks"] == 64
     assert gained["fastgen:compiles_while_serving_total"] == 0
+    assert gained["vllm:time_per_output_token_seconds_count"] == gained["vllm:inter_token_latency_seconds_count"]
+
+
+def test_answers_are_counted_by_route_and_status_and_made_up_paths_as_one():
+    async def scenario(client, _):
+        for path in ("/v1/made/up", "/v1/more"):
+            await client.get(path)
+        await client.post("/v1/completions", json=BODY)
+        await client.post("/v1/completions", json={**BODY, "n": -1})
+        return (await client.get("/metrics")).text
+
+    lines = with_server(scenario).splitlines()
+    rows = (line.rsplit(" ", 1) for line in lines if line.startswith("fastgen:http_responses_total"))
+    counts = {name: float(value) for name, value in rows}
+    assert counts == {
+        'fastgen:http_responses_total{path="other",status="404"}': 2,
+        'fastgen:http_responses_total{path="/v1/completions",status="200"}': 1,
+        'fastgen:http_responses_total{path="/v1/completions",status="400"}': 1,
+    }
 
 
 def test_stats_give_the_timeline_from_a_step_on_and_top_draws_it():

@@ -51,7 +51,13 @@ def test_it_chats_and_shows_what_the_engine_does(browser, url, size):
         return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x > 0); }""")
     assert painted
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
+    assert errors == []
+    page.get_by_text("8 prompts at once").click()  # most of them are too long for this model, and it says so
+    page.wait_for_function("document.querySelector('#crowded').textContent.includes('of 8 answered')")
+    assert "max_context_len" in page.locator("#crowded").inner_text()
+    page.locator("#steps").hover(position={"x": 1, "y": 60})
+    page.wait_for_function("document.querySelector('#detail').textContent.startsWith('step ')")
     if SCREENSHOTS:
         page.screenshot(path=Path(SCREENSHOTS) / f"{size}.png", full_page=True)
     page.close()
-    assert errors == []
+    assert all("400 (Bad Request)" in error for error in errors)

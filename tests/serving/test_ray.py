@@ -2,48 +2,96 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
+import time
 
+import httpx
+import psutil
 import pytest
 
 from tests.serving.checkpoint import write_checkpoint
 from tests.serving.house import offline
 
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fastgen_jax[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
 ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64}
+BODY = {"model": "tiny", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
 
 
-def test_replicas_under_ray_give_the_offline_answers(tmp_path, monkeypatch):
-    for name in ("READY_CHECK", "HEALTH_CHECK"):  # a machine that is shared may need longer than five seconds
-        monkeypatch.setenv(f"RAY_SERVE_PROXY_{name}_TIMEOUT_S", "120")
-    ray = pytest.importorskip("ray", reason="pip install 'fastgen_jax[ray]'")
-    import httpx
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """Two replicas of the tiny model under Ray Serve."""
     from ray import serve
 
     from fastgen_jax.serving.ray_app import deploy
 
-    checkpoint = write_checkpoint(tmp_path / "tiny")
-    environment = {name: os.environ[name] for name in os.environ if name.startswith("RAY_SERVE_PROXY")}
-    environment["PYTHONPATH"] = ":".join(filter(None, sys.path))
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment})
-    try:
-        deploy(str(checkpoint), replicas=2, engine=ENGINE, actor_options={"num_cpus": 0.5})
-        body = {"model": "tiny", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-        prompts = [f"Prompt {i}" for i in range(8)]
-        with httpx.Client(base_url="http://127.0.0.1:8000", timeout=120) as http:
-            texts = [http.post("/v1/completions", json={**body, "prompt": p}).json()["choices"][0]["text"] for p in prompts]
-            streamed = http.post("/v1/completions", json={**body, "prompt": prompts[0], "stream": True}).text
-            assert http.post("/v1/completions", json={**body, "prompt": []}).status_code == 400
-        assert texts == [offline(p, max_new_tokens=8, do_sample=False, ignore_eos=True) for p in prompts]
-        assert streamed.endswith("data: [DONE]\n\n")
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+    patience = {f"RAY_SERVE_PROXY_{name}_CHECK_TIMEOUT_S": "120" for name in ("READY", "HEALTH")}  # the machine is shared
+    environment = {**patience, "PYTHONPATH": ":".join(filter(None, sys.path))}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in patience.items():
+            patch.setenv(name, value)
+        ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment})
+        try:
+            deploy(str(checkpoint), replicas=2, engine=ENGINE, actor_options={"num_cpus": 0.5})
+            yield "http://127.0.0.1:8000"
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def replicas() -> list[psutil.Process]:
+    """Their processes: those of this program's Ray, which are its children's children."""
+    return [p for p in psutil.Process(os.getpid()).children(recursive=True)
+            if any("ServeReplica" in word and "Engines" in word for word in p.cmdline())]
+
+
+def want(prompt: str) -> str:
+    return offline(prompt, max_new_tokens=60, do_sample=False, ignore_eos=True)
+
+
+def test_replicas_under_ray_give_the_offline_answers(url):
+    prompts = [f"Prompt {i}" for i in range(8)]
+    with httpx.Client(base_url=url, timeout=120) as http:
+        texts = [http.post("/v1/completions", json={**BODY, "prompt": p}).json()["choices"][0]["text"] for p in prompts]
+        with http.stream("POST", "/v1/completions", json={**BODY, "prompt": prompts[0], "stream": True}) as answer:
+            pieces = list(answer.iter_raw())
+        refused = http.post("/v1/completions", json={**BODY, "prompt": []})
+    assert texts == [want(p) for p in prompts]
+    assert len(pieces) > 10, "the stream came in one piece"
+    assert pieces[-1].endswith(b"data: [DONE]\n\n")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_a_killed_replica_is_replaced_and_its_requests_are_answered(url):
+    prompts = [f"Number {i} of many" for i in range(24)]
+    before = {p.pid for p in replicas()}
+    assert len(before) == 2
+
+    async def load() -> list[str]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+            first = asyncio.Event()
+
+            async def ask(prompt: str) -> str:
+                answer = await http.post("/v1/completions", json={**BODY, "prompt": prompt})
+                first.set()
+                return answer.json()["choices"][0]["text"]
+
+            tasks = [asyncio.create_task(ask(p)) for p in prompts]
+            await first.wait()
+            psutil.Process(min(before)).kill()
+            return await asyncio.gather(*tasks)
+
+    assert asyncio.run(load()) == [want(p) for p in prompts]
+    end = time.monotonic() + 120
+    while len({p.pid for p in replicas()} - {min(before)}) < 2:
+        assert time.monotonic() < end, "the replica is not started again"
+        time.sleep(0.1)
 
 
 def test_a_wrong_option_shows_before_anything_is_deployed():
-    pytest.importorskip("ray", reason="pip install 'fastgen_jax[ray]'")
     from fastgen_jax.serving.ray_app import build
 
     with pytest.raises(ValueError, match="unknown option 'budget'"):

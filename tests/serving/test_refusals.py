@@ -11,6 +11,7 @@ import pytest
 from fastgen_jax.serving.app import Server, create_app
 from fastgen_jax.serving.settings import Served
 from tests.serving.house import MODEL, ask, events, with_server
+from tests.tiny import pause_after_outputs
 
 COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 4}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -18,26 +19,26 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_to
 
 @pytest.mark.parametrize(("path", "change", "param", "message"), [
     ("completions", {"temprature": 1}, "temprature", "unknown field 'temprature'"),
-    ("completions", {"suffix": "end"}, None, "suffix='end' is not supported"),
-    ("completions", {"best_of": 4}, None, "best_of=4 is not supported"),
+    ("completions", {"suffix": "end"}, "suffix", "suffix='end' is not supported"),
+    ("completions", {"best_of": 4}, "best_of", "best_of=4 is not supported"),
     ("completions", {"temperature": -1}, "temperature", "greater than or equal to 0"),
-    ("completions", {"max_tokens": 0}, None, "max_tokens=0 asks for nothing"),
-    ("completions", {"prompt": []}, None, "prompt is empty"),
+    ("completions", {"max_tokens": 0}, "max_tokens", "max_tokens=0 asks for nothing"),
+    ("completions", {"prompt": []}, "prompt", "prompt is empty"),
     ("completions", {"prompt": [500]}, None, "token id 500 is outside the vocabulary"),
-    ("completions", {"prompt": "x" * 200}, None, "201 tokens but max_context_len is"),
+    ("completions", {"prompt": "x" * 200}, "prompt", "201 tokens but max_context_len is"),
     ("completions", {"logit_bias": {"abc": 1}}, "logit_bias", "keys are token ids"),
-    ("completions", {"logit_bias": {"4000": 1}}, None, "logit_bias names token 4000"),
-    ("completions", {"stream_options": {"include_usage": True}}, None, "belong to stream=true"),
+    ("completions", {"logit_bias": {"4000": 1}}, "logit_bias", "logit_bias names token 4000"),
+    ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "belong to stream=true"),
     ("completions", {"prompt": ["x"] * 100}, None, "more than the 64 requests that may wait"),
-    ("completions", {"min_tokens": 9}, None, "min_new_tokens is 9"),
+    ("completions", {"min_tokens": 9}, "min_new_tokens", "min_new_tokens is 9"),
     ("completions", {"logprobs": 50}, "logprobs", "less than or equal to 20"),
-    ("chat/completions", {"functions": [{}]}, None, "functions=[{}] is not supported"),
-    ("chat/completions", {"audio": {"voice": "x"}}, None, "audio={'voice': 'x'} is not supported"),
+    ("chat/completions", {"functions": [{}]}, "functions", "functions=[{}] is not supported"),
+    ("chat/completions", {"audio": {"voice": "x"}}, "audio", "audio={'voice': 'x'} is not supported"),
     ("chat/completions", {"messages": []}, "messages", "at least 1 item"),
-    ("chat/completions", {"messages": [{"role": "user"}]}, None, "has no content"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "only text"),
-    ("chat/completions", {"top_logprobs": 2}, None, "top_logprobs needs logprobs"),
-    ("chat/completions", {"tool_choice": "required"}, None, "tool_choice needs tools"),
+    ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "has no content"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only text"),
+    ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs"),
+    ("chat/completions", {"tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
     ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format", "json_schema belongs to"),
     ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "oops"}}}},
      None, "the json schema cannot be used"),
@@ -154,11 +155,13 @@ def test_a_deadline_is_408_and_is_not_to_be_tried_again():
 
 def test_an_error_in_the_middle_of_a_stream_is_an_event():
     async def scenario(client, backend):
+        resume = pause_after_outputs(backend)
         task = asyncio.create_task(
             client.post("/v1/completions", json={**COMPLETION, "stream": True, "max_tokens": 80, "ignore_eos": True}))
         while not any(stream.outputs for stream in backend._streams.values()):
             await asyncio.sleep(0.001)
         backend._thread.call(_fail)
+        resume.set()
         return await task
 
     def _fail(engine):
@@ -191,6 +194,7 @@ def test_a_client_that_goes_away_frees_its_blocks(stream):
 
     async def scenario(client, backend):
         app = client._transport.app
+        resume = pause_after_outputs(backend)
         gone, sent = asyncio.Event(), []
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -212,6 +216,7 @@ def test_a_client_that_goes_away_frees_its_blocks(stream):
             await asyncio.sleep(0.001)
         gone.set()
         await task
+        resume.set()
         steps = await backend.call(lambda e: (e.metrics.steps, e.num_running))
         assert steps[1] == 0
         return sent

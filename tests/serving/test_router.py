@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from fastgen_jax import EngineConfig
-from fastgen_jax.api.async_engine import RequestFailedError
+from fastgen_jax.api.async_engine import ClosedError, RequestFailedError
 from fastgen_jax.api.engine_thread import Load
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.scheduling import SamplingParams
-from fastgen_jax.serving.router import PIECE, Router, prefix_pieces
+from fastgen_jax.serving import router
+from fastgen_jax.serving.frames import pack
+from fastgen_jax.serving.remote import PIECE, prefix_pieces
+from fastgen_jax.serving.router import Router
 from tests.serving.house import engine, tokenizer
 
 
@@ -48,8 +52,10 @@ class Fixture:
         replica.is_ready = False
         orphans, _ = list(replica.tickets.values()), replica.tickets.clear()
         for ticket in orphans:
-            ticket.replayed = 0
-            self.router._route(ticket)
+            self.router._bereave(ticket)
+
+    def live(self, number):
+        self.router._take(self.router.replicas[number], ("ready", engine().config), asyncio.Event())
 
 
 def run(scenario):
@@ -147,5 +153,71 @@ def test_a_client_that_goes_away_is_told_to_the_replica():
         stream.close()
         assert f.sent[0][-1] == ("abort", request.request_id)
         assert f.router.num_unfinished == 0
+
+    run(scenario)
+
+
+def test_a_request_that_kills_replicas_is_given_up_and_its_companions_are_not():
+    async def scenario():
+        f = Fixture(replicas=1)
+        companion, poison = f.submit([5]), f.submit([6])
+        for _ in range(2):  # nobody knows which of them it was
+            f.die(0)
+            f.live(0)
+        alone = f.router.replicas[0].tickets
+        assert len(alone) == 1, "suspects run one at a time"
+        if companion[0].request_id in alone:
+            f.say(0, companion[0], [1], finished=True)
+        assert list(f.router.replicas[0].tickets) == [poison[0].request_id]
+        bystander = f.submit([7])
+        f.die(0)
+        with pytest.raises(RequestFailedError, match="3 replicas died while they ran this request"):
+            await anext(poison[1])
+        f.live(0)
+        f.say(0, bystander[0], [2], finished=True)
+        assert [out.new_token_ids async for out in bystander[1]] == [(2,)]
+        assert [out.new_token_ids async for out in companion[1]] == [(1,)]
+        assert f.router.num_unfinished == 0
+
+    run(scenario)
+
+
+def test_a_replica_that_dies_again_and_again_is_given_up_and_that_is_reported(monkeypatch):
+    async def scenario():
+        f = Fixture(replicas=1)
+        (replica,) = f.router.replicas
+
+        async def start():  # ready, and dead at once
+            replica.num_starts += 1
+            replica.started = time.monotonic()
+            reader = asyncio.StreamReader()
+            reader.feed_data(pack(("ready", engine().config)))
+            reader.feed_eof()
+            return reader
+
+        monkeypatch.setattr(replica, "start", start)
+        monkeypatch.setattr(router, "PAUSE_SECONDS", 0)
+        replica.is_ready = True
+        streams = [f.submit([i])[1] for i in (5, 6)]
+        f.die(0)
+        await f.router._keep(replica, asyncio.Event())
+        for stream in streams:  # either of them may have been tried three times
+            with pytest.raises(RequestFailedError, match=r"3 replicas died|every replica was given up after 3 starts"):
+                await anext(stream)
+        assert replica.num_starts == 3
+        assert not f.router.is_ready
+        assert "given up" in (f.router.failure or "")
+        with pytest.raises(ClosedError, match="given up"):
+            f.submit([5])
+
+    run(scenario)
+
+
+def test_a_model_that_no_replica_can_load_is_reported():
+    async def scenario():
+        router = Router("nowhere/at-all", EngineConfig(), tokenizer(), engine().model, replicas=2)
+        with pytest.raises(ValueError, match="nowhere/at-all"):
+            await router.start()
+        assert all(replica.process is None for replica in router.replicas)
 
     run(scenario)

@@ -11,8 +11,8 @@ from fastgen_jax.simulation import ACCELERATORS, MODELS, MeasuredCost, Roofline,
 from fastgen_jax.simulation.costs import roofline, shape_of
 
 MEASURED = MeasuredCost(
-    sizes=(8, 64), base=(0.01, 0.05), per_row=0.001, per_decode_attended=1e-5, per_prompt_attended=2e-6,
-    host_seconds=0.002, facts={"machine": "none"},
+    sizes=(8, 64), base=(0.01, 0.05), per_token=(0.0, 0.0005), per_row=0.001, per_decode_attended=1e-5,
+    per_prompt_attended=2e-6, host_seconds=0.002, facts={"machine": "none"},
 )
 A100 = ACCELERATORS["a100"]
 
@@ -34,9 +34,9 @@ def test_a_steps_shape_counts_what_each_token_attends_to() -> None:
     assert shape_of(second) == StepShape(7, 2, 6, 39, 9)
 
 
-def test_a_measured_step_is_padded_to_the_next_size() -> None:
+def test_a_measured_step_runs_in_the_next_size() -> None:
     shape = StepShape(9, 3, 100, 1000, 50)
-    assert MEASURED(shape) == pytest.approx(0.05 + 0.003 + 0.001 + 0.002)
+    assert MEASURED(shape) == pytest.approx(0.05 + 0.0045 + 0.003 + 0.001 + 0.002)
     assert MEASURED(StepShape(8, 0, 0, 0, 0)) == 0.01
     with pytest.raises(ValueError, match="a step of 65 tokens exceeds the largest measured one, 64"):
         MEASURED(StepShape(65, 0, 0, 0, 0))

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.ragged_attention import QuantizedCache
+from pallas_kernels.ragged_attention.quantized import is_quantized, quantize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
     """Arguments of `ragged_attention`, as NumPy arrays, and what is needed to read its results."""
 
-    arrays: dict[str, np.ndarray]  # q, k, v, caches and index arrays, by argument name
+    arrays: dict[str, Any]  # q, k, v, caches and index arrays, by argument name
     num_blocks: int
     layer: int
     histories: list[tuple[np.ndarray, np.ndarray]]  # per sequence all keys and values [context, K, D]
@@ -21,7 +26,7 @@ class Batch:
     def arguments(self, **changes: object) -> dict[str, object]:
         head_dim = self.arrays["q"].shape[-1]
         static = {"num_blocks": self.num_blocks, "layer": self.layer, "scale": head_dim**-0.5}
-        return {name: jnp.asarray(array) for name, array in self.arrays.items()} | static | changes
+        return {name: jax.tree.map(jnp.asarray, array) for name, array in self.arrays.items()} | static | changes
 
 
 def make_batch(
@@ -84,11 +89,22 @@ def make_batch(
         "q": normal(num_tokens, num_heads, head_dim),
         "k": new[0],
         "v": new[1],
-        "k_cache": caches[0].astype(dtype),
-        "v_cache": caches[1].astype(dtype),
+        "k_cache": as_cache(caches[0], dtype),
+        "v_cache": as_cache(caches[1], dtype),
         "kv_slots": slots,
         "query_starts": np.array(starts, np.int32),
         "context_lens": np.array([context for _, context in chunks], np.int32),
         "block_tables": tables,
     }
     return Batch(arrays=arrays, num_blocks=num_blocks, layer=layer, histories=histories)
+
+
+def as_cache(cache: np.ndarray, dtype: Any) -> np.ndarray | QuantizedCache:
+    """`cache` [L*N, K, B, D] in `dtype`. Where it is NaN, an 8-bit one has scales of NaN, and values of NaN if there are."""
+    if not is_quantized(dtype):
+        return cache.astype(dtype)
+    values, scales = (np.array(x) for x in quantize(jnp.asarray(cache), dtype))
+    unused = np.isnan(cache).any(axis=-1)
+    values[unused] = 99 if dtype == jnp.int8 else np.nan
+    scales[unused] = np.nan
+    return QuantizedCache(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (NumPy's, like the others)

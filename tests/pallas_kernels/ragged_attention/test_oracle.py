@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_attention import cpu, ragged_attention
+from pallas_kernels.ragged_attention import QUANTIZED_DTYPES, cpu, ragged_attention
+from pallas_kernels.ragged_attention.quantized import gather_blocks, is_quantized, quantize
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 72, 330  # beyond one segment (256 keys) of the native kernel
@@ -54,6 +55,8 @@ SHAPES = [
     Shape(num_kv_heads=2, group=1, head_dim=256, block_size=128),
     Shape(num_kv_heads=2, group=3, head_dim=20, block_size=1),
     Shape(num_kv_heads=2, group=2, head_dim=64, block_size=16, dtype="bfloat16"),
+    Shape(num_kv_heads=2, group=3, head_dim=64, block_size=16, dtype="int8", sinks=True),
+    Shape(num_kv_heads=1, group=2, head_dim=20, block_size=5, dtype="float8_e4m3fn", alibi=True),
 ]
 
 
@@ -81,7 +84,7 @@ def run(batch: Batch, implementation: str, **options: object) -> list[np.ndarray
     arguments = batch.arguments(**options)
     static = [arguments.pop(name) for name in ("num_blocks", "scale", "soft_cap")]
     arguments["layer"] = jnp.asarray(arguments["layer"], jnp.int32)
-    return [np.asarray(x, np.float32) for x in compiled(implementation, *static)(**arguments)]
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(compiled(implementation, *static)(**arguments))]
 
 
 def loop_in_numpy(batch: Batch, *, window: int, soft_cap: float | None, alibi_slopes=None, sinks=None) -> np.ndarray:
@@ -123,7 +126,7 @@ def test_reference_equals_a_loop_over_every_score(shape: Shape) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_implementations_equal_the_reference(shape: Shape) -> None:
     max_blocks = -(-MAX_CONTEXT // shape.block_size)
-    names = ["xla", "cpu"] if cpu.available() else ["xla"]
+    names = ["xla", "cpu"] if cpu.available() and not is_quantized(shape.dtype) else ["xla"]
 
     @settings(max_examples=6, deadline=None, derandomize=True, database=None)
     @given(chunks=ragged_chunks(), window=st.sampled_from([1, 10, 64, 100, 2**31 - 1]), layer=st.integers(0, 2))
@@ -137,12 +140,35 @@ def test_implementations_equal_the_reference(shape: Shape) -> None:
         expected = run(batch, "reference", **options)
         assert np.isfinite(expected[0]).all()
         for name in names:
-            out, k_cache, v_cache = run(batch, name, **options)
+            out, *caches = run(batch, name, **options)
             np.testing.assert_allclose(out, expected[0], atol=TOLERANCE, rtol=0, err_msg=name)
-            np.testing.assert_array_equal(k_cache, expected[1], err_msg=name)
-            np.testing.assert_array_equal(v_cache, expected[2], err_msg=name)
+            for cache, expected_cache in zip(caches, expected[1:], strict=True):
+                np.testing.assert_array_equal(cache, expected_cache, err_msg=name)
 
     check()
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+def test_an_8_bit_cache_is_attended_to_as_the_numbers_that_it_stands_for(dtype: str) -> None:
+    batch = make_batch([(1, 33), (7, 7), (3, 20)], dtype=jnp.dtype(dtype), group=3, num_kv_heads=2)
+    arguments = batch.arguments()
+    out, *caches = ragged_attention(**arguments, implementation="reference")
+    plain = [gather_blocks(cache, jnp.arange(cache.shape[0])) for cache in caches]
+    written = {"k_cache": plain[0], "v_cache": plain[1], "kv_slots": jnp.full_like(arguments["kv_slots"], 2**30)}
+    expected, *_ = ragged_attention(**(arguments | written), implementation="reference")
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(("dtype", "largest_error"), [("int8", 0.5 / 127), ("float8_e4m3fn", 2.0**-4)])
+def test_a_quantised_number_is_off_by_at_most_half_a_step_of_its_largest_neighbour(dtype: str, largest_error: float) -> None:
+    x = np.random.default_rng(0).standard_normal((50, 3, 64), dtype=np.float32) * np.logspace(-20, 10, 50)[:, None, None]
+    x = x.astype(np.float32)
+    values, scales = quantize(jnp.asarray(x), dtype)
+    error = np.abs(np.asarray(values, np.float32) * np.asarray(scales)[..., None] - x)
+    assert (error <= np.abs(x).max(axis=-1, keepdims=True) * largest_error * 1.001).all()
+    zeros, ones = quantize(jnp.zeros((2, 8)), dtype)
+    assert not np.asarray(zeros, np.float32).any()
+    np.testing.assert_array_equal(ones, 1.0)
 
 
 def small_batch(chunks: list[tuple[int, int]], **changes: object) -> Batch:

@@ -24,8 +24,9 @@ from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from pallas_kernels.ragged_attention.tiles import DEVICES, Shape, Tiles, choose, measured, modelled, vmem_bytes
 from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
 from pallas_kernels.ragged_attention.tpu_write import write_kv_tpu
+from pallas_kernels.ragged_attention.tpu_write_quantized import write_kv_quantized_tpu
 from pallas_kernels.ragged_attention.xla import write_kv
-from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
+from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, as_cache, make_batch
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 300  # contexts of three pieces
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}  # bfloat16: weights are rounded to 8 bits before they meet the values
@@ -41,7 +42,8 @@ class Case:
     soft_cap: float | None = None
     alibi: bool = False
     sinks: bool = False
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the cache
+    q_dtype: str | None = None  # of q, k and v; None: bfloat16 with a bfloat16 cache, else float32
     queries: int = 8
     sequences: int = 2
     cores: int = 1
@@ -65,6 +67,7 @@ class Case:
 QUICK = [
     (Case(soft_cap=5.0, sinks=True), "eager"),
     (Case(num_kv_heads=1, group=4, alibi=True, dtype="bfloat16", queries=16), "on_wait"),
+    (Case(dtype="int8", block_size=128, sinks=True), "eager"),
 ]
 CASES = [
     Case(group=1, sequences=1),
@@ -75,6 +78,8 @@ CASES = [
     Case(num_kv_heads=1, group=8, head_dim=256, dtype="bfloat16", sequences=4, block_size=128),
     Case(num_kv_heads=5, group=1, dtype="bfloat16"),
     Case(group=2, cores=2, dtype="bfloat16", queries=16),
+    Case(num_kv_heads=1, group=4, dtype="int8", q_dtype="bfloat16", block_size=128, queries=16, alibi=True),
+    Case(num_kv_heads=3, dtype="float8_e4m3fn", block_size=256, soft_cap=5.0, sequences=1),
 ]
 
 
@@ -113,9 +118,11 @@ def run(implementation: str, batch: Batch, case: Case, mode: str, **options: obj
     static = {name: arguments.pop(name) for name in ("scale", "num_blocks")}
     arguments.pop("soft_cap")
     arguments["layer"] = jnp.asarray(arguments["layer"], jnp.int32)
-    if implementation == "tpu":
+    if implementation == "tpu" and case.head_dim != stored_head_dim(case.head_dim, "tpu"):
         arguments = pad_heads(arguments, case.head_dim)
-    results = compiled(implementation, case, mode, **static)(**arguments)
+    results = jax.tree.leaves(compiled(implementation, case, mode, **static)(**arguments))
+    if case.head_dim == stored_head_dim(case.head_dim, "tpu"):
+        return [np.asarray(x, np.float32) for x in results]
     return [np.asarray(x, np.float32)[..., : case.head_dim] for x in results]
 
 
@@ -130,18 +137,18 @@ def check_case(case: Case, mode: str, *, examples: int) -> None:
             block_size=case.block_size, layer=layer, num_tokens=NUM_TOKENS, max_blocks=max_blocks,
             num_blocks=NUM_SEQUENCES * max_blocks, dtype=jnp.dtype(case.dtype),
         )  # fmt: skip
-        if case.dtype == "bfloat16":
-            for name in ("q", "k", "v"):
-                batch.arrays[name] = batch.arrays[name].astype(jnp.bfloat16)
+        q_dtype = case.q_dtype or ("bfloat16" if case.dtype == "bfloat16" else "float32")
+        for name in ("q", "k", "v"):
+            batch.arrays[name] = batch.arrays[name].astype(jnp.dtype(q_dtype))
         window_array = jnp.asarray(window, jnp.int32)
         expected = run("reference", batch, case, mode, sliding_window=window_array)
         pltpu.reset_tpu_interpret_mode_state()
-        out, k_cache, v_cache = run("tpu", batch, case, mode, sliding_window=window_array)
+        out, *caches = run("tpu", batch, case, mode, sliding_window=window_array)
         races = interpret_pallas_call.races
         assert races is None or not races.races_found
-        np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[case.dtype], rtol=0)
-        np.testing.assert_array_equal(k_cache, expected[1])
-        np.testing.assert_array_equal(v_cache, expected[2])
+        np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[q_dtype], rtol=0)
+        for cache, expected_cache in zip(caches, expected[1:], strict=True):
+            np.testing.assert_array_equal(cache, expected_cache)
 
     check()
 
@@ -175,9 +182,31 @@ def test_scattered_slots_are_written_wherever_they_lie() -> None:
         np.testing.assert_array_equal(ours, expected)
 
 
+def test_scattered_slots_of_an_8_bit_cache_are_written_wherever_they_lie() -> None:
+    """Runs that share a block of scales, though none of their keys: each must see the scales that the others wrote."""
+    rng = np.random.default_rng(1)
+    shape, num_blocks = (4, 2, 128, 128), 2
+    run = np.arange(120, 130)  # from one block into the next
+    others = rng.permutation(np.setdiff1d(np.arange(num_blocks * 128), run))[:30]
+    slots = np.concatenate([others[:20], run, others[20:]]).astype(np.int32)
+    slots[5] = num_blocks * 128  # padding
+    k, v = (jnp.asarray(rng.standard_normal((40, 2, 128), dtype=np.float32)) for _ in range(2))
+    caches = [as_cache(np.full(shape, np.nan, np.float32), jnp.int8) for _ in range(2)]
+    caches = [jax.tree.map(jnp.asarray, cache) for cache in caches]
+    arguments = {"kv_slots": jnp.asarray(slots), "layer": jnp.int32(1), "num_blocks": num_blocks}
+    interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
+    pltpu.reset_tpu_interpret_mode_state()
+    written = write_kv_quantized_tpu(k, v, *caches, **arguments, interpret=interpret)
+    assert not interpret_pallas_call.races.races_found
+    expected = write_kv(k, v, *caches, **arguments)
+    for ours, other in zip(jax.tree.leaves(written), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, other)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"block_size": 64, "head_dim": 128, "dtype": jnp.int8}, "power of two of at least 128, but it is 64"),
         ({"head_dim": 64}, "multiples of 128 numbers but D is 64"),
         ({"block_size": 24, "head_dim": 128}, "power of two of at least 8, but it is 24"),
         ({"dtype": np.float16, "head_dim": 128}, "dtype float16; store bfloat16"),

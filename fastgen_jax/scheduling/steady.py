@@ -1,0 +1,69 @@
+"""Runs of steps in which nothing is decided: every sequence generates, nobody waits, nobody ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from fastgen_jax.scheduling.block_pool import BlockPool
+from fastgen_jax.scheduling.plan import StepLimits
+from fastgen_jax.scheduling.sequence import Sequence
+
+
+class SteadyRun(NamedTuple):
+    """So many steps would compute one token of each of `num_sequences` sequences, and change nothing else.
+
+    `attended` adds up the contexts of the first of them; each later one has `num_sequences` more.
+    """
+
+    num_steps: int
+    num_sequences: int
+    attended: int
+
+
+def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, in_flight: bool) -> SteadyRun | None:
+    """The run that begins now if nobody waits and all steps in flight, of which there may be one, are like it.
+
+    It ends before the step or the commit that ends a sequence or completes a block for the prefix cache. None where a
+    token could end a sequence, or blocks are short.
+    """
+    num_sequences = len(running)
+    if not 0 < num_sequences <= min(limits.token_budget, limits.max_sample_rows):
+        return None
+    num_steps = running[0].max_total_tokens
+    attended = num_sequences
+    for sequence in running:
+        computed = sequence.num_computed
+        if computed != sequence.num_tokens - 1 or sequence.stop_ids or sequence.awaits_each_token:
+            return None
+        attended += computed
+        # The last token of all is never computed; a commit follows each step, at once unless one is in flight.
+        left = min(sequence.max_total_tokens - 1, sequence.next_block_end - 1) - computed
+        if left < num_steps:
+            num_steps = left
+    num_steps -= not in_flight
+    if num_steps < 1:
+        return None
+    most_blocks = num_sequences * (1 + num_steps // limits.block_size)
+    return SteadyRun(num_steps, num_sequences, attended) if most_blocks <= pool.num_free else None
+
+
+def advance(running: list[Sequence], num_steps: int, token_ids: Iterable[int], pool: BlockPool) -> None:
+    """Computes and commits `num_steps` tokens of each sequence, all the same `token_ids`.
+
+    Blocks are handed out in the order in which the single steps would take them.
+    """
+    token_ids = list(token_ids)
+    needed: list[tuple[int, int]] = []  # (step, index in the step)
+    for index, sequence in enumerate(running):
+        computed = sequence.num_computed
+        first = sequence.capacity - computed  # the step that has no room
+        if first < num_steps:
+            needed += [(step, index) for step in range(first, num_steps, pool.block_size)]
+        sequence.num_computed = computed + num_steps
+        sequence.num_tokens += num_steps
+        sequence.output_token_ids += token_ids
+    for _, index in sorted(needed):
+        sequence = running[index]
+        sequence.block_ids += pool.allocate(1)
+        sequence.capacity += pool.block_size

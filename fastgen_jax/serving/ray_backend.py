@@ -1,0 +1,191 @@
+"""What runs under Ray Serve: engines, each in a replica, and before them the server that sends each prompt to one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError, Stream
+from fastgen_jax.api.deployment import check_name, default_name
+from fastgen_jax.api.engine_thread import Event, Failure
+from fastgen_jax.checkpoint import open_checkpoint, resolve_model
+from fastgen_jax.engine.config import EngineConfig, ResolvedConfig
+from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.intake import Intake
+from fastgen_jax.scheduling import Request
+from fastgen_jax.serving.app import Server, create_app
+from fastgen_jax.serving.remote import Ticket
+from fastgen_jax.serving.settings import Served, ServerConfig
+from fastgen_jax.text import load_tokenizer
+from fastgen_jax.text.grammar import Grammar, GrammarMatcher
+
+SNAPSHOT_SECONDS = 5.0
+RETRY_SECONDS = 0.2  # until Ray knows that a replica is gone
+
+
+class Engines:
+    """A replica: an engine that answers requests, wherever Ray puts it."""
+
+    async def __init__(self, model: str, engine: dict[str, Any], max_queue: int) -> None:
+        loaded = await asyncio.to_thread(Engine.from_pretrained, model, EngineConfig.from_options(engine))
+        self._config = loaded.config
+        self._engine = AsyncEngine(loaded, max_queue=max_queue)
+
+    def check_health(self) -> None:
+        """Ray asks now and then, and starts another replica if this raises."""
+        if not self._engine.is_ready:
+            raise RuntimeError("the engine has ended")
+
+    def config(self) -> ResolvedConfig:
+        """What the engine's options were resolved to."""
+        return self._config
+
+    async def generate(
+        self, request: Request, grammar: Grammar | None, seconds: float | None
+    ) -> AsyncIterator[Sequence[Event]]:
+        """The events of a request as they come; `seconds` are left for it. Leaving the loop early ends it."""
+        # Clocks of other machines, and ids that a server before this one gave, mean nothing here.
+        here = replace(request, request_id=uuid.uuid4().hex, arrival_time=time.monotonic())
+        deadline = None if seconds is None else time.monotonic() + seconds
+        try:
+            stream = self._engine.submit(here, grammar=grammar, deadline=deadline)
+        except QueueFullError as error:
+            yield [Failure(here.request_id, "refused", str(error), retry_after=error.retry_after)]
+            return
+        except ValueError as error:
+            yield [Failure(here.request_id, "step", str(error))]
+            return
+        try:
+            async for outputs in stream.batches():
+                yield outputs
+        except RequestFailedError as error:
+            yield [error.failure]
+        finally:
+            stream.close()
+
+    async def snapshot(self, since_step: int | None) -> dict[str, Any]:
+        """See `take_snapshot`."""
+        (snapshot,) = await self._engine.snapshots(since_step=since_step)
+        return snapshot
+
+
+class RayBackend:
+    """Engines under Ray Serve as a backend of the server. Ray sends each prompt to the less busy of two replicas.
+
+    If a replica dies its requests run elsewhere, and an answer that had begun goes on where it was.
+    """
+
+    failure = None  # Ray starts replicas again for ever
+
+    def __init__(self, engines: Any, intake: Intake, *, max_queue: int) -> None:
+        self.intake = intake
+        self.max_queue = max_queue
+        self._engines = engines
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._closed = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be taken."""
+        return not self._closed
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._running)
+
+    def submit(
+        self, request: Request, *, grammar: Grammar | None = None, matcher: GrammarMatcher | None = None,
+        deadline: float | None = None,
+    ) -> Stream:
+        """See `AsyncEngine.submit`; that a queue is full is known only where the request runs."""
+        if self._closed:
+            raise ClosedError("this server takes no more requests: it is shutting down")
+        stream = Stream(request, self._on_stream_closed)
+        ticket = Ticket(request, grammar, deadline, stream, [], 0)
+        self._running[request.request_id] = asyncio.create_task(self._run(ticket))
+        return stream
+
+    async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:
+        """One a replica."""
+        answers = self._engines.broadcast("snapshot", since_step)
+        try:
+            return await asyncio.to_thread(answers.results, timeout_s=SNAPSHOT_SECONDS)
+        except Exception:  # one of them is being replaced
+            return []
+
+    async def drain(self, timeout: float) -> bool:
+        """Takes no more requests and waits for the others; whether all have ended."""
+        self._closed = True
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=timeout)
+        return not self._running
+
+    async def close(self) -> None:
+        """Ends what runs; the replicas belong to Ray."""
+        self._closed = True
+        for task in list(self._running.values()):
+            task.cancel()
+
+    async def _run(self, ticket: Ticket) -> None:
+        ray_error: type[Exception] = importlib.import_module("ray.exceptions").RayError
+        failure: Event | None = None
+        try:
+            while failure is None:
+                try:
+                    if await self._follow(ticket):
+                        return
+                except ray_error:
+                    failure = ticket.orphan()
+                    await asyncio.sleep(RETRY_SECONDS)
+        except Exception as error:
+            failure = Failure(ticket.request.request_id, "lost", f"Ray could not run this request: {error}")
+        finally:
+            self._running.pop(ticket.request.request_id, None)
+        ticket.stream.put(failure)
+
+    async def _follow(self, ticket: Ticket) -> bool:
+        """Runs the request on some replica; whether it ended there."""
+        seconds = None if ticket.deadline is None else ticket.deadline - time.monotonic()
+        answer = self._engines.options(stream=True).generate.remote(ticket.request, ticket.grammar, seconds)
+        try:
+            async for events in answer:
+                for event in events:
+                    accepted = ticket.accept(event)
+                    if accepted is not None:
+                        ticket.stream.put(accepted)
+                    if isinstance(accepted, Failure) or event.finished:
+                        return True
+        finally:
+            with contextlib.suppress(Exception):  # it has ended
+                answer.cancel()
+        return False
+
+    def _on_stream_closed(self, stream: Stream) -> None:
+        task = self._running.pop(stream.request.request_id, None)
+        if task is not None:
+            task.cancel()
+
+
+class Front:
+    """The server before the engines; it needs the model's config and tokenizer, and no accelerator."""
+
+    async def __init__(self, engines: Any, model: str, server: dict[str, Any]) -> None:
+        self._engines, self._model = engines, model
+        self._server = ServerConfig(**server)
+        self._config: ResolvedConfig = await engines.config.remote()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Called by Ray when `__init__` is done."""
+        config = self._server
+        checkpoint = open_checkpoint(resolve_model(self._model))
+        intake = Intake(load_tokenizer(checkpoint.tokenizer_source), checkpoint.config, self._config)
+        name = config.served_model_name or default_name(self._model)
+        served = Served(name=name, deployment=check_name(config.deployment_name or name), config=config)
+        return create_app(Server(served, RayBackend(self._engines, intake, max_queue=config.max_queue)))

@@ -1,0 +1,175 @@
+"""The router's end of a replica: its process, the requests that it runs, and what it has probably cached."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastgen_jax.api.async_engine import Stream
+from fastgen_jax.api.engine_thread import Event, Failure, Load
+from fastgen_jax.scheduling import Request
+from fastgen_jax.serving.frames import pack
+from fastgen_jax.serving.replica import ReplicaPlan
+from fastgen_jax.text.grammar import Grammar
+
+PIECE = 64  # tokens: prefixes are remembered in pieces of this size
+PIECES_REMEMBERED = 4096  # a replica; a quarter of a million tokens of prefixes
+MAX_DEATHS = 3  # replicas that may die under a request: it may be what kills them
+GRACE_SECONDS = 1.0  # for a replica to end by itself when its socket is closed
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way through the router."""
+
+    request: Request
+    grammar: Grammar | None
+    deadline: float | None
+    stream: Stream
+    pieces: list[bytes]
+    work: int
+    """Tokens that it is expected to cost still."""
+    delivered: list[int] = field(default_factory=list)
+    """Token ids that the client has."""
+    replayed: int = 0
+    """How many of them the replica that runs it now has sent again."""
+    deaths: int = 0
+    """Replicas that died while they ran it."""
+
+    def orphan(self) -> Failure | None:
+        """Notes that its replica died; the end of the request if too many did."""
+        self.replayed = 0
+        self.deaths += 1
+        if self.deaths < MAX_DEATHS:
+            return None
+        message = f"{self.deaths} replicas died while they ran this request; it is not tried again"
+        return Failure(self.request.request_id, "lost", message)
+
+    def accept(self, event: Event) -> Event | None:
+        """What the client is to have of `event`: nothing that it has already, a failure if that came out differently."""
+        if isinstance(event, Failure):
+            return event
+        count = len(event.new_token_ids)
+        self.work = max(1, self.work - count)
+        if self.replayed == len(self.delivered):
+            self.delivered += event.new_token_ids
+            self.replayed = len(self.delivered)
+            return event
+        expected = tuple(self.delivered[self.replayed : self.replayed + count])
+        self.replayed += count
+        if event.new_token_ids == expected and not event.finished:
+            return None
+        message = "the replica that ran this request died, and another does not give the same tokens; send it again"
+        return Failure(self.request.request_id, "lost", message)
+
+
+class Replica:
+    """The router's end of a replica."""
+
+    def __init__(self, number: int, plan: ReplicaPlan) -> None:
+        self.number = number
+        self.plan = plan
+        self.tickets: dict[str, Ticket] = {}
+        self.load = Load()
+        self.is_ready = False
+        self.is_given_up = False
+        self.num_starts = 0
+        self.started = 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.snapshots: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._prefixes: OrderedDict[bytes, None] = OrderedDict()
+        self._new = 0  # submitted since the last load was heard
+
+    @property
+    def work(self) -> int:
+        """Tokens that its requests are expected to cost still."""
+        return sum(ticket.work for ticket in self.tickets.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait there, as far as is known here."""
+        return self.load.num_waiting + self._new
+
+    def cost(self, ticket: Ticket) -> int:
+        """Tokens of work before the request would be done there: what lies there, and what of it is not cached."""
+        cached = next((i for i, piece in enumerate(ticket.pieces) if piece not in self._prefixes), len(ticket.pieces))
+        return self.work + ticket.work - cached * PIECE
+
+    def send(self, ticket: Ticket) -> None:
+        """Gives a request to the replica."""
+        self.tickets[ticket.request.request_id] = ticket
+        self._new += 1
+        for piece in ticket.pieces:
+            self._prefixes[piece] = None
+            self._prefixes.move_to_end(piece)
+        while len(self._prefixes) > PIECES_REMEMBERED:
+            self._prefixes.popitem(last=False)
+        self.write("submit", ticket.request, ticket.grammar, ticket.deadline)
+
+    def write(self, *message: Any) -> None:
+        """Sends a message, if there is anybody to hear it."""
+        if self._writer is not None:
+            self._writer.write(pack(message))
+
+    def heard(self, load: Load) -> None:
+        """Notes what the replica says about its load."""
+        self.load = load
+        self._new = 0
+
+    async def start(self) -> asyncio.StreamReader:
+        """A fresh process; returns where to read its messages."""
+        ours, theirs = socket.socketpair()
+        self.num_starts += 1
+        self.started = time.monotonic()
+        self._prefixes.clear()
+        self.heard(Load())
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fastgen_jax.serving.replica", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self.write_plan()
+        return reader
+
+    def write_plan(self) -> None:
+        """Tells the process what to run."""
+        assert self._writer is not None
+        self._writer.write(pack(self.plan))
+
+    async def end(self) -> int | None:
+        """Lets go of the process, dead or alive; its exit code, negative for a signal, None if there was none."""
+        self.is_ready = False
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        for future in self.snapshots.values():
+            future.cancel()
+        self.snapshots.clear()
+        if self.process is not None:
+            process, self.process = self.process, None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return await asyncio.to_thread(process.wait, GRACE_SECONDS)  # it ends when its socket closes
+            process.kill()
+            return await asyncio.to_thread(process.wait)
+        return None
+
+
+def prefix_pieces(token_ids: Sequence[int]) -> list[bytes]:
+    """The names of a prompt's prefixes of one piece, two pieces, ..."""
+    names, digest = [], hashlib.blake2b(digest_size=8)
+    for start in range(0, len(token_ids) - PIECE + 1, PIECE):
+        digest.update(struct.pack(f"<{PIECE}i", *token_ids[start : start + PIECE]))
+        names.append(digest.digest())
+    return names

@@ -1,0 +1,278 @@
+// Products of activations with weights that are stored in panels: what the matmul kernels share.
+//
+// A panel holds kWidth output columns of a weight, step after step of the contraction axis:
+//
+//      w [K, N]                      panels [ceil(N / kWidth), steps, kWidth, group]
+//      |<- kWidth ->|<- kWidth ->|   so that a tile reads one unbroken stream of memory
+//
+// A step is one number of each column, or, where the CPU multiplies pairs of bfloat16 (AVX512_BF16), two: then weights in
+// bfloat16 or int8 meet activations that are rounded to bfloat16, and sums stay in float32.
+//
+// Every output is one chain of multiply-adds over the steps, whatever the tile, the thread and the number of rows: the
+// result of a row does not depend on its companions, to the last bit.
+#pragma once
+
+#include <string>
+
+#include "common.h"
+
+namespace fastgen {
+namespace {
+
+// Accumulators are kMaxRows * kVecs of the 32 (AVX-512, NEON) or 16 vector registers; the others hold a row of the
+// panel.
+#if defined(__AVX512F__)
+constexpr int kVecs = 2, kMaxRows = 14;
+#elif defined(__aarch64__)
+constexpr int kVecs = 4, kMaxRows = 6;
+#else
+constexpr int kVecs = 2, kMaxRows = 6;
+#endif
+constexpr int kWidth = kVecs * kLanes;
+// Steps of a panel that are worked on at once: 2048 * 32 floats are 256 KB, a part of the L2 cache.
+constexpr int64_t kDepth = 2048;
+// Bytes of activations that one item walks through for each panel: they should stay in the L2 or L3 cache.
+constexpr int64_t kChunkBytes = 1 << 20;
+// How far a single tile fetches ahead in its own panel, a memory page: the hardware's prefetcher stops at its end.
+constexpr int64_t kNearBytes = 4096;
+
+// ---- storages --------------------------------------------------------------------------------------------------
+//
+// A storage says how kLanes columns of a step come into a register (`get`), how they meet a factor, the activations of one
+// row and step (`multiply_add`), and what a panel is unpacked to when many rows share it (`Wide`).
+
+struct Float32 {
+  using Element = float;
+  using Factor = float;
+  using Wide = Float32;
+  static constexpr int kGroup = 1;
+  static FASTGEN_INLINE Vec get(const float* p) { return load(p); }
+  static FASTGEN_INLINE Vec multiply_add(Vec sum, float x, Vec row) { return splat(x) * row + sum; }
+  static void put(float* p, Vec row) { store(p, row); }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+
+struct BFloat16 {
+  using Element = uint16_t;
+  using Factor = uint32_t;  // two neighbours along the contraction axis
+  using Wide = BFloat16;
+  static constexpr int kGroup = 2;
+  static FASTGEN_INLINE __m512i get(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static FASTGEN_INLINE Vec multiply_add(Vec sum, uint32_t x, __m512i row) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)));
+  }
+  static void put(uint16_t* p, __m512i row) { _mm512_storeu_si512(p, row); }
+};
+
+struct Int8 {
+  using Element = int8_t;
+  using Factor = uint32_t;
+  using Wide = BFloat16;  // exact: int8 has no more digits than bfloat16
+  static constexpr int kGroup = 2;
+  static FASTGEN_INLINE __m512i get(const int8_t* p) {
+    return (__m512i)_mm512_cvtne2ps_pbh(load_int8(p + kLanes), load_int8(p));
+  }
+  static FASTGEN_INLINE Vec multiply_add(Vec sum, uint32_t x, __m512i row) {
+    return BFloat16::multiply_add(sum, x, row);
+  }
+};
+
+#else
+
+struct BFloat16 {
+  using Element = uint16_t;
+  using Factor = float;
+  using Wide = Float32;
+  static constexpr int kGroup = 1;
+  static FASTGEN_INLINE Vec get(const uint16_t* p) { return load_bfloat16(p); }
+  static FASTGEN_INLINE Vec multiply_add(Vec sum, float x, Vec row) { return Float32::multiply_add(sum, x, row); }
+};
+
+struct Int8 {
+  using Element = int8_t;
+  using Factor = float;
+  using Wide = Float32;
+  static constexpr int kGroup = 1;
+  static FASTGEN_INLINE Vec get(const int8_t* p) { return load_int8(p); }
+  static FASTGEN_INLINE Vec multiply_add(Vec sum, float x, Vec row) { return Float32::multiply_add(sum, x, row); }
+};
+
+#endif
+
+// Steps of a contraction over `depth` numbers.
+template <class Weight>
+constexpr int64_t num_steps(int64_t depth) {
+  return (depth + Weight::kGroup - 1) / Weight::kGroup;
+}
+
+// Elements of a panel's step.
+template <class Weight>
+constexpr int64_t kStep = kWidth * Weight::kGroup;
+
+// `steps` steps of a panel, as `Weight::Wide` stores them.
+template <class Weight>
+void widen(const typename Weight::Element* from, int64_t steps, typename Weight::Wide::Element* to) {
+  for (int64_t i = 0; i < steps * kStep<Weight>; i += kLanes * Weight::kGroup) Weight::Wide::put(to + i, Weight::get(from + i));
+}
+
+// ---- tiles -----------------------------------------------------------------------------------------------------
+
+// sums[Rows][kWidth] (+)= a @ b, with factors a [steps, Rows] and a part b [steps, kWidth] of a panel. `ahead` is memory
+// that will be needed soon: `ahead_step` bytes of it are fetched into the cache for every step.
+template <int Rows, class Weight>
+void tile(int64_t steps, const typename Weight::Factor* a, const typename Weight::Element* b, float* sums, bool first,
+          const char* ahead, int64_t ahead_step) {
+  Vec acc[Rows][kVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = first ? Vec{} : load(sums + r * kWidth + v * kLanes);
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    decltype(Weight::get(b)) row[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) row[v] = Weight::get(b + v * kLanes * Weight::kGroup);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Weight::multiply_add(acc[r][v], a[r], row[v]);
+    }
+    // Two cache lines, since a step of an AVX-512 panel is at most that long.
+    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + 64);
+    ahead += ahead_step;
+    a += Rows;
+    b += kStep<Weight>;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store(sums + r * kWidth + v * kLanes, acc[r][v]);
+  }
+}
+
+template <class Weight>
+using Tile = void (*)(int64_t, const typename Weight::Factor*, const typename Weight::Element*, float*, bool, const char*,
+                      int64_t);
+
+template <class Weight, size_t... I>
+Tile<Weight> tile_among(int64_t rows, std::index_sequence<I...>) {
+  static constexpr Tile<Weight> table[] = {tile<I + 1, Weight>...};
+  return table[rows - 1];
+}
+
+// The tile of 1 to kMaxRows rows.
+template <class Weight>
+Tile<Weight> tile_for(int64_t rows) {
+  return tile_among<Weight>(rows, std::make_index_sequence<kMaxRows>{});
+}
+
+// ---- activations -----------------------------------------------------------------------------------------------
+
+// The factors of kLanes steps from x on, of which `left` numbers are there; what is missing is zero.
+template <class Weight>
+FASTGEN_INLINE Vec factors(const float* x, int64_t left) {
+  if constexpr (Weight::kGroup == 1) {
+    if (left >= kLanes) return load(x);
+    Vec v{};
+    for (int i = 0; i < left; ++i) v[i] = x[i];
+    return v;
+  } else {
+#if defined(__AVX512BF16__)
+    const auto mask = [](int64_t n) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(n, 0, kLanes)) - 1); };
+    const Vec low = _mm512_maskz_loadu_ps(mask(left), x), high = _mm512_maskz_loadu_ps(mask(left - kLanes), x + kLanes);
+    return (Vec)_mm512_cvtne2ps_pbh(high, low);
+#endif
+  }
+}
+
+// out[k * rows + r] = the factor of row r and step k, for at most kMaxRows rows of x [rows, depth].
+template <class Weight>
+void pack_rows(const float* x, int64_t rows, int64_t depth, typename Weight::Factor* out) {
+  constexpr int kGroups = (kMaxRows + kLanes - 1) / kLanes;
+  static_assert(sizeof(*out) == sizeof(float), "a factor fills a lane");
+  const int64_t steps = num_steps<Weight>(depth);
+  float* to = reinterpret_cast<float*>(out);
+  float* const end = to + rows * steps;
+  for (int64_t step = 0; step < steps; step += kLanes) {
+    const int64_t at = step * Weight::kGroup;
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, steps - step));
+    Vec columns[kGroups][kLanes];
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t r = g * kLanes + i;
+        columns[g][i] = r < rows ? factors<Weight>(x + r * depth + at, depth - at) : Vec{};
+      }
+      transpose(columns[g]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i, to += rows) {
+      if (i >= count) break;
+      for (int g = 0; g * kLanes < rows; ++g) {
+        // A whole vector spills into the next step, which overwrites that; behind the last one another thread may be
+        // writing.
+        float* lane = to + g * kLanes;
+        if (lane + kLanes <= end) {
+          store(lane, columns[g][i]);
+        } else {
+          std::memcpy(lane, &columns[g][i], std::min<int64_t>(end - lane, kLanes) * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+// ---- results ---------------------------------------------------------------------------------------------------
+
+// Where the sums of a tile go: y[row, columns of the panel].
+struct Output {
+  const float* residual;  // like y, or null
+  float* y;               // [M, n]
+  int64_t n;
+  bool gated;  // a panel is kWidth / 2 gate columns, then the up columns that belong to them
+
+  // `scales` are those of the panel's columns, or null.
+  void write(int64_t row, int64_t panel, const float* sums, const float* scales) const {
+    const int vecs = gated ? kVecs / 2 : kVecs;
+    for (int v = 0; v < vecs; ++v) {
+      const int64_t column = (panel * vecs + v) * kLanes;
+      const int64_t valid = std::min<int64_t>(n - column, kLanes);
+      if (valid <= 0) return;
+      Vec value = scaled(sums, scales, v);
+      if (gated) value = silu(value) * scaled(sums, scales, v + vecs);
+      const int64_t at = row * n + column;
+      if (valid == kLanes) {
+        if (residual) value += load(residual + at);
+        store(y + at, value);
+      } else {
+        for (int64_t i = 0; i < valid; ++i) y[at + i] = residual ? value[i] + residual[at + i] : value[i];
+      }
+    }
+  }
+
+  static FASTGEN_INLINE Vec scaled(const float* sums, const float* scales, int v) {
+    const Vec sum = load(sums + v * kLanes);
+    return scales ? sum * load(scales + v * kLanes) : sum;
+  }
+};
+
+// Calls f with the storage of `type`; an error names `kernel` if there is none.
+template <class F>
+ffi::Error with_storage(ffi::DataType type, const char* kernel, F&& f) {
+  try {
+    switch (type) {
+      case ffi::F32: return f(Float32{});
+      case ffi::BF16: return f(BFloat16{});
+      case ffi::S8: return f(Int8{});
+      default: return ffi::Error::InvalidArgument(std::string(kernel) + ": weights are float32, bfloat16 or int8");
+    }
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(kernel) + ": no memory for packed activations");
+  }
+}
+
+}  // namespace
+}  // namespace fastgen

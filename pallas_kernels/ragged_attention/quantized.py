@@ -1,0 +1,79 @@
+"""KV caches in 8 bits: numbers of a token and head share one scale, so that writing a token touches no other.
+
+A scale a token needs no calibration, and a cached token never changes afterwards: prefixes can be shared. Scales of a
+block lie in a row for each head, keys along the lanes of a TPU: they multiply scores and weights as they lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# int8 is used symmetrically. 448 is the largest float8_e4m3fn; beyond it there is only NaN.
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+QUANTIZED_DTYPES = tuple(LARGEST)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedCache:
+    """Keys or values of all layers: number (n, k, b, d) is `values[n, k, b, d] * scales[n, k, b]`.
+
+    Attributes:
+      values: int8 or float8_e4m3fn [L*N, K, B, D].
+      scales: float32[L*N, K, B], positive where a token was written.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: Any) -> QuantizedCache:
+        """An empty cache of `shape` [L*N, K, B, D]."""
+        return QuantizedCache(values=jnp.zeros(shape, dtype), scales=jnp.zeros(shape[:-1], jnp.float32))
+
+
+Cache = jax.Array | QuantizedCache
+
+
+def is_quantized(dtype: Any) -> bool:
+    """Whether caches of this dtype need scales."""
+    return jnp.dtype(dtype).name in LARGEST
+
+
+def quantize(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(values [..., D] in `dtype`, scales f32[...]) nearest to `x` [..., D]; zeros get values 0 and scale 1."""
+    values, scales = scaled(x.astype(jnp.float32), dtype)
+    return values.astype(dtype), scales[..., 0]
+
+
+def scaled(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(f32[..., D] that `dtype` has room for, f32[..., 1] to multiply them with) of `x` f32[..., D]."""
+    limit = LARGEST[jnp.dtype(dtype).name]
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scales = jnp.where(largest > 0, largest * (1.0 / limit), 1.0)
+    values = jnp.clip(x / scales, -limit, limit)
+    return jnp.round(values) if jnp.dtype(dtype) == jnp.int8 else values, scales
+
+
+def gather_blocks(cache: Cache, blocks: jax.Array) -> jax.Array:
+    """float32[*blocks.shape, K, B, D], the numbers in some blocks of `cache`."""
+    if isinstance(cache, QuantizedCache):
+        return cache.values[blocks].astype(jnp.float32) * cache.scales[blocks][..., None]
+    return cache[blocks].astype(jnp.float32)
