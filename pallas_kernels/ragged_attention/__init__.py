@@ -27,7 +27,7 @@ def _ragged_attention_tpu(*arrays: Any, **options: Any) -> tuple[jax.Array, Cach
     return ragged_attention_tpu(*arrays, **options)
 
 
-def _ragged_attention_gpu(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _ragged_attention_gpu(*arrays: Any, **options: Any) -> tuple[jax.Array, Cache, Cache]:
     """`gpu.ragged_attention_gpu`, imported when it is first asked for."""
     from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
 
