@@ -164,15 +164,15 @@ def serve(
 ) -> Client:
     """Starts a server that outlives this program, waits until it can answer, and gives its client.
 
-    `options` are those of `fastgen serve`: fields of `ServerConfig` and of `EngineConfig`. `port` 0 takes a free one.
-    Raises ValueError, with the end of the server's log, if it does not start, and for a `tensor_parallel` above 1.
+    Each of the `replica_num` replicas is an engine on `tensor_parallel` devices. `options` are those of `fastgen serve`:
+    fields of `ServerConfig` and of `EngineConfig`. `port` 0 takes a free one. Raises ValueError, with the end of the
+    server's log, if it does not start, as where there are too few devices.
     """
-    if tensor_parallel not in (None, 1):
-        raise ValueError(f"tensor_parallel is {tensor_parallel}, but an engine runs on one device so far; leave it out, and "
-                         "use replica_num for several devices")
     model = os.fspath(model)
     name = deployment_name or default_name(model)
     options = {"replicas": replica_num, "port": port, **options}
+    if tensor_parallel is not None:
+        options["tensor_parallel"] = tensor_parallel
     key = next(iter(options.get("api_key") or ()), None)
     deployment = start_server(model, deployment_name=name, options=options, timeout=timeout)
     return Client(deployment, api_key=key)

@@ -227,8 +227,8 @@ def end_while_busy(client, name):
 def test_a_wrong_option_and_a_name_in_use_are_told_where_it_was_started(client, checkpoint):
     with pytest.raises(ValueError, match="unrecognized arguments: --bad-option"):
         fastgen_jax.serve(checkpoint, deployment_name="bad", bad_option=1, timeout=120)
-    with pytest.raises(ValueError, match="tensor_parallel is 2, but an engine runs on one device so far"):
-        fastgen_jax.serve(checkpoint, tensor_parallel=2)
+    with pytest.raises(ValueError, match=r"tensor_parallel=2 but this process has 1 cpu device"):
+        fastgen_jax.serve(checkpoint, deployment_name="divided", tensor_parallel=2, timeout=120)
     with pytest.raises(ValueError, match="'two' runs already"):
         fastgen_jax.serve(checkpoint, deployment_name="two")
 
@@ -242,3 +242,14 @@ def test_a_server_of_one_engine_in_its_own_process(checkpoint, state):
     client = fastgen_jax.serve(checkpoint, deployment_name="one", timeout=300, api_key=(KEY,), **ENGINE)
     end_while_busy(client, "one")
     client.close()
+
+
+@pytest.mark.slow
+def test_an_engine_may_be_divided_over_devices(checkpoint, state, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    client = fastgen_jax.serve(checkpoint, deployment_name="divided", tensor_parallel=2, timeout=300, **ENGINE)
+    prompts = ["Once", "The house", "A"]
+    answers = client.generate(prompts, max_new_tokens=12, **GREEDY)
+    client.terminate_server()
+    client.close()
+    assert [a.generated_text for a in answers] == [offline(p, max_new_tokens=12, **GREEDY) for p in prompts]
