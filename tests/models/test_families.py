@@ -84,7 +84,7 @@ def test_bfloat16_stays_near_float32(family, variant):
     assert np.abs(got - want).mean() < BFLOAT16_MEAN_TOLERANCE * np.abs(want).max()
 
 
-QUICK = {("llama", "default"), ("opt", "post_norm"), ("qwen3_moe", "default"), ("deepseek_v2", "lite")}
+QUICK = {("llama", "default"), ("opt", "post_norm"), ("deepseek_v2", "lite")}
 
 
 @pytest.mark.parametrize("formats", [{"dtype": "bfloat16"}, {"dtype": "float32", "quantize": "int8"}],
