@@ -18,7 +18,8 @@ from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample, set_masks
+from fastgen_jax.engine.sampler_state import SamplerState, init_state, reset_slot, set_masks
+from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, sample
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import Params
