@@ -25,6 +25,10 @@ from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import Params
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, sharded_attention, shardings, tensor_mesh
 
+# By device kind. On TPU7x the compiler would rather compute with tiles of 16 x 128 numbers of 16 bits than with those of
+# 8 x 128 that arrays arrive in, and would copy every stack of weights in every step; the products take as long with either.
+_COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
+
 
 @pytree
 class StepOutput:
@@ -175,12 +179,14 @@ def step_program(
     and cache are divided over it as `models.sharding` says; the rest, results included, is whole on every device.
     """
     step = partial(_step, bucket=bucket, config=model, activation_dtype=activation_dtype)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device.device_kind))
     if mesh is None:
-        return jax.jit(partial(step, attention=attention, whole=None), donate_argnums=(1, 2))
+        return jit(partial(step, attention=attention, whole=None))
     whole = NamedSharding(mesh, PartitionSpec())
     step = partial(step, attention=sharded_attention(mesh, attention), whole=whole)
     cache = NamedSharding(mesh, PartitionSpec(None, TENSOR))
-    return jax.jit(step, donate_argnums=(1, 2), out_shardings=(whole, cache, whole))
+    return jit(step, out_shardings=(whole, cache, whole))
 
 
 def memory_shardings(mesh: Mesh, cache: Any, state: Any) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -28,6 +29,9 @@ from fastgen_jax.plan.devices import NoCompiler, Topology
 # An asynchronous one is counted where it starts.
 _COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
                          r"(?:-start)?\(")
+_CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
+# A v4 chip's two cores are one device where JAX runs on it; the compiler alone would take them for two.
+_CHIP_CONFIGS = {"v4": "megacore"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +67,11 @@ def deviceless_mesh(topology: Topology, num_devices: int | None = None) -> Mesh:
 
 
 def _tpus(topology: Topology) -> list[Any]:
-    name = f"{topology.device.kind}:{'x'.join(map(str, topology.shape))}"
+    kind = topology.device.kind
+    name = f"{kind}:{'x'.join(map(str, topology.shape))}"
+    options = {"chip_config_name": _CHIP_CONFIGS[kind]} if kind in _CHIP_CONFIGS else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # libtpu raises errors of several kinds
         if "libtpu" in str(error) or "Unknown backend" in str(error) or "not found" in str(error):
             raise NoCompiler(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]'") from error
@@ -152,16 +158,27 @@ def compile_step(
 
 
 def count_in_loops(hlo: str) -> int:
-    """How many collectives the loop of an optimised program runs that has most of them: the one over layers."""
+    """How many collectives the loop of an optimised program runs that has most of them: the one over layers.
+
+    Some backends call them by way of computations of their own, TPU7x on its SparseCores.
+    """
     counts: dict[str, int] = {}
+    calls: dict[str, list[str]] = {}
     name = ""
     for line in hlo.splitlines():
         header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
         if header:
             name = header[1]
         counts[name] = counts.get(name, 0) + bool(_COLLECTIVE.search(line))
+        if "-done(" not in line:  # of what has been counted where it starts
+            calls.setdefault(name, []).extend(_CALLED.findall(line))
+
+    @functools.cache
+    def total(name: str) -> int:
+        return counts.get(name, 0) + sum(map(total, calls.get(name, ())))
+
     bodies = re.findall(r"\bbody=%?([\w.\-]+)", hlo)
-    return max((counts[body] for body in bodies), default=0)
+    return max(map(total, bodies), default=0)
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Any:
