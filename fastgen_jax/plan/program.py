@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 import time
@@ -29,6 +30,7 @@ from fastgen_jax.plan.devices import NoCompiler, Topology
 # An asynchronous one is counted where it starts.
 _COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
                          r"(?:-start)?\(")
+_COPY = re.compile(r" = (?:bf|[sufi])(\d+)(?:e\w+)?\[([\d,]+)\]\S* copy\(")
 _CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
 # A v4 chip's two cores are one device where JAX runs on it; the compiler alone would take them for two.
 _CHIP_CONFIGS = {"v4": "megacore"}
@@ -44,6 +46,7 @@ class Program:
     temporaries: int
     cache: int  # of the KV cache, all of which must be aliased
     collectives: int  # that run in each layer
+    copied: int  # the largest array that is copied in each layer; weights must not be
     compiled: Any
 
 
@@ -145,14 +148,15 @@ def compile_step(
     with lowering_for(mesh):
         lowered = step.lower(*arguments)
         compiled = compile_lowered(lowered)
-    memory = compiled.memory_analysis()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
     return Program(
         seconds=time.perf_counter() - start,
         arguments=memory.argument_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         cache=cache_bytes,
-        collectives=count_in_loops(compiled.as_text()),
+        collectives=count_in_loops(hlo),
+        copied=copied_in_loops(hlo),
         compiled=compiled,
     )
 
@@ -164,11 +168,7 @@ def count_in_loops(hlo: str) -> int:
     """
     counts: dict[str, int] = {}
     calls: dict[str, list[str]] = {}
-    name = ""
-    for line in hlo.splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if header:
-            name = header[1]
+    for name, line in _lines(hlo):
         counts[name] = counts.get(name, 0) + bool(_COLLECTIVE.search(line))
         if "-done(" not in line:  # of what has been counted where it starts
             calls.setdefault(name, []).extend(_CALLED.findall(line))
@@ -177,8 +177,35 @@ def count_in_loops(hlo: str) -> int:
     def total(name: str) -> int:
         return counts.get(name, 0) + sum(map(total, calls.get(name, ())))
 
-    bodies = re.findall(r"\bbody=%?([\w.\-]+)", hlo)
-    return max(map(total, bodies), default=0)
+    return max(map(total, _bodies(hlo)), default=0)
+
+
+def copied_in_loops(hlo: str) -> int:
+    """Bytes of the largest array that a loop of an optimised program copies.
+
+    That is how a weight shows which is stored in another order than the one that is computed with.
+    """
+    bodies = _bodies(hlo)
+    largest = 0
+    for name, line in _lines(hlo):
+        copy = _COPY.search(line)
+        if copy and name in bodies:
+            largest = max(largest, math.prod(map(int, copy[2].split(","))) * int(copy[1]) // 8)
+    return largest
+
+
+def _lines(hlo: str) -> Iterator[tuple[str, str]]:
+    """Each line of a program, with the name of the computation that it stands in."""
+    name = ""
+    for line in hlo.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header:
+            name = header[1]
+        yield name, line
+
+
+def _bodies(hlo: str) -> set[str]:
+    return set(re.findall(r"\bbody=%?([\w.\-]+)", hlo))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Any:

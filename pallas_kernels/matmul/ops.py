@@ -69,8 +69,9 @@ def gated(y: jax.Array, shards: int = 1) -> jax.Array:
         raise ValueError(
             f"w is [gate | up] {shards} times, so its width must be a multiple of {2 * shards}, not {y.shape[-1]}"
         )
-    pairs = y.reshape(*y.shape[:-1], shards, 2, -1)
-    return (jax.nn.silu(pairs[..., 0, :]) * pairs[..., 1, :]).reshape(*y.shape[:-1], -1)
+    # Not as [..., shards, 2, F]: XLA would give the product itself two axes of columns, and on a TPU transpose w for it.
+    gate, up = jnp.split(y.reshape(*y.shape[:-1], shards, -1), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).reshape(*y.shape[:-1], -1)
 
 
 def _check(x: jax.Array, w: Weight) -> None:

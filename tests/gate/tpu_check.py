@@ -2,7 +2,8 @@
 
 Each kind of TPU has a process of its own, since the compiler may abort; the parent prints the table. A check fails if
 its program does not compile, copies the KV cache, takes more temporary memory than the bound, if VMEM overflows, or if a
-layer has more collectives than it needs. To run out of `--seconds` is no failure: what was not reached is said.
+layer has more collectives than it needs or copies a weight. To run out of `--seconds` is no failure: what was not
+reached is said.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and val
 STEP_TEMPORARIES = 640 * MIB  # activations of 512 tokens and their logits
 SECONDS_A_PROGRAM = 180  # of processor time
 COLLECTIVES_A_LAYER = 2
+COPY_A_LAYER = 24 * MIB  # activations, in float32; the largest weight of a layer is more in each of the models
 # What CI has time for: that the gate can fail, the kernels in both kinds of cache, and one whole step.
 QUICK = ("a too large tile is refused", "attention: 70B on 8 devices, B=128", "attention: int8 KV, 70B on 8 devices",
          "step: Llama-3-8B")
@@ -102,6 +104,8 @@ def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> 
     words = complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
     if program.collectives != COLLECTIVES_A_LAYER:
         words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_A_LAYER}"
+    if program.copied > COPY_A_LAYER:
+        words = words or f"every layer copies {program.copied / MIB:.0f} MiB, so a weight"
     return program.temporaries, words
 
 
