@@ -47,8 +47,10 @@ class DoesNotCompile(Exception):  # noqa: N818 (an answer, not a fault)
     """The compiler's reason why a program cannot be had."""
 
 
-def deviceless_mesh(topology: Topology, num_devices: int | None = None) -> Mesh:
-    """A mesh of devices that only a compiler knows.
+def deviceless_mesh(
+    topology: Topology, num_devices: int | None = None, *, compute_capability: str | None = None
+) -> Mesh:
+    """A mesh of devices that only a compiler knows; GPUs with another compute capability where one is given.
 
     Raises NoCompiler if that compiler is not installed, ValueError if it does not know the topology.
     """
@@ -57,7 +59,7 @@ def deviceless_mesh(topology: Topology, num_devices: int | None = None) -> Mesh:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # The CUDA plugin is asked to compile, not to run: cuDNN and cuBLAS need not be there.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    devices = _tpus(topology) if topology.device.platform == "tpu" else _gpus(topology)
+    devices = _tpus(topology) if topology.device.platform == "tpu" else _gpus(topology, compute_capability)
     devices = devices[: num_devices or len(devices)]
     return tensor_mesh(devices)
 
@@ -72,8 +74,11 @@ def _tpus(topology: Topology) -> list[Any]:
         raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
 
 
-def _gpus(topology: Topology) -> list[Any]:
+def _gpus(topology: Topology, compute_capability: str | None) -> list[Any]:
     target = (Path(__file__).parent / "targets" / f"{topology.device.kind}.txtpb").read_text()
+    if compute_capability is not None:
+        major, minor = compute_capability.split(".")
+        target = re.sub(r"(?<=cuda_compute_capability { )major: \d+ minor: \d+", f"major: {major} minor: {minor}", target)
     try:
         return topologies.get_topology_desc(
             platform="cuda", topology_name="", topology=f"1x1x{topology.num_devices}", target_config=target
@@ -85,9 +90,25 @@ def _gpus(topology: Topology) -> list[Any]:
 
 @contextlib.contextmanager
 def lowering_for(mesh: Mesh) -> Iterator[None]:
-    """Kernels choose their tiles for the devices of `mesh` instead of those of this process."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    """Kernels are chosen, and choose their tiles, for the devices of `mesh` instead of those of this process."""
+    abstract, device = mesh.abstract_mesh, mesh.devices.flat[0]
+    if device.platform == "gpu":
+        seen = abstract.abstract_device
+        abstract = abstract.update(
+            abstract_device=_AbstractGpu(
+                device_kind=seen.device_kind, num_cores=seen.num_cores, platform=seen.platform,
+                compute_capability=device.compute_capability,
+            )
+        )  # fmt: skip
+    with jax.sharding.use_abstract_mesh(abstract):
         yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _AbstractGpu(jax.sharding.AbstractDevice):
+    """JAX's own does not say the compute capability, and Pallas then compiles for 9.0."""
+
+    compute_capability: str = ""
 
 
 def compile_step(

@@ -24,7 +24,8 @@ from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels.ragged_attention.gpu import GpuTiles, ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
 
@@ -39,6 +40,7 @@ DETECT_RACES = jax.__version_info__ < (0, 11)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
+    generation: str = "hopper"
     num_kv_heads: int = 2
     group: int = 3
     head_dim: int = 64
@@ -71,7 +73,10 @@ class Case:
         return options
 
 
-QUICK = [Case(soft_cap=5.0, sinks=True)]
+QUICK = [
+    Case(soft_cap=5.0, sinks=True),
+    Case(generation="ampere", num_kv_heads=1, sinks=True, alibi=True, stages=3, blocks=2),
+]
 ALL = [
     *QUICK,
     Case(window=False, chunk_keys=128),
@@ -81,6 +86,12 @@ ALL = [
     Case(num_kv_heads=1, group=71, block_size=64, pieces=5),
     Case(num_kv_heads=2, group=2, head_dim=256, block_size=256, soft_cap=3.0, window=False, stages=3),
     Case(num_kv_heads=1, group=6, head_dim=96, block_size=16, sinks=True, window=False, blocks=7, pieces=1),
+    Case(generation="ampere", window=False, block_size=8, head_dim=128),
+    Case(generation="ampere", num_kv_heads=3, group=1, block_size=128, dtype="float16", soft_cap=5.0),
+    Case(generation="ampere", num_kv_heads=1, group=17, head_dim=80, block_size=32, sinks=True, blocks=1),
+    Case(generation="ampere", num_kv_heads=1, group=40, block_size=64, alibi=True, stages=3),
+    Case(generation="ampere", num_kv_heads=1, group=71, chunk_keys=32, single_keys=32, pieces=5),
+    Case(generation="ampere", group=2, head_dim=256, block_size=256, chunk_keys=32, single_keys=32, blocks=7),
 ]
 
 
@@ -101,7 +112,8 @@ def compiled(implementation: str, case: Case, scale: float, num_blocks: int) -> 
     if implementation == "reference":
         return jax.jit(functools.partial(ragged_attention_reference, **static))
     interpret = InterpretGPUParams(detect_races=DETECT_RACES)
-    return jax.jit(functools.partial(ragged_attention_gpu, tiles=case.tiles, interpret=interpret, **static))
+    options = static | {"generation": case.generation, "tiles": case.tiles, "interpret": interpret}
+    return jax.jit(functools.partial(ragged_attention_gpu, **options))
 
 
 def run(implementation: str, batch: Batch, case: Case, **options: Any) -> list[np.ndarray]:
