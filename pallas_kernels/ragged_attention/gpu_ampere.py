@@ -143,6 +143,8 @@ class _Block:
         weights, keep, top, total = rows.weigh(scores, i, top, total, masked=masked)
         num_keys = tile.end - tile.first - i * spec.keys if masked else None
         acc = self.add_product(acc * self.along_rows(keep, acc.shape), weights.astype(spec.dtype), slot, num_keys)
+        if spec.interpreted:
+            plgpu.commit_smem()  # its copies are TMA's, which do not wait for plain reads without a fence; cp.async does
         return acc, top, total
 
     # Copies. Each is a group of its own, and groups arrive in the order in which they were sent for.

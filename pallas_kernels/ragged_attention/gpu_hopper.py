@@ -242,7 +242,9 @@ class _Block:
         """queries @ keys.T; our turn ends when the tensor cores have all of it."""
         if self.spec.interpreted:  # it cannot transpose an operand
             self.take_turn()
-            return lax.dot_general(queries[...], keys[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            scores = lax.dot_general(queries[...], keys[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            plgpu.commit_smem()  # a WGMMA reads as copies do; to plain reads the race detector wants a fence
+            return scores
 
         def multiply(scores: Any) -> jax.Array:
             plgpu.wgmma(scores, queries, plgpu.transpose_ref(keys, (1, 0)))
@@ -254,7 +256,9 @@ class _Block:
     def add_product(self, acc: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
         """acc + weights @ values, the weights from registers."""
         if self.spec.interpreted:  # it has neither accumulators that start with a value nor operands in registers
-            return acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+            acc = acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()
+            return acc
         accumulator: Any = plgpu.WGMMAAccumulatorRef.init(acc)
         result: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(accumulator)
         return result

@@ -33,9 +33,6 @@ NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 330  # contexts of three steps a
 # Weights are rounded to the dtype of the cache before they meet the values, and so are the results.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
 NO_WINDOW = 2**31 - 1
-# Newer detectors report a race between a copy and the read before it, although the reader's arrival at the barrier that the
-# copying warpgroup waits for lies between them (docs/LOG.md, 2026-11-25); results are compared on every version.
-DETECT_RACES = jax.__version_info__ < (0, 11)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +108,7 @@ def compiled(implementation: str, case: Case, scale: float, num_blocks: int) -> 
     static: dict[str, Any] = {"scale": scale, "num_blocks": num_blocks, "soft_cap": case.soft_cap}
     if implementation == "reference":
         return jax.jit(functools.partial(ragged_attention_reference, **static))
-    interpret = InterpretGPUParams(detect_races=DETECT_RACES)
+    interpret = InterpretGPUParams(detect_races=True)
     options = static | {"generation": case.generation, "tiles": case.tiles, "interpret": interpret}
     return jax.jit(functools.partial(ragged_attention_gpu, **options))
 
@@ -142,7 +139,7 @@ def check_case(case: Case, *, examples: int) -> None:
         expected = run("reference", batch, case, **options)
         interpret_pallas_call.reset_gpu_interpret_mode_state()
         out, k_cache, v_cache = run("gpu", batch, case, **options)
-        assert not DETECT_RACES or not interpret_pallas_call.get_races().races_found
+        assert not interpret_pallas_call.get_races().races_found
         np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[case.dtype], rtol=0)
         np.testing.assert_array_equal(k_cache, expected[1])
         np.testing.assert_array_equal(v_cache, expected[2])
