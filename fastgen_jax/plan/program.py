@@ -60,8 +60,24 @@ def deviceless_mesh(
     # The CUDA plugin is asked to compile, not to run: cuDNN and cuBLAS need not be there.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     devices = _tpus(topology) if topology.device.platform == "tpu" else _gpus(topology, compute_capability)
-    devices = devices[: num_devices or len(devices)]
-    return tensor_mesh(devices)
+    mesh = tensor_mesh(devices[: num_devices or len(devices)])
+    if topology.device.platform == "cuda":
+        seen = mesh.abstract_mesh.abstract_device
+        # What a mesh says of its devices is computed once; here it is what Pallas asks about as well.
+        mesh.__dict__["abstract_mesh"] = mesh.abstract_mesh.update(
+            abstract_device=_AbstractGpu(
+                device_kind=seen.device_kind, num_cores=seen.num_cores, platform=seen.platform,
+                compute_capability=devices[0].compute_capability,
+            )
+        )  # fmt: skip
+    return mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class _AbstractGpu(jax.sharding.AbstractDevice):
+    """JAX's own does not say the compute capability, and without it Pallas compiles for 9.0."""
+
+    compute_capability: str = ""
 
 
 def _tpus(topology: Topology) -> list[Any]:
@@ -91,24 +107,8 @@ def _gpus(topology: Topology, compute_capability: str | None) -> list[Any]:
 @contextlib.contextmanager
 def lowering_for(mesh: Mesh) -> Iterator[None]:
     """Kernels are chosen, and choose their tiles, for the devices of `mesh` instead of those of this process."""
-    abstract, device = mesh.abstract_mesh, mesh.devices.flat[0]
-    if device.platform == "gpu":
-        seen = abstract.abstract_device
-        abstract = abstract.update(
-            abstract_device=_AbstractGpu(
-                device_kind=seen.device_kind, num_cores=seen.num_cores, platform=seen.platform,
-                compute_capability=device.compute_capability,
-            )
-        )  # fmt: skip
-    with jax.sharding.use_abstract_mesh(abstract):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
-
-
-@dataclasses.dataclass(frozen=True)
-class _AbstractGpu(jax.sharding.AbstractDevice):
-    """JAX's own does not say the compute capability, and Pallas then compiles for 9.0."""
-
-    compute_capability: str = ""
 
 
 def compile_step(

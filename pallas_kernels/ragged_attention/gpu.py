@@ -16,8 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.ragged_attention import gpu_ampere, gpu_hopper, gpu_support
 from pallas_kernels.ragged_attention.gpu_plan import combine, plan_chunks, plan_pieces
 from pallas_kernels.ragged_attention.gpu_tile import GRANULE, Spec
-from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles, modelled
+from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles, choose
 from pallas_kernels.ragged_attention.quantized import Cache
+from pallas_kernels.ragged_attention.tile_file import Shape
 from pallas_kernels.ragged_attention.xla import write_kv
 
 BODIES = {"hopper": gpu_hopper, "ampere": gpu_ampere}
@@ -49,8 +50,8 @@ def ragged_attention_gpu(
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
 
     q is rounded to the dtype of the caches. `generation` is "hopper" or "ampere", None takes that of the GPU that is
-    lowered for, and where there is none, Hopper. `tiles` None takes those of the head size; `interpret` is that of
-    `plgpu.kernel`. Raises ValueError for what `gpu_support.unsupported` names.
+    lowered for, and where there is none, Hopper. `tiles` None takes the measured or modelled ones; `interpret`
+    is that of `plgpu.kernel`. Raises ValueError for what `gpu_support.unsupported` names.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -60,7 +61,12 @@ def ragged_attention_gpu(
         raise ValueError(f"implementation='gpu' {reason}, or use implementation='xla'")
     body = BODIES[generation]
     group = num_heads // num_kv_heads
-    tiles = tiles or modelled(head_dim, group, generation)
+    if tiles is None:
+        shape = Shape(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, num_tokens=num_tokens,
+            num_sequences=block_tables.shape[0], dtype=jnp.dtype(k_cache.dtype).name,
+        )  # fmt: skip
+        tiles = choose(shape, generation)
     layer = jnp.asarray(layer, jnp.int32)
     k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=kv_slots, layer=layer, num_blocks=num_blocks)
 

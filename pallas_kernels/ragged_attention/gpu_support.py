@@ -47,6 +47,22 @@ def compute_capability() -> str | None:
     return getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
 
 
+def device_kind() -> str | None:
+    """The name of the GPU that the program at hand is lowered for, "NVIDIA A100-SXM4-80GB" say; None elsewhere."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind if device.platform == "gpu" else None
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
+
+
+def multiprocessors() -> int | None:
+    """Of that GPU; None where it does not say."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.num_cores if device.platform == "gpu" else None
+    return getattr(jax.devices()[0], "core_count", None) if jax.default_backend() == "gpu" else None
+
+
 def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted: bool = False) -> str | None:
     """Why the kernel of a generation cannot take this cache, with the remedy; None if it can.
 

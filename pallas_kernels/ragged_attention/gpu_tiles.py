@@ -1,10 +1,13 @@
-"""Tile sizes of the GPU kernels."""
+"""Tile sizes of the GPU kernels: measured by `autotune` if it has been run, else modelled for the generation."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
+from pallas_kernels.ragged_attention import gpu_support
 from pallas_kernels.ragged_attention.gpu_support import AMPERE_SHORT
+from pallas_kernels.ragged_attention.tile_file import Shape, measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class GpuTiles:
 class Generation:
     """What the model needs to know about a generation of GPUs."""
 
-    multiprocessors: int
+    multiprocessors: int  # where the device does not say
     shared_bytes: int  # that a thread block's buffers may take; barriers and the system take some on top
     resident: int  # thread blocks that a multiprocessor is to hold at the same time
 
@@ -36,12 +39,21 @@ GENERATIONS = {
 }
 
 
-def modelled(head_dim: int, group: int, generation: str) -> GpuTiles:
+def choose(shape: Shape, generation: str) -> GpuTiles:
+    """The tiles measured for the GPU that is lowered for and this class of shapes, else the modelled ones."""
+    kind = gpu_support.device_kind()
+    group = shape.num_heads // shape.num_kv_heads
+    found = measured(shape, kind, GpuTiles) if kind else None
+    return found or modelled(shape.head_dim, group, generation, multiprocessors=gpu_support.multiprocessors())
+
+
+def modelled(head_dim: int, group: int, generation: str, *, multiprocessors: int | None = None) -> GpuTiles:
     """Tiles for a head size and query heads a KV head: as many stages as fit in shared memory."""
     gpu = GENERATIONS[generation]
-    blocks = gpu.resident * gpu.multiprocessors
+    multiprocessors = multiprocessors or gpu.multiprocessors
+    blocks = gpu.resident * multiprocessors
     # Eight for each multiprocessor, so that one that got one more than others runs an eighth longer at most.
-    common = {"pieces": 8 * gpu.multiprocessors, "min_piece": 256, "blocks": blocks}
+    common = {"pieces": 8 * multiprocessors, "min_piece": 256, "blocks": blocks}
     if generation == "ampere":
         # Two steps of 64 keys fit beside the queries up to D=128. Where a thread holds twice the results (D of 256, or tiles
         # of 128 rows), registers would not suffice for more than 32.
@@ -55,3 +67,19 @@ def modelled(head_dim: int, group: int, generation: str) -> GpuTiles:
 
     # Two warpgroups of 64 rows; of single queries one, whose float32 results take as much as two tiles of queries.
     return GpuTiles(chunk_keys=keys, chunk_stages=stages(128), single_keys=keys, single_stages=stages(192), **common)
+
+
+def candidates(first: GpuTiles) -> Iterable[GpuTiles]:
+    """`first`, then tiles that differ from it in one respect. What does not fit, the compiler refuses."""
+    yield first
+    changes = [
+        {f"{kind}_keys": keys, f"{kind}_stages": stages}
+        for kind in ("chunk", "single") for keys in (32, 64, 128) for stages in (2, 3, 4)
+    ]  # fmt: skip
+    changes += [{"pieces": pieces} for pieces in (first.pieces // 2, 2 * first.pieces, 4 * first.pieces)]
+    changes += [{"min_piece": keys} for keys in (128, 512, 1024)]
+    changes += [{"blocks": blocks} for blocks in (first.blocks // 2, 2 * first.blocks)]
+    for change in changes:
+        tiles = dataclasses.replace(first, **change)
+        if tiles != first:
+            yield tiles

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.ragged_attention import gpu_ampere, gpu_hopper, gpu_support, ragged_attention
+from pallas_kernels.ragged_attention.autotune import autotune, time_call
+from pallas_kernels.ragged_attention.autotune import main as autotune_command
 from pallas_kernels.ragged_attention.gpu import BODIES, ragged_attention_gpu
 from pallas_kernels.ragged_attention.gpu_plan import combine, plan_chunks, plan_pieces
 from pallas_kernels.ragged_attention.gpu_tile import (
@@ -32,7 +36,9 @@ from pallas_kernels.ragged_attention.gpu_tile import (
     WINDOW,
     Spec,
 )
-from pallas_kernels.ragged_attention.gpu_tiles import modelled
+from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles, candidates, choose, modelled
+from pallas_kernels.ragged_attention.tile_file import Shape
+from pallas_kernels.ragged_attention.xla import ragged_attention_xla
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 NUM_CASES = 15  # in `gpu_interpreter.ALL`
@@ -229,6 +235,55 @@ def test_the_compute_capability_chooses_the_kernel(capability: str, expected: st
     device = Gpu(device_kind="a GPU", num_cores=1, platform="gpu", compute_capability=capability)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         assert gpu_support.generation() == expected
+
+
+def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("PALLAS_KERNELS_TILES", str(path))
+    shape = Shape(
+        num_heads=32, num_kv_heads=8, head_dim=128, block_size=32, num_tokens=512, num_sequences=64, dtype="bfloat16"
+    )
+    first = modelled(128, 4, "ampere", multiprocessors=72)
+
+    def measure(tiles: GpuTiles) -> float:  # a device that has no room for 128 keys, and likes many pieces
+        if max(tiles.chunk_keys, tiles.single_keys) > 64:
+            raise RuntimeError("Shared memory requested exceeds device resources")
+        return 1.0 / tiles.pieces + tiles.min_piece * 1e-9
+
+    best = autotune(shape, candidates(first), measure=measure, kind="an A10", path=path, report=lambda line: None)
+    assert best == dataclasses.replace(first, pieces=4 * first.pieces)
+    assert json.loads(path.read_text())[shape.key("an A10")]["pieces"] == 4 * 8 * 72
+
+    def chosen(kind: str, cores: int) -> GpuTiles:
+        device = Gpu(device_kind=kind, num_cores=cores, platform="gpu", compute_capability="8.6")
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+            return choose(shape, "ampere")
+
+    assert chosen("an A10", 72) == best
+    assert chosen("an L4", 58) == modelled(128, 4, "ampere", multiprocessors=58)
+
+
+def test_the_command_that_measures_tiles_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        autotune_command(["--tokens", "8"])
+    assert "measured on a TPU or a GPU of compute capability 8 or 9.0, but JAX runs on 'cpu'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("generation", ["hopper", "ampere"])
+def test_a_call_for_measuring_runs_every_kind_of_tile(generation: str) -> None:
+    asked = []
+
+    def attention(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        asked.append(options["tiles"])
+        options.pop("tiles")
+        return ragged_attention_xla(*arrays, **options)
+
+    shape = Shape(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, num_tokens=8, num_sequences=3, dtype="bfloat16")
+    tiles = list(candidates(modelled(16, 2, generation)))
+    assert len(set(tiles)) == len(tiles) > 10
+    for choice in tiles[:2]:
+        assert time_call(functools.partial(attention, tiles=choice), shape, context=20, repeats=1) > 0
+    assert asked == tiles[:2]
 
 
 def test_a_gpu_of_unknown_capability_and_a_cpu_have_no_kernel() -> None:
