@@ -54,8 +54,10 @@ class DoesNotCompile(Exception):  # noqa: N818 (an answer, not a fault)
     """The compiler's reason why a program cannot be had."""
 
 
-def deviceless_mesh(topology: Topology, num_devices: int | None = None) -> Mesh:
-    """A mesh of devices that only a compiler knows.
+def deviceless_mesh(
+    topology: Topology, num_devices: int | None = None, *, compute_capability: str | None = None
+) -> Mesh:
+    """A mesh of devices that only a compiler knows; GPUs with another compute capability where one is given.
 
     Raises NoCompiler if that compiler is not installed, ValueError if it does not know the topology.
     """
@@ -64,9 +66,25 @@ def deviceless_mesh(topology: Topology, num_devices: int | None = None) -> Mesh:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # The CUDA plugin is asked to compile, not to run: cuDNN and cuBLAS need not be there.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    devices = _tpus(topology) if topology.device.platform == "tpu" else _gpus(topology)
-    devices = devices[: num_devices or len(devices)]
-    return tensor_mesh(devices)
+    devices = _tpus(topology) if topology.device.platform == "tpu" else _gpus(topology, compute_capability)
+    mesh = tensor_mesh(devices[: num_devices or len(devices)])
+    if topology.device.platform == "cuda":
+        seen = mesh.abstract_mesh.abstract_device
+        # What a mesh says of its devices is computed once; here it is what Pallas asks about as well.
+        mesh.__dict__["abstract_mesh"] = mesh.abstract_mesh.update(
+            abstract_device=_AbstractGpu(
+                device_kind=seen.device_kind, num_cores=seen.num_cores, platform=seen.platform,
+                compute_capability=devices[0].compute_capability,
+            )
+        )  # fmt: skip
+    return mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class _AbstractGpu(jax.sharding.AbstractDevice):
+    """JAX's own does not say the compute capability, and without it Pallas compiles for 9.0."""
+
+    compute_capability: str = ""
 
 
 def _tpus(topology: Topology) -> list[Any]:
@@ -81,8 +99,11 @@ def _tpus(topology: Topology) -> list[Any]:
         raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
 
 
-def _gpus(topology: Topology) -> list[Any]:
+def _gpus(topology: Topology, compute_capability: str | None) -> list[Any]:
     target = (Path(__file__).parent / "targets" / f"{topology.device.kind}.txtpb").read_text()
+    if compute_capability is not None:
+        major, minor = compute_capability.split(".")
+        target = re.sub(r"(?<=cuda_compute_capability { )major: \d+ minor: \d+", f"major: {major} minor: {minor}", target)
     try:
         return topologies.get_topology_desc(
             platform="cuda", topology_name="", topology=f"1x1x{topology.num_devices}", target_config=target
@@ -94,7 +115,7 @@ def _gpus(topology: Topology) -> list[Any]:
 
 @contextlib.contextmanager
 def lowering_for(mesh: Mesh) -> Iterator[None]:
-    """Kernels choose their tiles for the devices of `mesh` instead of those of this process."""
+    """Kernels are chosen, and choose their tiles, for the devices of `mesh` instead of those of this process."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 
