@@ -1,4 +1,4 @@
-"""Snapshots in a bucket of Google Cloud Storage, as far as an emulator of it goes: `pip install gcsfs gcp-storage-emulator`."""
+"""Snapshots in a bucket of Google Cloud Storage, as far as an emulator goes: `pip install gcsfs gcp-storage-emulator`."""
 
 from __future__ import annotations
 
