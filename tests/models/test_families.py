@@ -92,8 +92,11 @@ def test_bfloat16_stays_near_float32(family, variant):
 QUICK = {("llama", "default"), ("opt", "post_norm"), ("deepseek_v2", "lite")}
 
 
-@pytest.mark.parametrize("formats", [{"dtype": "bfloat16"}, {"dtype": "float32", "quantize": "int8"}],
-                         ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("formats", [
+    pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
+    pytest.param({"dtype": "float32", "quantize": "int8"}, id="int8"),
+    pytest.param({"dtype": "float16"}, id="float16", marks=pytest.mark.slow),
+])
 @pytest.mark.parametrize(("family", "variant"), [
     pytest.param(*names, id="-".join(names), marks=() if names in QUICK else pytest.mark.slow) for names in variants()])
 def test_prepared_narrow_weights_stay_near_float32(family, variant, formats):
