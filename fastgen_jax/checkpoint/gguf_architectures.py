@@ -2,7 +2,7 @@
 reads both formats.
 
 An entry is here only if the metadata and tensors say all that the model computes, or what they leave out is the same in
-every release. `REFUSED` says why of those that we have the family of and that are read as safetensors alone.
+every release.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from fastgen_jax.checkpoint.gguf_metadata import (
 )
 
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # its attention scale is another, and only its depth shows it
+_NEOX_20B_LAYERS = 44  # its GELU is the approximate one, that of Pythia, Dolly and the others is exact
+_QWEN_TRAINED_LEN = 2048  # the shortest of any release
+_SIGMOID = 2  # of expert_gating_func
+# (groups, groups that a token may choose from) by the number of experts; files from before 2025's autumn leave them out.
+_DEEPSEEK_GROUPS = {64: (1, 1), 160: (8, 3), 256: (8, 4)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class Architecture:
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ending of a module -> tensors that make it
     alternating: bool = False  # the rows of what is joined take turns, instead of following one another
     qkv_by_kind: bool = False  # rows of a fused attn_qkv lie as all q, all k, all v, not head by head
+    swapped: tuple[str, ...] = ()  # tensors of the file whose last two axes change places, before they are joined
+    flattened: tuple[str, ...] = ()  # endings of the modules whose leading axes become one, after they are joined
 
 
 def _llama(m: Metadata) -> dict[str, Any]:
@@ -138,10 +145,8 @@ def _cohere2(m: Metadata) -> dict[str, Any]:
 
 def _stablelm(m: Metadata) -> dict[str, Any]:
     m.get("use_parallel_residual", False)  # the converter's guess where config.json was silent; the norms tell
-    if m.has("blk.0.attn_q_norm.weight"):
-        raise m.refusal("norms of single heads (StableLM 2 12B) are not read from GGUF; use the Hugging Face checkpoint")
     return {"use_parallel_residual": not m.has("blk.0.ffn_norm.weight"), "use_qkv_bias": m.has("blk.0.attn_q.bias"),
-            "rope_parameters": partial_rope(m)}
+            "qk_layernorm": m.has("blk.0.attn_q_norm.weight"), "rope_parameters": partial_rope(m)}
 
 
 def _phi2(m: Metadata) -> dict[str, Any]:
@@ -207,6 +212,95 @@ def _phi3(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _starcoder2(m: Metadata) -> dict[str, Any]:
+    # That the window has 4096 tokens, and the activation, are the same in every release.
+    return {"norm_epsilon": m.get("attention.layer_norm_epsilon"), "layer_norm_eps": None, "sliding_window": 4096,
+            "hidden_act": "gelu_pytorch_tanh", "use_bias": m.has("blk.0.attn_output.bias")}
+
+
+def _gptneox(m: Metadata) -> dict[str, Any]:
+    heads, width = m.get("attention.head_count"), m.get("embedding_length")
+    turned = m.get("rope.dimension_count")
+    approximate = m.get("block_count") == _NEOX_20B_LAYERS
+    return {
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "hidden_size": width,
+        "num_hidden_layers": m.get("block_count"), "num_attention_heads": heads,
+        "intermediate_size": m.get("feed_forward_length"), "max_position_embeddings": m.get("context_length"),
+        "layer_norm_eps": m.get("attention.layer_norm_epsilon"), "use_parallel_residual": m.get("use_parallel_residual"),
+        "attention_bias": m.has("blk.0.attn_output.bias"), "hidden_act": "gelu_fast" if approximate else "gelu",
+        # The base of the rotation is not recorded, and the same in every release.
+        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)), "rotary_pct": turned / (width // heads),
+        "tie_word_embeddings": not m.has("output.weight"),
+    }
+
+
+def _qwen(m: Metadata) -> dict[str, Any]:
+    # Beyond its trained length it scales queries and its rotary base. That length is not recorded, and releases differ
+    # in it; up to the shortest all of them compute the same.
+    heads, width = m.get("attention.head_count"), m.get("embedding_length")
+    m.only("attention.head_count_kv", heads)
+    m.only("rope.dimension_count", width // heads)
+    context = min(m.get("context_length"), _QWEN_TRAINED_LEN)
+    eps = "attention.layer_norm_rms_epsilon" if "attention.layer_norm_rms_epsilon" in m.fields else (
+        "attention.layer_norm_epsilon")  # by the age of the converter
+    return {
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "hidden_size": width,
+        "num_hidden_layers": m.get("block_count"), "num_attention_heads": heads, "kv_channels": width // heads,
+        "intermediate_size": m.get("feed_forward_length"), "layer_norm_epsilon": m.get(eps),
+        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)), "seq_length": context,
+        "max_position_embeddings": context, "use_dynamic_ntk": False, "use_logn_attn": False,
+        "tie_word_embeddings": not m.has("output.weight"),
+    }
+
+
+def _deepseek2(m: Metadata) -> dict[str, Any]:
+    v3 = m.get("expert_gating_func", 0) == _SIGMOID
+    m.only("expert_gating_func", _SIGMOID if v3 else m.get("expert_gating_func", 1))
+    rope_dim, kv_rank = m.get("rope.dimension_count"), m.get("attention.kv_lora_rank")
+    # Since its latent projections are stored in two parts, a head's sizes go by other names.
+    split = m.has("blk.0.attn_k_b.weight")
+    key_dim = m.get("attention.key_length_mla" if split else "attention.key_length")
+    if split:
+        m.only("attention.head_count_kv", 1)
+        m.only("attention.key_length", kv_rank + rope_dim)
+        m.only("attention.value_length", kv_rank)
+    else:
+        m.only("attention.head_count_kv", m.get("attention.head_count"))
+    rope = rope_parameters(m, further=("scaling.yarn_log_multiplier",))
+    if rope["rope_type"] == "yarn":  # mscale is not recorded, and in every release that of all dimensions
+        mscale = round(10 * m.get("rope.scaling.yarn_log_multiplier", 0.1), 6)
+        rope |= {"mscale": mscale, "mscale_all_dim": mscale}
+    groups, groups_per_token = _deepseek_groups(m)
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"] if v3 else ["DeepseekV2ForCausalLM"],
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "hidden_size": m.get("embedding_length"),
+        "num_hidden_layers": m.get("block_count"), "num_attention_heads": m.get("attention.head_count"),
+        "intermediate_size": m.get("feed_forward_length"), "max_position_embeddings": m.get("context_length"),
+        "rms_norm_eps": m.get("attention.layer_norm_rms_epsilon"), "rope_parameters": rope,
+        "kv_lora_rank": kv_rank, "q_lora_rank": m.get("attention.q_lora_rank", 0) or None, "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": key_dim - rope_dim,
+        "v_head_dim": m.get("attention.value_length_mla" if split else "attention.value_length"),
+        "n_routed_experts": m.get("expert_count"), "num_experts_per_tok": m.get("expert_used_count"),
+        "moe_intermediate_size": m.get("expert_feed_forward_length"), "n_shared_experts": m.get("expert_shared_count"),
+        "first_k_dense_replace": m.get("leading_dense_block_count"),
+        "routed_scaling_factor": m.get("expert_weights_scale", 1.0),
+        "norm_topk_prob": m.get("expert_weights_norm", False), "n_group": groups, "topk_group": groups_per_token,
+        "topk_method": None if v3 else "group_limited_greedy" if groups > 1 else "greedy",
+        "tie_word_embeddings": not m.has("output.weight"),
+    }
+
+
+def _deepseek_groups(m: Metadata) -> tuple[int, int]:
+    """In how many groups the experts are, and from how many of them a token may choose."""
+    experts = m.get("expert_count")
+    if "expert_group_count" not in m.fields and experts not in _DEEPSEEK_GROUPS:
+        raise m.refusal(f"it does not record in how many groups its {experts} experts are; convert it again with a newer "
+                        "llama.cpp, or use the Hugging Face checkpoint")
+    groups, chosen = _DEEPSEEK_GROUPS.get(experts, (1, 1))
+    return m.get("expert_group_count", groups), m.get("expert_group_used_count", chosen)
+
+
+_LATENT = ("attn_k_b.weight", "attn_v_b.weight")
 _GPT_OSS_EXPERTS = {
     "experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     "experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
@@ -240,24 +334,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         joined={"input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")}),
     "gpt-oss": Architecture(name="GptOssForCausalLM", fields=_gpt_oss, joined=_GPT_OSS_EXPERTS, alternating=True,
                             transposed=("experts.gate_up_proj", "experts.down_proj")),
+    "starcoder2": Architecture(name="Starcoder2ForCausalLM", fields=_starcoder2, layer_norm=True),
+    "gptneox": Architecture(name="GPTNeoXForCausalLM", fields=_gptneox, own_fields=True, qkv_by_kind=True),
+    "qwen": Architecture(name="QWenLMHeadModel", fields=_qwen, own_fields=True),
+    "deepseek2": Architecture(name="DeepseekV3ForCausalLM", fields=_deepseek2, own_fields=True,
+                              joined={"kv_b_proj.weight": _LATENT}, swapped=_LATENT[:1], flattened=("kv_b_proj",)),
 }
 """By general.architecture. Whether we have the family is another matter, and its refusal names the nearest."""
 
-REFUSED = {
-    "starcoder2": "its sliding window is not recorded",
-    "gptneox": "its activation is not recorded, and releases differ in it",
-    "qwen": "its scaling of queries beyond the trained length is not recorded",
-    "deepseek2": "its latent projections are stored in two rearranged parts",
-}
-"""Architectures whose family we have, and why their GGUF files are not read."""
 
 
 def config_json(file: GGUFFile) -> dict[str, Any]:
     """The metadata as the fields of a Hugging Face `config.json`, so that one family reads both."""
     kind = file.metadata.get("general.architecture")
-    if kind in REFUSED:
-        raise ValueError(f"{file.path}: GGUF architecture {kind!r} is not supported ({REFUSED[kind]}); use the Hugging Face "
-                         "checkpoint")
     if kind not in ARCHITECTURES:
         raise ValueError(f"{file.path}: GGUF architecture {kind!r} is not supported; "
                          f"supported: {', '.join(ARCHITECTURES)}")

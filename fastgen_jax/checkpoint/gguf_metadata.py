@@ -100,9 +100,13 @@ def partial_rope(m: Metadata) -> dict[str, Any]:
             "partial_rotary_factor": m.get("rope.dimension_count", head_dim) / head_dim}
 
 
-def rope_parameters(m: Metadata) -> dict[str, Any]:
-    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling behind its table of frequency factors."""
-    unknown = {name for name in m.fields if name.startswith("rope.")} - {f"rope.{name}" for name in _ROPE_KEYS}
+def rope_parameters(m: Metadata, *, further: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling behind its table of frequency factors.
+
+    `further` are keys that the caller reads.
+    """
+    known = {f"rope.{name}" for name in (*_ROPE_KEYS, *further)}
+    unknown = {name for name in m.fields if name.startswith("rope.")} - known
     if unknown or m.fields.get("rope.scaling.attn_factor", 1.0) != 1.0:
         name = min(unknown or {"rope.scaling.attn_factor"})
         raise m.refusal(f"{m.kind}.{name} is not supported; supported: {', '.join(_ROPE_KEYS)}")

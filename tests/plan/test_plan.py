@@ -15,6 +15,8 @@ from fastgen_jax.plan.program import copied_in_loops, count_in_loops
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
 
+REFERENCE = Path(__file__).parents[1] / "reference"
+
 
 def plan(config: dict, topology: str, **changes) -> Plan:
     options = {"context": 8192, "budgets": [64, 512], "max_num_seqs": 64, "block_size": 128, "dtype": "bfloat16"}
@@ -173,3 +175,23 @@ def test_every_gpu_has_a_description_for_its_compiler(kind: str) -> None:
     memory = int(re.findall(r"device_memory_size: (\d+)", text)[0])
     assert 0.95 * DEVICES[kind].memory < memory <= DEVICES[kind].memory
     assert int(re.findall(r"memory_bandwidth: (\d+)", text)[0]) == pytest.approx(DEVICES[kind].bandwidth, rel=0.01)
+
+@pytest.mark.parametrize(("family", "settings"), [
+    ("gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+    ("deepseek_v3", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    ("llama", {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    ("llama", {"quant_method": "gptq", "bits": 4}),
+])
+def test_quantised_weights_are_planned_as_they_are_loaded(family: str, settings: dict) -> None:
+    tiny = {"gpt_oss": "families/gpt_oss/mxfp4", "deepseek_v3": "families/deepseek_v3/fp8", "llama": "tiny/default"}
+    config = json.loads((REFERENCE / tiny[family] / "config.json").read_text())
+    quantised = plan(config | {"quantization_config": settings}, "v5e:1x1", context=64)
+    plain = plan({name: value for name, value in config.items() if name != "quantization_config"}, "v5e:1x1", context=64)
+    assert quantised.memory == plain.memory
+    assert plain.memory.weights == 2 * plain.num_params  # experts in some layers, an MLP in others
+    assert f"bfloat16; on disk {settings['quant_method']}, dequantised while loading" in table(quantised)
+
+
+def test_a_quantisation_that_cannot_be_loaded_cannot_be_planned() -> None:
+    with pytest.raises(ValueError, match=r"quant_method='hqq'; read here: mxfp4, fp8, awq, gptq"):
+        plan(LLAMA_3_8B | {"quantization_config": {"quant_method": "hqq"}}, "v5e:2x4")
