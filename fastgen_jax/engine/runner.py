@@ -21,8 +21,16 @@ from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample, set_masks
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
+from fastgen_jax.models.moe import Experts
 from fastgen_jax.models.params import Params
-from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, sharded_attention, shardings, tensor_mesh
+from fastgen_jax.models.sharding import (
+    TENSOR,
+    partition_kv_cache,
+    sharded_attention,
+    sharded_experts,
+    shardings,
+    tensor_mesh,
+)
 
 # By device kind. On TPU7x the compiler would rather compute with tiles of 16 x 128 numbers of 16 bits than with those of
 # 8 x 128 that arrays arrive in, and would copy every stack of weights in every step; the products take as long with either.
@@ -181,9 +189,9 @@ def step_program(
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device.device_kind))
     if mesh is None:
-        return jit(partial(step, attention=attention, whole=None))
+        return jit(partial(step, attention=attention, experts=None, whole=None))
     whole = NamedSharding(mesh, PartitionSpec())
-    step = partial(step, attention=sharded_attention(mesh, attention), whole=whole)
+    step = partial(step, attention=sharded_attention(mesh, attention), experts=sharded_experts(mesh), whole=whole)
     cache = NamedSharding(mesh, PartitionSpec(None, TENSOR))
     return jit(step, out_shardings=(whole, cache, whole))
 
@@ -203,6 +211,7 @@ def _step(
     bucket: Bucket,
     config: ModelConfig,
     attention: str | Callable[..., Any] | None,
+    experts: Experts | None,
     activation_dtype: Any,
     whole: NamedSharding | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
@@ -213,7 +222,7 @@ def _step(
     num_devices = 1 if whole is None else whole.mesh.size
     logits, kv_cache = forward(
         params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype,
-        num_devices=num_devices,
+        num_devices=num_devices, experts=experts,
     )
     if whole is not None:  # each device samples for itself; divided sampling has a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, whole)

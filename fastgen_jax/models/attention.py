@@ -17,6 +17,7 @@ from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
 from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
+from fastgen_jax.models.moe import Experts
 from fastgen_jax.models.rope import rotation
 from pallas_kernels.ragged_attention import ragged_attention
 from pallas_kernels.rotary import rotary, rotate
@@ -35,6 +36,7 @@ class Step:
     num_blocks: int  # N
     num_devices: int  # that the weights are divided over; see `columns`
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]  # `ragged_attention`, or what stands in for it
+    experts: Experts | None  # what stands in for `moe.answer`
 
     def num_rows(self, rows: jax.Array | None) -> jax.Array:
         """How many of the tokens, or of the sampled `rows`, are no padding."""
@@ -48,7 +50,7 @@ def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
 
 def prepare_step(
     batch: RaggedBatch, kv_cache: KVCache, *, config: ModelConfig, implementation: str | Callable[..., Any] | None,
-    num_devices: int = 1,
+    num_devices: int = 1, experts: Experts | None = None,
 ) -> Step:
     """Computes once what depends on positions alone."""
     rotations = {
@@ -65,6 +67,7 @@ def prepare_step(
         batch=batch, num_tokens=batch.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
         num_blocks=kv_cache.k.shape[0] // config.num_layers, num_devices=num_devices,
+        experts=experts,
         attend=implementation if callable(implementation) else partial(ragged_attention, implementation=implementation),
     )
 

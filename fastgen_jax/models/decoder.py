@@ -22,6 +22,7 @@ from fastgen_jax.models.attention import Step, attention, prepare_step, take_row
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mlp import mlp
+from fastgen_jax.models.moe import Experts
 from fastgen_jax.models.params import EXPERT_MATRICES, Params, layers_with
 from pallas_kernels.matmul import linear
 
@@ -37,15 +38,18 @@ def forward(
     attention: str | Callable[..., Any] | None = None,
     activation_dtype: Any = None,
     num_devices: int = 1,
+    experts: Experts | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
     `attention` names an implementation of `ragged_attention`, or is one; None is the best for the platform.
     `activation_dtype` is that of the residual stream; None is the embedding's.
-    `num_devices` is how many the weights are divided over, by `models.sharding`. Rows of logits that are not used are
-    finite and meaningless.
+    `num_devices` is how many the weights are divided over, by `models.sharding`; `experts` is how those are then asked.
+    Rows of logits that are not used are finite and meaningless.
     """
-    step = prepare_step(batch, kv_cache, config=config, implementation=attention, num_devices=num_devices)
+    step = prepare_step(
+        batch, kv_cache, config=config, implementation=attention, num_devices=num_devices, experts=experts
+    )
 
     def layer(
         x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int, rows: jax.Array | None = None
@@ -154,7 +158,8 @@ def _sequential_layer(
     x = norm(y, w, "attn_norm", config=config) if place == "residual" else y
 
     h = norm(x, w, "mlp_norm", config=config) if before else x
-    y = mlp(h, w, config=config, num_tokens=step.num_rows(rows), residual=x if fused else None, num_devices=step.num_devices)
+    y = mlp(h, w, config=config, num_tokens=step.num_rows(rows), residual=x if fused else None,
+            num_devices=step.num_devices, experts=step.experts)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config) if after else y)
     return norm(y, w, "mlp_norm", config=config) if place == "residual" else y, cache
@@ -174,7 +179,8 @@ def _parallel_layer(
     x = take_rows(x, rows)
     for_mlp = take_rows(h, rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config)
     y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x)
-    y = mlp(for_mlp, w, config=config, num_tokens=step.num_rows(rows), residual=y, num_devices=step.num_devices)
+    y = mlp(for_mlp, w, config=config, num_tokens=step.num_rows(rows), residual=y, num_devices=step.num_devices,
+            experts=step.experts)
     return y, cache
 
 

@@ -9,21 +9,23 @@ import jax
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import ACTIVATIONS, project
-from fastgen_jax.models.moe import moe
+from fastgen_jax.models.moe import Experts, moe
 from pallas_kernels.matmul import swiglu
 
 
 def mlp(
     x: jax.Array, w: dict[str, Any], *, config: ModelConfig, num_tokens: jax.Array, residual: jax.Array | None,
-    num_devices: int = 1,
+    num_devices: int = 1, experts: Experts | None = None,
 ) -> jax.Array:
     """The MLP or the experts of `x` [T, E] (+ residual), whichever the weights `w` of the layer are for.
 
     Tokens from `num_tokens` on are padding. The columns of gate and up are in the order for `num_devices`; see `columns`.
+    `experts` is that of `moe`.
     """
     if "router" in w:
         assert config.moe is not None, "a layer with a router has experts"
-        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, num_devices=num_devices)
+        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, num_devices=num_devices,
+                   experts=experts)
     return project(_hidden(x, w, num_tokens, config, num_devices), w, "down", residual=residual, num_rows=num_tokens)
 
 

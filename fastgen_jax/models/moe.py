@@ -11,43 +11,41 @@ multiplied independently, and the results of a token are added up in the order i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.layers import project
 from fastgen_jax.models.moe_config import MoEConfig
+from fastgen_jax.models.params import EXPERT_MATRICES
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.matmul import linear, swiglu
+
+Experts = Callable[..., jax.Array]  # `answer`, or what stands in for it
+EXPERT_WEIGHTS = (*EXPERT_MATRICES, "expert_gate_up_bias", "expert_down_bias")
 
 _SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) is close to the normal distribution's, so x * sigmoid(1.702 x) to GELU
 
 
 def moe(
     x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array, residual: jax.Array | None,
-    num_devices: int = 1,
+    num_devices: int = 1, experts: Experts | None = None,
 ) -> jax.Array:
     """The experts' answer to `x` [T, E] (+ residual), in its dtype; sums are in float32.
 
     Tokens from `num_tokens` on are padding: they cost no expert any work, and what they get is finite.
-    The columns of gate and up are in the order for `num_devices`; see `columns`.
+    The columns of gate and up are in the order for `num_devices`; see `columns`. `experts` stands in for `answer` where
+    the weights are divided over devices.
     `w` holds the weights of the layer, or, with "first_expert" i32[], those of the experts of all layers, [L*X, ...].
     """
-    k = config.experts_per_token
+    assert num_devices == 1 or experts is not None, "each device asks its own part of the experts"
     used = jnp.arange(x.shape[0]) < num_tokens
     weights, chosen = route(x, w, config=config, num_tokens=num_tokens)
-    expert = jnp.where(used[:, None], chosen, config.num_experts).reshape(-1)  # [T * k]
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts), axis=0, dtype=jnp.int32)
-    rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
-    rows = _experts(rows, w, sizes, jnp.take(expert, order), config=config, num_devices=num_devices)
-    # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
-    # slow on accelerators and adds in no certain order.
-    mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1).astype(jnp.float32)
-    y = jnp.sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
+    chosen = jnp.where(used[:, None], chosen, config.num_experts)
+    mine = {name: w[name] for name in EXPERT_WEIGHTS if name in w}
+    y = (experts or answer)(x, mine, weights, chosen, w.get("first_expert", 0), config=config)
     if config.shared_dim:
         y = y + _shared_expert(x, w, num_tokens, num_devices).astype(jnp.float32)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
@@ -88,19 +86,38 @@ def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(merits.shape)
 
 
-def _experts(
-    rows: jax.Array, w: Mapping[str, Any], sizes: jax.Array, expert: jax.Array, *, config: MoEConfig, num_devices: int
+def answer(
+    x: jax.Array, w: Mapping[str, Any], weights: jax.Array, chosen: jax.Array, first: int | jax.Array, *, config: MoEConfig
+) -> jax.Array:
+    """f32[T, E]: the results of each token's experts `chosen` i32[T, k], times `weights` f32[T, k], added up.
+
+    Expert number X stands for none. `w` holds `EXPERT_WEIGHTS`, and `first` is the place of this layer's first matrix.
+    """
+    k = config.experts_per_token
+    expert = chosen.reshape(-1)  # [T * k]
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts), axis=0, dtype=jnp.int32)
+    rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
+    rows = _multiply(rows, w, sizes, jnp.take(expert, order), first, config=config)
+    # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
+    # slow on accelerators and adds in no certain order.
+    mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1).astype(jnp.float32)
+    used = chosen < config.num_experts
+    return jnp.sum(jnp.where(used[:, :, None], mine * weights[:, :, None], 0.0), axis=1)
+
+
+def _multiply(
+    rows: jax.Array, w: Mapping[str, Any], sizes: jax.Array, expert: jax.Array, first: int | jax.Array, *, config: MoEConfig
 ) -> jax.Array:
     """Every row [T * k, E] through its expert; rows are sorted by `expert` i32[T * k], `sizes` i32[X] count them."""
-    first = w.get("first_expert", 0)
     if config.swiglu_limit is None:
-        hidden = grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first, shards=num_devices)
+        hidden = grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first)
         return grouped_matmul(hidden, w["expert_down"], sizes, first_group=first)
     # Padding has the number X, one past the last bias; it may have any.
     hidden = grouped_matmul(rows, w["expert_gate_up"], sizes, first_group=first)
     if config.expert_bias:
         hidden = hidden + jnp.take(w["expert_gate_up_bias"], expert, axis=0, mode="clip")
-    hidden = clamped_swiglu(*split_columns(hidden, 2 * (config.expert_dim,), num_devices), limit=config.swiglu_limit)
+    hidden = clamped_swiglu(*jnp.split(hidden, 2, axis=-1), limit=config.swiglu_limit)
     y = grouped_matmul(hidden, w["expert_down"], sizes, first_group=first)
     return y + jnp.take(w["expert_down_bias"], expert, axis=0, mode="clip") if config.expert_bias else y
 

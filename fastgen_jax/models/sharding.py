@@ -1,13 +1,14 @@
 """Tensor parallelism: heads, MLP columns and vocabulary are divided over one axis of a device mesh.
 
 The forward pass stays as it is written: weights and cache carry shardings, XLA inserts the sums, two a layer. It is told
-two things: in which order fused columns lie (see `columns`), and, since a kernel is opaque to XLA, how to attend: each
-device runs it on its own heads and its own part of the cache.
+three things: in which order fused columns lie (see `columns`), and, since a kernel is opaque to XLA, how to attend and how
+to ask experts: each device runs a kernel on its own heads and part of the cache, or on its own columns of every expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fastgen_jax.core import KVCache
 from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import ParamSpec, param_specs
+from fastgen_jax.models.moe import Experts, answer
+from fastgen_jax.models.moe_config import MoEConfig
+from fastgen_jax.models.params import ParamSpec, moe_specs, param_specs
 from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.ragged_attention import ragged_attention
 
@@ -123,3 +126,32 @@ def sharded_attention(mesh: Mesh, implementation: str | None = None) -> Callable
         )((q, k, v, k_cache, v_cache), whole, of_heads)
 
     return attend
+
+
+def sharded_experts(mesh: Mesh) -> Experts:
+    """`moe.answer` over the hidden units of each device of `mesh`; arguments and results as there."""
+
+    def ask(
+        x: jax.Array, w: Mapping[str, Any], weights: jax.Array, chosen: jax.Array, first: int | jax.Array, *,
+        config: MoEConfig,
+    ) -> jax.Array:  # fmt: skip
+        mine = dataclasses.replace(config, expert_dim=config.expert_dim // mesh.size)
+        axes = moe_specs(x.shape[1], config)
+
+        def partition(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+            is_scale = getattr(path[-1], "name", None) == "scales"
+            return partition_leaf(axes[path[0].key], leaf.ndim, is_scale=is_scale)
+
+        def local(x: jax.Array, w: dict[str, Any], *whole: jax.Array) -> jax.Array:
+            if "expert_down_bias" in w:  # is added once
+                first_device = jax.lax.axis_index(TENSOR) == 0
+                w = w | {"expert_down_bias": jnp.where(first_device, w["expert_down_bias"], 0)}
+            return jax.lax.psum(answer(x, w, *whole, config=mine), TENSOR)
+
+        whole = PartitionSpec()
+        specs = jax.tree_util.tree_map_with_path(partition, dict(w))
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(whole, specs, whole, whole, whole), out_specs=whole, check_vma=False
+        )(x, dict(w), weights, chosen, jnp.asarray(first, jnp.int32))
+
+    return ask
