@@ -42,11 +42,12 @@ $(TPU_DIR)/.installed: $(STAMP)
 # So does XLA's GPU compiler with NVIDIA's assembler: 1.4 GB, without the libraries that only a running GPU needs. The kernel
 # for Ampere wants a jax that exists for Python 3.12 and newer alone, so these are preferred where they are installed.
 GPU_VENV ?= .venv-gpu
+GPU_CHECK_OPTIONS ?=
 GPU_PYTHON ?= $(shell for python in python3.13 python3.12 $(PYTHON); do \
   if $$python -c '' 2>/dev/null; then echo $$python; break; fi; done)
 gpu-compile-check:
 	if $(MAKE) --silent $(GPU_VENV)/.installed; \
-	then JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m tests.gate.gpu_compile_check; \
+	then JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m tests.gate.gpu_compile_check $(GPU_CHECK_OPTIONS); \
 	else echo 'gpu-compile-check SKIPPED: the CUDA plugin of jax cannot be installed here'; fi
 
 $(GPU_VENV)/.installed: pyproject.toml

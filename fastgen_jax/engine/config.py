@@ -172,7 +172,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         )
     max_context_len = config.max_context_len or model.max_context_len
     kv_dtype = config.kv_dtype or dtype
-    block_size = config.block_size or (128 if platform == "tpu" and kv_dtype in QUANTIZED_DTYPES else 32)
+    block_size = config.block_size or (128 if platform in ("tpu", "gpu") and kv_dtype in QUANTIZED_DTYPES else 32)
     blocks_a_sequence = -(-max_context_len // block_size)
     num_blocks = config.num_blocks
     if num_blocks is None:

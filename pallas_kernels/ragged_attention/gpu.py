@@ -17,7 +17,7 @@ from pallas_kernels.ragged_attention import gpu_ampere, gpu_hopper, gpu_support
 from pallas_kernels.ragged_attention.gpu_plan import combine, plan_chunks, plan_pieces
 from pallas_kernels.ragged_attention.gpu_tile import GRANULE, Spec
 from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles, choose
-from pallas_kernels.ragged_attention.quantized import Cache
+from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tile_file import Shape
 from pallas_kernels.ragged_attention.xla import write_kv
 
@@ -49,9 +49,9 @@ def ragged_attention_gpu(
 ) -> tuple[jax.Array, Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
 
-    q is rounded to the dtype of the caches. `generation` is "hopper" or "ampere", None takes that of the GPU that is
-    lowered for, and where there is none, Hopper. `tiles` None takes the measured or modelled ones; `interpret`
-    is that of `plgpu.kernel`. Raises ValueError for what `gpu_support.unsupported` names.
+    q is rounded to the dtype of the caches, to bfloat16 where they have 8 bits. `generation` is "hopper" or "ampere"; None
+    takes that of the GPU that is lowered for, and where there is none, Hopper. `tiles` None takes the measured or modelled
+    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError for what `gpu_support.unsupported` names.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -68,12 +68,18 @@ def ragged_attention_gpu(
         )  # fmt: skip
         tiles = choose(shape, generation)
     layer = jnp.asarray(layer, jnp.int32)
+    dtype = jnp.dtype(jnp.bfloat16) if isinstance(k_cache, QuantizedCache) else k_cache.dtype  # of operands
     k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=kv_slots, layer=layer, num_blocks=num_blocks)
 
     window = NO_WINDOW if sliding_window is None else jnp.minimum(sliding_window, NO_WINDOW)
     window = jnp.asarray(window, jnp.int32)
-    queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(k_cache.dtype)
-    operands = {"k_cache": k_cache, "v_cache": v_cache, "tables": block_tables}
+    queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype)
+    operands = {"tables": block_tables}
+    for name, cache in (("k", k_cache), ("v", v_cache)):
+        if isinstance(cache, QuantizedCache):
+            operands |= {f"{name}_cache": cache.values, f"{name}_scales": cache.scales}
+        else:
+            operands[f"{name}_cache"] = cache
     of_heads = {name: x for name, x in (("slopes", alibi_slopes), ("sinks", sinks)) if x is not None}
     lengths = query_starts[1:] - query_starts[:-1]
     index = {"query_starts": query_starts, "context_lens": context_lens, "first_block": layer * num_blocks,
@@ -84,7 +90,7 @@ def ragged_attention_gpu(
         return Spec(
             group=group, head_dim=head_dim, block_size=block_size, rows=rows, rows_in=rows_in, rows_out=rows_out, keys=keys,
             stages=stages, blocks=tiles.blocks, scale=scale, soft_cap=soft_cap, has_window=sliding_window is not None,
-            partial=partial, dtype=k_cache.dtype, interpreted=bool(interpret),
+            partial=partial, dtype=dtype, cache_dtype=k_cache.dtype, interpreted=bool(interpret),
         )  # fmt: skip
 
     def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Any:

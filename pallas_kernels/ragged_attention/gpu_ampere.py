@@ -24,12 +24,14 @@ from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.ragged_attention.gpu_support import AMPERE_SHORT, copied_bytes
 from pallas_kernels.ragged_attention.gpu_tile import (
+    DEQUANTISED_ROWS,
     ROW,
     SEQUENCE,
     Rows,
     Spec,
     Tile,
     blocks_of,
+    dequantise,
     for_each_tile,
     over_steps,
 )
@@ -58,7 +60,9 @@ def num_threads(spec: Spec) -> int:
 def shared_bytes(spec: Spec) -> int:
     """Of the buffers; the compiler's scratch comes on top."""
     exchange = 4 * spec.rows * spec.keys if _shares_rows(spec) else 0
-    return 2 * spec.head_dim * (spec.rows_in + 2 * spec.stages * spec.keys) + exchange
+    operands = 2 * 2 * spec.keys * spec.head_dim if spec.quantised else 0
+    buffers = 2 * spec.stages * spec.keys * spec.head_dim * jnp.dtype(spec.cache_dtype).itemsize
+    return 2 * spec.head_dim * spec.rows_in + buffers + operands + exchange
 
 
 def _shares_rows(spec: Spec) -> bool:
@@ -68,15 +72,22 @@ def _shares_rows(spec: Spec) -> bool:
 
 def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
     """Runs in the warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
-    width = copied_bytes(min(spec.keys, spec.block_size), spec.head_dim)
-    assert width is not None  # gpu_support refuses it
-    tiled = plgpu.TilingTransform((8, width // 2)), plgpu.SwizzleTransform(width)
-    ring = (spec.stages, spec.keys, spec.head_dim)
-    scratch: dict[str, Any] = {
-        "q_buffer": plgpu.SMEM((spec.rows_in, spec.head_dim), spec.dtype, transforms=tiled),
-        "k_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
-        "v_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
-    }
+    copied = min(spec.keys, spec.block_size)
+
+    def tiled(dtype: Any) -> tuple[Any, Any]:
+        size = jnp.dtype(dtype).itemsize
+        width = copied_bytes(copied, spec.head_dim, size)
+        assert width is not None  # gpu_support refuses it
+        return plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width)
+
+    def buffer(*shape: int, dtype: Any) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=tiled(dtype))
+
+    scratch: dict[str, Any] = {"q_buffer": buffer(spec.rows_in, spec.head_dim, dtype=spec.dtype)}
+    for kind in ("k", "v"):
+        scratch[f"{kind}_buffer"] = buffer(spec.stages, spec.keys, spec.head_dim, dtype=spec.cache_dtype)
+        if spec.quantised:
+            scratch[f"{kind}_operand"] = buffer(spec.keys, spec.head_dim, dtype=spec.dtype)
     if _shares_rows(spec):
         by_float = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
         scratch["scores"] = plgpu.SMEM((spec.rows, spec.keys), jnp.float32, transforms=by_float)
@@ -85,7 +96,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
         scratch["full"] = plgpu.Barrier(num_arrivals=2 * spec.copies, num_barriers=spec.stages)
 
     def body(*allocated: Any) -> None:
-        block = _Block(refs | dict(zip(scratch, allocated, strict=True)), spec, columns=width // 2)
+        block = _Block(refs | dict(zip(scratch, allocated, strict=True)), spec, columns=tiled(spec.dtype)[0].tiling[1])
         for_each_tile(refs, spec, block.compute)
 
     pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
@@ -139,10 +150,11 @@ class _Block:
         ahead = i + (spec.stages - 1)
         pl.when(ahead < tile.num_steps)(lambda: self.fetch(tile, ahead, steps_before))
         self.await_step(slot, is_followed=ahead < tile.num_steps)
-        scores = self.product_with_keys(slot)
+        keys, values = (self.operand(kind, tile, i, slot) for kind in ("k", "v"))
+        scores = self.product_with_keys(keys)
         weights, keep, top, total = rows.weigh(scores, i, top, total, masked=masked)
         num_keys = tile.end - tile.first - i * spec.keys if masked else None
-        acc = self.add_product(acc * self.along_rows(keep, acc.shape), weights.astype(spec.dtype), slot, num_keys)
+        acc = self.add_product(acc * self.along_rows(keep, acc.shape), weights.astype(spec.dtype), values, num_keys)
         if spec.interpreted:
             plgpu.commit_smem()  # its copies are TMA's, which do not wait for plain reads without a fence; cp.async does
         return acc, top, total
@@ -175,6 +187,19 @@ class _Block:
         following = 2 * self.spec.copies * (self.spec.stages - 1)
         lax.cond(is_followed, lambda: plgpu.wait_gmem_to_smem(following), lambda: plgpu.wait_gmem_to_smem(0))
 
+    def operand(self, kind: str, tile: Tile, i: jax.Array, slot: jax.Array) -> Any:
+        """The keys or values of the tile's step i, dequantised where they have 8 bits."""
+        spec, refs = self.spec, self.refs
+        numbers = refs[f"{kind}_buffer"].at[slot]
+        if not spec.quantised:
+            return numbers
+        ((block, offset),) = blocks_of(tile, i, refs, spec)  # a block has all of them
+        for part in range(0, spec.keys, DEQUANTISED_ROWS):
+            rows = pl.ds(part, DEQUANTISED_ROWS)
+            scales = refs[f"{kind}_scales"].at[block, tile.head, pl.ds(offset + part, DEQUANTISED_ROWS)]
+            dequantise(numbers.at[rows], scales, refs[f"{kind}_operand"].at[rows], spec, by_way_of=jnp.float32)
+        return refs[f"{kind}_operand"]
+
     # Products.
 
     def zeros(self, shape: tuple[int, ...]) -> jax.Array:
@@ -186,9 +211,9 @@ class _Block:
     def as_result(self, x: jax.Array) -> jax.Array:
         return x if self.spec.interpreted else plgpu.layout_cast(x, self.result)
 
-    def product_with_keys(self, slot: jax.Array) -> jax.Array:
+    def product_with_keys(self, keys: Any) -> jax.Array:
         """queries @ keys.T, f32[rows, keys]."""
-        spec, queries, keys = self.spec, self.refs["q_buffer"], self.refs["k_buffer"].at[slot]
+        spec, queries = self.spec, self.refs["q_buffer"]
         if spec.interpreted:
             queries = queries[pl.ds(0, spec.rows)]
             scores = lax.dot_general(queries, keys[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -205,9 +230,9 @@ class _Block:
         # Two lanes meet in a bank, as when they were stored.
         return self.load(self.refs["scores"], self.left, optimized=False)
 
-    def add_product(self, acc: jax.Array, weights: jax.Array, slot: jax.Array, num_keys: jax.Array | None) -> jax.Array:
+    def add_product(self, acc: jax.Array, weights: jax.Array, values: Any, num_keys: jax.Array | None) -> jax.Array:
         """acc + weights @ values. What lies behind the first `num_keys` values may be NaN."""
-        spec, values = self.spec, self.refs["v_buffer"].at[slot]
+        spec = self.spec
         if not (spec.interpreted or _shares_rows(spec)):
             weights = self.as_left(weights)
         for key in range(0, spec.keys, MMA_KEYS):

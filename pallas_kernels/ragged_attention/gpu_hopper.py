@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_attention.gpu_tile import (
+    DEQUANTISED_ROWS,
     GRANULE,
     ROW,
     SEQUENCE,
@@ -25,11 +26,14 @@ from pallas_kernels.ragged_attention.gpu_tile import (
     Spec,
     Tile,
     blocks_of,
+    dequantise,
     for_each_tile,
     over_steps,
 )
 
 WARPGROUP_ROWS = 64  # rows of one WGMMA
+# Of a thread where two warpgroups compute and one copies, 504 in all; without and with 8 bits to dequantise.
+COMPUTE_REGISTERS, COPY_REGISTERS = (232, 208), (40, 88)
 
 
 def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, int]:
@@ -49,6 +53,9 @@ def _warpgroups(spec: Spec) -> int:
     return spec.rows // WARPGROUP_ROWS
 
 
+STAGED = 2  # steps of 8 bits that wait to be dequantised
+
+
 def _tiled(spec: Spec, itemsize: int) -> tuple[Any, Any]:
     """The layout in shared memory of rows [D]: the widest pattern of bytes that divides one."""
     swizzle = next(width for width in (128, 64, 32) if (itemsize * spec.head_dim) % width == 0)
@@ -58,7 +65,8 @@ def _tiled(spec: Spec, itemsize: int) -> tuple[Any, Any]:
 def shared_bytes(spec: Spec) -> int:
     """Of the buffers; barriers and the compiler's scratch come on top."""
     results = 4 * spec.rows * (spec.head_dim + 1) if spec.partial else 0
-    return 2 * spec.head_dim * (spec.rows + 2 * spec.stages * spec.keys) + results
+    staged = 2 * STAGED * spec.keys * (spec.head_dim + 4) if spec.quantised else 0
+    return 2 * spec.head_dim * (spec.rows + 2 * spec.stages * spec.keys) + results + staged
 
 
 def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
@@ -66,16 +74,22 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
     tiled, warpgroups = _tiled(spec, 2), _warpgroups(spec)
     q_shape = (warpgroups, WARPGROUP_ROWS, spec.head_dim)
     ring = (spec.stages, spec.keys, spec.head_dim)
+    arrivals = 1 if spec.quantised else spec.copies  # of who dequantises, or of the copies
     scratch: dict[str, Any] = {
         "q_buffer": plgpu.SMEM(q_shape, spec.dtype, transforms=tiled),
         "k_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
         "v_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
         "q_full": plgpu.Barrier(num_barriers=warpgroups),
-        "k_full": plgpu.Barrier(num_arrivals=spec.copies, num_barriers=spec.stages),
-        "v_full": plgpu.Barrier(num_arrivals=spec.copies, num_barriers=spec.stages),
+        "k_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=spec.stages),
+        "v_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=spec.stages),
         "k_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=spec.stages),
         "v_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=spec.stages),
     }
+    if spec.quantised:
+        for kind in ("k", "v"):
+            values = plgpu.SMEM((STAGED, *ring[1:]), spec.cache_dtype, transforms=_tiled(spec, 1))
+            scratch |= {f"{kind}_staged": values, f"{kind}_factors": plgpu.SMEM((STAGED, spec.keys), jnp.float32)}
+        scratch["staged"] = plgpu.Barrier(num_arrivals=4 * spec.copies, num_barriers=STAGED)
     if warpgroups > 1:
         scratch["turn"] = plgpu.Barrier(num_arrivals=warpgroups)
     if spec.partial:
@@ -101,7 +115,7 @@ class _Block:
         @pl.when(self.warpgroup < self.warpgroups)
         def _() -> None:
             if self.warpgroups > 1:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(COMPUTE_REGISTERS[self.spec.quantised], action="increase")
                 pl.when(self.warpgroup == 1)(self.take_turn)
             for_each_tile(self.refs, self.spec, self.compute)
             if self.warpgroups > 1:
@@ -110,8 +124,11 @@ class _Block:
         @pl.when(self.warpgroup == self.warpgroups)
         def _() -> None:
             if self.warpgroups > 1:
-                plgpu.set_max_registers(40, action="decrease")
-            self.await_last_reads(for_each_tile(self.refs, self.spec, self.copy))
+                plgpu.set_max_registers(COPY_REGISTERS[self.spec.quantised], action="decrease")
+            num_steps = for_each_tile(self.refs, self.spec, self.copy)
+            if self.spec.quantised:
+                pl.when(num_steps > 0)(lambda: self.dequantise(num_steps - 1))
+            self.await_last_reads(num_steps)
 
     # The warpgroup that copies. Steps are counted over all tiles of the block: step n uses buffer n % stages.
 
@@ -124,6 +141,10 @@ class _Block:
         def step(i: jax.Array, _: None) -> None:
             n = steps_before + i
             blocks = blocks_of(tile, i, self.refs, self.spec)
+            if self.spec.quantised:
+                self.stage(tile, n, blocks)
+                pl.when(n > 0)(lambda: self.dequantise(n - 1))
+                return
             for kind in ("k", "v"):
                 pl.when(n >= self.spec.stages)(lambda kind=kind: self.await_free(n, kind))
                 self.fetch(tile, n, kind, blocks)
@@ -146,6 +167,36 @@ class _Block:
                 self.refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)],
                 self.refs[f"{kind}_full"].at[slot],
             )
+
+    def stage(self, tile: Tile, n: jax.Array, blocks: list[tuple[jax.Array, Any]]) -> None:
+        """Sends for step n in 8 bits, to where step n - 2 was dequantised."""
+        refs, slot = self.refs, lax.rem(n, jnp.int32(STAGED))
+        rows = min(self.spec.keys, self.spec.block_size)
+        for j, (block, offset) in enumerate(blocks):
+            for kind in ("k", "v"):
+                for source, target in (("cache", "staged"), ("scales", "factors")):
+                    plgpu.copy_gmem_to_smem(
+                        refs[f"{kind}_{source}"].at[block, tile.head, pl.ds(offset, rows)],
+                        refs[f"{kind}_{target}"].at[slot, pl.ds(j * rows, rows)],
+                        refs["staged"].at[slot],
+                    )
+
+    def dequantise(self, n: jax.Array) -> None:
+        """Fills the buffers of step n while its successor is under way."""
+        spec, refs = self.spec, self.refs
+        staged, slot = lax.rem(n, jnp.int32(STAGED)), lax.rem(n, jnp.int32(spec.stages))
+        by_way_of = jnp.bfloat16 if spec.cache_dtype == jnp.int8 else jnp.float16
+        plgpu.barrier_wait(refs["staged"].at[staged])
+        for kind in ("k", "v"):
+            pl.when(n >= spec.stages)(lambda kind=kind: self.await_free(n, kind))
+            for part in range(0, spec.keys, DEQUANTISED_ROWS):
+                rows = pl.ds(part, DEQUANTISED_ROWS)
+                dequantise(
+                    refs[f"{kind}_staged"].at[staged, rows], refs[f"{kind}_factors"].at[staged, rows],
+                    refs[f"{kind}_buffer"].at[slot, rows], spec, by_way_of=by_way_of,
+                )  # fmt: skip
+            plgpu.commit_smem()  # before WGMMA reads these, and before the next copy overwrites what they were made from
+            plgpu.barrier_arrive(refs[f"{kind}_full"].at[slot])
 
     # The warpgroups that compute.
 

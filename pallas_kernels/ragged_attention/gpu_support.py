@@ -8,9 +8,10 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention.quantized import Cache
+from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
-CACHE_DTYPES = (jnp.bfloat16, jnp.float16)
+CACHE_DTYPES = (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn)
+QUANTISED_BLOCK = 64  # tokens, the fewest of a block of 8 bits: rows that are dequantised together
 MAX_HEAD_DIM = 256
 MAX_GROUP = 120  # a tile has up to 128 rows, and begins at a multiple of 8
 AMPERE_SHORT = 48  # query heads a KV head, up to which Ampere's tiles have 64 rows; beyond they have 128
@@ -73,7 +74,8 @@ def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted:
         wanted = ".".join(map(str, AMPERE_JAX))
         return f"of GPUs of compute capability 8 needs jax {wanted} or newer but this is {jax.__version__}; install that"
     if k_cache.dtype not in CACHE_DTYPES:
-        return f"takes bfloat16 and float16 caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
+        names = "bfloat16, float16, int8 and float8_e4m3fn"
+        return f"takes {names} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         return (
             f"takes heads of multiples of 16 numbers up to {MAX_HEAD_DIM} but D is {head_dim}; "
@@ -81,8 +83,10 @@ def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted:
         )
     if block_size < 8 or block_size & (block_size - 1):
         return f"needs a block size that is a power of two of at least 8, but it is {block_size}"
-    if generation == "ampere" and copied_bytes(block_size, head_dim) is None:
-        needed = next(rows for rows in (16, 32) if copied_bytes(rows, head_dim))
+    if isinstance(k_cache, QuantizedCache):
+        return _quantised_unsupported(k_cache, num_heads // num_kv_heads, generation)
+    if generation == "ampere" and copied_bytes(block_size, head_dim, 2) is None:
+        needed = next(rows for rows in (16, 32) if copied_bytes(rows, head_dim, 2))
         return f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}"
     most = MAX_GROUP_WIDE[generation] if head_dim > 128 else MAX_GROUP
     if num_heads // num_kv_heads > most:
@@ -90,15 +94,29 @@ def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted:
     return None
 
 
-def copied_bytes(rows: int, head_dim: int) -> int | None:
+def _quantised_unsupported(k_cache: Cache, group: int, generation: str) -> str | None:
+    _, _, block_size, head_dim = k_cache.shape
+    most_heads = MAX_GROUP_WIDE[generation]  # the same limits as where D is beyond 128
+    if head_dim % 32 or head_dim > 128:
+        return f"takes 8-bit caches of heads of multiples of 32 numbers up to 128 but D is {head_dim}; store bfloat16"
+    if block_size < QUANTISED_BLOCK:
+        return f"takes 8-bit caches in blocks of at least {QUANTISED_BLOCK} tokens but they have {block_size}"
+    if group > most_heads:
+        return f"takes up to {most_heads} query heads a KV head with an 8-bit cache but there are {group}; store bfloat16"
+    if generation == "ampere" and k_cache.dtype == jnp.float8_e4m3fn:
+        return "of GPUs of compute capability 8 takes int8 caches but no float8_e4m3fn; store int8"
+    return None
+
+
+def copied_bytes(rows: int, head_dim: int, itemsize: int) -> int | None:
     """On Ampere: the width of the widest tiles that `rows` rows can be copied in; None if there is none.
 
     A tile is 8 rows of so many bytes. The four warps that copy together share the tiles in a grid of 4 x 1, 2 x 2 or 1 x 4.
     """
     for width in (128, 64, 32):
-        high, wide = rows // 8, 2 * head_dim // width
+        high, wide = rows // 8, itemsize * head_dim // width
         shared_out = wide % 4 == 0 if high % 2 else wide % 2 == 0 if high % 4 else True
-        if 2 * head_dim % width == 0 and shared_out:
+        if itemsize * head_dim % width == 0 and shared_out:
             return width
     return None
 

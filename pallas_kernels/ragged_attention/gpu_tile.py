@@ -48,13 +48,18 @@ class Spec:
     soft_cap: float | None
     has_window: bool
     partial: bool  # float32 results and their log-sum-exp
-    dtype: Any  # of q and the caches
+    dtype: Any  # of q and the operands of products
+    cache_dtype: Any  # the same, or 8 bits: the kernel rounds number times scale to `dtype` before it multiplies
     interpreted: bool  # runs in Pallas' interpreter, which lacks some constructs
 
     @property
     def queries(self) -> int:
         """Queries of a chunk tile. It begins at a granule, so that rows of the query before may come first."""
         return (self.rows - (GRANULE - 1 if self.group % GRANULE else 0)) // self.group
+
+    @property
+    def quantised(self) -> bool:
+        return self.cache_dtype != self.dtype
 
     @property
     def copies(self) -> int:
@@ -204,7 +209,26 @@ class Rows:
     def _row_vector(self, ref: Any) -> jax.Array:
         if self.spec.interpreted:
             return ref[...]
-        # From global memory, a few bytes a thread, once a tile. Newer versions of JAX take no index.
-        index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []
-        return plgpu.load(ref, *index, layout=self._layout.reduce(1), optimized=False)
+        return _load(ref, self._layout.reduce(1))  # from global memory, a few bytes a thread, once a tile
 
+
+def _load(ref: Any, layout: Any) -> jax.Array:
+    index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # newer versions of JAX take none
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+DEQUANTISED_ROWS = 64  # at a time
+
+
+def dequantise(values: Any, scales: Any, target: Any, spec: Spec, *, by_way_of: Any) -> None:
+    """Writes numbers of 8 bits [64, D] times their rows' scales f32[64] to shared memory, in `spec.dtype`.
+
+    `by_way_of` is a dtype that has all these numbers and that the hardware converts them to.
+    """
+    if spec.interpreted:
+        target[...] = (values[...].astype(jnp.float32) * scales[...][:, None]).astype(spec.dtype)
+        return
+    layout = plgpu.Layout.WGMMA_UPCAST_2X  # four numbers of a row to a thread
+    numbers = _load(values, layout).astype(by_way_of).astype(jnp.float32)
+    factors = lax.broadcast_in_dim(_load(scales, layout.reduce(1)), numbers.shape, [0])
+    target[...] = (numbers * plgpu.layout_cast(factors, layout)).astype(spec.dtype)

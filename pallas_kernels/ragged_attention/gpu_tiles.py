@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from pallas_kernels.ragged_attention import gpu_support
 from pallas_kernels.ragged_attention.gpu_support import AMPERE_SHORT
+from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.tile_file import Shape, measured
 
 
@@ -44,11 +45,16 @@ def choose(shape: Shape, generation: str) -> GpuTiles:
     kind = gpu_support.device_kind()
     group = shape.num_heads // shape.num_kv_heads
     found = measured(shape, kind, GpuTiles) if kind else None
-    return found or modelled(shape.head_dim, group, generation, multiprocessors=gpu_support.multiprocessors())
+    return found or modelled(
+        shape.head_dim, group, generation, quantised=is_quantized(shape.dtype),
+        multiprocessors=gpu_support.multiprocessors(),
+    )  # fmt: skip
 
 
-def modelled(head_dim: int, group: int, generation: str, *, multiprocessors: int | None = None) -> GpuTiles:
-    """Tiles for a head size and query heads a KV head: as many stages as fit in shared memory."""
+def modelled(
+    head_dim: int, group: int, generation: str, *, quantised: bool = False, multiprocessors: int | None = None
+) -> GpuTiles:
+    """Tiles for a head size, query heads a KV head and caches of 16 or 8 bits: as many stages as fit in shared memory."""
     gpu = GENERATIONS[generation]
     multiprocessors = multiprocessors or gpu.multiprocessors
     blocks = gpu.resident * multiprocessors
@@ -59,11 +65,13 @@ def modelled(head_dim: int, group: int, generation: str, *, multiprocessors: int
         # of 128 rows), registers would not suffice for more than 32.
         keys = 64 if head_dim <= 128 and group <= AMPERE_SHORT else 32
         return GpuTiles(chunk_keys=keys, chunk_stages=2, single_keys=keys, single_stages=2, **common)
-    # Beyond 128 the accumulator takes 128 registers a thread, and fewer scores fit beside it.
-    keys = 128 if head_dim <= 128 else 64
+    # Beyond 128 the accumulator takes 128 registers a thread, and fewer scores fit beside it. Two steps of 8 bits wait to be
+    # dequantised beside the stages.
+    keys = 128 if head_dim <= 128 and not quantised else 64
+    staged = 4 * keys * (head_dim + 4) if quantised else 0
 
     def stages(rows: int) -> int:
-        return max(2, min(4, (gpu.shared_bytes - 2 * head_dim * rows) // (4 * head_dim * keys)))
+        return max(2, min(4, (gpu.shared_bytes - 2 * head_dim * rows - staged) // (4 * head_dim * keys)))
 
     # Two warpgroups of 64 rows; of single queries one, whose float32 results take as much as two tiles of queries.
     return GpuTiles(chunk_keys=keys, chunk_stages=stages(128), single_keys=keys, single_stages=stages(192), **common)

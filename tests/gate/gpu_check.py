@@ -30,12 +30,13 @@ import numpy as np
 from pallas_kernels.ragged_attention import gpu_support
 from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
 from pallas_kernels.ragged_attention.gpu_tiles import modelled
+from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.gate.shapes import Call
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 DECODE_TARGET, PROMPT_TARGET = 0.8, 0.6  # of measured bandwidth, of the measured rate of matrix products
-TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
+TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 TINY = "--tiny" in sys.argv
 ROUNDS, REPEATS = (1, 1) if TINY else (5, 10)
 
@@ -60,6 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "soft cap": {"soft_cap": 5.0},
     "ALiBi": {"alibi": True},
     "sinks": {"sinks": True},
+    "int8": {"dtype": jnp.int8, "block_size": 128},
+    "int8, B=64, D=64": {"dtype": jnp.int8, "block_size": 64, "head_dim": 64},
+    "float8": {"dtype": jnp.float8_e4m3fn, "block_size": 128},
     "all": {"sliding_window": 300, "soft_cap": 5.0, "alibi": True, "sinks": True, "group": 3},
 }
 
@@ -75,7 +79,7 @@ class Kernels:
         """The kernel as it is used, or interpreted with few thread blocks."""
         if not self.interpret:
             return ragged_attention_gpu
-        tiles = dataclasses.replace(modelled(head_dim, group, self.generation), blocks=2, pieces=4)
+        tiles = dataclasses.replace(modelled(head_dim, group, self.generation, quantised=True), blocks=2, pieces=4)
         return functools.partial(
             ragged_attention_gpu, tiles=tiles, generation=self.generation, interpret=self.interpret
         )
@@ -90,7 +94,7 @@ def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernel
     batch = make_batch(chunks, **shape)
     heads, dtype = shape["num_kv_heads"] * shape["group"], jnp.dtype(shape["dtype"])
     for name in ("q", "k", "v"):
-        batch.arrays[name] = batch.arrays[name].astype(dtype)
+        batch.arrays[name] = batch.arrays[name].astype(jnp.bfloat16 if is_quantized(dtype) else dtype)
     extras = {"alibi_slopes": jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)} if alibi else {}
     extras |= {"sinks": jnp.asarray(np.linspace(-3, 6, heads), jnp.float32)} if sinks else {}
     arguments = batch.arguments()
@@ -99,7 +103,9 @@ def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernel
         jax.jit(functools.partial(function, **static))(**arguments, **extras)
         for function in (ragged_attention_reference, kernels.attention(shape["head_dim"], shape["group"]))
     ]
-    (expected, *caches), (out, *ours) = [[np.asarray(x, np.float32) for x in result] for result in results]
+    (expected, *caches), (out, *ours) = [
+        [np.asarray(x, np.float32) for x in jax.tree.leaves(result)] for result in results
+    ]
     for mine, theirs in zip(ours, caches, strict=True):
         np.testing.assert_array_equal(mine, theirs)
     return float(np.max(np.abs(out - expected))) / TOLERANCE[dtype.name]
@@ -262,7 +268,10 @@ def main() -> int:
     failed = 0
     print("\nagainst the reference, the largest difference over its tolerance")
     for name, variant in VARIANTS.items():
-        if options.only not in name or (options.tiny and not options.only and name not in ("plain", "all")):
+        if options.only not in name or (options.tiny and not options.only and name not in ("plain", "int8", "all")):
+            continue
+        if kernels.generation == "ampere" and name == "float8":
+            print(f"  {name:28} refused on this GPU")
             continue
         try:
             difference = check_variant(variant, TINY_CHUNKS if options.tiny else CHUNKS, kernels)

@@ -30,13 +30,15 @@ SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks at once, or
 SHARED_BYTES = 232448  # what a thread block of an H100 can have
 SHARED_BYTES_AMPERE = 99 * 1024  # 163 KiB on an A100, but this on GPUs of compute capability 8.6 and 8.9
 
-# Not for these kernels: the float32 cache, those of 8 bits, and tables beyond what is worth a check.
-GPU_CALLS = (*(call for call in CALLS if call.dtype != "float32" and call.kv_dtype is None and call.context < 2**20),
+# Not for these kernels: the float32 cache, and tables beyond what is worth a check.
+GPU_CALLS = (*(call for call in CALLS if call.dtype != "float32" and call.context < 2**20),
              Call(name="heads of 64, float16", num_tokens=512, head_dim=64, dtype="float16"),
              Call(name="heads of 80", num_tokens=512, head_dim=80),
              Call(name="heads of 96, B=16", num_tokens=512, head_dim=96, block_size=16),
              Call(name="B=8", num_tokens=512, block_size=8),
-             Call(name="window alone", num_tokens=512, window=1024))  # fmt: skip
+             Call(name="window alone", num_tokens=512, window=1024),
+             Call(name="int8 KV, D=64, B=64", num_tokens=512, head_dim=64, block_size=64, kv_dtype="int8"))  # fmt: skip
+AMPERE_CALLS = [call for call in GPU_CALLS if call.kv_dtype != "float8_e4m3fn"]
 MIXED = next(call for call in CALLS if call.name == "mixed 2k, 64 sequences")
 
 
@@ -85,6 +87,7 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
     from jax.sharding import NamedSharding, PartitionSpec
 
     from fastgen_jax.plan.program import compile_lowered, lowering_for
+    from pallas_kernels.ragged_attention import QuantizedCache
     from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
 
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -92,11 +95,13 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
 
-    dtype = jnp.dtype(call.dtype)
+    dtype, kv_dtype = jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype or call.dtype)
     max_blocks = call.context // call.block_size
     num_blocks = min(call.num_sequences, 32) * max_blocks
     new = array((call.num_tokens, call.num_kv_heads, call.head_dim), dtype)
-    cache = array((num_blocks, call.num_kv_heads, call.block_size, call.head_dim), dtype)
+    cache: Any = array((num_blocks, call.num_kv_heads, call.block_size, call.head_dim), kv_dtype)
+    if call.kv_dtype is not None:
+        cache = QuantizedCache(values=cache, scales=array(cache.shape[:-1], jnp.float32))
     extras = {name: array((call.num_heads,), jnp.float32) for name in ("alibi_slopes", "sinks") if call.extras}
     attention = functools.partial(
         ragged_attention_gpu, layer=0, num_blocks=num_blocks, scale=0.1, sliding_window=call.window,
@@ -110,7 +115,7 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
             context_lens=array((call.num_sequences,)), block_tables=array((call.num_sequences, max_blocks)), **extras,
         )  # fmt: skip
         memory = compile_lowered(lowered).memory_analysis()
-    cache_bytes = 2 * cache.size * dtype.itemsize
+    cache_bytes = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     words = memory_complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
     tight = call.extras or call.head_dim > 128
     words = words or kernel_complaint(kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES, mesh)
@@ -205,7 +210,7 @@ def main() -> int:
     checks["H100 step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight_h100)
     checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(check_step, MIXTRAL_8X7B, eight_h100)
     if jax.__version_info__ >= gpu_support.AMPERE_JAX:
-        checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in GPU_CALLS}
+        checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in AMPERE_CALLS}
         checks["8.9 attention: mixed"] = functools.partial(check_kernel, MIXED, ada)
         checks["A100 step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, a100)
         checks["A100 step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight_a100)

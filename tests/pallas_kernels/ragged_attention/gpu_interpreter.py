@@ -26,12 +26,13 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
 from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles
+from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 330  # contexts of three steps and more
 # Weights are rounded to the dtype of the cache before they meet the values, and so are the results.
-TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
+TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 NO_WINDOW = 2**31 - 1
 
 
@@ -83,6 +84,10 @@ ALL = [
     Case(num_kv_heads=1, group=71, block_size=64, pieces=5),
     Case(num_kv_heads=2, group=2, head_dim=256, block_size=256, soft_cap=3.0, window=False, stages=3),
     Case(num_kv_heads=1, group=6, head_dim=96, block_size=16, sinks=True, window=False, blocks=7, pieces=1),
+    Case(dtype="int8", block_size=64, window=False),
+    Case(dtype="float8_e4m3fn", num_kv_heads=1, group=4, head_dim=128, block_size=128, sinks=True, stages=3, chunk_keys=128),
+    Case(generation="ampere", dtype="int8", block_size=64, soft_cap=5.0),
+    Case(generation="ampere", dtype="int8", num_kv_heads=1, group=40, head_dim=128, block_size=128, stages=3),
     Case(generation="ampere", window=False, block_size=8, head_dim=128),
     Case(generation="ampere", num_kv_heads=3, group=1, block_size=128, dtype="float16", soft_cap=5.0),
     Case(generation="ampere", num_kv_heads=1, group=17, head_dim=80, block_size=32, sinks=True, blocks=1),
@@ -117,7 +122,7 @@ def run(implementation: str, batch: Batch, case: Case, **options: Any) -> list[n
     arguments = batch.arguments(**case.options(), **options)
     static = {name: arguments.pop(name) for name in ("scale", "num_blocks")}
     arguments["layer"] = jnp.asarray(arguments["layer"], jnp.int32)
-    return [np.asarray(x, np.float32) for x in compiled(implementation, case, **static)(**arguments)]
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(compiled(implementation, case, **static)(**arguments))]
 
 
 def check_case(case: Case, *, examples: int) -> None:
@@ -134,15 +139,15 @@ def check_case(case: Case, *, examples: int) -> None:
             num_blocks=NUM_SEQUENCES * max_blocks, dtype=dtype,
         )  # fmt: skip
         for name in ("q", "k", "v"):
-            batch.arrays[name] = batch.arrays[name].astype(dtype)
+            batch.arrays[name] = batch.arrays[name].astype(jnp.bfloat16 if is_quantized(dtype) else dtype)
         options = {} if window is None else {"sliding_window": jnp.asarray(window, jnp.int32)}
         expected = run("reference", batch, case, **options)
         interpret_pallas_call.reset_gpu_interpret_mode_state()
-        out, k_cache, v_cache = run("gpu", batch, case, **options)
+        out, *caches = run("gpu", batch, case, **options)
         assert not interpret_pallas_call.get_races().races_found
         np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[case.dtype], rtol=0)
-        np.testing.assert_array_equal(k_cache, expected[1])
-        np.testing.assert_array_equal(v_cache, expected[2])
+        for cache, expected_cache in zip(caches, expected[1:], strict=True):
+            np.testing.assert_array_equal(cache, expected_cache)
 
     check()
 

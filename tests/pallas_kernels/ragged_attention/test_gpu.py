@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_attention import gpu_ampere, gpu_hopper, gpu_support, ragged_attention
+from pallas_kernels.ragged_attention import QuantizedCache, gpu_ampere, gpu_hopper, gpu_support, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, time_call
 from pallas_kernels.ragged_attention.autotune import main as autotune_command
 from pallas_kernels.ragged_attention.gpu import BODIES, ragged_attention_gpu
@@ -41,7 +41,7 @@ from pallas_kernels.ragged_attention.tile_file import Shape
 from pallas_kernels.ragged_attention.xla import ragged_attention_xla
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
-NUM_CASES = 15  # in `gpu_interpreter.ALL`
+NUM_CASES = 19  # in `gpu_interpreter.ALL`
 
 
 def run_interpreter(which: str, examples: int) -> None:
@@ -62,14 +62,17 @@ def test_the_gpu_kernel_equals_the_reference_in_all_shapes(case: int) -> None:
     run_interpreter(str(case), 8)
 
 
-def spec(*, group: int, partial: bool, generation: str = "hopper", head_dim: int = 128) -> Spec:
-    tiles = modelled(head_dim, group, generation)
+def spec(
+    *, group: int, partial: bool, generation: str = "hopper", head_dim: int = 128, cache_dtype: Any = jnp.bfloat16
+) -> Spec:
+    tiles = modelled(head_dim, group, generation, quantised=cache_dtype == jnp.int8)
     rows_in, rows, rows_out = BODIES[generation].tile_rows(group, head_dim, partial=partial)
     return Spec(
         group=group, head_dim=head_dim, block_size=32, rows=rows, rows_in=rows_in, rows_out=rows_out,
         keys=tiles.single_keys if partial else tiles.chunk_keys,
         stages=tiles.single_stages if partial else tiles.chunk_stages, blocks=tiles.blocks, scale=1.0, soft_cap=None,
-        has_window=True, partial=partial, dtype=jnp.bfloat16, interpreted=True,
+        has_window=True, partial=partial, dtype=jnp.bfloat16, cache_dtype=cache_dtype,
+        interpreted=True,
     )  # fmt: skip
 
 
@@ -176,7 +179,7 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": np.float32, "head_dim": 128}, "takes bfloat16 and float16 caches but k_cache has dtype float32"),
+        ({"dtype": np.float32, "head_dim": 128}, "float16, int8 and float8_e4m3fn caches but k_cache has dtype float32"),
         ({"head_dim": 72}, "multiples of 16 numbers up to 256 but D is 72"),
         ({"head_dim": 512}, "up to 256 but D is 512"),
         ({"block_size": 24}, "power of two of at least 8, but it is 24"),
@@ -200,6 +203,27 @@ def test_ampere_refuses_blocks_that_four_warps_cannot_copy(head_dim: int, block_
     assert reason == (needed and f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}")
 
 
+@pytest.mark.parametrize(
+    ("generation", "dtype", "head_dim", "block_size", "group", "message"),
+    [
+        ("hopper", "int8", 128, 64, 64, None), ("ampere", "int8", 128, 64, 48, None),
+        ("hopper", "float8_e4m3fn", 64, 128, 1, None),
+        ("hopper", "int8", 80, 64, 4, "multiples of 32 numbers up to 128 but D is 80"),
+        ("ampere", "int8", 256, 64, 4, "multiples of 32 numbers up to 128 but D is 256"),
+        ("hopper", "int8", 128, 32, 4, "blocks of at least 64 tokens but they have 32"),
+        ("hopper", "int8", 128, 64, 71, "up to 64 query heads a KV head with an 8-bit cache but there are 71"),
+        ("ampere", "int8", 128, 64, 71, "up to 48 query heads a KV head with an 8-bit cache but there are 71"),
+        ("ampere", "float8_e4m3fn", 128, 64, 4, "takes int8 caches but no float8_e4m3fn; store int8"),
+    ],
+)  # fmt: skip
+def test_8_bit_caches_that_do_not_fit_are_refused(
+    generation: str, dtype: str, head_dim: int, block_size: int, group: int, message: str | None
+) -> None:
+    cache = jax.eval_shape(lambda: QuantizedCache.zeros((4, 1, block_size, head_dim), dtype))
+    reason = gpu_support.unsupported(cache, group, generation, interpreted=True)
+    assert (reason is None) if message is None else message in (reason or "")
+
+
 @pytest.mark.parametrize(("generation", "most"), [("hopper", 64), ("ampere", 48)])
 def test_more_results_than_fit_are_refused(generation: str, most: int) -> None:
     cache = jax.ShapeDtypeStruct((4, 1, 32, 256), jnp.bfloat16)
@@ -220,6 +244,16 @@ def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
         assert taken <= 99 * 1024  # of compute capability 8.6 and 8.9
         if head_dim <= 128:
             assert 2 * (taken + 1024) <= 164 * 1024  # two thread blocks on a multiprocessor of an A100
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("group", [1, 48])
+def test_modelled_tiles_of_8_bits_fit_in_shared_memory(head_dim: int, group: int) -> None:
+    for partial in (False, True):
+        case: Any = {"group": group, "partial": partial, "head_dim": head_dim, "cache_dtype": jnp.int8}
+        assert gpu_hopper.shared_bytes(spec(**case)) <= 227 * 1024 - 1024
+        taken = gpu_ampere.shared_bytes(spec(**case, generation="ampere"))
+        assert 2 * (taken + 1024) <= 164 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
