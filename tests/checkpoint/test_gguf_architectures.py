@@ -147,13 +147,12 @@ def test_a_vocabulary_without_weights_is_no_checkpoint(tmp_path):
 
 
 LOGITS = dict(np.load(HOME / "logits.npz"))
-QUICK = ("deepseek2",)
 # Float32 in another order, amplified by weights of standard deviation 1; ggml looks GELU up in a table of float16.
 LOGITS_TOLERANCE, WITH_GELU = 1e-4, 1e-3
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-                                  for name in sorted({key.split(".")[0] for key in LOGITS})])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({key.split(".")[0] for key in LOGITS}))
 def test_logits_are_those_of_llama_cpp(name):
     checkpoint = open_checkpoint(HOME / f"{name}.gguf")
     params, config = load_params(checkpoint, dtype="float32", stack_layers=False), checkpoint.config
