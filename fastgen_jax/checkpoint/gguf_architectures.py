@@ -25,7 +25,7 @@ from fastgen_jax.checkpoint.gguf_metadata import (
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # its attention scale is another, and only its depth shows it
 _NEOX_20B_LAYERS = 44  # its GELU is the approximate one, that of Pythia, Dolly and the others is exact
 _QWEN_TRAINED_LEN = 2048  # the shortest of any release
-_SIGMOID = 2  # of expert_gating_func
+_SOFTMAX, _SIGMOID = 1, 2  # of expert_gating_func
 # (groups, groups that a token may choose from) by the number of experts; files from before 2025's autumn leave them out.
 _DEEPSEEK_GROUPS = {64: (1, 1), 160: (8, 3), 256: (8, 4)}
 
@@ -212,6 +212,17 @@ def _phi3(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _seed_oss(m: Metadata) -> dict[str, Any]:
+    return {"attention_bias": m.has("blk.0.attn_q.bias"), "attention_out_bias": m.has("blk.0.attn_output.bias"),
+            "mlp_bias": m.has("blk.0.ffn_down.bias")}
+
+
+def _exaone4(m: Metadata) -> dict[str, Any]:
+    pattern = m.get("attention.sliding_window_pattern", [False] * m.get("block_count"))
+    return {"sliding_window": m.get("attention.sliding_window", 0),
+            "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in pattern]}
+
+
 def _starcoder2(m: Metadata) -> dict[str, Any]:
     # That the window has 4096 tokens, and the activation, are the same in every release.
     return {"norm_epsilon": m.get("attention.layer_norm_epsilon"), "layer_norm_eps": None, "sliding_window": 4096,
@@ -254,8 +265,10 @@ def _qwen(m: Metadata) -> dict[str, Any]:
 
 
 def _deepseek2(m: Metadata) -> dict[str, Any]:
-    v3 = m.get("expert_gating_func", 0) == _SIGMOID
-    m.only("expert_gating_func", _SIGMOID if v3 else m.get("expert_gating_func", 1))
+    gating = m.get("expert_gating_func", _SOFTMAX)  # not written for V2 at first
+    if gating not in (_SOFTMAX, _SIGMOID):
+        raise m.refusal(f"deepseek2.expert_gating_func is {gating}; supported: {_SOFTMAX} (softmax), {_SIGMOID} (sigmoid)")
+    v3 = gating == _SIGMOID
     rope_dim, kv_rank = m.get("rope.dimension_count"), m.get("attention.kv_lora_rank")
     # Since its latent projections are stored in two parts, a head's sizes go by other names.
     split = m.has("blk.0.attn_k_b.weight")
@@ -268,7 +281,7 @@ def _deepseek2(m: Metadata) -> dict[str, Any]:
         m.only("attention.head_count_kv", m.get("attention.head_count"))
     rope = rope_parameters(m, further=("scaling.yarn_log_multiplier",))
     if rope["rope_type"] == "yarn":  # mscale is not recorded, and in every release that of all dimensions
-        mscale = round(10 * m.get("rope.scaling.yarn_log_multiplier", 0.1), 6)
+        mscale = round(10 * m.get("rope.scaling.yarn_log_multiplier"), 6)
         rope |= {"mscale": mscale, "mscale_all_dim": mscale}
     groups, groups_per_token = _deepseek_groups(m)
     return {
@@ -334,6 +347,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         joined={"input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")}),
     "gpt-oss": Architecture(name="GptOssForCausalLM", fields=_gpt_oss, joined=_GPT_OSS_EXPERTS, alternating=True,
                             transposed=("experts.gate_up_proj", "experts.down_proj")),
+    "glm4": Architecture(name="Glm4ForCausalLM", partial_rotary=True, fields=lambda m: {
+        "attention_bias": m.has("blk.0.attn_q.bias"), "rope_parameters": partial_rope(m)}),
+    "seed_oss": Architecture(name="SeedOssForCausalLM", fields=_seed_oss),
+    "ernie4_5": Architecture(name="Ernie4_5ForCausalLM", fields=lambda m: {"use_bias": m.has("blk.0.attn_output.bias")}),
+    "exaone4": Architecture(name="Exaone4ForCausalLM", fields=_exaone4),
     "starcoder2": Architecture(name="Starcoder2ForCausalLM", fields=_starcoder2, layer_norm=True),
     "gptneox": Architecture(name="GPTNeoXForCausalLM", fields=_gptneox, own_fields=True, qkv_by_kind=True),
     "qwen": Architecture(name="QWenLMHeadModel", fields=_qwen, own_fields=True),

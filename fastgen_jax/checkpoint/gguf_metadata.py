@@ -95,7 +95,7 @@ def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = 
 
 def partial_rope(m: Metadata) -> dict[str, Any]:
     """The rotary settings where a part of each head turns, by the usual base unless another is recorded."""
-    head_dim = m.get("embedding_length") // m.get("attention.head_count")
+    head_dim = m.get("attention.key_length", m.get("embedding_length") // m.get("attention.head_count"))
     return {"rope_type": "default", "rope_theta": float(m.get("rope.freq_base", 10_000.0)),
             "partial_rotary_factor": m.get("rope.dimension_count", head_dim) / head_dim}
 

@@ -70,6 +70,11 @@ CONFIGS = {
                                       embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0),
     "gpt-oss": hf.GptOssConfig(**{**SIZES, "num_hidden_layers": 3}, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
                                sliding_window=32),
+    "glm4": hf.Glm4Config(**SIZES, head_dim=16, attention_bias=True,
+                          rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "seed_oss": hf.SeedOssConfig(**SIZES, head_dim=16, attention_bias=True),
+    "ernie4_5": hf.Ernie4_5Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "exaone4": hf.Exaone4Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32),
     "starcoder2": hf.Starcoder2Config(**SIZES, sliding_window=4096),
     "gptneox": hf.GPTNeoXConfig(**{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=False,
                                 rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
@@ -103,6 +108,8 @@ QWEN_1_SHAPES = {
 CONVERT = """
 import json, runpy, sys
 from conversion.base import ModelBase, TextModel
+from conversion.exaone import Exaone4Model
+from conversion.glm import Glm4Model
 from conversion.stablelm import StableLMModel
 load = ModelBase.load_hparams
 def load_all(path, *_, **__):
@@ -112,7 +119,10 @@ modify = StableLMModel.modify_tensors
 def modify_all(*arguments):
     yield from (yield from modify(*arguments)) or ()
 StableLMModel.modify_tensors = modify_all
-TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = lambda self: None
+def none(self):
+    pass
+TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = none
+TextModel._set_vocab_sentencepiece = Glm4Model.set_vocab = Exaone4Model.set_vocab = none
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
