@@ -212,6 +212,23 @@ def _phi3(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _olmo2(m: Metadata) -> dict[str, Any]:
+    window = m.get("attention.sliding_window", 0)
+    if not window:
+        return {}
+    rope = rope_parameters(m)
+    return {
+        "architectures": ["Olmo3ForCausalLM"], "sliding_window": window,
+        "layer_types": _layer_types(m.get("attention.sliding_window_pattern")),
+        "rope_parameters": {"full_attention": rope, "sliding_attention": {
+            "rope_theta": float(m.get("rope.freq_base_swa", rope["rope_theta"]))}},
+    }
+
+
+def _layer_types(pattern: list[bool]) -> list[str]:
+    return ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
+
+
 def _seed_oss(m: Metadata) -> dict[str, Any]:
     return {"attention_bias": m.has("blk.0.attn_q.bias"), "attention_out_bias": m.has("blk.0.attn_output.bias"),
             "mlp_bias": m.has("blk.0.ffn_down.bias")}
@@ -219,8 +236,7 @@ def _seed_oss(m: Metadata) -> dict[str, Any]:
 
 def _exaone4(m: Metadata) -> dict[str, Any]:
     pattern = m.get("attention.sliding_window_pattern", [False] * m.get("block_count"))
-    return {"sliding_window": m.get("attention.sliding_window", 0),
-            "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in pattern]}
+    return {"sliding_window": m.get("attention.sliding_window", 0), "layer_types": _layer_types(pattern)}
 
 
 def _starcoder2(m: Metadata) -> dict[str, Any]:
@@ -330,7 +346,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(name="GPT2LMHeadModel", fields=_gpt2, own_fields=True, transposed=("c_attn", "c_proj", "c_fc")),
     "granite": Architecture(name="GraniteForCausalLM", fields=_granite, halves_interleaved=True),
     "smollm3": Architecture(name="SmolLM3ForCausalLM", fields=_smollm3, halves_interleaved=True),
-    "olmo2": Architecture(name="Olmo2ForCausalLM", fields=lambda m: m.only("attention.sliding_window", 0) or {}),
+    "olmo2": Architecture(name="Olmo2ForCausalLM", fields=_olmo2),
     "phi3": Architecture(name="Phi3ForCausalLM", fields=_phi3, partial_rotary=True),
     "phi2": Architecture(name="PhiForCausalLM", fields=_phi2, layer_norm=True, partial_rotary=True),
     "stablelm": Architecture(name="StableLmForCausalLM", fields=_stablelm, layer_norm=True, partial_rotary=True),

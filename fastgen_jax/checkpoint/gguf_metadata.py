@@ -18,6 +18,7 @@ _YARN_KEYS = {
     "scaling.original_context_length": "original_max_position_embeddings",
     "scaling.yarn_beta_fast": "beta_fast",
     "scaling.yarn_beta_slow": "beta_slow",
+    "scaling.yarn_attn_factor": "attention_factor",
 }
 _ROPE_KEYS = ("freq_base", "freq_base_swa", "dimension_count", "scale_linear", "scaling.type", "scaling.factor",
               "scaling.attn_factor", "scaling.finetuned", *_YARN_KEYS)

@@ -20,7 +20,7 @@ from tests.reference.gguf_values import values
 HOME = Path(__file__).parents[1] / "reference" / "gguf"
 # Vectors are kept as float32 and matrices as float16, which hold the values exactly; Gemma's norms went through + 1.
 TOLERANCE = 1e-6
-OTHERS_OF_THEM = ("mixtral", "deepseek2-lite", "stablelm-12b")  # with the name of another in their files
+OTHERS_OF_THEM = ("mixtral", "olmo3", "deepseek2-lite", "stablelm-12b")  # with the name of another in their files
 WITHOUT_GROUPS = {"expert_group_count": None, "expert_group_used_count": None}
 
 
@@ -66,7 +66,7 @@ def _with(source: Path, target: Path, *, tensors=MappingProxyType({}), without=(
 @pytest.mark.parametrize(("name", "changes", "message"), [
     ("qwen2", {"attention.clamp_kqv": 8.0}, r"qwen2.attention.clamp_kqv is 8.0, which is not supported"),
     ("gemma2", {"attn_logit_softcapping": None}, r"the metadata lack gemma2.attn_logit_softcapping"),
-    ("olmo2", {"attention.sliding_window": 64}, r"olmo2.attention.sliding_window is 64; only 0 is supported"),
+    ("olmo2", {"attention.sliding_window": 64}, r"the metadata lack olmo2.attention.sliding_window_pattern"),
     ("qwen3", {"rope.dimension_count": 8}, r"qwen3.rope.dimension_count is 8; only 16 is supported"),
     ("qwen3", {"block_count": 10**9}, r"qwen3.block_count is 1,000,000,000, but the file holds only"),
     ("granite", {"rope.scaling.type": "longrope"}, r"granite.rope.scaling.type 'longrope' is not supported"),

@@ -49,6 +49,10 @@ CONFIGS = {
                                 logits_scaling=2.0),
     "smollm3": hf.SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}),
     "olmo2": hf.Olmo2Config(**SIZES),
+    "olmo3": hf.Olmo3Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32, rope_parameters={
+        "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+                           "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.1386294},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
     "phi3": hf.Phi3Config(**SIZES),
     "phi2": hf.PhiConfig(**{**SIZES, "num_key_value_heads": 4},
                          rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
