@@ -114,6 +114,17 @@ def test_the_experts_of_deepseek_v3_are_in_groups_whether_the_file_says_so_or_no
         open_checkpoint(tmp_path / "big.gguf")
 
 
+def test_layers_that_guess_a_further_token_are_left_out(tmp_path):
+    third, fourth = ({f"blk.{layer}.nextn.enorm.weight": np.ones(32, np.float32)} for layer in (2, 3))
+    _with(HOME / "glm4moe.gguf", tmp_path / "one.gguf", tensors=third)
+    checkpoint = open_checkpoint(tmp_path / "one.gguf")
+    assert checkpoint.config.num_layers == 2
+    check_tensors(checkpoint)
+    _with(HOME / "glm4moe.gguf", tmp_path / "two.gguf", tensors=third | fourth)
+    with pytest.raises(ValueError, match=r"does not know \('blk.3.nextn.enorm.weight'\)"):
+        check_tensors(open_checkpoint(tmp_path / "two.gguf"))
+
+
 def test_what_the_metadata_leave_out_is_what_the_releases_have(tmp_path):
     _with(HOME / "qwen.gguf", tmp_path / "qwen.gguf", context_length=8192)
     assert open_checkpoint(tmp_path / "qwen.gguf").config.max_context_len == 2048  # up to there no release scales anything

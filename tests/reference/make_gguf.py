@@ -82,6 +82,9 @@ CONFIGS = {
     "starcoder2": hf.Starcoder2Config(**SIZES, sliding_window=4096),
     "gptneox": hf.GPTNeoXConfig(**{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=False,
                                 rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+    "glm4moe": hf.Glm4MoeConfig(**SIZES, head_dim=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8,
+                                n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=1.5, use_qk_norm=True,
+                                attention_bias=True, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     "deepseek2": hf.DeepseekV3Config(**LATENT, q_lora_rank=24, n_routed_experts=8, n_group=4, topk_group=2,
                                      routed_scaling_factor=2.5, rope_parameters=DEEPSEEK_ROPE),
     "deepseek2-lite": hf.DeepseekV2Config(**LATENT, q_lora_rank=None, n_routed_experts=64, n_group=1, topk_group=1,
@@ -126,7 +129,7 @@ StableLMModel.modify_tensors = modify_all
 def none(self):
     pass
 TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = none
-TextModel._set_vocab_sentencepiece = Glm4Model.set_vocab = Exaone4Model.set_vocab = none
+TextModel._set_vocab_sentencepiece = TextModel._set_vocab_glm = Glm4Model.set_vocab = Exaone4Model.set_vocab = none
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
