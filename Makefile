@@ -39,15 +39,18 @@ $(TPU_DIR)/.installed: $(STAMP)
 	  "$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
 	touch $@
 
-# So does XLA's GPU compiler with NVIDIA's assembler: 1.4 GB, without the libraries that only a running GPU needs.
+# So does XLA's GPU compiler with NVIDIA's assembler: 1.4 GB, without the libraries that only a running GPU needs. The kernel
+# for Ampere wants a jax that exists for Python 3.12 and newer alone, so these are preferred where they are installed.
 GPU_VENV ?= .venv-gpu
+GPU_PYTHON ?= $(shell for python in python3.13 python3.12 $(PYTHON); do \
+  if $$python -c '' 2>/dev/null; then echo $$python; break; fi; done)
 gpu-compile-check:
 	if $(MAKE) --silent $(GPU_VENV)/.installed; \
 	then JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m tests.gate.gpu_compile_check; \
 	else echo 'gpu-compile-check SKIPPED: the CUDA plugin of jax cannot be installed here'; fi
 
 $(GPU_VENV)/.installed: pyproject.toml
-	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 	version=$$($(GPU_VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
 	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \

@@ -91,8 +91,8 @@ def ragged_attention(
       implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
         for: "cpu" on a CPU where a C++ compiler was found and the cache is float32 or bfloat16; "tpu" on a TPU where
         the cache fits it (float32, bfloat16 or 8 bits, D a multiple of 128, B a power of two of at least 8, 16 or 128);
-        "gpu" on a GPU of compute capability 9.0 (bfloat16 or float16, D a multiple of 16 up to 256, B a power of two);
-        else "xla".
+        "gpu" on a GPU of compute capability 9.0, or 8 with a new enough jax (bfloat16 or float16, D a multiple of 16 up to
+        256, B a power of two); else "xla", and on such a GPU the log says why.
 
     Returns:
       out [T, H, D] in the dtype of q, zero in rows that belong to no chunk; k_cache; v_cache. Softmax and sums are in
@@ -136,8 +136,12 @@ def ragged_attention(
         kernels["cpu"] = run("cpu")
     if tpu_support.may_be_lowered() and tpu_support.unsupported(k_cache, block_tables.shape[1]) is None:
         kernels["tpu"] = run("tpu")
-    if gpu_support.may_be_lowered() and gpu_support.unsupported(k_cache, q.shape[1]) is None:
-        kernels["cuda"] = run("gpu")
+    if generation := gpu_support.generation():
+        reason = gpu_support.unsupported(k_cache, q.shape[1], generation)
+        if reason is None:
+            kernels["cuda"] = run("gpu")
+        else:
+            gpu_support.say_once(reason)
     return jax.lax.platform_dependent(*operands, **kernels, default=run("xla"))
 
 

@@ -1,9 +1,9 @@
-"""Tiles measured on the device at hand, kept in a file that people can read.
+"""Tiles measured on the device at hand, a TPU or a GPU, kept in a file that people can read.
 
     python -m pallas_kernels.ragged_attention.autotune --heads 32 --kv-heads 8 --tokens 2048 --sequences 64
 
 The file, `~/.cache/pallas_kernels/tiles.json` or what PALLAS_KERNELS_TILES names, holds one entry for each device kind
-and shape class; `tiles.choose` prefers it to its model of the device.
+and shape class; `tiles.choose` and `gpu_tiles.choose` prefer it to their models of the device.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,12 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_attention import gpu_support, gpu_tiles, tile_file
 from pallas_kernels.ragged_attention import tiles as tile_sizes
-from pallas_kernels.ragged_attention.tiles import Shape, Tiles
+from pallas_kernels.ragged_attention.tile_file import Shape
+from pallas_kernels.ragged_attention.tiles import Tiles
 
 
 def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
-    """The model's choice first, then half and double of each of its sizes, as far as VMEM admits."""
+    """For TPUs: the model's choice first, then half and double of each of its sizes, as far as VMEM admits."""
     first = tile_sizes.modelled(shape, kind)
     yield first
     for queries, keys, sequences in itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4)):
@@ -41,19 +44,20 @@ def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
 
 def autotune(
     shape: Shape,
+    choices: Iterable[Any],
     *,
-    measure: Callable[[Tiles], float],
+    measure: Callable[[Any], float],
     kind: str,
     path: Path | None = None,
     report: Callable[[str], object] = print,
-) -> Tiles:
-    """Measures all candidates, writes the fastest to the file and returns it.
+) -> Any:
+    """Measures all choices, writes the fastest to the file and returns it.
 
     `measure` gives the seconds of one call with certain tiles; what it raises means that these do not work. Raises
     RuntimeError if none does.
     """
-    times: dict[Tiles, float] = {}
-    for tiles in candidates(shape, kind):
+    times: dict[Any, float] = {}
+    for tiles in choices:
         try:
             times[tiles] = measure(tiles)
         except Exception as error:  # the compiler refuses in several ways, none of which ends the search
@@ -63,14 +67,15 @@ def autotune(
     if not times:
         raise RuntimeError(f"no candidate works for {shape} on {kind}; the lines above say why")
     best = min(times, key=times.__getitem__)
-    tile_sizes.save(shape, kind, best, seconds=times[best], path=path)
+    tile_file.save(shape, kind, best, seconds=times[best], path=path)
     return best
 
 
-def time_call(shape: Shape, *, context: int, tiles: Tiles, repeats: int = 20) -> float:
-    """Seconds of one call on this machine's TPU: all sequences with `context` tokens, as many prompt tokens as fit."""
-    from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
+def time_call(attention: Callable[..., Any], shape: Shape, *, context: int, repeats: int = 20) -> float:
+    """Seconds of one call on this machine: all sequences with `context` tokens, as many prompt tokens as fit.
 
+    `attention` has the arguments of `ragged_attention`.
+    """
     s, b = shape.num_sequences, shape.block_size
     max_blocks = -(-context // b)
     dtype = jnp.dtype(shape.dtype)
@@ -80,8 +85,7 @@ def time_call(shape: Shape, *, context: int, tiles: Tiles, repeats: int = 20) ->
     new = jnp.zeros((shape.num_tokens, shape.num_kv_heads, shape.head_dim), dtype)
     q = jnp.zeros((shape.num_tokens, shape.num_heads, shape.head_dim), dtype)
     run = jax.jit(
-        functools.partial(ragged_attention_tpu, layer=0, num_blocks=s * max_blocks, scale=0.1, tiles=tiles),
-        donate_argnums=(3, 4),
+        functools.partial(attention, layer=0, num_blocks=s * max_blocks, scale=0.1), donate_argnums=(3, 4)
     )
     index: dict[str, Any] = {
         "kv_slots": jnp.full((shape.num_tokens,), -1, jnp.int32), "query_starts": starts,
@@ -97,23 +101,51 @@ def time_call(shape: Shape, *, context: int, tiles: Tiles, repeats: int = 20) ->
     return (time.perf_counter() - start) / repeats
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Finds the fastest tiles of ragged attention on this TPU.")
+def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
+    """Tunes the kernel of this machine's TPU or GPU; ValueError if there is none."""
+    backend = jax.default_backend()
+    if backend == "tpu":
+        from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu as attention
+
+        kind = tile_sizes.device_kind() or jax.devices()[0].device_kind
+        choices: Iterable[Any] = candidates(shape, kind)
+    elif backend == "gpu" and (generation := gpu_support.generation()):
+        from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu as attention
+
+        kind = jax.devices()[0].device_kind
+        choices = gpu_tiles.candidates(
+            gpu_tiles.modelled(
+                shape.head_dim, shape.num_heads // shape.num_kv_heads, generation,
+                multiprocessors=gpu_support.multiprocessors(),
+            )
+        )  # fmt: skip
+    else:
+        device = jax.devices()[0].device_kind
+        raise ValueError(f"tiles are measured on a TPU or a GPU of compute capability 8 or 9.0, but JAX runs on {device!r}")
+
+    def measure(tiles: Any) -> float:
+        return time_call(functools.partial(attention, tiles=tiles), shape, context=context)
+
+    return autotune(shape, choices, measure=measure, kind=kind, path=path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Finds the fastest tiles of ragged attention on this TPU or GPU.")
     for flag, default in (("heads", 32), ("kv-heads", 8), ("head-dim", 128), ("block-size", 128), ("tokens", 512),
                           ("sequences", 64), ("context", 4096)):
         parser.add_argument(f"--{flag}", type=int, default=default)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    o = parser.parse_args()
-    if jax.default_backend() != "tpu":
-        parser.error(f"this machine's JAX runs on {jax.default_backend()!r}; tiles are measured on a TPU")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    o = parser.parse_args(arguments)
     shape = Shape(
         num_heads=o.heads, num_kv_heads=o.kv_heads, head_dim=o.head_dim, block_size=o.block_size, num_tokens=o.tokens,
         num_sequences=o.sequences, dtype=o.dtype,
     )
-    kind = tile_sizes.device_kind() or jax.devices()[0].device_kind
-    best = autotune(shape, kind=kind, measure=lambda tiles: time_call(shape, context=o.context, tiles=tiles))
-    print(f"{best} written to {tile_sizes.measured_file()}")
+    try:
+        best = tune(shape, context=o.context)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{best} written to {tile_file.measured_file()}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,6 +1,9 @@
-"""Where the GPU kernel can be used. Imports nothing of Pallas, whose GPU part takes most of a second to import."""
+"""Where the GPU kernels can be used. Imports nothing of Pallas, whose GPU part takes most of a second to import."""
 
 from __future__ import annotations
+
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +12,66 @@ from pallas_kernels.ragged_attention.quantized import Cache
 
 CACHE_DTYPES = (jnp.bfloat16, jnp.float16)
 MAX_HEAD_DIM = 256
-MAX_GROUP = 120  # a tile of two warpgroups has 128 rows, and begins at a multiple of 8
-# Compute capability 9.0. Newer ones have other matrix instructions, older ones neither these nor TMA.
-HOPPER_KINDS = ("H100", "H200", "H800", "H20", "GH200")
+MAX_GROUP = 120  # a tile has up to 128 rows, and begins at a multiple of 8
+AMPERE_SHORT = 48  # query heads a KV head, up to which Ampere's tiles have 64 rows; beyond they have 128
+# Where D is beyond 128, for 128 rows: Hopper's shared memory does not hold their float32 results, nor Ampere's registers.
+MAX_GROUP_WIDE = {"hopper": 64, "ampere": AMPERE_SHORT}
+AMPERE_JAX = (0, 12)  # older ones lack mma, cp.async (0.10) or stores from any layout of registers (0.11)
+
+_log = logging.getLogger(__name__)
 
 
-def unsupported(k_cache: Cache, num_heads: int) -> str | None:
-    """Why the kernel cannot take this cache, with the remedy; None if it can."""
+def generation() -> str | None:
+    """The kernel for the GPU that the program at hand is lowered for: "hopper" or "ampere" (Ada Lovelace among them).
+
+    That of this machine, or of the abstract mesh. None elsewhere, and for a GPU that has no kernel (a T4, a B200). A
+    program that is exported from elsewhere asks for implementation="gpu".
+    """
+    capability = compute_capability()
+    if capability == "9.0":
+        return "hopper"
+    return "ampere" if capability is not None and capability.startswith("8.") else None
+
+
+def compute_capability() -> str | None:
+    """Of the GPU that the program at hand is lowered for, "9.0" say; None where there is none, or it is not known."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        if device.platform != "gpu":
+            return None
+        known = getattr(device, "compute_capability", None)  # of a device that is not there
+        if known is not None:
+            return known
+        if jax.default_backend() != "gpu" or jax.devices()[0].device_kind != device.device_kind:
+            return None
+    return getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
+
+
+def device_kind() -> str | None:
+    """The name of the GPU that the program at hand is lowered for, "NVIDIA A100-SXM4-80GB" say; None elsewhere."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind if device.platform == "gpu" else None
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
+
+
+def multiprocessors() -> int | None:
+    """Of that GPU; None where it does not say."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.num_cores if device.platform == "gpu" else None
+    return getattr(jax.devices()[0], "core_count", None) if jax.default_backend() == "gpu" else None
+
+
+def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted: bool = False) -> str | None:
+    """Why the kernel of a generation cannot take this cache, with the remedy; None if it can.
+
+    Pallas' interpreter runs it with any version of jax.
+    """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
+    if generation == "ampere" and not interpreted and jax.__version_info__ < AMPERE_JAX:
+        wanted = ".".join(map(str, AMPERE_JAX))
+        return f"of GPUs of compute capability 8 needs jax {wanted} or newer but this is {jax.__version__}; install that"
     if k_cache.dtype not in CACHE_DTYPES:
         return f"takes bfloat16 and float16 caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
@@ -26,22 +81,29 @@ def unsupported(k_cache: Cache, num_heads: int) -> str | None:
         )
     if block_size < 8 or block_size & (block_size - 1):
         return f"needs a block size that is a power of two of at least 8, but it is {block_size}"
-    if num_heads // num_kv_heads > MAX_GROUP:
-        return f"takes up to {MAX_GROUP} query heads a KV head but there are {num_heads // num_kv_heads}"
+    if generation == "ampere" and copied_bytes(block_size, head_dim) is None:
+        needed = next(rows for rows in (16, 32) if copied_bytes(rows, head_dim))
+        return f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}"
+    most = MAX_GROUP_WIDE[generation] if head_dim > 128 else MAX_GROUP
+    if num_heads // num_kv_heads > most:
+        return f"takes up to {most} query heads a KV head where D is {head_dim} but there are {num_heads // num_kv_heads}"
     return None
 
 
-def may_be_lowered() -> bool:
-    """Whether the program at hand may be one for a Hopper GPU: this machine's, or that of the abstract mesh.
+def copied_bytes(rows: int, head_dim: int) -> int | None:
+    """On Ampere: the width of the widest tiles that `rows` rows can be copied in; None if there is none.
 
-    A program that is exported from elsewhere asks for implementation="gpu".
+    A tile is 8 rows of so many bytes. The four warps that copy together share the tiles in a grid of 4 x 1, 2 x 2 or 1 x 4.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform == "gpu" and is_hopper(device.device_kind)
-    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+    for width in (128, 64, 32):
+        high, wide = rows // 8, 2 * head_dim // width
+        shared_out = wide % 4 == 0 if high % 2 else wide % 2 == 0 if high % 4 else True
+        if 2 * head_dim % width == 0 and shared_out:
+            return width
+    return None
 
 
-def is_hopper(device_kind: str) -> bool:
-    """Whether a device called "NVIDIA H100 80GB HBM3" and the like has compute capability 9.0."""
-    return any(word in HOPPER_KINDS for word in device_kind.split())
+@functools.cache
+def say_once(reason: str) -> None:
+    """Why the plain program runs on a GPU that has a kernel."""
+    _log.warning("ragged attention runs in plain XLA: the GPU kernel %s", reason)

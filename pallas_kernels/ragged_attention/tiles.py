@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.ragged_attention.tile_file import Shape, measured
 
 MIB = 2**20
 
@@ -28,25 +26,6 @@ class Tiles:
     """TensorCores that share the work: 2 where one device has two of them."""
     vmem_limit: int
     """Bytes of VMEM that the kernel may take."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What tiles are chosen for."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    num_tokens: int
-    num_sequences: int
-    dtype: str
-
-    def key(self, kind: str) -> str:
-        """The name of its class in the file: tokens and sequences count by powers of two."""
-        tokens, sequences = (1 << (n - 1).bit_length() for n in (self.num_tokens, self.num_sequences))
-        return (f"{kind} {self.dtype} heads={self.num_heads}/{self.num_kv_heads}x{self.head_dim} block={self.block_size} "
-                f"tokens<={tokens} sequences<={sequences}")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +61,7 @@ def choose(shape: Shape, kind: str | None = None) -> Tiles:
     An unknown `kind` gets those of the smallest device.
     """
     kind = kind or device_kind() or "v4"
-    return measured(measured_file()).get(shape.key(kind)) or modelled(shape, kind)
+    return measured(shape, kind, Tiles) or modelled(shape, kind)
 
 
 def modelled(shape: Shape, kind: str) -> Tiles:
@@ -112,35 +91,3 @@ def vmem_bytes(queries: int, keys: int, shape: Shape) -> int:
     tile = rows * (3 * shape.head_dim * wide + 4 * shape.head_dim + 2 * 4 * 128)
     scores = 3 * 4 * (rows // shape.num_kv_heads) * keys
     return buffers + tile + scores
-
-
-def measured_file() -> Path:
-    """Where `autotune` writes: PALLAS_KERNELS_TILES, or ~/.cache/pallas_kernels/tiles.json."""
-    return Path(os.environ.get("PALLAS_KERNELS_TILES") or Path.home() / ".cache" / "pallas_kernels" / "tiles.json")
-
-
-@functools.cache
-def measured(path: Path) -> dict[str, Tiles]:
-    """What the file holds, {} if there is none. Read once a process; ValueError if it is not what `save` writes."""
-    try:
-        text = path.read_text()
-    except OSError:
-        return {}
-    try:
-        entries = json.loads(text)
-        names = [field.name for field in dataclasses.fields(Tiles)]
-        return {key: Tiles(**{name: int(entry[name]) for name in names}) for key, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold measured tiles ({error!r}); delete it or run autotune again") from error
-
-
-def save(shape: Shape, kind: str, tiles: Tiles, *, seconds: float, path: Path | None = None) -> None:
-    """Adds an entry to the file: the tiles, and the microseconds that they took."""
-    path = path or measured_file()
-    entries = json.loads(path.read_text()) if path.exists() else {}
-    entries[shape.key(kind)] = dataclasses.asdict(tiles) | {"microseconds": round(1e6 * seconds, 1)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
-    scratch.replace(path)
-    measured.cache_clear()

@@ -1,4 +1,4 @@
-"""What only a GPU can tell: `make gpu-check` on a machine with an H100 or H200, under ten minutes.
+"""What only a GPU can tell: `make gpu-check` on a machine with an H100, an H200 or an A100, under ten minutes.
 
 First every variant of the GPU kernel against the reference, on the device. Then its time: single queries against the memory
 bandwidth that a copy reaches, prompt chunks against the rate that a matrix product reaches, and both against cuDNN through
@@ -27,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ragged_attention.gpu import modelled, ragged_attention_gpu
+from pallas_kernels.ragged_attention import gpu_support
+from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu_tiles import modelled
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.gate.shapes import Call
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
@@ -62,15 +64,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def kernel(head_dim: int, interpret: Any) -> Callable[..., Any]:
-    """The kernel as it is used, or interpreted with few thread blocks."""
-    if not interpret:
-        return ragged_attention_gpu
-    tiles = dataclasses.replace(modelled(head_dim), blocks=2, pieces=4)
-    return functools.partial(ragged_attention_gpu, tiles=tiles, interpret=interpret)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which kernel is looked at."""
+
+    generation: str
+    interpret: Any  # False on a GPU
+
+    def attention(self, head_dim: int, group: int) -> Callable[..., Any]:
+        """The kernel as it is used, or interpreted with few thread blocks."""
+        if not self.interpret:
+            return ragged_attention_gpu
+        tiles = dataclasses.replace(modelled(head_dim, group, self.generation), blocks=2, pieces=4)
+        return functools.partial(
+            ragged_attention_gpu, tiles=tiles, generation=self.generation, interpret=self.interpret
+        )
 
 
-def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], interpret: Any) -> float:
+def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernels: Kernels) -> float:
     """The largest difference from the reference over its tolerance; NaN where unused KV got into a result."""
     options = dict(options)
     scoring = {name: options.pop(name) for name in ("sliding_window", "soft_cap") if name in options}
@@ -86,7 +97,7 @@ def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], interp
     static = {name: arguments.pop(name) for name in ("scale", "num_blocks", "layer")} | scoring
     results = [
         jax.jit(functools.partial(function, **static))(**arguments, **extras)
-        for function in (ragged_attention_reference, kernel(shape["head_dim"], interpret))
+        for function in (ragged_attention_reference, kernels.attention(shape["head_dim"], shape["group"]))
     ]
     (expected, *caches), (out, *ours) = [[np.asarray(x, np.float32) for x in result] for result in results]
     for mine, theirs in zip(ours, caches, strict=True):
@@ -137,7 +148,7 @@ def work_of(call: Call) -> Work:
     return Work(bytes=4 * keys * call.num_kv_heads * call.head_dim, flops=4 * seen * call.num_heads * call.head_dim)
 
 
-def ours(call: Call, interpret: Any) -> Callable[[], Any]:
+def ours(call: Call, kernels: Kernels) -> Callable[[], Any]:
     """A call of the kernel on a cache of its own, whose blocks are dealt out in random order."""
     rng = np.random.default_rng(0)
     s, blocks = call.num_sequences, -(-call.context // call.block_size)
@@ -158,7 +169,8 @@ def ours(call: Call, interpret: Any) -> Callable[[], Any]:
     }  # fmt: skip
     attend = jax.jit(
         functools.partial(
-            kernel(call.head_dim, interpret), layer=0, num_blocks=s * blocks, scale=call.head_dim**-0.5
+            kernels.attention(call.head_dim, call.num_heads // call.num_kv_heads), layer=0, num_blocks=s * blocks,
+            scale=call.head_dim**-0.5,
         ),
         donate_argnums=(3, 4),
     )
@@ -230,17 +242,21 @@ def other(measure: Callable[[], float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--tiny", action="store_true", help="small shapes in the interpreter, to see that this works")
+    parser.add_argument("--generation", default="hopper", choices=("hopper", "ampere"), help="with --tiny; else the GPU's")
     parser.add_argument("--only", default="", help="run the variants and calls whose name holds this")
     options = parser.parse_args()
-    device, interpret = jax.devices()[0], False
+    device = jax.devices()[0]
     if options.tiny:
         from tests.pallas_kernels.ragged_attention.gpu_interpreter import InterpretGPUParams, compile_once
 
         compile_once()
-        interpret = InterpretGPUParams()
-    elif getattr(device, "compute_capability", "") != "9.0":
-        print(f"gpu-check needs compute capability 9.0 (H100, H200), but JAX's first device is {device.device_kind}")
-        return 2
+        kernels = Kernels(generation=options.generation, interpret=InterpretGPUParams())
+    else:
+        generation = gpu_support.generation()
+        if generation is None:
+            print(f"gpu-check needs compute capability 9.0 or 8 (H100, A100); JAX's first device is {device.device_kind}")
+            return 2
+        kernels = Kernels(generation=generation, interpret=False)
     print(f"{device.device_kind}, jax {jax.__version__}")
 
     failed = 0
@@ -249,7 +265,7 @@ def main() -> int:
         if options.only not in name or (options.tiny and not options.only and name not in ("plain", "all")):
             continue
         try:
-            difference = check_variant(variant, TINY_CHUNKS if options.tiny else CHUNKS, interpret)
+            difference = check_variant(variant, TINY_CHUNKS if options.tiny else CHUNKS, kernels)
             words = "" if difference <= 1 else "WRONG"
         except Exception as error:  # the other variants are to be seen as well
             difference, words = float("nan"), f"FAILED {type(error).__name__}: {error}"[:300]
@@ -264,7 +280,7 @@ def main() -> int:
         if options.only not in call.name:
             continue
         try:
-            took = seconds(ours(call, interpret))
+            took = seconds(ours(call, kernels))
         except Exception as error:  # out of memory, say: the other shapes are to be seen as well
             failed += 1
             print(f"  {call.name:26} FAILED {type(error).__name__}: {error}"[:300], flush=True)

@@ -1,7 +1,8 @@
-"""What one would otherwise learn on a rented GPU: `make gpu-compile-check` compiles for an H100 (sm_90a), here.
+"""What one would otherwise learn on a rented GPU: `make gpu-compile-check` compiles for an H100 and an A100, here.
 
 A check fails if its program does not compile, copies the KV cache, takes more temporary memory than the bound, if a kernel
-spills more registers than a few, or if the assembler had to serialise its matrix instructions.
+spills more registers than a few or takes more shared memory than a thread block has, or if the assembler had to serialise
+its matrix instructions. What needs a newer jax than there is is named, and is no failure.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.gate.shapes import CALLS, LLAMA_3_8B, LLAMA_3_70B, Call
+from tests.gate.shapes import CALLS, LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B, Call
 
 MIB = 2**20
 KERNEL_TEMPORARIES = 96 * MIB  # results by tile, beside a cache of 500 MiB and more
@@ -27,13 +28,16 @@ STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
 SPILLED_BYTES = 32  # a thread, where nothing is asked for but attention
 SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks at once, or an accumulator of 256 columns
 SHARED_BYTES = 232448  # what a thread block of an H100 can have
+SHARED_BYTES_AMPERE = 99 * 1024  # 163 KiB on an A100, but this on GPUs of compute capability 8.6 and 8.9
 
-# Not for this kernel: the float32 cache, and tables beyond what is worth a check.
-GPU_CALLS = (*(call for call in CALLS if call.dtype != "float32" and call.context < 2**20),
+# Not for these kernels: the float32 cache, those of 8 bits, and tables beyond what is worth a check.
+GPU_CALLS = (*(call for call in CALLS if call.dtype != "float32" and call.kv_dtype is None and call.context < 2**20),
              Call(name="heads of 64, float16", num_tokens=512, head_dim=64, dtype="float16"),
              Call(name="heads of 80", num_tokens=512, head_dim=80),
-             Call(name="heads of 96, B=8", num_tokens=512, head_dim=96, block_size=8),
+             Call(name="heads of 96, B=16", num_tokens=512, head_dim=96, block_size=16),
+             Call(name="B=8", num_tokens=512, block_size=8),
              Call(name="window alone", num_tokens=512, window=1024))  # fmt: skip
+MIXED = next(call for call in CALLS if call.name == "mixed 2k, 64 sequences")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,6 +48,7 @@ class Kernel:
     registers: int
     spilled: int  # bytes a thread
     serialised: bool  # whether matrix instructions wait for one another
+    shared: int | None  # bytes of shared memory; None where this jax does not say
 
 
 @contextlib.contextmanager
@@ -62,10 +67,13 @@ def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
             text = path.read_text()
             (registers,) = re.findall(r"Used (\d+) registers", text)
             spilled = re.findall(r"(\d+) bytes spill stores", text)[-1]  # a warning, if there is one, comes before
+            resources = path.with_suffix(".resources.txt")
+            shared = re.findall(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else []
             kernels.append(
                 Kernel(
                     name=re.sub(r"_\d+$", "", path.stem), registers=int(registers), spilled=int(spilled),
                     serialised="wgmma.mma_async instructions are serialized" in text,
+                    shared=int(shared[0]) if shared else None,
                 )
             )  # fmt: skip
 
@@ -105,7 +113,7 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
     cache_bytes = 2 * cache.size * dtype.itemsize
     words = memory_complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
     tight = call.extras or call.head_dim > 128
-    words = words or kernel_complaint(kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES)
+    words = words or kernel_complaint(kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES, mesh)
     return memory.temp_size_in_bytes, kernels, words
 
 
@@ -117,8 +125,12 @@ def memory_complaint(memory: Any, cache_bytes: int, bound: int) -> str:
     return ""
 
 
-def kernel_complaint(kernels: list[Kernel], spilled: int) -> str:
+def kernel_complaint(kernels: list[Kernel], spilled: int, mesh: Any) -> str:
+    hopper = mesh.devices.flat[0].compute_capability == "9.0"
     for kernel in kernels:
+        limit = SHARED_BYTES if hopper else SHARED_BYTES_AMPERE
+        if (kernel.shared or 0) > limit:
+            return f"{kernel.name} takes {kernel.shared} bytes of shared memory, more than {limit}"
         if kernel.spilled > spilled:
             return f"{kernel.name} spills {kernel.spilled} bytes a thread, more than {spilled}"
         if kernel.serialised:
@@ -140,14 +152,14 @@ def check_step(hf: dict[str, Any], mesh: Any) -> tuple[int, list[Kernel], str]:
     words = memory_complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
     if not words and "ragged_attention_chunks" not in program.compiled.as_text():
         words = "the GPU kernel was not chosen"
-    return program.temporaries, kernels, words or kernel_complaint(kernels, SPILLED_BYTES)
+    return program.temporaries, kernels, words or kernel_complaint(kernels, SPILLED_BYTES, mesh)
 
 
 def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
     """The gate must be able to fail: a tile beyond shared memory is refused."""
-    from pallas_kernels.ragged_attention.gpu import modelled
+    from pallas_kernels.ragged_attention.gpu_tiles import modelled
 
-    tiles = dataclasses.replace(modelled(128), chunk_stages=6)
+    tiles = dataclasses.replace(modelled(128, 4, "hopper"), chunk_stages=6)
     try:
         check_kernel(Call(name="too large", num_tokens=64), mesh, tiles=tiles)
     except Exception as error:  # of the lowering, before there is a compiler's error to speak of
@@ -157,10 +169,10 @@ def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
 
 def check_spills(mesh: Any) -> tuple[int, list[Kernel], str]:
     """A tile whose scores do not fit beside the accumulator compiles, slowly: the gate must see its spills."""
-    from pallas_kernels.ragged_attention.gpu import modelled
+    from pallas_kernels.ragged_attention.gpu_tiles import modelled
 
     call = Call(name="spills", num_tokens=64, num_heads=8, num_kv_heads=4, head_dim=256)
-    tiles = dataclasses.replace(modelled(256), chunk_keys=128, chunk_stages=1)
+    tiles = dataclasses.replace(modelled(256, 2, "hopper"), chunk_keys=128, chunk_stages=1)
     *rest, words = check_kernel(call, mesh, tiles=tiles)
     return *rest, "" if "spills" in words else f"256 scores and accumulators a thread went unnoticed ({words!r})"
 
@@ -168,24 +180,38 @@ def check_spills(mesh: Any) -> tuple[int, list[Kernel], str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--only", default="", help="run the checks whose name holds this")
-    parser.add_argument("--seconds", type=float, default=900.0, help="time for all; what is not reached is named")
+    parser.add_argument("--seconds", type=float, default=1800.0, help="time for all; what is not reached is named")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
     from fastgen_jax.plan.devices import NoCompiler, parse_topology
     from fastgen_jax.plan.program import deviceless_mesh
+    from pallas_kernels.ragged_attention import gpu_support
 
     try:
-        one, eight = (deviceless_mesh(parse_topology(name)) for name in ("h100:1", "h100:8"))
+        h100, eight_h100 = (deviceless_mesh(parse_topology(name)) for name in ("h100:1", "h100:8"))
+        a100, eight_a100 = (deviceless_mesh(parse_topology(name)) for name in ("a100:1", "a100:8"))
+        ada = deviceless_mesh(parse_topology("a100:1"), compute_capability="8.9")
     except NoCompiler as error:
         print(f"gpu-compile-check SKIPPED: {error}")
         return 0
     checks: dict[str, Callable[[], tuple[int, list[Kernel], str]]] = {
-        f"attention: {call.name}": functools.partial(check_kernel, call, one) for call in GPU_CALLS
+        f"H100 attention: {call.name}": functools.partial(check_kernel, call, h100) for call in GPU_CALLS
     }
-    checks["a too large tile is refused"] = functools.partial(check_refusal, one)
-    checks["spilled registers are seen"] = functools.partial(check_spills, one)
-    checks["step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, one)
-    checks["step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight)
+    checks["H100 a too large tile is refused"] = functools.partial(check_refusal, h100)
+    checks["H100 spilled registers are seen"] = functools.partial(check_spills, h100)
+    checks["H100 step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, h100)
+    checks["H100 step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight_h100)
+    checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(check_step, MIXTRAL_8X7B, eight_h100)
+    if jax.__version_info__ >= gpu_support.AMPERE_JAX:
+        checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in GPU_CALLS}
+        checks["8.9 attention: mixed"] = functools.partial(check_kernel, MIXED, ada)
+        checks["A100 step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, a100)
+        checks["A100 step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight_a100)
+    else:
+        needed = ".".join(map(str, gpu_support.AMPERE_JAX))
+        print(f"A100 and compute capability 8.9 SKIPPED: they need jax {needed}, this is {jax.__version__}")
 
     deadline = time.monotonic() + options.seconds
     failed = 0

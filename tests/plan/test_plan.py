@@ -11,6 +11,7 @@ import pytest
 from fastgen_jax.cli import main
 from fastgen_jax.plan.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.plan.estimate import weight_bytes
+from fastgen_jax.plan.program import copied_in_loops, count_in_loops
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
 
@@ -85,6 +86,41 @@ def test_topologies_count_jax_devices() -> None:
         8, 4, 8, 8, 1]
     assert parse_topology("v5p:2x2").shape == (2, 2, 1)
     assert parse_topology("v6e:2x2").device.memory == 32 * GIB
+
+
+def test_collectives_are_counted_through_the_computations_that_a_loop_calls() -> None:
+    hlo = """
+%sparsecore (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8] all-reduce(%p), to_apply=%add
+}
+%body (p: f32[8]) -> f32[8] {
+  %a = f32[8] all-reduce-start(%p), to_apply=%add
+  %b = f32[8] all-reduce-done(%a)
+  %c = ((f32[8]), f32[8]) call-start(%b), async_execution_thread="sparsecore", to_apply=%sparsecore
+  ROOT %d = f32[8] call-done(%c), to_apply=%sparsecore
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %g = f32[16] all-gather(%p)
+  ROOT %w = f32[8] while(%p), condition=%condition, body=%body
+}
+"""
+    assert count_in_loops(hlo) == 2
+
+
+def test_a_weight_that_is_copied_in_a_loop_is_noticed() -> None:
+    hlo = """
+%body (p: bf16[8,4]) -> bf16[8,4] {
+  %a = bf16[1,4096,3584]{1,2,0:T(8,128)(2,1)} copy(%slice), metadata={op_name="slice"}
+  %b = f32[512,4096]{1,0} copy(%a)
+  ROOT %c = (f32[64]{0}, f32[64]{0}, u32[]) copy-start(%b)
+}
+ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
+  %d = bf16[32,4096,3584]{2,1,0} copy(%p)
+  ROOT %w = bf16[8,4] while(%p), condition=%condition, body=%body
+}
+"""
+    assert copied_in_loops(hlo) == 4096 * 3584 * 2
+    assert copied_in_loops(hlo.replace("%a = bf16", "%a = f8e4m3fn")) == 4096 * 3584
 
 
 def test_the_command_prints_a_table_or_json(tmp_path, capsys) -> None:

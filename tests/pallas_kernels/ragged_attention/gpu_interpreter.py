@@ -24,7 +24,8 @@ from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels.ragged_attention.gpu import GpuTiles, ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
 
@@ -32,13 +33,11 @@ NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 330  # contexts of three steps a
 # Weights are rounded to the dtype of the cache before they meet the values, and so are the results.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
 NO_WINDOW = 2**31 - 1
-# Newer detectors report a race between a copy and the read before it, although the reader's arrival at the barrier that the
-# copying warpgroup waits for lies between them (docs/LOG.md, 2026-11-25); results are compared on every version.
-DETECT_RACES = jax.__version_info__ < (0, 11)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
+    generation: str = "hopper"
     num_kv_heads: int = 2
     group: int = 3
     head_dim: int = 64
@@ -71,7 +70,10 @@ class Case:
         return options
 
 
-QUICK = [Case(soft_cap=5.0, sinks=True)]
+QUICK = [
+    Case(soft_cap=5.0, sinks=True),
+    Case(generation="ampere", num_kv_heads=1, sinks=True, alibi=True, stages=3, blocks=2),
+]
 ALL = [
     *QUICK,
     Case(window=False, chunk_keys=128),
@@ -81,6 +83,12 @@ ALL = [
     Case(num_kv_heads=1, group=71, block_size=64, pieces=5),
     Case(num_kv_heads=2, group=2, head_dim=256, block_size=256, soft_cap=3.0, window=False, stages=3),
     Case(num_kv_heads=1, group=6, head_dim=96, block_size=16, sinks=True, window=False, blocks=7, pieces=1),
+    Case(generation="ampere", window=False, block_size=8, head_dim=128),
+    Case(generation="ampere", num_kv_heads=3, group=1, block_size=128, dtype="float16", soft_cap=5.0),
+    Case(generation="ampere", num_kv_heads=1, group=17, head_dim=80, block_size=32, sinks=True, blocks=1),
+    Case(generation="ampere", num_kv_heads=1, group=40, block_size=64, alibi=True, stages=3),
+    Case(generation="ampere", num_kv_heads=1, group=71, chunk_keys=32, single_keys=32, pieces=5),
+    Case(generation="ampere", group=2, head_dim=256, block_size=256, chunk_keys=32, single_keys=32, blocks=7),
 ]
 
 
@@ -100,8 +108,9 @@ def compiled(implementation: str, case: Case, scale: float, num_blocks: int) -> 
     static: dict[str, Any] = {"scale": scale, "num_blocks": num_blocks, "soft_cap": case.soft_cap}
     if implementation == "reference":
         return jax.jit(functools.partial(ragged_attention_reference, **static))
-    interpret = InterpretGPUParams(detect_races=DETECT_RACES)
-    return jax.jit(functools.partial(ragged_attention_gpu, tiles=case.tiles, interpret=interpret, **static))
+    interpret = InterpretGPUParams(detect_races=True)
+    options = static | {"generation": case.generation, "tiles": case.tiles, "interpret": interpret}
+    return jax.jit(functools.partial(ragged_attention_gpu, **options))
 
 
 def run(implementation: str, batch: Batch, case: Case, **options: Any) -> list[np.ndarray]:
@@ -130,7 +139,7 @@ def check_case(case: Case, *, examples: int) -> None:
         expected = run("reference", batch, case, **options)
         interpret_pallas_call.reset_gpu_interpret_mode_state()
         out, k_cache, v_cache = run("gpu", batch, case, **options)
-        assert not DETECT_RACES or not interpret_pallas_call.get_races().races_found
+        assert not interpret_pallas_call.get_races().races_found
         np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[case.dtype], rtol=0)
         np.testing.assert_array_equal(k_cache, expected[1])
         np.testing.assert_array_equal(v_cache, expected[2])

@@ -5,10 +5,14 @@ The interpreter needs more threads than this machine may have cores, so it runs 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +21,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_attention import ragged_attention
-from pallas_kernels.ragged_attention.gpu import combine, modelled, plan_chunks, plan_pieces, ragged_attention_gpu
-from pallas_kernels.ragged_attention.gpu_kernel import (
+from pallas_kernels.ragged_attention import gpu_ampere, gpu_hopper, gpu_support, ragged_attention
+from pallas_kernels.ragged_attention.autotune import autotune, time_call
+from pallas_kernels.ragged_attention.autotune import main as autotune_command
+from pallas_kernels.ragged_attention.gpu import BODIES, ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu_plan import combine, plan_chunks, plan_pieces
+from pallas_kernels.ragged_attention.gpu_tile import (
     END,
     FIRST,
     HAS_SINK,
@@ -29,10 +36,12 @@ from pallas_kernels.ragged_attention.gpu_kernel import (
     WINDOW,
     Spec,
 )
-from pallas_kernels.ragged_attention.gpu_support import is_hopper
+from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles, candidates, choose, modelled
+from pallas_kernels.ragged_attention.tile_file import Shape
+from pallas_kernels.ragged_attention.xla import ragged_attention_xla
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
-NUM_CASES = 8  # in `gpu_interpreter.ALL`
+NUM_CASES = 15  # in `gpu_interpreter.ALL`
 
 
 def run_interpreter(which: str, examples: int) -> None:
@@ -53,10 +62,14 @@ def test_the_gpu_kernel_equals_the_reference_in_all_shapes(case: int) -> None:
     run_interpreter(str(case), 8)
 
 
-def spec(*, group: int, partial: bool, block_size: int = 32) -> Spec:
+def spec(*, group: int, partial: bool, generation: str = "hopper", head_dim: int = 128) -> Spec:
+    tiles = modelled(head_dim, group, generation)
+    rows_in, rows, rows_out = BODIES[generation].tile_rows(group, head_dim, partial=partial)
     return Spec(
-        group=group, head_dim=128, block_size=block_size, warpgroups=1 if partial else 2, keys=128, stages=2, blocks=132,
-        scale=1.0, soft_cap=None, has_window=True, partial=partial, dtype=jnp.bfloat16, interpreted=True,
+        group=group, head_dim=head_dim, block_size=32, rows=rows, rows_in=rows_in, rows_out=rows_out,
+        keys=tiles.single_keys if partial else tiles.chunk_keys,
+        stages=tiles.single_stages if partial else tiles.chunk_stages, blocks=tiles.blocks, scale=1.0, soft_cap=None,
+        has_window=True, partial=partial, dtype=jnp.bfloat16, interpreted=True,
     )  # fmt: skip
 
 
@@ -68,17 +81,19 @@ chunk_lists = st.lists(
 
 
 @functools.cache
-def plans(group: int, num_kv_heads: int):
+def plans(group: int, num_kv_heads: int, generation: str):
     """Both plans as one compiled function of the index arrays."""
+    kind: Any = {"group": group, "generation": generation}
 
     def run(index: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         *pieces, most = plan_pieces(
-            **index, num_kv_heads=num_kv_heads, tiles=modelled(128), spec=spec(group=group, partial=True)
-        )
+            **index, num_kv_heads=num_kv_heads, tiles=modelled(128, group, generation),
+            spec=spec(**kind, partial=True),
+        )  # fmt: skip
         tokens = jnp.arange(NUM_TOKENS, dtype=jnp.int32)
         sequence = jnp.sum(index["query_starts"][None, 1:] <= tokens[:, None], axis=1, dtype=jnp.int32)
         sequence = jnp.minimum(sequence, NUM_SEQUENCES - 1)
-        chunks = plan_chunks(**index, num_tokens=NUM_TOKENS, sequence=sequence, spec=spec(group=group, partial=False))
+        chunks = plan_chunks(**index, num_tokens=NUM_TOKENS, sequence=sequence, spec=spec(**kind, partial=False))
         return (*pieces, jnp.int32(most), *chunks, sequence)
 
     compiled = jax.jit(run)
@@ -88,10 +103,10 @@ def plans(group: int, num_kv_heads: int):
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
     chunks=chunk_lists, group=st.sampled_from([3, 4]), window=st.sampled_from([1, 77, 1000, 2**30]),
-    num_kv_heads=st.sampled_from([1, 8]),
+    num_kv_heads=st.sampled_from([1, 8]), generation=st.sampled_from(["hopper", "ampere"]),
 )  # fmt: skip
 def test_every_query_is_planned_once_and_sees_all_its_keys(
-    chunks: list[tuple[int, int]], group: int, window: int, num_kv_heads: int
+    chunks: list[tuple[int, int]], group: int, window: int, num_kv_heads: int, generation: str
 ) -> None:
     lengths = np.array([query for query, _ in chunks])
     contexts = np.array([query + old if query else 0 for query, old in chunks])
@@ -108,7 +123,7 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
         assert len(np.unique(both)) == len(both)  # no key twice
         seen[token] = np.sort(both)
 
-    work, first_piece, pieces, most, tiles, tile, first_row, sequence = plans(group, num_kv_heads)(index)
+    work, first_piece, pieces, most, tiles, tile, first_row, sequence = plans(group, num_kv_heads, generation)(index)
     work, count = work[:-1], int(work[-1, 0])
     assert pieces.max() <= most
     assert count == pieces.sum()
@@ -130,7 +145,7 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
             assert tile[token] < count
             assert row[SEQUENCE] == s
             assert row[ROW] // 8 * 8 + first_row[token] == token * group
-            assert first_row[token] + group <= 128
+            assert first_row[token] + group <= (128 if generation == "hopper" else 64)
             position = row[POSITION] + (first_row[token] - row[ROW] % 8) // group
             assert position == contexts[s] - starts[s + 1] + token
             show(token, position, row[FIRST], row[END])
@@ -166,7 +181,7 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
         ({"head_dim": 512}, "up to 256 but D is 512"),
         ({"block_size": 24}, "power of two of at least 8, but it is 24"),
         ({"block_size": 4}, "power of two of at least 8, but it is 4"),
-        ({"group": 121}, "up to 120 query heads a KV head but there are 121"),
+        ({"group": 121}, "up to 120 query heads a KV head where D is 16 but there are 121"),
     ],
 )
 def test_what_the_gpu_kernel_cannot_take_is_refused(changes: dict, message: str) -> None:
@@ -175,27 +190,148 @@ def test_what_the_gpu_kernel_cannot_take_is_refused(changes: dict, message: str)
         ragged_attention_gpu(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "needed"),
+    [(80, 16, 32), (80, 8, 32), (96, 8, 16), (64, 8, None), (128, 8, None), (16, 32, None)],
+)
+def test_ampere_refuses_blocks_that_four_warps_cannot_copy(head_dim: int, block_size: int, needed: int | None) -> None:
+    cache = jax.ShapeDtypeStruct((4, 1, block_size, head_dim), jnp.bfloat16)
+    reason = gpu_support.unsupported(cache, 4, "ampere", interpreted=True)
+    assert reason == (needed and f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}")
+
+
+@pytest.mark.parametrize(("generation", "most"), [("hopper", 64), ("ampere", 48)])
+def test_more_results_than_fit_are_refused(generation: str, most: int) -> None:
+    cache = jax.ShapeDtypeStruct((4, 1, 32, 256), jnp.bfloat16)
+    assert gpu_support.unsupported(cache, most, generation, interpreted=True) is None
+    reason = gpu_support.unsupported(cache, most + 1, generation, interpreted=True)
+    assert reason == f"takes up to {most} query heads a KV head where D is 256 but there are {most + 1}"
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
-def test_modelled_tiles_fit_in_shared_memory(head_dim: int) -> None:
-    tiles = modelled(head_dim)
-    for keys, stages, partial in ((tiles.chunk_keys, tiles.chunk_stages, False),
-                                  (tiles.single_keys, tiles.single_stages, True)):  # fmt: skip
-        made = Spec(
-            group=4, head_dim=head_dim, block_size=32, warpgroups=1 if partial else 2, keys=keys, stages=stages,
-            blocks=132, scale=1.0, soft_cap=None, has_window=False, partial=partial, dtype=jnp.bfloat16, interpreted=False,
-        )  # fmt: skip
-        assert made.shared_bytes <= 227 * 1024 - 1024
+@pytest.mark.parametrize("group", [1, 4, 71])
+def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
+    if (head_dim, group) == (256, 71):
+        pytest.skip("refused, see below")
+    for partial in (False, True):
+        made = spec(group=group, partial=partial, head_dim=head_dim)
+        assert gpu_hopper.shared_bytes(made) <= 227 * 1024 - 1024
+        taken = gpu_ampere.shared_bytes(spec(group=group, partial=partial, head_dim=head_dim, generation="ampere"))
+        assert taken <= 99 * 1024  # of compute capability 8.6 and 8.9
+        if head_dim <= 128:
+            assert 2 * (taken + 1024) <= 164 * 1024  # two thread blocks on a multiprocessor of an A100
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu(jax.sharding.AbstractDevice):
+    compute_capability: str = ""
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("NVIDIA H100 80GB HBM3", True), ("NVIDIA H200", True), ("NVIDIA GH200 480GB", True), ("NVIDIA H100 PCIe", True),
-        ("Tesla T4", False), ("NVIDIA A100-SXM4-80GB", False), ("NVIDIA B200", False),
-    ],
-)  # fmt: skip
-def test_only_compute_capability_9_takes_the_kernel(kind: str, expected: bool) -> None:
-    assert is_hopper(kind) == expected
+    ("capability", "expected"),
+    [("9.0", "hopper"), ("8.0", "ampere"), ("8.6", "ampere"), ("8.9", "ampere"), ("7.5", None), ("10.0", None)],
+)
+def test_the_compute_capability_chooses_the_kernel(capability: str, expected: str | None) -> None:
+    device = Gpu(device_kind="a GPU", num_cores=1, platform="gpu", compute_capability=capability)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        assert gpu_support.generation() == expected
+
+
+def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("PALLAS_KERNELS_TILES", str(path))
+    shape = Shape(
+        num_heads=32, num_kv_heads=8, head_dim=128, block_size=32, num_tokens=512, num_sequences=64, dtype="bfloat16"
+    )
+    first = modelled(128, 4, "ampere", multiprocessors=72)
+
+    def measure(tiles: GpuTiles) -> float:  # a device that has no room for 128 keys, and likes many pieces
+        if max(tiles.chunk_keys, tiles.single_keys) > 64:
+            raise RuntimeError("Shared memory requested exceeds device resources")
+        return 1.0 / tiles.pieces + tiles.min_piece * 1e-9
+
+    best = autotune(shape, candidates(first), measure=measure, kind="an A10", path=path, report=lambda line: None)
+    assert best == dataclasses.replace(first, pieces=4 * first.pieces)
+    assert json.loads(path.read_text())[shape.key("an A10")]["pieces"] == 4 * 8 * 72
+
+    def chosen(kind: str, cores: int) -> GpuTiles:
+        device = Gpu(device_kind=kind, num_cores=cores, platform="gpu", compute_capability="8.6")
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+            return choose(shape, "ampere")
+
+    assert chosen("an A10", 72) == best
+    assert chosen("an L4", 58) == modelled(128, 4, "ampere", multiprocessors=58)
+
+
+def test_the_command_that_measures_tiles_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        autotune_command(["--tokens", "8"])
+    assert "measured on a TPU or a GPU of compute capability 8 or 9.0, but JAX runs on 'cpu'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("generation", ["hopper", "ampere"])
+def test_a_call_for_measuring_runs_every_kind_of_tile(generation: str) -> None:
+    asked = []
+
+    def attention(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        asked.append(options["tiles"])
+        options.pop("tiles")
+        return ragged_attention_xla(*arrays, **options)
+
+    shape = Shape(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, num_tokens=8, num_sequences=3, dtype="bfloat16")
+    tiles = list(candidates(modelled(16, 2, generation)))
+    assert len(set(tiles)) == len(tiles) > 10
+    for choice in tiles[:2]:
+        assert time_call(functools.partial(attention, tiles=choice), shape, context=20, repeats=1) > 0
+    assert asked == tiles[:2]
+
+
+def test_a_gpu_of_unknown_capability_and_a_cpu_have_no_kernel() -> None:
+    device = jax.sharding.AbstractDevice(device_kind="another GPU", num_cores=1, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        assert gpu_support.generation() is None
+    assert gpu_support.generation() is None
+
+
+def test_an_old_jax_takes_xla_on_an_ampere_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    gpu_support.say_once.cache_clear()
+    arguments = make_batch([(1, 3)], dtype=jnp.bfloat16).arguments()
+    device = Gpu(device_kind="a GPU", num_cores=1, platform="gpu", compute_capability="8.0")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        ragged_attention(**arguments)
+    assert "runs in plain XLA: the GPU kernel of GPUs of compute capability 8 needs jax 0.12" in caplog.text
+    with pytest.raises(ValueError, match=r"needs jax 0\.12 or newer"):
+        ragged_attention_gpu(**arguments, generation="ampere")
+
+
+@pytest.mark.skipif(jax.__version_info__ < gpu_support.AMPERE_JAX, reason="this jax has no layouts for mma")
+@pytest.mark.parametrize("rows", [64, 128])
+def test_a_product_is_the_left_operand_of_the_next_as_it_lies(rows: int) -> None:
+    from jax.experimental.mosaic import gpu as mgpu
+
+    layouts = mgpu.MMALayouts(jnp.bfloat16)
+
+    def elements(layout: Any) -> np.ndarray:
+        """Which element of [rows, 64] lies where: [what distinguishes threads, registers, numbers of a register]."""
+        tiled = layout.tiling.tile_shape((rows, 64))
+        numbers = np.arange(rows * 64).reshape(rows, 64)
+        for tile in layout.tiling.tiles:  # the last axes become (how many tiles, inside of one)
+            outer = numbers.ndim - len(tile)
+            shape = [n for size, inner in zip(numbers.shape[outer:], tile, strict=True) for n in (size // inner, inner)]
+            numbers = numbers.reshape(*numbers.shape[:outer], *shape)
+            axes = [outer + 2 * i for i in range(len(tile))] + [outer + 2 * i + 1 for i in range(len(tile))]
+            numbers = numbers.transpose(*range(outer), *axes)
+        assert numbers.shape == tiled
+        threads = [axis % numbers.ndim for axis in (*layout.partitioned_warp_dims, *layout.partitioned_lane_dims)]
+        vector = layout.vector_dim % numbers.ndim
+        registers = [axis for axis in range(numbers.ndim) if axis not in (*threads, vector)]
+        numbers = numbers.transpose(*threads, *registers, vector)
+        return numbers.reshape(128, -1, numbers.shape[-1])
+
+    np.testing.assert_array_equal(elements(layouts.acc), elements(layouts.lhs))
 
 
 def test_a_program_for_a_gpu_takes_xla_unless_it_is_known_to_be_a_hopper() -> None:

@@ -19,9 +19,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the race d
 from jax.experimental.pallas import tpu as pltpu
 
 from fastgen_jax.core import stored_head_dim
-from pallas_kernels.ragged_attention.autotune import autotune
+from pallas_kernels.ragged_attention.autotune import autotune, candidates
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
-from pallas_kernels.ragged_attention.tiles import DEVICES, Shape, Tiles, choose, measured, modelled, vmem_bytes
+from pallas_kernels.ragged_attention.tile_file import entries
+from pallas_kernels.ragged_attention.tiles import DEVICES, Shape, Tiles, choose, modelled, vmem_bytes
 from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
 from pallas_kernels.ragged_attention.tpu_write import write_kv_tpu
 from pallas_kernels.ragged_attention.tpu_write_quantized import write_kv_quantized_tpu
@@ -247,14 +248,14 @@ def test_autotune_writes_the_fastest_tiles_that_work_and_choose_finds_them(tmp_p
             raise RuntimeError("Ran out of memory in memory space vmem")
         return 1e-3 / tiles.keys + 1e-6 * tiles.queries
 
-    best = autotune(call, kind="v5e", measure=measure, path=path, report=lambda line: None)
+    best = autotune(call, candidates(call, "v5e"), kind="v5e", measure=measure, path=path, report=lambda line: None)
     assert best.keys == 512
     assert best.queries == modelled(call, "v5e").queries // 2
     assert choose(call, "v5e") == best
     assert choose(shape(32, 8, num_tokens=1500), "v5e") == best  # the same class
     assert choose(shape(32, 4), "v5e") == modelled(shape(32, 4), "v5e")
     path.write_text("[1]")
-    measured.cache_clear()
+    entries.cache_clear()
     with pytest.raises(ValueError, match="does not hold measured tiles"):
         choose(call, "v5e")
-    measured.cache_clear()
+    entries.cache_clear()

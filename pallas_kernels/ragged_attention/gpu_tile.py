@@ -1,0 +1,210 @@
+"""What the GPU attention kernels have in common: the list of work, and the online softmax over the rows of a tile.
+
+A q tile is 16 to 128 rows; a row is one query of one head, and the G heads that share a KV head lie side by side, so that
+keys and values are fetched once for all of them. Both kinds of tile run the same body:
+
+  chunk tiles    Q consecutive queries of one sequence, Q * G rows; normalised results
+  single tiles   one query, G rows, and a piece of its keys; partial results, to be combined by their log-sum-exp
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+GRANULE = 8  # rows: where TMA reads a matrix that is tiled in shared memory, it begins at a multiple of this
+LOG2E = math.log2(math.e)
+# Finite, so that a row that has seen no key yet gives weights of exp2(-inf) = 0, not NaN.
+NO_KEY = -1e30
+
+# Columns of the work list, i32[tiles + 1, NUM_COLUMNS]; the last row holds the number of tiles that have work.
+SEQUENCE, ROW, POSITION, FIRST, END, WINDOW, FIRST_BLOCK, HAS_SINK = range(8)
+NUM_COLUMNS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What is static in a kernel."""
+
+    group: int  # G
+    head_dim: int  # D
+    block_size: int  # B, a power of two
+    rows: int  # of a tile
+    rows_in: int  # of a tile's queries that are read, at least `rows` or `rows_out`
+    rows_out: int  # of a tile that are stored: of a single tile at least those that hold a head
+    keys: int  # keys of a step, a power of two
+    stages: int  # steps whose keys and values are in shared memory at once
+    blocks: int  # thread blocks that share the tiles
+    scale: float
+    soft_cap: float | None
+    has_window: bool
+    partial: bool  # float32 results and their log-sum-exp
+    dtype: Any  # of q and the caches
+    interpreted: bool  # runs in Pallas' interpreter, which lacks some constructs
+
+    @property
+    def queries(self) -> int:
+        """Queries of a chunk tile. It begins at a granule, so that rows of the query before may come first."""
+        return (self.rows - (GRANULE - 1 if self.group % GRANULE else 0)) // self.group
+
+    @property
+    def copies(self) -> int:
+        """Blocks, or parts of one, that the keys of a step lie in."""
+        return max(1, self.keys // self.block_size)
+
+
+class Tile:
+    """A tile and a head: what the work list says of it."""
+
+    def __init__(self, refs: dict[str, Any], spec: Spec, ordinal: jax.Array) -> None:
+        num_kv_heads = refs["k_cache"].shape[1]
+        # The heads of a tile, whose keys lie side by side, are worked on at the same time.
+        self.index = lax.div(ordinal, jnp.int32(num_kv_heads))
+        self.head = ordinal - self.index * num_kv_heads
+        self.columns = [refs["work"][self.index, column] for column in range(NUM_COLUMNS)]
+        self.first, self.end = self.columns[FIRST], self.columns[END]
+        self.num_steps = lax.div(self.end - self.first + (spec.keys - 1), jnp.int32(spec.keys))
+        # A chunk tile begins at a granule, its own first row may come later.
+        self.skipped = jnp.int32(0) if spec.partial else lax.rem(self.columns[ROW], jnp.int32(GRANULE))
+
+
+def for_each_tile(
+    refs: dict[str, Any], spec: Spec, work: Callable[[Tile, jax.Array], None]
+) -> jax.Array:
+    """Calls `work` with every tile of this thread block and the number of steps before it; returns that of all.
+
+    A block has every `blocks`-th pair of a tile and a head.
+    """
+    block, blocks = lax.axis_index("block"), spec.blocks
+    num_tiles = refs["work"][refs["work"].shape[0] - 1, 0]
+    num_pairs = num_tiles * refs["k_cache"].shape[1]
+
+    def tile(i: jax.Array, steps_before: jax.Array) -> jax.Array:
+        tile = Tile(refs, spec, block + i * blocks)
+        work(tile, steps_before)
+        return steps_before + tile.num_steps
+
+    mine = lax.div(num_pairs - block + (blocks - 1), jnp.int32(blocks))
+    return lax.fori_loop(0, mine, tile, jnp.int32(0))
+
+
+def over_steps(
+    tile: Tile, spec: Spec, step: Callable[[jax.Array, Any, bool], Any], state: Any
+) -> Any:
+    """Carries `state` through `step(i, state, masked)`; only the steps at the borders compare positions.
+
+    | window | seen by all rows ... | diagonal |
+    """
+    position = tile.columns[POSITION]
+    all_seen = lax.div(position + 1 - tile.first, jnp.int32(spec.keys))
+    borders = [jnp.int32(0), jnp.minimum(all_seen, tile.num_steps), tile.num_steps]
+    if spec.has_window:
+        # The last query's window starts behind this key; a single tile's query may be beyond the piece of keys.
+        before = jnp.maximum(tile.end - 1, position) - tile.columns[WINDOW] - tile.first
+        inside = jnp.where(before < 0, 0, lax.div(before, jnp.int32(spec.keys)) + 1)
+        borders.insert(1, jnp.minimum(inside, borders[1]))
+    masked = [True, False, True] if spec.has_window else [False, True]
+    for begin, end, compare in zip(borders, borders[1:], masked, strict=False):
+        state = lax.fori_loop(begin, end, lambda i, state, compare=compare: step(i, state, compare), state)
+    return state
+
+
+def blocks_of(tile: Tile, i: jax.Array, refs: dict[str, Any], spec: Spec) -> list[tuple[jax.Array, Any]]:
+    """The blocks of the pool, and the first key in them, that hold the keys of the tile's step i."""
+    sequence, base = tile.columns[SEQUENCE], tile.columns[FIRST_BLOCK]
+    key = tile.first + i * spec.keys
+    block = lax.div(key, jnp.int32(spec.block_size))
+    if spec.keys <= spec.block_size:
+        return [(base + refs["tables"][sequence, block], key - block * spec.block_size)]
+    # What comes after the last block is not there: the last one is fetched again, from cache, and not looked at.
+    last = lax.div(tile.end - 1, jnp.int32(spec.block_size))
+    entries = [jnp.minimum(block + j, last) for j in range(spec.copies)]
+    return [(base + refs["tables"][sequence, entry], 0) for entry in entries]
+
+
+class Rows:
+    """Some rows of a tile: which keys they see, and the online softmax over them. Scores are in units of log2."""
+
+    def __init__(
+        self, tile: Tile, refs: dict[str, Any], spec: Spec, *, first: Any, count: int, layout: Any
+    ) -> None:  # fmt: skip
+        """`count` rows from row `first` of the tile on; `layout` is that of the scores in registers."""
+        self.tile, self.spec, self.count, self._layout = tile, spec, count, layout
+        heads = pl.ds(GRANULE - tile.skipped + first, count)
+
+        def of_heads(name: str) -> jax.Array | None:
+            return self._row_vector(refs[name].at[tile.head, heads]) * LOG2E if name in refs else None
+
+        # The last key that a row sees, counted from the first key of the tile.
+        row = self.iota((count,), 0) + (first - tile.skipped)
+        self.last_seen = lax.div(row, jnp.int32(spec.group)) + (tile.columns[POSITION] - tile.first)
+        self.slope, self.sink = of_heads("slopes"), of_heads("sinks")
+
+    def start(self) -> tuple[jax.Array, jax.Array]:
+        """(largest score, sum of weights), f32[count] each, before any key."""
+        top, total = self.full((self.count,), NO_KEY), self.full((self.count,), 0.0)
+        if self.sink is not None:  # one more logit, which the first piece of a context counts
+            has_sink = self.tile.columns[HAS_SINK] > 0
+            top, total = jnp.where(has_sink, self.sink, top), jnp.where(has_sink, total + 1.0, total)
+        return top, total
+
+    def weigh(
+        self, scores: jax.Array, i: jax.Array, top: jax.Array, total: jax.Array, *, masked: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """The weights f32[count, keys] of step i, what earlier results have to be multiplied with, top and total.
+
+        `scores` are products of queries and keys. Weights are in units of the largest score so far.
+        """
+        spec, shape = self.spec, scores.shape
+        factor = spec.scale * LOG2E
+        last_seen = self.last_seen - i * spec.keys  # counted from the first key of the step
+        if spec.soft_cap is not None:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1): the hardware's own tanh is off by 5e-4, times the cap.
+            power = jnp.exp2(scores * (2.0 * LOG2E * spec.scale / spec.soft_cap))
+            scores, factor = (1.0 - 2.0 / (power + 1.0)) * (spec.soft_cap * LOG2E), 1.0
+        if self.slope is not None:
+            scores, factor = scores * factor, 1.0
+            distance = self.iota(shape, 1) - self.along_rows(last_seen, shape)
+            scores = scores + self.along_rows(self.slope, shape) * distance.astype(jnp.float32)
+        if masked:
+            key = self.iota(shape, 1)
+            seen = key <= self.along_rows(last_seen, shape)
+            if spec.has_window:
+                seen = seen & (key > self.along_rows(last_seen - self.tile.columns[WINDOW], shape))
+            scores = jnp.where(seen, scores, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
+        weights = jnp.exp2(scores * factor - self.along_rows(new_top, shape))
+        keep = jnp.exp2(top - new_top)
+        return weights, keep, new_top, total * keep + jnp.sum(weights, axis=1)
+
+    def along_rows(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """[rows] -> `shape` [rows, ...], a value for each row."""
+        return self._cast(lax.broadcast_in_dim(x, shape, [0]))
+
+    def iota(self, shape: tuple[int, ...], axis: int) -> jax.Array:
+        return self._cast(lax.broadcasted_iota(jnp.int32, shape, axis))
+
+    def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
+        return self._cast(jnp.full(shape, value, jnp.float32))
+
+    def _cast(self, x: jax.Array) -> jax.Array:
+        if self.spec.interpreted:  # it knows no layouts
+            return x
+        return plgpu.layout_cast(x, self._layout if x.ndim == 2 else self._layout.reduce(1))
+
+    def _row_vector(self, ref: Any) -> jax.Array:
+        if self.spec.interpreted:
+            return ref[...]
+        # From global memory, a few bytes a thread, once a tile. Newer versions of JAX take no index.
+        index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []
+        return plgpu.load(ref, *index, layout=self._layout.reduce(1), optimized=False)
+
