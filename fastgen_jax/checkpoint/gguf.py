@@ -181,7 +181,9 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
             raise ValueError(f"{file.path}: {stored_name!r} holds {file.tensors[stored_name].shape[0]} of a kind, but the "
                              f"metadata announce {count}; the file is corrupt, convert it again")
     others = file.tensors.keys() - {stored for where in found.values() for stored in where.names} - ROPE_TENSORS
-    return found | {name: Place(names=(name,)) for name in others}
+    further = file.metadata.get(f"{kind}.nextn_predict_layers", 0)  # layers that guess one more token; not needed
+    predictors = tuple(f"blk.{layer}." for layer in range(num_layers, num_layers + further))
+    return found | {name: Place(names=(name,)) for name in others if not name.startswith(predictors)}
 
 
 def head_by_head(rows: np.ndarray, *, num_heads: int, num_kv_heads: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastgen_jax.checkpoint.gguf_experts import deepseek2, experts, glm4moe, gpt_oss, qwen2moe, qwen3moe
 from fastgen_jax.checkpoint.gguf_file import GGUFFile
 from fastgen_jax.checkpoint.gguf_metadata import (
     LONG_FACTORS,
@@ -25,9 +26,6 @@ from fastgen_jax.checkpoint.gguf_metadata import (
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # its attention scale is another, and only its depth shows it
 _NEOX_20B_LAYERS = 44  # its GELU is the approximate one, that of Pythia, Dolly and the others is exact
 _QWEN_TRAINED_LEN = 2048  # the shortest of any release
-_SIGMOID = 2  # of expert_gating_func
-# (groups, groups that a token may choose from) by the number of experts; files from before 2025's autumn leave them out.
-_DEEPSEEK_GROUPS = {64: (1, 1), 160: (8, 3), 256: (8, 4)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ class Architecture:
 def _llama(m: Metadata) -> dict[str, Any]:
     m.only("attention.sliding_window", 0)
     if m.get("expert_count", 0):
-        return {"architectures": ["MixtralForCausalLM"], **_experts(m, "num_local_experts")}
+        return {"architectures": ["MixtralForCausalLM"], **experts(m, "num_local_experts")}
     return {"attention_bias": m.has("blk.0.attn_output.bias"), "mlp_bias": m.has("blk.0.ffn_down.bias")}
 
 
@@ -99,38 +97,6 @@ def _gpt2(m: Metadata) -> dict[str, Any]:
         "n_positions": m.get("context_length"), "n_inner": m.get("feed_forward_length"),
         "layer_norm_epsilon": m.get("attention.layer_norm_epsilon"), "activation_function": "gelu_new",
         "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "tie_word_embeddings": not m.has("output.weight"),
-    }
-
-
-def _experts(m: Metadata, count: str) -> dict[str, Any]:
-    return {count: m.get("expert_count"), "num_experts_per_tok": m.get("expert_used_count")}
-
-
-def _qwen2moe(m: Metadata) -> dict[str, Any]:
-    # That the chosen scores are not normalised, and that no layer is dense, is the same in every release.
-    return _experts(m, "num_experts") | {
-        "norm_topk_prob": False, "use_sliding_window": False,
-        "moe_intermediate_size": m.get("expert_feed_forward_length"),
-        "shared_expert_intermediate_size": m.get("expert_shared_feed_forward_length"),
-    }
-
-
-def _qwen3moe(m: Metadata) -> dict[str, Any]:
-    # That the chosen scores are normalised, and that no layer is dense, is the same in every release.
-    return _experts(m, "num_experts") | {
-        "norm_topk_prob": True, "use_sliding_window": False, "attention_bias": False,
-        "moe_intermediate_size": m.get("expert_feed_forward_length"),
-    }
-
-
-def _gpt_oss(m: Metadata) -> dict[str, Any]:
-    # Every other layer has the window, and YaRN's borders are not rounded: not recorded, the same in both releases.
-    rope = rope_parameters(m)
-    return _experts(m, "num_local_experts") | {
-        "intermediate_size": m.get("expert_feed_forward_length"),
-        "sliding_window": m.get("attention.sliding_window"),
-        "attention_bias": m.has("blk.0.attn_q.bias"),
-        "rope_parameters": rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
     }
 
 
@@ -212,6 +178,33 @@ def _phi3(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _olmo2(m: Metadata) -> dict[str, Any]:
+    window = m.get("attention.sliding_window", 0)
+    if not window:
+        return {}
+    rope = rope_parameters(m)
+    return {
+        "architectures": ["Olmo3ForCausalLM"], "sliding_window": window,
+        "layer_types": _layer_types(m.get("attention.sliding_window_pattern")),
+        "rope_parameters": {"full_attention": rope, "sliding_attention": {
+            "rope_theta": float(m.get("rope.freq_base_swa", rope["rope_theta"]))}},
+    }
+
+
+def _layer_types(pattern: list[bool]) -> list[str]:
+    return ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
+
+
+def _seed_oss(m: Metadata) -> dict[str, Any]:
+    return {"attention_bias": m.has("blk.0.attn_q.bias"), "attention_out_bias": m.has("blk.0.attn_output.bias"),
+            "mlp_bias": m.has("blk.0.ffn_down.bias")}
+
+
+def _exaone4(m: Metadata) -> dict[str, Any]:
+    pattern = m.get("attention.sliding_window_pattern", [False] * m.get("block_count"))
+    return {"sliding_window": m.get("attention.sliding_window", 0), "layer_types": _layer_types(pattern)}
+
+
 def _starcoder2(m: Metadata) -> dict[str, Any]:
     # That the window has 4096 tokens, and the activation, are the same in every release.
     return {"norm_epsilon": m.get("attention.layer_norm_epsilon"), "layer_norm_eps": None, "sliding_window": 4096,
@@ -253,53 +246,6 @@ def _qwen(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _deepseek2(m: Metadata) -> dict[str, Any]:
-    v3 = m.get("expert_gating_func", 0) == _SIGMOID
-    m.only("expert_gating_func", _SIGMOID if v3 else m.get("expert_gating_func", 1))
-    rope_dim, kv_rank = m.get("rope.dimension_count"), m.get("attention.kv_lora_rank")
-    # Since its latent projections are stored in two parts, a head's sizes go by other names.
-    split = m.has("blk.0.attn_k_b.weight")
-    key_dim = m.get("attention.key_length_mla" if split else "attention.key_length")
-    if split:
-        m.only("attention.head_count_kv", 1)
-        m.only("attention.key_length", kv_rank + rope_dim)
-        m.only("attention.value_length", kv_rank)
-    else:
-        m.only("attention.head_count_kv", m.get("attention.head_count"))
-    rope = rope_parameters(m, further=("scaling.yarn_log_multiplier",))
-    if rope["rope_type"] == "yarn":  # mscale is not recorded, and in every release that of all dimensions
-        mscale = round(10 * m.get("rope.scaling.yarn_log_multiplier", 0.1), 6)
-        rope |= {"mscale": mscale, "mscale_all_dim": mscale}
-    groups, groups_per_token = _deepseek_groups(m)
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"] if v3 else ["DeepseekV2ForCausalLM"],
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "hidden_size": m.get("embedding_length"),
-        "num_hidden_layers": m.get("block_count"), "num_attention_heads": m.get("attention.head_count"),
-        "intermediate_size": m.get("feed_forward_length"), "max_position_embeddings": m.get("context_length"),
-        "rms_norm_eps": m.get("attention.layer_norm_rms_epsilon"), "rope_parameters": rope,
-        "kv_lora_rank": kv_rank, "q_lora_rank": m.get("attention.q_lora_rank", 0) or None, "qk_rope_head_dim": rope_dim,
-        "qk_nope_head_dim": key_dim - rope_dim,
-        "v_head_dim": m.get("attention.value_length_mla" if split else "attention.value_length"),
-        "n_routed_experts": m.get("expert_count"), "num_experts_per_tok": m.get("expert_used_count"),
-        "moe_intermediate_size": m.get("expert_feed_forward_length"), "n_shared_experts": m.get("expert_shared_count"),
-        "first_k_dense_replace": m.get("leading_dense_block_count"),
-        "routed_scaling_factor": m.get("expert_weights_scale", 1.0),
-        "norm_topk_prob": m.get("expert_weights_norm", False), "n_group": groups, "topk_group": groups_per_token,
-        "topk_method": None if v3 else "group_limited_greedy" if groups > 1 else "greedy",
-        "tie_word_embeddings": not m.has("output.weight"),
-    }
-
-
-def _deepseek_groups(m: Metadata) -> tuple[int, int]:
-    """In how many groups the experts are, and from how many of them a token may choose."""
-    experts = m.get("expert_count")
-    if "expert_group_count" not in m.fields and experts not in _DEEPSEEK_GROUPS:
-        raise m.refusal(f"it does not record in how many groups its {experts} experts are; convert it again with a newer "
-                        "llama.cpp, or use the Hugging Face checkpoint")
-    groups, chosen = _DEEPSEEK_GROUPS.get(experts, (1, 1))
-    return m.get("expert_group_count", groups), m.get("expert_group_used_count", chosen)
-
-
 _LATENT = ("attn_k_b.weight", "attn_v_b.weight")
 _GPT_OSS_EXPERTS = {
     "experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
@@ -317,7 +263,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(name="GPT2LMHeadModel", fields=_gpt2, own_fields=True, transposed=("c_attn", "c_proj", "c_fc")),
     "granite": Architecture(name="GraniteForCausalLM", fields=_granite, halves_interleaved=True),
     "smollm3": Architecture(name="SmolLM3ForCausalLM", fields=_smollm3, halves_interleaved=True),
-    "olmo2": Architecture(name="Olmo2ForCausalLM", fields=lambda m: m.only("attention.sliding_window", 0) or {}),
+    "olmo2": Architecture(name="Olmo2ForCausalLM", fields=_olmo2),
     "phi3": Architecture(name="Phi3ForCausalLM", fields=_phi3, partial_rotary=True),
     "phi2": Architecture(name="PhiForCausalLM", fields=_phi2, layer_norm=True, partial_rotary=True),
     "stablelm": Architecture(name="StableLmForCausalLM", fields=_stablelm, layer_norm=True, partial_rotary=True),
@@ -325,19 +271,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere2": Architecture(name="Cohere2ForCausalLM", fields=_cohere2, layer_norm=True),
     "falcon": Architecture(name="FalconForCausalLM", fields=_falcon, own_fields=True, qkv_by_kind=True),
     "bloom": Architecture(name="BloomForCausalLM", fields=_bloom, own_fields=True, qkv_by_kind=True),
-    "qwen2moe": Architecture(name="Qwen2MoeForCausalLM", fields=_qwen2moe),
-    "qwen3moe": Architecture(name="Qwen3MoeForCausalLM", fields=_qwen3moe),
-    "olmoe": Architecture(name="OlmoeForCausalLM", fields=lambda m: _experts(m, "num_experts") | {"norm_topk_prob": False}),
+    "qwen2moe": Architecture(name="Qwen2MoeForCausalLM", fields=qwen2moe),
+    "qwen3moe": Architecture(name="Qwen3MoeForCausalLM", fields=qwen3moe),
+    "olmoe": Architecture(name="OlmoeForCausalLM", fields=lambda m: experts(m, "num_experts") | {"norm_topk_prob": False}),
     "granitemoe": Architecture(
         name="GraniteMoeForCausalLM", halves_interleaved=True,
-        fields=lambda m: _granite_multipliers(m) | _experts(m, "num_local_experts") | {"mlp_bias": None},
+        fields=lambda m: _granite_multipliers(m) | experts(m, "num_local_experts") | {"mlp_bias": None},
         joined={"input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")}),
-    "gpt-oss": Architecture(name="GptOssForCausalLM", fields=_gpt_oss, joined=_GPT_OSS_EXPERTS, alternating=True,
+    "gpt-oss": Architecture(name="GptOssForCausalLM", fields=gpt_oss, joined=_GPT_OSS_EXPERTS, alternating=True,
                             transposed=("experts.gate_up_proj", "experts.down_proj")),
+    "glm4": Architecture(name="Glm4ForCausalLM", partial_rotary=True, fields=lambda m: {
+        "attention_bias": m.has("blk.0.attn_q.bias"), "rope_parameters": partial_rope(m)}),
+    "seed_oss": Architecture(name="SeedOssForCausalLM", fields=_seed_oss),
+    "ernie4_5": Architecture(name="Ernie4_5ForCausalLM", fields=lambda m: {"use_bias": m.has("blk.0.attn_output.bias")}),
+    "exaone4": Architecture(name="Exaone4ForCausalLM", fields=_exaone4),
     "starcoder2": Architecture(name="Starcoder2ForCausalLM", fields=_starcoder2, layer_norm=True),
     "gptneox": Architecture(name="GPTNeoXForCausalLM", fields=_gptneox, own_fields=True, qkv_by_kind=True),
     "qwen": Architecture(name="QWenLMHeadModel", fields=_qwen, own_fields=True),
-    "deepseek2": Architecture(name="DeepseekV3ForCausalLM", fields=_deepseek2, own_fields=True,
+    "glm4moe": Architecture(name="Glm4MoeForCausalLM", partial_rotary=True, fields=glm4moe),
+    "deepseek2": Architecture(name="DeepseekV3ForCausalLM", fields=deepseek2, own_fields=True,
                               joined={"kv_b_proj.weight": _LATENT}, swapped=_LATENT[:1], flattened=("kv_b_proj",)),
 }
 """By general.architecture. Whether we have the family is another matter, and its refusal names the nearest."""

@@ -29,13 +29,14 @@ BFLOAT16_MEAN_TOLERANCE = 0.02
 WITH_TESTS_OF_THEIR_OWN = ("llama", *test_moe_families.FAMILIES)
 ALL = [pytest.param(*names, id="-".join(names)) for names in variants()]
 OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if names[0] not in WITH_TESTS_OF_THEIR_OWN]
+# Compared in test_decoder.py too, without the answer; and families with nothing that another family does not have.
+IN_SLOW_TESTS = ("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5")
+COMPARED = [
+    pytest.param(*names, id="-".join(names), marks=pytest.mark.slow if names[0] in IN_SLOW_TESTS else ())
+    for names in variants() if names[0] not in test_moe_families.FAMILIES]
 
 
-# Those of Llama are compared in test_decoder.py as well, without the answer.
-LLAMAS = [pytest.param(*names, id="-".join(names), marks=pytest.mark.slow) for names in variants() if names[0] == "llama"]
-
-
-@pytest.mark.parametrize(("family", "variant"), LLAMAS + OTHERS)
+@pytest.mark.parametrize(("family", "variant"), COMPARED)
 def test_logits_equal_those_of_transformers_however_the_tokens_are_cut(family, variant):
     params, config = load(family, variant)
     tokens, want, prompt = expected(family, variant)

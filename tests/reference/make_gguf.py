@@ -49,6 +49,10 @@ CONFIGS = {
                                 logits_scaling=2.0),
     "smollm3": hf.SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}),
     "olmo2": hf.Olmo2Config(**SIZES),
+    "olmo3": hf.Olmo3Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32, rope_parameters={
+        "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+                           "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.1386294},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
     "phi3": hf.Phi3Config(**SIZES),
     "phi2": hf.PhiConfig(**{**SIZES, "num_key_value_heads": 4},
                          rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
@@ -70,9 +74,17 @@ CONFIGS = {
                                       embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0),
     "gpt-oss": hf.GptOssConfig(**{**SIZES, "num_hidden_layers": 3}, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
                                sliding_window=32),
+    "glm4": hf.Glm4Config(**SIZES, head_dim=16, attention_bias=True,
+                          rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "seed_oss": hf.SeedOssConfig(**SIZES, head_dim=16, attention_bias=True),
+    "ernie4_5": hf.Ernie4_5Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "exaone4": hf.Exaone4Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32),
     "starcoder2": hf.Starcoder2Config(**SIZES, sliding_window=4096),
     "gptneox": hf.GPTNeoXConfig(**{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=False,
                                 rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+    "glm4moe": hf.Glm4MoeConfig(**SIZES, head_dim=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8,
+                                n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=1.5, use_qk_norm=True,
+                                attention_bias=True, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     "deepseek2": hf.DeepseekV3Config(**LATENT, q_lora_rank=24, n_routed_experts=8, n_group=4, topk_group=2,
                                      routed_scaling_factor=2.5, rope_parameters=DEEPSEEK_ROPE),
     "deepseek2-lite": hf.DeepseekV2Config(**LATENT, q_lora_rank=None, n_routed_experts=64, n_group=1, topk_group=1,
@@ -103,6 +115,8 @@ QWEN_1_SHAPES = {
 CONVERT = """
 import json, runpy, sys
 from conversion.base import ModelBase, TextModel
+from conversion.exaone import Exaone4Model
+from conversion.glm import Glm4Model
 from conversion.stablelm import StableLMModel
 load = ModelBase.load_hparams
 def load_all(path, *_, **__):
@@ -112,7 +126,10 @@ modify = StableLMModel.modify_tensors
 def modify_all(*arguments):
     yield from (yield from modify(*arguments)) or ()
 StableLMModel.modify_tensors = modify_all
-TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = lambda self: None
+def none(self):
+    pass
+TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = none
+TextModel._set_vocab_sentencepiece = TextModel._set_vocab_glm = Glm4Model.set_vocab = Exaone4Model.set_vocab = none
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

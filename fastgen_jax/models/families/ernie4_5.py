@@ -7,7 +7,7 @@ from fastgen_jax.models.families import common
 from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.rope import rotary
 
-ARCHITECTURES = ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM")  # the second in the first releases
+ARCHITECTURES = ("Ernie4_5ForCausalLM",)
 FEATURES = "0.3B; with or without biases"
 
 

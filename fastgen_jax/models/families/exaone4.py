@@ -15,7 +15,7 @@ FEATURES = "1.2B and 32B; windows in some layers, no positions in the others"
 def config_from_hf(hf: Fields) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face `config.json`."""
     period = _period(hf.get("sliding_window_pattern", 4))
-    windows = common.windows(hf, hf.get("sliding_window", 4096), lambda layer: (layer + 1) % period != 0)
+    windows = common.windows(hf, hf.get("sliding_window", 4096) or None, lambda layer: (layer + 1) % period != 0)
     positions = rotary(hf, max_context_len=2048)
     return ModelConfig(
         family="exaone4",
