@@ -6,6 +6,7 @@ A command module has `add_arguments(parser)` and `run(options: dict) -> exit cod
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -42,9 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     run = options.pop("run")
     try:
-        return run(options)
+        code = run(options)
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         print(f"fastgen: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at the end
+        return 141

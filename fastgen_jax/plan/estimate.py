@@ -46,7 +46,7 @@ class StepTime:
     tokens: int
     sequences: int  # one token each; the rest of the tokens is a prompt chunk
     compute: float  # matrix products at the device's peak
-    memory: float  # weights and keys and values, read once
+    memory: float  # weights, of experts those that are asked, and keys and values, read once
     links: float  # sums over the devices, not overlapped with anything
 
     @property
@@ -68,6 +68,17 @@ def weight_bytes(model: ModelConfig, num_devices: int, itemsize: float) -> int:
 
     layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
     return math.ceil(layer + sum(held(spec, 1) for name, spec in specs.items() if name != "layers"))
+
+
+def read_weight_bytes(model: ModelConfig, num_devices: int, itemsize: float, *, tokens: int) -> int:
+    """Of `weight_bytes`, what a step of so many tokens reads if they choose every expert as often."""
+    weights = weight_bytes(model, num_devices, itemsize)
+    moe = model.moe
+    if moe is None:
+        return weights
+    one = 3 * model.embed_dim * moe.expert_dim * itemsize / num_devices
+    unasked = moe.num_experts * (1 - moe.experts_per_token / moe.num_experts) ** tokens
+    return math.ceil(weights - len(moe.layers) * unasked * one)
 
 
 def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, kv_dtype: Any) -> int:
@@ -111,8 +122,8 @@ def largest_budget(model: ModelConfig, topology: Topology, memory: Memory, *, ma
 
 
 def step_time(
-    model: ModelConfig, topology: Topology, *, tokens: int, sequences: int, context: int, weights: int,
-    block: int, block_size: int, itemsize: int,
+    model: ModelConfig, topology: Topology, *, tokens: int, sequences: int, context: int, itemsize: int,
+    block: int, block_size: int,
 ) -> StepTime:  # fmt: skip
     """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest."""
     n, device = topology.num_devices, topology.device
@@ -120,6 +131,7 @@ def step_time(
     flops = tokens * model.flops_per_token(context_len=context, sampled=False)
     flops += chunks * 2 * model.embed_dim * model.vocab_size
     keys = chunks * math.ceil(context / block_size) * block
+    weights = read_weight_bytes(model, n, itemsize, tokens=tokens)
     # Two sums a layer; each byte of a ring's sum is sent about twice by every device.
     links = 0.0
     if n > 1:

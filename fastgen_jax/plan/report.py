@@ -103,7 +103,7 @@ def make_plan(
     steps = tuple(
         estimate.step_time(
             model, devices, tokens=budget, sequences=min(budget, max_num_seqs, sequences), context=context,
-            weights=memory.weights, block=memory.block, block_size=block_size, itemsize=itemsize,
+            itemsize=itemsize, block=memory.block, block_size=block_size,
         )
         for budget in budgets if sequences
     )  # fmt: skip

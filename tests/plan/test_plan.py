@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fastgen_jax.cli import main
 from fastgen_jax.plan.devices import DEVICES, GIB, parse_topology
-from fastgen_jax.plan.estimate import weight_bytes
+from fastgen_jax.plan.estimate import read_weight_bytes, weight_bytes
 from fastgen_jax.plan.program import copied_in_loops, count_in_loops
 from fastgen_jax.plan.report import Plan, make_plan, table
-from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
+from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 
@@ -136,6 +138,12 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys) -> None:
     assert "cannot read" in capsys.readouterr().err
 
 
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
+    command = f"{sys.executable} -m fastgen_jax.cli models | exec 0<&-"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_weights_are_divided_but_for_what_every_device_needs() -> None:
     model_bytes = plan(LLAMA_3_8B, "v5e:1x1").memory.weights
     from fastgen_jax.models.families import family_of
@@ -143,6 +151,17 @@ def test_weights_are_divided_but_for_what_every_device_needs() -> None:
     model = family_of("LlamaForCausalLM").config_from_hf(LLAMA_3_8B)
     norms = 2 * 65 * 4096
     assert weight_bytes(model, 8, 2) == (model_bytes - norms) // 8 + norms
+
+
+def test_a_step_reads_the_experts_that_its_tokens_choose() -> None:
+    from fastgen_jax.models.families import family_of
+
+    model = family_of("MixtralForCausalLM").config_from_hf(MIXTRAL_8X7B)
+    whole, expert = weight_bytes(model, 8, 2), 3 * 4096 * 14336 * 2 // 8
+    assert read_weight_bytes(model, 8, 2, tokens=1) == whole - 32 * 6 * expert
+    assert whole - read_weight_bytes(model, 8, 2, tokens=64) < 32 * expert / 1e6
+    dense = family_of("LlamaForCausalLM").config_from_hf(LLAMA_3_8B)
+    assert read_weight_bytes(dense, 1, 2, tokens=1) == weight_bytes(dense, 1, 2)
 
 
 def test_gpus_are_planned_by_the_roofline_where_there_is_no_cuda_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
