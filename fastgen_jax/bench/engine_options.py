@@ -19,15 +19,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(pairs: list[str]) -> dict[str, Any]:
     """The options as a dict; ValueError for what is not NAME=VALUE or no field of `EngineConfig`."""
-    from fastgen_jax.bench.offline import parse_value, split_pair
+    from fastgen_jax.core.options import parse_option
     from fastgen_jax.engine import EngineConfig
 
-    options = {name: parse_value(value) for name, value in (split_pair(pair, "--option") for pair in pairs)}
+    options = dict(parse_option(pair, "--option") for pair in pairs)
     known = {f.name for f in fields(EngineConfig)}
     for name in options:
         if name not in known:
             raise ValueError(f"--option {name} is unknown; engine options: {', '.join(sorted(known))}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return options
 
 
 def make_engine(args: argparse.Namespace, **overrides: Any) -> Engine:

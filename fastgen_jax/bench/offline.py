@@ -30,6 +30,7 @@ from fastgen_jax.bench.peers import (
     vllm_peer,
 )
 from fastgen_jax.bench.workloads import STANDARD, Workload, make_workload, standard_workload, warmup_workload
+from fastgen_jax.core.options import parse_option, split_pair
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,9 +118,9 @@ def choose_peers(
     if arguments.also and not arguments.model:
         raise ValueError("--also needs --model, the checkpoint for this engine")
     for further in ["", *arguments.also] if arguments.model else ():
-        pairs = [*(split_pair(pair, "--option") for pair in arguments.option),
-                 *(split_pair(pair, "--also") for pair in shlex.split(further))]
-        values = {"max_context_len": longest, "max_num_seqs": slots, **{k: parse_value(v) for k, v in pairs}}
+        pairs = [*(parse_option(pair, "--option") for pair in arguments.option),
+                 *(parse_option(pair, "--also") for pair in shlex.split(further))]
+        values = {"max_context_len": longest, "max_num_seqs": slots, **dict(pairs)}
         peers.append(fastgen_peer(arguments.model, config=values, name=f"fastgen_jax {further}".strip()))
     if arguments.vllm_python:
         peers.append(
@@ -303,22 +304,6 @@ def _workload(name: str, arguments: argparse.Namespace) -> Workload:
 
 def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.1f}"
-
-
-def split_pair(pair: str, option: str) -> tuple[str, str]:
-    """NAME and VALUE of `pair`; ValueError that quotes `option` if it is not NAME=VALUE."""
-    name, separator, value = pair.partition("=")
-    if not separator or not name or not value:
-        raise ValueError(f"{option} is {pair!r}; write it as NAME=VALUE")
-    return name, value
-
-
-def parse_value(text: str) -> Any:
-    """`text` as JSON where it is JSON (numbers, true, null, lists), else as it stands."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _append(path: Path | None, record: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from fastgen_jax.bench.http_load import stream_events
 from fastgen_jax.bench.workloads import Workload, make_workload, standard_workload, warmup_workload
+from fastgen_jax.core.options import parse_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from fastgen_jax import Engine
     from fastgen_jax.api.client import serve
 
-    options = dict(_option(pair) for pair in args.option)
+    options = dict(parse_option(pair, "--option") for pair in args.option)
     engine = Engine.from_pretrained(args.model, progress=True, **options)
     vocab_size = engine.model.vocab_size
     workload = standard_workload(args.workload, vocab_size=vocab_size)
@@ -179,14 +179,3 @@ async def _model(url: str) -> str:
 
 def _median(values: list[float]) -> float:
     return statistics.median(values) if values else float("nan")
-
-
-def _option(pair: str) -> tuple[str, Any]:
-    name, equals, text = pair.partition("=")
-    if not equals:
-        raise ValueError(f"--option {pair}: write it as NAME=VALUE")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    return name, tuple(value) if isinstance(value, list) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -72,9 +73,11 @@ class GGUFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         place = self._place(name)
-        shapes = [self.file.tensors[stored].shape for stored in place.names]
+        shapes = [self._stored_shape(stored) for stored in place.names]
         shape = shapes[0] if len(shapes) == 1 else (shapes[0][0], sum(each[1] for each in shapes), *shapes[0][2:])
         shape = shape if place.entry is None else shape[1:]
+        if self._is_flattened(name):
+            return (math.prod(shape[:-1]), shape[-1])
         return (*shape[:-2], shape[-1], shape[-2]) if self._is_transposed(name) else shape
 
     def dtype(self, name: str) -> str:
@@ -92,6 +95,8 @@ class GGUFCheckpoint:
             whole = np.stack(values, axis=2).reshape(len(values[0]), -1, *values[0].shape[2:])
         else:
             whole = np.concatenate(values, axis=1)
+        if self._is_flattened(name):
+            return whole.reshape(-1, whole.shape[-1])
         return whole.swapaxes(-1, -2) if self._is_transposed(name) else whole
 
     def _values(self, stored: str, entry: int | None) -> np.ndarray:
@@ -108,6 +113,8 @@ class GGUFCheckpoint:
         if reorder and len(tensor.shape) == 1:  # a bias is a single row, whose values change places
             return reorder(dequantize(rows, tensor.type_id, tensor.shape))
         values = dequantize(reorder(rows) if reorder else rows, tensor.type_id, tensor.shape)
+        if self._is_swapped(stored):
+            return values.swapaxes(-1, -2)
         if self.architecture.stored_norm_offset and stored.endswith("norm.weight"):
             return values - np.asarray(self.architecture.stored_norm_offset, values.dtype)
         return values
@@ -117,8 +124,18 @@ class GGUFCheckpoint:
             raise missing_tensor(name, self.path, self.tensor_names)
         return self.places[name]
 
+    def _stored_shape(self, stored: str) -> tuple[int, ...]:
+        shape = self.file.tensors[stored].shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self._is_swapped(stored) else shape
+
+    def _is_swapped(self, stored: str) -> bool:
+        return stored.endswith(self.architecture.swapped)
+
     def _is_transposed(self, name: str) -> bool:
-        return name.removesuffix(".weight").endswith(self.architecture.transposed or "\0")
+        return name.removesuffix(".weight").endswith(self.architecture.transposed)
+
+    def _is_flattened(self, name: str) -> bool:
+        return name.removesuffix(".weight").endswith(self.architecture.flattened)
 
 
 def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers: int) -> dict[str, Place]:
@@ -131,6 +148,9 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     table = gguf.get_tensor_name_map(architecture, num_layers)
 
+    # DeepSeek files from before April 2025 have this projection whole.
+    joined = {} if "blk.0.attn_kv_b.weight" in file.tensors else ARCHITECTURES[kind].joined
+
     def stored(name: str) -> str | None:
         spellings = (name, name.partition(".")[2])  # the table has some modules without the name of the model before them
         found = next((each for each in (table.get_name(spelling, try_suffixes=(".weight", ".bias"))
@@ -138,13 +158,17 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
         return f"{found}.weight" if found and f"{found}.weight" in file.tensors else found  # sinks have none in theirs
 
     def place(name: str) -> Place | None:
-        for ending, parts in ARCHITECTURES[kind].joined.items():
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")  # a bias in the file, a tensor there
+        for ending, parts in joined.items():
             if name.endswith(ending):
                 layer = re.search(r"\.(\d+)\.", name)
                 return Place(names=tuple(f"blk.{layer.group(1)}.{part}" for part in parts)) if layer else None
-        expert = re.search(r"\.experts\.(\d+)\.", name)
-        found = stored(name.replace(expert.group(), ".experts.") if expert else name)
-        return None if found is None else Place(names=(found,), entry=int(expert.group(1)) if expert else None)
+        one_of_many = re.search(r"\.(experts|norms)\.(\d+)\.", name)  # of experts, or of StableLM's norms of single heads
+        if one_of_many is None:
+            found = stored(name)
+            return None if found is None else Place(names=(found,))
+        found = stored(name.replace(one_of_many.group(), {"experts": ".experts.", "norms": "."}[one_of_many.group(1)]))
+        return None if found is None else Place(names=(found,), entry=int(one_of_many.group(2)))
 
     found: dict[str, Place] = {}
     for name in wanted:
@@ -154,10 +178,12 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
     entries = Counter(where.names[0] for where in found.values() if where.entry is not None)
     for stored_name, count in entries.items():
         if file.tensors[stored_name].shape[0] != count:
-            raise ValueError(f"{file.path}: {stored_name!r} holds {file.tensors[stored_name].shape[0]} experts, but the "
+            raise ValueError(f"{file.path}: {stored_name!r} holds {file.tensors[stored_name].shape[0]} of a kind, but the "
                              f"metadata announce {count}; the file is corrupt, convert it again")
     others = file.tensors.keys() - {stored for where in found.values() for stored in where.names} - ROPE_TENSORS
-    return found | {name: Place(names=(name,)) for name in others}
+    further = file.metadata.get(f"{kind}.nextn_predict_layers", 0)  # layers that guess one more token; not needed
+    predictors = tuple(f"blk.{layer}." for layer in range(num_layers, num_layers + further))
+    return found | {name: Place(names=(name,)) for name in others if not name.startswith(predictors)}
 
 
 def head_by_head(rows: np.ndarray, *, num_heads: int, num_kv_heads: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 reads both formats.
 
 An entry is here only if the metadata and tensors say all that the model computes, or what they leave out is the same in
-every release. `REFUSED` says why of those that we have the family of and that are read as safetensors alone.
+every release.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastgen_jax.checkpoint.gguf_experts import deepseek2, experts, glm4moe, gpt_oss, qwen2moe, qwen3moe
 from fastgen_jax.checkpoint.gguf_file import GGUFFile
 from fastgen_jax.checkpoint.gguf_metadata import (
     LONG_FACTORS,
@@ -23,6 +24,8 @@ from fastgen_jax.checkpoint.gguf_metadata import (
 )
 
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # its attention scale is another, and only its depth shows it
+_NEOX_20B_LAYERS = 44  # its GELU is the approximate one, that of Pythia, Dolly and the others is exact
+_QWEN_TRAINED_LEN = 2048  # the shortest of any release
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +43,14 @@ class Architecture:
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ending of a module -> tensors that make it
     alternating: bool = False  # the rows of what is joined take turns, instead of following one another
     qkv_by_kind: bool = False  # rows of a fused attn_qkv lie as all q, all k, all v, not head by head
+    swapped: tuple[str, ...] = ()  # tensors of the file whose last two axes change places, before they are joined
+    flattened: tuple[str, ...] = ()  # endings of the modules whose leading axes become one, after they are joined
 
 
 def _llama(m: Metadata) -> dict[str, Any]:
     m.only("attention.sliding_window", 0)
     if m.get("expert_count", 0):
-        return {"architectures": ["MixtralForCausalLM"], **_experts(m, "num_local_experts")}
+        return {"architectures": ["MixtralForCausalLM"], **experts(m, "num_local_experts")}
     return {"attention_bias": m.has("blk.0.attn_output.bias"), "mlp_bias": m.has("blk.0.ffn_down.bias")}
 
 
@@ -95,38 +100,6 @@ def _gpt2(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _experts(m: Metadata, count: str) -> dict[str, Any]:
-    return {count: m.get("expert_count"), "num_experts_per_tok": m.get("expert_used_count")}
-
-
-def _qwen2moe(m: Metadata) -> dict[str, Any]:
-    # That the chosen scores are not normalised, and that no layer is dense, is the same in every release.
-    return _experts(m, "num_experts") | {
-        "norm_topk_prob": False, "use_sliding_window": False,
-        "moe_intermediate_size": m.get("expert_feed_forward_length"),
-        "shared_expert_intermediate_size": m.get("expert_shared_feed_forward_length"),
-    }
-
-
-def _qwen3moe(m: Metadata) -> dict[str, Any]:
-    # That the chosen scores are normalised, and that no layer is dense, is the same in every release.
-    return _experts(m, "num_experts") | {
-        "norm_topk_prob": True, "use_sliding_window": False, "attention_bias": False,
-        "moe_intermediate_size": m.get("expert_feed_forward_length"),
-    }
-
-
-def _gpt_oss(m: Metadata) -> dict[str, Any]:
-    # Every other layer has the window, and YaRN's borders are not rounded: not recorded, the same in both releases.
-    rope = rope_parameters(m)
-    return _experts(m, "num_local_experts") | {
-        "intermediate_size": m.get("expert_feed_forward_length"),
-        "sliding_window": m.get("attention.sliding_window"),
-        "attention_bias": m.has("blk.0.attn_q.bias"),
-        "rope_parameters": rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
-    }
-
-
 def _cohere(m: Metadata) -> dict[str, Any]:
     return {"logit_scale": m.get("logit_scale"), "use_qk_norm": m.has("blk.0.attn_q_norm.weight")}
 
@@ -138,10 +111,8 @@ def _cohere2(m: Metadata) -> dict[str, Any]:
 
 def _stablelm(m: Metadata) -> dict[str, Any]:
     m.get("use_parallel_residual", False)  # the converter's guess where config.json was silent; the norms tell
-    if m.has("blk.0.attn_q_norm.weight"):
-        raise m.refusal("norms of single heads (StableLM 2 12B) are not read from GGUF; use the Hugging Face checkpoint")
     return {"use_parallel_residual": not m.has("blk.0.ffn_norm.weight"), "use_qkv_bias": m.has("blk.0.attn_q.bias"),
-            "rope_parameters": partial_rope(m)}
+            "qk_layernorm": m.has("blk.0.attn_q_norm.weight"), "rope_parameters": partial_rope(m)}
 
 
 def _phi2(m: Metadata) -> dict[str, Any]:
@@ -207,6 +178,75 @@ def _phi3(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _olmo2(m: Metadata) -> dict[str, Any]:
+    window = m.get("attention.sliding_window", 0)
+    if not window:
+        return {}
+    rope = rope_parameters(m)
+    return {
+        "architectures": ["Olmo3ForCausalLM"], "sliding_window": window,
+        "layer_types": _layer_types(m.get("attention.sliding_window_pattern")),
+        "rope_parameters": {"full_attention": rope, "sliding_attention": {
+            "rope_theta": float(m.get("rope.freq_base_swa", rope["rope_theta"]))}},
+    }
+
+
+def _layer_types(pattern: list[bool]) -> list[str]:
+    return ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
+
+
+def _seed_oss(m: Metadata) -> dict[str, Any]:
+    return {"attention_bias": m.has("blk.0.attn_q.bias"), "attention_out_bias": m.has("blk.0.attn_output.bias"),
+            "mlp_bias": m.has("blk.0.ffn_down.bias")}
+
+
+def _exaone4(m: Metadata) -> dict[str, Any]:
+    pattern = m.get("attention.sliding_window_pattern", [False] * m.get("block_count"))
+    return {"sliding_window": m.get("attention.sliding_window", 0), "layer_types": _layer_types(pattern)}
+
+
+def _starcoder2(m: Metadata) -> dict[str, Any]:
+    # That the window has 4096 tokens, and the activation, are the same in every release.
+    return {"norm_epsilon": m.get("attention.layer_norm_epsilon"), "layer_norm_eps": None, "sliding_window": 4096,
+            "hidden_act": "gelu_pytorch_tanh", "use_bias": m.has("blk.0.attn_output.bias")}
+
+
+def _gptneox(m: Metadata) -> dict[str, Any]:
+    heads, width = m.get("attention.head_count"), m.get("embedding_length")
+    turned = m.get("rope.dimension_count")
+    approximate = m.get("block_count") == _NEOX_20B_LAYERS
+    return {
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "hidden_size": width,
+        "num_hidden_layers": m.get("block_count"), "num_attention_heads": heads,
+        "intermediate_size": m.get("feed_forward_length"), "max_position_embeddings": m.get("context_length"),
+        "layer_norm_eps": m.get("attention.layer_norm_epsilon"), "use_parallel_residual": m.get("use_parallel_residual"),
+        "attention_bias": m.has("blk.0.attn_output.bias"), "hidden_act": "gelu_fast" if approximate else "gelu",
+        # The base of the rotation is not recorded, and the same in every release.
+        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)), "rotary_pct": turned / (width // heads),
+        "tie_word_embeddings": not m.has("output.weight"),
+    }
+
+
+def _qwen(m: Metadata) -> dict[str, Any]:
+    # Beyond its trained length it scales queries and its rotary base. That length is not recorded, and releases differ
+    # in it; up to the shortest all of them compute the same.
+    heads, width = m.get("attention.head_count"), m.get("embedding_length")
+    m.only("attention.head_count_kv", heads)
+    m.only("rope.dimension_count", width // heads)
+    context = min(m.get("context_length"), _QWEN_TRAINED_LEN)
+    eps = "attention.layer_norm_rms_epsilon" if "attention.layer_norm_rms_epsilon" in m.fields else (
+        "attention.layer_norm_epsilon")  # by the age of the converter
+    return {
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "hidden_size": width,
+        "num_hidden_layers": m.get("block_count"), "num_attention_heads": heads, "kv_channels": width // heads,
+        "intermediate_size": m.get("feed_forward_length"), "layer_norm_epsilon": m.get(eps),
+        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)), "seq_length": context,
+        "max_position_embeddings": context, "use_dynamic_ntk": False, "use_logn_attn": False,
+        "tie_word_embeddings": not m.has("output.weight"),
+    }
+
+
+_LATENT = ("attn_k_b.weight", "attn_v_b.weight")
 _GPT_OSS_EXPERTS = {
     "experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     "experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
@@ -223,7 +263,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(name="GPT2LMHeadModel", fields=_gpt2, own_fields=True, transposed=("c_attn", "c_proj", "c_fc")),
     "granite": Architecture(name="GraniteForCausalLM", fields=_granite, halves_interleaved=True),
     "smollm3": Architecture(name="SmolLM3ForCausalLM", fields=_smollm3, halves_interleaved=True),
-    "olmo2": Architecture(name="Olmo2ForCausalLM", fields=lambda m: m.only("attention.sliding_window", 0) or {}),
+    "olmo2": Architecture(name="Olmo2ForCausalLM", fields=_olmo2),
     "phi3": Architecture(name="Phi3ForCausalLM", fields=_phi3, partial_rotary=True),
     "phi2": Architecture(name="PhiForCausalLM", fields=_phi2, layer_norm=True, partial_rotary=True),
     "stablelm": Architecture(name="StableLmForCausalLM", fields=_stablelm, layer_norm=True, partial_rotary=True),
@@ -231,33 +271,34 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere2": Architecture(name="Cohere2ForCausalLM", fields=_cohere2, layer_norm=True),
     "falcon": Architecture(name="FalconForCausalLM", fields=_falcon, own_fields=True, qkv_by_kind=True),
     "bloom": Architecture(name="BloomForCausalLM", fields=_bloom, own_fields=True, qkv_by_kind=True),
-    "qwen2moe": Architecture(name="Qwen2MoeForCausalLM", fields=_qwen2moe),
-    "qwen3moe": Architecture(name="Qwen3MoeForCausalLM", fields=_qwen3moe),
-    "olmoe": Architecture(name="OlmoeForCausalLM", fields=lambda m: _experts(m, "num_experts") | {"norm_topk_prob": False}),
+    "qwen2moe": Architecture(name="Qwen2MoeForCausalLM", fields=qwen2moe),
+    "qwen3moe": Architecture(name="Qwen3MoeForCausalLM", fields=qwen3moe),
+    "olmoe": Architecture(name="OlmoeForCausalLM", fields=lambda m: experts(m, "num_experts") | {"norm_topk_prob": False}),
     "granitemoe": Architecture(
         name="GraniteMoeForCausalLM", halves_interleaved=True,
-        fields=lambda m: _granite_multipliers(m) | _experts(m, "num_local_experts") | {"mlp_bias": None},
+        fields=lambda m: _granite_multipliers(m) | experts(m, "num_local_experts") | {"mlp_bias": None},
         joined={"input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")}),
-    "gpt-oss": Architecture(name="GptOssForCausalLM", fields=_gpt_oss, joined=_GPT_OSS_EXPERTS, alternating=True,
+    "gpt-oss": Architecture(name="GptOssForCausalLM", fields=gpt_oss, joined=_GPT_OSS_EXPERTS, alternating=True,
                             transposed=("experts.gate_up_proj", "experts.down_proj")),
+    "glm4": Architecture(name="Glm4ForCausalLM", partial_rotary=True, fields=lambda m: {
+        "attention_bias": m.has("blk.0.attn_q.bias"), "rope_parameters": partial_rope(m)}),
+    "seed_oss": Architecture(name="SeedOssForCausalLM", fields=_seed_oss),
+    "ernie4_5": Architecture(name="Ernie4_5ForCausalLM", fields=lambda m: {"use_bias": m.has("blk.0.attn_output.bias")}),
+    "exaone4": Architecture(name="Exaone4ForCausalLM", fields=_exaone4),
+    "starcoder2": Architecture(name="Starcoder2ForCausalLM", fields=_starcoder2, layer_norm=True),
+    "gptneox": Architecture(name="GPTNeoXForCausalLM", fields=_gptneox, own_fields=True, qkv_by_kind=True),
+    "qwen": Architecture(name="QWenLMHeadModel", fields=_qwen, own_fields=True),
+    "glm4moe": Architecture(name="Glm4MoeForCausalLM", partial_rotary=True, fields=glm4moe),
+    "deepseek2": Architecture(name="DeepseekV3ForCausalLM", fields=deepseek2, own_fields=True,
+                              joined={"kv_b_proj.weight": _LATENT}, swapped=_LATENT[:1], flattened=("kv_b_proj",)),
 }
 """By general.architecture. Whether we have the family is another matter, and its refusal names the nearest."""
 
-REFUSED = {
-    "starcoder2": "its sliding window is not recorded",
-    "gptneox": "its activation is not recorded, and releases differ in it",
-    "qwen": "its scaling of queries beyond the trained length is not recorded",
-    "deepseek2": "its latent projections are stored in two rearranged parts",
-}
-"""Architectures whose family we have, and why their GGUF files are not read."""
 
 
 def config_json(file: GGUFFile) -> dict[str, Any]:
     """The metadata as the fields of a Hugging Face `config.json`, so that one family reads both."""
     kind = file.metadata.get("general.architecture")
-    if kind in REFUSED:
-        raise ValueError(f"{file.path}: GGUF architecture {kind!r} is not supported ({REFUSED[kind]}); use the Hugging Face "
-                         "checkpoint")
     if kind not in ARCHITECTURES:
         raise ValueError(f"{file.path}: GGUF architecture {kind!r} is not supported; "
                          f"supported: {', '.join(ARCHITECTURES)}")

@@ -18,6 +18,7 @@ _YARN_KEYS = {
     "scaling.original_context_length": "original_max_position_embeddings",
     "scaling.yarn_beta_fast": "beta_fast",
     "scaling.yarn_beta_slow": "beta_slow",
+    "scaling.yarn_attn_factor": "attention_factor",
 }
 _ROPE_KEYS = ("freq_base", "freq_base_swa", "dimension_count", "scale_linear", "scaling.type", "scaling.factor",
               "scaling.attn_factor", "scaling.finetuned", *_YARN_KEYS)
@@ -95,14 +96,18 @@ def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = 
 
 def partial_rope(m: Metadata) -> dict[str, Any]:
     """The rotary settings where a part of each head turns, by the usual base unless another is recorded."""
-    head_dim = m.get("embedding_length") // m.get("attention.head_count")
+    head_dim = m.get("attention.key_length", m.get("embedding_length") // m.get("attention.head_count"))
     return {"rope_type": "default", "rope_theta": float(m.get("rope.freq_base", 10_000.0)),
             "partial_rotary_factor": m.get("rope.dimension_count", head_dim) / head_dim}
 
 
-def rope_parameters(m: Metadata) -> dict[str, Any]:
-    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling behind its table of frequency factors."""
-    unknown = {name for name in m.fields if name.startswith("rope.")} - {f"rope.{name}" for name in _ROPE_KEYS}
+def rope_parameters(m: Metadata, *, further: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling behind its table of frequency factors.
+
+    `further` are keys that the caller reads.
+    """
+    known = {f"rope.{name}" for name in (*_ROPE_KEYS, *further)}
+    unknown = {name for name in m.fields if name.startswith("rope.")} - known
     if unknown or m.fields.get("rope.scaling.attn_factor", 1.0) != 1.0:
         name = min(unknown or {"rope.scaling.attn_factor"})
         raise m.refusal(f"{m.kind}.{name} is not supported; supported: {', '.join(_ROPE_KEYS)}")

@@ -41,12 +41,17 @@ def unpack(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> 
 
     ValueError for a method or a setting that we do not read.
     """
+    return _METHODS[quantization_method(settings)](tensors, settings)
+
+
+def quantization_method(settings: Mapping[str, Any]) -> str:
+    """The `quant_method` of a `quantization_config`; ValueError for one that we do not read."""
     method = settings.get("quant_method")
     if method not in _METHODS:
         raise ValueError(f"the weights are quantised by quantization_config.quant_method={method!r}; read here: "
                          f"{', '.join(_METHODS)}; otherwise pass the original checkpoint (quantize='int8' applies while "
                          "loading) or a GGUF file")
-    return _METHODS[method](tensors, settings)
+    return method
 
 
 def _mxfp4(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor | PackedTensor]:

@@ -61,7 +61,9 @@ class SnapshotCheckpoint:
         try:
             found = open_arrays(str(_absolute(path) / "params"))
         except ValueError as error:
-            raise ValueError(f"{path / 'params'} is damaged ({_first_line(error)}); convert the original again") from error
+            remedy = "check that you may read it, or " if _is_remote(path) else ""
+            raise ValueError(f"{path / 'params'} is damaged ({_first_line(error)}); {remedy}convert the original again"
+                             ) from error
         arrays: dict[str, Any] = {}
         for name, array in found.items():
             stem, _, field = name.rpartition(".")
@@ -243,12 +245,19 @@ def _is_remote(path: Path) -> bool:
 
 def _local_copy(folder: Path) -> Path:
     target = Path(tempfile.mkdtemp(prefix="fastgen-tokenizer-"))
-    for file in folder.glob("**/*"):
-        if not file.is_dir():
-            local = target / file.relative_to(folder)
-            local.parent.mkdir(parents=True, exist_ok=True)
-            local.write_bytes(file.read_bytes())
+    for file in _files(folder):
+        local = target / file.relative_to(folder)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        local.write_bytes(file.read_bytes())
     return target
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for entry in folder.iterdir():  # etils has no recursive glob for buckets
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry
 
 
 def _first_line(error: Exception) -> str:

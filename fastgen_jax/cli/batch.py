@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastgen_jax.cli.options import DEFAULT_MODEL, add_fields
+from fastgen_jax.core.options import parse_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ async def _run(options: dict[str, Any], bar: Any) -> Any:
         bar.n = result.answered + result.resumed
         bar.refresh()
 
-    settings = dict(_setting(pair) for pair in options["settings"])
+    settings = dict(parse_option(pair, "--set") for pair in options["settings"])
     rest = {"options": settings, "concurrency": options["concurrency"], "on_progress": progress}
     limits = httpx.Limits(max_connections=None)
     if options["deployment"] is not None:
@@ -72,8 +72,7 @@ async def _run(options: dict[str, Any], bar: Any) -> Any:
         async with httpx.AsyncClient(base_url=deployment.url, headers=headers, timeout=None, limits=limits) as http:
             return await run_batch(http, options["input"], options["output"], model=deployment.name, **rest)
     engine = EngineConfig.from_options({
-        f.name: tuple(value) if isinstance(value, list) else value
-        for f in fields(EngineConfig) if (value := options.get(f.name)) is not None
+        f.name: value for f in fields(EngineConfig) if (value := options.get(f.name)) is not None
     })
     config = ServerConfig(replicas=options["replicas"], max_queue=max(1024, options["concurrency"]))
     backend = await load_backend(options["model"], config, engine)
@@ -85,13 +84,3 @@ async def _run(options: dict[str, Any], bar: Any) -> Any:
             return await run_batch(http, options["input"], options["output"], model=name, **rest)
     finally:
         await backend.close()
-
-
-def _setting(pair: str) -> tuple[str, Any]:
-    name, equals, text = pair.partition("=")
-    if not equals:
-        raise ValueError(f"--set {pair}: write it as NAME=VALUE")
-    try:
-        return name, json.loads(text)
-    except ValueError:
-        return name, text

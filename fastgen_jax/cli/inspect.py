@@ -54,6 +54,7 @@ def describe(checkpoint: Any) -> dict[str, str]:
         stored[checkpoint.dtype(name)] += math.prod(checkpoint.shape(name))
     total = sum(stored.values())
     shares = ", ".join(f"{dtype} {100 * count / total:.1f} %" for dtype, count in stored.most_common())
+    weights = ", ".join(f"{config.num_params * size:,} as {dtype}" for dtype, size in KV_DTYPES.items() if size > 1)
     kv = ", ".join(f"{config.kv_bytes_per_token(size, scale_bytes=scale_bytes(dtype)):,} as {dtype}"
                    for dtype, size in KV_DTYPES.items())
     return {
@@ -61,6 +62,7 @@ def describe(checkpoint: Any) -> dict[str, str]:
         "architecture": ", ".join(checkpoint.config_json["architectures"]),
         "parameters": f"{config.num_params:,}",
         "stored as": shares,
+        "weight bytes": weights,  # of those that are quantised in the file too: they are dequantised while they load
         "KV bytes/token": kv,
     }
 

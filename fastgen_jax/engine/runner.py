@@ -18,11 +18,16 @@ from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, SamplerState, init_state, reset_slot, sample, set_masks
+from fastgen_jax.engine.sampler_state import SamplerState, init_state, reset_slot, set_masks
+from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, sample
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import Params
-from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, sharded_attention, shardings, tensor_mesh
+from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, tensor_mesh
+
+# By device kind. On TPU7x the compiler would rather compute with tiles of 16 x 128 numbers of 16 bits than with those of
+# 8 x 128 that arrays arrive in, and would copy every stack of weights in every step; the products take as long with either.
+_COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
 
 
 @pytree
@@ -173,13 +178,14 @@ def step_program(
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`, weights
     and cache are divided over it as `models.sharding` says; the rest, results included, is whole on every device.
     """
-    step = partial(_step, bucket=bucket, config=model, activation_dtype=activation_dtype)
+    step = partial(_step, bucket=bucket, config=model, attention=attention, activation_dtype=activation_dtype, mesh=mesh)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device.device_kind))
     if mesh is None:
-        return jax.jit(partial(step, attention=attention, whole=None), donate_argnums=(1, 2))
+        return jit(step)
     whole = NamedSharding(mesh, PartitionSpec())
-    step = partial(step, attention=sharded_attention(mesh, attention), whole=whole)
     cache = NamedSharding(mesh, PartitionSpec(None, TENSOR))
-    return jax.jit(step, donate_argnums=(1, 2), out_shardings=(whole, cache, whole))
+    return jit(step, out_shardings=(whole, cache, whole))
 
 
 def memory_shardings(mesh: Mesh, cache: Any, state: Any) -> tuple[Any, Any]:
@@ -196,20 +202,18 @@ def _step(
     *,
     bucket: Bucket,
     config: ModelConfig,
-    attention: str | Callable[..., Any] | None,
+    attention: str | None,
     activation_dtype: Any,
-    whole: NamedSharding | None,
+    mesh: Mesh | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
     on_device = batch.token_slots < state.last_tokens.shape[0]
     batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
-    num_devices = 1 if whole is None else whole.mesh.size
     logits, kv_cache = forward(
-        params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype,
-        num_devices=num_devices,
+        params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype, mesh=mesh
     )
-    if whole is not None:  # each device samples for itself; divided sampling has a hundred small collectives
-        logits = jax.lax.with_sharding_constraint(logits, whole)
+    if mesh is not None:  # each device samples for itself; divided sampling has a hundred small collectives
+        logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
     sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS)
     return StepOutput(sampled=sampled, logits=logits), kv_cache, state

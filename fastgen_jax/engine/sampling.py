@@ -12,47 +12,26 @@ integers come out the same in whatever order a compiler takes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from fastgen_jax.core.pytree import pytree
+from fastgen_jax.engine.sampler_state import MAX_TIMES, SamplerState
 from fastgen_jax.engine.sampling_tables import SamplingBatch
-from fastgen_jax.scheduling.request import MAX_LOGIT_BIAS_ENTRIES, MAX_TOP_LOGPROBS
+from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
 
-__all__ = [
-    "MAX_LOGPROBS", "SampleOutput", "SamplerState", "SamplingBatch", "init_state", "reset_slot", "sample", "set_masks",
-]
+__all__ = ["MAX_LOGPROBS", "SampleOutput", "SamplerState", "SamplingBatch", "sample"]
 
 MAX_LOGPROBS = MAX_TOP_LOGPROBS
-MASKS_A_CALL = 8  # rows of token masks that one call of `set_masks` takes, as many as a typical load needs
-HISTORY_PIECE = 2048  # tokens of a history that one call takes: most prompts in one or two, of 0.3 ms each on a CPU
 
 _ONE = 30  # log2 of probability 1 in fixed point; rounding adds at most V / 2, so that sums stay below 2**31
 _TOP_P_SLACK = 2.0**-22  # float32 rounds p and the total by 2**-24 each: without slack 0.9 of ten equals would be ten
 _PIECE_WIDTH = 128  # a vector register's row on TPU; a vocabulary then has a few hundred pieces
-_MAX_TIMES = 2**14 - 1  # counting stops here: 2 * _MAX_TIMES + 1 is the largest int16
-
-
-@pytree
-class SamplerState:
-    """What the sampler remembers of each sequence, on the device; donated to every step."""
-
-    last_tokens: jax.Array
-    """i32[S]: the token sampled last."""
-    token_counts: jax.Array
-    """i16[S, V]: twice the times a token was generated, plus 1 if the prompt holds it. Kept for rows with penalties."""
-    bias_ids: jax.Array
-    """i32[S, 300]: tokens with a logit bias; V fills up."""
-    bias_values: jax.Array
-    """f32[S, 300]."""
-    token_masks: jax.Array
-    """i32[S, ceil(V / 32)]: bit v % 32 of word v // 32 is 1 if token v may come next. Read for rows with a mask."""
 
 
 @pytree
@@ -72,88 +51,6 @@ class SampleOutput:
     """i32[R, max_logprobs]: the likeliest tokens, likeliest first; V past the vocabulary's end."""
     top_logprobs: jax.Array
     """f32[R, max_logprobs]."""
-
-
-def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
-    """The state of `max_num_seqs` slots that no sequence has used; 2.125 * vocab_size + 2404 bytes each."""
-    return SamplerState(
-        last_tokens=jnp.zeros(max_num_seqs, jnp.int32),
-        token_counts=jnp.zeros((max_num_seqs, vocab_size), jnp.int16),
-        bias_ids=jnp.full((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), vocab_size, jnp.int32),
-        bias_values=jnp.zeros((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), jnp.float32),
-        token_masks=jnp.zeros((max_num_seqs, -(-vocab_size // 32)), jnp.int32),
-    )
-
-
-def set_masks(state: SamplerState, slots: Sequence[int], masks: np.ndarray) -> SamplerState:
-    """The state with token masks i32[n, ceil(V / 32)] for n slots; donates `state`.
-
-    They hold until they are set again. Takes any n with one compiled program, `MASKS_A_CALL` rows a call.
-    """
-    for start in range(0, len(slots), MASKS_A_CALL):
-        rows = np.full(MASKS_A_CALL, state.token_masks.shape[0], np.int32)
-        words = np.zeros((MASKS_A_CALL, state.token_masks.shape[1]), np.int32)
-        part = slots[start : start + MASKS_A_CALL]
-        rows[: len(part)], words[: len(part)] = part, masks[start : start + MASKS_A_CALL]
-        state = _write_masks(state, rows, words)
-    return state
-
-
-@partial(jax.jit, donate_argnums=0)
-def _write_masks(state: SamplerState, slots: jax.Array, masks: jax.Array) -> SamplerState:
-    return replace(state, token_masks=state.token_masks.at[slots].set(masks, mode="drop"))
-
-
-def reset_slot(
-    state: SamplerState,
-    slot: int,
-    *,
-    prompt_ids: Sequence[int],
-    output_ids: Sequence[int],
-    logit_bias: Sequence[tuple[int, float]],
-) -> SamplerState:
-    """The state with the history and the logit bias of the sequence that gets `slot`; donates `state`.
-
-    Needed only for a sequence with penalties or bias, each time it gets a slot; `output_ids` are the tokens that it
-    generated before it was preempted. Takes any lengths with one compiled program, `HISTORY_PIECE` tokens a call.
-    """
-    vocab_size = state.token_counts.shape[1]
-    bias_ids = np.full(MAX_LOGIT_BIAS_ENTRIES, vocab_size, np.int32)
-    bias_values = np.zeros(MAX_LOGIT_BIAS_ENTRIES, np.float32)
-    bias_ids[: len(logit_bias)] = [token_id for token_id, _ in logit_bias]
-    bias_values[: len(logit_bias)] = [bias for _, bias in logit_bias]
-    for start in range(0, max(len(prompt_ids), len(output_ids), 1), HISTORY_PIECE):
-        prompt, output = np.full((2, HISTORY_PIECE), vocab_size, np.int32)
-        for piece, ids in ((prompt, prompt_ids), (output, output_ids)):
-            part = ids[start : start + HISTORY_PIECE]
-            piece[: len(part)] = part
-        is_first = np.bool_(start == 0)
-        state = _add_history(state, np.int32(slot), prompt, output, bias_ids, bias_values, is_first)
-    return state
-
-
-@partial(jax.jit, donate_argnums=0)
-def _add_history(
-    state: SamplerState,
-    slot: jax.Array,
-    prompt_ids: jax.Array,
-    output_ids: jax.Array,
-    bias_ids: jax.Array,
-    bias_values: jax.Array,
-    is_first: jax.Array,
-) -> SamplerState:
-    vocab_size = state.token_counts.shape[1]
-    before = jnp.where(is_first, jnp.int16(0), state.token_counts[slot])
-    in_prompt = jnp.zeros(vocab_size, jnp.int16).at[prompt_ids].set(1, mode="drop")
-    times = jnp.zeros(vocab_size, jnp.int32).at[output_ids].add(2, mode="drop")
-    counts = (before | in_prompt).astype(jnp.int32)
-    counts = jnp.minimum(counts + times, 2 * _MAX_TIMES + (counts & 1))
-    return replace(
-        state,
-        token_counts=state.token_counts.at[slot].set(counts.astype(jnp.int16)),
-        bias_ids=state.bias_ids.at[slot].set(bias_ids),
-        bias_values=state.bias_values.at[slot].set(bias_values),
-    )
 
 
 def sample(
@@ -198,7 +95,7 @@ def _remember(state: SamplerState, batch: SamplingBatch, tokens: jax.Array) -> S
     slots = jnp.where(batch.writes_token > 0, batch.slots, max_num_seqs)
     counted = jnp.where(_has_penalties(batch), slots, max_num_seqs)
     count = state.token_counts.at[counted, tokens].get(mode="fill", fill_value=0)
-    more = jnp.where(count < 2 * _MAX_TIMES, jnp.int16(2), jnp.int16(0))
+    more = jnp.where(count < 2 * MAX_TIMES, jnp.int16(2), jnp.int16(0))
     return replace(
         state,
         last_tokens=state.last_tokens.at[slots].set(tokens, mode="drop"),

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.columns import split_columns
@@ -18,6 +19,7 @@ from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
 from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import rotation
+from fastgen_jax.models.sharding import divide_heads
 from pallas_kernels.ragged_attention import ragged_attention
 from pallas_kernels.rotary import rotary, rotate
 
@@ -33,7 +35,7 @@ class Step:
     rotations: dict[RopeConfig, tuple[jax.Array, jax.Array]]  # cosines and sines f32[T, R/2]
     query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
     num_blocks: int  # N
-    num_devices: int  # that the weights are divided over; see `columns`
+    mesh: Mesh | None  # that the weights are divided over; see `sharding`
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]  # `ragged_attention`, or what stands in for it
 
     def num_rows(self, rows: jax.Array | None) -> jax.Array:
@@ -48,7 +50,7 @@ def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
 
 def prepare_step(
     batch: RaggedBatch, kv_cache: KVCache, *, config: ModelConfig, implementation: str | Callable[..., Any] | None,
-    num_devices: int = 1,
+    mesh: Mesh | None = None,
 ) -> Step:
     """Computes once what depends on positions alone."""
     rotations = {
@@ -61,11 +63,12 @@ def prepare_step(
     if config.logn_length is not None:  # keeps the entropy of attention as it was at the trained length
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
+    attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
     return Step(
         batch=batch, num_tokens=batch.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
-        num_blocks=kv_cache.k.shape[0] // config.num_layers, num_devices=num_devices,
-        attend=implementation if callable(implementation) else partial(ragged_attention, implementation=implementation),
+        num_blocks=kv_cache.k.shape[0] // config.num_layers, mesh=mesh,
+        attend=attend if mesh is None else divide_heads(attend, mesh),
     )
 
 
@@ -125,9 +128,9 @@ def _heads(
         q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h, num_tokens=step.num_tokens)
         return q, latent, latent
     qkv = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D]
-    if step.num_devices > 1:  # a fused pass over heads of all kinds would bring them together on every device
+    if step.mesh is not None:  # a fused pass over heads of all kinds would bring them together on every device
         q, key, value = (part.reshape(x.shape[0], -1, d)
-                         for part in split_columns(qkv, (h * d, k * d, k * d), step.num_devices))
+                         for part in split_columns(qkv, (h * d, k * d, k * d), step.mesh.size))
         if config.qk_norm is not None:
             q, key = (_qk_norm(part, w, name, config) for part, name in ((q, "q_norm"), (key, "k_norm")))
         return (q, key, value) if turn is None else (rotate(q, *turn), rotate(key, *turn), value)

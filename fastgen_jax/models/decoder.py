@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.attention import Step, attention, prepare_step, take_rows
@@ -36,16 +37,16 @@ def forward(
     config: ModelConfig,
     attention: str | Callable[..., Any] | None = None,
     activation_dtype: Any = None,
-    num_devices: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
     `attention` names an implementation of `ragged_attention`, or is one; None is the best for the platform.
     `activation_dtype` is that of the residual stream; None is the embedding's.
-    `num_devices` is how many the weights are divided over, by `models.sharding`. Rows of logits that are not used are
-    finite and meaningless.
+    `mesh` is what weights and cache are divided over, by `models.sharding`. Rows of logits that are not used are finite
+    and meaningless.
     """
-    step = prepare_step(batch, kv_cache, config=config, implementation=attention, num_devices=num_devices)
+    step = prepare_step(batch, kv_cache, config=config, implementation=attention, mesh=mesh)
 
     def layer(
         x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int, rows: jax.Array | None = None
@@ -154,7 +155,7 @@ def _sequential_layer(
     x = norm(y, w, "attn_norm", config=config) if place == "residual" else y
 
     h = norm(x, w, "mlp_norm", config=config) if before else x
-    y = mlp(h, w, config=config, num_tokens=step.num_rows(rows), residual=x if fused else None, num_devices=step.num_devices)
+    y = mlp(h, w, config=config, num_tokens=step.num_rows(rows), residual=x if fused else None, mesh=step.mesh)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config) if after else y)
     return norm(y, w, "mlp_norm", config=config) if place == "residual" else y, cache
@@ -174,7 +175,7 @@ def _parallel_layer(
     x = take_rows(x, rows)
     for_mlp = take_rows(h, rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config)
     y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x)
-    y = mlp(for_mlp, w, config=config, num_tokens=step.num_rows(rows), residual=y, num_devices=step.num_devices)
+    y = mlp(for_mlp, w, config=config, num_tokens=step.num_rows(rows), residual=y, mesh=step.mesh)
     return y, cache
 
 

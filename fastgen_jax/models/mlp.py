@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig
@@ -15,16 +16,17 @@ from pallas_kernels.matmul import swiglu
 
 def mlp(
     x: jax.Array, w: dict[str, Any], *, config: ModelConfig, num_tokens: jax.Array, residual: jax.Array | None,
-    num_devices: int = 1,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """The MLP or the experts of `x` [T, E] (+ residual), whichever the weights `w` of the layer are for.
 
-    Tokens from `num_tokens` on are padding. The columns of gate and up are in the order for `num_devices`; see `columns`.
+    Tokens from `num_tokens` on are padding. The weights are divided over `mesh`, if there is one; see `sharding`.
     """
     if "router" in w:
         assert config.moe is not None, "a layer with a router has experts"
-        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, num_devices=num_devices)
-    return project(_hidden(x, w, num_tokens, config, num_devices), w, "down", residual=residual, num_rows=num_tokens)
+        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, mesh=mesh)
+    hidden = _hidden(x, w, num_tokens, config, 1 if mesh is None else mesh.size)
+    return project(hidden, w, "down", residual=residual, num_rows=num_tokens)
 
 
 def _hidden(x: jax.Array, w: dict[str, Any], num_tokens: jax.Array, config: ModelConfig, num_devices: int) -> jax.Array:

@@ -11,45 +11,41 @@ multiplied independently, and the results of a token are added up in the order i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from fastgen_jax.models.columns import split_columns
-from fastgen_jax.models.layers import project
 from fastgen_jax.models.moe_config import MoEConfig
+from fastgen_jax.models.params import moe_specs
+from fastgen_jax.models.sharding import divide_experts
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.matmul import linear, swiglu
 
 _SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) is close to the normal distribution's, so x * sigmoid(1.702 x) to GELU
+_ANSWERING = ("expert_gate_up", "expert_down", "expert_gate_up_bias", "expert_down_bias",
+              "shared_gate_up", "shared_down", "shared_gate")  # all weights of a layer's experts but the router's
 
 
 def moe(
     x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array, residual: jax.Array | None,
-    num_devices: int = 1,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """The experts' answer to `x` [T, E] (+ residual), in its dtype; sums are in float32.
 
     Tokens from `num_tokens` on are padding: they cost no expert any work, and what they get is finite.
-    The columns of gate and up are in the order for `num_devices`; see `columns`.
     `w` holds the weights of the layer, or, with "first_expert" i32[], those of the experts of all layers, [L*X, ...].
+    With `mesh` each device has its share of the hidden units of every expert, and one sum over devices follows.
     """
-    k = config.experts_per_token
-    used = jnp.arange(x.shape[0]) < num_tokens
     weights, chosen = route(x, w, config=config, num_tokens=num_tokens)
-    expert = jnp.where(used[:, None], chosen, config.num_experts).reshape(-1)  # [T * k]
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts), axis=0, dtype=jnp.int32)
-    rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
-    rows = _experts(rows, w, sizes, jnp.take(expert, order), config=config, num_devices=num_devices)
-    # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
-    # slow on accelerators and adds in no certain order.
-    mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1).astype(jnp.float32)
-    y = jnp.sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
-    if config.shared_dim:
-        y = y + _shared_expert(x, w, num_tokens, num_devices).astype(jnp.float32)
+    answer: Callable[..., jax.Array] = partial(_answer, config=config)
+    if mesh is not None:
+        answer = divide_experts(answer, mesh, moe_specs(x.shape[1], config))
+    first = jnp.asarray(w.get("first_expert", 0), jnp.int32)
+    y = answer({name: w[name] for name in _ANSWERING if name in w}, x, weights, chosen, num_tokens, first)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -88,20 +84,37 @@ def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(merits.shape)
 
 
-def _experts(
-    rows: jax.Array, w: Mapping[str, Any], sizes: jax.Array, expert: jax.Array, *, config: MoEConfig, num_devices: int
+def _answer(
+    w: Mapping[str, Any], x: jax.Array, weights: jax.Array, chosen: jax.Array, num_tokens: jax.Array, first: jax.Array, *,
+    config: MoEConfig,
 ) -> jax.Array:
-    """Every row [T * k, E] through its expert; rows are sorted by `expert` i32[T * k], `sizes` i32[X] count them."""
-    first = w.get("first_expert", 0)
+    """f32[T, E]: the weighed sum of the experts that each token has chosen, and of the one that all have."""
+    k = config.experts_per_token
+    used = jnp.arange(x.shape[0]) < num_tokens
+    expert = jnp.where(used[:, None], chosen, config.num_experts).reshape(-1)  # [T * k]
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts), axis=0, dtype=jnp.int32)
+    rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
+    rows = _experts(rows, w, sizes, jnp.take(expert, order), first, config=config)
+    # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
+    # slow on accelerators and adds in no certain order.
+    mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1)
+    y = jnp.sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
+    return y + _shared_expert(x, w, num_tokens) if config.shared_dim else y
+
+
+def _experts(
+    rows: jax.Array, w: Mapping[str, Any], sizes: jax.Array, expert: jax.Array, first: jax.Array, *, config: MoEConfig
+) -> jax.Array:
+    """f32[T * k, E]: every row through its expert; rows are sorted by `expert` i32[T * k], `sizes` i32[X] count them."""
+    down = partial(grouped_matmul, w=w["expert_down"], group_sizes=sizes, first_group=first, out_dtype=jnp.float32)
     if config.swiglu_limit is None:
-        hidden = grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first, shards=num_devices)
-        return grouped_matmul(hidden, w["expert_down"], sizes, first_group=first)
+        return down(grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first))
     # Padding has the number X, one past the last bias; it may have any.
     hidden = grouped_matmul(rows, w["expert_gate_up"], sizes, first_group=first)
     if config.expert_bias:
         hidden = hidden + jnp.take(w["expert_gate_up_bias"], expert, axis=0, mode="clip")
-    hidden = clamped_swiglu(*split_columns(hidden, 2 * (config.expert_dim,), num_devices), limit=config.swiglu_limit)
-    y = grouped_matmul(hidden, w["expert_down"], sizes, first_group=first)
+    y = down(clamped_swiglu(*jnp.split(hidden, 2, axis=-1), limit=config.swiglu_limit))
     return y + jnp.take(w["expert_down_bias"], expert, axis=0, mode="clip") if config.expert_bias else y
 
 
@@ -112,9 +125,10 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array, *, limit: float) -> jax.Array
     return (gate * jax.nn.sigmoid(_SWIGLU_ALPHA * gate) * (up + 1.0)).astype(dtype)
 
 
-def _shared_expert(x: jax.Array, w: Mapping[str, Any], num_tokens: jax.Array, num_devices: int) -> jax.Array:
-    hidden = swiglu(x, w["shared_gate_up"], num_rows=num_tokens, shards=num_devices)
-    y = project(hidden, w, "shared_down", num_rows=num_tokens)
+def _shared_expert(x: jax.Array, w: Mapping[str, Any], num_tokens: jax.Array) -> jax.Array:
+    """f32[T, E]"""
+    hidden = swiglu(x, w["shared_gate_up"], num_rows=num_tokens)
+    y = linear(hidden, w["shared_down"], num_rows=num_tokens, out_dtype=jnp.float32)
     if "shared_gate" not in w:
         return y
-    return y * jax.nn.sigmoid(linear(x, w["shared_gate"], num_rows=num_tokens).astype(jnp.float32)).astype(y.dtype)
+    return y * jax.nn.sigmoid(linear(x, w["shared_gate"], num_rows=num_tokens, out_dtype=jnp.float32))

@@ -72,7 +72,7 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, ParamSpec]:
         specs |= _norm_specs("post_attn_norm", config) | _norm_specs("post_mlp_norm", config)
     specs |= _attention_specs(config)
     if config.moe is not None and layer in config.moe.layers:
-        return specs | _moe_specs(config.embed_dim, config.moe)
+        return specs | moe_specs(config.embed_dim, config.moe)
     return specs | _mlp_specs(config)
 
 
@@ -151,7 +151,8 @@ def _mlp_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     return specs
 
 
-def _moe_specs(e: int, moe: MoEConfig) -> dict[str, ParamSpec]:
+def moe_specs(e: int, moe: MoEConfig) -> dict[str, ParamSpec]:
+    """The specs of a layer's router and experts, for `e` numbers a token."""
     x, f, s = moe.num_experts, moe.expert_dim, moe.shared_dim
     specs = {
         "router": ParamSpec(shape=(e, x), axes=("E", "X")),

@@ -1,13 +1,14 @@
 """Tensor parallelism: heads, MLP columns and vocabulary are divided over one axis of a device mesh.
 
 The forward pass stays as it is written: weights and cache carry shardings, XLA inserts the sums, two a layer. It is told
-two things: in which order fused columns lie (see `columns`), and, since a kernel is opaque to XLA, how to attend: each
-device runs it on its own heads and its own part of the cache.
+in which order fused columns lie (see `columns`), and, since a kernel is opaque to XLA, how attention and experts are
+divided: each device attends with its own heads and its own part of the cache, and computes its own hidden units of every
+expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import ParamSpec, param_specs
 from pallas_kernels.matmul import Int8Weight
-from pallas_kernels.ragged_attention import ragged_attention
 
 TENSOR = "tensor"
 """Name of the mesh axis."""
@@ -51,8 +51,10 @@ def tensor_mesh(devices: Sequence[Any]) -> Mesh:
 
 def partition_params(config: ModelConfig, params: Any) -> Any:
     """A PartitionSpec for each leaf of `params`, arrays or shapes, from the logical axes that the model declares."""
-    specs = param_specs(config)
+    return _partition(param_specs(config), params)
 
+
+def _partition(specs: Mapping[str, Any], weights: Any) -> Any:
     def partition(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         spec: Any = specs
@@ -61,7 +63,7 @@ def partition_params(config: ModelConfig, params: Any) -> Any:
         is_scale = getattr(path[-1], "name", None) == "scales"
         return partition_leaf(spec, leaf.ndim, is_scale=is_scale)
 
-    return jax.tree_util.tree_map_with_path(partition, params)
+    return jax.tree_util.tree_map_with_path(partition, weights)
 
 
 def partition_leaf(spec: ParamSpec, ndim: int, *, is_scale: bool = False) -> PartitionSpec:
@@ -96,10 +98,10 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     )
 
 
-def sharded_attention(mesh: Mesh, implementation: str | None = None) -> Callable[..., Any]:
-    """`ragged_attention` over the heads of each device of `mesh`; arguments and results as there."""
+def divide_heads(attend: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`attend`, which has the arguments and results of `ragged_attention`, over the heads of each device of `mesh`."""
 
-    def attend(
+    def divided(
         q: jax.Array, k: jax.Array, v: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *,
         layer: int | jax.Array, num_blocks: int, scale: float, soft_cap: float | None = None,
         alibi_slopes: jax.Array | None = None, sinks: jax.Array | None = None,
@@ -112,14 +114,31 @@ def sharded_attention(mesh: Mesh, implementation: str | None = None) -> Callable
         of_heads = {name: array for name, array in of_heads.items() if array is not None}
 
         def local(heads: Any, whole: Any, of_heads: Any) -> Any:
-            return ragged_attention(
-                *heads, **whole, **of_heads, num_blocks=num_blocks, scale=scale, soft_cap=soft_cap,
-                implementation=implementation,
-            )  # fmt: skip
+            return attend(*heads, **whole, **of_heads, num_blocks=num_blocks, scale=scale, soft_cap=soft_cap)
 
         heads = PartitionSpec(None, TENSOR)
         return jax.shard_map(
             local, mesh=mesh, in_specs=(heads, PartitionSpec(), PartitionSpec(TENSOR)), out_specs=heads, check_vma=False
         )((q, k, v, k_cache, v_cache), whole, of_heads)
 
-    return attend
+    return divided
+
+
+def divide_experts(answer: Callable[..., jax.Array], mesh: Mesh, specs: Mapping[str, ParamSpec]) -> Callable[..., jax.Array]:
+    """`answer(weights, *others)` with the hidden units of each device of `mesh`, summed over all devices.
+
+    `specs` describe the weights, a dict; the others and the sum are whole on every device.
+    """
+
+    def divided(weights: dict[str, Any], *others: jax.Array) -> jax.Array:
+        def local(weights: dict[str, Any], others: tuple[jax.Array, ...]) -> jax.Array:
+            bias = weights.get("expert_down_bias")
+            if bias is not None:  # it is whole on every device, and is to be added once
+                weights = weights | {"expert_down_bias": jnp.where(jax.lax.axis_index(TENSOR) == 0, bias, 0)}
+            return jax.lax.psum(answer(weights, *others), TENSOR)
+
+        in_specs = (_partition(specs, weights), PartitionSpec())
+        run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)
+        return run(weights, others)
+
+    return divided

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import param_specs
+from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
 from fastgen_jax.plan.devices import Topology
 
@@ -60,13 +60,13 @@ class StepTime:
 
 def weight_bytes(model: ModelConfig, num_devices: int, itemsize: float) -> int:
     """Weights on one device: what has a divided axis is divided, the rest is everywhere."""
-    specs = param_specs(model)
+    specs, having = param_specs(model), layers_with(model)
 
     def held(spec: Any, copies: int) -> float:
         divided = num_devices if DIVIDED_AXES & set(spec.axes) else 1
         return copies * math.prod(spec.shape) * itemsize / divided
 
-    layer = sum(held(spec, model.num_layers) for spec in specs["layers"].values())
+    layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
     return math.ceil(layer + sum(held(spec, 1) for name, spec in specs.items() if name != "layers"))
 
 
@@ -91,7 +91,7 @@ def sampler_bytes(model: ModelConfig, max_num_seqs: int) -> int:
     """The tables that the sampler keeps for each sequence, on every device."""
     import jax
 
-    from fastgen_jax.engine.sampling import init_state
+    from fastgen_jax.engine.sampler_state import init_state
 
     state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
 import os
 import re
 import time
@@ -19,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.runner import memory_shardings, step_program
-from fastgen_jax.engine.sampling import init_state
+from fastgen_jax.engine.sampler_state import init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import init_params
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
@@ -28,6 +30,10 @@ from fastgen_jax.plan.devices import NoCompiler, Topology
 # An asynchronous one is counted where it starts.
 _COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
                          r"(?:-start)?\(")
+_COPY = re.compile(r" = (?:bf|[sufi])(\d+)(?:e\w+)?\[([\d,]+)\]\S* copy\(")
+_CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
+# A v4 chip's two cores are one device where JAX runs on it; the compiler alone would take them for two.
+_CHIP_CONFIGS = {"v4": "megacore"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,7 @@ class Program:
     temporaries: int
     cache: int  # of the KV cache, all of which must be aliased
     collectives: int  # that run in each layer
+    copied: int  # the largest array that is copied in each layer; weights must not be
     compiled: Any
 
 
@@ -81,9 +88,11 @@ class _AbstractGpu(jax.sharding.AbstractDevice):
 
 
 def _tpus(topology: Topology) -> list[Any]:
-    name = f"{topology.device.kind}:{'x'.join(map(str, topology.shape))}"
+    kind = topology.device.kind
+    name = f"{kind}:{'x'.join(map(str, topology.shape))}"
+    options = {"chip_config_name": _CHIP_CONFIGS[kind]} if kind in _CHIP_CONFIGS else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # libtpu raises errors of several kinds
         if "libtpu" in str(error) or "Unknown backend" in str(error) or "not found" in str(error):
             raise NoCompiler(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]'") from error
@@ -160,29 +169,64 @@ def compile_step(
     with lowering_for(mesh):
         lowered = step.lower(*arguments)
         compiled = compile_lowered(lowered)
-    memory = compiled.memory_analysis()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
     return Program(
         seconds=time.perf_counter() - start,
         arguments=memory.argument_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         cache=cache_bytes,
-        collectives=count_in_loops(compiled.as_text()),
+        collectives=count_in_loops(hlo),
+        copied=copied_in_loops(hlo),
         compiled=compiled,
     )
 
 
 def count_in_loops(hlo: str) -> int:
-    """How many collectives the loop of an optimised program runs that has most of them: the one over layers."""
+    """How many collectives the loop of an optimised program runs that has most of them: the one over layers.
+
+    Some backends call them by way of computations of their own, TPU7x on its SparseCores.
+    """
     counts: dict[str, int] = {}
+    calls: dict[str, list[str]] = {}
+    for name, line in _lines(hlo):
+        counts[name] = counts.get(name, 0) + bool(_COLLECTIVE.search(line))
+        if "-done(" not in line:  # of what has been counted where it starts
+            calls.setdefault(name, []).extend(_CALLED.findall(line))
+
+    @functools.cache
+    def total(name: str) -> int:
+        return counts.get(name, 0) + sum(map(total, calls.get(name, ())))
+
+    return max(map(total, _bodies(hlo)), default=0)
+
+
+def copied_in_loops(hlo: str) -> int:
+    """Bytes of the largest array that a loop of an optimised program copies.
+
+    That is how a weight shows which is stored in another order than the one that is computed with.
+    """
+    bodies = _bodies(hlo)
+    largest = 0
+    for name, line in _lines(hlo):
+        copy = _COPY.search(line)
+        if copy and name in bodies:
+            largest = max(largest, math.prod(map(int, copy[2].split(","))) * int(copy[1]) // 8)
+    return largest
+
+
+def _lines(hlo: str) -> Iterator[tuple[str, str]]:
+    """Each line of a program, with the name of the computation that it stands in."""
     name = ""
     for line in hlo.splitlines():
         header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
         if header:
             name = header[1]
-        counts[name] = counts.get(name, 0) + bool(_COLLECTIVE.search(line))
-    bodies = re.findall(r"\bbody=%?([\w.\-]+)", hlo)
-    return max((counts[body] for body in bodies), default=0)
+        yield name, line
+
+
+def _bodies(hlo: str) -> set[str]:
+    return set(re.findall(r"\bbody=%?([\w.\-]+)", hlo))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Any:

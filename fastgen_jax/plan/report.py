@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fastgen_jax.checkpoint.quantized import quantization_method
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
@@ -35,6 +36,8 @@ class Plan:
     num_params: int
     context: int
     block_size: int
+    dtype: str
+    stored_as: str  # how the weights are quantised on disk; "" if they are not
     kv_dtype: str
     max_num_seqs: int
     memory: Memory
@@ -56,10 +59,14 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Plans for the model that `config` (the contents of a config.json) describes.
 
-    Raises ValueError for an unknown model or topology, and where the model cannot be divided over the devices.
+    Quantised weights are planned as they are loaded: dequantised, in `dtype`. Raises ValueError for an unknown model,
+    quantisation or topology, and where the model cannot be divided over the devices.
     """
     devices = parse_topology(topology)
-    model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(config)
+    quantization = config.get("quantization_config")
+    stored_as = quantization_method(quantization) if quantization else ""
+    model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(
+        {name: value for name, value in config.items() if name != "quantization_config"})
     check_divisible(model, devices.num_devices)
     context = min(context or model.max_context_len, model.max_context_len)
     if min(budgets) < 1 or max_num_seqs < 1 or block_size < 1 or context < 1:
@@ -102,7 +109,8 @@ def make_plan(
     )  # fmt: skip
     return Plan(
         topology=topology, num_devices=devices.num_devices, num_params=model.num_params, context=context,
-        block_size=block_size, kv_dtype=kv_dtype, max_num_seqs=max_num_seqs, memory=memory, sequences=sequences,
+        block_size=block_size, dtype=dtype, stored_as=stored_as, kv_dtype=kv_dtype, max_num_seqs=max_num_seqs, memory=memory,
+        sequences=sequences,
         steps=steps, checks=checks,
         largest_budget=estimate.largest_budget(
             model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_a_sequence=blocks_a_sequence
@@ -177,7 +185,8 @@ def table(plan: Plan) -> str:
         "memory of one device",
         f"  in all        {gib(memory.total)}",
         f"  reserved      {gib(memory.reserved)}   runtime and programs",
-        f"  weights       {gib(memory.weights)}",
+        f"  weights       {gib(memory.weights)}   {plan.dtype}"
+        + (f"; on disk {plan.stored_as}, dequantised while loading" if plan.stored_as else ""),
         f"  sampler state {gib(memory.state)}",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",
         f"  KV cache      {gib(max(0, memory.free))}   {memory.num_blocks} blocks of {plan.block_size} tokens, "

@@ -6,16 +6,18 @@ import heapq
 import time
 from bisect import bisect_left, insort
 from collections import abc, deque
-from itertools import pairwise
+from functools import partial
 from operator import attrgetter
 from typing import get_args
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.estimate import steps_until_first_token
+from fastgen_jax.scheduling.integrity import check_books
 from fastgen_jax.scheduling.limits import max_total_tokens
 from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, StepLimits
 from fastgen_jax.scheduling.policies import NEED_PROMISE, POLICIES
+from fastgen_jax.scheduling.prefix import cached_prefix, register_blocks
 from fastgen_jax.scheduling.request import Request
 from fastgen_jax.scheduling.sequence import FinishReason, Sequence, SequenceStatus
 from fastgen_jax.scheduling.steady import SteadyRun, advance, steady_run
@@ -117,6 +119,7 @@ class Scheduler:
         self._last_commit = 0.0
         self._refused: list[Sequence] = []
         self._num_added = 0
+        self._cached_prefix = partial(cached_prefix, pool=self._pool)
 
     @property
     def num_waiting(self) -> int:
@@ -224,7 +227,7 @@ class Scheduler:
                 sequence.num_tokens = stop + 1
                 sampled.append(sequence)
             if stop >= sequence.next_block_end:
-                self._register_blocks(sequence)
+                register_blocks(sequence, pool)
             if stop > sequence.next_prompt_row < sequence.num_prompt_tokens:
                 sequence.next_prompt_row = min(stop, sequence.num_prompt_tokens)
         self.stats.num_steps += 1
@@ -268,7 +271,7 @@ class Scheduler:
             self._last_commit = now
         advanced: list[Sequence] = []
         finished: list[Sequence] = []
-        caching = self._pool.prefix_caching
+        pool = self._pool
         for sequence, token_id in zip(sampled, token_ids):  # noqa: B905 (the lengths are equal, and this loop is hot)
             if sequence.finish_reason is not None:
                 continue
@@ -281,8 +284,8 @@ class Scheduler:
             elif len(output) == sequence.max_new_tokens:
                 sequence.finish_reason = "length"
                 finished.append(sequence)
-            if caching and sequence.num_computed >= sequence.next_block_end:
-                self._register_blocks(sequence)
+            if sequence.num_computed >= sequence.next_block_end:  # never without a prefix cache
+                register_blocks(sequence, pool)
         if finished:
             self._retire(finished)
         return advanced
@@ -378,28 +381,15 @@ class Scheduler:
         Raises:
             RuntimeError: the first contradiction found.
         """
-        live = [*self._running, *self._waiting]
-        self._pool.check_integrity([*(sequence.block_ids for sequence in live), self._borrowed])
-        if {sequence.request_id: sequence for sequence in live} != self._unfinished:
-            raise RuntimeError("the unfinished requests are not those that run or wait")
-        for queue in (self._running, self._waiting):
-            if any(a.order >= b.order for a, b in pairwise(queue)):
-                raise RuntimeError(f"a queue is out of order: {queue}")
-        slots = sorted(
-            [*(sequence.slot for sequence in self._running if sequence.slot is not None), *self._free_slots]
+        check_books(
+            running=self._running,
+            waiting=self._waiting,
+            unfinished=self._unfinished,
+            free_slots=self._free_slots,
+            borrowed=self._borrowed,
+            pool=self._pool,
+            max_num_seqs=self.limits.max_num_seqs,
         )
-        if slots != list(range(self.limits.max_num_seqs)):
-            raise RuntimeError(f"every slot must be free or used exactly once, but these are: {slots}")
-        for sequence in live:
-            running = sequence.status is _RUNNING
-            if running != (sequence.slot is not None) or (sequence.block_ids and not running):
-                raise RuntimeError(f"only a running sequence has a slot and blocks, but this is {sequence}")
-            if sequence.capacity != len(sequence.block_ids) * self.limits.block_size:
-                raise RuntimeError(f"{sequence} counts a capacity of {sequence.capacity} positions")
-            if not sequence.num_computed <= min(sequence.num_tokens - 1, sequence.capacity):
-                raise RuntimeError(f"{sequence} has computed more than it has tokens or blocks for")
-            if not sequence.num_known_tokens <= sequence.num_tokens <= sequence.max_total_tokens:
-                raise RuntimeError(f"{sequence} counts {sequence.num_in_flight} tokens in flight")
 
     def _new_sequence(self, request: Request) -> Sequence:
         pool = self._pool
@@ -410,32 +400,6 @@ class Scheduler:
         sequence = Sequence(request, max_total_tokens=limit, order=order)
         sequence.next_block_end = pool.block_size if pool.prefix_caching else limit + 1
         return sequence
-
-    def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Registered blocks of its tokens, but not those of positions whose logits are wanted."""
-        if not self._pool.prefix_caching:
-            return []
-        return self._pool.lookup(
-            self._digest(sequence, i) for i in range(sequence.first_row // self.limits.block_size)
-        )
-
-    def _digest(self, sequence: Sequence, index: int) -> bytes:
-        """The digest of a full block of known tokens. The first one is asked for first, and so on."""
-        digests = sequence.block_digests
-        if index == len(digests):
-            size = self.limits.block_size
-            parent = digests[-1] if digests else None
-            digests.append(self._pool.digest(parent, sequence.token_ids(index * size, (index + 1) * size)))
-        return digests[index]
-
-    def _register_blocks(self, sequence: Sequence) -> None:
-        """Offers the prefix cache the full blocks whose tokens are known and whose KV is dispatched."""
-        size = self.limits.block_size
-        stop = min(sequence.num_computed, sequence.num_known_tokens)
-        while sequence.next_block_end <= stop:
-            index = sequence.next_block_end // size - 1
-            self._pool.register(sequence.block_ids[index], self._digest(sequence, index))
-            sequence.next_block_end += size
 
     def _admit(self, admissions: list[Admission]) -> list[Sequence]:
         # All cached blocks are taken before the first is allocated, because allocating may evict them.

@@ -37,6 +37,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "smollm": (r"\p{N}", _GPT2 + r"|\s+"),
     "llama-bpe": (_words("{1,3}"),),
     "qwen2": (_words(""),),
+    "seed-coder": (_words("", punctuation_end=""),),
     "qwen35": (_words("", r"\p{L}\p{M}"),),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
@@ -59,6 +60,7 @@ SYNONYMS = {
     "starcoder": "smollm", "refact": "smollm", "command-r": "smollm", "codeshell": "smollm", "exaone": "smollm",
     "minerva-7b": "smollm",
     "mpt": "gpt-2", "olmo": "gpt-2", "phi-2": "gpt-2", "jais": "gpt-2", "trillion": "gpt-2", "gigachat": "gpt-2",
+    "exaone4": "gpt-2",
     "llama4": "gpt-4o", "gpt3-finnish": "bloom", "poro-chat": "bloom",
 }
 ADDS_BOS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "tekken"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -26,9 +28,10 @@ def grouped_matmul(
     group_sizes: jax.Array,
     *,
     first_group: int | jax.Array = 0,
+    out_dtype: Any = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """x[t] @ w[first_group + g] for every row t of every group g: [T, F] in the dtype of x, summed in float32.
+    """x[t] @ w[first_group + g] for every row t of every group g: [T, F], summed in float32.
 
         rows of x     | group 0 | group 1 |   | group 3      | no group |      group_sizes: 2, 2, 0, 3
 
@@ -41,9 +44,10 @@ def grouped_matmul(
       group_sizes: i32[X], X <= G, rows of each group; their sum is at most T.
       first_group: weight of group 0, an int or a traced i32: a layer's place in a stack of all layers' weights. It is
         in [0, G - X].
+      out_dtype: of the result; None: that of x.
       implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
-        for: on TPUs the compiler's grouped kernel, or ours where w is a stack and the program is for one device; a
-        loop over tiles of rows elsewhere. `PackedGroups` have one implementation of their own.
+        for: on TPUs the compiler's grouped kernel, or ours where w is a stack of whole tiles and the program is for one
+        device or in a shard_map; a loop over tiles of rows elsewhere. `PackedGroups` have one implementation of their own.
 
     Raises:
       ValueError: shapes, dtypes or the implementation do not fit.
@@ -51,7 +55,7 @@ def grouped_matmul(
     _check(x, w, group_sizes, first_group, implementation)
     if isinstance(w, PackedGroups) and w.gated:
         raise ValueError("w was prepared with gated=True, for grouped_swiglu; for grouped_matmul, prepare with gated=False")
-    return _product(x, w, group_sizes, first_group, implementation).astype(x.dtype)
+    return _product(x, w, group_sizes, first_group, implementation).astype(out_dtype or x.dtype)
 
 
 def grouped_swiglu(
@@ -61,22 +65,18 @@ def grouped_swiglu(
     *,
     first_group: int | jax.Array = 0,
     implementation: str | None = None,
-    shards: int = 1,
 ) -> jax.Array:
     """silu(x @ gate) * (x @ up), [T, F] in the dtype of x, computed in float32; see `grouped_matmul`.
 
     Args:
       w: [G, E, 2F]: the columns of gate, then those of up. `PackedGroups` must be prepared with gated=True.
-      shards: each matrix is so many [gate | up] of equal width side by side, one for each device that it is divided over.
     """
     _check(x, w, group_sizes, first_group, implementation)
     if isinstance(w, PackedGroups):
         if not w.gated:
             raise ValueError("w was prepared with gated=False; for grouped_swiglu, prepare it with gated=True")
-        if shards != 1:
-            raise ValueError(f"shards is {shards}, but PackedGroups are never divided; pass plain or Int8Weights")
         return _product(x, w, group_sizes, first_group, implementation).astype(x.dtype)
-    return gated(_product(x, w, group_sizes, first_group, implementation), shards).astype(x.dtype)
+    return gated(_product(x, w, group_sizes, first_group, implementation)).astype(x.dtype)
 
 
 def _product(
@@ -91,7 +91,7 @@ def _product(
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](x, w, group_sizes, first)
     on_tpu = grouped_matmul_ragged_dot
-    if w.shape[0] != group_sizes.shape[0] and tpu.may_be_lowered():
+    if w.shape[0] != group_sizes.shape[0] and tpu.takes(w.shape) and tpu.may_be_lowered():
         on_tpu = grouped_matmul_tpu
     return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, default=grouped_matmul_tiles)
 

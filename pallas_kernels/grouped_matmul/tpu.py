@@ -41,6 +41,11 @@ def may_be_lowered() -> bool:
     return getattr(mesh.abstract_device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
 
 
+def takes(shape: tuple[int, ...]) -> bool:
+    """Whether weights [G, E, F] are whole tiles. The compiler lays others out anew, all of them, before the kernel."""
+    return shape[1] % LANES == 0 and shape[2] % LANES == 0
+
+
 def grouped_matmul_tpu(
     x: jax.Array,
     w: jax.Array | Int8Weight,

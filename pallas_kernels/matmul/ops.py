@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,9 +12,10 @@ from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight
 
 
 def linear(
-    x: jax.Array, w: Weight, *, residual: jax.Array | None = None, num_rows: jax.Array | None = None
+    x: jax.Array, w: Weight, *, residual: jax.Array | None = None, num_rows: jax.Array | None = None,
+    out_dtype: Any = None,
 ) -> jax.Array:
-    """x @ w (+ residual), [..., N] in the dtype of x; products are summed in float32.
+    """x @ w (+ residual), [..., N]; products are summed in float32.
 
     With a `PackedWeight` the result of a row does not depend, to the last bit, on the other rows or how many
     there are.
@@ -20,14 +23,15 @@ def linear(
     Args:
       x: [..., K], float32, bfloat16 or float16.
       w: [K, N].
-      residual: [..., N] like the result; added in float32, before the one rounding to the dtype of x.
+      residual: [..., N] in the dtype of x; added in float32, before the one rounding of the result.
       num_rows: i32 scalar; rows of a matrix x from there on are padding, and their results meaningless but finite if
         x is. A `PackedWeight` does not compute them.
+      out_dtype: of the result; None: that of x.
     """
     _check(x, w)
     if residual is not None and (residual.shape != (*x.shape[:-1], w.shape[1]) or residual.dtype != x.dtype):
         raise ValueError(
-            f"residual is {residual.dtype}{list(residual.shape)}, but must be like the result, "
+            f"residual is {residual.dtype}{list(residual.shape)}, but must be "
             f"{x.dtype}{[*x.shape[:-1], w.shape[1]]}"
         )
     if isinstance(w, PackedWeight):
@@ -35,9 +39,9 @@ def linear(
             raise ValueError(
                 "w was prepared with gated=True, for swiglu; for linear, prepare with gated=False"
             )
-        return _packed(x, w, residual, num_rows)
+        return _packed(x, w, residual, num_rows).astype(out_dtype or x.dtype)
     y = _product(x, w)
-    return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
+    return (y if residual is None else y + residual.astype(jnp.float32)).astype(out_dtype or x.dtype)
 
 
 def swiglu(x: jax.Array, w: Weight, *, num_rows: jax.Array | None = None, shards: int = 1) -> jax.Array:
@@ -55,7 +59,7 @@ def swiglu(x: jax.Array, w: Weight, *, num_rows: jax.Array | None = None, shards
             raise ValueError("w was prepared with gated=False; for swiglu, prepare it with gated=True")
         if shards != 1:
             raise ValueError(f"shards is {shards}, but a PackedWeight is never divided; pass a plain or Int8Weight")
-        return _packed(x, w, None, num_rows)
+        return _packed(x, w, None, num_rows).astype(x.dtype)
     return gated(_product(x, w), shards).astype(x.dtype)
 
 
@@ -65,8 +69,9 @@ def gated(y: jax.Array, shards: int = 1) -> jax.Array:
         raise ValueError(
             f"w is [gate | up] {shards} times, so its width must be a multiple of {2 * shards}, not {y.shape[-1]}"
         )
-    pairs = y.reshape(*y.shape[:-1], shards, 2, -1)
-    return (jax.nn.silu(pairs[..., 0, :]) * pairs[..., 1, :]).reshape(*y.shape[:-1], -1)
+    # Not as [..., shards, 2, F]: XLA would give the product itself two axes of columns, and on a TPU transpose w for it.
+    gate, up = jnp.split(y.reshape(*y.shape[:-1], shards, -1), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).reshape(*y.shape[:-1], -1)
 
 
 def _check(x: jax.Array, w: Weight) -> None:
@@ -87,6 +92,7 @@ def _product(x: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
 def _packed(
     x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows: jax.Array | None
 ) -> jax.Array:
+    """float32[..., N]"""
     if num_rows is not None and x.ndim != 2:
         raise ValueError(f"num_rows counts the rows of a matrix, but x is {list(x.shape)}")
 
@@ -97,4 +103,4 @@ def _packed(
         rows(x), w.panels, w.scales, None if residual is None else rows(residual), num_rows,
         num_outputs=w.num_outputs, gated=w.gated,
     )  # fmt: skip
-    return y.reshape(*x.shape[:-1], w.num_outputs).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], w.num_outputs)

@@ -2,6 +2,8 @@
 
 Each case runs once a layer inside one program, over a pool of many layers, so that the caches of the CPU are cold as
 in a model. Prints the median milliseconds a layer, and what that means in GB/s of keys and values and in GFLOP/s.
+
+`--scaling` asks what time depends on instead: not on the pool, in proportion to the contexts in the batch, not on padding.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ class Case:
     num_layers: int = 12
     spare_blocks: int = 0
     spare_tokens: int = 0
+    table_width: int = 0
+    """Entries of a block table; 0 for as many as the longest context needs."""
 
 
 CASES = {
@@ -49,6 +53,22 @@ CASES = {
     "mixed 31 x ctx 300 + 225/1000": Case(chunks=((1, 300),) * 31 + ((225, 1000),)),
 }
 
+DECODE = Case(chunks=((1, 512),) * 32, num_layers=4)
+SCALING = {
+    "blocks in the pool, a layer": {
+        str(1024 + spare): dataclasses.replace(DECODE, spare_blocks=spare) for spare in (0, 1024, 3072, 7168)
+    },
+    "context of 32 sequences": {
+        str(context): dataclasses.replace(DECODE, chunks=((1, context),) * 32) for context in (256, 512, 1024, 2048, 4096)
+    },
+    "rows of the program, 32 of them used": {
+        str(32 + spare): dataclasses.replace(DECODE, spare_tokens=spare) for spare in (0, 32, 224, 992)
+    },
+    "longest context the tables allow": {
+        str(longest): dataclasses.replace(DECODE, table_width=longest // DECODE.block_size) for longest in (512, 4096, 32768)
+    },
+}
+
 
 def time_case(case: Case, implementation: str, *, repeats: int = 15, dtype: str = "float32") -> float:
     """Median seconds a layer."""
@@ -58,7 +78,7 @@ def time_case(case: Case, implementation: str, *, repeats: int = 15, dtype: str 
     needed = [-(-context // case.block_size) for _, context in case.chunks]
     num_blocks = sum(needed) + case.spare_blocks
     blocks = rng.permutation(num_blocks)
-    tables = np.zeros((len(case.chunks), max(needed)), np.int32)
+    tables = np.zeros((len(case.chunks), case.table_width or max(needed)), np.int32)
     slots = np.full(num_tokens, num_blocks * case.block_size, np.int32)
     for s, (query, context) in enumerate(case.chunks):
         own, blocks = blocks[: needed[s]], blocks[needed[s] :]
@@ -101,13 +121,27 @@ def time_case(case: Case, implementation: str, *, repeats: int = 15, dtype: str 
     return statistics.median(times[2:]) / case.num_layers
 
 
+def print_scaling(implementation: str, *, repeats: int, dtype: str) -> None:
+    """Milliseconds a layer of each series in `SCALING`, and what they are of the series' first."""
+    print(f"{implementation}, decode of 32 sequences at context 512 but for what varies:")
+    for what, cases in SCALING.items():
+        times = [time_case(case, implementation, repeats=repeats, dtype=dtype) for case in cases.values()]
+        columns = (f"{label}: {t * 1e3:.3f} ms (x{t / times[0]:.2f})" for label, t in zip(cases, times, strict=True))
+        print(f"  {what}: {', '.join(columns)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--implementation", nargs="+", default=["cpu", "xla"], choices=sorted(IMPLEMENTATIONS))
     parser.add_argument("--case", nargs="+", default=list(CASES), help="names of cases, or parts of them")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the cache")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--scaling", action="store_true", help="time against pool, context and padding, not --case")
     arguments = parser.parse_args()
+    if arguments.scaling:
+        for implementation in arguments.implementation:
+            print_scaling(implementation, repeats=arguments.repeats, dtype=arguments.dtype)
+        return
     for name, case in CASES.items():
         if not any(part in name for part in arguments.case):
             continue

@@ -22,6 +22,7 @@ def test_a_directory_is_described_without_reading_a_weight(tmp_path, capsys, mon
     # embedding and head, final norm, and a layer's two norms, q and o, k and v, gate, up and down, three times
     assert lines["parameters"] == f"{2 * 512 * 32 + 32 + 3 * (2 * 32 + 2 * 64 * 32 + 2 * 32 * 32 + 3 * 64 * 32):,}"
     assert lines["stored as"] == "float16 100.0 %"
+    assert lines["weight bytes"] == "279,424 as float32, 139,712 as bfloat16"
     # 3 layers, K and V, 2 heads of 16, as int8 with a float32 scale each
     assert lines["KV bytes/token"] == "768 as float32, 384 as bfloat16, 240 as int8"
     assert lines["tokenizer"].startswith("tokenizer.json (byte-level BPE), 380 tokens, bos 0, eos (1, 2)")

@@ -51,9 +51,10 @@ params, model = tiny_model("multi_head_tied")
 assert tokens(params, model, tensor_parallel=4) == tokens(params, model)
 """
 EXPERTS = """
-checkpoint = open_checkpoint(HOME.parent / "families" / "qwen2_moe" / "default")  # routed and shared ones
-params = load_params(checkpoint, dtype="float32")
-assert tokens(params, checkpoint.config, tensor_parallel=2) == tokens(params, checkpoint.config)
+for family in ("qwen2_moe", "gpt_oss"):  # routed and shared ones; biases and a clamped activation
+    checkpoint = open_checkpoint(HOME.parent / "families" / family / "default")
+    params = load_params(checkpoint, dtype="float32")
+    assert tokens(params, checkpoint.config, tensor_parallel=2) == tokens(params, checkpoint.config), family
 """
 
 

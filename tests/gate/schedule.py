@@ -2,6 +2,8 @@
 
     python -m tests.gate.schedule --kinds v5e v6e tpu7x
 
+With tpu-inference's own kernel as well, where that package is found (see `tests.gate.tpu_inference_v3`).
+
 Nothing runs. The compiler writes every kernel as VLIW bundles, one a cycle if nothing stalls, so bundles are a lower
 bound on cycles. Loops whose trip count depends on data are multiplied out here, by `Work`, from the shape of the call:
 both kernels fetch keys in pieces and spend almost all of their time in the loop over pieces.
@@ -23,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.gate import tpu_inference_v3 as v3
 from tests.gate.shapes import Call
 
 MIB = 2**20
@@ -211,6 +214,8 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
                 q, new, new, cache, cache, kv_slots=array(call.num_tokens), query_starts=index[2],
                 context_lens=index[0], block_tables=index[1],
             )
+        elif which == "v3":
+            program, facts["sizes"] = v3.lower(call, kind, array, num_blocks=num_blocks, max_blocks=max_blocks)
         else:
             from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention, tuned_block_sizes
 
@@ -253,23 +258,42 @@ def measure(which: str, shape: str, kind: str, *, timeout: float, jax_keys: int)
             return {"failed": facts}
         undumped = run()  # writing the dumps takes longer than compiling
         facts["seconds"] = undumped["seconds"] if isinstance(undumped, dict) else math.nan
-        name = "ragged_attention" if which == "ours" else "ragged_paged_attention"
-        bundles = max(Path(folder).glob(f"*{name}*final_bundles.txt"), key=lambda path: path.stat().st_size)
-        root = read_schedule(bundles)
-        facts["vmem"] = vmem_of(next(Path(folder).glob(f"*{name}*pre-finalize*")))
         call = SHAPES[shape]
+
+        def schedule_of(name: str) -> Loop:
+            """The largest schedule of that name; its VMEM counts if it is the most."""
+            path = max(Path(folder).glob(f"*{name}*final_bundles.txt"), key=lambda path: path.stat().st_size)
+            facts["vmem"] = max(facts.get("vmem", 0), vmem_of(next(Path(folder).glob(f"*{name}*pre-finalize*"))))
+            return read_schedule(path)
+
         if which == "ours":
             from pallas_kernels.ragged_attention.tiles import Tiles
 
-            return facts | count_ours(shape, root, Tiles(**facts["tiles"]), call)
+            return facts | count_ours(shape, schedule_of("ragged_attention"), Tiles(**facts["tiles"]), call)
+        if which == "v3":
+            chunks = chunks_of(shape)
+            used = {name: schedule_of(file) for name, file in v3.SCHEDULES.items()
+                    if any((length == 1) == (name == "DECODE") for length, _ in chunks)}
+            return facts | v3.count(chunks, used, facts["sizes"], call)
+        root = schedule_of("ragged_paged_attention")
         return facts | count_upstream(shape, root, facts["pages"], facts["queries"], call)
+
+
+def tiles_in_words(facts: dict[str, Any], call: Call) -> str:
+    if "tiles" in facts:
+        return f"{facts['tiles']['queries']} q, {facts['tiles']['keys']} k"
+    if "sizes" in facts:
+        return "; ".join(f"{name.lower()} {sizes['bq_sz']} q, {sizes['bkv_sz']} k"
+                         for name, sizes in facts["sizes"].items())
+    return f"{facts['queries']} q, {facts['pages'] * call.block_size} k"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--kinds", nargs="+", default=["v5e", "v6e", "tpu7x"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(COMPARED))
-    parser.add_argument("--kernels", nargs="+", choices=("ours", "JAX"), default=["ours", "JAX"])
+    parser.add_argument("--kernels", nargs="+", choices=("ours", "JAX", "v3"),
+                        default=["ours", "JAX"] + ["v3"] * v3.is_here())
     parser.add_argument("--jax-keys", type=int, default=1024,
                         help="most keys a piece of JAX's kernel; its own table says up to 4096, which takes minutes to "
                         "compile and does not change the bundles a key (default: 1024, as ours)")
@@ -289,11 +313,9 @@ def main() -> int:
                     print(f"| {kind} | {shape} | {which} | | {facts['failed']!r} |", flush=True)
                     continue
                 tokens = SHAPES[shape].num_tokens
-                tiles = facts.get("tiles")
-                sizes = (f"{tiles['queries']} q, {tiles['keys']} k" if tiles
-                         else f"{facts['queries']} q, {facts['pages'] * SHAPES[shape].block_size} k")
-                print(f"| {kind} | {shape} | {which} | {sizes} | {facts['seconds']:.1f} s | {facts['vmem'] / MIB:.1f} MiB "
-                      f"| {facts['bundles'] / tokens:,.0f} | {facts['bytes'] / tokens / 1024:,.0f} KiB |", flush=True)
+                print(f"| {kind} | {shape} | {which} | {tiles_in_words(facts, SHAPES[shape])} | {facts['seconds']:.1f} s "
+                      f"| {facts['vmem'] / MIB:.1f} MiB | {facts['bundles'] / tokens:,.0f} "
+                      f"| {facts['bytes'] / tokens / 1024:,.0f} KiB |", flush=True)
     return 0
 
 

@@ -21,6 +21,7 @@ MIXTRAL_8X7B: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32,
     "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
 }  # fmt: skip
+MODELS = {"Llama-3-8B": LLAMA_3_8B, "Llama-3-70B": LLAMA_3_70B, "Mixtral-8x7B": MIXTRAL_8X7B}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 Each kind of TPU has a process of its own, since the compiler may abort; the parent prints the table. A check fails if
 its program does not compile, copies the KV cache, takes more temporary memory than the bound, if VMEM overflows, or if a
-layer has more collectives than it needs. To run out of `--seconds` is no failure: what was not reached is said.
+layer has more collectives than it needs or copies a weight. To run out of `--seconds` is no failure: what was not
+reached is said.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-# Eight devices each. Without a TPU the compiler takes each of a v4 chip's two cores for a device, as of TPU7x.
-TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v4": "v4:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+# Eight devices each; a chip of TPU7x is two.
+TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v4": "v4:2x2x2", "tpu7x": "tpu7x:2x2x1"}
 MIB = 2**20
 KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and values; the cache is 1000 MiB and more
 STEP_TEMPORARIES = 640 * MIB  # activations of 512 tokens and their logits
 SECONDS_A_PROGRAM = 180  # of processor time
 COLLECTIVES_A_LAYER = 2
+COPY_A_LAYER = 24 * MIB  # activations, in float32; the largest weight of a layer is more in each of the models
 # What CI has time for: that the gate can fail, the kernels in both kinds of cache, and one whole step.
 QUICK = ("a too large tile is refused", "attention: 70B on 8 devices, B=128", "attention: int8 KV, 70B on 8 devices",
          "step: Llama-3-8B")
@@ -36,7 +38,7 @@ class Result:
     check: str
     passed: bool
     seconds: float
-    temporaries: int = 0
+    temporaries: int = 0  # bytes
     words: str = ""
 
 
@@ -102,6 +104,8 @@ def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> 
     words = complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
     if program.collectives != COLLECTIVES_A_LAYER:
         words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_A_LAYER}"
+    if program.copied > COPY_A_LAYER:
+        words = words or f"every layer copies {program.copied / MIB:.0f} MiB, so a weight"
     return program.temporaries, words
 
 
@@ -130,34 +134,37 @@ def check_refusal(mesh: Any) -> tuple[int, str]:
     return 0, "a tile of 128 MiB was accepted in 16 MiB of VMEM"
 
 
-def checks_of(kind: str, mesh: Any, small: Any) -> dict[str, Callable[[], tuple[int, str]]]:
-    """All checks of a kind, most important first; `small` is a mesh of one device."""
-    from fastgen_jax.models.families import FAMILIES
+def checks_of(
+    kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]
+) -> dict[str, Callable[[], tuple[int, str]]]:
+    """All checks of a kind, most important first; `small` is a mesh of one device.
+
+    Each model's step is compiled over a cache of each of the `kv_dtypes`.
+    """
     from tests.gate import shapes
 
     checks: dict[str, Callable[[], tuple[int, str]]] = {}
     checks["a too large tile is refused"] = functools.partial(check_refusal, small)
     for call in shapes.CALLS:
         checks[f"attention: {call.name}"] = functools.partial(check_kernel, call, small)
-    checks["step: Llama-3-8B"] = functools.partial(check_step, shapes.LLAMA_3_8B, mesh)
-    checks["step: Llama-3-8B, int8 KV"] = functools.partial(check_step, shapes.LLAMA_3_8B, mesh, kv_dtype="int8")
-    if kind in ("v4", "v5e"):  # 141 GB of weights on eight devices of 16 GiB
-        checks["step: Llama-3-70B is refused"] = functools.partial(check_step_refused, shapes.LLAMA_3_70B, mesh)
-    else:
-        checks["step: Llama-3-70B"] = functools.partial(check_step, shapes.LLAMA_3_70B, mesh)
-    if any("MixtralForCausalLM" in family.ARCHITECTURES for family in FAMILIES.values()):
-        checks["step: Mixtral-8x7B"] = functools.partial(check_step, shapes.MIXTRAL_8X7B, mesh)
+    for kv_dtype in kv_dtypes:
+        for model, hf in shapes.MODELS.items():
+            name = f"step: {model}" + ("" if kv_dtype == "bfloat16" else f", {kv_dtype} KV")
+            if (kind, model) == ("v5e", "Llama-3-70B"):  # 141 GB of weights on eight devices of 16 GiB
+                checks[f"{name} is refused"] = functools.partial(check_step_refused, hf, mesh)
+            else:
+                checks[name] = functools.partial(check_step, hf, mesh, kv_dtype=kv_dtype)
     return checks
 
 
-def run_kind(kind: str, only: str, *, quick: bool) -> None:
+def run_kind(kind: str, only: str, *, quick: bool, kv_dtypes: Sequence[str]) -> None:
     """Runs the checks of a kind and prints one JSON line each; the process that `main` starts."""
     from fastgen_jax.plan.devices import parse_topology
     from fastgen_jax.plan.program import DoesNotCompile, deviceless_mesh
 
     topology = parse_topology(TOPOLOGIES[kind])
     mesh, small = deviceless_mesh(topology), deviceless_mesh(topology, num_devices=1)
-    for name, check in checks_of(kind, mesh, small).items():
+    for name, check in checks_of(kind, mesh, small, kv_dtypes=kv_dtypes).items():
         if only not in name or (quick and name not in QUICK):
             continue
         start = time.process_time()  # whoever else uses the machine does not count
@@ -181,10 +188,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run the checks whose name holds this")
     parser.add_argument("--seconds", type=float, default=1500.0, help="time for all; what is not reached is named")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--kv-dtypes", nargs="+", choices=("bfloat16", "int8", "float8_e4m3fn"),
+                        default=["bfloat16", "int8"], help="the caches that steps are compiled over")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_this_process:
-        run_kind(options.kinds[0], options.only, quick=options.quick)
+        run_kind(options.kinds[0], options.only, quick=options.quick, kv_dtypes=options.kv_dtypes)
         return 0
 
     deadline = time.monotonic() + options.seconds
@@ -194,7 +203,7 @@ def main() -> int:
         # What is left is divided among the kinds that are left: a slow one does not starve the others.
         share = max(1.0, (deadline - time.monotonic()) / (len(options.kinds) - i))
         command = [sys.executable, "-m", "tests.gate.tpu_check", "--in-this-process", "--kinds", kind]
-        command += ["--only", options.only] + ["--quick"] * options.quick
+        command += ["--only", options.only] + ["--quick"] * options.quick + ["--kv-dtypes", *options.kv_dtypes]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

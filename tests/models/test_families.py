@@ -15,6 +15,7 @@ from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.cli import main
 from fastgen_jax.engine.config import EngineConfig, resolve
 from fastgen_jax.engine.weights import prepare_params
+from fastgen_jax.models.config import RopeConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.params import count_params, init_params
 from tests.models import test_moe_families
@@ -28,9 +29,14 @@ BFLOAT16_MEAN_TOLERANCE = 0.02
 WITH_TESTS_OF_THEIR_OWN = ("llama", *test_moe_families.FAMILIES)
 ALL = [pytest.param(*names, id="-".join(names)) for names in variants()]
 OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if names[0] not in WITH_TESTS_OF_THEIR_OWN]
+# Compared in test_decoder.py too, without the answer; and families with nothing that another family does not have.
+IN_SLOW_TESTS = ("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5")
+COMPARED = [
+    pytest.param(*names, id="-".join(names), marks=pytest.mark.slow if names[0] in IN_SLOW_TESTS else ())
+    for names in variants() if names[0] not in test_moe_families.FAMILIES]
 
 
-@pytest.mark.parametrize(("family", "variant"), OTHERS)
+@pytest.mark.parametrize(("family", "variant"), COMPARED)
 def test_logits_equal_those_of_transformers_however_the_tokens_are_cut(family, variant):
     params, config = load(family, variant)
     tokens, want, prompt = expected(family, variant)
@@ -87,8 +93,11 @@ def test_bfloat16_stays_near_float32(family, variant):
 QUICK = {("llama", "default"), ("opt", "post_norm"), ("deepseek_v2", "lite")}
 
 
-@pytest.mark.parametrize("formats", [{"dtype": "bfloat16"}, {"dtype": "float32", "quantize": "int8"}],
-                         ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("formats", [
+    pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
+    pytest.param({"dtype": "float32", "quantize": "int8"}, id="int8"),
+    pytest.param({"dtype": "float16"}, id="float16", marks=pytest.mark.slow),
+])
 @pytest.mark.parametrize(("family", "variant"), [
     pytest.param(*names, id="-".join(names), marks=() if names in QUICK else pytest.mark.slow) for names in variants()])
 def test_prepared_narrow_weights_stay_near_float32(family, variant, formats):
@@ -127,6 +136,32 @@ def test_the_checkpoints_are_sensitive_to_what_sets_a_family_apart(family, varia
     assert error(got, want) > 100 * TOLERANCE
 
 
+def _without_windows(config):
+    return {"layer_windows": ()} if any(config.layer_windows) else {}
+
+
+def _without_scaling(config):
+    def plain(rope):
+        return rope and RopeConfig(theta=rope.theta, dim=rope.dim)
+
+    if all(rope.kind == "default" for rope in config.ropes):
+        return {}
+    return {"rope": plain(config.rope), "layer_ropes": tuple(plain(rope) for rope in config.layer_ropes)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without", [_without_windows, _without_scaling])
+@pytest.mark.parametrize(("family", "variant"), ALL)
+def test_every_prompt_crosses_the_windows_and_the_trained_length(family, variant, without):
+    params, config = load(family, variant)
+    changes = without(config)
+    if not changes:
+        pytest.skip("it has none")
+    tokens, want, prompt = expected(family, variant)
+    got = Runs(params, replace(config, **changes), len(tokens)).logits(tokens, [len(tokens)], prompt_length=prompt)
+    assert error(got, want) > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize(("family", "variant"), OTHERS)
 def test_parameters_are_counted_as_they_are_made(family, variant):
     config = open_checkpoint(folder(family, variant)).config
@@ -160,6 +195,9 @@ def test_a_switch_that_a_family_does_not_know_is_refused(family, variant):
     ("llama", "default", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
     ("cohere2", "default", {"position_embedding_type": "rope_neox"}, "position_embedding_type='rope_neox'"),
     ("starcoder2", "default", {"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
+    ("gemma3", "default", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r"fields \['factor', 'rope_type'\]"),
+    ("exaone4", "default", {"layer_types": None, "sliding_window_pattern": "LGLG"}, "sliding_window_pattern='LGLG'"),
+    ("glm4_moe", "default", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
 ])
 def test_what_a_family_lacks_is_refused_by_name(family, variant, changes, message):
     hf = json.loads((folder(family, variant) / "config.json").read_text()) | changes
@@ -179,6 +217,11 @@ def test_old_and_new_spellings_of_a_config_are_the_same_model():
     old = {name: value for name, value in hf.items() if name not in ("rope_parameters", "layer_types", "dtype")}
     old |= {"rope_theta": 1e6, "rope_local_base_freq": 5000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
             "sliding_window_pattern": 2, "torch_dtype": "bfloat16"}
+    assert read(old) == read(hf)
+    hf = json.loads((folder("olmo3", "yarn") / "config.json").read_text())
+    read = FAMILIES["olmo3"].config_from_hf
+    old = {name: value for name, value in hf.items() if name not in ("rope_parameters", "dtype")} | {
+        "rope_theta": 10000.0, "rope_scaling": hf["rope_parameters"]["full_attention"], "torch_dtype": "bfloat16"}
     assert read(old) == read(hf)
     hf = json.loads((folder("phi3", "longrope_long") / "config.json").read_text())
     read = FAMILIES["phi3"].config_from_hf

@@ -16,7 +16,8 @@ from tests.tiny import drain, greedy, tokens_of
 
 HOME = REFERENCE / "families"
 TOLERANCE = 1e-4  # of the largest logit: two float32 programs that add up in different orders
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3",
+            "glm4_moe")
 QUICK = {("mixtral", "window"), ("qwen2_moe", "every_second"), ("qwen3_moe", "default"), ("gpt_oss", "default"),
          ("deepseek_v2", "groups"), ("deepseek_v3", "default"), ("gpt_oss", "mxfp4"),
          ("deepseek_v3", "fp8")}  # together they have every feature but the multipliers

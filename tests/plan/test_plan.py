@@ -11,8 +11,11 @@ import pytest
 from fastgen_jax.cli import main
 from fastgen_jax.plan.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.plan.estimate import weight_bytes
+from fastgen_jax.plan.program import copied_in_loops, count_in_loops
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
+
+REFERENCE = Path(__file__).parents[1] / "reference"
 
 
 def plan(config: dict, topology: str, **changes) -> Plan:
@@ -85,6 +88,41 @@ def test_topologies_count_jax_devices() -> None:
     assert parse_topology("v6e:2x2").device.memory == 32 * GIB
 
 
+def test_collectives_are_counted_through_the_computations_that_a_loop_calls() -> None:
+    hlo = """
+%sparsecore (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8] all-reduce(%p), to_apply=%add
+}
+%body (p: f32[8]) -> f32[8] {
+  %a = f32[8] all-reduce-start(%p), to_apply=%add
+  %b = f32[8] all-reduce-done(%a)
+  %c = ((f32[8]), f32[8]) call-start(%b), async_execution_thread="sparsecore", to_apply=%sparsecore
+  ROOT %d = f32[8] call-done(%c), to_apply=%sparsecore
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %g = f32[16] all-gather(%p)
+  ROOT %w = f32[8] while(%p), condition=%condition, body=%body
+}
+"""
+    assert count_in_loops(hlo) == 2
+
+
+def test_a_weight_that_is_copied_in_a_loop_is_noticed() -> None:
+    hlo = """
+%body (p: bf16[8,4]) -> bf16[8,4] {
+  %a = bf16[1,4096,3584]{1,2,0:T(8,128)(2,1)} copy(%slice), metadata={op_name="slice"}
+  %b = f32[512,4096]{1,0} copy(%a)
+  ROOT %c = (f32[64]{0}, f32[64]{0}, u32[]) copy-start(%b)
+}
+ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
+  %d = bf16[32,4096,3584]{2,1,0} copy(%p)
+  ROOT %w = bf16[8,4] while(%p), condition=%condition, body=%body
+}
+"""
+    assert copied_in_loops(hlo) == 4096 * 3584 * 2
+    assert copied_in_loops(hlo.replace("%a = bf16", "%a = f8e4m3fn")) == 4096 * 3584
+
+
 def test_the_command_prints_a_table_or_json(tmp_path, capsys) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     arguments = ["plan", "--model", str(tmp_path), "--topology", "v5e:2x4", "--no-compile", "--budget", "64"]
@@ -137,3 +175,23 @@ def test_every_gpu_has_a_description_for_its_compiler(kind: str) -> None:
     memory = int(re.findall(r"device_memory_size: (\d+)", text)[0])
     assert 0.95 * DEVICES[kind].memory < memory <= DEVICES[kind].memory
     assert int(re.findall(r"memory_bandwidth: (\d+)", text)[0]) == pytest.approx(DEVICES[kind].bandwidth, rel=0.01)
+
+@pytest.mark.parametrize(("family", "settings"), [
+    ("gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+    ("deepseek_v3", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    ("llama", {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    ("llama", {"quant_method": "gptq", "bits": 4}),
+])
+def test_quantised_weights_are_planned_as_they_are_loaded(family: str, settings: dict) -> None:
+    tiny = {"gpt_oss": "families/gpt_oss/mxfp4", "deepseek_v3": "families/deepseek_v3/fp8", "llama": "tiny/default"}
+    config = json.loads((REFERENCE / tiny[family] / "config.json").read_text())
+    quantised = plan(config | {"quantization_config": settings}, "v5e:1x1", context=64)
+    plain = plan({name: value for name, value in config.items() if name != "quantization_config"}, "v5e:1x1", context=64)
+    assert quantised.memory == plain.memory
+    assert plain.memory.weights == 2 * plain.num_params  # experts in some layers, an MLP in others
+    assert f"bfloat16; on disk {settings['quant_method']}, dequantised while loading" in table(quantised)
+
+
+def test_a_quantisation_that_cannot_be_loaded_cannot_be_planned() -> None:
+    with pytest.raises(ValueError, match=r"quant_method='hqq'; read here: mxfp4, fp8, awq, gptq"):
+        plan(LLAMA_3_8B | {"quantization_config": {"quant_method": "hqq"}}, "v5e:2x4")

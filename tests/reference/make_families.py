@@ -144,6 +144,34 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "default": {**LLAMA_LIKE, "tie_word_embeddings": True},
         "qk_norm_bias": {**LLAMA_LIKE, "use_qk_norm": True, "attention_bias": True, "logit_scale": 0.25},
     }),
+    "olmo3": ("olmo3", {
+        "default": {**LLAMA_LIKE, "num_hidden_layers": 4, "sliding_window": 16},
+        "yarn": {**LLAMA_LIKE, "num_hidden_layers": 3, "sliding_window": 16, "attention_bias": True,
+                 "tie_word_embeddings": True, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                 "rope_parameters": {
+                     "full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, **TRAINED},
+                     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    }),
+    "glm": ("glm", {"default": {**LLAMA_LIKE, "head_dim": 12, **rope(rope_type="default", partial_rotary_factor=0.5)}}),
+    "glm4": ("glm4", {
+        "default": {**LLAMA_LIKE, "head_dim": 12, "attention_bias": True,
+                    **rope(rope_type="default", partial_rotary_factor=0.5)},
+        "no_bias_whole": {**LLAMA_LIKE, "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True,
+                          **rope(rope_type="linear", factor=2.0, partial_rotary_factor=1.0)},
+    }),
+    "exaone4": ("exaone4", {
+        "default": {**LLAMA_LIKE, "num_hidden_layers": 4, "sliding_window": 16},
+        "no_window": {**LLAMA_LIKE, "sliding_window": None, "tie_word_embeddings": True,
+                      "layer_types": ["full_attention"] * 2},
+    }),
+    "seed_oss": ("seed_oss", {
+        "default": {**LLAMA_LIKE, "head_dim": 12, "attention_bias": True},
+        "biases": {**LLAMA_LIKE, "head_dim": 8, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    }),
+    "ernie4_5": ("ernie4_5", {
+        "default": {**LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True},
+        "bias": {**LLAMA_LIKE, "head_dim": 8, "use_bias": True},
+    }),
     "cohere2": ("cohere2", {
         "default": {**LLAMA_LIKE, "num_hidden_layers": 3, "sliding_window": 16, "tie_word_embeddings": True,
                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},

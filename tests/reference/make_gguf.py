@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -30,6 +31,11 @@ SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+                 "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+LATENT = {**SIZES, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+          "v_head_dim": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 2,
+          "first_k_dense_replace": 1}
 CONFIGS = {
     "llama": hf.LlamaConfig(**SIZES, attention_bias=False),
     "qwen2": hf.Qwen2Config(**SIZES, tie_word_embeddings=False),
@@ -43,11 +49,17 @@ CONFIGS = {
                                 logits_scaling=2.0),
     "smollm3": hf.SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}),
     "olmo2": hf.Olmo2Config(**SIZES),
+    "olmo3": hf.Olmo3Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32, rope_parameters={
+        "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+                           "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.1386294},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
     "phi3": hf.Phi3Config(**SIZES),
     "phi2": hf.PhiConfig(**{**SIZES, "num_key_value_heads": 4},
                          rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     "stablelm": hf.StableLmConfig(**SIZES, use_qkv_bias=True, use_parallel_residual=True,
                                   rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+    "stablelm-12b": hf.StableLmConfig(**SIZES, qk_layernorm=True, use_parallel_residual=True,
+                                      rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
     "command-r": hf.CohereConfig(**SIZES, logit_scale=0.25, use_qk_norm=True, rope_parameters={"rope_theta": 8e6}),
     "cohere2": hf.Cohere2Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32, logit_scale=0.25),
     "falcon": hf.FalconConfig(vocab_size=280, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
@@ -62,15 +74,62 @@ CONFIGS = {
                                       embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0),
     "gpt-oss": hf.GptOssConfig(**{**SIZES, "num_hidden_layers": 3}, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
                                sliding_window=32),
+    "glm4": hf.Glm4Config(**SIZES, head_dim=16, attention_bias=True,
+                          rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "seed_oss": hf.SeedOssConfig(**SIZES, head_dim=16, attention_bias=True),
+    "ernie4_5": hf.Ernie4_5Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "exaone4": hf.Exaone4Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32),
+    "starcoder2": hf.Starcoder2Config(**SIZES, sliding_window=4096),
+    "gptneox": hf.GPTNeoXConfig(**{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=False,
+                                rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+    "glm4moe": hf.Glm4MoeConfig(**SIZES, head_dim=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8,
+                                n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=1.5, use_qk_norm=True,
+                                attention_bias=True, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "deepseek2": hf.DeepseekV3Config(**LATENT, q_lora_rank=24, n_routed_experts=8, n_group=4, topk_group=2,
+                                     routed_scaling_factor=2.5, rope_parameters=DEEPSEEK_ROPE),
+    "deepseek2-lite": hf.DeepseekV2Config(**LATENT, q_lora_rank=None, n_routed_experts=64, n_group=1, topk_group=1,
+                                          topk_method="greedy", norm_topk_prob=False),
 }
-FURTHER = {"gpt2": {"n_ctx": 128}, "cohere2": {"rotary_pct": 1.0}}  # fields that only the converter reads
+# Fields that only the converter reads, or that releases say and transformers does not write.
+FURTHER = {"gpt2": {"n_ctx": 128}, "cohere2": {"rotary_pct": 1.0}, "gptneox": {"rotary_pct": 0.25},
+           "deepseek2": {"scoring_func": "sigmoid"}, "deepseek2-lite": {"scoring_func": "softmax"}}
+QWEN_1 = {  # transformers does not have it
+    "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "vocab_size": 280, "hidden_size": 32,
+    "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "kv_channels": 8, "seq_length": 128,
+    "max_position_embeddings": 128, "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "rotary_pct": 1.0,
+    "no_bias": True, "use_dynamic_ntk": False, "use_logn_attn": False, "scale_attn_weights": True,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}
+QWEN_1_SHAPES = {
+    "transformer.wte.weight": (280, 32), "lm_head.weight": (280, 32), "transformer.ln_f.weight": (32,),
+    **{f"transformer.h.{i}.{name}": shape for i in range(2) for name, shape in {
+        "ln_1.weight": (32,), "ln_2.weight": (32,), "attn.c_attn.weight": (96, 32), "attn.c_attn.bias": (96,),
+        "attn.c_proj.weight": (32, 32), "mlp.w1.weight": (48, 32), "mlp.w2.weight": (48, 32),
+        "mlp.c_proj.weight": (32, 48)}.items()},
+}
 
 
-# The converter knows byte-level vocabularies by a hash of what they do to a text; ours need none.
+# The converter knows byte-level vocabularies by a hash of what they do to a text; ours need none. It reads config.json
+# through transformers, whose version 5 drops the old names of some fields. And it returns the stacked norms of StableLM's
+# heads where it means to yield them.
 CONVERT = """
-import runpy, sys
-from conversion.base import TextModel
-TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = lambda self: None
+import json, runpy, sys
+from conversion.base import ModelBase, TextModel
+from conversion.exaone import Exaone4Model
+from conversion.glm import Glm4Model
+from conversion.stablelm import StableLMModel
+load = ModelBase.load_hparams
+def load_all(path, *_, **__):
+    return load(path, False) | json.loads((path / "config.json").read_text())
+ModelBase.load_hparams = staticmethod(load_all)
+modify = StableLMModel.modify_tensors
+def modify_all(*arguments):
+    yield from (yield from modify(*arguments)) or ()
+StableLMModel.modify_tensors = modify_all
+def none(self):
+    pass
+TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = none
+TextModel._set_vocab_sentencepiece = TextModel._set_vocab_glm = Glm4Model.set_vocab = Exaone4Model.set_vocab = none
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -81,24 +140,26 @@ def main() -> None:
     converter = Path(sys.argv[1]) / "convert_hf_to_gguf.py"
     home = Path(__file__).with_name("gguf")
     home.mkdir(exist_ok=True)
-    for name, config in CONFIGS.items():
-        if sys.argv[2:] and name not in sys.argv[2:]:
-            continue
+    for name in sys.argv[2:] or (*CONFIGS, "qwen"):
         with tempfile.TemporaryDirectory() as folder:
-            model = hf.AutoModelForCausalLM.from_config(config).float()
-            model.save_pretrained(folder)
             file = Path(folder, "model.safetensors")
-            with safe_open(file, "pt") as saved:  # by the names in the file, which are not always those in memory
-                shapes = {key: tuple(saved.get_slice(key).get_shape()) for key in list(saved.keys())}
+            fields, shapes = (QWEN_1, QWEN_1_SHAPES) if name == "qwen" else made(CONFIGS[name], file)
             tensors = {key: torch.from_numpy(values(key, shape)) for key, shape in shapes.items()}
             save_file(tensors, file)
-            fields = json.loads(Path(folder, "config.json").read_text())
             Path(folder, "config.json").write_text(json.dumps(fields | FURTHER.get(name, {})))
             write_tokenizer(Path(folder))
             subprocess.run([sys.executable, "-c", CONVERT, converter, folder, "--outtype", "f16",
                             "--outfile", home / f"{name}.gguf"], check=True,
                            env={**os.environ, "PYTHONPATH": f"{converter.parent / 'gguf-py'}:{converter.parent}"})
             (home / f"{name}.json").write_text(json.dumps(fields))
+
+
+def made(config: hf.PretrainedConfig, file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The fields of config.json and the shapes of the tensors of a model, as transformers saves them beside `file`."""
+    hf.AutoModelForCausalLM.from_config(config).float().save_pretrained(file.parent)
+    with safe_open(file, "pt") as saved:  # by the names in the file, which are not always those in memory
+        shapes = {key: tuple(saved.get_slice(key).get_shape()) for key in list(saved.keys())}
+    return json.loads(file.with_name("config.json").read_text()), shapes
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -25,6 +25,9 @@ DEEPSEEK = without("num_key_value_heads", num_hidden_layers=3, first_k_dense_rep
                    num_experts_per_tok=3, moe_intermediate_size=12, n_shared_experts=2, kv_lora_rank=12, q_lora_rank=None,
                    qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, num_key_value_heads=4)
 DEEPSEEK_YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32.0, beta_slow=1.0)
+GLM = {**LLAMA_LIKE, "head_dim": 8, "num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 8,
+       "num_experts_per_tok": 3, "moe_intermediate_size": 12, "n_shared_experts": 1, "routed_scaling_factor": 1.5,
+       **rope(rope_type="default", partial_rotary_factor=0.5)}
 GROUPS = {"n_group": 4, "topk_group": 2}
 
 # family -> (model_type of transformers, variant -> fields of its config)
@@ -44,6 +47,11 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "granitemoe": ("granitemoe", {
         "default": {**MIXTRAL, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
                     "attention_multiplier": 0.2, "tie_word_embeddings": True},
+    }),
+    "glm4_moe": ("glm4_moe", {
+        "default": GLM,
+        "groups": GLM | GROUPS | {"use_qk_norm": True, "attention_bias": True, "norm_topk_prob": False,
+                                  "tie_word_embeddings": True, "n_shared_experts": 2},
     }),
     "deepseek_v2": ("deepseek_v2", {
         "lite": DEEPSEEK | {"topk_method": "greedy", "routed_scaling_factor": 1.5},

@@ -3,7 +3,8 @@
     python tests/reference/make_tiny.py        # needs torch and transformers; the tests need neither
 
 Each variant has a config.json and model.safetensors as `save_pretrained` writes them, and expected.npz with
-`token_ids` i64[P], `logits` f32[P, V] of the whole prompt in one pass, and `greedy` i64[N], the tokens that follow.
+`token_ids` i64[P], `logits` f32[P, V] of the whole prompt in one pass, `greedy` i64[N], the tokens that follow, and
+`greedy_logits` f32[N - 1, V], behind all of them but the last, with transformers' cache.
 The prompt is longer than the `original_max_position_embeddings` of the scaled variants, so scaling matters.
 """
 
@@ -41,6 +42,12 @@ VARIANTS = {
             "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
         },
     },
+    "rope_longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 1.5, 2.0, 4.0], "original_max_position_embeddings": 32,
+        },
+    },
 }
 PROMPT_LENGTH = 75
 NUM_GREEDY = 16
@@ -65,13 +72,14 @@ def main() -> None:
         with torch.no_grad():
             logits = model(token_ids[None]).logits[0]
             tokens, cache = token_ids[None], None
-            greedy = []
+            greedy, rows = [], []
             for _ in range(NUM_GREEDY):
                 out = model(tokens, past_key_values=cache, use_cache=True)
                 cache, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
                 greedy.append(int(tokens))
+                rows.append(out.logits[0, -1])
         np.savez_compressed(home / name / "expected.npz", token_ids=token_ids.numpy(), logits=logits.numpy(),
-                            greedy=np.array(greedy))
+                            greedy=np.array(greedy), greedy_logits=torch.stack(rows[1:]).numpy())
         print(f"{name}: {sum(f.stat().st_size for f in (home / name).iterdir()) / 1024:.0f} KiB, "
               f"logits in [{logits.min():.1f}, {logits.max():.1f}]")
 

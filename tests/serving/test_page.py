@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.house import MODEL, engine, offline, tokenizer
+from tests.serving.house import MODEL, engine, tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 SCREENSHOTS = os.environ.get("FASTGEN_SCREENSHOTS")  # folder that gets them, for a look by eye
@@ -44,8 +44,7 @@ def test_it_chats_and_shows_what_the_engine_does(browser, url, size):
     ids = tokenizer().encode("u:Hi\na:", add_special_tokens=False)
     room = engine().config.max_context_len - len(ids)
     shown = page.locator(".assistant").inner_text()
-    assert shown  # sampled with a seed of its own
-    assert len(shown) <= len(offline(ids, max_new_tokens=room)) + room
+    assert 0 < len(shown) <= room  # a token is a character
     page.wait_for_function("steps.length > 5 && document.querySelector('#step').textContent !== '–'")
     painted = page.evaluate("""() => { const c = document.querySelector('#steps');
         return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x > 0); }""")

@@ -63,6 +63,8 @@ def test_a_byte_level_vocabulary_from_gguf_encodes_as_the_json_it_was_taken_from
     ("smollm", "don't 1234!?", ["don", "'t", "Ġ", "1", "2", "3", "4", "!?"]),
     ("llama-bpe", "DON'T 1234!?\n\n x", ["DON", "'T", "Ġ", "123", "4", "!?ĊĊ", "Ġx"]),
     ("qwen2", "DON'T 1234!?\n\n x", ["DON", "'T", "Ġ", "1", "2", "3", "4", "!?ĊĊ", "Ġx"]),
+    ("seed-coder", "DON'T 12!?\n\n x", ["DON", "'T", "Ġ", "1", "2", "!?", "ĊĊ", "Ġx"]),
+    ("exaone4", "don't 1234!?", ["don", "'t", "Ġ1234", "!?"]),
     ("default", "don't 1234!?", ["don", "'", "t", "Ġ", "123", "4", "!?"]),
 ])
 def test_each_kind_of_pre_tokenizer_cuts_words_its_own_way(kind, text, words):

@@ -12,8 +12,9 @@ from types import ModuleType
 
 _NAMES = (
     "llama", "mistral", "opt", "falcon", "phi", "phi3", "qwen", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2",
-    "gpt_neox", "bloom", "olmo2", "smollm3", "granite", "starcoder2", "stablelm", "cohere", "cohere2",
-    "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3",
+    "gpt_neox", "bloom", "olmo2", "olmo3", "smollm3", "granite", "starcoder2", "stablelm", "cohere", "cohere2", "glm",
+    "glm4", "exaone4", "seed_oss", "ernie4_5",
+    "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "glm4_moe",
 )  # fmt: skip
 
 FAMILIES: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in _NAMES}

@@ -269,14 +269,24 @@ def split_kv_groups(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
     return rearrange
 
 
-def rope_pairs_to_halves(head_dim: int, num_heads: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Reorders the leading `num_heads` heads of an axis so that pairs (2i, 2i + 1) that turn together lie D/2 apart.
+def neighbours_apart(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
+    """Reorders the queries and keys of a `qkv` whose pairs (2i, 2i + 1) turn together, as far as they turn at all."""
+    dim = config.ropes[0].dim if config.ropes else None
+    return rope_pairs_to_halves(config.head_dim, config.num_heads + config.num_kv_heads, dim=dim)
 
-    Dot products of queries and keys do not change if both are reordered alike, and `rotate` needs one order only.
+
+def rope_pairs_to_halves(head_dim: int, num_heads: int, *, dim: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """Reorders the leading `num_heads` heads of an axis so that pairs (2i, 2i + 1) that turn together lie `dim`/2 apart.
+
+    `dim` leading numbers of a head turn, None: all. Dot products of queries and keys do not change if both are reordered
+    alike, and `rotate` needs one order only.
     """
+    dim = head_dim if dim is None else dim
+
     def rearrange(x: np.ndarray) -> np.ndarray:
-        turned, rest = np.split(x, [num_heads * head_dim], axis=-1)
-        pairs = turned.reshape(*x.shape[:-1], num_heads, head_dim // 2, 2)
-        return np.concatenate([np.swapaxes(pairs, -1, -2).reshape(turned.shape), rest], axis=-1)
+        moved, rest = np.split(x, [num_heads * head_dim], axis=-1)
+        turning, still = np.split(moved.reshape(*x.shape[:-1], num_heads, head_dim), [dim], axis=-1)
+        heads = np.concatenate([turning[..., ::2], turning[..., 1::2], still], axis=-1)
+        return np.concatenate([heads.reshape(moved.shape), rest], axis=-1)
 
     return rearrange

@@ -4,13 +4,12 @@ and a rotary embedding of their own for the windowed ones. Of the models that al
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
 from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.gemma2 import NAMES
-from fastgen_jax.models.families.rope import rope_from_fields
+from fastgen_jax.models.families.rope import ropes_by_layer_type
 
 ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
 FEATURES = "270M and 1B; 4B, 12B and 27B without images"
@@ -29,7 +28,8 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     period = hf.first("sliding_window_pattern", "_sliding_window_pattern", default=6)
     windows = common.windows(hf, hf.get("sliding_window", 4096), lambda layer: (layer + 1) % period != 0)
     context = hf.get("max_position_embeddings", 131_072)
-    everywhere, windowed = _ropes(hf, context)
+    everywhere, windowed = ropes_by_layer_type(
+        hf, max_context_len=context, theta=1_000_000.0, windowed_theta=hf.get("rope_local_base_freq") or 10_000.0)
     return ModelConfig(
         family="gemma3",
         **common.sizes(hf, head_dim=256, assumed=_SIZES),
@@ -49,17 +49,6 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
         activation="gelu_tanh",
     )
-
-
-def _ropes(hf: Fields, context: int) -> tuple[RopeConfig, RopeConfig]:
-    """The rotary settings of layers that see everything and of those with a window."""
-    given: dict[str, Any] = hf.get("rope_parameters") or {}
-    full = {**(hf.get("rope_scaling") or {}), **(given.get("full_attention") or {})}
-    local = dict(given.get("sliding_attention") or {})
-    full_theta = full.pop("rope_theta", None) or hf.get("rope_theta") or 1_000_000.0
-    local_theta = local.pop("rope_theta", None) or hf.get("rope_local_base_freq") or 10_000.0
-    return (rope_from_fields(full, max_context_len=context, theta=float(full_theta)),
-            rope_from_fields(local, max_context_len=context, theta=float(local_theta)))
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:

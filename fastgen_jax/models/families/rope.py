@@ -55,6 +55,25 @@ def rope_from_hf(
     )
 
 
+def ropes_by_layer_type(
+    hf: Mapping[str, Any], *, max_context_len: int, theta: float, windowed_theta: float
+) -> tuple[RopeConfig, RopeConfig]:
+    """The rotary settings of layers that see everything, and of those with a window, which `rope_scaling` leaves alone.
+
+    The thetas are what holds where the file is silent; `rope_parameters` has the settings of both kinds of layers by name.
+    """
+    given: dict[str, Any] = hf.get("rope_parameters") or {}
+    if unknown := given.keys() - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"rope_parameters has the fields {sorted(unknown)}; supported in this family: 'full_attention' and "
+                         "'sliding_attention', each with the settings of such layers")
+    everywhere = {**(hf.get("rope_scaling") or {}), **(given.get("full_attention") or {})}
+    windowed = dict(given.get("sliding_attention") or {})
+    theta = float(everywhere.pop("rope_theta", None) or hf.get("rope_theta") or theta)
+    windowed_theta = float(windowed.pop("rope_theta", None) or windowed_theta)
+    return (rope_from_fields(everywhere, max_context_len=max_context_len, theta=theta),
+            rope_from_fields(windowed, max_context_len=max_context_len, theta=windowed_theta))
+
+
 def rope_from_fields(
     fields: Mapping[str, Any], *, max_context_len: int, theta: float, dim: int | None = None, trained_len: int | None = None
 ) -> RopeConfig:

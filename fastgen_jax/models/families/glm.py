@@ -1,0 +1,39 @@
+"""GLM-4 9B of 2024: Llama with biases on queries, keys and values, and neighbouring pairs of half of each head turned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
+
+ARCHITECTURES = ("GlmForCausalLM",)
+FEATURES = "GLM-4 9B, GLM-Edge; part of each head turned; biases"
+
+NAMES = common.LLAMA_NAMES | {"layers.gate_up": "model.layers.{layer}.mlp.gate_up_proj"}
+
+
+def fields(hf: Fields) -> dict[str, Any]:
+    """What GLM-4 of 2024 and of 2025 say alike, as keyword arguments of `ModelConfig`."""
+    sizes = common.sizes(hf, head_dim=128, assumed={"num_key_value_heads": 2})
+    return {
+        **sizes,
+        **rotary(hf, max_context_len=131_072, head_dim=sizes["head_dim"], partial=0.5),
+        "norm_eps": hf.get("rms_norm_eps", 1.5625e-7),
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
+        "qkv_bias": hf.get("attention_bias", True),
+        "activation": common.activation(hf, default="silu"),
+    }
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    return ModelConfig(family="glm", **fields(hf))
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, NAMES, rearrange={"layers.qkv": common.neighbours_apart(config)})

@@ -1,0 +1,32 @@
+"""Seed-OSS: Llama with biases on queries, keys and values, and one of its own for the projection behind attention."""
+
+from __future__ import annotations
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import common
+from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.rope import rotary
+
+ARCHITECTURES = ("SeedOssForCausalLM",)
+FEATURES = "36B; biases"
+
+
+@common.reads_every_field
+def config_from_hf(hf: Fields) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face `config.json`."""
+    return ModelConfig(
+        family="seed_oss",
+        **common.sizes(hf, head_dim=128, assumed={"num_key_value_heads": 8}),
+        **rotary(hf, max_context_len=524_288),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        qkv_bias=hf.get("attention_bias", True),
+        o_bias=hf.get("attention_out_bias", False),
+        activation=common.activation(hf, default="silu"),
+        mlp_bias=hf.get("mlp_bias", False),
+    )
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each weight of `param_specs` lies in the checkpoint."""
+    return common.sources_from(config, common.LLAMA_NAMES)

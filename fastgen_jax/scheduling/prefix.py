@@ -1,0 +1,32 @@
+"""The blocks of a sequence that are shared by their content: found before it runs, offered when they are full."""
+
+from __future__ import annotations
+
+from fastgen_jax.scheduling.block_pool import BlockPool
+from fastgen_jax.scheduling.sequence import Sequence
+
+
+def cached_prefix(sequence: Sequence, pool: BlockPool) -> list[int]:
+    """Registered blocks of its tokens, but not those of positions whose logits are wanted."""
+    if not pool.prefix_caching:
+        return []
+    return pool.lookup(_digest(sequence, pool, i) for i in range(sequence.first_row // pool.block_size))
+
+
+def register_blocks(sequence: Sequence, pool: BlockPool) -> None:
+    """Offers the prefix cache the full blocks whose tokens are known and whose KV is dispatched."""
+    size = pool.block_size
+    stop = min(sequence.num_computed, sequence.num_known_tokens)
+    while sequence.next_block_end <= stop:
+        index = sequence.next_block_end // size - 1
+        pool.register(sequence.block_ids[index], _digest(sequence, pool, index))
+        sequence.next_block_end += size
+
+
+def _digest(sequence: Sequence, pool: BlockPool, index: int) -> bytes:
+    """The digest of a full block of known tokens. The first one is asked for first, and so on."""
+    digests, size = sequence.block_digests, pool.block_size
+    if index == len(digests):
+        parent = digests[-1] if digests else None
+        digests.append(pool.digest(parent, sequence.token_ids(index * size, (index + 1) * size)))
+    return digests[index]
