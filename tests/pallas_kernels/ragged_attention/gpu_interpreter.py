@@ -73,7 +73,7 @@ class Case:
 
 QUICK = [
     Case(soft_cap=5.0, sinks=True),
-    Case(generation="ampere", num_kv_heads=1, sinks=True, alibi=True, stages=3, blocks=2),
+    Case(generation="ampere", num_kv_heads=1, window=False, sinks=True, stages=3, blocks=2),
 ]
 ALL = [
     *QUICK,
@@ -88,7 +88,7 @@ ALL = [
     Case(dtype="float8_e4m3fn", num_kv_heads=1, group=4, head_dim=128, block_size=128, sinks=True, stages=3, chunk_keys=128),
     Case(generation="ampere", dtype="int8", block_size=64, soft_cap=5.0),
     Case(generation="ampere", dtype="int8", num_kv_heads=1, group=40, head_dim=128, block_size=128, stages=3),
-    Case(generation="ampere", window=False, block_size=8, head_dim=128),
+    Case(generation="ampere", alibi=True, block_size=8, head_dim=128),
     Case(generation="ampere", num_kv_heads=3, group=1, block_size=128, dtype="float16", soft_cap=5.0),
     Case(generation="ampere", num_kv_heads=1, group=17, head_dim=80, block_size=32, sinks=True, blocks=1),
     Case(generation="ampere", num_kv_heads=1, group=40, block_size=64, alibi=True, stages=3),

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_attention import QuantizedCache, gpu_ampere, gpu_hopper, gpu_support, ragged_attention
+from pallas_kernels.ragged_attention import QuantizedCache, contract, gpu_ampere, gpu_hopper, gpu_support, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, time_call
 from pallas_kernels.ragged_attention.autotune import main as autotune_command
 from pallas_kernels.ragged_attention.gpu import BODIES, ragged_attention_gpu
@@ -38,7 +38,6 @@ from pallas_kernels.ragged_attention.gpu_tile import (
 )
 from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles, candidates, choose, modelled
 from pallas_kernels.ragged_attention.tile_file import Shape
-from pallas_kernels.ragged_attention.xla import ragged_attention_xla
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 NUM_CASES = 19  # in `gpu_interpreter.ALL`
@@ -105,12 +104,13 @@ def plans(group: int, num_kv_heads: int, generation: str):
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
-    chunks=chunk_lists, group=st.sampled_from([3, 4]), window=st.sampled_from([1, 77, 1000, 2**30]),
-    num_kv_heads=st.sampled_from([1, 8]), generation=st.sampled_from(["hopper", "ampere"]),
+    chunks=chunk_lists, kernel=st.sampled_from([("hopper", 3), ("ampere", 4)]),
+    window=st.sampled_from([1, 77, 1000, 2**30]), num_kv_heads=st.sampled_from([1, 8]),
 )  # fmt: skip
 def test_every_query_is_planned_once_and_sees_all_its_keys(
-    chunks: list[tuple[int, int]], group: int, window: int, num_kv_heads: int, generation: str
+    chunks: list[tuple[int, int]], kernel: tuple[str, int], window: int, num_kv_heads: int
 ) -> None:
+    generation, group = kernel
     lengths = np.array([query for query, _ in chunks])
     contexts = np.array([query + old if query else 0 for query, old in chunks])
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -303,21 +303,21 @@ def test_the_command_that_measures_tiles_says_what_it_needs(capsys: pytest.Captu
     assert "measured on a TPU or a GPU of compute capability 8 or 9.0, but JAX runs on 'cpu'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("generation", ["hopper", "ampere"])
-def test_a_call_for_measuring_runs_every_kind_of_tile(generation: str) -> None:
+def test_what_is_measured_is_a_call_as_others_make_it() -> None:
     asked = []
 
-    def attention(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        asked.append(options["tiles"])
-        options.pop("tiles")
-        return ragged_attention_xla(*arrays, **options)
+    def attention(*arrays: jax.Array, tiles: GpuTiles, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        asked.append(tiles)
+        others = {"sliding_window": None, "soft_cap": None, "alibi_slopes": None, "sinks": None}
+        contract.check(*arrays, **others, **options)
+        return arrays[0], arrays[3], arrays[4]
 
     shape = Shape(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, num_tokens=8, num_sequences=3, dtype="bfloat16")
-    tiles = list(candidates(modelled(16, 2, generation)))
-    assert len(set(tiles)) == len(tiles) > 10
-    for choice in tiles[:2]:
+    choices = list(candidates(modelled(16, 2, "ampere")))
+    assert len(set(choices)) == len(choices) > 10
+    for choice in choices[:2]:
         assert time_call(functools.partial(attention, tiles=choice), shape, context=20, repeats=1) > 0
-    assert asked == tiles[:2]
+    assert asked == choices[:2]
 
 
 def test_a_gpu_of_unknown_capability_and_a_cpu_have_no_kernel() -> None:
