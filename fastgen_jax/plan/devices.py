@@ -59,10 +59,10 @@ class Topology:
 def parse_topology(name: str) -> Topology:
     """The topology called "v5e:2x4", "h100:8" and so on; ValueError says what is known."""
     kind, _, shape = name.partition(":")
-    sizes = shape.split("x") if shape else ["1"]
+    sizes = shape.split("x") if shape else ["1"] * (2 if kind in ("v5e", "v6e") else 1)
     if kind not in DEVICES or not all(size.isdigit() and int(size) > 0 for size in sizes):
         examples = "v4:2x2x1, v5e:2x4, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1, h100:8, a100:4"
         raise ValueError(f"topology is {name!r}; it must be a kind among {', '.join(DEVICES)} and a shape, as in {examples}")
-    if kind in ("v4", "v5p", "tpu7x") and len(sizes) == 2:
-        sizes.append("1")  # these are cubes
+    if kind in ("v4", "v5p", "tpu7x"):
+        sizes += ["1"] * (3 - len(sizes))  # these are cubes
     return Topology(name=name, device=DEVICES[kind], shape=tuple(map(int, sizes)))

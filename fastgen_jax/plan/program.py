@@ -67,7 +67,8 @@ def deviceless_mesh(
     # The CUDA plugin is asked to compile, not to run: cuDNN and cuBLAS need not be there.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     devices = _tpus(topology) if topology.device.platform == "tpu" else _gpus(topology, compute_capability)
-    mesh = tensor_mesh(devices[: num_devices or len(devices)])
+    assert len(devices) == topology.num_devices, f"{topology.name} is {len(devices)} devices to the compiler"
+    mesh = tensor_mesh(devices[:num_devices])
     if topology.device.platform == "cuda":
         seen = mesh.abstract_mesh.abstract_device
         # What a mesh says of its devices is computed once; here it is what Pallas asks about as well.
@@ -90,7 +91,9 @@ class _AbstractGpu(jax.sharding.AbstractDevice):
 def _tpus(topology: Topology) -> list[Any]:
     kind = topology.device.kind
     name = f"{kind}:{'x'.join(map(str, topology.shape))}"
-    options = {"chip_config_name": _CHIP_CONFIGS[kind]} if kind in _CHIP_CONFIGS else {}
+    options: dict[str, Any] = {"chip_config_name": _CHIP_CONFIGS[kind]} if kind in _CHIP_CONFIGS else {}
+    if math.prod(topology.shape) < 4:  # chips of a whole host
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # libtpu raises errors of several kinds

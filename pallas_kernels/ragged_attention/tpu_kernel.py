@@ -190,8 +190,10 @@ class _Kernel:
         if spec.has_window:
             all_seen &= first_key > position + q - 1 - refs.scalars[WINDOW]
 
-        def attend_head(h: jax.Array, masked: bool) -> None:
+        def attend_head(h: jax.Array, first: Any, count: int, masked: bool) -> None:
+            """Of `count` blocks from number `first` of the piece on."""
             heads = pl.ds(h * g, g)
+            blocks = pl.ds(first, count)
             query_position = position + lax.broadcasted_iota(jnp.int32, (g, q, 1), 1).reshape(g * q, 1)
             slopes = None
             if refs.slopes is not None:
@@ -199,33 +201,50 @@ class _Kernel:
             state = [ref[heads].reshape(g * q, -1) for ref in (refs.top_chunk, refs.total_chunk, refs.acc_chunk)]
             state = self.attend(
                 refs.q_chunk[heads].reshape(g * q, -1),
-                self.keys(refs.k_buffer[buffer, :, h]),
-                self.keys(refs.v_buffer[buffer, :, h]),
-                self.scales(refs.k_scale_buffer, buffer, 0, spec.piece, h),
-                self.scales(refs.v_scale_buffer, buffer, 0, spec.piece, h),
+                self.keys(refs.k_buffer[buffer, blocks, h]),
+                self.keys(refs.v_buffer[buffer, blocks, h]),
+                self.scales(refs.k_scale_buffer, buffer, first, count, h),
+                self.scales(refs.v_scale_buffer, buffer, first, count, h),
                 state,
                 query_position=query_position,
-                first_key=first_key,
+                first_key=first_key + first * spec.block_size,
                 slopes=slopes,
                 masked=masked,
             )
             for ref, new in zip((refs.top_chunk, refs.total_chunk, refs.acc_chunk), state, strict=True):
                 ref[heads] = new.reshape(g, q, -1)
 
-        for masked in (False, True):
-            @pl.when(all_seen != masked)
-            def _(masked: bool = masked) -> None:
-                lax.fori_loop(0, spec.num_kv_heads, lambda h, _: attend_head(h, masked), None)
+        @pl.when(all_seen)
+        def _() -> None:
+            lax.fori_loop(0, spec.num_kv_heads, lambda h, _: attend_head(h, 0, spec.piece, False), None)
+
+        @pl.when(jnp.logical_not(all_seen))
+        def _() -> None:
+            # In halves, of which the diagonal may leave one out.
+            count = spec.piece // 2 if spec.piece * spec.block_size >= 2 * LANES and spec.piece > 1 else spec.piece
+
+            def attend_part(n: jax.Array, _: None) -> None:
+                first = n * count
+                key = first_key + first * spec.block_size
+                some_seen = key <= position + q - 1
+                if spec.has_window:
+                    some_seen &= key + count * spec.block_size > position + 1 - refs.scalars[WINDOW]
+
+                @pl.when(some_seen)
+                def _() -> None:
+                    lax.fori_loop(0, spec.num_kv_heads, lambda h, _: attend_head(h, first, count, True), None)
+
+            lax.fori_loop(0, spec.piece // count, attend_part, None)
 
     def keys(self, blocks: jax.Array) -> jax.Array:
         """[C, B, D] -> [C*B, D]: blocks are stored head by head, so this moves nothing."""
         return blocks.reshape(-1, self.spec.head_dim).astype(self.spec.product_dtype)
 
-    def scales(self, ref: Any, buffer: jax.Array, first: int, count: int, h: int | jax.Array) -> jax.Array | None:
+    def scales(self, ref: Any, buffer: jax.Array, first: Any, count: int, h: int | jax.Array) -> jax.Array | None:
         """[1, C*B], the scales of a head's keys in some blocks, in the order of `keys`; None if there are none."""
         if ref is None:
             return None
-        return jnp.concatenate([ref[buffer, c, pl.ds(h, 1)] for c in range(first, first + count)], axis=1)
+        return jnp.concatenate([ref[buffer, first + c, pl.ds(h, 1)] for c in range(count)], axis=1)
 
     def attend(
         self,

@@ -133,13 +133,16 @@ def count_ours(shape: str, root: Loop, tiles: Any, call: Call) -> dict[str, floa
             continue
         assert chunk is not None
         piece = piece_of(chunk)
-        seen, masked = [loop.once for loop in piece.inside if loop.once >= 400][-2:]
+        # A loop over heads for a piece that is seen whole, and one over halves of a piece > over heads.
+        seen, part = [loop for loop in piece.inside if loop.once >= 400][-2:]
+        masked = max(part.inside, key=lambda loop: loop.once)
         for first in range(0, queries, tiles.queries):
             position = context - queries + first
             end = position + min(tiles.queries, queries - first)
             pieces, whole = math.ceil(end / tiles.keys), (position + 1) // tiles.keys
             bundles += chunk.own + pieces * (piece.own + copies(piece, blocks))
-            bundles += call.num_kv_heads * (whole * seen + (pieces - whole) * masked)
+            halves = math.ceil((end - whole * tiles.keys) / (tiles.keys // 2))
+            bundles += call.num_kv_heads * (whole * seen.once + halves * masked.once) + 2 * (pieces - whole) * part.own
             fetched += math.ceil(end / call.block_size) * call.block_size * row_bytes
     return {"bundles": bundles, "bytes": fetched}
 

@@ -87,6 +87,7 @@ def test_topologies_count_jax_devices() -> None:
     assert [parse_topology(name).num_devices for name in ("v5e:2x4", "v4:2x2x1", "tpu7x:2x2x1", "h100:8", "v5e")] == [
         8, 4, 8, 8, 1]
     assert parse_topology("v5p:2x2").shape == (2, 2, 1)
+    assert [parse_topology(name).shape for name in ("v6e", "tpu7x", "h100")] == [(1, 1), (1, 1, 1), (1,)]
     assert parse_topology("v6e:2x2").device.memory == 32 * GIB
 
 
