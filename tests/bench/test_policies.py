@@ -9,7 +9,7 @@ from fastgen_jax.bench.__main__ import main
 from fastgen_jax.bench.results import read
 from tests.tiny import tiny_engine
 
-LOAD = ["--prompt", "24", "--output", "6", "--max-prompt", "30", "--requests", "6", "--clients", "4"]
+LOAD = ["--prompt", "24", "--output", "24", "--max-prompt", "30", "--requests", "6", "--clients", "4"]
 
 
 @pytest.fixture
