@@ -47,7 +47,7 @@ def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
 
     Args:
       name: of the library; part of its file name.
-      source: the `.cc` file. It may include the headers beside this file and "xla/ffi/api/ffi.h".
+      source: the `.cc` file. It may include the headers beside it, those beside this file, and "xla/ffi/api/ffi.h".
       symbols: name of the FFI target -> C symbol of its handler.
     """
     with _lock:
@@ -111,7 +111,8 @@ def _build(name: str, source: Path) -> Path:
     """Path of the library built from `source`, compiled unless the cache has it."""
     compiler = _compiler()
     assert isinstance(compiler, Compiler)
-    sources = b"\0".join(path.read_bytes() for path in (source, *sorted(_HEADERS.glob("*.h"))))
+    headers = sorted({*source.parent.glob("*.h"), *_HEADERS.glob("*.h")})
+    sources = b"\0".join(path.read_bytes() for path in (source, *headers))
     directory = _cache_directory()
     path = directory / f"{name}-{compiler.key(sources)}.so"
     if path.exists():
