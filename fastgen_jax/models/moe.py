@@ -115,7 +115,9 @@ def _experts(
     if config.expert_bias:
         hidden = hidden + jnp.take(w["expert_gate_up_bias"], expert, axis=0, mode="clip")
     y = down(clamped_swiglu(*jnp.split(hidden, 2, axis=-1), limit=config.swiglu_limit))
-    return y + jnp.take(w["expert_down_bias"], expert, axis=0, mode="clip") if config.expert_bias else y
+    if not config.expert_bias:
+        return y
+    return y + jnp.take(w["expert_down_bias"], expert, axis=0, mode="clip").astype(jnp.float32)
 
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array, *, limit: float) -> jax.Array:

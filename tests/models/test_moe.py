@@ -123,6 +123,17 @@ def test_experts_compute_what_numpy_computes_token_by_token(name: str):
     np.testing.assert_allclose(got, _numpy_moe(x, w, config) + residual, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["clamped", "gated_shared"])
+def test_experts_in_bfloat16_stay_near_those_of_numpy(name: str):
+    config, x = _CONFIGS[name], np.asarray(jnp.asarray(_tokens(), jnp.bfloat16))
+    w = {key: np.asarray(jnp.asarray(value, jnp.bfloat16)) for key, value in _weights(config).items()}
+    got = moe(jnp.asarray(x), jax.tree.map(jnp.asarray, w), config=config, num_tokens=jnp.int32(_T), residual=None)
+    assert got.dtype == jnp.bfloat16
+    exact = {key: value.astype(np.float32) for key, value in w.items()}
+    want = _numpy_moe(x.astype(np.float32), exact, config)
+    assert np.abs(got.astype(jnp.float32) - want).mean() < 0.01 * np.abs(want).max()
+
+
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("name", ["shared", "clamped"])
 def test_what_a_token_gets_does_not_depend_on_companions_or_padding(name: str):
