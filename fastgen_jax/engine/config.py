@@ -95,7 +95,7 @@ class EngineConfig:
         if self.budget_ladder is not None:
             if self.token_budget is None:
                 raise ValueError(f"budget_ladder={self.budget_ladder} needs a token_budget, the size of a full step")
-            if isinstance(self.budget_ladder, str) or not all(type(b) is int for b in self.budget_ladder):
+            if not isinstance(self.budget_ladder, (tuple, list)) or not all(type(b) is int for b in self.budget_ladder):
                 raise ValueError(f"budget_ladder is {self.budget_ladder!r}; give whole numbers in a list, such as [16, 64]")
             if any(not 1 <= budget <= self.token_budget for budget in self.budget_ladder):
                 raise ValueError(

@@ -271,7 +271,6 @@ class Scheduler:
             self._last_commit = now
         advanced: list[Sequence] = []
         finished: list[Sequence] = []
-        pool = self._pool
         for sequence, token_id in zip(sampled, token_ids):  # noqa: B905 (the lengths are equal, and this loop is hot)
             if sequence.finish_reason is not None:
                 continue
@@ -285,7 +284,7 @@ class Scheduler:
                 sequence.finish_reason = "length"
                 finished.append(sequence)
             if sequence.num_computed >= sequence.next_block_end:  # never without a prefix cache
-                register_blocks(sequence, pool)
+                register_blocks(sequence, self._pool)
         if finished:
             self._retire(finished)
         return advanced

@@ -55,7 +55,7 @@ def grouped_matmul(
     _check(x, w, group_sizes, first_group, implementation)
     if isinstance(w, PackedGroups) and w.gated:
         raise ValueError("w was prepared with gated=True, for grouped_swiglu; for grouped_matmul, prepare with gated=False")
-    return _product(x, w, group_sizes, first_group, implementation).astype(out_dtype or x.dtype)
+    return _product(x, w, group_sizes, first_group, implementation).astype(x.dtype if out_dtype is None else out_dtype)
 
 
 def grouped_swiglu(

@@ -29,6 +29,7 @@ def linear(
       out_dtype: of the result; None: that of x.
     """
     _check(x, w)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
     if residual is not None and (residual.shape != (*x.shape[:-1], w.shape[1]) or residual.dtype != x.dtype):
         raise ValueError(
             f"residual is {residual.dtype}{list(residual.shape)}, but must be "
@@ -39,9 +40,9 @@ def linear(
             raise ValueError(
                 "w was prepared with gated=True, for swiglu; for linear, prepare with gated=False"
             )
-        return _packed(x, w, residual, num_rows).astype(out_dtype or x.dtype)
+        return _packed(x, w, residual, num_rows).astype(out_dtype)
     y = _product(x, w)
-    return (y if residual is None else y + residual.astype(jnp.float32)).astype(out_dtype or x.dtype)
+    return (y if residual is None else y + residual.astype(jnp.float32)).astype(out_dtype)
 
 
 def swiglu(x: jax.Array, w: Weight, *, num_rows: jax.Array | None = None, shards: int = 1) -> jax.Array:
