@@ -158,12 +158,12 @@ class Engine(ResearchInterface):
     def abort(self, request_id: str) -> bool:
         """Ends a request and frees its blocks at once; False if there is none of that id (it may just have finished)."""
         with self._turn, self._lock:
-            self._begin()
             known = self._states.pop(request_id, None) is not None
-            if known:
+            self.metrics.aborted += known
+            if known and not self._open:  # else the next operation begins without it
+                self._open = True
                 self._scheduler.abort(request_id)
-                self.metrics.aborted += 1
-            self._open = False
+                self._open = False
         return known
 
     @property

@@ -116,7 +116,7 @@ class Standing:
         return ended
 
     def _lost(self) -> list[RequestState]:
-        """The requests of the steps in flight; the first of all if there are none.
+        """The requests of the steps in flight; if there is no such step, the first of all.
 
         Then it was the plan that failed, and the next would fail too if nothing changed.
         """
@@ -125,7 +125,7 @@ class Standing:
             steps.append(self._dispatching)
         sequences = {chunk.sequence for step in steps for chunk in step.chunks}
         states = [*self._states.values()]
-        return [state for state in states if state.sequence in sequences] or states[:1]
+        return [state for state in states if state.sequence in sequences] if sequences else states[:1]
 
     def _publish(self, output: RequestOutput, state: RequestState) -> None:
         """Puts an output where it stands, and counts its tokens as known."""
