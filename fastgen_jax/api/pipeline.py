@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, Self, cast, overload
 
 from tqdm import tqdm
 
+from fastgen_jax.api.sharing import Outputs, SharedEngine, Stream
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine, Prompt
 from fastgen_jax.engine.intake import samples
@@ -46,17 +47,27 @@ class Pipeline:
 
     Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...) and
     `return_full_text`, `echo`, `stream` and `progress`.
+
+    Any number of threads may call and stream at a time: a thread of the pipeline's own runs the engine, and requests of
+    all share its steps. A KeyboardInterrupt, or another exception in a call or in the loop over a stream, ends that call's
+    requests and no others. `with pipeline(model) as pipe` destroys it at the end.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine: Engine | None = engine
+        """Takes the engine over: `destroy` ends it."""
+        self._shared = SharedEngine(engine)
 
     @property
     def engine(self) -> Engine:
-        """The engine below; ValueError after `destroy`."""
-        if self._engine is None:
-            raise ValueError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
-        return self._engine
+        """The engine below, which may be used beside calls and streams; ValueError after `destroy`."""
+        return self._shared.engine
+
+    def __enter__(self) -> Self:
+        _ = self.engine  # a destroyed one is refused
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.destroy()
 
     @overload
     def __call__(
@@ -73,7 +84,7 @@ class Pipeline:
     @overload
     def __call__(
         self, prompts: Prompt | Sequence[Prompt], *, stream: Literal[True], **options: Any
-    ) -> Iterator[tuple[int, RequestOutput]]: ...
+    ) -> Outputs: ...
 
     def __call__(
         self,
@@ -84,13 +95,14 @@ class Pipeline:
         echo: bool = False,
         progress: bool | None = None,
         **options: Any,
-    ) -> list[Response] | Iterator[tuple[int, RequestOutput]]:
+    ) -> list[Response] | Outputs:
         """One response a prompt, in order; with `n`, n in a row for each.
 
         `prompts` is one prompt or a list of them, each as text, token ids or chat messages. `return_full_text` puts
         the prompt before the generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows
         it for long batches. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive instead.
-        Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has run.
+        Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has run. Raises
+        RuntimeError if a step failed that computed one of them, and ValueError if the pipeline was destroyed meanwhile.
         """
         params = sampling_params(options)
         items = as_prompts(prompts)
@@ -101,14 +113,18 @@ class Pipeline:
         token_ids = [self.engine.encode(prompt) for prompt in items]
         show = len(items) >= LONG_BATCH if progress is None else progress
         answers = [_Answer() for _ in range(len(items) * params.n)]
-        with tqdm(total=len(answers), desc="generating", unit="prompt", disable=not show) as bar:
-            generated = 0
-            for index, output in self._run(token_ids, params):
-                answers[index].add(output)
-                generated += len(output.new_token_ids)
-                if output.finished:
-                    bar.set_postfix_str(f"{generated} tokens", refresh=False)
-                    bar.update()
+        outputs = self._run(token_ids, params)
+        try:
+            with tqdm(total=len(answers), desc="generating", unit="prompt", disable=not show) as bar:
+                generated = 0
+                for index, output in outputs:
+                    answers[index].add(output)
+                    generated += len(output.new_token_ids)
+                    if output.finished:
+                        bar.set_postfix_str(f"{generated} tokens", refresh=False)
+                        bar.update()
+        finally:
+            outputs.close()
         responses = []
         for index, answer in enumerate(answers):
             prompt_ids = token_ids[index // params.n]
@@ -116,48 +132,27 @@ class Pipeline:
             responses.append(answer.response(text, prompt_ids if echo else ()))
         return responses
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """The outputs for one prompt, each as soon as its token is known; `output.text` is what to print.
 
-        Leaving the loop early ends the request. Raises as a call does.
+        Leaving the loop early ends the request, and so does `close()` of what this returns. Raises as a call does.
         """
         params = sampling_params(options)
         if params.n != 1:
             raise ValueError(f"n is {params.n}; stream follows one sequence: use pipe(prompt, stream=True, n={params.n})")
-        return (output for _, output in self._run([prompt], params))
+        return Stream(self._run([prompt], params))
 
     def destroy(self) -> None:
-        """Lets go of weights and cache; the pipeline cannot be used afterwards."""
-        self._engine = None
+        """Frees weights and cache at once; the pipeline cannot be used afterwards, and calls under way raise ValueError.
 
-    def _run(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[tuple[int, RequestOutput]]:
-        engine = self.engine
-        index_of: dict[str, int] = {}
-        try:
-            for prompt in prompts:
-                token_ids = engine.encode(prompt)
-                for sample in samples(params):
-                    request_id = engine.add(token_ids, sample)
-                    index_of[request_id] = len(index_of)
-        except ValueError:
-            for request_id in index_of:
-                engine.abort(request_id)
-            raise
-        return self._outputs(engine, index_of)
+        Also while something else refers to them, as the traceback does that a notebook keeps of an error.
+        """
+        self._shared.destroy()
 
-    @staticmethod
-    def _outputs(engine: Engine, index_of: dict[str, int]) -> Iterator[tuple[int, RequestOutput]]:
-        running = set(index_of)
-        try:
-            while running:
-                for output in engine.step():
-                    if output.request_id in running:
-                        if output.finished:
-                            running.discard(output.request_id)
-                        yield index_of[output.request_id], output
-        finally:
-            for request_id in running:  # the caller left early, or a step failed
-                engine.abort(request_id)
+    def _run(self, prompts: Sequence[Prompt], params: SamplingParams) -> Outputs:
+        intake = self.engine.intake
+        encoded = [intake.encode(prompt) for prompt in prompts]
+        return self._shared.run([intake.request(ids, sample) for ids in encoded for sample in samples(params)])
 
     def _prompt_text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
         if isinstance(prompt, str):

@@ -87,21 +87,27 @@ class ResearchInterface(Standing):
 
     def query(self, uid: str | int) -> SequenceInfo:
         """How long a sequence is and how many tokens `put` would still take; zeros and the maximum for an unknown one."""
-        limit = self.config.max_context_len
-        sequence = self._put_sequences.get(str(uid))
-        block_size = self.config.block_size
-        blocks = len(sequence.block_ids) if sequence else 0
-        num_tokens = len(self._put_tokens.get(str(uid), ()))
-        room = (blocks + self._scheduler.num_free_blocks) * block_size
-        return SequenceInfo(num_tokens, max(min(limit, room) - num_tokens, 0), blocks)
+        with self._turn, self._lock:
+            self._begin()  # what an interrupted put has left behind does not count
+            self._open = False
+            limit = self.config.max_context_len
+            sequence = self._put_sequences.get(str(uid))
+            block_size = self.config.block_size
+            blocks = len(sequence.block_ids) if sequence else 0
+            num_tokens = len(self._put_tokens.get(str(uid), ()))
+            room = (blocks + self._scheduler.num_free_blocks) * block_size
+            return SequenceInfo(num_tokens, max(min(limit, room) - num_tokens, 0), blocks)
 
     def can_schedule(self, uids: Sequence[str | int], lengths: Sequence[int]) -> bool:
         """Whether `put` of so many tokens for each of these sequences would be accepted now."""
-        try:
-            self._check_put([str(uid) for uid in uids], [range(length) for length in lengths])
-        except ValueError:
-            return False
-        return True
+        with self._turn, self._lock:
+            self._begin()
+            self._open = False
+            try:
+                self._check_put([str(uid) for uid in uids], [range(length) for length in lengths])
+            except ValueError:
+                return False
+            return True
 
     def flush(self, uid: str | int) -> None:
         """Forgets a sequence of `put` and frees its blocks; ValueError if there is none."""
