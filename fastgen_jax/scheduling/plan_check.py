@@ -67,7 +67,7 @@ def fault_of(
     plan: StepPlan, running: list[Sequence], waiting: list[Sequence], *, limits: StepLimits, blocks: BlockLedger
 ) -> str | None:
     """What keeps a plan from being carried out; None if nothing does. `blocks` is used up."""
-    admitted = {sequence: cached for sequence, cached in plan.admissions}
+    admitted: dict[Sequence, list[int]] = dict(plan.admissions)
     preempted, refused = set(plan.preempted), set(plan.refused)
     if not preempted <= set(running) or len(preempted) != len(plan.preempted):
         return "preempted names a sequence that does not run, or one twice"

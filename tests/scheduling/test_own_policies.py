@@ -12,7 +12,8 @@ from fastgen_jax.scheduling import Admission, Chunk, Draft, Scheduler, StepPlan,
 from tests.scheduling.fake_device import drive, make_request, naive_tokens
 from tests.scheduling.test_properties import ANY_WORKLOAD, Workload, workloads
 
-SIZES = {"num_blocks": 24, "block_size": 4, "token_budget": 16, "max_num_seqs": 4, "max_context_len": 64, "max_sample_rows": 4}
+SIZES = {"num_blocks": 24, "block_size": 4, "token_budget": 16, "max_num_seqs": 4, "max_context_len": 64,
+         "max_sample_rows": 4}
 
 
 def last_come_first_served(running, waiting, *, limits, blocks, cached_prefix, pace=None):
