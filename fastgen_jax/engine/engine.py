@@ -162,10 +162,6 @@ class Engine(ResearchInterface):
         """Ids of the unfinished requests, in the order of adding."""
         return tuple(self._states)
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets every prefix that was computed before this call: no later request finds it. Running ones go on."""
-        self._scheduler.reset_prefix_cache()
-
     @property
     def scheduler(self) -> Scheduler:
         """The scheduler, to look at: its statistics, its estimates, its integrity check."""

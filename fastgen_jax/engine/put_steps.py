@@ -9,7 +9,10 @@ from fastgen_jax.scheduling import Chunk, Request, SamplingParams, Sequence, Ste
 
 
 class PutSequence(NamedTuple):
-    """A sequence of `put` between two calls: all of its tokens are computed, and lie in its blocks."""
+    """A sequence of `put` between two calls: all of its tokens are computed and lie in its blocks.
+
+    Without blocks none is: the next `put` computes it from the first token.
+    """
 
     token_ids: tuple[int, ...] = ()
     block_ids: tuple[int, ...] = ()
@@ -28,7 +31,7 @@ def new_draft(name: str, held: PutSequence, token_ids: tuple[int, ...], block_id
     tokens = held.token_ids + token_ids
     request = Request(request_id=name, prompt_token_ids=tokens, params=SamplingParams(), seed=0)
     sequence = Sequence(request, max_total_tokens=len(tokens), order=(0, 0.0, 0))
-    sequence.num_computed = len(held.token_ids)
+    sequence.num_computed = len(held.token_ids) if held.block_ids else 0
     sequence.block_ids = block_ids
     return sequence
 

@@ -75,10 +75,16 @@ class ResearchInterface:
 
     @params.setter
     def params(self, params: Params) -> None:
-        self._refuse_while_busy("weights can be replaced")
-        prepared = replacement_params(params, self._runner.params, self.model, self.config)
-        self._scheduler.reset_prefix_cache()  # first: an interrupt between the two then costs no more than a prefix
-        self._runner.replace_params(prepared)
+        with self._all_or_nothing():
+            self._refuse_while_busy("weights can be replaced")
+            prepared = replacement_params(params, self._runner.params, self.model, self.config)
+            self._scheduler.reset_prefix_cache()  # first: an interrupt between the two then costs no more than a prefix
+            self._runner.replace_params(prepared)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every prefix that was computed before this call: no later request finds it. Running ones go on."""
+        with self._all_or_nothing():
+            self._scheduler.reset_prefix_cache()
 
     # Sequences
 
@@ -93,11 +99,11 @@ class ResearchInterface:
         if isinstance(tokens, str | bytes | Mapping) or len(names) != len(tokens):
             raise ValueError(f"{len(names)} sequence ids but {len(tokens)} token lists; give one list for each id")
         new = [checked_token_ids(ids, f"tokens[{i}]", vocab_size=self.model.vocab_size) for i, ids in enumerate(tokens)]
-        before = [self._put_sequences.get(name, PutSequence()) for name in names]
-        self._check_room(names, before, [len(ids) for ids in new])
         place = {name: i for i, name in enumerate(names)}
         logits = np.zeros((len(names), self.model.vocab_size), np.float32)
         with self._all_or_nothing():
+            before = [self._put_sequences.get(name, PutSequence()) for name in names]
+            self._check_room(names, before, [len(ids) for ids in new])
             drafts = [self._draft(*what) for what in zip(names, before, new, strict=True)]
             for output, rows in self._run(drafts, last=1):
                 values = np.asarray(output.logits) if rows else None
@@ -120,12 +126,11 @@ class ResearchInterface:
         ids = checked_token_ids(tokens, "tokens", vocab_size=self.model.vocab_size)
         if last is not None and not (_is_count(last) and 1 <= last <= len(ids)):
             raise ValueError(f"last is {last!r}, but must be a whole number in 1..{len(ids)}, the number of tokens, or None")
-        self._check_room(["tokens"], [PutSequence()], [len(ids)])
-        count = last or len(ids)
         hidden: list[np.ndarray] = []
         with self._all_or_nothing():
+            self._check_room(["tokens"], [PutSequence()], [len(ids)])
             draft = self._draft("tokens", PutSequence(), ids)
-            for output, rows in self._run([draft], last=count):
+            for output, rows in self._run([draft], last=last or len(ids)):
                 if rows:
                     hidden.append(np.asarray(output.hidden)[: len(rows)].astype(np.float32))
             self._scheduler.return_blocks(draft.block_ids)
@@ -137,11 +142,11 @@ class ResearchInterface:
         The first `put` to either copies the last block on the device if it is not full, which takes a free block then;
         full ones stay shared. Raises ValueError if there is no sequence `uid`, or one of `new_uid` already.
         """
-        held = self._held(uid)
         (name,) = _names([new_uid])
-        if name in self._put_sequences:
-            raise ValueError(f"there is a sequence {name!r} already; choose another id, or flush it first")
         with self._all_or_nothing():
+            held = self._held(uid)
+            if name in self._put_sequences:
+                raise ValueError(f"there is a sequence {name!r} already; choose another id, or flush it first")
             self._scheduler.share_blocks(held.block_ids)
             self._put_sequences = {**self._put_sequences, name: held}
 
@@ -150,14 +155,14 @@ class ResearchInterface:
 
         Raises ValueError if there is no sequence `uid`, or not one token would be left.
         """
-        held = self._held(uid)
-        most = len(held.token_ids) - 1
-        if not (_is_count(num_tokens) and 0 <= num_tokens <= most):
-            raise ValueError(f"num_tokens is {num_tokens!r}, but sequence {uid!r} can give back 0..{most} tokens; "
-                             "flush it to forget it altogether")
-        left = len(held.token_ids) - num_tokens
-        num_blocks = -(-left // self.config.block_size)
         with self._all_or_nothing():
+            held = self._held(uid)
+            most = len(held.token_ids) - 1
+            if not (_is_count(num_tokens) and 0 <= num_tokens <= most):
+                raise ValueError(f"num_tokens is {num_tokens!r}, but sequence {uid!r} can give back 0..{most} tokens; "
+                                 "flush it to forget it altogether")
+            left = len(held.token_ids) - num_tokens
+            num_blocks = -(-left // self.config.block_size)
             shorter = PutSequence(held.token_ids[:left], held.block_ids[:num_blocks])
             self._put_sequences = {**self._put_sequences, str(uid): shorter}
             self._scheduler.return_blocks(held.block_ids[num_blocks:])
@@ -183,8 +188,8 @@ class ResearchInterface:
 
     def flush(self, uid: str | int) -> None:
         """Forgets a sequence of `put` and frees its blocks, save those that a fork shares; ValueError if there is none."""
-        held = self._held(uid)
         with self._all_or_nothing():
+            held = self._held(uid)
             self._put_sequences = {name: other for name, other in self._put_sequences.items() if name != str(uid)}
             self._scheduler.return_blocks(held.block_ids)
 
@@ -198,7 +203,7 @@ class ResearchInterface:
             yield
         except BaseException:
             if self._runner.memory_is_lost:
-                self._put_sequences = {}
+                self._put_sequences = {name: PutSequence(held.token_ids) for name, held in self._put_sequences.items()}
             self._scheduler.settle_blocks([i for held in self._put_sequences.values() for i in held.block_ids])
             raise
 
@@ -221,7 +226,7 @@ class ResearchInterface:
     def _must_copy(self, held: PutSequence) -> bool:
         """Whether the next token would be written into a block that others read too."""
         partial = len(held.token_ids) % self.config.block_size
-        return bool(partial) and self._scheduler.num_owners(held.block_ids[-1]) > 1
+        return bool(partial and held.block_ids) and self._scheduler.num_owners(held.block_ids[-1]) > 1
 
     def _held(self, uid: str | int) -> PutSequence:
         held = self._put_sequences.get(str(uid))

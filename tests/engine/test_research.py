@@ -303,10 +303,11 @@ def test_an_interrupt_at_any_line_leaves_all_sequences_as_before_or_as_after(ope
     assert line > 4
 
 
-def test_when_the_cache_is_lost_in_the_middle_of_put_all_sequences_are_flushed(monkeypatch):
+def test_when_the_cache_is_lost_in_the_middle_of_put_the_sequences_are_computed_again(monkeypatch):
     params, model = tiny_model()
     engine = Engine(params, model, EngineConfig(token_budget=16, budget_ladder=(), num_blocks=32, block_size=4))
-    engine.put(["a"], [TEXT[:6]])
+    engine.put(["a"], [TEXT[:26]])
+    engine.fork("a", "b")
     run = engine._runner.run
 
     def losing(packed, bucket):
@@ -319,8 +320,13 @@ def test_when_the_cache_is_lost_in_the_middle_of_put_all_sequences_are_flushed(m
         patch.setattr(engine._runner, "run", losing)
         with pytest.raises(KeyboardInterrupt):
             engine.put(["a"], [[5]])
-    assert engine.query("a").num_tokens == 0
-    leave_idle(engine)
+    engine._runner.reset()
+    assert engine.query("a") == (26, 102, 0)
+    engine.rollback("b", 3)
+    a, b = engine.put(["a", "b"], [[5], [7]])
+    np.testing.assert_array_equal(a, logits_of(engine, [*TEXT[:26], 5]))
+    np.testing.assert_array_equal(b, logits_of(engine, [*TEXT[:23], 7]))
+    leave_idle(engine, "a", "b")
 
 
 def test_hidden_states_times_the_head_are_the_logits():
