@@ -169,7 +169,9 @@ def _sampled(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> tu
 def _log_share(weights: jax.Array, tokens: jax.Array) -> jax.Array:
     """f32[R]: the logarithm of the share that the weight of each row's token has in the sum of `weights` i32[R, V]."""
     weight = jnp.take_along_axis(weights, tokens[:, None], axis=1, mode="clip")[:, 0]
-    return jnp.log(weight.astype(jnp.float32)) - jnp.log(_sum(weights).astype(jnp.float32))
+    # Both are at least 1. log1p, unlike log, rounds alike in vectors and in what is left over of them.
+    of_weight, of_sum = (jnp.log1p((x - 1).astype(jnp.float32)) for x in (weight, _sum(weights)))
+    return of_weight - of_sum
 
 
 def _adjusted(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
