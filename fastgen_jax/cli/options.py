@@ -29,7 +29,7 @@ def add_fields(group: Any, cls: type, *, skip: Sequence[str] = ()) -> None:
     """One flag a dataclass field, None meaning that the field's default stands."""
     hints = get_type_hints(cls)
     for field in fields(cls):
-        if field.name in skip:
+        if field.name in skip or not field.metadata.get("flag", True):
             continue
         flag, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
         kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
