@@ -39,10 +39,13 @@ class LogitsProcessor(Protocol):
 def check_processor(processor: LogitsProcessor, vocab_size: int) -> None:
     """ValueError, with the shapes, unless `processor` can be traced and gives logits of the shape and dtype it got."""
     given = jax.ShapeDtypeStruct((_ROWS, vocab_size), jnp.float32)
-    integers = jax.ShapeDtypeStruct((_ROWS,), jnp.int32)
-    rows = LogitsRows(positions=integers, last_tokens=integers, seeds=jax.ShapeDtypeStruct((_ROWS,), jnp.uint32))
+    integers, seeds = (jax.ShapeDtypeStruct((_ROWS,), dtype) for dtype in (jnp.int32, jnp.uint32))
+
+    def call(logits: jax.Array, positions: jax.Array, last_tokens: jax.Array, seeds: jax.Array) -> jax.Array:
+        return processor(logits, LogitsRows(positions=positions, last_tokens=last_tokens, seeds=seeds))
+
     try:
-        got = jax.eval_shape(lambda *arguments: processor(*arguments), given, rows)
+        got = jax.eval_shape(call, given, integers, integers, seeds)
     except Exception as error:
         raise ValueError(
             f"logits_processor {processor!r} cannot be compiled: {type(error).__name__}: {error}; it takes logits "
