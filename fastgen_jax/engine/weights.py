@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from jax.sharding import NamedSharding
 
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.mla import Expansions, expansions
 from fastgen_jax.models.params import EXPERT_MATRICES, Params, param_specs, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
+from pallas_kernels import native
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
@@ -39,6 +42,8 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
         return jnp.asarray(array, jnp.float32)
     if name in _TABLES:
         return jnp.asarray(array, config.dtype)
+    if name == "kv_b" and not config.stack_layers and native.available():
+        return _expansions(array, model, config)
     if name not in (*MATRICES, *EXPERT_MATRICES):
         return jnp.asarray(array, config.activation_dtype)
     quantize = None if name in _NEVER_QUANTIZED else config.quantize
@@ -58,6 +63,14 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
     dtype = config.activation_dtype if name in _NEVER_QUANTIZED else config.dtype
     plain = array if isinstance(array, Int8Weight) else np.asarray(array).astype(dtype)
     return make(plain, quantize=quantize, platform=jax.default_backend(), gated=gated)
+
+
+def _expansions(array: Any, model: ModelConfig, config: ResolvedConfig) -> Expansions:
+    """Latent attention's matrices, packed by head. Never int8: their results meet every token of the context."""
+    assert model.mla is not None, "only latent attention has a kv_b"
+    plain = expansions(np.asarray(array).astype(config.dtype), model.mla, model.num_heads)
+    pack = partial(prepare_groups, platform=jax.default_backend())
+    return Expansions(k_up=pack(np.ascontiguousarray(plain.k_up)), v_up=pack(np.ascontiguousarray(plain.v_up)))
 
 
 def _divided(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
