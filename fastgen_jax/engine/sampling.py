@@ -21,9 +21,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import random as raw_random
 
 from fastgen_jax.core.pytree import pytree
+from fastgen_jax.engine.random_bits import random_bits
 from fastgen_jax.engine.sampler_state import MAX_TIMES, SamplerState
 from fastgen_jax.engine.sampling_tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
@@ -151,7 +151,7 @@ def _adjusted_argmax(logits: jax.Array, state: SamplerState, batch: SamplingBatc
 
 def _sampled(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
     logits = _adjusted(logits, state, batch)
-    drawn = _draw(_weights(logits, batch), _random_bits(batch.seeds, batch.positions, logits.shape[1]))
+    drawn = _draw(_weights(logits, batch), random_bits(batch.seeds, batch.positions, logits.shape[1]))
     return jnp.where(batch.temperature > 0, drawn, _argmax(logits))
 
 
@@ -299,17 +299,6 @@ def _first_reaching(weights: jax.Array, enough: jax.Array) -> jax.Array:
     before = jnp.take_along_axis(jnp.pad(sums, ((0, 0), (1, 0))), piece[:, None], axis=1, mode="clip")
     inside = jnp.cumsum(_piece(pieces, piece), axis=1, dtype=jnp.int32)
     return jnp.minimum(piece * pieces.shape[2] + _sum(inside < enough - before), weights.shape[1] - 1)
-
-
-def _random_bits(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
-    """u32[R, V]. The generator is named, so that a user's choice of JAX's default one does not change the tokens."""
-    token_ids = jnp.arange(vocab_size, dtype=jnp.uint32)
-
-    def bits(seed: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-        return raw_random.threefry_2x32(jax.random.key_data(key), token_ids)
-
-    return jax.vmap(bits)(seeds, positions)
 
 
 def _logprobs(

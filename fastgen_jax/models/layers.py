@@ -24,7 +24,10 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 def norm(
     x: jax.Array, w: Mapping[str, Any], name: str, *, config: ModelConfig, num_rows: jax.Array | None = None
 ) -> jax.Array:
-    """`x` normalized along its last axis with the weight `w[name]`, as the config says. Rows from `num_rows` on are padding."""
+    """`x` normalized along its last axis with the weight `w[name]`, as the config says.
+
+    Entries of the first axis from `num_rows` on are padding.
+    """
     if config.norm == "rms":
         return rms_norm(x, w[name], eps=config.norm_eps, offset=config.norm_offset, num_rows=num_rows)
     return layer_norm(x, w[name], w.get(f"{name}_bias"), eps=config.norm_eps, num_rows=num_rows)

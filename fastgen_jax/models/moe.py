@@ -77,7 +77,7 @@ def _softmax(x: jax.Array) -> jax.Array:
 
 
 def _sum(x: jax.Array, axis: int = -1) -> jax.Array:
-    """The sum along an axis of a few numbers, halved again and again: an order that no compiler picks by the number of rows."""
+    """The sum along an axis of a few numbers, halved again and again: no compiler picks the order by the number of rows."""
     while (n := x.shape[axis]) > 1:
         low, high = (jax.lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, n - n // 2), (n - n // 2, n)))
         padding = [(0, 0)] * x.ndim

@@ -109,7 +109,7 @@ def _norm(
     implementation: str | None,
 ) -> jax.Array:
     if x.ndim < 2 or weight.ndim < 1 or weight.shape != x.shape[x.ndim - weight.ndim :] or weight.ndim >= x.ndim:
-        raise ValueError(f"weight is {list(weight.shape)}, but must be the last axes of x {list(x.shape)}, without its first")
+        raise ValueError(f"weight is {list(weight.shape)}, but must be some of the last axes of x {list(x.shape)}, not all")
     if bias is not None and bias.shape != weight.shape:
         raise ValueError(f"bias is {list(bias.shape)}, but must have the shape of weight, {list(weight.shape)}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:

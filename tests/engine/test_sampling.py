@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen_jax.engine import sampling
+from fastgen_jax.engine.random_bits import random_bits
 from fastgen_jax.engine.sampling import SamplingBatch
 from tests.engine.sampling_rig import R, V, batch_of, run, sampling_rows, views_of
 
@@ -210,19 +211,20 @@ def test_logits_that_differ_in_their_last_bits_draw_the_same_tokens() -> None:
     logits = rng.normal(size=(1, vocab_size)).astype(np.float32) * 2
     noisy = logits + rng.uniform(-1e-5, 1e-5, size=(40, 1, vocab_size)).astype(np.float32)
     batch = sampling_rows(count, vocab_size, seeds=np.arange(count), positions=7)
-    bits = sampling._random_bits(batch.seeds, batch.positions, vocab_size)
+    bits = random_bits(batch.seeds, batch.positions, vocab_size)
     draw = jax.jit(lambda x: sampling._draw(sampling._weights(jnp.broadcast_to(x, (count, vocab_size)), batch), bits))
     want = np.asarray(draw(logits))
     changed = sum((np.asarray(draw(other)) != want).sum() for other in noisy)
     assert changed <= 1  # of 2,560; the total variation distance allows for 0.02
 
 
-def test_neighboring_seeds_positions_and_tokens_have_independent_bits() -> None:
-    grid = np.stack(np.meshgrid(np.arange(8), np.arange(8)), axis=-1).reshape(-1, 2)
-    bits = np.asarray(sampling._random_bits(jnp.asarray(grid[:, 0]), jnp.asarray(grid[:, 1]), 1001))
-    assert len(np.unique(bits)) > 0.9999 * bits.size
-    ones = np.unpackbits(bits.view(np.uint8)).mean()
-    assert abs(ones - 0.5) < 4 * 0.5 / np.sqrt(bits.size * 32)
+def test_the_bits_are_those_of_jax_whatever_its_flags() -> None:
+    seeds, positions = np.array([0, 1, 2**32 - 1, 7], np.uint32), np.array([0, 5, 2**31 - 1, 5], np.int32)
+    bits = np.asarray(random_bits(jnp.asarray(seeds), jnp.asarray(positions), 1001))
+    keys = [jax.random.fold_in(jax.random.key(s, impl="threefry2x32"), p) for s, p in zip(seeds, positions, strict=True)]
+    with jax.threefry_partitionable(True):
+        expected = [jax.random.bits(key, (1001,), jnp.uint32) for key in keys]
+    np.testing.assert_array_equal(bits, expected)
 
 
 @pytest.mark.parametrize("num_rows", [1, R])
