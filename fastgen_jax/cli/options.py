@@ -117,6 +117,12 @@ def make_pipeline(options: dict[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
     return pipeline(model, **engine), given
 
 
+def limit_answers(generation: dict[str, Any], max_new_tokens: int) -> None:
+    """Gives the generation options this limit, if they have none."""
+    if generation.get("max_new_tokens") is None and generation.get("max_length") is None:
+        generation["max_new_tokens"] = max_new_tokens
+
+
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, lists as tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if value is not None}
