@@ -136,7 +136,7 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys) -> None:
     assert printed["fits"] is True
     assert printed["steps"][0]["bound"] == "memory"
     assert main(["plan", "--model", str(tmp_path / "no"), "--topology", "v5e:2x4"]) == 2
-    assert "cannot read" in capsys.readouterr().err
+    assert "neither an existing directory or .gguf file" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
@@ -191,7 +191,7 @@ def test_every_gpu_has_a_description_for_its_compiler(kind: str) -> None:
     from fastgen_jax.plan import program
 
     text = (Path(program.__file__).parent / "targets" / f"{kind}.txtpb").read_text()
-    assert kind.upper() in text
+    assert all(part in text for part in kind.upper().split("-"))  # its name and, where there are two, its memory
     memory = int(re.findall(r"device_memory_size: (\d+)", text)[0])
     assert 0.95 * DEVICES[kind].memory < memory <= DEVICES[kind].memory
     assert int(re.findall(r"memory_bandwidth: (\d+)", text)[0]) == pytest.approx(DEVICES[kind].bandwidth, rel=0.01)
