@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, help="a request a line: OpenAI's batch format, JSON, or plain prompts")
     parser.add_argument("output", type=Path, help="gets an answer a line; if it exists, the batch goes on where it was")
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: %(default)s)")
-    parser.add_argument("--deployment", metavar="NAME", help="send the requests to this deployment instead (default: none)")
+    parser.add_argument("--deployment", metavar="NAME", help="send the requests to this deployment instead")
     parser.add_argument("--replicas", type=int, default=1, help="engines that share the work (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=256, help="requests under way at a time (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
-                        help="a field for every body that does not have it, such as max_tokens=64; may be repeated (default: none)")
+                        help="a field for every body that does not have it, such as max_tokens=64; may be repeated")
     add_fields(parser.add_argument_group("engine"), EngineConfig)
 
 

@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 512  # of an answer, if no limit is given
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("--system", metavar="TEXT", help="a first message that sets the tone (default: none)")
+    parser.add_argument("--system", metavar="TEXT", help="a first message that sets the tone")
     add_pipeline_arguments(parser)
 
 

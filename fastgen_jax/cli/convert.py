@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="a new directory for the snapshot, local or gs://")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
                         help="number format of what is not quantised (default: %(default)s)")
-    parser.add_argument("--quantize", choices=("int8",), help="keep matrices as int8, one scale an output channel (default: as --dtype)")
+    parser.add_argument("--quantize", choices=("int8",),
+                        help="keep matrices as int8, one scale an output channel (default: as --dtype)")
 
 
 def run(options: dict[str, Any]) -> int:

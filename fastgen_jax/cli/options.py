@@ -18,6 +18,8 @@ from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fastgen_jax.cli.parser import in_words
+
 if TYPE_CHECKING:
     from fastgen_jax.api.pipeline import Pipeline
 
@@ -95,14 +97,8 @@ def _help(text: str, field: Field[Any]) -> str:
     if field.default is None or is_made:
         text = re.sub(r"\bNone: ", "Default: ", text)
     if not is_made and not re.search(r"\bdefault\b", text, re.IGNORECASE):
-        text = f"{text} (default: {_in_words(field.default)})"
+        text = f"{text} (default: {in_words(field.default)})"
     return text.replace("%", "%%")
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "none" if value in (None, ()) else str(value)
 
 
 def make_pipeline(options: dict[str, Any]) -> tuple[Pipeline, dict[str, Any]]:

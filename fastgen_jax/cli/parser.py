@@ -1,4 +1,4 @@
-"""The argument parser of all commands: a mistake is one line, with the nearest flag where there is one."""
+"""The argument parser of all commands: every default is shown, and a mistake is one line, with the nearest flag."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but for its errors; the parsers of subcommands are of this class too."""
+    """argparse's, but for its errors and defaults; the parsers of subcommands are of this class too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Formatter, **options})
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Exits with 2 and one line for what is wrong."""
@@ -33,6 +36,26 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of the usage, which for most commands fills a screen."""
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Adds the default to a help that does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        takes_value = bool(action.option_strings) and (
+            action.nargs != 0 or isinstance(action, argparse.BooleanOptionalAction))
+        if not action.help or not takes_value or action.required or "default" in action.help.lower():
+            return action.help
+        return f"{action.help} (default: {in_words(action.default)})"
+
+
+def in_words(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _command_of(parser: Parser, options: argparse.Namespace) -> Parser:

@@ -42,7 +42,8 @@ def run(options: dict[str, Any]) -> int:
     """Prints the plan; 1 if the model does not fit or does not compile."""
     model = describe(options["model"])
     plan = make_plan(
-        model.config, stored_as=model.stored_as, quantize=options["quantize"] or model.quantize, topology=options["topology"], context=options["context"],
+        model.config, stored_as=model.stored_as, quantize=options["quantize"] or model.quantize,
+        topology=options["topology"], context=options["context"],
         budgets=sorted(set(options["budget"])), max_num_seqs=options["max_num_seqs"],
         block_size=options["block_size"], dtype=options["dtype"], kv_dtype=options["kv_dtype"],
         compile=options["compile"],

@@ -16,7 +16,7 @@ STEPS_SHOWN = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
     parser.add_argument("name", nargs="?", help="deployment (default: the only one that runs)")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (default: %(default)s)")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
     parser.add_argument("--once", action="store_true", help="two looks, one interval apart, and no more")
 
 

@@ -73,7 +73,8 @@ def make_plan(
     check_divisible(model, devices.num_devices)
     context = model.max_context_len if context is None else context
     if context > model.max_context_len:
-        raise ValueError(f"context is {context} but the model's limit is {model.max_context_len} tokens; choose at most that")
+        raise ValueError(f"context is {context} but the model's limit is {model.max_context_len} tokens; choose "
+                         "at most that")
     if min(budgets) < 1 or max_num_seqs < 1 or block_size < 1 or context < 1:
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
     itemsize = jnp.dtype(dtype).itemsize
@@ -188,6 +189,7 @@ def table(plan: Plan) -> str:
     def gib(size: int) -> str:
         return f"{size / GIB:9.2f} GiB"
 
+    kept = f"{plan.quantize} matrices, the rest {plan.dtype}" if plan.quantize else plan.dtype
     lines = [
         f"{plan.topology}: {plan.num_devices} devices, {plan.num_params:,} parameters, "
         f"contexts of {plan.context} tokens",
@@ -195,7 +197,7 @@ def table(plan: Plan) -> str:
         "memory of one device",
         f"  in all        {gib(memory.total)}",
         f"  reserved      {gib(memory.reserved)}   runtime and programs",
-        f"  weights       {gib(memory.weights)}   {plan.dtype if plan.quantize is None else f'{plan.quantize} matrices, the rest {plan.dtype}'}"
+        f"  weights       {gib(memory.weights)}   {kept}"
         + (f"; on disk {plan.stored_as}, dequantised while loading" if plan.stored_as else ""),
         f"  sampler state {gib(memory.state)}",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",
