@@ -34,12 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a `fastgen` command and returns its exit code: 0 for success, 2 for a mistake in what was asked for."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = vars(make_parser(argv).parse_args(argv))
-        run = options.pop("run")
-        del options["command"]
-        code = run(options)
-        sys.stdout.flush()
-        return code
+        try:
+            options = vars(make_parser(argv).parse_args(argv))
+            run = options.pop("run")
+            del options["command"]
+            return run(options)
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends, a pipe may be broken
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at the end
         return 141

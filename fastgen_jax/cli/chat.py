@@ -26,6 +26,7 @@ def run(options: dict[str, Any]) -> int:
     system = options.pop("system")
     pipe, generation = make_pipeline(options)
     limit_answers(generation, MAX_NEW_TOKENS)
+    pipe.engine.encode([{"role": "user", "content": "?"}])  # ValueError for a model that cannot chat, before it is tried
     conversation = [{"role": "system", "content": system}] if system else []
     prompt = "you> " if sys.stdin.isatty() else ""  # a pipe is not asked
     code = 0
