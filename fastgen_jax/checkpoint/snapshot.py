@@ -146,8 +146,7 @@ def save_snapshot(
 
     folder = as_path(out)
     model_config(config_json, "config_json")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; choose another directory, or remove it first")
+    check_target(out)
     tree = dict(_flat(params, dtype))
     quantized = any(isinstance(leaf, Mapping) for leaf in tree.values())
     dtypes = {str(leaf.dtype) for leaf in tree.values() if not isinstance(leaf, Mapping)}
@@ -170,6 +169,19 @@ def save_snapshot(
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         how = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
         checkpointer.save(_absolute(folder) / "params", args=ocp.args.PyTreeSave(tree, save_args=how))
+
+
+def check_target(out: str | Path, *, source: Path | None = None) -> None:
+    """ValueError where no snapshot can be written: `out` is there already, or is or lies in the checkpoint `source`."""
+    folder = as_path(out)
+    if source is not None and not _is_remote(folder) and not _is_remote(source):
+        real = folder.resolve()
+        if source.resolve() in (real, *real.parents):
+            raise ValueError(f"{folder} lies in {source}, which is to be converted; choose another directory, beside it")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another name, for a new directory")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; choose another directory, or remove it first")
 
 
 def as_path(path: str | Path) -> Path:

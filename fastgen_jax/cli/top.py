@@ -7,13 +7,15 @@ import os
 import time
 from typing import Any
 
+from fastgen_jax.cli.terminal import has_colors
+
 BAR = 40  # characters of the widest bar
 STEPS_SHOWN = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("name", nargs="?", help="deployment; may be left out where only one runs")
+    parser.add_argument("name", nargs="?", help="deployment (default: the only one that runs)")
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
     parser.add_argument("--once", action="store_true", help="two looks, one interval apart, and no more")
 
@@ -35,15 +37,19 @@ def run(options: dict[str, Any]) -> int:
     key = os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     before, since = None, 0
+    clear = "\x1b[H\x1b[2J" if has_colors() and not options["once"] else ""
     with httpx.Client(base_url=deployment.url, headers=headers, verify=False, timeout=30) as http:
         while True:
-            answer = http.get("/stats", params={"since_step": since})
+            try:
+                answer = http.get("/stats", params={"since_step": since})
+            except httpx.HTTPError as error:
+                raise ValueError(f"{deployment.name} at {deployment.url} does not answer ({error}); "
+                                 "`fastgen deployments` lists what runs") from error
             if answer.status_code != 200:
                 raise ValueError(f"{deployment.url} answers {answer.status_code}: {answer.text[:200]}")
             stats, now = answer.json(), time.monotonic()
             if before is not None:
-                print("" if options["once"] else "\x1b[H\x1b[2J", render(stats, before[0], now - before[1]), sep="",
-                      flush=True)
+                print(clear, render(stats, before[0], now - before[1]), sep="", flush=True)
                 if options["once"]:
                     return 0
             before = (stats, now)

@@ -50,8 +50,8 @@ class EngineConfig:
     """KV blocks a layer. None: what fits into free memory, but no more than `max_num_seqs` full contexts need."""
     prefix_caching: bool = True
     """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
-    policy: str = "splitfuse"
-    """How a step is filled: splitfuse, prompts_first, orca, or sla, which keeps the two promises below."""
+    policy: Literal["splitfuse", "prompts_first", "orca", "sla"] = "splitfuse"
+    """How a step is filled; sla keeps the two promises below."""
     promised_prompt_rate: float | None = None
     """Policy sla: a first token is due after the prompt's tokens over this, tokens a second; what cannot be is refused."""
     promised_generation_rate: float | None = None
@@ -62,7 +62,7 @@ class EngineConfig:
     """Whether the next step is dispatched before the tokens of the last one are read."""
     stack_layers: bool | None = None
     """Whether layers are scanned as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
-    attention: str | None = None
+    attention: Literal["reference", "xla", "cpu", "tpu", "gpu"] | None = None
     """Implementation of ragged attention. None: the best one for the device."""
     compile_cache_dir: str | None = field(default_factory=lambda: os.environ.get("FASTGEN_CACHE_DIR"))
     """Folder of compiled programs and measurements. None: ~/.cache/fastgen_jax; "" keeps nothing."""

@@ -27,6 +27,11 @@ _TABLES = ("embed", "position_embed")
 _NEVER_QUANTIZED = ("router", "shared_gate")
 
 
+def is_quantized(name: str, quantize: str | None) -> bool:
+    """Whether the weight of this name, without the path before it, is kept as `quantize` says."""
+    return quantize is not None and name in (*MATRICES, *EXPERT_MATRICES) and name not in _NEVER_QUANTIZED
+
+
 def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
     """One weight as this platform computes with it: packed or quantised if it is a matrix, else an array.
 
@@ -46,7 +51,7 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
         return _expansions(array, model, config)
     if name not in (*MATRICES, *EXPERT_MATRICES):
         return jnp.asarray(array, config.activation_dtype)
-    quantize = None if name in _NEVER_QUANTIZED else config.quantize
+    quantize = config.quantize if is_quantized(name, config.quantize) else None
     if path.startswith("layers.") and config.stack_layers:  # a packed weight cannot be sliced by a scan
         if isinstance(array, Int8Weight):
             return jax.tree_util.tree_map(jnp.asarray, array)
@@ -91,7 +96,7 @@ def host_leaf(path: str, array: Any, *, dtype: Any, quantize: str | None) -> Any
         return array
     if name == "choice_bias":
         return np.asarray(array, np.float32)
-    if quantize is None or name not in (*MATRICES, *EXPERT_MATRICES) or name in _NEVER_QUANTIZED:
+    if not is_quantized(name, quantize):
         return np.asarray(array).astype(jnp.dtype(dtype))
     values, scales = quantize_int8(np.asarray(array))
     return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)
