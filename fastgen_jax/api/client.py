@@ -57,8 +57,8 @@ def explain(deployment: Deployment) -> str:
     """Why nobody answers for a deployment, as far as can be told, and what to do."""
     who = f"deployment {deployment.name!r}"
     if deployment.is_alive:
-        return (f"{who} runs (process {deployment.pid}) but does not answer at {deployment.url}; its log is "
-                f"{deployment.log or 'where it was started'}; end it with `fastgen deployments --stop {deployment.name}`")
+        return (f"the process of {who} ({deployment.pid}) is there but does not answer at {deployment.url}: it may be ending, "
+                f"or hang{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`")
     now = next((d for d in deployments() if d.name == deployment.name), None)
     if now is not None:
         return (f"{who} was started again, as process {now.pid} at {now.url}; ask for a new client: "
@@ -72,7 +72,7 @@ def _log_of(deployment: Deployment) -> str:
 
 
 @contextlib.contextmanager
-def _heard(deployment: Deployment) -> Iterator[None]:
+def heard(deployment: Deployment) -> Iterator[None]:
     """Makes a NoAnswerError of what httpx says about a connection."""
     import httpx
 
@@ -146,9 +146,9 @@ class Client(_Connection):
             for _, output in self._stream(prompts, options):
                 streaming_fn([output])
             return []
-        with _heard(self.deployment):
+        with heard(self.deployment):
             response = self._http.post(self._path, json=self._body(prompts, options))
-        return [self._response(answer) for answer in _checked(response)]
+        return [self._response(answer) for answer in checked(response)]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[RequestOutput]:
         """The outputs for one prompt as they come; leaving the loop early ends the request. Raises ServerError."""
@@ -162,10 +162,10 @@ class Client(_Connection):
     def _stream(self, prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any]) -> Iterator[tuple[int, RequestOutput]]:
         body = self._body(prompts, options, stream=True)
         events = _Events()
-        with _heard(self.deployment), self._http.stream("POST", self._path, json=body) as response:
+        with heard(self.deployment), self._http.stream("POST", self._path, json=body) as response:
             if not _is_stream(response):
                 response.read()
-                _checked(response)
+                checked(response)
             for line in response.iter_lines():
                 if (item := events.read(line)) is not None:
                     yield item
@@ -188,19 +188,19 @@ class AsyncClient(_Connection):
 
     async def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Response]:
         """One response a prompt, in order; options are those of the pipeline. Raises ServerError."""
-        with _heard(self.deployment):
+        with heard(self.deployment):
             response = await self._http.post(self._path, json=self._body(prompts, options))
-        return [self._response(answer) for answer in _checked(response)]
+        return [self._response(answer) for answer in checked(response)]
 
     async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[RequestOutput]:
         """The outputs for one prompt as they come; leaving the loop early ends the request. Raises ServerError."""
         body = self._body([prompt], options, stream=True)
         events = _Events()
-        with _heard(self.deployment):
+        with heard(self.deployment):
             async with self._http.stream("POST", self._path, json=body) as response:
                 if not _is_stream(response):
                     await response.aread()
-                    _checked(response)
+                    checked(response)
                 async for line in response.aiter_lines():
                     if (item := events.read(line)) is not None:
                         yield item[1]
@@ -261,7 +261,7 @@ def _is_stream(response: httpx.Response) -> bool:
     return response.status_code == 200 and response.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def _checked(response: httpx.Response) -> Any:
+def checked(response: httpx.Response) -> Any:
     """What an answer says; ServerError if it is a refusal, or not an answer of such a server."""
     try:
         body = response.json()

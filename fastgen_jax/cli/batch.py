@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import signal
 import sys
+from collections.abc import Coroutine
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from tqdm import tqdm
 
 from fastgen_jax.cli.options import DEFAULT_MODEL, add_fields
 from fastgen_jax.core.options import parse_option
+
+INTERRUPTED = 130  # the exit code, as shells count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +48,30 @@ def run(options: dict[str, Any]) -> int:
     settings = dict(parse_option(pair, "--set") for pair in options["settings"])
     with Batch(options["input"], options["output"], form=options["format"]) as batch:
         try:
-            asyncio.run(_run(options, batch, settings))
-        except BaseException:
+            asyncio.run(_stoppable(_run(options, batch, settings)))
+        except BaseException as error:
             if batch.result.answered:
                 print(f"{_summary(batch, options['output'])}; the same command goes on from there", file=sys.stderr)
+            if isinstance(error, asyncio.CancelledError):
+                raise KeyboardInterrupt from None
             raise
     for failure in batch.result.failures:
         print(failure, file=sys.stderr)
     print(_summary(batch, options["output"]))
     return 1 if batch.result.failed else 0
+
+
+async def _stoppable(work: Coroutine[Any, Any, None]) -> None:
+    """Cancels `work` at the first interrupt; at the second one the process ends at once, and the output is still sound."""
+    task = asyncio.ensure_future(work)
+
+    def stop() -> None:
+        if task.cancelling():
+            os._exit(INTERRUPTED)
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop)
+    await task
 
 
 def _summary(batch: Any, output: Path) -> str:
