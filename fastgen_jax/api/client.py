@@ -57,8 +57,8 @@ def explain(deployment: Deployment) -> str:
     """Why nobody answers for a deployment, as far as can be told, and what to do."""
     who = f"deployment {deployment.name!r}"
     if deployment.is_alive:
-        return (f"the process of {who} ({deployment.pid}) is there but does not answer at {deployment.url}: it may be ending, "
-                f"or hang{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`")
+        return (f"the process of {who} ({deployment.pid}) is there but does not answer at {deployment.url}: it may be "
+                f"ending, or hang{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`")
     now = next((d for d in deployments() if d.name == deployment.name), None)
     if now is not None:
         return (f"{who} was started again, as process {now.pid} at {now.url}; ask for a new client: "

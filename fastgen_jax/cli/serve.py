@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     config = _server_config()
     parser.add_argument("model", metavar="MODEL", help="directory, .gguf file, built-in name or repo id")
-    parser.add_argument("--log-file", help="file that gets the log as well as standard error; `fastgen deployments` shows it")
+    parser.add_argument("--log-file", metavar="FILE",
+                        help="gets the log, as standard error does; `fastgen deployments` says where it is")
     add_fields(parser.add_argument_group("server"), config)
     add_fields(parser.add_argument_group("engine"), EngineConfig)
 

@@ -88,7 +88,7 @@ class BatchInput:
         if not path.is_file():
             raise ValueError(f"{path} is not a file; give the file of requests")
         self.path = path
-        self.form = _find_format(path, form)
+        self.form: Format = _find_format(path, form)
         self.num_lines = 0
         """Lines that are not blank."""
         self.end = 0
@@ -140,7 +140,8 @@ def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _read_line(number: int, raw: bytes, form: Format) -> Line:
     faults = []
     if len(raw) > MAX_LINE:
-        return Line(number=number, custom_id=str(number), fault=f"the line is longer than {MAX_LINE >> 20} MiB; make it shorter")
+        return Line(number=number, custom_id=str(number),
+                    fault=f"the line is longer than {MAX_LINE / 2**20:g} MiB; make it shorter")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -156,8 +157,8 @@ def _read_line(number: int, raw: bytes, form: Format) -> Line:
         faults.append(f"custom_id is {_short(custom_id)}; it must be a string")
         if not isinstance(custom_id, int | float) or not math.isfinite(custom_id):
             custom_id = None
-    fault = faults[0] if faults else None
-    return Line(number=number, value=value, given_id=custom_id if fault is None else None, fault=fault,
+    given = custom_id if isinstance(custom_id, str) and not faults else None
+    return Line(number=number, value=value, given_id=given, fault=faults[0] if faults else None,
                 custom_id=str(number) if custom_id is None else custom_id)
 
 

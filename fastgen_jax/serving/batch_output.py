@@ -132,7 +132,8 @@ class BatchOutput:
             for raw in file:
                 try:
                     answer = json.loads(raw)
-                    is_error(answer), _number(answer)
+                    is_error(answer)  # whether it has what every answer has
+                    _number(answer)
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     answer = None
                 yield raw, answer if raw.endswith(b"\n") else None
@@ -184,5 +185,5 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}; what is answered so far is kept: mend that and run "
-                         "the same batch again") from error
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}; what is answered so far is kept: mend that "
+                         "and run the same batch again") from error

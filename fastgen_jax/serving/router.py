@@ -47,8 +47,8 @@ class Router:
         self.max_queue = max_queue
         self._tokenizer, self._model_config = tokenizer, model_config
         self._intake: Intake | None = None
-        plans = [ReplicaPlan(model=model, engine=asdict(engine), environment=environment, cpus=cpus, name=f"replica {number}",
-                             log_format=log_format, log_file=log_file)
+        plans = [ReplicaPlan(model=model, engine=asdict(engine), environment=environment, cpus=cpus,
+                             name=f"replica {number}", log_format=log_format, log_file=log_file)
                  for number, (environment, cpus) in enumerate(share_machine(replicas))]
         self.replicas = [Replica(number, plan) for number, plan in enumerate(plans)]
         self._tickets: dict[str, Ticket] = {}

@@ -170,7 +170,7 @@ BAD_LINES = {
     "NaN": (b'{"custom_id": "bad", "prompt": "x", "temperature": NaN}', "NaN' is not a number in JSON", "bad"),
     "Infinity": (b'{"custom_id": "bad", "prompt": "x", "a": [-Infinity]}', "-Infinity' is not a number in JSON", "bad"),
     "a number that no float holds": (b'{"custom_id": "bad", "prompt": "x", "a": 1e999}', "'1e999' is not a number", "bad"),
-    "an integer of 5000 digits": (b'{"custom_id": "bad", "prompt": "x", "a": ' + b"1" * 5000 + b"}", "cannot be read", "bad"),
+    "an integer of 5000 digits": (b'{"custom_id": "bad", "a": ' + b"1" * 5000 + b"}", "cannot be read", "bad"),
     "not UTF-8": (b'{"custom_id": "bad", "prompt": "caf\xe9"}', "not UTF-8 (byte 0xe9 at", "bad"),
     "not UTF-8 in the id": (b'{"custom_id": "b\xe9d", "prompt": "x"}', "not UTF-8", "b\ufffdd"),
     "cut off": (b'{"custom_id": "bad", "method": "POST", "url": "/v1/comp', "not JSON", "bad"),
@@ -225,9 +225,10 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_line(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "content", "form"), [
-    ("a.jsonl", b"Once", "jsonl"), ("a.NDJSON", b"Once", "jsonl"), ("a.json", b"Once", "jsonl"), ("a.txt", b'"Once"', "text"),
-    ("a.txt", b"{this} is a prompt\n{}", "text"), ("a", b"\n\xef\xbb\xbf {\nOnce", "jsonl"), ("a.in", b"Once\n{}", "text"),
-    ("a", b"", "text"),
+    ("a.jsonl", b"Once", "jsonl"), ("a.NDJSON", b"Once", "jsonl"), ("a.json", b"Once", "jsonl"),
+    ("a.txt", b'"Once"', "text"),
+    ("a.txt", b"{this} is a prompt\n{}", "text"), ("a", b"\n\xef\xbb\xbf {\nOnce", "jsonl"),
+    ("a.in", b"Once\n{}", "text"), ("a", b"", "text"),
 ])
 def test_name_and_first_line_say_what_a_file_holds(tmp_path, name, content, form):
     path = tmp_path / name
@@ -309,7 +310,7 @@ def test_answers_that_are_not_json_and_texts_that_are_not_utf8_do_not_end_the_ba
 
     class Page(Echo):
         async def handle_async_request(self, request):
-            answer = await super().handle_async_request(request)
+            await super().handle_async_request(request)
             return httpx.Response(502 if not self.bodies[1:] else 404, text="<html>", headers={"retry-after": "Fri, 1 Jan"})
 
     batch_result = run(source, target, Page(), concurrency=1)
@@ -334,7 +335,7 @@ def test_a_file_that_is_no_output_is_not_touched(tmp_path):
         with pytest.raises(ValueError, match="is the input itself"):
             run(source, target)
     assert source.read_bytes() == line()
-    with pytest.raises(ValueError, match="the folder .*missing of the output does not exist; make it: mkdir -p"):
+    with pytest.raises(ValueError, match=r"the folder .*missing of the output does not exist; make it: mkdir -p"):
         run(source, tmp_path / "missing" / "out.jsonl")
     with pytest.raises(ValueError, match="is not a file"):
         run(source, tmp_path)
@@ -373,7 +374,7 @@ def test_a_full_disk_leaves_whole_answers_and_the_batch_goes_on_later(tmp_path):
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))  # the system refuses what goes beyond, as a full disk does
     try:
-        with pytest.raises(ValueError, match="out.jsonl cannot be written: .*run the same batch again"):
+        with pytest.raises(ValueError, match=r"out\.jsonl cannot be written: .*run the same batch again"):
             asyncio.run(scenario())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -397,7 +398,7 @@ def test_a_server_that_is_gone_ends_the_batch_and_one_that_loads_does_not(tmp_pa
         async def handle_async_request(self, request):
             return next(replies)
 
-    with pytest.raises(ConnectionError, match="no answer from the server .* answers 503: it ends"):
+    with pytest.raises(ConnectionError, match=r"no answer from the server .* answers 503: it ends"):
         run(source, target, Dying(), concurrency=1)
     assert sorted(answers(target)) == [0]
 

@@ -90,7 +90,7 @@ def test_a_server_that_has_ended_is_named_with_its_log_and_how_to_start_it():
     for dead in (deployment(closed_url(), pid=GONE), deployment(closed_url(), process_start="another program")):
         for message in failures(dead):
             assert f"deployment 'chat' has ended (process {dead.pid}" in message
-            assert "its log is /tmp/chat.log; start it again with `fastgen serve some-model --deployment-name chat`" in message
+            assert "its log is /tmp/chat.log; start it again with `fastgen serve some-model" in message
 
 
 def test_a_server_that_was_started_again_is_found_under_its_new_address():
