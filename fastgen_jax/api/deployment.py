@@ -166,7 +166,8 @@ def stop_server(deployment: Deployment, *, timeout: float) -> None:
     """Tells a server to finish what runs and end, and waits; ValueError if it lives on after `timeout` seconds."""
     if not deployment.is_alive:
         return
-    os.kill(deployment.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(deployment.pid, signal.SIGTERM)
     end = time.monotonic() + timeout
     while True:
         with contextlib.suppress(ChildProcessError):

@@ -457,7 +457,8 @@ def test_a_command_that_cannot_begin_says_why_in_one_line(deployed, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_command_survives_kill_nine_with_two_replicas(tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_the_command_goes_on_after_a_kill_and_an_interrupt_with_two_replicas(tmp_path, signal_number):
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     checkpoint = write_checkpoint(tmp_path / "tiny")
     prompts = write_prompts(source, 2000)
@@ -465,11 +466,17 @@ def test_the_command_survives_kill_nine_with_two_replicas(tmp_path):
                "--replicas", "2", "--concurrency", "32", "--token-budget", "32", "--budget-ladder", "8", "--block-size", "4",
                "--max-num-seqs", "8", "--num-blocks", "128", "--set", "max_tokens=20", "--set", "temperature=0",
                "--set", "ignore_eos=true"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not target.exists() or target.read_bytes().count(b"\n") < 100:
             assert process.poll() is None
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(signal_number)
+        _, said = process.communicate(timeout=120)
+    if signal_number == signal.SIGINT:
+        assert process.returncode == 130
+        (last,) = said.splitlines()
+        assert last.startswith("2000 lines: ")
+        assert last.endswith(" are left; the same command goes on from there")
     assert 100 <= target.read_bytes().count(b"\n") < 2000, "it was meant to be killed in the middle"
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
