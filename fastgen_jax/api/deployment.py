@@ -62,9 +62,14 @@ def deployments() -> list[Deployment]:
 
 def find_deployment(name: str) -> Deployment:
     """The deployment of that name; ValueError, naming those there are, if it does not run."""
+    record = _read(deployments_dir() / f"{name}.json")  # before it is removed for being that of a dead one
     for deployment in deployments():
         if deployment.name == name:
             return deployment
+    if record is not None and record.name == name and not record.is_alive:
+        raise ValueError(f"deployment {name!r} has ended without a word: its process {record.pid} is gone"
+                         f"{f'; its log is {record.log}' if record.log else ''}; start it again with "
+                         f"`fastgen serve {record.model} --deployment-name {name}`")
     known = ", ".join(d.name for d in deployments()) or "none"
     raise ValueError(f"no deployment {name!r} runs on this machine (running: {known}); start it with `fastgen serve MODEL "
                      f"--deployment-name {name}`, or fastgen_jax.serve(model, deployment_name={name!r})")
@@ -161,7 +166,8 @@ def stop_server(deployment: Deployment, *, timeout: float) -> None:
     """Tells a server to finish what runs and end, and waits; ValueError if it lives on after `timeout` seconds."""
     if not deployment.is_alive:
         return
-    os.kill(deployment.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(deployment.pid, signal.SIGTERM)
     end = time.monotonic() + timeout
     while True:
         with contextlib.suppress(ChildProcessError):

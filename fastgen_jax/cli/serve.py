@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from dataclasses import fields
 from typing import Any
@@ -16,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fastgen_jax.serving.settings import ServerConfig
 
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--log-file", help="where the output of this process goes, to be shown by `fastgen deployments` "
-                        "(default: nowhere but here)")
+    parser.add_argument("--log-file", metavar="FILE", help="gets the log, as standard error does; "
+                        "`fastgen deployments` says where it is (default: standard error alone)")
     add_fields(parser.add_argument_group("server"), ServerConfig)
     add_fields(parser.add_argument_group("engine"), EngineConfig)
 
@@ -34,7 +35,14 @@ def run(options: dict[str, Any]) -> int:
     names = {field.name for field in fields(ServerConfig)}
     server = ServerConfig(**{name: value for name, value in given.items() if name in names})
     engine = EngineConfig.from_options({name: value for name, value in given.items() if name not in names})
-    set_up_logging(server.log_format)
-    code = run_server(model, server, engine, log_file=log_file)
+    log_file = os.path.abspath(log_file) if log_file else None
+    set_up_logging(server.log_format, file=log_file)
+    try:
+        code = run_server(model, server, engine, log_file=log_file)
+    except ValueError as error:
+        if log_file is None:
+            raise
+        logging.getLogger(__name__).error("%s", error)  # whoever asked for a log looks there
+        code = 2
     # A thread may still be compiling a model that nobody waits for any more: it must not hold up the end.
     os._exit(code)

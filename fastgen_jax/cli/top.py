@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ from fastgen_jax.cli.terminal import has_colors
 
 BAR = 40  # characters of the widest bar
 STEPS_SHOWN = 12
+LOADING = 503  # the status of a server that cannot answer yet, or not any more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> int:
     """Runs the command on its parsed options and returns the exit code."""
-    import httpx
+    try:
+        import httpx
+    except ImportError as error:
+        raise ValueError(f"top needs {error.name}; pip install 'fastgen_jax[serve]'") from None
 
-    from fastgen_jax.api.client import KEY_VARIABLE
+    from fastgen_jax.api.client import NoAnswerError, ServerError, checked, heard, http_settings
     from fastgen_jax.api.deployment import deployments, find_deployment
 
     if options["interval"] <= 0:
@@ -34,20 +37,20 @@ def run(options: dict[str, Any]) -> int:
         names = ", ".join(d.name for d in running) or "none"
         raise ValueError(f"name the deployment to watch (running: {names})")
     deployment = find_deployment(options["name"]) if options["name"] else running[0]
-    key = os.environ.get(KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     before, since = None, 0
     clear = "\x1b[H\x1b[2J" if has_colors() and not options["once"] else ""
-    with httpx.Client(base_url=deployment.url, headers=headers, verify=False, timeout=30) as http:
+    with httpx.Client(**http_settings(deployment, timeout=30)) as http:
         while True:
             try:
-                answer = http.get("/stats", params={"since_step": since})
-            except httpx.HTTPError as error:
-                raise ValueError(f"{deployment.name} at {deployment.url} does not answer ({error}); "
-                                 "`fastgen deployments` lists what runs") from error
-            if answer.status_code != 200:
-                raise ValueError(f"{deployment.url} answers {answer.status_code}: {answer.text[:200]}")
-            stats, now = answer.json(), time.monotonic()
+                with heard(deployment):
+                    stats = checked(http.get("/stats", params={"since_step": since}))
+            except ServerError as error:
+                if isinstance(error, NoAnswerError) or error.status != LOADING or options["once"]:
+                    raise ValueError(str(error)) from None
+                print(f"{deployment.name}: {error}", flush=True)
+                time.sleep(options["interval"])
+                continue
+            now = time.monotonic()
             if before is not None:
                 print(clear, render(stats, before[0], now - before[1]), sep="", flush=True)
                 if options["once"]:

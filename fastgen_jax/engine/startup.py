@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
+from fastgen_jax.core.progress import shown
 from fastgen_jax.engine import ladder
 from fastgen_jax.engine.config import MEASURED_BUDGETS, EngineConfig, ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
@@ -93,8 +93,9 @@ def _choose_budgets(
 
 def _compile(runner: Runner, budgets: Any, *, progress: bool) -> None:
     missing = [budget for budget in budgets if budget not in runner.budgets]
-    with tqdm(total=len(missing), desc="compiling", unit="program", disable=not progress or not missing) as bar:
-        runner.compile(missing, on_done=lambda budget: bar.update())
+    if missing:
+        with shown(log, "compiling", total=len(missing), unit="program", bar=progress) as advance:
+            runner.compile(missing, on_done=lambda budget: advance())
 
 
 def _use_compile_cache(config: EngineConfig) -> Path | None:

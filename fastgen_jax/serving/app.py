@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Query, Request
@@ -21,6 +20,7 @@ from fastgen_jax.serving import endpoints
 from fastgen_jax.serving.errors import ApiError, as_api_error, of_validation, unsupported
 from fastgen_jax.serving.gate import CLIENT_GONE, Gate
 from fastgen_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
+from fastgen_jax.serving.page_html import load_page
 from fastgen_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -137,11 +137,11 @@ def _add_openai(app: FastAPI, server: Server) -> None:
 
 
 def _add_operations(app: FastAPI, server: Server) -> None:
-    page = files("fastgen_jax.serving").joinpath("page/index.html")
+    page, page_headers = load_page()
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page.read_text(encoding="utf-8"))
+        return HTMLResponse(page, headers=page_headers)
 
     @app.get("/health", responses=_ERRORS)
     async def health() -> JSONResponse:

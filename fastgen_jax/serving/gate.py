@@ -115,7 +115,8 @@ class Gate:
         finally:
             # The path of the route, not that of the request: anybody can make up paths.
             self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_GONE)
-            level = logging.DEBUG if scope["path"] in QUIET_PATHS and state["status"] < 400 else logging.INFO
+            is_poll = scope["path"] in QUIET_PATHS and (state["status"] < 400 or state["status"] == 503)  # still loading
+            level = logging.DEBUG if is_poll else logging.INFO
             facts = scope["state"].get("log", {})
             log.log(level, "%s %s %d%s", scope["method"], scope["path"], state["status"],
                     f": {facts['error'][:200]}" if "error" in facts else "", extra={
