@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
 from functools import cache
 from typing import Any
@@ -27,8 +28,9 @@ MODEL = "tiny"
 
 
 def encode(text: str, *, add_special_tokens: bool) -> list[int]:
-    """A token a character."""
-    ids = [CHARACTERS.find(c) + 3 if c in CHARACTERS else 0 for c in text]
+    """A token a character; a special token that is spelled out is that token."""
+    pieces = re.findall("|".join([*SPECIALS, "."]), text, re.DOTALL)
+    ids = [SPECIALS.index(p) if p in SPECIALS else CHARACTERS.find(p) + 3 if p in CHARACTERS else 0 for p in pieces]
     return [1, *ids] if add_special_tokens else ids
 
 
