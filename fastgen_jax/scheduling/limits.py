@@ -5,18 +5,42 @@ from __future__ import annotations
 from fastgen_jax.scheduling.request import Request
 
 
+class ContextLengthError(ValueError):
+    """A request that needs more tokens than a sequence can have here."""
+
+    def __init__(self, message: str, *, num_prompt: int, num_requested: int, limit: int) -> None:
+        super().__init__(message)
+        self.num_prompt = num_prompt
+        self.num_requested = num_requested
+        """Tokens asked for by `max_new_tokens` or `max_length`, behind the prompt; 0 if the prompt alone is too long."""
+        self.limit = limit
+        """Tokens of the longest sequence."""
+
+
+def longest_sequence(*, max_context_len: int, num_blocks: int, block_size: int) -> int:
+    """Tokens of the longest sequence: the context, or the whole KV cache where that holds less."""
+    return min(max_context_len, num_blocks * block_size)
+
+
 def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int, block_size: int) -> int:
-    """The most tokens that a request may grow to, prompt and generated.
+    """The most tokens that a request may grow to, prompt and generated; without a limit of its own, what fits.
 
     Raises:
-        ValueError: it can never run within these limits; the message has the numbers and the remedy.
+        ContextLengthError: its prompt does not fit, or the tokens that it asks for do not fit into the KV cache.
+        ValueError: it can never run within its own limits. The messages have the numbers and the remedy.
     """
     params, num_prompt = request.params, len(request.prompt_token_ids)
-    if num_prompt >= max_context_len:
-        raise ValueError(
-            f"prompt of request {request.request_id!r} has {num_prompt} tokens but max_context_len is "
-            f"{max_context_len} and must hold a generated one too; shorten the prompt to "
-            f"{max_context_len - 1} tokens, or raise max_context_len"
+    longest = longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size)
+    if num_prompt >= longest:
+        cache = f"the KV cache holds {longest} ({num_blocks} blocks of {block_size})"
+        what, remedy = (
+            (f"max_context_len is {longest}", "raise max_context_len") if longest == max_context_len
+            else (cache, "start with more blocks")
+        )
+        raise ContextLengthError(
+            f"prompt of request {request.request_id!r} has {num_prompt} tokens but {what} and must hold a generated one "
+            f"too; shorten the prompt to {longest - 1} tokens, or {remedy}",
+            num_prompt=num_prompt, num_requested=0, limit=longest,
         )
     if params.max_length is not None and params.max_length <= num_prompt:
         raise ValueError(
@@ -24,12 +48,11 @@ def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int,
             f"alone has {num_prompt} tokens; raise max_length to at least {num_prompt + 1}, "
             "or use max_new_tokens"
         )
-    limit = max_context_len
+    limit = longest
     if params.max_new_tokens is not None:
-        limit = num_prompt + params.max_new_tokens
+        limit = min(num_prompt + params.max_new_tokens, max_context_len)
     elif params.max_length is not None:
-        limit = params.max_length
-    limit = min(limit, max_context_len)
+        limit = min(params.max_length, max_context_len)
     if params.min_new_tokens > limit - num_prompt:
         raise ValueError(
             f"min_new_tokens is {params.min_new_tokens} but only {limit - num_prompt} tokens can follow "
@@ -38,11 +61,10 @@ def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int,
         )
     num_needed = -(-limit // block_size)
     if num_needed > num_blocks:
-        most = num_blocks * block_size - num_prompt
-        remedy = f"use max_new_tokens={most} or less" if most > 0 else "shorten the prompt"
-        raise ValueError(
+        raise ContextLengthError(
             f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
-            f"{block_size}, but the KV cache has {num_blocks} blocks; {remedy}, "
-            "or start with more blocks"
+            f"{block_size}, but the KV cache has {num_blocks} blocks; use max_new_tokens={longest - num_prompt} or less, "
+            "or leave it out, or start with more blocks",
+            num_prompt=num_prompt, num_requested=limit - num_prompt, limit=longest,
         )
     return limit

@@ -110,19 +110,25 @@ def test_whole_calls_are_read_from_free_text_and_content_before_them_stays():
 def test_text_that_is_no_call_is_content_or_was_cut_off(text):
     reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
     content = "".join(reader.push(c)[0] for c in text) + reader.flush()[0]
-    assert content == text.removeprefix("<tool_call>")
+    assert content == text
     assert reader.num_calls == 0
 
 
 def test_a_model_whose_template_knows_no_tools_is_told_of_them():
+    plain = tokenizer(template="{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}")
     body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
-    messages, tools = prepare_messages(tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}"), body)
+    messages, tools = prepare_messages(plain, body.messages, body.tools, writes_calls=True)
     assert tools is None
-    assert '"name": "f"' in messages[0]["content"]
-    assert messages[1:] == body.messages
+    prompt = plain.apply_chat_template(messages)
+    assert prompt.startswith("system:You may call functions.")
+    assert '"name": "f"' in prompt
+    assert prompt.endswith("\nuser:x\n")
+    with_system, _ = prepare_messages(plain, [{"role": "system", "content": "Be brief."}, *body.messages], body.tools,
+                                      writes_calls=True)
+    assert plain.apply_chat_template(with_system).startswith("system:Be brief.\n\nYou may call functions.")
 
 
 def test_a_form_of_tool_calls_that_is_not_read_is_refused_where_the_model_may_choose():
     body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
     with pytest.raises(ApiError, match="in a form that is not read here"):
-        prepare_messages(tokenizer(template="{{ tools }}"), body)
+        prepare_messages(tokenizer(template="{{ tools }}"), body.messages, body.tools, writes_calls=True)
