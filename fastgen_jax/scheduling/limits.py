@@ -31,15 +31,11 @@ def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int,
     """
     params, num_prompt = request.params, len(request.prompt_token_ids)
     longest = longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size)
-    if num_prompt >= longest:
-        cache = f"the KV cache holds {longest} ({num_blocks} blocks of {block_size})"
-        what, remedy = (
-            (f"max_context_len is {longest}", "raise max_context_len") if longest == max_context_len
-            else (cache, "start with more blocks")
-        )
+    if num_prompt >= max_context_len:
         raise ContextLengthError(
-            f"prompt of request {request.request_id!r} has {num_prompt} tokens but {what} and must hold a generated one "
-            f"too; shorten the prompt to {longest - 1} tokens, or {remedy}",
+            f"prompt of request {request.request_id!r} has {num_prompt} tokens but max_context_len is "
+            f"{max_context_len} and must hold a generated one too; shorten the prompt to "
+            f"{longest - 1} tokens, or raise max_context_len",
             num_prompt=num_prompt, num_requested=0, limit=longest,
         )
     if params.max_length is not None and params.max_length <= num_prompt:
@@ -48,23 +44,25 @@ def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int,
             f"alone has {num_prompt} tokens; raise max_length to at least {num_prompt + 1}, "
             "or use max_new_tokens"
         )
-    limit = longest
+    limit = max(longest, num_prompt + 1)
     if params.max_new_tokens is not None:
         limit = min(num_prompt + params.max_new_tokens, max_context_len)
     elif params.max_length is not None:
         limit = min(params.max_length, max_context_len)
+    num_needed = -(-limit // block_size)
+    if num_needed > num_blocks:
+        fits = num_prompt < longest
+        remedy = f"use max_new_tokens={longest - num_prompt} or less" if fits else "shorten the prompt"
+        raise ContextLengthError(
+            f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
+            f"{block_size}, but the KV cache has {num_blocks} blocks; {remedy}, "
+            "or start with more blocks",
+            num_prompt=num_prompt, num_requested=limit - num_prompt if fits else 0, limit=longest,
+        )
     if params.min_new_tokens > limit - num_prompt:
         raise ValueError(
             f"min_new_tokens is {params.min_new_tokens} but only {limit - num_prompt} tokens can follow "
             f"the prompt of {num_prompt} tokens within {limit}; "
             "lower min_new_tokens or shorten the prompt"
-        )
-    num_needed = -(-limit // block_size)
-    if num_needed > num_blocks:
-        raise ContextLengthError(
-            f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
-            f"{block_size}, but the KV cache has {num_blocks} blocks; use max_new_tokens={longest - num_prompt} or less, "
-            "or leave it out, or start with more blocks",
-            num_prompt=num_prompt, num_requested=limit - num_prompt, limit=longest,
         )
     return limit

@@ -103,10 +103,8 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
             gc.freeze()
             server.backend = backend
             resolved = backend.intake.config
-            log.info("ready; %d KV blocks of %d tokens", resolved.num_blocks, resolved.block_size)
-            if resolved.longest_sequence < resolved.max_context_len:
-                log.warning("the KV cache holds %d tokens, fewer than the context of %d: no request can have more; start "
-                            "with more num_blocks", resolved.longest_sequence, resolved.max_context_len)
+            log.info("ready; %d KV blocks of %d tokens, %d tokens a request at most", resolved.num_blocks,
+                     resolved.block_size, resolved.longest_sequence)
             await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
             log.info("finishing %d requests, for up to %g s", backend.num_unfinished, config.drain_seconds)
             draining = asyncio.create_task(backend.drain(config.drain_seconds))

@@ -54,10 +54,11 @@ def engine(template: str = TEMPLATE) -> Engine:
 
 
 def with_server(
-    scenario: Callable[[httpx.AsyncClient, AsyncEngine], Awaitable[Any]], *, max_queue: int = 64, **config: Any
+    scenario: Callable[[httpx.AsyncClient, AsyncEngine], Awaitable[Any]], *, max_queue: int = 64,
+    shared: Engine | None = None, **config: Any,
 ) -> Any:
     """The result of `scenario(client, async engine)`; afterwards nothing may be left in the engine."""
-    shared = engine()
+    shared = shared or engine()
     assert not shared.has_work, "another test left requests behind"
 
     async def inside() -> Any:
