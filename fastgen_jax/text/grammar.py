@@ -153,9 +153,8 @@ def _dead_end(matcher: Any) -> str:
 
 def _reason(matcher: Any) -> str:
     """Why a matcher cannot go on; its own message goes on with pages of its state."""
-    lines = matcher.get_error().splitlines() or [matcher.stop_reason()]
-    names = {"NoExtensionBias": "no token can follow"}
-    return names.get(lines[0], lines[0])
+    said = " ".join(matcher.get_error().partition("<state>")[0].split()) or matcher.stop_reason()
+    return "no token can follow" if said == "NoExtensionBias" else said
 
 
 def _library() -> Any:
