@@ -67,7 +67,8 @@ class ToolReader:
         self._one = body.parallel_tool_calls is False
         self._text = ""  # not yet given out
         self._inside = False  # a tag is open
-        self._space = ""  # white space behind a call
+        self._behind_call = False
+        self._space = ""  # what was there of it
         self.num_calls = 0
 
     def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
@@ -111,11 +112,12 @@ class ToolReader:
 
     def _between(self, text: str) -> str:
         """Text outside of calls. White space behind a call only parts it from the next one, until other text follows."""
-        if not self.num_calls and not self._space:
-            return text
-        text, self._space = self._space + text, ""
-        if not text.strip():
+        text = self._space + text
+        self._space = ""
+        if self._behind_call and not text.strip():
             text, self._space = "", text
+        elif text:
+            self._behind_call = False
         return text
 
     def _read(self, text: str, end: str) -> tuple[str, list[dict[str, Any]]]:
@@ -123,7 +125,7 @@ class ToolReader:
         calls = self._parsed(text)
         if calls is None:
             return self._between(f"{CALL_OPEN}{text}{end}"), []
-        self._space = ""
+        self._space, self._behind_call = "", True
         return "", calls
 
     def _parsed(self, text: str) -> list[dict[str, Any]] | None:
