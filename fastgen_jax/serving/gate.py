@@ -158,5 +158,5 @@ class Gate:
 
 def _plain_json(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """The headers of a body that was checked and unpacked."""
-    rest = [(name, value) for name, value in headers if name not in (b"content-type", b"content-encoding", b"content-length")]
-    return [*rest, (b"content-type", b"application/json")]
+    replaced = (b"content-type", b"content-encoding", b"content-length")
+    return [*((name, value) for name, value in headers if name not in replaced), (b"content-type", b"application/json")]

@@ -131,7 +131,7 @@ CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     (f"{CALL}\n{CALL}\n", ""),
     (f"a {CALL}\n\n{CALL}\n b\n", "a \n b\n"),
     (f"{CALL}<tool_call>cut off", "<tool_call>cut off"),
-    (f"{CALL}\n<tool_call>{{}}</tool_call>\n{CALL}", "\n<tool_call>{}</tool_call>"),
+    (f"{CALL}\n<tool_call>{{}}</tool_call>\n{CALL}", "\n<tool_call>{}</tool_call>\n"),
     (f"{CALL}<tool", "<tool"),
 ])
 @pytest.mark.parametrize("size", [1, 7, 1_000_000])

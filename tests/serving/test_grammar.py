@@ -124,10 +124,11 @@ def test_a_minimum_length_contradicts_a_grammar():
 
 # The vocabulary has no tilde.
 DEAD_END = Grammar.json_schema({"enum": ["x~", "xz~"]})
+DEAD_ENDS = [DEAD_END, Grammar(kind="regex", source="[a-z]{5}~+"), Grammar(kind="regex", source="ab(~|é)")]
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
-@pytest.mark.parametrize("grammar", [DEAD_END, Grammar(kind="regex", source="[a-z]{5}~+"), Grammar(kind="regex", source="ab(~|é)")])
+@pytest.mark.parametrize("grammar", DEAD_ENDS)
 def test_a_dead_end_of_a_grammar_is_no_finished_answer(grammar, ignore_eos):
     shared = engine()
     request_id = shared.add([5], SamplingParams(max_new_tokens=30, seed=3, ignore_eos=ignore_eos), grammar=grammar)
@@ -149,9 +150,9 @@ def test_a_dead_end_is_an_error_of_the_request_whole_and_streamed():
 
 
 def test_a_text_that_ends_with_its_grammar_is_finished_also_where_the_limit_is():
-    shared = engine()
+    shared, grammar = engine(), Grammar(kind="regex", source="abc")
     for limit, reason in ((2, "length"), (3, "stop"), (9, "stop")):
-        request_id = shared.add([5], SamplingParams(max_new_tokens=limit, seed=1), grammar=Grammar(kind="regex", source="abc"))
+        request_id = shared.add([5], SamplingParams(max_new_tokens=limit, seed=1), grammar=grammar)
         assert drain(shared)[request_id][-1].finish_reason == reason
 
 

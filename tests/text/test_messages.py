@@ -14,7 +14,8 @@ ANY_ROLE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 LLAMA = ("{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
          "{{ raise_exception('only single tool-calls') }}{% endif %}"
          "{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments | tojson }})\n"
-         "{% elif m.role == 'tool' %}ipython:{{ m.content }}\n{% else %}{{ m.role }}:{{ m.content }}\n{% endif %}{% endfor %}")
+         "{% elif m.role == 'tool' %}ipython:{{ m.content }}\n{% else %}{{ m.role }}:{{ m.content }}\n{% endif %}"
+         "{% endfor %}")
 # Some go through the arguments by name.
 BY_NAME = ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
            "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}{{ '\n' }}{% endfor %}")
@@ -22,7 +23,8 @@ BY_NAME = ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or []
 ASKS_NONE = ("{% for m in messages %}{% if m['content'] is none %}calls {{ m.tool_calls[0].function.name }}"
              "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}")
 # As Gemma's and Mistral's first.
-NO_SYSTEM = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+NO_SYSTEM = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+             "{% endif %}"
              "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
              "{{ m.role }}:{{ m.content }}\n{% endfor %}")
 DROPS_OTHERS = ("{% for m in messages %}{% if m.role == 'user' %}u:{{ m.content }}\n{% elif m.role == 'assistant' %}"
@@ -113,5 +115,5 @@ def test_where_there_is_no_system_either_the_user_says_what_the_developer_wants(
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
 ])
 def test_whatever_a_template_does_the_error_says_that_it_was_the_template(template):
-    with pytest.raises(ValueError, match="the chat template 'default' (refuses this conversation|does not parse)"):
+    with pytest.raises(ValueError, match=r"the chat template 'default' (refuses this conversation|does not parse)"):
         render(template, USER)
