@@ -113,7 +113,8 @@ def test_echo_with_logprobs_scores_the_prompt(max_tokens):
     assert scores["token_logprobs"][0] is None
     assert all(value <= 0 for value in scores["token_logprobs"][1:])
     assert len(scores["tokens"]) == 6 + max_tokens == len(scores["top_logprobs"]) == len(scores["text_offset"])
-    for token, logprob, top in zip(*(scores[name][1:] for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
+    columns = (scores[name][1:] for name in ("tokens", "token_logprobs", "top_logprobs"))
+    for token, logprob, top in zip(*columns, strict=True):
         assert top[token] == logprob  # whatever the likeliest are
         assert len(top) in (2, 3)
     assert scores["text_offset"][:3] == [0, 3, 4]
