@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.serving.house import MODEL, ask, engine, events, offline, with_server
@@ -166,6 +168,8 @@ def test_the_generation_options_of_the_pipeline_work_over_http():
     streamed = events(ask("/mii/here", {**body, "stream": True}))
     assert "".join(e["text"] for e in streamed if e["index"] == 1) == answers[1]["generated_text"]
     assert ask("/mii/there", body).status_code == 404
+    half = with_server(lambda client, _: client.post("/mii/here", content=json.dumps({**body, "stop": ["x", "\ud800"]})))
+    assert (half.status_code, half.json()["error"]["param"]) == (400, "stop")
     biased = ask("/mii/here", {**body, "logit_bias": {"40": 100}}).json()  # JSON has no other names than strings
     assert [a["token_ids"] for a in biased] == [[40] * 5] * 2
 
