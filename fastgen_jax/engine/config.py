@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
-from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
+from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise, longest_sequence
 from pallas_kernels import native
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
@@ -139,6 +139,13 @@ class ResolvedConfig(EngineConfig):
         """Number format of the residual stream: `dtype`, but float32 where native kernels multiply, which give that."""
         native_kernels = jax.default_backend() == "cpu" and not self.stack_layers and native.available()
         return "float32" if native_kernels else self.dtype
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that a sequence can really have: the context, or the whole KV cache where that holds less."""
+        return longest_sequence(
+            max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size
+        )
 
     @property
     def max_sample_rows(self) -> int:

@@ -78,6 +78,9 @@ class Intake:
         validate(params, self.model.vocab_size, eos_token_ids=self.eos_token_ids)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings {params.stop} need a tokenizer, and this engine has none; use stop_token_ids")
+        for stop in params.stop:
+            if any("\ud800" <= character <= "\udfff" for character in stop):
+                raise ValueError(f"stop has {stop!r}, with half of a character, which no text has; leave it out")
         if awaits_each_token and params.min_new_tokens:
             raise ValueError(f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; "
                              "leave min_new_tokens out")

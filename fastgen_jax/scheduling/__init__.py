@@ -1,7 +1,7 @@
 """Decides, on the host, which tokens each step computes. Standard library only."""
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
-from fastgen_jax.scheduling.limits import max_total_tokens
+from fastgen_jax.scheduling.limits import ContextLengthError, longest_sequence, max_total_tokens
 from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, Draft, StepLimits, StepPlan
 from fastgen_jax.scheduling.policies import NEED_PROMISE, POLICIES, Policy, orca, prompts_first, sla, splitfuse
@@ -17,6 +17,7 @@ __all__ = [
     "BlockLedger",
     "BlockPool",
     "Chunk",
+    "ContextLengthError",
     "Draft",
     "FinishReason",
     "Pace",
@@ -31,6 +32,7 @@ __all__ = [
     "Step",
     "StepLimits",
     "StepPlan",
+    "longest_sequence",
     "max_total_tokens",
     "orca",
     "prompts_first",

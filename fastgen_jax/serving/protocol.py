@@ -243,25 +243,40 @@ class ChatRequest(Sampling):
         return self
 
     @property
+    def told_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
     def forces_tool(self) -> bool:
         """Whether the answer must be a tool call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize: a text, or a conversation."""
+    """POST /tokenize: a text, or a conversation with what else of a chat becomes part of its prompt."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages, one of them")
+        for name in ("tools", "chat_template_kwargs"):
+            if self.messages is None and getattr(self, name):
+                raise ValueError(f"{name} belong to messages; leave them out")
         return self
+
+    @property
+    def told_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return self.tools or []
 
 
 class DetokenizeRequest(Body):

@@ -105,7 +105,9 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
             gc.collect()
             gc.freeze()
             server.backend = backend
-            log.info("ready; %d KV blocks of %d tokens", backend.intake.config.num_blocks, backend.intake.config.block_size)
+            resolved = backend.intake.config
+            log.info("ready; %d KV blocks of %d tokens, %d tokens a request at most", resolved.num_blocks,
+                     resolved.block_size, resolved.longest_sequence)
             await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
             log.info("finishing %d requests, for up to %g s", backend.num_unfinished, config.drain_seconds)
             draining = asyncio.create_task(backend.drain(config.drain_seconds))

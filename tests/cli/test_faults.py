@@ -83,7 +83,8 @@ def test_a_batch_into_a_folder_that_is_not_there_is_refused_before_anything_load
     requests.write_text("hello\n")
     error = complaint(capsys, "batch", requests, tmp_path / "no" / "out.jsonl", "--model", "no-such")
     assert f"the folder {tmp_path / 'no'} of the output does not exist; make it" in error
-    assert "is not a file; choose a file for the answers" in complaint(capsys, "batch", requests, tmp_path, "--model", "no-such")
+    error = complaint(capsys, "batch", requests, tmp_path, "--model", "no-such")
+    assert "is not a file; choose a file for the answers" in error
     assert "is not a file" in complaint(capsys, "batch", tmp_path / "absent", tmp_path / "out.jsonl")
 
 

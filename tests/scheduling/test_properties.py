@@ -129,7 +129,7 @@ def test_a_refused_request_disturbs_nothing(workload: Workload, longer: int) -> 
     refused = [
         (make_request("long prompt", [0] * (40 + longer)), "has .* tokens but max_context_len"),
         (make_request("length", [0] * 5, None, max_length=5), "max_length is 5"),
-        (make_request("minimum", [0] * 30, None, min_new_tokens=11), "min_new_tokens is 11"),
+        (make_request("minimum", [0] * 30, None, min_new_tokens=11), "min_new_tokens is 11|shorten the prompt"),
         (workload.requests[0], "already in use"),
     ]
 
