@@ -251,6 +251,7 @@ def test_in_a_file_of_plain_text_no_line_is_json_and_in_one_of_json_none_is_text
     ("a.jsonl", '{"prompt": "x"}'.encode("utf-16"), "not text in UTF-8"),
     ("a.jsonl", '{"prompt": "x"}'.encode("utf-16-be"), "not text in UTF-8"),
     ("a.jsonl", b"\x1f\x8b\x08rest", "is compressed; unpack it first"),
+    ("a.json", b'[\n{"prompt": "x"}\n]\n', "is one list over many lines"),
     ("a.txt", b'{"prompt": "x"}', "say --format jsonl, or --format text"),
 ])
 def test_a_file_that_cannot_be_read_is_refused_whole(tmp_path, name, content, message):
@@ -473,7 +474,7 @@ def test_the_command_goes_on_after_a_kill_and_an_interrupt_with_two_replicas(tmp
         process.send_signal(signal_number)
         _, said = process.communicate(timeout=120)
     if signal_number == signal.SIGINT:
-        assert process.returncode == 130
+        assert process.returncode == 130, said
         (last,) = said.splitlines()
         assert last.startswith("2000 lines: ")
         assert last.endswith(" are left; the same command goes on from there")
