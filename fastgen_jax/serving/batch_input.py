@@ -205,6 +205,9 @@ def _find_format(path: Path, form: str) -> Format:
                          f"iconv -f UTF-16 -t UTF-8 {path} > requests.jsonl")
     if form != "auto":
         return "jsonl" if form == "jsonl" else "text"
+    if path.suffix.lower() == ".json" and first.strip() == b"[":
+        raise ValueError(f"{path} is one list over many lines, and a batch is an object a line: "
+                         f"jq --compact-output '.[]' {path} > requests.jsonl")
     named = _SUFFIXES.get(path.suffix.lower())
     if named == "text" and _is_request(first):
         raise ValueError(f"{path} is named as plain text but its first line is a request in JSON; say --format jsonl, or "

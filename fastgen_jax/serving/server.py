@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -56,7 +56,8 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
         server = Server(served)
 
         async def serve() -> None:
-            loading = asyncio.create_task(load_backend(model, config, engine_config, log_file=log_file))
+            loading = asyncio.create_task(load_backend(
+                model, config, engine_config, log_format=config.log_format, log_file=log_file))
             telling = asyncio.create_task(_tell(loading))
             await _serve(server, listener, loading)
             await telling
@@ -139,7 +140,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _loader(
-    model: str, config: ServerConfig, engine_config: EngineConfig, *, log_file: str | None, progress: bool
+    model: str, config: ServerConfig, engine_config: EngineConfig, *, progress: bool, **several_options: Any
 ) -> Callable[[], Any]:
     """What loads the model, in a thread; it returns what makes the backend, in the event loop."""
 
@@ -156,7 +157,7 @@ def _loader(
         checkpoint = open_checkpoint(resolve_model(model))
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)
         router = Router(model, engine_config, tokenizer, checkpoint.config, replicas=config.replicas,
-                        max_queue=config.max_queue, log_format=config.log_format, log_file=log_file)
+                        max_queue=config.max_queue, **several_options)
         return router.start
 
     return one if config.replicas == 1 else several
@@ -172,13 +173,16 @@ async def _tell(loading: asyncio.Task[Backend]) -> None:
 
 
 async def load_backend(
-    model: str, config: ServerConfig, engine_config: EngineConfig, *, log_file: str | None = None, progress: bool = False
+    model: str, config: ServerConfig, engine_config: EngineConfig, *, log_format: Literal["text", "json"] | None = None,
+    log_file: str | None = None, progress: bool = False,
 ) -> Backend:
     """What answers requests for `model`, ready: one engine in this process, or several behind a router.
 
-    `progress` shows bars while one engine loads and compiles. With `log_file`, the replicas of several log there as well.
+    With `log_format`, the replicas of several log as this process does, to `log_file` too. `progress` shows bars while
+    one engine loads and compiles, and the log of several.
     """
-    make = await _in_daemon_thread(_loader(model, config, engine_config, log_file=log_file, progress=progress))
+    several = {"log_format": log_format or ("text" if progress else None), "log_file": log_file}
+    make = await _in_daemon_thread(_loader(model, config, engine_config, progress=progress, **several))
     return await make()
 
 

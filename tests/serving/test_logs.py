@@ -7,14 +7,13 @@ import io
 import json
 import logging
 import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import httpx
 import pytest
 
+from fastgen_jax.cli import main
 from fastgen_jax.core import progress
 from fastgen_jax.serving.app import Server, create_app
 from fastgen_jax.serving.logs import JsonFormatter, TextFormatter, set_up_logging
@@ -92,25 +91,24 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path):
             set_up_logging("text", file=str(path))
 
 
-def test_a_server_that_does_not_come_up_says_so_in_its_log_file_too(tmp_path):
+def test_a_server_that_does_not_come_up_says_so_in_its_log_file_too(tmp_path, root, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(os, "_exit", sys.exit)
     file = tmp_path / "log"
-    command = [sys.executable, "-m", "fastgen_jax.cli", "serve", str(tmp_path / "no-model"), "--port", "0", "--log-file",
-               str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(tmp_path))
-    assert done.returncode == 2
+    command = ["serve", str(tmp_path / "no-model"), "--port", "0", "--log-file", str(file)]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
     written = file.read_text()
-    assert done.stderr == written
+    assert capsys.readouterr().err == written
     assert "deployment no-model listens on http://127.0.0.1:" in written
     assert "ERROR fastgen_jax.serving.server: the model could not be loaded: " in written
-    taken = subprocess.run([*command, "--host", "999.0.0.1"], capture_output=True, text=True, timeout=120,
-                           env=environment(tmp_path))
-    assert taken.returncode == 2
-    assert "cannot listen on 999.0.0.1" in file.read_text()
-    assert "Traceback" not in taken.stderr
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "XDG_STATE_HOME": str(folder / "state")}
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--host", "127.0.0.999"])
+    assert ended.value.code == 2
+    assert "cannot listen on 127.0.0.999" in file.read_text()
+    assert main([*command[:-1], str(tmp_path)]) == 2
+    assert "log_file" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_polls_of_machines_fill_no_log_also_while_the_model_loads(caplog):
