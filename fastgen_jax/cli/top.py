@@ -22,10 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> int:
     """Runs the command on its parsed options and returns the exit code."""
-    try:
-        import httpx
-    except ImportError as error:
-        raise ValueError(f"top needs {error.name}; pip install 'fastgen_jax[serve]'") from None
+    import httpx
 
     from fastgen_jax.api.client import NoAnswerError, ServerError, checked, heard, http_settings
     from fastgen_jax.api.deployment import deployments, find_deployment
