@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, cast, overload
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 from tqdm import tqdm
 
+from fastgen_jax.api.options import sampling_params
+from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine, Prompt
 from fastgen_jax.engine.intake import samples
@@ -210,24 +212,3 @@ def pipeline(
         print(pipe("DeepSpeed is", max_new_tokens=32)[0])
     """
     return Pipeline(Engine.from_pretrained(model, config, progress=progress, **options))
-
-
-def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """`SamplingParams` from keyword options; an unknown one raises ValueError that lists the known."""
-    known = {f.name for f in fields(SamplingParams)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        more = ("echo", "progress", "return_full_text", "stream")
-        raise ValueError(f"unknown option {unknown[0]!r}; generation options: {', '.join(sorted({*known, *more}))}")
-    return SamplingParams(**options)
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one prompt or several."""
-    if isinstance(prompts, str):
-        return [prompts]
-    items = list(prompts)
-    if not items:
-        raise ValueError("no prompts; give at least one")
-    is_single = not isinstance(items[0], str) and not isinstance(items[0], Sequence)  # token ids or messages
-    return [cast("Prompt", items)] if is_single else cast("list[Prompt]", items)

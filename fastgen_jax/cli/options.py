@@ -46,7 +46,8 @@ def add_fields(group: Any, cls: type, *, skip: Sequence[str] = ()) -> None:
 
 def make_pipeline(options: dict[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
     """The pipeline that the options describe, and the generation options among them."""
-    from fastgen_jax.api.pipeline import pipeline, sampling_params
+    from fastgen_jax.api.options import sampling_params
+    from fastgen_jax.api.pipeline import pipeline
     from fastgen_jax.engine.config import EngineConfig
 
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value

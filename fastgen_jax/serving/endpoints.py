@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from fastgen_jax.api.pipeline import as_prompts, sampling_params
+from fastgen_jax.api.options import sampling_params
+from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer
 from fastgen_jax.serving.protocol import (
