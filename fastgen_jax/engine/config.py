@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.engine import generation
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
@@ -64,6 +66,9 @@ class EngineConfig:
     """Whether layers are scanned as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
     attention: str | None = None
     """Implementation of ragged attention. None: the best one for the device."""
+    generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = "auto"
+    """Defaults of requests that leave an option out: "auto" takes those of the checkpoint's generation_config.json, "none"
+    none; or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Kept as pairs."""
     compile_cache_dir: str | None = field(default_factory=lambda: os.environ.get("FASTGEN_CACHE_DIR"))
     """Folder of compiled programs and measurements. None: ~/.cache/fastgen_jax; "" keeps nothing."""
 
@@ -82,6 +87,7 @@ class EngineConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
+        object.__setattr__(self, "generation_config", generation.parse_setting(self.generation_config))
         promises = (self.promised_prompt_rate, self.promised_generation_rate)
         if any((promise is not None) != (self.policy in NEED_PROMISE) for promise in promises):
             raise ValueError(
@@ -133,6 +139,7 @@ class ResolvedConfig(EngineConfig):
     max_context_len: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     num_blocks: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     stack_layers: bool  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+    generation_config: generation.Pairs  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
 
     @property
     def activation_dtype(self) -> str:
@@ -203,6 +210,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         "dtype": dtype, "kv_dtype": kv_dtype, "block_size": block_size, "max_context_len": max_context_len,
         "num_blocks": num_blocks, "stack_layers": stack_layers,
         "budget_ladder": ladder, "prefix_caching": prefix_caching,
+        "generation_config": () if isinstance(config.generation_config, str) else config.generation_config,
     }
     return ResolvedConfig(**{**{f.name: getattr(config, f.name) for f in fields(EngineConfig)}, **filled})
 

@@ -24,7 +24,8 @@ class SamplingParams:
     `min_new_tokens` tokens are generated before an end-of-sequence or stop token can end the request.
     `ignore_eos` leaves only `stop`, `stop_token_ids` and the length limits.
 
-    `do_sample=False` or `temperature=0` is greedy; `temperature=None` is 1. `presence_penalty` and
+    `do_sample=False` or `temperature=0` is greedy; `temperature=None` is 1. `top_k` of None, 0 or -1 keeps
+    every token. `presence_penalty` and
     `frequency_penalty` are subtracted from the logits of generated tokens, `repetition_penalty` divides
     positive and multiplies negative logits of all tokens seen, `logit_bias` is added per token id.
     `seed=None` lets the engine draw one. `logprobs=k` reports each generated token's log-probability and
@@ -62,6 +63,8 @@ class SamplingParams:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias_pairs(self.logit_bias))
+        if type(self.top_k) is int and self.top_k in (0, -1):  # as vLLM and transformers say it
+            object.__setattr__(self, "top_k", None)
         self._check_lengths()
         self._check_distribution()
         self._check_contradictions()
@@ -92,7 +95,7 @@ class SamplingParams:
         if self.temperature is not None:
             _check_float("temperature", self.temperature, 0, None, "use 0 for greedy, None for 1")
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, 1, None, "use None to keep every token")
+            _check_int("top_k", self.top_k, 1, None, "use None, 0 or -1 to keep every token")
         if self.top_p is not None:
             _check_float("top_p", self.top_p, 0, 1, "use None to keep every token", open_low=True)
         if self.min_p is not None:

@@ -41,6 +41,7 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
     backend = server.ready()
     wants_prompt = body.echo and body.logprobs is not None
     params = body.sampling_params(
+        backend.intake,
         max_new_tokens=None if body.max_tokens is None else max(1, body.max_tokens),
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if wants_prompt else None,
@@ -63,6 +64,7 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     long = sum(len(str(message.get("content"))) for message in messages) > LONG_PROMPT
     prompt = await asyncio.to_thread(encode) if long else encode()
     params = body.sampling_params(
+        backend.intake,
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
