@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-from tqdm import tqdm
-
-from fastgen_jax.api.options import sampling_params
-from fastgen_jax.api.prompts import as_prompts
+from fastgen_jax.api.options import Asked, LimitNotice, asked
+from fastgen_jax.api.options import sampling_params as sampling_params
+from fastgen_jax.api.progress import Progress
+from fastgen_jax.api.prompts import as_prompts as as_prompts
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.engine import Engine, Prompt
-from fastgen_jax.engine.intake import samples
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.scheduling import SamplingParams
 
-LONG_BATCH = 8  # prompts from which on a progress bar is worth its line
+SHOWN_CHARACTERS = 80  # of a text in the repr of a response
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Response:
     """The answer to one prompt. Lengths count tokens."""
 
@@ -42,16 +42,26 @@ class Response:
     def __str__(self) -> str:
         return self.generated_text
 
+    def __repr__(self) -> str:
+        text = self.generated_text
+        shown = repr(text) if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]!r}..."
+        return (f"Response({shown}, prompt_length={self.prompt_length}, generated_length={self.generated_length}, "
+                f"finish_reason={self.finish_reason!r})")
+
 
 class Pipeline:
     """A model that answers: `pipe(prompts, **options) -> [Response]`, `pipe.stream(prompt, **options)`.
 
-    Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...) and
-    `return_full_text`, `echo`, `stream` and `progress`.
+    Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...), or such an
+    object as `params`, and `return_full_text`, `echo`, `stream` and `progress`.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine: Engine | None = engine
+        self._limits = LimitNotice()
+
+    def __repr__(self) -> str:
+        return f"Pipeline({'destroyed' if self._engine is None else describe(self._engine)})"
 
     @property
     def engine(self) -> Engine:
@@ -63,7 +73,8 @@ class Pipeline:
     @overload
     def __call__(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | None = None,
         *,
         stream: Literal[False] = False,
         return_full_text: bool = False,
@@ -74,12 +85,14 @@ class Pipeline:
 
     @overload
     def __call__(
-        self, prompts: Prompt | Sequence[Prompt], *, stream: Literal[True], **options: Any
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | None = None, *, stream: Literal[True],
+        **options: Any,
     ) -> Iterator[tuple[int, RequestOutput]]: ...
 
     def __call__(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | None = None,
         *,
         stream: bool = False,
         return_full_text: bool = False,
@@ -89,66 +102,65 @@ class Pipeline:
     ) -> list[Response] | Iterator[tuple[int, RequestOutput]]:
         """One response a prompt, in order; with `n`, n in a row for each.
 
-        `prompts` is one prompt or a list of them, each as text, token ids or chat messages. `return_full_text` puts
-        the prompt before the generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows
-        it for long batches. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive instead.
-        Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has run.
+        `prompts` is one prompt or several, each as text, token ids or chat messages. How they are continued is said by
+        `params`, or by `options`, for which the model's defaults hold where they say nothing. `return_full_text` puts
+        the prompt before the generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows it on
+        a terminal and in a notebook. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive
+        instead. Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has run.
         """
-        params = sampling_params(options)
+        call = asked(self.engine.intake, params, options)
         items = as_prompts(prompts)
         if stream:
             if return_full_text or echo:
                 raise ValueError("return_full_text and echo belong to whole responses; with stream=True leave them out")
-            return self._run(items, params)
+            return self._run(items, call)
         token_ids = [self.engine.encode(prompt) for prompt in items]
-        show = len(items) >= LONG_BATCH if progress is None else progress
-        answers = [_Answer() for _ in range(len(items) * params.n)]
-        with tqdm(total=len(answers), desc="generating", unit="prompt", disable=not show) as bar:
-            generated = 0
-            for index, output in self._run(token_ids, params):
+        n = call.params.n
+        answers = [_Answer() for _ in range(len(items) * n)]
+        limits = [call.most_tokens(len(ids)) for ids in token_ids for _ in range(n)]
+        run = self._run(token_ids, call)  # a mistake shows before the bar does
+        with Progress(limits, show=progress) as bar:
+            for index, output in run:
                 answers[index].add(output)
-                generated += len(output.new_token_ids)
-                if output.finished:
-                    bar.set_postfix_str(f"{generated} tokens", refresh=False)
-                    bar.update()
+                bar.add(index, output)
         responses = []
         for index, answer in enumerate(answers):
-            prompt_ids = token_ids[index // params.n]
-            text = self._prompt_text(items[index // params.n], prompt_ids) if return_full_text else ""
+            prompt_ids = token_ids[index // n]
+            text = self._prompt_text(items[index // n], prompt_ids) if return_full_text else ""
             responses.append(answer.response(text, prompt_ids if echo else ()))
         return responses
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[RequestOutput]:
         """The outputs for one prompt, each as soon as its token is known; `output.text` is what to print.
 
         Leaving the loop early ends the request. Raises as a call does.
         """
-        params = sampling_params(options)
-        if params.n != 1:
-            raise ValueError(f"n is {params.n}; stream follows one sequence: use pipe(prompt, stream=True, n={params.n})")
-        return (output for _, output in self._run([prompt], params))
+        call = asked(self.engine.intake, params, options)
+        n = call.params.n
+        if n != 1:
+            raise ValueError(f"n is {n}; stream follows one sequence: use pipe(prompt, stream=True, n={n})")
+        return (output for _, output in self._run([prompt], call))
 
     def destroy(self) -> None:
         """Lets go of weights and cache; the pipeline cannot be used afterwards."""
         self._engine = None
 
-    def _run(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[tuple[int, RequestOutput]]:
+    def _run(self, prompts: Sequence[Prompt], call: Asked) -> Iterator[tuple[int, RequestOutput]]:
         engine = self.engine
         index_of: dict[str, int] = {}
         try:
             for prompt in prompts:
                 token_ids = engine.encode(prompt)
-                for sample in samples(params):
+                for sample in call.samples(len(token_ids)):
                     request_id = engine.add(token_ids, sample)
                     index_of[request_id] = len(index_of)
         except ValueError:
             for request_id in index_of:
                 engine.abort(request_id)
             raise
-        return self._outputs(engine, index_of)
+        return self._outputs(engine, index_of, call)
 
-    @staticmethod
-    def _outputs(engine: Engine, index_of: dict[str, int]) -> Iterator[tuple[int, RequestOutput]]:
+    def _outputs(self, engine: Engine, index_of: dict[str, int], call: Asked) -> Iterator[tuple[int, RequestOutput]]:
         running = set(index_of)
         try:
             while running:
@@ -156,6 +168,7 @@ class Pipeline:
                     if output.request_id in running:
                         if output.finished:
                             running.discard(output.request_id)
+                            self._limits.note(call, output)
                         yield index_of[output.request_id], output
         finally:
             for request_id in running:  # the caller left early, or a step failed

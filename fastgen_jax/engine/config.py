@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine import generation
+from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
@@ -25,7 +26,7 @@ NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding, so that
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # of these, a measurement compiles and times only some
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:
     """How the engine runs a model. Every None is filled by `resolve`, from the model and the device."""
 
@@ -109,6 +110,13 @@ class EngineConfig:
                 )
             object.__setattr__(self, "budget_ladder", tuple(self.budget_ladder))
 
+    def __repr__(self) -> str:
+        """What differs from the defaults; of a resolved config that is also what was filled in."""
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "compile_cache_dir"}
+        kept = {f.name: f.default for f in fields(self)}
+        changed = ", ".join(f"{name}={value!r}" for name, value in told.items() if value != kept[name])
+        return f"{type(self).__name__}({changed})"
+
     @property
     def promise(self) -> Promise | None:
         """What a policy promises, if it does; ValueError for a rate that is not above 0, or a negative grace."""
@@ -121,15 +129,15 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> EngineConfig:
-        """A config from keyword options; an unknown one raises ValueError that lists the known."""
+        """A config from keyword options; an unknown one raises ValueError that says which was meant."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; engine options: {', '.join(sorted(known))}")
+            raise unknown_engine_option(unknown[0], known)
         return cls(**options)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ResolvedConfig(EngineConfig):
     """An `EngineConfig` without open choices, but for a token budget that is still to be measured."""
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.intake import Intake, Prompt
 from fastgen_jax.engine.metrics import Metrics, StepTimes, compile_count
 from fastgen_jax.engine.outputs import RequestOutput, RequestState, SampledRows
@@ -39,6 +40,9 @@ class Engine(ResearchInterface):
 
     Everything is compiled before the constructor returns. Not thread-safe: one thread owns an engine.
     """
+
+    name: str = ""
+    """What `from_pretrained` was asked for; empty for an engine that was made from weights."""
 
     def __init__(
         self,
@@ -95,7 +99,12 @@ class Engine(ResearchInterface):
             raise ValueError(f"give either config or options, not both; options were {', '.join(sorted(options))}")
         config = config or EngineConfig.from_options(options)
         params, model_config, tokenizer, config = startup.load(model, config, progress=progress)
-        return cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
+        engine = cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
+        engine.name = os.fspath(model)
+        return engine
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe(self)}; {self.num_running} running, {self.num_waiting} waiting)"
 
     # Requests
 

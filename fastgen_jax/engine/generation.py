@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastgen_jax.core.options import nearest
@@ -85,18 +86,24 @@ def parse_setting(setting: Any) -> str | Pairs:
 def sampling_params(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
     """`SamplingParams` from the options that a request gives, and for the others from the model's defaults.
 
-    An option that is None counts as not given. A default that contradicts an option steps back. Raises ValueError as
-    `SamplingParams` does.
+    An option that is None counts as not given. A default that contradicts an option steps back. That of `max_new_tokens`
+    is not among the parameters: see `limited`. Raises ValueError as `SamplingParams` does.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    rest = dict(defaults)
+    rest = {name: value for name, value in defaults.items() if name != "max_new_tokens"}
     if given.get("do_sample") is False or given.get("temperature") == 0:
         rest = {name: value for name, value in rest.items() if name not in _FILTERS}
     if given.get("do_sample") is True and rest.get("temperature") == 0:
         del rest["temperature"]
-    if "max_length" in given:
-        rest.pop("max_new_tokens", None)
-    least = given.get("min_new_tokens")
-    if isinstance(least, int) and "max_new_tokens" in rest:
-        rest["max_new_tokens"] = max(rest["max_new_tokens"], least)
     return SamplingParams(**{**rest, **given})
+
+
+def limited(params: SamplingParams, new_tokens: int | None, *, room: int) -> SamplingParams:
+    """`params` with a default for the length of the answer, if they have no limit themselves.
+
+    Unlike a limit that was asked for, a default gives way: to `min_new_tokens`, and to `room`, the tokens that fit behind
+    the prompt.
+    """
+    if new_tokens is None or room < 1 or params.max_new_tokens is not None or params.max_length is not None:
+        return params
+    return replace(params, max_new_tokens=min(max(new_tokens, params.min_new_tokens), max(room, params.min_new_tokens)))

@@ -63,9 +63,23 @@ class Intake:
         """What holds for requests that do not say otherwise: the model's own, see `EngineConfig.generation_config`."""
         return dict(self.config.generation_config)
 
+    @property
+    def default_new_tokens(self) -> int | None:
+        """Tokens of an answer for which no request sets a limit: the model's own default, None if it has none."""
+        return self.defaults.get("max_new_tokens")
+
     def sampling_params(self, options: Mapping[str, Any]) -> SamplingParams:
         """`SamplingParams` from the options that are given, and for the others from the model's defaults."""
         return generation.sampling_params(options, self.defaults)
+
+    def limited(self, params: SamplingParams, num_prompt_tokens: int, new_tokens: int | None) -> SamplingParams:
+        """`params` for a prompt of that many tokens: without a limit of their own they get `new_tokens`, if so many fit."""
+        return generation.limited(params, new_tokens, room=self.room(num_prompt_tokens))
+
+    def room(self, num_prompt_tokens: int) -> int:
+        """Tokens that fit behind a prompt, into the context and into the KV cache."""
+        config = self.config
+        return min(config.max_context_len, config.num_blocks * config.block_size) - num_prompt_tokens
 
     def request(
         self,
@@ -80,7 +94,9 @@ class Intake:
 
         Without `params`, the model's defaults hold; `params` themselves are taken as they are.
         """
-        params = params or self.sampling_params({})
+        token_ids = self.encode(prompt)
+        if params is None:
+            params = self.limited(self.sampling_params({}), len(token_ids), self.default_new_tokens)
         if params.n != 1:
             raise ValueError(f"n is {params.n}; the engine runs one sequence a request: add it {params.n} times with "
                              f"different seeds, or use pipeline, which does that")
@@ -92,7 +108,7 @@ class Intake:
                              "leave min_new_tokens out")
         request = Request(
             request_id=f"request-{next(self._numbers)}" if request_id is None else request_id,
-            prompt_token_ids=self.encode(prompt),
+            prompt_token_ids=token_ids,
             params=params,
             eos_token_ids=self.eos_token_ids,
             priority=priority,

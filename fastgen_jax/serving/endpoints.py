@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from fastgen_jax.api.options import sampling_params
+from fastgen_jax.api.options import asked
 from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer
@@ -48,7 +48,7 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
     )
     work = await start_work(
         backend, body.prompts, params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
-        grammar=grammar_of(body),
+        grammar=grammar_of(body), new_tokens=backend.intake.default_new_tokens,
     )
     return await _answer(server, "text_completion", body, work,
                          CompletionAnswer(body, work, backend.intake.tokenizer), request)
@@ -70,7 +70,7 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     )
     work = await start_work(
         backend, [prompt], params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
-        grammar=grammar_of(body),
+        grammar=grammar_of(body), new_tokens=backend.intake.default_new_tokens,
     )
     return await _answer(server, "chat", body, work, ChatAnswer(body, work, tokenizer), request)
 
@@ -78,13 +78,14 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
 async def generate(server: Server, body: GenerateRequest, request: Request) -> Response:
     """POST /mii/{deployment}: a list with a response a sample, or server-sent events of (index, output)."""
     backend = server.ready()
-    params = sampling_params(body.model_extra or {})
+    call = asked(backend.intake, None, body.model_extra or {})
+    params = call.params
     stops = tuple(params.stop)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop has {len(stops)} strings and at most {MAX_STOPS} are served; keep the likeliest")
     prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
     work = await start_work(backend, prompts, replace(params, n=1), num_samples=params.n, priority=body.priority,
-                            timeout=body.timeout)
+                            timeout=body.timeout, new_tokens=call.new_tokens)
     work.on_gap = server.metrics.note_gap
     end = _at_end(server, "generate", work, request)
     if body.stream:

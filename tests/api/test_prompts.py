@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,14 +37,17 @@ class Tensor:
         return int(self.values)
 
 
-class Color(str, enum.Enum):
-    RED = "red"
+class Shown(str):
+    """A text that is shown as another, as the members of an enum of strings are."""
+
+    def __str__(self):
+        return f"Shown({super().__str__()})"
 
 
 @pytest.mark.parametrize(("prompts", "plain"), [
     ("Hi", ["Hi"]),
     (np.str_("Hi"), ["Hi"]),
-    (Color.RED, ["red"]),
+    (Shown("Hi"), ["Hi"]),
     (["Hi", "there"], ["Hi", "there"]),
     (("Hi", "there"), ["Hi", "there"]),
     ((text for text in ("Hi", "there")), ["Hi", "there"]),
@@ -77,6 +78,7 @@ class Color(str, enum.Enum):
 def test_a_prompt_in_any_form_becomes_text_ids_or_messages(prompts, plain):
     found = as_prompts(prompts)
     assert found == plain
+    assert all(type(prompt) is str for prompt in found if isinstance(prompt, str))
     assert all(type(token) is int for prompt in found if isinstance(prompt, tuple) for token in prompt)
 
 
