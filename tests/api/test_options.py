@@ -8,8 +8,12 @@ import logging
 import pytest
 
 from fastgen_jax import EngineConfig, Pipeline, SamplingParams
-from fastgen_jax.api.options import DEFAULT_NEW_TOKENS, asked, sampling_params
-from tests.tiny import drain, tiny_engine, tokens_of
+from fastgen_jax.api import options
+from fastgen_jax.api.options import asked, sampling_params
+from fastgen_jax.engine import option_names
+from fastgen_jax.engine.config import resolve
+from fastgen_jax.engine.intake import Intake
+from tests.tiny import drain, tiny_engine, tiny_model, tokens_of
 
 GREEDY = {"do_sample": False, "ignore_eos": True}
 
@@ -22,10 +26,9 @@ def pipe() -> Pipeline:
 def test_sampling_params_and_the_same_options_give_the_same_answer(pipe):
     params = SamplingParams(max_new_tokens=4, temperature=1.5, seed=3, ignore_eos=True)
     (by_name,) = pipe([5, 6], max_new_tokens=4, temperature=1.5, seed=3, ignore_eos=True)
-    for (response,) in (pipe([5, 6], params), pipe([5, 6], params=params)):
-        assert response.token_ids == by_name.token_ids
-    for stream in (pipe.stream([5, 6], params), pipe.stream([5, 6], params=params)):
-        assert tuple(t for output in stream for t in output.new_token_ids) == by_name.token_ids
+    assert pipe([5, 6], params)[0].token_ids == pipe([5, 6], params=params)[0].token_ids == by_name.token_ids
+    assert tuple(t for output in pipe.stream([5, 6], params) for t in output.new_token_ids) == by_name.token_ids
+    assert tuple(t for output in pipe.stream([5, 6], params=params) for t in output.new_token_ids) == by_name.token_ids
     several = pipe([[5, 6], [7]], dataclasses.replace(params, n=2))
     assert len(several) == 4
     assert several[0].token_ids == by_name.token_ids
@@ -84,9 +87,6 @@ def test_an_option_of_the_engine_in_a_call_is_sent_where_it_belongs(pipe):
 
 
 def test_what_other_programs_call_the_options_leads_to_options_that_exist():
-    from fastgen_jax.api import options
-    from fastgen_jax.engine import option_names
-
     calls = {f.name for f in dataclasses.fields(SamplingParams)} | set(options.CALL_OPTIONS)
     engines = {f.name for f in dataclasses.fields(EngineConfig)}
     for other_names, known in ((options._OTHER_NAMES, calls), (option_names._OTHER_NAMES, engines)):
@@ -100,14 +100,16 @@ def with_defaults(**defaults):
     return tiny_engine(generation_config=tuple(defaults.items()))
 
 
-def params_of(options, **defaults):
-    return asked(with_defaults(**defaults).intake, None, options).params
+def params_of(given, **defaults):
+    model = tiny_model()[1]
+    intake = Intake(None, model, resolve(EngineConfig(num_blocks=64, generation_config=defaults), model))
+    return asked(intake, None, given).params
 
 
 def test_the_models_defaults_hold_for_options_that_are_left_out_or_none():
     defaults = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
-    for options in ({}, {"temperature": None, "top_p": None}):
-        params = params_of(options, **defaults)
+    for given in ({}, {"temperature": None, "top_p": None}):
+        params = params_of(given, **defaults)
         assert {name: getattr(params, name) for name in defaults} == defaults
     params = params_of({"temperature": 1.5, "top_k": 0, "top_p": 1.0}, **defaults)
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (1.5, None, 1.0, 0.05)
@@ -170,14 +172,15 @@ def test_defaults_can_be_given_as_a_mapping_or_as_json_and_configs_stay_hashable
 
 # Lengths
 
-def test_an_answer_without_a_limit_ends_at_the_default_and_says_so_once(caplog):
-    pipe = Pipeline(tiny_engine(num_blocks=128, max_context_len=400))
+def test_an_answer_without_a_limit_ends_at_the_default_and_says_so_once(pipe, caplog, monkeypatch):
+    assert options.DEFAULT_NEW_TOKENS == 256
+    monkeypatch.setattr(options, "DEFAULT_NEW_TOKENS", 9)  # the tiny model's context is shorter
     with caplog.at_level(logging.WARNING, "fastgen_jax"):
         (response,) = pipe([5, 6], **GREEDY)
-        assert (response.generated_length, response.finish_reason) == (DEFAULT_NEW_TOKENS, "length")
-        list(pipe.stream([5, 6], **GREEDY))
+        assert (response.generated_length, response.finish_reason) == (9, "length")
+        assert len(list(pipe.stream([5, 6], **GREEDY))) == 9
     (record,) = caplog.records
-    assert record.getMessage() == ("an answer was cut off after 256 tokens, the limit of the default; give "
+    assert record.getMessage() == ("an answer was cut off after 9 tokens, the limit of the default; give "
                                    "max_new_tokens=... for another (said once)")
 
 
@@ -202,7 +205,7 @@ def test_a_limit_that_was_asked_for_is_nothing_to_warn_of(pipe, caplog):
 
 
 @pytest.mark.parametrize(("settings", "name", "room"), [
-    ({"max_context_len": 32}, "max_context_len", 30), ({"num_blocks": 10}, "num_blocks", 38),
+    ({}, "max_context_len", 126), ({"num_blocks": 10}, "num_blocks", 38),
 ])
 def test_a_default_limit_gives_way_to_what_fits_and_a_full_context_is_said(settings, name, room, caplog):
     pipe = Pipeline(tiny_engine(**settings))
@@ -210,5 +213,5 @@ def test_a_default_limit_gives_way_to_what_fits_and_a_full_context_is_said(setti
         (response,) = pipe([5, 6], **GREEDY)
     assert response.generated_length == room
     (record,) = caplog.records
-    assert f"behind a prompt of 2 tokens there was room for {room}; give a shorter prompt, or start with a larger {name}" in (
-        record.getMessage())
+    assert (f"behind a prompt of 2 tokens there was room for {room}; give a shorter prompt, or start with a larger {name}"
+            in record.getMessage())
