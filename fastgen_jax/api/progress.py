@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ class Progress:
         self._left = list(limits)
         self._finished = 0
         shown = is_watched() if show is None else show
-        self._bar: tqdm[None] = tqdm(total=sum(limits), unit="token", desc=self._description(), disable=not shown,
+        self._bar: tqdm[NoReturn] = tqdm(total=sum(limits), unit="token", desc=self._description(), disable=not shown,
                                      postfix="reading prompts", leave=bool(show) or len(limits) > 1)
         self._over = threading.Event()
         self._clock = threading.Thread(target=self._beat, daemon=True, name="fastgen-progress") if shown else None

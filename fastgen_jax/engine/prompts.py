@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,10 @@ class SupportsArray(Protocol):
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         """The array on the host."""
         ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 FORMS = "give text, token ids, or chat messages"
