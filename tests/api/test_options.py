@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from fastgen_jax.api import options
 from fastgen_jax.api.options import asked, sampling_params
 from fastgen_jax.engine import option_names
 from fastgen_jax.engine.config import resolve
+from fastgen_jax.engine.generation import DEFAULTS
 from fastgen_jax.engine.intake import Intake
 from tests.tiny import drain, tiny_engine, tiny_model, tokens_of
 
@@ -92,6 +94,13 @@ def test_what_other_programs_call_the_options_leads_to_options_that_exist():
     for other_names, known in ((options._OTHER_NAMES, calls), (option_names._OTHER_NAMES, engines)):
         assert not other_names.keys() & known
         assert {target for target in other_names.values() if " " not in target} <= known
+
+
+def test_the_page_about_sampling_has_every_option_and_every_default_of_a_model():
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    for name in (*(f.name for f in dataclasses.fields(SamplingParams)), *DEFAULTS, "generation_config"):
+        assert f"`{name}`" in page, name
+    assert f"else {options.DEFAULT_NEW_TOKENS} |" in page
 
 
 # Defaults of the model
