@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from functools import partial
+from typing import Any, Literal, Self, overload
 
 from fastgen_jax.api.options import Asked, LimitNotice, asked
 from fastgen_jax.api.options import sampling_params as sampling_params
 from fastgen_jax.api.progress import Progress
 from fastgen_jax.api.prompts import as_prompts as as_prompts
+from fastgen_jax.api.sharing import Outputs, SharedEngine, Stream
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.engine import Engine, Prompt
@@ -54,21 +56,31 @@ class Pipeline:
 
     Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...), or such an
     object as `params`, and `return_full_text`, `echo`, `stream` and `progress`.
+
+    Any number of threads may call and stream at a time: a thread of the pipeline's own runs the engine, and requests of
+    all share its steps. A KeyboardInterrupt, or another exception in a call or in the loop over a stream, ends that call's
+    requests and no others. `with pipeline(model) as pipe` destroys it at the end.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine: Engine | None = engine
+        """Takes the engine over: `destroy` ends it."""
+        self._shared = SharedEngine(engine)
         self._limits = LimitNotice()
 
     def __repr__(self) -> str:
-        return f"Pipeline({'destroyed' if self._engine is None else describe(self._engine)})"
+        return f"Pipeline({'destroyed' if self._shared.is_destroyed else describe(self.engine)})"
 
     @property
     def engine(self) -> Engine:
-        """The engine below; ValueError after `destroy`."""
-        if self._engine is None:
-            raise ValueError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
-        return self._engine
+        """The engine below, which may be used beside calls and streams; ValueError after `destroy`."""
+        return self._shared.engine
+
+    def __enter__(self) -> Self:
+        _ = self.engine  # a destroyed one is refused
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.destroy()
 
     @overload
     def __call__(
@@ -87,7 +99,7 @@ class Pipeline:
     def __call__(
         self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | None = None, *, stream: Literal[True],
         **options: Any,
-    ) -> Iterator[tuple[int, RequestOutput]]: ...
+    ) -> Outputs: ...
 
     def __call__(
         self,
@@ -99,14 +111,16 @@ class Pipeline:
         echo: bool = False,
         progress: bool | None = None,
         **options: Any,
-    ) -> list[Response] | Iterator[tuple[int, RequestOutput]]:
+    ) -> list[Response] | Outputs:
         """One response a prompt, in order; with `n`, n in a row for each.
 
         `prompts` is one prompt or several, each as text, token ids or chat messages. How they are continued is said by
         `params`, or by `options`, for which the model's defaults hold where they say nothing. `return_full_text` puts
         the prompt before the generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows it on
         a terminal and in a notebook. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive
-        instead. Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has run.
+        instead. Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has
+        run. Raises RuntimeError if a step failed that computed one of them, and ValueError if the pipeline was destroyed
+        meanwhile.
         """
         call = asked(self.engine.intake, params, options)
         items = as_prompts(prompts)
@@ -118,11 +132,14 @@ class Pipeline:
         n = call.params.n
         answers = [_Answer() for _ in range(len(items) * n)]
         limits = [call.most_tokens(len(ids)) for ids in token_ids for _ in range(n)]
-        run = self._run(token_ids, call)  # a mistake shows before the bar does
-        with Progress(limits, show=progress) as bar:
-            for index, output in run:
-                answers[index].add(output)
-                bar.add(index, output)
+        outputs = self._run(token_ids, call)
+        try:
+            with Progress(limits, show=progress) as bar:
+                for index, output in outputs:
+                    answers[index].add(output)
+                    bar.add(index, output)
+        finally:
+            outputs.close()
         responses = []
         for index, answer in enumerate(answers):
             prompt_ids = token_ids[index // n]
@@ -130,49 +147,29 @@ class Pipeline:
             responses.append(answer.response(text, prompt_ids if echo else ()))
         return responses
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
         """The outputs for one prompt, each as soon as its token is known; `output.text` is what to print.
 
-        Leaving the loop early ends the request. Raises as a call does.
+        Leaving the loop early ends the request, and so does `close()` of what this returns. Raises as a call does.
         """
         call = asked(self.engine.intake, params, options)
         n = call.params.n
         if n != 1:
             raise ValueError(f"n is {n}; stream follows one sequence: use pipe(prompt, stream=True, n={n})")
-        return (output for _, output in self._run([prompt], call))
+        return Stream(self._run([prompt], call))
 
     def destroy(self) -> None:
-        """Lets go of weights and cache; the pipeline cannot be used afterwards."""
-        self._engine = None
+        """Frees weights and cache at once; the pipeline cannot be used afterwards, and calls under way raise ValueError.
 
-    def _run(self, prompts: Sequence[Prompt], call: Asked) -> Iterator[tuple[int, RequestOutput]]:
-        engine = self.engine
-        index_of: dict[str, int] = {}
-        try:
-            for prompt in prompts:
-                token_ids = engine.encode(prompt)
-                for sample in call.samples(len(token_ids)):
-                    request_id = engine.add(token_ids, sample)
-                    index_of[request_id] = len(index_of)
-        except ValueError:
-            for request_id in index_of:
-                engine.abort(request_id)
-            raise
-        return self._outputs(engine, index_of, call)
+        Also while something else refers to them, as the traceback does that a notebook keeps of an error.
+        """
+        self._shared.destroy()
 
-    def _outputs(self, engine: Engine, index_of: dict[str, int], call: Asked) -> Iterator[tuple[int, RequestOutput]]:
-        running = set(index_of)
-        try:
-            while running:
-                for output in engine.step():
-                    if output.request_id in running:
-                        if output.finished:
-                            running.discard(output.request_id)
-                            self._limits.note(call, output)
-                        yield index_of[output.request_id], output
-        finally:
-            for request_id in running:  # the caller left early, or a step failed
-                engine.abort(request_id)
+    def _run(self, prompts: Sequence[Prompt], call: Asked) -> Outputs:
+        intake = self.engine.intake
+        encoded = [intake.encode(prompt) for prompt in prompts]
+        requests = [intake.request(ids, sample) for ids in encoded for sample in call.samples(len(ids))]
+        return self._shared.run(requests, on_finished=partial(self._limits.note, call))
 
     def _prompt_text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
         if isinstance(prompt, str):

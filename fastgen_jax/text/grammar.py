@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -30,12 +31,22 @@ class Grammar:
 
 
 class GrammarMatcher:
-    """How far a text has come in its grammar."""
+    """How far a text has come in its grammar. `make` gives llguidance's matcher at the start of it."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._matcher = make()
         self.error: str | None = None
         """Why the grammar could not be followed any further, for example because it became too complex."""
+
+    @property
+    def defect(self) -> str | None:
+        """What llguidance has against the grammar, or against the text so far."""
+        return self._matcher.get_error() if self._matcher.is_error() else None
+
+    def restarted(self) -> GrammarMatcher:
+        """A matcher at the start of the same grammar."""
+        return GrammarMatcher(self._make)
 
     def fill_mask(self, words: np.ndarray) -> None:
         """Writes into `words` i32[ceil(V / 32)], contiguous, a 1 for each token that may come next."""
@@ -78,10 +89,10 @@ class GrammarCompiler:
             source = make(grammar.source)
         except ValueError as error:
             raise ValueError(f"the {kind} cannot be used: {error}; simplify it") from None
-        matcher = matchers(self._vocabulary(library), source, log_level=0)
-        if matcher.is_error():
-            raise ValueError(f"the {kind} cannot be used: {matcher.get_error()}")
-        return GrammarMatcher(matcher)
+        matcher = GrammarMatcher(partial(matchers, self._vocabulary(library), source, log_level=0))
+        if (defect := matcher.defect) is not None:
+            raise ValueError(f"the {kind} cannot be used: {defect}")
+        return matcher
 
     def _vocabulary(self, library: Any) -> Any:
         with self._lock:
