@@ -44,8 +44,6 @@ def test_an_engine_and_its_pipeline_say_model_formats_devices_and_cache():
         assert part in text
     pipe = Pipeline(engine)
     assert repr(pipe) == f"Pipeline({text.removeprefix('Engine(').removesuffix('; 0 running, 0 waiting)')})"
-    pipe.destroy()
-    assert repr(pipe) == "Pipeline(destroyed)"
 
 
 def test_an_engine_by_name_says_it_and_its_defaults_hold_from_the_pipeline_to_the_engine(tmp_path):
@@ -59,6 +57,8 @@ def test_an_engine_by_name_says_it_and_its_defaults_hold_from_the_pipeline_to_th
     answers = [pipe("a tree", ignore_eos=True)[0] for _ in range(3)]
     assert {answer.token_ids for answer in answers} == {pipe("a tree", do_sample=False, ignore_eos=True)[0].token_ids}
     assert {answer.generated_length for answer in answers} == {3}
+    pipe.destroy()
+    assert repr(pipe) == "Pipeline(destroyed)"
 
 
 def test_a_config_shows_what_differs_from_the_defaults():
