@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.api.deployment import Deployment, default_name, deployments, find_deployment, start_server, stop_server
-from fastgen_jax.api.pipeline import Response, as_prompts
+from fastgen_jax.api.pipeline import Response
+from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.intake import Prompt
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastgen_jax.engine.engine import Engine
-from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.outputs import Outbox, RequestOutput
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import GrammarMatcher
 
@@ -51,6 +51,7 @@ class Load:
 class EngineThread:
     """Runs `engine` until `close`. All methods may be called from any thread; none of them waits for a step.
 
+    It steps while requests that came through it are unfinished; others may use the engine beside it.
     `deliver` gets the events of each step, in the engine's thread: it must hand them over and return.
     """
 
@@ -61,6 +62,7 @@ class EngineThread:
         self.has_ended = False
         """Whether it takes no more requests, because it was closed or could not be recovered."""
         self._deliver = deliver
+        self._box = Outbox()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._deadlines: list[tuple[float, str]] = []
         self._events: list[Event] = []
@@ -84,33 +86,50 @@ class EngineThread:
         self._inbox.put(lambda: self._add(request, matcher, deadline))
         self._check()
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request before the next step; no event follows, and none if it is unknown."""
-        self._inbox.put(lambda: self.engine.abort(request_id))
+    def submit_all(self, requests: Sequence[Request]) -> None:
+        """Queues checked requests at once, so that the same step sees all of them; raises as `submit` does."""
+        self._inbox.put(lambda: [self._add(request, None, None) for request in requests])
+        self._check()
+
+    def abort(self, *request_ids: str) -> None:
+        """Ends requests before the next step; no event follows, and none for one that is unknown.
+
+        Waits for nothing, not even a lock: a destructor may call it.
+        """
+        self._inbox.put(lambda: [self.engine.abort(request_id) for request_id in request_ids])
 
     def call(self, function: Callable[[Engine], Any]) -> None:
         """Runs `function` between two steps. Raises RuntimeError if the thread has ended."""
         self._inbox.put(lambda: function(self.engine))
         self._check()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether events may still come: also for a moment after `has_ended`."""
+        return self._thread.is_alive()
+
     def wait(self) -> None:
         """Returns when the thread has ended."""
         self._thread.join()
 
+    def stop(self) -> None:
+        """Lets the thread end after the step that runs, and does not wait for it; as `abort`, for a destructor too."""
+        self._inbox.put(self._stop)
+
     def close(self, timeout: float | None = None) -> None:
         """Ends the thread after the step that runs; unfinished requests get a `Failure`."""
-        self._inbox.put(self._stop)
+        self.stop()
         self._thread.join(timeout)
 
     def _run(self) -> None:
         try:
             while not self._stopping:
                 try:
-                    self._take_commands(wait=not self.engine.has_work)
+                    self._take_commands(wait=not self._has_work)
                     self._expire()
-                    if self.engine.has_work and not self._stopping:
+                    if self._has_work and not self._stopping:
                         self._step()
-                except Exception as error:  # the thread must live: without it every client would hang
+                except BaseException as error:  # the thread must live: without it every client would hang
                     self._recover(error)
                 self._publish()
                 self._hand_over()
@@ -119,7 +138,7 @@ class EngineThread:
         finally:
             self.has_ended = True
             self._take_commands(wait=False)  # what came in meanwhile must hear of it too
-            self._fail([*self.engine.request_ids], "shutdown", "the server is shutting down")
+            self._fail(self.engine.requests_of(self._box), "shutdown", "the server is shutting down")
             self._publish()
             self._hand_over()
 
@@ -142,7 +161,7 @@ class EngineThread:
 
     def _add(self, request: Request, matcher: GrammarMatcher | None, deadline: float | None) -> None:
         try:
-            self.engine.add_request(request, matcher)
+            self.engine.add_request(request, matcher, box=self._box)
         except ValueError as error:
             self._events.append(Failure(request.request_id, "step", str(error)))
             return
@@ -154,19 +173,23 @@ class EngineThread:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request_id = heapq.heappop(self._deadlines)
             self._fail([request_id], "deadline", "the deadline of the request passed before it was finished")
-        if not self.engine.has_work:
+        if not self._has_work:
             self._deadlines.clear()
+
+    @property
+    def _has_work(self) -> bool:
+        return self.engine.has_work_for(self._box)
 
     def _step(self) -> None:
         start = time.monotonic()
-        self._events += self.engine.step()
+        self._events += self.engine.step(self._box)
         seconds = time.monotonic() - start
         self._step_seconds += (1 - STEPS_REMEMBERED if self._step_seconds else 1) * (seconds - self._step_seconds)
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: BaseException) -> None:
         self.num_failed_steps += 1
         log.exception("a step failed; its requests end, all others go on")
-        ended = self.engine.recover()
+        ended = self.engine.recover(self._box)
         message = f"the step that computed this request failed ({type(error).__name__}: {error}); send it again"
         self._events += [Failure(request_id, "step", message) for request_id in ended]
 

@@ -33,7 +33,8 @@ def convert(
         raise ValueError(f"{checkpoint.path} has no tokenizer files; put tokenizer.json or tokenizer.model beside the "
                          "weights")
     params = load_params(checkpoint, dtype=None, stack_layers=False, prepare=prepare, progress=progress)
-    save_snapshot(out, params, checkpoint.config_json, tokenizer_files=files)
+    save_snapshot(out, params, checkpoint.config_json, tokenizer_files=files,
+                  generation_config=checkpoint.generation_config)
 
 
 def tokenizer_files(source: Path | GGUFFile) -> Mapping[str, bytes]:

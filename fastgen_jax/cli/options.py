@@ -103,7 +103,8 @@ def _help(text: str, field: Field[Any]) -> str:
 
 def make_pipeline(options: dict[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
     """The pipeline that the options describe, and the generation options among them."""
-    from fastgen_jax.api.pipeline import pipeline, sampling_params
+    from fastgen_jax.api.options import sampling_params
+    from fastgen_jax.api.pipeline import pipeline
     from fastgen_jax.engine.config import EngineConfig
 
     given = given_options(options)

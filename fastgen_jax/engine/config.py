@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.engine import generation
+from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise, longest_sequence
@@ -23,7 +26,7 @@ NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding, so that
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # of these, a measurement compiles and times only some
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:
     """How the engine runs a model. Every None is filled by `resolve`, from the model and the device."""
 
@@ -64,6 +67,9 @@ class EngineConfig:
     """Whether layers are scanned as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
     attention: Literal["reference", "xla", "cpu", "tpu", "gpu"] | None = None
     """Implementation of ragged attention. None: the best one for the device."""
+    generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = "auto"
+    """Defaults of requests that leave an option out: "auto" takes those of the checkpoint's generation_config.json, "none"
+    none; or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Kept as pairs."""
     compile_cache_dir: str | None = field(default_factory=lambda: os.environ.get("FASTGEN_CACHE_DIR"))
     """Folder of compiled programs and measurements. None: ~/.cache/fastgen_jax; "" keeps nothing."""
 
@@ -82,6 +88,7 @@ class EngineConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
+        object.__setattr__(self, "generation_config", generation.parse_setting(self.generation_config))
         promises = (self.promised_prompt_rate, self.promised_generation_rate)
         if any((promise is not None) != (self.policy in NEED_PROMISE) for promise in promises):
             raise ValueError(
@@ -103,6 +110,13 @@ class EngineConfig:
                 )
             object.__setattr__(self, "budget_ladder", tuple(self.budget_ladder))
 
+    def __repr__(self) -> str:
+        """What differs from the defaults; of a resolved config that is also what was filled in."""
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "compile_cache_dir"}
+        kept = {f.name: f.default for f in fields(self)}
+        changed = ", ".join(f"{name}={value!r}" for name, value in told.items() if value != kept[name])
+        return f"{type(self).__name__}({changed})"
+
     @property
     def promise(self) -> Promise | None:
         """What a policy promises, if it does; ValueError for a rate that is not above 0, or a negative grace."""
@@ -115,15 +129,15 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> EngineConfig:
-        """A config from keyword options; an unknown one raises ValueError that lists the known."""
+        """A config from keyword options; an unknown one raises ValueError that says which was meant."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; engine options: {', '.join(sorted(known))}")
+            raise unknown_engine_option(unknown[0], known)
         return cls(**options)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ResolvedConfig(EngineConfig):
     """An `EngineConfig` without open choices, but for a token budget that is still to be measured."""
 
@@ -133,6 +147,7 @@ class ResolvedConfig(EngineConfig):
     max_context_len: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     num_blocks: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     stack_layers: bool  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+    generation_config: generation.Pairs  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
 
     @property
     def activation_dtype(self) -> str:
@@ -210,6 +225,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         "dtype": dtype, "kv_dtype": kv_dtype, "block_size": block_size, "max_context_len": max_context_len,
         "num_blocks": num_blocks, "stack_layers": stack_layers,
         "budget_ladder": ladder, "prefix_caching": prefix_caching,
+        "generation_config": () if isinstance(config.generation_config, str) else config.generation_config,
     }
     return ResolvedConfig(**{**{f.name: getattr(config, f.name) for f in fields(EngineConfig)}, **filled})
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from typing import Any
 
 import numpy as np
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.intake import Intake, Prompt
 from fastgen_jax.engine.metrics import Metrics, StepTimes, compile_count
-from fastgen_jax.engine.outputs import RequestOutput, RequestState, SampledRows
+from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState, SampledRows
 from fastgen_jax.engine.packing import Packer
 from fastgen_jax.engine.research import ResearchInterface
 from fastgen_jax.engine.runner import StepOutput
@@ -37,8 +37,13 @@ class Engine(ResearchInterface):
             for output in engine.step():
                 print(output.text, end="")
 
-    Everything is compiled before the constructor returns. Not thread-safe: one thread owns an engine.
+    Everything is compiled before the constructor returns. Any thread may call; calls take turns. An exception may come
+    anywhere, a KeyboardInterrupt above all: the next call finds that an earlier one did not come to its end, and begins
+    with the requests and the outputs that stand. What they lack is computed again, and is the same as it would have been.
     """
+
+    name: str = ""
+    """What `from_pretrained` was asked for; empty for an engine that was made from weights."""
 
     def __init__(
         self,
@@ -77,9 +82,7 @@ class Engine(ResearchInterface):
             max_num_seqs=resolved.max_num_seqs, max_blocks=self._runner.max_blocks, num_blocks=resolved.num_blocks,
             block_size=resolved.block_size, tables=self._tables,
         )
-        self._states: dict[str, RequestState] = {}
-        self._in_flight: deque[tuple[Step, StepOutput, StepTimes]] = deque()
-        self._committing: Step | None = None
+        self._init_standing()
         self._init_research()
 
     @classmethod
@@ -95,7 +98,13 @@ class Engine(ResearchInterface):
             raise ValueError(f"give either config or options, not both; options were {', '.join(sorted(options))}")
         config = config or EngineConfig.from_options(options)
         params, model_config, tokenizer, config = startup.load(model, config, progress=progress)
-        return cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
+        engine = cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
+        engine._runner.own_params()
+        engine.name = os.fspath(model)
+        return engine
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe(self)}; {self.num_running} running, {self.num_waiting} waiting)"
 
     # Requests
 
@@ -120,15 +129,35 @@ class Engine(ResearchInterface):
         )
         return self.add_request(request, matcher)
 
-    def add_request(self, request: Request, matcher: GrammarMatcher | None = None) -> str:
-        """Queues a request that `intake` made, with the matcher of its grammar if it has one; see `add`."""
-        if request.request_id in self._states:
-            raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or leave it out")
-        sequence = self._scheduler.add(request)
-        self._states[request.request_id] = RequestState(sequence, self.tokenizer, matcher)
-        self.metrics.requests += 1
-        self.metrics.prompt_tokens += len(request.prompt_token_ids)
-        return request.request_id
+    def add_request(
+        self, request: Request, matcher: GrammarMatcher | None = None, *, box: Outbox | None = None
+    ) -> str:
+        """Queues a request that `intake` made, with the matcher of its grammar if it has one; see `add`.
+
+        Its outputs go to `box` and come from `step(box)`.
+        """
+        request_id, state = request.request_id, None
+        try:
+            with self._turn, self._lock:
+                self._begin()
+                try:
+                    if request_id in self._states:
+                        raise ValueError(
+                            f"request id {request_id!r} is already in use; choose another, or leave it out")
+                    sequence = self._scheduler.add(request)
+                except ValueError:
+                    self._open = False  # nothing has changed
+                    raise
+                state = RequestState(sequence, self.tokenizer, matcher, box=box or self._box)
+                self._states[request_id] = state
+                self.metrics.requests += 1
+                self.metrics.prompt_tokens += len(request.prompt_token_ids)
+                self._open = False
+        except BaseException:
+            if state is not None and self._states.get(request_id) is state:
+                self.abort(request_id)  # nobody knows of it
+            raise
+        return request_id
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt in any of its forms; ValueError if it is empty or not one of them."""
@@ -136,16 +165,14 @@ class Engine(ResearchInterface):
 
     def abort(self, request_id: str) -> bool:
         """Ends a request and frees its blocks at once; False if there is none of that id (it may just have finished)."""
-        if not self._scheduler.abort(request_id):
-            return False
-        del self._states[request_id]
-        self.metrics.aborted += 1
-        return True
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a request is unfinished or a step has not been read."""
-        return bool(self._in_flight) or self._scheduler.has_work
+        with self._turn, self._lock:
+            known = self._states.pop(request_id, None) is not None
+            self.metrics.aborted += known
+            if known and not self._open:  # else the next operation begins without it
+                self._open = True
+                self._scheduler.abort(request_id)
+                self._open = False
+        return known
 
     @property
     def num_running(self) -> int:
@@ -174,56 +201,68 @@ class Engine(ResearchInterface):
 
     # Steps
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, box: Outbox | None = None) -> list[RequestOutput]:
         """Runs one step and returns what became known: with overlap, the results of the step before it.
 
-        Returns an empty list when nothing has finished computing yet, or nothing is left to do.
+        Returns an empty list when nothing has finished computing yet, or nothing is left to do. `box` asks for the
+        outputs of its requests instead of those that were added without one; all requests are computed for.
+
+        After a KeyboardInterrupt the next call goes on as if nothing had happened, and returns what this one had found
+        out. After an error, the requests that were being computed end with an output that has it as its `error`, unless
+        `recover` is called first.
         """
-        compiles = compile_count()
-        dispatched = self._dispatch()
-        # One step stays in flight while the host works, unless there was nothing to put behind it.
-        keep = 1 if dispatched and self.config.overlap else 0
-        outputs = [self._refuse(sequence) for sequence in self._scheduler.take_refused()]
-        while len(self._in_flight) > keep:
-            outputs += self._commit(*self._in_flight.popleft())
-        self.metrics.compiles_while_serving += compile_count() - compiles
+        box = box or self._box
+        with self._turn:
+            pass
+        with self._lock:
+            if not (self._destroyed and box.outputs):
+                self._begin()
+                try:
+                    self._step()
+                except Exception as error:
+                    self._failure = f"{type(error).__name__}: {error}"
+                    raise
+                self._open = False
+        # No call from here on: an exception comes before all of this, or after the caller has the outputs.
+        outputs = box.outputs
+        box.outputs = []
         return outputs
-
-    def recover(self) -> list[str]:
-        """Makes the engine usable again after `step` raised; returns the ids of the requests that it ends.
-
-        Those are the requests whose tokens were being computed. All others keep what they have: waiting ones wait,
-        running ones are computed again. The device's memory is made anew, prefixes cached so far are forgotten, and
-        so are the sequences of `put`.
-        """
-        lost = self._scheduler.forget_device()
-        if self._committing is not None:
-            lost += [chunk.sequence for chunk in self._committing.chunks if not chunk.sequence.is_finished]
-        if not lost:  # it was the plan that failed, so that the next would fail too if nothing changed
-            lost = [state.sequence for state in self._states.values()][:1]
-        self._in_flight.clear()
-        self._committing = None
-        self._runner.reset()
-        self._init_research()
-        ended = list(dict.fromkeys(sequence.request_id for sequence in lost))
-        for request_id in ended:
-            self.abort(request_id)
-        return ended
 
     def measure_step(self, num_tokens: int) -> float:
         """Seconds of one full step of the bucket for `num_tokens`, measured now; ValueError unless the engine is idle.
 
         It overwrites the cache, so prefixes cached so far are forgotten.
         """
-        if self.has_work or self._put_sequences:
-            raise ValueError("the engine has requests or sequences; measure it while it is idle")
-        return self._runner.measure(self._runner.bucket(num_tokens).num_tokens, repeats=1)
+        with self._turn, self._lock:
+            self._check()
+            if self.has_work or self._put_sequences:
+                raise ValueError("the engine has requests or sequences; measure it while it is idle")
+            self._begin()
+            self._scheduler.start_over(())
+            seconds = self._runner.measure(self._runner.bucket(num_tokens).num_tokens, repeats=1)
+            self._open = False
+        return seconds
+
+    def _step(self) -> None:
+        compiles = compile_count()
+        dispatched = self._dispatch()
+        # One step stays in flight while the host works, unless there was nothing to put behind it.
+        keep = 1 if dispatched and self.config.overlap else 0
+        for sequence in self._scheduler.take_refused():
+            self.metrics.refused += 1
+            state = self._states[sequence.request_id]
+            self._publish(state.advance([], []), state)
+        while len(self._in_flight) > keep:
+            self._commit(*self._in_flight[0])
+            self._in_flight.popleft()
+        self.metrics.compiles_while_serving += compile_count() - compiles
 
     def _dispatch(self) -> bool:
         start = time.perf_counter()
         step = self._scheduler.schedule()
         if step is None:
             return False
+        self._dispatching = step
         planned = time.perf_counter()
         for sequence in step.admitted:
             self._admit(sequence)
@@ -239,6 +278,7 @@ class Engine(ResearchInterface):
             start=start, planned=planned, packed=done, dispatched=dispatched,
         )
         self._in_flight.append((step, output, times))
+        self._dispatching = None
         m = self.metrics
         m.plan_seconds.append(planned - start)
         m.pack_seconds.append(done - planned)
@@ -275,13 +315,7 @@ class Engine(ResearchInterface):
                 logit_bias=request.params.logit_bias,
             )
 
-    def _refuse(self, sequence: HostSequence) -> RequestOutput:
-        """The only output of a request whose promise cannot be kept."""
-        self.metrics.refused += 1
-        return self._states.pop(sequence.request_id).advance([], [])
-
-    def _commit(self, step: Step, output: StepOutput, times: StepTimes) -> list[RequestOutput]:
-        self._committing = step
+    def _commit(self, step: Step, output: StepOutput, times: StepTimes) -> None:
         start = time.perf_counter()
         rows = self._read(step, output)
         read = time.perf_counter()
@@ -293,7 +327,7 @@ class Engine(ResearchInterface):
                 row_chunks.append((row, chunk))
         advanced = self._scheduler.commit(step, [rows.tokens[end - 1] for end, chunk in row_chunks if chunk.samples])
         committed = time.perf_counter()
-        outputs = self._outputs(rows, row_chunks, set(advanced))
+        self._outputs(rows, row_chunks, set(advanced))
         m = self.metrics
         m.generated_tokens += len(advanced)
         m.wasted_rows += len(step.sampled) - len(advanced)
@@ -302,8 +336,6 @@ class Engine(ResearchInterface):
         done = time.perf_counter()
         m.output_seconds.append(done - committed)
         m.timeline.append(times._replace(waited=start, read=read, committed=committed, done=done))
-        self._committing = None
-        return outputs
 
     def _read(self, step: Step, output: StepOutput) -> SampledRows:
         sampled = output.sampled
@@ -320,8 +352,7 @@ class Engine(ResearchInterface):
 
     def _outputs(
         self, rows: SampledRows, row_chunks: list[tuple[int, Chunk]], advanced: set[HostSequence]
-    ) -> list[RequestOutput]:
-        outputs = []
+    ) -> None:
         for end, chunk in row_chunks:
             sequence = chunk.sequence
             request = sequence.request
@@ -342,8 +373,5 @@ class Engine(ResearchInterface):
             output = state.advance([token_id], logprobs)
             if output.finished and sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "abort" if output.error else "stop")
-            if output.finished:
-                del self._states[request.request_id]
-                self.metrics.finished += 1
-            outputs.append(output)
-        return outputs
+            self.metrics.finished += output.finished
+            self._publish(output, state)

@@ -47,17 +47,33 @@ class RequestOutput:
     queue_seconds: float = 0.0
     """From the request's arrival to the first step that computed for it."""
     error: str | None = None
-    """Why the request ended with "abort" by itself: its grammar could not be followed any further."""
+    """Why the request ended with "abort" by itself: its grammar could not be followed any further, or a step failed."""
+
+
+class Outbox:
+    """Where the outputs of a client's requests lie until the client takes them.
+
+    Several threads may share an engine, each with requests of its own: what a step gives goes to whom it belongs.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: list[RequestOutput] = []
 
 
 class RequestState:
-    """The growing answer to one request."""
+    """The growing answer to one request.
+
+    `num_known` of its tokens are in outputs that were put into `box`: these stand, whatever happens.
+    """
 
     def __init__(
-        self, sequence: Sequence, tokenizer: Tokenizer | None, matcher: GrammarMatcher | None = None
+        self, sequence: Sequence, tokenizer: Tokenizer | None, matcher: GrammarMatcher | None = None, *, box: Outbox
     ) -> None:
         self.sequence = sequence
         self.matcher = matcher
+        self.box = box
+        self.num_known = 0
+        self._tokenizer = tokenizer
         params = sequence.request.params
         self.prompt_logprobs: list[TokenLogprob] = []
         self._num_returned = 0
@@ -70,6 +86,25 @@ class RequestState:
                 tokenizer, prompt_ids=sequence.request.prompt_token_ids, marks=marks
             )
             self._stops = StopStrings(stops, unseen=marks.values()) if stops else None
+
+    def restarted(self) -> RequestState:
+        """The state after the tokens that the sequence has, whatever an exception has made of this one."""
+        matcher = self.matcher.restarted() if self.matcher else None
+        state = RequestState(self.sequence, self._tokenizer, matcher, box=self.box)
+        for token_id in self.sequence.output_token_ids:
+            state.advance([token_id], [])
+        state.num_known = self.num_known
+        state._queue_seconds = self._queue_seconds
+        return state
+
+    def failed(self, error: str) -> RequestOutput:
+        """The last output of a request that ends without another token, because of `error`."""
+        return RequestOutput(
+            request_id=self.sequence.request_id, new_token_ids=(), text="", finished=True, finish_reason="abort",
+            logprobs=None, prompt_logprobs=None, num_prompt_tokens=self.sequence.num_prompt_tokens,
+            num_cached_tokens=self.sequence.num_cached, num_generated_tokens=self.num_known,
+            queue_seconds=self._queue_seconds or 0.0, error=error,
+        )
 
     def note_start(self) -> None:
         """Notes that the request runs now; called again after a preemption, which does not count."""

@@ -9,14 +9,13 @@ import numpy as np
 
 from fastgen_jax.engine.packing import Packer
 from fastgen_jax.engine.sampling_tables import SamplingTables
+from fastgen_jax.engine.standing import Standing
 from fastgen_jax.scheduling import Chunk, Request, SamplingParams, Step
 from fastgen_jax.scheduling import Sequence as HostSequence
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.config import ResolvedConfig
-    from fastgen_jax.engine.runner import Runner
     from fastgen_jax.models.config import ModelConfig
-    from fastgen_jax.scheduling import Scheduler
 
 
 class SequenceInfo(NamedTuple):
@@ -28,7 +27,7 @@ class SequenceInfo(NamedTuple):
     num_blocks: int
 
 
-class ResearchInterface:
+class ResearchInterface(Standing):
     """`put`, `query`, `can_schedule` and `flush`, after DeepSpeed's inference engine v2; part of `Engine`.
 
     Sequences of `put` share the KV blocks with requests but are the caller's own: nothing is sampled, nothing ends
@@ -37,13 +36,12 @@ class ResearchInterface:
 
     config: ResolvedConfig
     model: ModelConfig
-    _runner: Runner
-    _scheduler: Scheduler
 
     def _init_research(self) -> None:
         config = self.config
         self._put_sequences: dict[str, HostSequence] = {}
         self._put_tokens: dict[str, list[int]] = {}
+        self._put_before: dict[str, int] = {}  # lengths of the sequences that a put has begun to extend
         self._free_put_slots = list(range(config.max_num_seqs))
         self._put_packer = Packer(
             max_num_seqs=config.max_num_seqs, max_blocks=self._runner.max_blocks, num_blocks=config.num_blocks,
@@ -54,10 +52,24 @@ class ResearchInterface:
         """Appends tokens to sequences, new or known, and returns the logits f32[len(uids), V] after each one's last.
 
         Long inputs are split over several steps. Raises ValueError, before anything runs, if an input is empty, a
-        sequence would outgrow the context limit, or the free KV blocks do not suffice.
+        sequence would outgrow the context limit, or the free KV blocks do not suffice. A
+        KeyboardInterrupt leaves them as they were before or as they are after; `query` tells which.
         """
         uids = [str(uid) for uid in uids]
-        self._check_put(uids, tokens)
+        with self._turn, self._lock:
+            self._begin()
+            try:
+                self._check_put(uids, tokens)
+            except ValueError:
+                self._open = False  # nothing has changed
+                raise
+            self._put_before = {uid: len(self._put_tokens.get(uid, ())) for uid in uids}
+            logits = self._put(uids, tokens)
+            self._put_before = {}
+            self._open = False
+        return logits
+
+    def _put(self, uids: Sequence[str], tokens: Sequence[Sequence[int]]) -> np.ndarray:
         for uid, new in zip(uids, tokens, strict=True):
             self._extend(uid, [int(token) for token in new])
         logits = np.zeros((len(uids), self.model.vocab_size), np.float32)
@@ -75,31 +87,57 @@ class ResearchInterface:
 
     def query(self, uid: str | int) -> SequenceInfo:
         """How long a sequence is and how many tokens `put` would still take; zeros and the maximum for an unknown one."""
-        limit = self.config.max_context_len
-        sequence = self._put_sequences.get(str(uid))
-        block_size = self.config.block_size
-        blocks = len(sequence.block_ids) if sequence else 0
-        num_tokens = len(self._put_tokens.get(str(uid), ()))
-        room = (blocks + self._scheduler.num_free_blocks) * block_size
-        return SequenceInfo(num_tokens, max(min(limit, room) - num_tokens, 0), blocks)
+        with self._turn, self._lock:
+            self._begin()  # what an interrupted put has left behind does not count
+            self._open = False
+            limit = self.config.max_context_len
+            sequence = self._put_sequences.get(str(uid))
+            block_size = self.config.block_size
+            blocks = len(sequence.block_ids) if sequence else 0
+            num_tokens = len(self._put_tokens.get(str(uid), ()))
+            room = (blocks + self._scheduler.num_free_blocks) * block_size
+            return SequenceInfo(num_tokens, max(min(limit, room) - num_tokens, 0), blocks)
 
     def can_schedule(self, uids: Sequence[str | int], lengths: Sequence[int]) -> bool:
         """Whether `put` of so many tokens for each of these sequences would be accepted now."""
-        try:
-            self._check_put([str(uid) for uid in uids], [range(length) for length in lengths])
-        except ValueError:
-            return False
-        return True
+        with self._turn, self._lock:
+            self._begin()
+            self._open = False
+            try:
+                self._check_put([str(uid) for uid in uids], [range(length) for length in lengths])
+            except ValueError:
+                return False
+            return True
 
     def flush(self, uid: str | int) -> None:
         """Forgets a sequence of `put` and frees its blocks; ValueError if there is none."""
-        sequence = self._put_sequences.pop(str(uid), None)
+        with self._turn, self._lock:
+            self._begin()
+            sequence = self._put_sequences.pop(str(uid), None)
+            if sequence is not None:
+                del self._put_tokens[str(uid)]
+                self._scheduler.return_blocks(sequence.block_ids)
+                assert sequence.slot is not None  # from its first put to its flush
+                self._free_put_slots.append(sequence.slot)
+            self._open = False
         if sequence is None:
             raise ValueError(f"no sequence {uid!r}; known: {', '.join(map(repr, self._put_sequences)) or 'none'}")
-        del self._put_tokens[str(uid)]
-        self._scheduler.return_blocks(sequence.block_ids)
-        assert sequence.slot is not None  # from its first put to its flush
-        self._free_put_slots.append(sequence.slot)
+
+    def _restart_research(self, *, keep: bool) -> None:
+        """Makes the books anew when all blocks are blank: kept sequences are computed again by their next `put`."""
+        if not keep:
+            self._init_research()
+            return
+        lengths = {uid: len(tokens) for uid, tokens in self._put_tokens.items()} | self._put_before
+        tokens = {uid: tokens[: lengths[uid]] for uid, tokens in self._put_tokens.items()
+                  if lengths[uid] and uid in self._put_sequences}
+        sequences = {uid: sequence for uid, sequence in self._put_sequences.items() if uid in tokens}
+        for sequence in sequences.values():
+            sequence.num_computed, sequence.block_ids = 0, []
+        used = {sequence.slot for sequence in sequences.values()}
+        free = [slot for slot in range(self.config.max_num_seqs) if slot not in used]
+        # In one: this may be interrupted too.
+        self._put_sequences, self._put_tokens, self._free_put_slots, self._put_before = sequences, tokens, free, {}
 
     def _check_put(self, uids: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
         if len(uids) != len(tokens):

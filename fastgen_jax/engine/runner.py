@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -49,13 +50,32 @@ class Runner:
         self.max_blocks = -(-config.max_context_len // config.block_size)
         self._compiled: dict[int, tuple[Bucket, Any]] = {}
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
+        self._made: list[weakref.ref[jax.Array]] = []
         use_huge_pages(params)
         self._allocate()
 
-    def reset(self) -> None:
-        """Fresh device memory: an empty cache and sampler state."""
-        del self.kv_cache, self.state  # the old ones go first: there may be no room for two
+    def reset(self, *, keep: bool = False) -> None:
+        """Device memory for an engine that starts over: an empty cache and sampler state.
+
+        `keep` takes the old ones if they are there, whatever they hold: not if an exception came between giving them to
+        a program and getting the new ones.
+        """
+        old = jax.tree.leaves((self.kv_cache, self.state))
+        if keep and not any(array.is_deleted() for array in old):
+            return
+        _delete(old)  # the old ones go first: there may be no room for two
         self._allocate()
+
+    def own_params(self) -> None:
+        """Says that nobody else has a use for the weights that are here now: `destroy` deletes them."""
+        self._made = [weakref.ref(leaf) for leaf in jax.tree.leaves(self.params) if isinstance(leaf, jax.Array)]
+
+    def destroy(self) -> None:
+        """Frees the device's memory at once, whoever may still refer to it: traceback objects do, in a notebook."""
+        self._compiled = {}
+        made = [array for ref in self._made if (array := ref()) is not None]
+        _delete([*jax.tree.leaves((self.kv_cache, self.state)), *made])
+        self.params = {}
 
     def _allocate(self) -> None:
         model, config = self.model, self.config
@@ -167,6 +187,11 @@ class Runner:
             budget, max_num_seqs=config.max_num_seqs, max_blocks=self.max_blocks,
             num_slots=config.num_blocks * config.block_size, vocab_size=self.model.vocab_size,
         )
+
+
+def _delete(arrays: Sequence[jax.Array]) -> None:
+    for array in arrays:
+        array.delete()  # nothing happens to one that was deleted before
 
 
 def step_program(

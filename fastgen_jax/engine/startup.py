@@ -16,6 +16,7 @@ from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpo
 from fastgen_jax.core.progress import shown
 from fastgen_jax.engine import ladder
 from fastgen_jax.engine.config import MEASURED_BUDGETS, EngineConfig, ResolvedConfig, resolve
+from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.config import ModelConfig
@@ -36,6 +37,8 @@ def load(
     checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
+    if config.generation_config == "auto":
+        config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
     resolved = resolve(config, checkpoint.config)  # before the long part: a mistake should show at once
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:

@@ -7,10 +7,11 @@ from fastgen_jax.scheduling.sequence import Sequence
 
 
 def cached_prefix(sequence: Sequence, pool: BlockPool) -> list[int]:
-    """Registered blocks of its tokens, but not those of positions whose logits are wanted."""
+    """Registered blocks of its known tokens, but not those of positions whose logits are wanted."""
     if not pool.prefix_caching:
         return []
-    return pool.lookup(_digest(sequence, pool, i) for i in range(sequence.first_row // pool.block_size))
+    stop = min(sequence.first_row, sequence.num_known_tokens)  # what is in flight has no digest yet
+    return pool.lookup(_digest(sequence, pool, i) for i in range(stop // pool.block_size))
 
 
 def register_blocks(sequence: Sequence, pool: BlockPool) -> None:

@@ -43,7 +43,7 @@ class SamplingParams:
     temperature: float | None = None
     """Divides the logits: below 1 likely tokens become likelier; 0 takes the likeliest. None: 1."""
     top_k: int | None = None
-    """Draws from so many of the likeliest tokens. None: from all."""
+    """Draws from so many of the likeliest tokens. None, 0 or -1: from all."""
     top_p: float | None = None
     """Draws from the fewest tokens that together have this probability, above 0 to 1. None: from all."""
     min_p: float | None = None
@@ -69,6 +69,8 @@ class SamplingParams:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias_pairs(self.logit_bias))
+        if type(self.top_k) is int and self.top_k in (0, -1):  # as vLLM and transformers say it
+            object.__setattr__(self, "top_k", None)
         self._check_lengths()
         self._check_distribution()
         self._check_contradictions()
@@ -99,7 +101,7 @@ class SamplingParams:
         if self.temperature is not None:
             _check_float("temperature", self.temperature, 0, None, "use 0 for greedy, None for 1")
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, 1, None, "use None to keep every token")
+            _check_int("top_k", self.top_k, 1, None, "use None, 0 or -1 to keep every token")
         if self.top_p is not None:
             _check_float("top_p", self.top_p, 0, 1, "use None to keep every token", open_low=True)
         if self.min_p is not None:

@@ -340,27 +340,26 @@ class Scheduler:
         self.finish(sequence, "abort")
         return True
 
-    def forget_device(self) -> list[Sequence]:
-        """Starts over with empty blocks, after the device's memory was lost; returns the unfinished sequences of the
-        steps in flight, whose tokens are lost with it.
+    def start_over(self, unfinished: abc.Iterable[tuple[Sequence, int]]) -> None:
+        """Forgets everything but these sequences, each with so many of its output tokens, and puts them in line again.
 
-        All others keep their tokens and their place in line; those that ran are computed again. Borrowed blocks are
-        no longer anybody's.
+        Right in whatever state the books are: for when the device's memory was lost, and for when an exception came in
+        the middle of a change. All blocks are blank then; borrowed ones are no longer anybody's.
         """
-        lost = {
-            id(chunk.sequence): chunk.sequence
-            for step in self._steps_in_flight for chunk in step.chunks if not chunk.sequence.is_finished
-        }
         self._steps_in_flight.clear()
-        for sequence in [*self._running]:
-            self._preempt(sequence)
-        for sequence in self._waiting:
-            sequence.num_tokens = sequence.num_known_tokens
-            if sequence.request.params.prompt_logprobs is not None and not sequence.output_token_ids:
-                sequence.next_prompt_row = 0
+        self._dispatch_times.clear()
+        self._refused = []
         self._borrowed.clear()
         self._pool.reset()
-        return [*lost.values()]
+        sequences = []
+        for sequence, num_output_tokens in unfinished:
+            self.stats.num_preemptions += sequence.slot is not None
+            sequence.restart(num_output_tokens)
+            sequences.append(sequence)
+        self._free_slots = list(range(self.limits.max_num_seqs))
+        self._running = []
+        self._waiting = sorted(sequences, key=_ORDER)
+        self._unfinished = {sequence.request_id: sequence for sequence in sequences}
 
     def estimate_wait(self, request: Request) -> int:
         """Estimates how many steps after being added the request would have its first token.

@@ -131,6 +131,18 @@ class Sequence:
             known += self.output_token_ids[: stop - prompt]
         return known
 
+    def restart(self, num_output_tokens: int) -> None:
+        """Keeps so many output tokens and computes everything again; counts as a preemption of one that ran."""
+        self.num_preemptions += self.slot is not None
+        del self.output_token_ids[num_output_tokens:]
+        self.num_tokens = self.num_known_tokens
+        self.num_computed = self.capacity = 0
+        self.slot, self.block_ids, self.block_digests = None, [], []
+        self.status, self.finish_reason = SequenceStatus.WAITING, None
+        # The log-probabilities of a prompt are given with the first output token.
+        wanted = self.request.params.prompt_logprobs is not None and not self.output_token_ids
+        self.next_prompt_row = 0 if wanted else self.num_prompt_tokens
+
     def __repr__(self) -> str:
         return (
             f"Sequence({self.request_id!r}, {self.status.value}, slot={self.slot}, "

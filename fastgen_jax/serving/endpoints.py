@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from fastgen_jax.api.pipeline import as_prompts, sampling_params
+from fastgen_jax.api.options import asked
+from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer
@@ -43,13 +44,14 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
     backend = server.ready()
     wants_prompt = body.echo and body.logprobs is not None
     params = body.sampling_params(
+        backend.intake,
         max_new_tokens=None if body.max_tokens is None else max(1, body.max_tokens),
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if wants_prompt else None,
     )
     work = await start_work(
         backend, body.prompts, params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
-        grammar=grammar_of(body),
+        grammar=grammar_of(body), new_tokens=backend.intake.default_new_tokens,
     )
     return await _answer(server, "text_completion", body, work,
                          CompletionAnswer(body, work, backend.intake.tokenizer), request)
@@ -62,13 +64,14 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     tokenizer = backend.intake.need_tokenizer("a chat")
     prompt = await _chat_prompt(tokenizer, body, writes_calls=not body.forces_tool)
     params = body.sampling_params(
+        backend.intake,
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     try:
         work = await start_work(
             backend, [prompt], params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
-            grammar=grammar_of(body),
+            grammar=grammar_of(body), new_tokens=backend.intake.default_new_tokens,
         )
     except ContextLengthError as error:
         raise context_exceeded(error, "messages") from error
@@ -78,14 +81,15 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
 async def generate(server: Server, body: GenerateRequest, request: Request) -> Response:
     """POST /mii/{deployment}: a list with a response a sample, or server-sent events of (index, output)."""
     backend = server.ready()
-    params = sampling_params(_with_token_ids(body.model_extra or {}))
+    call = asked(backend.intake, None, _with_token_ids(body.model_extra or {}))
+    params = call.params
     stops = tuple(params.stop)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop has {len(stops)} strings and at most {MAX_STOPS} are served; keep the likeliest")
     prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
     try:
         work = await start_work(backend, prompts, replace(params, n=1), num_samples=params.n, priority=body.priority,
-                                timeout=body.timeout)
+                                timeout=body.timeout, new_tokens=call.new_tokens)
     except ContextLengthError as error:
         raise context_exceeded(error, "prompts") from error
     work.on_gap = server.metrics.note_gap

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,10 +31,11 @@ class Grammar:
 
 
 class GrammarMatcher:
-    """How far a text has come in its grammar."""
+    """How far a text has come in its grammar. `make` gives llguidance's matcher at the start of it."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._matcher = make()
         self.error: str | None = None
         """Why the grammar could not be followed any further, for example because it became too complex."""
 
@@ -42,6 +43,17 @@ class GrammarMatcher:
     def is_complete(self) -> bool:
         """Whether the text is one of the grammar and nothing can follow."""
         return self.error is None and self._matcher.is_stopped()
+
+    @property
+    def defect(self) -> str | None:
+        """Why no text can be of the grammar, or no token can follow the text so far; None if one can."""
+        if not self._matcher.is_error():
+            self._matcher.compute_logit_bias()  # finds out whether there is a next token at all
+        return _reason(self._matcher) if self._matcher.is_error() else None
+
+    def restarted(self) -> GrammarMatcher:
+        """A matcher at the start of the same grammar."""
+        return GrammarMatcher(self._make)
 
     def fill_mask(self, words: np.ndarray) -> None:
         """Writes into `words` i32[ceil(V / 32)], contiguous, a 1 for each token that may come next."""
@@ -89,12 +101,10 @@ class GrammarCompiler:
             source = make(grammar.source)
         except ValueError as error:
             raise ValueError(f"the {kind} cannot be used: {error}; simplify it") from None
-        matcher = matchers(self._vocabulary(library), source, log_level=0)
-        if not matcher.is_error():
-            matcher.compute_logit_bias()  # finds out whether there is a first token at all
-        if matcher.is_error():
-            raise ValueError(f"the {kind} cannot be used: {_reason(matcher)}")
-        return GrammarMatcher(matcher)
+        matcher = GrammarMatcher(partial(matchers, self._vocabulary(library), source, log_level=0))
+        if (defect := matcher.defect) is not None:
+            raise ValueError(f"the {kind} cannot be used: {defect}")
+        return matcher
 
     def _vocabulary(self, library: Any) -> Any:
         with self._lock:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastgen_jax.scheduling import POLICIES, Request, Scheduler
 from tests.scheduling.fake_device import EOS, VOCAB, drive, make_request, naive_tokens, with_promise
 
-ANY_WORKLOAD = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+ANY_WORKLOAD = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Workload(NamedTuple):
@@ -29,15 +29,16 @@ class Workload(NamedTuple):
 @st.composite
 def workloads(draw: st.DrawFn) -> Workload:
     integer = lambda low, high: draw(st.integers(low, high))  # noqa: E731
-    block_size = integer(1, 5)
-    max_context_len = 40
+    block_size = draw(st.one_of(st.integers(1, 5), st.sampled_from([8, 16, 32])))
+    max_context_len = draw(st.sampled_from([40, 40, 150]))
+    longest_output = max_context_len // 3 + 1
     arrivals: dict[int, list[Request]] = {}
     aborts: dict[int, list[str]] = {}
     needed = 1
     for index in range(integer(1, 9)):
         # A vocabulary of two and few seeds: many prompts share their beginning, and some their continuation.
-        prompt = draw(st.lists(st.integers(0, 1), min_size=1, max_size=24))
-        max_new_tokens = integer(1, 14)
+        prompt = draw(st.lists(st.integers(0, 1), min_size=1, max_size=max_context_len * 3 // 5))
+        max_new_tokens = integer(1, longest_output)
         request = make_request(
             index,
             prompt,
@@ -59,7 +60,7 @@ def workloads(draw: st.DrawFn) -> Workload:
     arguments = {
         "num_blocks": needed + integer(0, 12),
         "block_size": block_size,
-        "token_budget": integer(1, 24),
+        "token_budget": integer(1, 48),
         "max_num_seqs": integer(1, 6),
         "max_context_len": max_context_len,
         "max_sample_rows": integer(1, 8),
@@ -70,7 +71,7 @@ def workloads(draw: st.DrawFn) -> Workload:
     return Workload(arguments, arrivals, aborts)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 @given(workload=workloads())
 @ANY_WORKLOAD
@@ -126,10 +127,11 @@ def test_with_room_for_all_every_splitfuse_step_is_full_while_prompts_wait(workl
 @given(workload=workloads(), longer=st.integers(1, 100))
 @ANY_WORKLOAD
 def test_a_refused_request_disturbs_nothing(workload: Workload, longer: int) -> None:
+    limit = workload.arguments["max_context_len"]
     refused = [
-        (make_request("long prompt", [0] * (40 + longer)), "has .* tokens but max_context_len"),
+        (make_request("long prompt", [0] * (limit + longer)), "has .* tokens but max_context_len"),
         (make_request("length", [0] * 5, None, max_length=5), "max_length is 5"),
-        (make_request("minimum", [0] * 30, None, min_new_tokens=11), "min_new_tokens is 11|shorten the prompt"),
+        (make_request("minimum", [0] * (limit - 10), None, min_new_tokens=11), "min_new_tokens is 11|shorten the prompt"),
         (workload.requests[0], "already in use"),
     ]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastgen_jax.scheduling import POLICIES, Scheduler, SequenceStatus, Step, StepPlan
-from tests.scheduling.fake_device import drive, make_request, naive_tokens
+from tests.scheduling.fake_device import FakeDevice, drive, make_request, naive_tokens, with_promise
 
 
 def make_scheduler(**changes: Any) -> Scheduler:
@@ -246,6 +246,34 @@ def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
     assert victim.num_preemptions > 0
     assert victim.num_cached == 0, "it counts what was cached before it first ran"
     assert scheduler.stats.num_prefix_hit_tokens > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_sequence_that_is_preempted_with_tokens_in_flight_looks_for_its_known_blocks_only(policy: str, depth: int) -> None:
+    for num_blocks in (8, 9, 12):
+        scheduler = make_scheduler(**with_promise(policy), num_blocks=num_blocks, block_size=2, watermark_blocks=0)
+        requests = [make_request(i, [i] * 4, 12, ignore_eos=True) for i in range(2)]
+        run = drive(scheduler, {0: requests}, depth=depth)
+        assert scheduler.stats.num_preemptions > 0
+        assert [run.sequences[r.request_id].output_token_ids for r in requests] == [naive_tokens(r, 100) for r in requests]
+
+
+@pytest.mark.parametrize("known", [0, 1, 3])
+def test_starting_over_keeps_the_known_tokens_and_computes_the_same_ones_again(known: int) -> None:
+    scheduler = make_scheduler(num_blocks=8, watermark_blocks=0)
+    requests = [make_request(i, [i] * 5, 8, seed_number=i, prompt_logprobs=0 if i else None) for i in range(3)]
+    sequences = [scheduler.add(request) for request in requests]
+    device = FakeDevice(num_blocks=8, block_size=4, max_num_seqs=4)
+    for _ in range(4):
+        step = next_step(scheduler)
+        scheduler.commit(step, device.run(step))
+    scheduler.schedule()
+    scheduler._waiting, scheduler._free_slots, scheduler._unfinished = [], [], {}  # as an exception may leave them
+    scheduler.start_over((sequence, min(known, len(sequence.output_token_ids))) for sequence in sequences)
+    scheduler.check_integrity()
+    drive(scheduler, {})
+    assert [s.output_token_ids for s in sequences] == [naive_tokens(r, 100) for r in requests]
 
 
 def test_a_policy_that_plans_nothing_is_reported_instead_of_waiting_for_ever(
