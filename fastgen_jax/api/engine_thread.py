@@ -137,8 +137,10 @@ class EngineThread:
             log.exception("the engine cannot be recovered; it takes no more requests")
         finally:
             self.has_ended = True
-            self._take_commands(wait=False)  # what came in meanwhile must hear of it too
+            self._take_last_commands()  # what came in meanwhile must hear of it too
             self._fail(self.engine.requests_of(self._box), "shutdown", "the server is shutting down")
+            self._events += self._box.outputs  # of requests that ended without a step
+            self._box.outputs = []
             self._publish()
             self._hand_over()
 
@@ -151,6 +153,13 @@ class EngineThread:
             command()
             wait = False
 
+    def _take_last_commands(self) -> None:
+        while True:
+            try:
+                return self._take_commands(wait=False)
+            except Exception:
+                log.exception("a command failed after the end")
+
     def _check(self) -> None:
         # After the command was queued: one that came too late for the last look into the inbox is seen here.
         if self.has_ended:
@@ -162,7 +171,7 @@ class EngineThread:
     def _add(self, request: Request, matcher: GrammarMatcher | None, deadline: float | None) -> None:
         try:
             self.engine.add_request(request, matcher, box=self._box)
-        except ValueError as error:
+        except Exception as error:  # a ValueError, or what a broken device says
             self._events.append(Failure(request.request_id, "step", str(error)))
             return
         if deadline is not None:

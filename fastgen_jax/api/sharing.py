@@ -43,7 +43,7 @@ class SharedEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine: Engine | None = engine
-        self._is_destroyed = False
+        self.is_destroyed = False
         self._places: dict[str, _Place] = {}  # where the events of each unfinished request go
         self._thread: EngineThread | None = None
         self._starting = threading.Lock()
@@ -52,7 +52,7 @@ class SharedEngine:
     def engine(self) -> Engine:
         """The engine; DestroyedError if there is none any more."""
         engine = self._engine
-        if engine is None or self._is_destroyed:
+        if engine is None or self.is_destroyed:
             raise DestroyedError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
         return engine
 
@@ -79,7 +79,7 @@ class SharedEngine:
     def destroy(self) -> None:
         """Ends what runs, and frees weights and cache at once. Readers get DestroyedError."""
         with self._starting:
-            self._is_destroyed = True
+            self.is_destroyed = True
         try:
             if self._thread is not None:
                 self._thread.close()
@@ -175,9 +175,11 @@ class Outputs:
 
     def _error(self, event: Failure | RequestOutput) -> Exception:
         if isinstance(event, Failure):
-            if event.kind == "shutdown":
+            if event.kind != "shutdown":
+                return RuntimeError(event.message)
+            if self._shared.is_destroyed:
                 return DestroyedError("this pipeline was destroyed while the request ran; make a new one")
-            return RuntimeError(event.message)
+            return RuntimeError("the engine's thread ended because of an error, which its log shows; send the request again")
         return RuntimeError(event.error)
 
 

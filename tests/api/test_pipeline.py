@@ -60,10 +60,3 @@ def test_a_mistake_is_refused_and_nothing_runs(pipe, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(prompts, **options)
     assert not pipe.engine.has_work
-
-
-def test_a_destroyed_pipeline_says_so():
-    pipe = Pipeline(tiny_engine())
-    pipe.destroy()
-    with pytest.raises(ValueError, match="was destroyed"):
-        pipe([5])

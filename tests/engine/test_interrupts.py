@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_requests_give_the_same_after_interrupts_at_any_point(expected, seed):
     points.left = gap()
     outputs: dict[str, list[RequestOutput]] = {}
     for number in draw.sample(range(len(REQUESTS)), len(REQUESTS)):
-        insist(lambda: add(shared, number), points, gap)
+        insist(partial(add, shared, number), points, gap)
     while shared.has_work:
         for output in insist(shared.step, points, gap):
             outputs.setdefault(output.request_id, []).append(output)

@@ -1,0 +1,285 @@
+"""A pipeline in a user's hands: interrupted at random moments, shared by many threads, and right all the same.
+
+    python -m tests.api.hands --interrupts 200 --threads 8 --calls 50
+
+Interrupts come as SIGINT and as asynchronous exceptions, into calls, into streams and into a loop over `Engine.step`; after
+each of them the answers must be those that are given alone, and the outputs of the loop must go on as if nothing had been.
+Threads call, stream, follow several prompts, leave streams early and go through asyncio, all at a time. Prints what was
+done, and ends with status 1 if an answer was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import fastgen_jax
+from fastgen_jax import Pipeline, RequestOutput, SamplingParams
+
+ENGINE: dict[str, Any] = {
+    "token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 8, "num_blocks": 96, "max_context_len": 128,
+}
+PROMPTS = [
+    "Mr. Speaker", "My fellow Americans, tonight", "The state of our union is", "We must", "I ask the Congress to",
+    "In the past year", "America", "Let us", "Our economy has created more than a million jobs since", "Thank you",
+    "The men and women who serve this nation in uniform deserve", "To keep our people safe we will",
+]
+WAIT = 60.0  # seconds: an interrupt that has not come by then never will
+
+
+@dataclass
+class Hands:
+    """What was done with a pipeline, and what was wrong; `sampled` draws tokens, from seeds, instead of taking the best."""
+
+    pipe: Pipeline
+    seed: int = 0
+    sampled: bool = False
+    seen: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        draw = random.Random(self.seed)
+        self.options = []
+        for number in range(len(PROMPTS)):
+            how = {"seed": number} if self.sampled else {"do_sample": False}
+            self.options.append({"max_new_tokens": draw.randint(3, 40), "ignore_eos": True, **how})
+        self.alone = [self.pipe(p, **o)[0].token_ids for p, o in zip(PROMPTS, self.options, strict=True)]
+
+    # What people do with a pipeline, for some prompts by number; what comes out is checked
+
+    def call(self, *numbers: int) -> None:
+        """One call a prompt."""
+        for number in numbers:
+            (response,) = self.pipe(PROMPTS[number], **self.options[number])
+            self._check("call", number, response.token_ids)
+
+    def together(self, *numbers: int) -> None:
+        """All prompts in a call, as long as the first."""
+        responses = self.pipe([PROMPTS[number] for number in numbers], progress=False, **self.options[numbers[0]])
+        for number, response in zip(numbers, responses, strict=True):
+            self._check("batch", number, response.token_ids, self.options[numbers[0]])
+
+    def stream(self, *numbers: int) -> None:
+        """Streams that are read in turns, so that each is slow for the others."""
+        streams = [self.pipe.stream(PROMPTS[number], **self.options[number]) for number in numbers]
+        tokens: list[list[int]] = [[] for _ in numbers]
+        unfinished = list(range(len(numbers)))
+        while unfinished:
+            for i in [*unfinished]:
+                output = next(streams[i], None)
+                if output is None:
+                    unfinished.remove(i)
+                else:
+                    tokens[i] += output.new_token_ids
+        for number, given in zip(numbers, tokens, strict=True):
+            self._check("stream", number, tuple(given))
+
+    def follow(self, *numbers: int) -> None:
+        """All prompts in one stream."""
+        options = self.options[numbers[0]]
+        tokens: list[list[int]] = [[] for _ in numbers]
+        for index, output in self.pipe([PROMPTS[number] for number in numbers], stream=True, **options):
+            tokens[index] += output.new_token_ids
+        for number, given in zip(numbers, tokens, strict=True):
+            self._check("followed", number, tuple(given), options)
+
+    def leave(self, *numbers: int) -> None:
+        """Streams that are closed, or dropped, when their first token is there."""
+        for number in numbers:
+            stream = self.pipe.stream(PROMPTS[number], **self.options[number])
+            tokens = next(stream).new_token_ids
+            if number % 2:
+                stream.close()
+            del stream
+            self._check("left early", number, tokens, length=1)
+
+    def with_asyncio(self, *numbers: int) -> None:
+        """One task a prompt."""
+
+        async def ask() -> None:
+            await asyncio.gather(*(asyncio.to_thread(self.call, number) for number in numbers))
+
+        asyncio.run(ask())
+        self.seen["through asyncio"] += len(numbers)
+
+    def step(self, *numbers: int) -> StepLoop:
+        """A loop over the engine's steps; the one kind that can be gone on with."""
+        return StepLoop(self, numbers)
+
+    def _check(
+        self, kind: str, number: int, given: tuple[int, ...], options: dict[str, Any] | None = None,
+        length: int | None = None,
+    ) -> None:
+        self.seen[kind] += 1
+        expected = self.alone[number]
+        if options is not None:  # greedy answers of different lengths begin alike; seeds are those of the first prompt
+            length = min(options["max_new_tokens"], len(expected))
+            expected = expected if options.get("seed", number) == number else given
+        if given[:length] != expected[:length]:
+            self.wrong.append(f"{kind} of {PROMPTS[number]!r}: {given} instead of {expected}")
+
+    # Interrupts
+
+    def interrupt(self, times: int) -> None:
+        """Interrupts each kind of use in each way, in turns, at a random moment of it; an answer follows each time."""
+        draw = random.Random(self.seed + 1)
+        ways = {"SIGINT": send_signal, "asynchronous exception": raise_in_thread}
+        uses = (self.call, self.together, self.stream, self.follow, self.step)
+        numbers = [draw.sample(range(len(PROMPTS)), 3) for _ in uses]
+        seconds = [self._seconds(use, some) for use, some in zip(uses, numbers, strict=True)]
+        num_early = num_late = 0
+        while num_early < times:
+            which = (num_early + num_late) % len(uses)
+            way = draw.choice(list(ways))
+            loop = self.step(*numbers[which]) if uses[which] == self.step else None
+            use = loop.run if loop else lambda which=which: uses[which](*numbers[which])
+            is_early = interrupted(use, ways[way], delay=draw.uniform(0, seconds[which]))
+            num_early += is_early
+            num_late += not is_early
+            if num_late > 5 * times + 100:
+                raise RuntimeError(f"{num_late} interrupts came after the end of what was to be interrupted")
+            self.seen[f"{way} in {uses[which].__name__}" if is_early else "interrupt that came too late"] += 1
+            if loop is not None:
+                loop.run()
+            self.call(draw.randrange(len(PROMPTS)))
+        self._check_idle()
+
+    def _seconds(self, use: Callable[..., StepLoop | None], numbers: list[int]) -> float:
+        """How long a use takes, the second time."""
+        for _ in range(2):
+            start = time.perf_counter()
+            loop = use(*numbers)
+            if loop is not None:
+                loop.run()
+        return time.perf_counter() - start
+
+    # Sharing
+
+    def share(self, num_threads: int, times: int) -> None:
+        """Uses the pipeline from many threads at a time, `times` times in each."""
+        uses = (self.call, self.together, self.stream, self.follow, self.leave, self.with_asyncio)
+
+        def one(seed: int) -> None:
+            draw = random.Random(seed)
+            try:
+                for _ in range(times):
+                    draw.choice(uses)(*draw.sample(range(len(PROMPTS)), draw.randint(1, 3)))
+            except Exception as error:
+                self.wrong.append(f"{type(error).__name__} in a thread: {error}")
+
+        threads = [threading.Thread(target=one, args=(self.seed + i,)) for i in range(num_threads)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            logits = self.pipe.engine.put(["mine"], [[5, 6, 7]])  # beside them all
+            self.pipe.engine.flush("mine")
+            self.seen["put beside them" if logits.any() else "put gave nothing"] += 1
+            threads[0].join(0.05)
+        for thread in threads:
+            thread.join()
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        engine = self.pipe.engine
+        self.call(0)  # its end comes behind that of whatever was left
+        end = time.monotonic() + WAIT
+        while engine.has_work and time.monotonic() < end:
+            time.sleep(0.01)
+        engine.scheduler.check_integrity()
+        if engine.has_work or engine.scheduler.num_free_blocks != engine.config.num_blocks:
+            self.wrong.append(f"left behind: {engine.request_ids}, {engine.scheduler.num_free_blocks} blocks are free")
+
+
+class StepLoop:
+    """Requests added to an engine and stepped to their end, by whoever calls `run` until it returns."""
+
+    def __init__(self, hands: Hands, numbers: tuple[int, ...]) -> None:
+        self.hands = hands
+        self.engine = hands.pipe.engine
+        self.numbers = numbers
+        self.missing = list(numbers)
+        self.outputs: list[RequestOutput] = []
+
+    def run(self) -> None:
+        """Adds what is missing, steps to the end, and checks the answers once."""
+        engine = self.engine
+        while self.missing:
+            number = self.missing[-1]
+            try:
+                engine.add(PROMPTS[number], SamplingParams(**self.hands.options[number]), request_id=f"step-{number}")
+            except ValueError:  # it was added, and the interrupt came before it was crossed off
+                if f"step-{number}" not in engine.request_ids:
+                    raise
+            self.missing.pop()
+        outputs = self.outputs
+        while engine.has_work:
+            outputs += engine.step()
+        while self.numbers:
+            number = self.numbers[0]
+            tokens = [t for o in outputs if o.request_id == f"step-{number}" for t in o.new_token_ids]
+            self.hands._check("step loop", number, tuple(tokens))
+            self.numbers = self.numbers[1:]
+
+
+def interrupted(operation: Callable[[], Any], interrupt: Callable[[int], None], *, delay: float) -> bool:
+    """Runs an operation that is interrupted after `delay` seconds; whether that came before its end."""
+    thread = threading.get_ident()
+    timer = threading.Timer(delay, interrupt, (thread,))
+    is_early = True
+    try:
+        timer.start()
+        operation()
+        is_early = False
+        end = time.monotonic() + WAIT
+        while time.monotonic() < end:
+            time.sleep(0.001)
+    except KeyboardInterrupt:
+        timer.join()
+        return is_early
+    raise RuntimeError(f"no interrupt came within {WAIT:g} seconds")
+
+
+def send_signal(thread: int) -> None:
+    """What ^C does."""
+    signal.pthread_kill(thread, signal.SIGINT)
+
+
+def raise_in_thread(thread: int) -> None:
+    """What a debugger or a notebook's extension may do."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
+
+
+def main() -> int:
+    """Runs what the command line asks for; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="checkpoints/sotu-1m")
+    parser.add_argument("--interrupts", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--calls", type=int, default=50, help="uses of the pipeline in each thread")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampled", action="store_true", help="draw tokens from seeds instead of taking the best")
+    arguments = parser.parse_args()
+    with fastgen_jax.pipeline(arguments.model, **ENGINE) as pipe:
+        hands = Hands(pipe, seed=arguments.seed, sampled=arguments.sampled)
+        hands.interrupt(arguments.interrupts)
+        hands.share(arguments.threads, arguments.calls)
+    for kind, count in sorted(hands.seen.items()):
+        print(f"{count:6d}  {kind}")
+    print(f"{len(hands.wrong):6d}  wrong")
+    for line in hands.wrong:
+        print(line)
+    return bool(hands.wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
