@@ -56,11 +56,6 @@ class SharedEngine:
             raise DestroyedError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
         return engine
 
-    @property
-    def is_destroyed(self) -> bool:
-        """Whether there is no engine any more."""
-        return self._is_destroyed
-
     def run(
         self, requests: Sequence[Request], *, on_finished: Callable[[RequestOutput], object] | None = None
     ) -> Outputs:
