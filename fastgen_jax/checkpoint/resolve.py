@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgen_jax import paths
 from fastgen_jax.checkpoint.snapshot import MARKER, as_path
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """
     if "://" in str(name_or_path):
         return _remote(str(name_or_path))
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.is_dir():
         return _in_directory(path)
     if path.is_file():
@@ -66,11 +67,6 @@ def resolve_model(name_or_path: str | Path) -> Path:
         f"no model {name!r}: it is neither an existing directory or .gguf file, nor a built-in name "
         f"({', '.join(BUILT_IN)}), nor a hub id of the form organisation/name"
     )
-
-
-def cache_dir() -> Path:
-    """Where downloaded models are kept: `$XDG_CACHE_HOME/fastgen_jax/models`, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgen_jax" / "models"
 
 
 def _in_directory(path: Path) -> Path:
@@ -108,9 +104,21 @@ def _packaged(name: str, model: _PackagedModel) -> Path:
         installed = sorted(Path(folder).glob("*.gguf"))
         if installed:
             return installed[0]
-    target = cache_dir() / f"{name}-{model.version}.gguf"
+    file_name = f"{name}-{model.version}.gguf"
+    if (paths.models_dir() / file_name).exists():  # also where nothing can be written
+        return paths.models_dir() / file_name
+    folder = paths.settle_models()
+    if folder is None:
+        raise ValueError(f"{name!r} must be downloaded, and neither {paths.models_dir()} nor the system's temporary folder "
+                         "can be written; name a folder that can in XDG_CACHE_HOME, or pass the path of a local model")
+    target = folder.path / file_name
     if not target.exists():
-        _download(name, model, target)
+        try:
+            _download(name, model, target)
+        except OSError as error:
+            room = 3 * model.megabytes  # pip's copy, the wheel and what is in it
+            raise ValueError(f"cannot download {name!r} into {folder.path} ({error}); make room for {room} MB there, or "
+                             "name another folder in XDG_CACHE_HOME") from error
     return target
 
 
@@ -158,12 +166,16 @@ def _from_hub(repo: str) -> Path:
                          f"`hf auth login`, or pass a local directory (built-in: {', '.join(BUILT_IN)})") from error
     except Exception as error:  # httpx, requests and OSError by version of the library; all mean: not reachable
         online, cause = False, error
-    try:
-        return Path(huggingface_hub.snapshot_download(
-            repo, allow_patterns=list(_HUB_FILES), etag_timeout=_CONNECT_SECONDS, local_files_only=not online
-        ))
-    except Exception as error:
-        reason = error if online else cause
-        raise ValueError(f"cannot download {repo!r} from the Hugging Face hub ({type(reason).__name__}: {reason}); "
-                         "download it on a machine with network and pass the local directory, or use a built-in "
-                         f"model: {', '.join(BUILT_IN)}") from error
+    reasons = [] if online else [cause]
+    for local in (False, True) if online else (True,):  # a complete copy will do where the hub's cache cannot be written
+        try:
+            return Path(huggingface_hub.snapshot_download(
+                repo, allow_patterns=list(_HUB_FILES), etag_timeout=_CONNECT_SECONDS, local_files_only=local
+            ))
+        except Exception as error:  # as above
+            reasons.append(error)
+    remedy = "download it on a machine with network and pass the local directory"
+    if isinstance(reasons[0], OSError) and online:
+        remedy = "make room, or name a folder that can be written in HF_HOME"
+    raise ValueError(f"cannot download {repo!r} from the Hugging Face hub ({type(reasons[0]).__name__}: {reasons[0]}); "
+                     f"{remedy}, or use a built-in model: {', '.join(BUILT_IN)}") from reasons[0]
