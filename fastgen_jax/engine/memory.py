@@ -46,7 +46,7 @@ def room_for_cache(platform: str) -> Room:
     stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         usual, least, most = (int(share * stats["bytes_limit"]) - stats.get("bytes_in_use", 0) for share in DEVICE_SHARES)
-        return Room(usual=usual, least=least, most=most, digits=5)  # loses 3 % or less of 32 steps between powers of two
+        return Room(usual=usual, least=least, most=most, digits=6)  # less than 3 % is lost
     usual, least, most = (int(share * available()) for share in HOST_SHARES)
     return Room(usual=usual, least=least, most=most, digits=3)
 
