@@ -105,7 +105,7 @@ def _choose_budgets(
         )
         if path and folder and folder.writable:
             ladder.save_choice(path, facts, chosen, costs, model=ladder.describe(model))
-    return replace(config, token_budget=chosen[-1], budget_ladder=chosen)
+    return replace(config, token_budget=chosen[-1], budget_ladder=chosen, remeasure=False)  # which has been done
 
 
 def _compile(runner: Runner, budgets: Any, *, progress: bool) -> None:
