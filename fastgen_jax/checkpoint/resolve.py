@@ -157,6 +157,7 @@ def _from_hub(repo: str) -> Path:
     except ImportError:
         raise ValueError(f"{repo!r} is no local path, and the hub needs `pip install huggingface_hub`; "
                          "install it, or pass a local directory") from None
+    reasons: list[Exception] = []
     try:
         # Asked first because a timeout can be given: without network this fails within seconds.
         huggingface_hub.HfApi().model_info(repo, timeout=_CONNECT_SECONDS)
@@ -165,8 +166,7 @@ def _from_hub(repo: str) -> Path:
         raise ValueError(f"the hub has no model {repo!r}, or it is private or gated; check the name, log in with "
                          f"`hf auth login`, or pass a local directory (built-in: {', '.join(BUILT_IN)})") from error
     except Exception as error:  # httpx, requests and OSError by version of the library; all mean: not reachable
-        online, cause = False, error
-    reasons = [] if online else [cause]
+        online, reasons = False, [error]
     for local in (False, True) if online else (True,):  # a complete copy will do where the hub's cache cannot be written
         try:
             return Path(huggingface_hub.snapshot_download(

@@ -18,7 +18,7 @@ KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `--clear`."""
     parser.add_argument("--clear", nargs="*", choices=tuple(KINDS), metavar="KIND",
-                        help=f"remove these kinds ({', '.join(KINDS)}); without one all but models, which are long to download")
+                        help=f"remove these kinds ({', '.join(KINDS)}); without one all but models")
 
 
 def run(options: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 import jax
 
-import fastgen_jax
+from fastgen_jax.version import VERSION
 from pallas_kernels.folders import replace_file
 from pallas_kernels.native.compiler import cpu_description
 
@@ -41,7 +41,7 @@ def machine() -> str:
 def versions() -> str:
     """The software that an entry is true for."""
     platform = " ".join(jax.devices()[0].client.platform_version.split())
-    return f"fastgen_jax {fastgen_jax.__version__}, jax {jax.__version__}, {platform}"
+    return f"fastgen_jax {VERSION}, jax {jax.__version__}, {platform}"
 
 
 def recall(path: Path, facts: Any) -> dict[str, Any] | None:

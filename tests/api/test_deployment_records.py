@@ -43,7 +43,7 @@ def test_without_any_folder_the_server_runs_and_one_in_the_background_says_what_
     with written_down(record()):
         assert deployments() == []
     assert "nothing is kept after this run" in caplog.text
-    with pytest.raises(ValueError, match="needs a folder for its record and log.*XDG_STATE_HOME"):
+    with pytest.raises(ValueError, match=r"needs a folder for its record and log.*XDG_STATE_HOME"):
         start_server("m", deployment_name="one", options={}, timeout=1)
 
 

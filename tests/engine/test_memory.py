@@ -49,7 +49,8 @@ def test_of_nested_groups_the_one_with_the_least_room_counts(tmp_path, outer, in
     limit = inner if inner == "max" else inner * MIB
     root = machine(
         tmp_path, cgroup="0::/user.slice/job", mounts=V2_MOUNT.format(shown="/"),
-        groups={"sys/fs/cgroup/user.slice": v2(outer * MIB, 200 * MIB), "sys/fs/cgroup/user.slice/job": v2(limit, 100 * MIB)},
+        groups={"sys/fs/cgroup/user.slice": v2(outer * MIB, 200 * MIB),
+                "sys/fs/cgroup/user.slice/job": v2(limit, 100 * MIB)},
     )
     assert cgroup_room(root) == room * MIB
 

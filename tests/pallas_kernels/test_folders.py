@@ -37,7 +37,7 @@ def test_a_folder_is_made_and_can_be_written(tmp_path, caplog) -> None:
     assert caplog.text == ""
 
 
-def test_in_place_of_one_that_cannot_be_made_a_private_one_is_used_for_every_process_alike(tmp_path, temporary, caplog) -> None:
+def test_in_place_of_one_that_cannot_be_made_all_processes_use_the_same_private_one(tmp_path, temporary, caplog) -> None:
     wanted = blocked(tmp_path)
     for _ in range(3):
         found = settle(wanted, "things", variable="SOME_VARIABLE")
