@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastgen_jax.version import VERSION
+
 if TYPE_CHECKING:
     from fastgen_jax.api.async_engine import AsyncEngine as AsyncEngine
     from fastgen_jax.api.async_engine import ClosedError as ClosedError
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from fastgen_jax.engine.outputs import TokenLogprob as TokenLogprob
     from fastgen_jax.scheduling import SamplingParams as SamplingParams
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "AsyncClient": "fastgen_jax.api.client",

@@ -25,6 +25,7 @@ COMMANDS = {
     "top": "what a deployment does right now, in the terminal",
     "batch": "a file of requests to a file of answers; resumes where it was stopped",
     "bench": "throughput and latency, ours and our peers'",
+    "cache": "what is kept between runs: folders, sizes, measured step sizes; --clear removes it",
     "plan": "whether and how a model fits on devices that need not be here, from its config.json alone",
     "simulate": "what an engine would do on hardware that is not here",
 }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine import generation
+from fastgen_jax.engine.memory import room_for_cache
 from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
@@ -19,8 +19,6 @@ from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise, longest_sequ
 from pallas_kernels import native
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
-FREE_MEMORY_SHARE = {"cpu": 0.25}  # of the host's free memory: other programs live there too
-ACCELERATOR_MEMORY_SHARE = 0.85  # the rest is for activations and logits
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps of a token budget that comes without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding, so that few programs serve all sizes
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # of these, a measurement compiles and times only some
@@ -43,6 +41,8 @@ class EngineConfig:
     """Tokens of a full step. None: measured on this device once, then remembered."""
     budget_ladder: tuple[int, ...] | None = None
     """Smaller steps for a lightly loaded engine, tokens. None: chosen from the same measurement."""
+    remeasure: bool = False
+    """Whether the token budget is measured again although a measurement is remembered, and that one replaced."""
     max_num_seqs: int = 64
     """Sequences that run at once; more wait."""
     max_context_len: int | None = None
@@ -50,7 +50,8 @@ class EngineConfig:
     block_size: int | None = None
     """Tokens of a KV block. None: 32, or 128 for a cache of 8 bits on a TPU, whose kernel reads no smaller ones."""
     num_blocks: int | None = None
-    """KV blocks a layer. None: what fits into free memory, but no more than `max_num_seqs` full contexts need."""
+    """KV blocks a layer. None: what fits into free memory, but no more than `max_num_seqs` full contexts need; what an
+    earlier start chose is kept while it fits, so that its compiled programs serve again."""
     prefix_caching: bool = True
     """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
     policy: Literal["splitfuse", "prompts_first", "orca", "sla"] = "splitfuse"
@@ -70,8 +71,8 @@ class EngineConfig:
     generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = "auto"
     """Defaults of requests that leave an option out: "auto" takes those of the checkpoint's generation_config.json, "none"
     none; or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Kept as pairs."""
-    compile_cache_dir: str | None = field(default_factory=lambda: os.environ.get("FASTGEN_CACHE_DIR"))
-    """Folder of compiled programs and measurements. None: ~/.cache/fastgen_jax; "" keeps nothing."""
+    compile_cache_dir: str | None = None
+    """Folder of compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "" keeps nothing."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
@@ -99,6 +100,9 @@ class EngineConfig:
             raise ValueError(f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; "
                              "leave it out")
         _ = self.promise  # checks the rates
+        if self.remeasure and self.token_budget is not None:
+            raise ValueError(f"remeasure with token_budget={self.token_budget}: a budget that is given is not measured; "
+                             "leave one of them out")
         if self.budget_ladder is not None:
             if self.token_budget is None:
                 raise ValueError(f"budget_ladder={self.budget_ladder} needs a token_budget, the size of a full step")
@@ -175,10 +179,11 @@ class ResolvedConfig(EngineConfig):
         return self.token_budget
 
 
-def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
+def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | None = None) -> ResolvedConfig:
     """Fills what can be known before anything runs; the token budget may stay None, to be measured.
 
-    Raises ValueError where the choices contradict the model or the free memory.
+    `earlier_blocks` is the `num_blocks` that an earlier start came to, kept if it suits the memory of now. Raises
+    ValueError where the choices contradict the model or the free memory.
     """
     platform = jax.default_backend()
     if config.quantize and platform not in ("cpu", "tpu", "gpu"):
@@ -202,9 +207,10 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         bytes_a_block = block_size * model.kv_bytes_per_token(
             jnp.dtype(kv_dtype).itemsize, stored_head_dim=head_dim, scale_bytes=scale_bytes(kv_dtype)
         )
-        # The devices of a CPU are parts of one host, whose memory they share.
-        fitting = int(_memory_for_cache(platform)) * (1 if platform == "cpu" else num_devices) // bytes_a_block
-        num_blocks = min(fitting, config.max_num_seqs * blocks_a_sequence)
+        num_blocks = room_for_cache(platform).num_blocks(
+            bytes_a_block, wanted=config.max_num_seqs * blocks_a_sequence, earlier=earlier_blocks,
+            share=1 if platform == "cpu" else num_devices,  # those of a CPU are parts of one host, whose memory they share
+        )
         if num_blocks < 1:
             raise ValueError(
                 f"no room for a single KV block of {bytes_a_block / 2**20:.1f} MiB; free memory, choose a smaller "
@@ -240,12 +246,3 @@ def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices
     if config.stack_layers is False:
         raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; leave stack_layers out")
     check_divisible(model, num_devices)
-
-
-def _memory_for_cache(platform: str) -> float:
-    """Bytes that the KV cache may take on this device."""
-    stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return ACCELERATOR_MEMORY_SHARE * stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return FREE_MEMORY_SHARE["cpu"] * free
