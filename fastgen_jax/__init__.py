@@ -12,10 +12,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastgen_jax.version import VERSION
+
 if TYPE_CHECKING:
     from fastgen_jax.api.async_engine import AsyncEngine as AsyncEngine
+    from fastgen_jax.api.async_engine import ClosedError as ClosedError
+    from fastgen_jax.api.async_engine import QueueFullError as QueueFullError
+    from fastgen_jax.api.async_engine import RequestFailedError as RequestFailedError
     from fastgen_jax.api.client import AsyncClient as AsyncClient
     from fastgen_jax.api.client import Client as Client
+    from fastgen_jax.api.client import ServerError as ServerError
     from fastgen_jax.api.client import async_client as async_client
     from fastgen_jax.api.client import client as client
     from fastgen_jax.api.client import serve as serve
@@ -25,14 +31,19 @@ if TYPE_CHECKING:
     from fastgen_jax.engine.config import EngineConfig as EngineConfig
     from fastgen_jax.engine.engine import Engine as Engine
     from fastgen_jax.engine.outputs import RequestOutput as RequestOutput
+    from fastgen_jax.engine.outputs import TokenLogprob as TokenLogprob
     from fastgen_jax.scheduling import SamplingParams as SamplingParams
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "AsyncClient": "fastgen_jax.api.client",
     "AsyncEngine": "fastgen_jax.api.async_engine",
     "Client": "fastgen_jax.api.client",
+    "ClosedError": "fastgen_jax.api.async_engine",
+    "QueueFullError": "fastgen_jax.api.async_engine",
+    "RequestFailedError": "fastgen_jax.api.async_engine",
+    "ServerError": "fastgen_jax.api.client",
     "async_client": "fastgen_jax.api.client",
     "client": "fastgen_jax.api.client",
     "serve": "fastgen_jax.api.client",
@@ -42,11 +53,13 @@ _HOMES = {
     "EngineConfig": "fastgen_jax.engine.config",
     "Engine": "fastgen_jax.engine.engine",
     "RequestOutput": "fastgen_jax.engine.outputs",
+    "TokenLogprob": "fastgen_jax.engine.outputs",
     "SamplingParams": "fastgen_jax.scheduling",
 }
 __all__ = [
-    "AsyncClient", "AsyncEngine", "Client", "Engine", "EngineConfig", "Pipeline", "RequestOutput", "Response",
-    "SamplingParams", "__version__", "async_client", "client", "pipeline", "serve",
+    "AsyncClient", "AsyncEngine", "Client", "ClosedError", "Engine", "EngineConfig", "Pipeline", "QueueFullError",
+    "RequestFailedError", "RequestOutput", "Response", "SamplingParams", "ServerError", "TokenLogprob", "__version__",
+    "async_client", "client", "pipeline", "serve",
 ]
 
 

@@ -28,19 +28,19 @@ LONG_TEXT = (
 )
 
 
-def run(pipe: Pipeline, generation: dict[str, Any], *, started_in: float) -> int:
+def run(pipe: Pipeline, generation: dict[str, Any], *, started_in: float, colors: bool = False) -> int:
     """Answers the questions, prints them with a summary, and returns the exit code 0.
 
-    `started_in` is how many seconds it took to make `pipe`.
+    `started_in` is how many seconds it took to make `pipe`; with `colors` the questions are bold.
     """
-    generation = {"max_new_tokens": 64, "do_sample": False, **generation}
     prompts = [*QUESTIONS, f"Summarise this story in two sentences. {LONG_TEXT * 2}"]
     messages = [[{"role": "user", "content": text}] for text in prompts]
     start = time.perf_counter()
     responses = pipe(messages, **generation, progress=True)
     seconds = time.perf_counter() - start
     for prompt, response in zip(prompts, responses, strict=True):
-        print(f"\n\033[1m> {textwrap.shorten(prompt, 100)}\033[0m")
+        question = f"> {textwrap.shorten(prompt, 100)}"
+        print(f"\n\033[1m{question}\033[0m" if colors else f"\n{question}")
         print(textwrap.indent(textwrap.fill(response.generated_text.strip(), 100), "  "))
     m = pipe.engine.metrics.snapshot()
     first_step = pipe.engine.metrics.timeline[0]  # it holds short prompts whole, so their first tokens

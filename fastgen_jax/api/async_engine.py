@@ -295,7 +295,7 @@ def _checked(event: Event) -> RequestOutput:
     if isinstance(event, Failure):
         raise RequestFailedError(event)
     if event.error is not None:
-        raise RequestFailedError(Failure(event.request_id, "step", event.error))
+        raise RequestFailedError(Failure(event.request_id, "grammar", event.error))
     if event.finish_reason == "refused":
         message = "the first token cannot come in the time that this server promises; come back when it is less busy"
         raise RequestFailedError(Failure(event.request_id, "refused", message))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgen_jax.api.deployment import Deployment, default_name, find_deployment, start_server, stop_server
-from fastgen_jax.api.pipeline import Response, as_prompts
+from fastgen_jax.api.deployment import Deployment, default_name, deployments, find_deployment, start_server, stop_server
+from fastgen_jax.api.pipeline import Response
+from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.intake import Prompt
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 START_SECONDS = 1800.0  # loading and compiling a large model for the first time
 STOP_SECONDS = 120.0
+CONNECT_SECONDS = 30.0  # a server listens from its first moment on
 KEY_VARIABLE = "FASTGEN_API_KEY"
 
 
@@ -29,18 +32,71 @@ class ServerError(Exception):
         self.retry_after = retry_after
 
 
+class NoAnswerError(ServerError):
+    """Nobody answered, or not to the end: the server has ended, is another one, or took too long. `status` is 503."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=503)
+
+
+def http_settings(
+    deployment: Deployment, *, api_key: str | None = None, timeout: float | None = None
+) -> dict[str, Any]:
+    """Arguments of an httpx client for a deployment; `timeout` is in seconds for each answer or piece of one."""
+    import httpx
+
+    key = api_key or os.environ.get(KEY_VARIABLE)
+    return {
+        "base_url": deployment.url,
+        "timeout": httpx.Timeout(timeout, connect=CONNECT_SECONDS),
+        "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        "verify": not deployment.url.startswith("https://127."),  # its certificate names another host
+    }
+
+
+def explain(deployment: Deployment) -> str:
+    """Why nobody answers for a deployment, as far as can be told, and what to do."""
+    who = f"deployment {deployment.name!r}"
+    if deployment.is_alive:
+        return (f"the process of {who} ({deployment.pid}) is there but does not answer at {deployment.url}: it may be "
+                f"ending, or hang{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`")
+    now = next((d for d in deployments() if d.name == deployment.name), None)
+    if now is not None:
+        return (f"{who} was started again, as process {now.pid} at {now.url}; ask for a new client: "
+                f"fastgen_jax.client({deployment.name!r})")
+    return (f"{who} has ended (process {deployment.pid}, {deployment.url}){_log_of(deployment)}; start it again with "
+            f"`fastgen serve {deployment.model} --deployment-name {deployment.name}`")
+
+
+def _log_of(deployment: Deployment) -> str:
+    return f"; its log is {deployment.log}" if deployment.log else ""
+
+
+@contextlib.contextmanager
+def heard(deployment: Deployment) -> Iterator[None]:
+    """Makes a NoAnswerError of what httpx says about a connection."""
+    import httpx
+
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
+            raise NoAnswerError(f"no connection to {deployment.url}: {explain(deployment)}") from error
+        raise NoAnswerError(f"deployment {deployment.name!r} sent nothing for longer than the timeout of this client; raise "
+                            f"timeout, or see what it does: fastgen top {deployment.name}") from error
+    except httpx.ConnectError as error:
+        raise NoAnswerError(f"no connection to {deployment.url} ({error}): {explain(deployment)}") from error
+    except httpx.TransportError as error:
+        raise NoAnswerError(f"the connection broke before the answer was whole ({str(error) or type(error).__name__}): "
+                            f"{explain(deployment)}") from error
+
+
 class _Connection:
     """What both clients share: addresses, headers, shapes."""
 
     def __init__(self, deployment: Deployment, *, api_key: str | None, timeout: float | None) -> None:
         self.deployment = deployment
-        key = api_key or os.environ.get(KEY_VARIABLE)
-        self._settings: dict[str, Any] = {
-            "base_url": deployment.url,
-            "timeout": timeout,
-            "headers": {"Authorization": f"Bearer {key}"} if key else {},
-            "verify": not deployment.url.startswith("https://127."),  # its certificate names another host
-        }
+        self._settings = http_settings(deployment, api_key=api_key, timeout=timeout)
 
     @property
     def _path(self) -> str:
@@ -84,15 +140,16 @@ class Client(_Connection):
     ) -> list[Response]:
         """One response a prompt, in order; options are those of the pipeline (`max_new_tokens`, `temperature`, ...).
 
-        `streaming_fn` gets each output as it comes, in a list of one, and the result is then empty. Raises ServerError.
+        `streaming_fn` gets each output as it comes, in a list of one, and the result is then empty. Raises ServerError,
+        and of its kind NoAnswerError if the server is gone.
         """
         if streaming_fn is not None:
             for _, output in self._stream(prompts, options):
                 streaming_fn([output])
             return []
-        response = self._http.post(self._path, json=self._body(prompts, options))
-        _check(response)
-        return [self._response(answer) for answer in response.json()]
+        with heard(self.deployment):
+            response = self._http.post(self._path, json=self._body(prompts, options))
+        return [self._response(answer) for answer in checked(response)]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[RequestOutput]:
         """The outputs for one prompt as they come; leaving the loop early ends the request. Raises ServerError."""
@@ -105,14 +162,15 @@ class Client(_Connection):
 
     def _stream(self, prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any]) -> Iterator[tuple[int, RequestOutput]]:
         body = self._body(prompts, options, stream=True)
-        counts: dict[int, int] = {}
-        with self._http.stream("POST", self._path, json=body) as response:
-            if response.status_code != 200:
+        events = _Events()
+        with heard(self.deployment), self._http.stream("POST", self._path, json=body) as response:
+            if not _is_stream(response):
                 response.read()
-            _check(response)
+                checked(response)
             for line in response.iter_lines():
-                if (item := _parse(line, counts)) is not None:
+                if (item := events.read(line)) is not None:
                     yield item
+        events.check_end(self.deployment)
 
 
 class AsyncClient(_Connection):
@@ -131,21 +189,23 @@ class AsyncClient(_Connection):
 
     async def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Response]:
         """One response a prompt, in order; options are those of the pipeline. Raises ServerError."""
-        response = await self._http.post(self._path, json=self._body(prompts, options))
-        _check(response)
-        return [self._response(answer) for answer in response.json()]
+        with heard(self.deployment):
+            response = await self._http.post(self._path, json=self._body(prompts, options))
+        return [self._response(answer) for answer in checked(response)]
 
     async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[RequestOutput]:
         """The outputs for one prompt as they come; leaving the loop early ends the request. Raises ServerError."""
         body = self._body([prompt], options, stream=True)
-        counts: dict[int, int] = {}
-        async with self._http.stream("POST", self._path, json=body) as response:
-            if response.status_code != 200:
-                await response.aread()
-            _check(response)
-            async for line in response.aiter_lines():
-                if (item := _parse(line, counts)) is not None:
-                    yield item[1]
+        events = _Events()
+        with heard(self.deployment):
+            async with self._http.stream("POST", self._path, json=body) as response:
+                if not _is_stream(response):
+                    await response.aread()
+                    checked(response)
+                async for line in response.aiter_lines():
+                    if (item := events.read(line)) is not None:
+                        yield item[1]
+        events.check_end(self.deployment)
 
     async def close(self) -> None:
         """Closes the connections; the deployment goes on."""
@@ -198,20 +258,48 @@ def _plain_prompt(prompt: Prompt) -> Any:
     return [dict(item) if isinstance(item, Mapping) else int(item) for item in prompt]
 
 
-def _check(response: httpx.Response) -> None:
-    if response.status_code == 200:
-        return
+def _is_stream(response: httpx.Response) -> bool:
+    return response.status_code == 200 and response.headers.get("content-type", "").startswith("text/event-stream")
+
+
+def checked(response: httpx.Response) -> Any:
+    """What an answer says; ServerError if it is a refusal, or not an answer of such a server."""
     try:
-        message = response.json()["error"]["message"]
+        body = response.json()
+        message = body["error"]["message"] if response.status_code != 200 else ""
     except (ValueError, KeyError, TypeError):
-        message = response.text[:500]
+        raise NoAnswerError(
+            f"{response.url} is not served by fastgen: it answers {response.status_code} with "
+            f"{response.headers.get('content-type', 'no content-type')} ({response.text[:100]!r}); find the address of the "
+            "deployment with `fastgen deployments`"
+        ) from None
+    if response.status_code == 200:
+        return body
     after = response.headers.get("retry-after")
     raise ServerError(message, status=response.status_code, retry_after=float(after) if after else None)
 
 
+class _Events:
+    """Reads the events of a stream."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}  # tokens of each sample
+        self._ended = False
+
+    def read(self, line: str) -> tuple[int, RequestOutput] | None:
+        """What a line says; None for one that carries no output."""
+        self._ended = self._ended or line == "data: [DONE]"
+        return None if self._ended else _parse(line, self._counts)
+
+    def check_end(self, deployment: Deployment) -> None:
+        """NoAnswerError if the stream just stopped."""
+        if not self._ended:
+            raise NoAnswerError(f"the connection was closed before the answer was whole: {explain(deployment)}")
+
+
 def _parse(line: str, counts: dict[int, int]) -> tuple[int, RequestOutput] | None:
     """An event of a stream; None for lines that carry none. `counts` keeps the tokens of each sample."""
-    if not line.startswith("data: ") or line == "data: [DONE]":
+    if not line.startswith("data: "):
         return None
     event = json.loads(line.removeprefix("data: "))
     if "error" in event:

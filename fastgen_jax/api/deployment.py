@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fastgen_jax import paths
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 SERVER_KEYS_VARIABLE = "FASTGEN_SERVER_KEYS"
@@ -40,31 +45,33 @@ class Deployment:
         return process_start(self.pid) == self.process_start
 
 
-def deployments_dir() -> Path:
-    """Where deployments are written down: `$XDG_STATE_HOME/fastgen_jax/deployments`, by default under ~/.local/state."""
-    base = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    return base / "fastgen_jax" / "deployments"
-
-
 def deployments() -> list[Deployment]:
     """All deployments of this user on this machine that are alive; records of dead ones are removed."""
+    folder = paths.settle_deployments()
     alive = []
-    for path in sorted(deployments_dir().glob("*.json")):
+    for path in sorted(folder.path.glob("*.json")) if folder else ():
         deployment = _read(path)
         if deployment is None:
             continue
         if deployment.is_alive:
             alive.append(deployment)
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     return alive
 
 
 def find_deployment(name: str) -> Deployment:
     """The deployment of that name; ValueError, naming those there are, if it does not run."""
+    folder = paths.settle_deployments()
+    record = _read(folder.path / f"{name}.json") if folder else None  # before it is removed for being that of a dead one
     for deployment in deployments():
         if deployment.name == name:
             return deployment
+    if record is not None and record.name == name and not record.is_alive:
+        raise ValueError(f"deployment {name!r} has ended without a word: its process {record.pid} is gone"
+                         f"{f'; its log is {record.log}' if record.log else ''}; start it again with "
+                         f"`fastgen serve {record.model} --deployment-name {name}`")
     known = ", ".join(d.name for d in deployments()) or "none"
     raise ValueError(f"no deployment {name!r} runs on this machine (running: {known}); start it with `fastgen serve MODEL "
                      f"--deployment-name {name}`, or fastgen_jax.serve(model, deployment_name={name!r})")
@@ -74,26 +81,45 @@ def find_deployment(name: str) -> Deployment:
 def written_down(deployment: Deployment) -> Iterator[None]:
     """Keeps the record of a deployment while it runs; ValueError if another of that name does.
 
-    The file is created exclusively, so of two servers that start at once one is told.
+    The file is created exclusively, so of two servers that start at once one is told. Where it cannot be written, a
+    warning says so, and the server runs: it is reached by its URL, and not by its name.
     """
-    folder = deployments_dir()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{deployment.name}.json"
-    deployments()  # removes the record of a dead one
-    scratch = folder / f".{deployment.name}.{os.getpid()}"
-    scratch.write_text(json.dumps(asdict(deployment)))
-    try:
-        os.link(scratch, path)  # unlike a rename, it fails if the name is taken, and nobody sees half a file
-    except FileExistsError:
-        other = _read(path)
-        raise ValueError(f"a deployment {deployment.name!r} runs already (process {other.pid if other else '?'}); "
-                         "choose another deployment_name, or end that one with `fastgen deployments --stop NAME`") from None
-    finally:
-        scratch.unlink()
+    path = _write_down(deployment)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if path is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _write_down(deployment: Deployment) -> Path | None:
+    """The file that was made, None if it could not be."""
+    deployments()  # removes the record of a dead one
+    folder = paths.settle_deployments()
+    if folder is None:
+        return None  # which has been said
+    path, scratch = folder.path / f"{deployment.name}.json", folder.path / f".{deployment.name}.{os.getpid()}"
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            scratch.write_text(json.dumps(asdict(deployment)))
+            os.link(scratch, path)  # unlike a rename, it fails if the name is taken, and nobody sees half a file
+        except FileExistsError:
+            other = _read(path)
+            if other is not None:
+                raise ValueError(
+                    f"a deployment {deployment.name!r} runs already (process {other.pid}); choose another deployment_name, "
+                    "or end that one with `fastgen deployments --stop NAME`"
+                ) from None
+            scratch.replace(path)  # nobody can be found by a damaged record
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("deployment %r is not written down (%s), so clients find it at %s and not by its name; XDG_STATE_HOME "
+                    "names another folder", deployment.name, error, deployment.url)
+        return None
+    return path
 
 
 def check_name(name: str) -> str:
@@ -127,41 +153,47 @@ def start_server(model: str, *, deployment_name: str, options: dict[str, Any], t
     name = check_name(deployment_name)
     if any(d.name == name for d in deployments()):
         raise ValueError(f"a deployment {name!r} runs already; use fastgen_jax.client({name!r}), or choose another name")
-    folder = deployments_dir()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log = folder / f"{name}.log"
+    folder = paths.settle_deployments()
+    if folder is None:
+        raise ValueError(f"a server in the background needs a folder for its record and log, and neither "
+                         f"{paths.deployments_dir()} nor the system's temporary folder can be written; name one that can in "
+                         "XDG_STATE_HOME")
+    folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log_file = folder.path / f"{name}.log"
     environment = dict(os.environ)
     options = dict(options)
     if options.get("api_key"):  # anybody can read a command line
         environment[SERVER_KEYS_VARIABLE] = ",".join(options.pop("api_key"))
-    command = [sys.executable, "-m", "fastgen_jax.cli", "serve", model, "--deployment-name", name, "--log-file", str(log)]
+    command = [sys.executable, "-m", "fastgen_jax.cli", "serve", model, "--deployment-name", name,
+               "--log-file", str(log_file)]
     for option, value in options.items():
         command += _flags(option, value)
-    log.write_bytes(b"")
-    with log.open("ab") as output:
+    log_file.write_bytes(b"")
+    with log_file.open("ab") as output:
         # In a session of its own, so that it lives on when this process and its terminal end.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
                                    start_new_session=True)
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise ValueError(f"the server for {model!r} ended with code {process.returncode}; the end of {log}:\n"
-                             + _tail(log))
+            raise ValueError(f"the server for {model!r} ended with code {process.returncode}; the end of {log_file}:\n"
+                             + _tail(log_file))
         found = next((d for d in deployments() if d.name == name and d.pid == process.pid), None)
         if found is not None and _is_ready(found):
             process.returncode = 0  # it is meant to outlive this object, which would complain
             return found
         time.sleep(POLL_SECONDS)
     process.terminate()
-    raise ValueError(f"the server for {model!r} was not ready after {timeout:g} s; raise timeout, or look into {log}:\n"
-                     + _tail(log))
+    raise ValueError(f"the server for {model!r} was not ready after {timeout:g} s; raise timeout, or look into {log_file}:\n"
+                     + _tail(log_file))
 
 
 def stop_server(deployment: Deployment, *, timeout: float) -> None:
     """Tells a server to finish what runs and end, and waits; ValueError if it lives on after `timeout` seconds."""
     if not deployment.is_alive:
         return
-    os.kill(deployment.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(deployment.pid, signal.SIGTERM)
     end = time.monotonic() + timeout
     while True:
         with contextlib.suppress(ChildProcessError):
@@ -180,6 +212,8 @@ def _flags(option: str, value: Any) -> list[str]:
         return []
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(value)]
     if isinstance(value, list | tuple):
         return [flag, *map(str, value)]
     return [flag, str(value)]

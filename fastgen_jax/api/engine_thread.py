@@ -27,7 +27,7 @@ class Failure:
     """The end of a request that the engine could not finish."""
 
     request_id: str
-    kind: Literal["deadline", "step", "shutdown", "lost", "refused"]
+    kind: Literal["deadline", "step", "shutdown", "lost", "refused", "grammar"]
     message: str
     retry_after: int | None = None
     """Seconds after which it is worth trying again, if that is known."""

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, cast, overload
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Self, overload
 
-from tqdm import tqdm
-
+from fastgen_jax.api.options import Asked, LimitNotice, asked
+from fastgen_jax.api.options import sampling_params as sampling_params
+from fastgen_jax.api.progress import Progress
+from fastgen_jax.api.prompts import as_prompts as as_prompts
 from fastgen_jax.api.sharing import Outputs, SharedEngine, Stream
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.engine import Engine, Prompt
-from fastgen_jax.engine.intake import samples
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.scheduling import SamplingParams
 
-LONG_BATCH = 8  # prompts from which on a progress bar is worth its line
+SHOWN_CHARACTERS = 80  # of a text in the repr of a response
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Response:
     """The answer to one prompt. Lengths count tokens."""
 
@@ -41,12 +44,18 @@ class Response:
     def __str__(self) -> str:
         return self.generated_text
 
+    def __repr__(self) -> str:
+        text = self.generated_text
+        shown = repr(text) if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]!r}..."
+        return (f"Response({shown}, prompt_length={self.prompt_length}, generated_length={self.generated_length}, "
+                f"finish_reason={self.finish_reason!r})")
+
 
 class Pipeline:
     """A model that answers: `pipe(prompts, **options) -> [Response]`, `pipe.stream(prompt, **options)`.
 
-    Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...) and
-    `return_full_text`, `echo`, `stream` and `progress`.
+    Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...), or such an
+    object as `params`, and `return_full_text`, `echo`, `stream` and `progress`.
 
     Any number of threads may call and stream at a time: a thread of the pipeline's own runs the engine, and requests of
     all share its steps. A KeyboardInterrupt, or another exception in a call or in the loop over a stream, ends that call's
@@ -56,6 +65,10 @@ class Pipeline:
     def __init__(self, engine: Engine) -> None:
         """Takes the engine over: `destroy` ends it."""
         self._shared = SharedEngine(engine)
+        self._limits = LimitNotice()
+
+    def __repr__(self) -> str:
+        return f"Pipeline({'destroyed' if self._shared.is_destroyed else describe(self.engine)})"
 
     @property
     def engine(self) -> Engine:
@@ -72,7 +85,8 @@ class Pipeline:
     @overload
     def __call__(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | None = None,
         *,
         stream: Literal[False] = False,
         return_full_text: bool = False,
@@ -83,12 +97,14 @@ class Pipeline:
 
     @overload
     def __call__(
-        self, prompts: Prompt | Sequence[Prompt], *, stream: Literal[True], **options: Any
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | None = None, *, stream: Literal[True],
+        **options: Any,
     ) -> Outputs: ...
 
     def __call__(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | None = None,
         *,
         stream: bool = False,
         return_full_text: bool = False,
@@ -98,49 +114,49 @@ class Pipeline:
     ) -> list[Response] | Outputs:
         """One response a prompt, in order; with `n`, n in a row for each.
 
-        `prompts` is one prompt or a list of them, each as text, token ids or chat messages. `return_full_text` puts
-        the prompt before the generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows
-        it for long batches. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive instead.
-        Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has run. Raises
-        RuntimeError if a step failed that computed one of them, and ValueError if the pipeline was destroyed meanwhile.
+        `prompts` is one prompt or several, each as text, token ids or chat messages. How they are continued is said by
+        `params`, or by `options`, for which the model's defaults hold where they say nothing. `return_full_text` puts
+        the prompt before the generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows it on
+        a terminal and in a notebook. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive
+        instead. Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has
+        run. Raises RuntimeError if a step failed that computed one of them, and ValueError if the pipeline was destroyed
+        meanwhile.
         """
-        params = sampling_params(options)
+        call = asked(self.engine.intake, params, options)
         items = as_prompts(prompts)
         if stream:
             if return_full_text or echo:
                 raise ValueError("return_full_text and echo belong to whole responses; with stream=True leave them out")
-            return self._run(items, params)
+            return self._run(items, call)
         token_ids = [self.engine.encode(prompt) for prompt in items]
-        show = len(items) >= LONG_BATCH if progress is None else progress
-        answers = [_Answer() for _ in range(len(items) * params.n)]
-        outputs = self._run(token_ids, params)
+        n = call.params.n
+        answers = [_Answer() for _ in range(len(items) * n)]
+        limits = [call.most_tokens(len(ids)) for ids in token_ids for _ in range(n)]
+        outputs = self._run(token_ids, call)
         try:
-            with tqdm(total=len(answers), desc="generating", unit="prompt", disable=not show) as bar:
-                generated = 0
+            with Progress(limits, show=progress) as bar:
                 for index, output in outputs:
                     answers[index].add(output)
-                    generated += len(output.new_token_ids)
-                    if output.finished:
-                        bar.set_postfix_str(f"{generated} tokens", refresh=False)
-                        bar.update()
+                    bar.add(index, output)
         finally:
             outputs.close()
         responses = []
         for index, answer in enumerate(answers):
-            prompt_ids = token_ids[index // params.n]
-            text = self._prompt_text(items[index // params.n], prompt_ids) if return_full_text else ""
+            prompt_ids = token_ids[index // n]
+            text = self._prompt_text(items[index // n], prompt_ids) if return_full_text else ""
             responses.append(answer.response(text, prompt_ids if echo else ()))
         return responses
 
-    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
         """The outputs for one prompt, each as soon as its token is known; `output.text` is what to print.
 
         Leaving the loop early ends the request, and so does `close()` of what this returns. Raises as a call does.
         """
-        params = sampling_params(options)
-        if params.n != 1:
-            raise ValueError(f"n is {params.n}; stream follows one sequence: use pipe(prompt, stream=True, n={params.n})")
-        return Stream(self._run([prompt], params))
+        call = asked(self.engine.intake, params, options)
+        n = call.params.n
+        if n != 1:
+            raise ValueError(f"n is {n}; stream follows one sequence: use pipe(prompt, stream=True, n={n})")
+        return Stream(self._run([prompt], call))
 
     def destroy(self) -> None:
         """Frees weights and cache at once; the pipeline cannot be used afterwards, and calls under way raise ValueError.
@@ -149,10 +165,11 @@ class Pipeline:
         """
         self._shared.destroy()
 
-    def _run(self, prompts: Sequence[Prompt], params: SamplingParams) -> Outputs:
+    def _run(self, prompts: Sequence[Prompt], call: Asked) -> Outputs:
         intake = self.engine.intake
         encoded = [intake.encode(prompt) for prompt in prompts]
-        return self._shared.run([intake.request(ids, sample) for ids in encoded for sample in samples(params)])
+        requests = [intake.request(ids, sample) for ids in encoded for sample in call.samples(len(ids))]
+        return self._shared.run(requests, on_finished=partial(self._limits.note, call))
 
     def _prompt_text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
         if isinstance(prompt, str):
@@ -205,24 +222,3 @@ def pipeline(
         print(pipe("DeepSpeed is", max_new_tokens=32)[0])
     """
     return Pipeline(Engine.from_pretrained(model, config, progress=progress, **options))
-
-
-def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """`SamplingParams` from keyword options; an unknown one raises ValueError that lists the known."""
-    known = {f.name for f in fields(SamplingParams)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        more = ("echo", "progress", "return_full_text", "stream")
-        raise ValueError(f"unknown option {unknown[0]!r}; generation options: {', '.join(sorted({*known, *more}))}")
-    return SamplingParams(**options)
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one prompt or several."""
-    if isinstance(prompts, str):
-        return [prompts]
-    items = list(prompts)
-    if not items:
-        raise ValueError("no prompts; give at least one")
-    is_single = not isinstance(items[0], str) and not isinstance(items[0], Sequence)  # token ids or messages
-    return [cast("Prompt", items)] if is_single else cast("list[Prompt]", items)

@@ -7,7 +7,7 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from fastgen_jax.api.engine_thread import EngineThread, Event, Failure
@@ -56,9 +56,14 @@ class SharedEngine:
             raise DestroyedError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
         return engine
 
-    def run(self, requests: Sequence[Request]) -> Outputs:
-        """Queues checked requests together and returns their outputs, to be read by one thread."""
-        outputs = Outputs(self, requests)
+    def run(
+        self, requests: Sequence[Request], *, on_finished: Callable[[RequestOutput], object] | None = None
+    ) -> Outputs:
+        """Queues checked requests together and returns their outputs, to be read by one thread.
+
+        `on_finished` is called with the last output of each, in that thread.
+        """
+        outputs = Outputs(self, requests, on_finished)
         try:
             outputs.start(self._running_thread(), self._places)
         except BaseException:
@@ -97,7 +102,10 @@ class Outputs:
 
     _thread: EngineThread | None = None  # also where an exception came into the constructor
 
-    def __init__(self, shared: SharedEngine, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, shared: SharedEngine, requests: Sequence[Request], on_finished: Callable[[RequestOutput], object] | None
+    ) -> None:
+        self._on_finished = on_finished
         self._shared = shared  # which lives as long as somebody reads
         self._requests = requests
         self._queue: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
@@ -129,6 +137,8 @@ class Outputs:
                 raise self._error(event)
             if event.finished:
                 self._unfinished.discard(event.request_id)
+                if self._on_finished is not None:
+                    self._on_finished(event)
             return index, event
         except BaseException:
             self.close()

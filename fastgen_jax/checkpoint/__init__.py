@@ -2,10 +2,10 @@
 
 from fastgen_jax.checkpoint.base import Checkpoint, open_checkpoint
 from fastgen_jax.checkpoint.load import check_tensors, load_params
-from fastgen_jax.checkpoint.resolve import BUILT_IN, cache_dir, resolve_model
+from fastgen_jax.checkpoint.resolve import BUILT_IN, resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
 
 __all__ = [
-    "BUILT_IN", "Checkpoint", "SnapshotCheckpoint", "cache_dir", "check_tensors", "load_params", "open_checkpoint",
+    "BUILT_IN", "Checkpoint", "SnapshotCheckpoint", "check_tensors", "load_params", "open_checkpoint",
     "resolve_model", "save_snapshot",
 ]

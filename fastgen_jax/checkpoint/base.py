@@ -34,6 +34,11 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The fields of its generation_config.json, or what a GGUF file has in its place; empty if there is none."""
+        ...
+
+    @property
     def tensor_names(self) -> frozenset[str]:
         """All tensors, by their Hugging Face names."""
         ...

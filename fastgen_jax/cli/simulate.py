@@ -37,9 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_replica_arguments(command)
         add_load_arguments(command)
         add_promise_arguments(command)
-    run.add_argument("--policy", default="splitfuse", choices=list(POLICIES))
-    fleet.add_argument("--policy", default="splitfuse", choices=list(POLICIES))
-    sla.add_argument("--policies", nargs="+", default=["splitfuse", "sla"], choices=list(POLICIES))
+    for command in (run, fleet):
+        command.add_argument("--policy", default="splitfuse", choices=list(POLICIES), help="how a step is filled")
+    sla.add_argument("--policies", nargs="+", default=["splitfuse", "sla"], choices=list(POLICIES),
+                     help="ways to fill a step that are compared")
     for command in (run, sla):
         command.add_argument("--replicas", type=int, default=1, help="behind the router (default: %(default)s)")
     fleet.add_argument("--share", type=float, default=0.99, help="of the requests served as promised (default: %(default)s)")
@@ -52,17 +53,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("replica")
     group.add_argument("--costs", type=Path, help="step costs of `fastgen bench steps`, in place of the next three")
-    group.add_argument("--model", default="llama-2-70b", choices=list(MODELS))
-    group.add_argument("--hardware", default="a100", choices=list(ACCELERATORS))
+    group.add_argument("--model", default="llama-2-70b", choices=list(MODELS),
+                       help="shape of the model (default: %(default)s)")
+    group.add_argument("--hardware", default="a100", choices=list(ACCELERATORS),
+                       help="devices by their data sheets (default: %(default)s)")
     group.add_argument("--devices", type=int, default=4, help="that share the model (default: %(default)s)")
     group.add_argument("--token-budget", type=int, help="tokens of a step (default: 768, or that of the measured engine)")
-    group.add_argument("--max-num-seqs", type=int, help="default: 256, or that of the measured engine")
-    group.add_argument("--block-size", type=int, default=64)
-    group.add_argument("--num-blocks", type=int, help="default: what fits into the memory, or the measured engine's")
-    group.add_argument("--max-context-len", type=int, help="default: what the longest request of the load needs")
+    group.add_argument("--max-num-seqs", type=int, help="sequences at once (default: 256, or that of the measured engine)")
+    group.add_argument("--block-size", type=int, default=64, help="tokens of a KV block (default: %(default)s)")
+    group.add_argument("--num-blocks", type=int,
+                       help="KV blocks (default: what fits into the memory, or the measured engine's)")
+    group.add_argument("--max-context-len", type=int,
+                       help="tokens of a sequence (default: what the longest request of the load needs)")
     group.add_argument("--host-seconds", type=float, help="host's work a step (default: 0.002, or as measured)")
-    group.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True,
+                       help="plan a step while the last one runs")
+    group.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True,
+                       help="share the prefixes that a .jsonl trace names")
 
 
 def run(options: dict[str, Any]) -> int:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from typing import Any
 
+from fastgen_jax.cli.terminal import has_colors
+
 BAR = 40  # characters of the widest bar
 STEPS_SHOWN = 12
+LOADING = 503  # the status of a server that cannot answer yet, or not any more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("name", nargs="?", help="deployment; may be left out where only one runs")
+    parser.add_argument("name", nargs="?", help="deployment (default: the only one that runs)")
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
     parser.add_argument("--once", action="store_true", help="two looks, one interval apart, and no more")
 
@@ -22,7 +24,7 @@ def run(options: dict[str, Any]) -> int:
     """Runs the command on its parsed options and returns the exit code."""
     import httpx
 
-    from fastgen_jax.api.client import KEY_VARIABLE
+    from fastgen_jax.api.client import NoAnswerError, ServerError, checked, heard, http_settings
     from fastgen_jax.api.deployment import deployments, find_deployment
 
     if options["interval"] <= 0:
@@ -32,18 +34,22 @@ def run(options: dict[str, Any]) -> int:
         names = ", ".join(d.name for d in running) or "none"
         raise ValueError(f"name the deployment to watch (running: {names})")
     deployment = find_deployment(options["name"]) if options["name"] else running[0]
-    key = os.environ.get(KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     before, since = None, 0
-    with httpx.Client(base_url=deployment.url, headers=headers, verify=False, timeout=30) as http:
+    clear = "\x1b[H\x1b[2J" if has_colors() and not options["once"] else ""
+    with httpx.Client(**http_settings(deployment, timeout=30)) as http:
         while True:
-            answer = http.get("/stats", params={"since_step": since})
-            if answer.status_code != 200:
-                raise ValueError(f"{deployment.url} answers {answer.status_code}: {answer.text[:200]}")
-            stats, now = answer.json(), time.monotonic()
+            try:
+                with heard(deployment):
+                    stats = checked(http.get("/stats", params={"since_step": since}))
+            except ServerError as error:
+                if isinstance(error, NoAnswerError) or error.status != LOADING or options["once"]:
+                    raise ValueError(str(error)) from None
+                print(f"{deployment.name}: {error}", flush=True)
+                time.sleep(options["interval"])
+                continue
+            now = time.monotonic()
             if before is not None:
-                print("" if options["once"] else "\x1b[H\x1b[2J", render(stats, before[0], now - before[1]), sep="",
-                      flush=True)
+                print(clear, render(stats, before[0], now - before[1]), sep="", flush=True)
                 if options["once"]:
                     return 0
             before = (stats, now)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -25,3 +27,24 @@ def parse_option(pair: str, flag: str) -> tuple[str, Any]:
     except ValueError:
         return name, text
     return name, tuple(value) if isinstance(value, list) else value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """"; did you mean 'x'?" with the known name that is spelt most like `name`, or nothing if none is."""
+    spelling = name.lower().replace("-", "_")
+    found = difflib.get_close_matches(spelling, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def unknown_option(name: str, known: Iterable[str], others: Mapping[str, str], *, kind: str) -> ValueError:
+    """The error for an option that is not among the `known` of a `kind`.
+
+    `others` has what other programs call things, by name: one of the known, or a sentence for what has no equal here.
+    """
+    known = sorted(known)
+    other = others.get(name.lower().replace("-", "_"))
+    if other is None:
+        hint = nearest(name, known)
+    else:
+        hint = f"; use {other!r}" if other in known else f"; {other}"
+    return ValueError(f"unknown option {name!r}{hint}{'' if hint.endswith('?') else ';'} {kind} options: {', '.join(known)}")

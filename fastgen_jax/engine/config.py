@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.engine import generation
 from fastgen_jax.engine.logits_processor import LogitsProcessor, check_processor
+from fastgen_jax.engine.memory import room_for_cache
+from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
-from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Policy, Promise, checked_policy
+from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Policy, Promise, checked_policy, longest_sequence
 from pallas_kernels import native
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
-FREE_MEMORY_SHARE = {"cpu": 0.25}  # of the host's free memory: other programs live there too
-ACCELERATOR_MEMORY_SHARE = 0.85  # the rest is for activations and logits
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps of a token budget that comes without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding, so that few programs serve all sizes
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # of these, a measurement compiles and times only some
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:
     """How the engine runs a model. Every None is filled by `resolve`, from the model and the device."""
 
@@ -41,6 +42,8 @@ class EngineConfig:
     """Tokens of a full step. None: measured on this device once, then remembered."""
     budget_ladder: tuple[int, ...] | None = None
     """Smaller steps for a lightly loaded engine, tokens. None: chosen from the same measurement."""
+    remeasure: bool = False
+    """Whether the token budget is measured again although a measurement is remembered, and that one replaced."""
     max_num_seqs: int = 64
     """Sequences that run at once; more wait."""
     max_context_len: int | None = None
@@ -48,11 +51,12 @@ class EngineConfig:
     block_size: int | None = None
     """Tokens of a KV block. None: 32, or 128 for a cache of 8 bits on a TPU, whose kernel reads no smaller ones."""
     num_blocks: int | None = None
-    """KV blocks a layer. None: what fits into free memory, but no more than `max_num_seqs` full contexts need."""
+    """KV blocks a layer. None: what fits into free memory, but no more than `max_num_seqs` full contexts need; what an
+    earlier start chose is kept while it fits, so that its compiled programs serve again."""
     prefix_caching: bool = True
     """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
-    policy: str | Policy = "splitfuse"
-    """How a step is filled: splitfuse, prompts_first, orca, or sla, which keeps the two promises below; or a function."""
+    policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = "splitfuse"
+    """How a step is filled; sla keeps the two promises below. In Python also a function of your own."""
     promised_prompt_rate: float | None = None
     """Policy sla: a first token is due after the prompt's tokens over this, tokens a second; what cannot be is refused."""
     promised_generation_rate: float | None = None
@@ -63,12 +67,15 @@ class EngineConfig:
     """Whether the next step is dispatched before the tokens of the last one are read."""
     stack_layers: bool | None = None
     """Whether layers are scanned as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
-    logits_processor: LogitsProcessor | None = field(default=None, metadata={"flag": False})
+    logits_processor: LogitsProcessor | None = None
     """A function of jax.numpy, f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: none."""
-    attention: str | None = None
+    attention: Literal["reference", "xla", "cpu", "tpu", "gpu"] | None = None
     """Implementation of ragged attention. None: the best one for the device."""
-    compile_cache_dir: str | None = field(default_factory=lambda: os.environ.get("FASTGEN_CACHE_DIR"))
-    """Folder of compiled programs and measurements. None: ~/.cache/fastgen_jax; "" keeps nothing."""
+    generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = "auto"
+    """Defaults of requests that leave an option out: "auto" takes those of the checkpoint's generation_config.json, "none"
+    none; or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Kept as pairs."""
+    compile_cache_dir: str | None = None
+    """Folder of compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "" keeps nothing."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
@@ -89,6 +96,7 @@ class EngineConfig:
         object.__setattr__(self, "policy", checked_policy(self.policy))
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise ValueError(f"logits_processor is {self.logits_processor!r}; give a function f(logits, rows) or nothing")
+        object.__setattr__(self, "generation_config", generation.parse_setting(self.generation_config))
         promises = (self.promised_prompt_rate, self.promised_generation_rate)
         gives = [promise is not None for promise in promises]  # a function may need a promise or not
         if gives[0] != gives[1] or (isinstance(self.policy, str) and gives[0] != (self.policy in NEED_PROMISE)):
@@ -100,6 +108,9 @@ class EngineConfig:
             raise ValueError(f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; "
                              "leave it out")
         _ = self.promise  # checks the rates
+        if self.remeasure and self.token_budget is not None:
+            raise ValueError(f"remeasure with token_budget={self.token_budget}: a budget that is given is not measured; "
+                             "leave one of them out")
         if self.budget_ladder is not None:
             if self.token_budget is None:
                 raise ValueError(f"budget_ladder={self.budget_ladder} needs a token_budget, the size of a full step")
@@ -110,6 +121,13 @@ class EngineConfig:
                     f"budget_ladder={self.budget_ladder} has a step outside 1..{self.token_budget} (token_budget)"
                 )
             object.__setattr__(self, "budget_ladder", tuple(self.budget_ladder))
+
+    def __repr__(self) -> str:
+        """What differs from the defaults; of a resolved config that is also what was filled in."""
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "compile_cache_dir"}
+        kept = {f.name: f.default for f in fields(self)}
+        changed = ", ".join(f"{name}={value!r}" for name, value in told.items() if value != kept[name])
+        return f"{type(self).__name__}({changed})"
 
     @property
     def promise(self) -> Promise | None:
@@ -123,15 +141,15 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> EngineConfig:
-        """A config from keyword options; an unknown one raises ValueError that lists the known."""
+        """A config from keyword options; an unknown one raises ValueError that says which was meant."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; engine options: {', '.join(sorted(known))}")
+            raise unknown_engine_option(unknown[0], known)
         return cls(**options)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ResolvedConfig(EngineConfig):
     """An `EngineConfig` without open choices, but for a token budget that is still to be measured."""
 
@@ -141,12 +159,20 @@ class ResolvedConfig(EngineConfig):
     max_context_len: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     num_blocks: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
     stack_layers: bool  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+    generation_config: generation.Pairs  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
 
     @property
     def activation_dtype(self) -> str:
         """Number format of the residual stream: `dtype`, but float32 where native kernels multiply, which give that."""
         native_kernels = jax.default_backend() == "cpu" and not self.stack_layers and native.available()
         return "float32" if native_kernels else self.dtype
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that a sequence can really have: the context, or the whole KV cache where that holds less."""
+        return longest_sequence(
+            max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size
+        )
 
     @property
     def max_sample_rows(self) -> int:
@@ -161,10 +187,11 @@ class ResolvedConfig(EngineConfig):
         return self.token_budget
 
 
-def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
+def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | None = None) -> ResolvedConfig:
     """Fills what can be known before anything runs; the token budget may stay None, to be measured.
 
-    Raises ValueError where the choices contradict the model or the free memory.
+    `earlier_blocks` is the `num_blocks` that an earlier start came to, kept if it suits the memory of now. Raises
+    ValueError where the choices contradict the model or the free memory.
     """
     platform = jax.default_backend()
     if config.logits_processor is not None:
@@ -190,9 +217,10 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         bytes_a_block = block_size * model.kv_bytes_per_token(
             jnp.dtype(kv_dtype).itemsize, stored_head_dim=head_dim, scale_bytes=scale_bytes(kv_dtype)
         )
-        # The devices of a CPU are parts of one host, whose memory they share.
-        fitting = int(_memory_for_cache(platform)) * (1 if platform == "cpu" else num_devices) // bytes_a_block
-        num_blocks = min(fitting, config.max_num_seqs * blocks_a_sequence)
+        num_blocks = room_for_cache(platform).num_blocks(
+            bytes_a_block, wanted=config.max_num_seqs * blocks_a_sequence, earlier=earlier_blocks,
+            share=1 if platform == "cpu" else num_devices,  # those of a CPU are parts of one host, whose memory they share
+        )
         if num_blocks < 1:
             raise ValueError(
                 f"no room for a single KV block of {bytes_a_block / 2**20:.1f} MiB; free memory, choose a smaller "
@@ -213,6 +241,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         "dtype": dtype, "kv_dtype": kv_dtype, "block_size": block_size, "max_context_len": max_context_len,
         "num_blocks": num_blocks, "stack_layers": stack_layers,
         "budget_ladder": ladder, "prefix_caching": prefix_caching,
+        "generation_config": () if isinstance(config.generation_config, str) else config.generation_config,
     }
     return ResolvedConfig(**{**{f.name: getattr(config, f.name) for f in fields(EngineConfig)}, **filled})
 
@@ -227,12 +256,3 @@ def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices
     if config.stack_layers is False:
         raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; leave stack_layers out")
     check_divisible(model, num_devices)
-
-
-def _memory_for_cache(platform: str) -> float:
-    """Bytes that the KV cache may take on this device."""
-    stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return ACCELERATOR_MEMORY_SHARE * stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return FREE_MEMORY_SHARE["cpu"] * free

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.intake import Intake, Prompt
 from fastgen_jax.engine.metrics import Metrics, StepTimes, compile_count
 from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState, SampledRows
@@ -40,6 +41,9 @@ class Engine(ResearchInterface):
     anywhere, a KeyboardInterrupt above all: the next call finds that an earlier one did not come to its end, and begins
     with the requests and the outputs that stand. What they lack is computed again, and is the same as it would have been.
     """
+
+    name: str = ""
+    """What `from_pretrained` was asked for; empty for an engine that was made from weights."""
 
     def __init__(
         self,
@@ -96,7 +100,11 @@ class Engine(ResearchInterface):
         params, model_config, tokenizer, config = startup.load(model, config, progress=progress)
         engine = cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
         engine._runner.own_params()
+        engine.name = os.fspath(model)
         return engine
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe(self)}; {self.num_running} running, {self.num_waiting} waiting)"
 
     # Requests
 

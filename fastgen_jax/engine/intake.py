@@ -7,19 +7,19 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
+from fastgen_jax.engine import generation
 from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.prompts import SupportsArray, plain_prompt
 from fastgen_jax.engine.sampling_tables import validate
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request, SamplingParams, max_total_tokens
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarCompiler, GrammarMatcher
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or chat messages `[{"role": ..., "content": ...}, ...]`."""
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | SupportsArray
+"""Text, token ids (also as an array), or chat messages `[{"role": ..., "content": ...}, ...]`, or a single message."""
 
 
 class Intake:
@@ -44,22 +44,41 @@ class Intake:
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt in any of its forms; ValueError if it is empty or not one of them."""
-        token_ids: Sequence[Any]
-        if isinstance(prompt, str):
-            token_ids = self.need_tokenizer("a prompt of text").encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            messages = cast("Sequence[Mapping[str, Any]]", prompt)
-            token_ids = self.need_tokenizer("a prompt of chat messages").encode_chat(messages)
+        plain = plain_prompt(prompt)
+        if isinstance(plain, str):
+            token_ids = tuple(self.need_tokenizer("a prompt of text").encode(plain))
+        elif isinstance(plain, list):
+            token_ids = tuple(self.need_tokenizer("a prompt of chat messages").encode_chat(plain))
         else:
-            token_ids = prompt
-        if not len(token_ids):
+            token_ids = plain
+        if not token_ids:
             raise ValueError("the prompt is empty; give at least one token")
-        for token_id in token_ids:
-            if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool):
-                raise ValueError(f"the prompt holds {token_id!r}; give text, token ids, or chat messages")
+        for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < self.model.vocab_size:
                 raise ValueError(f"token id {token_id} is outside the vocabulary, 0..{self.model.vocab_size - 1}")
-        return tuple(map(int, token_ids))
+        return token_ids
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What holds for requests that do not say otherwise: the model's own, see `EngineConfig.generation_config`."""
+        return dict(self.config.generation_config)
+
+    @property
+    def default_new_tokens(self) -> int | None:
+        """Tokens of an answer for which no request sets a limit: the model's own default, None if it has none."""
+        return self.defaults.get("max_new_tokens")
+
+    def sampling_params(self, options: Mapping[str, Any]) -> SamplingParams:
+        """`SamplingParams` from the options that are given, and for the others from the model's defaults."""
+        return generation.sampling_params(options, self.defaults)
+
+    def limited(self, params: SamplingParams, num_prompt_tokens: int, new_tokens: int | None) -> SamplingParams:
+        """`params` for a prompt of that many tokens: without a limit of their own they get `new_tokens`, if so many fit."""
+        return generation.limited(params, new_tokens, room=self.room(num_prompt_tokens))
+
+    def room(self, num_prompt_tokens: int) -> int:
+        """Tokens that fit behind a prompt, into the context and into the KV cache."""
+        return self.config.longest_sequence - num_prompt_tokens
 
     def request(
         self,
@@ -70,20 +89,28 @@ class Intake:
         priority: int = 0,
         awaits_each_token: bool = False,
     ) -> Request:
-        """A request that can run here; ValueError, with the numbers, for one that never could."""
-        params = params or SamplingParams()
+        """A request that can run here; ValueError, with the numbers, for one that never could.
+
+        Without `params`, the model's defaults hold; `params` themselves are taken as they are.
+        """
+        token_ids = self.encode(prompt)
+        if params is None:
+            params = self.limited(self.sampling_params({}), len(token_ids), self.default_new_tokens)
         if params.n != 1:
             raise ValueError(f"n is {params.n}; the engine runs one sequence a request: add it {params.n} times with "
                              f"different seeds, or use pipeline, which does that")
         validate(params, self.model.vocab_size, eos_token_ids=self.eos_token_ids)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings {params.stop} need a tokenizer, and this engine has none; use stop_token_ids")
+        for stop in params.stop:
+            if any("\ud800" <= character <= "\udfff" for character in stop):
+                raise ValueError(f"stop has {stop!r}, with half of a character, which no text has; leave it out")
         if awaits_each_token and params.min_new_tokens:
             raise ValueError(f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; "
                              "leave min_new_tokens out")
         request = Request(
             request_id=f"request-{next(self._numbers)}" if request_id is None else request_id,
-            prompt_token_ids=self.encode(prompt),
+            prompt_token_ids=token_ids,
             params=params,
             eos_token_ids=self.eos_token_ids,
             priority=priority,

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from fastgen_jax import paths
+from fastgen_jax.engine import remembered
+from fastgen_jax.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+FILE = "budgets.json"
 
 GOOD_ENOUGH = 1.05  # cost per token, relative to the best: beyond it a larger budget buys latency, not throughput
 ROOM_FOR_PROMPTS = 4  # tokens of a step for each sequence that may generate
@@ -39,26 +48,65 @@ def choose_ladder(
     return tuple(reversed(kept))
 
 
-def load_choice(path: Path, key: str) -> tuple[int, ...] | None:
-    """The ladder saved under `key`, or None if there is none or the file cannot be read."""
-    try:
-        ladder = tuple(int(budget) for budget in json.loads(path.read_text())[key]["ladder"])
-        return ladder or None
-    except (OSError, ValueError, KeyError, TypeError):
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A ladder that was measured once and is used in later starts."""
+
+    model: str
+    machine: str
+    versions: str
+    when: str
+    """UTC, ISO 8601."""
+    ladder: tuple[int, ...]
+    """Tokens, smallest first; the last is the token budget."""
+    seconds: dict[int, float]
+    """Seconds of a full step by its tokens: the curve that the ladder was read off."""
+
+
+def known(named: str | None = None) -> list[Measurement]:
+    """The measurements that are remembered, of all models and machines; `named` as `compile_cache_dir`."""
+    folder = paths.engine_dir(named)
+    entries = {} if folder is None else remembered.everything(folder / FILE)
+    return [measurement for entry in entries.values() if (measurement := _measurement(entry)) is not None]
+
+
+def forget(named: str | None = None) -> int:
+    """Forgets all measurements, so that the next start of each model measures; returns how many there were."""
+    folder = paths.engine_dir(named)
+    return 0 if folder is None else remembered.forget(folder / FILE)
+
+
+def load_choice(path: Path, facts: Any) -> tuple[int, ...] | None:
+    """The ladder saved for `facts` on this machine with these versions, or None if there is none or it is damaged."""
+    entry = remembered.recall(path, facts)
+    measurement = None if entry is None else _measurement(entry)
+    if measurement is None:
         return None
+    log.info("step sizes %s, measured %s (%s); remeasure=True measures again",
+             ", ".join(map(str, measurement.ladder)), measurement.when, path)
+    return measurement.ladder
 
 
-def save_choice(path: Path, key: str, ladder: Sequence[int], seconds: Mapping[int, float]) -> None:
-    """Adds a ladder, with the curve that it was read off, to the file, which holds one for each device and model."""
+def save_choice(path: Path, facts: Any, ladder: Sequence[int], seconds: Mapping[int, float], *, model: str) -> None:
+    """Keeps a ladder, with the curve that it was read off, in a file that holds one for each machine and `facts`."""
+    remembered.remember(path, facts, {
+        "model": model, "ladder": list(ladder), "seconds": {str(budget): cost for budget, cost in sorted(seconds.items())},
+    })
+
+
+def describe(model: ModelConfig) -> str:
+    """A model in a few words, for people who read the file: its name is not known here."""
+    return f"{model.family}, {model.num_layers} layers, {model.num_params / 1e6:,.0f} M parameters"
+
+
+def _measurement(entry: Mapping[str, Any]) -> Measurement | None:
+    """An entry of the file, or None if it is damaged."""
     try:
-        choices = json.loads(path.read_text())
-        if not isinstance(choices, dict):
-            choices = {}
-    except (OSError, ValueError):
-        choices = {}
-    choices[key] = {"ladder": list(ladder), "seconds": {str(budget): cost for budget, cost in sorted(seconds.items())}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed: another engine that starts now reads the old file or the new one, never half of it.
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(choices, indent=1))
-    scratch.replace(path)
+        ladder = tuple(int(budget) for budget in entry["ladder"])
+        if not ladder or min(ladder) < 1 or list(ladder) != sorted(set(ladder)):
+            return None
+        seconds = {int(budget): float(cost) for budget, cost in entry["seconds"].items()}
+        texts = {name: str(entry[name]) for name in ("model", "machine", "versions", "when")}
+        return Measurement(ladder=ladder, seconds=seconds, **texts)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

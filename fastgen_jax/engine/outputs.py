@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastgen_jax.scheduling import Sequence
-from fastgen_jax.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from fastgen_jax.text import IncrementalDetokenizer, StopStrings, Tokenizer, stops_with_tokens
 from fastgen_jax.text.grammar import GrammarMatcher
 
 
@@ -84,8 +84,11 @@ class RequestState:
         self._detokenizer = None
         self._stops = None
         if tokenizer is not None:
-            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=sequence.request.prompt_token_ids)
-            self._stops = StopStrings(tuple(params.stop)) if params.stop else None
+            stops, marks = stops_with_tokens(tuple(params.stop), tokenizer)
+            self._detokenizer = IncrementalDetokenizer(
+                tokenizer, prompt_ids=sequence.request.prompt_token_ids, marks=marks
+            )
+            self._stops = StopStrings(stops, unseen=marks.values()) if stops else None
 
     def restarted(self) -> RequestState:
         """The state after the tokens that the sequence has, whatever an exception has made of this one."""
@@ -129,9 +132,11 @@ class RequestState:
             text = self._detokenizer.push(token_ids)
             if ended:
                 text += self._detokenizer.flush()
-            # Stop strings count only once the minimum is reached, like every other reason to stop.
-            if self._stops is not None and self._num_returned + len(token_ids) > params.min_new_tokens:
-                text, match = self._stops.push(text)
+            if self._stops is not None:
+                # A stop string ends the text only once the minimum is reached, like every other reason to stop.
+                text, match = self._stops.push(
+                    text, may_end=self._num_returned + len(token_ids) > params.min_new_tokens
+                )
                 if ended and match is None:
                     rest, match = self._stops.flush()
                     text += rest
@@ -139,7 +144,9 @@ class RequestState:
         first = self._num_returned == 0
         self._num_returned += len(token_ids)
         finished = stopped or ended
-        reason = "stop" if stopped else "abort" if error else sequence.finish_reason or "stop"
+        error = None if stopped else error  # what comes behind a stop string does not matter
+        is_complete = stopped or (self.matcher is not None and self.matcher.is_complete)
+        reason = "abort" if error else "stop" if is_complete else sequence.finish_reason or "stop"
         return RequestOutput(
             request_id=sequence.request.request_id,
             new_token_ids=tuple(token_ids),

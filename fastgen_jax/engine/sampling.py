@@ -8,7 +8,9 @@ comes out.
 
 A token depends on its logits, its request's parameters and `fold_in(key(seed), position)`, and on nothing else in the
 batch. To that end no sum of floats decides anything: probabilities are fixed-point integers (2**30 is 1), and sums of
-integers come out the same in whatever order a compiler takes them.
+integers come out the same in whatever order a compiler takes them. The draw is a race in which every token has a random
+number of its own, so that logits that differ in their last bits, as those of two platforms do, draw the same token but
+for a share of draws as small as the difference.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fastgen_jax.core.pytree import pytree
+from fastgen_jax.engine.random_bits import random_bits
 from fastgen_jax.engine.sampler_state import MAX_TIMES, SamplerState
 from fastgen_jax.engine.sampling_tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
@@ -161,7 +164,7 @@ def _adjusted_argmax(logits: jax.Array, state: SamplerState, batch: SamplingBatc
 def _sampled(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> tuple[jax.Array, jax.Array]:
     logits = _adjusted(logits, state, batch)
     weights = _weights(logits, batch)
-    drawn = _draw(weights, _random_bits(batch.seeds, batch.positions))
+    drawn = _draw(weights, random_bits(batch.seeds, batch.positions, logits.shape[1]))
     is_drawn = batch.temperature > 0
     return jnp.where(is_drawn, drawn, _argmax(logits)), jnp.where(is_drawn, _log_share(weights, drawn), 0.0)
 
@@ -218,10 +221,15 @@ def _masked(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax
 
 
 def _draw(weights: jax.Array, bits: jax.Array) -> jax.Array:
-    """i32[R]: indices as likely as their `weights` i32[R, V], by 32 random bits a row."""
-    # 1 ... total, each as likely as the other: the token that reaches it is drawn, which one of weight 0 never does.
-    ticket = 1 + _scaled(bits, _sum(weights))
-    return _first_reaching(weights, ticket)
+    """i32[R]: indices as likely as their `weights` i32[R, V], by 32 random bits u32[R, V] for each.
+
+    Each token finishes after an exponentially distributed time, at a rate of its weight; the first one is drawn, which is
+    the Gumbel-max trick without its second logarithm. A draw from a running sum over the vocabulary needs one random number
+    where this takes V, but there a change in any weight moves the borders of all tokens behind it.
+    """
+    uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32  # fine near 0, where the first ones finish
+    seconds = -jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24))
+    return _argmax(jnp.where(weights > 0, weights.astype(jnp.float32) / seconds, -1))
 
 
 def _weights(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
@@ -288,10 +296,20 @@ def _sortable(x: jax.Array) -> jax.Array:
 
 
 def _sum_in_any_order(ratios: jax.Array) -> jax.Array:
-    """f32[R]: the sum of each row to 1 %, the same in whatever order it is taken. Ratios are at most 1, V < 2**19."""
-    fixed = jnp.round(ratios * 2.0**24).astype(jnp.int32)
-    high, low = _sum(fixed >> 12), _sum(fixed & (2**12 - 1))
-    return high.astype(jnp.float32) * 2.0**-12 + low.astype(jnp.float32) * 2.0**-24
+    """f32[R]: the sum of each row, the same to the last bit in whatever order it is taken. Ratios are at most 1, V < 2**19.
+
+    Each ratio is 39 bits in three digits, whose sums are exact.
+    """
+    total, rest = jnp.zeros(ratios.shape[0], jnp.float32), ratios
+    digits = []
+    for _ in range(3):
+        rest = rest * 2.0**13
+        digit = jnp.floor(rest)
+        digits.append(jnp.sum(digit.astype(jnp.uint32), axis=1, dtype=jnp.uint32))
+        rest = rest - digit
+    for place, digit in reversed(list(enumerate(digits, 1))):
+        total = total + digit.astype(jnp.float32) * 2.0 ** (-13 * place)
+    return total
 
 
 def _first_reaching(weights: jax.Array, enough: jax.Array) -> jax.Array:
@@ -305,26 +323,6 @@ def _first_reaching(weights: jax.Array, enough: jax.Array) -> jax.Array:
     return jnp.minimum(piece * pieces.shape[2] + _sum(inside < enough - before), weights.shape[1] - 1)
 
 
-def _random_bits(seeds: jax.Array, positions: jax.Array) -> jax.Array:
-    """u32[R]. The generator is named, so that a user's choice of JAX's default one does not change the tokens."""
-
-    def bits(seed: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-        return jax.random.bits(key, (), jnp.uint32)
-
-    return jax.vmap(bits)(seeds, positions)
-
-
-def _scaled(bits: jax.Array, total: jax.Array) -> jax.Array:
-    """i32[R]: floor(bits / 2**32 * total), exact: the high half of a 64-bit product, from 16-bit digits."""
-    total = total.astype(jnp.uint32)
-    low, high = bits & 0xFFFF, bits >> 16
-    total_low, total_high = total & 0xFFFF, total >> 16
-    first = high * total_low + (low * total_low >> 16)
-    second = low * total_high + (first & 0xFFFF)
-    return (high * total_high + (first >> 16) + (second >> 16)).astype(jnp.int32)
-
-
 def _logprobs(
     logits: jax.Array, tokens: jax.Array, *, max_logprobs: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -334,7 +332,8 @@ def _logprobs(
     def below_largest(x: jax.Array) -> jax.Array:
         return jnp.where(x == largest, 0, x - largest)  # inf - inf would be NaN
 
-    log_total = jnp.log(jnp.sum(jnp.exp(below_largest(logits)), axis=1, keepdims=True))
+    # The sum is at least 1. XLA's log, unlike its log1p, rounds differently in vectors and in what is left over of them.
+    log_total = jnp.log1p(_sum_in_any_order(jnp.exp(below_largest(logits))) - 1)[:, None]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
     logprobs = (below_largest(chosen) - log_total)[:, 0]
     ranks = 1 + _sum(logits > chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from jax.sharding import NamedSharding
 
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.mla import Expansions, expansions
 from fastgen_jax.models.params import EXPERT_MATRICES, Params, param_specs, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
+from pallas_kernels import native
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
@@ -22,6 +25,11 @@ MATRICES = ("qkv", "o", "q", "q_a", "q_b", "kv_a", "gate_up", "up", "down", "lm_
 _TABLES = ("embed", "position_embed")
 # Scores decide which experts a token meets: the few numbers that int8 or bfloat16 would save are not worth a wrong choice.
 _NEVER_QUANTIZED = ("router", "shared_gate")
+
+
+def is_quantized(name: str, quantize: str | None) -> bool:
+    """Whether the weight of this name, without the path before it, is kept as `quantize` says."""
+    return quantize is not None and name in (*MATRICES, *EXPERT_MATRICES) and name not in _NEVER_QUANTIZED
 
 
 def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
@@ -39,9 +47,11 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
         return jnp.asarray(array, jnp.float32)
     if name in _TABLES:
         return jnp.asarray(array, config.dtype)
+    if name == "kv_b" and not config.stack_layers and native.available():
+        return _expansions(array, model, config)
     if name not in (*MATRICES, *EXPERT_MATRICES):
         return jnp.asarray(array, config.activation_dtype)
-    quantize = None if name in _NEVER_QUANTIZED else config.quantize
+    quantize = config.quantize if is_quantized(name, config.quantize) else None
     if path.startswith("layers.") and config.stack_layers:  # a packed weight cannot be sliced by a scan
         if isinstance(array, Int8Weight):
             return jax.tree_util.tree_map(jnp.asarray, array)
@@ -58,6 +68,14 @@ def prepare_leaf(path: str, array: Any, model: ModelConfig, config: ResolvedConf
     dtype = config.activation_dtype if name in _NEVER_QUANTIZED else config.dtype
     plain = array if isinstance(array, Int8Weight) else np.asarray(array).astype(dtype)
     return make(plain, quantize=quantize, platform=jax.default_backend(), gated=gated)
+
+
+def _expansions(array: Any, model: ModelConfig, config: ResolvedConfig) -> Expansions:
+    """Latent attention's matrices, packed by head. Never int8: their results meet every token of the context."""
+    assert model.mla is not None, "only latent attention has a kv_b"
+    plain = expansions(np.asarray(array).astype(config.dtype), model.mla, model.num_heads)
+    pack = partial(prepare_groups, platform=jax.default_backend())
+    return Expansions(k_up=pack(np.ascontiguousarray(plain.k_up)), v_up=pack(np.ascontiguousarray(plain.v_up)))
 
 
 def _divided(path: str, array: Any, model: ModelConfig, config: ResolvedConfig) -> Any:
@@ -78,7 +96,7 @@ def host_leaf(path: str, array: Any, *, dtype: Any, quantize: str | None) -> Any
         return array
     if name == "choice_bias":
         return np.asarray(array, np.float32)
-    if quantize is None or name not in (*MATRICES, *EXPERT_MATRICES) or name in _NEVER_QUANTIZED:
+    if not is_quantized(name, quantize):
         return np.asarray(array).astype(jnp.dtype(dtype))
     values, scales = quantize_int8(np.asarray(array))
     return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)

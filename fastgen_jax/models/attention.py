@@ -113,7 +113,7 @@ def attention(
     )
     out = take_rows(out[..., :d], rows)
     if config.mla is not None:
-        out = expand_values(out, w, config=config.mla)
+        out = expand_values(out, w, config=config.mla, num_tokens=step.num_rows(rows))
     out = out.reshape(out.shape[0], -1)
     return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), KVCache(k=k_cache, v=v_cache)
 
@@ -132,22 +132,23 @@ def _heads(
         q, key, value = (part.reshape(x.shape[0], -1, d)
                          for part in split_columns(qkv, (h * d, k * d, k * d), step.mesh.size))
         if config.qk_norm is not None:
-            q, key = (_qk_norm(part, w, name, config) for part, name in ((q, "q_norm"), (key, "k_norm")))
+            q, key = (_qk_norm(part, w, name, step, config) for part, name in ((q, "q_norm"), (key, "k_norm")))
         return (q, key, value) if turn is None else (rotate(q, *turn), rotate(key, *turn), value)
     qkv = qkv.reshape(-1, h + 2 * k, d)
     if config.qk_norm is not None:
-        q, key = (_qk_norm(part, w, name, config) for part, name in ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm")))
+        parts = ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm"))
+        q, key = (_qk_norm(part, w, name, step, config) for part, name in parts)
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
     if turn is None:
         return qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
     return rotary(qkv, *turn, num_heads=h)
 
 
-def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, config: ModelConfig) -> jax.Array:
-    """Queries or keys [T, heads, D], normalised over each head or over all of them at once."""
+def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, step: Step, config: ModelConfig) -> jax.Array:
+    """Queries or keys [T, heads, D], normalized over each head or over all of them at once."""
     if config.qk_norm == "row":
-        return norm(x.reshape(x.shape[0], -1), w, name, config=config).reshape(x.shape)
-    return norm(x, w, name, config=config)
+        return norm(x.reshape(x.shape[0], -1), w, name, config=config, num_rows=step.num_tokens).reshape(x.shape)
+    return norm(x, w, name, config=config, num_rows=step.num_tokens)
 
 
 def _rotation_of(

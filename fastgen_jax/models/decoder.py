@@ -75,7 +75,7 @@ def hidden_rows(
     x = _embed(params, batch, config, activation_dtype)
     rows, kv_cache = run_layers(layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config)
     if config.final_norm:
-        rows = norm(rows, params, "final_norm", config=config)
+        rows = norm(rows, params, "final_norm", config=config, num_rows=batch.num_sample_rows)
     if "project_out" in params:
         rows = linear(rows, params["project_out"])
     return rows, kv_cache
@@ -146,7 +146,7 @@ def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: Any) 
         places = jnp.take(params["position_embed"], batch.positions + config.position_offset, axis=0, mode="clip")
         x = x + places.astype(x.dtype)
     if config.embed_norm:
-        x = norm(x, params, "embed_norm", config=config)
+        x = norm(x, params, "embed_norm", config=config, num_rows=batch.query_starts[-1])
     return x
 
 
@@ -165,18 +165,18 @@ def _sequential_layer(
     # Adding x inside the last product is cheaper, where nothing stands between them.
     fused = not after and scale == 1.0
 
-    h = norm(x, w, "attn_norm", config=config) if before else x
-    x = take_rows(x, rows)
+    h = norm(x, w, "attn_norm", config=config, num_rows=step.num_tokens) if before else x
+    x, used = take_rows(x, rows), step.num_rows(rows)
     y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x if fused else None)
     if not fused:
-        y = x + scale * (norm(y, w, "post_attn_norm", config=config) if after else y)
-    x = norm(y, w, "attn_norm", config=config) if place == "residual" else y
+        y = x + scale * (norm(y, w, "post_attn_norm", config=config, num_rows=used) if after else y)
+    x = norm(y, w, "attn_norm", config=config, num_rows=used) if place == "residual" else y
 
-    h = norm(x, w, "mlp_norm", config=config) if before else x
-    y = mlp(h, w, config=config, num_tokens=step.num_rows(rows), residual=x if fused else None, mesh=step.mesh)
+    h = norm(x, w, "mlp_norm", config=config, num_rows=used) if before else x
+    y = mlp(h, w, config=config, num_tokens=used, residual=x if fused else None, mesh=step.mesh)
     if not fused:
-        y = x + scale * (norm(y, w, "post_mlp_norm", config=config) if after else y)
-    return norm(y, w, "mlp_norm", config=config) if place == "residual" else y, cache
+        y = x + scale * (norm(y, w, "post_mlp_norm", config=config, num_rows=used) if after else y)
+    return norm(y, w, "mlp_norm", config=config, num_rows=used) if place == "residual" else y, cache
 
 
 def _parallel_layer(
@@ -189,11 +189,11 @@ def _parallel_layer(
     *,
     config: ModelConfig,
 ) -> tuple[jax.Array, KVCache]:
-    h = norm(x, w, "attn_norm", config=config)
-    x = take_rows(x, rows)
-    for_mlp = take_rows(h, rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config)
+    h = norm(x, w, "attn_norm", config=config, num_rows=step.num_tokens)
+    x, used = take_rows(x, rows), step.num_rows(rows)
+    for_mlp = take_rows(h, rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config, num_rows=used)
     y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x)
-    y = mlp(for_mlp, w, config=config, num_tokens=step.num_rows(rows), residual=y, mesh=step.mesh)
+    y = mlp(for_mlp, w, config=config, num_tokens=used, residual=y, mesh=step.mesh)
     return y, cache
 
 

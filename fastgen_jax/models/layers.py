@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.models.config import ModelConfig
 from pallas_kernels.matmul import linear
+from pallas_kernels.norm import layer_norm, rms_norm
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -20,28 +21,16 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def norm(x: jax.Array, w: Mapping[str, Any], name: str, *, config: ModelConfig) -> jax.Array:
-    """`x` normalised along its last axis with the weight `w[name]`, as the config says."""
+def norm(
+    x: jax.Array, w: Mapping[str, Any], name: str, *, config: ModelConfig, num_rows: jax.Array | None = None
+) -> jax.Array:
+    """`x` normalized along its last axis with the weight `w[name]`, as the config says.
+
+    Entries of the first axis from `num_rows` on are padding.
+    """
     if config.norm == "rms":
-        return rms_norm(x, w[name], eps=config.norm_eps, offset=config.norm_offset)
-    return layer_norm(x, w[name], w.get(f"{name}_bias"), eps=config.norm_eps)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, offset: float = 0.0) -> jax.Array:
-    """`x` over its root mean square along the last axis, times `weight + offset`; in float32 (arXiv:1910.07467)."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    weight = weight.astype(jnp.float32)
-    return (x32 * scale * (weight + offset if offset else weight)).astype(x.dtype)
-
-
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, eps: float) -> jax.Array:
-    """`x` with mean 0 and variance 1 along the last axis, times `weight`, plus `bias`; in float32 (arXiv:1607.06450)."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    y = x32 * scale * weight.astype(jnp.float32)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, w[name], eps=config.norm_eps, offset=config.norm_offset, num_rows=num_rows)
+    return layer_norm(x, w[name], w.get(f"{name}_bias"), eps=config.norm_eps, num_rows=num_rows)
 
 
 def project(

@@ -18,8 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.models.layers import project, rms_norm
+from fastgen_jax.core.pytree import pytree
+from fastgen_jax.models.layers import project
 from fastgen_jax.models.moe_config import MLAConfig
+from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups, grouped_matmul
+from pallas_kernels.norm import rms_norm
 from pallas_kernels.rotary import rotate
 
 _NORM_EPS = 1e-6  # of the norms of latents, whatever the model's other norms use
@@ -42,25 +45,53 @@ def latent_heads(
     if c.q_rank is None:
         q = project(x, w, "q", num_rows=num_tokens)
     else:
-        q = rms_norm(project(x, w, "q_a", num_rows=num_tokens), w["q_a_norm"], eps=_NORM_EPS)
+        q = rms_norm(project(x, w, "q_a", num_rows=num_tokens), w["q_a_norm"], eps=_NORM_EPS, num_rows=num_tokens)
         q = project(q, w, "q_b", num_rows=num_tokens)
     q = q.reshape(n, num_heads, c.nope_dim + c.rope_dim)
-    k_up, _ = _expansions(w, config, num_heads)
-    in_latent = jnp.einsum("thn,lhn->thl", q[..., : c.nope_dim], k_up, preferred_element_type=jnp.float32)
+    in_latent = _by_head(q[..., : c.nope_dim], expansions(w["kv_b"], c, num_heads).k_up, num_tokens)
     q = jnp.concatenate([in_latent.astype(x.dtype), rotate(q[..., c.nope_dim :], *turn)], axis=-1)
     kv = project(x, w, "kv_a", num_rows=num_tokens)  # [T, kv_rank + rope_dim]
-    latent = rms_norm(kv[:, : c.kv_rank], w["kv_a_norm"], eps=_NORM_EPS)
+    latent = rms_norm(kv[:, : c.kv_rank], w["kv_a_norm"], eps=_NORM_EPS, num_rows=num_tokens)
     return q, jnp.concatenate([latent[:, None], rotate(kv[:, None, c.kv_rank :], *turn)], axis=-1)
 
 
-def expand_values(out: jax.Array, w: Mapping[str, Any], *, config: MLAConfig) -> jax.Array:
-    """The heads' values [T, H, v_dim] from what attention summed up, [T, H, kv_rank + rope_dim]."""
-    _, v_up = _expansions(w, config, out.shape[1])
-    summed = out[..., : config.kv_rank]
-    return jnp.einsum("thl,lhv->thv", summed, v_up, preferred_element_type=jnp.float32).astype(out.dtype)
+def expand_values(out: jax.Array, w: Mapping[str, Any], *, config: MLAConfig, num_tokens: jax.Array) -> jax.Array:
+    """The heads' values [T, H, v_dim] from what attention summed up, [T, H, kv_rank + rope_dim].
+
+    Tokens from `num_tokens` on are padding.
+    """
+    v_up = expansions(w["kv_b"], config, out.shape[1]).v_up
+    return _by_head(out[..., : config.kv_rank], v_up, num_tokens).astype(out.dtype)
 
 
-def _expansions(w: Mapping[str, Any], config: MLAConfig, num_heads: int) -> tuple[jax.Array, jax.Array]:
-    """k_up [kv_rank, H, nope_dim] and v_up [kv_rank, H, v_dim]."""
-    both = w["kv_b"].reshape(config.kv_rank, num_heads, config.nope_dim + config.v_dim)
-    return both[..., : config.nope_dim], both[..., config.nope_dim :]
+@pytree
+class Expansions:
+    """The matrices between the latent space and the heads, one a head."""
+
+    k_up: GroupedWeight
+    """[H, nope_dim, kv_rank], for queries on their way into the latent space."""
+    v_up: GroupedWeight
+    """[H, kv_rank, v_dim], for values on their way out."""
+
+
+def expansions(kv_b: Any, config: MLAConfig, num_heads: int) -> Expansions:
+    """The expansions in a checkpoint's `kv_b` [kv_rank, H * (nope_dim + v_dim)], array or `Expansions` already."""
+    if isinstance(kv_b, Expansions):
+        return kv_b
+    both = kv_b.reshape(config.kv_rank, num_heads, config.nope_dim + config.v_dim)
+    k_up, v_up = both[..., : config.nope_dim], both[..., config.nope_dim :]
+    return Expansions(k_up=k_up.transpose(1, 2, 0), v_up=v_up.transpose(1, 0, 2))
+
+
+def _by_head(x: jax.Array, w: GroupedWeight, num_tokens: jax.Array) -> jax.Array:
+    """f32[T, H, N]: `x` [T, H, M] times the matrix of each head [H, M, N]."""
+    if not isinstance(w, PackedGroups):
+        return jnp.einsum("thm,hmn->thn", x, w, preferred_element_type=jnp.float32)
+    tokens, heads, width = x.shape
+    # Rows by head, without those of padding:  t0 t1 of head 0 | t0 t1 of head 1 | ...
+    row = jnp.arange(tokens * heads, dtype=jnp.int32)
+    used = jnp.maximum(num_tokens, 1)
+    rows = jnp.take(x.reshape(-1, width), row % used * heads + row // used, axis=0, mode="clip")
+    y = grouped_matmul(rows, w, jnp.full(heads, num_tokens, jnp.int32), out_dtype=jnp.float32)
+    back = row % heads * used + row // heads
+    return jnp.take(y, back, axis=0, mode="clip").reshape(tokens, heads, -1)

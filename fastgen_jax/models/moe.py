@@ -59,15 +59,31 @@ def route(
     k = config.experts_per_token
     if config.scores == "softmax_of_chosen":
         best, chosen = jax.lax.top_k(logits, k)
-        weights = jax.nn.softmax(best, axis=-1)
+        weights = _softmax(best)
     else:
-        scores = jax.nn.softmax(logits, axis=-1) if config.scores == "softmax" else jax.nn.sigmoid(logits)
+        scores = _softmax(logits) if config.scores == "softmax" else jax.nn.sigmoid(logits)
         merits = scores + w["choice_bias"].astype(jnp.float32) if config.choice_bias else scores
         _, chosen = jax.lax.top_k(_of_best_groups(merits, config), k)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.normalize:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        weights = weights / (_sum(weights)[:, None] + 1e-20)
     return weights * config.scale, chosen
+
+
+def _softmax(x: jax.Array) -> jax.Array:
+    """Softmax along the last axis of f32[T, n]; see `_sum`."""
+    powers = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+    return powers / _sum(powers)[:, None]
+
+
+def _sum(x: jax.Array, axis: int = -1) -> jax.Array:
+    """The sum along an axis of a few numbers, halved again and again: no compiler picks the order by the number of rows."""
+    while (n := x.shape[axis]) > 1:
+        low, high = (jax.lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, n - n // 2), (n - n // 2, n)))
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, n % 2)
+        x = low + jnp.pad(high, padding)
+    return jnp.squeeze(x, axis)
 
 
 def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
@@ -78,7 +94,7 @@ def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
     if config.group_score == "max":
         of_group = jnp.max(grouped, axis=-1)
     else:
-        of_group = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        of_group = _sum(jax.lax.top_k(grouped, 2)[0])
     _, best = jax.lax.top_k(of_group, config.groups_per_token)
     allowed = jnp.any(best[:, :, None] == jnp.arange(config.num_groups), axis=1)  # [T, groups]
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(merits.shape)
@@ -99,7 +115,7 @@ def _answer(
     # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
     # slow on accelerators and adds in no certain order.
     mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1)
-    y = jnp.sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
+    y = _sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
     return y + _shared_expert(x, w, num_tokens) if config.shared_dim else y
 
 

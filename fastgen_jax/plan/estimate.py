@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.engine.weights import is_quantized
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
@@ -58,25 +59,33 @@ class StepTime:
         return "compute" if self.compute >= self.memory else "memory"
 
 
-def weight_bytes(model: ModelConfig, num_devices: int, itemsize: float) -> int:
+def weight_bytes(model: ModelConfig, num_devices: int, itemsize: float, *, quantize: str | None = None) -> int:
     """Weights on one device: what has a divided axis is divided, the rest is everywhere."""
     specs, having = param_specs(model), layers_with(model)
 
-    def held(spec: Any, copies: int) -> float:
+    def held(name: str, spec: Any, copies: int = 1) -> float:
         divided = num_devices if DIVIDED_AXES & set(spec.axes) else 1
-        return copies * math.prod(spec.shape) * itemsize / divided
+        if not is_quantized(name, quantize):
+            return copies * math.prod(spec.shape) * itemsize / divided
+        scales = 4 * math.prod(spec.shape) / spec.shape[-2] / (num_devices if spec.axes[-1] in DIVIDED_AXES else 1)
+        return copies * (math.prod(spec.shape) / divided + scales)
 
-    layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
-    return math.ceil(layer + sum(held(spec, 1) for name, spec in specs.items() if name != "layers"))
+    layer = sum(held(name, spec, len(having[name])) for name, spec in specs["layers"].items())
+    rest = sum(held(name, spec) for name, spec in specs.items() if name != "layers")
+    if quantize is not None and "lm_head" not in specs and num_devices == 1:
+        rest += model.vocab_size * (model.embed_dim + 4)  # a tied head is kept apart, as int8
+    return math.ceil(layer + rest)
 
 
-def read_weight_bytes(model: ModelConfig, num_devices: int, itemsize: float, *, tokens: int) -> int:
+def read_weight_bytes(
+    model: ModelConfig, num_devices: int, itemsize: float, *, tokens: int, quantize: str | None = None
+) -> int:
     """Of `weight_bytes`, what a step of so many tokens reads if they choose every expert as often."""
-    weights = weight_bytes(model, num_devices, itemsize)
+    weights = weight_bytes(model, num_devices, itemsize, quantize=quantize)
     moe = model.moe
     if moe is None:
         return weights
-    one = 3 * model.embed_dim * moe.expert_dim * itemsize / num_devices
+    one = 3 * model.embed_dim * moe.expert_dim * (itemsize if quantize is None else 1) / num_devices
     unasked = moe.num_experts * (1 - moe.experts_per_token / moe.num_experts) ** tokens
     return math.ceil(weights - len(moe.layers) * unasked * one)
 
@@ -123,7 +132,7 @@ def largest_budget(model: ModelConfig, topology: Topology, memory: Memory, *, ma
 
 def step_time(
     model: ModelConfig, topology: Topology, *, tokens: int, sequences: int, context: int, itemsize: int,
-    block: int, block_size: int,
+    quantize: str | None = None, block: int, block_size: int,
 ) -> StepTime:  # fmt: skip
     """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest."""
     n, device = topology.num_devices, topology.device
@@ -131,7 +140,7 @@ def step_time(
     flops = tokens * model.flops_per_token(context_len=context, sampled=False)
     flops += chunks * 2 * model.embed_dim * model.vocab_size
     keys = chunks * math.ceil(context / block_size) * block
-    weights = read_weight_bytes(model, n, itemsize, tokens=tokens)
+    weights = read_weight_bytes(model, n, itemsize, tokens=tokens, quantize=quantize)
     # Two sums a layer; each byte of a ring's sum is sent about twice by every device.
     links = 0.0
     if n > 1:

@@ -22,10 +22,12 @@ from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.runner import memory_shardings, step_program
 from fastgen_jax.engine.sampler_state import init_state
+from fastgen_jax.engine.weights import is_quantized
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import init_params
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
 from fastgen_jax.plan.devices import NoCompiler, Topology
+from pallas_kernels.matmul import Int8Weight
 
 # An asynchronous one is counted where it starts.
 _COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
@@ -97,8 +99,9 @@ def _tpus(topology: Topology) -> list[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # libtpu raises errors of several kinds
-        if "libtpu" in str(error) or "Unknown backend" in str(error) or "not found" in str(error):
-            raise NoCompiler(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]'") from error
+        if any(words in str(error) for words in ("libtpu", "Unknown backend", "not found", "not installed")):
+            raise NoCompiler(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]', "
+                             "or leave it out: --no-compile") from error
         raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
 
 
@@ -113,7 +116,8 @@ def _gpus(topology: Topology, compute_capability: str | None) -> list[Any]:
         ).devices
     except Exception as error:  # of several kinds, none of them public
         reason = str(error).splitlines()[0]
-        raise NoCompiler(f"no CUDA compiler here ({reason}); pip install 'fastgen_jax[cuda]'") from error
+        raise NoCompiler(f"no CUDA compiler here ({reason}); pip install 'fastgen_jax[cuda]', "
+                         "or leave it out: --no-compile") from error
 
 
 @contextlib.contextmanager
@@ -134,6 +138,7 @@ def compile_step(
     num_blocks: int,
     dtype: Any = jnp.bfloat16,
     kv_dtype: Any = None,
+    quantize: str | None = None,
     attention: str | None = None,
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
@@ -147,6 +152,7 @@ def compile_step(
         vocab_size=model.vocab_size,
     )
     params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(functools.partial(_as_kept, quantize=quantize), params)
     cache = jax.eval_shape(
         lambda: KVCache.zeros(
             num_layers=model.num_layers, num_blocks=num_blocks, num_kv_heads=model.num_kv_heads,
@@ -182,6 +188,17 @@ def compile_step(
         collectives=count_in_loops(hlo),
         copied=copied_in_loops(hlo),
         compiled=compiled,
+    )
+
+
+def _as_kept(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> Any:
+    """The shapes of a weight as the engine keeps it."""
+    if not is_quantized(path[-1].key, quantize):
+        return weight
+    shape = weight.shape
+    return Int8Weight(
+        values=jax.ShapeDtypeStruct(shape, jnp.int8),  # pyright: ignore[reportArgumentType] (shapes, to be compiled for)
+        scales=jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32),  # pyright: ignore[reportArgumentType]
     )
 
 

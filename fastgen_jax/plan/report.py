@@ -37,6 +37,7 @@ class Plan:
     context: int
     block_size: int
     dtype: str
+    quantize: str | None  # "int8" if matrices are kept so
     stored_as: str  # how the weights are quantised on disk; "" if they are not
     kv_dtype: str
     max_num_seqs: int
@@ -55,20 +56,25 @@ class Plan:
 
 def make_plan(
     config: dict[str, Any], *, topology: str, context: int | None, budgets: Sequence[int], max_num_seqs: int,
-    block_size: int, dtype: str, kv_dtype: str | None = None, compile: bool,
+    block_size: int, dtype: str, kv_dtype: str | None = None, quantize: str | None = None, stored_as: str = "",
+    compile: bool,
 ) -> Plan:  # fmt: skip
-    """Plans for the model that `config` (the contents of a config.json) describes.
+    """Plans for the model that `config` (the contents of a config.json) describes; see `describe`.
 
-    Quantised weights are planned as they are loaded: dequantised, in `dtype`. Raises ValueError for an unknown model,
-    quantisation or topology, and where the model cannot be divided over the devices.
+    Quantised weights, by the config or `stored_as`, are planned as they are loaded: dequantised, in `dtype` or, with
+    `quantize`, as int8. Raises ValueError for an unknown model, quantisation or topology, a context beyond the model's
+    limit, and where the model cannot be divided over the devices.
     """
     devices = parse_topology(topology)
     quantization = config.get("quantization_config")
-    stored_as = quantization_method(quantization) if quantization else ""
+    stored_as = quantization_method(quantization) if quantization else stored_as
     model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(
         {name: value for name, value in config.items() if name != "quantization_config"})
     check_divisible(model, devices.num_devices)
-    context = min(context or model.max_context_len, model.max_context_len)
+    context = model.max_context_len if context is None else context
+    if context > model.max_context_len:
+        raise ValueError(f"context is {context} but the model's limit is {model.max_context_len} tokens; choose "
+                         "at most that")
     if min(budgets) < 1 or max_num_seqs < 1 or block_size < 1 or context < 1:
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
     itemsize = jnp.dtype(dtype).itemsize
@@ -77,7 +83,7 @@ def make_plan(
     memory = Memory(
         total=devices.device.memory,
         reserved=int(devices.device.memory * estimate.RESERVED_SHARE),
-        weights=estimate.weight_bytes(model, devices.num_devices, itemsize),
+        weights=estimate.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize),
         state=estimate.sampler_bytes(model, max_num_seqs),
         temporaries=estimate.temporary_bytes(
             model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
@@ -90,7 +96,7 @@ def make_plan(
         try:
             checks = tuple(
                 _check(model, devices, budget, memory, max_num_seqs=max_num_seqs, context=context,
-                       block_size=block_size, dtype=dtype, kv_dtype=kv_dtype)
+                       block_size=block_size, dtype=dtype, kv_dtype=kv_dtype, quantize=quantize)
                 for budget in budgets
             )
         except NoCompiler as error:
@@ -103,27 +109,26 @@ def make_plan(
     steps = tuple(
         estimate.step_time(
             model, devices, tokens=budget, sequences=min(budget, max_num_seqs, sequences), context=context,
-            itemsize=itemsize, block=memory.block, block_size=block_size,
+            itemsize=itemsize, quantize=quantize, block=memory.block, block_size=block_size,
         )
         for budget in budgets if sequences
     )  # fmt: skip
     return Plan(
         topology=topology, num_devices=devices.num_devices, num_params=model.num_params, context=context,
-        block_size=block_size, dtype=dtype, stored_as=stored_as, kv_dtype=kv_dtype, max_num_seqs=max_num_seqs, memory=memory,
-        sequences=sequences,
-        steps=steps, checks=checks,
+        block_size=block_size, dtype=dtype, quantize=quantize, stored_as=stored_as, kv_dtype=kv_dtype,
+        max_num_seqs=max_num_seqs, memory=memory, sequences=sequences, steps=steps, checks=checks,
         largest_budget=estimate.largest_budget(
             model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_a_sequence=blocks_a_sequence
         ),
         advice=_advice(model, devices, memory, context=context, block_size=block_size, itemsize=itemsize,
-                       max_num_seqs=max_num_seqs, sequences=sequences),
+                       quantize=quantize, max_num_seqs=max_num_seqs, sequences=sequences),
         not_compiled=not_compiled,
     )
 
 
 def _check(
     model: ModelConfig, topology: Topology, budget: int, memory: Memory, *, max_num_seqs: int, context: int,
-    block_size: int, dtype: str, kv_dtype: str,
+    block_size: int, dtype: str, kv_dtype: str, quantize: str | None,
 ) -> CompileCheck:  # fmt: skip
     from fastgen_jax.plan.program import DoesNotCompile, compile_step, deviceless_mesh
 
@@ -131,6 +136,7 @@ def _check(
         program = compile_step(
             model, deviceless_mesh(topology), token_budget=budget, max_num_seqs=max_num_seqs, max_context_len=context,
             block_size=block_size, num_blocks=memory.num_blocks, dtype=jnp.dtype(dtype), kv_dtype=jnp.dtype(kv_dtype),
+            quantize=quantize,
         )
     except DoesNotCompile as error:
         return CompileCheck(token_budget=budget, seconds=None, temporaries=None, words=str(error))
@@ -140,7 +146,7 @@ def _check(
 
 def _advice(
     model: ModelConfig, topology: Topology, memory: Memory, *, context: int, block_size: int, itemsize: int,
-    max_num_seqs: int, sequences: int,
+    quantize: str | None, max_num_seqs: int, sequences: int,
 ) -> tuple[str, ...]:  # fmt: skip
     """What to change, where not even one sequence of the full context fits, or not as many as may run at once."""
     if sequences >= max_num_seqs:
@@ -153,11 +159,16 @@ def _advice(
             advice.append(f"a context of at most {left} tokens: --context {left}")
         sizes = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n > topology.num_devices and model.num_kv_heads % n == 0]
         for n in sizes:
-            weights = estimate.weight_bytes(model, n, itemsize)
+            weights = estimate.weight_bytes(model, n, itemsize, quantize=quantize)
             cache = -(-context // block_size) * memory.block * topology.num_devices // n
             if weights + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory:
                 advice.append(f"{n} devices of {kind.kind} instead of {topology.num_devices}")
                 break
+        if quantize is None:
+            int8 = estimate.weight_bytes(model, topology.num_devices, itemsize, quantize="int8")
+            cache = -(-context // block_size) * memory.block
+            if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory:
+                advice.append("weights of 8 bits: --quantize int8")
         larger = [d for d in DEVICES.values() if d.memory > kind.memory]
         fitting = [d.kind for d in larger
                    if memory.weights + memory.state + memory.temporaries < d.memory * (1 - estimate.RESERVED_SHARE)]
@@ -178,14 +189,15 @@ def table(plan: Plan) -> str:
     def gib(size: int) -> str:
         return f"{size / GIB:9.2f} GiB"
 
+    kept = f"{plan.quantize} matrices, the rest {plan.dtype}" if plan.quantize else plan.dtype
     lines = [
-        f"{plan.topology}: {plan.num_devices} devices, {plan.num_params / 1e9:.2f} billion parameters, "
+        f"{plan.topology}: {plan.num_devices} devices, {plan.num_params:,} parameters, "
         f"contexts of {plan.context} tokens",
         "",
         "memory of one device",
         f"  in all        {gib(memory.total)}",
         f"  reserved      {gib(memory.reserved)}   runtime and programs",
-        f"  weights       {gib(memory.weights)}   {plan.dtype}"
+        f"  weights       {gib(memory.weights)}   {kept}"
         + (f"; on disk {plan.stored_as}, dequantised while loading" if plan.stored_as else ""),
         f"  sampler state {gib(memory.state)}",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",

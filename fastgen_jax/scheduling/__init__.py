@@ -1,7 +1,7 @@
 """Decides, on the host, which tokens each step computes. Standard library only."""
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
-from fastgen_jax.scheduling.limits import max_total_tokens
+from fastgen_jax.scheduling.limits import ContextLengthError, longest_sequence, max_total_tokens
 from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, Draft, StepLimits, StepPlan
 from fastgen_jax.scheduling.plan_check import checked_policy
@@ -18,6 +18,7 @@ __all__ = [
     "BlockLedger",
     "BlockPool",
     "Chunk",
+    "ContextLengthError",
     "Draft",
     "FinishReason",
     "Pace",
@@ -33,6 +34,7 @@ __all__ = [
     "StepLimits",
     "StepPlan",
     "checked_policy",
+    "longest_sequence",
     "max_total_tokens",
     "orca",
     "prompts_first",

@@ -5,18 +5,38 @@ from __future__ import annotations
 from fastgen_jax.scheduling.request import Request
 
 
+class ContextLengthError(ValueError):
+    """A request that needs more tokens than a sequence can have here."""
+
+    def __init__(self, message: str, *, num_prompt: int, num_requested: int, limit: int) -> None:
+        super().__init__(message)
+        self.num_prompt = num_prompt
+        self.num_requested = num_requested
+        """Tokens asked for by `max_new_tokens` or `max_length`, behind the prompt; 0 if the prompt alone is too long."""
+        self.limit = limit
+        """Tokens of the longest sequence."""
+
+
+def longest_sequence(*, max_context_len: int, num_blocks: int, block_size: int) -> int:
+    """Tokens of the longest sequence: the context, or the whole KV cache where that holds less."""
+    return min(max_context_len, num_blocks * block_size)
+
+
 def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int, block_size: int) -> int:
-    """The most tokens that a request may grow to, prompt and generated.
+    """The most tokens that a request may grow to, prompt and generated; without a limit of its own, what fits.
 
     Raises:
-        ValueError: it can never run within these limits; the message has the numbers and the remedy.
+        ContextLengthError: its prompt does not fit, or the tokens that it asks for do not fit into the KV cache.
+        ValueError: it can never run within its own limits. The messages have the numbers and the remedy.
     """
     params, num_prompt = request.params, len(request.prompt_token_ids)
+    longest = longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size)
     if num_prompt >= max_context_len:
-        raise ValueError(
+        raise ContextLengthError(
             f"prompt of request {request.request_id!r} has {num_prompt} tokens but max_context_len is "
             f"{max_context_len} and must hold a generated one too; shorten the prompt to "
-            f"{max_context_len - 1} tokens, or raise max_context_len"
+            f"{longest - 1} tokens, or raise max_context_len",
+            num_prompt=num_prompt, num_requested=0, limit=longest,
         )
     if params.max_length is not None and params.max_length <= num_prompt:
         raise ValueError(
@@ -24,25 +44,25 @@ def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int,
             f"alone has {num_prompt} tokens; raise max_length to at least {num_prompt + 1}, "
             "or use max_new_tokens"
         )
-    limit = max_context_len
+    limit = max(longest, num_prompt + 1)
     if params.max_new_tokens is not None:
-        limit = num_prompt + params.max_new_tokens
+        limit = min(num_prompt + params.max_new_tokens, max_context_len)
     elif params.max_length is not None:
-        limit = params.max_length
-    limit = min(limit, max_context_len)
+        limit = min(params.max_length, max_context_len)
+    num_needed = -(-limit // block_size)
+    if num_needed > num_blocks:
+        fits = num_prompt < longest
+        remedy = f"use max_new_tokens={longest - num_prompt} or less" if fits else "shorten the prompt"
+        raise ContextLengthError(
+            f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
+            f"{block_size}, but the KV cache has {num_blocks} blocks; {remedy}, "
+            "or start with more blocks",
+            num_prompt=num_prompt, num_requested=limit - num_prompt if fits else 0, limit=longest,
+        )
     if params.min_new_tokens > limit - num_prompt:
         raise ValueError(
             f"min_new_tokens is {params.min_new_tokens} but only {limit - num_prompt} tokens can follow "
             f"the prompt of {num_prompt} tokens within {limit}; "
             "lower min_new_tokens or shorten the prompt"
-        )
-    num_needed = -(-limit // block_size)
-    if num_needed > num_blocks:
-        most = num_blocks * block_size - num_prompt
-        remedy = f"use max_new_tokens={most} or less" if most > 0 else "shorten the prompt"
-        raise ValueError(
-            f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
-            f"{block_size}, but the KV cache has {num_blocks} blocks; {remedy}, "
-            "or start with more blocks"
         )
     return limit

@@ -17,21 +17,9 @@ _MAX_SEED = 2**32 - 1  # seeds travel as uint32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How one request is continued, complete and checked when constructed.
+    """How one request is continued, complete and checked when constructed. Lengths are in tokens.
 
-    Lengths are in tokens. `max_new_tokens` limits what is generated, `max_length` the prompt and the
-    generated tokens together; with neither, generation runs up to the engine's context length. At least
-    `min_new_tokens` tokens are generated before an end-of-sequence or stop token can end the request.
-    `ignore_eos` leaves only `stop`, `stop_token_ids` and the length limits.
-
-    `do_sample=False` or `temperature=0` is greedy; `temperature=None` is 1. `presence_penalty` and
-    `frequency_penalty` are subtracted from the logits of generated tokens, `repetition_penalty` divides
-    positive and multiplies negative logits of all tokens seen, `logit_bias` is added per token id.
-    `seed=None` lets the engine draw one. `logprobs=k` reports each generated token's log-probability and
-    those of the `k` likeliest alternatives, `prompt_logprobs=k` the same for the prompt.
-
-    `stop` accepts one string or several, `logit_bias` a mapping; both are stored as tuples (of strings, and
-    of `(token id, bias)` pairs in ascending order of token id), so that the parameters are hashable.
+    Several values (`stop`, `stop_token_ids`, `logit_bias`) are stored as tuples, so that the parameters are hashable.
 
     Raises:
         ValueError: an argument is out of its range or contradicts another; the message says which, and what
@@ -39,29 +27,50 @@ class SamplingParams:
     """
 
     max_new_tokens: int | None = None
+    """Most tokens that are generated. None: up to the engine's context length."""
     max_length: int | None = None
+    """Most tokens of the prompt and the generated ones together, in place of `max_new_tokens`."""
     min_new_tokens: int = 0
+    """Tokens that are generated before an end-of-sequence or stop token can end the request."""
     ignore_eos: bool = False
+    """Whether only `stop`, `stop_token_ids` and the length limits end the request."""
     stop: str | Iterable[str] = ()
+    """Strings that end the text, one or several; they are not part of it."""
     stop_token_ids: Iterable[int] = ()
+    """Token ids that end the request, beside the model's own."""
     do_sample: bool = True
+    """Whether tokens are drawn; else the likeliest is taken, as with temperature 0."""
     temperature: float | None = None
+    """Divides the logits: below 1 likely tokens become likelier; 0 takes the likeliest. None: 1."""
     top_k: int | None = None
+    """Draws from so many of the likeliest tokens. None, 0 or -1: from all."""
     top_p: float | None = None
+    """Draws from the fewest tokens that together have this probability, above 0 to 1. None: from all."""
     min_p: float | None = None
+    """Draws from tokens at least this times as probable as the likeliest, 0 to 1. None: from all."""
     presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that were generated before, -2 to 2."""
     frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens once for each time they were generated, -2 to 2."""
     repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of all tokens seen, above 0 to 10."""
     logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
+    """Added to the logits of token ids: a mapping, or pairs, stored in ascending order of token id."""
     seed: int | None = None
+    """What draws start from, 0 to 2**32 - 1: the same seed gives the same text. None: another one each time."""
     n: int = 1
+    """Continuations of the prompt, each with draws of its own."""
     logprobs: int | None = None
+    """Reports the log-probability of each generated token, and of so many of the likeliest. None: nothing."""
     prompt_logprobs: int | None = None
+    """The same for the prompt's tokens. None: nothing."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias_pairs(self.logit_bias))
+        if type(self.top_k) is int and self.top_k in (0, -1):  # as vLLM and transformers say it
+            object.__setattr__(self, "top_k", None)
         self._check_lengths()
         self._check_distribution()
         self._check_contradictions()
@@ -92,7 +101,7 @@ class SamplingParams:
         if self.temperature is not None:
             _check_float("temperature", self.temperature, 0, None, "use 0 for greedy, None for 1")
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, 1, None, "use None to keep every token")
+            _check_int("top_k", self.top_k, 1, None, "use None, 0 or -1 to keep every token")
         if self.top_p is not None:
             _check_float("top_p", self.top_p, 0, 1, "use None to keep every token", open_low=True)
         if self.min_p is not None:

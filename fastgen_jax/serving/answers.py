@@ -40,6 +40,11 @@ class TokenTexts:
         return list(self._tokenizer.visible_bytes(token_id, skip_special_tokens=False))
 
 
+def finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI gives this for what was impossible."""
+    return max(logprob, -9999.0)
+
+
 class CompletionAnswer:
     """Answers POST /v1/completions."""
 
@@ -104,12 +109,18 @@ class CompletionAnswer:
             first = isinstance(entry, int)  # the prompt's first token follows nothing, so it has no probability
             text = self._texts.text(entry if first else entry.token_id)
             result["tokens"].append(text)
-            result["token_logprobs"].append(None if first else entry.logprob)
-            top = None if first else {self._texts.text(i): value for i, value in entry.top.items()}
-            result["top_logprobs"].append(top)
+            result["token_logprobs"].append(None if first else finite(entry.logprob))
+            result["top_logprobs"].append(None if first else self._top(entry))
             result["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(text)
         return result
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """By text, of which several tokens may have the same: the likeliest counts, but before all the sampled one."""
+        top: dict[str, float] = {}
+        for token_id, logprob in entry.top.items():
+            top.setdefault(self._texts.text(token_id), finite(logprob))
+        return top | {self._texts.text(entry.token_id): finite(entry.logprob)}
 
 
 class ChatAnswer:
@@ -179,11 +190,12 @@ class ChatAnswer:
 
     def _logprob(self, entry: TokenLogprob) -> dict[str, Any]:
         def spelled(token_id: int, logprob: float) -> dict[str, Any]:
-            return {"token": self._texts.text(token_id), "logprob": max(logprob, -9999.0),
+            return {"token": self._texts.text(token_id), "logprob": finite(logprob),
                     "bytes": self._texts.bytes(token_id)}
 
-        return {**spelled(entry.token_id, entry.logprob),
-                "top_logprobs": [spelled(i, value) for i, value in entry.top.items()]}
+        # Behind the likeliest comes the sampled one if it is none of them.
+        top = entry.top | {entry.token_id: entry.logprob} if entry.top else {}
+        return {**spelled(entry.token_id, entry.logprob), "top_logprobs": [spelled(i, value) for i, value in top.items()]}
 
 
 class SseEncoder:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Query, Request
@@ -21,6 +20,7 @@ from fastgen_jax.serving import endpoints
 from fastgen_jax.serving.errors import ApiError, as_api_error, of_validation, unsupported
 from fastgen_jax.serving.gate import CLIENT_GONE, Gate
 from fastgen_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
+from fastgen_jax.serving.page_html import load_page
 from fastgen_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -77,6 +77,7 @@ def create_app(server: Server) -> Any:
     _add_openai(app, server)
     _add_operations(app, server)
     app.add_middleware(Gate, api_keys=config.api_key, max_body_bytes=int(config.max_body_mb * 2**20),
+                       origins=config.cors_origin,
                        on_response=server.metrics.note_response)
     if config.cors_origin:  # around the gate: a browser may read a refusal too
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"],
@@ -88,7 +89,7 @@ def _add_openai(app: FastAPI, server: Server) -> None:
     def model_card() -> dict[str, Any]:
         card = {"id": server.served.name, "object": "model", "created": int(server.started), "owned_by": "fastgen_jax"}
         if server.backend is not None:
-            card["max_model_len"] = server.backend.intake.config.max_context_len
+            card["max_model_len"] = server.backend.intake.config.longest_sequence
         return card
 
     @app.get("/v1/models", responses=_ERRORS)
@@ -137,11 +138,11 @@ def _add_openai(app: FastAPI, server: Server) -> None:
 
 
 def _add_operations(app: FastAPI, server: Server) -> None:
-    page = files("fastgen_jax.serving").joinpath("page/index.html")
+    page, page_headers = load_page()
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page.read_text(encoding="utf-8"))
+        return HTMLResponse(page, headers=page_headers)
 
     @app.get("/health", responses=_ERRORS)
     async def health() -> JSONResponse:
@@ -198,7 +199,7 @@ def _add_errors(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> JSONResponse:
         return _answer_error(request, error)
 
-    for kind in (ApiError, QueueFullError, ClosedError, RequestFailedError, ValueError):
+    for kind in (ApiError, QueueFullError, ClosedError, RequestFailedError, RecursionError, ValueError):
         app.add_exception_handler(kind, answer)
 
     @app.exception_handler(Exception)

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from fastgen_jax.api.pipeline import as_prompts, sampling_params
+from fastgen_jax.api.options import asked
+from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer
+from fastgen_jax.serving.errors import context_exceeded
 from fastgen_jax.serving.protocol import (
     MAX_STOPS,
     ChatRequest,
@@ -29,6 +32,7 @@ from fastgen_jax.serving.spans import record_span
 from fastgen_jax.serving.sse import EventStream, while_connected
 from fastgen_jax.serving.tools import grammar_of, prepare_messages
 from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
+from fastgen_jax.text import Tokenizer
 
 if TYPE_CHECKING:
     from fastgen_jax.serving.app import Server
@@ -40,13 +44,14 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
     backend = server.ready()
     wants_prompt = body.echo and body.logprobs is not None
     params = body.sampling_params(
+        backend.intake,
         max_new_tokens=None if body.max_tokens is None else max(1, body.max_tokens),
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if wants_prompt else None,
     )
     work = await start_work(
         backend, body.prompts, params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
-        grammar=grammar_of(body),
+        grammar=grammar_of(body), new_tokens=backend.intake.default_new_tokens,
     )
     return await _answer(server, "text_completion", body, work,
                          CompletionAnswer(body, work, backend.intake.tokenizer), request)
@@ -57,31 +62,36 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     server.check_model(body.model)
     backend = server.ready()
     tokenizer = backend.intake.need_tokenizer("a chat")
-    messages, tools = prepare_messages(tokenizer, body)
-    encode = partial(tokenizer.encode_chat, messages, tools=tools, **_template_variables(body))
-    long = sum(len(str(message.get("content"))) for message in messages) > LONG_PROMPT
-    prompt = await asyncio.to_thread(encode) if long else encode()
+    prompt = await _chat_prompt(tokenizer, body, writes_calls=not body.forces_tool)
     params = body.sampling_params(
+        backend.intake,
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    work = await start_work(
-        backend, [prompt], params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
-        grammar=grammar_of(body),
-    )
+    try:
+        work = await start_work(
+            backend, [prompt], params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
+            grammar=grammar_of(body), new_tokens=backend.intake.default_new_tokens,
+        )
+    except ContextLengthError as error:
+        raise context_exceeded(error, "messages") from error
     return await _answer(server, "chat", body, work, ChatAnswer(body, work, tokenizer), request)
 
 
 async def generate(server: Server, body: GenerateRequest, request: Request) -> Response:
     """POST /mii/{deployment}: a list with a response a sample, or server-sent events of (index, output)."""
     backend = server.ready()
-    params = sampling_params(body.model_extra or {})
+    call = asked(backend.intake, None, _with_token_ids(body.model_extra or {}))
+    params = call.params
     stops = tuple(params.stop)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop has {len(stops)} strings and at most {MAX_STOPS} are served; keep the likeliest")
     prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
-    work = await start_work(backend, prompts, replace(params, n=1), num_samples=params.n, priority=body.priority,
-                            timeout=body.timeout)
+    try:
+        work = await start_work(backend, prompts, replace(params, n=1), num_samples=params.n, priority=body.priority,
+                                timeout=body.timeout, new_tokens=call.new_tokens)
+    except ContextLengthError as error:
+        raise context_exceeded(error, "prompts") from error
     work.on_gap = server.metrics.note_gap
     end = _at_end(server, "generate", work, request)
     if body.stream:
@@ -110,10 +120,10 @@ async def tokenize(server: Server, body: TokenizeRequest) -> dict[str, Any]:
     intake = server.ready().intake
     tokenizer = intake.need_tokenizer("/tokenize")
     if body.messages is not None:
-        ids = tokenizer.encode_chat(body.messages, add_generation_prompt=body.add_generation_prompt)
+        ids = await _chat_prompt(tokenizer, body, add_generation_prompt=body.add_generation_prompt)
     else:
         ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=body.add_special_tokens)
-    return {"tokens": list(ids), "count": len(ids), "max_model_len": intake.config.max_context_len}
+    return {"tokens": list(ids), "count": len(ids), "max_model_len": intake.config.longest_sequence}
 
 
 async def detokenize(server: Server, body: DetokenizeRequest) -> dict[str, str]:
@@ -200,12 +210,34 @@ def _at_end(server: Server, operation: str, work: Work, request: Request) -> Cal
     return end
 
 
-def _template_variables(body: ChatRequest) -> dict[str, Any]:
-    variables = body.chat_template_kwargs or {}
+async def _chat_prompt(
+    tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, *, writes_calls: bool = False,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of a conversation; `writes_calls` if the model may write tool calls in a form of its own."""
+    given = body.messages or []
+    messages, tools = prepare_messages(tokenizer, given, body.told_tools, writes_calls=writes_calls)
+    encode = partial(tokenizer.encode_chat, messages, tools=tools, add_generation_prompt=add_generation_prompt,
+                     **_template_variables(body.chat_template_kwargs or {}))
+    contents = [message.get("content") or "" for message in messages]
+    is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
+    return await asyncio.to_thread(encode) if is_long else encode()
+
+
+def _template_variables(variables: dict[str, Any]) -> dict[str, Any]:
     taken = {"messages", "tools", "add_generation_prompt"} & set(variables)
     if taken:
         raise ValueError(f"chat_template_kwargs has {sorted(taken)}, which have fields of their own; move them there")
     return variables
+
+
+def _with_token_ids(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with numbers as the keys of `logit_bias`: the names in a JSON object are strings."""
+    bias = options.get("logit_bias")
+    if not isinstance(bias, dict):
+        return options
+    return {**options, "logit_bias": {int(key) if key.isascii() and key.isdigit() else key: value
+                                      for key, value in bias.items()}}
 
 
 def _prompt_text(backend: Backend, prompt: Any, token_ids: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
-from fastgen_jax.scheduling import SamplingParams
+from fastgen_jax.scheduling import ContextLengthError, SamplingParams
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, short
 
 _FIELDS = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *SamplingParams.__dataclass_fields__}
@@ -42,6 +42,15 @@ class ApiError(Exception):
 def unsupported(param: str, value: Any, remedy: str) -> ApiError:
     """The refusal of something that OpenAI's interface has and this server has not."""
     return ApiError(f"{param}={short(value)} is not supported here; {remedy}", param=param, code="unsupported_parameter")
+
+
+def context_exceeded(error: ContextLengthError, param: str) -> ApiError:
+    """The refusal of a prompt in field `param`, in the words and with the code that OpenAI's clients look for."""
+    prompt, requested = error.num_prompt, error.num_requested
+    said = (f"you requested {prompt + requested} tokens ({prompt} in the {param}, {requested} in the completion)"
+            if requested else f"your {param} resulted in {prompt} tokens")
+    return ApiError(f"This model's maximum context length is {error.limit} tokens. However, {said}: {error}", param=param,
+                    code="context_length_exceeded")
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -86,11 +95,17 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestFailedError):
         if error.failure.kind == "deadline":
             return ApiError(str(error), status=408, type="timeout", code="deadline_exceeded", headers=NO_RETRY)
+        if error.failure.kind == "grammar":
+            return ApiError(str(error), code="grammar_failed", headers=NO_RETRY)
         status = {"shutdown": 503, "refused": 429}.get(error.failure.kind, 500)
         # A request that was refused is as welcome in a moment as any other.
         again = error.failure.retry_after or (1 if status in (429, 503) else None)
         return ApiError(str(error), status=status, type="server_error", code=error.failure.kind,
                         headers={"Retry-After": str(again)} if again else {})
+    if isinstance(error, ContextLengthError):
+        return context_exceeded(error, "prompt")
+    if isinstance(error, RecursionError):
+        return ApiError("the body is nested too deeply; make it flatter")
     if isinstance(error, ValueError):
         return ApiError(str(error), param=_named(str(error)))
     return ApiError(f"the server failed: {type(error).__name__}", status=500, type="server_error", code="internal")

@@ -1,4 +1,4 @@
-"""What every request passes first: size limit, key, request id, one line in the log."""
+"""What every request passes first: size limit, key, form of the body, request id, one line in the log."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from fastgen_jax.serving.bodies import check_type, unpacked
 from fastgen_jax.serving.errors import ApiError
 
 log = logging.getLogger("fastgen_jax.access")
@@ -62,12 +63,14 @@ class Gate:
     """ASGI middleware; a class of our own, because a body must be counted as it comes and streams not be buffered."""
 
     def __init__(
-        self, app: Any, *, api_keys: Sequence[str], max_body_bytes: int, on_response: Callable[[str, int], object]
+        self, app: Any, *, api_keys: Sequence[str], max_body_bytes: int, on_response: Callable[[str, int], object],
+        origins: Sequence[str] = (),
     ) -> None:
         self._app = app
         self._on_response = on_response
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
+        self._origins = origins
         self._turnstile = Turnstile()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -86,9 +89,17 @@ class Gate:
             if message["type"] == "http.request":
                 state["received"] += len(message.get("body", b""))
                 if state["received"] > self._max_body_bytes:
-                    refusals.append(self._too_large(state["received"]))
-                    raise refusals[0]
+                    raise self._too_large(state["received"])
             return message
+
+        body = counted
+
+        async def noted() -> Message:
+            try:
+                return await body()
+            except ApiError as error:
+                refusals.append(error)
+                raise
 
         async def named(message: Message) -> None:
             if refusals and not state["status"]:
@@ -102,8 +113,11 @@ class Gate:
             try:
                 self._check(scope, headers)
                 if scope["method"] == "POST":
+                    check_type(headers, self._origins)
+                    body = unpacked(scope["headers"], counted, max_bytes=self._max_body_bytes)
+                    scope["headers"] = _plain_json(scope["headers"])
                     await self._turnstile.enter()
-                await self._app(scope, counted, named)
+                await self._app(scope, noted, named)
             except ApiError as error:
                 if state["status"]:
                     raise
@@ -115,7 +129,8 @@ class Gate:
         finally:
             # The path of the route, not that of the request: anybody can make up paths.
             self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_GONE)
-            level = logging.DEBUG if scope["path"] in QUIET_PATHS and state["status"] < 400 else logging.INFO
+            is_poll = scope["path"] in QUIET_PATHS and (state["status"] < 400 or state["status"] == 503)  # still loading
+            level = logging.DEBUG if is_poll else logging.INFO
             facts = scope["state"].get("log", {})
             log.log(level, "%s %s %d%s", scope["method"], scope["path"], state["status"],
                     f": {facts['error'][:200]}" if "error" in facts else "", extra={
@@ -138,3 +153,9 @@ class Gate:
     def _too_large(self, size: int) -> ApiError:
         return ApiError(f"the body has {size} bytes and the limit is {self._max_body_bytes}; send less, or start the "
                         "server with a larger max_body_mb", status=413, code="body_too_large")
+
+
+def _plain_json(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers of a body that was checked and unpacked."""
+    replaced = (b"content-type", b"content-encoding", b"content-length")
+    return [*((name, value) for name, value in headers if name not in replaced), (b"content-type", b"application/json")]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from fastgen_jax.scheduling import SamplingParams
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
 
+if TYPE_CHECKING:
+    from fastgen_jax.engine.intake import Intake
+
 MAX_CHOICES = 128  # samples of one prompt
 MAX_STOPS = 16
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+# Fields of a body that `SamplingParams` has too.
+_SAME_NAMES = (
+    "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
+    "stop", "stop_token_ids",
+)
 
 
 def short(value: Any) -> str:
@@ -112,27 +120,19 @@ class Sampling(Body):
         """Samples of each prompt."""
         return self.n or 1
 
-    def sampling_params(self, *, max_new_tokens: int | None, **more: Any) -> SamplingParams:
-        """As the engine wants them; n belongs to the caller. ValueError for what contradicts itself."""
-        greedy = self.temperature == 0
-        return SamplingParams(
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=self.min_tokens or 0,
-            ignore_eos=bool(self.ignore_eos),
-            stop=self.stop or (),
-            stop_token_ids=self.stop_token_ids or (),
-            temperature=self.temperature,
-            # Of a single token, the likeliest, every filter keeps that one.
-            top_k=None if greedy or not self.top_k or self.top_k < 0 else self.top_k,
-            top_p=None if greedy else self.top_p,
-            min_p=None if greedy else self.min_p,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=self.repetition_penalty or 1.0,
-            logit_bias={int(key): value for key, value in (self.logit_bias or {}).items()},
-            seed=None if self.seed is None else self.seed % 2**32,
+    def sampling_params(self, intake: Intake, *, max_new_tokens: int | None, **more: Any) -> SamplingParams:
+        """As the engine wants them, with the model's defaults for what is left out; n belongs to the caller.
+
+        ValueError for what contradicts itself.
+        """
+        options = {
+            "max_new_tokens": max_new_tokens, "min_new_tokens": self.min_tokens, "logit_bias": self.logit_bias and
+            {int(key): value for key, value in self.logit_bias.items()},
+            "seed": None if self.seed is None else self.seed % 2**32,
+            **{name: getattr(self, name) for name in _SAME_NAMES},
             **more,
-        )
+        }
+        return intake.sampling_params(options)
 
 
 class CompletionRequest(Sampling):
@@ -243,25 +243,40 @@ class ChatRequest(Sampling):
         return self
 
     @property
+    def told_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
     def forces_tool(self) -> bool:
         """Whether the answer must be a tool call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize: a text, or a conversation."""
+    """POST /tokenize: a text, or a conversation with what else of a chat becomes part of its prompt."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages, one of them")
+        for name in ("tools", "chat_template_kwargs"):
+            if self.messages is None and getattr(self, name):
+                raise ValueError(f"{name} belong to messages; leave them out")
         return self
+
+    @property
+    def told_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return self.tools or []
 
 
 class DetokenizeRequest(Body):

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastgen_jax.serving.frames import pack, receive
 
@@ -32,6 +32,12 @@ class ReplicaPlan:
     """Variables that choose its accelerator."""
     cpus: tuple[int, ...] | None = None
     """Processors that it may use; None: all."""
+    name: str = "replica"
+    """What it is called in the log."""
+    log_format: Literal["text", "json"] | None = None
+    """Form of its log; None: it has none."""
+    log_file: str | None = None
+    """Where the log goes as well as to standard error."""
 
 
 def share_machine(count: int) -> list[tuple[dict[str, str], tuple[int, ...] | None]]:
@@ -66,7 +72,10 @@ def main(descriptor: int) -> None:
     from fastgen_jax.api.snapshot import take_snapshot
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.engine.engine import Engine
+    from fastgen_jax.serving.logs import set_up_logging
 
+    if plan.log_format is not None:
+        set_up_logging(plan.log_format, file=plan.log_file, source=plan.name)
     try:
         engine = Engine.from_pretrained(plan.model, EngineConfig.from_options(plan.engine))
     except Exception as error:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from fastgen_jax.api.async_engine import EVENTS_A_TURN, MAX_QUEUE, ClosedError, QueueFullError, Stream
 from fastgen_jax.api.engine_thread import Event, Failure
@@ -37,17 +37,19 @@ class Router:
 
     A replica that dies is started again, and its requests run elsewhere. A request that had been answered in part is
     computed again and goes on where it was, because the same request gives the same tokens; should they differ, it fails.
+    With `log_format` they log as the server does, to standard error and to `log_file` if there is one.
     """
 
     def __init__(
         self, model: str, engine: EngineConfig, tokenizer: Tokenizer, model_config: ModelConfig, *, replicas: int,
-        max_queue: int = MAX_QUEUE,
+        max_queue: int = MAX_QUEUE, log_format: Literal["text", "json"] | None = None, log_file: str | None = None,
     ) -> None:
         self.max_queue = max_queue
         self._tokenizer, self._model_config = tokenizer, model_config
         self._intake: Intake | None = None
-        plans = [ReplicaPlan(model=model, engine=asdict(engine), environment=environment, cpus=cpus)
-                 for environment, cpus in share_machine(replicas)]
+        plans = [ReplicaPlan(model=model, engine=asdict(engine), environment=environment, cpus=cpus,
+                             name=f"replica {number}", log_format=log_format, log_file=log_file)
+                 for number, (environment, cpus) in enumerate(share_machine(replicas))]
         self.replicas = [Replica(number, plan) for number, plan in enumerate(plans)]
         self._tickets: dict[str, Ticket] = {}
         self._homeless: list[Ticket] = []

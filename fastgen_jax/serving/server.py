@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -31,6 +31,7 @@ from fastgen_jax.text import load_tokenizer
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5  # for readers who are still being sent what was computed
+TELL_SECONDS = 10.0  # between two lines while the model is loaded
 
 
 def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *, log_file: str | None = None) -> int:
@@ -55,8 +56,11 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
         server = Server(served)
 
         async def serve() -> None:
-            loading = asyncio.create_task(load_backend(model, config, engine_config))
+            loading = asyncio.create_task(load_backend(
+                model, config, engine_config, log_format=config.log_format, log_file=log_file))
+            telling = asyncio.create_task(_tell(loading))
             await _serve(server, listener, loading)
+            await telling
 
         with asyncio.Runner(loop_factory=_fast_loop()) as runner:
             runner.run(serve())
@@ -102,7 +106,9 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
             gc.collect()
             gc.freeze()
             server.backend = backend
-            log.info("ready; %d KV blocks of %d tokens", backend.intake.config.num_blocks, backend.intake.config.block_size)
+            resolved = backend.intake.config
+            log.info("ready; %d KV blocks of %d tokens, %d tokens a request at most", resolved.num_blocks,
+                     resolved.block_size, resolved.longest_sequence)
             await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
             log.info("finishing %d requests, for up to %g s", backend.num_unfinished, config.drain_seconds)
             draining = asyncio.create_task(backend.drain(config.drain_seconds))
@@ -133,11 +139,13 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def _loader(model: str, config: ServerConfig, engine_config: EngineConfig) -> Callable[[], Any]:
+def _loader(
+    model: str, config: ServerConfig, engine_config: EngineConfig, *, progress: bool, **several_options: Any
+) -> Callable[[], Any]:
     """What loads the model, in a thread; it returns what makes the backend, in the event loop."""
 
     def one() -> Callable[[], Any]:
-        engine = Engine.from_pretrained(model, engine_config)
+        engine = Engine.from_pretrained(model, engine_config, progress=progress)
 
         async def backend() -> Backend:
             return AsyncEngine(engine, max_queue=config.max_queue)
@@ -149,15 +157,32 @@ def _loader(model: str, config: ServerConfig, engine_config: EngineConfig) -> Ca
         checkpoint = open_checkpoint(resolve_model(model))
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)
         router = Router(model, engine_config, tokenizer, checkpoint.config, replicas=config.replicas,
-                        max_queue=config.max_queue)
+                        max_queue=config.max_queue, **several_options)
         return router.start
 
     return one if config.replicas == 1 else several
 
 
-async def load_backend(model: str, config: ServerConfig, engine_config: EngineConfig) -> Backend:
-    """What answers requests for `model`, ready: one engine in this process, or several behind a router."""
-    make = await _in_daemon_thread(_loader(model, config, engine_config))
+async def _tell(loading: asyncio.Task[Backend]) -> None:
+    """Says every few seconds that the model is still being loaded, and how long it took."""
+    start = time.monotonic()
+    while not (await asyncio.wait({loading}, timeout=TELL_SECONDS))[0]:
+        log.info("still loading after %.0f s", time.monotonic() - start)
+    if not loading.cancelled() and loading.exception() is None:
+        log.info("loaded and compiled in %.1f s", time.monotonic() - start)
+
+
+async def load_backend(
+    model: str, config: ServerConfig, engine_config: EngineConfig, *, log_format: Literal["text", "json"] | None = None,
+    log_file: str | None = None, progress: bool = False,
+) -> Backend:
+    """What answers requests for `model`, ready: one engine in this process, or several behind a router.
+
+    With `log_format`, the replicas of several log as this process does, to `log_file` too. `progress` shows bars while
+    one engine loads and compiles, and the log of several.
+    """
+    several = {"log_format": log_format or ("text" if progress else None), "log_file": log_file}
+    make = await _in_daemon_thread(_loader(model, config, engine_config, progress=progress, **several))
     return await make()
 
 

@@ -15,8 +15,9 @@ from fastgen_jax.serving.errors import unsupported
 from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar
+from fastgen_jax.text.messages import CALL_CLOSE, CALL_OPEN
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_VALUES = frozenset({"const", "default", "enum", "examples"})  # parts of a JSON schema that are no schemas
 
 
 def grammar_of(body: Sampling) -> Grammar | None:
@@ -32,28 +33,28 @@ def grammar_of(body: Sampling) -> Grammar | None:
 
 
 def prepare_messages(
-    tokenizer: Tokenizer, body: ChatRequest
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], *, writes_calls: bool
 ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
-    """The messages, and the tools for the chat template; of a template without tools, the messages speak of them."""
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or () if body.tool_choice != "none"]
+    """The messages, and the tools for the chat template; of a template without tools, the messages speak of them.
+
+    `writes_calls`: the model may write calls in its own form, which is refused if it is none that is read here.
+    """
+    told = [tool.model_dump(exclude_none=True) for tool in tools]
     source = tokenizer.templates.get("tool_use") or tokenizer.templates.get("default", "")
+    if not told:
+        return messages, None
     if "tools" in source:
-        if tools and not body.forces_tool and OPEN not in source:
+        if writes_calls and CALL_OPEN not in source:
             raise unsupported("tool_choice", "auto", "this model writes tool calls in a form that is not read here; "
                               "use tool_choice='required' or name a function, which is enforced by a grammar")
-        return body.messages, tools or None
-    messages = [_spelled_out(message) for message in body.messages]
-    if not tools:
-        return messages, None
-    told = (
+        return messages, told
+    text = (
         "You may call functions. They are, one JSON object a line:\n"
-        + "\n".join(json.dumps(tool["function"]) for tool in tools)
-        + f'\nTo call one, write: {OPEN}{{"name": "function name", "arguments": {{...}}}}{CLOSE}'
+        + "\n".join(json.dumps(tool["function"]) for tool in told)
+        + f'\nTo call one, write: {CALL_OPEN}{{"name": "function name", "arguments": {{...}}}}{CALL_CLOSE}'
     )
-    if messages[0].get("role") == "system":
-        first = {**messages[0], "content": f"{messages[0].get('content') or ''}\n\n{told}"}
-        return [first, *messages[1:]], None
-    return [{"role": "system", "content": told}, *messages], None
+    start = int(messages[0].get("role") == "system")
+    return [*messages[:start], {"role": "developer", "content": text}, *messages[start:]], None
 
 
 class ToolReader:
@@ -66,6 +67,8 @@ class ToolReader:
         self._one = body.parallel_tool_calls is False
         self._text = ""  # not yet given out
         self._inside = False  # a tag is open
+        self._behind_call = False
+        self._space = ""  # what was there of it
         self.num_calls = 0
 
     def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
@@ -77,42 +80,66 @@ class ToolReader:
             return "", []
         content, calls = "", []
         while True:
-            tag = CLOSE if self._inside else OPEN
+            tag = CALL_CLOSE if self._inside else CALL_OPEN
             before, found, after = self._text.partition(tag)
             if not found:
                 break
             self._text = after
             if self._inside:
-                calls += self._parsed(before)
-            elif not self.num_calls:
-                content += before
+                more, call = self._read(before, CALL_CLOSE)
+                content, calls = content + more, calls + call
+            else:
+                content += self._between(before)
             self._inside = not self._inside
-        if not self._inside and not self.num_calls:
-            keep = next((k for k in range(min(len(OPEN) - 1, len(self._text)), 0, -1)
-                         if OPEN.startswith(self._text[-k:])), 0)  # it may be the beginning of a tag
+        if not self._inside:
+            keep = next((k for k in range(min(len(CALL_OPEN) - 1, len(self._text)), 0, -1)
+                         if CALL_OPEN.startswith(self._text[-k:])), 0)  # it may be the beginning of a tag
             split = len(self._text) - keep
-            content, self._text = content + self._text[:split], self._text[split:]
+            content, self._text = content + self._between(self._text[:split]), self._text[split:]
         return content, calls
 
     def flush(self) -> tuple[str, list[dict[str, Any]]]:
-        """What is left when the text ends."""
+        """What is left when the text ends; a call without its end may have been cut off by a limit."""
         text, self._text = self._text, ""
         if self._named is not None:
             return "", []
-        if self._forced or self._inside:
+        if self._forced:
             calls = self._parsed(text)
-            return ("", calls) if calls or self.num_calls else (text, [])
-        return ("" if self.num_calls else text), []
+            return (text, []) if calls is None else ("", calls)
+        if self._inside:
+            return self._read(text, "")
+        return self._between(text), []
 
-    def _parsed(self, text: str) -> list[dict[str, Any]]:
+    def _between(self, text: str) -> str:
+        """Text outside of calls. White space behind a call only parts it from the next one, until other text follows."""
+        text = self._space + text
+        self._space = ""
+        if self._behind_call and not text.strip():
+            text, self._space = "", text
+        elif text:
+            self._behind_call = False
+        return text
+
+    def _read(self, text: str, end: str) -> tuple[str, list[dict[str, Any]]]:
+        """A call if `text` is one; else what the model wrote, as content."""
+        calls = self._parsed(text)
+        if calls is None:
+            return self._between(f"{CALL_OPEN}{text}{end}"), []
+        self._space, self._behind_call = "", True
+        return "", calls
+
+    def _parsed(self, text: str) -> list[dict[str, Any]] | None:
+        """The call that `text` is, unless there may be no more; None if it is none."""
         try:
             call = json.loads(text)
             name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return []  # cut off by the length limit, or not what was asked for
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None  # cut off by the length limit, or not what was asked for
+        if not isinstance(name, str):
+            return None
         if self._one and self.num_calls:
             return []
-        return [self._delta(self.num_calls, str(name), json.dumps(arguments))]
+        return [self._delta(self.num_calls, name, arguments if isinstance(arguments, str) else json.dumps(arguments))]
 
     def _delta(self, index: int, name: str, arguments: str) -> dict[str, Any]:
         if index < self.num_calls:
@@ -139,22 +166,22 @@ def _forced_schema(body: ChatRequest) -> dict[str, Any]:
         named = body.tool_choice.function.name
         return next(tool.function.parameters for tool in tools if tool.function.name == named)
     return {"anyOf": [
-        {"type": "object", "properties": {"name": {"const": tool.function.name}, "arguments": tool.function.parameters},
-         "required": ["name", "arguments"], "additionalProperties": False}
-        for tool in tools
+        {"type": "object", "properties": {
+            "name": {"const": tool.function.name},
+            "arguments": _moved(tool.function.parameters, f"#/anyOf/{i}/properties/arguments"),
+        }, "required": ["name", "arguments"], "additionalProperties": False}
+        for i, tool in enumerate(tools)
     ]}
 
 
-def _spelled_out(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose tool calls are text, for a template that knows no tools."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    texts = []
-    for call in calls:
-        function = call.get("function", {}) if isinstance(call, Mapping) else {}
-        arguments = function.get("arguments")
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments or {})
-        texts.append(f'{OPEN}{{"name": {json.dumps(function.get("name"))}, "arguments": {text or "{}"}}}{CLOSE}')
-    rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**rest, "content": "\n".join([*([message["content"]] if message.get("content") else []), *texts])}
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references to itself hold at `place` of another one too."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict) or "$id" in schema:  # references below an $id go from there
+        return schema
+    moved = {name: value if name in _VALUES else _moved(value, place) for name, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = place + reference[1:]
+    return moved

@@ -179,9 +179,11 @@ async def start_work(
     priority: int = 0,
     timeout: float | None = None,
     grammar: Grammar | None = None,
+    new_tokens: int | None = None,
 ) -> Work:
     """Everything checked, then everything submitted: either all samples run, or none does.
 
+    `new_tokens` limits answers for which `params` have no limit; without it, they may fill the context.
     Raises ValueError, QueueFullError and ClosedError as `AsyncEngine.submit` does.
     """
     intake, arrival = backend.intake, time.monotonic()
@@ -193,7 +195,8 @@ async def start_work(
     def prepare() -> tuple[list[tuple[int, ...]], list[tuple[Request, GrammarMatcher | None]]]:
         encoded = [intake.encode(prompt) for prompt in prompts]
         return encoded, [
-            (intake.request(ids, sample, priority=priority, awaits_each_token=grammar is not None),
+            (intake.request(ids, intake.limited(sample, len(ids), new_tokens), priority=priority,
+                            awaits_each_token=grammar is not None),
              intake.matcher(grammar) if grammar else None)
             for ids in encoded for sample in every
         ]

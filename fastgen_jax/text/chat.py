@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fastgen_jax.text.messages import checked_messages, instructions, short, versions
+
 if TYPE_CHECKING:
     import jinja2
 
@@ -24,7 +26,11 @@ def render_chat(
     named_tokens: Mapping[str, str],
     extra: Mapping[str, Any],
 ) -> str:
-    """The rendered prompt; see `Tokenizer.apply_chat_template`. A "tool_use" template serves if tools are given."""
+    """The rendered prompt; see `Tokenizer.apply_chat_template`. A "tool_use" template serves if tools are given.
+
+    Of the versions of a conversation that a template may take, the first counts that it takes without losing what a
+    developer says.
+    """
     import jinja2
 
     name = "tool_use" if tools and "tool_use" in templates else "default"
@@ -34,85 +40,33 @@ def render_chat(
             + (f" named 'default', only {sorted(templates)}" if templates else "")
             + "; it belongs to a base model: pass a plain prompt, or an instruction-tuned checkpoint"
         )
-    variables = {**named_tokens, "documents": None, **extra, "messages": checked_messages(messages),
-                 "tools": _checked_tools(tools), "add_generation_prompt": add_generation_prompt}
-    try:
-        return _compiled(templates[name]).render(variables)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template {name!r} does not parse, line {error.lineno}: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-            RuntimeError) as error:
-        raise ValueError(f"the chat template {name!r} refuses this conversation: {error}") from error
-
-
-def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages in the form that templates expect; ValueError names the malformed one and what is wrong.
-
-    Text parts are joined by newlines, and the arguments of tool calls are parsed where they are JSON text: templates
-    expect objects, OpenAI's protocol sends strings.
-    """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages must be a non-empty list of {{'role': ..., 'content': ...}}, "
-                         f"got {_short(messages)}")
-    return [_checked_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _checked_message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{where} must be a dict with 'role' and 'content', got {_short(message)}")
-    role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise ValueError(f"{where} has role {role!r}; it must be a string such as 'system', 'user' or 'assistant'")
-    calls = message.get("tool_calls")
-    checked = dict(message)
-    if calls:
-        if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise ValueError(f"{where} has tool_calls {_short(calls)}; it must be a list")
-        checked["tool_calls"] = [_checked_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    content = message.get("content")
-    if content is None and not calls:
-        raise ValueError(f"{where} ({role}) has no content; give a string")
-    if content is not None and not isinstance(content, str):
-        checked["content"] = _joined_text(content, f"{where} ({role})")
-    return checked
-
-
-def _joined_text(content: Any, where: str) -> str:
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise ValueError(f"{where} has content {_short(content)}; it must be a string or a list of text parts")
-    texts = []
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"{where} has the content part {_short(part)}; only text is supported: "
-                             "{'type': 'text', 'text': ...}")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _checked_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"{where} is {_short(call)}; it must have a 'function' with a 'name' and 'arguments'")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
+    checked = checked_messages(messages)
+    variables = {**named_tokens, "documents": None, **extra, "tools": _checked_tools(tools),
+                 "add_generation_prompt": add_generation_prompt}
+    wanted = instructions(checked)
+    rendered, refusal = None, None
+    for version in versions(checked, templates[name]):
         try:
-            arguments = json.loads(arguments) if arguments else {}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} ({function['name']}) has arguments that are not JSON: {error}") from error
-    return {**call, "function": {**function, "arguments": arguments}}
+            text = _compiled(templates[name]).render({**variables, "messages": version})
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template {name!r} does not parse, line {error.lineno}: {error.message}") from error
+        except Exception as error:  # a template is a program: whatever it raises is its answer to this conversation
+            refusal = refusal or error
+            continue
+        if all(instruction in text for instruction in wanted):
+            return text
+        rendered = rendered or text
+    if rendered is not None:
+        return rendered
+    raise ValueError(f"the chat template {name!r} refuses this conversation: {refusal or 'it gives no text'}") from refusal
 
 
 def _checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if isinstance(tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(f"tools must be a list of JSON schemas (dicts), got {_short(tools)}")
+        raise ValueError(f"tools must be a list of JSON schemas (dicts), got {short(tools)}")
     return [dict(tool) for tool in tools]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 @functools.lru_cache(maxsize=32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fastgen_jax.text.tokenizer import Tokenizer
 
@@ -17,16 +17,25 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, prompt_ids: Iterable[int] = (), skip_special_tokens: bool = True
+        self, tokenizer: Tokenizer, *, prompt_ids: Iterable[int] = (), skip_special_tokens: bool = True,
+        marks: Mapping[int, str] | None = None,
     ) -> None:
+        """`marks` are put where these special tokens were skipped, token id -> what stands for it."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._drops_space = tokenizer.drops_leading_space
+        self._marks = None
         self.push(prompt_ids)
+        self._marks = marks
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that became certain with these tokens; often empty, never part of a character."""
+        if self._marks:
+            return "".join(self._marks.get(id) or self._text((id,)) for id in ids)
+        return self._text(ids)
+
+    def _text(self, ids: Iterable[int]) -> str:
         data = b"".join(
             self._tokenizer.visible_bytes(id, skip_special_tokens=self._skip_special_tokens) for id in ids
         )

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,30 +31,47 @@ class Grammar:
 
 
 class GrammarMatcher:
-    """How far a text has come in its grammar. `make` gives another of llguidance's matchers at the start of it."""
+    """How far a text has come in its grammar. `make` gives llguidance's matcher at the start of it."""
 
-    def __init__(self, matcher: Any, make: Callable[[], Any]) -> None:
-        self._matcher = matcher
+    def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
+        self._matcher = make()
         self.error: str | None = None
         """Why the grammar could not be followed any further, for example because it became too complex."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text is one of the grammar and nothing can follow."""
+        return self.error is None and self._matcher.is_stopped()
+
+    @property
+    def defect(self) -> str | None:
+        """Why no text can be of the grammar, or no token can follow the text so far; None if one can."""
+        if not self._matcher.is_error():
+            self._matcher.compute_logit_bias()  # finds out whether there is a next token at all
+        return _reason(self._matcher) if self._matcher.is_error() else None
+
     def restarted(self) -> GrammarMatcher:
         """A matcher at the start of the same grammar."""
-        return GrammarMatcher(self._make(), self._make)
+        return GrammarMatcher(self._make)
 
     def fill_mask(self, words: np.ndarray) -> None:
         """Writes into `words` i32[ceil(V / 32)], contiguous, a 1 for each token that may come next."""
-        if self._matcher.is_error():
-            words[:] = -1  # the request ends when its token is read; until then any token will do
-        else:
+        if not self._matcher.is_error():
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._matcher.is_error():  # it may have become one
+            words[:] = -1  # the request ends when its token is read; until then any token will do
 
     def advance(self, token_id: int) -> bool:
         """Takes in a token; true if the text is complete and nothing can follow, or if there is an `error`."""
-        if not self._matcher.consume_token(token_id):
-            self.error = self._matcher.get_error().splitlines()[0]
-        return self.error is not None or self._matcher.is_stopped()
+        matcher = self._matcher
+        if self.error is None and not matcher.is_stopped():
+            taken = matcher.consume_token(token_id)
+            if not taken or matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()):
+                self.error = _dead_end(matcher)
+        elif self.error is None and not matcher.is_accepting():  # the mask found that nothing can follow
+            self.error = _dead_end(matcher)
+        return self.error is not None or matcher.is_stopped()
 
 
 class GrammarCompiler:
@@ -74,21 +91,20 @@ class GrammarCompiler:
         """A matcher at the start of `grammar`; ValueError if it is malformed or has a feature that is not supported."""
         library = _library()
         matchers = library.LLMatcher
-        read = {
+        make = {
             "json_schema": lambda source: matchers.grammar_from_json_schema(source, defaults=_JSON_LAYOUT),
             "regex": matchers.grammar_from_regex,
             "lark": matchers.grammar_from_lark,
         }[grammar.kind]
         kind = grammar.kind.replace("_", " ")
         try:
-            source = read(grammar.source)
+            source = make(grammar.source)
         except ValueError as error:
             raise ValueError(f"the {kind} cannot be used: {error}; simplify it") from None
-        make = partial(matchers, self._vocabulary(library), source, log_level=0)
-        matcher = make()
-        if matcher.is_error():
-            raise ValueError(f"the {kind} cannot be used: {matcher.get_error()}")
-        return GrammarMatcher(matcher, make)
+        matcher = GrammarMatcher(partial(matchers, self._vocabulary(library), source, log_level=0))
+        if (defect := matcher.defect) is not None:
+            raise ValueError(f"the {kind} cannot be used: {defect}")
+        return matcher
 
     def _vocabulary(self, library: Any) -> Any:
         with self._lock:
@@ -115,8 +131,40 @@ class _Vocabulary:
         self._tokenizer = tokenizer
 
     def __call__(self, text: str | bytes) -> list[int]:
-        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
+        try:
+            ids = self._tokenizer.encode(data.decode(), add_special_tokens=False)
+        except UnicodeDecodeError:
+            return self._longest_pieces(data)
+        # Text that spells a special token, or that the vocabulary lacks, must not become that or the unknown token.
+        return self._longest_pieces(data) if self._tokenizer.special_ids.intersection(ids) else ids
+
+    def _longest_pieces(self, data: bytes) -> list[int]:
+        """Tokens whose bytes join to `data`, or to as much of its beginning as there are tokens for."""
+        longest, ids, start = max(map(len, self._id_of)), [], 0
+        while start < len(data):
+            lengths = range(min(longest, len(data) - start), 0, -1)
+            length = next((n for n in lengths if data[start : start + n] in self._id_of), None)
+            if length is None:
+                break
+            ids.append(self._id_of[data[start : start + length]])
+            start += length
+        return ids
+
+    @cached_property
+    def _id_of(self) -> dict[bytes, int]:
+        return {token: i for i, token in enumerate(self.tokens) if not token.startswith(b"\xff")}
+
+
+def _dead_end(matcher: Any) -> str:
+    return (f"the grammar came to a dead end: what it wants next cannot be written with the tokens of this model, or it "
+            f"became too complex ({_reason(matcher)}); simplify it")
+
+
+def _reason(matcher: Any) -> str:
+    """Why a matcher cannot go on; its own message goes on with pages of its state."""
+    said = " ".join(matcher.get_error().partition("<state>")[0].split()) or matcher.stop_reason()
+    return "no token can follow" if said == "NoExtensionBias" else said
 
 
 def _library() -> Any:

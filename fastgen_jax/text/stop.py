@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from fastgen_jax.text.tokenizer import Tokenizer
+
+_FIRST_MARK = 0xD800  # lone surrogates: bytes that are read as UTF-8 never give one
 
 
 @dataclass
@@ -21,23 +25,28 @@ class StopStrings:
     """Finds the first of several stop strings in text that arrives in pieces.
 
     The match that starts earliest wins, the longest of those that start there; how the text was cut does not matter.
-    No more text is held back than could still turn out to begin a stop string.
+    No more text is held back than could still turn out to begin a stop string. Characters of `unseen` count for matches
+    and are never emitted: they stand for tokens that are no part of the text.
     Source: Aho and Corasick, Efficient string matching (1975).
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, unseen: Iterable[str] = ()) -> None:
         if isinstance(stops, str):
             raise ValueError(f"stop strings must be a list, got the single string {stops!r}; pass [{stops!r}]")
         for stop in stops:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"a stop string must be a non-empty str, got {stop!r}; leave it out")
+        self._unseen = {ord(character): None for character in unseen}
         self._root = self._state = _automaton(stops)
         self._held = ""  # the end of the text seen, not yet emitted
         self._best: tuple[int, str] | None = None  # where in `_held` the best match so far starts, and which
         self.matched: str | None = None  # the stop string that ended the text
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text that can be shown now, and the stop string if it is certain; after that nothing more is emitted."""
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
+        """Text that can be shown now, and the stop string if it is certain; after that nothing more is emitted.
+
+        Without `may_end`, no stop string counts that ends in this text; one may begin in it.
+        """
         if self.matched is not None:
             return "", self.matched
         start = len(self._held)
@@ -45,7 +54,7 @@ class StopStrings:
         for position, character in enumerate(text, start + 1):
             self._state = self._next(character)
             stop = self._state.longest
-            if stop is not None:
+            if stop is not None and may_end:
                 candidate = (position - len(stop), stop)
                 # Earlier first; at the same start the later find is the longer one.
                 if self._best is None or candidate[0] <= self._best[0]:
@@ -57,7 +66,7 @@ class StopStrings:
         emitted, self._held = self._held[:keep], self._held[keep:]
         if self._best is not None:
             self._best = (self._best[0] - keep, self._best[1])
-        return emitted, None
+        return self._shown(emitted), None
 
     def flush(self) -> tuple[str, str | None]:
         """At the end of the text: what was held back, and the stop string if one was complete."""
@@ -67,13 +76,16 @@ class StopStrings:
             return self._finish()
         emitted, self._held = self._held, ""
         self._state = self._root
-        return emitted, None
+        return self._shown(emitted), None
 
     def _finish(self) -> tuple[str, str | None]:
         assert self._best is not None
         start, self.matched = self._best
         emitted, self._held = self._held[:start], ""
-        return emitted, self.matched
+        return self._shown(emitted), self.matched
+
+    def _shown(self, text: str) -> str:
+        return text.translate(self._unseen) if self._unseen else text
 
     def _next(self, character: str) -> _Node:
         node: _Node | None = self._state
@@ -85,6 +97,26 @@ class StopStrings:
         """Whether a prefix under way starts before the best match, or at it and can grow longer."""
         assert self._best is not None
         return bool(self._state.children) and position - self._state.depth <= self._best[0]
+
+
+def stops_with_tokens(stops: Sequence[str], tokenizer: Tokenizer) -> tuple[list[str], Mapping[int, str]]:
+    """`stops` so that they are found where special tokens are left out of the text: more stop strings, and token id -> mark.
+
+    A mark is a single character that no text has. In the stop strings that are added it stands for its token, so that
+    neither a part of a special token's name is found in it, nor one that a model spells out is missed.
+    """
+    marks: dict[int, str] = {}
+    added = []
+    for stop in stops:
+        marked = stop
+        for token_id in tokenizer.encode(stop, add_special_tokens=False):
+            name = tokenizer.token_bytes(token_id).decode(errors="replace")
+            if token_id in tokenizer.special_ids and name and name in marked:
+                mark = marks.setdefault(token_id, chr(_FIRST_MARK + len(marks)))
+                marked = marked.replace(name, mark)
+        if marked != stop:
+            added.append(marked)
+    return [*stops, *added], marks
 
 
 def _automaton(stops: Sequence[str]) -> _Node:

@@ -90,6 +90,7 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,  # so that `extra` may have any name
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -98,8 +99,10 @@ class Tokenizer:
         """The prompt that the model's own chat template makes of a conversation.
 
         `messages` have a "role" and "content" (a string, or a list of {"type": "text", "text": ...}, which is joined by
-        newlines); `tools` are JSON schemas; `extra` reaches the template (`enable_thinking=False`, ...). ValueError if
-        there is no template, a message is malformed, or the template refuses it.
+        newlines); `tools` are JSON schemas; `extra` reaches the template (`enable_thinking=False`, ...). Messages may be as
+        servers answer them, with null fields and arguments of tool calls as text, and where a template knows no developer,
+        no tool calls or no results of them, they are put in roles that it knows. ValueError if there is no template, a
+        message is malformed, or the template refuses it.
         """
         return render_chat(self.templates, messages, add_generation_prompt=add_generation_prompt, tools=tools,
                            named_tokens=self.named_tokens, extra=extra)
@@ -107,6 +110,7 @@ class Tokenizer:
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,  # so that `extra` may have any name
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,

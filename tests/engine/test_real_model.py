@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 
 from fastgen_jax import Engine, Pipeline, SamplingParams
+from pallas_kernels import native
 from tests.tiny import drain, greedy, tokens_of
 
 REFERENCE = json.loads((Path(__file__).parent.parent / "reference" / "smollm2_greedy.json").read_text())
 GENERATIONS = REFERENCE["generations"]
 # Float32 through 30 layers, added up in another order than torch does; a quarter of what the reference promises.
 LOGPROB_TOLERANCE = 1e-3
-# The same program family on the same machine: matmuls and attention are bitwise independent of the batch, and only
-# XLA's vectorised norms may round differently in programs of different shape.
-INVARIANCE_TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +95,8 @@ def test_tokens_do_not_depend_on_how_the_engine_runs_them(engine, options, param
         assert other.scheduler.stats.num_preemptions > 0
     for name, (tokens, logprobs) in want.items():
         assert got[name][0] == tokens, name
-        np.testing.assert_allclose(got[name][1], logprobs, atol=INVARIANCE_TOLERANCE, err_msg=name)
+        if native.available():  # else XLA picks the order of a sum by the number of rows
+            np.testing.assert_array_equal(got[name][1], logprobs, err_msg=name)
 
 
 def test_nothing_is_compiled_while_200_mixed_requests_are_served(engine):

@@ -15,6 +15,7 @@ from fastgen_jax.plan.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.plan.estimate import read_weight_bytes, weight_bytes
 from fastgen_jax.plan.program import copied_in_loops, count_in_loops
 from fastgen_jax.plan.report import Plan, make_plan, table
+from tests.checkpoint.tiny_files import write_gguf
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -136,7 +137,7 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys) -> None:
     assert printed["fits"] is True
     assert printed["steps"][0]["bound"] == "memory"
     assert main(["plan", "--model", str(tmp_path / "no"), "--topology", "v5e:2x4"]) == 2
-    assert "cannot read" in capsys.readouterr().err
+    assert "neither an existing directory or .gguf file" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
@@ -191,7 +192,7 @@ def test_every_gpu_has_a_description_for_its_compiler(kind: str) -> None:
     from fastgen_jax.plan import program
 
     text = (Path(program.__file__).parent / "targets" / f"{kind}.txtpb").read_text()
-    assert kind.upper() in text
+    assert all(part in text for part in kind.upper().split("-"))  # its name and, where there are two, its memory
     memory = int(re.findall(r"device_memory_size: (\d+)", text)[0])
     assert 0.95 * DEVICES[kind].memory < memory <= DEVICES[kind].memory
     assert int(re.findall(r"memory_bandwidth: (\d+)", text)[0]) == pytest.approx(DEVICES[kind].bandwidth, rel=0.01)
@@ -215,3 +216,124 @@ def test_quantised_weights_are_planned_as_they_are_loaded(family: str, settings:
 def test_a_quantisation_that_cannot_be_loaded_cannot_be_planned() -> None:
     with pytest.raises(ValueError, match=r"quant_method='hqq'; read here: mxfp4, fp8, awq, gptq"):
         plan(LLAMA_3_8B | {"quantization_config": {"quant_method": "hqq"}}, "v5e:2x4")
+
+
+def test_int8_weights_take_a_byte_and_a_scale_a_column() -> None:
+    wide, narrow = plan(LLAMA_3_8B, "v5e:2x4"), plan(LLAMA_3_8B, "v5e:2x4", quantize="int8")
+    matrices = 32 * (4096 * 6144 + 4096 * 4096 + 4096 * 2 * 14336 + 14336 * 4096) + 4096 * 128256
+    divided = 4 * (32 * (6144 + 2 * 14336) + 128256) // 8  # of qkv, gate_up and lm_head each device has its columns
+    whole = 4 * 32 * (4096 + 4096)  # of o and down it has its rows, with the scales of all columns
+    assert wide.memory.weights - narrow.memory.weights == matrices // 8 - divided - whole
+    assert narrow.steps[0].memory < wide.steps[0].memory
+    assert narrow.sequences > wide.sequences
+    assert "int8 matrices, the rest bfloat16" in table(narrow)
+    assert any("--quantize int8" in line for line in plan(LLAMA_3_8B, "l4", dtype="float32").advice)
+
+
+def test_int8_experts_are_read_as_bytes() -> None:
+    from fastgen_jax.models.families import family_of
+
+    model = family_of("MixtralForCausalLM").config_from_hf(MIXTRAL_8X7B)
+    whole, one = (read_weight_bytes(model, 8, 2, tokens=n, quantize="int8") for n in (10_000, 1))
+    assert whole == weight_bytes(model, 8, 2, quantize="int8")
+    assert whole - one == 32 * 6 * 3 * 4096 * 14336 // 8
+
+
+def test_a_tied_head_of_int8_is_kept_beside_the_embedding_on_a_single_device() -> None:
+    config = json.loads((REFERENCE / "tiny" / "default" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    apart, tied = (plan(config | {"tie_word_embeddings": tie}, "l4", context=64, quantize="int8").memory.weights
+                   for tie in (False, True))
+    assert apart == tied
+
+
+def test_a_context_beyond_the_models_limit_is_refused_and_not_replaced() -> None:
+    with pytest.raises(ValueError, match=r"context is 100000 but the model's limit is 8192 tokens; choose at most that"):
+        plan(LLAMA_3_8B, "v5e:2x4", context=100_000)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        plan(LLAMA_3_8B, "v5e:2x4", context=0)
+    assert plan(LLAMA_3_8B, "v5e:2x4", context=None).context == 8192
+
+
+def run_plan(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
+    assert main(["plan", *map(str, flags), "--topology", "h100", "--no-compile"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_model_is_planned_by_any_name_that_it_can_be_loaded_by(tmp_path, capsys) -> None:
+    write_gguf(tmp_path / "a.gguf", kind="Q8_0", vocab_size=512)
+    assert "bfloat16; on disk Q8_0, dequantised while loading" in run_plan(capsys, "--model", tmp_path / "a.gguf")
+    tiny = REFERENCE / "tiny" / "default"
+    directory, alone = (run_plan(capsys, "--model", path) for path in (tiny, tiny / "config.json"))
+    assert directory == alone
+    assert "contexts of 512 tokens" in run_plan(capsys, "--model", "sotu-1m")  # a snapshot with a name
+
+
+def test_a_snapshot_of_int8_is_planned_as_int8(tmp_path, capsys) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    assert "weights           14.96 GiB   bfloat16" in run_plan(capsys, "--model", tmp_path)
+    (tmp_path / "fastgen.json").write_text(json.dumps({"format": 1, "dtype": "bfloat16", "quantize": "int8"}))
+    snapshot = run_plan(capsys, "--model", tmp_path)
+    (tmp_path / "fastgen.json").unlink()
+    assert snapshot == run_plan(capsys, "--model", tmp_path, "--quantize", "int8")
+
+
+def test_of_a_repository_only_the_config_is_downloaded(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.append((repo, allow_patterns))
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert "8,030,261,248 parameters" in run_plan(capsys, "--model", "meta-llama/Meta-Llama-3-8B")
+    assert asked == [("meta-llama/Meta-Llama-3-8B", ["config.json"])]
+
+
+def test_a_config_that_cannot_be_used_is_named(tmp_path, capsys) -> None:
+    config = tmp_path / "config.json"
+    for text, words in (("{", "is not JSON"), ("[1]", "names no architectures")):
+        config.write_text(text)
+        assert main(["plan", "--model", str(tmp_path), "--topology", "h100"]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "memory"), [
+    ("h200:8", 141), ("h100", 80), ("a100-80gb:2", 80), ("A100-40GB", 40), ("l4", 22.5), ("t4:4", 15)])
+def test_gpus_are_known_with_the_memory_that_they_leave(name: str, memory: float) -> None:
+    assert parse_topology(name).device.memory == memory * GIB
+
+
+@pytest.mark.parametrize(("topology", "words"), [
+    ("v5e", "no TPU compiler here (JAX TPU support not installed"),
+    ("h100", "no CUDA compiler here (topology not implemented"),
+])
+def test_a_compiler_that_is_not_here_can_be_left_out(topology: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax.experimental import topologies
+
+    def missing(*_: object, **options: object) -> None:
+        if options["platform"] == "tpu":
+            raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology. See https://github.com/jax-ml/jax")
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    made = make_plan(LLAMA_3_8B, topology=topology, context=512, budgets=[64], max_num_seqs=4, block_size=32,
+                     dtype="bfloat16", quantize="int8", compile=True)
+    assert words in made.not_compiled
+    assert made.not_compiled.endswith("or leave it out: --no-compile")
+
+
+def test_a_step_of_int8_weights_is_lowered_for_a_mesh_of_what_is_here() -> None:
+    import jax
+
+    from fastgen_jax.models.families import family_of
+    from fastgen_jax.models.sharding import tensor_mesh
+    from fastgen_jax.plan.program import compile_step
+
+    config = json.loads((REFERENCE / "tiny" / "default" / "config.json").read_text())
+    model = family_of("LlamaForCausalLM").config_from_hf(config)
+    program = compile_step(model, tensor_mesh(jax.devices()[:1]), token_budget=1, max_num_seqs=1, max_context_len=16,
+                           block_size=4, num_blocks=4, dtype="float32", quantize="int8")
+    assert program.arguments - program.cache < 0.7 * weight_bytes(model, 1, 4)

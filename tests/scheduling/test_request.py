@@ -32,7 +32,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": math.nan}, "temperature is nan; it must be a finite number"),
     ({"temperature": math.inf}, "temperature is inf; it must be a finite number"),
     ({"temperature": False}, "temperature is False; it must be a finite number"),
-    ({"top_k": 0}, "top_k is 0; it must be at least 1; use None to keep every token"),
+    ({"top_k": -2}, "top_k is -2; it must be at least 1; use None, 0 or -1 to keep every token"),
     ({"top_k": True}, "top_k is True"),
     ({"top_p": 0}, "top_p is 0; it must be in (0, 1]"),
     ({"top_p": 1.01}, "top_p is 1.01; it must be in (0, 1]"),

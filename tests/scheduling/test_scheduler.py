@@ -56,14 +56,14 @@ def test_a_wrong_argument_is_refused(changes: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("prompt_length", "params", "message"),
     [
-        (100, {}, r"has 100 tokens but max_context_len is 100 .* shorten the prompt to 99 tokens"),
+        (100, {}, r"has 100 tokens but max_context_len is 100 .* shorten the prompt to 39 tokens"),
         (
             9,
             {"max_new_tokens": None, "max_length": 9},
             r"max_length is 9 but .* has 9 tokens; raise .* at least 10",
         ),
         (
-            90,
+            30,
             {"max_new_tokens": None, "min_new_tokens": 11},
             r"min_new_tokens is 11 but only 10 tokens can follow",
         ),
@@ -72,6 +72,7 @@ def test_a_wrong_argument_is_refused(changes: dict[str, Any], message: str) -> N
             {"max_new_tokens": 31},
             r"may grow to 41 tokens, 11 blocks of 4, .* 10 blocks; use max_new_tokens=30",
         ),
+        (45, {"max_new_tokens": None}, r"46 tokens, 12 blocks of 4, .* 10 blocks; shorten the prompt"),
         (45, {"max_new_tokens": 1}, r"46 tokens, 12 blocks of 4, .* 10 blocks; shorten the prompt"),
     ],
 )
@@ -86,6 +87,13 @@ def test_a_request_that_can_never_run_is_refused_with_the_numbers(
         scheduler.estimate_wait(request)
     assert not scheduler.has_work
     scheduler.add(make_request("a", range(10), 30))  # what the message proposed fits
+
+
+@pytest.mark.parametrize("params", [{}, {"min_new_tokens": 30}])
+def test_without_a_limit_of_its_own_a_request_may_fill_a_cache_smaller_than_the_context(params: dict[str, Any]) -> None:
+    scheduler = make_scheduler(num_blocks=10)  # 40 tokens, and a context of 100
+    sequence = scheduler.add(make_request("a", range(10), max_new_tokens=None, **params))
+    assert sequence.max_total_tokens == 40
 
 
 def test_generation_ends_at_each_kind_of_limit() -> None:

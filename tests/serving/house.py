@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
 from functools import cache
 from typing import Any
@@ -27,8 +28,9 @@ MODEL = "tiny"
 
 
 def encode(text: str, *, add_special_tokens: bool) -> list[int]:
-    """A token a character."""
-    ids = [CHARACTERS.find(c) + 3 if c in CHARACTERS else 0 for c in text]
+    """A token a character; a special token that is spelled out is that token."""
+    pieces = re.findall("|".join([*SPECIALS, "."]), text, re.DOTALL)
+    ids = [SPECIALS.index(p) if p in SPECIALS else CHARACTERS.find(p) + 3 if p in CHARACTERS else 0 for p in pieces]
     return [1, *ids] if add_special_tokens else ids
 
 
@@ -52,10 +54,11 @@ def engine(template: str = TEMPLATE) -> Engine:
 
 
 def with_server(
-    scenario: Callable[[httpx.AsyncClient, AsyncEngine], Awaitable[Any]], *, max_queue: int = 64, **config: Any
+    scenario: Callable[[httpx.AsyncClient, AsyncEngine], Awaitable[Any]], *, max_queue: int = 64,
+    shared: Engine | None = None, **config: Any,
 ) -> Any:
     """The result of `scenario(client, async engine)`; afterwards nothing may be left in the engine."""
-    shared = engine()
+    shared = shared or engine()
     assert not shared.has_work, "another test left requests behind"
 
     async def inside() -> Any:

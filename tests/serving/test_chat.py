@@ -52,6 +52,19 @@ def test_logprobs_come_with_bytes_and_alternatives():
         assert bytes(entry["bytes"]).decode() == entry["token"]
 
 
+def test_the_sampled_token_is_among_the_alternatives_also_if_it_is_unlikely():
+    sampled = {**CHAT, "temperature": 2.0, "seed": 5, "max_tokens": 20, "logprobs": True}
+    unlikely = 0
+    for number in (1, 3):
+        for entry in choice({**sampled, "top_logprobs": number})["logprobs"]["content"]:
+            own = [top for top in entry["top_logprobs"] if top["token"] == entry["token"]]
+            assert own == [{name: entry[name] for name in ("token", "logprob", "bytes")}]
+            assert len(entry["top_logprobs"]) in (number, number + 1)
+            unlikely += len(entry["top_logprobs"]) > number
+    assert unlikely
+    assert all(entry["top_logprobs"] == [] for entry in choice(sampled)["logprobs"]["content"])
+
+
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.5, "seed": 4}])
 def test_a_schema_holds_whatever_the_model_would_say(sampling):
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
@@ -106,23 +119,72 @@ def test_whole_calls_are_read_from_free_text_and_content_before_them_stays():
                                                        {"name": "f", "arguments": "{}"}]
 
 
-@pytest.mark.parametrize("text", ["plain", "a < b", "ends with <tool", "<tool_call>cut off"])
-def test_text_that_is_no_call_is_content_or_was_cut_off(text):
+CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+
+
+@pytest.mark.parametrize(("text", "content"), [
+    *((text, text) for text in (
+        "plain", "a < b", "ends with <tool", "<tool_call>cut off", 'a <tool_call>{"name": }</tool_call> b',
+        '<tool_call>["f"]</tool_call>', '<tool_call>{"name": 5}</tool_call>', f"<tool_call>{'[' * 100_000}</tool_call>",
+        '<tool_call>\n{"name": "f", "arg', "<tool_call></tool_call>", "</tool_call>")),
+    (f"a {CALL}", "a "),
+    (f"{CALL}\n{CALL}\n", ""),
+    (f"a {CALL}\n\n{CALL}\n b\n", "a \n b\n"),
+    (f"{CALL}<tool_call>cut off", "<tool_call>cut off"),
+    (f"{CALL}\n<tool_call>{{}}</tool_call>\n{CALL}", "\n<tool_call>{}</tool_call>\n"),
+    (f"{CALL}<tool", "<tool"),
+])
+@pytest.mark.parametrize("size", [1, 7, 1_000_000])
+def test_all_that_is_no_call_is_content(text, content, size):
     reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
-    content = "".join(reader.push(c)[0] for c in text) + reader.flush()[0]
-    assert content == text.removeprefix("<tool_call>")
-    assert reader.num_calls == 0
+    size = max(size, len(text) // 1000)
+    pieces = [reader.push(text[i : i + size]) for i in range(0, len(text), size)] + [reader.flush()]
+    assert "".join(piece for piece, _ in pieces) == content
+    assert reader.num_calls == sum(len(calls) for _, calls in pieces) == text.count(CALL)
+
+
+@pytest.mark.parametrize("said", ['Wait. <tool_call>{"name": "f", </tool_call>', '<tool_call>{"name": "f", "arg'])
+def test_an_unreadable_call_stays_in_the_answer(said):
+    # The grammar makes the model say it.
+    form = {"type": "json_schema", "json_schema": {"schema": {"enum": [said.replace('"', "'")]}}}
+    body = {**CHAT, "max_tokens": 80, "tools": [WEATHER], "response_format": form}
+    got = choice(body)
+    assert json.loads(got["message"]["content"]) == said.replace('"', "'")
+    assert "tool_calls" not in got["message"]
+    assert got["finish_reason"] == "stop"
+    assert joined(events(ask("/v1/chat/completions", {**body, "stream": True}))) == got["message"]["content"]
+
+
+def test_arguments_that_the_model_wrote_as_text_stay_text():
+    reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
+    _, (call,) = reader.push('<tool_call>{"name": "f", "arguments": "{\\"c\\": 1}"}</tool_call>')
+    assert call["function"]["arguments"] == '{"c": 1}'
+
+
+def test_references_of_a_tools_schema_hold_in_every_tool():
+    parameters = {"type": "object", "properties": {"c": {"$ref": "#/$defs/C"}, "d": {"const": {"$ref": "#/x"}}},
+                  "required": ["c", "d"], "additionalProperties": False, "$defs": {"C": {"enum": ["A"]}}}
+    other = {"type": "function", "function": {"name": "g", "parameters": parameters}}
+    got = choice({**CHAT, "max_tokens": 90, "tools": [other], "tool_choice": "required"})
+    (call,) = got["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"c": "A", "d": {"$ref": "#/x"}}
 
 
 def test_a_model_whose_template_knows_no_tools_is_told_of_them():
+    plain = tokenizer(template="{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}")
     body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
-    messages, tools = prepare_messages(tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}"), body)
+    messages, tools = prepare_messages(plain, body.messages, body.tools, writes_calls=True)
     assert tools is None
-    assert '"name": "f"' in messages[0]["content"]
-    assert messages[1:] == body.messages
+    prompt = plain.apply_chat_template(messages)
+    assert prompt.startswith("system:You may call functions.")
+    assert '"name": "f"' in prompt
+    assert prompt.endswith("\nuser:x\n")
+    with_system, _ = prepare_messages(plain, [{"role": "system", "content": "Be brief."}, *body.messages], body.tools,
+                                      writes_calls=True)
+    assert plain.apply_chat_template(with_system).startswith("system:Be brief.\n\nYou may call functions.")
 
 
 def test_a_form_of_tool_calls_that_is_not_read_is_refused_where_the_model_may_choose():
     body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
     with pytest.raises(ApiError, match="in a form that is not read here"):
-        prepare_messages(tokenizer(template="{{ tools }}"), body)
+        prepare_messages(tokenizer(template="{{ tools }}"), body.messages, body.tools, writes_calls=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.serving.house import MODEL, ask, engine, events, offline, with_server
+from tests.tiny import drain, greedy, tokens_of
 
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
@@ -67,6 +70,40 @@ def test_a_stop_string_ends_the_text_before_it():
     assert answer["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("more", [-2, -1, 0, 1])
+def test_a_stop_string_may_begin_before_the_least_number_of_tokens_but_ends_behind_it(more):
+    shared = engine()
+    request_id = shared.add("Once upon", greedy(12))
+    ids = tokens_of(drain(shared)[request_id])
+    shown = [i for i, token_id in enumerate(ids) if shared.tokenizer.decode([token_id])]
+    text = shared.tokenizer.decode(ids)
+    stop, minimum = text[4:6], shown[5] + 1 + more  # it ends with token shown[5], counted from 0
+    assert text.count(stop) == 1
+    body = {**GREEDY, "prompt": "Once upon", "stop": [stop], "min_tokens": minimum}
+    answer = ask("/v1/completions", body).json()["choices"][0]
+    assert (answer["text"], answer["finish_reason"]) == ((text[:4], "stop") if more < 0 else (text, "length"))
+    streamed = events(ask("/v1/completions", {**body, "stream": True}))
+    assert "".join(e["choices"][0]["text"] for e in streamed) == answer["text"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/mii/here"])
+def test_a_special_token_stops_by_its_name_though_the_text_does_not_show_it(path):
+    # The bias makes the model write the beginning-of-sequence token, which is skipped in the text.
+    end, more = ({"max_tokens": 12, "temperature": 0}, {"model": MODEL, "prompt": "Once"}) if path[1] == "v" else (
+        {"max_new_tokens": 12, "do_sample": False}, {"prompts": "Once"})
+    body = {**more, **end, "ignore_eos": True, "logit_bias": {"1": 100}}
+
+    def answer(stop):
+        got = ask(path, {**body, "stop": stop}).json()
+        if path[1] == "v":
+            return got["choices"][0]["text"], got["choices"][0]["finish_reason"], got["usage"]["completion_tokens"]
+        return got[0]["generated_text"], got[0]["finish_reason"], got[0]["generated_length"]
+
+    assert answer(["<s>"]) == ("", "stop", 1)
+    assert answer(["<s><s><s>"]) == ("", "stop", 3)
+    assert answer(["s", "</s>", "<"]) == ("", "length", 12)  # part of its name, another one
+
+
 @pytest.mark.parametrize("max_tokens", [0, 3])
 def test_echo_with_logprobs_scores_the_prompt(max_tokens):
     body = {**GREEDY, "prompt": "Hello", "echo": True, "logprobs": 2, "max_tokens": max_tokens}
@@ -78,7 +115,10 @@ def test_echo_with_logprobs_scores_the_prompt(max_tokens):
     assert scores["token_logprobs"][0] is None
     assert all(value <= 0 for value in scores["token_logprobs"][1:])
     assert len(scores["tokens"]) == 6 + max_tokens == len(scores["top_logprobs"]) == len(scores["text_offset"])
-    assert all(len(top) == 2 for top in scores["top_logprobs"][1:])
+    columns = (scores[name][1:] for name in ("tokens", "token_logprobs", "top_logprobs"))
+    for token, logprob, top in zip(*columns, strict=True):
+        assert top[token] == logprob  # whatever the likeliest are
+        assert len(top) in (2, 3)
     assert scores["text_offset"][:3] == [0, 3, 4]
     assert answer["usage"]["completion_tokens"] == max_tokens
     if max_tokens:  # the greedy token is the likeliest
@@ -86,6 +126,15 @@ def test_echo_with_logprobs_scores_the_prompt(max_tokens):
     streamed = events(ask("/v1/completions", {**body, "stream": True}))
     assert "".join(e["choices"][0]["text"] for e in streamed) == choice["text"]
     assert [t for e in streamed for t in e["choices"][0]["logprobs"]["tokens"]] == scores["tokens"]
+
+
+def test_the_sampled_token_is_among_the_alternatives_also_if_it_is_unlikely():
+    body = {"model": MODEL, "prompt": "Once", "temperature": 2.0, "seed": 5, "max_tokens": 20, "ignore_eos": True}
+    for number in (0, 1, 3):
+        scores = ask("/v1/completions", {**body, "logprobs": number}).json()["choices"][0]["logprobs"]
+        for token, logprob, top in zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True):
+            assert top[token] == logprob
+            assert len(top) in ((number, number + 1) if number else (1,))
 
 
 def test_bias_penalties_and_extensions_reach_the_sampler():
@@ -119,6 +168,10 @@ def test_the_generation_options_of_the_pipeline_work_over_http():
     streamed = events(ask("/mii/here", {**body, "stream": True}))
     assert "".join(e["text"] for e in streamed if e["index"] == 1) == answers[1]["generated_text"]
     assert ask("/mii/there", body).status_code == 404
+    half = with_server(lambda client, _: client.post("/mii/here", content=json.dumps({**body, "stop": ["x", "\ud800"]})))
+    assert (half.status_code, half.json()["error"]["param"]) == (400, "stop")
+    biased = ask("/mii/here", {**body, "logit_bias": {"40": 100}}).json()  # JSON has no other names than strings
+    assert [a["token_ids"] for a in biased] == [[40] * 5] * 2
 
 
 def test_models_health_and_version():

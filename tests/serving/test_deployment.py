@@ -192,6 +192,14 @@ def test_the_command_line_lists_it_and_looks_into_it(client):
     log = Path(client.deployment.log).read_text().splitlines()
     entries = [json.loads(line) for line in log if line.startswith("{")]
     assert any(entry.get("path") == "/v1/completions" and entry.get("status") == 200 for entry in entries)
+    said = [(entry.get("source"), entry["message"]) for entry in entries]
+    for source in ("replica 0", "replica 1"):
+        mine = " ".join(message for who, message in said if who == source)
+        for part in ("loading tiny: ", "compiling: 2 programs", "compiling: done in ", "engine ready: "):
+            assert part in mine
+    assert len(set(log)) == len(log), "an entry was written twice"
+    assert any(message.startswith("loaded and compiled in ") for _, message in said)
+    assert not any(entry.get("path") in ("/health", "/metrics", "/stats") for entry in entries), "a poll was logged"
 
 
 def end_while_busy(client, name):

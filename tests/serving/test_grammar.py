@@ -10,7 +10,7 @@ import pytest
 
 from fastgen_jax import SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarCompiler
-from tests.serving.house import engine, tokenizer
+from tests.serving.house import MODEL, ask, engine, events, tokenizer
 from tests.tiny import drain, greedy, tokens_of
 
 DIGITS = Grammar(kind="regex", source="[0-9]{3,6}x")
@@ -120,3 +120,44 @@ def test_an_engine_goes_on_after_a_failed_step_and_gives_the_same_tokens(monkeyp
 def test_a_minimum_length_contradicts_a_grammar():
     with pytest.raises(ValueError, match="a grammar decides when the text ends"):
         engine().add([5], SamplingParams(max_new_tokens=9, min_new_tokens=3), grammar=DIGITS)
+
+
+# The vocabulary has no tilde.
+DEAD_END = Grammar.json_schema({"enum": ["x~", "xz~"]})
+DEAD_ENDS = [DEAD_END, Grammar(kind="regex", source="[a-z]{5}~+"), Grammar(kind="regex", source="ab(~|é)")]
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+@pytest.mark.parametrize("grammar", DEAD_ENDS)
+def test_a_dead_end_of_a_grammar_is_no_finished_answer(grammar, ignore_eos):
+    shared = engine()
+    request_id = shared.add([5], SamplingParams(max_new_tokens=30, seed=3, ignore_eos=ignore_eos), grammar=grammar)
+    last = drain(shared)[request_id][-1]
+    assert last.finish_reason == "abort"
+    assert "came to a dead end" in last.error
+
+
+def test_a_dead_end_is_an_error_of_the_request_whole_and_streamed():
+    schema = {"type": "json_schema", "json_schema": {"schema": json.loads(DEAD_END.source)}}
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 30, "temperature": 0, "response_format": schema}
+    response = ask("/v1/completions", body)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "grammar_failed")
+    assert response.headers["x-should-retry"] == "false"
+    *before, last = events(ask("/v1/completions", {**body, "stream": True}))
+    assert "".join(event["choices"][0]["text"] for event in before).startswith('"x')
+    assert all(event["choices"][0]["finish_reason"] is None for event in before)
+    assert last["error"]["code"] == "grammar_failed"
+
+
+def test_a_text_that_ends_with_its_grammar_is_finished_also_where_the_limit_is():
+    shared, grammar = engine(), Grammar(kind="regex", source="abc")
+    for limit, reason in ((2, "length"), (3, "stop"), (9, "stop")):
+        request_id = shared.add([5], SamplingParams(max_new_tokens=limit, seed=1), grammar=grammar)
+        assert drain(shared)[request_id][-1].finish_reason == reason
+
+
+def test_a_grammar_may_want_text_that_spells_a_special_token():
+    shared = engine()
+    grammar = Grammar.json_schema({"enum": ["a</s>b"]})
+    request_id = shared.add([5], SamplingParams(max_new_tokens=30, seed=1), grammar=grammar)
+    assert text_of(drain(shared)[request_id]) == '"a</s>b"'

@@ -188,7 +188,7 @@ class Endless:
     def __init__(self):
         self.draining, self.closed = asyncio.Event(), False
         self.num_unfinished, self.is_ready, self.failure = 1, True, None
-        self.intake = SimpleNamespace(config=SimpleNamespace(num_blocks=1, block_size=1))
+        self.intake = SimpleNamespace(config=SimpleNamespace(num_blocks=1, block_size=1, longest_sequence=1))
 
     async def drain(self, timeout):
         self.draining.set()

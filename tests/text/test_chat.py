@@ -58,7 +58,8 @@ def test_text_parts_are_joined_and_arguments_of_tool_calls_become_objects():
     ([{"role": "user"}], r"messages\[0\] \(user\) has no content"),
     ([{"role": "user", "content": 3}], "has content int 3"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "only text is supported"),
-    ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "not JSON"),
+    ([{"role": "assistant", "content": "x", "audio": {"id": "a"}}], "has audio dict {'id': 'a'}, which is not supported"),
+    ([{"role": "assistant", "function_call": {"name": "f"}}], "send tool_calls, its newer form"),
     ([{"role": "assistant", "tool_calls": [{}]}], r"tool_calls\[0\] is dict"),
     ([{"role": "assistant", "tool_calls": "f"}], "must be a list"),
 ])

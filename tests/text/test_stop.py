@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgen_jax.text import StopStrings
+from fastgen_jax.text import IncrementalDetokenizer, StopStrings, stops_with_tokens
 
 LETTERS = st.text("ab\u0301", max_size=12)  # few letters, so that matches, overlaps and near misses abound
 STOPS = st.lists(st.text("ab\u0301", min_size=1, max_size=5), max_size=4)
@@ -92,3 +92,37 @@ def test_many_long_stop_strings_take_time_by_the_character():
 def test_malformed_stop_strings_are_refused(stops, message):
     with pytest.raises(ValueError, match=message):
         StopStrings(stops)
+
+
+@given(pieces=st.lists(st.tuples(LETTERS, st.booleans()), max_size=8), stops=STOPS)
+def test_before_the_border_a_stop_string_may_begin_but_not_end(pieces, stops):
+    pieces = sorted(pieces, key=lambda piece: piece[1])  # the first ones may not end it
+    text = "".join(piece for piece, _ in pieces)
+    border = sum(len(piece) for piece, may_end in pieces if not may_end)
+    found = [(start, -len(stop), stop) for stop in stops for start in range(len(text))
+             if text.startswith(stop, start) and start + len(stop) > border]
+    matcher, shown = StopStrings(stops), ""
+    for piece, may_end in pieces:
+        shown += matcher.push(piece, may_end=may_end)[0]
+    shown += matcher.flush()[0]
+    assert (shown, matcher.matched) == ((text[: min(found)[0]], min(found)[2]) if found else (text, None))
+
+
+def test_special_tokens_are_found_whole_and_never_shown(tokenizers):
+    tokenizer = tokenizers["json"]
+    user, end = tokenizer.encode("<|user|><|end|>", add_special_tokens=False)
+    stops, marks = stops_with_tokens(["\n<|user|>", "s", "|u"], tokenizer)
+    assert set(marks) == {user}
+
+    def read(*pieces):
+        matcher, shown = StopStrings(stops, unseen=marks.values()), ""
+        detokenizer = IncrementalDetokenizer(tokenizer, marks=marks)
+        for piece in pieces:
+            ids = [piece] if isinstance(piece, int) else tokenizer.encode(piece, add_special_tokens=False)
+            shown += matcher.push(detokenizer.push(ids))[0]
+        return shown + matcher.flush()[0], matcher.matched is not None
+
+    assert read("ab\n", user, "c") == ("ab", True)
+    assert read("ab", user, end, "c") == ("abc", False)  # neither the "s" nor the "|u" of its name is text
+    assert read("ab\n", end, "c") == ("ab\nc", False)
+    assert read("ab\n<|us", "er|>") == ("ab", True)  # spelled out by the model, it is text

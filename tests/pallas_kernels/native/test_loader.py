@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -73,14 +74,33 @@ def test_several_processes_build_one_library(tmp_path: Path):
     files = {path.suffix for path in (tmp_path / "fastgen_jax" / "native").iterdir()}
     libraries = list((tmp_path / "fastgen_jax" / "native").glob("*.so"))
     assert len(libraries) == 1
-    assert files == {".so", ".lock"}
+    assert files == {".so", ".sha256", ".lock"}
 
     built = libraries[0].stat().st_mtime_ns
     assert _load_in_a_process(tmp_path).communicate()[0].strip() == "True"
     assert libraries[0].stat().st_mtime_ns == built, "a cached library is not built again"
 
-    libraries[0].write_bytes(b"not a library")
+    # Cut in the middle, as a full disk leaves it, it would end the process that opens it with a bus error.
+    contents = libraries[0].read_bytes()
+    libraries[0].write_bytes(contents[: len(contents) // 2])
     assert _load_in_a_process(tmp_path).communicate()[0].strip() == "True", "a broken library is built again"
+    assert len(libraries[0].read_bytes()) == len(contents)
+    libraries[0].write_bytes(b"not a library")
+    libraries[0].with_suffix(".sha256").write_text(hashlib.sha256(b"not a library").hexdigest())
+    assert _load_in_a_process(tmp_path).communicate()[0].strip() == "True", "one that does not load is built again"
+
+
+@needs_compiler
+def test_without_a_folder_for_it_the_library_is_built_among_the_temporary_files(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    code = f"""
+from pathlib import Path
+from pallas_kernels import native
+print(native.load("probe", Path({str(_PROBE)!r}), {_SYMBOLS!r}))
+"""
+    assert _python(code, XDG_CACHE_HOME=str(tmp_path / "file"), TMPDIR=str(tmp_path / "temporary")) == "True"
+    assert len(list((tmp_path / "temporary").rglob("*.so"))) == 1
 
 
 def test_the_library_key_changes_with_source_flags_and_cpu(monkeypatch: pytest.MonkeyPatch):
@@ -98,13 +118,11 @@ def test_a_source_that_does_not_compile_is_reported_and_not_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    loader._cache_directory.cache_clear()
     broken = tmp_path / "broken.cc"
     broken.write_text("this is not C++;")
     with caplog.at_level("INFO", logger=loader.__name__):
         assert not native.load("broken", broken, {"fastgen_broken": "Broken"})
         assert not native.load("broken", broken, {"fastgen_broken": "Broken"})
-    loader._cache_directory.cache_clear()
     reports = [record for record in caplog.records if "not used" in record.message]
     assert len(reports) == 1, "the reason is logged once"
     assert "error" in reports[0].message

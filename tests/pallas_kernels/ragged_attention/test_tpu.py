@@ -254,8 +254,31 @@ def test_autotune_writes_the_fastest_tiles_that_work_and_choose_finds_them(tmp_p
     assert choose(call, "v5e") == best
     assert choose(shape(32, 8, num_tokens=1500), "v5e") == best  # the same class
     assert choose(shape(32, 4), "v5e") == modelled(shape(32, 4), "v5e")
-    path.write_text("[1]")
     entries.cache_clear()
-    with pytest.raises(ValueError, match="does not hold measured tiles"):
-        choose(call, "v5e")
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "", '{"KEY": 5}', '{"KEY": {"queries": 8}}', '{"KEY": {"queries": null}}',
+                                  '{"KEY": {"queries": 0, "keys": 0, "sequences": 0, "cores": 0, "vmem_limit": 0}}'])
+def test_a_damaged_file_of_tiles_costs_a_warning_and_autotune_mends_it(tmp_path, monkeypatch, caplog, text) -> None:
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("PALLAS_KERNELS_TILES", str(path))
+    call = shape(32, 8)
+    path.write_text(text.replace("KEY", call.key("v5e")))
     entries.cache_clear()
+    for _ in range(3):
+        assert choose(call, "v5e") == modelled(call, "v5e")
+    assert caplog.text.count("does not hold measured tiles") == 1
+    best = autotune(call, candidates(call, "v5e"), kind="v5e", measure=lambda tiles: 1 / tiles.keys, path=path,
+                    report=lambda line: None)
+    assert choose(call, "v5e") == best
+    entries.cache_clear()
+
+
+def test_tiles_that_cannot_be_written_are_reported_and_not_lost(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    lines: list[str] = []
+    call = shape(32, 8)
+    best = autotune(call, candidates(call, "v5e"), kind="v5e", measure=lambda tiles: 1 / tiles.keys,
+                    path=tmp_path / "file" / "tiles.json", report=lines.append)
+    assert str(best) in lines[-1]
+    assert "name another file in PALLAS_KERNELS_TILES" in lines[-1]

@@ -1,0 +1,132 @@
+"""Generation options: from keywords to `SamplingParams`, and what is said when an answer ends at a limit nobody set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastgen_jax.core.options import unknown_option
+from fastgen_jax.engine import generation
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.intake import Intake, samples
+from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.scheduling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NEW_TOKENS = 256  # of an answer, where neither the caller nor the model says; as transformers' pipeline has it
+CALL_OPTIONS = ("echo", "params", "progress", "return_full_text", "stream")
+
+# What other programs call the options.
+_OTHER_NAMES = {
+    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "max_gen_len": "max_new_tokens",
+    "max_output_tokens": "max_new_tokens", "n_predict": "max_new_tokens", "num_predict": "max_new_tokens",
+    "max_len": "max_length", "min_tokens": "min_new_tokens", "min_length": "min_new_tokens",
+    "temp": "temperature", "topk": "top_k", "topp": "top_p", "minp": "min_p", "sample": "do_sample", "greedy": "do_sample",
+    "random_seed": "seed", "generator": "seed", "repeat_penalty": "repetition_penalty",
+    "num_return_sequences": "n", "best_of": "n", "num_samples": "n",
+    "stop_sequences": "stop", "stop_strings": "stop", "stopping_criteria": "stop", "stop_words": "stop",
+    "eos_token_id": "stop_token_ids", "stop_ids": "stop_token_ids",
+    "output_scores": "logprobs", "output_logits": "logprobs", "top_logprobs": "logprobs", "return_logprobs": "logprobs",
+    "streaming": "stream", "streamer": "stream", "use_tqdm": "progress", "sampling_params": "params",
+    "generation_config": "it belongs to the engine: fastgen_jax.pipeline(model, generation_config=...)",
+    "num_beams": "beam search is not supported; use n=... samples and their logprobs",
+    "no_repeat_ngram_size": "it is not supported; use repetition_penalty or frequency_penalty",
+    "return_dict_in_generate": "leave it out: answers are always whole responses",
+    "pad_token_id": "leave it out: nothing is padded",
+    "attention_mask": "leave it out: nothing is padded",
+    "use_cache": "leave it out: there is always a KV cache",
+    "batch_size": "leave it out: the engine batches by itself, see max_num_seqs of fastgen_jax.pipeline",
+    "skip_special_tokens": "leave it out: texts come without special tokens, token_ids with them",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a call asks of an engine."""
+
+    params: SamplingParams
+    """For every prompt; `samples` has the limit of an answer too, where the caller sets none."""
+    intake: Intake
+    new_tokens: int | None
+    """Most tokens of an answer, where the caller does not say; None: as many as fit."""
+
+    def samples(self, num_prompt_tokens: int) -> list[SamplingParams]:
+        """The parameters of each of the `n` answers to a prompt of that many tokens."""
+        return samples(self.intake.limited(self.params, num_prompt_tokens, self.new_tokens))
+
+    def most_tokens(self, num_prompt_tokens: int) -> int:
+        """The most tokens that an answer to such a prompt can have."""
+        params = self.intake.limited(self.params, num_prompt_tokens, self.new_tokens)
+        room = self.intake.room(num_prompt_tokens)
+        if params.max_length is not None:
+            return min(room, params.max_length - num_prompt_tokens)
+        return room if params.max_new_tokens is None else min(room, params.max_new_tokens)
+
+
+def asked(intake: Intake, params: SamplingParams | None, options: Mapping[str, Any]) -> Asked:
+    """What `params` or `options` ask of the engine of this intake.
+
+    `params` are taken as they are. With options, the model's defaults hold for what they leave out, and an answer has at
+    most `DEFAULT_NEW_TOKENS` tokens. Raises ValueError if both are given, for an unknown option, and as
+    `SamplingParams` does.
+    """
+    if params is None:
+        _check_names(options)
+        new_tokens = intake.default_new_tokens or DEFAULT_NEW_TOKENS
+        return Asked(params=intake.sampling_params(options), intake=intake, new_tokens=new_tokens)
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params is a {type(params).__name__}; give fastgen_jax.SamplingParams, or options by their "
+                         "names: pipe(prompts, max_new_tokens=32)")
+    if options:
+        raise ValueError(f"both params and options ({', '.join(sorted(options))}) are given; give one of them: "
+                         "dataclasses.replace(params, ...) changes params")
+    return Asked(params=params, intake=intake, new_tokens=None)
+
+
+def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """`SamplingParams` from keyword options, without a model; ValueError for an unknown one says which was meant."""
+    _check_names(options)
+    return generation.sampling_params(options, {})
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    known = {f.name for f in fields(SamplingParams)}
+    engine = {f.name for f in fields(EngineConfig)}
+    for name in options:
+        if name in engine:
+            raise ValueError(f"{name!r} is an option of the engine, not of a call; give it once: "
+                             f"fastgen_jax.pipeline(model, {name}=...)")
+        if name not in known:
+            raise unknown_option(name, {*known, *CALL_OPTIONS}, _OTHER_NAMES, kind="generation")
+
+
+class LimitNotice:
+    """Logs, once for each kind of limit, that an answer ended at one that the caller did not set."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def note(self, asked: Asked, output: RequestOutput) -> None:
+        """Looks at the last output of an answer."""
+        params, num_prompt, num_generated = asked.params, output.num_prompt_tokens, output.num_generated_tokens
+        if output.finish_reason != "length" or num_generated == params.max_new_tokens:
+            return
+        if num_prompt + num_generated == params.max_length:
+            return
+        if num_generated >= asked.intake.room(num_prompt):
+            config = asked.intake.config
+            name = "num_blocks" if config.num_blocks * config.block_size < config.max_context_len else "max_context_len"
+            self._say(name, f"an answer was cut off: behind a prompt of {num_prompt} tokens there was room for "
+                            f"{num_generated}; give a shorter prompt, or start with a larger {name}")
+        else:
+            whose = "the model's generation_config" if asked.intake.default_new_tokens else "the default"
+            self._say("length", f"an answer was cut off after {num_generated} tokens, the limit of {whose}; give "
+                                "max_new_tokens=... for another")
+
+    def _say(self, kind: str, text: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            log.warning("%s (said once)", text)

@@ -1,0 +1,79 @@
+"""`fastgen cache`: what is kept between runs, where, and how much of it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+KINDS = {
+    "programs": "compiled programs",
+    "measurements": "measured step sizes, and sizes of KV caches",
+    "native": "C++ kernels built for this CPU",
+    "models": "downloaded models",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--clear`."""
+    parser.add_argument("--clear", nargs="*", choices=tuple(KINDS), metavar="KIND",
+                        help=f"remove these kinds ({', '.join(KINDS)}); without one all but models")
+
+
+def run(options: dict[str, Any]) -> int:
+    """Prints folders, sizes and measurements, or clears some, and returns the exit code."""
+    places = _places()
+    if options["clear"] is not None:
+        for kind in options["clear"] or [kind for kind in KINDS if kind != "models"]:
+            size = sum(map(_size, places[kind]))
+            for path in places[kind]:
+                _remove(path)
+            print(f"removed {KINDS[kind]}: {_megabytes(size)}")
+        return 0
+    for kind, paths in places.items():
+        folder = paths[0].parent if kind == "measurements" and paths else (paths or [None])[0]
+        print(f"{kind:13} {_megabytes(sum(map(_size, paths))):>10}  {folder or 'not kept'}")
+    from fastgen_jax.engine import ladder
+
+    known = ladder.known()
+    if known:
+        print("\nmeasured step sizes (remeasure=True, or --remeasure, measures again):")
+    for m in sorted(known, key=lambda m: m.when):
+        print(f"  {m.model}; {m.machine}; {m.versions}; {m.when}")
+        print("    " + ", ".join(f"{tokens}{'*' if tokens in m.ladder else ''}: {1e3 * cost:.1f} ms"
+                                 for tokens, cost in m.seconds.items()) + "   (tokens of a step; * has a program)")
+    return 0
+
+
+def _places() -> dict[str, list[Path]]:
+    """What each kind consists of; nothing where FASTGEN_CACHE_DIR says that nothing is kept."""
+    from fastgen_jax import paths
+    from fastgen_jax.engine import ladder, startup
+    from pallas_kernels.native.loader import library_folder
+
+    wanted = paths.engine_dir()
+    settled = None if wanted is None else paths.settle_engine(wanted)
+    engine = [] if settled is None else [settled.path]
+    return {
+        "programs": [folder / "xla" for folder in engine],
+        "measurements": [folder / name for folder in engine for name in (ladder.FILE, startup.BLOCKS_FILE)],
+        "native": [library_folder()],
+        "models": [paths.models_dir()],
+    }
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be removed: {error}") from error

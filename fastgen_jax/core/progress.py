@@ -1,0 +1,38 @@
+"""How far a long task is: a bar for who watches a terminal, lines in the log for everybody else."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+LOG_SECONDS = 5.0  # between two lines of one task
+
+
+@contextlib.contextmanager
+def shown(log: logging.Logger, task: str, *, total: int, unit: str, bar: bool) -> Iterator[Callable[[], object]]:
+    """Gives what is to be called as each of the `total` units is done.
+
+    With `bar`, a bar on stderr. Otherwise lines of level INFO: one at the beginning, one every few seconds, one at the end.
+    """
+    if bar:
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=task, unit=unit) as shown_bar:
+            yield shown_bar.update
+        return
+    start = last = time.monotonic()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, last
+        done += 1
+        now = time.monotonic()
+        if now - last >= LOG_SECONDS and done < total:
+            last = now
+            log.info("%s: %d of %d %ss after %.1f s", task, done, total, unit, now - start)
+
+    log.info("%s: %d %ss", task, total, unit)
+    yield advance
+    log.info("%s: done in %.1f s", task, time.monotonic() - start)

@@ -1,0 +1,115 @@
+"""JAX's persistent cache of compiled programs: where it lies, and what happens when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib
+import logging
+import math
+import re
+import sys
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from fastgen_jax import paths
+from pallas_kernels.folders import Folder
+
+log = logging.getLogger(__name__)
+
+FAILURE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'")
+ZSTANDARD = b"\x28\xb5\x2f\xfd"  # how what it compresses begins; JAX takes it where it is installed, else zlib
+
+_lock = threading.RLock()  # warnings are shown in one way for all threads
+
+
+def use(named: str | None) -> Folder | None:
+    """The folder for compiled programs and measurements, with JAX's cache pointed there unless the user has one.
+
+    `named` as in `EngineConfig.compile_cache_dir`. None: nothing is kept.
+    """
+    wanted = paths.engine_dir(named)
+    folder = None if wanted is None else paths.settle_engine(wanted)
+    if folder is None or _path() is not None:
+        return folder
+    programs = Folder(path=folder.path / "xla", writable=False)
+    if folder.writable:
+        programs = paths.settle_engine(programs.path)
+    if programs is None or not programs.path.is_dir():
+        return folder
+    jax.config.update("jax_compilation_cache_dir", str(programs.path))
+    # The default skips programs that compile within a second; here each one delays the first token.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # XLA's own files beside the entries: their path would be part of every key, and XLA fails where it cannot write them.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    if not programs.writable:
+        _write_no_more()
+    return folder
+
+
+@contextlib.contextmanager
+def failures_logged() -> Iterator[None]:
+    """Within, what JAX warns about its cache is a line of the log, also where warnings are errors, and gets mended.
+
+    JAX writes entries in place and never again: one that a full disk cut short would be compiled anew in every start. It
+    is removed here before JAX writes it. After a failure to write nothing more is written, since the rest would fail too.
+    """
+    with _lock, warnings.catch_warnings():
+        show: Any = warnings.showwarning
+
+        def note(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                 file: TextIO | None = None, line: str | None = None) -> None:
+            failure = FAILURE.match(str(message))
+            if failure is None:
+                show(message, category, filename, lineno, file, line)
+                return
+            log.warning("%s (in %s); the program is compiled, and the run goes on", message, _path())
+            drop_broken(failure[2])
+            if failure[1] == "writing":
+                _write_no_more()
+
+        warnings.filterwarnings("always", message=FAILURE.pattern)
+        warnings.showwarning = note
+        try:
+            yield
+        finally:
+            warnings.showwarning = show
+
+
+def drop_broken(program: str) -> None:
+    """Removes those entries of a program, by the name that JAX gives it, that are cut short or damaged."""
+    folder = _path()
+    if folder is None or "://" in folder:
+        return
+    for path in Path(folder).glob(f"{glob.escape(program)}-*-cache"):
+        with contextlib.suppress(OSError):  # another process may have removed it, or the folder cannot be written
+            if not _is_whole(path.read_bytes()):
+                path.unlink()
+
+
+def _is_whole(entry: bytes) -> bool:
+    """Whether an entry decompresses; also where there is nothing to do it with, since JAX does not read it either."""
+    try:
+        if entry.startswith(ZSTANDARD):
+            importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "zstandard").decompress(entry)
+        else:
+            zlib.decompress(entry)
+    except ImportError:
+        return True
+    except Exception:  # each library has its own
+        return False
+    return True
+
+
+def _path() -> str | None:
+    return getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 (defined at run time)
+
+
+def _write_no_more() -> None:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)

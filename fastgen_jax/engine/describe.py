@@ -1,0 +1,45 @@
+"""An engine in a line, for its repr and that of what it is part of."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from fastgen_jax.core import scale_bytes, stored_head_dim
+
+if TYPE_CHECKING:
+    from fastgen_jax.engine.engine import Engine
+
+
+def describe(engine: Engine) -> str:
+    """Model, number formats, devices and the size of the KV cache."""
+    model, config = engine.model, engine.config
+    name = f"{os.path.basename(engine.name.rstrip('/'))!r}, " if engine.name else ""
+    weights = f"{config.dtype}, {config.quantize} weights" if config.quantize else config.dtype
+    devices = jax.local_devices()[: config.tensor_parallel or 1]
+    on = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
+    platform = jax.default_backend()
+    cache_bytes = config.num_blocks * config.block_size * model.kv_bytes_per_token(
+        jnp.dtype(config.kv_dtype).itemsize, stored_head_dim=stored_head_dim(model.head_dim, platform),
+        scale_bytes=scale_bytes(config.kv_dtype),
+    )
+    return (f"{name}{model.family}, {_count(model.num_params)} parameters, {weights}, on {on}; "
+            f"KV cache of {config.num_blocks * config.block_size:,} tokens, {config.kv_dtype}, {_size(cache_bytes)}; "
+            f"context {config.max_context_len:,}")
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if num_bytes >= 1 << power:
+            return f"{num_bytes / (1 << power):.1f} {unit}"
+    return f"{num_bytes / 1024:.1f} KiB"

@@ -1,0 +1,56 @@
+"""What is known of a model before its weights are read: enough to plan for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fastgen_jax.checkpoint import open_checkpoint, resolve_model
+from fastgen_jax.checkpoint.snapshot import MARKER
+
+_PLAIN = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Described:
+    """A model by its config."""
+
+    config: dict[str, Any]  # the fields of a config.json
+    stored_as: str  # how a GGUF file quantises most of the weights, which are dequantised while loading; "" if it does not
+    quantize: str | None  # "int8" where the weights are kept as int8 by what holds them: a snapshot
+
+
+def describe(name: str) -> Described:
+    """The model that `name` calls, as `resolve_model` takes it, or a config.json alone or in a directory.
+
+    Of a repository on the hub only config.json is downloaded. ValueError says what is wrong.
+    """
+    path = resolve_model(name, files=("config.json",))
+    if path.is_dir():
+        marker = path / MARKER
+        quantize = json.loads(marker.read_text()).get("quantize") if marker.exists() else None
+        return Described(config=_read_config(path / "config.json"), stored_as="", quantize=quantize)
+    if path.suffix == ".json":
+        return Described(config=_read_config(path), stored_as="", quantize=None)
+    checkpoint = open_checkpoint(path)
+    numbers: Counter[str] = Counter()
+    for tensor in checkpoint.tensor_names:
+        numbers[checkpoint.dtype(tensor)] += math.prod(checkpoint.shape(tensor))
+    kind = numbers.most_common(1)[0][0]
+    return Described(config=dict(checkpoint.config_json), stored_as="" if kind in _PLAIN else kind, quantize=None)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}; give a model, or a directory with a config.json") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not config.get("architectures"):
+        raise ValueError(f"{file} names no architectures, so it is not the config.json of a model")
+    return config

@@ -1,0 +1,189 @@
+"""The output of a batch: an answer a line, and by that the record of what is done; nothing else is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fastgen_jax.serving.batch_input import BatchInput
+
+FLUSH_EVERY = 64  # answers between two flushes to the disk
+_START = b'{"id": "batch-'  # of each answer
+_ODD = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # not UTF-8, or taken for the end of a line by some programs
+
+
+class Done:
+    """Which input lines have an answer: a bit each."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+        self.count = 0
+
+    def add(self, line: int) -> None:
+        """Notes an answer."""
+        if line in self:
+            return
+        index = line >> 3
+        if index >= len(self._bits):
+            self._bits.extend(bytes(index + 1 - len(self._bits)))
+        self._bits[index] |= 1 << (line & 7)
+        self.count += 1
+
+    def __contains__(self, line: int) -> bool:
+        index = line >> 3
+        return index < len(self._bits) and bool(self._bits[index] >> (line & 7) & 1)
+
+
+def is_error(answer: dict[str, Any]) -> bool:
+    """Whether a line was not answered by what it asked for."""
+    return answer["error"] is not None or answer["response"]["status_code"] != 200
+
+
+class BatchOutput:
+    """A file of answers, open for more of them; one batch at a time may write it.
+
+    When it is opened, an answer that was not written whole is cut off, and answers that are errors are taken out, so that
+    their lines are asked again. `done` are the lines that the others answer. Raises ValueError, and changes nothing, if
+    the file is something else, answers another input, or is being written.
+    """
+
+    def __init__(self, path: Path, source: BatchInput) -> None:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a file; choose a file for the answers")
+        if path.exists() and path.samefile(source.path):
+            raise ValueError(f"{path} is the input itself; choose another file for the answers")
+        if not path.parent.is_dir():
+            raise ValueError(f"the folder {path.parent} of the output does not exist; make it: mkdir -p {path.parent}")
+        self.path = Path(os.path.realpath(path))  # a link stays one
+        self.done = Done()
+        self._unflushed = 0
+        with contextlib.ExitStack() as opened, _told(path):
+            self._file: BinaryIO = opened.enter_context(self.path.open("a+b", buffering=0))
+            _lock(self._file, path)
+            end, num_errors = self._read(source)
+            if num_errors:
+                self._file = opened.enter_context(self._without_errors())
+            else:
+                self._file.truncate(end)
+            self._end = os.fstat(self._file.fileno()).st_size
+            self._opened = opened.pop_all()
+
+    def write(self, answer: dict[str, Any]) -> None:
+        """Adds an answer: whole, or not at all. ValueError if there is no room for it."""
+        text = json.dumps(answer, ensure_ascii=False)
+        if _ODD.search(text):
+            text = json.dumps(answer)
+        data = memoryview(text.encode() + b"\n")
+        with _told(self.path):
+            try:
+                rest = data
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                self._unflushed += 1
+                if self._unflushed >= FLUSH_EVERY:
+                    self.flush()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._end)
+                raise
+        self._end += len(data)
+
+    def flush(self) -> None:
+        """Returns when what was written is on the disk."""
+        os.fsync(self._file.fileno())
+        self._unflushed = 0
+
+    def close(self) -> None:
+        """Lets another batch write it."""
+        self._opened.close()
+
+    def _read(self, source: BatchInput) -> tuple[int, int]:
+        """Notes what is done; the end of the last whole answer, and how many are errors."""
+        end, num_errors = 0, 0
+        for number, (raw, answer) in enumerate(self._answers()):
+            if answer is None and raw.endswith(b"\n"):
+                raise ValueError(f"{self.path} is not the output of a batch: line {number + 1} is no answer; choose another "
+                                 "output file")
+            if answer is None:
+                if not (raw.startswith(_START) or _START.startswith(raw)):
+                    raise ValueError(f"{self.path} is not the output of a batch; choose another output file")
+                break  # the last line, cut off
+            end += len(raw)
+            if is_error(answer):
+                num_errors += 1
+                continue
+            line = _number(answer)
+            if not source.could_be(line, answer.get("custom_id")):
+                raise ValueError(f"{self.path} holds answers to another input: its line {number + 1} answers batch-{line}, "
+                                 f"custom_id {answer.get('custom_id')!r}, and {source.path} has no such line; choose "
+                                 "another output file")
+            self.done.add(line)
+        return end, num_errors
+
+    def _answers(self) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+        """Each line, and the answer that it is."""
+        with self.path.open("rb") as file:
+            for raw in file:
+                try:
+                    answer = json.loads(raw)
+                    is_error(answer)  # whether it has what every answer has
+                    _number(answer)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    answer = None
+                yield raw, answer if raw.endswith(b"\n") else None
+
+    @contextlib.contextmanager
+    def _without_errors(self) -> Iterator[BinaryIO]:
+        """A new file in place of this one, which is there until the new one is whole."""
+        scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with scratch.open("wb") as file:
+                for raw, answer in self._answers():
+                    if answer is not None and not is_error(answer):
+                        file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.copymode(self.path, scratch)
+            with scratch.open("ab", buffering=0) as file:
+                _lock(file, self.path)
+                os.replace(scratch, self.path)
+                yield file
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def _number(answer: dict[str, Any]) -> int:
+    digits = answer["id"].removeprefix("batch-")
+    if not digits.isdecimal():
+        raise ValueError(f"{answer['id']!r} is not the id of an answer")
+    return int(digits)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Keeps other batches from writing the file while it is open; ValueError if one does."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another batch is writing {path}; wait for its end, or choose another output file") from None
+    except OSError:  # a file system without locks
+        return
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Makes a ValueError of what the system says about the output."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}; what is answered so far is kept: mend that "
+                         "and run the same batch again") from error

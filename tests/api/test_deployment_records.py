@@ -1,0 +1,71 @@
+"""How a deployment is written down, where that is possible; where it is not, the server runs all the same."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+
+from fastgen_jax import paths
+from fastgen_jax.api.deployment import Deployment, deployments, find_deployment, process_start, start_server, written_down
+
+
+def record(name: str = "one") -> Deployment:
+    return Deployment(name=name, model="m", url="http://127.0.0.1:1", pid=os.getpid(), started=1.0,
+                      process_start=process_start(os.getpid()) or "")
+
+
+@pytest.fixture
+def no_state(tmp_path, monkeypatch):
+    """A file in place of the state folder, and temporary files of this test alone."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path
+
+
+def test_without_a_state_folder_deployments_are_found_by_way_of_the_temporary_one(no_state, caplog) -> None:
+    with written_down(record()):
+        assert find_deployment("one") == record()
+        with pytest.raises(ValueError, match="runs already"), written_down(record()):
+            pass
+    assert deployments() == []
+    assert "records of deployments cannot be kept in" in caplog.text
+
+
+def test_without_any_folder_the_server_runs_and_one_in_the_background_says_what_it_needs(
+    no_state, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(no_state / "file"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(no_state / "file" / "b"))
+    with written_down(record()):
+        assert deployments() == []
+    assert "nothing is kept after this run" in caplog.text
+    with pytest.raises(ValueError, match=r"needs a folder for its record and log.*XDG_STATE_HOME"):
+        start_server("m", deployment_name="one", options={}, timeout=1)
+
+
+def test_a_disk_that_becomes_full_costs_a_warning(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.link", full)
+    with written_down(record()):
+        assert deployments() == []
+    assert "deployment 'one' is not written down" in caplog.text
+    assert "http://127.0.0.1:1" in caplog.text
+    assert list(paths.deployments_dir().iterdir()) == []
+
+
+def test_a_damaged_record_keeps_nobody_from_the_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    paths.deployments_dir().mkdir(parents=True)
+    (paths.deployments_dir() / "one.json").write_text("{")
+    assert deployments() == []
+    with written_down(record()):
+        assert find_deployment("one") == record()
+    assert deployments() == []

@@ -1,0 +1,77 @@
+"""The progress bar of a call: what it shows, and where."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import types
+
+import pytest
+
+from fastgen_jax import Pipeline, RequestOutput
+from fastgen_jax.api import progress
+from fastgen_jax.api.progress import Progress
+from tests.tiny import tiny_engine
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def output(*token_ids: int, finished: bool = False) -> RequestOutput:
+    return RequestOutput(
+        request_id="a", new_token_ids=token_ids, text="", finished=finished, finish_reason="stop" if finished else None,
+        logprobs=None, prompt_logprobs=None, num_prompt_tokens=1, num_cached_tokens=0, num_generated_tokens=len(token_ids),
+    )
+
+
+def test_the_bar_moves_with_tokens_and_answers_and_an_early_end_takes_the_rest_off(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress([10, 20], show=None) as bar:
+        assert "answered 0 of 2:   0%" in sys.stderr.getvalue()  # before anything has come
+        assert "reading prompts" in sys.stderr.getvalue()
+        bar.add(0, output(5, 6, 7))
+        assert (bar._bar.n, bar._bar.total) == (3, 30)
+        bar.add(1, output(8))
+        bar.add(0, output(9, finished=True))
+        assert (bar._bar.n, bar._bar.total) == (5, 24)  # answer 0 had 6 tokens left
+        bar.add(1, output(finished=True))
+    assert (bar._bar.n, bar._bar.total) == (5, 5)
+    assert "answered 2 of 2: 100%" in sys.stderr.getvalue()
+    assert "5/5" in sys.stderr.getvalue()
+
+
+def test_the_clock_goes_on_while_a_prompt_is_read(monkeypatch):
+    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress([10], show=None) as bar:
+        refreshed = bar._bar.refresh
+        beats = threading.Event()
+        monkeypatch.setattr(bar._bar, "refresh", lambda *a, **k: (refreshed(*a, **k), beats.set()))
+        assert beats.wait(30)
+    assert not bar._clock.is_alive()
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_a_call_shows_its_bar_on_a_terminal_and_not_in_a_pipe_unless_asked(num_prompts, monkeypatch):
+    pipe, prompts = Pipeline(tiny_engine()), [[5, 6]] * num_prompts
+    options = {"max_new_tokens": 4, "do_sample": False, "ignore_eos": True}
+    for stream, asked, shown in (
+        (Terminal(), None, True), (Terminal(), False, False), (io.StringIO(), None, False), (io.StringIO(), True, True),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        pipe(prompts, progress=asked, **options)
+        assert (f"answered 0 of {num_prompts}" in stream.getvalue()) == shown
+        stays = shown and (asked or num_prompts > 1)  # one that nobody asked for leaves no line behind
+        assert (f"{4 * num_prompts}/{4 * num_prompts}" in stream.getvalue()) == stays
+
+
+def test_a_notebook_is_watched_though_its_standard_error_is_no_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    shell = types.SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert progress.is_watched()
+    shell.config = {}  # IPython in a terminal whose standard error goes elsewhere
+    assert not progress.is_watched()

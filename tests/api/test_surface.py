@@ -1,0 +1,89 @@
+"""What a person meets first: names, types, and what objects say about themselves."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fastgen_jax
+import pallas_kernels
+from fastgen_jax import EngineConfig, Pipeline, Response, TokenLogprob
+from fastgen_jax.api.deployment import _flags
+from tests.checkpoint.tiny_files import write_hf
+from tests.text.vocabularies import write_json
+from tests.tiny import tiny_engine
+
+
+def test_every_public_name_is_there_and_is_the_one_that_type_checkers_see():
+    for name in fastgen_jax.__all__:
+        value = getattr(fastgen_jax, name)
+        assert name == "__version__" or value.__module__.startswith("fastgen_jax")
+    assert sorted(fastgen_jax._HOMES) == sorted(set(fastgen_jax.__all__) - {"__version__"})
+    assert dir(fastgen_jax) == sorted(fastgen_jax.__all__)
+    imports = [node for node in ast.walk(ast.parse(Path(fastgen_jax.__file__).read_text()))
+               if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastgen_jax")]
+    assert {alias.name: node.module for node in imports for alias in node.names} == fastgen_jax._HOMES
+
+
+@pytest.mark.parametrize("package", [fastgen_jax, pallas_kernels])
+def test_both_packages_say_that_they_are_typed_and_wheels_carry_it(package):
+    folder = Path(package.__path__[0])
+    assert (folder / "py.typed").is_file()
+    settings = tomllib.loads((folder.parent / "pyproject.toml").read_text())
+    assert "py.typed" in settings["tool"]["setuptools"]["package-data"][package.__name__]
+
+
+def test_an_engine_and_its_pipeline_say_model_formats_devices_and_cache():
+    engine = tiny_engine()
+    text = repr(engine)
+    assert text.startswith("Engine(llama, ")
+    for part in ("K parameters, float32, on cpu; ", "KV cache of 256 tokens, float32, 64.0 KiB; ", "context 128; 0 running"):
+        assert part in text
+    pipe = Pipeline(engine)
+    assert repr(pipe) == f"Pipeline({text.removeprefix('Engine(').removesuffix('; 0 running, 0 waiting)')})"
+
+
+def test_an_engine_by_name_says_it_and_its_defaults_hold_from_the_pipeline_to_the_engine(tmp_path):
+    write_hf(tmp_path / "mine", vocab_size=512)
+    write_json(tmp_path / "mine")
+    (tmp_path / "mine" / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 3}')
+    options = {"token_budget": 16, "budget_ladder": (16,), "max_num_seqs": 2, "block_size": 4, "num_blocks": 32}
+    pipe = fastgen_jax.pipeline(tmp_path / "mine", progress=False, quantize="int8", **options)
+    assert repr(pipe).startswith("Pipeline('mine', llama, ")
+    assert "float32, int8 weights, on cpu" in repr(pipe)
+    answers = [pipe("a tree", ignore_eos=True)[0] for _ in range(3)]
+    assert {answer.token_ids for answer in answers} == {pipe("a tree", do_sample=False, ignore_eos=True)[0].token_ids}
+    assert {answer.generated_length for answer in answers} == {3}
+    pipe.destroy()
+    assert repr(pipe) == "Pipeline(destroyed)"
+
+
+def test_a_config_shows_what_differs_from_the_defaults():
+    assert repr(EngineConfig()) == "EngineConfig()"
+    config = EngineConfig(token_budget=32, generation_config={"temperature": 0.6})
+    assert repr(config) == "EngineConfig(token_budget=32, generation_config=(('temperature', 0.6),))"
+    assert eval(repr(config)) == config
+    resolved = repr(tiny_engine().config)
+    assert resolved.startswith("ResolvedConfig(dtype='float32', ")
+    assert "num_blocks=64" in resolved
+
+
+def test_a_response_shows_the_beginning_of_its_text_and_no_long_lists():
+    entry = TokenLogprob(5, -1.0, 1, {5: -1.0})
+    response = Response(
+        generated_text="word " * 1000, prompt_length=7, generated_length=1000, finish_reason="stop",
+        token_ids=tuple(range(1000)), logprobs=(entry,) * 1000,
+    )
+    assert repr(response).startswith("Response('word word")
+    assert repr(response).endswith("'..., prompt_length=7, generated_length=1000, finish_reason='stop')")
+    assert len(repr(response)) < 200
+    assert str(response) == "word " * 1000
+
+
+def test_defaults_of_generation_travel_to_a_server_that_is_started_by_name():
+    (flag, value) = _flags("generation_config", {"temperature": 0.6})
+    assert flag == "--generation-config"
+    assert EngineConfig(generation_config=value) == EngineConfig(generation_config={"temperature": 0.6})

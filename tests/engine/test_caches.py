@@ -1,0 +1,331 @@
+"""Starting again, as people do: on the same machine with other memory free, in a home that cannot be written, on a full
+disk, with files that were cut short. The second start compiles nothing, and no folder ends a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from fastgen_jax import Engine, EngineConfig
+from fastgen_jax.engine import ladder, memory, startup
+from fastgen_jax.engine.runner import Runner
+from pallas_kernels import folders
+from tests.tiny import drain, greedy, tiny_model, tokens_of
+
+REPOSITORY = Path(__file__).parents[2]
+ONE_PROGRAM = {"token_budget": 8, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 16}
+THREE_PROGRAMS = {"max_num_seqs": 4, "block_size": 4, "num_blocks": 4}  # of 1, 4 and 16 tokens: no more fit
+HITS, MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+
+_events: Counter[str] = Counter()
+jax.monitoring.register_event_listener(lambda event, **kwargs: _events.update([event]))
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """JAX without a persistent cache yet, and temporary files of this test alone."""
+    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+               "jax_persistent_cache_enable_xla_caches")
+    before = {name: getattr(jax.config, name) for name in options}
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    new_process()
+    yield tmp_path
+    jax_cache.reset_cache()
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def new_process() -> None:
+    """What a new process would find: no folder chosen, nothing read, nothing counted."""
+    jax_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", None)
+    folders.settle.cache_clear()
+    _events.clear()
+
+
+def start(folder: Path | str | None, **options) -> Engine:
+    params, model = tiny_model()
+    return Engine(params, model, EngineConfig(**{**ONE_PROGRAM, "compile_cache_dir": None if folder is None else str(folder),
+                                                 **options}))
+
+
+def answer(engine: Engine) -> list[int]:
+    request_id = engine.add([5, 6, 7], greedy(4))
+    return tokens_of(drain(engine)[request_id])
+
+
+def entries(folder: Path, name: str = "") -> dict[str, int]:
+    """Sizes of the compiled programs in a folder, by file name."""
+    return {path.name: path.stat().st_size for path in folder.rglob(f"{name}*-cache")}
+
+
+STRANGER = """
+import json, sys
+import jax, psutil
+from collections import Counter
+events = Counter()
+jax.monitoring.register_event_listener(lambda event, **kwargs: events.update([event]))
+from fastgen_jax.engine import memory
+held = bytearray(int(sys.argv[2]) << 20)
+held[::4096] = b"x" * len(held[::4096])
+# As if the machine had a hundredth of its memory, so that this small model's cache does not fit as a whole.
+system = memory.available
+memory.available = lambda: int(system() * float(sys.argv[1]))
+import fastgen_jax
+pipe = fastgen_jax.pipeline("sotu-1m")
+config = pipe.engine.config
+print(json.dumps({"available": memory.available(), "num_blocks": config.num_blocks, "ladder": config.budget_ladder,
+    "text": pipe("The state of", max_new_tokens=5, do_sample=False)[0].generated_text,
+    "hits": events["/jax/compilation_cache/cache_hits"], "misses": events["/jax/compilation_cache/cache_misses"]}))
+"""
+
+
+def stranger(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "FASTGEN_CACHE_DIR"}
+    variables |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", **environment}
+    command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def test_of_two_default_starts_with_other_memory_free_the_second_compiles_nothing(tmp_path) -> None:
+    share = 200e6 / memory.available()
+    runs = []
+    for factor, megabytes in ((1.0, 0), (0.8, 200)):
+        done = stranger(STRANGER, factor * share, megabytes, FASTGEN_CACHE_DIR=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    first, second = runs
+    assert second["available"] < 0.9 * first["available"]
+    assert 0 < first["num_blocks"] < 1024, "memory decides, not what 64 sequences can use"
+    assert first["hits"] == 0
+    assert first["misses"] > 3
+    assert second["misses"] == 0
+    assert second["hits"] > 3
+    for same in ("num_blocks", "ladder", "text"):
+        assert first[same] == second[same]
+
+
+def test_the_number_of_blocks_stays_while_it_suits_what_is_free_and_is_remembered_for_these_options(
+    fresh, monkeypatch
+) -> None:
+    def blocks(free: int, folder: Path | str = fresh / "cache", **options) -> int:
+        monkeypatch.setattr(memory, "available", lambda: free)
+        config = EngineConfig(**{"compile_cache_dir": str(folder), "block_size": 4, "max_num_seqs": 4, **options})
+        settled = startup.compile_cache.use(config.compile_cache_dir)
+        return startup._resolve_as_before(config, tiny_model()[1], settled).num_blocks
+
+    enough = blocks(10**9, max_num_seqs=64)
+    a_block = tiny_model()[1].kv_bytes_per_token(4, stored_head_dim=tiny_model()[1].head_dim) * 4
+    free = 4 * 20 * a_block  # a quarter: 20 blocks
+    assert blocks(free) == 20
+    assert blocks(int(0.7 * free)) == blocks(int(1.5 * free)) == 20
+    assert blocks(int(0.7 * free), kv_dtype="bfloat16") == 28
+    assert blocks(int(0.7 * free), folder="") == 14, "nothing is remembered"
+    assert blocks(int(0.3 * free)) == 6
+    assert blocks(int(0.4 * free)) == 6
+    assert blocks(10**9, max_num_seqs=64) == enough
+
+
+def test_a_damaged_program_is_compiled_again_once(fresh, caplog) -> None:
+    folder = fresh / "cache"
+    expected = answer(start(folder))
+    whole = entries(folder, "jit__step")
+    assert whole
+    for name, size in whole.items():
+        os.truncate(folder / "xla" / name, size // 2)
+    new_process()
+    with caplog.at_level(logging.WARNING):
+        assert answer(start(folder)) == expected
+    assert "Error reading persistent compilation cache entry for 'jit__step'" in caplog.text
+    assert "the run goes on" in caplog.text
+    assert entries(folder, "jit__step").keys() == whole.keys()
+    assert min(entries(folder, "jit__step").values()) > 0.9 * min(whole.values())
+    new_process()
+    caplog.clear()
+    assert answer(start(folder)) == expected
+    assert _events[MISSES] == 0
+    assert _events[HITS] > 0
+    assert "Error" not in caplog.text
+
+
+def test_a_disk_that_becomes_full_costs_a_warning_and_leaves_no_half_programs(fresh, caplog) -> None:
+    folder = fresh / "cache"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # a write ends there with an error, as on a full disk
+    try:
+        engine = start(folder)
+        expected = answer(engine)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Error writing persistent compilation cache entry" in caplog.text
+    assert caplog.text.count("Error writing") == 1, "after it nothing is tried any more"
+    assert not entries(folder, "jit__step")
+    new_process()
+    assert answer(start(folder)) == expected
+    assert entries(folder, "jit__step")
+
+
+def test_a_folder_in_whose_place_there_is_a_file_costs_a_warning(fresh, caplog) -> None:
+    (fresh / "file").write_text("")
+    expected = answer(start(fresh / "file" / "cache", num_blocks=None))
+    assert "is used instead" in caplog.text
+    assert entries(fresh / "temporary")
+    new_process()
+    assert answer(start(fresh / "file" / "cache", num_blocks=None)) == expected
+    assert _events[MISSES] == 0
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(fresh, monkeypatch, caplog) -> None:
+    (fresh / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(fresh / "file"))
+    assert answer(start(fresh / "file" / "cache", num_blocks=None))
+    assert "nothing is kept after this run" in caplog.text
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.fixture
+def read_only():
+    """Makes folders read-only for everybody, with a mount; skips where this user may not."""
+    mounted: list[Path] = []
+
+    def mount(folder: Path) -> None:
+        commands = (["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder])
+        for number, command in enumerate(commands):
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"mount is not permitted here: {done.stderr.strip()}")
+            if number == 0:
+                mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_read_only_folder_is_read_and_what_it_lacks_is_compiled(fresh, read_only, caplog) -> None:
+    folder = fresh / "cache"
+    expected = answer(start(folder, num_blocks=None))
+    before = sorted(folder.rglob("*"))
+    read_only(folder)
+    new_process()
+    assert answer(start(folder, num_blocks=None)) == expected
+    assert _events[HITS] > 0
+    assert _events[MISSES] == 0
+    assert caplog.text.count("what it holds is used, and nothing is added") == 1
+    assert answer(start(folder, token_budget=9)) == expected
+    assert "Error writing" not in caplog.text
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_step_sizes_are_measured_once_and_again_on_request_or_when_the_file_is_damaged(fresh, monkeypatch, caplog) -> None:
+    measured: list[int] = []
+    measure = Runner.measure
+    monkeypatch.setattr(Runner, "measure", lambda runner, budget, **options: (
+        measured.append(budget), measure(runner, budget, **{"repeats": 1, "at_least": 0.0, **options}))[1])
+    folder = fresh / "cache"
+
+    def measures(**options) -> bool:
+        measured.clear()
+        with caplog.at_level(logging.INFO):
+            config = start(folder, **{**THREE_PROGRAMS, "token_budget": None, "budget_ladder": None, **options}).config
+        (known,) = ladder.known(str(folder))
+        assert known.ladder == config.budget_ladder
+        assert set(known.seconds) == {1, 4, 16}
+        return bool(measured)
+
+    assert measures()
+    assert not measures()
+    assert "remeasure=True measures again" in caplog.text
+    assert measures(remeasure=True)
+    assert not measures()
+    path = folder / ladder.FILE
+    path.write_text(json.dumps({key: {**entry, "ladder": [3, 16]} for key, entry in json.loads(path.read_text()).items()}))
+    assert measures(), "3 tokens are no step that is measured"
+    path.write_text("{")
+    assert measures()
+    ladder.forget(str(folder))
+    assert measures()
+
+
+def test_measuring_again_what_was_given_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"remeasure with token_budget=8: .* leave one of them out"):
+        EngineConfig(token_budget=8, remeasure=True)
+
+
+FULL = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING)
+import fastgen_jax
+pipe = fastgen_jax.pipeline("sotu-1m", token_budget=16, budget_ladder=())
+print(pipe("The state of", max_new_tokens=5, do_sample=False)[0].generated_text)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_of_64_kib_costs_a_warning_of_a_real_run(tmp_path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mount is not permitted here: {done.stderr.strip()}")
+    try:
+        done = stranger(FULL, XDG_CACHE_HOME=str(disk), XDG_STATE_HOME=str(disk), TMPDIR=str(disk), HOME=str(disk))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert done.returncode == 0, done.stderr
+    assert "its disk is full" in done.stderr
+    assert done.stdout.strip()
+
+
+def own_memory_group() -> Path | None:
+    """The folder of the control group of this process that limits memory, if groups can be made in it."""
+    for group, _ in memory._groups(Path("/")):
+        return group if os.access(group, os.W_OK) else None
+    return None
+
+
+LIMITED = """
+import json, os, sys
+with open(sys.argv[1] + "/cgroup.procs", "w") as file:
+    file.write(str(os.getpid()))
+import psutil, fastgen_jax
+engine = fastgen_jax.Engine.from_pretrained("sotu-1m", token_budget=16, budget_ladder=(), max_num_seqs=512)
+print(json.dumps([engine.config.num_blocks, psutil.virtual_memory().available]))
+"""
+
+
+@pytest.mark.slow
+def test_in_a_control_group_the_cache_takes_a_quarter_of_what_the_limit_leaves(tmp_path) -> None:
+    parent = own_memory_group()
+    if parent is None:
+        pytest.skip("no control group that limits memory can be made here")
+    group, limit = parent / f"fastgen-test-{os.getpid()}", 2 * 2**30
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        names = [group / name for name in ("memory.max", "memory.limit_in_bytes") if (group / name).exists()]
+        if not names:
+            pytest.skip("the groups that can be made here have no limit for memory")
+        names[0].write_text(str(limit))
+        done = stranger(LIMITED, group, FASTGEN_CACHE_DIR=str(tmp_path))
+    finally:
+        group.rmdir()
+    assert done.returncode == 0, done.stderr
+    num_blocks, available = json.loads(done.stdout.splitlines()[-1])
+    taken = num_blocks * 32 * 3072  # bytes: 32 tokens of 6 layers x 2 heads x 32 x 2 numbers of 4 bytes
+    assert 0.05 * limit < taken < 0.25 * limit
+    assert taken < 0.2 * available, "the machine has more, so it was the limit"

@@ -1,0 +1,76 @@
+"""Folders follow the variables that people set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastgen_jax import cli, paths
+from fastgen_jax.engine import ladder
+from pallas_kernels.native.loader import library_folder
+from pallas_kernels.ragged_attention.tile_file import measured_file
+
+
+def test_every_folder_follows_xdg(monkeypatch, tmp_path) -> None:
+    for name in ("FASTGEN_CACHE_DIR", "PALLAS_KERNELS_TILES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "s"))
+    assert paths.engine_dir() == paths.cache_dir() == tmp_path / "c" / "fastgen_jax"
+    assert paths.models_dir() == tmp_path / "c" / "fastgen_jax" / "models"
+    assert library_folder() == tmp_path / "c" / "fastgen_jax" / "native"
+    assert measured_file() == tmp_path / "c" / "pallas_kernels" / "tiles.json"
+    assert paths.deployments_dir() == tmp_path / "s" / "fastgen_jax" / "deployments"
+
+
+def test_what_is_named_comes_before_the_variable_and_an_empty_name_keeps_nothing(monkeypatch) -> None:
+    monkeypatch.setenv("FASTGEN_CACHE_DIR", "~/here")
+    assert paths.engine_dir() == Path.home() / "here"
+    assert paths.engine_dir("/there") == Path("/there")
+    assert paths.engine_dir("") is None
+    monkeypatch.setenv("FASTGEN_CACHE_DIR", "")
+    assert paths.engine_dir() is None
+    assert paths.engine_dir("/there") == Path("/there")
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FASTGEN_CACHE_DIR", raising=False)
+    home = tmp_path / "fastgen_jax"
+    for folder in ("xla", "native", "models"):
+        (home / folder).mkdir(parents=True)
+        (home / folder / "file").write_bytes(b"x" * 2_000_000)
+    ladder.save_choice(home / ladder.FILE, "facts", (16, 64), {16: 0.001, 32: 0.0019, 64: 0.003}, model="llama, 6 layers")
+    return home
+
+
+def test_fastgen_cache_shows_what_is_kept(kept, capsys) -> None:
+    assert cli.main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    for folder in ("xla", "native", "models"):
+        assert f"2.0 MB  {kept / folder}" in shown
+    assert "llama, 6 layers" in shown
+    assert "16*: 1.0 ms, 32: 1.9 ms, 64*: 3.0 ms" in shown
+
+
+def test_fastgen_cache_clear_removes_all_but_models_or_what_is_named(kept, capsys) -> None:
+    assert cli.main(["cache", "--clear", "measurements"]) == 0
+    assert ladder.known() == []
+    assert (kept / "xla" / "file").exists()
+    assert cli.main(["cache", "--clear"]) == 0
+    assert "removed compiled programs: 2.0 MB" in capsys.readouterr().out
+    assert [path.name for path in kept.iterdir() if path.is_dir()] == ["models"]
+    assert cli.main(["cache", "--clear", "models"]) == 0
+    assert not (kept / "models").exists()
+    assert cli.main(["cache", "--clear"]) == 0
+
+
+def test_fastgen_cache_where_nothing_is_kept(kept, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FASTGEN_CACHE_DIR", "")
+    assert cli.main(["cache"]) == 0
+    assert "not kept" in capsys.readouterr().out
+    assert cli.main(["cache", "--clear", "measurements"]) == 0
+    assert json.loads((kept / ladder.FILE).read_text())

@@ -1,0 +1,119 @@
+"""Conversations as clients send them, in templates as checkpoints have them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastgen_jax.text.chat import render_chat
+
+USER = {"role": "user", "content": "hi"}
+ANY_ROLE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+# The part of Llama 3.1's that knows calls: it asks whether the field is there, then for its length.
+LLAMA = ("{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
+         "{{ raise_exception('only single tool-calls') }}{% endif %}"
+         "{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments | tojson }})\n"
+         "{% elif m.role == 'tool' %}ipython:{{ m.content }}\n{% else %}{{ m.role }}:{{ m.content }}\n{% endif %}"
+         "{% endfor %}")
+# Some go through the arguments by name.
+BY_NAME = ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+           "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}{{ '\n' }}{% endfor %}")
+# DeepSeek's asks whether the content is none.
+ASKS_NONE = ("{% for m in messages %}{% if m['content'] is none %}calls {{ m.tool_calls[0].function.name }}"
+             "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}")
+# As Gemma's and Mistral's first.
+NO_SYSTEM = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+             "{% endif %}"
+             "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+             "{{ m.role }}:{{ m.content }}\n{% endfor %}")
+DROPS_OTHERS = ("{% for m in messages %}{% if m.role == 'user' %}u:{{ m.content }}\n{% elif m.role == 'assistant' %}"
+                "a:{{ m.content }}\n{% endif %}{% endfor %}")
+EMPTY = {"tool_calls": None, "refusal": None, "function_call": None, "audio": None, "annotations": [], "name": None}
+
+
+def render(template, *messages):
+    return render_chat({"default": template}, messages, add_generation_prompt=False, tools=None, named_tokens={}, extra={})
+
+
+def call(arguments, **more):
+    return {"role": "assistant", "content": None, **more, "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}]}
+
+
+@pytest.mark.parametrize("template", [ANY_ROLE, LLAMA, BY_NAME, ASKS_NONE, NO_SYSTEM, DROPS_OTHERS])
+@pytest.mark.parametrize("calls", [None, []])
+def test_null_fields_and_no_calls_are_as_if_they_were_left_out(template, calls):
+    plain = render(template, USER, {"role": "assistant", "content": "yes"}, USER)
+    assert render(template, USER, {"role": "assistant", "content": "yes", **EMPTY, "tool_calls": calls}, USER) == plain
+
+
+@pytest.mark.parametrize("template", [ANY_ROLE, LLAMA, BY_NAME, ASKS_NONE, NO_SYSTEM, DROPS_OTHERS])
+@pytest.mark.parametrize("message", [{}, {"content": None}, {"content": None, **EMPTY}, {"content": None, "tool_calls": []}])
+def test_an_assistant_that_said_nothing_has_an_empty_turn(template, message):
+    assert render(template, USER, {"role": "assistant", **message}, USER) == render(
+        template, USER, {"role": "assistant", "content": ""}, USER)
+
+
+def test_a_refusal_is_what_the_assistant_said():
+    for said in ({"content": None, "refusal": "I cannot."}, {"content": [{"type": "refusal", "refusal": "I cannot."}]}):
+        assert render(ANY_ROLE, USER, {"role": "assistant", **said}) == "<user>hi\n<assistant>I cannot.\n"
+
+
+def test_null_content_beside_calls_is_shown_as_each_template_expects():
+    assert render(ASKS_NONE, USER, call("{}")) == "hi\ncalls f\n"
+    assert render(BY_NAME, USER, call('{"x": 1}')) == "hi\nf x=1\n"
+    assert render(LLAMA, USER, call('{"x": 1}')) == 'user:hi\nf({"x": 1})\n'
+
+
+@pytest.mark.parametrize("arguments", ['{"x": ', "not JSON", "[" * 100_000, "1" * 5000])
+def test_arguments_that_are_not_json_reach_the_template_as_the_model_wrote_them(arguments):
+    assert json.loads(render(LLAMA, USER, call(arguments)).split("f(")[1].rstrip(")\n")) == arguments
+    assert render(BY_NAME, USER, call(arguments)) == f"hi\nf arguments={arguments}\n"
+    assert render(ANY_ROLE, USER, call(arguments)).endswith(
+        f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>\n')
+
+
+@pytest.mark.parametrize("arguments", ["", "null", None])
+def test_a_call_without_arguments_has_an_empty_object(arguments):
+    assert render(LLAMA, USER, call(arguments)) == "user:hi\nf({})\n"
+
+
+def test_calls_and_results_are_text_for_a_template_that_knows_none():
+    result = {"role": "tool", "tool_call_id": "c", "content": "4"}
+    assert render(ANY_ROLE, USER, call('{"x": "é"}', content="Let me see."), result, result) == (
+        '<user>hi\n<assistant>Let me see.\n<tool_call>{"name": "f", "arguments": {"x": "é"}}</tool_call>\n'
+        "<user><tool_response>\n4\n</tool_response>\n<tool_response>\n4\n</tool_response>\n")
+    assert "</tool_response>" in render(NO_SYSTEM, USER, call("{}"), result)
+    assert render(LLAMA, USER, call("{}"), result).endswith("ipython:4\n")  # this one does
+
+
+def test_a_developer_is_the_system_where_the_role_is_unknown():
+    developer, system = {"role": "developer", "content": "Be brief."}, {"role": "system", "content": "You are B."}
+    assert render(ANY_ROLE, developer, USER) == "<system>Be brief.\n<user>hi\n"
+    assert render(ANY_ROLE, system, developer, USER) == "<system>You are B.\n\nBe brief.\n<user>hi\n"
+    knows = "{# developer #}" + ANY_ROLE
+    assert render(knows, developer, USER) == "<developer>Be brief.\n<user>hi\n"
+
+
+@pytest.mark.parametrize(("template", "user"), [(NO_SYSTEM, "user"), (DROPS_OTHERS, "u")])
+def test_where_there_is_no_system_either_the_user_says_what_the_developer_wants(template, user):
+    developer = {"role": "developer", "content": "Be brief."}
+    assert render(template, developer, USER) == f"{user}:Be brief.\n\nhi\n"
+    assert render(template, developer) == f"{user}:Be brief.\n"
+    answer = {"role": "assistant", "content": "yes"}
+    later = render(template, USER, answer, developer, USER).splitlines()
+    assert later[2:] == [f"{user}:Be brief.", "", "hi"]
+    if template is NO_SYSTEM:
+        with pytest.raises(ValueError, match="System role not supported"):  # who names that role is told
+            render(template, {"role": "system", "content": "Be brief."}, USER)
+
+
+@pytest.mark.parametrize("template", [
+    "{{ 'x' * 10 ** 15 }}", "{{ messages | map(attribute=1.5) | list | tojson }}", "{{ 1 // 0 }}", "{% if %}",
+    "{{ messages[9].content.x }}", "{{ [].pop() }}", "{{ strftime_now(3) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+])
+def test_whatever_a_template_does_the_error_says_that_it_was_the_template(template):
+    with pytest.raises(ValueError, match=r"the chat template 'default' (refuses this conversation|does not parse)"):
+        render(template, USER)
