@@ -317,5 +317,5 @@ def _parse(line: str, counts: dict[int, int]) -> tuple[int, RequestOutput] | Non
 
 
 def _logprob(entry: Sequence[Any]) -> TokenLogprob:
-    token_id, logprob, rank, top = entry
-    return TokenLogprob(token_id, logprob, rank, {int(key): value for key, value in top.items()})
+    token_id, logprob, rank, top, *sampled = entry
+    return TokenLogprob(token_id, logprob, rank, {int(key): value for key, value in top.items()}, *sampled)

@@ -1,6 +1,6 @@
 """The types that travel to the device: plain frozen pytrees of arrays."""
 
 from fastgen_jax.core.batch import RaggedBatch
-from fastgen_jax.core.kv_cache import KVCache, scale_bytes, stored_head_dim
+from fastgen_jax.core.kv_cache import KVCache, copy_block, scale_bytes, stored_head_dim
 
-__all__ = ["KVCache", "RaggedBatch", "scale_bytes", "stored_head_dim"]
+__all__ = ["KVCache", "RaggedBatch", "copy_block", "scale_bytes", "stored_head_dim"]

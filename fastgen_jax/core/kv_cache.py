@@ -32,6 +32,17 @@ class KVCache:
         return KVCache(k=zeros(shape, dtype), v=zeros(shape, dtype))
 
 
+def copy_block(cache: KVCache, source: jax.Array, target: jax.Array, *, num_blocks: int) -> KVCache:
+    """The cache with block `target` of each layer the same as block `source`. Donate it: it is changed in place."""
+
+    def copied(pool: jax.Array) -> jax.Array:
+        layers = pool.reshape(-1, num_blocks, *pool.shape[1:])  # [L, N, K, B, ...]
+        block = jax.lax.dynamic_index_in_dim(layers, source, axis=1)
+        return jax.lax.dynamic_update_index_in_dim(layers, block, target, axis=1).reshape(pool.shape)
+
+    return jax.tree.map(copied, cache)
+
+
 def scale_bytes(dtype: Any) -> int:
     """Bytes of the scale that a cache of this dtype keeps for each token, head, and K or V; 0 where there is none."""
     return jnp.dtype(jnp.float32).itemsize if is_quantized(dtype) else 0

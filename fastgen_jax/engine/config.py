@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine import generation
+from fastgen_jax.engine.logits_processor import LogitsProcessor, check_processor
 from fastgen_jax.engine.memory import room_for_cache
 from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
-from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise, longest_sequence
+from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Policy, Promise, checked_policy, longest_sequence
 from pallas_kernels import native
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
@@ -54,8 +55,8 @@ class EngineConfig:
     earlier start chose is kept while it fits, so that its compiled programs serve again."""
     prefix_caching: bool = True
     """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
-    policy: Literal["splitfuse", "prompts_first", "orca", "sla"] = "splitfuse"
-    """How a step is filled; sla keeps the two promises below."""
+    policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = "splitfuse"
+    """How a step is filled; sla keeps the two promises below. In Python also a function."""
     promised_prompt_rate: float | None = None
     """Policy sla: a first token is due after the prompt's tokens over this, tokens a second; what cannot be is refused."""
     promised_generation_rate: float | None = None
@@ -66,6 +67,8 @@ class EngineConfig:
     """Whether the next step is dispatched before the tokens of the last one are read."""
     stack_layers: bool | None = None
     """Whether layers are scanned as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
+    logits_processor: LogitsProcessor | None = None
+    """A function of jax.numpy, f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: none."""
     attention: Literal["reference", "xla", "cpu", "tpu", "gpu"] | None = None
     """Implementation of ragged attention. None: the best one for the device."""
     generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = "auto"
@@ -83,20 +86,25 @@ class EngineConfig:
             "dtype": ("float32", "bfloat16", "float16", None),
             "quantize": ("int8", None),
             "kv_dtype": ("float32", "bfloat16", "float16", *QUANTIZED_DTYPES, None),
-            "policy": tuple(POLICIES),
             "attention": ("reference", "xla", "cpu", "tpu", "gpu", None),
         }
+        if isinstance(self.policy, str):
+            choices["policy"] = tuple(POLICIES)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
         object.__setattr__(self, "generation_config", generation.parse_setting(self.generation_config))
+        object.__setattr__(self, "policy", checked_policy(self.policy))
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise ValueError(f"logits_processor is {self.logits_processor!r}; give a function f(logits, rows) or nothing")
         promises = (self.promised_prompt_rate, self.promised_generation_rate)
-        if any((promise is not None) != (self.policy in NEED_PROMISE) for promise in promises):
+        gives = [promise is not None for promise in promises]  # a function may need a promise or not
+        if gives[0] != gives[1] or (isinstance(self.policy, str) and gives[0] != (self.policy in NEED_PROMISE)):
             raise ValueError(
                 f"policy is {self.policy!r}, promised_prompt_rate {promises[0]} and promised_generation_rate {promises[1]}; "
                 f"give both promises with {', '.join(sorted(NEED_PROMISE))}, and only there"
             )
-        if self.promise_grace is not None and self.policy not in NEED_PROMISE:
+        if self.promise_grace is not None and None in promises:
             raise ValueError(f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; "
                              "leave it out")
         _ = self.promise  # checks the rates
@@ -186,6 +194,8 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     ValueError where the choices contradict the model or the free memory.
     """
     platform = jax.default_backend()
+    if config.logits_processor is not None:
+        check_processor(config.logits_processor, model.vocab_size)
     if config.quantize and platform not in ("cpu", "tpu", "gpu"):
         raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
     dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")

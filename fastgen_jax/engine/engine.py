@@ -235,8 +235,7 @@ class Engine(ResearchInterface):
         """
         with self._turn, self._lock:
             self._check()
-            if self.has_work or self._put_sequences:
-                raise ValueError("the engine has requests or sequences; measure it while it is idle")
+            self._refuse_while_busy("a step can be measured")
             self._begin()
             self._scheduler.start_over(())
             seconds = self._runner.measure(self._runner.bucket(num_tokens).num_tokens, repeats=1)
@@ -346,7 +345,8 @@ class Engine(ResearchInterface):
         logprobs = None
         if wanted:
             logprobs = tuple(
-                np.asarray(x) for x in (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
+                np.asarray(x) for x in (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs,
+                                        sampled.sampled_logprobs)
             )
         return SampledRows(np.asarray(sampled.tokens), logprobs)
 
@@ -365,11 +365,13 @@ class Engine(ResearchInterface):
                     row, position = end - back, chunk.start + chunk.length - back + 1
                     if position < sequence.num_prompt_tokens:
                         token_id = request.prompt_token_ids[position]
-                        state.add_prompt_logprob(position, rows.logprob(row, token_id, params.prompt_logprobs))
+                        state.add_prompt_logprob(position, rows.logprob(row, token_id, params.prompt_logprobs,
+                                                                               sampled=False))
             if not chunk.samples or sequence not in advanced:
                 continue
             token_id = rows.tokens[end - 1]
-            logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs)]
+            logprobs = [] if params.logprobs is None else [
+                rows.logprob(end - 1, token_id, params.logprobs, sampled=True)]
             output = state.advance([token_id], logprobs)
             if output.finished and sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "abort" if output.error else "stop")

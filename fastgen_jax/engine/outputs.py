@@ -15,7 +15,7 @@ from fastgen_jax.text.grammar import GrammarMatcher
 
 
 class TokenLogprob(NamedTuple):
-    """Log-probability of one token under the model, before temperature, penalties and bias."""
+    """Log-probability of one token under the model: before logits processor, penalties, bias and temperature."""
 
     token_id: int
     logprob: float
@@ -23,6 +23,9 @@ class TokenLogprob(NamedTuple):
     """1 for the most probable token of the vocabulary."""
     top: dict[int, float]
     """The most probable alternatives, best first: token id -> log-probability."""
+    sampled_logprob: float | None = None
+    """Logarithm of the probability with which this token was drawn, after all of that and top-k, top-p and min-p: 0 with
+    greedy decoding. None for a token of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,9 +170,10 @@ class SampledRows:
         self.tokens: list[int] = tokens.tolist()
         self._logprobs = logprobs
 
-    def logprob(self, row: int, token_id: int, num_top: int) -> TokenLogprob:
-        """The log-probability of `token_id`, which row `row` sampled or was asked about."""
+    def logprob(self, row: int, token_id: int, num_top: int, *, sampled: bool) -> TokenLogprob:
+        """The log-probability of `token_id`, which row `row` sampled or, if not `sampled`, was asked about."""
         assert self._logprobs is not None
-        logprobs, ranks, top_ids, top_logprobs = self._logprobs
+        logprobs, ranks, top_ids, top_logprobs, sampled_logprobs = self._logprobs
         top = dict(zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True))
-        return TokenLogprob(token_id, float(logprobs[row]), int(ranks[row]), top)
+        return TokenLogprob(token_id, float(logprobs[row]), int(ranks[row]), top,
+                            float(sampled_logprobs[row]) if sampled else None)

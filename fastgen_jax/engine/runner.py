@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.core import KVCache, copy_block, stored_head_dim
 from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
+from fastgen_jax.engine.logits_processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.sampler_state import SamplerState, init_state, reset_slot, set_masks
 from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, sample
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import forward
+from fastgen_jax.models.decoder import head, hidden_rows
 from fastgen_jax.models.params import Params
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, tensor_mesh
 
@@ -38,6 +39,8 @@ class StepOutput:
     sampled: SampleOutput
     logits: jax.Array
     """f32[R, V]: raw logits; only the research interface reads them."""
+    hidden: jax.Array
+    """[R, E]: what the head made them from, in the dtype of the activations; likewise."""
 
 
 class Runner:
@@ -49,6 +52,7 @@ class Runner:
         self.config = config
         self.max_blocks = -(-config.max_context_len // config.block_size)
         self._compiled: dict[int, tuple[Bucket, Any]] = {}
+        self._copy_block: Any = None  # compiled by the first fork
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
         self._made: list[weakref.ref[jax.Array]] = []
         use_huge_pages(params)
@@ -60,10 +64,9 @@ class Runner:
         `keep` takes the old ones if they are there, whatever they hold: not if an exception came between giving them to
         a program and getting the new ones.
         """
-        old = jax.tree.leaves((self.kv_cache, self.state))
-        if keep and not any(array.is_deleted() for array in old):
+        if keep and not self.memory_is_lost:
             return
-        _delete(old)  # the old ones go first: there may be no room for two
+        _delete(jax.tree.leaves((self.kv_cache, self.state)))  # the old ones go first: there may be no room for two
         self._allocate()
 
     def own_params(self) -> None:
@@ -120,7 +123,7 @@ class Runner:
         packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
         program = step_program(
             self.model, bucket, attention=self.config.attention, activation_dtype=self.config.activation_dtype,
-            mesh=self.mesh,
+            mesh=self.mesh, logits_processor=self.config.logits_processor,
         )
         return program.lower(self.params, self.kv_cache, self.state, packed)
 
@@ -133,6 +136,24 @@ class Runner:
         program = self._compiled[bucket.num_tokens][1]
         output, self.kv_cache, self.state = program(self.params, self.kv_cache, self.state, packed)
         return output
+
+    @property
+    def memory_is_lost(self) -> bool:
+        """Whether a step took the KV cache or the sampler's state and gave none back, so that only `reset` helps."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves((self.kv_cache, self.state)))
+
+    def replace_params(self, params: Params) -> None:
+        """Computes with `params` from the next step on: arrays of the same kinds as those that the programs are for."""
+        use_huge_pages(params)
+        self.params = params
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Makes KV block `target` hold what block `source` does, in all layers. One small program for all blocks."""
+        if self._copy_block is None:
+            placed = None if self.mesh is None else jax.tree.map(lambda leaf: leaf.sharding, self.kv_cache)
+            copy = partial(copy_block, num_blocks=self.config.num_blocks)
+            self._copy_block = jax.jit(copy, donate_argnums=0, out_shardings=placed)
+        self.kv_cache = self._copy_block(self.kv_cache, np.int32(source), np.int32(target))
 
     def reset_slot(self, slot: int, **tables: Any) -> None:
         """Gives a sequence's row of the sampler's state its penalties' history and its logit bias."""
@@ -196,14 +217,15 @@ def _delete(arrays: Sequence[jax.Array]) -> None:
 
 def step_program(
     model: ModelConfig, bucket: Bucket, *, attention: str | None = None, activation_dtype: Any = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, logits_processor: LogitsProcessor | None = None,
 ) -> Any:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`, weights
     and cache are divided over it as `models.sharding` says; the rest, results included, is whole on every device.
     """
-    step = partial(_step, bucket=bucket, config=model, attention=attention, activation_dtype=activation_dtype, mesh=mesh)
+    step = partial(_step, bucket=bucket, config=model, attention=attention, activation_dtype=activation_dtype, mesh=mesh,
+                   logits_processor=logits_processor)
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device.device_kind))
     if mesh is None:
@@ -230,15 +252,22 @@ def _step(
     attention: str | None,
     activation_dtype: Any,
     mesh: Mesh | None,
+    logits_processor: LogitsProcessor | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
     on_device = batch.token_slots < state.last_tokens.shape[0]
     batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
-    logits, kv_cache = forward(
+    hidden, kv_cache = hidden_rows(
         params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype, mesh=mesh
     )
+    logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # each device samples for itself; divided sampling has a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
-    sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS)
-    return StepOutput(sampled=sampled, logits=logits), kv_cache, state
+    process = None
+    if logits_processor is not None:
+        last_tokens = jnp.take(batch.token_ids, batch.sample_rows)
+        rows = LogitsRows(positions=sampling.positions, last_tokens=last_tokens, seeds=sampling.seeds)
+        process = lambda logits: logits_processor(logits, rows)  # noqa: E731
+    sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS, process=process)
+    return StepOutput(sampled=sampled, logits=logits, hidden=hidden), kv_cache, state

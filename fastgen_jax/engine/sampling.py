@@ -1,9 +1,10 @@
 """The sampler of the step program: logits in, tokens and log-probabilities out, pure functions throughout.
 
-Order: repetition, presence and frequency penalties; logit bias; ban of stop tokens; token masks; temperature; top-k;
-top-p (of what top-k left, renormalised); min-p; a draw from what is left, renormalised. The lowest token id wins every
-tie: of equal logits, greedy decoding takes it, and top-k and top-p keep it first, so that `top_k=k` keeps exactly k
-tokens and `top_k=1` is greedy decoding. Of a row that holds a NaN, some token of the vocabulary comes out.
+Order: the engine's logits processor; repetition, presence and frequency penalties; logit bias; ban of stop tokens; token
+masks; temperature; top-k; top-p (of what top-k left, renormalised); min-p; a draw from what is left, renormalised. The
+lowest token id wins every tie: of equal logits, greedy decoding takes it, and top-k and top-p keep it first, so that
+`top_k=k` keeps exactly k tokens and `top_k=1` is greedy decoding. Of a row that holds a NaN, some token of the vocabulary
+comes out.
 
 A token depends on its logits, its request's parameters and `fold_in(key(seed), position)`, and on nothing else in the
 batch. To that end no sum of floats decides anything: probabilities are fixed-point integers (2**30 is 1), and sums of
@@ -39,13 +40,16 @@ _PIECE_WIDTH = 128  # a vector register's row on TPU; a vocabulary then has a fe
 
 @pytree
 class SampleOutput:
-    """One entry a sampled row. All but `tokens` are zeros in a step where nobody asked for log-probabilities.
+    """One entry a sampled row. All but the first two are zeros in a step where nobody asked for log-probabilities.
 
-    Log-probabilities are those of the model: before penalties, bias and temperature.
+    Log-probabilities are those of the model: before the logits processor, penalties, bias and temperature.
     """
 
     tokens: jax.Array
     """i32[R]: sampled, or the row's target."""
+    sampled_logprobs: jax.Array
+    """f32[R]: natural logarithm of the probability with which the token was drawn, from what was left after all that
+    precedes the draw; 0 for a token that was not drawn but is the likeliest."""
     logprobs: jax.Array
     """f32[R]: natural logarithm of the probability of `tokens`."""
     ranks: jax.Array
@@ -57,10 +61,12 @@ class SampleOutput:
 
 
 def sample(
-    logits: jax.Array, state: SamplerState, batch: SamplingBatch, *, max_logprobs: int
+    logits: jax.Array, state: SamplerState, batch: SamplingBatch, *, max_logprobs: int,
+    process: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[SampleOutput, SamplerState]:
     """The next token of every row of `logits` f32[R, V], and the state that knows it.
 
+    `process` changes the logits before anything else does; log-probabilities of the model are of those before it.
     A step in which no row needs more costs an argmax. Donate `state`: it is then updated in place.
 
     Raises:
@@ -76,8 +82,8 @@ def sample(
     # jax 0.10.2 takes twice as long for the passes over the vocabulary inside a conditional within a conditional.
     adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
     branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
-    branches = (lambda logits, *_: _argmax(logits), _adjusted_argmax, _sampled)
-    chosen = lax.switch(branch, branches, logits, state, batch)
+    branches = (lambda logits, *_: _certain(_argmax(logits)), _adjusted_argmax, _sampled)
+    chosen, sampled_logprobs = lax.switch(branch, branches, logits if process is None else process(logits), state, batch)
     tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen)
     logprobs, ranks, top_ids, top_logprobs = lax.cond(
         batch.any_logprobs > 0,
@@ -87,7 +93,8 @@ def sample(
         tokens,
     )
     output = SampleOutput(
-        tokens=tokens, logprobs=logprobs, ranks=ranks, top_ids=top_ids, top_logprobs=top_logprobs
+        tokens=tokens, sampled_logprobs=sampled_logprobs, logprobs=logprobs, ranks=ranks, top_ids=top_ids,
+        top_logprobs=top_logprobs,
     )
     return output, _remember(state, batch, tokens)
 
@@ -145,14 +152,29 @@ def _argmax(logits: jax.Array) -> jax.Array:
     return jnp.minimum(index, logits.shape[1] - 1)  # a NaN equals nothing, not even in the last piece
 
 
-def _adjusted_argmax(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
-    return _argmax(_adjusted(logits, state, batch))
+def _certain(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens that nothing else could have come out in place of, and their log-probabilities: zeros."""
+    return tokens, jnp.zeros(tokens.shape, jnp.float32)
 
 
-def _sampled(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
+def _adjusted_argmax(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> tuple[jax.Array, jax.Array]:
+    return _certain(_argmax(_adjusted(logits, state, batch)))
+
+
+def _sampled(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> tuple[jax.Array, jax.Array]:
     logits = _adjusted(logits, state, batch)
-    drawn = _draw(_weights(logits, batch), random_bits(batch.seeds, batch.positions, logits.shape[1]))
-    return jnp.where(batch.temperature > 0, drawn, _argmax(logits))
+    weights = _weights(logits, batch)
+    drawn = _draw(weights, random_bits(batch.seeds, batch.positions, logits.shape[1]))
+    is_drawn = batch.temperature > 0
+    return jnp.where(is_drawn, drawn, _argmax(logits)), jnp.where(is_drawn, _log_share(weights, drawn), 0.0)
+
+
+def _log_share(weights: jax.Array, tokens: jax.Array) -> jax.Array:
+    """f32[R]: the logarithm of the share that the weight of each row's token has in the sum of `weights` i32[R, V]."""
+    weight = jnp.take_along_axis(weights, tokens[:, None], axis=1, mode="clip")[:, 0]
+    # Both are at least 1. log1p, unlike log, rounds alike in vectors and in what is left over of them.
+    of_weight, of_sum = (jnp.log1p((x - 1).astype(jnp.float32)) for x in (weight, _sum(weights)))
+    return of_weight - of_sum
 
 
 def _adjusted(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:

@@ -57,9 +57,9 @@ class Standing:
         """Makes the engine usable again after `step` raised; returns the ids of the requests that it ends.
 
         After a KeyboardInterrupt there are none. After an error they are those whose tokens were being computed. All
-        others keep what they have: waiting ones wait, running ones are computed again. Prefixes cached so far are
-        forgotten, and after an error so are the sequences of `put`. Without a call of this the next operation does the
-        same, and the requests end with an output; so do, in any case, those of other boxes than `box`.
+        others keep what they have: waiting ones wait, running ones and sequences of `put` are computed again. Prefixes
+        cached so far are forgotten. Without a call of this the next operation does the same, and the requests end with an
+        output; so do, in any case, those of other boxes than `box`.
         """
         with self._turn, self._lock:
             self._check()
@@ -81,10 +81,13 @@ class Standing:
     # An operation: `_begin`, changes, `_open = False`; in one hold of both locks
 
     def _begin(self) -> None:
+        self._mend_if_open()
+        self._open = True
+
+    def _mend_if_open(self) -> None:
         self._check()
         if self._open:
             self._mend(None)
-        self._open = True
 
     def _check(self) -> None:
         if self._destroyed:
@@ -105,13 +108,13 @@ class Standing:
                 why = f"the step that computed this request failed ({self._failure}); send it again"
                 self._publish(state.failed(why), state)
             self.metrics.aborted += 1
+        self._runner.reset(keep=not failed)
         self._in_flight.clear()
         self._dispatching = self._failure = None
-        self._runner.reset(keep=not failed)
         self._scheduler.start_over([(state.sequence, state.num_known) for state in self._states.values()])
         for request_id, state in [*self._states.items()]:
             self._states[request_id] = state.restarted()
-        self._restart_research(keep=not failed)
+        self._restart_research()
         self._open = False
         return ended
 
@@ -136,5 +139,5 @@ class Standing:
         if output.finished:
             del self._states[output.request_id]
 
-    def _restart_research(self, *, keep: bool) -> None:
+    def _restart_research(self) -> None:
         raise NotImplementedError

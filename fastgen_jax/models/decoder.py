@@ -41,11 +41,29 @@ def forward(
 ) -> tuple[jax.Array, KVCache]:
     """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
+    Differentiable with respect to plain `params`; see `docs/research.md`.
     `attention` names an implementation of `ragged_attention`, or is one; None is the best for the platform.
     `activation_dtype` is that of the residual stream; None is the embedding's.
     `mesh` is what weights and cache are divided over, by `models.sharding`. Rows of logits that are not used are finite
     and meaningless.
     """
+    rows, kv_cache = hidden_rows(
+        params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype, mesh=mesh
+    )
+    return head(rows, params, batch.num_sample_rows, config=config), kv_cache
+
+
+def hidden_rows(
+    params: Params,
+    kv_cache: KVCache,
+    batch: RaggedBatch,
+    *,
+    config: ModelConfig,
+    attention: str | Callable[..., Any] | None = None,
+    activation_dtype: Any = None,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """What `head` makes the logits of `forward` from: the residual stream [R, E] of `batch.sample_rows`, normalised."""
     step = prepare_step(batch, kv_cache, config=config, implementation=attention, mesh=mesh)
 
     def layer(
@@ -60,7 +78,7 @@ def forward(
         rows = norm(rows, params, "final_norm", config=config, num_rows=batch.num_sample_rows)
     if "project_out" in params:
         rows = linear(rows, params["project_out"])
-    return _logits(rows, params, batch.num_sample_rows, config=config), kv_cache
+    return rows, kv_cache
 
 
 def run_layers(
@@ -179,7 +197,8 @@ def _parallel_layer(
     return y, cache
 
 
-def _logits(rows: jax.Array, params: Params, num_rows: jax.Array, *, config: ModelConfig) -> jax.Array:
+def head(rows: jax.Array, params: Params, num_rows: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """Logits f32[R, V] of `rows` [R, E], of which the first `num_rows` are used."""
     weight = params["lm_head"] if "lm_head" in params else params["embed"].T
     logits = linear(rows, weight, num_rows=num_rows).astype(jnp.float32)
     if config.head_bias:

@@ -40,6 +40,24 @@ class BlockPool:
         self._blank = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 is handed out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # oldest first
 
+    def forget_contents(self) -> None:
+        """Takes every block out of the prefix cache. Who holds a block keeps it."""
+        self._blank.extend(reversed(self._idle))
+        self._idle.clear()
+        self._registered.clear()
+        self._digests = [None] * self.num_blocks
+
+    def settle(self, tables: Iterable[Sequence[int]]) -> None:
+        """Makes the books those of these tables, whatever an interrupted call left in them: no block has other owners."""
+        holders = Counter(block_id for table in tables for block_id in table)
+        free = [block_id for block_id in range(self.num_blocks) if not holders[block_id]]
+        idle = dict.fromkeys([*self._idle, *free])  # those that were idle keep their order
+        digests = self._digests
+        self._owners = [holders[block_id] for block_id in range(self.num_blocks)]
+        self._idle = OrderedDict.fromkeys(i for i in idle if not holders[i] and digests[i] is not None)
+        self._blank = [block_id for block_id in reversed(free) if digests[block_id] is None]
+        self._registered = {digest: block_id for block_id, digest in enumerate(digests) if digest is not None}
+
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can hand out, by eviction if need be."""
@@ -73,7 +91,7 @@ class BlockPool:
         return block_ids
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """Adds an owner to blocks that `lookup` found."""
+        """Adds an owner to blocks that are held, or that `lookup` found."""
         for block_id in block_ids:
             if not self._owners[block_id]:
                 del self._idle[block_id]
@@ -173,6 +191,12 @@ class BlockLedger:
         self._pool = pool
         self._owners: dict[int, int] = {}  # only where the plan changes them
         self.available = pool.num_free
+
+    def copy(self) -> BlockLedger:
+        """A ledger of its own, with the same plan so far."""
+        ledger = BlockLedger(self._pool)
+        ledger._owners, ledger.available = dict(self._owners), self.available
+        return ledger
 
     def take(self, count: int) -> None:
         """Plans to allocate `count` blocks."""

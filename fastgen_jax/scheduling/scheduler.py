@@ -16,7 +16,8 @@ from fastgen_jax.scheduling.integrity import check_books
 from fastgen_jax.scheduling.limits import max_total_tokens
 from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, StepLimits
-from fastgen_jax.scheduling.policies import NEED_PROMISE, POLICIES
+from fastgen_jax.scheduling.plan_check import CheckedPolicy, checked_policy
+from fastgen_jax.scheduling.policies import NEED_PROMISE, POLICIES, Policy
 from fastgen_jax.scheduling.prefix import cached_prefix, register_blocks
 from fastgen_jax.scheduling.request import Request
 from fastgen_jax.scheduling.sequence import FinishReason, Sequence, SequenceStatus
@@ -46,7 +47,7 @@ class Scheduler:
         max_num_seqs: sequences that can run at a time.
         max_context_len: longest sequence in tokens, prompt and generated.
         max_sample_rows: logit rows a step can compute.
-        policy: a key of `POLICIES`.
+        policy: a key of `POLICIES`, or a function with the signature of `Policy`, whose plans are checked.
         prefix_caching: whether full blocks are kept and shared.
         watermark_blocks: blocks that stay free when a sequence is admitted; None for 1 % of the pool.
         max_bypasses: how many later sequences may overtake one for which there is no room.
@@ -68,7 +69,7 @@ class Scheduler:
         max_num_seqs: int,
         max_context_len: int,
         max_sample_rows: int,
-        policy: str = "splitfuse",
+        policy: str | Policy = "splitfuse",
         prefix_caching: bool = True,
         watermark_blocks: int | None = None,
         max_bypasses: int = 16,
@@ -89,9 +90,8 @@ class Scheduler:
         ):
             if value is not None and value < lowest:
                 raise ValueError(f"{name} is {value}; it must be at least {lowest}; raise it")
-        if policy not in POLICIES:
-            raise ValueError(f"policy is {policy!r}; choose one of {', '.join(map(repr, POLICIES))}")
-        if (policy in NEED_PROMISE) != (promise is not None):
+        policy = checked_policy(policy)
+        if isinstance(policy, str) and (policy in NEED_PROMISE) != (promise is not None):
             raise ValueError(
                 f"policy is {policy!r} and promise is {promise}; give a promise with "
                 f"{', '.join(map(repr, sorted(NEED_PROMISE)))}, and only there"
@@ -107,7 +107,7 @@ class Scheduler:
         )
         self.stats = SchedulerStats()
         self._borrowed: list[int] = []
-        self._policy = POLICIES[policy]
+        self._policy = POLICIES[policy] if isinstance(policy, str) else CheckedPolicy(policy)
         self._pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching, salt=prefix_salt)
         self._waiting: list[Sequence] = []  # both in ascending order
         self._running: list[Sequence] = []
@@ -146,6 +146,26 @@ class Scheduler:
         blocks = self._pool.allocate(count)
         self._borrowed += blocks
         return blocks
+
+    def share_blocks(self, block_ids: abc.Sequence[int]) -> None:
+        """Lends borrowed blocks once more, so that they must be returned once more."""
+        self._pool.share(block_ids)
+        self._borrowed += block_ids
+
+    def num_owners(self, block_id: int) -> int:
+        """How many times a block is held."""
+        return self._pool.num_owners(block_id)
+
+    def settle_blocks(self, borrowed: abc.Iterable[int]) -> None:
+        """After an interrupt: these blocks are borrowed, and no others, however far borrowing or returning had come."""
+        self._borrowed = list(borrowed)
+        self._pool.settle([*(sequence.block_ids for sequence in self._running), self._borrowed])
+
+    def reset_prefix_cache(self) -> None:
+        """Nobody finds a prefix any more that was computed before this call. Running sequences go on undisturbed."""
+        self._pool.forget_contents()
+        for sequence in self._running:  # its later blocks stand behind earlier ones that are forgotten
+            sequence.next_block_end = sequence.max_total_tokens + 1
 
     def return_blocks(self, block_ids: abc.Sequence[int]) -> None:
         """Gives borrowed blocks back."""

@@ -69,6 +69,14 @@ def multiply(
     gated: bool,
 ) -> jax.Array:
     """float32[T, num_outputs]; x is float32[T, K]. Layout of the weights: see `PackedGroups`."""
+    return _multiply(x, panels, scales, group_sizes, first_group, num_outputs, gated)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def _multiply(
+    x: jax.Array, panels: jax.Array, scales: jax.Array, group_sizes: jax.Array, first_group: jax.Array, num_outputs: int,
+    gated: bool,
+) -> jax.Array:
     if not available():
         raise RuntimeError(
             f"PackedGroups need the native kernels, which cannot be loaded here "
@@ -77,3 +85,11 @@ def multiply(
         )
     call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], num_outputs), jnp.float32))
     return call(_cpu_only_p.bind(x), panels, scales, group_sizes, first_group, gated=gated)
+
+
+@_multiply.defjvp
+def _no_derivative(num_outputs: int, gated: bool, primals: tuple, tangents: tuple) -> NoReturn:
+    raise ValueError(
+        "PackedGroups have no derivative, nor has what they are multiplied with; differentiate with the plain array that "
+        "they were prepared from, as load_params(..., prepare=None) gives it"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
+from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.matmul.ops import gated
 
 IMPLEMENTATIONS = {
@@ -88,12 +90,31 @@ def _product(
         return cpu.multiply(
             x.astype(jnp.float32), w.panels, w.scales, group_sizes, first, num_outputs=w.num_outputs, gated=w.gated
         )
+    return _plain_product(x, w, group_sizes, first, implementation)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _plain_product(
+    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first: jax.Array, implementation: str | None
+) -> jax.Array:
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](x, w, group_sizes, first)
     on_tpu = grouped_matmul_ragged_dot
     if w.shape[0] != group_sizes.shape[0] and tpu.takes(w.shape) and tpu.may_be_lowered():
         on_tpu = grouped_matmul_tpu
     return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, default=grouped_matmul_tiles)
+
+
+@_plain_product.defjvp
+def _derivative(implementation: str | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """That of XLA's own grouped product: the loops and kernels have none."""
+
+    def product(x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first: jax.Array) -> jax.Array:
+        if isinstance(w, Int8Weight):
+            w = (w.values * w.scales[:, None, :]).astype(x.dtype)
+        return grouped_matmul_ragged_dot(x, w, group_sizes, first)
+
+    return jax.jvp(product, primals, tangents)
 
 
 def _check(

@@ -97,6 +97,14 @@ def multiply(
 
     The layout of the panels is that of `PackedWeight`.
     """
+    return _multiply(x, panels, scales, residual, num_rows, num_outputs, gated)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def _multiply(
+    x: jax.Array, panels: jax.Array, scales: jax.Array | None, residual: jax.Array | None, num_rows: jax.Array | None,
+    num_outputs: int, gated: bool,
+) -> jax.Array:
     if not ensure_loaded():
         raise RuntimeError(
             f"a PackedWeight needs the native kernels, which cannot be loaded here "
@@ -108,3 +116,11 @@ def multiply(
     result = jax.ShapeDtypeStruct((x.shape[0], num_outputs), jnp.float32)
     call = jax.ffi.ffi_call(_TARGET, result)
     return call(_cpu_only_p.bind(x), panels, rows, *others, gated=gated, has_residual=residual is not None)
+
+
+@_multiply.defjvp
+def _no_derivative(num_outputs: int, gated: bool, primals: tuple, tangents: tuple) -> NoReturn:
+    raise ValueError(
+        "a PackedWeight has no derivative, nor has what it is multiplied with; differentiate with the plain array that it "
+        "was prepared from, as load_params(..., prepare=None) gives it"
+    )

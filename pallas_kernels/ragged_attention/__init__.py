@@ -6,6 +6,7 @@ against `reference.py`, which defines the semantics in forty lines.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_attention import contract, cpu, gpu_support, tpu_support
 from pallas_kernels.ragged_attention.cpu import ragged_attention_cpu
+from pallas_kernels.ragged_attention.derivative import with_derivative
 from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from pallas_kernels.ragged_attention.xla import ragged_attention_xla
@@ -96,10 +98,12 @@ def ragged_attention(
 
     Returns:
       out [T, H, D] in the dtype of q, zero in rows that belong to no chunk; k_cache; v_cache. Softmax and sums are in
-      float32. With "cpu" a row's result is the same bits whatever its companions and however its prompt was chunked.
+      float32. Every implementation has the derivative of "reference", computed as that computes, unless the cache has 8
+      bits. With "cpu" a row's result is the same bits whatever its companions and however its prompt was chunked.
 
     Raises:
-      ValueError: an argument's shape, dtype or static value does not fit, or the implementation cannot be had.
+      ValueError: an argument's shape, dtype or static value does not fit, or the implementation cannot be had; a cache of
+        8 bits is differentiated.
     """
     contract.check(
         q, k, v, k_cache, v_cache,
@@ -129,8 +133,9 @@ def ragged_attention(
         return call
 
     operands = (q, k, v, k_cache, v_cache, arrays)
+    of_reference = run("reference")
     if implementation is not None:
-        return run(implementation)(*operands)
+        return with_derivative(run(implementation), of_reference)(*operands)
     kernels = {}
     if k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
         kernels["cpu"] = run("cpu")
@@ -142,7 +147,8 @@ def ragged_attention(
             kernels["cuda"] = run("gpu")
         else:
             gpu_support.say_once(reason)
-    return jax.lax.platform_dependent(*operands, **kernels, default=run("xla"))
+    best = partial(jax.lax.platform_dependent, **kernels, default=run("xla"))
+    return with_derivative(best, of_reference)(*operands)
 
 
 def _require_cpu(k_cache: Cache) -> None:

@@ -33,6 +33,10 @@ def tokens(params, model, **options):
     ids = [engine.add(prompt, params) for params in (greedy(6), SAMPLED) for prompt in PROMPTS]
     outputs = drain(engine)
     assert engine.metrics.compiles_while_serving == 0
+    engine.put(["a"], [PROMPTS[1]])
+    engine.fork("a", "b")
+    logits = engine.put(["a", "b", "as a", "as b"], [[5], [7], [*PROMPTS[1], 5], [*PROMPTS[1], 7]])
+    np.testing.assert_allclose(logits[:2], logits[2:], atol=1e-5)  # one row and six are other tiles of a product
     return [tokens_of(outputs[request_id]) for request_id in ids]
 """
 

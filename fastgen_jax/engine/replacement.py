@@ -1,0 +1,92 @@
+"""New weights for an engine that runs already: whether they fit its programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.weights import prepare_params
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import Params, layer_specs, layers_with, param_specs
+from pallas_kernels.grouped_matmul import PackedGroups
+from pallas_kernels.matmul import Int8Weight, PackedWeight
+
+_Shape = tuple[int, ...]
+
+
+def replacement_params(params: Params, current: Params, model: ModelConfig, config: ResolvedConfig) -> Params:
+    """`params`, plain or prepared, in the form of `current` and where that lies.
+
+    Raises:
+        ValueError: a weight is missing, superfluous, of another shape, or prepared for another config.
+    """
+    _check_shapes(params, current, model)
+    prepared = prepare_params(params, model, config)
+    old, new = (_kinds(tree) for tree in (current, prepared))
+    for path in [*old, *new]:
+        if old.get(path) != new.get(path):
+            raise ValueError(
+                f"params{path} is {new.get(path)} but the engine computes with {old.get(path)}; give plain weights, or "
+                "such as were prepared for an engine like this"
+            )
+    if jax.tree.structure(current) != jax.tree.structure(prepared):
+        raise ValueError("params are prepared in another way than the engine computes with; give plain weights")
+    return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), prepared, current)
+
+
+def _kinds(tree: Params) -> dict[str, str]:
+    """Dtype and shape of every array, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _check_shapes(params: Any, current: Params, model: ModelConfig) -> None:
+    """ValueError unless the tree has the weights of the model; each form of a weight knows the shape it was made from."""
+    given, wanted = _weights_and_shapes(params, model)
+    # A tied head may be stored apart; of new weights it is made anew where it is not among them.
+    if model.tie_embeddings and "lm_head" in current:
+        wanted["params['lm_head']"] = param_specs(model)["embed"].shape[::-1]
+    for name in wanted.keys() - given.keys():
+        if not (model.tie_embeddings and name == "params['lm_head']"):
+            raise ValueError(f"{name} {list(wanted[name])} is missing; give all weights of the model")
+    for name, leaf in given.items():
+        if name not in wanted:
+            raise ValueError(f"{name} is none of the weights of this model; leave it out")
+        if not isinstance(leaf, jax.Array | np.ndarray | Int8Weight | PackedWeight | PackedGroups):
+            raise ValueError(f"{name} is a {type(leaf).__name__}, but must be an array {list(wanted[name])}")
+        if tuple(leaf.shape) != wanted[name]:
+            raise ValueError(f"{name} has shape {list(leaf.shape)}, but this model has {list(wanted[name])} there")
+        if isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{name} has dtype {leaf.dtype}, but must be floating point")
+
+
+def _weights_and_shapes(params: Any, model: ModelConfig) -> tuple[dict[str, Any], dict[str, _Shape]]:
+    """What is given and what the model has, by the same names."""
+    specs = param_specs(model)
+    given: dict[str, Any] = {}
+    wanted: dict[str, _Shape] = {}
+
+    def add(place: str, leaves: Mapping[str, Any], shapes: Mapping[str, _Shape]) -> None:
+        given.update({f"{place}[{name!r}]": leaf for name, leaf in leaves.items()})
+        wanted.update({f"{place}[{name!r}]": shape for name, shape in shapes.items()})
+
+    layers = params.get("layers") if isinstance(params, Mapping) else None
+    if isinstance(layers, Mapping):
+        having = layers_with(model)
+        add("params['layers']", layers, {name: (len(having[name]), *s.shape) for name, s in specs["layers"].items()})
+    elif isinstance(layers, tuple | list) and len(layers) == model.num_layers:
+        for i, layer in enumerate(layers):
+            add(f"params['layers'][{i}]", layer, {name: s.shape for name, s in layer_specs(model, i).items()})
+    else:
+        raise ValueError(
+            f"params must be a dict whose 'layers' are a dict of stacked weights or a tuple of {model.num_layers} dicts, as "
+            "load_params and init_params give them"
+        )
+    add("params", {name: leaf for name, leaf in params.items() if name != "layers"},
+        {name: s.shape for name, s in specs.items() if name != "layers"})
+    return given, wanted

@@ -1,0 +1,124 @@
+"""A function of the user on the logits, inside the step program; and a policy of the user's own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastgen_jax import Engine, EngineConfig, SamplingParams
+from fastgen_jax.scheduling import splitfuse
+from tests.tiny import drain, greedy, tiny_model, tokens_of
+
+SMALL = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 64}
+PROMPTS = [np.random.default_rng(size).integers(3, 96, size).tolist() for size in (1, 5, 21)]
+
+
+def engine_with(processor) -> Engine:
+    params, model = tiny_model()
+    return Engine(params, model, EngineConfig(**SMALL, logits_processor=processor))
+
+
+def counting_up(logits, rows):
+    """Only the token after the last one is left, or at positions that are multiples of 4 what the seed says."""
+    wanted = jnp.where(rows.positions % 4 == 0, (rows.seeds % 96).astype(jnp.int32), (rows.last_tokens + 1) % 96)
+    return jnp.where(jnp.arange(logits.shape[1]) == wanted[:, None], logits, -jnp.inf)
+
+
+def counted_up(prompt, seed, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append((seed if len(tokens) % 4 == 0 else tokens[-1] + 1) % 96)
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def counting() -> Engine:
+    return engine_with(counting_up)
+
+
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"temperature": 3.0}, {"temperature": 1.0, "top_p": 0.5}])
+def test_a_processor_decides_what_every_way_of_sampling_sees(counting, sampling):
+    params = SamplingParams(max_new_tokens=9, ignore_eos=True, **sampling)
+    seeds = {}
+    ids = [counting.add(prompt, params) for prompt in PROMPTS]
+    for request_id in ids:
+        seeds[request_id] = counting._scheduler._unfinished[request_id].request.seed
+    outputs = drain(counting)
+    for request_id, prompt in zip(ids, PROMPTS, strict=True):
+        assert tokens_of(outputs[request_id]) == counted_up(prompt, seeds[request_id], 9)
+
+
+def test_penalties_and_bias_come_behind_the_processor(counting):
+    biased = greedy(3, logit_bias={7: 100.0})  # of the one token that is left nothing can be taken away
+    request_id = counting.add([10], biased)
+    assert tokens_of(drain(counting)[request_id]) == [11, 12, 13]
+
+
+def test_log_probabilities_of_the_model_are_those_before_the_processor(counting):
+    params = SamplingParams(max_new_tokens=3, do_sample=False, ignore_eos=True, logprobs=1)
+    request_id = counting.add([10], params)
+    entries = [entry for output in drain(counting)[request_id] for entry in output.logprobs]
+    (logits,) = counting.put(["a"], [[10]])
+    counting.flush("a")
+    assert entries[0].logprob == pytest.approx(float(logits[11] - np.log(np.exp(logits).sum())), abs=1e-4)
+    assert entries[0].token_id == 11
+    assert entries[0].sampled_logprob == 0
+    assert np.argmax(logits) in entries[0].top
+
+
+def test_a_config_with_functions_is_compared_hashed_and_shown():
+    config = EngineConfig(**SMALL, logits_processor=counting_up, policy=last_first)
+    assert config == dataclasses.replace(config)
+    assert hash(config) == hash(dataclasses.replace(config))
+    assert "counting_up" in repr(config)
+    assert EngineConfig(policy=splitfuse).policy == "splitfuse"
+
+
+def last_first(running, waiting, *, limits, blocks, cached_prefix, pace=None):
+    return splitfuse(running, waiting[::-1], limits=limits, blocks=blocks, cached_prefix=cached_prefix)._replace(bypassed=[])
+
+
+def test_an_engine_runs_a_policy_of_ones_own_to_the_same_tokens():
+    params, model = tiny_model()
+    engine = Engine(params, model, EngineConfig(**{**SMALL, "max_num_seqs": 1}, policy=last_first))
+    order = []
+    ids = [engine.add(prompt, greedy(4)) for prompt in PROMPTS]
+    outputs: dict[str, list] = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+            order += [output.request_id] if output.finished else []
+    assert order == ids[::-1]
+    built_in = engine_with(None)
+    for request_id, prompt in zip(ids, PROMPTS, strict=True):
+        again = built_in.add(prompt, greedy(4))
+        assert tokens_of(outputs[request_id]) == tokens_of(drain(built_in)[again])
+
+
+@pytest.mark.parametrize(("processor", "message"), [
+    ("relu", "logits_processor is 'relu'; give a function f"),
+    (lambda logits: logits, "cannot be compiled: TypeError: .*takes 1 positional argument but 2 were given"),
+    (lambda logits, rows: logits[:, 1:], r"makes float32\[3, 95\] of float32\[3, 96\]"),
+    (lambda logits, rows: logits.astype(jnp.bfloat16), r"makes bfloat16\[3, 96\] of float32"),
+    (lambda logits, rows: (logits, rows), "makes tuple of"),
+    (lambda logits, rows: logits if logits[0, 0] > 0 else -logits, "cannot be compiled: TracerBoolConversionError"),
+    (lambda logits, rows: np.asarray(logits), "cannot be compiled: TracerArrayConversionError"),
+    (lambda logits, rows: None, "makes NoneType of"),
+])
+def test_what_is_no_processor_is_refused_before_anything_is_loaded(processor, message):
+    with pytest.raises(ValueError, match=message):
+        engine_with(processor)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"policy": lambda running, waiting: None}, "cannot be called as `Policy` is"),
+    ({"policy": 3}, "policy is 3; choose one of"),
+    ({"policy": last_first, "promised_prompt_rate": 1.0}, "give both promises"),
+    ({"policy": last_first, "promise_grace": 1.0}, "makes no promise"),
+])
+def test_what_is_no_policy_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**options)

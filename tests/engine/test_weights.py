@@ -1,0 +1,137 @@
+"""Weights that are replaced in an engine, and prefixes that are forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastgen_jax import Engine, EngineConfig
+from fastgen_jax.engine.weights import prepare_params
+from fastgen_jax.models.params import init_params, stack
+from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
+
+SMALL = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 64}
+PROMPT = np.random.default_rng(5).integers(3, 96, 21).tolist()
+
+
+def answer(engine: Engine) -> list[int]:
+    request_id = engine.add(PROMPT, greedy(8))
+    return tokens_of(drain(engine)[request_id])
+
+
+def other_weights(model: Any, **options: Any) -> Any:
+    return init_params(model, jax.random.key(1), **options)
+
+
+@pytest.mark.parametrize(("variant", "options"), [
+    ("default", {}), ("multi_head_tied", {"stack_layers": True, "quantize": "int8"}),
+])
+def test_new_weights_give_the_answers_of_an_engine_that_began_with_them(variant, options):
+    params, model = tiny_model(variant)
+    engine = Engine(params, model, EngineConfig(**SMALL, **options))
+    new = other_weights(model)
+    want = Engine(new, model, EngineConfig(**SMALL, **options))
+    programs = dict(engine._runner._compiled)
+    old_answer, new_answer = answer(engine), answer(want)
+    assert old_answer != new_answer
+    engine.params = new
+    assert answer(engine) == new_answer, "and no prefix of the old weights was found"
+    engine.params = jax.tree.map(np.asarray, other_weights(model, stack_layers=False))
+    assert answer(engine) == new_answer
+    engine.params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    engine.params = params
+    assert answer(engine) == old_answer
+    engine.params = want.params
+    assert answer(engine) == new_answer
+    assert engine._runner._compiled == programs
+    assert engine.metrics.compiles_while_serving == 0
+
+
+def without(params: Any, *path: Any) -> Any:
+    key, *rest = path
+    if rest:
+        return {**params, key: without(params[key], *rest)}
+    return {name: leaf for name, leaf in params.items() if name != key}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda p, m: None, "params must be a dict whose 'layers'"),
+    (lambda p, m: without(p, "layers"), "params must be a dict whose 'layers'"),
+    (lambda p, m: {**p, "layers": ()}, r"a tuple of \d dicts"),
+    (lambda p, m: without(p, "final_norm"), r"params\['final_norm'\] \[\d+\] is missing"),
+    (lambda p, m: without(p, "layers", "qkv"), r"params\['layers'\]\['qkv'\] \[.*\] is missing"),
+    (lambda p, m: {**p, "bias": p["final_norm"]}, r"params\['bias'\] is none of the weights of this model"),
+    (lambda p, m: {**p, "embed": p["embed"].T}, r"params\['embed'\] has shape .* but this model has"),
+    (lambda p, m: {**p, "embed": "x"}, r"params\['embed'\] is a str, but must be an array"),
+    (lambda p, m: {**p, "embed": p["embed"].astype(jnp.int32)}, r"params\['embed'\] has dtype int32"),
+    (lambda p, m: jax.eval_shape(lambda: p), r"is a ShapeDtypeStruct, but must be an array"),
+])
+def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(change, message):
+    engine = tiny_engine()
+    _, model = tiny_model()
+    before, old = answer(engine), engine.params
+    with pytest.raises(ValueError, match=message):
+        engine.params = change(other_weights(model), model)
+    assert engine.params is old
+    assert answer(engine) == before
+
+
+def test_weights_that_were_prepared_for_another_config_are_refused():
+    engine = tiny_engine()
+    params, model = tiny_model()
+    other = Engine(params, model, EngineConfig(**SMALL, quantize="int8"))
+    with pytest.raises(ValueError, match=r"is int8.* but the engine computes with float32.*give plain weights"):
+        engine.params = other.params
+    stacked = {**engine.params, "layers": stack(tiny_model()[0]["layers"])}
+    engine.params = stacked
+    assert engine.params["layers"][0].keys() == engine._runner.params["layers"][0].keys()
+    engine.params = prepare_params(params, model, engine.config)
+
+
+def test_weights_are_not_replaced_under_requests_or_sequences():
+    engine = tiny_engine()
+    params, _ = tiny_model()
+    engine.add(PROMPT, greedy(4), request_id="running")
+    engine.step()
+    with pytest.raises(ValueError, match="the engine has 1 requests and 0 sequences of put; weights can be replaced while"):
+        engine.params = params
+    drain(engine)
+    engine.put(["a"], [[5, 6]])
+    with pytest.raises(ValueError, match="0 requests and 1 sequences of put"):
+        engine.params = params
+    engine.flush("a")
+    engine.params = params
+
+
+def cached(engine: Engine) -> int:
+    request_id = engine.add(PROMPT, greedy(2))
+    return drain(engine)[request_id][-1].num_cached_tokens
+
+
+def test_a_reset_of_the_prefix_cache_is_seen_by_new_requests_and_not_by_running_ones():
+    engine = tiny_engine()
+    engine.reset_prefix_cache()
+    alone = answer(engine)
+    assert cached(engine) == 20
+    engine.reset_prefix_cache()
+    assert cached(engine) == 0
+    engine.add(PROMPT, greedy(8), request_id="running")
+    outputs = engine.step() + engine.step() + engine.step()
+    engine.reset_prefix_cache()
+    outputs += drain(engine)["running"]
+    assert tokens_of(outputs) == alone
+    assert outputs[-1].num_cached_tokens == 20
+    assert cached(engine) == 0
+    engine.scheduler.check_integrity()
+
+
+def test_a_measured_step_leaves_no_prefix_that_it_has_overwritten():
+    engine = tiny_engine()
+    before = answer(engine)
+    engine.measure_step(8)
+    assert cached(engine) == 0
+    assert answer(engine) == before

@@ -1,0 +1,115 @@
+"""Policies from outside: what is accepted, and that no plan is carried out that the books could not bear."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from fastgen_jax.scheduling import Admission, Chunk, Draft, Scheduler, StepPlan, orca, prompts_first, splitfuse
+from tests.scheduling.fake_device import drive, make_request, naive_tokens
+from tests.scheduling.test_properties import ANY_WORKLOAD, Workload, workloads
+
+SIZES = {"num_blocks": 24, "block_size": 4, "token_budget": 16, "max_num_seqs": 4, "max_context_len": 64,
+         "max_sample_rows": 4}
+
+
+def last_come_first_served(running, waiting, *, limits, blocks, cached_prefix, pace=None):
+    draft = Draft(running, waiting[::-1], limits, blocks, cached_prefix)
+    draft.generate()
+    draft.continue_prompts()
+    draft.admit(whole=False)
+    return draft.finish()._replace(bypassed=[])
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("policy", [splitfuse, prompts_first, orca])
+@given(workload=workloads())
+@ANY_WORKLOAD
+def test_every_plan_of_a_built_in_policy_passes_the_check(policy: Any, depth: int, workload: Workload) -> None:
+    scheduler = Scheduler(**workload.arguments, policy=partial(policy))
+    run = drive(scheduler, workload.arrivals, depth=depth, aborts=workload.aborts)
+    for request in workload.requests:
+        sequence = run.sequences[request.request_id]
+        assert sequence.finish_reason == "abort" or sequence.output_token_ids == naive_tokens(
+            request, scheduler.max_context_len)
+
+
+def test_a_policy_of_ones_own_decides_who_runs() -> None:
+    scheduler = Scheduler(**SIZES, policy=last_come_first_served, prefix_caching=False)
+    sequences = [scheduler.add(make_request(name, range(16), 1)) for name in "abc"]
+    order = []
+    for _ in range(3):
+        step = scheduler.schedule()
+        assert step is not None
+        order += [chunk.sequence for chunk in step.chunks]
+        scheduler.commit(step, [0])
+    assert order == sequences[::-1]
+
+
+def test_a_built_in_policy_is_the_same_by_name_and_as_a_function() -> None:
+    assert Scheduler(**SIZES, policy=orca)._policy is Scheduler(**SIZES, policy="orca")._policy
+
+
+@pytest.mark.parametrize(("policy", "message"), [
+    (lambda running, waiting: None, "cannot be called as `Policy` is: got an unexpected keyword argument 'limits'"),
+    (lambda running, waiting, *, limits, blocks, cached_prefix: None, "unexpected keyword argument 'pace'"),
+    (17, "policy is 17; choose one of 'splitfuse'"),
+    (None, "policy is None"),
+])
+def test_what_cannot_be_called_as_a_policy_is_refused(policy: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Scheduler(**SIZES, policy=policy)
+
+
+def plan_of(**parts: Any) -> StepPlan:
+    return StepPlan([], [], [], [], [])._replace(**parts)
+
+
+def chunk(sequence: Any, **changes: Any) -> Chunk:
+    return Chunk(sequence, 0, 8, 1, True)._replace(**changes)
+
+
+@pytest.mark.parametrize(("plan", "message"), [
+    (lambda a, b: None, "returned NoneType, not a StepPlan"),
+    (lambda a, b: plan_of(chunks=[chunk(a)]), "does not run in this step"),
+    (lambda a, b: plan_of(admissions=[Admission(a, [])]), "admitted without a chunk"),
+    (lambda a, b: plan_of(chunks=[chunk(a), chunk(a)], admissions=[Admission(a, [])]), "has another chunk"),
+    (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, []), Admission(a, [])]), "one twice"),
+    (lambda a, b: plan_of(chunks=[chunk(a, start=4, length=4)], admissions=[Admission(a, [])]), r"must begin at 0"),
+    (lambda a, b: plan_of(chunks=[chunk(a, length=9)], admissions=[Admission(a, [])]), r"is \[0, 9\)"),
+    (lambda a, b: plan_of(chunks=[chunk(a, length=0)], admissions=[Admission(a, [])]), r"is \[0, 0\)"),
+    (lambda a, b: plan_of(chunks=[chunk(a, num_sample_rows=0)], admissions=[Admission(a, [])]), "num_sample_rows=0"),
+    (lambda a, b: plan_of(chunks=[chunk(a, length=4)], admissions=[Admission(a, [])]), "must have 0 and False"),
+    (lambda a, b: plan_of(preempted=[a]), "preempted names a sequence that does not run"),
+    (lambda a, b: plan_of(refused=[a, a]), "refused names"),
+    (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, [])], bypassed=[a]), "bypassed names"),
+    (lambda a, b: plan_of(chunks=[chunk(b, length=40)], admissions=[Admission(b, [])]), "has 40 tokens and 1 logit rows"),
+])
+def test_a_plan_that_cannot_be_run_is_refused_with_its_fault_and_changes_nothing(plan: Any, message: str) -> None:
+    sequences: list[Any] = []
+
+    def policy(running, waiting, *, limits, blocks, cached_prefix, pace=None):
+        return plan(*sequences)
+
+    scheduler = Scheduler(**SIZES, policy=policy)
+    sequences += [scheduler.add(make_request("a", range(8), 4)), scheduler.add(make_request("b", range(40), 4))]
+    with pytest.raises(RuntimeError, match=message):
+        scheduler.schedule()
+    scheduler.check_integrity()
+    assert scheduler.num_waiting == 2
+    assert scheduler.num_free_blocks == SIZES["num_blocks"]
+
+
+def test_a_plan_that_needs_more_blocks_than_are_free_is_refused() -> None:
+    def greedy(running, waiting, *, limits, blocks, cached_prefix, pace=None):
+        return plan_of(chunks=[chunk(s) for s in waiting], admissions=[Admission(s, []) for s in waiting])
+
+    scheduler = Scheduler(**{**SIZES, "num_blocks": 4}, policy=greedy)
+    scheduler.borrow_blocks(1)
+    for name in "ab":
+        scheduler.add(make_request(name, range(8), 4))
+    with pytest.raises(RuntimeError, match="needs 1 KV blocks more than are free"):
+        scheduler.schedule()
