@@ -17,7 +17,6 @@ import numpy as np
 from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
 from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
-from fastgen_jax.core.progress import shown
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
 
@@ -63,6 +62,8 @@ def load_params(
     snapshot gives `Int8Weight`s instead of matrices. Weights come one after another, so that the host never holds more
     than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
     """
+    from fastgen_jax.core.progress import shown  # `core` needs JAX, and looking at a checkpoint does not
+
     weights = list(_weights(checkpoint))
     check_tensors(checkpoint)
     make = prepare or functools.partial(_plain, dtype=dtype)

@@ -56,7 +56,7 @@ class EngineConfig:
     prefix_caching: bool = True
     """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
     policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = "splitfuse"
-    """How a step is filled; sla keeps the two promises below. In Python also a function of your own."""
+    """How a step is filled; sla keeps the two promises below. In Python also a function."""
     promised_prompt_rate: float | None = None
     """Policy sla: a first token is due after the prompt's tokens over this, tokens a second; what cannot be is refused."""
     promised_generation_rate: float | None = None
@@ -93,10 +93,10 @@ class EngineConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
+        object.__setattr__(self, "generation_config", generation.parse_setting(self.generation_config))
         object.__setattr__(self, "policy", checked_policy(self.policy))
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise ValueError(f"logits_processor is {self.logits_processor!r}; give a function f(logits, rows) or nothing")
-        object.__setattr__(self, "generation_config", generation.parse_setting(self.generation_config))
         promises = (self.promised_prompt_rate, self.promised_generation_rate)
         gives = [promise is not None for promise in promises]  # a function may need a promise or not
         if gives[0] != gives[1] or (isinstance(self.policy, str) and gives[0] != (self.policy in NEED_PROMISE)):

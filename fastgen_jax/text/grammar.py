@@ -31,11 +31,11 @@ class Grammar:
 
 
 class GrammarMatcher:
-    """How far a text has come in its grammar. `make` gives llguidance's matcher at the start of it."""
+    """How far a text has come in its grammar. `make` gives another of llguidance's matchers at the start of it."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, matcher: Any, make: Callable[[], Any]) -> None:
+        self._matcher = matcher
         self._make = make
-        self._matcher = make()
         self.error: str | None = None
         """Why the grammar could not be followed any further, for example because it became too complex."""
 
@@ -44,16 +44,9 @@ class GrammarMatcher:
         """Whether the text is one of the grammar and nothing can follow."""
         return self.error is None and self._matcher.is_stopped()
 
-    @property
-    def defect(self) -> str | None:
-        """Why no text can be of the grammar, or no token can follow the text so far; None if one can."""
-        if not self._matcher.is_error():
-            self._matcher.compute_logit_bias()  # finds out whether there is a next token at all
-        return _reason(self._matcher) if self._matcher.is_error() else None
-
     def restarted(self) -> GrammarMatcher:
         """A matcher at the start of the same grammar."""
-        return GrammarMatcher(self._make)
+        return GrammarMatcher(self._make(), self._make)
 
     def fill_mask(self, words: np.ndarray) -> None:
         """Writes into `words` i32[ceil(V / 32)], contiguous, a 1 for each token that may come next."""
@@ -91,20 +84,23 @@ class GrammarCompiler:
         """A matcher at the start of `grammar`; ValueError if it is malformed or has a feature that is not supported."""
         library = _library()
         matchers = library.LLMatcher
-        make = {
+        read = {
             "json_schema": lambda source: matchers.grammar_from_json_schema(source, defaults=_JSON_LAYOUT),
             "regex": matchers.grammar_from_regex,
             "lark": matchers.grammar_from_lark,
         }[grammar.kind]
         kind = grammar.kind.replace("_", " ")
         try:
-            source = make(grammar.source)
+            source = read(grammar.source)
         except ValueError as error:
             raise ValueError(f"the {kind} cannot be used: {error}; simplify it") from None
-        matcher = GrammarMatcher(partial(matchers, self._vocabulary(library), source, log_level=0))
-        if (defect := matcher.defect) is not None:
-            raise ValueError(f"the {kind} cannot be used: {defect}")
-        return matcher
+        make = partial(matchers, self._vocabulary(library), source, log_level=0)
+        matcher = make()
+        if not matcher.is_error():
+            matcher.compute_logit_bias()  # finds out whether there is a first token at all
+        if matcher.is_error():
+            raise ValueError(f"the {kind} cannot be used: {_reason(matcher)}")
+        return GrammarMatcher(matcher, make)
 
     def _vocabulary(self, library: Any) -> Any:
         with self._lock:
