@@ -10,7 +10,7 @@ import pytest
 
 from fastgen_jax import Engine, EngineConfig, SamplingParams
 from fastgen_jax.scheduling import splitfuse
-from tests.tiny import drain, greedy, tiny_model, tokens_of
+from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
 
 SMALL = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 64}
 PROMPTS = [np.random.default_rng(size).integers(3, 96, size).tolist() for size in (1, 5, 21)]
@@ -92,7 +92,7 @@ def test_an_engine_runs_a_policy_of_ones_own_to_the_same_tokens():
             outputs.setdefault(output.request_id, []).append(output)
             order += [output.request_id] if output.finished else []
     assert order == ids[::-1]
-    built_in = engine_with(None)
+    built_in = tiny_engine()
     for request_id, prompt in zip(ids, PROMPTS, strict=True):
         again = built_in.add(prompt, greedy(4))
         assert tokens_of(outputs[request_id]) == tokens_of(drain(built_in)[again])
