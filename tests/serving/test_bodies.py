@@ -94,7 +94,7 @@ def test_a_bomb_is_not_unpacked(encoding):
     ("deflate", b"\xff\xff", 400, "invalid_content_encoding"),
     ("zstd", BODY, 415, "unsupported_content_encoding"),
     ("gzip, gzip", gzip.compress(gzip.compress(BODY)), 415, "unsupported_content_encoding"),
-])
+], ids=["cut off", "not packed", "followed by more", "no zlib", "unknown", "twice"])
 def test_a_damaged_or_unknown_packing_is_refused(encoding, data, status, code):
     response = post(data, {"content-encoding": encoding, "content-type": "application/json"})
     assert (response.status_code, error(response)["code"]) == (status, code)
