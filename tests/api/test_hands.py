@@ -29,9 +29,14 @@ PATIENCE = 60.0  # seconds: by then it hangs
 
 
 @pytest.fixture(scope="module")
-def hands() -> Iterator[Hands]:
+def shared() -> Iterator[Pipeline]:
     with fastgen_jax.pipeline("sotu-1m", progress=False, **ENGINE) as pipe:
-        yield Hands(pipe)
+        yield pipe
+
+
+@pytest.fixture(params=["greedy", "sampled"])
+def hands(shared, request) -> Hands:
+    return Hands(shared, sampled=request.param == "sampled")
 
 
 @pytest.fixture
