@@ -93,8 +93,6 @@ def test_two_hundred_interrupts_and_four_hundred_uses_in_eight_threads(hands):
     assert not hands.wrong
 
 
-# An exception in a destructor has nowhere to go: CPython reports it, and what was to be ended runs on unread.
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*__del__:pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_point_of_a_call_leaves_the_pipeline_usable(pipe):
     (expected,) = pipe([5, 6, 7], **OPTIONS)
     points = Points()
