@@ -84,7 +84,7 @@ held[::4096] = b"x" * len(held[::4096])
 system = memory.available
 memory.available = lambda: int(system() * float(sys.argv[1]))
 import fastgen_jax
-pipe = fastgen_jax.pipeline("sotu-1m")
+pipe = fastgen_jax.pipeline("sotu-1m", **json.loads(sys.argv[3]))
 config = pipe.engine.config
 print(json.dumps({"available": memory.available(), "num_blocks": config.num_blocks, "ladder": config.budget_ladder,
     "text": pipe("The state of", max_new_tokens=5, do_sample=False)[0].generated_text,
@@ -99,11 +99,15 @@ def stranger(program: str, *arguments: object, **environment: str) -> subprocess
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
-def test_of_two_default_starts_with_other_memory_free_the_second_compiles_nothing(tmp_path) -> None:
+@pytest.mark.parametrize("options", [
+    pytest.param({"token_budget": 16, "budget_ladder": []}, id="one program"),
+    pytest.param({}, id="all defaults", marks=pytest.mark.slow),
+])
+def test_of_two_starts_with_other_memory_free_the_second_compiles_nothing(tmp_path, options) -> None:
     share = 200e6 / memory.available()
     runs = []
     for factor, megabytes in ((1.0, 0), (0.8, 200)):
-        done = stranger(STRANGER, factor * share, megabytes, FASTGEN_CACHE_DIR=str(tmp_path))
+        done = stranger(STRANGER, factor * share, megabytes, json.dumps(options), FASTGEN_CACHE_DIR=str(tmp_path))
         assert done.returncode == 0, done.stderr
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     first, second = runs
