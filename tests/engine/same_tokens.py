@@ -103,7 +103,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def make(**settings: Any) -> Engine:
-        settings = {"num_blocks": 400, "block_size": 16, "max_num_seqs": 16, "max_context_len": 128, **settings}
+        settings = {"num_blocks": 400, "block_size": 4, "max_num_seqs": 16, "max_context_len": 128, **settings}
         return Engine.from_pretrained(options.model, **settings)
 
     found = different(make, options.seeds)
