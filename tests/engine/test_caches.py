@@ -233,6 +233,7 @@ def test_a_read_only_folder_is_read_and_what_it_lacks_is_compiled(fresh, read_on
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_step_sizes_are_measured_once_and_again_on_request_or_when_the_file_is_damaged(fresh, monkeypatch, caplog) -> None:
     measured: list[int] = []
     measure = Runner.measure

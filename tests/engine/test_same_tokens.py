@@ -16,7 +16,7 @@ def make(**settings):
 
 
 def test_company_scoring_preemption_and_the_shape_of_the_program_do_not_change_a_bit() -> None:
-    found = different(make, 60, ["small programs", "odd sizes, preempted"])
+    found = different(make, 30, ["small programs", "odd sizes, preempted"])
     assert found == dict.fromkeys(found, 0)
 
 

@@ -37,7 +37,7 @@ def listening(answer: bytes) -> Iterator[str]:
                 while True:
                     connection, _ = listener.accept()
                     with connection:
-                        connection.recv(65536)
+                        read_request(connection)  # all of it: closing before would reset the connection
                         connection.sendall(answer)
 
         thread = threading.Thread(target=serve)
@@ -45,6 +45,16 @@ def listening(answer: bytes) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
+
+
+def read_request(connection: socket.socket) -> None:
+    """Reads the head of a request and as much body as it announces."""
+    with connection.makefile("rb") as stream:
+        length = 0
+        while (line := stream.readline()).strip():
+            name, _, value = line.partition(b":")
+            length = int(value) if name.lower() == b"content-length" else length
+        stream.read(length)
 
 
 def closed_url() -> str:
