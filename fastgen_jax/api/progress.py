@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -10,6 +9,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from fastgen_jax.core.progress import is_watched
 from fastgen_jax.engine.outputs import RequestOutput
 
 BEAT_SECONDS = 0.5  # between two looks at the clock while a long prompt is read
@@ -62,10 +62,3 @@ class Progress:
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
             self._bar.refresh()
-
-
-def is_watched() -> bool:
-    """Whether standard error goes to a terminal or a notebook."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return (shell is not None and "IPKernelApp" in shell.config) or (sys.stderr is not None and sys.stderr.isatty())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,9 +15,10 @@ LOG_SECONDS = 5.0  # between two lines of one task
 def shown(log: logging.Logger, task: str, *, total: int, unit: str, bar: bool) -> Iterator[Callable[[], object]]:
     """Gives what is to be called as each of the `total` units is done.
 
-    With `bar`, a bar on stderr. Otherwise lines of level INFO: one at the beginning, one every few seconds, one at the end.
+    With `bar`, a bar on stderr if somebody looks on there. Otherwise lines of level INFO: one at the beginning, one every
+    few seconds, one at the end.
     """
-    if bar:
+    if bar and is_watched():
         from tqdm import tqdm
 
         with tqdm(total=total, desc=task, unit=unit) as shown_bar:
@@ -36,3 +38,10 @@ def shown(log: logging.Logger, task: str, *, total: int, unit: str, bar: bool) -
     log.info("%s: %d %ss", task, total, unit)
     yield advance
     log.info("%s: done in %.1f s", task, time.monotonic() - start)
+
+
+def is_watched() -> bool:
+    """Whether standard error goes to a terminal or a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return (shell is not None and "IPKernelApp" in shell.config) or (sys.stderr is not None and sys.stderr.isatty())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import threading
 import types
@@ -12,6 +13,7 @@ import pytest
 from fastgen_jax import Pipeline, RequestOutput
 from fastgen_jax.api import progress
 from fastgen_jax.api.progress import Progress
+from fastgen_jax.core.progress import shown
 from tests.tiny import tiny_engine
 
 
@@ -75,3 +77,11 @@ def test_a_notebook_is_watched_though_its_standard_error_is_no_terminal(monkeypa
     assert progress.is_watched()
     shell.config = {}  # IPython in a terminal whose standard error goes elsewhere
     assert not progress.is_watched()
+
+
+def test_what_takes_long_at_the_start_draws_no_bar_into_a_file(capsys, caplog):
+    with caplog.at_level(logging.INFO), shown(logging.getLogger("fastgen_jax"), "loading", total=2, unit="weight",
+                                              bar=True) as advance:
+        advance()
+    assert capsys.readouterr().err == ""
+    assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == ["loading: 2 weights", "loading: done"]
