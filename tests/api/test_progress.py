@@ -13,7 +13,7 @@ import pytest
 from fastgen_jax import Pipeline, RequestOutput
 from fastgen_jax.api import progress
 from fastgen_jax.api.progress import Progress
-from fastgen_jax.core.progress import shown
+from fastgen_jax.core import progress as long_tasks
 from tests.tiny import tiny_engine
 
 
@@ -80,7 +80,7 @@ def test_a_notebook_is_watched_though_its_standard_error_is_no_terminal(monkeypa
 
 
 def test_what_takes_long_at_the_start_draws_no_bar_into_a_file(capsys, caplog):
-    with caplog.at_level(logging.INFO), shown(logging.getLogger("fastgen_jax"), "loading", total=2, unit="weight",
+    with caplog.at_level(logging.INFO), long_tasks.shown(logging.getLogger("fastgen_jax"), "loading", total=2, unit="weight",
                                               bar=True) as advance:
         advance()
     assert capsys.readouterr().err == ""
