@@ -68,6 +68,7 @@ def test_vector_exp_of_extremes_is_zero_or_huge_and_nan_stays():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_several_processes_build_one_library(tmp_path: Path):
     processes = [_load_in_a_process(tmp_path) for _ in range(3)]
     assert [process.communicate()[0].strip() for process in processes] == ["True"] * 3
