@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fastgen_jax.checkpoint import load_params, open_checkpoint
+from fastgen_jax.core import progress
 from fastgen_jax.models.params import param_specs
 from tests.checkpoint.tiny_files import write_gguf, write_hf
 
@@ -123,7 +124,8 @@ def test_a_tied_checkpoint_may_repeat_the_embedding_but_not_contradict_it(tmp_pa
         load_params(open_checkpoint(tmp_path / "other"), dtype=jnp.float32)
 
 
-def test_progress_shows_a_bar_only_when_asked(tmp_path, capsys):
+def test_progress_shows_a_bar_only_when_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
     write_hf(tmp_path)
     load_params(open_checkpoint(tmp_path), dtype=jnp.float32, progress=False)
     assert capsys.readouterr().err == ""

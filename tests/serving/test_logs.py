@@ -141,6 +141,7 @@ def test_a_long_task_is_told_in_the_log_from_its_first_moment_on(caplog, monkeyp
 
 
 def test_where_a_bar_is_shown_the_log_says_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
     monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
     with caplog.at_level(logging.INFO, "fastgen_jax"), progress.shown(
             logging.getLogger("fastgen_jax.x"), "loading", total=1, unit="weight", bar=True) as advance:
