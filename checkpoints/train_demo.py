@@ -32,10 +32,22 @@ from fastgen_jax.models.params import Params, init_params
 
 CONTEXT = 512  # tokens of a training window, and the model's limit
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 2048, "hidden_size": 128,
-    "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-    "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 HELD_OUT = 25  # every so many speeches, one is kept for validation
 PEAK_RATE = 3e-3
@@ -54,9 +66,7 @@ def main() -> None:
     train_texts = [text for i, text in enumerate(speeches) if i % HELD_OUT]
     tokenizer = train_tokenizer(train_texts)
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
-    train, held_out = (
-        tokenize(texts, processor) for texts in (train_texts, speeches[::HELD_OUT])
-    )
+    train, held_out = (tokenize(texts, processor) for texts in (train_texts, speeches[::HELD_OUT]))
     config = family_of("LlamaForCausalLM").config_from_hf(CONFIG)
     print(f"{config.num_params:,} parameters; {len(train):,} tokens to train on, {len(held_out):,} held out", flush=True)
     params = train_model(config, train, held_out, steps=args.steps, batch=args.batch, curve=args.curve)
@@ -77,9 +87,18 @@ def train_tokenizer(texts: list[str]) -> bytes:
     out = io.BytesIO()
     lines = (line for text in texts for line in text.split("\n") if line)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=out, vocab_size=CONFIG["vocab_size"], model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, num_threads=1,
-        max_sentence_length=16384, character_coverage=0.9995, minloglevel=2,
+        sentence_iterator=lines,
+        model_writer=out,
+        vocab_size=CONFIG["vocab_size"],
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        num_threads=1,
+        max_sentence_length=16384,
+        character_coverage=0.9995,
+        minloglevel=2,
     )
     return out.getvalue()
 
@@ -117,8 +136,13 @@ def train_model(
         params, state, loss = step(params, state, jnp.asarray(windows))
         recent.append(loss)
         if i == 1 or i % 80 == 0 or i == steps:
-            row = (i, i * batch * CONTEXT, float(np.mean(recent)), float(evaluate(params, validation)),
-                   time.perf_counter() - start)
+            row = (
+                i,
+                i * batch * CONTEXT,
+                float(np.mean(recent)),
+                float(evaluate(params, validation)),
+                time.perf_counter() - start,
+            )
             rows.append(tuple(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row))
             recent = []
             print("  ".join(rows[-1]), flush=True)

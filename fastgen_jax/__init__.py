@@ -57,9 +57,25 @@ _HOMES = {
     "SamplingParams": "fastgen_jax.scheduling",
 }
 __all__ = [
-    "AsyncClient", "AsyncEngine", "Client", "ClosedError", "Engine", "EngineConfig", "Pipeline", "QueueFullError",
-    "RequestFailedError", "RequestOutput", "Response", "SamplingParams", "ServerError", "TokenLogprob", "__version__",
-    "async_client", "client", "pipeline", "serve",
+    "AsyncClient",
+    "AsyncEngine",
+    "Client",
+    "ClosedError",
+    "Engine",
+    "EngineConfig",
+    "Pipeline",
+    "QueueFullError",
+    "RequestFailedError",
+    "RequestOutput",
+    "Response",
+    "SamplingParams",
+    "ServerError",
+    "TokenLogprob",
+    "__version__",
+    "async_client",
+    "client",
+    "pipeline",
+    "serve",
 ]
 
 

@@ -26,9 +26,7 @@ class Folder:
 
 
 @functools.cache
-def settle(
-    wanted: Path, contents: str, *, variable: str, reading: bool = True, private: bool = False
-) -> Folder | None:
+def settle(wanted: Path, contents: str, *, variable: str, reading: bool = True, private: bool = False) -> Folder | None:
     """The folder for `contents`: `wanted`, made if need be, or what comes next best where it cannot be written.
 
     With `reading` that is `wanted` itself if it exists, to be read only; else a folder of this user alone among the

@@ -37,8 +37,7 @@ def tiny_engine(variant: str = "default", **options: Any) -> Engine:
 
     Engines are kept, because compiling one takes longer than most tests; a test leaves its engine idle.
     """
-    settings = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64,
-                **options}
+    settings = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64, **options}
     engine = _tiny_engine(variant, tuple(sorted(settings.items())))
     assert not engine.has_work, "another test left requests behind"
     return engine

@@ -170,7 +170,11 @@ class AsyncEngine:
         return not self._thread.has_ended and not self._closed
 
     def submit(
-        self, request: Request, *, grammar: Grammar | None = None, matcher: GrammarMatcher | None = None,
+        self,
+        request: Request,
+        *,
+        grammar: Grammar | None = None,
+        matcher: GrammarMatcher | None = None,
         deadline: float | None = None,
     ) -> Stream:
         """The stream of a checked request (`intake.request`).

@@ -39,9 +39,7 @@ class NoAnswerError(ServerError):
         super().__init__(message, status=503)
 
 
-def http_settings(
-    deployment: Deployment, *, api_key: str | None = None, timeout: float | None = None
-) -> dict[str, Any]:
+def http_settings(deployment: Deployment, *, api_key: str | None = None, timeout: float | None = None) -> dict[str, Any]:
     """Arguments of an httpx client for a deployment; `timeout` is in seconds for each answer or piece of one."""
     import httpx
 
@@ -58,14 +56,20 @@ def explain(deployment: Deployment) -> str:
     """Why nobody answers for a deployment, as far as can be told, and what to do."""
     who = f"deployment {deployment.name!r}"
     if deployment.is_alive:
-        return (f"the process of {who} ({deployment.pid}) is there but does not answer at {deployment.url}: it may be "
-                f"ending, or hang{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`")
+        return (
+            f"the process of {who} ({deployment.pid}) is there but does not answer at {deployment.url}: it may be "
+            f"ending, or hang{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`"
+        )
     now = next((d for d in deployments() if d.name == deployment.name), None)
     if now is not None:
-        return (f"{who} was started again, as process {now.pid} at {now.url}; ask for a new client: "
-                f"fastgen_jax.client({deployment.name!r})")
-    return (f"{who} has ended (process {deployment.pid}, {deployment.url}){_log_of(deployment)}; start it again with "
-            f"`fastgen serve {deployment.model} --deployment-name {deployment.name}`")
+        return (
+            f"{who} was started again, as process {now.pid} at {now.url}; ask for a new client: "
+            f"fastgen_jax.client({deployment.name!r})"
+        )
+    return (
+        f"{who} has ended (process {deployment.pid}, {deployment.url}){_log_of(deployment)}; start it again with "
+        f"`fastgen serve {deployment.model} --deployment-name {deployment.name}`"
+    )
 
 
 def _log_of(deployment: Deployment) -> str:
@@ -82,13 +86,16 @@ def heard(deployment: Deployment) -> Iterator[None]:
     except httpx.TimeoutException as error:
         if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
             raise NoAnswerError(f"no connection to {deployment.url}: {explain(deployment)}") from error
-        raise NoAnswerError(f"deployment {deployment.name!r} sent nothing for longer than the timeout of this client; raise "
-                            f"timeout, or see what it does: fastgen top {deployment.name}") from error
+        raise NoAnswerError(
+            f"deployment {deployment.name!r} sent nothing for longer than the timeout of this client; raise "
+            f"timeout, or see what it does: fastgen top {deployment.name}"
+        ) from error
     except httpx.ConnectError as error:
         raise NoAnswerError(f"no connection to {deployment.url} ({error}): {explain(deployment)}") from error
     except httpx.TransportError as error:
-        raise NoAnswerError(f"the connection broke before the answer was whole ({str(error) or type(error).__name__}): "
-                            f"{explain(deployment)}") from error
+        raise NoAnswerError(
+            f"the connection broke before the answer was whole ({str(error) or type(error).__name__}): {explain(deployment)}"
+        ) from error
 
 
 class _Connection:
@@ -112,20 +119,26 @@ class _Connection:
 
     @staticmethod
     def _response(answer: dict[str, Any]) -> Response:
-        logprobs = {name: tuple(_logprob(entry) for entry in answer[name]) if name in answer else None
-                    for name in ("logprobs", "prompt_logprobs")}
+        logprobs = {
+            name: tuple(_logprob(entry) for entry in answer[name]) if name in answer else None
+            for name in ("logprobs", "prompt_logprobs")
+        }
         return Response(
-            generated_text=answer["generated_text"], prompt_length=answer["prompt_length"],
-            generated_length=answer["generated_length"], finish_reason=answer["finish_reason"],
-            token_ids=tuple(answer["token_ids"]), cached_length=answer["cached_length"], **logprobs,
+            generated_text=answer["generated_text"],
+            prompt_length=answer["prompt_length"],
+            generated_length=answer["generated_length"],
+            finish_reason=answer["finish_reason"],
+            token_ids=tuple(answer["token_ids"]),
+            cached_length=answer["cached_length"],
+            **logprobs,
         )
 
 
 class Client(_Connection):
     """Talks to a deployment; blocks, also inside a notebook whose event loop runs.
 
-        client = fastgen_jax.client("smollm2-135m-instruct")
-        print(client.generate(["DeepSpeed is", "Seattle is"], max_new_tokens=32)[0])
+    client = fastgen_jax.client("smollm2-135m-instruct")
+    print(client.generate(["DeepSpeed is", "Seattle is"], max_new_tokens=32)[0])
     """
 
     def __init__(self, deployment: Deployment, *, api_key: str | None = None, timeout: float | None = None) -> None:
@@ -135,7 +148,10 @@ class Client(_Connection):
         self._http = httpx.Client(**self._settings)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, streaming_fn: Callable[[list[RequestOutput]], object] | None = None,
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        streaming_fn: Callable[[list[RequestOutput]], object] | None = None,
         **options: Any,
     ) -> list[Response]:
         """One response a prompt, in order; options are those of the pipeline (`max_new_tokens`, `temperature`, ...).
@@ -176,9 +192,9 @@ class Client(_Connection):
 class AsyncClient(_Connection):
     """Talks to a deployment from asyncio.
 
-        client = fastgen_jax.async_client("smollm2-135m-instruct")
-        async for output in client.stream("DeepSpeed is", max_new_tokens=32):
-            print(output.text, end="")
+    client = fastgen_jax.async_client("smollm2-135m-instruct")
+    async for output in client.stream("DeepSpeed is", max_new_tokens=32):
+        print(output.text, end="")
     """
 
     def __init__(self, deployment: Deployment, *, api_key: str | None = None, timeout: float | None = None) -> None:
@@ -306,13 +322,20 @@ def _parse(line: str, counts: dict[int, int]) -> tuple[int, RequestOutput] | Non
         raise ServerError(event["error"]["message"], status=500)
     index = event["index"]
     counts[index] = counts.get(index, 0) + len(event["token_ids"])
-    logprobs, prompt_logprobs = (tuple(map(_logprob, event[name])) if name in event else None
-                                 for name in ("logprobs", "prompt_logprobs"))
+    logprobs, prompt_logprobs = (
+        tuple(map(_logprob, event[name])) if name in event else None for name in ("logprobs", "prompt_logprobs")
+    )
     return index, RequestOutput(
-        request_id=str(index), new_token_ids=tuple(event["token_ids"]), text=event["text"],
-        finished=event["finish_reason"] is not None, finish_reason=event["finish_reason"],
-        num_prompt_tokens=event["prompt_length"], num_cached_tokens=event["cached_length"],
-        num_generated_tokens=counts[index], logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+        request_id=str(index),
+        new_token_ids=tuple(event["token_ids"]),
+        text=event["text"],
+        finished=event["finish_reason"] is not None,
+        finish_reason=event["finish_reason"],
+        num_prompt_tokens=event["prompt_length"],
+        num_cached_tokens=event["cached_length"],
+        num_generated_tokens=counts[index],
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

@@ -69,12 +69,16 @@ def find_deployment(name: str) -> Deployment:
         if deployment.name == name:
             return deployment
     if record is not None and record.name == name and not record.is_alive:
-        raise ValueError(f"deployment {name!r} has ended without a word: its process {record.pid} is gone"
-                         f"{f'; its log is {record.log}' if record.log else ''}; start it again with "
-                         f"`fastgen serve {record.model} --deployment-name {name}`")
+        raise ValueError(
+            f"deployment {name!r} has ended without a word: its process {record.pid} is gone"
+            f"{f'; its log is {record.log}' if record.log else ''}; start it again with "
+            f"`fastgen serve {record.model} --deployment-name {name}`"
+        )
     known = ", ".join(d.name for d in deployments()) or "none"
-    raise ValueError(f"no deployment {name!r} runs on this machine (running: {known}); start it with `fastgen serve MODEL "
-                     f"--deployment-name {name}`, or fastgen_jax.serve(model, deployment_name={name!r})")
+    raise ValueError(
+        f"no deployment {name!r} runs on this machine (running: {known}); start it with `fastgen serve MODEL "
+        f"--deployment-name {name}`, or fastgen_jax.serve(model, deployment_name={name!r})"
+    )
 
 
 @contextlib.contextmanager
@@ -116,8 +120,13 @@ def _write_down(deployment: Deployment) -> Path | None:
         finally:
             scratch.unlink(missing_ok=True)
     except OSError as error:
-        log.warning("deployment %r is not written down (%s), so clients find it at %s and not by its name; XDG_STATE_HOME "
-                    "names another folder", deployment.name, error, deployment.url)
+        log.warning(
+            "deployment %r is not written down (%s), so clients find it at %s and not by its name; XDG_STATE_HOME "
+            "names another folder",
+            deployment.name,
+            error,
+            deployment.url,
+        )
         return None
     return path
 
@@ -155,37 +164,52 @@ def start_server(model: str, *, deployment_name: str, options: dict[str, Any], t
         raise ValueError(f"a deployment {name!r} runs already; use fastgen_jax.client({name!r}), or choose another name")
     folder = paths.settle_deployments()
     if folder is None:
-        raise ValueError(f"a server in the background needs a folder for its record and log, and neither "
-                         f"{paths.deployments_dir()} nor the system's temporary folder can be written; name one that can in "
-                         "XDG_STATE_HOME")
+        raise ValueError(
+            f"a server in the background needs a folder for its record and log, and neither "
+            f"{paths.deployments_dir()} nor the system's temporary folder can be written; name one that can in "
+            "XDG_STATE_HOME"
+        )
     folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     log_file = folder.path / f"{name}.log"
     environment = dict(os.environ)
     options = dict(options)
     if options.get("api_key"):  # anybody can read a command line
         environment[SERVER_KEYS_VARIABLE] = ",".join(options.pop("api_key"))
-    command = [sys.executable, "-m", "fastgen_jax.cli", "serve", model, "--deployment-name", name,
-               "--log-file", str(log_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "fastgen_jax.cli",
+        "serve",
+        model,
+        "--deployment-name",
+        name,
+        "--log-file",
+        str(log_file),
+    ]
     for option, value in options.items():
         command += _flags(option, value)
     log_file.write_bytes(b"")
     with log_file.open("ab") as output:
         # In a session of its own, so that it lives on when this process and its terminal end.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise ValueError(f"the server for {model!r} ended with code {process.returncode}; the end of {log_file}:\n"
-                             + _tail(log_file))
+            raise ValueError(
+                f"the server for {model!r} ended with code {process.returncode}; the end of {log_file}:\n" + _tail(log_file)
+            )
         found = next((d for d in deployments() if d.name == name and d.pid == process.pid), None)
         if found is not None and _is_ready(found):
             process.returncode = 0  # it is meant to outlive this object, which would complain
             return found
         time.sleep(POLL_SECONDS)
     process.terminate()
-    raise ValueError(f"the server for {model!r} was not ready after {timeout:g} s; raise timeout, or look into {log_file}:\n"
-                     + _tail(log_file))
+    raise ValueError(
+        f"the server for {model!r} was not ready after {timeout:g} s; raise timeout, or look into {log_file}:\n"
+        + _tail(log_file)
+    )
 
 
 def stop_server(deployment: Deployment, *, timeout: float) -> None:
@@ -201,8 +225,10 @@ def stop_server(deployment: Deployment, *, timeout: float) -> None:
         if not deployment.is_alive:
             return
         if time.monotonic() > end:
-            raise ValueError(f"deployment {deployment.name!r} (process {deployment.pid}) still runs after {timeout:g} s; "
-                             f"its requests may take longer: wait, or kill it")
+            raise ValueError(
+                f"deployment {deployment.name!r} (process {deployment.pid}) still runs after {timeout:g} s; "
+                f"its requests may take longer: wait, or kill it"
+            )
         time.sleep(POLL_SECONDS)
 
 

@@ -217,8 +217,9 @@ class EngineThread:
         engine, old, now = self.engine, self.load, time.monotonic()
         wait = old.wait_seconds if engine.num_waiting else 0.0
         if engine.num_waiting and now >= self._next_estimate:
-            probe = Request(request_id="probe", prompt_token_ids=(0,), params=SamplingParams(max_new_tokens=1),
-                            arrival_time=now, seed=0)
+            probe = Request(
+                request_id="probe", prompt_token_ids=(0,), params=SamplingParams(max_new_tokens=1), arrival_time=now, seed=0
+            )
             wait = engine.scheduler.estimate_wait(probe) * self._step_seconds
             self._next_estimate = now + ESTIMATE_EVERY
         self.load = Load(

@@ -21,16 +21,41 @@ CALL_OPTIONS = ("echo", "params", "progress", "return_full_text", "stream")
 
 # What other programs call the options.
 _OTHER_NAMES = {
-    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "max_gen_len": "max_new_tokens",
-    "max_output_tokens": "max_new_tokens", "n_predict": "max_new_tokens", "num_predict": "max_new_tokens",
-    "max_len": "max_length", "min_tokens": "min_new_tokens", "min_length": "min_new_tokens",
-    "temp": "temperature", "topk": "top_k", "topp": "top_p", "minp": "min_p", "sample": "do_sample", "greedy": "do_sample",
-    "random_seed": "seed", "generator": "seed", "repeat_penalty": "repetition_penalty",
-    "num_return_sequences": "n", "best_of": "n", "num_samples": "n",
-    "stop_sequences": "stop", "stop_strings": "stop", "stopping_criteria": "stop", "stop_words": "stop",
-    "eos_token_id": "stop_token_ids", "stop_ids": "stop_token_ids",
-    "output_scores": "logprobs", "output_logits": "logprobs", "top_logprobs": "logprobs", "return_logprobs": "logprobs",
-    "streaming": "stream", "streamer": "stream", "use_tqdm": "progress", "sampling_params": "params",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "max_gen_len": "max_new_tokens",
+    "max_output_tokens": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "num_predict": "max_new_tokens",
+    "max_len": "max_length",
+    "min_tokens": "min_new_tokens",
+    "min_length": "min_new_tokens",
+    "temp": "temperature",
+    "topk": "top_k",
+    "topp": "top_p",
+    "minp": "min_p",
+    "sample": "do_sample",
+    "greedy": "do_sample",
+    "random_seed": "seed",
+    "generator": "seed",
+    "repeat_penalty": "repetition_penalty",
+    "num_return_sequences": "n",
+    "best_of": "n",
+    "num_samples": "n",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+    "stopping_criteria": "stop",
+    "stop_words": "stop",
+    "eos_token_id": "stop_token_ids",
+    "stop_ids": "stop_token_ids",
+    "output_scores": "logprobs",
+    "output_logits": "logprobs",
+    "top_logprobs": "logprobs",
+    "return_logprobs": "logprobs",
+    "streaming": "stream",
+    "streamer": "stream",
+    "use_tqdm": "progress",
+    "sampling_params": "params",
     "generation_config": "it belongs to the engine: fastgen_jax.pipeline(model, generation_config=...)",
     "num_beams": "beam search is not supported; use n=... samples and their logprobs",
     "no_repeat_ngram_size": "it is not supported; use repetition_penalty or frequency_penalty",
@@ -40,7 +65,7 @@ _OTHER_NAMES = {
     "use_cache": "leave it out: there is always a KV cache",
     "batch_size": "leave it out: the engine batches by itself, see max_num_seqs of fastgen_jax.pipeline",
     "skip_special_tokens": "leave it out: texts come without special tokens, token_ids with them",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +103,15 @@ def asked(intake: Intake, params: SamplingParams | None, options: Mapping[str, A
         new_tokens = intake.default_new_tokens or DEFAULT_NEW_TOKENS
         return Asked(params=intake.sampling_params(options), intake=intake, new_tokens=new_tokens)
     if not isinstance(params, SamplingParams):
-        raise ValueError(f"params is a {type(params).__name__}; give fastgen_jax.SamplingParams, or options by their "
-                         "names: pipe(prompts, max_new_tokens=32)")
+        raise ValueError(
+            f"params is a {type(params).__name__}; give fastgen_jax.SamplingParams, or options by their "
+            "names: pipe(prompts, max_new_tokens=32)"
+        )
     if options:
-        raise ValueError(f"both params and options ({', '.join(sorted(options))}) are given; give one of them: "
-                         "dataclasses.replace(params, ...) changes params")
+        raise ValueError(
+            f"both params and options ({', '.join(sorted(options))}) are given; give one of them: "
+            "dataclasses.replace(params, ...) changes params"
+        )
     return Asked(params=params, intake=intake, new_tokens=None)
 
 
@@ -97,8 +126,9 @@ def _check_names(options: Mapping[str, Any]) -> None:
     engine = {f.name for f in fields(EngineConfig)}
     for name in options:
         if name in engine:
-            raise ValueError(f"{name!r} is an option of the engine, not of a call; give it once: "
-                             f"fastgen_jax.pipeline(model, {name}=...)")
+            raise ValueError(
+                f"{name!r} is an option of the engine, not of a call; give it once: fastgen_jax.pipeline(model, {name}=...)"
+            )
         if name not in known:
             raise unknown_option(name, {*known, *CALL_OPTIONS}, _OTHER_NAMES, kind="generation")
 
@@ -119,12 +149,18 @@ class LimitNotice:
         if num_generated >= asked.intake.room(num_prompt):
             config = asked.intake.config
             name = "num_blocks" if config.num_blocks * config.block_size < config.max_context_len else "max_context_len"
-            self._say(name, f"an answer was cut off: behind a prompt of {num_prompt} tokens there was room for "
-                            f"{num_generated}; give a shorter prompt, or start with a larger {name}")
+            self._say(
+                name,
+                f"an answer was cut off: behind a prompt of {num_prompt} tokens there was room for "
+                f"{num_generated}; give a shorter prompt, or start with a larger {name}",
+            )
         else:
             whose = "the model's generation_config" if asked.intake.default_new_tokens else "the default"
-            self._say("length", f"an answer was cut off after {num_generated} tokens, the limit of {whose}; give "
-                                "max_new_tokens=... for another")
+            self._say(
+                "length",
+                f"an answer was cut off after {num_generated} tokens, the limit of {whose}; give "
+                "max_new_tokens=... for another",
+            )
 
     def _say(self, kind: str, text: str) -> None:
         if kind not in self._said:

@@ -47,8 +47,10 @@ class Response:
     def __repr__(self) -> str:
         text = self.generated_text
         shown = repr(text) if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]!r}..."
-        return (f"Response({shown}, prompt_length={self.prompt_length}, generated_length={self.generated_length}, "
-                f"finish_reason={self.finish_reason!r})")
+        return (
+            f"Response({shown}, prompt_length={self.prompt_length}, generated_length={self.generated_length}, "
+            f"finish_reason={self.finish_reason!r})"
+        )
 
 
 class Pipeline:
@@ -97,7 +99,11 @@ class Pipeline:
 
     @overload
     def __call__(
-        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | None = None, *, stream: Literal[True],
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[True],
         **options: Any,
     ) -> Outputs: ...
 

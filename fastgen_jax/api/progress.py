@@ -26,8 +26,14 @@ class Progress:
         self._left = list(limits)
         self._finished = 0
         shown = is_watched() if show is None else show
-        self._bar: tqdm[NoReturn] = tqdm(total=sum(limits), unit="token", desc=self._description(), disable=not shown,
-                                     postfix="reading prompts", leave=bool(show) or len(limits) > 1)
+        self._bar: tqdm[NoReturn] = tqdm(
+            total=sum(limits),
+            unit="token",
+            desc=self._description(),
+            disable=not shown,
+            postfix="reading prompts",
+            leave=bool(show) or len(limits) > 1,
+        )
         self._over = threading.Event()
         self._clock = threading.Thread(target=self._beat, daemon=True, name="fastgen-progress") if shown else None
 

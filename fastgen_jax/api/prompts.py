@@ -33,7 +33,9 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     plain: list[Prompt] = []
     for item in items:
         if isinstance(item, Mapping) or is_token(item):
-            raise ValueError(f"prompts holds {item!r} among other prompts; put each prompt of token ids, and each "
-                             "conversation, into a list of its own")
+            raise ValueError(
+                f"prompts holds {item!r} among other prompts; put each prompt of token ids, and each "
+                "conversation, into a list of its own"
+            )
         plain.append(plain_prompt(item))
     return plain

@@ -56,9 +56,7 @@ class SharedEngine:
             raise DestroyedError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
         return engine
 
-    def run(
-        self, requests: Sequence[Request], *, on_finished: Callable[[RequestOutput], object] | None = None
-    ) -> Outputs:
+    def run(self, requests: Sequence[Request], *, on_finished: Callable[[RequestOutput], object] | None = None) -> Outputs:
         """Queues checked requests together and returns their outputs, to be read by one thread.
 
         `on_finished` is called with the last output of each, in that thread.

@@ -22,8 +22,17 @@ from fastgen_jax.bench import (
 )
 
 BENCHMARKS = {
-    "serve": serve, "policies": policies, "steps": steps, "offline": offline, "compare": compare, "report": report,
-    "server": server, "host": host, "kv-blocks": kv_blocks, "loading": loading, "perplexity": perplexity,
+    "serve": serve,
+    "policies": policies,
+    "steps": steps,
+    "offline": offline,
+    "compare": compare,
+    "report": report,
+    "server": server,
+    "host": host,
+    "kv-blocks": kv_blocks,
+    "loading": loading,
+    "perplexity": perplexity,
     "tokenizers": tokenizers,
 }
 

@@ -156,7 +156,10 @@ class _Client:
                 work = [self._closed(begin + wait) for wait in self.load.stagger[self.index :: self.count]]
             await asyncio.gather(*work)
         return Outcome(
-            begin=begin, finished=sorted(self.finished, key=lambda r: r.start), refused=self.refused, failed=self.failed,
+            begin=begin,
+            finished=sorted(self.finished, key=lambda r: r.start),
+            refused=self.refused,
+            failed=self.failed,
             cpu_seconds=time.process_time() - cpu,
         )
 
@@ -193,27 +196,85 @@ class _Client:
         elif not times:
             self.failed[request.request_id] = "the answer has no tokens"
         elif measured:
-            self.finished.append(RequestTimes(
-                request_id=request.request_id, num_prompt_tokens=prompt_tokens or request.num_prompt_tokens, start=start,
-                token_times=tuple(times),
-            ))
+            self.finished.append(
+                RequestTimes(
+                    request_id=request.request_id,
+                    num_prompt_tokens=prompt_tokens or request.num_prompt_tokens,
+                    start=start,
+                    token_times=tuple(times),
+                )
+            )
 
     def _body(self, request: LoadRequest) -> bytes:
         target = self.target
         ids = self.load.prompt_ids(request, vocab_size=target.vocab_size)
-        return json.dumps({
-            "model": target.model,
-            "prompt": " ".join(WORDS[i % len(WORDS)] for i in ids) if target.as_text else ids,
-            "max_tokens": request.max_new_tokens, "temperature": 0, "stream": True,
-            "stream_options": {"include_usage": True}, **target.extra,
-        }).encode()
+        return json.dumps(
+            {
+                "model": target.model,
+                "prompt": " ".join(WORDS[i % len(WORDS)] for i in ids) if target.as_text else ids,
+                "max_tokens": request.max_new_tokens,
+                "temperature": 0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                **target.extra,
+            }
+        ).encode()
 
 
 WORDS = [  # each a token in most vocabularies
-    "the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he",
-    "his", "but", "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "all",
-    "her", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if",
-    "out", "so", "up", "said",
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "a",
+    "is",
+    "that",
+    "for",
+    "it",
+    "as",
+    "was",
+    "with",
+    "be",
+    "by",
+    "on",
+    "not",
+    "he",
+    "his",
+    "but",
+    "at",
+    "are",
+    "this",
+    "have",
+    "from",
+    "or",
+    "had",
+    "an",
+    "they",
+    "which",
+    "one",
+    "you",
+    "were",
+    "all",
+    "her",
+    "she",
+    "there",
+    "would",
+    "their",
+    "we",
+    "him",
+    "been",
+    "has",
+    "when",
+    "who",
+    "will",
+    "no",
+    "more",
+    "if",
+    "out",
+    "so",
+    "up",
+    "said",
 ]
 
 

@@ -23,8 +23,9 @@ print(json.dumps([n for n in ("vllm", "transformers", "torch") if importlib.util
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench offline`, and where to look."""
     offline.add_arguments(parser)
-    parser.add_argument("--python", nargs="+", default=[], metavar="PYTHON",
-                        help="Pythons to look for vLLM and transformers in")
+    parser.add_argument(
+        "--python", nargs="+", default=[], metavar="PYTHON", help="Pythons to look for vLLM and transformers in"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

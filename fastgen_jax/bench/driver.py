@@ -136,9 +136,11 @@ class _Clients:
         if refused:
             self.refused.append(request_id)
         else:
-            self.finished.append(RequestTimes(
-                request_id=request_id, num_prompt_tokens=request.num_prompt_tokens, start=start, token_times=tuple(times)
-            ))
+            self.finished.append(
+                RequestTimes(
+                    request_id=request_id, num_prompt_tokens=request.num_prompt_tokens, start=start, token_times=tuple(times)
+                )
+            )
         if self.load.num_clients is not None:
             self._next_of_client(now)
 

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and any field of `EngineConfig` as NAME=VALUE."""
     parser.add_argument("--model", default="smollm2-135m-instruct", help="checkpoint to run (default: %(default)s)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                        help="an engine option, e.g. token_budget=256 or quantize=int8; may be repeated")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an engine option, e.g. token_budget=256 or quantize=int8; may be repeated",
+    )
 
 
 def engine_options(pairs: list[str]) -> dict[str, Any]:

@@ -37,10 +37,15 @@ def read_engine_runs(paths: Sequence[Path]) -> list[EngineRuns]:
     names = [field.name for field in fields(Summary)]
     return [
         EngineRuns(
-            engine=engine, workload=workload, source=source,
+            engine=engine,
+            workload=workload,
+            source=source,
             summaries=tuple(Summary(**{name: line[name] for name in names}) for line in lines),
-            context={"command": lines[-1].get("command"), "machine": lines[-1].get("machine"),
-                     "versions": lines[-1].get("description")},
+            context={
+                "command": lines[-1].get("command"),
+                "machine": lines[-1].get("machine"),
+                "versions": lines[-1].get("description"),
+            },
         )
         for (workload, engine, source), lines in groups.items()
     ]
@@ -57,15 +62,34 @@ def engine_tables(groups: Sequence[EngineRuns]) -> list[str]:
         for group in here:
             median = median_summary(group.summaries)
             rates = [summary.total_rate for summary in group.summaries]
-            rows.append((
-                f"{group.engine} ({group.source})" if several else group.engine, len(rates),
-                f"{median.total_rate:.0f}", f"{min(rates):.0f}-{max(rates):.0f}", f"{median.output_rate:.1f}",
-                f"{median.ttft_p50:.2f}", _ms(median.token_latency_p50), _ms(median.token_latency_p95),
-                f"{first.total_rate / median.total_rate:.2f}",
-            ))
+            rows.append(
+                (
+                    f"{group.engine} ({group.source})" if several else group.engine,
+                    len(rates),
+                    f"{median.total_rate:.0f}",
+                    f"{min(rates):.0f}-{max(rates):.0f}",
+                    f"{median.output_rate:.1f}",
+                    f"{median.ttft_p50:.2f}",
+                    _ms(median.token_latency_p50),
+                    _ms(median.token_latency_p95),
+                    f"{first.total_rate / median.total_rate:.2f}",
+                )
+            )
         lines += ["", f"Workload {workload}, medians", ""]
-        lines += table(("engine", "runs", "total tok/s", "range", "output tok/s", "first token s", "gap P50 ms", "P95 ms",
-                        f"{here[0].engine} over it"), rows)
+        lines += table(
+            (
+                "engine",
+                "runs",
+                "total tok/s",
+                "range",
+                "output tok/s",
+                "first token s",
+                "gap P50 ms",
+                "P95 ms",
+                f"{here[0].engine} over it",
+            ),
+            rows,
+        )
     return lines
 
 

@@ -18,23 +18,43 @@ def throughput_latency(curves: Sequence[Curve]) -> Any:
     """Latency against throughput, one curve a label: right and low is good."""
     figure, axes = _figure()
     for i, curve in enumerate(curves):
-        axes.plot([s.throughput for s in curve.summaries], [s.latency for s in curve.summaries],
-                  marker=MARKERS[i % len(MARKERS)], label=curve.label)
+        axes.plot(
+            [s.throughput for s in curve.summaries],
+            [s.latency for s in curve.summaries],
+            marker=MARKERS[i % len(MARKERS)],
+            label=curve.label,
+        )
         for s in (curve.summaries[0], curve.summaries[-1]):
-            axes.annotate(str(s.num_clients), (s.throughput, s.latency), textcoords="offset points", xytext=(5, 4),
-                          fontsize=7)
-    return _finish(figure, axes, f"{curves[0].workload}: latency against throughput (numbers are clients)",
-                   "requests a second", "mean latency, s")
+            axes.annotate(
+                str(s.num_clients), (s.throughput, s.latency), textcoords="offset points", xytext=(5, 4), fontsize=7
+            )
+    return _finish(
+        figure,
+        axes,
+        f"{curves[0].workload}: latency against throughput (numbers are clients)",
+        "requests a second",
+        "mean latency, s",
+    )
 
 
 def effective_throughput(curves: Sequence[Curve], rate: float, prompt_rate: float) -> Any:
     """Requests a second that kept the promise, against clients."""
     figure, axes = _figure()
     for i, curve in enumerate(curves):
-        axes.plot([s.num_clients for s in curve.summaries], curve.effective(rate, prompt_rate=prompt_rate),
-                  marker=MARKERS[i % len(MARKERS)], label=curve.label)
-    return _finish(figure, axes, f"{curves[0].workload}: effective throughput, prompt at {prompt_rate:g} and generation at "
-                   f"{rate:g} tokens/s", "clients", "requests a second that kept it", bottom=True)
+        axes.plot(
+            [s.num_clients for s in curve.summaries],
+            curve.effective(rate, prompt_rate=prompt_rate),
+            marker=MARKERS[i % len(MARKERS)],
+            label=curve.label,
+        )
+    return _finish(
+        figure,
+        axes,
+        f"{curves[0].workload}: effective throughput, prompt at {prompt_rate:g} and generation at {rate:g} tokens/s",
+        "clients",
+        "requests a second that kept it",
+        bottom=True,
+    )
 
 
 def token_latency(curves: Sequence[Curve]) -> Any:
@@ -62,16 +82,30 @@ def steps(record: RunRecord) -> Any:
     for start, end, num_tokens, chunks in record.steps[: last + 1]:
         for name, _, length in chunks:
             if name in rows:
-                axes.barh(rows[name], end - start, left=start - begin, height=0.85, color=colors[name], edgecolor="white",
-                          linewidth=0.4, hatch="///" if length > 1 else None)
+                axes.barh(
+                    rows[name],
+                    end - start,
+                    left=start - begin,
+                    height=0.85,
+                    color=colors[name],
+                    edgecolor="white",
+                    linewidth=0.4,
+                    hatch="///" if length > 1 else None,
+                )
                 if length > 1:
                     axes.text((start + end) / 2 - begin, rows[name], str(length), ha="center", va="center", fontsize=6)
         axes.text((start + end) / 2 - begin, -1.0, str(num_tokens), ha="center", va="center", fontsize=5, rotation=90)
     axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.set_ylim(len(names) - 0.5, -1.6)  # first come on top, with room for the numbers above
-    return _finish(figure, axes, f"{record.label}: which token ran in which step\n"
-                   "hatched: chunks of prompts, with their tokens; plain: generated; on top: tokens of the step",
-                   "seconds", "sequence", legend=False)
+    return _finish(
+        figure,
+        axes,
+        f"{record.label}: which token ran in which step\n"
+        "hatched: chunks of prompts, with their tokens; plain: generated; on top: tokens of the step",
+        "seconds",
+        "sequence",
+        legend=False,
+    )
 
 
 def step_costs(models: Sequence[dict[str, Any]]) -> Any:

@@ -28,8 +28,10 @@ def run(args: argparse.Namespace) -> int:
     for count in args.sequences:
         times = _measure(count, args.steps)
         host = [sum(step) for step in zip(*(times[name] for name in ("plan", "pack", "commit")), strict=True)]
-        columns = [1e3 * median(values) for values in (*(times[name] for name in ("plan", "pack", "commit")), host,
-                                                       times["output"], times["dispatch"])]
+        columns = [
+            1e3 * median(values)
+            for values in (*(times[name] for name in ("plan", "pack", "commit")), host, times["output"], times["dispatch"])
+        ]
         print(f"{count:10d} " + " ".join(f"{value:8.3f}" for value in columns))
     return 0
 
@@ -44,12 +46,27 @@ def _measure(count: int, steps: int) -> dict[str, list[float]]:
     from fastgen_jax.scheduling import SamplingParams
 
     length = PROMPT_LENGTH + WARM_UP_STEPS + steps + count  # prompts enter one after another
-    model = ModelConfig(family="llama", vocab_size=64, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8,
-                        mlp_dim=16, max_context_len=length)
+    model = ModelConfig(
+        family="llama",
+        vocab_size=64,
+        num_layers=1,
+        embed_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_dim=16,
+        max_context_len=length,
+    )
     engine = Engine(
-        init_params(model, jax.random.key(0)), model,
-        EngineConfig(token_budget=max(512, 2 * count), budget_ladder=(), max_num_seqs=count, compile_cache_dir="",
-                     num_blocks=count * -(-length // 32) + 1),
+        init_params(model, jax.random.key(0)),
+        model,
+        EngineConfig(
+            token_budget=max(512, 2 * count),
+            budget_ladder=(),
+            max_num_seqs=count,
+            compile_cache_dir="",
+            num_blocks=count * -(-length // 32) + 1,
+        ),
     )
     params = SamplingParams(max_new_tokens=length - PROMPT_LENGTH, do_sample=False, ignore_eos=True)
     for number in range(count):
@@ -59,5 +76,7 @@ def _measure(count: int, steps: int) -> dict[str, list[float]]:
         engine.step()
     for _ in range(WARM_UP_STEPS + steps):
         engine.step()
-    return {name: list(getattr(engine.metrics, f"{name}_seconds"))[-steps:]
-            for name in ("plan", "pack", "commit", "output", "dispatch")}
+    return {
+        name: list(getattr(engine.metrics, f"{name}_seconds"))[-steps:]
+        for name in ("plan", "pack", "commit", "output", "dispatch")
+    }

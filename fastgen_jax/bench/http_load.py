@@ -29,8 +29,13 @@ async def stream_events(
     """
     address = urlsplit(url)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = {"Host": address.netloc, "Content-Type": "application/json", "Content-Length": str(len(data)),
-             "Connection": "close", **(headers or {})}
+    lines = {
+        "Host": address.netloc,
+        "Content-Type": "application/json",
+        "Content-Length": str(len(data)),
+        "Connection": "close",
+        **(headers or {}),
+    }
     head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n"
     # A small buffer for a slow reader, so that the server's side fills up and must wait for it.
     reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=2**12 if pause else 2**20)

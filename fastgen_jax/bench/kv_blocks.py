@@ -68,8 +68,15 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
 
     # A Llama of 1.1 billion parameters, so that a copied cache could not hide in the noise of small buffers.
     model = ModelConfig(
-        family="llama", vocab_size=32_000, num_layers=22, embed_dim=2048, num_heads=32, num_kv_heads=4, head_dim=64,
-        mlp_dim=5632, max_context_len=4096,
+        family="llama",
+        vocab_size=32_000,
+        num_layers=22,
+        embed_dim=2048,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=64,
+        mlp_dim=5632,
+        max_context_len=4096,
     )
     block_size, max_num_seqs = 64, 64
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology_name).devices[0]
@@ -84,17 +91,33 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
     print(f"{topology_name}, {model.num_params / 1e9:.1f} billion bfloat16 parameters, layers scanned; MiB")
     print(f"{'KV blocks':>10} {'tokens':>8} {'cache':>9} {'aliased':>9} {'temporary':>10}")
     for num_blocks in blocks:
-        cache = abstract(jax.eval_shape(lambda n=num_blocks: KVCache.zeros(
-            num_layers=model.num_layers, num_blocks=n, num_kv_heads=model.num_kv_heads, block_size=block_size,
-            head_dim=stored_head_dim(model.head_dim, "tpu"), dtype=jnp.bfloat16)))
+        cache = abstract(
+            jax.eval_shape(
+                lambda n=num_blocks: KVCache.zeros(
+                    num_layers=model.num_layers,
+                    num_blocks=n,
+                    num_kv_heads=model.num_kv_heads,
+                    block_size=block_size,
+                    head_dim=stored_head_dim(model.head_dim, "tpu"),
+                    dtype=jnp.bfloat16,
+                )
+            )
+        )
         for budget in budgets:
-            bucket = Bucket(budget, max_num_seqs=max_num_seqs, max_blocks=model.max_context_len // block_size,
-                            num_slots=num_blocks * block_size, vocab_size=model.vocab_size)
+            bucket = Bucket(
+                budget,
+                max_num_seqs=max_num_seqs,
+                max_blocks=model.max_context_len // block_size,
+                num_slots=num_blocks * block_size,
+                vocab_size=model.vocab_size,
+            )
             packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32, sharding=place)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 lowered = step_program(model, bucket).lower(params, cache, state, packed)
             memory = lowered.compile().memory_analysis()
             size = 2 * cache.k.size * 2
-            print(f"{num_blocks:10d} {budget:8d} {size / MIB:9.1f} {memory.alias_size_in_bytes / MIB:9.1f} "
-                  f"{memory.temp_size_in_bytes / MIB:10.1f}")
+            print(
+                f"{num_blocks:10d} {budget:8d} {size / MIB:9.1f} {memory.alias_size_in_bytes / MIB:9.1f} "
+                f"{memory.temp_size_in_bytes / MIB:10.1f}"
+            )
     return 0

@@ -13,8 +13,14 @@ from fastgen_jax.bench.metrics import PROMPT_TOKENS_PER_SECOND
 def add_load_arguments(parser: argparse.ArgumentParser, *, open_loops: bool = True) -> None:
     """A closed loop with a ladder of clients, and where they make sense open loops and traces."""
     group = parser.add_argument_group("load")
-    group.add_argument("--clients", type=int, nargs="+", default=list(CLIENT_LADDER), metavar="N",
-                       help="closed loops with so many clients, one after another (default: FastGen's 1 to 32)")
+    group.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=list(CLIENT_LADDER),
+        metavar="N",
+        help="closed loops with so many clients, one after another (default: FastGen's 1 to 32)",
+    )
     group.add_argument("--requests", type=int, default=512, help="requests of each run (default: %(default)s)")
     group.add_argument("--prompt", type=int, default=2600, help="mean prompt tokens (default: %(default)s)")
     group.add_argument("--output", type=int, default=60, help="mean output tokens (default: %(default)s)")
@@ -23,10 +29,15 @@ def add_load_arguments(parser: argparse.ArgumentParser, *, open_loops: bool = Tr
     group.add_argument("--length-scale", type=float, default=1.0, help="factor on all lengths (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42, help="of lengths and arrivals (default: %(default)s)")
     if open_loops:
-        group.add_argument("--rate", type=float, nargs="+", metavar="R",
-                           help="instead: an open loop with so many requests a second")
-        group.add_argument("--gap-cv", type=float, default=1.0,
-                           help="with --rate: variation of the gaps, Gamma-distributed; 1 is Poisson (default: %(default)s)")
+        group.add_argument(
+            "--rate", type=float, nargs="+", metavar="R", help="instead: an open loop with so many requests a second"
+        )
+        group.add_argument(
+            "--gap-cv",
+            type=float,
+            default=1.0,
+            help="with --rate: variation of the gaps, Gamma-distributed; 1 is Poisson (default: %(default)s)",
+        )
         group.add_argument("--trace", type=Path, help="instead: replay an Azure .csv or a Mooncake .jsonl")
         group.add_argument("--speed", type=float, nargs="+", default=[1.0], help="with --trace: factor on its rate")
         group.add_argument("--first", type=int, help="with --trace: only so many requests")
@@ -35,10 +46,20 @@ def add_load_arguments(parser: argparse.ArgumentParser, *, open_loops: bool = Tr
 def add_promise_arguments(parser: argparse.ArgumentParser) -> None:
     """FastGen's service level, and a factor for slower machines."""
     group = parser.add_argument_group("service level")
-    group.add_argument("--prompt-rate", type=float, default=PROMPT_TOKENS_PER_SECOND,
-                       help="the first token is due after the prompt's tokens over this (default: %(default)s)")
-    group.add_argument("--generation-rates", type=float, nargs="+", default=[2.0, 4.0, 6.0], metavar="R",
-                       help="tokens a second that readers want (default: 2 4 6)")
+    group.add_argument(
+        "--prompt-rate",
+        type=float,
+        default=PROMPT_TOKENS_PER_SECOND,
+        help="the first token is due after the prompt's tokens over this (default: %(default)s)",
+    )
+    group.add_argument(
+        "--generation-rates",
+        type=float,
+        nargs="+",
+        default=[2.0, 4.0, 6.0],
+        metavar="R",
+        help="tokens a second that readers want (default: 2 4 6)",
+    )
     group.add_argument("--sla-scale", type=float, default=1.0, help="factor on these rates (default: %(default)s)")
 
 
@@ -52,8 +73,13 @@ def rates(args: argparse.Namespace) -> tuple[float, list[float]]:
 def loads_of(args: argparse.Namespace, *, warmup: int = 1, max_context_len: int | None = None) -> Sequence[Load]:
     """The loads that the flags describe, in the order in which they are to be run; ValueError for two kinds at once."""
     lengths = {
-        "num_requests": args.requests, "mean_prompt": args.prompt, "mean_output": args.output, "spread": args.spread,
-        "max_prompt": args.max_prompt, "length_scale": args.length_scale, "seed": args.seed,
+        "num_requests": args.requests,
+        "mean_prompt": args.prompt,
+        "mean_output": args.output,
+        "spread": args.spread,
+        "max_prompt": args.max_prompt,
+        "length_scale": args.length_scale,
+        "seed": args.seed,
     }
     trace, arrival_rates = getattr(args, "trace", None), getattr(args, "rate", None)
     if trace and arrival_rates:

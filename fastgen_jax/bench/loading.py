@@ -20,8 +20,12 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastgen bench loading`."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directory, .gguf file, snapshot or built-in name")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="number format that weights are loaded into (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="number format that weights are loaded into (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="loads of each (default: %(default)s)")
     parser.add_argument("--cold", action="store_true", help="from the disk, not from the system's file cache")
 

@@ -122,9 +122,16 @@ def closed_loop(
         num_clients=num_clients,
         stagger=tuple((rng.uniform(0, num_clients, num_clients) * STAGGER_SECONDS).tolist()),
         facts={
-            "loop": "closed", "num_clients": num_clients, "num_requests": num_requests, "mean_prompt": mean_prompt,
-            "mean_output": mean_output, "spread": spread, "max_prompt": max_prompt, "length_scale": length_scale,
-            "warmup": warmup, "seed": seed,
+            "loop": "closed",
+            "num_clients": num_clients,
+            "num_requests": num_requests,
+            "mean_prompt": mean_prompt,
+            "mean_output": mean_output,
+            "spread": spread,
+            "max_prompt": max_prompt,
+            "length_scale": length_scale,
+            "warmup": warmup,
+            "seed": seed,
         },
     )
 
@@ -161,8 +168,15 @@ def open_loop(
             for i, (prompt, output, at) in enumerate(zip(prompts, outputs, arrivals, strict=True))
         ),
         facts={
-            "loop": "open", "rate": rate, "gap_cv": gap_cv, "num_requests": num_requests, "mean_prompt": mean_prompt,
-            "mean_output": mean_output, "spread": spread, "max_prompt": max_prompt, "length_scale": length_scale,
+            "loop": "open",
+            "rate": rate,
+            "gap_cv": gap_cv,
+            "num_requests": num_requests,
+            "mean_prompt": mean_prompt,
+            "mean_output": mean_output,
+            "spread": spread,
+            "max_prompt": max_prompt,
+            "length_scale": length_scale,
             "seed": seed,
         },
     )
@@ -207,8 +221,12 @@ def read_trace(
         requests=tuple(requests),
         prefix_block_size=_scaled(MOONCAKE_BLOCK, length_scale) if requests[0].prefix_blocks else 0,
         facts={
-            "loop": "open", "trace": path.name, "speed": speed, "length_scale": length_scale,
-            "num_requests": len(requests), "max_context_len": max_context_len,
+            "loop": "open",
+            "trace": path.name,
+            "speed": speed,
+            "length_scale": length_scale,
+            "num_requests": len(requests),
+            "max_context_len": max_context_len,
         },
     )
 

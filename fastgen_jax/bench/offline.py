@@ -37,17 +37,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `run` to `parser`."""
     parser.add_argument("--model", help="checkpoint for this engine; without it only the other engines run")
     parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE",
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
         help="an engine option, e.g. token_budget=256 or quantize=int8; may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--also", action="append", default=[], metavar="'NAME=VALUE ...'",
+        "--also",
+        action="append",
+        default=[],
+        metavar="'NAME=VALUE ...'",
         help="this engine once more, with further engine options, e.g. dtype=bfloat16; may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--workload", action="append", default=[], choices=[*STANDARD, "custom"],
+        "--workload",
+        action="append",
+        default=[],
+        choices=[*STANDARD, "custom"],
         help="may be repeated; default W1. custom takes its sizes from the next four options",
-    )  # fmt: skip
+    )
     parser.add_argument("--requests", type=int, default=32, help="requests of workload custom")
     parser.add_argument("--prompt", type=int, default=260, help="mean prompt tokens of workload custom")
     parser.add_argument("--output", type=int, default=60, help="mean generated tokens of workload custom")
@@ -58,23 +67,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="of the other engines; default: all usable cores")
     parser.add_argument("--results", type=Path, help="file to which every run is appended as a JSON line")
     parser.add_argument(
-        "--exclusive-lock", type=Path, metavar="FILE",
+        "--exclusive-lock",
+        type=Path,
+        metavar="FILE",
         help="take an exclusive lock on FILE for each run, a shared one while engines load",
-    )  # fmt: skip
+    )
     others = parser.add_argument_group("other engines")
     others.add_argument("--vllm-python", help="a Python that has vLLM")
     others.add_argument("--vllm-eager", action="store_true", help="run vLLM without compiling the model")
     others.add_argument("--vllm-budget", type=int, default=2048, help="vLLM's max_num_batched_tokens")
     others.add_argument("--vllm-preload", help="libraries for vLLM's LD_PRELOAD, as its CPU guide recommends")
     others.add_argument("--hf-python", help="a Python that has torch and transformers")
-    others.add_argument("--hf-mode", choices=["static", "continuous"], default="static",
-                        help="whether transformers pads a batch or batches continuously")
+    others.add_argument(
+        "--hf-mode",
+        choices=["static", "continuous"],
+        default="static",
+        help="whether transformers pads a batch or batches continuously",
+    )
     others.add_argument("--hf-model", help="folder in Hugging Face layout, for vLLM and transformers")
     others.add_argument("--llama-server", help="llama.cpp's llama-server")
     others.add_argument("--llama-bench", help="llama.cpp's llama-bench; prints its pp512 and tg128")
-    others.add_argument(
-        "--gguf", action="append", default=[], metavar="NAME=PATH", help="for llama.cpp; may be repeated"
-    )
+    others.add_argument("--gguf", action="append", default=[], metavar="NAME=PATH", help="for llama.cpp; may be repeated")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -119,8 +132,10 @@ def choose_peers(
     if arguments.also and not arguments.model:
         raise ValueError("--also needs --model, the checkpoint for this engine")
     for further in ["", *arguments.also] if arguments.model else ():
-        pairs = [*(parse_option(pair, "--option") for pair in arguments.option),
-                 *(parse_option(pair, "--also") for pair in shlex.split(further))]
+        pairs = [
+            *(parse_option(pair, "--option") for pair in arguments.option),
+            *(parse_option(pair, "--also") for pair in shlex.split(further)),
+        ]
         values = {"max_context_len": longest, "max_num_seqs": slots, **dict(pairs)}
         peers.append(fastgen_peer(arguments.model, config=values, name=f"fastgen_jax {further}".strip()))
     if arguments.vllm_python:
@@ -226,8 +241,18 @@ def measure(
     return runs
 
 
-HEADINGS = ("engine", "output tok/s", "range", "total tok/s", "first token s", "gap P50 ms", "P95 ms", "decode tok/s",
-            "of ours", "same text")  # fmt: skip
+HEADINGS = (
+    "engine",
+    "output tok/s",
+    "range",
+    "total tok/s",
+    "first token s",
+    "gap P50 ms",
+    "P95 ms",
+    "decode tok/s",
+    "of ours",
+    "same text",
+)
 
 
 def table(workload: Workload, runs: dict[str, list[tuple[Summary, RunResult]]]) -> list[str]:

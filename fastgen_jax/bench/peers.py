@@ -152,9 +152,7 @@ class Worker:
         """Engine, version and options, as the worker reports them once it is loaded."""
 
     def __enter__(self) -> Worker:
-        self._log = tempfile.NamedTemporaryFile(
-            "w+", prefix=f"bench-{self.peer.name.replace('/', '-')}-", suffix=".log"
-        )
+        self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{self.peer.name.replace('/', '-')}-", suffix=".log")
         self._process = subprocess.Popen(
             self.peer.command,
             stdin=subprocess.PIPE,
@@ -171,9 +169,7 @@ class Worker:
         self._signal(signal.SIGSTOP)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
     def run(self, workload: Workload) -> RunResult:

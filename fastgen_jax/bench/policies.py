@@ -28,12 +28,23 @@ STEPS_KEPT = 80  # of each run: enough for the picture of which token ran in whi
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastgen bench policies`."""
     add_engine_arguments(parser)
-    parser.add_argument("--policies", nargs="+", default=["splitfuse", "prompts_first", "orca"],
-                        choices=["splitfuse", "prompts_first", "orca", "sla"], help="default: splitfuse prompts_first orca")
-    parser.add_argument("--whole-budget", type=int,
-                        help="token budget of policies that run prompts whole (default: the longest prompt)")
-    parser.add_argument("--whole-ladder", type=int, nargs="+", metavar="N",
-                        help="their smaller compiled steps (default: powers of two from the number of clients on)")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=["splitfuse", "prompts_first", "orca"],
+        choices=["splitfuse", "prompts_first", "orca", "sla"],
+        help="default: splitfuse prompts_first orca",
+    )
+    parser.add_argument(
+        "--whole-budget", type=int, help="token budget of policies that run prompts whole (default: the longest prompt)"
+    )
+    parser.add_argument(
+        "--whole-ladder",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="their smaller compiled steps (default: powers of two from the number of clients on)",
+    )
     add_load_arguments(parser, open_loops=False)
     add_promise_arguments(parser)
     parser.add_argument("-o", "--results", type=Path, help="file to which every run is appended as a JSON line")
@@ -50,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
             record = measure(engine, load, policy, args.model)
             records.append(record)
             foreign = record.context["foreign_cores"]
-            print(f"{policy}, {load.num_clients} clients: {len(record.requests)} requests"
-                  + (f" -- disturbed: other programs kept {foreign:.1f} cores busy" if foreign >= DISTURBED_CORES else ""),
-                  flush=True)
+            print(
+                f"{policy}, {load.num_clients} clients: {len(record.requests)} requests"
+                + (f" -- disturbed: other programs kept {foreign:.1f} cores busy" if foreign >= DISTURBED_CORES else ""),
+                flush=True,
+            )
             if args.results:
                 append(args.results, [record])
     print()
@@ -104,14 +117,26 @@ def measure(engine: Engine, load: Load, policy: str, model: str) -> RunRecord:
         source="measured",
         load=load.facts,
         requests=tuple(
-            type(r)(request_id=r.request_id, num_prompt_tokens=r.num_prompt_tokens, start=r.start - begin,
-                    token_times=tuple(at - begin for at in r.token_times))
+            type(r)(
+                request_id=r.request_id,
+                num_prompt_tokens=r.num_prompt_tokens,
+                start=r.start - begin,
+                token_times=tuple(at - begin for at in r.token_times),
+            )
             for r in finished
         ),
         num_refused=len(refused),
-        settings={"policy": policy, "token_budget": config.token_budget, "step_sizes": list(config.budget_ladder or ()),
-                  "max_num_seqs": config.max_num_seqs, "num_blocks": config.num_blocks, "block_size": config.block_size,
-                  "dtype": config.dtype, "quantize": config.quantize, "overlap": config.overlap},
+        settings={
+            "policy": policy,
+            "token_budget": config.token_budget,
+            "step_sizes": list(config.budget_ladder or ()),
+            "max_num_seqs": config.max_num_seqs,
+            "num_blocks": config.num_blocks,
+            "block_size": config.block_size,
+            "dtype": config.dtype,
+            "quantize": config.quantize,
+            "overlap": config.overlap,
+        },
         context={**context(), "machine": machine.describe(), "foreign_cores": round(foreign, 3)},
         steps=tuple((s.start - begin, s.read - begin, s.num_tokens, s.chunks) for s in kept),
     )
@@ -124,12 +149,29 @@ def policy_tables(found: Sequence[Curve], prompt_rate: float, generation: Sequen
         effective = [curve.effective(rate, prompt_rate=prompt_rate) for rate in generation]
         lines += ["", f"{curve.label}, {curve.workload}", ""]
         lines += table(
-            ("clients", "throughput", "latency s", "first token s", "gap P50 ms", "P90 ms", "P95 ms",
-             *(f"effective at {rate:g}" for rate in generation)),
-            [(s.num_clients, f"{s.throughput:.2f}/s", f"{s.latency:.2f}", f"{s.first_token_mean:.2f}",
-              _ms(s.token_latency_p50), _ms(s.token_latency_p90), _ms(s.token_latency_p95),
-              *(f"{row[i]:.2f}/s" for row in effective))
-             for i, s in enumerate(curve.summaries)],
+            (
+                "clients",
+                "throughput",
+                "latency s",
+                "first token s",
+                "gap P50 ms",
+                "P90 ms",
+                "P95 ms",
+                *(f"effective at {rate:g}" for rate in generation),
+            ),
+            [
+                (
+                    s.num_clients,
+                    f"{s.throughput:.2f}/s",
+                    f"{s.latency:.2f}",
+                    f"{s.first_token_mean:.2f}",
+                    _ms(s.token_latency_p50),
+                    _ms(s.token_latency_p90),
+                    _ms(s.token_latency_p95),
+                    *(f"{row[i]:.2f}/s" for row in effective),
+                )
+                for i, s in enumerate(curve.summaries)
+            ],
         )
     for rival in found[1:]:
         if rival.workload == found[0].workload:
@@ -147,18 +189,36 @@ def comparison(ours: Curve, rival: Curve, prompt_rate: float, generation: Sequen
     for s in ours.summaries:
         other = next((o for o in rival.summaries if o.num_clients == s.num_clients), None)
         if other and s.token_latency_p95 and other.token_latency_p95:
-            rows.append((f"P95 token latency, {s.num_clients} clients", f"{_ms(s.token_latency_p95)} ms",
-                         f"{_ms(other.token_latency_p95)} ms", f"{other.token_latency_p95 / s.token_latency_p95:.2f}"))
+            rows.append(
+                (
+                    f"P95 token latency, {s.num_clients} clients",
+                    f"{_ms(s.token_latency_p95)} ms",
+                    f"{_ms(other.token_latency_p95)} ms",
+                    f"{other.token_latency_p95 / s.token_latency_p95:.2f}",
+                )
+            )
     # At the latency of our best point short of saturation, and at the throughput that the rival has there.
     best = max(ours.summaries, key=lambda s: s.throughput)
     theirs = rival.throughput_at(best.latency)
     if theirs:
-        rows.append((f"throughput at a latency of {best.latency:.1f} s", f"{best.throughput:.2f}/s", f"{theirs:.2f}/s",
-                     f"{best.throughput / theirs:.2f}"))
+        rows.append(
+            (
+                f"throughput at a latency of {best.latency:.1f} s",
+                f"{best.throughput:.2f}/s",
+                f"{theirs:.2f}/s",
+                f"{best.throughput / theirs:.2f}",
+            )
+        )
         latency = ours.latency_at(theirs)
         if latency:
-            rows.append((f"latency at {theirs:.2f} requests/s", f"{latency:.1f} s", f"{best.latency:.1f} s",
-                         f"{best.latency / latency:.2f}"))
+            rows.append(
+                (
+                    f"latency at {theirs:.2f} requests/s",
+                    f"{latency:.1f} s",
+                    f"{best.latency:.1f} s",
+                    f"{best.latency / latency:.2f}",
+                )
+            )
     return rows
 
 

@@ -23,15 +23,18 @@ from fastgen_jax.bench.load_options import add_promise_arguments, rates
 from fastgen_jax.bench.policies import policy_tables
 from fastgen_jax.bench.results import RunRecord, read
 
-STYLE = ("body{font:14px/1.45 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}"
-         "table{border-collapse:collapse;font-size:12px}td,th{border:1px solid #ccc;padding:3px 7px;text-align:right}"
-         "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:.6em;overflow:auto}")
+STYLE = (
+    "body{font:14px/1.45 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;font-size:12px}td,th{border:1px solid #ccc;padding:3px 7px;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:.6em;overflow:auto}"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastgen bench report`."""
-    parser.add_argument("results", type=Path, nargs="+",
-                        help="files of bench serve, policies, offline and compare, and of simulate")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="files of bench serve, policies, offline and compare, and of simulate"
+    )
     parser.add_argument("--costs", type=Path, nargs="+", default=[], help="files of bench steps")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: %(default)s)")
     add_promise_arguments(parser)
@@ -108,14 +111,21 @@ class Page:
         """Writes index.html and gives its path."""
         path = self.folder / "index.html"
         body = "\n".join(self._parts)
-        path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Benchmark report</title>'
-                        f"<style>{STYLE}</style><h1>Benchmark report</h1>\n{body}\n</html>\n", encoding="utf-8")
+        path.write_text(
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Benchmark report</title>'
+            f"<style>{STYLE}</style><h1>Benchmark report</h1>\n{body}\n</html>\n",
+            encoding="utf-8",
+        )
         return path
 
 
 def build(
-    page: Page, records: Sequence[RunRecord], models: Sequence[dict[str, Any]], prompt_rate: float,
-    generation: Sequence[float], engines: Sequence[EngineRuns] = (),
+    page: Page,
+    records: Sequence[RunRecord],
+    models: Sequence[dict[str, Any]],
+    prompt_rate: float,
+    generation: Sequence[float],
+    engines: Sequence[EngineRuns] = (),
 ) -> None:
     """Puts everything that the runs can show on the page."""
     from fastgen_jax.bench import figures

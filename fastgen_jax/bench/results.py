@@ -82,9 +82,7 @@ def read(path: Path, *, may_be_none: bool = False) -> list[RunRecord]:
     """The runs in a file; lines of other kinds are passed over. ValueError if there is none, unless there may be none."""
     records = [_from_jsonable(line) for line in read_lines(path) if line.get("kind") == "run"]
     if not records and not may_be_none:
-        raise ValueError(
-            f"{path} holds no runs; give a file that bench serve, policies, offline, compare or simulate wrote"
-        )
+        raise ValueError(f"{path} holds no runs; give a file that bench serve, policies, offline, compare or simulate wrote")
     return records
 
 
@@ -115,5 +113,3 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str
     """Lines of a Markdown table."""
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-
-

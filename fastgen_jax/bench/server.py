@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs each, in turns (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=200, help="concurrent streams of the second part")
     parser.add_argument("--replicas", type=int, default=1, help="replicas of the server")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                        help="a field of EngineConfig for both, as JSON")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig for both, as JSON"
+    )
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ def run(args: argparse.Namespace) -> int:
             runs["offline"].append(offline(engine, fresh))
             runs["server"].append(asyncio.run(online(url, fresh)))
         for name, results in runs.items():
-            print(f"{name:8} {_median([r.rate for r in results]):8.1f} tokens/s "
-                  f"({min(r.rate for r in results):.1f}-{max(r.rate for r in results):.1f}), first token P50 "
-                  f"{_median([_median(r.first) for r in results]):.2f} s, gap P50 "
-                  f"{1e3 * _median([_median(r.gaps) for r in results]):.1f} ms{_delay(results)}")
+            print(
+                f"{name:8} {_median([r.rate for r in results]):8.1f} tokens/s "
+                f"({min(r.rate for r in results):.1f}-{max(r.rate for r in results):.1f}), first token P50 "
+                f"{_median([_median(r.first) for r in results]):.2f} s, gap P50 "
+                f"{1e3 * _median([_median(r.gaps) for r in results]):.1f} ms{_delay(results)}"
+            )
         ratio = _median([s.rate / o.rate for s, o in zip(runs["server"], runs["offline"], strict=True)])
         print(f"server / offline {ratio:.3f}, median of {args.rounds} pairs ({workload.description})")
         many = make_workload("streams", num_requests=args.streams, mean_prompt=64, mean_output=64, vocab_size=vocab_size)
@@ -118,8 +121,15 @@ async def online(url: str, workload: Workload) -> Run:
     queue: list[float] = []
 
     async def one(prompt: tuple[int, ...], max_tokens: int) -> int:
-        body = {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
-                "stream": True, "stream_options": {"include_usage": True}}
+        body = {
+            "model": model,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         last = None
         async for event in stream_events(url, "/v1/completions", body):
             now = time.perf_counter()
@@ -163,11 +173,15 @@ def _report_lag(streams: int, result: Run, before: dict[float, float], after: di
     total = max(counts.values())
     worst = min(bound for bound, count in counts.items() if count == total)
     p99 = min(bound for bound, count in counts.items() if count >= 0.99 * total)
-    print(f"{streams} streams: {result.rate:.1f} tokens/s, gap P50 {1e3 * _median(result.gaps):.1f} ms, P99 "
-          f"{1e3 * statistics.quantiles(result.gaps, n=100)[98]:.1f} ms, wait for the first step P50 "
-          f"{_median(result.queue):.2f} s, P99 {statistics.quantiles(result.queue, n=100)[98]:.2f} s")
-    print(f"event loop lag over {total:.0f} looks: P99 at most {1e3 * p99:g} ms, all at most {1e3 * worst:g} ms, "
-          f"{1 - counts[0.02] / total:.2%} above 20 ms")
+    print(
+        f"{streams} streams: {result.rate:.1f} tokens/s, gap P50 {1e3 * _median(result.gaps):.1f} ms, P99 "
+        f"{1e3 * statistics.quantiles(result.gaps, n=100)[98]:.1f} ms, wait for the first step P50 "
+        f"{_median(result.queue):.2f} s, P99 {statistics.quantiles(result.queue, n=100)[98]:.2f} s"
+    )
+    print(
+        f"event loop lag over {total:.0f} looks: P99 at most {1e3 * p99:g} ms, all at most {1e3 * worst:g} ms, "
+        f"{1 - counts[0.02] / total:.2%} above 20 ms"
+    )
 
 
 async def _model(url: str) -> str:

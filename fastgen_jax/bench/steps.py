@@ -84,8 +84,16 @@ def measure(engine: Any, *, contexts: Sequence[int], generated: int, rounds: int
         decode = sum(start + 1 for _, start, length in step.chunks if length == 1)
         prompt = sum(n * start + n * (n + 1) // 2 for _, start, n in step.chunks if n > 1)
         size = sizes[bisect_left(sizes, step.num_tokens)]
-        points.append(Point(size=size, num_tokens=step.num_tokens, num_sample_rows=step.num_sample_rows,
-                            decode_attended=decode, prompt_attended=prompt, seconds=step.seconds))
+        points.append(
+            Point(
+                size=size,
+                num_tokens=step.num_tokens,
+                num_sample_rows=step.num_sample_rows,
+                decode_attended=decode,
+                prompt_attended=prompt,
+                seconds=step.seconds,
+            )
+        )
     return points
 
 
@@ -143,8 +151,12 @@ def fit(points: Sequence[Point], facts: dict[str, Any]) -> dict[str, Any]:
         "per_decode_attended": found.get("decode_attended", 0.0),
         "per_prompt_attended": found.get("prompt_attended", 0.0),
         "host_seconds": facts["host_seconds"],
-        "facts": {**facts, "num_points": len(points), "num_outliers": int((~usual).sum()),
-                  "median_error": float(np.median(errors))},
+        "facts": {
+            **facts,
+            "num_points": len(points),
+            "num_outliers": int((~usual).sum()),
+            "median_error": float(np.median(errors)),
+        },
     }
 
 
@@ -190,9 +202,14 @@ def facts_of(engine: Any, model: str) -> dict[str, Any]:
         "machine": machine.describe(),
         "host_seconds": (snapshot["plan_ms"] + snapshot["pack_ms"] + snapshot["dispatch_ms"]) / 1e3,
         "engine": {
-            "step_sizes": list(config.budget_ladder), "max_num_seqs": config.max_num_seqs, "num_blocks": config.num_blocks,
-            "block_size": config.block_size, "max_context_len": config.max_context_len, "overlap": config.overlap,
-            "dtype": config.dtype, "quantize": config.quantize,
+            "step_sizes": list(config.budget_ladder),
+            "max_num_seqs": config.max_num_seqs,
+            "num_blocks": config.num_blocks,
+            "block_size": config.block_size,
+            "max_context_len": config.max_context_len,
+            "overlap": config.overlap,
+            "dtype": config.dtype,
+            "quantize": config.quantize,
         },
         **context(),
     }
@@ -206,8 +223,16 @@ def report(points: Sequence[Point], model: dict[str, Any]) -> list[str]:
         full = [p for p in here if p.num_tokens > 0.9 * size]
         median = 1e3 * statistics.median(p.seconds for p in full) if full else None
         rate = f"{size / median * 1e3:.0f}" if median else "-"
-        rows.append((size, len(here), "-" if median is None else f"{median:.1f}", rate, f"{1e3 * base:.1f}",
-                     f"{1e6 * per_token:.0f}"))
+        rows.append(
+            (
+                size,
+                len(here),
+                "-" if median is None else f"{median:.1f}",
+                rate,
+                f"{1e3 * base:.1f}",
+                f"{1e6 * per_token:.0f}",
+            )
+        )
     kinds: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for p in points:
         kind = "prompts" if not p.decode_attended else "both" if p.prompt_attended else "generation"
@@ -220,9 +245,17 @@ def report(points: Sequence[Point], model: dict[str, Any]) -> list[str]:
         f"median error {model['facts']['median_error']:.1%} over {model['facts']['num_points']} steps, "
         f"{model['facts']['num_outliers']} of them disturbed",
         "",
-        *table(("size", "steps of", "number", "median ms", "error of the model, quartiles"), [
-            (size, kind, len(pairs), f"{1e3 * statistics.median(seconds for seconds, _ in pairs):.1f}",
-             " ".join(f"{q:+.1%}" for q in np.percentile([error for _, error in pairs], (25, 50, 75))))
-            for (size, kind), pairs in sorted(kinds.items())
-        ]),
+        *table(
+            ("size", "steps of", "number", "median ms", "error of the model, quartiles"),
+            [
+                (
+                    size,
+                    kind,
+                    len(pairs),
+                    f"{1e3 * statistics.median(seconds for seconds, _ in pairs):.1f}",
+                    " ".join(f"{q:+.1%}" for q in np.percentile([error for _, error in pairs], (25, 50, 75))),
+                )
+                for (size, kind), pairs in sorted(kinds.items())
+            ],
+        ),
     ]

@@ -1,8 +1,8 @@
 """How many strings of llama.cpp's tokenizer tests come out with identical ids, for every vocabulary that it ships.
 
-    fastgen bench tokenizers                       # fetches the source distribution of llama-cpp-python from PyPI (77 MB)
-    fastgen bench tokenizers --sdist FILE.tar.gz
-    fastgen bench tokenizers --folder .../llama.cpp/models
+fastgen bench tokenizers                       # fetches the source distribution of llama-cpp-python from PyPI (77 MB)
+fastgen bench tokenizers --sdist FILE.tar.gz
+fastgen bench tokenizers --folder .../llama.cpp/models
 """
 
 from __future__ import annotations

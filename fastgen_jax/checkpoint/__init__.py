@@ -6,6 +6,12 @@ from fastgen_jax.checkpoint.resolve import BUILT_IN, resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
 
 __all__ = [
-    "BUILT_IN", "Checkpoint", "SnapshotCheckpoint", "check_tensors", "load_params", "open_checkpoint",
-    "resolve_model", "save_snapshot",
+    "BUILT_IN",
+    "Checkpoint",
+    "SnapshotCheckpoint",
+    "check_tensors",
+    "load_params",
+    "open_checkpoint",
+    "resolve_model",
+    "save_snapshot",
 ]

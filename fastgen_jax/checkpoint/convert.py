@@ -12,15 +12,21 @@ from fastgen_jax.checkpoint.load import load_params
 from fastgen_jax.checkpoint.snapshot import check_target, save_snapshot
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer.gguf", "*.tiktoken", "tekken.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.gguf",
+    "*.tiktoken",
+    "tekken.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
 
 
-def convert(
-    checkpoint: Checkpoint, out: str | Path, *, prepare: Callable[[str, Any], Any], progress: bool = False
-) -> None:
+def convert(checkpoint: Checkpoint, out: str | Path, *, prepare: Callable[[str, Any], Any], progress: bool = False) -> None:
     """Writes a snapshot of `checkpoint` into the new directory `out`, local or gs://.
 
     `prepare(path, array)` gives each weight the form that it is kept in: a host array or an `Int8Weight` of them. The
@@ -30,11 +36,11 @@ def convert(
     check_target(out, source=checkpoint.path)
     files = tokenizer_files(checkpoint.tokenizer_source)
     if not files:
-        raise ValueError(f"{checkpoint.path} has no tokenizer files; put tokenizer.json or tokenizer.model beside the "
-                         "weights")
+        raise ValueError(
+            f"{checkpoint.path} has no tokenizer files; put tokenizer.json or tokenizer.model beside the weights"
+        )
     params = load_params(checkpoint, dtype=None, stack_layers=False, prepare=prepare, progress=progress)
-    save_snapshot(out, params, checkpoint.config_json, tokenizer_files=files,
-                  generation_config=checkpoint.generation_config)
+    save_snapshot(out, params, checkpoint.config_json, tokenizer_files=files, generation_config=checkpoint.generation_config)
 
 
 def tokenizer_files(source: Path | GGUFFile) -> Mapping[str, bytes]:

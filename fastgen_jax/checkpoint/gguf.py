@@ -23,8 +23,13 @@ from fastgen_jax.models.families.common import Source
 
 # "general.sampling." + these -> the name that Hugging Face's generation_config.json has for it, if it has any
 _SAMPLING = {
-    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
-    "mirostat": "mirostat", "xtc_probability": "xtc_probability",
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+    "mirostat": "mirostat",
+    "xtc_probability": "xtc_probability",
 }
 
 
@@ -56,10 +61,19 @@ class GGUFCheckpoint:
             config = family_of(hf["architectures"][0]).config_from_hf(hf)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        wanted = [name.format(layer=layer) for source in FAMILIES[config.family].sources(config).values()
-                  for name in source.names for layer in range(config.num_layers)]
-        return cls(file=file, config=config, config_json=hf, architecture=ARCHITECTURES[kind],
-                   places=find_places(file, kind, wanted, num_layers=config.num_layers))
+        wanted = [
+            name.format(layer=layer)
+            for source in FAMILIES[config.family].sources(config).values()
+            for name in source.names
+            for layer in range(config.num_layers)
+        ]
+        return cls(
+            file=file,
+            config=config,
+            config_json=hf,
+            architecture=ARCHITECTURES[kind],
+            places=find_places(file, kind, wanted, num_layers=config.num_layers),
+        )
 
     @property
     def path(self) -> Path:
@@ -69,8 +83,11 @@ class GGUFCheckpoint:
     def generation_config(self) -> Mapping[str, Any]:
         found = {name: self.file.metadata.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
         # Numbers of 32 bits, as people wrote them: 0.6, not 0.6000000238418579.
-        return {name: round(value, 6) if isinstance(value, float) else value
-                for name, value in found.items() if value is not None}
+        return {
+            name: round(value, 6) if isinstance(value, float) else value
+            for name, value in found.items()
+            if value is not None
+        }
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -166,8 +183,14 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
 
     def stored(name: str) -> str | None:
         spellings = (name, name.partition(".")[2])  # the table has some modules without the name of the model before them
-        found = next((each for each in (table.get_name(spelling, try_suffixes=(".weight", ".bias"))
-                                        for spelling in spellings) if each), None)
+        found = next(
+            (
+                each
+                for each in (table.get_name(spelling, try_suffixes=(".weight", ".bias")) for spelling in spellings)
+                if each
+            ),
+            None,
+        )
         return f"{found}.weight" if found and f"{found}.weight" in file.tensors else found  # sinks have none in theirs
 
     def place(name: str) -> Place | None:
@@ -191,8 +214,10 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
     entries = Counter(where.names[0] for where in found.values() if where.entry is not None)
     for stored_name, count in entries.items():
         if file.tensors[stored_name].shape[0] != count:
-            raise ValueError(f"{file.path}: {stored_name!r} holds {file.tensors[stored_name].shape[0]} of a kind, but the "
-                             f"metadata announce {count}; the file is corrupt, convert it again")
+            raise ValueError(
+                f"{file.path}: {stored_name!r} holds {file.tensors[stored_name].shape[0]} of a kind, but the "
+                f"metadata announce {count}; the file is corrupt, convert it again"
+            )
     others = file.tensors.keys() - {stored for where in found.values() for stored in where.names} - ROPE_TENSORS
     further = file.metadata.get(f"{kind}.nextn_predict_layers", 0)  # layers that guess one more token; not needed
     predictors = tuple(f"blk.{layer}." for layer in range(num_layers, num_layers + further))

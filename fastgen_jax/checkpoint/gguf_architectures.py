@@ -93,10 +93,15 @@ def _gemma_scale(m: Metadata) -> float:
 def _gpt2(m: Metadata) -> dict[str, Any]:
     width = m.get("embedding_length")
     return {
-        "n_embd": width, "n_layer": m.get("block_count"), "n_head": m.get("attention.head_count"),
-        "n_positions": m.get("context_length"), "n_inner": m.get("feed_forward_length"),
-        "layer_norm_epsilon": m.get("attention.layer_norm_epsilon"), "activation_function": "gelu_new",
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "tie_word_embeddings": not m.has("output.weight"),
+        "n_embd": width,
+        "n_layer": m.get("block_count"),
+        "n_head": m.get("attention.head_count"),
+        "n_positions": m.get("context_length"),
+        "n_inner": m.get("feed_forward_length"),
+        "layer_norm_epsilon": m.get("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": not m.has("output.weight"),
     }
 
 
@@ -111,8 +116,12 @@ def _cohere2(m: Metadata) -> dict[str, Any]:
 
 def _stablelm(m: Metadata) -> dict[str, Any]:
     m.get("use_parallel_residual", False)  # the converter's guess where config.json was silent; the norms tell
-    return {"use_parallel_residual": not m.has("blk.0.ffn_norm.weight"), "use_qkv_bias": m.has("blk.0.attn_q.bias"),
-            "qk_layernorm": m.has("blk.0.attn_q_norm.weight"), "rope_parameters": partial_rope(m)}
+    return {
+        "use_parallel_residual": not m.has("blk.0.ffn_norm.weight"),
+        "use_qkv_bias": m.has("blk.0.attn_q.bias"),
+        "qk_layernorm": m.has("blk.0.attn_q_norm.weight"),
+        "rope_parameters": partial_rope(m),
+    }
 
 
 def _phi2(m: Metadata) -> dict[str, Any]:
@@ -123,14 +132,23 @@ def _falcon(m: Metadata) -> dict[str, Any]:
     width, heads, kv_heads = m.get("embedding_length"), m.get("attention.head_count"), m.get("attention.head_count_kv")
     grouped = m.has("blk.0.attn_norm_2.weight")
     if m.has("blk.0.attn_qkv.bias") or (kv_heads > 1 and not grouped):
-        raise m.refusal("this is not Falcon 7B, 40B or 180B; the ALiBi of Falcon-RW and the rotary base of Falcon 11B are "
-                        "not recorded in GGUF, use the Hugging Face checkpoint")
+        raise m.refusal(
+            "this is not Falcon 7B, 40B or 180B; the ALiBi of Falcon-RW and the rotary base of Falcon 11B are "
+            "not recorded in GGUF, use the Hugging Face checkpoint"
+        )
     return {
-        "hidden_size": width, "num_hidden_layers": m.get("block_count"), "num_attention_heads": heads,
-        "num_kv_heads": kv_heads, "new_decoder_architecture": grouped, "multi_query": True, "parallel_attn": True,
-        "ffn_hidden_size": m.get("feed_forward_length"), "max_position_embeddings": m.get("context_length"),
+        "hidden_size": width,
+        "num_hidden_layers": m.get("block_count"),
+        "num_attention_heads": heads,
+        "num_kv_heads": kv_heads,
+        "new_decoder_architecture": grouped,
+        "multi_query": True,
+        "parallel_attn": True,
+        "ffn_hidden_size": m.get("feed_forward_length"),
+        "max_position_embeddings": m.get("context_length"),
         "layer_norm_epsilon": m.get("attention.layer_norm_epsilon"),
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "tie_word_embeddings": not m.has("output.weight"),
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": not m.has("output.weight"),
     }
 
 
@@ -138,10 +156,14 @@ def _bloom(m: Metadata) -> dict[str, Any]:
     heads = m.get("attention.head_count")
     m.only("attention.head_count_kv", heads)
     return {
-        "hidden_size": m.get("embedding_length"), "n_layer": m.get("block_count"), "n_head": heads,
-        "n_inner": m.get("feed_forward_length"), "seq_length": m.get("context_length"),
+        "hidden_size": m.get("embedding_length"),
+        "n_layer": m.get("block_count"),
+        "n_head": heads,
+        "n_inner": m.get("feed_forward_length"),
+        "seq_length": m.get("context_length"),
         "layer_norm_epsilon": m.get("attention.layer_norm_epsilon"),
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "tie_word_embeddings": not m.has("output.weight"),
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": not m.has("output.weight"),
     }
 
 
@@ -152,9 +174,12 @@ def _granite(m: Metadata) -> dict[str, Any]:
 
 def _granite_multipliers(m: Metadata) -> dict[str, Any]:
     return {
-        "attention_multiplier": m.get("attention.scale"), "embedding_multiplier": m.get("embedding_scale"),
-        "residual_multiplier": m.get("residual_scale"), "logits_scaling": m.get("logit_scale"),
-        "attention_bias": m.has("blk.0.attn_output.bias"), "mlp_bias": m.has("blk.0.ffn_down.bias"),
+        "attention_multiplier": m.get("attention.scale"),
+        "embedding_multiplier": m.get("embedding_scale"),
+        "residual_multiplier": m.get("residual_scale"),
+        "logits_scaling": m.get("logit_scale"),
+        "attention_bias": m.has("blk.0.attn_output.bias"),
+        "mlp_bias": m.has("blk.0.ffn_down.bias"),
     }
 
 
@@ -168,8 +193,12 @@ def _phi3(m: Metadata) -> dict[str, Any]:
     window, original = m.get("attention.sliding_window", 0), m.get("rope.scaling.original_context_length", 0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(m.get("rope.freq_base", 10_000.0))}
     if m.has(LONG_FACTORS):
-        rope |= {"rope_type": "longrope", "long_factor": factors(m, LONG_FACTORS),
-                 "short_factor": factors(m, SHORT_FACTORS), "attention_factor": m.get("rope.scaling.attn_factor", 1.0)}
+        rope |= {
+            "rope_type": "longrope",
+            "long_factor": factors(m, LONG_FACTORS),
+            "short_factor": factors(m, SHORT_FACTORS),
+            "attention_factor": m.get("rope.scaling.attn_factor", 1.0),
+        }
     return {
         "sliding_window": window or None,
         "partial_rotary_factor": m.get("rope.dimension_count", width // heads) / (width // heads),
@@ -184,10 +213,13 @@ def _olmo2(m: Metadata) -> dict[str, Any]:
         return {}
     rope = rope_parameters(m)
     return {
-        "architectures": ["Olmo3ForCausalLM"], "sliding_window": window,
+        "architectures": ["Olmo3ForCausalLM"],
+        "sliding_window": window,
         "layer_types": _layer_types(m.get("attention.sliding_window_pattern")),
-        "rope_parameters": {"full_attention": rope, "sliding_attention": {
-            "rope_theta": float(m.get("rope.freq_base_swa", rope["rope_theta"]))}},
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_theta": float(m.get("rope.freq_base_swa", rope["rope_theta"]))},
+        },
     }
 
 
@@ -196,8 +228,11 @@ def _layer_types(pattern: list[bool]) -> list[str]:
 
 
 def _seed_oss(m: Metadata) -> dict[str, Any]:
-    return {"attention_bias": m.has("blk.0.attn_q.bias"), "attention_out_bias": m.has("blk.0.attn_output.bias"),
-            "mlp_bias": m.has("blk.0.ffn_down.bias")}
+    return {
+        "attention_bias": m.has("blk.0.attn_q.bias"),
+        "attention_out_bias": m.has("blk.0.attn_output.bias"),
+        "mlp_bias": m.has("blk.0.ffn_down.bias"),
+    }
 
 
 def _exaone4(m: Metadata) -> dict[str, Any]:
@@ -207,8 +242,13 @@ def _exaone4(m: Metadata) -> dict[str, Any]:
 
 def _starcoder2(m: Metadata) -> dict[str, Any]:
     # That the window has 4096 tokens, and the activation, are the same in every release.
-    return {"norm_epsilon": m.get("attention.layer_norm_epsilon"), "layer_norm_eps": None, "sliding_window": 4096,
-            "hidden_act": "gelu_pytorch_tanh", "use_bias": m.has("blk.0.attn_output.bias")}
+    return {
+        "norm_epsilon": m.get("attention.layer_norm_epsilon"),
+        "layer_norm_eps": None,
+        "sliding_window": 4096,
+        "hidden_act": "gelu_pytorch_tanh",
+        "use_bias": m.has("blk.0.attn_output.bias"),
+    }
 
 
 def _gptneox(m: Metadata) -> dict[str, Any]:
@@ -216,13 +256,19 @@ def _gptneox(m: Metadata) -> dict[str, Any]:
     turned = m.get("rope.dimension_count")
     approximate = m.get("block_count") == _NEOX_20B_LAYERS
     return {
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "hidden_size": width,
-        "num_hidden_layers": m.get("block_count"), "num_attention_heads": heads,
-        "intermediate_size": m.get("feed_forward_length"), "max_position_embeddings": m.get("context_length"),
-        "layer_norm_eps": m.get("attention.layer_norm_epsilon"), "use_parallel_residual": m.get("use_parallel_residual"),
-        "attention_bias": m.has("blk.0.attn_output.bias"), "hidden_act": "gelu_fast" if approximate else "gelu",
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "num_hidden_layers": m.get("block_count"),
+        "num_attention_heads": heads,
+        "intermediate_size": m.get("feed_forward_length"),
+        "max_position_embeddings": m.get("context_length"),
+        "layer_norm_eps": m.get("attention.layer_norm_epsilon"),
+        "use_parallel_residual": m.get("use_parallel_residual"),
+        "attention_bias": m.has("blk.0.attn_output.bias"),
+        "hidden_act": "gelu_fast" if approximate else "gelu",
         # The base of the rotation is not recorded, and the same in every release.
-        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)), "rotary_pct": turned / (width // heads),
+        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)),
+        "rotary_pct": turned / (width // heads),
         "tie_word_embeddings": not m.has("output.weight"),
     }
 
@@ -234,14 +280,24 @@ def _qwen(m: Metadata) -> dict[str, Any]:
     m.only("attention.head_count_kv", heads)
     m.only("rope.dimension_count", width // heads)
     context = min(m.get("context_length"), _QWEN_TRAINED_LEN)
-    eps = "attention.layer_norm_rms_epsilon" if "attention.layer_norm_rms_epsilon" in m.fields else (
-        "attention.layer_norm_epsilon")  # by the age of the converter
+    eps = (
+        "attention.layer_norm_rms_epsilon"
+        if "attention.layer_norm_rms_epsilon" in m.fields
+        else ("attention.layer_norm_epsilon")
+    )  # by the age of the converter
     return {
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "hidden_size": width,
-        "num_hidden_layers": m.get("block_count"), "num_attention_heads": heads, "kv_channels": width // heads,
-        "intermediate_size": m.get("feed_forward_length"), "layer_norm_epsilon": m.get(eps),
-        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)), "seq_length": context,
-        "max_position_embeddings": context, "use_dynamic_ntk": False, "use_logn_attn": False,
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "num_hidden_layers": m.get("block_count"),
+        "num_attention_heads": heads,
+        "kv_channels": width // heads,
+        "intermediate_size": m.get("feed_forward_length"),
+        "layer_norm_epsilon": m.get(eps),
+        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)),
+        "seq_length": context,
+        "max_position_embeddings": context,
+        "use_dynamic_ntk": False,
+        "use_logn_attn": False,
         "tie_word_embeddings": not m.has("output.weight"),
     }
 
@@ -275,13 +331,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(name="Qwen3MoeForCausalLM", fields=qwen3moe),
     "olmoe": Architecture(name="OlmoeForCausalLM", fields=lambda m: experts(m, "num_experts") | {"norm_topk_prob": False}),
     "granitemoe": Architecture(
-        name="GraniteMoeForCausalLM", halves_interleaved=True,
+        name="GraniteMoeForCausalLM",
+        halves_interleaved=True,
         fields=lambda m: _granite_multipliers(m) | experts(m, "num_local_experts") | {"mlp_bias": None},
-        joined={"input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")}),
-    "gpt-oss": Architecture(name="GptOssForCausalLM", fields=gpt_oss, joined=_GPT_OSS_EXPERTS, alternating=True,
-                            transposed=("experts.gate_up_proj", "experts.down_proj")),
-    "glm4": Architecture(name="Glm4ForCausalLM", partial_rotary=True, fields=lambda m: {
-        "attention_bias": m.has("blk.0.attn_q.bias"), "rope_parameters": partial_rope(m)}),
+        joined={"input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")},
+    ),
+    "gpt-oss": Architecture(
+        name="GptOssForCausalLM",
+        fields=gpt_oss,
+        joined=_GPT_OSS_EXPERTS,
+        alternating=True,
+        transposed=("experts.gate_up_proj", "experts.down_proj"),
+    ),
+    "glm4": Architecture(
+        name="Glm4ForCausalLM",
+        partial_rotary=True,
+        fields=lambda m: {"attention_bias": m.has("blk.0.attn_q.bias"), "rope_parameters": partial_rope(m)},
+    ),
     "seed_oss": Architecture(name="SeedOssForCausalLM", fields=_seed_oss),
     "ernie4_5": Architecture(name="Ernie4_5ForCausalLM", fields=lambda m: {"use_bias": m.has("blk.0.attn_output.bias")}),
     "exaone4": Architecture(name="Exaone4ForCausalLM", fields=_exaone4),
@@ -289,27 +355,33 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gptneox": Architecture(name="GPTNeoXForCausalLM", fields=_gptneox, own_fields=True, qkv_by_kind=True),
     "qwen": Architecture(name="QWenLMHeadModel", fields=_qwen, own_fields=True),
     "glm4moe": Architecture(name="Glm4MoeForCausalLM", partial_rotary=True, fields=glm4moe),
-    "deepseek2": Architecture(name="DeepseekV3ForCausalLM", fields=deepseek2, own_fields=True,
-                              joined={"kv_b_proj.weight": _LATENT}, swapped=_LATENT[:1], flattened=("kv_b_proj",)),
+    "deepseek2": Architecture(
+        name="DeepseekV3ForCausalLM",
+        fields=deepseek2,
+        own_fields=True,
+        joined={"kv_b_proj.weight": _LATENT},
+        swapped=_LATENT[:1],
+        flattened=("kv_b_proj",),
+    ),
 }
 """By general.architecture. Whether we have the family is another matter, and its refusal names the nearest."""
-
 
 
 def config_json(file: GGUFFile) -> dict[str, Any]:
     """The metadata as the fields of a Hugging Face `config.json`, so that one family reads both."""
     kind = file.metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
-        raise ValueError(f"{file.path}: GGUF architecture {kind!r} is not supported; "
-                         f"supported: {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"{file.path}: GGUF architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     if "token_embd.weight" not in file.tensors:
         if not file.tensors:
             raise ValueError(f"{file.path} holds a vocabulary, not a model")
         raise ValueError(f"{file.path} has no tensor 'token_embd.weight'; the file is incomplete, convert it again")
     architecture, m = ARCHITECTURES[kind], Metadata(file)
     if m.get("block_count") > len(file.tensors):  # before anybody counts to it
-        raise m.refusal(f"{kind}.block_count is {m.get('block_count'):,}, but the file holds only {len(file.tensors)} "
-                        "tensors; it is corrupt, download it again")
+        raise m.refusal(
+            f"{kind}.block_count is {m.get('block_count'):,}, but the file holds only {len(file.tensors)} "
+            "tensors; it is corrupt, download it again"
+        )
     eos = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     config = {
         "architectures": [architecture.name],

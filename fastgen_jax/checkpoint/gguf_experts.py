@@ -18,7 +18,8 @@ def experts(m: Metadata, count: str) -> dict[str, Any]:
 def qwen2moe(m: Metadata) -> dict[str, Any]:
     # That the chosen scores are not normalised, and that no layer is dense, is the same in every release.
     return experts(m, "num_experts") | {
-        "norm_topk_prob": False, "use_sliding_window": False,
+        "norm_topk_prob": False,
+        "use_sliding_window": False,
         "moe_intermediate_size": m.get("expert_feed_forward_length"),
         "shared_expert_intermediate_size": m.get("expert_shared_feed_forward_length"),
     }
@@ -27,7 +28,9 @@ def qwen2moe(m: Metadata) -> dict[str, Any]:
 def qwen3moe(m: Metadata) -> dict[str, Any]:
     # That the chosen scores are normalised, and that no layer is dense, is the same in every release.
     return experts(m, "num_experts") | {
-        "norm_topk_prob": True, "use_sliding_window": False, "attention_bias": False,
+        "norm_topk_prob": True,
+        "use_sliding_window": False,
+        "attention_bias": False,
         "moe_intermediate_size": m.get("expert_feed_forward_length"),
     }
 
@@ -65,18 +68,28 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
     groups, groups_per_token = _deepseek_groups(m)
     return {
         "architectures": ["DeepseekV3ForCausalLM"] if v3 else ["DeepseekV2ForCausalLM"],
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0], "hidden_size": m.get("embedding_length"),
-        "num_hidden_layers": m.get("block_count"), "num_attention_heads": m.get("attention.head_count"),
-        "intermediate_size": m.get("feed_forward_length"), "max_position_embeddings": m.get("context_length"),
-        "rms_norm_eps": m.get("attention.layer_norm_rms_epsilon"), "rope_parameters": rope,
-        "kv_lora_rank": kv_rank, "q_lora_rank": m.get("attention.q_lora_rank", 0) or None, "qk_rope_head_dim": rope_dim,
+        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": m.get("embedding_length"),
+        "num_hidden_layers": m.get("block_count"),
+        "num_attention_heads": m.get("attention.head_count"),
+        "intermediate_size": m.get("feed_forward_length"),
+        "max_position_embeddings": m.get("context_length"),
+        "rms_norm_eps": m.get("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": rope,
+        "kv_lora_rank": kv_rank,
+        "q_lora_rank": m.get("attention.q_lora_rank", 0) or None,
+        "qk_rope_head_dim": rope_dim,
         "qk_nope_head_dim": key_dim - rope_dim,
         "v_head_dim": m.get("attention.value_length_mla" if split else "attention.value_length"),
-        "n_routed_experts": m.get("expert_count"), "num_experts_per_tok": m.get("expert_used_count"),
-        "moe_intermediate_size": m.get("expert_feed_forward_length"), "n_shared_experts": m.get("expert_shared_count"),
+        "n_routed_experts": m.get("expert_count"),
+        "num_experts_per_tok": m.get("expert_used_count"),
+        "moe_intermediate_size": m.get("expert_feed_forward_length"),
+        "n_shared_experts": m.get("expert_shared_count"),
         "first_k_dense_replace": m.get("leading_dense_block_count"),
         "routed_scaling_factor": m.get("expert_weights_scale", 1.0),
-        "norm_topk_prob": m.get("expert_weights_norm", False), "n_group": groups, "topk_group": groups_per_token,
+        "norm_topk_prob": m.get("expert_weights_norm", False),
+        "n_group": groups,
+        "topk_group": groups_per_token,
         "topk_method": None if v3 else "group_limited_greedy" if groups > 1 else "greedy",
         "tie_word_embeddings": not m.has("output.weight"),
     }
@@ -86,8 +99,10 @@ def _deepseek_groups(m: Metadata) -> tuple[int, int]:
     """In how many groups the experts are, and from how many of them a token may choose."""
     experts = m.get("expert_count")
     if "expert_group_count" not in m.fields and experts not in _DEEPSEEK_GROUPS:
-        raise m.refusal(f"it does not record in how many groups its {experts} experts are; convert it again with a newer "
-                        "llama.cpp, or use the Hugging Face checkpoint")
+        raise m.refusal(
+            f"it does not record in how many groups its {experts} experts are; convert it again with a newer "
+            "llama.cpp, or use the Hugging Face checkpoint"
+        )
     groups, chosen = _DEEPSEEK_GROUPS.get(experts, (1, 1))
     return m.get("expert_group_count", groups), m.get("expert_group_used_count", chosen)
 
@@ -97,9 +112,14 @@ def glm4moe(m: Metadata) -> dict[str, Any]:
     m.only("expert_gating_func", _SIGMOID)
     return experts(m, "n_routed_experts") | {
         "num_hidden_layers": m.get("block_count") - m.get("nextn_predict_layers", 0),
-        "attention_bias": m.has("blk.0.attn_q.bias"), "use_qk_norm": m.has("blk.0.attn_q_norm.weight"),
-        "rope_parameters": partial_rope(m), "moe_intermediate_size": m.get("expert_feed_forward_length"),
-        "n_shared_experts": m.get("expert_shared_count"), "first_k_dense_replace": m.get("leading_dense_block_count"),
-        "routed_scaling_factor": m.get("expert_weights_scale", 1.0), "norm_topk_prob": m.get("expert_weights_norm", True),
-        "n_group": m.get("expert_group_count", 1), "topk_group": m.get("expert_group_used_count", 1),
+        "attention_bias": m.has("blk.0.attn_q.bias"),
+        "use_qk_norm": m.has("blk.0.attn_q_norm.weight"),
+        "rope_parameters": partial_rope(m),
+        "moe_intermediate_size": m.get("expert_feed_forward_length"),
+        "n_shared_experts": m.get("expert_shared_count"),
+        "first_k_dense_replace": m.get("leading_dense_block_count"),
+        "routed_scaling_factor": m.get("expert_weights_scale", 1.0),
+        "norm_topk_prob": m.get("expert_weights_norm", True),
+        "n_group": m.get("expert_group_count", 1),
+        "topk_group": m.get("expert_group_used_count", 1),
     }

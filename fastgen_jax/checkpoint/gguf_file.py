@@ -81,8 +81,9 @@ def dequantize(rows: np.ndarray, type_id: int, shape: tuple[int, ...]) -> np.nda
             out[start : start + step] = gguf.quants.dequantize(piece, kind)
         except NotImplementedError as error:
             known = ", ".join(sorted(kind.name for kind in gguf.quants._type_traits))
-            raise ValueError(f"storage type {kind.name} cannot be dequantised; requantise the file to one of F32, F16, "
-                             f"{known}") from error
+            raise ValueError(
+                f"storage type {kind.name} cannot be dequantised; requantise the file to one of F32, F16, {known}"
+            ) from error
     return out.reshape(shape)
 
 
@@ -104,8 +105,9 @@ def read_gguf(path: str | Path) -> GGUFFile:
     try:
         return _Header(memoryview(data), path).parse()
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
-        raise ValueError(f"{path} is truncated or corrupt: its header does not parse ({error}); "
-                         "download it again") from error
+        raise ValueError(
+            f"{path} is truncated or corrupt: its header does not parse ({error}); download it again"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -157,8 +159,7 @@ class _Header:
                 raise ValueError(f"tensor {name!r}: {error}") from error
             if end > len(self.data):
                 raise ValueError(
-                    f"truncated: tensor {name!r} ends at byte {end:,}, the file at {len(self.data):,}; "
-                    "download it again"
+                    f"truncated: tensor {name!r} ends at byte {end:,}, the file at {len(self.data):,}; download it again"
                 )
         return GGUFFile(path=self.path, metadata=metadata, tensors=tensors, metadata_end=metadata_end)
 
@@ -171,8 +172,10 @@ class _Header:
         """A number of things of which each takes at least so many bytes: more than fit in the file is corruption."""
         number = self.scalar("Q")
         if number * least_bytes > len(self.data) - self.at:
-            raise ValueError(f"truncated or corrupt: it announces {number:,} entries at byte {self.at - 8:,}, "
-                             "more than the file holds; download it again")
+            raise ValueError(
+                f"truncated or corrupt: it announces {number:,} entries at byte {self.at - 8:,}, "
+                "more than the file holds; download it again"
+            )
         return number
 
     def string(self) -> str:

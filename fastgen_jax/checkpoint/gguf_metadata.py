@@ -20,8 +20,17 @@ _YARN_KEYS = {
     "scaling.yarn_beta_slow": "beta_slow",
     "scaling.yarn_attn_factor": "attention_factor",
 }
-_ROPE_KEYS = ("freq_base", "freq_base_swa", "dimension_count", "scale_linear", "scaling.type", "scaling.factor",
-              "scaling.attn_factor", "scaling.finetuned", *_YARN_KEYS)
+_ROPE_KEYS = (
+    "freq_base",
+    "freq_base_swa",
+    "dimension_count",
+    "scale_linear",
+    "scaling.type",
+    "scaling.factor",
+    "scaling.attn_factor",
+    "scaling.finetuned",
+    *_YARN_KEYS,
+)
 _INERT = frozenset({"vocab_size", "tensor_data_layout"})  # what the tensors say as well
 
 
@@ -32,8 +41,9 @@ class Metadata:
         self.file = file
         self.kind: str = file.metadata["general.architecture"]
         prefix = f"{self.kind}."
-        self.fields = {name.removeprefix(prefix): _as_written(value) for name, value in file.metadata.items()
-                       if name.startswith(prefix)}
+        self.fields = {
+            name.removeprefix(prefix): _as_written(value) for name, value in file.metadata.items() if name.startswith(prefix)
+        }
         self._read: set[str] = set(_INERT)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -87,8 +97,11 @@ def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = 
         "head_dim": head_dim,
         "intermediate_size": m.get("feed_forward_length"),
         "max_position_embeddings": m.get("context_length"),
-        **({"layer_norm_eps": m.get("attention.layer_norm_epsilon")} if layer_norm else
-           {"rms_norm_eps": m.get("attention.layer_norm_rms_epsilon")}),
+        **(
+            {"layer_norm_eps": m.get("attention.layer_norm_epsilon")}
+            if layer_norm
+            else {"rms_norm_eps": m.get("attention.layer_norm_rms_epsilon")}
+        ),
         "tie_word_embeddings": not m.has("output.weight"),
         "rope_parameters": None if partial_rotary else rope_parameters(m),
     }
@@ -97,8 +110,11 @@ def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = 
 def partial_rope(m: Metadata) -> dict[str, Any]:
     """The rotary settings where a part of each head turns, by the usual base unless another is recorded."""
     head_dim = m.get("attention.key_length", m.get("embedding_length") // m.get("attention.head_count"))
-    return {"rope_type": "default", "rope_theta": float(m.get("rope.freq_base", 10_000.0)),
-            "partial_rotary_factor": m.get("rope.dimension_count", head_dim) / head_dim}
+    return {
+        "rope_type": "default",
+        "rope_theta": float(m.get("rope.freq_base", 10_000.0)),
+        "partial_rotary_factor": m.get("rope.dimension_count", head_dim) / head_dim,
+    }
 
 
 def rope_parameters(m: Metadata, *, further: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -117,8 +133,11 @@ def rope_parameters(m: Metadata, *, further: tuple[str, ...] = ()) -> dict[str, 
     if m.has(_ROPE_FACTORS) and scaling == "none":
         return _llama3_rope(m, theta=theta)
     if m.has(_ROPE_FACTORS) or scaling not in ("none", "linear", "yarn"):
-        raise m.refusal(f"{m.kind}.rope.scaling.type {scaling!r} is not supported"
-                        + (f" beside {_ROPE_FACTORS!r}" if m.has(_ROPE_FACTORS) else "") + "; supported: none, linear, yarn")
+        raise m.refusal(
+            f"{m.kind}.rope.scaling.type {scaling!r} is not supported"
+            + (f" beside {_ROPE_FACTORS!r}" if m.has(_ROPE_FACTORS) else "")
+            + "; supported: none, linear, yarn"
+        )
     if scaling == "none":
         return {"rope_type": "default", "rope_theta": theta}
     factor = settings.get("scaling.factor", settings.get("scale_linear"))

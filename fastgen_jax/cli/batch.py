@@ -30,10 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deployment", metavar="NAME", help="send the requests to this deployment instead")
     parser.add_argument("--replicas", type=int, default=1, help="engines that share the work (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=256, help="requests under way at a time (default: %(default)s)")
-    parser.add_argument("--format", choices=("auto", "jsonl", "text"), default="auto",
-                        help="what the input holds; auto goes by its name (.jsonl, .ndjson, .json; .txt) and its first line")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
-                        help="a field for every body that does not have it, such as max_tokens=64; may be repeated")
+    parser.add_argument(
+        "--format",
+        choices=("auto", "jsonl", "text"),
+        default="auto",
+        help="what the input holds; auto goes by its name (.jsonl, .ndjson, .json; .txt) and its first line",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="settings",
+        help="a field for every body that does not have it, such as max_tokens=64; may be repeated",
+    )
     add_fields(parser.add_argument_group("engine"), EngineConfig)
 
 

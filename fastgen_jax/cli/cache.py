@@ -17,8 +17,13 @@ KINDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `--clear`."""
-    parser.add_argument("--clear", nargs="*", choices=tuple(KINDS), metavar="KIND",
-                        help=f"remove these kinds ({', '.join(KINDS)}); without one all but models")
+    parser.add_argument(
+        "--clear",
+        nargs="*",
+        choices=tuple(KINDS),
+        metavar="KIND",
+        help=f"remove these kinds ({', '.join(KINDS)}); without one all but models",
+    )
 
 
 def run(options: dict[str, Any]) -> int:
@@ -41,8 +46,13 @@ def run(options: dict[str, Any]) -> int:
         print("\nmeasured step sizes (remeasure=True, or --remeasure, measures again):")
     for m in sorted(known, key=lambda m: m.when):
         print(f"  {m.model}; {m.machine}; {m.versions}; {m.when}")
-        print("    " + ", ".join(f"{tokens}{'*' if tokens in m.ladder else ''}: {1e3 * cost:.1f} ms"
-                                 for tokens, cost in m.seconds.items()) + "   (tokens of a step; * has a program)")
+        print(
+            "    "
+            + ", ".join(
+                f"{tokens}{'*' if tokens in m.ladder else ''}: {1e3 * cost:.1f} ms" for tokens, cost in m.seconds.items()
+            )
+            + "   (tokens of a step; * has a program)"
+        )
     return 0
 
 

@@ -13,10 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", help="a new directory for the snapshot, local or gs://")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
-                        help="number format of what is not quantised (default: %(default)s)")
-    parser.add_argument("--quantize", choices=("int8",),
-                        help="keep matrices as int8, one scale an output channel (default: as --dtype)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="bfloat16",
+        help="number format of what is not quantised (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="keep matrices as int8, one scale an output channel (default: as --dtype)"
+    )
 
 
 def run(options: dict[str, Any]) -> int:
@@ -30,5 +35,5 @@ def run(options: dict[str, Any]) -> int:
     checkpoint = open_checkpoint(resolve_model(options["model"]))
     prepare = functools.partial(host_leaf, dtype=options["dtype"], quantize=options["quantize"])
     convert(checkpoint, options["out"], prepare=prepare, progress=True)
-    print(f"{options['out']} is ready: fastgen generate --model {options['out']} \"...\"")
+    print(f'{options["out"]} is ready: fastgen generate --model {options["out"]} "..."')
     return 0

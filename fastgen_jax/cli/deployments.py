@@ -10,8 +10,7 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
     parser.add_argument("--stop", metavar="NAME", help="end this deployment: it finishes what runs (default: list them)")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", 
-                        help="how long --stop waits")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="how long --stop waits")
 
 
 def run(options: dict[str, Any]) -> int:

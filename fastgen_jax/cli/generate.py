@@ -11,8 +11,9 @@ from fastgen_jax.cli.options import add_pipeline_arguments, make_pipeline
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT",
-                        help="texts to continue (default: the lines of standard input)")
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="texts to continue (default: the lines of standard input)"
+    )
     parser.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
     add_pipeline_arguments(parser)
 

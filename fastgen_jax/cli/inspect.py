@@ -37,8 +37,10 @@ def run(options: dict[str, Any]) -> int:
         print(f"tokenizer       none: {error}")
         return 0
     names = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_ids}
-    print(f"tokenizer       {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, "
-          + ", ".join(f"{name} {value}" for name, value in names.items()))
+    print(
+        f"tokenizer       {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, "
+        + ", ".join(f"{name} {value}" for name, value in names.items())
+    )
     print(f"chat templates  {', '.join(tokenizer.templates) or 'none'}")
     if options["template"]:
         for name, text in tokenizer.templates.items():
@@ -57,8 +59,10 @@ def describe(checkpoint: Any) -> dict[str, str]:
     total = sum(stored.values())
     shares = ", ".join(f"{dtype} {100 * count / total:.1f} %" for dtype, count in stored.most_common())
     weights = ", ".join(f"{config.num_params * size:,} as {dtype}" for dtype, size in KV_DTYPES.items() if size > 1)
-    kv = ", ".join(f"{config.kv_bytes_per_token(size, scale_bytes=scale_bytes(dtype)):,} as {dtype}"
-                   for dtype, size in KV_DTYPES.items())
+    kv = ", ".join(
+        f"{config.kv_bytes_per_token(size, scale_bytes=scale_bytes(dtype)):,} as {dtype}"
+        for dtype, size in KV_DTYPES.items()
+    )
     return {
         "path": str(checkpoint.path),
         "architecture": ", ".join(checkpoint.config_json["architectures"]),

@@ -30,8 +30,10 @@ def paragraphs() -> list[str]:
 
 def table() -> list[str]:
     """Lines of a Markdown table of the same, with what each family is."""
-    rows = [f"| {name} | {', '.join(family.ARCHITECTURES)} | {_summary(family)} | {family.FEATURES} |"
-            for name, family in FAMILIES.items()]
+    rows = [
+        f"| {name} | {', '.join(family.ARCHITECTURES)} | {_summary(family)} | {family.FEATURES} |"
+        for name, family in FAMILIES.items()
+    ]
     return ["| family | architectures | what it is | supported |", "|---|---|---|---|", *rows]
 
 

@@ -43,7 +43,8 @@ class _Formatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         takes_value = bool(action.option_strings) and (
-            action.nargs != 0 or isinstance(action, argparse.BooleanOptionalAction))
+            action.nargs != 0 or isinstance(action, argparse.BooleanOptionalAction)
+        )
         if not action.help or not takes_value or action.required or "default" in action.help.lower():
             return action.help
         return f"{action.help} (default: {in_words(action.default)})"

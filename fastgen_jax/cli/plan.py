@@ -17,24 +17,53 @@ from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is planned for."""
-    parser.add_argument("--model", required=True, 
-                        help=f"{MODEL_HELP}, or a config.json alone: no weights are read")
-    parser.add_argument("--topology", required=True, 
-                        help=f"a kind and how many, such as v5e:2x4, v6e:2x2 or h100:8; kinds: {', '.join(DEVICES)}")
-    parser.add_argument("--context", type=int, default=None, metavar="TOKENS",
-                        help="tokens of a sequence, prompt and generated (default: the model's own limit, the most)")
-    parser.add_argument("--budget", type=int, nargs="+", default=[64, 256, 512, 2048], metavar="TOKENS",
-                        help="token budgets of a step (default: 64 256 512 2048)")
+    parser.add_argument("--model", required=True, help=f"{MODEL_HELP}, or a config.json alone: no weights are read")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help=f"a kind and how many, such as v5e:2x4, v6e:2x2 or h100:8; kinds: {', '.join(DEVICES)}",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="tokens of a sequence, prompt and generated (default: the model's own limit, the most)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=int,
+        nargs="+",
+        default=[64, 256, 512, 2048],
+        metavar="TOKENS",
+        help="token budgets of a step (default: 64 256 512 2048)",
+    )
     parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="sequences at once (default: 64)")
     parser.add_argument("--block-size", type=int, default=128, metavar="TOKENS", help="tokens of a KV block (default: 128)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", 
-                        help="number format of weights and KV (default: %(default)s)")
-    parser.add_argument("--quantize", choices=("int8",), default=None,
-                        help="keep matrices as int8, one scale an output channel (default: as the snapshot does, else no)")
-    parser.add_argument("--kv-dtype", choices=("bfloat16", "float32", *QUANTIZED_DTYPES), default=None,
-                        help="number format of the KV cache; of 8 bits: with a scale a token and KV head (default: --dtype)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                        help="ask the device's own compiler, which takes a minute a budget (default: yes)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="number format of weights and KV (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("int8",),
+        default=None,
+        help="keep matrices as int8, one scale an output channel (default: as the snapshot does, else no)",
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("bfloat16", "float32", *QUANTIZED_DTYPES),
+        default=None,
+        help="number format of the KV cache; of 8 bits: with a scale a token and KV head (default: --dtype)",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask the device's own compiler, which takes a minute a budget (default: yes)",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -42,10 +71,16 @@ def run(options: dict[str, Any]) -> int:
     """Prints the plan; 1 if the model does not fit or does not compile."""
     model = describe(options["model"])
     plan = make_plan(
-        model.config, stored_as=model.stored_as, quantize=options["quantize"] or model.quantize,
-        topology=options["topology"], context=options["context"],
-        budgets=sorted(set(options["budget"])), max_num_seqs=options["max_num_seqs"],
-        block_size=options["block_size"], dtype=options["dtype"], kv_dtype=options["kv_dtype"],
+        model.config,
+        stored_as=model.stored_as,
+        quantize=options["quantize"] or model.quantize,
+        topology=options["topology"],
+        context=options["context"],
+        budgets=sorted(set(options["budget"])),
+        max_num_seqs=options["max_num_seqs"],
+        block_size=options["block_size"],
+        dtype=options["dtype"],
+        kv_dtype=options["kv_dtype"],
         compile=options["compile"],
     )
     print(json.dumps(as_json(plan), indent=1) if options["json"] else table(plan))

@@ -17,8 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fastgen_jax.serving.settings import ServerConfig
 
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--log-file", metavar="FILE", help="gets the log, as standard error does; "
-                        "`fastgen deployments` says where it is (default: standard error alone)")
+    parser.add_argument(
+        "--log-file",
+        metavar="FILE",
+        help="gets the log, as standard error does; `fastgen deployments` says where it is (default: standard error alone)",
+    )
     add_fields(parser.add_argument_group("server"), ServerConfig)
     add_fields(parser.add_argument_group("engine"), EngineConfig)
 

@@ -39,8 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_promise_arguments(command)
     for command in (run, fleet):
         command.add_argument("--policy", default="splitfuse", choices=list(POLICIES), help="how a step is filled")
-    sla.add_argument("--policies", nargs="+", default=["splitfuse", "sla"], choices=list(POLICIES),
-                     help="ways to fill a step that are compared")
+    sla.add_argument(
+        "--policies",
+        nargs="+",
+        default=["splitfuse", "sla"],
+        choices=list(POLICIES),
+        help="ways to fill a step that are compared",
+    )
     for command in (run, sla):
         command.add_argument("--replicas", type=int, default=1, help="behind the router (default: %(default)s)")
     fleet.add_argument("--share", type=float, default=0.99, help="of the requests served as promised (default: %(default)s)")
@@ -53,23 +58,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("replica")
     group.add_argument("--costs", type=Path, help="step costs of `fastgen bench steps`, in place of the next three")
-    group.add_argument("--model", default="llama-2-70b", choices=list(MODELS),
-                       help="shape of the model (default: %(default)s)")
-    group.add_argument("--hardware", default="a100", choices=list(ACCELERATORS),
-                       help="devices by their data sheets (default: %(default)s)")
+    group.add_argument(
+        "--model", default="llama-2-70b", choices=list(MODELS), help="shape of the model (default: %(default)s)"
+    )
+    group.add_argument(
+        "--hardware", default="a100", choices=list(ACCELERATORS), help="devices by their data sheets (default: %(default)s)"
+    )
     group.add_argument("--devices", type=int, default=4, help="that share the model (default: %(default)s)")
     group.add_argument("--token-budget", type=int, help="tokens of a step (default: 768, or that of the measured engine)")
     group.add_argument("--max-num-seqs", type=int, help="sequences at once (default: 256, or that of the measured engine)")
     group.add_argument("--block-size", type=int, default=64, help="tokens of a KV block (default: %(default)s)")
-    group.add_argument("--num-blocks", type=int,
-                       help="KV blocks (default: what fits into the memory, or the measured engine's)")
-    group.add_argument("--max-context-len", type=int,
-                       help="tokens of a sequence (default: what the longest request of the load needs)")
+    group.add_argument(
+        "--num-blocks", type=int, help="KV blocks (default: what fits into the memory, or the measured engine's)"
+    )
+    group.add_argument(
+        "--max-context-len", type=int, help="tokens of a sequence (default: what the longest request of the load needs)"
+    )
     group.add_argument("--host-seconds", type=float, help="host's work a step (default: 0.002, or as measured)")
-    group.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True,
-                       help="plan a step while the last one runs")
-    group.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True,
-                       help="share the prefixes that a .jsonl trace names")
+    group.add_argument(
+        "--overlap", action=argparse.BooleanOptionalAction, default=True, help="plan a step while the last one runs"
+    )
+    group.add_argument(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="share the prefixes that a .jsonl trace names",
+    )
 
 
 def run(options: dict[str, Any]) -> int:
@@ -87,17 +101,23 @@ def _replica(args: argparse.Namespace, longest: int) -> tuple[StepCost, ReplicaC
         cost: MeasuredCost = load_cost(args.costs)
         engine = cost.facts["engine"]
         config = ReplicaConfig(
-            num_blocks=args.num_blocks or engine["num_blocks"], block_size=engine["block_size"],
-            token_budget=args.token_budget or max(cost.sizes), max_num_seqs=args.max_num_seqs or engine["max_num_seqs"],
+            num_blocks=args.num_blocks or engine["num_blocks"],
+            block_size=engine["block_size"],
+            token_budget=args.token_budget or max(cost.sizes),
+            max_num_seqs=args.max_num_seqs or engine["max_num_seqs"],
             host_seconds=cost.host_seconds if args.host_seconds is None else args.host_seconds,
-            step_sizes=cost.sizes, **common,
+            step_sizes=cost.sizes,
+            **common,
         )
         return cost, config, str(cost.facts["model"])
     device = roofline(args.model, args.hardware, args.devices)
     config = ReplicaConfig(
-        num_blocks=args.num_blocks or device.num_kv_tokens() // args.block_size, block_size=args.block_size,
-        token_budget=args.token_budget or 768, max_num_seqs=args.max_num_seqs or 256,
-        host_seconds=0.002 if args.host_seconds is None else args.host_seconds, **common,
+        num_blocks=args.num_blocks or device.num_kv_tokens() // args.block_size,
+        block_size=args.block_size,
+        token_budget=args.token_budget or 768,
+        max_num_seqs=args.max_num_seqs or 256,
+        host_seconds=0.002 if args.host_seconds is None else args.host_seconds,
+        **common,
     )
     return device, config, f"{args.model} on {args.devices} {args.hardware}"
 
@@ -126,20 +146,52 @@ def _run(args: argparse.Namespace) -> int:
         effective = [
             effective_throughput(result.requests, tokens_per_second=rate, prompt_rate=prompt_rate) for rate in generation
         ]
-        rows.append((
-            load.num_clients or f"{load.facts.get('rate', '')}{load.facts.get('speed', '')}", f"{throughput:.2f}/s",
-            f"{summary.latency_mean:.2f}", f"{summary.ttft_p50:.2f}", f"{_ms(summary.token_latency_p50)}",
-            f"{_ms(summary.token_latency_p95)}", " ".join(f"{x:.2f}" for x in effective), len(result.refused),
-            f"{max(result.busy_seconds) / result.seconds:.0%}", result.num_preemptions,
-        ))
+        rows.append(
+            (
+                load.num_clients or f"{load.facts.get('rate', '')}{load.facts.get('speed', '')}",
+                f"{throughput:.2f}/s",
+                f"{summary.latency_mean:.2f}",
+                f"{summary.ttft_p50:.2f}",
+                f"{_ms(summary.token_latency_p50)}",
+                f"{_ms(summary.token_latency_p95)}",
+                " ".join(f"{x:.2f}" for x in effective),
+                len(result.refused),
+                f"{max(result.busy_seconds) / result.seconds:.0%}",
+                result.num_preemptions,
+            )
+        )
         replicas = f" x {args.replicas}" if args.replicas > 1 else ""
-        records.append(RunRecord(
-            label=f"{args.policy}, {name}{replicas}", source="simulated", load=load.facts, requests=result.requests,
-            num_refused=len(result.refused), settings=_settings(config, args.replicas), context=context(),
-        ))
+        records.append(
+            RunRecord(
+                label=f"{args.policy}, {name}{replicas}",
+                source="simulated",
+                load=load.facts,
+                requests=result.requests,
+                num_refused=len(result.refused),
+                settings=_settings(config, args.replicas),
+                context=context(),
+            )
+        )
     rate_names = " ".join(f"{rate:g}" for rate in generation)
-    print("\n".join(table(("clients or rate", "throughput", "latency s", "first token P50 s", "gap P50 ms", "P95 ms",
-                           f"effective at {rate_names} tokens/s", "refused", "device busy", "preempted"), rows)))
+    print(
+        "\n".join(
+            table(
+                (
+                    "clients or rate",
+                    "throughput",
+                    "latency s",
+                    "first token P50 s",
+                    "gap P50 ms",
+                    "P95 ms",
+                    f"effective at {rate_names} tokens/s",
+                    "refused",
+                    "device busy",
+                    "preempted",
+                ),
+                rows,
+            )
+        )
+    )
     speed = simulated / max(spent, 1e-9)
     print(f"\n{simulated:.0f} s simulated in {spent:.1f} s of processor time: {speed:.0f} times real time")
     if args.results:
@@ -148,8 +200,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _settings(config: ReplicaConfig, num_replicas: int) -> dict[str, Any]:
-    return {**{k: v for k, v in vars(config).items() if k != "promise"}, "promise": repr(config.promise),
-            "num_replicas": num_replicas}
+    return {
+        **{k: v for k, v in vars(config).items() if k != "promise"},
+        "promise": repr(config.promise),
+        "num_replicas": num_replicas,
+    }
 
 
 def _sla(args: argparse.Namespace) -> int:

@@ -59,8 +59,10 @@ def run(options: dict[str, Any]) -> int:
 
 def render(stats: dict[str, Any], before: dict[str, Any], seconds: float) -> str:
     """A screen of text from two looks at /stats, `seconds` apart."""
-    lines = [f"{stats['deployment']}  {stats['model']}  up {int(stats['uptime'])} s  unfinished {stats['unfinished']}  "
-             f"worst event loop lag {stats['worst_lag_ms']:.1f} ms"]
+    lines = [
+        f"{stats['deployment']}  {stats['model']}  up {int(stats['uptime'])} s  unfinished {stats['unfinished']}  "
+        f"worst event loop lag {stats['worst_lag_ms']:.1f} ms"
+    ]
     for number, (engine, old) in enumerate(zip(stats["engines"], before["engines"], strict=False)):
         counters, past = engine["counters"], old["counters"]
 
@@ -78,6 +80,8 @@ def render(stats: dict[str, Any], before: dict[str, Any], seconds: float) -> str
         for step in engine["steps"][-STEPS_SHOWN:]:
             generated = round(BAR * step[2] / engine["token_budget"])
             prompt = round(BAR * step[1] / engine["token_budget"]) - generated
-            lines.append(f"step {step[0]:>6} {'█' * generated + '░' * prompt:<{BAR}}  {step[2]} generated, "
-                         f"{step[1] - step[2]} prompt tokens, {1e3 * (step[11] - step[9]):.1f} ms")
+            lines.append(
+                f"step {step[0]:>6} {'█' * generated + '░' * prompt:<{BAR}}  {step[2]} generated, "
+                f"{step[1] - step[2]} prompt tokens, {1e3 * (step[11] - step[9]):.1f} ms"
+            )
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def parse_option(pair: str, flag: str) -> tuple[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"; did you mean 'x'?" with the known name that is spelt most like `name`, or nothing if none is."""
+    """ "; did you mean 'x'?" with the known name that is spelt most like `name`, or nothing if none is."""
     spelling = name.lower().replace("-", "_")
     found = difflib.get_close_matches(spelling, list(known), n=1, cutoff=0.7)
     return f"; did you mean {found[0]!r}?" if found else ""

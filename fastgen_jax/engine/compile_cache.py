@@ -63,8 +63,14 @@ def failures_logged() -> Iterator[None]:
     with _lock, warnings.catch_warnings():
         show: Any = warnings.showwarning
 
-        def note(message: Warning | str, category: type[Warning], filename: str, lineno: int,
-                 file: TextIO | None = None, line: str | None = None) -> None:
+        def note(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             failure = FAILURE.match(str(message))
             if failure is None:
                 show(message, category, filename, lineno, file, line)

@@ -105,12 +105,15 @@ class EngineConfig:
                 f"give both promises with {', '.join(sorted(NEED_PROMISE))}, and only there"
             )
         if self.promise_grace is not None and None in promises:
-            raise ValueError(f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; "
-                             "leave it out")
+            raise ValueError(
+                f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; leave it out"
+            )
         _ = self.promise  # checks the rates
         if self.remeasure and self.token_budget is not None:
-            raise ValueError(f"remeasure with token_budget={self.token_budget}: a budget that is given is not measured; "
-                             "leave one of them out")
+            raise ValueError(
+                f"remeasure with token_budget={self.token_budget}: a budget that is given is not measured; "
+                "leave one of them out"
+            )
         if self.budget_ladder is not None:
             if self.token_budget is None:
                 raise ValueError(f"budget_ladder={self.budget_ladder} needs a token_budget, the size of a full step")
@@ -135,7 +138,8 @@ class EngineConfig:
         if self.promised_prompt_rate is None or self.promised_generation_rate is None:
             return None
         return Promise(
-            prompt_rate=self.promised_prompt_rate, generation_rate=self.promised_generation_rate,
+            prompt_rate=self.promised_prompt_rate,
+            generation_rate=self.promised_generation_rate,
             grace=1.0 if self.promise_grace is None else self.promise_grace,
         )
 
@@ -170,9 +174,7 @@ class ResolvedConfig(EngineConfig):
     @property
     def longest_sequence(self) -> int:
         """Tokens that a sequence can really have: the context, or the whole KV cache where that holds less."""
-        return longest_sequence(
-            max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size
-        )
+        return longest_sequence(max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size)
 
     @property
     def max_sample_rows(self) -> int:
@@ -204,8 +206,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         _check_tensor_parallel(config, model, config.tensor_parallel, platform)
     if config.max_context_len is not None and config.max_context_len > model.max_context_len:
         raise ValueError(
-            f"max_context_len={config.max_context_len} exceeds the model's {model.max_context_len}; "
-            f"choose at most that"
+            f"max_context_len={config.max_context_len} exceeds the model's {model.max_context_len}; choose at most that"
         )
     max_context_len = config.max_context_len or model.max_context_len
     kv_dtype = config.kv_dtype or dtype
@@ -218,7 +219,9 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
             jnp.dtype(kv_dtype).itemsize, stored_head_dim=head_dim, scale_bytes=scale_bytes(kv_dtype)
         )
         num_blocks = room_for_cache(platform).num_blocks(
-            bytes_a_block, wanted=config.max_num_seqs * blocks_a_sequence, earlier=earlier_blocks,
+            bytes_a_block,
+            wanted=config.max_num_seqs * blocks_a_sequence,
+            earlier=earlier_blocks,
             share=1 if platform == "cpu" else num_devices,  # those of a CPU are parts of one host, whose memory they share
         )
         if num_blocks < 1:
@@ -238,9 +241,14 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
             ladder = tuple(b for b in (NATIVE_BUDGETS if padding_is_cheap else BUDGETS) if b < config.token_budget)
         ladder = tuple(sorted({*ladder, config.token_budget}))
     filled = {
-        "dtype": dtype, "kv_dtype": kv_dtype, "block_size": block_size, "max_context_len": max_context_len,
-        "num_blocks": num_blocks, "stack_layers": stack_layers,
-        "budget_ladder": ladder, "prefix_caching": prefix_caching,
+        "dtype": dtype,
+        "kv_dtype": kv_dtype,
+        "block_size": block_size,
+        "max_context_len": max_context_len,
+        "num_blocks": num_blocks,
+        "stack_layers": stack_layers,
+        "budget_ladder": ladder,
+        "prefix_caching": prefix_caching,
         "generation_config": () if isinstance(config.generation_config, str) else config.generation_config,
     }
     return ResolvedConfig(**{**{f.name: getattr(config, f.name) for f in fields(EngineConfig)}, **filled})
@@ -251,8 +259,10 @@ def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices
     here = len(jax.local_devices())
     if here < num_devices:
         remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} makes as many of a CPU"
-        raise ValueError(f"tensor_parallel={num_devices} but this process has {here} {platform} device(s); "
-                         f"choose 1 to {here}" + (remedy if platform == "cpu" else ""))
+        raise ValueError(
+            f"tensor_parallel={num_devices} but this process has {here} {platform} device(s); "
+            f"choose 1 to {here}" + (remedy if platform == "cpu" else "")
+        )
     if config.stack_layers is False:
         raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; leave stack_layers out")
     check_divisible(model, num_devices)

@@ -22,13 +22,20 @@ def describe(engine: Engine) -> str:
     devices = jax.local_devices()[: config.tensor_parallel or 1]
     on = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
     platform = jax.default_backend()
-    cache_bytes = config.num_blocks * config.block_size * model.kv_bytes_per_token(
-        jnp.dtype(config.kv_dtype).itemsize, stored_head_dim=stored_head_dim(model.head_dim, platform),
-        scale_bytes=scale_bytes(config.kv_dtype),
+    cache_bytes = (
+        config.num_blocks
+        * config.block_size
+        * model.kv_bytes_per_token(
+            jnp.dtype(config.kv_dtype).itemsize,
+            stored_head_dim=stored_head_dim(model.head_dim, platform),
+            scale_bytes=scale_bytes(config.kv_dtype),
+        )
     )
-    return (f"{name}{model.family}, {_count(model.num_params)} parameters, {weights}, on {on}; "
-            f"KV cache of {config.num_blocks * config.block_size:,} tokens, {config.kv_dtype}, {_size(cache_bytes)}; "
-            f"context {config.max_context_len:,}")
+    return (
+        f"{name}{model.family}, {_count(model.num_params)} parameters, {weights}, on {on}; "
+        f"KV cache of {config.num_blocks * config.block_size:,} tokens, {config.kv_dtype}, {_size(cache_bytes)}; "
+        f"context {config.max_context_len:,}"
+    )
 
 
 def _count(number: int) -> str:

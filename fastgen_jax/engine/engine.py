@@ -79,8 +79,11 @@ class Engine(ResearchInterface):
         )
         self._tables = SamplingTables(resolved.max_num_seqs, model.vocab_size)
         self._packer = Packer(
-            max_num_seqs=resolved.max_num_seqs, max_blocks=self._runner.max_blocks, num_blocks=resolved.num_blocks,
-            block_size=resolved.block_size, tables=self._tables,
+            max_num_seqs=resolved.max_num_seqs,
+            max_blocks=self._runner.max_blocks,
+            num_blocks=resolved.num_blocks,
+            block_size=resolved.block_size,
+            tables=self._tables,
         )
         self._init_standing()
         self._init_research()
@@ -129,9 +132,7 @@ class Engine(ResearchInterface):
         )
         return self.add_request(request, matcher)
 
-    def add_request(
-        self, request: Request, matcher: GrammarMatcher | None = None, *, box: Outbox | None = None
-    ) -> str:
+    def add_request(self, request: Request, matcher: GrammarMatcher | None = None, *, box: Outbox | None = None) -> str:
         """Queues a request that `intake` made, with the matcher of its grammar if it has one; see `add`.
 
         Its outputs go to `box` and come from `step(box)`.
@@ -142,8 +143,7 @@ class Engine(ResearchInterface):
                 self._begin()
                 try:
                     if request_id in self._states:
-                        raise ValueError(
-                            f"request id {request_id!r} is already in use; choose another, or leave it out")
+                        raise ValueError(f"request id {request_id!r} is already in use; choose another, or leave it out")
                     sequence = self._scheduler.add(request)
                 except ValueError:
                     self._open = False  # nothing has changed
@@ -272,9 +272,16 @@ class Engine(ResearchInterface):
         output = self._runner.run(packed, bucket)
         dispatched = time.perf_counter()
         times = StepTimes(
-            number=self.metrics.steps, num_tokens=step.num_tokens, num_generating=sum(c.samples for c in step.chunks
-            if c.length == 1), bucket=bucket.num_tokens, num_running=self.num_running, num_waiting=self.num_waiting,
-            start=start, planned=planned, packed=done, dispatched=dispatched,
+            number=self.metrics.steps,
+            num_tokens=step.num_tokens,
+            num_generating=sum(c.samples for c in step.chunks if c.length == 1),
+            bucket=bucket.num_tokens,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            start=start,
+            planned=planned,
+            packed=done,
+            dispatched=dispatched,
         )
         self._in_flight.append((step, output, times))
         self._dispatching = None
@@ -304,13 +311,19 @@ class Engine(ResearchInterface):
         request, slot = sequence.request, sequence.slot
         assert slot is not None  # it was admitted
         update = self._tables.admit(
-            slot, request.params, eos_token_ids=request.eos_token_ids, seed=request.seed,
-            num_prompt_tokens=sequence.num_prompt_tokens, has_mask=sequence.awaits_each_token,
+            slot,
+            request.params,
+            eos_token_ids=request.eos_token_ids,
+            seed=request.seed,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            has_mask=sequence.awaits_each_token,
         )
         self._states[request.request_id].note_start()
         if update:
             self._runner.reset_slot(
-                slot, prompt_ids=request.prompt_token_ids, output_ids=sequence.output_token_ids,
+                slot,
+                prompt_ids=request.prompt_token_ids,
+                output_ids=sequence.output_token_ids,
                 logit_bias=request.params.logit_bias,
             )
 
@@ -345,14 +358,12 @@ class Engine(ResearchInterface):
         logprobs = None
         if wanted:
             logprobs = tuple(
-                np.asarray(x) for x in (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs,
-                                        sampled.sampled_logprobs)
+                np.asarray(x)
+                for x in (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs, sampled.sampled_logprobs)
             )
         return SampledRows(np.asarray(sampled.tokens), logprobs)
 
-    def _outputs(
-        self, rows: SampledRows, row_chunks: list[tuple[int, Chunk]], advanced: set[HostSequence]
-    ) -> None:
+    def _outputs(self, rows: SampledRows, row_chunks: list[tuple[int, Chunk]], advanced: set[HostSequence]) -> None:
         for end, chunk in row_chunks:
             sequence = chunk.sequence
             request = sequence.request
@@ -365,13 +376,13 @@ class Engine(ResearchInterface):
                     row, position = end - back, chunk.start + chunk.length - back + 1
                     if position < sequence.num_prompt_tokens:
                         token_id = request.prompt_token_ids[position]
-                        state.add_prompt_logprob(position, rows.logprob(row, token_id, params.prompt_logprobs,
-                                                                               sampled=False))
+                        state.add_prompt_logprob(
+                            position, rows.logprob(row, token_id, params.prompt_logprobs, sampled=False)
+                        )
             if not chunk.samples or sequence not in advanced:
                 continue
             token_id = rows.tokens[end - 1]
-            logprobs = [] if params.logprobs is None else [
-                rows.logprob(end - 1, token_id, params.logprobs, sampled=True)]
+            logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs, sampled=True)]
             output = state.advance([token_id], logprobs)
             if output.finished and sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "abort" if output.error else "stop")

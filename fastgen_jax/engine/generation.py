@@ -23,11 +23,26 @@ _FILTERS = ("temperature", "top_k", "top_p", "min_p")  # mean nothing where the 
 
 # What would change the text and is not supported -> values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (0,), "typical_p": (1,), "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,), "bad_words_ids": ([],), "suppress_tokens": ([],), "begin_suppress_tokens": ([],),
-    "sequence_bias": ({}, []), "forced_bos_token_id": (), "forced_eos_token_id": (), "min_length": (0,),
-    "min_new_tokens": (0,), "guidance_scale": (1,), "mirostat": (0,), "xtc_probability": (0,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ({}, []),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "guidance_scale": (1,),
+    "mirostat": (0,),
+    "xtc_probability": (0,),
 }
 
 Pairs = tuple[tuple[str, Any], ...]
@@ -38,16 +53,22 @@ def defaults_of_model(raw: Mapping[str, Any], where: Any) -> Pairs:
 
     What is not supported and would change the text is logged. Raises ValueError naming `where` for a value out of range.
     """
-    ignored = {name: raw[name] for name, neutral in _UNSUPPORTED.items()
-               if raw.get(name) is not None and raw[name] not in neutral}
+    ignored = {
+        name: raw[name] for name, neutral in _UNSUPPORTED.items() if raw.get(name) is not None and raw[name] not in neutral
+    }
     if ignored:
-        log.warning("%s asks for what is not supported, and is left out: %s", where,
-                    ", ".join(f"{name}={value!r}"[:80] for name, value in ignored.items()))
+        log.warning(
+            "%s asks for what is not supported, and is left out: %s",
+            where,
+            ", ".join(f"{name}={value!r}"[:80] for name, value in ignored.items()),
+        )
     try:
         return checked_defaults({name: raw[name] for name in DEFAULTS if name in raw})
     except ValueError as error:
-        raise ValueError(f"the defaults for sampling of {where} cannot be used: {error}; correct them, or start with "
-                         "generation_config='none'") from error
+        raise ValueError(
+            f"the defaults for sampling of {where} cannot be used: {error}; correct them, or start with "
+            "generation_config='none'"
+        ) from error
 
 
 def checked_defaults(defaults: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Pairs:
@@ -58,14 +79,19 @@ def checked_defaults(defaults: Mapping[str, Any] | Iterable[tuple[str, Any]]) ->
     values = {name: value for name, value in dict(defaults).items() if value is not None}
     for name in values:
         if name not in DEFAULTS:
-            raise ValueError(f"generation_config has {name!r}, but defaults can be set for {', '.join(DEFAULTS)}"
-                             f"{nearest(name, DEFAULTS)}")
+            raise ValueError(
+                f"generation_config has {name!r}, but defaults can be set for {', '.join(DEFAULTS)}{nearest(name, DEFAULTS)}"
+            )
     if values.get("do_sample") is False or values.get("temperature") == 0:
-        values = {**{name: value for name, value in values.items() if name not in _FILTERS}, "temperature": 0.0,
-                  "do_sample": True}
+        values = {
+            **{name: value for name, value in values.items() if name not in _FILTERS},
+            "temperature": 0.0,
+            "do_sample": True,
+        }
     SamplingParams(**values)
-    return tuple((name, value) for name, value in values.items()
-                 if name != "do_sample" and value not in _NEUTRAL.get(name, ()))
+    return tuple(
+        (name, value) for name, value in values.items() if name != "do_sample" and value not in _NEUTRAL.get(name, ())
+    )
 
 
 def parse_setting(setting: Any) -> str | Pairs:
@@ -79,8 +105,10 @@ def parse_setting(setting: Any) -> str | Pairs:
         return setting
     if isinstance(setting, Mapping | tuple | list):
         return checked_defaults(setting)
-    raise ValueError(f"generation_config is {setting!r}; choose 'auto' (the model's own defaults), 'none', or give defaults "
-                     "such as {'temperature': 0.6}")
+    raise ValueError(
+        f"generation_config is {setting!r}; choose 'auto' (the model's own defaults), 'none', or give defaults "
+        "such as {'temperature': 0.6}"
+    )
 
 
 def sampling_params(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:

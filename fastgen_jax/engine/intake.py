@@ -32,9 +32,7 @@ class Intake:
         self._numbers = itertools.count()
         self._grammars = None
         if tokenizer is not None:
-            self._grammars = GrammarCompiler(
-                tokenizer, vocab_size=model.vocab_size, eos_token_ids=self.eos_token_ids
-            )
+            self._grammars = GrammarCompiler(tokenizer, vocab_size=model.vocab_size, eos_token_ids=self.eos_token_ids)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -97,8 +95,10 @@ class Intake:
         if params is None:
             params = self.limited(self.sampling_params({}), len(token_ids), self.default_new_tokens)
         if params.n != 1:
-            raise ValueError(f"n is {params.n}; the engine runs one sequence a request: add it {params.n} times with "
-                             f"different seeds, or use pipeline, which does that")
+            raise ValueError(
+                f"n is {params.n}; the engine runs one sequence a request: add it {params.n} times with "
+                f"different seeds, or use pipeline, which does that"
+            )
         validate(params, self.model.vocab_size, eos_token_ids=self.eos_token_ids)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings {params.stop} need a tokenizer, and this engine has none; use stop_token_ids")
@@ -106,8 +106,10 @@ class Intake:
             if any("\ud800" <= character <= "\udfff" for character in stop):
                 raise ValueError(f"stop has {stop!r}, with half of a character, which no text has; leave it out")
         if awaits_each_token and params.min_new_tokens:
-            raise ValueError(f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; "
-                             "leave min_new_tokens out")
+            raise ValueError(
+                f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; "
+                "leave min_new_tokens out"
+            )
         request = Request(
             request_id=f"request-{next(self._numbers)}" if request_id is None else request_id,
             prompt_token_ids=token_ids,

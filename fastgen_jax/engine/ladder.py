@@ -82,16 +82,26 @@ def load_choice(path: Path, facts: Any) -> tuple[int, ...] | None:
     measurement = None if entry is None else _measurement(entry)
     if measurement is None:
         return None
-    log.info("step sizes %s, measured %s (%s); remeasure=True measures again",
-             ", ".join(map(str, measurement.ladder)), measurement.when, path)
+    log.info(
+        "step sizes %s, measured %s (%s); remeasure=True measures again",
+        ", ".join(map(str, measurement.ladder)),
+        measurement.when,
+        path,
+    )
     return measurement.ladder
 
 
 def save_choice(path: Path, facts: Any, ladder: Sequence[int], seconds: Mapping[int, float], *, model: str) -> None:
     """Keeps a ladder, with the curve that it was read off, in a file that holds one for each machine and `facts`."""
-    remembered.remember(path, facts, {
-        "model": model, "ladder": list(ladder), "seconds": {str(budget): cost for budget, cost in sorted(seconds.items())},
-    })
+    remembered.remember(
+        path,
+        facts,
+        {
+            "model": model,
+            "ladder": list(ladder),
+            "seconds": {str(budget): cost for budget, cost in sorted(seconds.items())},
+        },
+    )
 
 
 def describe(model: ModelConfig) -> str:

@@ -31,8 +31,8 @@ def compile_count() -> int:
 class StepTimes(NamedTuple):
     """What one step carried, and when its parts began on the clock of `time.perf_counter`, seconds.
 
-        start .. planned .. packed .. dispatched     waited .. read .. committed .. done
-          plan     pack     dispatch        device       wait    commit     output
+    start .. planned .. packed .. dispatched     waited .. read .. committed .. done
+      plan     pack     dispatch        device       wait    commit     output
     """
 
     number: int
@@ -99,8 +99,7 @@ class Metrics:
 
         `host_ms` is plan + pack + commit: the host work that a device without overlap would wait for.
         """
-        times = {name: getattr(self, f"{name}_seconds") for name in
-                 ("plan", "pack", "dispatch", "wait", "commit", "output")}
+        times = {name: getattr(self, f"{name}_seconds") for name in ("plan", "pack", "dispatch", "wait", "commit", "output")}
         counters = {name: value for name, value in vars(self).items() if not isinstance(value, deque)}
         counters["steps_by_budget"] = dict(sorted(self.steps_by_budget.items()))
         medians = {f"{name}_ms": 1e3 * median(values) if values else 0.0 for name, values in times.items()}

@@ -12,21 +12,47 @@ _MEMORY = "the KV cache takes what is free; num_blocks sets its size in blocks"
 _PLATFORM = "the environment chooses: JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS"
 
 _OTHER_NAMES = {
-    "max_model_len": "max_context_len", "max_length": "max_context_len", "max_seq_len": "max_context_len",
-    "max_seq_length": "max_context_len", "context_length": "max_context_len", "n_ctx": "max_context_len",
-    "num_ctx": "max_context_len", "max_position_embeddings": "max_context_len",
-    "tensor_parallel_size": "tensor_parallel", "tp_size": "tensor_parallel", "tp": "tensor_parallel",
-    "torch_dtype": "dtype", "kv_cache_dtype": "kv_dtype", "cache_dtype": "kv_dtype", "type_k": "kv_dtype",
-    "max_num_batched_tokens": "token_budget", "max_ragged_batch_size": "token_budget",
+    "max_model_len": "max_context_len",
+    "max_length": "max_context_len",
+    "max_seq_len": "max_context_len",
+    "max_seq_length": "max_context_len",
+    "context_length": "max_context_len",
+    "n_ctx": "max_context_len",
+    "num_ctx": "max_context_len",
+    "max_position_embeddings": "max_context_len",
+    "tensor_parallel_size": "tensor_parallel",
+    "tp_size": "tensor_parallel",
+    "tp": "tensor_parallel",
+    "torch_dtype": "dtype",
+    "kv_cache_dtype": "kv_dtype",
+    "cache_dtype": "kv_dtype",
+    "type_k": "kv_dtype",
+    "max_num_batched_tokens": "token_budget",
+    "max_ragged_batch_size": "token_budget",
     "chunked_prefill_size": "token_budget",
-    "max_batch_size": "max_num_seqs", "max_num_sequences": "max_num_seqs", "max_running_requests": "max_num_seqs",
-    "num_gpu_blocks_override": "num_blocks", "num_kv_blocks": "num_blocks", "page_size": "block_size",
-    "enable_prefix_caching": "prefix_caching", "scheduling_policy": "policy", "attention_backend": "attention",
-    "attn_implementation": "attention", "override_generation_config": "generation_config",
-    "quantization": "quantize", "quantization_mode": "quantize", "quantization_config": "quantize",
-    "load_in_8bit": "use quantize='int8'", "load_in_4bit": "use quantize='int8'; there are no 4 bits",
-    "gpu_memory_utilization": _MEMORY, "mem_fraction_static": _MEMORY, "swap_space": _MEMORY, "max_memory": _MEMORY,
-    "device": _PLATFORM, "device_map": _PLATFORM, "n_gpu_layers": _PLATFORM,
+    "max_batch_size": "max_num_seqs",
+    "max_num_sequences": "max_num_seqs",
+    "max_running_requests": "max_num_seqs",
+    "num_gpu_blocks_override": "num_blocks",
+    "num_kv_blocks": "num_blocks",
+    "page_size": "block_size",
+    "enable_prefix_caching": "prefix_caching",
+    "scheduling_policy": "policy",
+    "attention_backend": "attention",
+    "attn_implementation": "attention",
+    "override_generation_config": "generation_config",
+    "quantization": "quantize",
+    "quantization_mode": "quantize",
+    "quantization_config": "quantize",
+    "load_in_8bit": "use quantize='int8'",
+    "load_in_4bit": "use quantize='int8'; there are no 4 bits",
+    "gpu_memory_utilization": _MEMORY,
+    "mem_fraction_static": _MEMORY,
+    "swap_space": _MEMORY,
+    "max_memory": _MEMORY,
+    "device": _PLATFORM,
+    "device_map": _PLATFORM,
+    "n_gpu_layers": _PLATFORM,
     "enable_chunked_prefill": "leave it out: prompts are always split, see token_budget",
     "enforce_eager": "leave it out: programs are compiled before the first request",
     "trust_remote_code": "leave it out: no code of a checkpoint is run",
@@ -34,13 +60,15 @@ _OTHER_NAMES = {
     "data_parallel_size": "replicas belong to a server: fastgen_jax.serve(model, replica_num=...)",
     "replica_num": "replicas belong to a server: fastgen_jax.serve(model, replica_num=...)",
     "revision": "download the revision, and give its folder as the model",
-}  # fmt: skip
+}
 
 
 def unknown_engine_option(name: str, known: Iterable[str]) -> ValueError:
     """The error for an option that `EngineConfig` does not have; it says which was meant, where that can be told."""
     generation = {f.name for f in fields(SamplingParams)} - {"max_length"}
     if name in generation:
-        return ValueError(f"{name!r} is an option of a call, not of the engine; give it there, pipe(prompt, {name}=...), or "
-                          f"as a default for all calls: generation_config={{{name!r}: ...}}")
+        return ValueError(
+            f"{name!r} is an option of a call, not of the engine; give it there, pipe(prompt, {name}=...), or "
+            f"as a default for all calls: generation_config={{{name!r}: ...}}"
+        )
     return unknown_option(name, known, _OTHER_NAMES, kind="engine")

@@ -85,9 +85,7 @@ class RequestState:
         self._stops = None
         if tokenizer is not None:
             stops, marks = stops_with_tokens(tuple(params.stop), tokenizer)
-            self._detokenizer = IncrementalDetokenizer(
-                tokenizer, prompt_ids=sequence.request.prompt_token_ids, marks=marks
-            )
+            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=sequence.request.prompt_token_ids, marks=marks)
             self._stops = StopStrings(stops, unseen=marks.values()) if stops else None
 
     def restarted(self) -> RequestState:
@@ -103,10 +101,18 @@ class RequestState:
     def failed(self, error: str) -> RequestOutput:
         """The last output of a request that ends without another token, because of `error`."""
         return RequestOutput(
-            request_id=self.sequence.request_id, new_token_ids=(), text="", finished=True, finish_reason="abort",
-            logprobs=None, prompt_logprobs=None, num_prompt_tokens=self.sequence.num_prompt_tokens,
-            num_cached_tokens=self.sequence.num_cached, num_generated_tokens=self.num_known,
-            queue_seconds=self._queue_seconds or 0.0, error=error,
+            request_id=self.sequence.request_id,
+            new_token_ids=(),
+            text="",
+            finished=True,
+            finish_reason="abort",
+            logprobs=None,
+            prompt_logprobs=None,
+            num_prompt_tokens=self.sequence.num_prompt_tokens,
+            num_cached_tokens=self.sequence.num_cached,
+            num_generated_tokens=self.num_known,
+            queue_seconds=self._queue_seconds or 0.0,
+            error=error,
         )
 
     def note_start(self) -> None:
@@ -134,9 +140,7 @@ class RequestState:
                 text += self._detokenizer.flush()
             if self._stops is not None:
                 # A stop string ends the text only once the minimum is reached, like every other reason to stop.
-                text, match = self._stops.push(
-                    text, may_end=self._num_returned + len(token_ids) > params.min_new_tokens
-                )
+                text, match = self._stops.push(text, may_end=self._num_returned + len(token_ids) > params.min_new_tokens)
                 if ended and match is None:
                     rest, match = self._stops.flush()
                     text += rest
@@ -175,5 +179,6 @@ class SampledRows:
         assert self._logprobs is not None
         logprobs, ranks, top_ids, top_logprobs, sampled_logprobs = self._logprobs
         top = dict(zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True))
-        return TokenLogprob(token_id, float(logprobs[row]), int(ranks[row]), top,
-                            float(sampled_logprobs[row]) if sampled else None)
+        return TokenLogprob(
+            token_id, float(logprobs[row]), int(ranks[row]), top, float(sampled_logprobs[row]) if sampled else None
+        )

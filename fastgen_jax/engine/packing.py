@@ -57,9 +57,7 @@ class Layout:
 class Bucket:
     """A compiled shape: `num_tokens` T, with rows for `num_seqs` S sequences and as many sampled tokens."""
 
-    def __init__(
-        self, num_tokens: int, *, max_num_seqs: int, max_blocks: int, num_slots: int, vocab_size: int
-    ) -> None:
+    def __init__(self, num_tokens: int, *, max_num_seqs: int, max_blocks: int, num_slots: int, vocab_size: int) -> None:
         self.num_tokens = num_tokens
         self.num_seqs = min(num_tokens, max_num_seqs)
         self.layout = Layout(

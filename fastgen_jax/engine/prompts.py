@@ -48,8 +48,9 @@ def plain_prompt(prompt: object) -> PlainPrompt:
 def listed(prompt: object) -> list[Any]:
     """The items of what is neither text nor an array; ValueError for bytes, sets, and what has no items."""
     if isinstance(prompt, bytes | bytearray | memoryview):
-        raise ValueError(f"the prompt is {type(prompt).__name__}; make text of it with prompt.decode(), or token ids with "
-                         "list(prompt)")
+        raise ValueError(
+            f"the prompt is {type(prompt).__name__}; make text of it with prompt.decode(), or token ids with list(prompt)"
+        )
     if isinstance(prompt, set | frozenset):
         raise ValueError("the prompt is a set, which has no order; give a list")
     if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping):
@@ -63,13 +64,16 @@ def message(item: object) -> Mapping[str, Any]:
     if isinstance(item, Mapping) and "role" in item:
         return item
     if not isinstance(item, Mapping):
-        raise ValueError(f"the prompt holds {_shown(item)} among chat messages; give messages alone, or each conversation "
-                         "as a list of its own")
+        raise ValueError(
+            f"the prompt holds {_shown(item)} among chat messages; give messages alone, or each conversation "
+            "as a list of its own"
+        )
     for key in ("messages", "input_ids", "prompt"):
         if key in item:
             raise ValueError(f"the prompt is a mapping with the keys {_keys(item)}; give prompt[{key!r}] alone")
-    raise ValueError(f"the prompt has a mapping with the keys {_keys(item)}; a chat message is "
-                     "{'role': ..., 'content': ...}")
+    raise ValueError(
+        f"the prompt has a mapping with the keys {_keys(item)}; a chat message is {{'role': ..., 'content': ...}}"
+    )
 
 
 def token_ids(items: Iterable[Any]) -> tuple[int, ...]:
@@ -102,8 +106,10 @@ def as_array(prompt: Any) -> np.ndarray:
     try:
         return np.asarray(prompt)
     except Exception as error:  # each library has its own for arrays on a device, or deleted, or with gradients
-        raise ValueError(f"the prompt is a {type(prompt).__name__} that cannot be read as a NumPy array ({error}); bring it "
-                         "to the host, or give a list of token ids") from error
+        raise ValueError(
+            f"the prompt is a {type(prompt).__name__} that cannot be read as a NumPy array ({error}); bring it "
+            "to the host, or give a list of token ids"
+        ) from error
 
 
 def _ids_of_array(prompt: Any) -> tuple[int, ...]:
@@ -111,8 +117,10 @@ def _ids_of_array(prompt: Any) -> tuple[int, ...]:
     if array.dtype.kind == "O" and array.ndim == 1:
         return token_ids(array.tolist())
     if array.dtype.kind not in "iu" and array.size:
-        raise ValueError(f"the prompt is an array of {array.dtype}; token ids are whole numbers: convert it, for example "
-                         "with .astype('int32')")
+        raise ValueError(
+            f"the prompt is an array of {array.dtype}; token ids are whole numbers: convert it, for example "
+            "with .astype('int32')"
+        )
     if array.ndim != 1:
         remedy = "one token id is [id]" if array.ndim == 0 else "give a row of it, or the array as the list of prompts"
         raise ValueError(f"the prompt is an array of shape {array.shape}; token ids of one prompt have one axis: {remedy}")

@@ -63,8 +63,16 @@ def put_steps(
             sequence.num_computed = stop
             if stop < total:
                 remaining.append(sequence)
-        yield Step(
-            chunks=chunks, sampled=[], block_updates=updates, admitted=[], preempted=[],
-            num_tokens=token_budget - tokens_left, num_sample_rows=len(rows),
-        ), rows
+        yield (
+            Step(
+                chunks=chunks,
+                sampled=[],
+                block_updates=updates,
+                admitted=[],
+                preempted=[],
+                num_tokens=token_budget - tokens_left,
+                num_sample_rows=len(rows),
+            ),
+            rows,
+        )
         pending = remaining

@@ -87,6 +87,9 @@ def _weights_and_shapes(params: Any, model: ModelConfig) -> tuple[dict[str, Any]
             f"params must be a dict whose 'layers' are a dict of stacked weights or a tuple of {model.num_layers} dicts, as "
             "load_params and init_params give them"
         )
-    add("params", {name: leaf for name, leaf in params.items() if name != "layers"},
-        {name: s.shape for name, s in specs.items() if name != "layers"})
+    add(
+        "params",
+        {name: leaf for name, leaf in params.items() if name != "layers"},
+        {name: s.shape for name, s in specs.items() if name != "layers"},
+    )
     return given, wanted

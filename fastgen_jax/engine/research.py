@@ -48,8 +48,11 @@ class ResearchInterface(Standing):
         config = self.config
         self._put_sequences: Mapping[str, PutSequence] = {}  # replaced, never changed
         self._put_packer = Packer(
-            max_num_seqs=config.max_num_seqs, max_blocks=self._runner.max_blocks, num_blocks=config.num_blocks,
-            block_size=config.block_size, tables=SamplingTables(config.max_num_seqs, self.model.vocab_size),
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=self._runner.max_blocks,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            tables=SamplingTables(config.max_num_seqs, self.model.vocab_size),
         )
 
     # Weights
@@ -152,8 +155,10 @@ class ResearchInterface(Standing):
             held = self._held(uid)
             most = len(held.token_ids) - 1
             if not (_is_count(num_tokens) and 0 <= num_tokens <= most):
-                raise ValueError(f"num_tokens is {num_tokens!r}, but sequence {uid!r} can give back 0..{most} tokens; "
-                                 "flush it to forget it altogether")
+                raise ValueError(
+                    f"num_tokens is {num_tokens!r}, but sequence {uid!r} can give back 0..{most} tokens; "
+                    "flush it to forget it altogether"
+                )
             left = len(held.token_ids) - num_tokens
             num_blocks = -(-left // self.config.block_size)
             shorter = PutSequence(held.token_ids[:left], held.block_ids[:num_blocks])
@@ -253,9 +258,11 @@ class ResearchInterface(Standing):
 
     def _refuse_while_busy(self, what: str) -> None:
         if self.has_work or self._put_sequences:
-            raise ValueError(f"the engine has {self._scheduler.num_running + self._scheduler.num_waiting} requests and "
-                             f"{len(self._put_sequences)} sequences of put; {what} while it is idle: finish or abort "
-                             "the requests, flush the sequences")
+            raise ValueError(
+                f"the engine has {self._scheduler.num_running + self._scheduler.num_waiting} requests and "
+                f"{len(self._put_sequences)} sequences of put; {what} while it is idle: finish or abort "
+                "the requests, flush the sequences"
+            )
 
 
 def _is_count(value: Any) -> bool:

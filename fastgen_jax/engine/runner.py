@@ -82,10 +82,14 @@ class Runner:
 
     def _allocate(self) -> None:
         model, config = self.model, self.config
+
         def zeros() -> tuple[KVCache, SamplerState]:
             cache = KVCache.zeros(
-                num_layers=model.num_layers, num_blocks=config.num_blocks, num_kv_heads=model.num_kv_heads,
-                block_size=config.block_size, dtype=jnp.dtype(config.kv_dtype),
+                num_layers=model.num_layers,
+                num_blocks=config.num_blocks,
+                num_kv_heads=model.num_kv_heads,
+                block_size=config.block_size,
+                dtype=jnp.dtype(config.kv_dtype),
                 head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
             )
             return cache, init_state(config.max_num_seqs, model.vocab_size)
@@ -122,8 +126,12 @@ class Runner:
         """The step program of `bucket` for the current device, not compiled yet."""
         packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
         program = step_program(
-            self.model, bucket, attention=self.config.attention, activation_dtype=self.config.activation_dtype,
-            mesh=self.mesh, logits_processor=self.config.logits_processor,
+            self.model,
+            bucket,
+            attention=self.config.attention,
+            activation_dtype=self.config.activation_dtype,
+            mesh=self.mesh,
+            logits_processor=self.config.logits_processor,
         )
         return program.lower(self.params, self.kv_cache, self.state, packed)
 
@@ -171,9 +179,7 @@ class Runner:
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
         self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
 
-    def measure(
-        self, budget: int, *, num_tokens: int | None = None, repeats: int = 5, at_least: float = 0.4
-    ) -> float:
+    def measure(self, budget: int, *, num_tokens: int | None = None, repeats: int = 5, at_least: float = 0.4) -> float:
         """Seconds of a step of `num_tokens` (default: all) in the program of `budget`.
 
         The step is one prompt chunk at the start of its sequence. The result is the least of `repeats` runs, or of more
@@ -205,8 +211,11 @@ class Runner:
     def _new_bucket(self, budget: int) -> Bucket:
         config = self.config
         return Bucket(
-            budget, max_num_seqs=config.max_num_seqs, max_blocks=self.max_blocks,
-            num_slots=config.num_blocks * config.block_size, vocab_size=self.model.vocab_size,
+            budget,
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=self.max_blocks,
+            num_slots=config.num_blocks * config.block_size,
+            vocab_size=self.model.vocab_size,
         )
 
 
@@ -216,16 +225,28 @@ def _delete(arrays: Sequence[jax.Array]) -> None:
 
 
 def step_program(
-    model: ModelConfig, bucket: Bucket, *, attention: str | None = None, activation_dtype: Any = None,
-    mesh: Mesh | None = None, logits_processor: LogitsProcessor | None = None,
+    model: ModelConfig,
+    bucket: Bucket,
+    *,
+    attention: str | None = None,
+    activation_dtype: Any = None,
+    mesh: Mesh | None = None,
+    logits_processor: LogitsProcessor | None = None,
 ) -> Any:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`, weights
     and cache are divided over it as `models.sharding` says; the rest, results included, is whole on every device.
     """
-    step = partial(_step, bucket=bucket, config=model, attention=attention, activation_dtype=activation_dtype, mesh=mesh,
-                   logits_processor=logits_processor)
+    step = partial(
+        _step,
+        bucket=bucket,
+        config=model,
+        attention=attention,
+        activation_dtype=activation_dtype,
+        mesh=mesh,
+        logits_processor=logits_processor,
+    )
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device.device_kind))
     if mesh is None:

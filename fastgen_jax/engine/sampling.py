@@ -61,7 +61,11 @@ class SampleOutput:
 
 
 def sample(
-    logits: jax.Array, state: SamplerState, batch: SamplingBatch, *, max_logprobs: int,
+    logits: jax.Array,
+    state: SamplerState,
+    batch: SamplingBatch,
+    *,
+    max_logprobs: int,
     process: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[SampleOutput, SamplerState]:
     """The next token of every row of `logits` f32[R, V], and the state that knows it.
@@ -93,7 +97,11 @@ def sample(
         tokens,
     )
     output = SampleOutput(
-        tokens=tokens, sampled_logprobs=sampled_logprobs, logprobs=logprobs, ranks=ranks, top_ids=top_ids,
+        tokens=tokens,
+        sampled_logprobs=sampled_logprobs,
+        logprobs=logprobs,
+        ranks=ranks,
+        top_ids=top_ids,
         top_logprobs=top_logprobs,
     )
     return output, _remember(state, batch, tokens)

@@ -148,9 +148,7 @@ class SamplingTables:
         has_mask: bool = False,
     ) -> bool:
         """Gives `slot` the parameters of a sequence; true if the device needs `reset_slot` before its next step."""
-        has_penalties = (
-            params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
-        )
+        has_penalties = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
         has_bias = len(_bias_pairs(params)) > 0
         temperature = 1.0 if params.temperature is None else params.temperature
         top_k = params.top_k or 0

@@ -58,9 +58,7 @@ def load(
     return params, checkpoint.config, tokenizer, config
 
 
-def start(
-    params: Params, model: ModelConfig, open_config: EngineConfig, *, progress: bool
-) -> tuple[ResolvedConfig, Runner]:
+def start(params: Params, model: ModelConfig, open_config: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
     """The config with every choice made, and a runner whose programs are compiled and warm."""
     folder = compile_cache.use(open_config.compile_cache_dir)
     with compile_cache.failures_logged():
@@ -81,8 +79,13 @@ def _resolve_as_before(open_config: EngineConfig, model: ModelConfig, folder: Fo
     if open_config.num_blocks is not None or folder is None:
         return resolve(open_config, model)
     path = folder.path / BLOCKS_FILE
-    facts = (asdict(model), [getattr(open_config, name) for name in (
-        "dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")])
+    facts = (
+        asdict(model),
+        [
+            getattr(open_config, name)
+            for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
+        ],
+    )
     earlier = (remembered.recall(path, facts) or {}).get("num_blocks")
     config = resolve(open_config, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
     if config.num_blocks != earlier and folder.writable:
@@ -102,7 +105,8 @@ def _choose_budgets(
         costs = {budget: runner.measure(budget) for budget in candidates}
         log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
         chosen = ladder.choose_ladder(
-            costs, ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
+            costs,
+            ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
             seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
         )
         if path and folder and folder.writable:
@@ -119,6 +123,17 @@ def _compile(runner: Runner, budgets: Any, *, progress: bool) -> None:
 
 def _facts(config: ResolvedConfig, model: ModelConfig, candidates: list[int]) -> Any:
     """What step costs depend on beside machine and versions: the model and the choices that shape a step."""
-    return (asdict(model), config.dtype, config.quantize, config.kv_dtype, config.tensor_parallel, config.block_size,
-            config.max_num_seqs, config.attention, config.stack_layers, config.max_context_len, candidates,
-            native.available())
+    return (
+        asdict(model),
+        config.dtype,
+        config.quantize,
+        config.kv_dtype,
+        config.tensor_parallel,
+        config.block_size,
+        config.max_num_seqs,
+        config.attention,
+        config.stack_layers,
+        config.max_context_len,
+        candidates,
+        native.available(),
+    )

@@ -20,8 +20,24 @@ from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, prepare, quantize_int8
 
 # Read through `linear`; everything else is a plain array.
-MATRICES = ("qkv", "o", "q", "q_a", "q_b", "kv_a", "gate_up", "up", "down", "lm_head", "project_in", "project_out",
-            "shared_gate_up", "shared_down", "shared_gate", "router")
+MATRICES = (
+    "qkv",
+    "o",
+    "q",
+    "q_a",
+    "q_b",
+    "kv_a",
+    "gate_up",
+    "up",
+    "down",
+    "lm_head",
+    "project_in",
+    "project_out",
+    "shared_gate_up",
+    "shared_down",
+    "shared_gate",
+    "router",
+)
 _TABLES = ("embed", "position_embed")
 # Scores decide which experts a token meets: the few numbers that int8 or bfloat16 would save are not worth a wrong choice.
 _NEVER_QUANTIZED = ("router", "shared_gate")

@@ -49,13 +49,16 @@ def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
 
 
 def prepare_step(
-    batch: RaggedBatch, kv_cache: KVCache, *, config: ModelConfig, implementation: str | Callable[..., Any] | None,
+    batch: RaggedBatch,
+    kv_cache: KVCache,
+    *,
+    config: ModelConfig,
+    implementation: str | Callable[..., Any] | None,
     mesh: Mesh | None = None,
 ) -> Step:
     """Computes once what depends on positions alone."""
     rotations = {
-        rope: rotation(batch.positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim)
-        for rope in config.ropes
+        rope: rotation(batch.positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim) for rope in config.ropes
     }
     # Without the barrier XLA moves the cosines into every layer that uses them.
     values = jax.lax.optimization_barrier(tuple(rotations.values()))
@@ -65,9 +68,12 @@ def prepare_step(
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
     return Step(
-        batch=batch, num_tokens=batch.query_starts[-1],
-        rotations=dict(zip(rotations, values, strict=True)), query_scale=scale,
-        num_blocks=kv_cache.k.shape[0] // config.num_layers, mesh=mesh,
+        batch=batch,
+        num_tokens=batch.query_starts[-1],
+        rotations=dict(zip(rotations, values, strict=True)),
+        query_scale=scale,
+        num_blocks=kv_cache.k.shape[0] // config.num_layers,
+        mesh=mesh,
         attend=attend if mesh is None else divide_heads(attend, mesh),
     )
 
@@ -129,8 +135,9 @@ def _heads(
         return q, latent, latent
     qkv = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D]
     if step.mesh is not None:  # a fused pass over heads of all kinds would bring them together on every device
-        q, key, value = (part.reshape(x.shape[0], -1, d)
-                         for part in split_columns(qkv, (h * d, k * d, k * d), step.mesh.size))
+        q, key, value = (
+            part.reshape(x.shape[0], -1, d) for part in split_columns(qkv, (h * d, k * d, k * d), step.mesh.size)
+        )
         if config.qk_norm is not None:
             q, key = (_qk_norm(part, w, name, step, config) for part, name in ((q, "q_norm"), (key, "k_norm")))
         return (q, key, value) if turn is None else (rotate(q, *turn), rotate(key, *turn), value)
@@ -151,9 +158,7 @@ def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, step: Step, config: Mod
     return norm(x, w, name, config=config, num_rows=step.num_tokens)
 
 
-def _rotation_of(
-    step: Step, config: ModelConfig, index: jax.Array | int
-) -> tuple[jax.Array, jax.Array] | None:
+def _rotation_of(step: Step, config: ModelConfig, index: jax.Array | int) -> tuple[jax.Array, jax.Array] | None:
     """Cosines and sines of a layer; None if it does not rotate."""
     ropes = config.layer_ropes or (config.rope,)
     if same_for_all(ropes) or isinstance(index, int):
@@ -162,8 +167,9 @@ def _rotation_of(
     kinds = tuple(dict.fromkeys(ropes))
     some_cos, some_sin = next(iter(step.rotations.values()))
     # A layer without rotation turns by an angle of zero.
-    tables = [(jnp.ones_like(some_cos), jnp.zeros_like(some_sin)) if rope is None else step.rotations[rope]
-              for rope in kinds]
+    tables = [
+        (jnp.ones_like(some_cos), jnp.zeros_like(some_sin)) if rope is None else step.rotations[rope] for rope in kinds
+    ]
     kind = jnp.asarray([kinds.index(rope) for rope in ropes], jnp.int32)[index]
     cos, sin = (jnp.stack(table)[kind] for table in zip(*tables, strict=True))
     return cos, sin

@@ -115,8 +115,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
-                     "max_context_len"):
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "embed_dim",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_dim",
+            "max_context_len",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a model needs at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -126,8 +134,10 @@ class ModelConfig:
             )
         for name in ("layer_ropes", "layer_windows"):
             if len(getattr(self, name)) not in (0, self.num_layers):
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries; it needs one for each of the "
-                                 f"{self.num_layers} layers, or none")
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries; it needs one for each of the "
+                    f"{self.num_layers} layers, or none"
+                )
         if len(self.alibi_slopes) not in (0, self.num_heads):
             raise ValueError(f"alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads")
         if len({rope.dim for rope in self.ropes}) > 1:

@@ -98,9 +98,13 @@ def run_layers(
 
     having = layers_with(config)
     # Experts are handed over as one stack: a slice of them would be a copy, since a grouped matmul is opaque to XLA.
-    experts = {name: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers[name])
-               for name in EXPERT_MATRICES if name in layers}
+    experts = {
+        name: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers[name])
+        for name in EXPERT_MATRICES
+        if name in layers
+    }
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
+
         def body(carry: tuple[jax.Array, KVCache], xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
             return layer(*carry, *xs), None
 
@@ -114,9 +118,11 @@ def run_layers(
         def some(carry: tuple[jax.Array, KVCache], i: jax.Array, start=start, first_row=first_row) -> tuple[Any, None]:
             # What a scan does with its xs, for stacks that hold the layers of other runs as well.
             weights = {
-                name: jax.tree.map(lambda leaf, row=row: jax.lax.dynamic_index_in_dim(leaf, row + i, keepdims=False),
-                                   layers[name])
-                for name, row in first_row.items() if name not in experts
+                name: jax.tree.map(
+                    lambda leaf, row=row: jax.lax.dynamic_index_in_dim(leaf, row + i, keepdims=False), layers[name]
+                )
+                for name, row in first_row.items()
+                if name not in experts
             }
             if config.moe is not None and first_row.keys() & experts.keys():
                 weights |= experts

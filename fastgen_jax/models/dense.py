@@ -34,8 +34,14 @@ def dense_forward(params: Params, token_ids: jax.Array, *, config: ModelConfig) 
         sample_rows=jnp.arange(num_tokens, dtype=jnp.int32),
         num_sample_rows=jnp.asarray(num_tokens, jnp.int32),
     )
-    nothing = KVCache.zeros(num_layers=config.num_layers, num_blocks=0, num_kv_heads=config.num_kv_heads, block_size=1,
-                            head_dim=config.head_dim, dtype=params["embed"].dtype)
+    nothing = KVCache.zeros(
+        num_layers=config.num_layers,
+        num_blocks=0,
+        num_kv_heads=config.num_kv_heads,
+        block_size=1,
+        head_dim=config.head_dim,
+        dtype=params["embed"].dtype,
+    )
     logits, _ = forward(params, nothing, batch, config=config, attention=causal_attention)
     return logits.reshape(num_sequences, length, -1)
 

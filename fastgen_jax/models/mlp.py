@@ -15,7 +15,12 @@ from pallas_kernels.matmul import swiglu
 
 
 def mlp(
-    x: jax.Array, w: dict[str, Any], *, config: ModelConfig, num_tokens: jax.Array, residual: jax.Array | None,
+    x: jax.Array,
+    w: dict[str, Any],
+    *,
+    config: ModelConfig,
+    num_tokens: jax.Array,
+    residual: jax.Array | None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """The MLP or the experts of `x` [T, E] (+ residual), whichever the weights `w` of the layer are for.

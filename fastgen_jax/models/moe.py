@@ -26,12 +26,24 @@ from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.matmul import linear, swiglu
 
 _SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) is close to the normal distribution's, so x * sigmoid(1.702 x) to GELU
-_ANSWERING = ("expert_gate_up", "expert_down", "expert_gate_up_bias", "expert_down_bias",
-              "shared_gate_up", "shared_down", "shared_gate")  # all weights of a layer's experts but the router's
+_ANSWERING = (
+    "expert_gate_up",
+    "expert_down",
+    "expert_gate_up_bias",
+    "expert_down_bias",
+    "shared_gate_up",
+    "shared_down",
+    "shared_gate",
+)  # all weights of a layer's experts but the router's
 
 
 def moe(
-    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array, residual: jax.Array | None,
+    x: jax.Array,
+    w: Mapping[str, Any],
+    *,
+    config: MoEConfig,
+    num_tokens: jax.Array,
+    residual: jax.Array | None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """The experts' answer to `x` [T, E] (+ residual), in its dtype; sums are in float32.
@@ -101,7 +113,13 @@ def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
 
 
 def _answer(
-    w: Mapping[str, Any], x: jax.Array, weights: jax.Array, chosen: jax.Array, num_tokens: jax.Array, first: jax.Array, *,
+    w: Mapping[str, Any],
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    num_tokens: jax.Array,
+    first: jax.Array,
+    *,
     config: MoEConfig,
 ) -> jax.Array:
     """f32[T, E]: the weighed sum of the experts that each token has chosen, and of the one that all have."""

@@ -48,8 +48,7 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
         specs["position_embed"] = ParamSpec(shape=(rows, e), axes=("positions", "E"))
     if config.embed_norm:
         specs |= _norm_specs("embed_norm", config)
-    specs["layers"] = {name: spec for layer in range(config.num_layers) for name, spec in
-                       layer_specs(config, layer).items()}
+    specs["layers"] = {name: spec for layer in range(config.num_layers) for name, spec in layer_specs(config, layer).items()}
     if config.final_norm:
         specs |= _norm_specs("final_norm", config)
     if not config.tie_embeddings:
@@ -245,8 +244,10 @@ def stack(layers: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     import jax.numpy as jnp
 
     names = dict.fromkeys(name for layer in layers for name in layer)
-    return {name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layer[name] for layer in layers if name in layer))
-            for name in names}
+    return {
+        name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layer[name] for layer in layers if name in layer))
+        for name in names
+    }
 
 
 def unstack(layers: dict[str, Any], config: ModelConfig) -> tuple[dict[str, Any], ...]:

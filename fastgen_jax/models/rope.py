@@ -89,8 +89,7 @@ def _longrope(lengths: jax.Array, rope: RopeConfig, head_dim: int) -> jax.Array:
     """One divisor a frequency, from one of two tables (arXiv:2402.13753)."""
     assert rope.original_max_position is not None
     base = inverse_frequencies(rope, head_dim)
-    short, long = (jnp.asarray(base / np.asarray(factor), jnp.float32)
-                   for factor in (rope.short_factor, rope.long_factor))
+    short, long = (jnp.asarray(base / np.asarray(factor), jnp.float32) for factor in (rope.short_factor, rope.long_factor))
     return jnp.where((lengths > rope.original_max_position)[:, None], long, short)
 
 

@@ -93,20 +93,28 @@ def partition_kv_cache(cache: KVCache) -> KVCache:
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """`specs` as NamedShardings on `mesh`."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 def divide_heads(attend: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """`attend`, which has the arguments and results of `ragged_attention`, over the heads of each device of `mesh`."""
 
     def divided(
-        q: jax.Array, k: jax.Array, v: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *,
-        layer: int | jax.Array, num_blocks: int, scale: float, soft_cap: float | None = None,
-        alibi_slopes: jax.Array | None = None, sinks: jax.Array | None = None,
-        sliding_window: int | jax.Array | None = None, **index: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        k_cache: jax.Array,
+        v_cache: jax.Array,
+        *,
+        layer: int | jax.Array,
+        num_blocks: int,
+        scale: float,
+        soft_cap: float | None = None,
+        alibi_slopes: jax.Array | None = None,
+        sinks: jax.Array | None = None,
+        sliding_window: int | jax.Array | None = None,
+        **index: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         whole = index | {"layer": jnp.asarray(layer, jnp.int32)}
         if sliding_window is not None:
             whole["sliding_window"] = jnp.asarray(sliding_window, jnp.int32)

@@ -117,23 +117,33 @@ def sampler_bytes(model: ModelConfig, max_num_seqs: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def largest_budget(model: ModelConfig, topology: Topology, memory: Memory, *, max_num_seqs: int, itemsize: int,
-                   blocks_a_sequence: int) -> int:
+def largest_budget(
+    model: ModelConfig, topology: Topology, memory: Memory, *, max_num_seqs: int, itemsize: int, blocks_a_sequence: int
+) -> int:
     """The largest power of two of tokens a step that leaves room for the KV of one full context; 0 if none does."""
     room = memory.free + memory.temporaries - blocks_a_sequence * memory.block
     budget = 0
     for candidate in (2**i for i in range(17)):
-        needed = temporary_bytes(model, topology.num_devices, token_budget=candidate, max_num_seqs=max_num_seqs,
-                                 itemsize=itemsize)
+        needed = temporary_bytes(
+            model, topology.num_devices, token_budget=candidate, max_num_seqs=max_num_seqs, itemsize=itemsize
+        )
         if needed <= room:
             budget = candidate
     return budget
 
 
 def step_time(
-    model: ModelConfig, topology: Topology, *, tokens: int, sequences: int, context: int, itemsize: int,
-    quantize: str | None = None, block: int, block_size: int,
-) -> StepTime:  # fmt: skip
+    model: ModelConfig,
+    topology: Topology,
+    *,
+    tokens: int,
+    sequences: int,
+    context: int,
+    itemsize: int,
+    quantize: str | None = None,
+    block: int,
+    block_size: int,
+) -> StepTime:
     """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest."""
     n, device = topology.num_devices, topology.device
     chunks = sequences + (tokens > sequences)
@@ -146,6 +156,9 @@ def step_time(
     if n > 1:
         links = 2 * model.num_layers * tokens * model.embed_dim * itemsize * 2 * (n - 1) / n / device.link
     return StepTime(
-        tokens=tokens, sequences=sequences, compute=flops / n / device.flops,
-        memory=(weights + keys) / device.bandwidth, links=links,
+        tokens=tokens,
+        sequences=sequences,
+        compute=flops / n / device.flops,
+        memory=(weights + keys) / device.bandwidth,
+        links=links,
     )

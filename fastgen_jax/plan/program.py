@@ -30,8 +30,10 @@ from fastgen_jax.plan.devices import NoCompiler, Topology
 from pallas_kernels.matmul import Int8Weight
 
 # An asynchronous one is counted where it starts.
-_COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
-                         r"(?:-start)?\(")
+_COLLECTIVE = re.compile(
+    r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
+    r"(?:-start)?\("
+)
 _COPY = re.compile(r" = (?:bf|[sufi])(\d+)(?:e\w+)?\[([\d,]+)\]\S* copy\(")
 _CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
 # A v4 chip's two cores are one device where JAX runs on it; the compiler alone would take them for two.
@@ -56,9 +58,7 @@ class DoesNotCompile(Exception):  # noqa: N818 (an answer, not a fault)
     """The compiler's reason why a program cannot be had."""
 
 
-def deviceless_mesh(
-    topology: Topology, num_devices: int | None = None, *, compute_capability: str | None = None
-) -> Mesh:
+def deviceless_mesh(topology: Topology, num_devices: int | None = None, *, compute_capability: str | None = None) -> Mesh:
     """A mesh of devices that only a compiler knows; GPUs with another compute capability where one is given.
 
     Raises NoCompiler if that compiler is not installed, ValueError if it does not know the topology.
@@ -76,10 +76,12 @@ def deviceless_mesh(
         # What a mesh says of its devices is computed once; here it is what Pallas asks about as well.
         mesh.__dict__["abstract_mesh"] = mesh.abstract_mesh.update(
             abstract_device=_AbstractGpu(
-                device_kind=seen.device_kind, num_cores=seen.num_cores, platform=seen.platform,
+                device_kind=seen.device_kind,
+                num_cores=seen.num_cores,
+                platform=seen.platform,
                 compute_capability=devices[0].compute_capability,
             )
-        )  # fmt: skip
+        )
     return mesh
 
 
@@ -100,8 +102,9 @@ def _tpus(topology: Topology) -> list[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # libtpu raises errors of several kinds
         if any(words in str(error) for words in ("libtpu", "Unknown backend", "not found", "not installed")):
-            raise NoCompiler(f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]', "
-                             "or leave it out: --no-compile") from error
+            raise NoCompiler(
+                f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]', or leave it out: --no-compile"
+            ) from error
         raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
 
 
@@ -116,8 +119,9 @@ def _gpus(topology: Topology, compute_capability: str | None) -> list[Any]:
         ).devices
     except Exception as error:  # of several kinds, none of them public
         reason = str(error).splitlines()[0]
-        raise NoCompiler(f"no CUDA compiler here ({reason}); pip install 'fastgen_jax[cuda]', "
-                         "or leave it out: --no-compile") from error
+        raise NoCompiler(
+            f"no CUDA compiler here ({reason}); pip install 'fastgen_jax[cuda]', or leave it out: --no-compile"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -148,15 +152,21 @@ def compile_step(
     check_divisible(model, mesh.size)
     max_blocks = -(-max_context_len // block_size)
     bucket = Bucket(
-        token_budget, max_num_seqs=max_num_seqs, max_blocks=max_blocks, num_slots=num_blocks * block_size,
+        token_budget,
+        max_num_seqs=max_num_seqs,
+        max_blocks=max_blocks,
+        num_slots=num_blocks * block_size,
         vocab_size=model.vocab_size,
     )
     params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(functools.partial(_as_kept, quantize=quantize), params)
     cache = jax.eval_shape(
         lambda: KVCache.zeros(
-            num_layers=model.num_layers, num_blocks=num_blocks, num_kv_heads=model.num_kv_heads,
-            block_size=block_size, head_dim=stored_head_dim(model.head_dim, mesh.devices.flat[0].platform),
+            num_layers=model.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=model.num_kv_heads,
+            block_size=block_size,
+            head_dim=stored_head_dim(model.head_dim, mesh.devices.flat[0].platform),
             dtype=kv_dtype or dtype,
         )
     )
@@ -170,7 +180,8 @@ def compile_step(
     )
     arguments = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        (params, cache, state, packed), kinds,
+        (params, cache, state, packed),
+        kinds,
     )
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
     step = step_program(model, bucket, attention=attention, mesh=mesh)

@@ -55,10 +55,19 @@ class Plan:
 
 
 def make_plan(
-    config: dict[str, Any], *, topology: str, context: int | None, budgets: Sequence[int], max_num_seqs: int,
-    block_size: int, dtype: str, kv_dtype: str | None = None, quantize: str | None = None, stored_as: str = "",
+    config: dict[str, Any],
+    *,
+    topology: str,
+    context: int | None,
+    budgets: Sequence[int],
+    max_num_seqs: int,
+    block_size: int,
+    dtype: str,
+    kv_dtype: str | None = None,
+    quantize: str | None = None,
+    stored_as: str = "",
     compile: bool,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Plans for the model that `config` (the contents of a config.json) describes; see `describe`.
 
     Quantised weights, by the config or `stored_as`, are planned as they are loaded: dequantised, in `dtype` or, with
@@ -69,12 +78,14 @@ def make_plan(
     quantization = config.get("quantization_config")
     stored_as = quantization_method(quantization) if quantization else stored_as
     model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(
-        {name: value for name, value in config.items() if name != "quantization_config"})
+        {name: value for name, value in config.items() if name != "quantization_config"}
+    )
     check_divisible(model, devices.num_devices)
     context = model.max_context_len if context is None else context
     if context > model.max_context_len:
-        raise ValueError(f"context is {context} but the model's limit is {model.max_context_len} tokens; choose "
-                         "at most that")
+        raise ValueError(
+            f"context is {context} but the model's limit is {model.max_context_len} tokens; choose at most that"
+        )
     if min(budgets) < 1 or max_num_seqs < 1 or block_size < 1 or context < 1:
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
     itemsize = jnp.dtype(dtype).itemsize
@@ -95,8 +106,18 @@ def make_plan(
     if compile and memory.num_blocks >= blocks_a_sequence:
         try:
             checks = tuple(
-                _check(model, devices, budget, memory, max_num_seqs=max_num_seqs, context=context,
-                       block_size=block_size, dtype=dtype, kv_dtype=kv_dtype, quantize=quantize)
+                _check(
+                    model,
+                    devices,
+                    budget,
+                    memory,
+                    max_num_seqs=max_num_seqs,
+                    context=context,
+                    block_size=block_size,
+                    dtype=dtype,
+                    kv_dtype=kv_dtype,
+                    quantize=quantize,
+                )
                 for budget in budgets
             )
         except NoCompiler as error:
@@ -108,34 +129,78 @@ def make_plan(
     sequences = memory.num_blocks // blocks_a_sequence
     steps = tuple(
         estimate.step_time(
-            model, devices, tokens=budget, sequences=min(budget, max_num_seqs, sequences), context=context,
-            itemsize=itemsize, quantize=quantize, block=memory.block, block_size=block_size,
+            model,
+            devices,
+            tokens=budget,
+            sequences=min(budget, max_num_seqs, sequences),
+            context=context,
+            itemsize=itemsize,
+            quantize=quantize,
+            block=memory.block,
+            block_size=block_size,
         )
-        for budget in budgets if sequences
-    )  # fmt: skip
+        for budget in budgets
+        if sequences
+    )
     return Plan(
-        topology=topology, num_devices=devices.num_devices, num_params=model.num_params, context=context,
-        block_size=block_size, dtype=dtype, quantize=quantize, stored_as=stored_as, kv_dtype=kv_dtype,
-        max_num_seqs=max_num_seqs, memory=memory, sequences=sequences, steps=steps, checks=checks,
+        topology=topology,
+        num_devices=devices.num_devices,
+        num_params=model.num_params,
+        context=context,
+        block_size=block_size,
+        dtype=dtype,
+        quantize=quantize,
+        stored_as=stored_as,
+        kv_dtype=kv_dtype,
+        max_num_seqs=max_num_seqs,
+        memory=memory,
+        sequences=sequences,
+        steps=steps,
+        checks=checks,
         largest_budget=estimate.largest_budget(
             model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_a_sequence=blocks_a_sequence
         ),
-        advice=_advice(model, devices, memory, context=context, block_size=block_size, itemsize=itemsize,
-                       quantize=quantize, max_num_seqs=max_num_seqs, sequences=sequences),
+        advice=_advice(
+            model,
+            devices,
+            memory,
+            context=context,
+            block_size=block_size,
+            itemsize=itemsize,
+            quantize=quantize,
+            max_num_seqs=max_num_seqs,
+            sequences=sequences,
+        ),
         not_compiled=not_compiled,
     )
 
 
 def _check(
-    model: ModelConfig, topology: Topology, budget: int, memory: Memory, *, max_num_seqs: int, context: int,
-    block_size: int, dtype: str, kv_dtype: str, quantize: str | None,
-) -> CompileCheck:  # fmt: skip
+    model: ModelConfig,
+    topology: Topology,
+    budget: int,
+    memory: Memory,
+    *,
+    max_num_seqs: int,
+    context: int,
+    block_size: int,
+    dtype: str,
+    kv_dtype: str,
+    quantize: str | None,
+) -> CompileCheck:
     from fastgen_jax.plan.program import DoesNotCompile, compile_step, deviceless_mesh
 
     try:
         program = compile_step(
-            model, deviceless_mesh(topology), token_budget=budget, max_num_seqs=max_num_seqs, max_context_len=context,
-            block_size=block_size, num_blocks=memory.num_blocks, dtype=jnp.dtype(dtype), kv_dtype=jnp.dtype(kv_dtype),
+            model,
+            deviceless_mesh(topology),
+            token_budget=budget,
+            max_num_seqs=max_num_seqs,
+            max_context_len=context,
+            block_size=block_size,
+            num_blocks=memory.num_blocks,
+            dtype=jnp.dtype(dtype),
+            kv_dtype=jnp.dtype(kv_dtype),
             quantize=quantize,
         )
     except DoesNotCompile as error:
@@ -145,9 +210,17 @@ def _check(
 
 
 def _advice(
-    model: ModelConfig, topology: Topology, memory: Memory, *, context: int, block_size: int, itemsize: int,
-    quantize: str | None, max_num_seqs: int, sequences: int,
-) -> tuple[str, ...]:  # fmt: skip
+    model: ModelConfig,
+    topology: Topology,
+    memory: Memory,
+    *,
+    context: int,
+    block_size: int,
+    itemsize: int,
+    quantize: str | None,
+    max_num_seqs: int,
+    sequences: int,
+) -> tuple[str, ...]:
     """What to change, where not even one sequence of the full context fits, or not as many as may run at once."""
     if sequences >= max_num_seqs:
         return ()
@@ -170,8 +243,11 @@ def _advice(
             if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory:
                 advice.append("weights of 8 bits: --quantize int8")
         larger = [d for d in DEVICES.values() if d.memory > kind.memory]
-        fitting = [d.kind for d in larger
-                   if memory.weights + memory.state + memory.temporaries < d.memory * (1 - estimate.RESERVED_SHARE)]
+        fitting = [
+            d.kind
+            for d in larger
+            if memory.weights + memory.state + memory.temporaries < d.memory * (1 - estimate.RESERVED_SHARE)
+        ]
         if fitting:
             advice.append(f"devices with more memory, for the same number: {', '.join(fitting)}")
     else:
@@ -191,8 +267,7 @@ def table(plan: Plan) -> str:
 
     kept = f"{plan.quantize} matrices, the rest {plan.dtype}" if plan.quantize else plan.dtype
     lines = [
-        f"{plan.topology}: {plan.num_devices} devices, {plan.num_params:,} parameters, "
-        f"contexts of {plan.context} tokens",
+        f"{plan.topology}: {plan.num_devices} devices, {plan.num_params:,} parameters, contexts of {plan.context} tokens",
         "",
         "memory of one device",
         f"  in all        {gib(memory.total)}",
@@ -208,21 +283,28 @@ def table(plan: Plan) -> str:
         f"largest token budget that leaves room for one of them: {plan.largest_budget}",
     ]
     if plan.steps:
-        lines += ["", "roofline of a step: nothing can be faster, real steps are slower",
-                  f"  {'budget':>7} {'sequences':>9} {'compute':>10} {'memory':>10} {'links':>10} {'step':>10}  bound    "
-                  f"{'tokens/s':>9} {'generated/s':>11}"]
+        lines += [
+            "",
+            "roofline of a step: nothing can be faster, real steps are slower",
+            f"  {'budget':>7} {'sequences':>9} {'compute':>10} {'memory':>10} {'links':>10} {'step':>10}  bound    "
+            f"{'tokens/s':>9} {'generated/s':>11}",
+        ]
         for step in plan.steps:
             times = " ".join(f"{1e3 * x:7.2f} ms" for x in (step.compute, step.memory, step.links, step.seconds))
-            lines.append(f"  {step.tokens:7} {step.sequences:9} {times}  {step.bound:8} {step.tokens / step.seconds:9,.0f} "
-                         f"{step.sequences / step.seconds:11,.0f}")
+            lines.append(
+                f"  {step.tokens:7} {step.sequences:9} {times}  {step.bound:8} {step.tokens / step.seconds:9,.0f} "
+                f"{step.sequences / step.seconds:11,.0f}"
+            )
     if plan.checks:
         lines += ["", "compiled by the device's own compiler"]
         for check in plan.checks:
             if check.seconds is None:
                 lines.append(f"  {check.token_budget:7} refused: {check.words}")
             else:
-                lines.append(f"  {check.token_budget:7} {check.seconds:6.1f} s, temporaries "
-                             f"{(check.temporaries or 0) / 2**20:.0f} MiB, {check.words or 'KV cache updated in place'}")
+                lines.append(
+                    f"  {check.token_budget:7} {check.seconds:6.1f} s, temporaries "
+                    f"{(check.temporaries or 0) / 2**20:.0f} MiB, {check.words or 'KV cache updated in place'}"
+                )
     if plan.not_compiled:
         lines += ["", f"not compiled: {plan.not_compiled}"]
     lines += ["", "it fits" if plan.fits else "it does not fit", *(f"  try {line}" for line in plan.advice)]

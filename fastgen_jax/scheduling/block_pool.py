@@ -20,9 +20,7 @@ class BlockPool:
     different KV. Every operation takes constant time per block.
     """
 
-    def __init__(
-        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, salt: bytes = b""
-    ) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, salt: bytes = b"") -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
@@ -74,9 +72,7 @@ class BlockPool:
             RuntimeError: fewer are free; the caller must look at `num_free` first.
         """
         if count > self.num_free:
-            raise RuntimeError(
-                f"{count} blocks were asked for but {self.num_free} of {self.num_blocks} are free"
-            )
+            raise RuntimeError(f"{count} blocks were asked for but {self.num_free} of {self.num_blocks} are free")
         blank, owners = self._blank, self._owners
         block_ids = []
         for _ in range(count):
@@ -145,9 +141,7 @@ class BlockPool:
         holders = Counter(block_id for table in tables for block_id in table)
         for block_id, owners in enumerate(self._owners):
             if owners != holders[block_id]:
-                raise RuntimeError(
-                    f"block {block_id} counts {owners} owners but {holders[block_id]} sequences list it"
-                )
+                raise RuntimeError(f"block {block_id} counts {owners} owners but {holders[block_id]} sequences list it")
         blank = Counter(self._blank)
         for block_id, owners in enumerate(self._owners):
             digest = self._digests[block_id]
@@ -159,18 +153,14 @@ class BlockPool:
                     "exactly one of these must hold"
                 )
             if digest is not None and self._registered.get(digest) != block_id:
-                raise RuntimeError(
-                    f"block {block_id} carries a digest that names {self._registered.get(digest)}"
-                )
+                raise RuntimeError(f"block {block_id} carries a digest that names {self._registered.get(digest)}")
             if digest is None and block_id in self._idle:
                 raise RuntimeError(f"block {block_id} is idle but carries no digest")
             if digest is not None and blank[block_id]:
                 raise RuntimeError(f"block {block_id} is blank but carries a digest")
         num_digests = sum(digest is not None for digest in self._digests)
         if num_digests != len(self._registered):
-            raise RuntimeError(
-                f"{num_digests} blocks carry a digest but {len(self._registered)} are registered"
-            )
+            raise RuntimeError(f"{num_digests} blocks carry a digest but {len(self._registered)} are registered")
 
     def _forget(self, block_id: int) -> None:
         digest = self._digests[block_id]

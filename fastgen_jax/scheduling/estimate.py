@@ -28,9 +28,7 @@ def steps_until_first_token(
     block_size = limits.block_size
     free_slots, free_blocks = limits.max_num_seqs, num_free_blocks
     num_generating = prompt_tokens = 0
-    releases: list[
-        tuple[float, int]
-    ] = []  # (step, blocks): a heap of the moments when a slot and blocks come free
+    releases: list[tuple[float, int]] = []  # (step, blocks): a heap of the moments when a slot and blocks come free
     for other in running:
         free_slots -= 1
         num_generating += other.remaining == 1

@@ -36,7 +36,9 @@ def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int,
             f"prompt of request {request.request_id!r} has {num_prompt} tokens but max_context_len is "
             f"{max_context_len} and must hold a generated one too; shorten the prompt to "
             f"{longest - 1} tokens, or raise max_context_len",
-            num_prompt=num_prompt, num_requested=0, limit=longest,
+            num_prompt=num_prompt,
+            num_requested=0,
+            limit=longest,
         )
     if params.max_length is not None and params.max_length <= num_prompt:
         raise ValueError(
@@ -57,7 +59,9 @@ def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int,
             f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
             f"{block_size}, but the KV cache has {num_blocks} blocks; {remedy}, "
             "or start with more blocks",
-            num_prompt=num_prompt, num_requested=limit - num_prompt if fits else 0, limit=longest,
+            num_prompt=num_prompt,
+            num_requested=limit - num_prompt if fits else 0,
+            limit=longest,
         )
     if params.min_new_tokens > limit - num_prompt:
         raise ValueError(

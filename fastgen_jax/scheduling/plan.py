@@ -11,9 +11,7 @@ from fastgen_jax.scheduling.block_pool import BlockLedger
 from fastgen_jax.scheduling.sequence import Sequence
 from fastgen_jax.scheduling.step import Chunk
 
-_MAX_BLOCKED = (
-    8  # waiting sequences without room that are looked at in a step, so that a long queue costs little
-)
+_MAX_BLOCKED = 8  # waiting sequences without room that are looked at in a step, so that a long queue costs little
 
 
 class Admission(NamedTuple):
@@ -229,11 +227,7 @@ class Draft:
         If prompts under way hold all blocks and nothing could be added, the last give way to the first.
         While tokens are in flight their commit may free blocks instead.
         """
-        if (
-            not self.plan.chunks
-            and self.running
-            and not any(sequence.num_in_flight for sequence in self.running)
-        ):
+        if not self.plan.chunks and self.running and not any(sequence.num_in_flight for sequence in self.running):
             self._continue(self.running[0])
             while not self.plan.chunks and self.num_kept > 1:
                 self._preempt_last()

@@ -52,9 +52,7 @@ class CheckedPolicy:
     ) -> StepPlan:
         """Gives the plan; RuntimeError, which says what is wrong with it, if it cannot be carried out."""
         before = blocks.copy()
-        plan = self._policy(
-            running[:], waiting[:], limits=limits, blocks=blocks, cached_prefix=cached_prefix, pace=pace
-        )
+        plan = self._policy(running[:], waiting[:], limits=limits, blocks=blocks, cached_prefix=cached_prefix, pace=pace)
         if not isinstance(plan, StepPlan):
             raise RuntimeError(f"the policy {self._policy!r} returned {type(plan).__name__}, not a StepPlan")
         fault = fault_of(plan, running, waiting, limits=limits, blocks=before)
@@ -106,8 +104,10 @@ def _fault_of_chunks(
             return f"a chunk of {sequence} is [{start}, {stop}); it must begin at {first} and end in {first + 1}..{last}"
         wanted = max(0, stop - max(start, sequence.first_row))
         if rows != wanted or samples != (stop == sequence.num_tokens):
-            return (f"a chunk of {sequence} that ends at {stop} has num_sample_rows={rows} and samples={samples}; it must "
-                    f"have {wanted} and {stop == sequence.num_tokens}")
+            return (
+                f"a chunk of {sequence} that ends at {stop} has num_sample_rows={rows} and samples={samples}; it must "
+                f"have {wanted} and {stop == sequence.num_tokens}"
+            )
         if samples and sequence.awaits_each_token and sequence.num_in_flight:
             return f"{sequence} awaits a token in flight before it can sample the next"
         held = len(sequence.block_ids) if cached is None else len(cached)
@@ -116,6 +116,8 @@ def _fault_of_chunks(
         return "a sequence is admitted without a chunk"
     num_tokens, num_rows = sum(c.length for c in plan.chunks), sum(c.num_sample_rows for c in plan.chunks)
     if num_tokens > limits.token_budget or num_rows > limits.max_sample_rows:
-        return (f"it has {num_tokens} tokens and {num_rows} logit rows; at most {limits.token_budget} (token_budget) and "
-                f"{limits.max_sample_rows} (max_sample_rows) fit")
+        return (
+            f"it has {num_tokens} tokens and {num_rows} logit rows; at most {limits.token_budget} (token_budget) and "
+            f"{limits.max_sample_rows} (max_sample_rows) fit"
+        )
     return f"it needs {-blocks.available} KV blocks more than are free" if blocks.available < 0 else None

@@ -140,8 +140,13 @@ def sla(
     draft.generate()
     draft.limit(pace.tokens_within_a_gap())
     line = feasible_line(
-        running[: draft.num_kept], waiting, pace, limits,
-        prompt_tokens=draft.tokens_left, num_generating=len(draft.plan.chunks), cached_prefix=cached_prefix,
+        running[: draft.num_kept],
+        waiting,
+        pace,
+        limits,
+        prompt_tokens=draft.tokens_left,
+        num_generating=len(draft.plan.chunks),
+        cached_prefix=cached_prefix,
     )
     draft.plan.refused.extend(line.refused)
     draft.take_in_line(line.in_time, line.leftover)

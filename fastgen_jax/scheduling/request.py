@@ -84,9 +84,7 @@ class SamplingParams:
         if self.max_new_tokens is not None:
             _check_int("max_new_tokens", self.max_new_tokens, 1, None, "ask for at least one token")
         if self.max_length is not None:
-            _check_int(
-                "max_length", self.max_length, 2, None, "it counts the prompt and the generated tokens"
-            )
+            _check_int("max_length", self.max_length, 2, None, "it counts the prompt and the generated tokens")
         _check_int("min_new_tokens", self.min_new_tokens, 0, None, "use 0 for no minimum")
         _check_int("n", self.n, 1, None, "ask for at least one continuation")
         for name in ("logprobs", "prompt_logprobs"):
@@ -108,13 +106,9 @@ class SamplingParams:
             _check_float("min_p", self.min_p, 0, 1, "use None to keep every token")
         _check_float("presence_penalty", self.presence_penalty, -2, 2, "use 0 for no penalty")
         _check_float("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for no penalty")
-        _check_float(
-            "repetition_penalty", self.repetition_penalty, 0, 10, "use 1 for no penalty", open_low=True
-        )
+        _check_float("repetition_penalty", self.repetition_penalty, 0, 10, "use 1 for no penalty", open_low=True)
         if self.seed is not None:
-            _check_int(
-                "seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None to have one drawn"
-            )
+            _check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None to have one drawn")
 
     def _check_contradictions(self) -> None:
         if self.max_new_tokens is not None and self.max_length is not None:
@@ -211,14 +205,11 @@ def _logit_bias_pairs(logit_bias: Any) -> tuple[tuple[int, float], ...]:
         biases = dict(pairs)
     except (TypeError, ValueError):
         raise ValueError(
-            f"logit_bias is {logit_bias!r}; it must be a mapping from token id to bias; "
-            "use for example {50: -1.5}"
+            f"logit_bias is {logit_bias!r}; it must be a mapping from token id to bias; use for example {{50: -1.5}}"
         ) from None
     _check_token_ids("logit_bias", tuple(biases))
     for token_id, bias in biases.items():
-        _check_float(
-            f"logit_bias[{token_id}]", bias, -100, 100, "-100 forbids a token in practice, 100 forces it"
-        )
+        _check_float(f"logit_bias[{token_id}]", bias, -100, 100, "-100 forbids a token in practice, 100 forces it")
     if len(biases) > MAX_LOGIT_BIAS_ENTRIES:
         raise ValueError(
             f"logit_bias has {len(biases)} entries but at most {MAX_LOGIT_BIAS_ENTRIES} are supported; "
@@ -271,9 +262,7 @@ def _check_float(
         raise ValueError(f"{name} is {value!r}; it must be a finite number; {remedy}")
     too_low = low is not None and (value <= low if open_low else value < low)
     if too_low or (high is not None and value > high):
-        raise ValueError(
-            f"{name} is {value}; it must be {_range_text(low, high, open_low=open_low)}; {remedy}"
-        )
+        raise ValueError(f"{name} is {value}; it must be {_range_text(low, high, open_low=open_low)}; {remedy}")
 
 
 def _range_text(low: float | None, high: float | None, *, open_low: bool = False) -> str:

@@ -180,9 +180,7 @@ class Scheduler:
             ValueError: it can never run here, or its id is in use. Nothing has changed then.
         """
         if request.request_id in self._unfinished:
-            raise ValueError(
-                f"request_id {request.request_id!r} is already in use; give each request its own"
-            )
+            raise ValueError(f"request_id {request.request_id!r} is already in use; give each request its own")
         sequence = self._new_sequence(request)
         self._num_added += 1
         self._unfinished[request.request_id] = sequence

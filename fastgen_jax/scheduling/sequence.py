@@ -86,9 +86,7 @@ class Sequence:
         self.num_preemptions = 0
         self.num_bypasses = 0
         self.next_prompt_row = 0 if params.prompt_logprobs is not None else self.num_prompt_tokens
-        self.block_digests: list[
-            bytes
-        ] = []  # of the full blocks of known tokens, as far as they were asked for
+        self.block_digests: list[bytes] = []  # of the full blocks of known tokens, as far as they were asked for
         self.next_block_end = 0  # where the first block that is not offered to the prefix cache ends
 
     @property

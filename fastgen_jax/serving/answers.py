@@ -86,10 +86,18 @@ class CompletionAnswer:
             mine = [chunk for chunk in chunks if chunk["index"] == index]
             logprobs = None
             if self.body.logprobs is not None:
-                logprobs = {name: [x for chunk in mine for x in chunk["logprobs"][name]] for name in
-                            ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
-            choices.append({"index": index, "text": "".join(chunk["text"] for chunk in mine), "logprobs": logprobs,
-                            "finish_reason": mine[-1]["finish_reason"]})
+                logprobs = {
+                    name: [x for chunk in mine for x in chunk["logprobs"][name]]
+                    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+                }
+            choices.append(
+                {
+                    "index": index,
+                    "text": "".join(chunk["text"] for chunk in mine),
+                    "logprobs": logprobs,
+                    "finish_reason": mine[-1]["finish_reason"],
+                }
+            )
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
@@ -169,15 +177,19 @@ class ChatAnswer:
             mine = [chunk for chunk in chunks if chunk["index"] == index]
             calls = whole_calls([call for chunk in mine for call in chunk["delta"].get("tool_calls", ())])
             content = "".join(chunk["delta"].get("content", "") for chunk in mine)
-            message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None,
-                                       "refusal": None}
+            message: dict[str, Any] = {
+                "role": "assistant",
+                "content": content if content or not calls else None,
+                "refusal": None,
+            }
             if calls:
                 message["tool_calls"] = calls
             logprobs = None
             if self.body.logprobs:
                 logprobs = {"content": [entry for chunk in mine for entry in chunk["logprobs"]["content"]]}
-            choices.append({"index": index, "message": message, "logprobs": logprobs,
-                            "finish_reason": mine[-1]["finish_reason"]})
+            choices.append(
+                {"index": index, "message": message, "logprobs": logprobs, "finish_reason": mine[-1]["finish_reason"]}
+            )
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
@@ -190,8 +202,7 @@ class ChatAnswer:
 
     def _logprob(self, entry: TokenLogprob) -> dict[str, Any]:
         def spelled(token_id: int, logprob: float) -> dict[str, Any]:
-            return {"token": self._texts.text(token_id), "logprob": finite(logprob),
-                    "bytes": self._texts.bytes(token_id)}
+            return {"token": self._texts.text(token_id), "logprob": finite(logprob), "bytes": self._texts.bytes(token_id)}
 
         # Behind the likeliest comes the sampled one if it is none of them.
         top = entry.top | {entry.token_id: entry.logprob} if entry.top else {}

@@ -50,15 +50,24 @@ class Server:
     def ready(self) -> Backend:
         """The backend; 503 before it is ready."""
         if self.backend is None:
-            raise ApiError(self.failure or "the model is being loaded and compiled; ask /health when it is done",
-                           status=503, type="server_error", code="loading", headers={"Retry-After": "5"})
+            raise ApiError(
+                self.failure or "the model is being loaded and compiled; ask /health when it is done",
+                status=503,
+                type="server_error",
+                code="loading",
+                headers={"Retry-After": "5"},
+            )
         return self.backend
 
     def check_model(self, name: str | None) -> None:
         """404 for a model that is not served here."""
         if name is not None and name not in (self.served.name, self.served.deployment):
-            raise ApiError(f"the model {name!r} is not served here; use {self.served.name!r}", status=404,
-                           param="model", code="model_not_found")
+            raise ApiError(
+                f"the model {name!r} is not served here; use {self.served.name!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
 
 
 def create_app(server: Server) -> Any:
@@ -76,12 +85,15 @@ def create_app(server: Server) -> Any:
     _add_errors(app)
     _add_openai(app, server)
     _add_operations(app, server)
-    app.add_middleware(Gate, api_keys=config.api_key, max_body_bytes=int(config.max_body_mb * 2**20),
-                       origins=config.cors_origin,
-                       on_response=server.metrics.note_response)
+    app.add_middleware(
+        Gate,
+        api_keys=config.api_key,
+        max_body_bytes=int(config.max_body_mb * 2**20),
+        origins=config.cors_origin,
+        on_response=server.metrics.note_response,
+    )
     if config.cors_origin:  # around the gate: a browser may read a refusal too
-        app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"],
-                           allow_headers=["*"])
+        app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"], allow_headers=["*"])
     return app
 
 
@@ -122,8 +134,12 @@ def _add_openai(app: FastAPI, server: Server) -> None:
         """What a client that counts tokens wants to know, as vLLM tells it."""
         tokenizer = server.ready().intake.need_tokenizer("/tokenizer_info")
         names = {name: tokenizer.named_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return {**names, "tokenizer_class": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
-                "chat_template": tokenizer.templates.get("default")}
+        return {
+            **names,
+            "tokenizer_class": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "chat_template": tokenizer.templates.get("default"),
+        }
 
     @app.post("/detokenize", responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
@@ -132,8 +148,12 @@ def _add_openai(app: FastAPI, server: Server) -> None:
     @app.post("/mii/{deployment}", responses=_ERRORS)
     async def generate(deployment: str, body: GenerateRequest, request: Request) -> Response:
         if deployment != server.served.deployment:
-            raise ApiError(f"the deployment {deployment!r} is not here; this one is {server.served.deployment!r}",
-                           status=404, param="deployment", code="deployment_not_found")
+            raise ApiError(
+                f"the deployment {deployment!r} is not here; this one is {server.served.deployment!r}",
+                status=404,
+                param="deployment",
+                code="deployment_not_found",
+            )
         return await endpoints.generate(server, body, request)
 
 
@@ -150,8 +170,10 @@ def _add_operations(app: FastAPI, server: Server) -> None:
         ready = backend is not None and backend.is_ready
         failure = server.failure or (backend.failure if backend is not None else None)
         status = "ready" if ready else "failed" if failure else "loading" if backend is None else "ending"
-        return JSONResponse({"status": status, "model": server.served.name, "deployment": server.served.deployment,
-                             "failure": failure}, 200 if ready else 503)
+        return JSONResponse(
+            {"status": status, "model": server.served.name, "deployment": server.served.deployment, "failure": failure},
+            200 if ready else 503,
+        )
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -169,9 +191,14 @@ def _add_operations(app: FastAPI, server: Server) -> None:
     async def stats(since_step: int = Query(0, ge=0, lt=2**53)) -> dict[str, Any]:
         """Gauges, counters and the timeline of steps, for the page and `fastgen top`."""
         backend = server.ready()
-        return {"model": server.served.name, "deployment": server.served.deployment, "unfinished": backend.num_unfinished,
-                "uptime": time.time() - server.started, "worst_lag_ms": 1e3 * server.metrics.worst_lag,
-                "engines": await backend.snapshots(since_step=since_step)}
+        return {
+            "model": server.served.name,
+            "deployment": server.served.deployment,
+            "unfinished": backend.num_unfinished,
+            "uptime": time.time() - server.started,
+            "worst_lag_ms": 1e3 * server.metrics.worst_lag,
+            "engines": await backend.snapshots(since_step=since_step),
+        }
 
     @app.get("/trace", responses=_ERRORS)
     async def trace() -> dict[str, Any]:
@@ -189,8 +216,12 @@ def _add_errors(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
             return ApiError(f"the body is not JSON in UTF-8: {str(error.__cause__)[:200]}").response()
-        return ApiError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code, code=code,
-                        headers=dict(error.headers or {})).response()
+        return ApiError(
+            f"{request.method} {request.url.path}: {error.detail}",
+            status=error.status_code,
+            code=code,
+            headers=dict(error.headers or {}),
+        ).response()
 
     @app.exception_handler(ClientGoneError)
     async def gone(_: Request, __: Exception) -> Response:

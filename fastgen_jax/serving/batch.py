@@ -143,8 +143,14 @@ class _Server:
                 answer = _answer(line, error={"code": "no_answer", "message": reason})
             else:
                 trouble, found = _trouble(response), _json(response)
-                answer = _answer(line, response={"status_code": response.status_code, "body": found,
-                                                 "request_id": response.headers.get("x-request-id")})
+                answer = _answer(
+                    line,
+                    response={
+                        "status_code": response.status_code,
+                        "body": found,
+                        "request_id": response.headers.get("x-request-id"),
+                    },
+                )
                 reason = f"it answers {response.status_code}: {_message(found)}"
                 wait = _seconds(response.headers.get("retry-after"))
             now = self._clock()

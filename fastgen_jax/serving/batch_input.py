@@ -27,8 +27,15 @@ MAX_LINE = 64 * 2**20  # bytes; the largest body that a server takes by default 
 
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}
 _CUSTOM_ID = re.compile(r'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')
-_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number",
-          type(None): "null"}
+_TYPES = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +61,10 @@ class Line:
         if isinstance(value, str):
             return URLS[0], {"model": model, "prompt": value, **options}
         if not isinstance(value, dict):
-            raise ValueError(f"the line is {_TYPES[type(value)]}; it must be an object (OpenAI's batch format, or with "
-                             "'prompt' or 'messages') or a string")
+            raise ValueError(
+                f"the line is {_TYPES[type(value)]}; it must be an object (OpenAI's batch format, or with "
+                "'prompt' or 'messages') or a string"
+            )
         if "body" in value:
             url, body = value.get("url"), value["body"]
             if url not in URLS:
@@ -70,8 +79,10 @@ class Line:
             url = URLS["messages" in value]
             body = {name: item for name, item in value.items() if name != "custom_id"}
         else:
-            raise ValueError("an object needs 'body' (OpenAI's batch format), 'prompt' or 'messages'; this one has "
-                             f"{', '.join(map(_short, list(value)[:5])) or 'nothing'}")
+            raise ValueError(
+                "an object needs 'body' (OpenAI's batch format), 'prompt' or 'messages'; this one has "
+                f"{', '.join(map(_short, list(value)[:5])) or 'nothing'}"
+            )
         own = {name: item for name, item in body.items() if name != "model" or item is not None}
         return url, {"model": model, **options, **own}
 
@@ -140,8 +151,9 @@ def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _read_line(number: int, raw: bytes, form: Format) -> Line:
     faults = []
     if len(raw) > MAX_LINE:
-        return Line(number=number, custom_id=str(number),
-                    fault=f"the line is longer than {MAX_LINE / 2**20:g} MiB; make it shorter")
+        return Line(
+            number=number, custom_id=str(number), fault=f"the line is longer than {MAX_LINE / 2**20:g} MiB; make it shorter"
+        )
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -158,8 +170,13 @@ def _read_line(number: int, raw: bytes, form: Format) -> Line:
         if not isinstance(custom_id, int | float) or not math.isfinite(custom_id):
             custom_id = None
     given = custom_id if isinstance(custom_id, str) and not faults else None
-    return Line(number=number, value=value, given_id=given, fault=faults[0] if faults else None,
-                custom_id=str(number) if custom_id is None else custom_id)
+    return Line(
+        number=number,
+        value=value,
+        given_id=given,
+        fault=faults[0] if faults else None,
+        custom_id=str(number) if custom_id is None else custom_id,
+    )
 
 
 def _parse(text: str) -> tuple[Any, str | None]:
@@ -176,8 +193,10 @@ def _parse(text: str) -> tuple[Any, str | None]:
     except RecursionError:
         return None, "the line has too many objects or lists inside one another; make it flatter"
     except json.JSONDecodeError as error:
-        return None, (f"the line is not JSON ({error.msg} at character {error.pos}); mend it, or if the file holds plain "
-                      "prompts, say so by --format text")
+        return None, (
+            f"the line is not JSON ({error.msg} at character {error.pos}); mend it, or if the file holds plain "
+            "prompts, say so by --format text"
+        )
     except ValueError as error:  # an integer of thousands of digits
         return None, f"the line cannot be read ({error})"
     return value, f"{_short(odd[0])} is not a number in JSON; write a finite one, or leave it out" if odd else None
@@ -201,17 +220,23 @@ def _find_format(path: Path, form: str) -> Format:
     if head.startswith(b"\x1f\x8b"):
         raise ValueError(f"{path} is compressed; unpack it first: gunzip --keep, or zcat {path} > requests.jsonl")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
-        raise ValueError(f"{path} is not text in UTF-8 (it has zero bytes, as UTF-16 has); save it as UTF-8: "
-                         f"iconv -f UTF-16 -t UTF-8 {path} > requests.jsonl")
+        raise ValueError(
+            f"{path} is not text in UTF-8 (it has zero bytes, as UTF-16 has); save it as UTF-8: "
+            f"iconv -f UTF-16 -t UTF-8 {path} > requests.jsonl"
+        )
     if form != "auto":
         return "jsonl" if form == "jsonl" else "text"
     if path.suffix.lower() == ".json" and first.strip() == b"[":
-        raise ValueError(f"{path} is one list over many lines, and a batch is an object a line: "
-                         f"jq --compact-output '.[]' {path} > requests.jsonl")
+        raise ValueError(
+            f"{path} is one list over many lines, and a batch is an object a line: "
+            f"jq --compact-output '.[]' {path} > requests.jsonl"
+        )
     named = _SUFFIXES.get(path.suffix.lower())
     if named == "text" and _is_request(first):
-        raise ValueError(f"{path} is named as plain text but its first line is a request in JSON; say --format jsonl, or "
-                         "--format text to ask each line as a prompt")
+        raise ValueError(
+            f"{path} is named as plain text but its first line is a request in JSON; say --format jsonl, or "
+            "--format text to ask each line as a prompt"
+        )
     return named or ("jsonl" if first.lstrip().startswith(b"{") else "text")
 
 

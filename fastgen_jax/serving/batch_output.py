@@ -108,8 +108,9 @@ class BatchOutput:
         end, num_errors = 0, 0
         for number, (raw, answer) in enumerate(self._answers()):
             if answer is None and raw.endswith(b"\n"):
-                raise ValueError(f"{self.path} is not the output of a batch: line {number + 1} is no answer; choose another "
-                                 "output file")
+                raise ValueError(
+                    f"{self.path} is not the output of a batch: line {number + 1} is no answer; choose another output file"
+                )
             if answer is None:
                 if not (raw.startswith(_START) or _START.startswith(raw)):
                     raise ValueError(f"{self.path} is not the output of a batch; choose another output file")
@@ -120,9 +121,11 @@ class BatchOutput:
                 continue
             line = _number(answer)
             if not source.could_be(line, answer.get("custom_id")):
-                raise ValueError(f"{self.path} holds answers to another input: its line {number + 1} answers batch-{line}, "
-                                 f"custom_id {answer.get('custom_id')!r}, and {source.path} has no such line; choose "
-                                 "another output file")
+                raise ValueError(
+                    f"{self.path} holds answers to another input: its line {number + 1} answers batch-{line}, "
+                    f"custom_id {answer.get('custom_id')!r}, and {source.path} has no such line; choose "
+                    "another output file"
+                )
             self.done.add(line)
         return end, num_errors
 
@@ -185,5 +188,7 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}; what is answered so far is kept: mend that "
-                         "and run the same batch again") from error
+        raise ValueError(
+            f"{path} cannot be written: {error.strerror or error}; what is answered so far is kept: mend that "
+            "and run the same batch again"
+        ) from error

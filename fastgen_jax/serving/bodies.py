@@ -30,8 +30,11 @@ def check_type(headers: Mapping[bytes, bytes], allowed_origins: Sequence[str]) -
             return
     elif kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
         return
-    raise ApiError(f"the Content-Type is {short(kind)}, and only JSON is read here; send the header 'Content-Type: "
-                   "application/json'", status=415, code="unsupported_media_type")
+    raise ApiError(
+        f"the Content-Type is {short(kind)}, and only JSON is read here; send the header 'Content-Type: application/json'",
+        status=415,
+        code="unsupported_media_type",
+    )
 
 
 def unpacked(headers: Sequence[tuple[bytes, bytes]], receive: Receive, *, max_bytes: int) -> Receive:
@@ -45,8 +48,12 @@ def unpacked(headers: Sequence[tuple[bytes, bytes]], receive: Receive, *, max_by
     if not encodings:
         return receive
     if len(encodings) > 1 or encodings[0] not in _WINDOWS:
-        raise ApiError(f"the Content-Encoding is {short(', '.join(encodings))}; send gzip, deflate, or the plain body",
-                       status=415, code="unsupported_content_encoding", headers=_ACCEPTED)
+        raise ApiError(
+            f"the Content-Encoding is {short(', '.join(encodings))}; send gzip, deflate, or the plain body",
+            status=415,
+            code="unsupported_content_encoding",
+            headers=_ACCEPTED,
+        )
     return _Unpacker(receive, encodings[0], max_bytes)
 
 
@@ -75,8 +82,12 @@ class _Unpacker:
         piece = self._piece()
         self._size += len(piece)
         if self._size > self._max_bytes:
-            raise ApiError(f"the unpacked body has more than the {self._max_bytes} bytes of the limit; send less, or start "
-                           "the server with a larger max_body_mb", status=413, code="body_too_large")
+            raise ApiError(
+                f"the unpacked body has more than the {self._max_bytes} bytes of the limit; send less, or start "
+                "the server with a larger max_body_mb",
+                status=413,
+                code="body_too_large",
+            )
         self._ended = not self._packed and not self._is_full and not self._more_packed
         if self._ended and self._zlib is not None and not self._zlib.eof:
             raise self._damaged("it ends too early")
@@ -99,5 +110,6 @@ class _Unpacker:
         return piece
 
     def _damaged(self, reason: str) -> ApiError:
-        return ApiError(f"the body is no {self._encoding} ({reason}); pack it again, or send it plain",
-                        code="invalid_content_encoding")
+        return ApiError(
+            f"the body is no {self._encoding} ({reason}); pack it again, or send it plain", code="invalid_content_encoding"
+        )

@@ -50,11 +50,18 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
         prompt_logprobs=body.logprobs if wants_prompt else None,
     )
     work = await start_work(
-        backend, body.prompts, params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
-        grammar=grammar_of(body), new_tokens=backend.intake.default_new_tokens,
+        backend,
+        body.prompts,
+        params,
+        num_samples=body.num_choices,
+        priority=body.priority,
+        timeout=body.timeout,
+        grammar=grammar_of(body),
+        new_tokens=backend.intake.default_new_tokens,
     )
-    return await _answer(server, "text_completion", body, work,
-                         CompletionAnswer(body, work, backend.intake.tokenizer), request)
+    return await _answer(
+        server, "text_completion", body, work, CompletionAnswer(body, work, backend.intake.tokenizer), request
+    )
 
 
 async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
@@ -70,8 +77,14 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     )
     try:
         work = await start_work(
-            backend, [prompt], params, num_samples=body.num_choices, priority=body.priority, timeout=body.timeout,
-            grammar=grammar_of(body), new_tokens=backend.intake.default_new_tokens,
+            backend,
+            [prompt],
+            params,
+            num_samples=body.num_choices,
+            priority=body.priority,
+            timeout=body.timeout,
+            grammar=grammar_of(body),
+            new_tokens=backend.intake.default_new_tokens,
         )
     except ContextLengthError as error:
         raise context_exceeded(error, "messages") from error
@@ -88,8 +101,15 @@ async def generate(server: Server, body: GenerateRequest, request: Request) -> R
         raise ValueError(f"stop has {len(stops)} strings and at most {MAX_STOPS} are served; keep the likeliest")
     prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
     try:
-        work = await start_work(backend, prompts, replace(params, n=1), num_samples=params.n, priority=body.priority,
-                                timeout=body.timeout, new_tokens=call.new_tokens)
+        work = await start_work(
+            backend,
+            prompts,
+            replace(params, n=1),
+            num_samples=params.n,
+            priority=body.priority,
+            timeout=body.timeout,
+            new_tokens=call.new_tokens,
+        )
     except ContextLengthError as error:
         raise context_exceeded(error, "prompts") from error
     work.on_gap = server.metrics.note_gap
@@ -104,8 +124,10 @@ async def generate(server: Server, body: GenerateRequest, request: Request) -> R
                 _add_output(answers[index], output)
         if body.return_full_text:
             for index, answer in enumerate(answers):
-                answer["generated_text"] = _prompt_text(
-                    backend, prompts[index // params.n], work.prompts[index // params.n]) + answer["generated_text"]
+                answer["generated_text"] = (
+                    _prompt_text(backend, prompts[index // params.n], work.prompts[index // params.n])
+                    + answer["generated_text"]
+                )
         return answers
 
     try:
@@ -151,13 +173,15 @@ async def _answer(
     finally:
         end()
     timing = result["usage"]["timing"]
-    return JSONResponse(result, headers={f"x-fastgen-{name.replace('_', '-')}": str(timing[name]) for name in
-                                         ("queue_ms", "first_token_ms", "total_ms")})
+    return JSONResponse(
+        result,
+        headers={
+            f"x-fastgen-{name.replace('_', '-')}": str(timing[name]) for name in ("queue_ms", "first_token_ms", "total_ms")
+        },
+    )
 
 
-async def _events(
-    work: Work, answer: CompletionAnswer | ChatAnswer, options: StreamOptions
-) -> AsyncIterator[bytes]:
+async def _events(work: Work, answer: CompletionAnswer | ChatAnswer, options: StreamOptions) -> AsyncIterator[bytes]:
     encoder = answer.encoder()
     async for index, outputs in work:
         choices = answer.chunk(index, outputs)
@@ -181,8 +205,11 @@ async def _plain_events(work: Work) -> AsyncIterator[bytes]:
 
 def _plain(output: RequestOutput) -> dict[str, Any]:
     plain: dict[str, Any] = {
-        "text": output.text, "token_ids": output.new_token_ids, "finish_reason": output.finish_reason,
-        "prompt_length": output.num_prompt_tokens, "cached_length": output.num_cached_tokens,
+        "text": output.text,
+        "token_ids": output.new_token_ids,
+        "finish_reason": output.finish_reason,
+        "prompt_length": output.num_prompt_tokens,
+        "cached_length": output.num_cached_tokens,
     }
     for name in ("logprobs", "prompt_logprobs"):
         entries = getattr(output, name)
@@ -194,8 +221,12 @@ def _plain(output: RequestOutput) -> dict[str, Any]:
 def _add_output(answer: dict[str, Any], output: RequestOutput) -> None:
     answer["generated_text"] += output.text
     answer["token_ids"] += output.new_token_ids
-    answer |= {"prompt_length": output.num_prompt_tokens, "generated_length": len(answer["token_ids"]),
-               "finish_reason": output.finish_reason, "cached_length": output.num_cached_tokens}
+    answer |= {
+        "prompt_length": output.num_prompt_tokens,
+        "generated_length": len(answer["token_ids"]),
+        "finish_reason": output.finish_reason,
+        "cached_length": output.num_cached_tokens,
+    }
     if output.logprobs is not None:
         answer.setdefault("logprobs", []).extend(output.logprobs)
     if output.prompt_logprobs is not None:
@@ -211,14 +242,22 @@ def _at_end(server: Server, operation: str, work: Work, request: Request) -> Cal
 
 
 async def _chat_prompt(
-    tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, *, writes_calls: bool = False,
+    tokenizer: Tokenizer,
+    body: ChatRequest | TokenizeRequest,
+    *,
+    writes_calls: bool = False,
     add_generation_prompt: bool = True,
 ) -> list[int]:
     """Token ids of a conversation; `writes_calls` if the model may write tool calls in a form of its own."""
     given = body.messages or []
     messages, tools = prepare_messages(tokenizer, given, body.told_tools, writes_calls=writes_calls)
-    encode = partial(tokenizer.encode_chat, messages, tools=tools, add_generation_prompt=add_generation_prompt,
-                     **_template_variables(body.chat_template_kwargs or {}))
+    encode = partial(
+        tokenizer.encode_chat,
+        messages,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        **_template_variables(body.chat_template_kwargs or {}),
+    )
     contents = [message.get("content") or "" for message in messages]
     is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
     return await asyncio.to_thread(encode) if is_long else encode()
@@ -236,8 +275,10 @@ def _with_token_ids(options: dict[str, Any]) -> dict[str, Any]:
     bias = options.get("logit_bias")
     if not isinstance(bias, dict):
         return options
-    return {**options, "logit_bias": {int(key) if key.isascii() and key.isdigit() else key: value
-                                      for key, value in bias.items()}}
+    return {
+        **options,
+        "logit_bias": {int(key) if key.isascii() and key.isdigit() else key: value for key, value in bias.items()},
+    }
 
 
 def _prompt_text(backend: Backend, prompt: Any, token_ids: Sequence[int]) -> str:

@@ -47,10 +47,16 @@ def unsupported(param: str, value: Any, remedy: str) -> ApiError:
 def context_exceeded(error: ContextLengthError, param: str) -> ApiError:
     """The refusal of a prompt in field `param`, in the words and with the code that OpenAI's clients look for."""
     prompt, requested = error.num_prompt, error.num_requested
-    said = (f"you requested {prompt + requested} tokens ({prompt} in the {param}, {requested} in the completion)"
-            if requested else f"your {param} resulted in {prompt} tokens")
-    return ApiError(f"This model's maximum context length is {error.limit} tokens. However, {said}: {error}", param=param,
-                    code="context_length_exceeded")
+    said = (
+        f"you requested {prompt + requested} tokens ({prompt} in the {param}, {requested} in the completion)"
+        if requested
+        else f"your {param} resulted in {prompt} tokens"
+    )
+    return ApiError(
+        f"This model's maximum context length is {error.limit} tokens. However, {said}: {error}",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -87,11 +93,15 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
-        return ApiError(str(error), status=429, type="rate_limit_error", code="queue_full",
-                        headers={"Retry-After": str(error.retry_after)})
+        return ApiError(
+            str(error),
+            status=429,
+            type="rate_limit_error",
+            code="queue_full",
+            headers={"Retry-After": str(error.retry_after)},
+        )
     if isinstance(error, ClosedError):
-        return ApiError(str(error), status=503, type="server_error", code="shutting_down",
-                        headers={"Retry-After": "5"})
+        return ApiError(str(error), status=503, type="server_error", code="shutting_down", headers={"Retry-After": "5"})
     if isinstance(error, RequestFailedError):
         if error.failure.kind == "deadline":
             return ApiError(str(error), status=408, type="timeout", code="deadline_exceeded", headers=NO_RETRY)
@@ -100,8 +110,13 @@ def as_api_error(error: Exception) -> ApiError:
         status = {"shutdown": 503, "refused": 429}.get(error.failure.kind, 500)
         # A request that was refused is as welcome in a moment as any other.
         again = error.failure.retry_after or (1 if status in (429, 503) else None)
-        return ApiError(str(error), status=status, type="server_error", code=error.failure.kind,
-                        headers={"Retry-After": str(again)} if again else {})
+        return ApiError(
+            str(error),
+            status=status,
+            type="server_error",
+            code=error.failure.kind,
+            headers={"Retry-After": str(again)} if again else {},
+        )
     if isinstance(error, ContextLengthError):
         return context_exceeded(error, "prompt")
     if isinstance(error, RecursionError):

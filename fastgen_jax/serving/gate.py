@@ -63,7 +63,12 @@ class Gate:
     """ASGI middleware; a class of our own, because a body must be counted as it comes and streams not be buffered."""
 
     def __init__(
-        self, app: Any, *, api_keys: Sequence[str], max_body_bytes: int, on_response: Callable[[str, int], object],
+        self,
+        app: Any,
+        *,
+        api_keys: Sequence[str],
+        max_body_bytes: int,
+        on_response: Callable[[str, int], object],
         origins: Sequence[str] = (),
     ) -> None:
         self._app = app
@@ -132,11 +137,22 @@ class Gate:
             is_poll = scope["path"] in QUIET_PATHS and (state["status"] < 400 or state["status"] == 503)  # still loading
             level = logging.DEBUG if is_poll else logging.INFO
             facts = scope["state"].get("log", {})
-            log.log(level, "%s %s %d%s", scope["method"], scope["path"], state["status"],
-                    f": {facts['error'][:200]}" if "error" in facts else "", extra={
-                "method": scope["method"], "path": scope["path"], "status": state["status"], "request_id": request_id,
-                "milliseconds": round(1e3 * (time.perf_counter() - start), 3), **facts,
-            })
+            log.log(
+                level,
+                "%s %s %d%s",
+                scope["method"],
+                scope["path"],
+                state["status"],
+                f": {facts['error'][:200]}" if "error" in facts else "",
+                extra={
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": state["status"],
+                    "request_id": request_id,
+                    "milliseconds": round(1e3 * (time.perf_counter() - start), 3),
+                    **facts,
+                },
+            )
 
     def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")
@@ -147,12 +163,21 @@ class Gate:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"bearer" and any(secrets.compare_digest(given.strip(), key) for key in self._keys):
             return
-        raise ApiError("this server wants a key: send the header 'Authorization: Bearer KEY'", status=401,
-                       type="authentication_error", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        raise ApiError(
+            "this server wants a key: send the header 'Authorization: Bearer KEY'",
+            status=401,
+            type="authentication_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
     def _too_large(self, size: int) -> ApiError:
-        return ApiError(f"the body has {size} bytes and the limit is {self._max_body_bytes}; send less, or start the "
-                        "server with a larger max_body_mb", status=413, code="body_too_large")
+        return ApiError(
+            f"the body has {size} bytes and the limit is {self._max_body_bytes}; send less, or start the "
+            "server with a larger max_body_mb",
+            status=413,
+            code="body_too_large",
+        )
 
 
 def _plain_json(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

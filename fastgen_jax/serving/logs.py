@@ -42,7 +42,10 @@ class JsonFormatter(logging.Formatter):
         """One line."""
         entry = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(), **self._source, "logger": record.name, "message": record.getMessage(),
+            "level": record.levelname.lower(),
+            **self._source,
+            "logger": record.name,
+            "message": record.getMessage(),
             **{name: value for name, value in vars(record).items() if name not in _STANDARD},
         }
         if record.exc_info:
@@ -62,8 +65,9 @@ def set_up_logging(form: Literal["text", "json"], *, file: str | None = None, so
             # Opened anew when somebody moves it away, as logrotate does.
             handler = WatchedFileHandler(file, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise ValueError(f"log_file {file!r} cannot be written ({error.strerror}); choose another, in a folder that "
-                             "exists") from None
+            raise ValueError(
+                f"log_file {file!r} cannot be written ({error.strerror}); choose another, in a folder that exists"
+            ) from None
         if _is_standard_error(file):
             handler.close()
         else:

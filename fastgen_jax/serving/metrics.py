@@ -66,10 +66,12 @@ class ServerMetrics:
         self._prompt = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._generated = histogram("vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS)
         self._lag = histogram("fastgen:event_loop_lag_seconds", "How late the event loop comes to a timer.", _LAG)
-        self._success = Counter("vllm:request_success", "Finished requests.", ["finished_reason", "model_name"],
-                                registry=self.registry)
-        self._http = Counter("fastgen:http_responses", "Answers by path and status.", ["path", "status"],
-                             registry=self.registry)
+        self._success = Counter(
+            "vllm:request_success", "Finished requests.", ["finished_reason", "model_name"], registry=self.registry
+        )
+        self._http = Counter(
+            "fastgen:http_responses", "Answers by path and status.", ["path", "status"], registry=self.registry
+        )
         self.registry.register(self)  # pyright: ignore[reportArgumentType] (a collector is what has `collect`)
 
     def note_gap(self, gap: float | None, timing: Timing) -> None:
@@ -130,6 +132,7 @@ class ServerMetrics:
                 family.add_metric(values, snapshot[key])
             for key, counter in counters:
                 counter.add_metric(values, snapshot["counters"].get(key, 0))
-        worst = GaugeMetricFamily("fastgen:event_loop_lag_worst_seconds", "The worst lag since the start.",
-                                  value=self.worst_lag)
+        worst = GaugeMetricFamily(
+            "fastgen:event_loop_lag_worst_seconds", "The worst lag since the start.", value=self.worst_lag
+        )
         return [usage, old_usage, *gauges.values(), *(counter for _, counter in counters), worst]

@@ -26,9 +26,14 @@ def load_page() -> tuple[str, dict[str, str]]:
 
     html = _LIBRARY.sub(library, folder.joinpath("index.html").read_text(encoding="utf-8"))
     policy = {
-        "default-src": "'none'", "script-src": _hashes("script", html), "style-src": _hashes("style", html),
-        "img-src": "data:", "connect-src": "'self'", "base-uri": "'none'",
-        "form-action": "'none'", "frame-ancestors": "'none'",
+        "default-src": "'none'",
+        "script-src": _hashes("script", html),
+        "style-src": _hashes("style", html),
+        "img-src": "data:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
     }
     return html, {
         "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),

@@ -19,8 +19,16 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 # Fields of a body that `SamplingParams` has too.
 _SAME_NAMES = (
-    "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
-    "stop", "stop_token_ids",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "ignore_eos",
+    "stop",
+    "stop_token_ids",
 )
 
 
@@ -126,8 +134,9 @@ class Sampling(Body):
         ValueError for what contradicts itself.
         """
         options = {
-            "max_new_tokens": max_new_tokens, "min_new_tokens": self.min_tokens, "logit_bias": self.logit_bias and
-            {int(key): value for key, value in self.logit_bias.items()},
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": self.min_tokens,
+            "logit_bias": self.logit_bias and {int(key): value for key, value in self.logit_bias.items()},
             "seed": None if self.seed is None else self.seed % 2**32,
             **{name: getattr(self, name) for name in _SAME_NAMES},
             **more,
@@ -200,9 +209,17 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     NEUTRAL: ClassVar = {
-        "store": (None, False), "service_tier": (None, "auto", "default"), "modalities": (None, ["text"]),
-        "audio": (None,), "prediction": (None,), "functions": (None,), "function_call": (None,),
-        "reasoning_effort": (None,), "verbosity": (None,), "web_search_options": (None,), "metadata": (None, {}),
+        "store": (None, False),
+        "service_tier": (None, "auto", "default"),
+        "modalities": (None, ["text"]),
+        "audio": (None,),
+        "prediction": (None,),
+        "functions": (None,),
+        "function_call": (None,),
+        "reasoning_effort": (None,),
+        "verbosity": (None,),
+        "web_search_options": (None,),
+        "metadata": (None, {}),
     }
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]

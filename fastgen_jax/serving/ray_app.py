@@ -45,11 +45,17 @@ def build(
     if replicas < 1:
         raise ValueError(f"replicas is {replicas}; it must be at least 1")
     engines = serve.deployment(
-        Engines, num_replicas=replicas, max_ongoing_requests=MAX_ONGOING, ray_actor_options=actor_options or {},
+        Engines,
+        num_replicas=replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        ray_actor_options=actor_options or {},
     ).bind(model, engine or {}, config.max_queue)
     # The front computes nothing, so it reserves nothing.
     front = serve.deployment(
-        serve.ingress(None)(Front), name="Front", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0},
+        serve.ingress(None)(Front),
+        name="Front",
+        max_ongoing_requests=MAX_ONGOING,
+        ray_actor_options={"num_cpus": 0},
     )
     return front.bind(engines, model, server or {})
 

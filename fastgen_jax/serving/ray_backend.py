@@ -101,7 +101,11 @@ class RayBackend:
         return len(self._running)
 
     def submit(
-        self, request: Request, *, grammar: Grammar | None = None, matcher: GrammarMatcher | None = None,
+        self,
+        request: Request,
+        *,
+        grammar: Grammar | None = None,
+        matcher: GrammarMatcher | None = None,
         deadline: float | None = None,
     ) -> Stream:
         """See `AsyncEngine.submit`; that a queue is full is known only where the request runs."""

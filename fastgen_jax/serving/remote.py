@@ -137,7 +137,8 @@ class Replica:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fastgen_jax.serving.replica", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self.write_plan()

@@ -41,15 +41,32 @@ class Router:
     """
 
     def __init__(
-        self, model: str, engine: EngineConfig, tokenizer: Tokenizer, model_config: ModelConfig, *, replicas: int,
-        max_queue: int = MAX_QUEUE, log_format: Literal["text", "json"] | None = None, log_file: str | None = None,
+        self,
+        model: str,
+        engine: EngineConfig,
+        tokenizer: Tokenizer,
+        model_config: ModelConfig,
+        *,
+        replicas: int,
+        max_queue: int = MAX_QUEUE,
+        log_format: Literal["text", "json"] | None = None,
+        log_file: str | None = None,
     ) -> None:
         self.max_queue = max_queue
         self._tokenizer, self._model_config = tokenizer, model_config
         self._intake: Intake | None = None
-        plans = [ReplicaPlan(model=model, engine=asdict(engine), environment=environment, cpus=cpus,
-                             name=f"replica {number}", log_format=log_format, log_file=log_file)
-                 for number, (environment, cpus) in enumerate(share_machine(replicas))]
+        plans = [
+            ReplicaPlan(
+                model=model,
+                engine=asdict(engine),
+                environment=environment,
+                cpus=cpus,
+                name=f"replica {number}",
+                log_format=log_format,
+                log_file=log_file,
+            )
+            for number, (environment, cpus) in enumerate(share_machine(replicas))
+        ]
         self.replicas = [Replica(number, plan) for number, plan in enumerate(plans)]
         self._tickets: dict[str, Ticket] = {}
         self._homeless: list[Ticket] = []
@@ -102,7 +119,11 @@ class Router:
         return len(self._tickets)
 
     def submit(
-        self, request: Request, *, grammar: Grammar | None = None, matcher: GrammarMatcher | None = None,
+        self,
+        request: Request,
+        *,
+        grammar: Grammar | None = None,
+        matcher: GrammarMatcher | None = None,
         deadline: float | None = None,
     ) -> Stream:
         """See `AsyncEngine.submit`; the matcher of a grammar is made where the request runs."""

@@ -47,8 +47,13 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
     port = listener.getsockname()[1]
     host = config.host if config.host not in ("0.0.0.0", "::") else "127.0.0.1"
     record = Deployment(
-        name=served.deployment, model=model, url=f"{'https' if config.tls_certificate else 'http'}://{host}:{port}",
-        pid=os.getpid(), started=time.time(), process_start=process_start(os.getpid()) or "", log=log_file,
+        name=served.deployment,
+        model=model,
+        url=f"{'https' if config.tls_certificate else 'http'}://{host}:{port}",
+        pid=os.getpid(),
+        started=time.time(),
+        process_start=process_start(os.getpid()) or "",
+        log=log_file,
         replicas=config.replicas,
     )
     with listener, written_down(record):
@@ -56,8 +61,9 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
         server = Server(served)
 
         async def serve() -> None:
-            loading = asyncio.create_task(load_backend(
-                model, config, engine_config, log_format=config.log_format, log_file=log_file))
+            loading = asyncio.create_task(
+                load_backend(model, config, engine_config, log_format=config.log_format, log_file=log_file)
+            )
             telling = asyncio.create_task(_tell(loading))
             await _serve(server, listener, loading)
             await telling
@@ -72,10 +78,19 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
 
 async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[Backend]) -> None:
     config = server.served.config
-    http = _Uvicorn(uvicorn.Config(
-        create_app(server), log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=CLOSE_SECONDS,
-        ssl_certfile=config.tls_certificate, ssl_keyfile=config.tls_key, timeout_keep_alive=75, backlog=2048,
-    ))
+    http = _Uvicorn(
+        uvicorn.Config(
+            create_app(server),
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+            ssl_certfile=config.tls_certificate,
+            ssl_keyfile=config.tls_key,
+            timeout_keep_alive=75,
+            backlog=2048,
+        )
+    )
     loop = asyncio.get_running_loop()
     ending, hurrying = asyncio.Event(), asyncio.Event()
 
@@ -107,8 +122,12 @@ async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[
             gc.freeze()
             server.backend = backend
             resolved = backend.intake.config
-            log.info("ready; %d KV blocks of %d tokens, %d tokens a request at most", resolved.num_blocks,
-                     resolved.block_size, resolved.longest_sequence)
+            log.info(
+                "ready; %d KV blocks of %d tokens, %d tokens a request at most",
+                resolved.num_blocks,
+                resolved.block_size,
+                resolved.longest_sequence,
+            )
             await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
             log.info("finishing %d requests, for up to %g s", backend.num_unfinished, config.drain_seconds)
             draining = asyncio.create_task(backend.drain(config.drain_seconds))
@@ -156,8 +175,15 @@ def _loader(
         # Facts of the model only: this process must not touch an accelerator that a replica is to have.
         checkpoint = open_checkpoint(resolve_model(model))
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-        router = Router(model, engine_config, tokenizer, checkpoint.config, replicas=config.replicas,
-                        max_queue=config.max_queue, **several_options)
+        router = Router(
+            model,
+            engine_config,
+            tokenizer,
+            checkpoint.config,
+            replicas=config.replicas,
+            max_queue=config.max_queue,
+            **several_options,
+        )
         return router.start
 
     return one if config.replicas == 1 else several
@@ -173,8 +199,13 @@ async def _tell(loading: asyncio.Task[Backend]) -> None:
 
 
 async def load_backend(
-    model: str, config: ServerConfig, engine_config: EngineConfig, *, log_format: Literal["text", "json"] | None = None,
-    log_file: str | None = None, progress: bool = False,
+    model: str,
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    *,
+    log_format: Literal["text", "json"] | None = None,
+    log_file: str | None = None,
+    progress: bool = False,
 ) -> Backend:
     """What answers requests for `model`, ready: one engine in this process, or several behind a router.
 
@@ -215,8 +246,10 @@ def _check_tls(config: ServerConfig) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")  # do not ask the terminal
     except OSError as error:  # ssl.SSLError is one
-        raise ValueError(f"tls_certificate {config.tls_certificate!r} with tls_key {config.tls_key!r} cannot be used "
-                         f"({error}); give PEM files, the certificate's chain and its key without a password") from error
+        raise ValueError(
+            f"tls_certificate {config.tls_certificate!r} with tls_key {config.tls_key!r} cannot be used "
+            f"({error}); give PEM files, the certificate's chain and its key without a password"
+        ) from error
 
 
 def _raise_file_limit() -> None:
@@ -238,6 +271,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another port, or 0 for a free one"
-                         ) from error
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another port, or 0 for a free one"
+        ) from error
     return listener

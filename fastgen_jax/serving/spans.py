@@ -30,7 +30,8 @@ def record_span(operation: str, model: str, work: Work, headers: Any) -> None:
         kind=trace.SpanKind.SERVER,
         start_time=int(1e9 * (now + start)),
         attributes={
-            "gen_ai.operation.name": operation, "gen_ai.request.model": model,
+            "gen_ai.operation.name": operation,
+            "gen_ai.request.model": model,
             "gen_ai.usage.input_tokens": usage["prompt_tokens"],
             "gen_ai.usage.output_tokens": usage["completion_tokens"],
             "gen_ai.response.finish_reasons": [reason or "abort" for reason in work.reasons],

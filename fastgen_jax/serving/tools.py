@@ -45,8 +45,12 @@ def prepare_messages(
         return messages, None
     if "tools" in source:
         if writes_calls and CALL_OPEN not in source:
-            raise unsupported("tool_choice", "auto", "this model writes tool calls in a form that is not read here; "
-                              "use tool_choice='required' or name a function, which is enforced by a grammar")
+            raise unsupported(
+                "tool_choice",
+                "auto",
+                "this model writes tool calls in a form that is not read here; "
+                "use tool_choice='required' or name a function, which is enforced by a grammar",
+            )
         return messages, told
     text = (
         "You may call functions. They are, one JSON object a line:\n"
@@ -92,8 +96,10 @@ class ToolReader:
                 content += self._between(before)
             self._inside = not self._inside
         if not self._inside:
-            keep = next((k for k in range(min(len(CALL_OPEN) - 1, len(self._text)), 0, -1)
-                         if CALL_OPEN.startswith(self._text[-k:])), 0)  # it may be the beginning of a tag
+            keep = next(
+                (k for k in range(min(len(CALL_OPEN) - 1, len(self._text)), 0, -1) if CALL_OPEN.startswith(self._text[-k:])),
+                0,
+            )  # it may be the beginning of a tag
             split = len(self._text) - keep
             content, self._text = content + self._between(self._text[:split]), self._text[split:]
         return content, calls
@@ -145,8 +151,12 @@ class ToolReader:
         if index < self.num_calls:
             return {"index": index, "function": {"arguments": arguments}}
         self.num_calls += 1
-        return {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
-                "function": {"name": name, "arguments": arguments}}
+        return {
+            "index": index,
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
 
 
 def whole_calls(deltas: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -165,13 +175,20 @@ def _forced_schema(body: ChatRequest) -> dict[str, Any]:
     if isinstance(body.tool_choice, NamedTool):
         named = body.tool_choice.function.name
         return next(tool.function.parameters for tool in tools if tool.function.name == named)
-    return {"anyOf": [
-        {"type": "object", "properties": {
-            "name": {"const": tool.function.name},
-            "arguments": _moved(tool.function.parameters, f"#/anyOf/{i}/properties/arguments"),
-        }, "required": ["name", "arguments"], "additionalProperties": False}
-        for i, tool in enumerate(tools)
-    ]}
+    return {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool.function.name},
+                    "arguments": _moved(tool.function.parameters, f"#/anyOf/{i}/properties/arguments"),
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for i, tool in enumerate(tools)
+        ]
+    }
 
 
 def _moved(schema: Any, place: str) -> Any:

@@ -6,8 +6,14 @@ from typing import Any
 
 from fastgen_jax.engine.metrics import StepTimes
 
-_PARTS = (("plan", "start", "planned"), ("pack", "planned", "packed"), ("dispatch", "packed", "dispatched"),
-          ("wait", "waited", "read"), ("commit", "read", "committed"), ("output", "committed", "done"))
+_PARTS = (
+    ("plan", "start", "planned"),
+    ("pack", "planned", "packed"),
+    ("dispatch", "packed", "dispatched"),
+    ("wait", "waited", "read"),
+    ("commit", "read", "committed"),
+    ("output", "committed", "done"),
+)
 
 
 def perfetto(snapshots: list[dict[str, Any]]) -> dict[str, Any]:
@@ -18,16 +24,25 @@ def perfetto(snapshots: list[dict[str, Any]]) -> dict[str, Any]:
         events += [_name("thread_name", process, thread, name) for thread, name in ((0, "device"), (1, "host"))]
         offset, free = snapshot["clock_offset"], 0.0
         for step in (StepTimes(*values) for values in snapshot["steps"]):
-            facts = {"step": step.number, "tokens": step.num_tokens, "generated": step.num_generating,
-                     "prompt": step.num_tokens - step.num_generating, "bucket": step.bucket,
-                     "running": step.num_running, "waiting": step.num_waiting}
+            facts = {
+                "step": step.number,
+                "tokens": step.num_tokens,
+                "generated": step.num_generating,
+                "prompt": step.num_tokens - step.num_generating,
+                "bucket": step.bucket,
+                "running": step.num_running,
+                "waiting": step.num_waiting,
+            }
             # A step that was sent off while another ran began when that one ended.
             begin = max(step.dispatched, free)
             free = max(step.read, begin)
             events.append(_slice(f"{step.num_tokens} tokens", process, 0, begin + offset, free + offset, facts))
             for name, first, last in _PARTS:
-                events.append(_slice(name, process, 1, getattr(step, first) + offset, getattr(step, last) + offset,
-                                     {"step": step.number}))
+                events.append(
+                    _slice(
+                        name, process, 1, getattr(step, first) + offset, getattr(step, last) + offset, {"step": step.number}
+                    )
+                )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
@@ -36,5 +51,12 @@ def _name(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
 
 
 def _slice(name: str, process: int, thread: int, start: float, end: float, facts: dict[str, Any]) -> dict[str, Any]:
-    return {"ph": "X", "name": name, "pid": process, "tid": thread, "ts": round(1e6 * start, 3),
-            "dur": round(1e6 * (end - start), 3), "args": facts}
+    return {
+        "ph": "X",
+        "name": name,
+        "pid": process,
+        "tid": thread,
+        "ts": round(1e6 * start, 3),
+        "dur": round(1e6 * (end - start), 3),
+        "args": facts,
+    }

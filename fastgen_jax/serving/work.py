@@ -47,7 +47,11 @@ class Backend(Protocol):
         ...
 
     def submit(
-        self, request: Request, *, grammar: Grammar | None = None, matcher: GrammarMatcher | None = None,
+        self,
+        request: Request,
+        *,
+        grammar: Grammar | None = None,
+        matcher: GrammarMatcher | None = None,
         deadline: float | None = None,
     ) -> Stream:
         """See `AsyncEngine.submit`."""
@@ -132,9 +136,11 @@ class Work:
             **self.usage_so_far(),
             "prompt_tokens_details": {"cached_tokens": cached},
             "timing": {
-                "queue_ms": round(1e3 * timing.queue, 3), "first_token_ms": round(1e3 * (first - timing.start), 3),
+                "queue_ms": round(1e3 * timing.queue, 3),
+                "first_token_ms": round(1e3 * (first - timing.start), 3),
                 "total_ms": round(1e3 * (last - timing.start), 3),
-                "mean_gap_ms": round(1e3 * (last - first) / gaps, 3), "longest_gap_ms": round(1e3 * timing.longest_gap, 3),
+                "mean_gap_ms": round(1e3 * (last - first) / gaps, 3),
+                "longest_gap_ms": round(1e3 * timing.longest_gap, 3),
             },
         }
 
@@ -188,17 +194,26 @@ async def start_work(
     """
     intake, arrival = backend.intake, time.monotonic()
     if len(prompts) * num_samples > backend.max_queue:
-        raise ValueError(f"{len(prompts)} prompts with n={num_samples} are more than the {backend.max_queue} requests that "
-                         "may wait here; send them in parts, or use fastgen batch")
+        raise ValueError(
+            f"{len(prompts)} prompts with n={num_samples} are more than the {backend.max_queue} requests that "
+            "may wait here; send them in parts, or use fastgen batch"
+        )
     every = _all_samples(params, num_samples)
 
     def prepare() -> tuple[list[tuple[int, ...]], list[tuple[Request, GrammarMatcher | None]]]:
         encoded = [intake.encode(prompt) for prompt in prompts]
         return encoded, [
-            (intake.request(ids, intake.limited(sample, len(ids), new_tokens), priority=priority,
-                            awaits_each_token=grammar is not None),
-             intake.matcher(grammar) if grammar else None)
-            for ids in encoded for sample in every
+            (
+                intake.request(
+                    ids,
+                    intake.limited(sample, len(ids), new_tokens),
+                    priority=priority,
+                    awaits_each_token=grammar is not None,
+                ),
+                intake.matcher(grammar) if grammar else None,
+            )
+            for ids in encoded
+            for sample in every
         ]
 
     size = sum(map(len, prompts)) * len(every)

@@ -31,23 +31,45 @@ class Accelerator:
 ACCELERATORS = {
     a.name: a
     for a in (
-        Accelerator(name="a100", flops=312e12, memory_bandwidth=2039e9, memory=80 * GB, link_bandwidth=300e9,
-                    link_latency=12e-6),
-        Accelerator(name="h100", flops=989e12, memory_bandwidth=3350e9, memory=80 * GB, link_bandwidth=450e9,
-                    link_latency=10e-6),
-        Accelerator(name="v5e", flops=197e12, memory_bandwidth=819e9, memory=16 * GB, link_bandwidth=200e9,
-                    link_latency=5e-6),
-        Accelerator(name="v6e", flops=918e12, memory_bandwidth=1640e9, memory=32 * GB, link_bandwidth=448e9,
-                    link_latency=5e-6),
+        Accelerator(
+            name="a100", flops=312e12, memory_bandwidth=2039e9, memory=80 * GB, link_bandwidth=300e9, link_latency=12e-6
+        ),
+        Accelerator(
+            name="h100", flops=989e12, memory_bandwidth=3350e9, memory=80 * GB, link_bandwidth=450e9, link_latency=10e-6
+        ),
+        Accelerator(
+            name="v5e", flops=197e12, memory_bandwidth=819e9, memory=16 * GB, link_bandwidth=200e9, link_latency=5e-6
+        ),
+        Accelerator(
+            name="v6e", flops=918e12, memory_bandwidth=1640e9, memory=32 * GB, link_bandwidth=448e9, link_latency=5e-6
+        ),
     )
 }
 
 
-def _llama(*, layers: int, width: int, heads: int, kv_heads: int, mlp: int, vocab: int = 32_000, context: int = 4096,
-           head_dim: int = 128, tied: bool = False) -> ModelConfig:
+def _llama(
+    *,
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    mlp: int,
+    vocab: int = 32_000,
+    context: int = 4096,
+    head_dim: int = 128,
+    tied: bool = False,
+) -> ModelConfig:
     return ModelConfig(
-        family="llama", vocab_size=vocab, num_layers=layers, embed_dim=width, num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=head_dim, mlp_dim=mlp, max_context_len=context, tie_embeddings=tied,
+        family="llama",
+        vocab_size=vocab,
+        num_layers=layers,
+        embed_dim=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_dim=mlp,
+        max_context_len=context,
+        tie_embeddings=tied,
     )
 
 
@@ -57,6 +79,7 @@ MODELS = {
     "llama-2-70b": _llama(layers=80, width=8192, heads=64, kv_heads=8, mlp=28672),
     "llama-3.1-8b": _llama(layers=32, width=4096, heads=32, kv_heads=8, mlp=14336, vocab=128_256, context=131_072),
     "llama-3.1-70b": _llama(layers=80, width=8192, heads=64, kv_heads=8, mlp=28672, vocab=128_256, context=131_072),
-    "smollm2-135m": _llama(layers=30, width=576, heads=9, kv_heads=3, mlp=1536, vocab=49_152, context=8192, head_dim=64,
-                           tied=True),
+    "smollm2-135m": _llama(
+        layers=30, width=576, heads=9, kv_heads=3, mlp=1536, vocab=49_152, context=8192, head_dim=64, tied=True
+    ),
 }

@@ -28,7 +28,8 @@ HOST_SECONDS = 0.005  # planning and launching a step from Python, without graph
 SLOW_HOST = "prompts_first with 13 ms of host"
 SLOW_HOST_SECONDS = 0.013
 SERVERS = {
-    **{policy: (policy, HOST_SECONDS) for policy in TOKEN_BUDGETS}, SLOW_HOST: ("prompts_first", SLOW_HOST_SECONDS),
+    **{policy: (policy, HOST_SECONDS) for policy in TOKEN_BUDGETS},
+    SLOW_HOST: ("prompts_first", SLOW_HOST_SECONDS),
 }
 BLOCK_SIZE = 64
 CONTEXT = 4096 + 256  # prompts are cut at 4000 and outputs are not
@@ -44,8 +45,14 @@ def paper_cost() -> Roofline:
 def paper_config(policy: str, cost: Roofline, host_seconds: float = HOST_SECONDS) -> ReplicaConfig:
     """A server of 2023 with one of the policies, whose host takes `host_seconds` between two steps."""
     return ReplicaConfig(
-        num_blocks=cost.num_kv_tokens() // BLOCK_SIZE, block_size=BLOCK_SIZE, max_context_len=CONTEXT, policy=policy,
-        token_budget=TOKEN_BUDGETS[policy], max_num_seqs=256, overlap=False, host_seconds=host_seconds,
+        num_blocks=cost.num_kv_tokens() // BLOCK_SIZE,
+        block_size=BLOCK_SIZE,
+        max_context_len=CONTEXT,
+        policy=policy,
+        token_budget=TOKEN_BUDGETS[policy],
+        max_num_seqs=256,
+        overlap=False,
+        host_seconds=host_seconds,
     )
 
 
@@ -65,10 +72,17 @@ def paper_runs(
                 result = simulate(load, paper_config(policy, cost, host_seconds), cost, record_steps=n == 16)
                 records.append(
                     RunRecord(
-                        label=f"{name}, llama-2-70b on 4 a100", source="simulated", load=load.facts,
-                        requests=result.requests, context=context(),
-                        settings={"policy": policy, "token_budget": TOKEN_BUDGETS[policy],
-                                  "host_seconds": host_seconds, "hardware": "4 a100"},
+                        label=f"{name}, llama-2-70b on 4 a100",
+                        source="simulated",
+                        load=load.facts,
+                        requests=result.requests,
+                        context=context(),
+                        settings={
+                            "policy": policy,
+                            "token_budget": TOKEN_BUDGETS[policy],
+                            "host_seconds": host_seconds,
+                            "hardware": "4 a100",
+                        },
                         # A window of the steady state: enough for the picture of which token ran when.
                         steps=result.steps[0][len(result.steps[0]) // 2 :][:60],
                     )
@@ -83,8 +97,10 @@ def paper_table(records: Sequence[RunRecord]) -> list[str]:
     for workload in dict.fromkeys(curve.workload for curve in by_name.values()):
         ours, *rivals = (by_name[name, workload] for name in SERVERS)
         lines += ["", f"### {workload}, {len(ours.runs[0].requests)} requests", ""]
-        lines += table(("SplitFuse against", "figure", "SplitFuse", "rival", "ratio", "paper"),
-                       [row for rival in rivals for row in _rows(ours, rival)])
+        lines += table(
+            ("SplitFuse against", "figure", "SplitFuse", "rival", "ratio", "paper"),
+            [row for rival in rivals for row in _rows(ours, rival)],
+        )
     return lines
 
 
@@ -95,8 +111,16 @@ def _rows(ours: Curve, rival: Curve) -> list[tuple[str, ...]]:
     for rate in RATES:
         a, b = max(ours.effective(rate)), max(rival.effective(rate))
         claim = CLAIMED_EFFECTIVE.get((prompt, output, rate)) if name == "prompts_first" else None
-        rows.append((name, f"effective throughput at {rate} tokens/s", f"{a:.2f}/s", f"{b:.2f}/s", _ratio(a, b),
-                     f"{claim:.1f}" if claim else "-"))
+        rows.append(
+            (
+                name,
+                f"effective throughput at {rate} tokens/s",
+                f"{a:.2f}/s",
+                f"{b:.2f}/s",
+                _ratio(a, b),
+                f"{claim:.1f}" if claim else "-",
+            )
+        )
     a, b = ours.summary(16).token_latency_p95, rival.summary(16).token_latency_p95
     if a and b:
         claim = "3.7" if (prompt, output, name) == (2600, 128, "prompts_first") else "-"
@@ -108,8 +132,9 @@ def _rows(ours: Curve, rival: Curve) -> list[tuple[str, ...]]:
         rows.append((name, f"throughput at a latency of {at:g} s", f"{a:.2f}/s", f"{b:.2f}/s", _ratio(a, b), claim))
         latency = ours.latency_at(b)
         if latency:
-            rows.append((name, f"latency at {b:.2f} requests/s", f"{latency:.1f} s", f"{at:.1f} s", _ratio(at, latency),
-                         "-"))
+            rows.append(
+                (name, f"latency at {b:.2f} requests/s", f"{latency:.1f} s", f"{at:.1f} s", _ratio(at, latency), "-")
+            )
     return rows
 
 

@@ -91,14 +91,32 @@ def compare_policies(
 
 def service_table(services: Sequence[Service]) -> list[str]:
     """Lines of Markdown."""
-    headings = ("offered", "policy", "kept", "effective", "refused", "refused by prompt length, quarters",
-                "longest overdue", "first token P99")
-    return table(headings, [
-        (f"{s.offered:.2f}/s", s.policy, f"{s.share_kept:.1%}", f"{s.effective:.2f}/s", f"{s.share_refused:.1%}",
-         " ".join(f"{share:.0%}" for share in s.refused_by_length), f"{s.longest_overdue:.1f} s",
-         f"{s.first_token_p99:.1f} s")
-        for s in services
-    ])
+    headings = (
+        "offered",
+        "policy",
+        "kept",
+        "effective",
+        "refused",
+        "refused by prompt length, quarters",
+        "longest overdue",
+        "first token P99",
+    )
+    return table(
+        headings,
+        [
+            (
+                f"{s.offered:.2f}/s",
+                s.policy,
+                f"{s.share_kept:.1%}",
+                f"{s.effective:.2f}/s",
+                f"{s.share_refused:.1%}",
+                " ".join(f"{share:.0%}" for share in s.refused_by_length),
+                f"{s.longest_overdue:.1f} s",
+                f"{s.first_token_p99:.1f} s",
+            )
+            for s in services
+        ],
+    )
 
 
 def replicas_needed(

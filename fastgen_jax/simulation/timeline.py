@@ -22,13 +22,29 @@ def timeline_table(*, clients: int = 16, num_requests: int = 256, prompt: int = 
         mixed = [step for step in steps if step.num_tokens > len(step.chunks)]
         alone = [step for step in steps if step.num_tokens == len(step.chunks)]
         busy = sum(_seconds(step) for step in steps)
-        rows.append((
-            policy, f"{sum(map(_seconds, mixed)) / busy:.0%}", _step(mixed), _step(alone),
-            f"{sum(step.num_tokens for step in steps) / busy:.0f}", _pause(steps),
-            f"{1 - busy / (steps[-1].end - steps[0].start):.0%}",
-        ))
-    return table(("policy", "device time in steps with prompts", "such a step: tokens, ms", "a step without: tokens, ms",
-                  "tokens/s of device time", "longest generation pause, ms: mean, max", "device idle"), rows)
+        rows.append(
+            (
+                policy,
+                f"{sum(map(_seconds, mixed)) / busy:.0%}",
+                _step(mixed),
+                _step(alone),
+                f"{sum(step.num_tokens for step in steps) / busy:.0f}",
+                _pause(steps),
+                f"{1 - busy / (steps[-1].end - steps[0].start):.0%}",
+            )
+        )
+    return table(
+        (
+            "policy",
+            "device time in steps with prompts",
+            "such a step: tokens, ms",
+            "a step without: tokens, ms",
+            "tokens/s of device time",
+            "longest generation pause, ms: mean, max",
+            "device idle",
+        ),
+        rows,
+    )
 
 
 def _seconds(step: StepRecord) -> float:

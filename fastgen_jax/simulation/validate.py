@@ -30,8 +30,11 @@ def validate(args: argparse.Namespace, loads: Sequence[Load], results: Path | No
     """
     if args.rounds < 1:
         raise ValueError(f"rounds is {args.rounds}; choose at least 1, and 3 or more for a median")
-    engine = make_engine(args, max_context_len=max(load.longest_context for load in loads),
-                         max_num_seqs=max(load.num_clients or 1 for load in loads))
+    engine = make_engine(
+        args,
+        max_context_len=max(load.longest_context for load in loads),
+        max_num_seqs=max(load.num_clients or 1 for load in loads),
+    )
     points: list[steps.Point] = []
     measured: list[list[RunRecord]] = []
     for number in range(args.rounds):
@@ -57,13 +60,24 @@ def simulated_twin(record: RunRecord, load: Load, cost: MeasuredCost) -> RunReco
     """The simulation of a measured run, with the settings of its engine."""
     s = record.settings
     config = ReplicaConfig(
-        num_blocks=s["num_blocks"], block_size=s["block_size"], max_context_len=load.longest_context, policy=s["policy"],
-        token_budget=s["token_budget"], max_num_seqs=s["max_num_seqs"], overlap=s["overlap"],
+        num_blocks=s["num_blocks"],
+        block_size=s["block_size"],
+        max_context_len=load.longest_context,
+        policy=s["policy"],
+        token_budget=s["token_budget"],
+        max_num_seqs=s["max_num_seqs"],
+        overlap=s["overlap"],
         host_seconds=cost.host_seconds,
     )
     result = simulate(load, config, cost)
-    return RunRecord(label=f"{record.label}, simulated", source="simulated", load=load.facts, requests=result.requests,
-                     settings=s, context={k: v for k, v in record.context.items() if k != "foreign_cores"})
+    return RunRecord(
+        label=f"{record.label}, simulated",
+        source="simulated",
+        load=load.facts,
+        requests=result.requests,
+        settings=s,
+        context={k: v for k, v in record.context.items() if k != "foreign_cores"},
+    )
 
 
 def errors(measured: Sequence[Sequence[RunRecord]], simulated: Sequence[RunRecord]) -> tuple[list[str], float]:

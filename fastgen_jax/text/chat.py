@@ -41,8 +41,13 @@ def render_chat(
             + "; it belongs to a base model: pass a plain prompt, or an instruction-tuned checkpoint"
         )
     checked = checked_messages(messages)
-    variables = {**named_tokens, "documents": None, **extra, "tools": _checked_tools(tools),
-                 "add_generation_prompt": add_generation_prompt}
+    variables = {
+        **named_tokens,
+        "documents": None,
+        **extra,
+        "tools": _checked_tools(tools),
+        "add_generation_prompt": add_generation_prompt,
+    }
     wanted = instructions(checked)
     rendered, refusal = None, None
     for version in versions(checked, templates[name]):

@@ -17,7 +17,11 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, prompt_ids: Iterable[int] = (), skip_special_tokens: bool = True,
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt_ids: Iterable[int] = (),
+        skip_special_tokens: bool = True,
         marks: Mapping[int, str] | None = None,
     ) -> None:
         """`marks` are put where these special tokens were skipped, token id -> what stands for it."""
@@ -36,9 +40,7 @@ class IncrementalDetokenizer:
         return self._text(ids)
 
     def _text(self, ids: Iterable[int]) -> str:
-        data = b"".join(
-            self._tokenizer.visible_bytes(id, skip_special_tokens=self._skip_special_tokens) for id in ids
-        )
+        data = b"".join(self._tokenizer.visible_bytes(id, skip_special_tokens=self._skip_special_tokens) for id in ids)
         return self._at_start(self._utf8.decode(data))
 
     def flush(self) -> str:

@@ -14,12 +14,15 @@ _PREFIX = "tokenizer.ggml."
 _KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece", "gemma4": "BPE with byte fallback"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 
+
 def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that the metadata describe; ValueError if they are incomplete or of an unsupported kind."""
     model = metadata.get(_PREFIX + "model")
     if model not in _KINDS:
-        raise ValueError(f"tokenizer.ggml.model is {model!r}; supported: "
-                         + ", ".join(f"{name!r} ({what})" for name, what in _KINDS.items()))
+        raise ValueError(
+            f"tokenizer.ggml.model is {model!r}; supported: "
+            + ", ".join(f"{name!r} ({what})" for name, what in _KINDS.items())
+        )
     texts = _required(metadata, "tokens", list)
     types = metadata.get(_PREFIX + "token_type") or [_NORMAL] * len(texts)
     if len(types) != len(texts):
@@ -92,15 +95,19 @@ def _byte_level_bpe(metadata: Mapping[str, Any], texts: list[str], types: list[i
 
     splits = SPLITS.get(SYNONYMS.get(pre, pre))
     if splits is None:
-        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join([*SPLITS, *SYNONYMS])}; "
-                         "the Hugging Face checkpoint's tokenizer.json works whatever the kind")
+        raise ValueError(
+            f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join([*SPLITS, *SYNONYMS])}; "
+            "the Hugging Face checkpoint's tokenizer.json works whatever the kind"
+        )
     tokenizer = _bpe(metadata, texts, ignore_merges=pre in IGNORES_MERGES)
     if pre in COMPOSES:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     return _with_added_tokens(tokenizer, texts, types)
 
 
@@ -128,10 +135,13 @@ def _with_added_tokens(tokenizer: Any, texts: list[str], types: list[int]) -> En
     from tokenizers import AddedToken
 
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        tokenizer.add_tokens([
-            AddedToken(text, normalized=False, special=special)
-            for text, type_ in zip(texts, types, strict=True) if type_ == wanted and text
-        ])
+        tokenizer.add_tokens(
+            [
+                AddedToken(text, normalized=False, special=special)
+                for text, type_ in zip(texts, types, strict=True)
+                if type_ == wanted and text
+            ]
+        )
     return lambda text, *, add_special_tokens: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 

@@ -153,8 +153,10 @@ class _Vocabulary:
 
 
 def _dead_end(matcher: Any) -> str:
-    return (f"the grammar came to a dead end: what it wants next cannot be written with the tokens of this model, or it "
-            f"became too complex ({_reason(matcher)}); simplify it")
+    return (
+        f"the grammar came to a dead end: what it wants next cannot be written with the tokens of this model, or it "
+        f"became too complex ({_reason(matcher)}); simplify it"
+    )
 
 
 def _reason(matcher: Any) -> str:

@@ -24,8 +24,10 @@ def load_directory(path: Path) -> Tokenizer:
         return _from_tiktoken(path, settings, ranks)
     if (path / "tokenizer.model").exists():
         return _from_sentencepiece(path, settings)
-    raise ValueError(f"{path} has neither tokenizer.json nor tokenizer.model, *.tiktoken or tekken.json; found: "
-                     f"{', '.join(sorted(file.name for file in path.iterdir())) or 'nothing'}")
+    raise ValueError(
+        f"{path} has neither tokenizer.json nor tokenizer.model, *.tiktoken or tekken.json; found: "
+        f"{', '.join(sorted(file.name for file in path.iterdir())) or 'nothing'}"
+    )
 
 
 def _from_json(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
@@ -60,8 +62,18 @@ def _from_json(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     kind = f"tokenizer.json ({scheme} {description['model'].get('type', 'BPE')})"
-    return _assemble(path, settings, names, ids, kind=kind, encoder=encode, texts=texts, pieces=pieces,
-                     special_ids=special, drops_leading_space=drops_space)
+    return _assemble(
+        path,
+        settings,
+        names,
+        ids,
+        kind=kind,
+        encoder=encode,
+        texts=texts,
+        pieces=pieces,
+        special_ids=special,
+        drops_leading_space=drops_space,
+    )
 
 
 def _from_tiktoken(path: Path, settings: Mapping[str, Any], file: Path) -> Tokenizer:
@@ -106,15 +118,20 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         for id, text in enumerate(texts)
     ]
     ids = {text: id for id, text in enumerate(texts) if text is not None}
-    names = {"bos_token": _piece(model, model.bos_id()), "eos_token": _piece(model, model.eos_id()),
-             "unk_token": _piece(model, model.unk_id())}
+    names = {
+        "bos_token": _piece(model, model.bos_id()),
+        "eos_token": _piece(model, model.eos_id()),
+        "unk_token": _piece(model, model.unk_id()),
+    }
     names = {name: text for name, text in names.items() if text} | _named_tokens(path, settings)
     ends = {}
     for name, default in (("bos", True), ("eos", False)):
         wanted = settings.get(f"add_{name}_token", default)
         if wanted and names.get(f"{name}_token") not in ids:
-            raise ValueError(f"{path}: add_{name}_token is set, but the vocabulary has no {name} token; "
-                             f"set add_{name}_token to false in tokenizer_config.json")
+            raise ValueError(
+                f"{path}: add_{name}_token is set, but the vocabulary has no {name} token; "
+                f"set add_{name}_token to false in tokenizer_config.json"
+            )
         ends[name] = [ids[names[f"{name}_token"]]] if wanted else []
     encoder = SentencePieceEncoder(
         proto,
@@ -123,9 +140,18 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         first=ends["bos"],
         last=ends["eos"],
     )
-    return _assemble(path, settings, names, ids, kind="SentencePiece (tokenizer.model)", encoder=encoder, texts=texts,
-                     pieces=pieces, special_ids=frozenset(special),
-                     drops_leading_space=model.encode_as_pieces("a")[0].startswith("▁"))
+    return _assemble(
+        path,
+        settings,
+        names,
+        ids,
+        kind="SentencePiece (tokenizer.model)",
+        encoder=encoder,
+        texts=texts,
+        pieces=pieces,
+        special_ids=frozenset(special),
+        drops_leading_space=model.encode_as_pieces("a")[0].startswith("▁"),
+    )
 
 
 def _assemble(

@@ -33,8 +33,7 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     nothing and called nothing has the content "".
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages must be a non-empty list of {{'role': ..., 'content': ...}}, "
-                         f"got {short(messages)}")
+        raise ValueError(f"messages must be a non-empty list of {{'role': ..., 'content': ...}}, got {short(messages)}")
     return [_checked_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
@@ -96,8 +95,9 @@ def _joined_text(content: Any, where: str) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get(kind) if kind in ("text", "refusal") else None
         if not isinstance(text, str):
-            raise ValueError(f"{where} has the content part {short(part)}; only text is supported: "
-                             "{'type': 'text', 'text': ...}")
+            raise ValueError(
+                f"{where} has the content part {short(part)}; only text is supported: {{'type': 'text', 'text': ...}}"
+            )
         texts.append(text)
     return "\n".join(texts)
 
@@ -191,5 +191,7 @@ def _wrapped_arguments(messages: list[Message]) -> list[Message]:
             return call
         return {**call, "function": {**call["function"], "arguments": {"arguments": arguments}}}
 
-    return [{**message, "tool_calls": [wrapped(call) for call in message["tool_calls"]]} if "tool_calls" in message
-            else message for message in messages]
+    return [
+        {**message, "tool_calls": [wrapped(call) for call in message["tool_calls"]]} if "tool_calls" in message else message
+        for message in messages
+    ]

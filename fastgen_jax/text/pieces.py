@@ -58,8 +58,10 @@ def scheme_of_decoder(decoder: Mapping[str, Any] | None) -> tuple[Scheme, bool]:
                     raise ValueError(f"tokenizer.json has the decoder step {step}; supported: Strip of a leading space")
                 strip = True
         return "metaspace", strip
-    raise ValueError(f"tokenizer.json has a decoder of {kinds or 'no'} steps, which is not supported; supported: "
-                     "ByteLevel, Metaspace, or Replace + ByteFallback + Fuse (+ Strip)")
+    raise ValueError(
+        f"tokenizer.json has a decoder of {kinds or 'no'} steps, which is not supported; supported: "
+        "ByteLevel, Metaspace, or Replace + ByteFallback + Fuse (+ Strip)"
+    )
 
 
 def _check_replacement(character: str | None) -> None:

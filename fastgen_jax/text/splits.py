@@ -13,15 +13,19 @@ _GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S
 
 def _words(digits: str, letters: str = r"\p{L}", *, punctuation_end: str = r"[\r\n]*") -> str:
     """The pattern of GPT-4 and its descendants: letters with one character before them, numbers in groups, the rest."""
-    return (rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|\p{{N}}{digits}"
-            rf"| ?[^\s{letters}\p{{N}}]+{punctuation_end}|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return (
+        rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|\p{{N}}{digits}"
+        rf"| ?[^\s{letters}\p{{N}}]+{punctuation_end}|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
 
 
 def _cased_words(digits: str, after: str) -> str:
     """The pattern of GPT-4o: like `_words`, and a capital letter begins a word."""
     upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-    return (rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{after}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{after}"
-            rf"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{after}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{after}"
+        rf"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
 
 
 # Letters that have a case, of the Unicode version that DeepSeek's table was made from: without lower-case Armenian, most
@@ -41,10 +45,17 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "qwen35": (_words("", r"\p{L}\p{M}"),),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
-    "deepseek-llm": (r"[\r\n]", rf"\s?{_OLD_CASED}+", "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-                     r"\s+$", _CJK, r"\p{N}+"),
+    "deepseek-llm": (
+        r"[\r\n]",
+        rf"\s?{_OLD_CASED}+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _CJK,
+        r"\p{N}+",
+    ),
     "deepseek-v3": (
-        r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
         r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
     "gpt-4o": (_cased_words("{1,3}", f"(?i:{_CONTRACTIONS})?"),),
@@ -54,14 +65,35 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 SYNONYMS = {
-    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "pixtral": "llama-bpe", "lfm2": "llama-bpe",
-    "dbrx": "llama-bpe", "smaug-bpe": "llama-bpe", "chatglm-bpe": "llama-bpe", "glm4": "llama-bpe",
-    "deepseek-r1-qwen": "qwen2", "stablelm2": "qwen2", "megrez": "qwen2", "hunyuan": "qwen2",
-    "starcoder": "smollm", "refact": "smollm", "command-r": "smollm", "codeshell": "smollm", "exaone": "smollm",
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "falcon3": "llama-bpe",
+    "pixtral": "llama-bpe",
+    "lfm2": "llama-bpe",
+    "dbrx": "llama-bpe",
+    "smaug-bpe": "llama-bpe",
+    "chatglm-bpe": "llama-bpe",
+    "glm4": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+    "stablelm2": "qwen2",
+    "megrez": "qwen2",
+    "hunyuan": "qwen2",
+    "starcoder": "smollm",
+    "refact": "smollm",
+    "command-r": "smollm",
+    "codeshell": "smollm",
+    "exaone": "smollm",
     "minerva-7b": "smollm",
-    "mpt": "gpt-2", "olmo": "gpt-2", "phi-2": "gpt-2", "jais": "gpt-2", "trillion": "gpt-2", "gigachat": "gpt-2",
+    "mpt": "gpt-2",
+    "olmo": "gpt-2",
+    "phi-2": "gpt-2",
+    "jais": "gpt-2",
+    "trillion": "gpt-2",
+    "gigachat": "gpt-2",
     "exaone4": "gpt-2",
-    "llama4": "gpt-4o", "gpt3-finnish": "bloom", "poro-chat": "bloom",
+    "llama4": "gpt-4o",
+    "gpt3-finnish": "bloom",
+    "poro-chat": "bloom",
 }
 ADDS_BOS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "tekken"})
 """Kinds that start with BOS where add_bos_token is absent."""

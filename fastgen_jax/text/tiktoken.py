@@ -20,14 +20,41 @@ from fastgen_jax.text.splits import SPLITS
 _QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 _LLAMA3_RANKS = 128_000
 _LLAMA3_SPECIALS = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-    "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
 )
 _TEKKEN_SPECIALS = (
-    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
-    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]",
 )
 
 
@@ -66,17 +93,27 @@ def read_tiktoken(file: Path) -> TiktokenVocabulary:
     size = len(ranks)
     if file.suffix == ".tiktoken":
         return TiktokenVocabulary(
-            kind="tiktoken (Qwen)", pieces=[*ranks, *(text.encode() for text in _QWEN_SPECIALS)],
-            special_ids=range(size, size + len(_QWEN_SPECIALS)), pattern=SPLITS["qwen2"][0], composes=True, bos=None,
+            kind="tiktoken (Qwen)",
+            pieces=[*ranks, *(text.encode() for text in _QWEN_SPECIALS)],
+            special_ids=range(size, size + len(_QWEN_SPECIALS)),
+            pattern=SPLITS["qwen2"][0],
+            composes=True,
+            bos=None,
             eos=("<|endoftext|>", "<|im_end|>"),
         )
     if size != _LLAMA3_RANKS:
-        raise ValueError(f"{file} has {size:,} ranks; the special tokens of Llama 3 ({_LLAMA3_RANKS:,}) alone are known: "
-                         "take the checkpoint that has a tokenizer.json")
+        raise ValueError(
+            f"{file} has {size:,} ranks; the special tokens of Llama 3 ({_LLAMA3_RANKS:,}) alone are known: "
+            "take the checkpoint that has a tokenizer.json"
+        )
     return TiktokenVocabulary(
-        kind="tiktoken (Llama 3)", pieces=[*ranks, *(text.encode() for text in _LLAMA3_SPECIALS)],
-        special_ids=range(size, size + len(_LLAMA3_SPECIALS)), pattern=SPLITS["llama-bpe"][0], composes=False,
-        bos="<|begin_of_text|>", eos=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        kind="tiktoken (Llama 3)",
+        pieces=[*ranks, *(text.encode() for text in _LLAMA3_SPECIALS)],
+        special_ids=range(size, size + len(_LLAMA3_SPECIALS)),
+        pattern=SPLITS["llama-bpe"][0],
+        composes=False,
+        bos="<|begin_of_text|>",
+        eos=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
     )
 
 
@@ -101,10 +138,12 @@ def encoder_backend(vocabulary: TiktokenVocabulary) -> Any:
     backend = Tokenizer(models.BPE(words, merges, ignore_merges=True))
     if vocabulary.composes:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(vocabulary.pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(vocabulary.pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in vocabulary.specials])
     return backend
 
@@ -124,8 +163,9 @@ def _read_ranks(file: Path) -> list[bytes]:
                 piece, rank = line.split()
                 found[int(rank)] = base64.b64decode(piece, validate=True)
         except (ValueError, binascii.Error) as error:
-            raise ValueError(f"{file}, line {number}: expected a piece in base64 and its rank, got {line[:60]!r}; download "
-                             "it again") from error
+            raise ValueError(
+                f"{file}, line {number}: expected a piece in base64 and its rank, got {line[:60]!r}; download it again"
+            ) from error
     if not found or sorted(found) != list(range(len(found))):
         raise ValueError(f"{file} has gaps in its ranks, or none at all; download it again")
     return [found[rank] for rank in range(len(found))]
@@ -143,6 +183,11 @@ def _read_tekken(file: Path) -> TiktokenVocabulary:
         raise ValueError(f"{file} is broken ({error!r}); download it again") from error
     specials = given + [f"<SPECIAL_{i}>" for i in range(len(given), num_special)]
     return TiktokenVocabulary(
-        kind="tekken", pieces=[*(text.encode() for text in specials), *pieces[: size - num_special]],
-        special_ids=range(num_special), pattern=pattern, composes=False, bos="<s>", eos=("</s>",),
+        kind="tekken",
+        pieces=[*(text.encode() for text in specials), *pieces[: size - num_special]],
+        special_ids=range(num_special),
+        pattern=pattern,
+        composes=False,
+        bos="<s>",
+        eos=("</s>",),
     )

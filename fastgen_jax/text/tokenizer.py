@@ -37,8 +37,10 @@ class Tokenizer:
     named_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... for the templates
 
     def __repr__(self) -> str:
-        return (f"Tokenizer(vocab_size={self.vocab_size}, bos_token_id={self.bos_token_id}, "
-                f"eos_token_ids={self.eos_token_ids}, templates={sorted(self.templates)})")
+        return (
+            f"Tokenizer(vocab_size={self.vocab_size}, bos_token_id={self.bos_token_id}, "
+            f"eos_token_ids={self.eos_token_ids}, templates={sorted(self.templates)})"
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -56,9 +58,10 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"text has a lone surrogate at character {error.start}, which no UTF-8 can express; "
-                             "repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
-                             ) from None
+            raise ValueError(
+                f"text has a lone surrogate at character {error.start}, which no UTF-8 can express; "
+                "repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+            ) from None
         return self.encoder(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -104,8 +107,14 @@ class Tokenizer:
         no tool calls or no results of them, they are put in roles that it knows. ValueError if there is no template, a
         message is malformed, or the template refuses it.
         """
-        return render_chat(self.templates, messages, add_generation_prompt=add_generation_prompt, tools=tools,
-                           named_tokens=self.named_tokens, extra=extra)
+        return render_chat(
+            self.templates,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            named_tokens=self.named_tokens,
+            extra=extra,
+        )
 
     def encode_chat(
         self,

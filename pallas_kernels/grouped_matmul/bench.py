@@ -56,8 +56,11 @@ def measure(repeats: int) -> None:
             run = jax.jit(functools.partial(grouped_matmul, implementation=implementation))
             seconds[form] = _median(run, (x, weights, sizes), 3 if form == "ragged_dot" else repeats)
         read = int((sizes > 0).sum()) * width * hidden * 4
-        print(f"{name:34}" + "".join(f"{1e3 * seconds[form]:14.2f}" for form in columns)
-              + f"{read / seconds['packed'] / 1e9:14.1f}{2 * x.shape[0] * width * hidden / seconds['packed'] / 1e9:10.0f}")
+        print(
+            f"{name:34}"
+            + "".join(f"{1e3 * seconds[form]:14.2f}" for form in columns)
+            + f"{read / seconds['packed'] / 1e9:14.1f}{2 * x.shape[0] * width * hidden / seconds['packed'] / 1e9:10.0f}"
+        )
 
 
 def _median(run: Callable[..., jax.Array], arguments: tuple[Any, ...], repeats: int) -> float:
@@ -93,21 +96,32 @@ def ask_tpu_compiler(topology: str) -> None:
             memory = jax.jit(program).lower(*arguments).compile().memory_analysis()
         seconds = time.perf_counter() - start
         assert memory is not None, "the TPU compiler analyses memory"
-        print(f"{name:64}{memory.argument_size_in_bytes / MIB:10.0f}{memory.temp_size_in_bytes / MIB:12.2f}{seconds:9.1f}",
-              flush=True)
+        print(
+            f"{name:64}{memory.argument_size_in_bytes / MIB:10.0f}{memory.temp_size_in_bytes / MIB:12.2f}{seconds:9.1f}",
+            flush=True,
+        )
 
     print(f"{topology:64}{'arguments':>10}{'temporaries':>12}{'seconds':>9}    MiB")
     for tokens in (8, 512):
-        report(f"int8 matmul, {tokens} rows of 8192, weight [8192, 28672]", linear, array((tokens, 8192), jnp.bfloat16),
-               weight((8192, 28672), True))
+        report(
+            f"int8 matmul, {tokens} rows of 8192, weight [8192, 28672]",
+            linear,
+            array((tokens, 8192), jnp.bfloat16),
+            weight((8192, 28672), True),
+        )
     for model, (experts, width, hidden, layers) in MODELS.items():
         for int8 in (False, True):
             for implementation in ("ragged_dot", None):
                 name = f"{model}, {layers} layers of {experts} experts, {'int8' if int8 else 'bfloat16'}"
                 program = functools.partial(_layers, num_experts=experts, implementation=implementation)
-                report(f"{name}, {implementation or 'tpu'}", program, array((512, width), jnp.bfloat16),
-                       weight((layers * experts, width, hidden), int8), weight((layers * experts, hidden, width), int8),
-                       array((experts,), jnp.int32))
+                report(
+                    f"{name}, {implementation or 'tpu'}",
+                    program,
+                    array((512, width), jnp.bfloat16),
+                    weight((layers * experts, width, hidden), int8),
+                    weight((layers * experts, hidden, width), int8),
+                    array((experts,), jnp.int32),
+                )
 
 
 def _layers(x: Any, up: Any, down: Any, sizes: jax.Array, *, num_experts: int, implementation: str | None) -> jax.Array:

@@ -74,7 +74,12 @@ def multiply(
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _multiply(
-    x: jax.Array, panels: jax.Array, scales: jax.Array, group_sizes: jax.Array, first_group: jax.Array, num_outputs: int,
+    x: jax.Array,
+    panels: jax.Array,
+    scales: jax.Array,
+    group_sizes: jax.Array,
+    first_group: jax.Array,
+    num_outputs: int,
     gated: bool,
 ) -> jax.Array:
     if not available():

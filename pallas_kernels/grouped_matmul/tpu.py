@@ -128,7 +128,9 @@ def _kernel(group, tile, starts, ends, first, x, w, out, sums, *, rows: int, num
 
     exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; float32 in full takes several passes
     sums[...] += jax.lax.dot(
-        x[...], w[...].astype(x.dtype), preferred_element_type=jnp.float32,
+        x[...],
+        w[...].astype(x.dtype),
+        preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
     )
 
@@ -155,6 +157,7 @@ def _weight_tile(depth: int, columns: int, itemsize: int) -> tuple[int, int]:
         if depth * width * itemsize <= _WEIGHT_TILE_BYTES:  # the whole depth: tiles of one group share the weights
             return depth, width
     width = widths[0]
-    fitting = [part for part in range(LANES, depth, LANES)
-               if depth % part == 0 and part * width * itemsize <= _WEIGHT_TILE_BYTES]
+    fitting = [
+        part for part in range(LANES, depth, LANES) if depth % part == 0 and part * width * itemsize <= _WEIGHT_TILE_BYTES
+    ]
     return (fitting[-1] if fitting else depth), width

@@ -15,7 +15,8 @@ from pallas_kernels.matmul import Int8Weight, quantize_int8
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["panels", "scales"], meta_fields=["num_inputs", "num_outputs", "gated"],
+    data_fields=["panels", "scales"],
+    meta_fields=["num_inputs", "num_outputs", "gated"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedGroups:

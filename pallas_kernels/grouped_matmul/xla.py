@@ -62,9 +62,7 @@ def grouped_matmul_tiles(
     return jax.lax.fori_loop(0, tile_ends[-1], body, zeros)
 
 
-def scaled_rows(
-    y: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
-) -> jax.Array:
+def scaled_rows(y: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array) -> jax.Array:
     """`y` float32[T, F], times the scales of each row's group if w is int8; zero in rows of no group, whatever is there."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(y.shape[0])

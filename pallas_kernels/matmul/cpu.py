@@ -102,8 +102,13 @@ def multiply(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _multiply(
-    x: jax.Array, panels: jax.Array, scales: jax.Array | None, residual: jax.Array | None, num_rows: jax.Array | None,
-    num_outputs: int, gated: bool,
+    x: jax.Array,
+    panels: jax.Array,
+    scales: jax.Array | None,
+    residual: jax.Array | None,
+    num_rows: jax.Array | None,
+    num_outputs: int,
+    gated: bool,
 ) -> jax.Array:
     if not ensure_loaded():
         raise RuntimeError(

@@ -12,7 +12,11 @@ from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight
 
 
 def linear(
-    x: jax.Array, w: Weight, *, residual: jax.Array | None = None, num_rows: jax.Array | None = None,
+    x: jax.Array,
+    w: Weight,
+    *,
+    residual: jax.Array | None = None,
+    num_rows: jax.Array | None = None,
     out_dtype: Any = None,
 ) -> jax.Array:
     """x @ w (+ residual), [..., N]; products are summed in float32.
@@ -32,14 +36,11 @@ def linear(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if residual is not None and (residual.shape != (*x.shape[:-1], w.shape[1]) or residual.dtype != x.dtype):
         raise ValueError(
-            f"residual is {residual.dtype}{list(residual.shape)}, but must be "
-            f"{x.dtype}{[*x.shape[:-1], w.shape[1]]}"
+            f"residual is {residual.dtype}{list(residual.shape)}, but must be {x.dtype}{[*x.shape[:-1], w.shape[1]]}"
         )
     if isinstance(w, PackedWeight):
         if w.gated:
-            raise ValueError(
-                "w was prepared with gated=True, for swiglu; for linear, prepare with gated=False"
-            )
+            raise ValueError("w was prepared with gated=True, for swiglu; for linear, prepare with gated=False")
         return _packed(x, w, residual, num_rows).astype(out_dtype)
     y = _product(x, w)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(out_dtype)
@@ -77,9 +78,7 @@ def gated(y: jax.Array, shards: int = 1) -> jax.Array:
 
 def _check(x: jax.Array, w: Weight) -> None:
     if len(w.shape) != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        raise ValueError(
-            f"x {list(x.shape)} does not fit w {list(w.shape)}; they must be [..., K] and [K, N]"
-        )
+        raise ValueError(f"x {list(x.shape)} does not fit w {list(w.shape)}; they must be [..., K] and [K, N]")
 
 
 def _product(x: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
@@ -90,9 +89,7 @@ def _product(x: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
     return y * jnp.expand_dims(w.scales, range(x.ndim - 1)) if isinstance(w, Int8Weight) else y
 
 
-def _packed(
-    x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows: jax.Array | None
-) -> jax.Array:
+def _packed(x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows: jax.Array | None) -> jax.Array:
     """float32[..., N]"""
     if num_rows is not None and x.ndim != 2:
         raise ValueError(f"num_rows counts the rows of a matrix, but x is {list(x.shape)}")
@@ -101,7 +98,12 @@ def _packed(
         return array.reshape(-1, array.shape[-1]).astype(jnp.float32)
 
     y = cpu.multiply(
-        rows(x), w.panels, w.scales, None if residual is None else rows(residual), num_rows,
-        num_outputs=w.num_outputs, gated=w.gated,
-    )  # fmt: skip
+        rows(x),
+        w.panels,
+        w.scales,
+        None if residual is None else rows(residual),
+        num_rows,
+        num_outputs=w.num_outputs,
+        gated=w.gated,
+    )
     return y.reshape(*x.shape[:-1], w.num_outputs)

@@ -37,7 +37,8 @@ class Int8Weight:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["panels", "scales"], meta_fields=["num_inputs", "num_outputs", "gated"],
+    data_fields=["panels", "scales"],
+    meta_fields=["num_inputs", "num_outputs", "gated"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedWeight:
@@ -89,9 +90,7 @@ def prepare(
     if isinstance(w, Int8Weight):
         quantize = "int8"
     elif not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(
-            f"w has dtype {w.dtype}, but must be floating point; quantize='int8' makes int8 of that"
-        )
+        raise ValueError(f"w has dtype {w.dtype}, but must be floating point; quantize='int8' makes int8 of that")
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize is {quantize!r}, but must be None or 'int8'")
     if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):

@@ -18,9 +18,16 @@ import jaxlib.version
 
 # contract=fast: a * b + c becomes one fused instruction, in every kernel alike. Nothing here reorders sums.
 _FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread",
-    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w",
-)  # fmt: skip
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-w",
+)
 _PROBE_TIMEOUT_S = 60
 _COMPILE_TIMEOUT_S = 600
 

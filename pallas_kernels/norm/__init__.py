@@ -69,9 +69,7 @@ def layer_norm(
 Settings = tuple[float, float, bool]  # eps, offset, whether the mean is taken away
 
 
-def _norm_xla(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, num_rows: jax.Array, settings: Settings
-) -> jax.Array:
+def _norm_xla(x: jax.Array, weight: jax.Array, bias: jax.Array | None, num_rows: jax.Array, settings: Settings) -> jax.Array:
     eps, offset, centered = settings
     x32, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     if centered:
@@ -82,9 +80,7 @@ def _norm_xla(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _norm_cpu(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, num_rows: jax.Array, settings: Settings
-) -> jax.Array:
+def _norm_cpu(x: jax.Array, weight: jax.Array, bias: jax.Array | None, num_rows: jax.Array, settings: Settings) -> jax.Array:
     eps, offset, centered = settings
     others = [part.astype(jnp.float32).reshape(-1) for part in (weight, bias) if part is not None]
     result = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), jnp.float32)
@@ -105,7 +101,11 @@ IMPLEMENTATIONS = {"xla": _norm_xla, "cpu": _norm_cpu}
 
 
 def _norm(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, num_rows: jax.Array | None, settings: Settings,
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    num_rows: jax.Array | None,
+    settings: Settings,
     implementation: str | None,
 ) -> jax.Array:
     if x.ndim < 2 or weight.ndim < 1 or weight.shape != x.shape[x.ndim - weight.ndim :] or weight.ndim >= x.ndim:
@@ -115,11 +115,14 @@ def _norm(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
-    native_kernel = implementation != "xla" and native.load(_TARGET, Path(__file__).with_name("cpu.cc"),
-                                                            {_TARGET: "FastgenNorm"})
+    native_kernel = implementation != "xla" and native.load(
+        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenNorm"}
+    )
     if implementation == "cpu" and not native_kernel:
-        raise ValueError(f"implementation='cpu' needs a native kernel, which is not available here: "
-                         f"{native.unavailable_reason() or 'the log has the reason'}; use implementation='xla'")
+        raise ValueError(
+            f"implementation='cpu' needs a native kernel, which is not available here: "
+            f"{native.unavailable_reason() or 'the log has the reason'}; use implementation='xla'"
+        )
     rows = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
     arguments = (x, weight, bias, rows)
 

@@ -106,11 +106,23 @@ def ragged_attention(
         8 bits is differentiated.
     """
     contract.check(
-        q, k, v, k_cache, v_cache,
-        kv_slots=kv_slots, query_starts=query_starts, context_lens=context_lens, block_tables=block_tables,
-        layer=layer, num_blocks=num_blocks, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
-        alibi_slopes=alibi_slopes, sinks=sinks,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        kv_slots=kv_slots,
+        query_starts=query_starts,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        layer=layer,
+        num_blocks=num_blocks,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
@@ -118,9 +130,12 @@ def ragged_attention(
         _require_cpu(k_cache)
 
     arrays = {
-        "kv_slots": kv_slots, "query_starts": query_starts, "context_lens": context_lens, "block_tables": block_tables,
+        "kv_slots": kv_slots,
+        "query_starts": query_starts,
+        "context_lens": context_lens,
+        "block_tables": block_tables,
         "layer": jnp.asarray(layer, jnp.int32),
-    }  # fmt: skip
+    }
     optional = {"sliding_window": sliding_window, "alibi_slopes": alibi_slopes, "sinks": sinks}
     arrays |= {name: jnp.asarray(value) for name, value in optional.items() if value is not None}
 

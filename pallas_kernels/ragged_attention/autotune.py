@@ -33,12 +33,16 @@ def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
     yield first
     for queries, keys, sequences in itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4)):
         tiles = dataclasses.replace(
-            first, queries=max(8, first.queries * queries // 2), keys=max(128, first.keys * keys // 2),
+            first,
+            queries=max(8, first.queries * queries // 2),
+            keys=max(128, first.keys * keys // 2),
             sequences=max(1, first.sequences * sequences // 2),
         )
-        if tiles != first and tiles.keys // tiles.sequences >= 128 and tile_sizes.vmem_bytes(
-            tiles.queries, tiles.keys, shape
-        ) <= first.vmem_limit:  # fmt: skip
+        if (
+            tiles != first
+            and tiles.keys // tiles.sequences >= 128
+            and tile_sizes.vmem_bytes(tiles.queries, tiles.keys, shape) <= first.vmem_limit
+        ):
             yield tiles
 
 
@@ -89,14 +93,13 @@ def time_call(attention: Callable[..., Any], shape: Shape, *, context: int, repe
     cache = jnp.zeros((s * max_blocks, shape.num_kv_heads, b, shape.head_dim), dtype)
     new = jnp.zeros((shape.num_tokens, shape.num_kv_heads, shape.head_dim), dtype)
     q = jnp.zeros((shape.num_tokens, shape.num_heads, shape.head_dim), dtype)
-    run = jax.jit(
-        functools.partial(attention, layer=0, num_blocks=s * max_blocks, scale=0.1), donate_argnums=(3, 4)
-    )
+    run = jax.jit(functools.partial(attention, layer=0, num_blocks=s * max_blocks, scale=0.1), donate_argnums=(3, 4))
     index: dict[str, Any] = {
-        "kv_slots": jnp.full((shape.num_tokens,), -1, jnp.int32), "query_starts": starts,
+        "kv_slots": jnp.full((shape.num_tokens,), -1, jnp.int32),
+        "query_starts": starts,
         "context_lens": jnp.full((s,), context, jnp.int32),
         "block_tables": jnp.arange(s * max_blocks, dtype=jnp.int32).reshape(s, max_blocks),
-    }  # fmt: skip
+    }
     caches = (cache, jnp.copy(cache))
     out, *caches = jax.block_until_ready(run(q, new, new, *caches, **index))  # compiles
     start = time.perf_counter()
@@ -120,10 +123,12 @@ def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
         kind = jax.devices()[0].device_kind
         choices = gpu_tiles.candidates(
             gpu_tiles.modelled(
-                shape.head_dim, shape.num_heads // shape.num_kv_heads, generation,
+                shape.head_dim,
+                shape.num_heads // shape.num_kv_heads,
+                generation,
                 multiprocessors=gpu_support.multiprocessors(),
             )
-        )  # fmt: skip
+        )
     else:
         device = jax.devices()[0].device_kind
         raise ValueError(f"tiles are measured on a TPU or a GPU of compute capability 8 or 9.0, but JAX runs on {device!r}")
@@ -136,14 +141,26 @@ def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Finds the fastest tiles of ragged attention on this TPU or GPU.")
-    for flag, default in (("heads", 32), ("kv-heads", 8), ("head-dim", 128), ("block-size", 128), ("tokens", 512),
-                          ("sequences", 64), ("context", 4096)):
+    for flag, default in (
+        ("heads", 32),
+        ("kv-heads", 8),
+        ("head-dim", 128),
+        ("block-size", 128),
+        ("tokens", 512),
+        ("sequences", 64),
+        ("context", 4096),
+    ):
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     o = parser.parse_args(arguments)
     shape = Shape(
-        num_heads=o.heads, num_kv_heads=o.kv_heads, head_dim=o.head_dim, block_size=o.block_size, num_tokens=o.tokens,
-        num_sequences=o.sequences, dtype=o.dtype,
+        num_heads=o.heads,
+        num_kv_heads=o.kv_heads,
+        head_dim=o.head_dim,
+        block_size=o.block_size,
+        num_tokens=o.tokens,
+        num_sequences=o.sequences,
+        dtype=o.dtype,
     )
     try:
         tune(shape, context=o.context)

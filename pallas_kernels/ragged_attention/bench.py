@@ -103,9 +103,16 @@ def time_case(case: Case, implementation: str, *, repeats: int = 15, dtype: str 
         def one_layer(state, layer):
             q, caches = state
             out, *caches = ragged_attention(
-                q, k, k, *caches, **index, layer=layer, num_blocks=num_blocks, scale=case.head_dim**-0.5,
+                q,
+                k,
+                k,
+                *caches,
+                **index,
+                layer=layer,
+                num_blocks=num_blocks,
+                scale=case.head_dim**-0.5,
                 implementation=implementation,
-            )  # fmt: skip
+            )
             return (out, tuple(caches)), None
 
         (q, caches), _ = jax.lax.scan(one_layer, (q, caches), jnp.arange(case.num_layers, dtype=jnp.int32))

@@ -63,9 +63,14 @@ def ragged_attention_gpu(
     group = num_heads // num_kv_heads
     if tiles is None:
         shape = Shape(
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, num_tokens=num_tokens,
-            num_sequences=block_tables.shape[0], dtype=jnp.dtype(k_cache.dtype).name,
-        )  # fmt: skip
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            num_tokens=num_tokens,
+            num_sequences=block_tables.shape[0],
+            dtype=jnp.dtype(k_cache.dtype).name,
+        )
         tiles = choose(shape, generation)
     layer = jnp.asarray(layer, jnp.int32)
     dtype = jnp.dtype(jnp.bfloat16) if isinstance(k_cache, QuantizedCache) else k_cache.dtype  # of operands
@@ -82,16 +87,28 @@ def ragged_attention_gpu(
             operands[f"{name}_cache"] = cache
     of_heads = {name: x for name, x in (("slopes", alibi_slopes), ("sinks", sinks)) if x is not None}
     lengths = query_starts[1:] - query_starts[:-1]
-    index = {"query_starts": query_starts, "context_lens": context_lens, "first_block": layer * num_blocks,
-             "window": window}  # fmt: skip
+    index = {"query_starts": query_starts, "context_lens": context_lens, "first_block": layer * num_blocks, "window": window}
 
     def spec_for(*, partial: bool, keys: int, stages: int) -> Spec:
         rows_in, rows, rows_out = body.tile_rows(group, head_dim, partial=partial)
         return Spec(
-            group=group, head_dim=head_dim, block_size=block_size, rows=rows, rows_in=rows_in, rows_out=rows_out, keys=keys,
-            stages=stages, blocks=tiles.blocks, scale=scale, soft_cap=soft_cap, has_window=sliding_window is not None,
-            partial=partial, dtype=dtype, cache_dtype=k_cache.dtype, interpreted=bool(interpret),
-        )  # fmt: skip
+            group=group,
+            head_dim=head_dim,
+            block_size=block_size,
+            rows=rows,
+            rows_in=rows_in,
+            rows_out=rows_out,
+            keys=keys,
+            stages=stages,
+            blocks=tiles.blocks,
+            scale=scale,
+            soft_cap=soft_cap,
+            has_window=sliding_window is not None,
+            partial=partial,
+            dtype=dtype,
+            cache_dtype=k_cache.dtype,
+            interpreted=bool(interpret),
+        )
 
     def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Any:
         return launch(body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)

@@ -115,7 +115,7 @@ class _Block:
             layouts, warps = plgpu.Layout, min(4, spec.rows // MMA_ROWS)
             self.left, self.right, self.result = (
                 layout(spec.dtype, m_warps=warps) for layout in (layouts.MMA_LHS, layouts.MMA_RHS, layouts.MMA_ACC)
-            )  # fmt: skip
+            )
 
     def compute(self, tile: Tile, steps_before: jax.Array) -> None:
         spec, refs = self.spec, self.refs
@@ -143,7 +143,7 @@ class _Block:
 
     def step(
         self, tile: Tile, rows: Rows, i: jax.Array, steps_before: jax.Array, state: tuple[jax.Array, ...], *, masked: bool
-    ) -> tuple[jax.Array, ...]:  # fmt: skip
+    ) -> tuple[jax.Array, ...]:
         spec = self.spec
         acc, top, total = state
         slot = lax.rem(steps_before + i, jnp.int32(spec.stages))

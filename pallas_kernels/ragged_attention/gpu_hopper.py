@@ -192,9 +192,12 @@ class _Block:
             for part in range(0, spec.keys, DEQUANTISED_ROWS):
                 rows = pl.ds(part, DEQUANTISED_ROWS)
                 dequantise(
-                    refs[f"{kind}_staged"].at[staged, rows], refs[f"{kind}_factors"].at[staged, rows],
-                    refs[f"{kind}_buffer"].at[slot, rows], spec, by_way_of=by_way_of,
-                )  # fmt: skip
+                    refs[f"{kind}_staged"].at[staged, rows],
+                    refs[f"{kind}_factors"].at[staged, rows],
+                    refs[f"{kind}_buffer"].at[slot, rows],
+                    spec,
+                    by_way_of=by_way_of,
+                )
             plgpu.commit_smem()  # before WGMMA reads these, and before the next copy overwrites what they were made from
             plgpu.barrier_arrive(refs[f"{kind}_full"].at[slot])
 
@@ -227,9 +230,16 @@ class _Block:
         self.store(tile, acc / rows.along_rows(total, acc.shape), top, total)
 
     def step(
-        self, tile: Tile, rows: Rows, i: jax.Array, steps_before: jax.Array, state: tuple[jax.Array, ...], *,
-        q_buffer: Any, masked: bool,
-    ) -> tuple[jax.Array, ...]:  # fmt: skip
+        self,
+        tile: Tile,
+        rows: Rows,
+        i: jax.Array,
+        steps_before: jax.Array,
+        state: tuple[jax.Array, ...],
+        *,
+        q_buffer: Any,
+        masked: bool,
+    ) -> tuple[jax.Array, ...]:
         spec, refs = self.spec, self.refs
         acc, top, total = state
         slot = lax.rem(steps_before + i, jnp.int32(spec.stages))

@@ -24,9 +24,15 @@ def _work_list(active: jax.Array, columns: list[jax.Array]) -> jax.Array:
 
 
 def plan_pieces(
-    query_starts: jax.Array, context_lens: jax.Array, first_block: jax.Array, window: jax.Array, *,
-    num_kv_heads: int, tiles: GpuTiles, spec: Spec,
-) -> tuple[jax.Array, jax.Array, jax.Array, int]:  # fmt: skip
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    first_block: jax.Array,
+    window: jax.Array,
+    *,
+    num_kv_heads: int,
+    tiles: GpuTiles,
+    spec: Spec,
+) -> tuple[jax.Array, jax.Array, jax.Array, int]:
     """Cuts the contexts of single queries into pieces of about the same size, as many as keep the device busy.
 
     Returns:
@@ -53,16 +59,30 @@ def plan_pieces(
     end = jnp.minimum(begin + share[s] * spec.keys, context_lens[s])
     work = _work_list(
         i < ends[-1],
-        [s, query_starts[s] * spec.group, context_lens[s] - 1, begin, end, window, first_block,
-         (piece == 0).astype(jnp.int32)],
-    )  # fmt: skip
+        [
+            s,
+            query_starts[s] * spec.group,
+            context_lens[s] - 1,
+            begin,
+            end,
+            window,
+            first_block,
+            (piece == 0).astype(jnp.int32),
+        ],
+    )
     return work, starts, pieces, most
 
 
 def plan_chunks(
-    query_starts: jax.Array, context_lens: jax.Array, first_block: jax.Array, window: jax.Array, *,
-    num_tokens: int, sequence: jax.Array, spec: Spec,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    first_block: jax.Array,
+    window: jax.Array,
+    *,
+    num_tokens: int,
+    sequence: jax.Array,
+    spec: Spec,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cuts chunks of several tokens into tiles of queries; the later ones of a chunk, which see more keys, come first.
 
     Returns:
@@ -83,9 +103,17 @@ def plan_chunks(
     end = position + jnp.minimum(lengths[s] - query, queries)
     work = _work_list(
         j >= 0,
-        [s, (query_starts[s] + query) * spec.group, position, _first_key(position, window, spec), end, window,
-         first_block, jnp.ones_like(s)],
-    )  # fmt: skip
+        [
+            s,
+            (query_starts[s] + query) * spec.group,
+            position,
+            _first_key(position, window, spec),
+            end,
+            window,
+            first_block,
+            jnp.ones_like(s),
+        ],
+    )
     query = jnp.arange(num_tokens, dtype=jnp.int32) - query_starts[sequence]
     tile = jnp.maximum(ends[-1] - 1 - starts[sequence] - query // queries, 0)
     row = query % queries * spec.group
@@ -94,9 +122,7 @@ def plan_chunks(
     return work, tile, row + skipped
 
 
-def combine(
-    partial: jax.Array, lse: jax.Array, starts: jax.Array, pieces: jax.Array, *, most: int
-) -> jax.Array:
+def combine(partial: jax.Array, lse: jax.Array, starts: jax.Array, pieces: jax.Array, *, most: int) -> jax.Array:
     """Softmax-weighted sums over the pieces of each sequence, f32[S, K, G, D]; 0 where there is none.
 
     Args:

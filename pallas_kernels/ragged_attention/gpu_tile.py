@@ -82,9 +82,7 @@ class Tile:
         self.skipped = jnp.int32(0) if spec.partial else lax.rem(self.columns[ROW], jnp.int32(GRANULE))
 
 
-def for_each_tile(
-    refs: dict[str, Any], spec: Spec, work: Callable[[Tile, jax.Array], None]
-) -> jax.Array:
+def for_each_tile(refs: dict[str, Any], spec: Spec, work: Callable[[Tile, jax.Array], None]) -> jax.Array:
     """Calls `work` with every tile of this thread block and the number of steps before it; returns that of all.
 
     A block has every `blocks`-th pair of a tile and a head.
@@ -102,9 +100,7 @@ def for_each_tile(
     return lax.fori_loop(0, mine, tile, jnp.int32(0))
 
 
-def over_steps(
-    tile: Tile, spec: Spec, step: Callable[[jax.Array, Any, bool], Any], state: Any
-) -> Any:
+def over_steps(tile: Tile, spec: Spec, step: Callable[[jax.Array, Any, bool], Any], state: Any) -> Any:
     """Carries `state` through `step(i, state, masked)`; only the steps at the borders compare positions.
 
     | window | seen by all rows ... | diagonal |
@@ -139,9 +135,7 @@ def blocks_of(tile: Tile, i: jax.Array, refs: dict[str, Any], spec: Spec) -> lis
 class Rows:
     """Some rows of a tile: which keys they see, and the online softmax over them. Scores are in units of log2."""
 
-    def __init__(
-        self, tile: Tile, refs: dict[str, Any], spec: Spec, *, first: Any, count: int, layout: Any
-    ) -> None:  # fmt: skip
+    def __init__(self, tile: Tile, refs: dict[str, Any], spec: Spec, *, first: Any, count: int, layout: Any) -> None:
         """`count` rows from row `first` of the tile on; `layout` is that of the scores in registers."""
         self.tile, self.spec, self.count, self._layout = tile, spec, count, layout
         heads = pl.ds(GRANULE - tile.skipped + first, count)

@@ -46,9 +46,12 @@ def choose(shape: Shape, generation: str) -> GpuTiles:
     group = shape.num_heads // shape.num_kv_heads
     found = measured(shape, kind, GpuTiles) if kind else None
     return found or modelled(
-        shape.head_dim, group, generation, quantised=is_quantized(shape.dtype),
+        shape.head_dim,
+        group,
+        generation,
+        quantised=is_quantized(shape.dtype),
         multiprocessors=gpu_support.multiprocessors(),
-    )  # fmt: skip
+    )
 
 
 def modelled(
@@ -82,8 +85,10 @@ def candidates(first: GpuTiles) -> Iterable[GpuTiles]:
     yield first
     changes = [
         {f"{kind}_keys": keys, f"{kind}_stages": stages}
-        for kind in ("chunk", "single") for keys in (32, 64, 128) for stages in (2, 3, 4)
-    ]  # fmt: skip
+        for kind in ("chunk", "single")
+        for keys in (32, 64, 128)
+        for stages in (2, 3, 4)
+    ]
     changes += [{"pieces": pieces} for pieces in (first.pieces // 2, 2 * first.pieces, 4 * first.pieces)]
     changes += [{"min_piece": keys} for keys in (128, 512, 1024)]
     changes += [{"blocks": blocks} for blocks in (first.blocks // 2, 2 * first.blocks)]

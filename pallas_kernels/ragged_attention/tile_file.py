@@ -32,8 +32,10 @@ class Shape:
     def key(self, kind: str) -> str:
         """The name of its class in the file: tokens and sequences count by powers of two."""
         tokens, sequences = (1 << (n - 1).bit_length() for n in (self.num_tokens, self.num_sequences))
-        return (f"{kind} {self.dtype} heads={self.num_heads}/{self.num_kv_heads}x{self.head_dim} block={self.block_size} "
-                f"tokens<={tokens} sequences<={sequences}")  # fmt: skip
+        return (
+            f"{kind} {self.dtype} heads={self.num_heads}/{self.num_kv_heads}x{self.head_dim} block={self.block_size} "
+            f"tokens<={tokens} sequences<={sequences}"
+        )
 
 
 def measured_file() -> Path:
@@ -92,5 +94,6 @@ def save(shape: Shape, kind: str, tiles: Any, *, seconds: float, path: Path | No
 
 @functools.cache
 def _complain(path: Path, problem: str) -> None:
-    _log.warning("%s does not hold measured tiles (%s), so modelled ones are used; delete it, or run autotune again",
-                 path, problem)  # fmt: skip
+    _log.warning(
+        "%s does not hold measured tiles (%s), so modelled ones are used; delete it, or run autotune again", path, problem
+    )

@@ -44,8 +44,16 @@ DEVICES = {
     "v6e": Device(vmem_limit=48 * MIB, cores=1),
     "tpu7x": Device(vmem_limit=40 * MIB, cores=1),
 }
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
-          "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # fmt: skip
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
 
 
 def device_kind() -> str | None:
@@ -73,8 +81,11 @@ def modelled(shape: Shape, kind: str) -> Tiles:
         keys *= 2
     # Each KV head of each sequence is a chain of dependent products: eight of them hide one another's latency.
     sequences = 1
-    while (sequences * shape.num_kv_heads < 8 and 2 * sequences <= shape.num_sequences
-           and keys // (2 * sequences) >= max(128, shape.block_size)):  # fmt: skip
+    while (
+        sequences * shape.num_kv_heads < 8
+        and 2 * sequences <= shape.num_sequences
+        and keys // (2 * sequences) >= max(128, shape.block_size)
+    ):
         sequences *= 2
     queries = 8
     while queries < min(256, shape.num_tokens) and vmem_bytes(2 * queries, keys, shape) <= device.vmem_limit:

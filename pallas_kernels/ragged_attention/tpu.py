@@ -55,10 +55,15 @@ def ragged_attention_tpu(
     layer = jnp.asarray(layer, jnp.int32)
     tiles = tiles or tile_sizes.choose(
         tile_sizes.Shape(
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
-            num_tokens=num_tokens, num_sequences=num_sequences, dtype=k_cache.dtype.name,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            dtype=k_cache.dtype.name,
         )
-    )  # fmt: skip
+    )
     write: Any = write_kv_tpu
     product_dtype = k_cache.dtype
     if isinstance(k_cache, QuantizedCache):
@@ -94,16 +99,22 @@ def ragged_attention_tpu(
     )
     work, num_single_tiles, num_tiles = plan_tiles(query_starts, context_lens, num_tokens=num_tokens, spec=spec)
     window = NO_WINDOW if sliding_window is None else sliding_window
-    scalars = jnp.stack(
-        [num_single_tiles, num_tiles, layer * num_blocks, jnp.asarray(window, jnp.int32)]
-    )
+    scalars = jnp.stack([num_single_tiles, num_tiles, layer * num_blocks, jnp.asarray(window, jnp.int32)])
     tables = jnp.pad(block_tables, ((0, 0), (0, width * TABLE_PIECE - max_blocks)))
     tables = tables.reshape(num_sequences, width, 1, TABLE_PIECE)
     out = _attend(
-        scalars, work, q, k_cache, v_cache, tables,
-        slopes=_by_kv_head(alibi_slopes, spec), sinks=_by_kv_head(sinks, spec), spec=spec, tiles=tiles,
+        scalars,
+        work,
+        q,
+        k_cache,
+        v_cache,
+        tables,
+        slopes=_by_kv_head(alibi_slopes, spec),
+        sinks=_by_kv_head(sinks, spec),
+        spec=spec,
+        tiles=tiles,
         interpret=interpret,
-    )  # fmt: skip
+    )
     row = jnp.arange(num_tokens, dtype=jnp.int32)[:, None, None]
     in_a_chunk = (row >= query_starts[0]) & (row < query_starts[-1])
     return jnp.where(in_a_chunk, out, jnp.zeros((), q.dtype)), k_cache, v_cache
@@ -152,9 +163,19 @@ def _by_kv_head(of_head: jax.Array | None, spec: Spec) -> jax.Array | None:
 
 
 def _attend(
-    scalars: jax.Array, work: list[jax.Array], q: jax.Array, k_cache: Cache, v_cache: Cache,
-    tables: jax.Array, *, slopes: jax.Array | None, sinks: jax.Array | None, spec: Spec, tiles: Tiles, interpret: Any,
-) -> jax.Array:  # fmt: skip
+    scalars: jax.Array,
+    work: list[jax.Array],
+    q: jax.Array,
+    k_cache: Cache,
+    v_cache: Cache,
+    tables: jax.Array,
+    *,
+    slopes: jax.Array | None,
+    sinks: jax.Array | None,
+    spec: Spec,
+    tiles: Tiles,
+    interpret: Any,
+) -> jax.Array:
     _, num_heads, head_dim = q.shape
     rows = max(spec.queries, spec.sequences) if spec.has_chunks else spec.sequences
     singles = (spec.sequences * spec.num_kv_heads, spec.padded_group)
@@ -192,8 +213,20 @@ def _attend(
         }
     optional = {name: array for name, array in (("slopes", slopes), ("sinks", sinks)) if array is not None}
     names = ["scalars", "sequence", "token", "position", "count", "q", *caches, "tables", *optional, "out"]
-    none = dict.fromkeys(("k_scales", "v_scales", "k_scale_buffer", "v_scale_buffer", "slopes", "sinks", "q_chunk",
-                          "top_chunk", "total_chunk", "acc_chunk"))
+    none = dict.fromkeys(
+        (
+            "k_scales",
+            "v_scales",
+            "k_scale_buffer",
+            "v_scale_buffer",
+            "slopes",
+            "sinks",
+            "q_chunk",
+            "top_chunk",
+            "total_chunk",
+            "acc_chunk",
+        )
+    )
 
     def kernel(*refs: Any) -> None:
         attend_tiles(Refs(**(none | dict(zip([*names, *scratch], refs, strict=True)))), spec)

@@ -118,8 +118,12 @@ class Copies:
 
     def __init__(self, refs: Refs, spec: Spec) -> None:
         self.refs, self.spec = refs, spec
-        pairs = [(refs.k_cache, refs.k_buffer), (refs.v_cache, refs.v_buffer),
-                 (refs.k_scales, refs.k_scale_buffer), (refs.v_scales, refs.v_scale_buffer)]
+        pairs = [
+            (refs.k_cache, refs.k_buffer),
+            (refs.v_cache, refs.v_buffer),
+            (refs.k_scales, refs.k_scale_buffer),
+            (refs.v_scales, refs.v_scale_buffer),
+        ]
         self.caches = [(cache, buffer) for cache, buffer in pairs if cache is not None]
 
     def is_single(self, i: jax.Array) -> jax.Array:
@@ -174,9 +178,7 @@ class Copies:
 
             lax.fori_loop(begin, stop, piece, None)
 
-    def copy_keys(
-        self, i: jax.Array, r: jax.Array | int, buffer: jax.Array | int, tables: jax.Array | int, do: str
-    ) -> None:
+    def copy_keys(self, i: jax.Array, r: jax.Array | int, buffer: jax.Array | int, tables: jax.Array | int, do: str) -> None:
         """The blocks of piece r that hold keys which some query of the tile sees; no others."""
         spec = self.spec
         for j in range(spec.sequences):
@@ -222,14 +224,26 @@ class Copies:
             pltpu.make_async_copy(some, some, self.refs.kv_sem.at[buffer]).wait()
 
     def copy_queries(self, i: jax.Array, do: str) -> None:
-        self._copy_rows(i, do, lambda token, row, n: (
-            self.refs.q.at[pl.ds(token, n)], self.refs.q_buffer.at[pl.ds(row, n)], self.refs.q_sem.at[0]
-        ))
+        self._copy_rows(
+            i,
+            do,
+            lambda token, row, n: (
+                self.refs.q.at[pl.ds(token, n)],
+                self.refs.q_buffer.at[pl.ds(row, n)],
+                self.refs.q_sem.at[0],
+            ),
+        )
 
     def copy_results(self, i: jax.Array, do: str) -> None:
-        self._copy_rows(i, do, lambda token, row, n: (
-            self.refs.out_buffer.at[pl.ds(row, n)], self.refs.out.at[pl.ds(token, n)], self.refs.out_sem.at[0]
-        ))
+        self._copy_rows(
+            i,
+            do,
+            lambda token, row, n: (
+                self.refs.out_buffer.at[pl.ds(row, n)],
+                self.refs.out.at[pl.ds(token, n)],
+                self.refs.out_sem.at[0],
+            ),
+        )
 
     def _copy_rows(self, i: jax.Array, do: str, ends: Any) -> None:
         """Copies exactly the rows of the tile's queries: `ends(token, row, n)` are source, target and semaphore."""
@@ -252,6 +266,7 @@ class Copies:
             e = self.member(i, 0)
             size = spec.queries
             while size:  # a copy has a fixed size, so a count of rows is copied by its binary digits
+
                 @pl.when((refs.count[e] & size) != 0)
                 def _(size: int = size) -> None:
                     row = refs.count[e] & -(2 * size)

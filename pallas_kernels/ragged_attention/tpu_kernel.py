@@ -142,6 +142,7 @@ class _Kernel:
                     refs.q_single[j * spec.num_kv_heads + h, : spec.group] = heads[h * spec.group : (h + 1) * spec.group]
             sums = (refs.top_single, refs.total_single, refs.acc_single)
         else:
+
             def transpose(start: jax.Array) -> None:
                 rows = refs.q_buffer[pl.ds(start, spec.slice)].astype(jnp.float32)  # [slice, H, D]
                 refs.q_chunk[:, pl.ds(start, spec.slice)] = jnp.swapaxes(rows, 0, 1).astype(refs.q_chunk.dtype)
@@ -265,9 +266,12 @@ class _Kernel:
         top, total, acc = state
         num_keys = keys.shape[0]
         scores = lax.dot_general(
-            queries.astype(keys.dtype), keys, (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32, precision=spec.precision,
-        )  # [R, J]  # fmt: skip
+            queries.astype(keys.dtype),
+            keys,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            precision=spec.precision,
+        )  # [R, J]
         if key_scales is not None:
             scores = scores * key_scales
         if spec.soft_cap is None:
@@ -307,6 +311,7 @@ class _Kernel:
         refs, spec = self.refs, self.spec
         g, q = spec.group, spec.queries
         if not single:
+
             def finish_head(h: jax.Array, _: None) -> None:
                 heads = pl.ds(h * g, g)
                 top, total, acc = (

@@ -112,9 +112,27 @@ class _Stream:
 
 
 def _write(
-    scalars, first_token, slot, count, clash, k, v, _k_in, _v_in, k_cache, v_cache,
-    k_new, v_new, k_buffer, v_buffer, read_sem, write_sem, *, rows: int, block_size: int,
-) -> None:  # fmt: skip
+    scalars,
+    first_token,
+    slot,
+    count,
+    clash,
+    k,
+    v,
+    _k_in,
+    _v_in,
+    k_cache,
+    v_cache,
+    k_new,
+    v_new,
+    k_buffer,
+    v_buffer,
+    read_sem,
+    write_sem,
+    *,
+    rows: int,
+    block_size: int,
+) -> None:
     streams = (_Stream(k, k_cache, k_new, k_buffer), _Stream(v, v_cache, v_new, v_buffer))
     num_granules = scalars[NUM_GRANULES]
     block_bits = block_size.bit_length() - 1  # sizes are powers of two: a shift is one scalar operation, a division ten

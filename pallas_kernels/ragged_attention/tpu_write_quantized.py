@@ -97,9 +97,33 @@ class _Stream:
 
 
 def _write(
-    scalars, first_token, slot, count, clash, k, v, _k_in, _ks_in, _v_in, _vs_in, k_values, k_scales, v_values, v_scales,
-    k_new, k_buffer, k_scale_buffer, v_new, v_buffer, v_scale_buffer, read_sem, write_sem, *, block_size: int, ring: int,
-) -> None:  # fmt: skip
+    scalars,
+    first_token,
+    slot,
+    count,
+    clash,
+    k,
+    v,
+    _k_in,
+    _ks_in,
+    _v_in,
+    _vs_in,
+    k_values,
+    k_scales,
+    v_values,
+    v_scales,
+    k_new,
+    k_buffer,
+    k_scale_buffer,
+    v_new,
+    v_buffer,
+    v_scale_buffer,
+    read_sem,
+    write_sem,
+    *,
+    block_size: int,
+    ring: int,
+) -> None:
     streams = (
         _Stream(k, k_values, k_scales, k_new, k_buffer, k_scale_buffer),
         _Stream(v, v_values, v_scales, v_new, v_buffer, v_scale_buffer),
@@ -125,6 +149,7 @@ def _write(
     def read(i: jax.Array, do: str) -> None:
         b = i & (ring - 1)
         for stream in streams:
+
             def new(row: jax.Array, stream: _Stream = stream) -> None:
                 first = first_token[i] - offset(i) + block_size + row
                 copy(stream.new.at[pl.ds(first, UNIT)], stream.new_buffer.at[b, pl.ds(row, UNIT)], read_sem.at[b], do)
@@ -143,6 +168,7 @@ def _write(
     def write(i: jax.Array, do: str) -> None:
         b = i & (ring - 1)
         for stream in streams:
+
             def values(row: jax.Array, stream: _Stream = stream) -> None:
                 rows = pl.ds(row, UNIT)
                 copy(stream.value_buffer.at[b, :, rows], stream.values.at[block(i), :, rows], write_sem.at[b], do)

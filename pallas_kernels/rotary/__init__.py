@@ -84,11 +84,14 @@ def rotary(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
-    native_kernel = implementation != "xla" and native.load(_TARGET, Path(__file__).with_name("cpu.cc"),
-                                                            {_TARGET: "FastgenRotary"})
+    native_kernel = implementation != "xla" and native.load(
+        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenRotary"}
+    )
     if implementation == "cpu" and not native_kernel:
-        raise ValueError(f"implementation='cpu' needs a native kernel, which cannot be had here: "
-                         f"{native.unavailable_reason() or 'the log has the reason'}; use implementation='xla'")
+        raise ValueError(
+            f"implementation='cpu' needs a native kernel, which cannot be had here: "
+            f"{native.unavailable_reason() or 'the log has the reason'}; use implementation='xla'"
+        )
 
     def run(name: str):
         return lambda qkv, cos, sin: IMPLEMENTATIONS[name](qkv, cos, sin, num_heads=num_heads)

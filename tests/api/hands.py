@@ -27,12 +27,26 @@ import fastgen_jax
 from fastgen_jax import Pipeline, RequestOutput, SamplingParams
 
 ENGINE: dict[str, Any] = {
-    "token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 8, "num_blocks": 96, "max_context_len": 128,
+    "token_budget": 32,
+    "budget_ladder": (8,),
+    "max_num_seqs": 8,
+    "block_size": 8,
+    "num_blocks": 96,
+    "max_context_len": 128,
 }
 PROMPTS = [
-    "Mr. Speaker", "My fellow Americans, tonight", "The state of our union is", "We must", "I ask the Congress to",
-    "In the past year", "America", "Let us", "Our economy has created more than a million jobs since", "Thank you",
-    "The men and women who serve this nation in uniform deserve", "To keep our people safe we will",
+    "Mr. Speaker",
+    "My fellow Americans, tonight",
+    "The state of our union is",
+    "We must",
+    "I ask the Congress to",
+    "In the past year",
+    "America",
+    "Let us",
+    "Our economy has created more than a million jobs since",
+    "Thank you",
+    "The men and women who serve this nation in uniform deserve",
+    "To keep our people safe we will",
 ]
 WAIT = 60.0  # seconds: an interrupt that has not come by then never will
 
@@ -117,7 +131,11 @@ class Hands:
         return StepLoop(self, numbers)
 
     def _check(
-        self, kind: str, number: int, given: tuple[int, ...], options: dict[str, Any] | None = None,
+        self,
+        kind: str,
+        number: int,
+        given: tuple[int, ...],
+        options: dict[str, Any] | None = None,
         length: int | None = None,
     ) -> None:
         self.seen[kind] += 1

@@ -12,8 +12,14 @@ from fastgen_jax.api.deployment import Deployment, deployments, find_deployment,
 
 
 def record(name: str = "one") -> Deployment:
-    return Deployment(name=name, model="m", url="http://127.0.0.1:1", pid=os.getpid(), started=1.0,
-                      process_start=process_start(os.getpid()) or "")
+    return Deployment(
+        name=name,
+        model="m",
+        url="http://127.0.0.1:1",
+        pid=os.getpid(),
+        started=1.0,
+        process_start=process_start(os.getpid()) or "",
+    )
 
 
 @pytest.fixture

@@ -221,8 +221,14 @@ def test_a_destroyed_pipeline_is_refused_and_so_is_its_engine():
     with pytest.raises(ValueError, match="destroyed"):
         list(stream)
     pipe.destroy()
-    for use in (lambda: engine.add([5]), engine.step, lambda: engine.put(["a"], [[5]]), lambda: engine.query("a"),
-                lambda: engine.measure_step(1), engine.recover):
+    for use in (
+        lambda: engine.add([5]),
+        engine.step,
+        lambda: engine.put(["a"], [[5]]),
+        lambda: engine.query("a"),
+        lambda: engine.measure_step(1),
+        engine.recover,
+    ):
         with pytest.raises(ValueError, match="this engine was destroyed"):
             use()
     assert not engine.has_work

@@ -46,19 +46,22 @@ def test_sampling_params_beside_options_or_of_another_type_are_refused(pipe):
     assert not pipe.engine.has_work
 
 
-@pytest.mark.parametrize(("name", "hint"), [
-    ("max_tokens", "use 'max_new_tokens';"),
-    ("temp", "use 'temperature';"),
-    ("topk", "use 'top_k';"),
-    ("top-k", "did you mean 'top_k'?"),
-    ("stop_sequences", "use 'stop';"),
-    ("num_return_sequences", "use 'n';"),
-    ("streaming", "use 'stream';"),
-    ("temprature", "did you mean 'temperature'?"),
-    ("max_new_token", "did you mean 'max_new_tokens'?"),
-    ("num_beams", "beam search is not supported; use n=..."),
-    ("xyzzy", "unknown option 'xyzzy'; generation options: do_sample"),
-])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_tokens", "use 'max_new_tokens';"),
+        ("temp", "use 'temperature';"),
+        ("topk", "use 'top_k';"),
+        ("top-k", "did you mean 'top_k'?"),
+        ("stop_sequences", "use 'stop';"),
+        ("num_return_sequences", "use 'n';"),
+        ("streaming", "use 'stream';"),
+        ("temprature", "did you mean 'temperature'?"),
+        ("max_new_token", "did you mean 'max_new_tokens'?"),
+        ("num_beams", "beam search is not supported; use n=..."),
+        ("xyzzy", "unknown option 'xyzzy'; generation options: do_sample"),
+    ],
+)
 def test_an_unknown_option_of_a_call_is_refused_with_the_one_that_was_meant(pipe, name, hint):
     with pytest.raises(ValueError, match="unknown option") as refusal:
         pipe([5], **{name: 1})
@@ -66,17 +69,20 @@ def test_an_unknown_option_of_a_call_is_refused_with_the_one_that_was_meant(pipe
     assert "generation options: do_sample, echo" in str(refusal.value)
 
 
-@pytest.mark.parametrize(("name", "hint"), [
-    ("max_model_len", "use 'max_context_len'; engine options: attention"),
-    ("tensor_parallel_size", "use 'tensor_parallel';"),
-    ("kv_cache_dtype", "use 'kv_dtype';"),
-    ("max_num_batched_tokens", "use 'token_budget';"),
-    ("gpu_memory_utilization", "num_blocks sets its size"),
-    ("device_map", "JAX_PLATFORMS"),
-    ("token_buget", "did you mean 'token_budget'?"),
-    ("xyzzy", "unknown option 'xyzzy'; engine options: attention"),
-    ("temperature", "an option of a call, not of the engine; give it there, pipe(prompt, temperature=...), or"),
-])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_model_len", "use 'max_context_len'; engine options: attention"),
+        ("tensor_parallel_size", "use 'tensor_parallel';"),
+        ("kv_cache_dtype", "use 'kv_dtype';"),
+        ("max_num_batched_tokens", "use 'token_budget';"),
+        ("gpu_memory_utilization", "num_blocks sets its size"),
+        ("device_map", "JAX_PLATFORMS"),
+        ("token_buget", "did you mean 'token_budget'?"),
+        ("xyzzy", "unknown option 'xyzzy'; engine options: attention"),
+        ("temperature", "an option of a call, not of the engine; give it there, pipe(prompt, temperature=...), or"),
+    ],
+)
 def test_an_unknown_option_of_an_engine_is_refused_with_the_one_that_was_meant(name, hint):
     with pytest.raises(ValueError, match=name) as refusal:
         EngineConfig.from_options({name: 1})
@@ -104,6 +110,7 @@ def test_the_page_about_sampling_has_every_option_and_every_default_of_a_model()
 
 
 # Defaults of the model
+
 
 def with_defaults(**defaults):
     return tiny_engine(generation_config=tuple(defaults.items()))
@@ -159,13 +166,16 @@ def tokens_of_greedy(engine):
     return tokens_of(drain(engine)[request_id])
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ("vllm", "choose 'auto' .*, 'none', or give defaults"),
-    ({"temprature": 1}, "has 'temprature', but defaults can be set for .*; did you mean 'temperature'?"),
-    ({"top_p": 0}, r"top_p is 0; it must be in \(0, 1\]"),
-    ('{"temperature"', "which is no JSON"),
-    (5, "generation_config is 5; choose"),
-])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("vllm", "choose 'auto' .*, 'none', or give defaults"),
+        ({"temprature": 1}, "has 'temprature', but defaults can be set for .*; did you mean 'temperature'?"),
+        ({"top_p": 0}, r"top_p is 0; it must be in \(0, 1\]"),
+        ('{"temperature"', "which is no JSON"),
+        (5, "generation_config is 5; choose"),
+    ],
+)
 def test_a_setting_for_the_defaults_that_cannot_be_used_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(generation_config=setting)
@@ -181,6 +191,7 @@ def test_defaults_can_be_given_as_a_mapping_or_as_json_and_configs_stay_hashable
 
 # Lengths
 
+
 def test_an_answer_without_a_limit_ends_at_the_default_and_says_so_once(pipe, caplog, monkeypatch):
     assert options.DEFAULT_NEW_TOKENS == 256
     monkeypatch.setattr(options, "DEFAULT_NEW_TOKENS", 9)  # the tiny model's context is shorter
@@ -189,8 +200,9 @@ def test_an_answer_without_a_limit_ends_at_the_default_and_says_so_once(pipe, ca
         assert (response.generated_length, response.finish_reason) == (9, "length")
         assert len(list(pipe.stream([5, 6], **GREEDY))) == 9
     (record,) = caplog.records
-    assert record.getMessage() == ("an answer was cut off after 9 tokens, the limit of the default; give "
-                                   "max_new_tokens=... for another (said once)")
+    assert record.getMessage() == (
+        "an answer was cut off after 9 tokens, the limit of the default; give max_new_tokens=... for another (said once)"
+    )
 
 
 def test_the_models_own_limit_comes_before_the_default_and_gives_way_to_every_option(caplog):
@@ -213,14 +225,20 @@ def test_a_limit_that_was_asked_for_is_nothing_to_warn_of(pipe, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("settings", "name", "room"), [
-    ({}, "max_context_len", 126), ({"num_blocks": 10}, "num_blocks", 38),
-])
+@pytest.mark.parametrize(
+    ("settings", "name", "room"),
+    [
+        ({}, "max_context_len", 126),
+        ({"num_blocks": 10}, "num_blocks", 38),
+    ],
+)
 def test_a_default_limit_gives_way_to_what_fits_and_a_full_context_is_said(settings, name, room, caplog):
     pipe = Pipeline(tiny_engine(**settings))
     with caplog.at_level(logging.WARNING, "fastgen_jax"):
         (response,) = pipe([5, 6], **GREEDY)
     assert response.generated_length == room
     (record,) = caplog.records
-    assert (f"behind a prompt of 2 tokens there was room for {room}; give a shorter prompt, or start with a larger {name}"
-            in record.getMessage())
+    assert (
+        f"behind a prompt of 2 tokens there was room for {room}; give a shorter prompt, or start with a larger {name}"
+        in record.getMessage()
+    )

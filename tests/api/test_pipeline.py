@@ -47,15 +47,18 @@ def test_streams_give_the_tokens_of_the_response_and_leaving_early_frees_the_req
     pipe.engine.scheduler.check_integrity()
 
 
-@pytest.mark.parametrize(("prompts", "options", "message"), [
-    ([5], {"max_tokens": 4}, "unknown option 'max_tokens'; use 'max_new_tokens'; generation options: do_sample"),
-    ([5], {"temperature": -1.0}, "temperature"),
-    ([5], {"do_sample": False, "top_p": 0.5}, "top_p"),
-    ([], {}, "no prompts"),
-    ([[5], []], {}, "prompt is empty"),
-    ([[5], [96]], {}, "token id 96"),
-    ([5], {"stream": True, "echo": True}, "belong to whole responses"),
-])
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([5], {"max_tokens": 4}, "unknown option 'max_tokens'; use 'max_new_tokens'; generation options: do_sample"),
+        ([5], {"temperature": -1.0}, "temperature"),
+        ([5], {"do_sample": False, "top_p": 0.5}, "top_p"),
+        ([], {}, "no prompts"),
+        ([[5], []], {}, "prompt is empty"),
+        ([[5], [96]], {}, "token id 96"),
+        ([5], {"stream": True, "echo": True}, "belong to whole responses"),
+    ],
+)
 def test_a_mistake_is_refused_and_nothing_runs(pipe, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(prompts, **options)

@@ -24,8 +24,16 @@ class Terminal(io.StringIO):
 
 def output(*token_ids: int, finished: bool = False) -> RequestOutput:
     return RequestOutput(
-        request_id="a", new_token_ids=token_ids, text="", finished=finished, finish_reason="stop" if finished else None,
-        logprobs=None, prompt_logprobs=None, num_prompt_tokens=1, num_cached_tokens=0, num_generated_tokens=len(token_ids),
+        request_id="a",
+        new_token_ids=token_ids,
+        text="",
+        finished=finished,
+        finish_reason="stop" if finished else None,
+        logprobs=None,
+        prompt_logprobs=None,
+        num_prompt_tokens=1,
+        num_cached_tokens=0,
+        num_generated_tokens=len(token_ids),
     )
 
 
@@ -61,7 +69,10 @@ def test_a_call_shows_its_bar_on_a_terminal_and_not_in_a_pipe_unless_asked(num_p
     pipe, prompts = Pipeline(tiny_engine()), [[5, 6]] * num_prompts
     options = {"max_new_tokens": 4, "do_sample": False, "ignore_eos": True}
     for stream, asked, shown in (
-        (Terminal(), None, True), (Terminal(), False, False), (io.StringIO(), None, False), (io.StringIO(), True, True),
+        (Terminal(), None, True),
+        (Terminal(), False, False),
+        (io.StringIO(), None, False),
+        (io.StringIO(), True, True),
     ):
         monkeypatch.setattr(sys, "stderr", stream)
         pipe(prompts, progress=asked, **options)
@@ -80,8 +91,10 @@ def test_a_notebook_is_watched_though_its_standard_error_is_no_terminal(monkeypa
 
 
 def test_what_takes_long_at_the_start_draws_no_bar_into_a_file(capsys, caplog):
-    with caplog.at_level(logging.INFO), long_tasks.shown(logging.getLogger("fastgen_jax"), "loading", total=2, unit="weight",
-                                              bar=True) as advance:
+    with (
+        caplog.at_level(logging.INFO),
+        long_tasks.shown(logging.getLogger("fastgen_jax"), "loading", total=2, unit="weight", bar=True) as advance,
+    ):
         advance()
     assert capsys.readouterr().err == ""
     assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == ["loading: 2 weights", "loading: done"]

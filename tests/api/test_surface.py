@@ -23,9 +23,13 @@ def test_every_public_name_is_there_and_is_the_one_that_type_checkers_see():
         assert name == "__version__" or value.__module__.startswith("fastgen_jax")
     assert sorted(fastgen_jax._HOMES) == sorted(set(fastgen_jax.__all__) - {"__version__"})
     assert dir(fastgen_jax) == sorted(fastgen_jax.__all__)
-    imports = [node for node in ast.walk(ast.parse(Path(fastgen_jax.__file__).read_text()))
-               if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastgen_jax.")
-               and node.module != "fastgen_jax.version"]
+    imports = [
+        node
+        for node in ast.walk(ast.parse(Path(fastgen_jax.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith("fastgen_jax.")
+        and node.module != "fastgen_jax.version"
+    ]
     assert {alias.name: node.module for node in imports for alias in node.names} == fastgen_jax._HOMES
 
 
@@ -75,8 +79,12 @@ def test_a_config_shows_what_differs_from_the_defaults():
 def test_a_response_shows_the_beginning_of_its_text_and_no_long_lists():
     entry = TokenLogprob(5, -1.0, 1, {5: -1.0})
     response = Response(
-        generated_text="word " * 1000, prompt_length=7, generated_length=1000, finish_reason="stop",
-        token_ids=tuple(range(1000)), logprobs=(entry,) * 1000,
+        generated_text="word " * 1000,
+        prompt_length=7,
+        generated_length=1000,
+        finish_reason="stop",
+        token_ids=tuple(range(1000)),
+        logprobs=(entry,) * 1000,
     )
     assert repr(response).startswith("Response('word word")
     assert repr(response).endswith("'..., prompt_length=7, generated_length=1000, finish_reason='stop')")

@@ -20,7 +20,7 @@ from fastgen_jax.bench.metrics import summarize
 from fastgen_jax.bench.peers import WORKERS, Peer, Worker
 from fastgen_jax.bench.workloads import make_workload
 
-FAKE = '''
+FAKE = """
 import os, sys, time
 sys.path.insert(0, {workers!r})
 from protocol import Timeline, serve
@@ -45,7 +45,7 @@ def load(options):
     return {{"engine": "fake", "version": "1", "options": options}}, run
 
 serve(load)
-'''
+"""
 WORKLOAD = make_workload("tiny", num_requests=3, mean_prompt=6, mean_output=5, vocab_size=1000, spread=0.0)
 
 
@@ -194,8 +194,24 @@ def test_engines_are_sized_for_the_largest_workload() -> None:
     parser = argparse.ArgumentParser()
     offline.add_arguments(parser)
     arguments = parser.parse_args(
-        ["--model", "m", "--option", "token_budget=256", "--option", "quantize=int8", "--vllm-python", "v",
-         "--hf-python", "h", "--hf-model", "folder", "--llama-server", "s", "--gguf", "F16=f.gguf"]
+        [
+            "--model",
+            "m",
+            "--option",
+            "token_budget=256",
+            "--option",
+            "quantize=int8",
+            "--vllm-python",
+            "v",
+            "--hf-python",
+            "h",
+            "--hf-model",
+            "folder",
+            "--llama-server",
+            "s",
+            "--gguf",
+            "F16=f.gguf",
+        ]
     )
     peers = offline.choose_peers(arguments, [WORKLOAD], ggufs={"F16": "f.gguf"}, threads=2)
     by_name = {peer.name: peer.options for peer in peers}
@@ -215,8 +231,18 @@ def test_engines_are_sized_for_the_largest_workload() -> None:
 def test_this_engine_can_run_several_times_with_other_options() -> None:
     parser = argparse.ArgumentParser()
     offline.add_arguments(parser)
-    arguments = parser.parse_args(["--model", "m", "--option", "token_budget=256", "--also", "dtype=bfloat16",
-                                   "--also", "quantize=int8 token_budget=128"])
+    arguments = parser.parse_args(
+        [
+            "--model",
+            "m",
+            "--option",
+            "token_budget=256",
+            "--also",
+            "dtype=bfloat16",
+            "--also",
+            "quantize=int8 token_budget=128",
+        ]
+    )
     peers = offline.choose_peers(arguments, [WORKLOAD], ggufs={}, threads=2)
     names = ("dtype", "quantize", "token_budget")
     configs = {peer.name: {name: peer.options["config"].get(name) for name in names} for peer in peers}

@@ -19,13 +19,18 @@ from fastgen_jax.bench.results import RunRecord, append, read
 def run_of(label: str, clients: int, *, gap: float, count: int = 6) -> RunRecord:
     """Requests of 512 prompt tokens, each answered by five tokens after half a second and then every `gap` seconds."""
     requests = tuple(
-        RequestTimes(request_id=f"r{i}", num_prompt_tokens=512, start=float(i),
-                     token_times=tuple(i + 0.5 + gap * k for k in range(5)))
+        RequestTimes(
+            request_id=f"r{i}", num_prompt_tokens=512, start=float(i), token_times=tuple(i + 0.5 + gap * k for k in range(5))
+        )
         for i in range(count)
     )
     load = closed_loop(clients, num_requests=count, mean_prompt=512, mean_output=5)
     return RunRecord(
-        label=label, source="measured", load=load.facts, requests=requests, context={"command": f"run <{label}>"},
+        label=label,
+        source="measured",
+        load=load.facts,
+        requests=requests,
+        context={"command": f"run <{label}>"},
         steps=((0.0, 0.5, 512, (("r0", 0, 512),)), (0.5, 0.5 + gap, 1, (("r0", 512, 1),))),
     )
 
@@ -41,7 +46,11 @@ def test_runs_survive_their_file(tmp_path: Path) -> None:
     append(path, RUNS[2:])
     found = read(path)
     assert [(r.label, r.num_clients, r.workload) for r in found] == [
-        ("quick", 1, "512/5"), ("quick", 4, "512/5"), ("slow", 1, "512/5"), ("slow", 4, "512/5")]
+        ("quick", 1, "512/5"),
+        ("quick", 4, "512/5"),
+        ("slow", 1, "512/5"),
+        ("slow", 4, "512/5"),
+    ]
     assert found[0].steps == RUNS[0].steps
     for before, after in zip(RUNS, found, strict=True):
         for a, b in zip(before.requests, after.requests, strict=True):
@@ -78,16 +87,36 @@ def test_a_comparison_says_how_many_times_better_ours_is() -> None:
 def test_a_report_is_one_page_with_its_figures_and_commands(tmp_path: Path, capsys) -> None:
     append(tmp_path / "quick.jsonl", RUNS[:2])
     append(tmp_path / "slow.jsonl", RUNS[2:])
-    costs = {"sizes": [8, 64], "base": [0.01, 0.05], "per_token": [0.0, 1e-4], "per_row": 0.0, "per_decode_attended": 0.0,
-             "per_prompt_attended": 1e-6, "facts": {"model": "m", "engine": {"dtype": "float32"}}}
+    costs = {
+        "sizes": [8, 64],
+        "base": [0.01, 0.05],
+        "per_token": [0.0, 1e-4],
+        "per_row": 0.0,
+        "per_decode_attended": 0.0,
+        "per_prompt_attended": 1e-6,
+        "facts": {"model": "m", "engine": {"dtype": "float32"}},
+    }
     (tmp_path / "costs.json").write_text(json.dumps(costs))
-    argv = ["report", str(tmp_path / "quick.jsonl"), str(tmp_path / "slow.jsonl"), "--costs", str(tmp_path / "costs.json"),
-            "--generation-rates", "3"]
+    argv = [
+        "report",
+        str(tmp_path / "quick.jsonl"),
+        str(tmp_path / "slow.jsonl"),
+        "--costs",
+        str(tmp_path / "costs.json"),
+        "--generation-rates",
+        "3",
+    ]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     assert "6 figures of 4 runs" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert names == {"throughput-latency-512-5.png", "effective-3-512-5.png", "token-latency-512-5.png", "steps-0.png",
-                     "steps-1.png", "step-costs.png"}
+    assert names == {
+        "throughput-latency-512-5.png",
+        "effective-3-512-5.png",
+        "token-latency-512-5.png",
+        "steps-0.png",
+        "steps-1.png",
+        "step-costs.png",
+    }
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "run &lt;quick&gt;" in page
@@ -103,8 +132,12 @@ def engine_line(engine: str, workload: str, rate: float) -> str:
 
 
 def test_a_report_compares_engines_of_any_two_files(tmp_path: Path, capsys) -> None:
-    (tmp_path / "monday.jsonl").write_text(engine_line("ours", "W1", 300.0) + engine_line("ours", "W1", 310.0)
-                                           + engine_line("ours", "W1", 500.0) + engine_line("rival", "W1", 200.0))
+    (tmp_path / "monday.jsonl").write_text(
+        engine_line("ours", "W1", 300.0)
+        + engine_line("ours", "W1", 310.0)
+        + engine_line("ours", "W1", 500.0)
+        + engine_line("rival", "W1", 200.0)
+    )
     (tmp_path / "friday.jsonl").write_text(engine_line("rival", "W1", 620.0) + engine_line("rival", "W3", 7.0))
     files = [tmp_path / "monday.jsonl", tmp_path / "friday.jsonl"]
     lines = engine_tables(read_engine_runs(files))
@@ -124,7 +157,7 @@ def test_a_comparison_finds_what_is_installed(tmp_path: Path, monkeypatch) -> No
     import argparse
 
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho '[\"vllm\", \"torch\"]'\n")
+    python.write_text('#!/bin/sh\necho \'["vllm", "torch"]\'\n')
     python.chmod(0o755)
     server = tmp_path / "llama-server"
     server.write_text("#!/bin/sh\n")

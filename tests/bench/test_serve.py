@@ -94,8 +94,26 @@ def test_failed_requests_are_counted_and_the_rest_goes_on() -> None:
 def test_the_command_measures_a_ladder_and_writes_its_runs(tmp_path: Path, capsys) -> None:
     results = tmp_path / "runs.jsonl"
     with null_server(first=0.005, gap=0.002) as url:
-        code = main(["serve", "--url", url, "--clients", "1", "2", "--requests", "4", "--prompt", "20", "--output", "6",
-                     "--label", "null", "-o", str(results)])
+        code = main(
+            [
+                "serve",
+                "--url",
+                url,
+                "--clients",
+                "1",
+                "2",
+                "--requests",
+                "4",
+                "--prompt",
+                "20",
+                "--output",
+                "6",
+                "--label",
+                "null",
+                "-o",
+                str(results),
+            ]
+        )
     assert code == 0
     out = capsys.readouterr().out
     assert "| 2 |" in out
@@ -105,11 +123,17 @@ def test_the_command_measures_a_ladder_and_writes_its_runs(tmp_path: Path, capsy
     assert {"versions", "command", "machine"} <= set(records[0].context)
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    ([], "--url is missing"),
-    (["--url", "http://127.0.0.1:9/v1", "--clients", "1", "--requests", "1", "--prompt", "8"], "no request was answered"),
-    (["--url", "u", "--sla-scale", "0", "--trace", "x.csv", "--rate", "1"], "--trace and --rate are both given"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--url is missing"),
+        (
+            ["--url", "http://127.0.0.1:9/v1", "--clients", "1", "--requests", "1", "--prompt", "8"],
+            "no request was answered",
+        ),
+        (["--url", "u", "--sla-scale", "0", "--trace", "x.csv", "--rate", "1"], "--trace and --rate are both given"),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_explained(argv: list[str], message: str, capsys) -> None:
     assert main(["serve", *argv]) == 2
     assert message in capsys.readouterr().err

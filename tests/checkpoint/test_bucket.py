@@ -56,8 +56,13 @@ finally:
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="needs gcsfs and gcp-storage-emulator")
 def test_a_snapshot_is_written_to_a_bucket_described_and_loaded_from_it():
-    done = subprocess.run([sys.executable, "-c", IN_THE_BUCKET, "checkpoints/sotu-1m"], capture_output=True, text=True,
-                          timeout=600, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_BUCKET, "checkpoints/sotu-1m"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "gs://bucket/models/tiny is ready" in done.stdout + done.stderr
     assert "LlamaForCausalLM" in done.stdout

@@ -20,8 +20,17 @@ from tests.text.vocabularies import gguf_metadata, write_json
 VOCAB = 512
 SMALL = {"token_budget": 16, "num_blocks": 8}
 GENERATION = {
-    "_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "do_sample": True,
-    "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05, "max_new_tokens": 64, "max_length": 4096,
+    "_from_model_config": True,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 5],
+    "pad_token_id": 0,
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "top_k": 20,
+    "repetition_penalty": 1.05,
+    "max_new_tokens": 64,
+    "max_length": 4096,
     "transformers_version": "4.50.0",
 }
 DEFAULTS = (("temperature", 0.6), ("top_k", 20), ("top_p", 0.9), ("repetition_penalty", 1.05), ("max_new_tokens", 64))
@@ -61,23 +70,33 @@ def test_a_snapshot_carries_the_defaults_along_also_one_made_of_a_snapshot_and_t
 def test_a_gguf_file_has_them_under_names_of_its_own_and_so_has_its_snapshot(tmp_path):
     sampling = {"temp": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.0, "penalty_repeat": 1.05}
     vocabulary = gguf_metadata("llama")
-    write_gguf(tmp_path / "model.gguf", vocab_size=len(vocabulary["tokenizer.ggml.tokens"]), arrays=vocabulary,
-               metadata={f"general.sampling.{name}": value for name, value in sampling.items()})
+    write_gguf(
+        tmp_path / "model.gguf",
+        vocab_size=len(vocabulary["tokenizer.ggml.tokens"]),
+        arrays=vocabulary,
+        metadata={f"general.sampling.{name}": value for name, value in sampling.items()},
+    )
     wanted = (("temperature", 0.6), ("top_k", 20), ("top_p", 0.9), ("repetition_penalty", 1.05))
     assert defaults_of(tmp_path / "model.gguf") == wanted
-    convert(open_checkpoint(tmp_path / "model.gguf"), tmp_path / "snapshot",
-            prepare=partial(host_leaf, dtype="float32", quantize=None))
+    convert(
+        open_checkpoint(tmp_path / "model.gguf"),
+        tmp_path / "snapshot",
+        prepare=partial(host_leaf, dtype="float32", quantize=None),
+    )
     assert defaults_of(tmp_path / "snapshot") == wanted
 
 
-@pytest.mark.parametrize(("raw", "defaults"), [
-    ({}, ()),
-    ({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "do_sample": True}, ()),
-    ({"temperature": None, "top_k": None}, ()),
-    ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, (("temperature", 0.0),)),
-    ({"temperature": 0.0, "top_p": 0.9}, (("temperature", 0.0),)),
-    ({"num_beams": 1, "no_repeat_ngram_size": 0, "max_length": 20}, ()),
-])
+@pytest.mark.parametrize(
+    ("raw", "defaults"),
+    [
+        ({}, ()),
+        ({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "do_sample": True}, ()),
+        ({"temperature": None, "top_k": None}, ()),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, (("temperature", 0.0),)),
+        ({"temperature": 0.0, "top_p": 0.9}, (("temperature", 0.0),)),
+        ({"num_beams": 1, "no_repeat_ngram_size": 0, "max_length": 20}, ()),
+    ],
+)
 def test_only_what_changes_the_text_becomes_a_default(raw, defaults, caplog):
     with caplog.at_level(logging.WARNING, "fastgen_jax"):
         assert defaults_of_model(raw, "there") == defaults
@@ -87,7 +106,8 @@ def test_only_what_changes_the_text_becomes_a_default(raw, defaults, caplog):
 def test_what_is_not_supported_is_said(caplog):
     with caplog.at_level(logging.WARNING, "fastgen_jax"):
         assert defaults_of_model({"num_beams": 4, "suppress_tokens": [1], "temperature": 0.5}, "there") == (
-            ("temperature", 0.5),)
+            ("temperature", 0.5),
+        )
     assert "there asks for what is not supported, and is left out: num_beams=4, suppress_tokens=[1]" in caplog.text
 
 

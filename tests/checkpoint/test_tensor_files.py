@@ -21,8 +21,12 @@ from fastgen_jax.checkpoint.tensor_files import read_torch
 from tests.checkpoint.tiny_files import write_hf
 
 TORCH_FILE = Path(__file__).parents[1] / "reference" / "torch.bin"
-DTYPES = {np.dtype(np.float32): "FloatStorage", np.dtype(np.float16): "HalfStorage",
-          np.dtype(ml_dtypes.bfloat16): "BFloat16Storage", np.dtype(np.int64): "LongStorage"}
+DTYPES = {
+    np.dtype(np.float32): "FloatStorage",
+    np.dtype(np.float16): "HalfStorage",
+    np.dtype(ml_dtypes.bfloat16): "BFloat16Storage",
+    np.dtype(np.int64): "LongStorage",
+}
 
 
 class _Global:
@@ -49,8 +53,9 @@ class _Pickler(pickle._Pickler):  # the one in Python, whose opcodes can be writ
 def _tensor(key: int, array: np.ndarray, strides: tuple[int, ...] | None = None) -> _Global:
     storage = ["storage", _Global("torch", DTYPES[array.dtype]), str(key), "cpu", array.size]
     row_major = strides or tuple(stride // array.itemsize for stride in array.strides)
-    return _Global("torch._utils", "_rebuild_tensor_v2",
-                   (storage, 0, array.shape, row_major, False, collections.OrderedDict()))
+    return _Global(
+        "torch._utils", "_rebuild_tensor_v2", (storage, 0, array.shape, row_major, False, collections.OrderedDict())
+    )
 
 
 def write_torch(file: Path, arrays: dict[str, np.ndarray], *, extra: dict[str, object] | None = None) -> None:
@@ -68,8 +73,13 @@ def write_torch(file: Path, arrays: dict[str, np.ndarray], *, extra: dict[str, o
 def test_a_state_dict_that_pytorch_pickled_is_read_without_it():
     tensors = {name: tensor.map() for name, tensor in read_torch(TORCH_FILE).items()}
     assert {name: (array.dtype.name, array.shape) for name, array in tensors.items()} == {
-        "float32": ("float32", (2, 3)), "float16": ("float16", (4,)), "bfloat16": ("bfloat16", (3, 2)),
-        "parameter": ("float32", (2,)), "view": ("float32", (2, 3)), "scalar": ("float32", ())}
+        "float32": ("float32", (2, 3)),
+        "float16": ("float16", (4,)),
+        "bfloat16": ("bfloat16", (3, 2)),
+        "parameter": ("float32", (2,)),
+        "view": ("float32", (2, 3)),
+        "scalar": ("float32", ()),
+    }
     for name, array in tensors.items():
         first = 4 if name == "view" else 0
         np.testing.assert_array_equal(array.astype(np.float32).ravel(), np.arange(first, first + array.size))
@@ -91,13 +101,19 @@ def test_a_directory_of_bin_files_loads_as_the_same_tensors_in_safetensors(tmp_p
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    ({"x": _Global("os", "system", ("true",))}, r"refers to os.system, which a dict of weights does not need"),
-    ({"x": _Global("builtins", "eval", ("1",))}, r"refers to builtins.eval"),
-    ({"epoch": 3}, r"its entry 'epoch' is not a tensor"),
-    ({"t": _tensor(0, np.zeros((4, 4), np.float32), strides=(1, 4))}, r"not stored row by row but with strides \(1, 4\)"),
-    ({"t": _tensor(0, np.zeros((4, 8), np.float32))}, r"fewer than its 32 numbers"),
-])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"x": _Global("os", "system", ("true",))}, r"refers to os.system, which a dict of weights does not need"),
+        ({"x": _Global("builtins", "eval", ("1",))}, r"refers to builtins.eval"),
+        ({"epoch": 3}, r"its entry 'epoch' is not a tensor"),
+        (
+            {"t": _tensor(0, np.zeros((4, 4), np.float32), strides=(1, 4))},
+            r"not stored row by row but with strides \(1, 4\)",
+        ),
+        ({"t": _tensor(0, np.zeros((4, 8), np.float32))}, r"fewer than its 32 numbers"),
+    ],
+)
 def test_a_pickle_with_anything_but_plain_tensors_is_refused_and_not_run(tmp_path, extra, message):
     write_torch(tmp_path / "x.bin", {"w": np.zeros((4, 4), np.float32)}, extra=extra)
     with pytest.raises(ValueError, match=message):
@@ -139,13 +155,25 @@ print(resident()["VmHWM"] - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident set from Linux's /proc")
 def test_loading_takes_the_memory_of_the_model_and_a_few_weights(tmp_path):
-    config = {"num_hidden_layers": 24, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8,
-              "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 1024}
+    config = {
+        "num_hidden_layers": 24,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "vocab_size": 1024,
+    }
     made = write_hf(tmp_path, shards=2, **config)
     model = sum(array.nbytes for array in made.values())
     largest = max(array.nbytes for array in made.values())
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     # Two weights being read, three read ahead, one on its way to the device, and the allocator's own.
     assert int(done.stdout) < model + 8 * largest + 16e6, f"{int(done.stdout) / model:.2f} times the model"

@@ -11,10 +11,21 @@ import numpy as np
 from safetensors.numpy import save_file
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "num_hidden_layers": 3, "hidden_size": 32,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64,
-    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 
@@ -22,15 +33,21 @@ def tensors(config: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.nda
     """Random tensors under the names of Hugging Face, matrices [out, in]."""
     e, f, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     h, k = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config["vocab_size"], e), "model.norm.weight": (e,)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], e), "model.norm.weight": (e,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], e)
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         shapes |= {f"{layer}input_layernorm.weight": (e,), f"{layer}post_attention_layernorm.weight": (e,)}
-        projections = {"self_attn.q": (h, e), "self_attn.k": (k, e), "self_attn.v": (k, e), "self_attn.o": (e, h),
-                       "mlp.gate": (f, e), "mlp.up": (f, e), "mlp.down": (e, f)}
+        projections = {
+            "self_attn.q": (h, e),
+            "self_attn.k": (k, e),
+            "self_attn.v": (k, e),
+            "self_attn.o": (e, h),
+            "mlp.gate": (f, e),
+            "mlp.up": (f, e),
+            "mlp.down": (e, f),
+        }
         for name, shape in projections.items():
             shapes[f"{layer}{name}_proj.weight"] = shape
             if config.get("attention_bias") and "attn" in name:
@@ -99,13 +116,15 @@ def write_gguf(
         {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](name, value)
     for name, array in made.items():
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(
-            name.split(".")[-2], 0)
+            name.split(".")[-2], 0
+        )
         if heads:  # each head's rows 0, D/2, 1, D/2 + 1, ...
             half = array.shape[0] // heads // 2
             array = array.reshape(heads, 2, half, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         quantised = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), quantised),
-                          raw_dtype=quantised)
+        writer.add_tensor(
+            _gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), quantised), raw_dtype=quantised
+        )
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -116,11 +135,20 @@ def write_gguf(
 
 
 def _gguf_name(name: str) -> str:
-    short = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-             "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down"}
+    short = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
     stem, suffix = name.rsplit(".", 1)
     if not stem.startswith("model.layers."):
         return f"{short[stem]}.{suffix}"

@@ -44,8 +44,9 @@ class Terminal(Pipeline):
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """The tiny model under the options of `SMALL`, so that its programs are compiled once for both files."""
     path = write_checkpoint(tmp_path_factory.mktemp("chat") / "tiny")
-    return fastgen_jax.pipeline(path, token_budget=16, budget_ladder=(8,), max_num_seqs=4, block_size=4, num_blocks=64,
-                                progress=False).engine
+    return fastgen_jax.pipeline(
+        path, token_budget=16, budget_ladder=(8,), max_num_seqs=4, block_size=4, num_blocks=64, progress=False
+    ).engine
 
 
 @pytest.fixture
@@ -88,7 +89,11 @@ def test_what_was_said_before_an_interrupt_is_part_of_the_conversation(talk, cap
     _, pipe = talk(io.StringIO("hi\nho\n"), "--system", "be", pressed={0: (4,)})
     first = capsys.readouterr().out.split("\n")[0]
     assert [(message["role"], message["content"]) for message in pipe.asked[1]] == [
-        ("system", "be"), ("user", "hi"), ("assistant", first), ("user", "ho")]
+        ("system", "be"),
+        ("user", "hi"),
+        ("assistant", first),
+        ("user", "ho"),
+    ]
 
 
 def test_an_interrupt_at_the_prompt_leaves(talk) -> None:

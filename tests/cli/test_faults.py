@@ -42,15 +42,20 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return error
 
 
-@pytest.mark.parametrize(("module", "argv"), [
-    ("uvicorn", ["serve", "some-model"]), ("fastapi", ["batch", __file__, "/tmp/out.jsonl"]),
-])
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        ("uvicorn", ["serve", "some-model"]),
+        ("fastapi", ["batch", __file__, "/tmp/out.jsonl"]),
+    ],
+)
 def test_a_command_without_its_extra_names_it(module: str, argv: list[str]) -> None:
     code = f"import sys; sys.modules[{module!r}] = None; from fastgen_jax.cli import main; sys.exit(main({argv!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        f"fastgen: {argv[0]} needs {module}, which is not installed; pip install 'fastgen_jax[serve]'")
+        f"fastgen: {argv[0]} needs {module}, which is not installed; pip install 'fastgen_jax[serve]'"
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -105,10 +110,14 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("out", "words"), [
-    (".", "is not empty; choose another directory"), ("inside", "which is to be converted; choose another directory"),
-    ("config.json", "is a file; choose another name"),
-])
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (".", "is not empty; choose another directory"),
+        ("inside", "which is to be converted; choose another directory"),
+        ("config.json", "is a file; choose another name"),
+    ],
+)
 def test_convert_refuses_its_target_before_it_reads(
     out: str, words: str, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,9 +126,7 @@ def test_convert_refuses_its_target_before_it_reads(
     assert not (checkpoint / "inside").exists()
 
 
-def test_nothing_that_is_not_a_terminal_gets_escape_codes(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_that_is_not_a_terminal_gets_escape_codes(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--model", str(checkpoint), *SMALL, "--max-length", "100"]) == 2  # its questions are too long
     assert main(["generate", "--model", str(checkpoint), *SMALL, "--max-new-tokens", "3", "--chat", "hi"]) == 0
     printed = capsys.readouterr()

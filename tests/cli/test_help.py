@@ -92,12 +92,38 @@ def given(command: str, *argv: str) -> dict[str, object]:
 
 
 def test_flags_are_read_as_their_fields_are_typed() -> None:
-    assert given("generate", "hello", "--stop", "a", "b", "--stop", "c", "--stop-token-ids", "5", "6", "--no-overlap",
-                 "--max-new-tokens", "7", "--top-p", "0.5", "--no-stack-layers", "--budget-ladder", "16", "32") == {
-        "prompts": ("hello",), "chat": False, "model": "smollm2-135m-instruct", "stop": ("a", "b", "c"),
-        "stop_token_ids": (5, 6), "overlap": False, "max_new_tokens": 7, "top_p": 0.5, "stack_layers": False,
+    assert given(
+        "generate",
+        "hello",
+        "--stop",
+        "a",
+        "b",
+        "--stop",
+        "c",
+        "--stop-token-ids",
+        "5",
+        "6",
+        "--no-overlap",
+        "--max-new-tokens",
+        "7",
+        "--top-p",
+        "0.5",
+        "--no-stack-layers",
+        "--budget-ladder",
+        "16",
+        "32",
+    ) == {
+        "prompts": ("hello",),
+        "chat": False,
+        "model": "smollm2-135m-instruct",
+        "stop": ("a", "b", "c"),
+        "stop_token_ids": (5, 6),
+        "overlap": False,
+        "max_new_tokens": 7,
+        "top_p": 0.5,
+        "stack_layers": False,
         "budget_ladder": (16, 32),
-    }  # fmt: skip
+    }
     assert given("generate", "--stop-token-ids", "5", "--", "a prompt")["prompts"] == ("a prompt",)
 
 
@@ -152,14 +178,17 @@ def test_flags_come_from_annotations_and_docstrings() -> None:
     assert vars(parser.parse_args([])) == {"count": None, "words": None, "kind": None, "secret": None}
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["generate", "--max-tokens", "5"], "fastgen generate: '--max-tokens' is not known; did you mean --max-new-tokens?"),
-    (["bench", "serve", "--urls", "x"], "fastgen bench serve: '--urls' is not known; did you mean --url?"),
-    (["models", "llama"], "fastgen models: 'llama' is not known ("),
-    (["generat"], "fastgen: argument COMMAND: invalid choice: 'generat'"),
-    (["serve"], "fastgen serve: the following arguments are required: MODEL"),
-    ([], "fastgen: the following arguments are required: COMMAND"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", "--max-tokens", "5"], "fastgen generate: '--max-tokens' is not known; did you mean --max-new-tokens?"),
+        (["bench", "serve", "--urls", "x"], "fastgen bench serve: '--urls' is not known; did you mean --url?"),
+        (["models", "llama"], "fastgen models: 'llama' is not known ("),
+        (["generat"], "fastgen: argument COMMAND: invalid choice: 'generat'"),
+        (["serve"], "fastgen serve: the following arguments are required: MODEL"),
+        ([], "fastgen: the following arguments are required: COMMAND"),
+    ],
+)
 def test_a_misspelt_command_line_is_one_line_that_names_the_nearest(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,5 @@ def program(num_rows: int) -> Any:
     return sample.lower(jnp.zeros((num_rows, V)), init_state(S, V), sampling_rows(num_rows), max_logprobs=TOP).compile()
 
 
-def run(
-    logits: np.ndarray, batch: SamplingBatch, state: SamplerState | None = None
-) -> tuple[SampleOutput, SamplerState]:
+def run(logits: np.ndarray, batch: SamplingBatch, state: SamplerState | None = None) -> tuple[SampleOutput, SamplerState]:
     return program(len(logits))(jnp.asarray(logits, jnp.float32), state or init_state(S, V), batch)

@@ -35,8 +35,11 @@ jax.monitoring.register_event_listener(lambda event, **kwargs: _events.update([e
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """JAX without a persistent cache yet, and temporary files of this test alone."""
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
-               "jax_persistent_cache_enable_xla_caches")
+    options = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_enable_xla_caches",
+    )
     before = {name: getattr(jax.config, name) for name in options}
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -57,8 +60,11 @@ def new_process() -> None:
 
 def start(folder: Path | str | None, **options) -> Engine:
     params, model = tiny_model()
-    return Engine(params, model, EngineConfig(**{**ONE_PROGRAM, "compile_cache_dir": None if folder is None else str(folder),
-                                                 **options}))
+    return Engine(
+        params,
+        model,
+        EngineConfig(**{**ONE_PROGRAM, "compile_cache_dir": None if folder is None else str(folder), **options}),
+    )
 
 
 def answer(engine: Engine) -> list[int]:
@@ -99,10 +105,13 @@ def stranger(program: str, *arguments: object, **environment: str) -> subprocess
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("options", [
-    pytest.param({"token_budget": 16, "budget_ladder": []}, id="one program"),
-    pytest.param({}, id="all defaults", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"token_budget": 16, "budget_ladder": []}, id="one program"),
+        pytest.param({}, id="all defaults", marks=pytest.mark.slow),
+    ],
+)
 def test_of_two_starts_with_other_memory_free_the_second_compiles_nothing(tmp_path, options) -> None:
     share = 200e6 / memory.available()
     runs = []
@@ -237,8 +246,14 @@ def test_a_read_only_folder_is_read_and_what_it_lacks_is_compiled(fresh, read_on
 def test_step_sizes_are_measured_once_and_again_on_request_or_when_the_file_is_damaged(fresh, monkeypatch, caplog) -> None:
     measured: list[int] = []
     measure = Runner.measure
-    monkeypatch.setattr(Runner, "measure", lambda runner, budget, **options: (
-        measured.append(budget), measure(runner, budget, **{"repeats": 1, "at_least": 0.0, **options}))[1])
+    monkeypatch.setattr(
+        Runner,
+        "measure",
+        lambda runner, budget, **options: (
+            measured.append(budget),
+            measure(runner, budget, **{"repeats": 1, "at_least": 0.0, **options}),
+        )[1],
+    )
     folder = fresh / "cache"
 
     def measures(**options) -> bool:

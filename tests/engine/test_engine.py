@@ -34,21 +34,24 @@ def test_greedy_tokens_equal_those_of_transformers(variant):
     assert got == want["greedy"].tolist()
 
 
-@pytest.mark.parametrize("options", [
-    pytest.param({}, id="together"),
-    pytest.param({"overlap": False}, id="no overlap"),
-    pytest.param({"token_budget": 7, "budget_ladder": ()}, id="prompts split at 7 tokens"),
-    pytest.param({"token_budget": 64, "budget_ladder": ()}, id="one large program"),
-    pytest.param({"token_budget": 1, "budget_ladder": ()}, id="one token at a time"),
-    pytest.param({"num_blocks": 18, "prefix_caching": False}, id="preempted for want of blocks"),
-    pytest.param({"num_blocks": 18, "block_size": 4, "prefix_caching": True}, id="preempted, with prefix cache"),
-    pytest.param({"policy": "prompts_first"}, id="prompts first"),
-    pytest.param({"policy": "orca"}, id="orca"),
-    pytest.param({"policy": "sla", "promised_prompt_rate": 1e-3, "promised_generation_rate": 1e-3}, id="sla"),
-    pytest.param({"block_size": 16, "num_blocks": 16}, id="large blocks"),
-    pytest.param({"stack_layers": True}, id="scanned layers"),
-    pytest.param({"attention": "xla"}, id="portable attention"),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="together"),
+        pytest.param({"overlap": False}, id="no overlap"),
+        pytest.param({"token_budget": 7, "budget_ladder": ()}, id="prompts split at 7 tokens"),
+        pytest.param({"token_budget": 64, "budget_ladder": ()}, id="one large program"),
+        pytest.param({"token_budget": 1, "budget_ladder": ()}, id="one token at a time"),
+        pytest.param({"num_blocks": 18, "prefix_caching": False}, id="preempted for want of blocks"),
+        pytest.param({"num_blocks": 18, "block_size": 4, "prefix_caching": True}, id="preempted, with prefix cache"),
+        pytest.param({"policy": "prompts_first"}, id="prompts first"),
+        pytest.param({"policy": "orca"}, id="orca"),
+        pytest.param({"policy": "sla", "promised_prompt_rate": 1e-3, "promised_generation_rate": 1e-3}, id="sla"),
+        pytest.param({"block_size": 16, "num_blocks": 16}, id="large blocks"),
+        pytest.param({"stack_layers": True}, id="scanned layers"),
+        pytest.param({"attention": "xla"}, id="portable attention"),
+    ],
+)
 def test_tokens_do_not_depend_on_how_the_engine_runs_them(alone, options):
     engine = tiny_engine(**options)
     assert generate(engine) == alone
@@ -68,8 +71,15 @@ def test_sampled_tokens_depend_on_the_seed_alone():
 
 
 def test_penalised_tokens_survive_a_preemption():
-    params = SamplingParams(max_new_tokens=12, do_sample=False, ignore_eos=True, repetition_penalty=1.7,
-                            presence_penalty=0.5, frequency_penalty=0.4, logit_bias={5: 3.0, 9: -100.0})
+    params = SamplingParams(
+        max_new_tokens=12,
+        do_sample=False,
+        ignore_eos=True,
+        repetition_penalty=1.7,
+        presence_penalty=0.5,
+        frequency_penalty=0.4,
+        logit_bias={5: 3.0, 9: -100.0},
+    )
     engine = tiny_engine(overlap=False, prefix_caching=False)
     alone = [generate(engine, [prompt], params)[0] for prompt in PROMPTS]
     assert alone != [generate(engine, [prompt], greedy(12))[0] for prompt in PROMPTS]
@@ -125,8 +135,9 @@ def test_logprobs_are_those_of_the_reference_logits():
         got = outputs[0].prompt_logprobs
         assert got is not None
         assert [entry.token_id for entry in got] == prompt[1:]
-        np.testing.assert_allclose([entry.logprob for entry in got],
-                                   log_softmax[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-3)
+        np.testing.assert_allclose(
+            [entry.logprob for entry in got], log_softmax[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-3
+        )
         for entry, row in zip(got, log_softmax, strict=False):
             order = np.argsort(-row, kind="stable")
             assert list(entry.top) == order[:2].tolist()
@@ -158,16 +169,19 @@ def test_an_aborted_request_frees_its_blocks_and_disturbs_nobody(alone):
     assert engine.scheduler.num_free_blocks == engine.config.num_blocks
 
 
-@pytest.mark.parametrize(("prompt", "params", "message"), [
-    ((), greedy(1), "prompt is empty"),
-    ((96,), greedy(1), r"token id 96 is outside the vocabulary, 0\.\.95"),
-    ((1.5,), greedy(1), "prompt holds 1.5"),
-    ((5,) * 200, greedy(1), "200"),
-    ("text", greedy(1), "needs a tokenizer"),
-    ((5,), greedy(4, stop=("x",)), "need a tokenizer"),
-    ((5,), SamplingParams(n=2, max_new_tokens=1), "n is 2"),
-    ((5,), greedy(1, logit_bias={96: 1.0}), "96"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ((), greedy(1), "prompt is empty"),
+        ((96,), greedy(1), r"token id 96 is outside the vocabulary, 0\.\.95"),
+        ((1.5,), greedy(1), "prompt holds 1.5"),
+        ((5,) * 200, greedy(1), "200"),
+        ("text", greedy(1), "needs a tokenizer"),
+        ((5,), greedy(4, stop=("x",)), "need a tokenizer"),
+        ((5,), SamplingParams(n=2, max_new_tokens=1), "n is 2"),
+        ((5,), greedy(1, logit_bias={96: 1.0}), "96"),
+    ],
+)
 def test_a_refused_request_disturbs_nothing(alone, prompt, params, message):
     engine = tiny_engine()
     ids = [engine.add(p, greedy(12)) for p in PROMPTS]
@@ -233,20 +247,23 @@ def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
     assert engine.scheduler.num_free_blocks == engine.config.num_blocks
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"policy": "sla", "promised_prompt_rate": 5.0}, "give both promises with sla, and only there"),
-    ({"promise_grace": 5.0}, "policy 'splitfuse' makes no promise"),
-    ({"promised_generation_rate": 5.0}, "policy is 'splitfuse', promised_prompt_rate None"),
-    ({"policy": "sla", "promised_prompt_rate": -5.0, "promised_generation_rate": 1.0}, "prompt_rate is -5.0"),
-    ({"token_budget": 0}, "token_budget is 0"),
-    ({"max_num_seqs": True}, "max_num_seqs is True"),
-    ({"dtype": "int4"}, "dtype is 'int4'; choose one of float32"),
-    ({"policy": "fifo"}, "policy is 'fifo'; choose one of splitfuse"),
-    ({"budget_ladder": (64,), "token_budget": 32}, "outside 1..32"),
-    ({"budget_ladder": "16,64", "token_budget": 128}, r"budget_ladder is '16,64'; give whole numbers in a list"),
-    ({"budget_ladder": 16, "token_budget": 128}, "budget_ladder is 16; give whole numbers in a list"),
-    ({"max_context_len": 4096}, "max_context_len=4096 exceeds the model's 128"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "sla", "promised_prompt_rate": 5.0}, "give both promises with sla, and only there"),
+        ({"promise_grace": 5.0}, "policy 'splitfuse' makes no promise"),
+        ({"promised_generation_rate": 5.0}, "policy is 'splitfuse', promised_prompt_rate None"),
+        ({"policy": "sla", "promised_prompt_rate": -5.0, "promised_generation_rate": 1.0}, "prompt_rate is -5.0"),
+        ({"token_budget": 0}, "token_budget is 0"),
+        ({"max_num_seqs": True}, "max_num_seqs is True"),
+        ({"dtype": "int4"}, "dtype is 'int4'; choose one of float32"),
+        ({"policy": "fifo"}, "policy is 'fifo'; choose one of splitfuse"),
+        ({"budget_ladder": (64,), "token_budget": 32}, "outside 1..32"),
+        ({"budget_ladder": "16,64", "token_budget": 128}, r"budget_ladder is '16,64'; give whole numbers in a list"),
+        ({"budget_ladder": 16, "token_budget": 128}, "budget_ladder is 16; give whole numbers in a list"),
+        ({"max_context_len": 4096}, "max_context_len=4096 exceeds the model's 128"),
+    ],
+)
 def test_an_impossible_engine_config_is_refused(options, message):
     params, model = tiny_model()
     with pytest.raises(ValueError, match=message):

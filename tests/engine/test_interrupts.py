@@ -44,7 +44,9 @@ def summary(outputs: list[RequestOutput]) -> dict[str, Any]:
     assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
     prompt_logprobs = [o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None]
     return {
-        "tokens": tokens_of(outputs), "text": "".join(o.text for o in outputs), "why": outputs[-1].finish_reason,
+        "tokens": tokens_of(outputs),
+        "text": "".join(o.text for o in outputs),
+        "why": outputs[-1].finish_reason,
         "logprobs": [p.token_id for o in outputs for p in o.logprobs or ()],
         "prompt": [[p.token_id for p in given] for given in prompt_logprobs],
     }
@@ -172,8 +174,9 @@ def test_after_a_failed_step_its_requests_say_why_and_the_others_go_on(expected,
     assert 0 < len(failed) <= shared.config.max_num_seqs
     assert all("failed (ZeroDivisionError: division by zero)" in str(outputs[i][-1].error) for i in failed)
     assert all(outputs[i][-1].finish_reason == "abort" for i in failed)
-    assert {i: summary(outputs[i]) for i in outputs if i not in failed} == \
-        {i: given for i, given in expected.items() if i not in failed}
+    assert {i: summary(outputs[i]) for i in outputs if i not in failed} == {
+        i: given for i, given in expected.items() if i not in failed
+    }
 
 
 def test_an_interrupted_engine_keeps_its_device_memory_unless_a_program_had_it():

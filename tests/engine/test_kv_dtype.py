@@ -19,10 +19,13 @@ def alone() -> list[list[int]]:
     return [generate(engine, [prompt])[0] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("options", [
-    pytest.param({"token_budget": 7}, id="prompts split at 7 tokens"),
-    pytest.param({"num_blocks": 18}, id="preempted, with prefix cache"),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"token_budget": 7}, id="prompts split at 7 tokens"),
+        pytest.param({"num_blocks": 18}, id="preempted, with prefix cache"),
+    ],
+)
 def test_tokens_over_an_int8_cache_do_not_depend_on_how_the_engine_runs_them(alone: list[list[int]], options: dict) -> None:
     engine = tiny_engine(kv_dtype="int8", budget_ladder=(), **options)
     assert generate(engine) == alone

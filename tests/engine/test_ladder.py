@@ -50,10 +50,21 @@ def test_a_choice_is_found_again_shown_and_forgotten(tmp_path, caplog) -> None:
     assert ladder.known("") == []
 
 
-@pytest.mark.parametrize("damage", [
-    {"ladder": None}, {"ladder": []}, {"ladder": [0, 4]}, {"ladder": [4, 4]}, {"ladder": [64, 16]}, {"ladder": ["x"]},
-    {"ladder": 5}, {"seconds": [1]}, {"seconds": {"a": 1}}, {"seconds": {"1": None}},
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"ladder": None},
+        {"ladder": []},
+        {"ladder": [0, 4]},
+        {"ladder": [4, 4]},
+        {"ladder": [64, 16]},
+        {"ladder": ["x"]},
+        {"ladder": 5},
+        {"seconds": [1]},
+        {"seconds": {"a": 1}},
+        {"seconds": {"1": None}},
+    ],
+)
 def test_a_damaged_entry_is_none(tmp_path, damage) -> None:
     path = tmp_path / ladder.FILE
     save_choice(path, "a", (16, 256), CURVE, model="one")

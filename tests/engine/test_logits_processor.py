@@ -98,27 +98,33 @@ def test_an_engine_runs_a_policy_of_ones_own_to_the_same_tokens():
         assert tokens_of(outputs[request_id]) == tokens_of(drain(built_in)[again])
 
 
-@pytest.mark.parametrize(("processor", "message"), [
-    ("relu", "logits_processor is 'relu'; give a function f"),
-    (lambda logits: logits, "cannot be compiled: TypeError: .*takes 1 positional argument but 2 were given"),
-    (lambda logits, rows: logits[:, 1:], r"makes float32\[3, 95\] of float32\[3, 96\]"),
-    (lambda logits, rows: logits.astype(jnp.bfloat16), r"makes bfloat16\[3, 96\] of float32"),
-    (lambda logits, rows: (logits, rows), "makes tuple of"),
-    (lambda logits, rows: logits if logits[0, 0] > 0 else -logits, "cannot be compiled: TracerBoolConversionError"),
-    (lambda logits, rows: np.asarray(logits), "cannot be compiled: TracerArrayConversionError"),
-    (lambda logits, rows: None, "makes NoneType of"),
-])
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ("relu", "logits_processor is 'relu'; give a function f"),
+        (lambda logits: logits, "cannot be compiled: TypeError: .*takes 1 positional argument but 2 were given"),
+        (lambda logits, rows: logits[:, 1:], r"makes float32\[3, 95\] of float32\[3, 96\]"),
+        (lambda logits, rows: logits.astype(jnp.bfloat16), r"makes bfloat16\[3, 96\] of float32"),
+        (lambda logits, rows: (logits, rows), "makes tuple of"),
+        (lambda logits, rows: logits if logits[0, 0] > 0 else -logits, "cannot be compiled: TracerBoolConversionError"),
+        (lambda logits, rows: np.asarray(logits), "cannot be compiled: TracerArrayConversionError"),
+        (lambda logits, rows: None, "makes NoneType of"),
+    ],
+)
 def test_what_is_no_processor_is_refused_before_anything_is_loaded(processor, message):
     with pytest.raises(ValueError, match=message):
         engine_with(processor)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"policy": lambda running, waiting: None}, "cannot be called as `Policy` is"),
-    ({"policy": 3}, "policy is 3; choose one of"),
-    ({"policy": last_first, "promised_prompt_rate": 1.0}, "give both promises"),
-    ({"policy": last_first, "promise_grace": 1.0}, "makes no promise"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": lambda running, waiting: None}, "cannot be called as `Policy` is"),
+        ({"policy": 3}, "policy is 3; choose one of"),
+        ({"policy": last_first, "promised_prompt_rate": 1.0}, "give both promises"),
+        ({"policy": last_first, "promise_grace": 1.0}, "makes no promise"),
+    ],
+)
 def test_what_is_no_policy_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**options)

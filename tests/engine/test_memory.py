@@ -39,8 +39,12 @@ def v1(limit: int, used: int, *, files: int = 0) -> dict[str, str | int]:
 
 def test_a_container_with_version_2_may_take_its_limit_less_what_it_uses_and_files_count_as_free(tmp_path) -> None:
     # What docker and Kubernetes show: the container's own group is the root of what it sees.
-    root = machine(tmp_path, cgroup="0::/", mounts=V2_MOUNT.format(shown="/"),
-                   groups={"sys/fs/cgroup": v2(1000 * MIB, 700 * MIB, files=200 * MIB)})
+    root = machine(
+        tmp_path,
+        cgroup="0::/",
+        mounts=V2_MOUNT.format(shown="/"),
+        groups={"sys/fs/cgroup": v2(1000 * MIB, 700 * MIB, files=200 * MIB)},
+    )
     assert cgroup_room(root) == 500 * MIB
 
 
@@ -48,9 +52,13 @@ def test_a_container_with_version_2_may_take_its_limit_less_what_it_uses_and_fil
 def test_of_nested_groups_the_one_with_the_least_room_counts(tmp_path, outer, inner, room) -> None:
     limit = inner if inner == "max" else inner * MIB
     root = machine(
-        tmp_path, cgroup="0::/user.slice/job", mounts=V2_MOUNT.format(shown="/"),
-        groups={"sys/fs/cgroup/user.slice": v2(outer * MIB, 200 * MIB),
-                "sys/fs/cgroup/user.slice/job": v2(limit, 100 * MIB)},
+        tmp_path,
+        cgroup="0::/user.slice/job",
+        mounts=V2_MOUNT.format(shown="/"),
+        groups={
+            "sys/fs/cgroup/user.slice": v2(outer * MIB, 200 * MIB),
+            "sys/fs/cgroup/user.slice/job": v2(limit, 100 * MIB),
+        },
     )
     assert cgroup_room(root) == room * MIB
 
@@ -64,7 +72,8 @@ def test_a_soft_limit_counts_as_well_since_beyond_it_the_kernel_slows_the_proces
 def test_version_1_with_the_mount_showing_the_container_s_group_as_its_root(tmp_path) -> None:
     # docker without a namespace of its own for control groups: the path is the host's, the mount shows its end
     root = machine(
-        tmp_path, cgroup="9:name=systemd:/docker/abc\n4:memory:/docker/abc\n0::/",
+        tmp_path,
+        cgroup="9:name=systemd:/docker/abc\n4:memory:/docker/abc\n0::/",
         mounts=V1_MOUNT.format(shown="/docker/abc"),
         groups={"sys/fs/cgroup/memory": v1(800 * MIB, 300 * MIB, files=100 * MIB)},
     )
@@ -73,9 +82,14 @@ def test_version_1_with_the_mount_showing_the_container_s_group_as_its_root(tmp_
 
 def test_version_1_with_nested_groups_and_no_limit_at_the_root(tmp_path) -> None:
     root = machine(
-        tmp_path, cgroup="5:cpuacct,memory:/job/step\n0::/", mounts=V1_MOUNT.format(shown="/"),
-        groups={"sys/fs/cgroup/memory": v1(2**63 - 4096, 5), "sys/fs/cgroup/memory/job": v1(500 * MIB, 450 * MIB),
-                "sys/fs/cgroup/memory/job/step": v1(400 * MIB, 100 * MIB)},
+        tmp_path,
+        cgroup="5:cpuacct,memory:/job/step\n0::/",
+        mounts=V1_MOUNT.format(shown="/"),
+        groups={
+            "sys/fs/cgroup/memory": v1(2**63 - 4096, 5),
+            "sys/fs/cgroup/memory/job": v1(500 * MIB, 450 * MIB),
+            "sys/fs/cgroup/memory/job/step": v1(400 * MIB, 100 * MIB),
+        },
     )
     assert cgroup_room(root) == 50 * MIB
 

@@ -69,23 +69,30 @@ def test_prompt_logprobs_equal_those_of_transformers(engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [
-    pytest.param({"max_num_seqs": 1, "prefix_caching": False}, id="alone"),
-    pytest.param({"token_budget": 1, "budget_ladder": ()}, id="budget 1"),
-    pytest.param({"token_budget": 7, "budget_ladder": ()}, id="budget 7"),
-    pytest.param({"token_budget": 32, "budget_ladder": ()}, id="budget 32"),
-    pytest.param({"token_budget": 64, "budget_ladder": (16,)}, id="budget 64"),
-    pytest.param({"token_budget": 512, "budget_ladder": ()}, id="budget 512"),
-    pytest.param({"num_blocks": 60}, id="preempted"),
-    pytest.param({"prefix_caching": False}, id="no prefix cache"),
-    pytest.param({"overlap": False}, id="no overlap"),
-    pytest.param({"block_size": 16, "num_blocks": 1200}, id="small blocks"),
-])
-@pytest.mark.parametrize("params", [
-    pytest.param(greedy(64, logprobs=0), id="greedy"),
-    pytest.param(SamplingParams(max_new_tokens=64, ignore_eos=True, seed=3, temperature=0.8, top_p=0.9, logprobs=0),
-                 id="sampled"),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"max_num_seqs": 1, "prefix_caching": False}, id="alone"),
+        pytest.param({"token_budget": 1, "budget_ladder": ()}, id="budget 1"),
+        pytest.param({"token_budget": 7, "budget_ladder": ()}, id="budget 7"),
+        pytest.param({"token_budget": 32, "budget_ladder": ()}, id="budget 32"),
+        pytest.param({"token_budget": 64, "budget_ladder": (16,)}, id="budget 64"),
+        pytest.param({"token_budget": 512, "budget_ladder": ()}, id="budget 512"),
+        pytest.param({"num_blocks": 60}, id="preempted"),
+        pytest.param({"prefix_caching": False}, id="no prefix cache"),
+        pytest.param({"overlap": False}, id="no overlap"),
+        pytest.param({"block_size": 16, "num_blocks": 1200}, id="small blocks"),
+    ],
+)
+@pytest.mark.parametrize(
+    "params",
+    [
+        pytest.param(greedy(64, logprobs=0), id="greedy"),
+        pytest.param(
+            SamplingParams(max_new_tokens=64, ignore_eos=True, seed=3, temperature=0.8, top_p=0.9, logprobs=0), id="sampled"
+        ),
+    ],
+)
 def test_tokens_do_not_depend_on_how_the_engine_runs_them(engine, options, params):
     want = run(engine, GENERATIONS, params, num_companions=64 - len(GENERATIONS))  # each among 63 others
     settings = {"token_budget": 128, "budget_ladder": (1, 32), "num_blocks": 600, "max_context_len": 2048, **options}

@@ -68,8 +68,10 @@ def test_a_rolled_back_sequence_goes_on_as_if_nothing_had_been():
     leave_idle(engine, "a")
 
 
-OPERATIONS = st.lists(st.tuples(st.sampled_from(["put", "put two", "fork", "rollback", "flush"]), st.integers(0, 99),
-                                st.integers(1, 9)), max_size=14)
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["put", "put two", "fork", "rollback", "flush"]), st.integers(0, 99), st.integers(1, 9)),
+    max_size=14,
+)
 
 
 @given(operations=OPERATIONS)
@@ -153,12 +155,18 @@ def test_more_sequences_than_run_at_once_can_be_put():
     leave_idle(engine, *names)
 
 
-@pytest.mark.parametrize("as_input", [
-    pytest.param(list, id="list"), pytest.param(tuple, id="tuple"), pytest.param(np.asarray, id="numpy"),
-    pytest.param(lambda ids: np.asarray(ids, np.uint8), id="bytes of numpy"),
-    pytest.param(jnp.asarray, id="jax"), pytest.param(lambda ids: list(np.asarray(ids)), id="list of numpy scalars"),
-    pytest.param(lambda ids: list(jnp.asarray(ids)), id="list of jax scalars"),
-])
+@pytest.mark.parametrize(
+    "as_input",
+    [
+        pytest.param(list, id="list"),
+        pytest.param(tuple, id="tuple"),
+        pytest.param(np.asarray, id="numpy"),
+        pytest.param(lambda ids: np.asarray(ids, np.uint8), id="bytes of numpy"),
+        pytest.param(jnp.asarray, id="jax"),
+        pytest.param(lambda ids: list(np.asarray(ids)), id="list of numpy scalars"),
+        pytest.param(lambda ids: list(jnp.asarray(ids)), id="list of jax scalars"),
+    ],
+)
 def test_token_ids_come_in_any_form_of_integers(as_input):
     engine = one_program()
     np.testing.assert_array_equal(logits_of(engine, as_input(TEXT[:5])), logits_of(engine, TEXT[:5]))
@@ -195,22 +203,25 @@ def test_wrong_tokens_are_refused_before_anything_changes(wrong: Any, message: s
     leave_idle(engine, "a")
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda e: e.put("ab", [[1], [2]]), "uids is 'ab'; give the sequence ids in a list"),
-    (lambda e: e.put(["a", "a"], [[1], [2]]), "repeat"),
-    (lambda e: e.put([1.5], [[1]]), "uids holds 1.5; a sequence id is a string or an integer"),
-    (lambda e: e.put([True], [[1]]), "uids holds True"),
-    (lambda e: e.put(["a"], [[1], [2]]), "1 sequence ids but 2 token lists"),
-    (lambda e: e.fork("x", "y"), "no sequence 'x'; known: 'a'"),
-    (lambda e: e.fork("a", "a"), "there is a sequence 'a' already"),
-    (lambda e: e.rollback("x", 1), "no sequence 'x'"),
-    (lambda e: e.rollback("a", 6), "num_tokens is 6, but sequence 'a' can give back 0..5 tokens; flush it"),
-    (lambda e: e.rollback("a", -1), "num_tokens is -1"),
-    (lambda e: e.rollback("a", 1.0), "num_tokens is 1.0"),
-    (lambda e: e.flush("x"), "no sequence 'x'"),
-    (lambda e: e.hidden_states([1, 2], last=3), r"last is 3, but must be a whole number in 1\.\.2"),
-    (lambda e: e.hidden_states([1.5]), "tokens holds 1.5"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.put("ab", [[1], [2]]), "uids is 'ab'; give the sequence ids in a list"),
+        (lambda e: e.put(["a", "a"], [[1], [2]]), "repeat"),
+        (lambda e: e.put([1.5], [[1]]), "uids holds 1.5; a sequence id is a string or an integer"),
+        (lambda e: e.put([True], [[1]]), "uids holds True"),
+        (lambda e: e.put(["a"], [[1], [2]]), "1 sequence ids but 2 token lists"),
+        (lambda e: e.fork("x", "y"), "no sequence 'x'; known: 'a'"),
+        (lambda e: e.fork("a", "a"), "there is a sequence 'a' already"),
+        (lambda e: e.rollback("x", 1), "no sequence 'x'"),
+        (lambda e: e.rollback("a", 6), "num_tokens is 6, but sequence 'a' can give back 0..5 tokens; flush it"),
+        (lambda e: e.rollback("a", -1), "num_tokens is -1"),
+        (lambda e: e.rollback("a", 1.0), "num_tokens is 1.0"),
+        (lambda e: e.flush("x"), "no sequence 'x'"),
+        (lambda e: e.hidden_states([1, 2], last=3), r"last is 3, but must be a whole number in 1\.\.2"),
+        (lambda e: e.hidden_states([1.5]), "tokens holds 1.5"),
+    ],
+)
 def test_wrong_calls_are_refused(call: Any, message: str):
     engine = one_program()
     engine.put(["a"], [TEXT[:6]])
@@ -253,8 +264,13 @@ INTERRUPTED = {
     "flush": lambda engine: engine.flush("b"),
     "hidden states": lambda engine: engine.hidden_states(TEXT[:5]),
 }
-AFTER = {"put": {"a": 6, "b": 20, "new": 9}, "fork": {"a": 6, "b": 6, "new": 6}, "rollback": {"a": 6, "b": 3},
-         "flush": {"a": 6}, "hidden states": {"a": 6, "b": 6}}
+AFTER = {
+    "put": {"a": 6, "b": 20, "new": 9},
+    "fork": {"a": 6, "b": 6, "new": 6},
+    "rollback": {"a": 6, "b": 3},
+    "flush": {"a": 6},
+    "hidden states": {"a": 6, "b": 6},
+}
 
 
 def interrupt_at(line: int, call: Any) -> bool:

@@ -21,8 +21,12 @@ def test_it_is_that_of_what_was_left_after_all_that_precedes_the_draw(seed):
     logits = (3 * rng.normal(size=(R, V))).astype(np.float32)
     adjusted = logits.astype(np.float64)
     state, views = init_state(S, V), views_of(R)
-    settings = {"temperature": rng.choice([0.3, 1.0, 2.5], R), "top_k": rng.choice([0, 3, 50], R),
-                "top_p": rng.choice([0.5, 0.9, 1.0], R), "min_p": rng.choice([0.0, 0.1], R)}
+    settings = {
+        "temperature": rng.choice([0.3, 1.0, 2.5], R),
+        "top_k": rng.choice([0, 3, 50], R),
+        "top_p": rng.choice([0.5, 0.9, 1.0], R),
+        "min_p": rng.choice([0.0, 0.1], R),
+    }
     penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3}
     for name, value in {**settings, **penalties}.items():
         views[name][...] = value
@@ -52,8 +56,13 @@ def test_it_is_that_of_what_was_left_after_all_that_precedes_the_draw(seed):
     tokens, logprobs = np.asarray(output.tokens), np.asarray(output.sampled_logprobs)
     for row in range(R):
         temperature = settings["temperature"][row]
-        kept = kept_tokens(adjusted[row], temperature=temperature, top_k=int(settings["top_k"][row]),
-                           top_p=settings["top_p"][row], min_p=settings["min_p"][row])
+        kept = kept_tokens(
+            adjusted[row],
+            temperature=temperature,
+            top_k=int(settings["top_k"][row]),
+            top_p=settings["top_p"][row],
+            min_p=settings["min_p"][row],
+        )
         shares = dict(zip(kept, softmax(adjusted[row][kept] / temperature), strict=True))
         share = shares[int(tokens[row])]
         assert logprobs[row] == pytest.approx(np.log(share), abs=TOLERANCE + 1e-9 / share)

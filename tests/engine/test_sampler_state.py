@@ -54,9 +54,7 @@ PARAMS = [
     SamplingParams(do_sample=False, frequency_penalty=0.4),
     SamplingParams(do_sample=False, logit_bias={3: 2.5, 190: -100}),
     SamplingParams(do_sample=False),
-    SamplingParams(
-        do_sample=False, repetition_penalty=0.5, presence_penalty=-2, frequency_penalty=0.3, logit_bias={9: 1}
-    ),
+    SamplingParams(do_sample=False, repetition_penalty=0.5, presence_penalty=-2, frequency_penalty=0.3, logit_bias={9: 1}),
 ]
 
 

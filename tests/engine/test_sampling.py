@@ -28,9 +28,7 @@ def draws(logits: np.ndarray, count: int = 4096, **columns: Any) -> np.ndarray:
     num_rows = 256
     tiled = np.tile(np.asarray(logits, np.float32), (num_rows, 1))
     starts = range(0, count, num_rows)
-    batches = [
-        sampling_rows(num_rows, len(logits), positions=start + np.arange(num_rows), **columns) for start in starts
-    ]
+    batches = [sampling_rows(num_rows, len(logits), positions=start + np.arange(num_rows), **columns) for start in starts]
     return np.concatenate([np.asarray(run(tiled, batch)[0].tokens) for batch in batches])
 
 
@@ -171,7 +169,11 @@ def test_weights_sum_to_less_than_the_largest_int32_even_if_all_tokens_are_equal
 @pytest.mark.parametrize(
     "columns",
     [
-        {}, {"temperature": 2.5}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2},
+        {},
+        {"temperature": 2.5},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
         {"temperature": 1.5, "top_k": 9, "top_p": 0.8},
     ],
 )
@@ -233,9 +235,12 @@ def test_companions_and_the_place_in_the_batch_do_not_change_a_token(num_rows: i
     count = 256
     logits = rng.normal(size=(count, V)).astype(np.float32) * 2
     columns = {
-        "temperature": rng.choice([0.7, 1.0, 3.0], count), "top_k": rng.choice([0, 20, 100], count),
-        "top_p": rng.choice([0.5, 0.9, 1.0], count), "min_p": rng.choice([0, 0.01], count),
-        "seeds": rng.integers(0, 2**32, count), "positions": rng.integers(0, 10**6, count),
+        "temperature": rng.choice([0.7, 1.0, 3.0], count),
+        "top_k": rng.choice([0, 20, 100], count),
+        "top_p": rng.choice([0.5, 0.9, 1.0], count),
+        "min_p": rng.choice([0, 0.01], count),
+        "seeds": rng.integers(0, 2**32, count),
+        "positions": rng.integers(0, 10**6, count),
     }
     together = np.asarray(run(logits, sampling_rows(count, **columns))[0].tokens)
     order = rng.permutation(count)

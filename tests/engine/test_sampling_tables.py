@@ -30,9 +30,7 @@ def filled(tables: SamplingTables, slots, *, positions=None, writes=None, target
 
 
 def admit(tables: SamplingTables, slot: int, *, eos=(2,), seed=0, num_prompt_tokens=5, **params) -> bool:
-    return tables.admit(
-        slot, SamplingParams(**params), eos_token_ids=eos, seed=seed, num_prompt_tokens=num_prompt_tokens
-    )
+    return tables.admit(slot, SamplingParams(**params), eos_token_ids=eos, seed=seed, num_prompt_tokens=num_prompt_tokens)
 
 
 def test_the_packed_fields_are_the_fields_of_the_batch() -> None:
@@ -45,9 +43,17 @@ def test_parameters_reach_the_rows_of_their_sequences_in_any_order() -> None:
     admit(tables, 0, presence_penalty=1, frequency_penalty=-0.5, repetition_penalty=1.5)
     views = filled(tables, [3, 0, 3], positions=[8, 9, 10])
     expected = {
-        "slots": [3, 0, 3], "positions": [8, 9, 10], "writes_token": [1, 1, 1], "temperature": [0.5, 1, 0.5],
-        "top_k": [7, 0, 7], "top_p": [0.25, 1, 0.25], "min_p": [0.125, 0, 0.125], "presence_penalty": [0, 1, 0],
-        "frequency_penalty": [0, -0.5, 0], "repetition_penalty": [1, 1.5, 1], "seeds": [2**32 - 1, 0, 2**32 - 1],
+        "slots": [3, 0, 3],
+        "positions": [8, 9, 10],
+        "writes_token": [1, 1, 1],
+        "temperature": [0.5, 1, 0.5],
+        "top_k": [7, 0, 7],
+        "top_p": [0.25, 1, 0.25],
+        "min_p": [0.125, 0, 0.125],
+        "presence_penalty": [0, 1, 0],
+        "frequency_penalty": [0, -0.5, 0],
+        "repetition_penalty": [1, 1.5, 1],
+        "seeds": [2**32 - 1, 0, 2**32 - 1],
     }
     for name, values in expected.items():
         np.testing.assert_array_equal(views[name][:3], values, err_msg=name)

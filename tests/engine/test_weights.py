@@ -27,9 +27,13 @@ def other_weights(model: Any, **options: Any) -> Any:
     return init_params(model, jax.random.key(1), **options)
 
 
-@pytest.mark.parametrize(("variant", "options"), [
-    ("default", {}), ("multi_head_tied", {"stack_layers": True, "quantize": "int8"}),
-])
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("default", {}),
+        ("multi_head_tied", {"stack_layers": True, "quantize": "int8"}),
+    ],
+)
 def test_new_weights_give_the_answers_of_an_engine_that_began_with_them(variant, options):
     params, model = tiny_model(variant)
     engine = Engine(params, model, EngineConfig(**SMALL, **options))
@@ -58,18 +62,21 @@ def without(params: Any, *path: Any) -> Any:
     return {name: leaf for name, leaf in params.items() if name != key}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda p, m: None, "params must be a dict whose 'layers'"),
-    (lambda p, m: without(p, "layers"), "params must be a dict whose 'layers'"),
-    (lambda p, m: {**p, "layers": ()}, r"a tuple of \d dicts"),
-    (lambda p, m: without(p, "final_norm"), r"params\['final_norm'\] \[\d+\] is missing"),
-    (lambda p, m: without(p, "layers", "qkv"), r"params\['layers'\]\['qkv'\] \[.*\] is missing"),
-    (lambda p, m: {**p, "bias": p["final_norm"]}, r"params\['bias'\] is none of the weights of this model"),
-    (lambda p, m: {**p, "embed": p["embed"].T}, r"params\['embed'\] has shape .* but this model has"),
-    (lambda p, m: {**p, "embed": "x"}, r"params\['embed'\] is a str, but must be an array"),
-    (lambda p, m: {**p, "embed": p["embed"].astype(jnp.int32)}, r"params\['embed'\] has dtype int32"),
-    (lambda p, m: jax.eval_shape(lambda: p), r"is a ShapeDtypeStruct, but must be an array"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, m: None, "params must be a dict whose 'layers'"),
+        (lambda p, m: without(p, "layers"), "params must be a dict whose 'layers'"),
+        (lambda p, m: {**p, "layers": ()}, r"a tuple of \d dicts"),
+        (lambda p, m: without(p, "final_norm"), r"params\['final_norm'\] \[\d+\] is missing"),
+        (lambda p, m: without(p, "layers", "qkv"), r"params\['layers'\]\['qkv'\] \[.*\] is missing"),
+        (lambda p, m: {**p, "bias": p["final_norm"]}, r"params\['bias'\] is none of the weights of this model"),
+        (lambda p, m: {**p, "embed": p["embed"].T}, r"params\['embed'\] has shape .* but this model has"),
+        (lambda p, m: {**p, "embed": "x"}, r"params\['embed'\] is a str, but must be an array"),
+        (lambda p, m: {**p, "embed": p["embed"].astype(jnp.int32)}, r"params\['embed'\] has dtype int32"),
+        (lambda p, m: jax.eval_shape(lambda: p), r"is a ShapeDtypeStruct, but must be an array"),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(change, message):
     engine = tiny_engine()
     _, model = tiny_model()

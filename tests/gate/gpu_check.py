@@ -80,9 +80,7 @@ class Kernels:
         if not self.interpret:
             return ragged_attention_gpu
         tiles = dataclasses.replace(modelled(head_dim, group, self.generation, quantised=True), blocks=2, pieces=4)
-        return functools.partial(
-            ragged_attention_gpu, tiles=tiles, generation=self.generation, interpret=self.interpret
-        )
+        return functools.partial(ragged_attention_gpu, tiles=tiles, generation=self.generation, interpret=self.interpret)
 
 
 def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernels: Kernels) -> float:
@@ -103,9 +101,7 @@ def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernel
         jax.jit(functools.partial(function, **static))(**arguments, **extras)
         for function in (ragged_attention_reference, kernels.attention(shape["head_dim"], shape["group"]))
     ]
-    (expected, *caches), (out, *ours) = [
-        [np.asarray(x, np.float32) for x in jax.tree.leaves(result)] for result in results
-    ]
+    (expected, *caches), (out, *ours) = [[np.asarray(x, np.float32) for x in jax.tree.leaves(result)] for result in results]
     for mine, theirs in zip(ours, caches, strict=True):
         np.testing.assert_array_equal(mine, theirs)
     return float(np.max(np.abs(out - expected))) / TOLERANCE[dtype.name]
@@ -171,11 +167,14 @@ def ours(call: Call, kernels: Kernels) -> Callable[[], Any]:
     index = {
         "kv_slots": jnp.asarray(slots.reshape(-1), jnp.int32),
         "query_starts": jnp.arange(s + 1, dtype=jnp.int32) * length,
-        "context_lens": jnp.full((s,), call.context, jnp.int32), "block_tables": jnp.asarray(tables),
-    }  # fmt: skip
+        "context_lens": jnp.full((s,), call.context, jnp.int32),
+        "block_tables": jnp.asarray(tables),
+    }
     attend = jax.jit(
         functools.partial(
-            kernels.attention(call.head_dim, call.num_heads // call.num_kv_heads), layer=0, num_blocks=s * blocks,
+            kernels.attention(call.head_dim, call.num_heads // call.num_kv_heads),
+            layer=0,
+            num_blocks=s * blocks,
             scale=call.head_dim**-0.5,
         ),
         donate_argnums=(3, 4),
@@ -193,9 +192,7 @@ def cudnn(call: Call) -> Callable[[], Any]:
     s, length = call.num_sequences, call.num_tokens // call.num_sequences
     key, dtype = jax.random.key(0), jnp.dtype(call.dtype)
     q = jax.random.normal(key, (s, length, call.num_heads, call.head_dim), dtype)
-    k, v = (
-        jax.random.normal(x, (s, call.context, call.num_kv_heads, call.head_dim), dtype) for x in jax.random.split(key)
-    )
+    k, v = (jax.random.normal(x, (s, call.context, call.num_kv_heads, call.head_dim), dtype) for x in jax.random.split(key))
 
     # cuDNN's causal mask begins at the first key, so a chunk at the end of a context is given as a bias.
     causal = jnp.arange(call.context)[None, :] <= (call.context - length + jnp.arange(length))[:, None]
@@ -227,13 +224,15 @@ def torch_sdpa(call: Call) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
 
 def calls(tiny: bool) -> list[Call]:
     if tiny:
-        return [Call(name="decode 2 x 64", num_tokens=2, num_sequences=2, context=64, num_heads=4, num_kv_heads=1),
-                Call(name="prompt 16, context 64", num_tokens=16, num_sequences=1, context=64, num_heads=4,
-                     num_kv_heads=1)]  # fmt: skip
+        return [
+            Call(name="decode 2 x 64", num_tokens=2, num_sequences=2, context=64, num_heads=4, num_kv_heads=1),
+            Call(name="prompt 16, context 64", num_tokens=16, num_sequences=1, context=64, num_heads=4, num_kv_heads=1),
+        ]
     decode = [
         Call(name=f"decode {s} x {context}", num_tokens=s, num_sequences=s, context=context)
-        for s in (64, 256) for context in (1024, 2048, 4096, 8192)
-    ]  # fmt: skip
+        for s in (64, 256)
+        for context in (1024, 2048, 4096, 8192)
+    ]
     return [*decode, Call(name="prompt 2048, context 4096", num_tokens=2048, num_sequences=1, context=4096)]
 
 
@@ -301,8 +300,11 @@ def main() -> int:
         missed = reached < target and not options.tiny
         failed += missed
         theirs = other(lambda call=call: seconds(cudnn(call))), other(lambda call=call: seconds(*torch_sdpa(call)))
-        print(f"  {call.name:26} {1e6 * took:10.0f} {theirs[0]} {theirs[1]} {100 * reached:7.1f}% {100 * target:6.0f}%"
-              f"{'  MISSED' if missed else ''}", flush=True)
+        print(
+            f"  {call.name:26} {1e6 * took:10.0f} {theirs[0]} {theirs[1]} {100 * reached:7.1f}% {100 * target:6.0f}%"
+            f"{'  MISSED' if missed else ''}",
+            flush=True,
+        )
     print("all passed" if not failed else f"{failed} failed")
     return 1 if failed else 0
 

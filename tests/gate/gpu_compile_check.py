@@ -31,13 +31,15 @@ SHARED_BYTES = 232448  # what a thread block of an H100 can have
 SHARED_BYTES_AMPERE = 99 * 1024  # 163 KiB on an A100, but this on GPUs of compute capability 8.6 and 8.9
 
 # Not for these kernels: the float32 cache, and tables beyond what is worth a check.
-GPU_CALLS = (*(call for call in CALLS if call.dtype != "float32" and call.context < 2**20),
-             Call(name="heads of 64, float16", num_tokens=512, head_dim=64, dtype="float16"),
-             Call(name="heads of 80", num_tokens=512, head_dim=80),
-             Call(name="heads of 96, B=16", num_tokens=512, head_dim=96, block_size=16),
-             Call(name="B=8", num_tokens=512, block_size=8),
-             Call(name="window alone", num_tokens=512, window=1024),
-             Call(name="int8 KV, D=64, B=64", num_tokens=512, head_dim=64, block_size=64, kv_dtype="int8"))  # fmt: skip
+GPU_CALLS = (
+    *(call for call in CALLS if call.dtype != "float32" and call.context < 2**20),
+    Call(name="heads of 64, float16", num_tokens=512, head_dim=64, dtype="float16"),
+    Call(name="heads of 80", num_tokens=512, head_dim=80),
+    Call(name="heads of 96, B=16", num_tokens=512, head_dim=96, block_size=16),
+    Call(name="B=8", num_tokens=512, block_size=8),
+    Call(name="window alone", num_tokens=512, window=1024),
+    Call(name="int8 KV, D=64, B=64", num_tokens=512, head_dim=64, block_size=64, kv_dtype="int8"),
+)
 AMPERE_CALLS = [call for call in GPU_CALLS if call.kv_dtype != "float8_e4m3fn"]
 MIXED = next(call for call in CALLS if call.name == "mixed 2k, 64 sequences")
 
@@ -73,11 +75,13 @@ def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
             shared = re.findall(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else []
             kernels.append(
                 Kernel(
-                    name=re.sub(r"_\d+$", "", path.stem), registers=int(registers), spilled=int(spilled),
+                    name=re.sub(r"_\d+$", "", path.stem),
+                    registers=int(registers),
+                    spilled=int(spilled),
                     serialised="wgmma.mma_async instructions are serialized" in text,
                     shared=int(shared[0]) if shared else None,
                 )
-            )  # fmt: skip
+            )
 
 
 def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list[Kernel], str]:
@@ -104,16 +108,28 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
         cache = QuantizedCache(values=cache, scales=array(cache.shape[:-1], jnp.float32))
     extras = {name: array((call.num_heads,), jnp.float32) for name in ("alibi_slopes", "sinks") if call.extras}
     attention = functools.partial(
-        ragged_attention_gpu, layer=0, num_blocks=num_blocks, scale=0.1, sliding_window=call.window,
-        soft_cap=call.soft_cap, tiles=tiles,
-    )  # fmt: skip
+        ragged_attention_gpu,
+        layer=0,
+        num_blocks=num_blocks,
+        scale=0.1,
+        sliding_window=call.window,
+        soft_cap=call.soft_cap,
+        tiles=tiles,
+    )
     kernels: list[Kernel] = []
     with lowering_for(mesh), assembler_reports(kernels):
         lowered = jax.jit(attention, donate_argnums=(3, 4)).lower(
-            array((call.num_tokens, call.num_heads, call.head_dim), dtype), new, new, cache, cache,
-            kv_slots=array((call.num_tokens,)), query_starts=array((call.num_sequences + 1,)),
-            context_lens=array((call.num_sequences,)), block_tables=array((call.num_sequences, max_blocks)), **extras,
-        )  # fmt: skip
+            array((call.num_tokens, call.num_heads, call.head_dim), dtype),
+            new,
+            new,
+            cache,
+            cache,
+            kv_slots=array((call.num_tokens,)),
+            query_starts=array((call.num_sequences + 1,)),
+            context_lens=array((call.num_sequences,)),
+            block_tables=array((call.num_sequences, max_blocks)),
+            **extras,
+        )
         memory = compile_lowered(lowered).memory_analysis()
     cache_bytes = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     words = memory_complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
@@ -236,8 +252,11 @@ def main() -> int:
             words = f"{type(error).__name__}: {error}"[:600]
         failed += bool(words)
         figures = ", ".join(f"{k.name.removeprefix('ragged_attention_')} {k.registers}/{k.spilled}" for k in kernels)
-        print(f"{name:42} {time.process_time() - start:6.1f} s {temporaries / MIB:8.0f} MiB  {figures}"
-              f"{'  FAILED ' + words if words else ''}", flush=True)
+        print(
+            f"{name:42} {time.process_time() - start:6.1f} s {temporaries / MIB:8.0f} MiB  {figures}"
+            f"{'  FAILED ' + words if words else ''}",
+            flush=True,
+        )
     print("all passed" if not failed else f"{failed} failed")
     return 1 if failed else 0
 

@@ -199,11 +199,18 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
     facts: dict[str, Any] = {}
     with lowering_for(mesh):
         if which == "ours":
-            chosen = tiles.modelled(tiles.Shape(
-                num_heads=call.num_heads, num_kv_heads=call.num_kv_heads, head_dim=call.head_dim,
-                block_size=call.block_size, num_tokens=call.num_tokens, num_sequences=call.num_sequences,
-                dtype=call.kv_dtype or "bfloat16",
-            ), kind)  # fmt: skip
+            chosen = tiles.modelled(
+                tiles.Shape(
+                    num_heads=call.num_heads,
+                    num_kv_heads=call.num_kv_heads,
+                    head_dim=call.head_dim,
+                    block_size=call.block_size,
+                    num_tokens=call.num_tokens,
+                    num_sequences=call.num_sequences,
+                    dtype=call.kv_dtype or "bfloat16",
+                ),
+                kind,
+            )
             facts["tiles"] = dataclasses.asdict(chosen)
             new = array(call.num_tokens, call.num_kv_heads, call.head_dim, dtype=bf16)
             dims = (num_blocks, call.num_kv_heads, call.block_size, call.head_dim)
@@ -214,8 +221,15 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
                 functools.partial(ragged_attention_tpu, layer=0, num_blocks=num_blocks, scale=0.1, tiles=chosen),
                 donate_argnums=(3, 4),
             ).lower(
-                q, new, new, cache, cache, kv_slots=array(call.num_tokens), query_starts=index[2],
-                context_lens=index[0], block_tables=index[1],
+                q,
+                new,
+                new,
+                cache,
+                cache,
+                kv_slots=array(call.num_tokens),
+                query_starts=index[2],
+                context_lens=index[0],
+                block_tables=index[1],
             )
         elif which == "v3":
             program, facts["sizes"] = v3.lower(call, kind, array, num_blocks=num_blocks, max_blocks=max_blocks)
@@ -231,10 +245,15 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
             )
             facts["pages"], facts["queries"] = min(int(sizes[0]), jax_keys // call.block_size), int(sizes[1])
             pages = array(num_blocks, call.block_size, 2 * call.num_kv_heads, call.head_dim, dtype=bf16)
-            program = jax.jit(functools.partial(
-                ragged_paged_attention, sm_scale=0.1, num_kv_pages_per_block=facts["pages"],
-                num_queries_per_block=facts["queries"], vmem_limit_bytes=64 * MIB if kind != "v4" else None,
-            )).lower(q, pages, index[0], index[1], index[2], array(1))
+            program = jax.jit(
+                functools.partial(
+                    ragged_paged_attention,
+                    sm_scale=0.1,
+                    num_kv_pages_per_block=facts["pages"],
+                    num_queries_per_block=facts["queries"],
+                    vmem_limit_bytes=64 * MIB if kind != "v4" else None,
+                )
+            ).lower(q, pages, index[0], index[1], index[2], array(1))
         start = time.process_time()  # whoever else uses the machine does not count
         program.compile()
     return facts | {"seconds": time.process_time() - start}
@@ -275,8 +294,11 @@ def measure(which: str, shape: str, kind: str, *, timeout: float, jax_keys: int)
             return facts | count_ours(shape, schedule_of("ragged_attention"), Tiles(**facts["tiles"]), call)
         if which == "v3":
             chunks = chunks_of(shape)
-            used = {name: schedule_of(file) for name, file in v3.SCHEDULES.items()
-                    if any((length == 1) == (name == "DECODE") for length, _ in chunks)}
+            used = {
+                name: schedule_of(file)
+                for name, file in v3.SCHEDULES.items()
+                if any((length == 1) == (name == "DECODE") for length, _ in chunks)
+            }
             return facts | v3.count(chunks, used, facts["sizes"], call)
         root = schedule_of("ragged_paged_attention")
         return facts | count_upstream(shape, root, facts["pages"], facts["queries"], call)
@@ -286,8 +308,7 @@ def tiles_in_words(facts: dict[str, Any], call: Call) -> str:
     if "tiles" in facts:
         return f"{facts['tiles']['queries']} q, {facts['tiles']['keys']} k"
     if "sizes" in facts:
-        return "; ".join(f"{name.lower()} {sizes['bq_sz']} q, {sizes['bkv_sz']} k"
-                         for name, sizes in facts["sizes"].items())
+        return "; ".join(f"{name.lower()} {sizes['bq_sz']} q, {sizes['bkv_sz']} k" for name, sizes in facts["sizes"].items())
     return f"{facts['queries']} q, {facts['pages'] * call.block_size} k"
 
 
@@ -295,11 +316,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--kinds", nargs="+", default=["v5e", "v6e", "tpu7x"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(COMPARED))
-    parser.add_argument("--kernels", nargs="+", choices=("ours", "JAX", "v3"),
-                        default=["ours", "JAX"] + ["v3"] * v3.is_here())
-    parser.add_argument("--jax-keys", type=int, default=1024,
-                        help="most keys a piece of JAX's kernel; its own table says up to 4096, which takes minutes to "
-                        "compile and does not change the bundles a key (default: 1024, as ours)")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=("ours", "JAX", "v3"), default=["ours", "JAX"] + ["v3"] * v3.is_here()
+    )
+    parser.add_argument(
+        "--jax-keys",
+        type=int,
+        default=1024,
+        help="most keys a piece of JAX's kernel; its own table says up to 4096, which takes minutes to "
+        "compile and does not change the bundles a key (default: 1024, as ours)",
+    )
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a compilation")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -316,9 +342,12 @@ def main() -> int:
                     print(f"| {kind} | {shape} | {which} | | {facts['failed']!r} |", flush=True)
                     continue
                 tokens = SHAPES[shape].num_tokens
-                print(f"| {kind} | {shape} | {which} | {tiles_in_words(facts, SHAPES[shape])} | {facts['seconds']:.1f} s "
-                      f"| {facts['vmem'] / MIB:.1f} MiB | {facts['bundles'] / tokens:,.0f} "
-                      f"| {facts['bytes'] / tokens / 1024:,.0f} KiB |", flush=True)
+                print(
+                    f"| {kind} | {shape} | {which} | {tiles_in_words(facts, SHAPES[shape])} | {facts['seconds']:.1f} s "
+                    f"| {facts['vmem'] / MIB:.1f} MiB | {facts['bundles'] / tokens:,.0f} "
+                    f"| {facts['bytes'] / tokens / 1024:,.0f} KiB |",
+                    flush=True,
+                )
     return 0
 
 

@@ -28,8 +28,12 @@ SECONDS_A_PROGRAM = 180  # of processor time
 COLLECTIVES_A_LAYER = 2
 COPY_A_LAYER = 24 * MIB  # activations, in float32; the largest weight of a layer is more in each of the models
 # What CI has time for: that the gate can fail, the kernels in both kinds of cache, and one whole step.
-QUICK = ("a too large tile is refused", "attention: 70B on 8 devices, B=128", "attention: int8 KV, 70B on 8 devices",
-         "step: Llama-3-8B")
+QUICK = (
+    "a too large tile is refused",
+    "attention: 70B on 8 devices, B=128",
+    "attention: int8 KV, 70B on 8 devices",
+    "step: Llama-3-8B",
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -67,14 +71,26 @@ def check_kernel(call: Any, mesh: Any, *, tiles: Any = None) -> tuple[int, str]:
         cache = QuantizedCache(values=cache, scales=array(shape[:-1], jnp.float32))  # pyright: ignore[reportArgumentType]
     extras = {name: array((call.num_heads,), jnp.float32) for name in ("alibi_slopes", "sinks") if call.extras}
     attention = functools.partial(
-        ragged_attention_tpu, layer=0, num_blocks=num_blocks, scale=0.1, sliding_window=call.window,
-        soft_cap=call.soft_cap, tiles=tiles,
-    )  # fmt: skip
+        ragged_attention_tpu,
+        layer=0,
+        num_blocks=num_blocks,
+        scale=0.1,
+        sliding_window=call.window,
+        soft_cap=call.soft_cap,
+        tiles=tiles,
+    )
     with lowering_for(mesh):
         lowered = jax.jit(attention, donate_argnums=(3, 4)).lower(
-            array((call.num_tokens, call.num_heads, call.head_dim), dtype), new, new, cache, cache,
-            kv_slots=array((call.num_tokens,)), query_starts=array((call.num_sequences + 1,)),
-            context_lens=array((call.num_sequences,)), block_tables=array((call.num_sequences, max_blocks)), **extras,
+            array((call.num_tokens, call.num_heads, call.head_dim), dtype),
+            new,
+            new,
+            cache,
+            cache,
+            kv_slots=array((call.num_tokens,)),
+            query_starts=array((call.num_sequences + 1,)),
+            context_lens=array((call.num_sequences,)),
+            block_tables=array((call.num_sequences, max_blocks)),
+            **extras,
         )
         memory = compile_lowered(lowered).memory_analysis()
     cache_bytes = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
@@ -98,7 +114,13 @@ def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> 
 
     model = family_of(hf["architectures"][0]).config_from_hf(hf)
     program = compile_step(
-        model, mesh, token_budget=512, max_num_seqs=64, max_context_len=8192, block_size=128, num_blocks=512,
+        model,
+        mesh,
+        token_budget=512,
+        max_num_seqs=64,
+        max_context_len=8192,
+        block_size=128,
+        num_blocks=512,
         kv_dtype=jnp.dtype(kv_dtype),
     )
     words = complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
@@ -134,9 +156,7 @@ def check_refusal(mesh: Any) -> tuple[int, str]:
     return 0, "a tile of 128 MiB was accepted in 16 MiB of VMEM"
 
 
-def checks_of(
-    kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]
-) -> dict[str, Callable[[], tuple[int, str]]]:
+def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> dict[str, Callable[[], tuple[int, str]]]:
     """All checks of a kind, most important first; `small` is a mesh of one device.
 
     Each model's step is compiled over a cache of each of the `kv_dtypes`.
@@ -176,9 +196,7 @@ def run_kind(kind: str, only: str, *, quick: bool, kv_dtypes: Sequence[str]) -> 
         seconds = time.process_time() - start
         if seconds > SECONDS_A_PROGRAM and not words:
             words = f"took more than {SECONDS_A_PROGRAM} processor seconds"
-        result = Result(
-            kind=kind, check=name, passed=not words, seconds=seconds, temporaries=temporaries, words=words
-        )
+        result = Result(kind=kind, check=name, passed=not words, seconds=seconds, temporaries=temporaries, words=words)
         print(json.dumps(dataclasses.asdict(result)), flush=True)
 
 
@@ -188,8 +206,13 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run the checks whose name holds this")
     parser.add_argument("--seconds", type=float, default=1500.0, help="time for all; what is not reached is named")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
-    parser.add_argument("--kv-dtypes", nargs="+", choices=("bfloat16", "int8", "float8_e4m3fn"),
-                        default=["bfloat16", "int8"], help="the caches that steps are compiled over")
+    parser.add_argument(
+        "--kv-dtypes",
+        nargs="+",
+        choices=("bfloat16", "int8", "float8_e4m3fn"),
+        default=["bfloat16", "int8"],
+        help="the caches that steps are compiled over",
+    )
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_this_process:
@@ -205,9 +228,7 @@ def main() -> int:
         command = [sys.executable, "-m", "tests.gate.tpu_check", "--in-this-process", "--kinds", kind]
         command += ["--only", options.only] + ["--quick"] * options.quick + ["--kv-dtypes", *options.kv_dtypes]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         try:
             output, errors = process.communicate(timeout=share)
             crashed = process.returncode != 0
@@ -222,8 +243,11 @@ def main() -> int:
             result = Result(**json.loads(line))
             failed += not result.passed
             passed += result.passed
-            print(f"{kind:6} {result.check:42} {result.seconds:6.1f} s {result.temporaries / MIB:8.0f} MiB"
-                  f"  {'' if result.passed else 'FAILED ' + result.words}", flush=True)
+            print(
+                f"{kind:6} {result.check:42} {result.seconds:6.1f} s {result.temporaries / MIB:8.0f} MiB"
+                f"  {'' if result.passed else 'FAILED ' + result.words}",
+                flush=True,
+            )
         failed += crashed
         unreached += bool(ended) and not crashed
         if ended:

@@ -50,16 +50,30 @@ def lower(call: Call, kind: str, array: Callable[..., Any], *, num_blocks: int, 
     bf16 = jnp.bfloat16
     sizes = {
         case.name: kernel.get_default_block_sizes(
-            bf16, bf16, call.num_heads, call.num_kv_heads, call.head_dim, call.block_size, call.num_tokens,
-            call.num_sequences, max_blocks, case=case,
+            bf16,
+            bf16,
+            call.num_heads,
+            call.num_kv_heads,
+            call.head_dim,
+            call.block_size,
+            call.num_tokens,
+            call.num_sequences,
+            max_blocks,
+            case=case,
         )
         for case in (kernel.RpaCase.DECODE, kernel.RpaCase.MIXED)
     }
     new = array(call.num_tokens, call.num_kv_heads, call.head_dim, dtype=bf16)
     cache = kernel.get_kv_cache_shape(num_blocks, call.block_size, call.num_kv_heads, call.head_dim, bf16)
     lowered = kernel.ragged_paged_attention.lower(
-        array(call.num_tokens, call.num_heads, call.head_dim, dtype=bf16), new, new, array(*cache, dtype=bf16),
-        array(call.num_sequences), array(call.num_sequences * max_blocks), array(call.num_sequences + 1), array(3),
+        array(call.num_tokens, call.num_heads, call.head_dim, dtype=bf16),
+        new,
+        new,
+        array(*cache, dtype=bf16),
+        array(call.num_sequences),
+        array(call.num_sequences * max_blocks),
+        array(call.num_sequences + 1),
+        array(3),
         sm_scale=0.1,
     )
     return lowered, sizes

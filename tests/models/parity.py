@@ -1,6 +1,6 @@
 """Our logits beside those of transformers, for every tiny checkpoint of tests/reference.
 
-    python -m tests.models.parity          # rewrites the tables of docs/models.md, in about two minutes
+python -m tests.models.parity          # rewrites the tables of docs/models.md, in about two minutes
 """
 
 from __future__ import annotations
@@ -69,8 +69,14 @@ class Runs:
     def logits(self, token_ids: np.ndarray, sizes: list[int], *, prompt_length: int) -> np.ndarray:
         """f32[sum(sizes), V]: every row, the tokens cut into chunks of `sizes`, each padded to the program's length."""
         config = self.config
-        cache = KVCache.zeros(num_layers=config.num_layers, num_blocks=NUM_BLOCKS, num_kv_heads=config.num_kv_heads,
-                              block_size=BLOCK_SIZE, head_dim=config.head_dim, dtype=self.params["embed"].dtype)
+        cache = KVCache.zeros(
+            num_layers=config.num_layers,
+            num_blocks=NUM_BLOCKS,
+            num_kv_heads=config.num_kv_heads,
+            block_size=BLOCK_SIZE,
+            head_dim=config.head_dim,
+            dtype=self.params["embed"].dtype,
+        )
         rows, start = [], 0
         for size in sizes:
             logits, cache = self.program(self.params, cache, self._batch(token_ids, start, size, prompt_length))

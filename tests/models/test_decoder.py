@@ -25,8 +25,14 @@ LOGIT_TOLERANCE = 1e-4
 
 def run_chunks(params, config: ModelConfig, token_ids, sizes, **options) -> np.ndarray:
     """Logits of every position, with the prompt cut into chunks of `sizes`."""
-    cache = KVCache.zeros(num_layers=config.num_layers, num_blocks=NUM_BLOCKS, num_kv_heads=config.num_kv_heads,
-                          block_size=BLOCK_SIZE, head_dim=config.head_dim, dtype=jnp.float32)
+    cache = KVCache.zeros(
+        num_layers=config.num_layers,
+        num_blocks=NUM_BLOCKS,
+        num_kv_heads=config.num_kv_heads,
+        block_size=BLOCK_SIZE,
+        head_dim=config.head_dim,
+        dtype=jnp.float32,
+    )
     table = np.random.default_rng(0).permutation(NUM_BLOCKS).astype(np.int32)
     program = jax.jit(partial(forward, config=config, **options), donate_argnums=1)
     rows, start = [], 0
@@ -91,11 +97,14 @@ def test_parameters_are_counted_as_they_are_made():
         assert count_params(config) == sum(leaf.size for leaf in jax.tree_util.tree_leaves(params))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"num_heads": 5}, "num_heads=5 is not a multiple of num_kv_heads=2"),
-    ({"head_dim": 7}, "head_dim is 7"),
-    ({"num_layers": 0}, "num_layers is 0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "num_heads=5 is not a multiple of num_kv_heads=2"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"num_layers": 0}, "num_layers is 0"),
+    ],
+)
 def test_impossible_sizes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(tiny_model()[1], **changes)

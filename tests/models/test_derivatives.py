@@ -28,10 +28,16 @@ def batch_of(start: int, stop: int) -> RaggedBatch:
     table = jnp.arange(NUM_BLOCKS - 1, -1, -1, dtype=jnp.int32)
     count = stop - start
     return RaggedBatch(
-        token_ids=jnp.asarray(TOKENS[start:stop], jnp.int32), token_slots=jnp.ones(count, jnp.int32), positions=positions,
-        rope_lengths=jnp.full(count, LENGTH, jnp.int32), kv_slots=table[positions // BLOCK] * BLOCK + positions % BLOCK,
-        query_starts=jnp.asarray([0, count], jnp.int32), context_lens=jnp.asarray([stop], jnp.int32),
-        block_tables=table[None], sample_rows=jnp.arange(count, dtype=jnp.int32), num_sample_rows=jnp.int32(count),
+        token_ids=jnp.asarray(TOKENS[start:stop], jnp.int32),
+        token_slots=jnp.ones(count, jnp.int32),
+        positions=positions,
+        rope_lengths=jnp.full(count, LENGTH, jnp.int32),
+        kv_slots=table[positions // BLOCK] * BLOCK + positions % BLOCK,
+        query_starts=jnp.asarray([0, count], jnp.int32),
+        context_lens=jnp.asarray([stop], jnp.int32),
+        block_tables=table[None],
+        sample_rows=jnp.arange(count, dtype=jnp.int32),
+        num_sample_rows=jnp.int32(count),
     )
 
 
@@ -44,8 +50,14 @@ def loss(
     params: Params, *, config: ModelConfig, attention: str | None = None, cut: int = LENGTH, dtype: str = "float32"
 ) -> jax.Array:
     """Of a text in two chunks, so that the second one reads the cache that the first has written."""
-    cache = KVCache.zeros(num_layers=config.num_layers, num_blocks=NUM_BLOCKS, num_kv_heads=config.num_kv_heads,
-                          block_size=BLOCK, head_dim=config.head_dim, dtype=dtype)
+    cache = KVCache.zeros(
+        num_layers=config.num_layers,
+        num_blocks=NUM_BLOCKS,
+        num_kv_heads=config.num_kv_heads,
+        block_size=BLOCK,
+        head_dim=config.head_dim,
+        dtype=dtype,
+    )
     parts = []
     for start, stop in ((0, cut), (cut, LENGTH)):
         if stop > start:
@@ -70,9 +82,14 @@ def dense_gradient(family: str) -> Params:
     return jax.jit(jax.grad(partial(dense_loss, config=config)))(params)
 
 
-@pytest.mark.parametrize(("attention", "cut"), [
-    (None, 5), pytest.param("xla", LENGTH, marks=pytest.mark.slow), ("reference", LENGTH),
-])
+@pytest.mark.parametrize(
+    ("attention", "cut"),
+    [
+        (None, 5),
+        pytest.param("xla", LENGTH, marks=pytest.mark.slow),
+        ("reference", LENGTH),
+    ],
+)
 def test_the_gradient_is_that_of_the_dense_forward_whatever_attention_computes(attention, cut):
     params, config = load("llama", "default", stack_layers=True)
     got = jax.jit(jax.grad(partial(loss, config=config, attention=attention, cut=cut)))(params)
@@ -114,8 +131,10 @@ def test_packed_weights_have_no_derivative_and_the_error_names_the_remedy():
     _, config = tiny_model()
     engine = tiny_engine()
     packed = engine.params
-    for what in (lambda scale: loss({**packed, "embed": packed["embed"] * scale}, config=config),
-                 lambda scale: loss({**packed, "final_norm": packed["final_norm"] * scale}, config=config)):
+    for what in (
+        lambda scale: loss({**packed, "embed": packed["embed"] * scale}, config=config),
+        lambda scale: loss({**packed, "final_norm": packed["final_norm"] * scale}, config=config),
+    ):
         with pytest.raises(ValueError, match=r"PackedWeight has no derivative.*load_params\(\.\.\., prepare=None\)"):
             jax.grad(what)(1.0)
     with pytest.raises(ValueError, match="PackedWeight has no derivative"):

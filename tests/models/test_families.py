@@ -33,7 +33,9 @@ OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if na
 IN_SLOW_TESTS = ("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5")
 COMPARED = [
     pytest.param(*names, id="-".join(names), marks=pytest.mark.slow if names[0] in IN_SLOW_TESTS else ())
-    for names in variants() if names[0] not in test_moe_families.FAMILIES]
+    for names in variants()
+    if names[0] not in test_moe_families.FAMILIES
+]
 
 
 @pytest.mark.parametrize(("family", "variant"), COMPARED)
@@ -93,13 +95,18 @@ def test_bfloat16_stays_near_float32(family, variant):
 QUICK = {("llama", "default"), ("opt", "post_norm"), ("deepseek_v2", "lite")}
 
 
-@pytest.mark.parametrize("formats", [
-    pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
-    pytest.param({"dtype": "float32", "quantize": "int8"}, id="int8"),
-    pytest.param({"dtype": "float16"}, id="float16", marks=pytest.mark.slow),
-])
-@pytest.mark.parametrize(("family", "variant"), [
-    pytest.param(*names, id="-".join(names), marks=() if names in QUICK else pytest.mark.slow) for names in variants()])
+@pytest.mark.parametrize(
+    "formats",
+    [
+        pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
+        pytest.param({"dtype": "float32", "quantize": "int8"}, id="int8"),
+        pytest.param({"dtype": "float16"}, id="float16", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [pytest.param(*names, id="-".join(names), marks=() if names in QUICK else pytest.mark.slow) for names in variants()],
+)
 def test_prepared_narrow_weights_stay_near_float32(family, variant, formats):
     params, config = load(family, variant)
     resolved = resolve(EngineConfig(num_blocks=8, **formats), config)
@@ -117,17 +124,20 @@ def test_scanned_layers_that_differ_look_up_their_own_settings():
         assert error(got, want) < TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "variant", "changes"), [
-    ("mistral", "window", {"layer_windows": ()}),
-    ("gemma2", "default", {"attention_soft_cap": None}),
-    ("gemma2", "default", {"logits_soft_cap": None}),
-    ("gemma3", "default", {"layer_ropes": ()}),
-    ("smollm3", "default", {"layer_ropes": ()}),
-    ("falcon", "rw", {"alibi_slopes": ()}),
-    ("granite", "default", {"residual_multiplier": 1.0}),
-    ("granite", "default", {"embed_multiplier": 1.0}),
-    ("opt", "default", {"position_offset": 0}),
-])
+@pytest.mark.parametrize(
+    ("family", "variant", "changes"),
+    [
+        ("mistral", "window", {"layer_windows": ()}),
+        ("gemma2", "default", {"attention_soft_cap": None}),
+        ("gemma2", "default", {"logits_soft_cap": None}),
+        ("gemma3", "default", {"layer_ropes": ()}),
+        ("smollm3", "default", {"layer_ropes": ()}),
+        ("falcon", "rw", {"alibi_slopes": ()}),
+        ("granite", "default", {"residual_multiplier": 1.0}),
+        ("granite", "default", {"embed_multiplier": 1.0}),
+        ("opt", "default", {"position_offset": 0}),
+    ],
+)
 def test_the_checkpoints_are_sensitive_to_what_sets_a_family_apart(family, variant, changes):
     """Guards the parity tests: dropping the peculiarity must show, or they could not fail."""
     params, config = load(family, variant)
@@ -180,25 +190,48 @@ def test_a_switch_that_a_family_does_not_know_is_refused(family, variant):
     assert read(hf | {"use_new_mathematics": False}) == read(hf)
 
 
-@pytest.mark.parametrize(("family", "variant", "changes", "message"), [
-    ("bloom", "default", {"apply_residual_connection_post_layernorm": True}, "connection_post_layernorm=True"),
-    ("opt", "default", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
-    ("opt", "default", {"activation_function": "quick_gelu"}, "activation_function='quick_gelu'"),
-    ("gpt2", "default", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-    ("falcon", "40b", {"parallel_attn": False}, "parallel_attn=False"),
-    ("falcon", "7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
-    ("gemma", "default", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-    ("gemma3", "default", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
-    ("mistral", "window", {"layer_types": ["chunked_attention"] * 2}, "supported: 'sliding_attention' or 'full_attention'"),
-    ("qwen2", "tied", {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "rope_type 'mrope' is not supported"),
-    ("qwen2", "tied", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mystery": 1}}, "mystery"),
-    ("llama", "default", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
-    ("cohere2", "default", {"position_embedding_type": "rope_neox"}, "position_embedding_type='rope_neox'"),
-    ("starcoder2", "default", {"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
-    ("gemma3", "default", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r"fields \['factor', 'rope_type'\]"),
-    ("exaone4", "default", {"layer_types": None, "sliding_window_pattern": "LGLG"}, "sliding_window_pattern='LGLG'"),
-    ("glm4_moe", "default", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
-])
+@pytest.mark.parametrize(
+    ("family", "variant", "changes", "message"),
+    [
+        ("bloom", "default", {"apply_residual_connection_post_layernorm": True}, "connection_post_layernorm=True"),
+        ("opt", "default", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+        ("opt", "default", {"activation_function": "quick_gelu"}, "activation_function='quick_gelu'"),
+        ("gpt2", "default", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ("falcon", "40b", {"parallel_attn": False}, "parallel_attn=False"),
+        ("falcon", "7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
+        ("gemma", "default", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3", "default", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        (
+            "mistral",
+            "window",
+            {"layer_types": ["chunked_attention"] * 2},
+            "supported: 'sliding_attention' or 'full_attention'",
+        ),
+        (
+            "qwen2",
+            "tied",
+            {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}},
+            "rope_type 'mrope' is not supported",
+        ),
+        (
+            "qwen2",
+            "tied",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mystery": 1}},
+            "mystery",
+        ),
+        ("llama", "default", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ("cohere2", "default", {"position_embedding_type": "rope_neox"}, "position_embedding_type='rope_neox'"),
+        ("starcoder2", "default", {"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
+        (
+            "gemma3",
+            "default",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            r"fields \['factor', 'rope_type'\]",
+        ),
+        ("exaone4", "default", {"layer_types": None, "sliding_window_pattern": "LGLG"}, "sliding_window_pattern='LGLG'"),
+        ("glm4_moe", "default", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ],
+)
 def test_what_a_family_lacks_is_refused_by_name(family, variant, changes, message):
     hf = json.loads((folder(family, variant) / "config.json").read_text()) | changes
     with pytest.raises(ValueError, match=message):
@@ -215,21 +248,31 @@ def test_old_and_new_spellings_of_a_config_are_the_same_model():
     hf = json.loads((folder("gemma3", "scaled") / "config.json").read_text())
     read = FAMILIES["gemma3"].config_from_hf
     old = {name: value for name, value in hf.items() if name not in ("rope_parameters", "layer_types", "dtype")}
-    old |= {"rope_theta": 1e6, "rope_local_base_freq": 5000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-            "sliding_window_pattern": 2, "torch_dtype": "bfloat16"}
+    old |= {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 5000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 2,
+        "torch_dtype": "bfloat16",
+    }
     assert read(old) == read(hf)
     hf = json.loads((folder("olmo3", "yarn") / "config.json").read_text())
     read = FAMILIES["olmo3"].config_from_hf
     old = {name: value for name, value in hf.items() if name not in ("rope_parameters", "dtype")} | {
-        "rope_theta": 10000.0, "rope_scaling": hf["rope_parameters"]["full_attention"], "torch_dtype": "bfloat16"}
+        "rope_theta": 10000.0,
+        "rope_scaling": hf["rope_parameters"]["full_attention"],
+        "torch_dtype": "bfloat16",
+    }
     assert read(old) == read(hf)
     hf = json.loads((folder("phi3", "longrope_long") / "config.json").read_text())
     read = FAMILIES["phi3"].config_from_hf
     rope = hf["rope_parameters"]
     for kind in ("su", "longrope", "yarn"):
         old = {name: value for name, value in hf.items() if name != "rope_parameters"} | {
-            "rope_theta": 10000.0, "original_max_position_embeddings": 32,
-            "rope_scaling": {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}}
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]},
+        }
         assert read(old) == read(hf)
 
 
@@ -264,8 +307,7 @@ def test_a_shape_that_does_not_fit_the_config_is_refused(tmp_path):
 def test_a_checkpoint_of_the_bare_model_with_saved_masks_is_the_same_model(tmp_path):
     """So are the files of GPT-2 on the hub: no `transformer.` before the names, and the causal mask as a tensor."""
     source = folder("gpt2", "default")
-    tensors = {name.removeprefix("transformer."): value for name, value in
-               load_file(source / "model.safetensors").items()}
+    tensors = {name.removeprefix("transformer."): value for name, value in load_file(source / "model.safetensors").items()}
     for i in range(2):
         tensors[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 96, 96), np.float32))
     save_file(tensors, tmp_path / "model.safetensors")

@@ -23,8 +23,9 @@ _CONFIGS = {
     "normalised": replace(_PLAIN, normalize=True, scale=2.5),
     "softmax_of_chosen": replace(_PLAIN, scores="softmax_of_chosen", router_bias=True),
     "best_of_group": replace(_PLAIN, num_groups=4, groups_per_token=2),
-    "two_best_of_group": replace(_PLAIN, scores="sigmoid", choice_bias=True, normalize=True, num_groups=4,
-                                 groups_per_token=2, group_score="two_best"),
+    "two_best_of_group": replace(
+        _PLAIN, scores="sigmoid", choice_bias=True, normalize=True, num_groups=4, groups_per_token=2, group_score="two_best"
+    ),
     "clamped": replace(_PLAIN, swiglu_limit=0.5, expert_bias=True),
     "shared": replace(_PLAIN, shared_dim=6),
     "gated_shared": replace(_PLAIN, shared_dim=6, shared_gate=True),
@@ -35,9 +36,15 @@ def _weights(config: MoEConfig, *, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     x, f, s = config.num_experts, config.expert_dim, config.shared_dim
     shapes: dict[str, tuple[int, ...]] = {
-        "router": (_E, x), "router_bias": (x,), "choice_bias": (x,), "expert_gate_up": (x, _E, 2 * f),
-        "expert_gate_up_bias": (x, 2 * f), "expert_down": (x, f, _E), "expert_down_bias": (x, _E),
-        "shared_gate_up": (_E, 2 * s), "shared_down": (s, _E),
+        "router": (_E, x),
+        "router_bias": (x,),
+        "choice_bias": (x,),
+        "expert_gate_up": (x, _E, 2 * f),
+        "expert_gate_up_bias": (x, 2 * f),
+        "expert_down": (x, f, _E),
+        "expert_down_bias": (x, _E),
+        "shared_gate_up": (_E, 2 * s),
+        "shared_down": (s, _E),
     }
     if config.shared_gate:
         shapes["shared_gate"] = (_E, 1)
@@ -159,17 +166,25 @@ def test_padding_is_in_no_group(monkeypatch: pytest.MonkeyPatch):
         return original(rows, w, group_sizes, **options)
 
     monkeypatch.setattr(module, "grouped_matmul", spy)
-    moe(jnp.asarray(_tokens()), {key: jnp.asarray(value) for key, value in _weights(_PLAIN).items()}, config=_PLAIN,
-        num_tokens=jnp.int32(5), residual=None)
+    moe(
+        jnp.asarray(_tokens()),
+        {key: jnp.asarray(value) for key, value in _weights(_PLAIN).items()},
+        config=_PLAIN,
+        num_tokens=jnp.int32(5),
+        residual=None,
+    )
     assert [int(size.sum()) for size in sizes] == [5 * _PLAIN.experts_per_token]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"experts_per_token": 9}, r"experts_per_token is 9; with num_experts=8 it must be in \[1, 8\]"),
-    ({"num_groups": 3}, "8 experts cannot be chosen from 1 of 3 groups"),
-    ({"num_groups": 4}, "experts_per_token is 3, but the chosen groups hold 2"),
-    ({"shared_gate": True}, "no shared expert to scale"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts_per_token": 9}, r"experts_per_token is 9; with num_experts=8 it must be in \[1, 8\]"),
+        ({"num_groups": 3}, "8 experts cannot be chosen from 1 of 3 groups"),
+        ({"num_groups": 4}, "experts_per_token is 3, but the chosen groups hold 2"),
+        ({"shared_gate": True}, "no shared expert to scale"),
+    ],
+)
 def test_impossible_experts_are_refused(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         replace(_PLAIN, **changes)

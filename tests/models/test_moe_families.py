@@ -16,13 +16,20 @@ from tests.tiny import drain, greedy, tokens_of
 
 HOME = REFERENCE / "families"
 TOLERANCE = 1e-4  # of the largest logit: two float32 programs that add up in different orders
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3",
-            "glm4_moe")
-QUICK = {("mixtral", "window"), ("qwen2_moe", "every_second"), ("qwen3_moe", "default"), ("gpt_oss", "default"),
-         ("deepseek_v2", "groups"), ("deepseek_v3", "default"), ("gpt_oss", "mxfp4"),
-         ("deepseek_v3", "fp8")}  # together they have every feature but the multipliers
-VARIANTS = [pytest.param(*names, marks=() if names in QUICK else pytest.mark.slow)
-            for names in variants() if names[0] in FAMILIES]
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
+QUICK = {
+    ("mixtral", "window"),
+    ("qwen2_moe", "every_second"),
+    ("qwen3_moe", "default"),
+    ("gpt_oss", "default"),
+    ("deepseek_v2", "groups"),
+    ("deepseek_v3", "default"),
+    ("gpt_oss", "mxfp4"),
+    ("deepseek_v3", "fp8"),
+}  # together they have every feature but the multipliers
+VARIANTS = [
+    pytest.param(*names, marks=() if names in QUICK else pytest.mark.slow) for names in variants() if names[0] in FAMILIES
+]
 
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
@@ -35,9 +42,13 @@ def test_logits_equal_those_of_transformers_however_the_tokens_are_cut(family: s
         assert error(runs.logits(tokens, sizes, prompt_length=prompt), want) < TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "variant"), [
-    ("qwen2_moe", "dense_first"), pytest.param("deepseek_v3", "default", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        ("qwen2_moe", "dense_first"),
+        pytest.param("deepseek_v3", "default", marks=pytest.mark.slow),
+    ],
+)
 def test_runs_of_like_layers_are_scanned(family: str, variant: str):
     params, config = load(family, variant, stack_layers=True)
     assert config.moe is not None
@@ -51,9 +62,18 @@ def test_runs_of_like_layers_are_scanned(family: str, variant: str):
 @pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_request_gets_the_same_tokens_alone_and_in_company(quantize: str | None):
     params, config = load("deepseek_v3", "default")
-    engine = Engine(params, config, EngineConfig(
-        token_budget=24, budget_ladder=() if quantize else (4,), max_num_seqs=4, block_size=4, num_blocks=64,
-        quantize=quantize))
+    engine = Engine(
+        params,
+        config,
+        EngineConfig(
+            token_budget=24,
+            budget_ladder=() if quantize else (4,),
+            max_num_seqs=4,
+            block_size=4,
+            num_blocks=64,
+            quantize=quantize,
+        ),
+    )
     tokens = expected("deepseek_v3", "default")[0].tolist()
     prompts = [tokens[:60], tokens[:7], tokens[20:41], tokens[5:6]]
     alone = []

@@ -15,13 +15,34 @@ from tests.models.parity import Runs, error, expected, folder, random_cut
 
 HEADS, HEAD_DIM, LAYERS, EPS, THETA = 4, 8, 2, 1e-6, 10000.0
 CONFIG = {
-    "architectures": ["QWenLMHeadModel"], "attn_dropout_prob": 0.0, "bf16": True, "emb_dropout_prob": 0.0, "fp16": False,
-    "fp32": False, "hidden_size": 32, "intermediate_size": 80, "initializer_range": 0.02, "kv_channels": HEAD_DIM,
-    "layer_norm_epsilon": EPS, "max_position_embeddings": 256, "model_type": "qwen", "no_bias": True,
-    "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "onnx_safe": None, "rotary_emb_base": 10000,
-    "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 128, "tie_word_embeddings": False,
-    "tokenizer_class": "QWenTokenizer", "use_cache": True, "use_dynamic_ntk": True, "use_flash_attn": "auto",
-    "use_logn_attn": True, "vocab_size": 64,
+    "architectures": ["QWenLMHeadModel"],
+    "attn_dropout_prob": 0.0,
+    "bf16": True,
+    "emb_dropout_prob": 0.0,
+    "fp16": False,
+    "fp32": False,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "initializer_range": 0.02,
+    "kv_channels": HEAD_DIM,
+    "layer_norm_epsilon": EPS,
+    "max_position_embeddings": 256,
+    "model_type": "qwen",
+    "no_bias": True,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": LAYERS,
+    "onnx_safe": None,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 128,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "QWenTokenizer",
+    "use_cache": True,
+    "use_dynamic_ntk": True,
+    "use_flash_attn": "auto",
+    "use_logn_attn": True,
+    "vocab_size": 64,
 }
 
 
@@ -31,16 +52,24 @@ def renamed() -> dict[str, np.ndarray]:
     made = {}
     for name in checkpoint.tensor_names:
         made[name] = np.asarray(checkpoint.read(name)).astype(np.float32)
-    tensors = {"transformer.wte.weight": made["model.embed_tokens.weight"], "lm_head.weight": made["lm_head.weight"],
-               "transformer.ln_f.weight": made["model.norm.weight"]}
+    tensors = {
+        "transformer.wte.weight": made["model.embed_tokens.weight"],
+        "lm_head.weight": made["lm_head.weight"],
+        "transformer.ln_f.weight": made["model.norm.weight"],
+    }
     for i in range(LAYERS):
         old, new = f"model.layers.{i}", f"transformer.h.{i}"
         for kind in ("weight", "bias"):
             parts = [made[f"{old}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
             tensors[f"{new}.attn.c_attn.{kind}"] = np.concatenate(parts)
-        for theirs, ours in {"self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.w1", "mlp.gate_proj": "mlp.w2",
-                             "mlp.down_proj": "mlp.c_proj", "input_layernorm": "ln_1",
-                             "post_attention_layernorm": "ln_2"}.items():
+        for theirs, ours in {
+            "self_attn.o_proj": "attn.c_proj",
+            "mlp.up_proj": "mlp.w1",
+            "mlp.gate_proj": "mlp.w2",
+            "mlp.down_proj": "mlp.c_proj",
+            "input_layernorm": "ln_1",
+            "post_attention_layernorm": "ln_2",
+        }.items():
             tensors[f"{new}.{ours}.weight"] = made[f"{old}.{theirs}.weight"]
     return tensors
 
@@ -67,8 +96,9 @@ def oracle(tensors, tokens, *, seq_length) -> np.ndarray:
 
     def turn(x):
         first, second = np.split(x, 2, axis=-1)
-        return np.concatenate([first * np.cos(angle) - second * np.sin(angle),
-                               second * np.cos(angle) + first * np.sin(angle)], axis=-1)
+        return np.concatenate(
+            [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1
+        )
 
     x = w["wte.weight"][tokens]
     for i in range(LAYERS):

@@ -14,13 +14,29 @@ from fastgen_jax.models.moe_config import MoEConfig
 from fastgen_jax.models.sharding import check_divisible
 
 TINY = ModelConfig(
-    family="llama", vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
+    family="llama",
+    vocab_size=64,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=48,
     max_context_len=64,
-)  # fmt: skip
-EXPERTS = dataclasses.replace(TINY, moe=MoEConfig(
-    num_experts=4, experts_per_token=2, expert_dim=24, layers=(0, 1), shared_dim=16, shared_gate=True, expert_bias=True,
-    swiglu_limit=3.0,
-))  # fmt: skip
+)
+EXPERTS = dataclasses.replace(
+    TINY,
+    moe=MoEConfig(
+        num_experts=4,
+        experts_per_token=2,
+        expert_dim=24,
+        layers=(0, 1),
+        shared_dim=16,
+        shared_gate=True,
+        expert_bias=True,
+        swiglu_limit=3.0,
+    ),
+)
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np

@@ -20,7 +20,8 @@ QUICK = HOME / "a_model_family_in_an_hour.ipynb"  # the others compile a model's
 NOTEBOOKS = sorted(HOME.glob("*.ipynb"))
 # The client of the kernel is asynchronous inside and leaves its loop and sockets to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning")
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
+)
 
 
 def code_cells(path: Path) -> list[nbformat.NotebookNode]:

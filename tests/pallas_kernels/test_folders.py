@@ -88,8 +88,9 @@ def test_without_a_home_no_folder_called_tilde_is_made(tmp_path, monkeypatch, ca
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch, caplog) -> None:
     full = tmp_path / "full"
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: (
-        usage._replace(free=1000) if Path(path).is_relative_to(full) else usage))
+    monkeypatch.setattr(
+        folders.shutil, "disk_usage", lambda path: usage._replace(free=1000) if Path(path).is_relative_to(full) else usage
+    )
     found = settle(full, "things", variable="V")
     assert found is not None
     assert not found.path.is_relative_to(full)

@@ -86,7 +86,12 @@ def test_what_cannot_be_planned_is_refused(topology: str, message: str) -> None:
 
 def test_topologies_count_jax_devices() -> None:
     assert [parse_topology(name).num_devices for name in ("v5e:2x4", "v4:2x2x1", "tpu7x:2x2x1", "h100:8", "v5e")] == [
-        8, 4, 8, 8, 1]
+        8,
+        4,
+        8,
+        8,
+        1,
+    ]
     assert parse_topology("v5p:2x2").shape == (2, 2, 1)
     assert [parse_topology(name).shape for name in ("v6e", "tpu7x", "h100")] == [(1, 1), (1, 1, 1), (1,)]
     assert parse_topology("v6e:2x2").device.memory == 32 * GIB
@@ -175,9 +180,15 @@ def test_gpus_are_planned_by_the_roofline_where_there_is_no_cuda_compiler(monkey
 
     monkeypatch.setattr(program, "deviceless_mesh", missing)
     made = make_plan(
-        LLAMA_3_8B, topology="a100", context=4096, budgets=[512], max_num_seqs=64, block_size=32, dtype="bfloat16",
+        LLAMA_3_8B,
+        topology="a100",
+        context=4096,
+        budgets=[512],
+        max_num_seqs=64,
+        block_size=32,
+        dtype="bfloat16",
         compile=True,
-    )  # fmt: skip
+    )
     assert made.fits
     assert made.checks == ()
     assert "not compiled: no CUDA compiler here" in table(made)
@@ -197,12 +208,16 @@ def test_every_gpu_has_a_description_for_its_compiler(kind: str) -> None:
     assert 0.95 * DEVICES[kind].memory < memory <= DEVICES[kind].memory
     assert int(re.findall(r"memory_bandwidth: (\d+)", text)[0]) == pytest.approx(DEVICES[kind].bandwidth, rel=0.01)
 
-@pytest.mark.parametrize(("family", "settings"), [
-    ("gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
-    ("deepseek_v3", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
-    ("llama", {"quant_method": "awq", "bits": 4, "version": "gemm"}),
-    ("llama", {"quant_method": "gptq", "bits": 4}),
-])
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+        ("deepseek_v3", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        ("llama", {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+        ("llama", {"quant_method": "gptq", "bits": 4}),
+    ],
+)
 def test_quantised_weights_are_planned_as_they_are_loaded(family: str, settings: dict) -> None:
     tiny = {"gpt_oss": "families/gpt_oss/mxfp4", "deepseek_v3": "families/deepseek_v3/fp8", "llama": "tiny/default"}
     config = json.loads((REFERENCE / tiny[family] / "config.json").read_text())
@@ -241,8 +256,10 @@ def test_int8_experts_are_read_as_bytes() -> None:
 
 def test_a_tied_head_of_int8_is_kept_beside_the_embedding_on_a_single_device() -> None:
     config = json.loads((REFERENCE / "tiny" / "default" / "config.json").read_text()) | {"tie_word_embeddings": True}
-    apart, tied = (plan(config | {"tie_word_embeddings": tie}, "l4", context=64, quantize="int8").memory.weights
-                   for tie in (False, True))
+    apart, tied = (
+        plan(config | {"tie_word_embeddings": tie}, "l4", context=64, quantize="int8").memory.weights
+        for tie in (False, True)
+    )
     assert apart == tied
 
 
@@ -300,27 +317,42 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, capsys) -> None:
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "memory"), [
-    ("h200:8", 141), ("h100", 80), ("a100-80gb:2", 80), ("A100-40GB", 40), ("l4", 22.5), ("t4:4", 15)])
+@pytest.mark.parametrize(
+    ("name", "memory"), [("h200:8", 141), ("h100", 80), ("a100-80gb:2", 80), ("A100-40GB", 40), ("l4", 22.5), ("t4:4", 15)]
+)
 def test_gpus_are_known_with_the_memory_that_they_leave(name: str, memory: float) -> None:
     assert parse_topology(name).device.memory == memory * GIB
 
 
-@pytest.mark.parametrize(("topology", "words"), [
-    ("v5e", "no TPU compiler here (JAX TPU support not installed"),
-    ("h100", "no CUDA compiler here (topology not implemented"),
-])
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ("v5e", "no TPU compiler here (JAX TPU support not installed"),
+        ("h100", "no CUDA compiler here (topology not implemented"),
+    ],
+)
 def test_a_compiler_that_is_not_here_can_be_left_out(topology: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from jax.experimental import topologies
 
     def missing(*_: object, **options: object) -> None:
         if options["platform"] == "tpu":
-            raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology. See https://github.com/jax-ml/jax")
+            raise RuntimeError(
+                "JAX TPU support not installed; cannot generate TPU topology. See https://github.com/jax-ml/jax"
+            )
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    made = make_plan(LLAMA_3_8B, topology=topology, context=512, budgets=[64], max_num_seqs=4, block_size=32,
-                     dtype="bfloat16", quantize="int8", compile=True)
+    made = make_plan(
+        LLAMA_3_8B,
+        topology=topology,
+        context=512,
+        budgets=[64],
+        max_num_seqs=4,
+        block_size=32,
+        dtype="bfloat16",
+        quantize="int8",
+        compile=True,
+    )
     assert words in made.not_compiled
     assert made.not_compiled.endswith("or leave it out: --no-compile")
 
@@ -334,6 +366,15 @@ def test_a_step_of_int8_weights_is_lowered_for_a_mesh_of_what_is_here() -> None:
 
     config = json.loads((REFERENCE / "tiny" / "default" / "config.json").read_text())
     model = family_of("LlamaForCausalLM").config_from_hf(config)
-    program = compile_step(model, tensor_mesh(jax.devices()[:1]), token_budget=1, max_num_seqs=1, max_context_len=16,
-                           block_size=4, num_blocks=4, dtype="float32", quantize="int8")
+    program = compile_step(
+        model,
+        tensor_mesh(jax.devices()[:1]),
+        token_budget=1,
+        max_num_seqs=1,
+        max_context_len=16,
+        block_size=4,
+        num_blocks=4,
+        dtype="float32",
+        quantize="int8",
+    )
     assert program.arguments - program.cache < 0.7 * weight_bytes(model, 1, 4)

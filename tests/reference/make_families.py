@@ -22,9 +22,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 PROMPT_LENGTH = 60
 NUM_GREEDY = 10
 LLAMA_LIKE = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": None,
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
 }
 
 
@@ -49,133 +57,285 @@ GEMMA = {**LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True}
 
 # family -> (model_type of transformers, variant -> fields of its config)
 FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "mistral": ("mistral", {
-        "window": {**LLAMA_LIKE, "sliding_window": 16},
-        "head_dim": {**LLAMA_LIKE, "sliding_window": None, "head_dim": 12},
-    }),
-    "opt": ("opt", {
-        "default": OPT,
-        "post_norm": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
-        "no_bias_untied": OPT | {"enable_bias": False, "tie_word_embeddings": False, "activation_function": "gelu"},
-        "no_final_norm": OPT | {"_remove_final_layer_norm": True},
-    }),
-    "falcon": ("falcon", {
-        "7b": FALCON | {"tie_word_embeddings": True},
-        "40b": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
-        "11b": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True},
-        "rw": FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
-    }),
-    "phi": ("phi", {
-        "default": LLAMA_LIKE | rope(rope_type="default", partial_rotary_factor=0.5),
-        "qk_norm": LLAMA_LIKE | rope(rope_type="default", partial_rotary_factor=0.5) | {"qk_layernorm": True},
-    }),
-    "phi3": ("phi3", {
-        "window": LLAMA_LIKE | {"sliding_window": 16},
-        "longrope_long": LLAMA_LIKE | rope(**LONGROPE) | {"original_max_position_embeddings": 32},
-        "longrope_short": LLAMA_LIKE | rope(**LONGROPE) | {"original_max_position_embeddings": 80},
-        "partial_tied": {**LLAMA_LIKE, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True,
-                         "original_max_position_embeddings": 32, **rope(**LONGROPE, partial_rotary_factor=0.5)},
-    }),
-    "qwen2": ("qwen2", {
-        "tied": {**LLAMA_LIKE, "tie_word_embeddings": True},
-        "upper_window": {**LLAMA_LIKE, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 16,
-                         "max_window_layers": 1},
-        "yarn": LLAMA_LIKE | YARN,
-        "multi_head": {**LLAMA_LIKE, "num_key_value_heads": 4},  # test_qwen.py renames it to Qwen 1
-    }),
-    "qwen3": ("qwen3", {
-        "default": {**LLAMA_LIKE, "head_dim": 12},
-        "bias_window": {**LLAMA_LIKE, "head_dim": 8, "attention_bias": True, "num_hidden_layers": 3,
-                        "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
-    }),
+    "mistral": (
+        "mistral",
+        {
+            "window": {**LLAMA_LIKE, "sliding_window": 16},
+            "head_dim": {**LLAMA_LIKE, "sliding_window": None, "head_dim": 12},
+        },
+    ),
+    "opt": (
+        "opt",
+        {
+            "default": OPT,
+            "post_norm": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+            "no_bias_untied": OPT | {"enable_bias": False, "tie_word_embeddings": False, "activation_function": "gelu"},
+            "no_final_norm": OPT | {"_remove_final_layer_norm": True},
+        },
+    ),
+    "falcon": (
+        "falcon",
+        {
+            "7b": FALCON | {"tie_word_embeddings": True},
+            "40b": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
+            "11b": FALCON
+            | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True},
+            "rw": FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        },
+    ),
+    "phi": (
+        "phi",
+        {
+            "default": LLAMA_LIKE | rope(rope_type="default", partial_rotary_factor=0.5),
+            "qk_norm": LLAMA_LIKE | rope(rope_type="default", partial_rotary_factor=0.5) | {"qk_layernorm": True},
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {
+            "window": LLAMA_LIKE | {"sliding_window": 16},
+            "longrope_long": LLAMA_LIKE | rope(**LONGROPE) | {"original_max_position_embeddings": 32},
+            "longrope_short": LLAMA_LIKE | rope(**LONGROPE) | {"original_max_position_embeddings": 80},
+            "partial_tied": {
+                **LLAMA_LIKE,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "tie_word_embeddings": True,
+                "original_max_position_embeddings": 32,
+                **rope(**LONGROPE, partial_rotary_factor=0.5),
+            },
+        },
+    ),
+    "qwen2": (
+        "qwen2",
+        {
+            "tied": {**LLAMA_LIKE, "tie_word_embeddings": True},
+            "upper_window": {
+                **LLAMA_LIKE,
+                "num_hidden_layers": 3,
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "max_window_layers": 1,
+            },
+            "yarn": LLAMA_LIKE | YARN,
+            "multi_head": {**LLAMA_LIKE, "num_key_value_heads": 4},  # test_qwen.py renames it to Qwen 1
+        },
+    ),
+    "qwen3": (
+        "qwen3",
+        {
+            "default": {**LLAMA_LIKE, "head_dim": 12},
+            "bias_window": {
+                **LLAMA_LIKE,
+                "head_dim": 8,
+                "attention_bias": True,
+                "num_hidden_layers": 3,
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "max_window_layers": 2,
+            },
+        },
+    ),
     "gemma": ("gemma", {"default": GEMMA}),
-    "gemma2": ("gemma2", {
-        "default": {**GEMMA, "num_hidden_layers": 3, "sliding_window": 16, "query_pre_attn_scalar": 20,
-                    "attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0},
-    }),
-    "gemma3": ("gemma3_text", {
-        "default": {**GEMMA, "num_hidden_layers": 4, "sliding_window": 16, "query_pre_attn_scalar": 20,
-                    "sliding_window_pattern": 3},
-        "scaled": {**GEMMA, "num_hidden_layers": 3, "sliding_window": 16, "query_pre_attn_scalar": 12,
-                   "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-                   "rope_parameters": {
-                       "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
-                       "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0}}},
-    }),
-    "gpt2": ("gpt2", {
-        "default": GPT2,
-        "unscaled_inner": GPT2 | {"n_inner": 48, "scale_attn_weights": False, "activation_function": "relu",
-                                  "tie_word_embeddings": False},
-    }),
-    "gpt_neox": ("gpt_neox", {
-        "default": without("num_key_value_heads") | rope(rope_type="default", partial_rotary_factor=0.25),
-        "sequential": without("num_key_value_heads", use_parallel_residual=False, attention_bias=False,
-                              hidden_act="gelu_new", tie_word_embeddings=True)
-        | rope(rope_type="linear", factor=2.0, partial_rotary_factor=1.0),
-    }),
-    "bloom": ("bloom", {
-        "default": BLOOM,
-        "six_heads": BLOOM | {"hidden_size": 24, "n_head": 6},
-    }),
-    "olmo2": ("olmo2", {
-        "default": LLAMA_LIKE,
-        "bias_tied": LLAMA_LIKE | {"attention_bias": True, "tie_word_embeddings": True},
-    }),
-    "smollm3": ("smollm3", {
-        "default": {**LLAMA_LIKE, "num_hidden_layers": 3, "no_rope_layer_interval": 2, "tie_word_embeddings": True},
-        "window_bias": {**LLAMA_LIKE, "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "use_sliding_window": True,
-                        "sliding_window": 16, "attention_bias": True, "mlp_bias": True},
-    }),
-    "granite": ("granite", {
-        "default": {**LLAMA_LIKE, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
-                    "attention_multiplier": 0.2, "tie_word_embeddings": True},
-        "bias": {**LLAMA_LIKE, "attention_bias": True, "mlp_bias": True},
-    }),
-    "starcoder2": ("starcoder2", {
-        "default": {**LLAMA_LIKE, "sliding_window": 16, "tie_word_embeddings": True},
-        "no_bias": {**LLAMA_LIKE, "use_bias": False},
-    }),
-    "stablelm": ("stablelm", {
-        "default": LLAMA_LIKE | rope(rope_type="default", partial_rotary_factor=0.25),
-        "parallel_qk_norm": LLAMA_LIKE | {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}
-        | rope(rope_type="default", partial_rotary_factor=0.5),
-    }),
-    "cohere": ("cohere", {
-        "default": {**LLAMA_LIKE, "tie_word_embeddings": True},
-        "qk_norm_bias": {**LLAMA_LIKE, "use_qk_norm": True, "attention_bias": True, "logit_scale": 0.25},
-    }),
-    "olmo3": ("olmo3", {
-        "default": {**LLAMA_LIKE, "num_hidden_layers": 4, "sliding_window": 16},
-        "yarn": {**LLAMA_LIKE, "num_hidden_layers": 3, "sliding_window": 16, "attention_bias": True,
-                 "tie_word_embeddings": True, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-                 "rope_parameters": {
-                     "full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, **TRAINED},
-                     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-    }),
+    "gemma2": (
+        "gemma2",
+        {
+            "default": {
+                **GEMMA,
+                "num_hidden_layers": 3,
+                "sliding_window": 16,
+                "query_pre_attn_scalar": 20,
+                "attn_logit_softcapping": 4.0,
+                "final_logit_softcapping": 5.0,
+            },
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "default": {
+                **GEMMA,
+                "num_hidden_layers": 4,
+                "sliding_window": 16,
+                "query_pre_attn_scalar": 20,
+                "sliding_window_pattern": 3,
+            },
+            "scaled": {
+                **GEMMA,
+                "num_hidden_layers": 3,
+                "sliding_window": 16,
+                "query_pre_attn_scalar": 12,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                },
+            },
+        },
+    ),
+    "gpt2": (
+        "gpt2",
+        {
+            "default": GPT2,
+            "unscaled_inner": GPT2
+            | {"n_inner": 48, "scale_attn_weights": False, "activation_function": "relu", "tie_word_embeddings": False},
+        },
+    ),
+    "gpt_neox": (
+        "gpt_neox",
+        {
+            "default": without("num_key_value_heads") | rope(rope_type="default", partial_rotary_factor=0.25),
+            "sequential": without(
+                "num_key_value_heads",
+                use_parallel_residual=False,
+                attention_bias=False,
+                hidden_act="gelu_new",
+                tie_word_embeddings=True,
+            )
+            | rope(rope_type="linear", factor=2.0, partial_rotary_factor=1.0),
+        },
+    ),
+    "bloom": (
+        "bloom",
+        {
+            "default": BLOOM,
+            "six_heads": BLOOM | {"hidden_size": 24, "n_head": 6},
+        },
+    ),
+    "olmo2": (
+        "olmo2",
+        {
+            "default": LLAMA_LIKE,
+            "bias_tied": LLAMA_LIKE | {"attention_bias": True, "tie_word_embeddings": True},
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {
+            "default": {**LLAMA_LIKE, "num_hidden_layers": 3, "no_rope_layer_interval": 2, "tie_word_embeddings": True},
+            "window_bias": {
+                **LLAMA_LIKE,
+                "num_hidden_layers": 3,
+                "no_rope_layers": [1, 0, 1],
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "attention_bias": True,
+                "mlp_bias": True,
+            },
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "default": {
+                **LLAMA_LIKE,
+                "embedding_multiplier": 3.0,
+                "logits_scaling": 2.0,
+                "residual_multiplier": 0.5,
+                "attention_multiplier": 0.2,
+                "tie_word_embeddings": True,
+            },
+            "bias": {**LLAMA_LIKE, "attention_bias": True, "mlp_bias": True},
+        },
+    ),
+    "starcoder2": (
+        "starcoder2",
+        {
+            "default": {**LLAMA_LIKE, "sliding_window": 16, "tie_word_embeddings": True},
+            "no_bias": {**LLAMA_LIKE, "use_bias": False},
+        },
+    ),
+    "stablelm": (
+        "stablelm",
+        {
+            "default": LLAMA_LIKE | rope(rope_type="default", partial_rotary_factor=0.25),
+            "parallel_qk_norm": LLAMA_LIKE
+            | {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}
+            | rope(rope_type="default", partial_rotary_factor=0.5),
+        },
+    ),
+    "cohere": (
+        "cohere",
+        {
+            "default": {**LLAMA_LIKE, "tie_word_embeddings": True},
+            "qk_norm_bias": {**LLAMA_LIKE, "use_qk_norm": True, "attention_bias": True, "logit_scale": 0.25},
+        },
+    ),
+    "olmo3": (
+        "olmo3",
+        {
+            "default": {**LLAMA_LIKE, "num_hidden_layers": 4, "sliding_window": 16},
+            "yarn": {
+                **LLAMA_LIKE,
+                "num_hidden_layers": 3,
+                "sliding_window": 16,
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, **TRAINED},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                },
+            },
+        },
+    ),
     "glm": ("glm", {"default": {**LLAMA_LIKE, "head_dim": 12, **rope(rope_type="default", partial_rotary_factor=0.5)}}),
-    "glm4": ("glm4", {
-        "default": {**LLAMA_LIKE, "head_dim": 12, "attention_bias": True,
-                    **rope(rope_type="default", partial_rotary_factor=0.5)},
-        "no_bias_whole": {**LLAMA_LIKE, "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True,
-                          **rope(rope_type="linear", factor=2.0, partial_rotary_factor=1.0)},
-    }),
-    "exaone4": ("exaone4", {
-        "default": {**LLAMA_LIKE, "num_hidden_layers": 4, "sliding_window": 16},
-        "no_window": {**LLAMA_LIKE, "sliding_window": None, "tie_word_embeddings": True,
-                      "layer_types": ["full_attention"] * 2},
-    }),
-    "seed_oss": ("seed_oss", {
-        "default": {**LLAMA_LIKE, "head_dim": 12, "attention_bias": True},
-        "biases": {**LLAMA_LIKE, "head_dim": 8, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
-    }),
-    "ernie4_5": ("ernie4_5", {
-        "default": {**LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True},
-        "bias": {**LLAMA_LIKE, "head_dim": 8, "use_bias": True},
-    }),
-    "cohere2": ("cohere2", {
-        "default": {**LLAMA_LIKE, "num_hidden_layers": 3, "sliding_window": 16, "tie_word_embeddings": True,
-                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    }),
+    "glm4": (
+        "glm4",
+        {
+            "default": {
+                **LLAMA_LIKE,
+                "head_dim": 12,
+                "attention_bias": True,
+                **rope(rope_type="default", partial_rotary_factor=0.5),
+            },
+            "no_bias_whole": {
+                **LLAMA_LIKE,
+                "head_dim": 8,
+                "attention_bias": False,
+                "tie_word_embeddings": True,
+                **rope(rope_type="linear", factor=2.0, partial_rotary_factor=1.0),
+            },
+        },
+    ),
+    "exaone4": (
+        "exaone4",
+        {
+            "default": {**LLAMA_LIKE, "num_hidden_layers": 4, "sliding_window": 16},
+            "no_window": {
+                **LLAMA_LIKE,
+                "sliding_window": None,
+                "tie_word_embeddings": True,
+                "layer_types": ["full_attention"] * 2,
+            },
+        },
+    ),
+    "seed_oss": (
+        "seed_oss",
+        {
+            "default": {**LLAMA_LIKE, "head_dim": 12, "attention_bias": True},
+            "biases": {**LLAMA_LIKE, "head_dim": 8, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+        },
+    ),
+    "ernie4_5": (
+        "ernie4_5",
+        {
+            "default": {**LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True},
+            "bias": {**LLAMA_LIKE, "head_dim": 8, "use_bias": True},
+        },
+    ),
+    "cohere2": (
+        "cohere2",
+        {
+            "default": {
+                **LLAMA_LIKE,
+                "num_hidden_layers": 3,
+                "sliding_window": 16,
+                "tie_word_embeddings": True,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+        },
+    ),
 }
 
 

@@ -21,8 +21,11 @@ class TypeTraits(ctypes.Structure):
     """The beginning of ggml's struct ggml_type_traits."""
 
     _fields_ = (
-        ("name", ctypes.c_char_p), ("block", ctypes.c_int64), ("block_interleaved", ctypes.c_int64),
-        ("size", ctypes.c_size_t), ("is_quantized", ctypes.c_bool),
+        ("name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("block_interleaved", ctypes.c_int64),
+        ("size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
         ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
     )
 
@@ -32,8 +35,13 @@ def main() -> None:
     ggml = ctypes.CDLL(sys.argv[1])
     ggml.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-    ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3,
-                                         ctypes.c_void_p]
+    ggml.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
     source = np.random.default_rng(0).standard_normal((1, VALUES)).astype(np.float32)
     importance = np.ones(VALUES, np.float32)
     arrays = {}

@@ -27,85 +27,204 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gguf_values import values
 
 SIZES = {
-    "vocab_size": 280, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size": 280,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-DEEPSEEK_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
-                 "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-LATENT = {**SIZES, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
-          "v_head_dim": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 2,
-          "first_k_dense_replace": 1}
+DEEPSEEK_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+LATENT = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 CONFIGS = {
     "llama": hf.LlamaConfig(**SIZES, attention_bias=False),
     "qwen2": hf.Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen3": hf.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "gemma": hf.GemmaConfig(**SIZES, head_dim=16),
     "gemma2": hf.Gemma2Config(**SIZES, head_dim=16, sliding_window=32, query_pre_attn_scalar=16),
-    "gemma3": hf.Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 7}, head_dim=16, sliding_window=32,
-                                  query_pre_attn_scalar=16),
+    "gemma3": hf.Gemma3TextConfig(
+        **{**SIZES, "num_hidden_layers": 7}, head_dim=16, sliding_window=32, query_pre_attn_scalar=16
+    ),
     "gpt2": hf.GPT2Config(vocab_size=280, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2),
-    "granite": hf.GraniteConfig(**SIZES, attention_multiplier=0.25, embedding_multiplier=3.0, residual_multiplier=0.5,
-                                logits_scaling=2.0),
+    "granite": hf.GraniteConfig(
+        **SIZES, attention_multiplier=0.25, embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0
+    ),
     "smollm3": hf.SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}),
     "olmo2": hf.Olmo2Config(**SIZES),
-    "olmo3": hf.Olmo3Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32, rope_parameters={
-        "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
-                           "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.1386294},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+    "olmo3": hf.Olmo3Config(
+        **{**SIZES, "num_hidden_layers": 4},
+        sliding_window=32,
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "attention_factor": 1.1386294,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "phi3": hf.Phi3Config(**SIZES),
-    "phi2": hf.PhiConfig(**{**SIZES, "num_key_value_heads": 4},
-                         rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-    "stablelm": hf.StableLmConfig(**SIZES, use_qkv_bias=True, use_parallel_residual=True,
-                                  rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
-    "stablelm-12b": hf.StableLmConfig(**SIZES, qk_layernorm=True, use_parallel_residual=True,
-                                      rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+    "phi2": hf.PhiConfig(
+        **{**SIZES, "num_key_value_heads": 4}, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ),
+    "stablelm": hf.StableLmConfig(
+        **SIZES,
+        use_qkv_bias=True,
+        use_parallel_residual=True,
+        rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    ),
+    "stablelm-12b": hf.StableLmConfig(
+        **SIZES,
+        qk_layernorm=True,
+        use_parallel_residual=True,
+        rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    ),
     "command-r": hf.CohereConfig(**SIZES, logit_scale=0.25, use_qk_norm=True, rope_parameters={"rope_theta": 8e6}),
     "cohere2": hf.Cohere2Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32, logit_scale=0.25),
-    "falcon": hf.FalconConfig(vocab_size=280, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
-                              eos_token_id=2, new_decoder_architecture=True, num_kv_heads=2),
-    "bloom": hf.BloomConfig(vocab_size=280, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
-                            seq_length=128),
+    "falcon": hf.FalconConfig(
+        vocab_size=280,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+    ),
+    "bloom": hf.BloomConfig(
+        vocab_size=280, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, seq_length=128
+    ),
     "mixtral": hf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "qwen2moe": hf.Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=40),
     "qwen3moe": hf.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, norm_topk_prob=True),
     "olmoe": hf.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
-    "granitemoe": hf.GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, attention_multiplier=0.25,
-                                      embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0),
-    "gpt-oss": hf.GptOssConfig(**{**SIZES, "num_hidden_layers": 3}, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
-                               sliding_window=32),
-    "glm4": hf.Glm4Config(**SIZES, head_dim=16, attention_bias=True,
-                          rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "granitemoe": hf.GraniteMoeConfig(
+        **SIZES,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        attention_multiplier=0.25,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+    ),
+    "gpt-oss": hf.GptOssConfig(
+        **{**SIZES, "num_hidden_layers": 3}, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=32
+    ),
+    "glm4": hf.Glm4Config(
+        **SIZES, head_dim=16, attention_bias=True, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ),
     "seed_oss": hf.SeedOssConfig(**SIZES, head_dim=16, attention_bias=True),
     "ernie4_5": hf.Ernie4_5Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "exaone4": hf.Exaone4Config(**{**SIZES, "num_hidden_layers": 4}, sliding_window=32),
     "starcoder2": hf.Starcoder2Config(**SIZES, sliding_window=4096),
-    "gptneox": hf.GPTNeoXConfig(**{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=False,
-                                rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
-    "glm4moe": hf.Glm4MoeConfig(**SIZES, head_dim=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8,
-                                n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=1.5, use_qk_norm=True,
-                                attention_bias=True, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-    "deepseek2": hf.DeepseekV3Config(**LATENT, q_lora_rank=24, n_routed_experts=8, n_group=4, topk_group=2,
-                                     routed_scaling_factor=2.5, rope_parameters=DEEPSEEK_ROPE),
-    "deepseek2-lite": hf.DeepseekV2Config(**LATENT, q_lora_rank=None, n_routed_experts=64, n_group=1, topk_group=1,
-                                          topk_method="greedy", norm_topk_prob=False),
+    "gptneox": hf.GPTNeoXConfig(
+        **{**SIZES, "num_key_value_heads": 4},
+        tie_word_embeddings=False,
+        rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    ),
+    "glm4moe": hf.Glm4MoeConfig(
+        **SIZES,
+        head_dim=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        use_qk_norm=True,
+        attention_bias=True,
+        rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    "deepseek2": hf.DeepseekV3Config(
+        **LATENT,
+        q_lora_rank=24,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        rope_parameters=DEEPSEEK_ROPE,
+    ),
+    "deepseek2-lite": hf.DeepseekV2Config(
+        **LATENT, q_lora_rank=None, n_routed_experts=64, n_group=1, topk_group=1, topk_method="greedy", norm_topk_prob=False
+    ),
 }
 # Fields that only the converter reads, or that releases say and transformers does not write.
-FURTHER = {"gpt2": {"n_ctx": 128}, "cohere2": {"rotary_pct": 1.0}, "gptneox": {"rotary_pct": 0.25},
-           "deepseek2": {"scoring_func": "sigmoid"}, "deepseek2-lite": {"scoring_func": "softmax"}}
+FURTHER = {
+    "gpt2": {"n_ctx": 128},
+    "cohere2": {"rotary_pct": 1.0},
+    "gptneox": {"rotary_pct": 0.25},
+    "deepseek2": {"scoring_func": "sigmoid"},
+    "deepseek2-lite": {"scoring_func": "softmax"},
+}
 QWEN_1 = {  # transformers does not have it
-    "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "vocab_size": 280, "hidden_size": 32,
-    "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "kv_channels": 8, "seq_length": 128,
-    "max_position_embeddings": 128, "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "rotary_pct": 1.0,
-    "no_bias": True, "use_dynamic_ntk": False, "use_logn_attn": False, "scale_attn_weights": True,
-    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "vocab_size": 280,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "kv_channels": 8,
+    "seq_length": 128,
+    "max_position_embeddings": 128,
+    "layer_norm_epsilon": 1e-6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "no_bias": True,
+    "use_dynamic_ntk": False,
+    "use_logn_attn": False,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 QWEN_1_SHAPES = {
-    "transformer.wte.weight": (280, 32), "lm_head.weight": (280, 32), "transformer.ln_f.weight": (32,),
-    **{f"transformer.h.{i}.{name}": shape for i in range(2) for name, shape in {
-        "ln_1.weight": (32,), "ln_2.weight": (32,), "attn.c_attn.weight": (96, 32), "attn.c_attn.bias": (96,),
-        "attn.c_proj.weight": (32, 32), "mlp.w1.weight": (48, 32), "mlp.w2.weight": (48, 32),
-        "mlp.c_proj.weight": (32, 48)}.items()},
+    "transformer.wte.weight": (280, 32),
+    "lm_head.weight": (280, 32),
+    "transformer.ln_f.weight": (32,),
+    **{
+        f"transformer.h.{i}.{name}": shape
+        for i in range(2)
+        for name, shape in {
+            "ln_1.weight": (32,),
+            "ln_2.weight": (32,),
+            "attn.c_attn.weight": (96, 32),
+            "attn.c_attn.bias": (96,),
+            "attn.c_proj.weight": (32, 32),
+            "mlp.w1.weight": (48, 32),
+            "mlp.w2.weight": (48, 32),
+            "mlp.c_proj.weight": (32, 48),
+        }.items()
+    },
 }
 
 
@@ -148,9 +267,11 @@ def main() -> None:
             save_file(tensors, file)
             Path(folder, "config.json").write_text(json.dumps(fields | FURTHER.get(name, {})))
             write_tokenizer(Path(folder))
-            subprocess.run([sys.executable, "-c", CONVERT, converter, folder, "--outtype", "f16",
-                            "--outfile", home / f"{name}.gguf"], check=True,
-                           env={**os.environ, "PYTHONPATH": f"{converter.parent / 'gguf-py'}:{converter.parent}"})
+            subprocess.run(
+                [sys.executable, "-c", CONVERT, converter, folder, "--outtype", "f16", "--outfile", home / f"{name}.gguf"],
+                check=True,
+                env={**os.environ, "PYTHONPATH": f"{converter.parent / 'gguf-py'}:{converter.parent}"},
+            )
             (home / f"{name}.json").write_text(json.dumps(fields))
 
 
@@ -167,8 +288,14 @@ def write_tokenizer(folder: Path) -> None:
     out = io.BytesIO()
     lines = ["one two three four five six seven", "eight nine ten eleven twelve"]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines * 50), model_writer=out, vocab_size=280, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(lines * 50),
+        model_writer=out,
+        vocab_size=280,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     (folder / "tokenizer.model").write_bytes(out.getvalue())
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
 

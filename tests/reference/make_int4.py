@@ -29,8 +29,15 @@ def main() -> None:
     scales = (torch.rand(INPUTS // GROUP, OUTPUTS) * 0.1).half()
     values = dequantize_gemm(weight, zeros, scales.float(), 4, GROUP)
     gptq_weight, gptq_zeros = unpack_reorder_pack(weight, zeros, 4)
-    np.savez_compressed(Path(__file__).with_name("int4.npz"), awq_weight=weight, awq_zeros=zeros, scales=scales,
-                        values=values, gptq_weight=gptq_weight, gptq_zeros=gptq_zeros)
+    np.savez_compressed(
+        Path(__file__).with_name("int4.npz"),
+        awq_weight=weight,
+        awq_zeros=zeros,
+        scales=scales,
+        values=values,
+        gptq_weight=gptq_weight,
+        gptq_zeros=gptq_zeros,
+    )
 
 
 if __name__ == "__main__":

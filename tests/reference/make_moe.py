@@ -1,6 +1,6 @@
 """Remakes the tiny random checkpoints of the families with experts; see make_families.py, whose rules hold here too.
 
-    python tests/reference/make_moe.py [FAMILY ...]        # needs torch and transformers; the tests need neither
+python tests/reference/make_moe.py [FAMILY ...]        # needs torch and transformers; the tests need neither
 """
 
 from __future__ import annotations
@@ -18,53 +18,126 @@ MIXTRAL = {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN = {**LLAMA_LIKE, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 OLMOE = {**LLAMA_LIKE, "num_experts": 6, "num_experts_per_tok": 3}
 QWEN2 = QWEN | {"shared_expert_intermediate_size": 20}
-GPT_OSS = {**MIXTRAL, "head_dim": 12, "sliding_window": 16, "num_hidden_layers": 3, "swiglu_limit": 1.5,
-           **rope(rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
-                  original_max_position_embeddings=32)}
-DEEPSEEK = without("num_key_value_heads", num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=8,
-                   num_experts_per_tok=3, moe_intermediate_size=12, n_shared_experts=2, kv_lora_rank=12, q_lora_rank=None,
-                   qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, num_key_value_heads=4)
+GPT_OSS = {
+    **MIXTRAL,
+    "head_dim": 12,
+    "sliding_window": 16,
+    "num_hidden_layers": 3,
+    "swiglu_limit": 1.5,
+    **rope(rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=32),
+}
+DEEPSEEK = without(
+    "num_key_value_heads",
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=12,
+    n_shared_experts=2,
+    kv_lora_rank=12,
+    q_lora_rank=None,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=10,
+    num_key_value_heads=4,
+)
 DEEPSEEK_YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32.0, beta_slow=1.0)
-GLM = {**LLAMA_LIKE, "head_dim": 8, "num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 8,
-       "num_experts_per_tok": 3, "moe_intermediate_size": 12, "n_shared_experts": 1, "routed_scaling_factor": 1.5,
-       **rope(rope_type="default", partial_rotary_factor=0.5)}
+GLM = {
+    **LLAMA_LIKE,
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.5,
+    **rope(rope_type="default", partial_rotary_factor=0.5),
+}
 GROUPS = {"n_group": 4, "topk_group": 2}
 
 # family -> (model_type of transformers, variant -> fields of its config)
 FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "mixtral": ("mixtral", {"default": MIXTRAL, "window": {**MIXTRAL, "sliding_window": 16, "head_dim": 12}}),
-    "qwen2_moe": ("qwen2_moe", {
-        "default": QWEN2,
-        "dense_first": QWEN2 | {"num_hidden_layers": 3, "mlp_only_layers": [0], "norm_topk_prob": True},
-        "every_second": QWEN2 | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "qkv_bias": False},
-    }),
-    "qwen3_moe": ("qwen3_moe", {
-        "default": QWEN | {"head_dim": 12, "norm_topk_prob": True},
-        "dense_last": QWEN | {"num_hidden_layers": 3, "mlp_only_layers": [2], "tie_word_embeddings": True},
-    }),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "default": QWEN2,
+            "dense_first": QWEN2 | {"num_hidden_layers": 3, "mlp_only_layers": [0], "norm_topk_prob": True},
+            "every_second": QWEN2 | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "qkv_bias": False},
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "default": QWEN | {"head_dim": 12, "norm_topk_prob": True},
+            "dense_last": QWEN | {"num_hidden_layers": 3, "mlp_only_layers": [2], "tie_word_embeddings": True},
+        },
+    ),
     "gpt_oss": ("gpt_oss", {"default": GPT_OSS, "tied_no_bias": GPT_OSS | {"attention_bias": False}}),
     "olmoe": ("olmoe", {"default": OLMOE, "normalised": OLMOE | {"norm_topk_prob": True}}),
-    "granitemoe": ("granitemoe", {
-        "default": {**MIXTRAL, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
-                    "attention_multiplier": 0.2, "tie_word_embeddings": True},
-    }),
-    "glm4_moe": ("glm4_moe", {
-        "default": GLM,
-        "groups": GLM | GROUPS | {"use_qk_norm": True, "attention_bias": True, "norm_topk_prob": False,
-                                  "tie_word_embeddings": True, "n_shared_experts": 2},
-    }),
-    "deepseek_v2": ("deepseek_v2", {
-        "lite": DEEPSEEK | {"topk_method": "greedy", "routed_scaling_factor": 1.5},
-        "groups": DEEPSEEK | GROUPS | {"topk_method": "group_limited_greedy", "q_lora_rank": 14, "norm_topk_prob": False}
-        | DEEPSEEK_YARN,
-    }),
-    "deepseek_v3": ("deepseek_v3", {
-        "default": DEEPSEEK | GROUPS | {"q_lora_rank": 14, "routed_scaling_factor": 2.5},
-        "yarn": DEEPSEEK | GROUPS | {"norm_topk_prob": False, "rope_interleave": False, "first_k_dense_replace": 0,
-                                     "num_hidden_layers": 2, "attention_bias": True}
-        | rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32.0, beta_slow=1.0,
-               mscale=0.7, mscale_all_dim=1.0),
-    }),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "default": {
+                **MIXTRAL,
+                "embedding_multiplier": 3.0,
+                "logits_scaling": 2.0,
+                "residual_multiplier": 0.5,
+                "attention_multiplier": 0.2,
+                "tie_word_embeddings": True,
+            },
+        },
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            "default": GLM,
+            "groups": GLM
+            | GROUPS
+            | {
+                "use_qk_norm": True,
+                "attention_bias": True,
+                "norm_topk_prob": False,
+                "tie_word_embeddings": True,
+                "n_shared_experts": 2,
+            },
+        },
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            "lite": DEEPSEEK | {"topk_method": "greedy", "routed_scaling_factor": 1.5},
+            "groups": DEEPSEEK
+            | GROUPS
+            | {"topk_method": "group_limited_greedy", "q_lora_rank": 14, "norm_topk_prob": False}
+            | DEEPSEEK_YARN,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "default": DEEPSEEK | GROUPS | {"q_lora_rank": 14, "routed_scaling_factor": 2.5},
+            "yarn": DEEPSEEK
+            | GROUPS
+            | {
+                "norm_topk_prob": False,
+                "rope_interleave": False,
+                "first_k_dense_replace": 0,
+                "num_hidden_layers": 2,
+                "attention_bias": True,
+            }
+            | rope(
+                rope_type="yarn",
+                factor=4.0,
+                original_max_position_embeddings=32,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                mscale=0.7,
+                mscale_all_dim=1.0,
+            ),
+        },
+    ),
 }
 
 

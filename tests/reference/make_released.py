@@ -23,8 +23,14 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 FP8_BLOCK = [8, 4]  # rows and columns; releases have [128, 128]
-EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-        "patch_size": 14}
+EYES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def mxfp4(model: Any) -> dict[str, torch.Tensor]:
@@ -66,6 +72,7 @@ def fp8(model: Any) -> dict[str, torch.Tensor]:
 
 def as_on_the_hub(folder: Path, config: dict[str, Any]) -> None:
     """The files of a model that also sees as they were before transformers 4.52: names, and a config with gaps."""
+
     def name(new: str) -> str:
         if new.startswith("lm_head"):
             return f"language_model.{new}"
@@ -81,29 +88,60 @@ def as_on_the_hub(folder: Path, config: dict[str, Any]) -> None:
 
 
 def gemma3() -> tuple[Any, dict[str, Any]]:
-    text = {**GEMMA, "num_hidden_layers": 3, "sliding_window": 16, "query_pre_attn_scalar": 20, "model_type": "gemma3_text",
-            "sliding_window_pattern": 3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 4}
-    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**EYES, "model_type": "siglip_vision_model"},
-                                  mm_tokens_per_image=4, image_token_index=63, boi_token_index=61, eoi_token_index=62)
+    text = {
+        **GEMMA,
+        "num_hidden_layers": 3,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 20,
+        "model_type": "gemma3_text",
+        "sliding_window_pattern": 3,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+    }
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text,
+        vision_config={**EYES, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+        image_token_index=63,
+        boi_token_index=61,
+        eoi_token_index=62,
+    )
     gaps = ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings", "eos_token_id", "bos_token_id")
     return config, {
-        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "boi_token_index": 61,
-        "eoi_token_index": 62, "image_token_index": 63, "mm_tokens_per_image": 4, "eos_token_id": [1, 2],
-        "initializer_range": 0.02, "text_config": {key: value for key, value in text.items() if key not in gaps},
-        "vision_config": {**EYES, "model_type": "siglip_vision_model"}, "torch_dtype": "bfloat16",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "boi_token_index": 61,
+        "eoi_token_index": 62,
+        "image_token_index": 63,
+        "mm_tokens_per_image": 4,
+        "eos_token_id": [1, 2],
+        "initializer_range": 0.02,
+        "text_config": {key: value for key, value in text.items() if key not in gaps},
+        "vision_config": {**EYES, "model_type": "siglip_vision_model"},
+        "torch_dtype": "bfloat16",
     }
 
 
 def mistral3() -> tuple[Any, dict[str, Any]]:
     text = {**LLAMA_LIKE, "head_dim": 12, "sliding_window": None, "rope_theta": 1e6, "model_type": "mistral"}
     eyes = {**EYES, "head_dim": 8, "model_type": "pixtral"}
-    config = AutoConfig.for_model("mistral3", text_config=text, vision_config=eyes, image_token_index=63,
-                                  tie_word_embeddings=False)
+    config = AutoConfig.for_model(
+        "mistral3", text_config=text, vision_config=eyes, image_token_index=63, tie_word_embeddings=False
+    )
     return config, {
-        "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "image_token_index": 63,
-        "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2,
-        "vision_feature_layer": -1, "text_config": text, "vision_config": eyes, "torch_dtype": "bfloat16",
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "image_token_index": 63,
+        "multimodal_projector_bias": False,
+        "projector_hidden_act": "gelu",
+        "spatial_merge_size": 2,
+        "vision_feature_layer": -1,
+        "text_config": text,
+        "vision_config": eyes,
+        "torch_dtype": "bfloat16",
     }
 
 
@@ -137,15 +175,37 @@ def seeing(made: tuple[Any, dict[str, Any]], folder: Path) -> dict[str, Any]:
 
 
 GPT_OSS_RELEASED = {**GPT_OSS, "intermediate_size": 32, "num_hidden_layers": 2}
-DEEPSEEK_RELEASED = DEEPSEEK | GROUPS | {"q_lora_rank": 16, "moe_intermediate_size": 16, "kv_lora_rank": 16,
-                                         "qk_rope_head_dim": 8, "v_head_dim": 8, "num_hidden_layers": 2}
+DEEPSEEK_RELEASED = (
+    DEEPSEEK
+    | GROUPS
+    | {
+        "q_lora_rank": 16,
+        "moe_intermediate_size": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_hidden_layers": 2,
+    }
+)
 VARIANTS = {
     "gpt_oss/mxfp4": lambda folder: quantised(
-        "gpt_oss", GPT_OSS_RELEASED, mxfp4, {"quantization_config": {"quant_method": "mxfp4"}}, folder),
+        "gpt_oss", GPT_OSS_RELEASED, mxfp4, {"quantization_config": {"quant_method": "mxfp4"}}, folder
+    ),
     "deepseek_v3/fp8": lambda folder: quantised(
-        "deepseek_v3", DEEPSEEK_RELEASED, fp8,
-        {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-                                 "weight_block_size": FP8_BLOCK}, "num_nextn_predict_layers": 1}, folder),
+        "deepseek_v3",
+        DEEPSEEK_RELEASED,
+        fp8,
+        {
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": FP8_BLOCK,
+            },
+            "num_nextn_predict_layers": 1,
+        },
+        folder,
+    ),
     "gemma3/also_sees": lambda folder: seeing(gemma3(), folder),
     "mistral/also_sees": lambda folder: seeing(mistral3(), folder),
 }

@@ -17,9 +17,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BASE = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
 }
 VARIANTS = {
     "default": {},
@@ -33,19 +42,29 @@ VARIANTS = {
     },
     "rope_llama3": {
         "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32,
         },
     },
     "rope_yarn": {
         "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
         },
     },
     "rope_longrope": {
         "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
-            "long_factor": [1.0, 1.5, 2.0, 4.0], "original_max_position_embeddings": 32,
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 1.5, 2.0, 4.0],
+            "original_max_position_embeddings": 32,
         },
     },
 }
@@ -78,10 +97,17 @@ def main() -> None:
                 cache, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
                 greedy.append(int(tokens))
                 rows.append(out.logits[0, -1])
-        np.savez_compressed(home / name / "expected.npz", token_ids=token_ids.numpy(), logits=logits.numpy(),
-                            greedy=np.array(greedy), greedy_logits=torch.stack(rows[1:]).numpy())
-        print(f"{name}: {sum(f.stat().st_size for f in (home / name).iterdir()) / 1024:.0f} KiB, "
-              f"logits in [{logits.min():.1f}, {logits.max():.1f}]")
+        np.savez_compressed(
+            home / name / "expected.npz",
+            token_ids=token_ids.numpy(),
+            logits=logits.numpy(),
+            greedy=np.array(greedy),
+            greedy_logits=torch.stack(rows[1:]).numpy(),
+        )
+        print(
+            f"{name}: {sum(f.stat().st_size for f in (home / name).iterdir()) / 1024:.0f} KiB, "
+            f"logits in [{logits.min():.1f}, {logits.max():.1f}]"
+        )
 
 
 if __name__ == "__main__":

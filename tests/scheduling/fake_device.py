@@ -54,18 +54,12 @@ def naive_tokens(request: Request, max_context_len: int) -> list[int]:
     return tokens
 
 
-def make_request(
-    request_id: object, prompt: Iterable[int], max_new_tokens: int | None = 4, **kwargs
-) -> Request:
+def make_request(request_id: object, prompt: Iterable[int], max_new_tokens: int | None = 4, **kwargs) -> Request:
     """A request with defaults for everything that a test does not care about."""
-    fields = {
-        name: kwargs.pop(name) for name in ("priority", "arrival_time", "eos_token_ids") if name in kwargs
-    }
+    fields = {name: kwargs.pop(name) for name in ("priority", "arrival_time", "eos_token_ids") if name in kwargs}
     seed = kwargs.pop("seed_number", 0)
     params = SamplingParams(max_new_tokens=max_new_tokens, **kwargs)
-    return Request(
-        request_id=str(request_id), prompt_token_ids=tuple(prompt), params=params, seed=seed, **fields
-    )
+    return Request(request_id=str(request_id), prompt_token_ids=tuple(prompt), params=params, seed=seed, **fields)
 
 
 class FakeDevice:
@@ -213,9 +207,7 @@ def check_step(scheduler: Scheduler, step: Step, run: Run) -> None:
     """Checks a step against the limits, and counts who overtook whom."""
     limits = scheduler.limits
     assert 0 < step.num_tokens == sum(chunk.length for chunk in step.chunks) <= limits.token_budget
-    assert (
-        step.num_sample_rows == sum(chunk.num_sample_rows for chunk in step.chunks) <= limits.max_sample_rows
-    )
+    assert step.num_sample_rows == sum(chunk.num_sample_rows for chunk in step.chunks) <= limits.max_sample_rows
     assert step.num_sequences == len({chunk.sequence for chunk in step.chunks}) <= scheduler.num_running
     assert scheduler.num_running <= limits.max_num_seqs
     for chunk in step.chunks:

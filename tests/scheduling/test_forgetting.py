@@ -12,8 +12,14 @@ from fastgen_jax.scheduling import BlockPool, Scheduler
 from tests.scheduling.fake_device import drive, make_request, naive_tokens
 from tests.scheduling.test_properties import ANY_WORKLOAD, Workload, workloads
 
-SIZES = {"num_blocks": 24, "block_size": 4, "token_budget": 16, "max_num_seqs": 4, "max_context_len": 64,
-         "max_sample_rows": 4}
+SIZES = {
+    "num_blocks": 24,
+    "block_size": 4,
+    "token_budget": 16,
+    "max_num_seqs": 4,
+    "max_context_len": 64,
+    "max_sample_rows": 4,
+}
 
 
 def run(scheduler: Scheduler, *requests: Any) -> list[Any]:

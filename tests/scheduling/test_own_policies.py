@@ -12,8 +12,14 @@ from fastgen_jax.scheduling import Admission, Chunk, Draft, Scheduler, StepPlan,
 from tests.scheduling.fake_device import drive, make_request, naive_tokens
 from tests.scheduling.test_properties import ANY_WORKLOAD, Workload, workloads
 
-SIZES = {"num_blocks": 24, "block_size": 4, "token_budget": 16, "max_num_seqs": 4, "max_context_len": 64,
-         "max_sample_rows": 4}
+SIZES = {
+    "num_blocks": 24,
+    "block_size": 4,
+    "token_budget": 16,
+    "max_num_seqs": 4,
+    "max_context_len": 64,
+    "max_sample_rows": 4,
+}
 
 
 def last_come_first_served(running, waiting, *, limits, blocks, cached_prefix, pace=None):
@@ -34,7 +40,8 @@ def test_every_plan_of_a_built_in_policy_passes_the_check(policy: Any, depth: in
     for request in workload.requests:
         sequence = run.sequences[request.request_id]
         assert sequence.finish_reason == "abort" or sequence.output_token_ids == naive_tokens(
-            request, scheduler.max_context_len)
+            request, scheduler.max_context_len
+        )
 
 
 def test_a_policy_of_ones_own_decides_who_runs() -> None:
@@ -53,12 +60,15 @@ def test_a_built_in_policy_is_the_same_by_name_and_as_a_function() -> None:
     assert Scheduler(**SIZES, policy=orca)._policy is Scheduler(**SIZES, policy="orca")._policy
 
 
-@pytest.mark.parametrize(("policy", "message"), [
-    (lambda running, waiting: None, "cannot be called as `Policy` is: got an unexpected keyword argument 'limits'"),
-    (lambda running, waiting, *, limits, blocks, cached_prefix: None, "unexpected keyword argument 'pace'"),
-    (17, "policy is 17; choose one of 'splitfuse'"),
-    (None, "policy is None"),
-])
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (lambda running, waiting: None, "cannot be called as `Policy` is: got an unexpected keyword argument 'limits'"),
+        (lambda running, waiting, *, limits, blocks, cached_prefix: None, "unexpected keyword argument 'pace'"),
+        (17, "policy is 17; choose one of 'splitfuse'"),
+        (None, "policy is None"),
+    ],
+)
 def test_what_cannot_be_called_as_a_policy_is_refused(policy: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Scheduler(**SIZES, policy=policy)
@@ -72,22 +82,28 @@ def chunk(sequence: Any, **changes: Any) -> Chunk:
     return Chunk(sequence, 0, 8, 1, True)._replace(**changes)
 
 
-@pytest.mark.parametrize(("plan", "message"), [
-    (lambda a, b: None, "returned NoneType, not a StepPlan"),
-    (lambda a, b: plan_of(chunks=[chunk(a)]), "does not run in this step"),
-    (lambda a, b: plan_of(admissions=[Admission(a, [])]), "admitted without a chunk"),
-    (lambda a, b: plan_of(chunks=[chunk(a), chunk(a)], admissions=[Admission(a, [])]), "has another chunk"),
-    (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, []), Admission(a, [])]), "one twice"),
-    (lambda a, b: plan_of(chunks=[chunk(a, start=4, length=4)], admissions=[Admission(a, [])]), r"must begin at 0"),
-    (lambda a, b: plan_of(chunks=[chunk(a, length=9)], admissions=[Admission(a, [])]), r"is \[0, 9\)"),
-    (lambda a, b: plan_of(chunks=[chunk(a, length=0)], admissions=[Admission(a, [])]), r"is \[0, 0\)"),
-    (lambda a, b: plan_of(chunks=[chunk(a, num_sample_rows=0)], admissions=[Admission(a, [])]), "num_sample_rows=0"),
-    (lambda a, b: plan_of(chunks=[chunk(a, length=4)], admissions=[Admission(a, [])]), "must have 0 and False"),
-    (lambda a, b: plan_of(preempted=[a]), "preempted names a sequence that does not run"),
-    (lambda a, b: plan_of(refused=[a, a]), "refused names"),
-    (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, [])], bypassed=[a]), "bypassed names"),
-    (lambda a, b: plan_of(chunks=[chunk(b, length=40)], admissions=[Admission(b, [])]), "has 40 tokens and 1 logit rows"),
-])
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (lambda a, b: None, "returned NoneType, not a StepPlan"),
+        (lambda a, b: plan_of(chunks=[chunk(a)]), "does not run in this step"),
+        (lambda a, b: plan_of(admissions=[Admission(a, [])]), "admitted without a chunk"),
+        (lambda a, b: plan_of(chunks=[chunk(a), chunk(a)], admissions=[Admission(a, [])]), "has another chunk"),
+        (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, []), Admission(a, [])]), "one twice"),
+        (lambda a, b: plan_of(chunks=[chunk(a, start=4, length=4)], admissions=[Admission(a, [])]), r"must begin at 0"),
+        (lambda a, b: plan_of(chunks=[chunk(a, length=9)], admissions=[Admission(a, [])]), r"is \[0, 9\)"),
+        (lambda a, b: plan_of(chunks=[chunk(a, length=0)], admissions=[Admission(a, [])]), r"is \[0, 0\)"),
+        (lambda a, b: plan_of(chunks=[chunk(a, num_sample_rows=0)], admissions=[Admission(a, [])]), "num_sample_rows=0"),
+        (lambda a, b: plan_of(chunks=[chunk(a, length=4)], admissions=[Admission(a, [])]), "must have 0 and False"),
+        (lambda a, b: plan_of(preempted=[a]), "preempted names a sequence that does not run"),
+        (lambda a, b: plan_of(refused=[a, a]), "refused names"),
+        (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, [])], bypassed=[a]), "bypassed names"),
+        (
+            lambda a, b: plan_of(chunks=[chunk(b, length=40)], admissions=[Admission(b, [])]),
+            "has 40 tokens and 1 logit rows",
+        ),
+    ],
+)
 def test_a_plan_that_cannot_be_run_is_refused_with_its_fault_and_changes_nothing(plan: Any, message: str) -> None:
     sequences: list[Any] = []
 

@@ -135,9 +135,7 @@ def test_a_preempted_sequence_returns_when_there_is_room_for_all_of_it_and_is_no
     requests = [make_request("steady", range(4), 14), make_request("victim", range(14), 2)]
     run = drive(scheduler, {0: requests})
     assert run.sequences["victim"].num_preemptions == 1
-    resumed = next(
-        i for i, step in enumerate(run.steps) if i > 1 and run.sequences["victim"] in step.admitted
-    )
+    resumed = next(i for i, step in enumerate(run.steps) if i > 1 and run.sequences["victim"] in step.admitted)
     last_of_steady = max(i for i, step in enumerate(run.steps) if run.sequences["steady"] in step.sampled)
     assert resumed > last_of_steady
 

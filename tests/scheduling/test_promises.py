@@ -25,8 +25,15 @@ class Clock:
 
 def make_scheduler(clock: Clock, **changes: Any) -> Scheduler:
     arguments: dict[str, Any] = {
-        "num_blocks": 256, "block_size": 4, "token_budget": 64, "max_num_seqs": 16, "max_context_len": 200,
-        "max_sample_rows": 16, "prefix_caching": False, "policy": "sla", "clock": clock,
+        "num_blocks": 256,
+        "block_size": 4,
+        "token_budget": 64,
+        "max_num_seqs": 16,
+        "max_context_len": 200,
+        "max_sample_rows": 16,
+        "prefix_caching": False,
+        "policy": "sla",
+        "clock": clock,
         "promise": Promise(prompt_rate=10.0, generation_rate=2.0, grace=0.0),
     }
     return Scheduler(**(arguments | changes))

@@ -75,9 +75,7 @@ def workloads(draw: st.DrawFn) -> Workload:
 @pytest.mark.parametrize("policy", POLICIES)
 @given(workload=workloads())
 @ANY_WORKLOAD
-def test_any_workload_gives_the_tokens_of_each_request_alone(
-    policy: str, depth: int, workload: Workload
-) -> None:
+def test_any_workload_gives_the_tokens_of_each_request_alone(policy: str, depth: int, workload: Workload) -> None:
     scheduler = Scheduler(**with_promise(policy), **workload.arguments)
     run = drive(scheduler, workload.arrivals, depth=depth, aborts=workload.aborts)
     for request in workload.requests:

@@ -233,9 +233,7 @@ def test_generated_tokens_of_one_request_serve_the_prompt_of_the_next() -> None:
     turn = make_request("b", [1, 2, 1, *naive_tokens(first, 100), 2], 2)
     sequence = scheduler.add(turn)
     advance(scheduler)
-    assert sequence.num_cached == 12, (
-        "of the 13 tokens of the first turn, the last of which was never computed"
-    )
+    assert sequence.num_cached == 12, "of the 13 tokens of the first turn, the last of which was never computed"
 
 
 def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:

@@ -18,10 +18,22 @@ def write_checkpoint(path: Path) -> Path:
     vocabulary = {text: i for i, text in enumerate((*SPECIALS, *CHARACTERS.replace(" ", "▁")))}
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "normalizer": space,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "pre_tokenizer": None,
+        "normalizer": space,
         "added_tokens": [
-            {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True} for i, text in enumerate(SPECIALS)
+            {
+                "id": i,
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for i, text in enumerate(SPECIALS)
         ],
         "post_processor": {
             "type": "TemplateProcessing",
@@ -29,12 +41,24 @@ def write_checkpoint(path: Path) -> Path:
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
             "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
         },
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary, "merges": []},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"}],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocabulary,
+            "merges": [],
+        },
     }
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (path / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE})
+    )
     return path

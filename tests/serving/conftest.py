@@ -16,8 +16,9 @@ from tests.serving.house import MODEL, engine
 def url():
     """A server on a real socket, in a thread of this process; no key is asked for."""
     backend = AsyncEngine(engine())
-    server = uvicorn.Server(uvicorn.Config(create_app(Server(Served(name=MODEL, deployment=MODEL), backend)),
-                                           log_config=None))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(Server(Served(name=MODEL, deployment=MODEL), backend)), log_config=None)
+    )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()  # from here on nobody is turned away

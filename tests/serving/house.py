@@ -19,11 +19,12 @@ from fastgen_jax.text import Tokenizer
 from tests.tiny import drain, tiny_model
 
 SPECIALS = ("<unk>", "<s>", "</s>")
-CHARACTERS = (" \nABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-              "!\"#$%&'()*+,-./:;<=>?@[\\]_{|}")
-TEMPLATE = ("{# <tool_call> #}{% for t in tools or () %}T:{{ t.function.name }}\n{% endfor %}"
-            "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
-            "{% if add_generation_prompt %}a:{% endif %}")
+CHARACTERS = " \nABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!\"#$%&'()*+,-./:;<=>?@[\\]_{|}"
+TEMPLATE = (
+    "{# <tool_call> #}{% for t in tools or () %}T:{{ t.function.name }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 MODEL = "tiny"
 
 
@@ -39,9 +40,15 @@ def tokenizer(*, template: str = TEMPLATE) -> Tokenizer:
     """The 96 tokens of the tiny models: three special ones and 93 characters."""
     texts = (*SPECIALS, *CHARACTERS)
     return Tokenizer(
-        kind="a token a character", encoder=encode, texts=texts, pieces=[t.encode() for t in texts],
+        kind="a token a character",
+        encoder=encode,
+        texts=texts,
+        pieces=[t.encode() for t in texts],
         special_ids=frozenset((0, 1, 2)),
-        drops_leading_space=False, bos_token_id=1, eos_token_ids=(2,), templates={"default": template},
+        drops_leading_space=False,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        templates={"default": template},
     )
 
 
@@ -54,8 +61,11 @@ def engine(template: str = TEMPLATE) -> Engine:
 
 
 def with_server(
-    scenario: Callable[[httpx.AsyncClient, AsyncEngine], Awaitable[Any]], *, max_queue: int = 64,
-    shared: Engine | None = None, **config: Any,
+    scenario: Callable[[httpx.AsyncClient, AsyncEngine], Awaitable[Any]],
+    *,
+    max_queue: int = 64,
+    shared: Engine | None = None,
+    **config: Any,
 ) -> Any:
     """The result of `scenario(client, async engine)`; afterwards nothing may be left in the engine."""
     shared = shared or engine()

@@ -151,8 +151,14 @@ class Soak:
                 raise
 
     def _body(self, prompt: str, **more: Any) -> dict[str, Any]:
-        return {"model": self.model, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True,
-                **more}
+        return {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": MAX_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            **more,
+        }
 
     def _check(self, prompt: str, text: str) -> None:
         if text != self.answers[prompt]:
@@ -161,8 +167,16 @@ class Soak:
 
 def start(checkpoint: Path, port: int) -> Any:
     """The server with two replicas."""
-    return fastgen_jax.serve(checkpoint, deployment_name="soak", replica_num=2, port=port, max_body_mb=1.0,
-                             max_queue=MAX_QUEUE, timeout=600, **ENGINE)
+    return fastgen_jax.serve(
+        checkpoint,
+        deployment_name="soak",
+        replica_num=2,
+        port=port,
+        max_body_mb=1.0,
+        max_queue=MAX_QUEUE,
+        timeout=600,
+        **ENGINE,
+    )
 
 
 async def run(args: argparse.Namespace, checkpoint: Path) -> int:
@@ -186,8 +200,11 @@ async def run(args: argparse.Namespace, checkpoint: Path) -> int:
             await asyncio.sleep(2)
             soak.down = False
             continue
-        children = [child for child in psutil.Process(client.deployment.pid).children()
-                    if "fastgen_jax.serving.replica" in child.cmdline()]
+        children = [
+            child
+            for child in psutil.Process(client.deployment.pid).children()
+            if "fastgen_jax.serving.replica" in child.cmdline()
+        ]
         # Not before it has come back from the last time: three deaths at the start, and a replica is given up.
         if len(children) == 2 and await _engines(url) == 2:
             random.choice(children).kill()
@@ -197,8 +214,10 @@ async def run(args: argparse.Namespace, checkpoint: Path) -> int:
     seconds = time.monotonic() - begin
     leaked = await _leaked(url)
     await asyncio.to_thread(client.terminate_server, timeout=120)
-    print(f"{seconds:.0f} s, {args.clients} clients, {kills} replicas killed, the server ended and started "
-          f"{int(ended_once)} times")
+    print(
+        f"{seconds:.0f} s, {args.clients} clients, {kills} replicas killed, the server ended and started "
+        f"{int(ended_once)} times"
+    )
     for what, count in sorted(soak.seen.items()):
         print(f"  {count:7} {what}")
     for what in ("told 429", "answered after they were told to come back"):
@@ -223,8 +242,10 @@ async def _leaked(url: str) -> int:
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         for _ in range(600):
             gauges = [line.rsplit(" ", 1) for line in (await http.get("/metrics")).text.splitlines()]
-            sums = {name: sum(float(v) for key, v in (g for g in gauges if len(g) == 2) if key.startswith(name + "{"))
-                    for name in ("fastgen:kv_blocks", "fastgen:kv_blocks_free")}
+            sums = {
+                name: sum(float(v) for key, v in (g for g in gauges if len(g) == 2) if key.startswith(name + "{"))
+                for name in ("fastgen:kv_blocks", "fastgen:kv_blocks_free")
+            }
             if sums["fastgen:kv_blocks"] == 2 * ENGINE["num_blocks"] == sums["fastgen:kv_blocks_free"]:
                 return 0
             await asyncio.sleep(0.1)

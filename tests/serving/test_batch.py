@@ -36,8 +36,14 @@ def test_all_forms_of_lines_are_answered_and_wrong_ones_say_why(tmp_path):
         json.dumps("a JSON string"),
         json.dumps({"prompt": "an object", "custom_id": "mine"}),
         json.dumps({"messages": [{"role": "user", "content": "Hi"}]}),
-        json.dumps({"custom_id": "openai", "method": "POST", "url": "/v1/completions",
-                    "body": {"model": MODEL, "prompt": "x", "max_tokens": 2}}),
+        json.dumps(
+            {
+                "custom_id": "openai",
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": {"model": MODEL, "prompt": "x", "max_tokens": 2},
+            }
+        ),
         "",
         json.dumps({"custom_id": "bad", "method": "POST", "url": "/v1/images", "body": {}}),
         json.dumps({"prompt": "x", "temperature": -4}),
@@ -73,7 +79,8 @@ def test_a_batch_goes_on_where_it_was_killed(tmp_path, cut):
     assert (result.resumed, result.answered) == (5, 7)
     got = answers(target)
     assert [text_of(got[i]) for i in range(12)] == [
-        offline(p, max_new_tokens=4, do_sample=False, ignore_eos=True) for p in prompts]
+        offline(p, max_new_tokens=4, do_sample=False, ignore_eos=True) for p in prompts
+    ]
     assert run().answered == 0
 
 
@@ -106,8 +113,14 @@ def test_inputs_are_read_as_they_are_needed(tmp_path):
 def test_a_busy_server_is_asked_again(tmp_path):
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     write_prompts(source, 2)
-    replies = iter([httpx.Response(429, headers={"retry-after": "0"}, json={}), httpx.ConnectError("not yet"),
-                    httpx.Response(200, json={"ok": 1}), httpx.Response(400, json={"error": {}})])
+    replies = iter(
+        [
+            httpx.Response(429, headers={"retry-after": "0"}, json={}),
+            httpx.ConnectError("not yet"),
+            httpx.Response(200, json={"ok": 1}),
+            httpx.Response(400, json={"error": {}}),
+        ]
+    )
 
     class Fake(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request):
@@ -251,8 +264,9 @@ def test_one_line_that_the_server_never_answers_does_not_end_the_batch(tmp_path,
 def deployed(url, tmp_path, monkeypatch):
     """The server of this process, written down as a deployment."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    record = Deployment(name=MODEL, model=MODEL, url=url, pid=os.getpid(), started=0.0,
-                        process_start=process_start(os.getpid()) or "")
+    record = Deployment(
+        name=MODEL, model=MODEL, url=url, pid=os.getpid(), started=0.0, process_start=process_start(os.getpid()) or ""
+    )
     with written_down(record):
         yield MODEL
 
@@ -260,8 +274,10 @@ def deployed(url, tmp_path, monkeypatch):
 def test_the_command_says_how_many_failed_and_so_does_its_exit_code(deployed, tmp_path, capsys):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"custom_id": str(i), "prompt": "Once", "max_tokens": 2} for i in range(3)]
-    source.write_text("\n".join(json.dumps(entry) for entry in [*lines, {**lines[0], "custom_id": "x", "model": "other"}])
-                      + '\n{"custom_id": "y", "prompt": "x", "seed": NaN}\n')
+    source.write_text(
+        "\n".join(json.dumps(entry) for entry in [*lines, {**lines[0], "custom_id": "x", "model": "other"}])
+        + '\n{"custom_id": "y", "prompt": "x", "seed": NaN}\n'
+    )
     command = ["batch", str(source), str(target), "--deployment", deployed]
     assert main(command) == 1
     shown = capsys.readouterr()
@@ -276,12 +292,15 @@ def test_the_command_says_how_many_failed_and_so_does_its_exit_code(deployed, tm
     assert main(command) == 0
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("in.jsonl", "no/out.jsonl"), "the folder no of the output does not exist"),
-    (("none.jsonl", "out.jsonl"), "none.jsonl is not a file"),
-    (("in.jsonl", "in.jsonl"), "in.jsonl is the input itself"),
-    (("in.jsonl", "out.jsonl", "--deployment", "none"), "no deployment 'none' runs on this machine"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("in.jsonl", "no/out.jsonl"), "the folder no of the output does not exist"),
+        (("none.jsonl", "out.jsonl"), "none.jsonl is not a file"),
+        (("in.jsonl", "in.jsonl"), "in.jsonl is the input itself"),
+        (("in.jsonl", "out.jsonl", "--deployment", "none"), "no deployment 'none' runs on this machine"),
+    ],
+)
 def test_a_command_that_cannot_begin_says_why_in_one_line(deployed, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("in.jsonl").write_bytes(line())
@@ -297,10 +316,36 @@ def test_the_command_goes_on_after_a_kill_and_an_interrupt_with_two_replicas(tmp
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     checkpoint = write_checkpoint(tmp_path / "tiny")
     prompts = write_prompts(source, 2000)
-    command = [sys.executable, "-m", "fastgen_jax.cli", "batch", str(source), str(target), "--model", str(checkpoint),
-               "--replicas", "2", "--concurrency", "32", "--token-budget", "32", "--budget-ladder", "8", "--block-size", "4",
-               "--max-num-seqs", "8", "--num-blocks", "128", "--set", "max_tokens=20", "--set", "temperature=0",
-               "--set", "ignore_eos=true"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastgen_jax.cli",
+        "batch",
+        str(source),
+        str(target),
+        "--model",
+        str(checkpoint),
+        "--replicas",
+        "2",
+        "--concurrency",
+        "32",
+        "--token-budget",
+        "32",
+        "--budget-ladder",
+        "8",
+        "--block-size",
+        "4",
+        "--max-num-seqs",
+        "8",
+        "--num-blocks",
+        "128",
+        "--set",
+        "max_tokens=20",
+        "--set",
+        "temperature=0",
+        "--set",
+        "ignore_eos=true",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not target.exists() or target.read_bytes().count(b"\n") < 100:
             assert process.poll() is None

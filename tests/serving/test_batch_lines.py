@@ -68,12 +68,19 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_line(tmp_path)
     assert sorted(body["prompt"] for body in echo.bodies) == [" two ", "one", "three"]
 
 
-@pytest.mark.parametrize(("name", "content", "form"), [
-    ("a.jsonl", b"Once", "jsonl"), ("a.NDJSON", b"Once", "jsonl"), ("a.json", b"Once", "jsonl"),
-    ("a.txt", b'"Once"', "text"),
-    ("a.txt", b"{this} is a prompt\n{}", "text"), ("a", b"\n\xef\xbb\xbf {\nOnce", "jsonl"),
-    ("a.in", b"Once\n{}", "text"), ("a", b"", "text"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "form"),
+    [
+        ("a.jsonl", b"Once", "jsonl"),
+        ("a.NDJSON", b"Once", "jsonl"),
+        ("a.json", b"Once", "jsonl"),
+        ("a.txt", b'"Once"', "text"),
+        ("a.txt", b"{this} is a prompt\n{}", "text"),
+        ("a", b"\n\xef\xbb\xbf {\nOnce", "jsonl"),
+        ("a.in", b"Once\n{}", "text"),
+        ("a", b"", "text"),
+    ],
+)
 def test_name_and_first_line_say_what_a_file_holds(tmp_path, name, content, form):
     path = tmp_path / name
     path.write_bytes(content)
@@ -91,13 +98,16 @@ def test_in_a_file_of_plain_text_no_line_is_json_and_in_one_of_json_none_is_text
     assert run(source, tmp_path / "jsonl.jsonl", form="jsonl").failed == 3
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", '{"prompt": "x"}'.encode("utf-16"), "not text in UTF-8"),
-    ("a.jsonl", '{"prompt": "x"}'.encode("utf-16-be"), "not text in UTF-8"),
-    ("a.jsonl", b"\x1f\x8b\x08rest", "is compressed; unpack it first"),
-    ("a.json", b'[\n{"prompt": "x"}\n]\n', "is one list over many lines"),
-    ("a.txt", b'{"prompt": "x"}', "say --format jsonl, or --format text"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "x"}'.encode("utf-16"), "not text in UTF-8"),
+        ("a.jsonl", '{"prompt": "x"}'.encode("utf-16-be"), "not text in UTF-8"),
+        ("a.jsonl", b"\x1f\x8b\x08rest", "is compressed; unpack it first"),
+        ("a.json", b'[\n{"prompt": "x"}\n]\n', "is one list over many lines"),
+        ("a.txt", b'{"prompt": "x"}', "say --format jsonl, or --format text"),
+    ],
+)
 def test_a_file_that_cannot_be_read_is_refused_whole(tmp_path, name, content, message):
     source, target = tmp_path / name, tmp_path / "out.jsonl"
     source.write_bytes(content)
@@ -123,13 +133,21 @@ def test_an_empty_file_is_done_at_once(tmp_path):
 
 def test_model_and_options_fill_only_what_a_body_leaves_open(tmp_path):
     source = tmp_path / "in.jsonl"
-    source.write_bytes(b"\n".join([
-        line(body={"prompt": "a"}), line(custom_id="2", body={"prompt": "b", "model": None, "seed": 9}),
-        line(custom_id="3", body={"prompt": "c", "model": "other"}), b'{"prompt": "d", "max_tokens": 9}']))
+    source.write_bytes(
+        b"\n".join(
+            [
+                line(body={"prompt": "a"}),
+                line(custom_id="2", body={"prompt": "b", "model": None, "seed": 9}),
+                line(custom_id="3", body={"prompt": "c", "model": "other"}),
+                b'{"prompt": "d", "max_tokens": 9}',
+            ]
+        )
+    )
     echo = Echo()
     run(source, tmp_path / "out.jsonl", echo, options={"max_tokens": 1, "seed": 2})
     assert sorted(echo.bodies, key=lambda body: body["prompt"]) == [
         {"model": MODEL, "prompt": "a", "max_tokens": 1, "seed": 2},
         {"model": MODEL, "prompt": "b", "max_tokens": 1, "seed": 9},
         {"model": "other", "prompt": "c", "max_tokens": 1, "seed": 2},
-        {"model": MODEL, "prompt": "d", "max_tokens": 9, "seed": 2}]
+        {"model": MODEL, "prompt": "d", "max_tokens": 9, "seed": 2},
+    ]

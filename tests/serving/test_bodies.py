@@ -87,14 +87,18 @@ def test_a_bomb_is_not_unpacked(encoding):
     assert pieces == [PIECE] * 3
 
 
-@pytest.mark.parametrize(("encoding", "data", "status", "code"), [
-    ("gzip", gzip.compress(BODY)[:-5], 400, "invalid_content_encoding"),
-    ("gzip", BODY, 400, "invalid_content_encoding"),
-    ("gzip", gzip.compress(BODY) + b"and more", 400, "invalid_content_encoding"),
-    ("deflate", b"\xff\xff", 400, "invalid_content_encoding"),
-    ("zstd", BODY, 415, "unsupported_content_encoding"),
-    ("gzip, gzip", gzip.compress(gzip.compress(BODY)), 415, "unsupported_content_encoding"),
-], ids=["cut off", "not packed", "followed by more", "no zlib", "unknown", "twice"])
+@pytest.mark.parametrize(
+    ("encoding", "data", "status", "code"),
+    [
+        ("gzip", gzip.compress(BODY)[:-5], 400, "invalid_content_encoding"),
+        ("gzip", BODY, 400, "invalid_content_encoding"),
+        ("gzip", gzip.compress(BODY) + b"and more", 400, "invalid_content_encoding"),
+        ("deflate", b"\xff\xff", 400, "invalid_content_encoding"),
+        ("zstd", BODY, 415, "unsupported_content_encoding"),
+        ("gzip, gzip", gzip.compress(gzip.compress(BODY)), 415, "unsupported_content_encoding"),
+    ],
+    ids=["cut off", "not packed", "followed by more", "no zlib", "unknown", "twice"],
+)
 def test_a_damaged_or_unknown_packing_is_refused(encoding, data, status, code):
     response = post(data, {"content-encoding": encoding, "content-type": "application/json"})
     assert (response.status_code, error(response)["code"]) == (status, code)
@@ -102,10 +106,16 @@ def test_a_damaged_or_unknown_packing_is_refused(encoding, data, status, code):
         assert response.headers["accept-encoding"] == "gzip, deflate"
 
 
-@pytest.mark.parametrize("headers", [
-    {}, {"content-type": ""}, {"content-type": "application/json; charset=utf-8"}, {"content-type": "Application/JSON"},
-    {"content-type": "application/vnd.api+json"},
-])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content-type": ""},
+        {"content-type": "application/json; charset=utf-8"},
+        {"content-type": "Application/JSON"},
+        {"content-type": "application/vnd.api+json"},
+    ],
+)
 def test_a_body_is_json_also_if_it_does_not_say_so(headers):
     response = post(BODY, headers)
     assert response.status_code == 200, response.text

@@ -11,13 +11,32 @@ from fastgen_jax.serving.protocol import ChatRequest
 from fastgen_jax.serving.tools import ToolReader, prepare_messages
 from tests.serving.house import MODEL, ask, events, offline, tokenizer
 
-CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0,
-        "ignore_eos": True}
-WEATHER = {"type": "function", "function": {
-    "name": "f", "description": "d", "parameters": {
-        "type": "object", "properties": {"c": {"enum": ["A", "B"]}}, "required": ["c"], "additionalProperties": False}}}
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}},
-          "required": ["a", "b"], "additionalProperties": False}
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Hi"}],
+    "max_tokens": 8,
+    "temperature": 0,
+    "ignore_eos": True,
+}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {
+            "type": "object",
+            "properties": {"c": {"enum": ["A", "B"]}},
+            "required": ["c"],
+            "additionalProperties": False,
+        },
+    },
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
 
 
 def choice(body):
@@ -34,8 +53,11 @@ def test_a_chat_is_the_completion_of_its_rendered_template():
     got = choice(CHAT)
     # The template writes its own special tokens, so none is added: compare by token ids.
     ids = tokenizer().encode("u:Hi\na:", add_special_tokens=False)
-    assert got["message"] == {"role": "assistant", "refusal": None,
-                              "content": offline(ids, do_sample=False, max_new_tokens=8, ignore_eos=True)}
+    assert got["message"] == {
+        "role": "assistant",
+        "refusal": None,
+        "content": offline(ids, do_sample=False, max_new_tokens=8, ignore_eos=True),
+    }
     streamed = events(ask("/v1/chat/completions", {**CHAT, "stream": True}))
     assert joined(streamed) == got["message"]["content"]
     assert streamed[0]["choices"][0]["delta"]["role"] == "assistant"
@@ -92,8 +114,11 @@ def test_a_named_function_is_called_with_arguments_of_its_schema():
     assert got["finish_reason"] == "tool_calls"
     assert call["function"]["name"] == "f"
     assert json.loads(call["function"]["arguments"])["c"] in ("A", "B")
-    deltas = [c for e in events(ask("/v1/chat/completions", {**body, "stream": True}))
-              for c in e["choices"][0]["delta"].get("tool_calls", ())]
+    deltas = [
+        c
+        for e in events(ask("/v1/chat/completions", {**body, "stream": True}))
+        for c in e["choices"][0]["delta"].get("tool_calls", ())
+    ]
     assert "".join(d["function"]["arguments"] for d in deltas) == call["function"]["arguments"]
     assert [d["function"].get("name") for d in deltas] == ["f"] + [None] * (len(deltas) - 1)
 
@@ -115,25 +140,42 @@ def test_whole_calls_are_read_from_free_text_and_content_before_them_stays():
         content, calls = content + more, calls + deltas
     more, deltas = reader.flush()
     assert content + more == "Let me see. "
-    assert [c["function"] for c in calls + deltas] == [{"name": "f", "arguments": '{"c": "A"}'},
-                                                       {"name": "f", "arguments": "{}"}]
+    assert [c["function"] for c in calls + deltas] == [
+        {"name": "f", "arguments": '{"c": "A"}'},
+        {"name": "f", "arguments": "{}"},
+    ]
 
 
 CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 
 
-@pytest.mark.parametrize(("text", "content"), [
-    *((text, text) for text in (
-        "plain", "a < b", "ends with <tool", "<tool_call>cut off", 'a <tool_call>{"name": }</tool_call> b',
-        '<tool_call>["f"]</tool_call>', '<tool_call>{"name": 5}</tool_call>', f"<tool_call>{'[' * 100_000}</tool_call>",
-        '<tool_call>\n{"name": "f", "arg', "<tool_call></tool_call>", "</tool_call>")),
-    (f"a {CALL}", "a "),
-    (f"{CALL}\n{CALL}\n", ""),
-    (f"a {CALL}\n\n{CALL}\n b\n", "a \n b\n"),
-    (f"{CALL}<tool_call>cut off", "<tool_call>cut off"),
-    (f"{CALL}\n<tool_call>{{}}</tool_call>\n{CALL}", "\n<tool_call>{}</tool_call>\n"),
-    (f"{CALL}<tool", "<tool"),
-])
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        *(
+            (text, text)
+            for text in (
+                "plain",
+                "a < b",
+                "ends with <tool",
+                "<tool_call>cut off",
+                'a <tool_call>{"name": }</tool_call> b',
+                '<tool_call>["f"]</tool_call>',
+                '<tool_call>{"name": 5}</tool_call>',
+                f"<tool_call>{'[' * 100_000}</tool_call>",
+                '<tool_call>\n{"name": "f", "arg',
+                "<tool_call></tool_call>",
+                "</tool_call>",
+            )
+        ),
+        (f"a {CALL}", "a "),
+        (f"{CALL}\n{CALL}\n", ""),
+        (f"a {CALL}\n\n{CALL}\n b\n", "a \n b\n"),
+        (f"{CALL}<tool_call>cut off", "<tool_call>cut off"),
+        (f"{CALL}\n<tool_call>{{}}</tool_call>\n{CALL}", "\n<tool_call>{}</tool_call>\n"),
+        (f"{CALL}<tool", "<tool"),
+    ],
+)
 @pytest.mark.parametrize("size", [1, 7, 1_000_000])
 def test_all_that_is_no_call_is_content(text, content, size):
     reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
@@ -162,8 +204,13 @@ def test_arguments_that_the_model_wrote_as_text_stay_text():
 
 
 def test_references_of_a_tools_schema_hold_in_every_tool():
-    parameters = {"type": "object", "properties": {"c": {"$ref": "#/$defs/C"}, "d": {"const": {"$ref": "#/x"}}},
-                  "required": ["c", "d"], "additionalProperties": False, "$defs": {"C": {"enum": ["A"]}}}
+    parameters = {
+        "type": "object",
+        "properties": {"c": {"$ref": "#/$defs/C"}, "d": {"const": {"$ref": "#/x"}}},
+        "required": ["c", "d"],
+        "additionalProperties": False,
+        "$defs": {"C": {"enum": ["A"]}},
+    }
     other = {"type": "function", "function": {"name": "g", "parameters": parameters}}
     got = choice({**CHAT, "max_tokens": 90, "tools": [other], "tool_choice": "required"})
     (call,) = got["message"]["tool_calls"]
@@ -179,8 +226,9 @@ def test_a_model_whose_template_knows_no_tools_is_told_of_them():
     assert prompt.startswith("system:You may call functions.")
     assert '"name": "f"' in prompt
     assert prompt.endswith("\nuser:x\n")
-    with_system, _ = prepare_messages(plain, [{"role": "system", "content": "Be brief."}, *body.messages], body.tools,
-                                      writes_calls=True)
+    with_system, _ = prepare_messages(
+        plain, [{"role": "system", "content": "Be brief."}, *body.messages], body.tools, writes_calls=True
+    )
     assert plain.apply_chat_template(with_system).startswith("system:Be brief.\n\nYou may call functions.")
 
 

@@ -58,8 +58,10 @@ def test_many_prompts_and_samples_come_in_order_and_each_by_its_seed():
 
 def test_a_negative_seed_is_as_good_as_any():
     body = {"model": MODEL, "prompt": "x", "seed": -1, "max_tokens": 4}
-    assert ask("/v1/completions", body).json()["choices"][0]["text"] == ask(
-        "/v1/completions", {**body, "seed": 2**32 - 1}).json()["choices"][0]["text"]
+    assert (
+        ask("/v1/completions", body).json()["choices"][0]["text"]
+        == ask("/v1/completions", {**body, "seed": 2**32 - 1}).json()["choices"][0]["text"]
+    )
 
 
 def test_a_stop_string_ends_the_text_before_it():
@@ -89,8 +91,11 @@ def test_a_stop_string_may_begin_before_the_least_number_of_tokens_but_ends_behi
 @pytest.mark.parametrize("path", ["/v1/completions", "/mii/here"])
 def test_a_special_token_stops_by_its_name_though_the_text_does_not_show_it(path):
     # The bias makes the model write the beginning-of-sequence token, which is skipped in the text.
-    end, more = ({"max_tokens": 12, "temperature": 0}, {"model": MODEL, "prompt": "Once"}) if path[1] == "v" else (
-        {"max_new_tokens": 12, "do_sample": False}, {"prompts": "Once"})
+    end, more = (
+        ({"max_tokens": 12, "temperature": 0}, {"model": MODEL, "prompt": "Once"})
+        if path[1] == "v"
+        else ({"max_new_tokens": 12, "do_sample": False}, {"prompts": "Once"})
+    )
     body = {**more, **end, "ignore_eos": True, "logit_bias": {"1": 100}}
 
     def answer(stop):
@@ -161,7 +166,8 @@ def test_the_generation_options_of_the_pipeline_work_over_http():
     body = {"prompts": ["Aa", "Bb"], "do_sample": False, "max_new_tokens": 5, "ignore_eos": True, "logprobs": 1}
     answers = ask("/mii/here", body).json()
     assert [a["generated_text"] for a in answers] == [
-        offline(p, do_sample=False, max_new_tokens=5, ignore_eos=True) for p in ("Aa", "Bb")]
+        offline(p, do_sample=False, max_new_tokens=5, ignore_eos=True) for p in ("Aa", "Bb")
+    ]
     assert all(a["generated_length"] == 5 and a["prompt_length"] == 3 and len(a["logprobs"]) == 5 for a in answers)
     full = ask("/mii/here", {**body, "return_full_text": True}).json()
     assert [a["generated_text"][:2] for a in full] == ["Aa", "Bb"]

@@ -32,6 +32,7 @@ def state(tmp_path, monkeypatch) -> Path:
 def listening(answer: bytes) -> Iterator[str]:
     """The URL of a server that reads a request, sends `answer` and closes; also where nothing listens any more."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def serve() -> None:
             with contextlib.suppress(OSError):
                 while True:
@@ -64,8 +65,15 @@ def closed_url() -> str:
 
 def deployment(url: str, **changes) -> Deployment:
     """One of this process, so that it is alive."""
-    here = Deployment(name="chat", model="some-model", url=url, pid=os.getpid(), started=0.0, log="/tmp/chat.log",
-                      process_start=process_start(os.getpid()) or "")
+    here = Deployment(
+        name="chat",
+        model="some-model",
+        url=url,
+        pid=os.getpid(),
+        started=0.0,
+        log="/tmp/chat.log",
+        process_start=process_start(os.getpid()) or "",
+    )
     return replace(here, **changes)
 
 
@@ -73,8 +81,11 @@ def failures(of: Deployment) -> list[str]:
     """What all ways to ask say."""
     messages = []
     client = Client(of)
-    for ask in (lambda: client.generate("x"), lambda: list(client.stream("x")),
-                lambda: client.generate("x", streaming_fn=print)):
+    for ask in (
+        lambda: client.generate("x"),
+        lambda: list(client.stream("x")),
+        lambda: client.generate("x", streaming_fn=print),
+    ):
         with pytest.raises(NoAnswerError) as failure:
             ask()
         assert failure.value.status == 503
@@ -124,8 +135,10 @@ def test_a_connection_that_breaks_in_the_middle_of_an_answer_is_no_answer():
 
 
 def test_a_stream_that_just_stops_is_not_taken_for_an_answer():
-    event = (b'data: {"index": 0, "text": "a", "token_ids": [1], "finish_reason": null, "prompt_length": 1, '
-             b'"cached_length": 0}\n\n')
+    event = (
+        b'data: {"index": 0, "text": "a", "token_ids": [1], "finish_reason": null, "prompt_length": 1, '
+        b'"cached_length": 0}\n\n'
+    )
     with listening(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + event) as url:
         client, seen = Client(deployment(url)), []
         with pytest.raises(NoAnswerError, match="closed before the answer was whole"):
@@ -133,11 +146,14 @@ def test_a_stream_that_just_stops_is_not_taken_for_an_answer():
         client.close()
 
 
-@pytest.mark.parametrize("answer", [
-    b"HTTP/1.1 404 Not Found\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
-    b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
-    b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 4\r\n\r\n[{}]",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 404 Not Found\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
+        b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 4\r\n\r\n[{}]",
+    ],
+)
 def test_a_server_of_another_kind_is_told(answer):
     with listening(answer) as url:
         for message in failures(deployment(url)):

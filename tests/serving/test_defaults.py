@@ -25,9 +25,13 @@ def with_defaults(monkeypatch):
     return change
 
 
-@pytest.mark.parametrize("body", [
-    CompletionRequest(model="m", prompt="Hi"), ChatRequest(model="m", messages=[{"role": "user", "content": "Hi"}]),
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        CompletionRequest(model="m", prompt="Hi"),
+        ChatRequest(model="m", messages=[{"role": "user", "content": "Hi"}]),
+    ],
+)
 def test_options_that_a_body_leaves_out_are_the_models(with_defaults, body):
     intake = with_defaults(**DEFAULTS)
     params = body.sampling_params(intake, max_new_tokens=4)

@@ -46,8 +46,16 @@ def state(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(checkpoint, state):
-    client = fastgen_jax.serve(checkpoint, deployment_name="two", replica_num=2, api_key=(KEY,), timeout=300,
-                               max_body_mb=1.0, log_format="json", **ENGINE)
+    client = fastgen_jax.serve(
+        checkpoint,
+        deployment_name="two",
+        replica_num=2,
+        api_key=(KEY,),
+        timeout=300,
+        max_body_mb=1.0,
+        log_format="json",
+        **ENGINE,
+    )
     yield client
     client.terminate_server()
     client.close()
@@ -115,12 +123,22 @@ def test_openais_client_runs_over_every_endpoint(client):
     streamed = api.completions.create(model=model, prompt="Once", max_tokens=6, temperature=0, stream=True, **extra)
     assert "".join(chunk.choices[0].text for chunk in streamed) == text
     messages = [{"role": "user", "content": "Hi"}]
-    chat = api.chat.completions.create(model=model, messages=messages, max_tokens=6, temperature=0, n=2, logprobs=True,
-                                       top_logprobs=2, **extra)
+    chat = api.chat.completions.create(
+        model=model, messages=messages, max_tokens=6, temperature=0, n=2, logprobs=True, top_logprobs=2, **extra
+    )
     assert chat.choices[0].message.content == chat.choices[1].message.content
     assert chat.usage.completion_tokens == 12
-    chunks = list(api.chat.completions.create(model=model, messages=messages, max_tokens=6, temperature=0, stream=True,
-                                              stream_options={"include_usage": True}, **extra))
+    chunks = list(
+        api.chat.completions.create(
+            model=model,
+            messages=messages,
+            max_tokens=6,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            **extra,
+        )
+    )
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == chat.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == 6
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
@@ -128,8 +146,13 @@ def test_openais_client_runs_over_every_endpoint(client):
     got = api.chat.completions.create(model=model, messages=messages, max_tokens=40, response_format=form)
     assert json.loads(got.choices[0].message.content)["a"] in (1, 2)
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-    got = api.chat.completions.create(model=model, messages=messages, max_tokens=40, tools=[tool],
-                                      tool_choice={"type": "function", "function": {"name": "f"}})
+    got = api.chat.completions.create(
+        model=model,
+        messages=messages,
+        max_tokens=40,
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "f"}},
+    )
     assert json.loads(got.choices[0].message.tool_calls[0].function.arguments)["a"] in (1, 2)
     with pytest.raises(openai.BadRequestError):
         api.embeddings.create(model=model, input="x")
@@ -179,8 +202,13 @@ def test_a_killed_replica_is_replaced_and_nothing_is_lost_or_comes_twice(client)
 
 def test_the_command_line_lists_it_and_looks_into_it(client):
     def fastgen(*arguments):
-        done = subprocess.run([sys.executable, "-m", "fastgen_jax.cli", *arguments], capture_output=True, text=True,
-                              env={**os.environ, "FASTGEN_API_KEY": KEY}, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-m", "fastgen_jax.cli", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "FASTGEN_API_KEY": KEY},
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

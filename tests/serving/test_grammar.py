@@ -14,8 +14,9 @@ from tests.serving.house import MODEL, ask, engine, events, tokenizer
 from tests.tiny import drain, greedy, tokens_of
 
 DIGITS = Grammar(kind="regex", source="[0-9]{3,6}x")
-SCHEMA = Grammar.json_schema({"type": "object", "properties": {"a": {"enum": ["x", "yy"]}}, "required": ["a"],
-                              "additionalProperties": False})
+SCHEMA = Grammar.json_schema(
+    {"type": "object", "properties": {"a": {"enum": ["x", "yy"]}}, "required": ["a"], "additionalProperties": False}
+)
 SAMPLED = SamplingParams(max_new_tokens=40, temperature=1.5, seed=5)
 
 

@@ -12,25 +12,41 @@ from fastgen_jax.api.deployment import Deployment
 from tests.serving.house import MODEL, ask, engine, tokenizer, with_server
 
 USER = {"role": "user", "content": "Hi"}
-WEATHER = {"type": "function", "function": {"name": "f", "parameters": {
-    "type": "object", "properties": {"c": {"$ref": "#/$defs/City"}}, "required": ["c"], "additionalProperties": False,
-    "$defs": {"City": {"enum": ["A", "B"]}}}}}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "parameters": {
+            "type": "object",
+            "properties": {"c": {"$ref": "#/$defs/City"}},
+            "required": ["c"],
+            "additionalProperties": False,
+            "$defs": {"City": {"enum": ["A", "B"]}},
+        },
+    },
+}
 RESULT = {"role": "tool", "tool_call_id": "x", "content": "warm"}
 # Counts the fields of each turn: what is null must be as if it were left out.
-COUNTING = ("{# <tool_call> tool_calls 'tool' #}{% for t in tools or () %}T:{{ t.function.name }}\n{% endfor %}"
-            "{% for m in messages %}{{ m.role }}{{ m | length }}:{{ m.content }}"
-            "{% for c in m.tool_calls or () %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ '\n' }}"
-            "{% endfor %}")
+COUNTING = (
+    "{# <tool_call> tool_calls 'tool' #}{% for t in tools or () %}T:{{ t.function.name }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.role }}{{ m | length }}:{{ m.content }}"
+    "{% for c in m.tool_calls or () %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ '\n' }}"
+    "{% endfor %}"
+)
 TURNS = {
     "null content": {"content": None},
     "no content": {},
     "null calls": {"content": None, "tool_calls": None, "refusal": None, "function_call": None, "audio": None},
     "no calls": {"content": "yes", "tool_calls": [], "annotations": [], "reasoning_content": None},
     "a reasoned one": {"content": "yes", "reasoning_content": "Let me think."},
-    "cut off arguments": {"content": None, "tool_calls": [
-        {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"c": "'}}]},
-    "arguments without end": {"content": None, "tool_calls": [
-        {"id": "x", "type": "function", "function": {"name": "f", "arguments": "[" * 50_000 + "]"}}]},
+    "cut off arguments": {
+        "content": None,
+        "tool_calls": [{"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"c": "'}}],
+    },
+    "arguments without end": {
+        "content": None,
+        "tool_calls": [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "[" * 50_000 + "]"}}],
+    },
 }
 
 
@@ -102,11 +118,17 @@ def test_tools_and_template_variables_count_in_tokenize_too(monkeypatch):
     assert "belong to messages" in ask("/tokenize", {"prompt": "x", "tools": [WEATHER]}).json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("template", "prompt"), [
-    ("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", "system:Be brief.\nuser:Hi\n"),
-    ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.role }}:{{ m.content }}\n"
-     "{% endfor %}", "user:Be brief.\n\nHi\n"),
-])
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", "system:Be brief.\nuser:Hi\n"),
+        (
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+            "{{ m.role }}:{{ m.content }}\n{% endfor %}",
+            "user:Be brief.\n\nHi\n",
+        ),
+    ],
+)
 def test_a_developer_is_heard_whatever_the_template_knows(monkeypatch, template, prompt):
     monkeypatch.setattr(engine().intake, "tokenizer", tokenizer(template=template))
     messages = [{"role": "developer", "content": "Be brief."}, USER]
@@ -121,19 +143,35 @@ def test_a_developer_is_heard_whatever_the_template_knows(monkeypatch, template,
     assert tokenizer().decode(with_server(scenario)) == prompt
 
 
-@pytest.mark.parametrize(("template", "change", "message"), [
-    ("{{ raise_exception('roles must alternate') }}", {}, "refuses this conversation: roles must alternate"),
-    ("{{ 'x' * 10 ** 15 }}", {}, "refuses this conversation"),
-    ("{% if %}", {}, "does not parse, line 1"),
-    (COUNTING, {"chat_template_kwargs": {"self": 1, "template": 2}}, None),
-    (COUNTING, {"chat_template_kwargs": {"messages": []}}, "which have fields of their own"),
-    (COUNTING, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
-     "the json schema cannot be used: no token can follow"),
-    (COUNTING, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "("}}}}, "unclosed group"),
-    (COUNTING, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "oops"}}}],
-                "tool_choice": "required"}, "the json schema cannot be used"),
-    (COUNTING, {"messages": [{"role": "user", "content": [[[]]]}]}, "only text is supported"),
-])
+@pytest.mark.parametrize(
+    ("template", "change", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", {}, "refuses this conversation: roles must alternate"),
+        ("{{ 'x' * 10 ** 15 }}", {}, "refuses this conversation"),
+        ("{% if %}", {}, "does not parse, line 1"),
+        (COUNTING, {"chat_template_kwargs": {"self": 1, "template": 2}}, None),
+        (COUNTING, {"chat_template_kwargs": {"messages": []}}, "which have fields of their own"),
+        (
+            COUNTING,
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
+            "the json schema cannot be used: no token can follow",
+        ),
+        (
+            COUNTING,
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "("}}}},
+            "unclosed group",
+        ),
+        (
+            COUNTING,
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "oops"}}}],
+                "tool_choice": "required",
+            },
+            "the json schema cannot be used",
+        ),
+        (COUNTING, {"messages": [{"role": "user", "content": [[[]]]}]}, "only text is supported"),
+    ],
+)
 def test_what_a_template_or_a_grammar_cannot_do_is_said_and_never_a_failure(monkeypatch, template, change, message):
     monkeypatch.setattr(engine().intake, "tokenizer", tokenizer(template=template))
     response = ask("/v1/chat/completions", {"model": MODEL, "messages": [USER], "max_tokens": 1, **change})

@@ -47,12 +47,15 @@ def test_the_limit_that_is_reported_is_the_true_one():
     assert ask("/tokenize", {"prompt": "x"}).json()["max_model_len"] == CACHE
 
 
-@pytest.mark.parametrize(("length", "options", "words"), [
-    (300, {}, "your messages resulted in 305 tokens"),
-    (100, {}, "your messages resulted in 105 tokens"),
-    (CACHE - 5, {}, f"your messages resulted in {CACHE} tokens"),
-    (10, {"max_tokens": 90}, "you requested 105 tokens (15 in the messages, 90 in the completion)"),
-])
+@pytest.mark.parametrize(
+    ("length", "options", "words"),
+    [
+        (300, {}, "your messages resulted in 305 tokens"),
+        (100, {}, "your messages resulted in 105 tokens"),
+        (CACHE - 5, {}, f"your messages resulted in {CACHE} tokens"),
+        (10, {"max_tokens": 90}, "you requested 105 tokens (15 in the messages, 90 in the completion)"),
+    ],
+)
 def test_a_chat_that_is_too_long_is_refused_in_the_words_that_clients_look_for(length, options, words):
     response = chat("x" * length, **options)
     assert response.status_code == 400
@@ -63,8 +66,10 @@ def test_a_chat_that_is_too_long_is_refused_in_the_words_that_clients_look_for(l
 
 
 def test_so_is_any_other_prompt():
-    for path, body, param in (("/v1/completions", {"model": MODEL, "prompt": "x" * 300}, "prompt"),
-                              ("/mii/here", {"prompts": ["x", "x" * 300]}, "prompts")):
+    for path, body, param in (
+        ("/v1/completions", {"model": MODEL, "prompt": "x" * 300}, "prompt"),
+        ("/mii/here", {"prompts": ["x", "x" * 300]}, "prompts"),
+    ):
         error = ask(path, body).json()["error"]
         assert (error["param"], error["code"]) == (param, "context_length_exceeded")
 

@@ -26,8 +26,10 @@ output_type: {kind}
 doc_to_text: "{{{{question}}}}"
 """
 CHOICE = "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]\n"
-FREE = ("doc_to_target: '{{choices[answer]}}'\nmetric_list: [{metric: exact_match}]\n"
-        "generation_kwargs: {until: ['9'], max_gen_toks: 16}\n")
+FREE = (
+    "doc_to_target: '{{choices[answer]}}'\nmetric_list: [{metric: exact_match}]\n"
+    "generation_kwargs: {until: ['9'], max_gen_toks: 16}\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,31 @@ def tasks(tmp_path_factory):
 def evaluate(tasks, url: str, model: str, path: str, names: str, *more: str) -> dict[str, list]:
     """The answers that lm_eval got, by task."""
     out = tasks / path.replace("/", "_")
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", model, "--model_args",
-               f"model={MODEL},base_url={url}{path},num_concurrent=4,max_retries=1", "--tasks", names,
-               "--include_path", str(tasks), "--log_samples", "--output_path", str(out), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none", "HF_HOME": str(tasks)})
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        model,
+        "--model_args",
+        f"model={MODEL},base_url={url}{path},num_concurrent=4,max_retries=1",
+        "--tasks",
+        names,
+        "--include_path",
+        str(tasks),
+        "--log_samples",
+        "--output_path",
+        str(out),
+        *more,
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none", "HF_HOME": str(tasks)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, list] = {}
     for file in out.rglob("samples_*.jsonl"):

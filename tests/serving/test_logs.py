@@ -36,8 +36,9 @@ def root():
 
 
 def entry(formatter: logging.Formatter, message: str, error: Exception | None = None) -> str:
-    record = logging.LogRecord("fastgen_jax.x", logging.INFO, __file__, 1, "said %s", (message,),
-                               (type(error), error, None) if error else None)
+    record = logging.LogRecord(
+        "fastgen_jax.x", logging.INFO, __file__, 1, "said %s", (message,), (type(error), error, None) if error else None
+    )
     record.path = message
     return formatter.format(record)
 
@@ -143,8 +144,10 @@ def test_a_long_task_is_told_in_the_log_from_its_first_moment_on(caplog, monkeyp
 def test_where_a_bar_is_shown_the_log_says_nothing(caplog, monkeypatch):
     monkeypatch.setattr(progress, "is_watched", lambda: True)
     monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
-    with caplog.at_level(logging.INFO, "fastgen_jax"), progress.shown(
-            logging.getLogger("fastgen_jax.x"), "loading", total=1, unit="weight", bar=True) as advance:
+    with (
+        caplog.at_level(logging.INFO, "fastgen_jax"),
+        progress.shown(logging.getLogger("fastgen_jax.x"), "loading", total=1, unit="weight", bar=True) as advance,
+    ):
         advance()
     assert "loading: 100%" in shown.getvalue()
     assert not caplog.records

@@ -39,8 +39,13 @@ def test_metrics_count_what_happened_under_vllms_names():
     assert gained["vllm:prompt_tokens_total"] == 4 * 10
     assert gained["vllm:generation_tokens_total"] == 4 * 6
     assert gained["vllm:request_success_total"] == 4
-    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
-                 "request_prompt_tokens", "request_generation_tokens"):
+    for name in (
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+    ):
         assert gained[f"vllm:{name}_count"] == 4
     assert gained["vllm:inter_token_latency_seconds_count"] == 4 * 5
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0

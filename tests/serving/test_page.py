@@ -129,8 +129,15 @@ def test_an_answer_is_shown_as_markdown_and_cannot_run_or_load_anything(browser,
     assert box.locator("a").first.get_attribute("href") == "https://example.org/a?b=1&c=2"
     assert box.locator("a").first.get_attribute("rel") == "noopener noreferrer"
     text = box.inner_text()
-    for shown in ('<script>window.hacked = "steal"</script>', "<img src=x", "<i>2</i>", "<think>hm</think>", "☑ done",
-                  "☐ open", 'style="position:fixed"'):
+    for shown in (
+        '<script>window.hacked = "steal"</script>',
+        "<img src=x",
+        "<i>2</i>",
+        "<think>hm</think>",
+        "☑ done",
+        "☐ open",
+        'style="position:fixed"',
+    ):
         assert shown in text
     allowed = page.evaluate("""() => [...document.querySelectorAll(".assistant *")].flatMap(
         e => [e.tagName, ...[...e.attributes].map(a => a.name + "=" + a.value)])""")
@@ -150,9 +157,13 @@ def test_an_answer_is_shown_as_markdown_and_cannot_run_or_load_anything(browser,
 
 def test_a_long_answer_is_not_drawn_anew_for_each_piece(browser, url):
     page = browser.new_page()
-    answering(page, url, "Some words, and *more* of them.\n\n" * 1000,
-              first="""() => { window.drawn = 0; const sanitize = DOMPurify.sanitize;
-                  DOMPurify.sanitize = (...given) => { window.drawn++; return sanitize(...given); }; }""")
+    answering(
+        page,
+        url,
+        "Some words, and *more* of them.\n\n" * 1000,
+        first="""() => { window.drawn = 0; const sanitize = DOMPurify.sanitize;
+                  DOMPurify.sanitize = (...given) => { window.drawn++; return sanitize(...given); }; }""",
+    )
     assert page.locator(".assistant p").count() == 1000
     assert 1 <= page.evaluate("drawn") < 200  # pieces: 4715
     page.close()

@@ -44,8 +44,11 @@ def url(tmp_path_factory):
 
 def replicas() -> list[psutil.Process]:
     """Their processes: those of this program's Ray, which are its children's children."""
-    return [p for p in psutil.Process(os.getpid()).children(recursive=True)
-            if any("ServeReplica" in word and "Engines" in word for word in p.cmdline())]
+    return [
+        p
+        for p in psutil.Process(os.getpid()).children(recursive=True)
+        if any("ServeReplica" in word and "Engines" in word for word in p.cmdline())
+    ]
 
 
 def want(prompt: str) -> str:

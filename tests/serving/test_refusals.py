@@ -17,32 +17,39 @@ COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 4}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 
 
-@pytest.mark.parametrize(("path", "change", "param", "message"), [
-    ("completions", {"temprature": 1}, "temprature", "unknown field 'temprature'"),
-    ("completions", {"suffix": "end"}, "suffix", "suffix='end' is not supported"),
-    ("completions", {"best_of": 4}, "best_of", "best_of=4 is not supported"),
-    ("completions", {"temperature": -1}, "temperature", "greater than or equal to 0"),
-    ("completions", {"max_tokens": 0}, "max_tokens", "max_tokens=0 asks for nothing"),
-    ("completions", {"prompt": []}, "prompt", "prompt is empty"),
-    ("completions", {"prompt": [500]}, None, "token id 500 is outside the vocabulary"),
-    ("completions", {"prompt": "x" * 200}, "prompt", "201 tokens but max_context_len is"),
-    ("completions", {"logit_bias": {"abc": 1}}, "logit_bias", "keys are token ids"),
-    ("completions", {"logit_bias": {"4000": 1}}, "logit_bias", "logit_bias names token 4000"),
-    ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "belong to stream=true"),
-    ("completions", {"prompt": ["x"] * 100}, None, "more than the 64 requests that may wait"),
-    ("completions", {"min_tokens": 9}, "min_new_tokens", "min_new_tokens is 9"),
-    ("completions", {"logprobs": 50}, "logprobs", "less than or equal to 20"),
-    ("chat/completions", {"functions": [{}]}, "functions", "functions=[{}] is not supported"),
-    ("chat/completions", {"audio": {"voice": "x"}}, "audio", "audio={'voice': 'x'} is not supported"),
-    ("chat/completions", {"messages": []}, "messages", "at least 1 item"),
-    ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "has no content"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only text"),
-    ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs"),
-    ("chat/completions", {"tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
-    ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format", "json_schema belongs to"),
-    ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "oops"}}}},
-     None, "the json schema cannot be used"),
-])
+@pytest.mark.parametrize(
+    ("path", "change", "param", "message"),
+    [
+        ("completions", {"temprature": 1}, "temprature", "unknown field 'temprature'"),
+        ("completions", {"suffix": "end"}, "suffix", "suffix='end' is not supported"),
+        ("completions", {"best_of": 4}, "best_of", "best_of=4 is not supported"),
+        ("completions", {"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ("completions", {"max_tokens": 0}, "max_tokens", "max_tokens=0 asks for nothing"),
+        ("completions", {"prompt": []}, "prompt", "prompt is empty"),
+        ("completions", {"prompt": [500]}, None, "token id 500 is outside the vocabulary"),
+        ("completions", {"prompt": "x" * 200}, "prompt", "201 tokens but max_context_len is"),
+        ("completions", {"logit_bias": {"abc": 1}}, "logit_bias", "keys are token ids"),
+        ("completions", {"logit_bias": {"4000": 1}}, "logit_bias", "logit_bias names token 4000"),
+        ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "belong to stream=true"),
+        ("completions", {"prompt": ["x"] * 100}, None, "more than the 64 requests that may wait"),
+        ("completions", {"min_tokens": 9}, "min_new_tokens", "min_new_tokens is 9"),
+        ("completions", {"logprobs": 50}, "logprobs", "less than or equal to 20"),
+        ("chat/completions", {"functions": [{}]}, "functions", "functions=[{}] is not supported"),
+        ("chat/completions", {"audio": {"voice": "x"}}, "audio", "audio={'voice': 'x'} is not supported"),
+        ("chat/completions", {"messages": []}, "messages", "at least 1 item"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "has no content"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only text"),
+        ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs"),
+        ("chat/completions", {"tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
+        ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format", "json_schema belongs to"),
+        (
+            "chat/completions",
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "oops"}}}},
+            None,
+            "the json schema cannot be used",
+        ),
+    ],
+)
 def test_a_mistake_is_named(path, change, param, message):
     base = CHAT if path.startswith("chat") else COMPLETION
     response = ask(f"/v1/{path}", {**base, **change})
@@ -59,8 +66,9 @@ def test_wrong_model_path_method_and_body():
         assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
         assert (await client.get("/v2/nothing")).json()["error"]["code"] == "not_found"
         assert (await client.get("/v1/completions")).status_code == 405
-        response = await client.post("/v1/completions", content=b'{"model": "tiny", ',
-                                     headers={"content-type": "application/json"})
+        response = await client.post(
+            "/v1/completions", content=b'{"model": "tiny", ', headers={"content-type": "application/json"}
+        )
         assert response.status_code == 400
         assert "not JSON" in response.json()["error"]["message"]
         response = await client.post("/v1/embeddings", json={"input": "x"})
@@ -93,8 +101,9 @@ def test_a_body_over_the_limit_is_refused_however_it_comes(announced):
             yield body[start : start + 500]
 
     async def scenario(client, _):
-        response = await client.post("/v1/completions", content=body if announced else pieces(),
-                                     headers={"content-type": "application/json"})
+        response = await client.post(
+            "/v1/completions", content=body if announced else pieces(), headers={"content-type": "application/json"}
+        )
         assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
     with_server(scenario, max_body_mb=0.001)
@@ -157,7 +166,8 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event():
     async def scenario(client, backend):
         resume = pause_after_outputs(backend)
         task = asyncio.create_task(
-            client.post("/v1/completions", json={**COMPLETION, "stream": True, "max_tokens": 80, "ignore_eos": True}))
+            client.post("/v1/completions", json={**COMPLETION, "stream": True, "max_tokens": 80, "ignore_eos": True})
+        )
         while not any(stream.outputs for stream in backend._streams.values()):
             await asyncio.sleep(0.001)
         backend._thread.call(_fail)
@@ -214,9 +224,20 @@ def test_a_client_that_goes_away_frees_its_blocks(stream):
         async def send(message):
             sent.append(message)
 
-        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/completions", "raw_path": b"",
-                 "query_string": b"", "root_path": "", "scheme": "http", "server": ("server", 80), "client": None,
-                 "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}}
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "path": "/v1/completions",
+            "raw_path": b"",
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "server": ("server", 80),
+            "client": None,
+            "headers": [(b"content-type", b"application/json")],
+            "asgi": {"version": "3.0"},
+        }
         task = asyncio.create_task(app(scope, receive, send))
         while not any(s.outputs for s in backend._streams.values()):
             await asyncio.sleep(0.001)

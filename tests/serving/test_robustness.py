@@ -48,8 +48,11 @@ ODD = {
     "negative": ("completions", {**COMPLETION, "max_tokens": -3}, "max_tokens is -3: input should be greater than or equal"),
     "huge n": ("completions", {**COMPLETION, "n": 10**9}, "n is 1000000000: input should be less than or equal to 128"),
     "more digits than Python reads": ("completions", field("n", b"9" * 5000), "the body is not JSON"),
-    "huge bias": ("completions", {**COMPLETION, "logit_bias": {str(i): 1 for i in range(10_000)}},
-                  "logit_bias has 10000 entries but at most 300"),
+    "huge bias": (
+        "completions",
+        {**COMPLETION, "logit_bias": {str(i): 1 for i in range(10_000)}},
+        "logit_bias has 10000 entries but at most 300",
+    ),
     "a long key": ("completions", {**COMPLETION, "logit_bias": {"9" * 5000: 1}}, "keys are token ids"),
     "many stops": ("completions", {**COMPLETION, "stop": ["x"] * 10_000}, "at most 16 items"),
     "a long stop": ("completions", {**COMPLETION, "stop": "x" * 10_000}, "at most 1000 characters"),
@@ -60,8 +63,11 @@ ODD = {
     "half a character": ("completions", field("prompt", b'"\\ud800"'), "lone surrogate"),
     "half a character in a name": ("completions", b'{"model": "\\ud800", "prompt": "Hi"}', "is not served here"),
     "deep JSON": ("completions", b"[" * 100_000, "the body is not JSON"),
-    "deep JSON in a field": ("chat/completions", json.dumps(CHAT)[:-1].encode() + b', "metadata": %s}' % (
-        b"[" * 500 + b"]" * 500), "is not supported here"),
+    "deep JSON in a field": (
+        "chat/completions",
+        json.dumps(CHAT)[:-1].encode() + b', "metadata": %s}' % (b"[" * 500 + b"]" * 500),
+        "is not supported here",
+    ),
     "a deep schema": ("chat/completions", {**CHAT, **form(deep(200))}, "the json schema cannot be used: recursion limit"),
     "a schema elsewhere": ("chat/completions", {**CHAT, **form({"$ref": "http://127.0.0.1:1/x"})}, "cannot be used"),
     "no number": ("completions", {**COMPLETION, "prompt": [1.5]}, "prompt"),
@@ -76,13 +82,17 @@ ODD = {
 
 def test_odd_requests_are_refused_with_the_reason_and_disturb_nobody():
     async def scenario(client, _):
-        companion = asyncio.create_task(client.post("/v1/completions", json={
-            **COMPLETION, "max_tokens": 90, "temperature": 0, "ignore_eos": True}))
+        companion = asyncio.create_task(
+            client.post("/v1/completions", json={**COMPLETION, "max_tokens": 90, "temperature": 0, "ignore_eos": True})
+        )
         answers = {}
         for name, (path, body, _) in ODD.items():
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            answers[name] = await client.post(path if path.startswith("/") else f"/v1/{path}", content=content,
-                                              headers={"content-type": "application/json"})
+            answers[name] = await client.post(
+                path if path.startswith("/") else f"/v1/{path}",
+                content=content,
+                headers={"content-type": "application/json"},
+            )
         return answers, (await companion).json()["choices"][0]["text"]
 
     answers, text = with_server(scenario)
@@ -163,8 +173,9 @@ def test_idle_connections_and_readers_who_never_read_hold_nobody(url):
 
 def all_free(metrics: str) -> bool:
     values = dict(line.split(" ") for line in metrics.splitlines() if line.startswith("fastgen:kv_blocks"))
-    free, blocks = (next(v for k, v in values.items() if k.startswith(f"fastgen:{name}{{"))
-                    for name in ("kv_blocks_free", "kv_blocks"))
+    free, blocks = (
+        next(v for k, v in values.items() if k.startswith(f"fastgen:{name}{{")) for name in ("kv_blocks_free", "kv_blocks")
+    )
     return free == blocks
 
 
@@ -176,8 +187,14 @@ def test_a_port_in_use_and_a_name_in_use_are_refused_with_the_remedy(tmp_path, m
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1:{port} .*choose another port, or 0"):
             run_server("nowhere", ServerConfig(port=port), EngineConfig())
-    record = Deployment(name="nowhere", model="m", url="http://127.0.0.1:1", pid=os.getpid(), started=0.0,
-                        process_start=process_start(os.getpid()) or "")
+    record = Deployment(
+        name="nowhere",
+        model="m",
+        url="http://127.0.0.1:1",
+        pid=os.getpid(),
+        started=0.0,
+        process_start=process_start(os.getpid()) or "",
+    )
     with written_down(record), pytest.raises(ValueError, match=r"'nowhere' runs already .*choose another deployment_name"):
         run_server("nowhere", ServerConfig(port=0), EngineConfig())
 

@@ -42,9 +42,17 @@ class Fixture:
 
     def say(self, number, request, token_ids, *, finished=False):
         output = RequestOutput(
-            request_id=request.request_id, new_token_ids=tuple(token_ids), text="".join(map(str, token_ids)),
-            finished=finished, finish_reason="length" if finished else None, logprobs=None, prompt_logprobs=None,
-            num_prompt_tokens=1, num_cached_tokens=0, num_generated_tokens=1)
+            request_id=request.request_id,
+            new_token_ids=tuple(token_ids),
+            text="".join(map(str, token_ids)),
+            finished=finished,
+            finish_reason="length" if finished else None,
+            logprobs=None,
+            prompt_logprobs=None,
+            num_prompt_tokens=1,
+            num_cached_tokens=0,
+            num_generated_tokens=1,
+        )
         self.router._take(self.router.replicas[number], ("events", [output], Load()), asyncio.Event())
 
     def die(self, number):

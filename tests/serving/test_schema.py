@@ -24,8 +24,9 @@ def attack(url, examples):
         positive = operation.as_strategy()
         negative = operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 
-        @settings(max_examples=examples, deadline=None, database=None, derandomize=True,
-                  suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        )
         @given(case=st.one_of(positive, negative))
         def check(case):
             if isinstance(case.body, dict):

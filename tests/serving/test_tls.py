@@ -40,18 +40,21 @@ def test_openais_client_and_ours_connect_over_tls_and_a_stranger_does_not(author
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     certificate, key = files
     checkpoint = write_checkpoint(tmp_path / "tiny")
-    client = fastgen_jax.serve(checkpoint, deployment_name="safe", tls_certificate=certificate, tls_key=key, timeout=300,
-                               **ENGINE)
+    client = fastgen_jax.serve(
+        checkpoint, deployment_name="safe", tls_certificate=certificate, tls_key=key, timeout=300, **ENGINE
+    )
     try:
         assert client.deployment.url.startswith("https://127.0.0.1:")
         want = offline("Once", max_new_tokens=6, do_sample=False, ignore_eos=True)
         assert client.generate("Once", max_new_tokens=6, do_sample=False, ignore_eos=True)[0].generated_text == want
         context = ssl.create_default_context()
         authority.configure_trust(context)
-        with openai.OpenAI(base_url=f"{client.deployment.url}/v1", api_key="none", max_retries=0,
-                           http_client=httpx.Client(verify=context)) as api:
-            stream = api.completions.create(model="tiny", prompt="Once", max_tokens=6, temperature=0, stream=True,
-                                            extra_body={"ignore_eos": True})
+        with openai.OpenAI(
+            base_url=f"{client.deployment.url}/v1", api_key="none", max_retries=0, http_client=httpx.Client(verify=context)
+        ) as api:
+            stream = api.completions.create(
+                model="tiny", prompt="Once", max_tokens=6, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            )
             assert "".join(chunk.choices[0].text for chunk in stream) == want
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{client.deployment.url}/health", verify=ssl.create_default_context())

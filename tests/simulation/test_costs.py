@@ -11,15 +11,22 @@ from fastgen_jax.simulation import ACCELERATORS, MODELS, MeasuredCost, Roofline,
 from fastgen_jax.simulation.costs import roofline, shape_of
 
 MEASURED = MeasuredCost(
-    sizes=(8, 64), base=(0.01, 0.05), per_token=(0.0, 0.0005), per_row=0.001, per_decode_attended=1e-5,
-    per_prompt_attended=2e-6, host_seconds=0.002, facts={"machine": "none"},
+    sizes=(8, 64),
+    base=(0.01, 0.05),
+    per_token=(0.0, 0.0005),
+    per_row=0.001,
+    per_decode_attended=1e-5,
+    per_prompt_attended=2e-6,
+    host_seconds=0.002,
+    facts={"machine": "none"},
 )
 A100 = ACCELERATORS["a100"]
 
 
 def test_a_steps_shape_counts_what_each_token_attends_to() -> None:
-    scheduler = Scheduler(num_blocks=64, block_size=4, token_budget=8, max_num_seqs=4, max_context_len=100,
-                          max_sample_rows=4)
+    scheduler = Scheduler(
+        num_blocks=64, block_size=4, token_budget=8, max_num_seqs=4, max_context_len=100, max_sample_rows=4
+    )
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     for name, length in (("a", 5), ("b", 9)):
         scheduler.add(Request(request_id=name, prompt_token_ids=(1,) * length, params=params, seed=0))
@@ -86,8 +93,14 @@ def test_the_kv_cache_gets_what_the_weights_leave() -> None:
 
 def test_known_models_have_their_published_sizes() -> None:
     sizes = {name: round(model.num_params / 1e9, 2) for name, model in MODELS.items()}
-    assert sizes == {"llama-2-7b": 6.74, "llama-2-13b": 13.02, "llama-2-70b": 68.98, "llama-3.1-8b": 8.03,
-                     "llama-3.1-70b": 70.55, "smollm2-135m": 0.13}
+    assert sizes == {
+        "llama-2-7b": 6.74,
+        "llama-2-13b": 13.02,
+        "llama-2-70b": 68.98,
+        "llama-3.1-8b": 8.03,
+        "llama-3.1-70b": 70.55,
+        "smollm2-135m": 0.13,
+    }
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:

@@ -21,18 +21,28 @@ def cost(shape: StepShape) -> float:
 @st.composite
 def worlds(draw: st.DrawFn) -> tuple[Load, ReplicaConfig, int]:
     """A load, a replica that may be short of blocks and slots, and how many there are of it."""
-    lengths = {"num_requests": draw(st.integers(1, 25)), "mean_prompt": draw(st.integers(4, 40)),
-               "mean_output": draw(st.integers(4, 60)), "seed": draw(st.integers(0, 99)), "max_prompt": 80}
+    lengths = {
+        "num_requests": draw(st.integers(1, 25)),
+        "mean_prompt": draw(st.integers(4, 40)),
+        "mean_output": draw(st.integers(4, 60)),
+        "seed": draw(st.integers(0, 99)),
+        "max_prompt": 80,
+    }
     if draw(st.booleans()):
         load = closed_loop(draw(st.integers(1, 6)), warmup=draw(st.integers(0, 1)), **lengths)
     else:
         load = open_loop(draw(st.sampled_from([0.5, 3.0, 20.0])), gap_cv=2.0, **lengths)
     block_size = draw(st.integers(1, 16))
     config = ReplicaConfig(
-        num_blocks=-(-load.longest_context // block_size) + draw(st.integers(0, 60)), block_size=block_size,
-        max_context_len=load.longest_context, policy=draw(st.sampled_from([p for p in POLICIES if p != "sla"])),
-        token_budget=draw(st.integers(3, 32)), max_num_seqs=draw(st.integers(1, 8)), overlap=draw(st.booleans()),
-        host_seconds=draw(st.sampled_from([0.0, 0.004, 0.02])), prefix_caching=draw(st.booleans()),
+        num_blocks=-(-load.longest_context // block_size) + draw(st.integers(0, 60)),
+        block_size=block_size,
+        max_context_len=load.longest_context,
+        policy=draw(st.sampled_from([p for p in POLICIES if p != "sla"])),
+        token_budget=draw(st.integers(3, 32)),
+        max_num_seqs=draw(st.integers(1, 8)),
+        overlap=draw(st.booleans()),
+        host_seconds=draw(st.sampled_from([0.0, 0.004, 0.02])),
+        prefix_caching=draw(st.booleans()),
     )
     return load, config, draw(st.integers(1, 3))
 
@@ -48,10 +58,18 @@ def test_fast_forward_gives_the_result_of_single_steps_to_the_last_bit(world: tu
 
 
 def scheduler_of(num_sequences: int, *, prefix_caching: bool, **options: Any) -> Scheduler:
-    scheduler = Scheduler(**{
-        "num_blocks": 20, "block_size": 8, "token_budget": 64, "max_num_seqs": 8, "max_context_len": 100,
-        "max_sample_rows": 8, "prefix_caching": prefix_caching, **options,
-    })
+    scheduler = Scheduler(
+        **{
+            "num_blocks": 20,
+            "block_size": 8,
+            "token_budget": 64,
+            "max_num_seqs": 8,
+            "max_context_len": 100,
+            "max_sample_rows": 8,
+            "prefix_caching": prefix_caching,
+            **options,
+        }
+    )
     for i in range(num_sequences):
         params = SamplingParams(max_new_tokens=12 + 3 * i, ignore_eos=True)
         scheduler.add(Request(request_id=f"r{i}", prompt_token_ids=(i,) * (3 + i), params=params, seed=0))

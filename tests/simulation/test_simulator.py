@@ -18,7 +18,11 @@ def per_token(shape: StepShape) -> float:
 
 def config(**changes: Any) -> ReplicaConfig:
     arguments: dict[str, Any] = {
-        "num_blocks": 400, "block_size": 4, "max_context_len": 400, "token_budget": 8, "max_num_seqs": 16,
+        "num_blocks": 400,
+        "block_size": 4,
+        "max_context_len": 400,
+        "token_budget": 8,
+        "max_num_seqs": 16,
         "overlap": False,
     }
     return ReplicaConfig(**(arguments | changes))
@@ -49,7 +53,9 @@ def test_two_requests_share_steps_as_the_policy_says() -> None:
     assert first.token_times == (6.0, 14.0, 18.0)
     assert second.token_times == (18.0,)
     assert [step.chunks for step in result.steps[0]] == [
-        (("r0", 0, 6),), (("r0", 6, 1), ("r1", 0, 7)), (("r0", 7, 1), ("r1", 7, 3)),
+        (("r0", 0, 6),),
+        (("r0", 6, 1), ("r1", 0, 7)),
+        (("r0", 7, 1), ("r1", 7, 3)),
     ]
     assert result.busy_seconds == (18.0,)
 
@@ -111,8 +117,9 @@ def test_the_same_load_gives_the_same_result_to_the_last_bit(policy: str) -> Non
 def test_equal_prefixes_are_computed_once() -> None:
     shared = tuple(range(5))
     requests = tuple(
-        LoadRequest(request_id=f"r{i}", arrival=100.0 * i, num_prompt_tokens=42, max_new_tokens=2,
-                    prefix_blocks=(*shared, 100 + i))
+        LoadRequest(
+            request_id=f"r{i}", arrival=100.0 * i, num_prompt_tokens=42, max_new_tokens=2, prefix_blocks=(*shared, 100 + i)
+        )
         for i in range(3)
     )
     load = Load(name="prefix", requests=requests, prefix_block_size=8, facts={})

@@ -75,9 +75,16 @@ def test_the_simulation_of_an_engine_is_within_ten_percent_of_it(overlap: bool) 
     loads = [closed_loop(n, num_requests=10, mean_prompt=40, mean_output=8, warmup=1) for n in (1, 4)]
     with timed_device(engine):
         measured = [measure(engine, load, "splitfuse", "tiny") for load in loads]
-    cost = MeasuredCost(sizes=(8, 32), base=(BASE[8], BASE[32]), per_token=(0.0, 0.0), per_row=0.0,
-                        per_decode_attended=PER_ATTENDED, per_prompt_attended=PER_ATTENDED, host_seconds=HOST_SECONDS,
-                        facts={})
+    cost = MeasuredCost(
+        sizes=(8, 32),
+        base=(BASE[8], BASE[32]),
+        per_token=(0.0, 0.0),
+        per_row=0.0,
+        per_decode_attended=PER_ATTENDED,
+        per_prompt_attended=PER_ATTENDED,
+        host_seconds=HOST_SECONDS,
+        facts={},
+    )
     simulated = [simulated_twin(record, load, cost) for record, load in zip(measured, loads, strict=True)]
     lines, worst = errors([measured], simulated)
     assert worst <= 0.10, "\n".join(lines)
@@ -99,16 +106,32 @@ def test_measured_step_costs_are_those_of_the_device(tmp_path: Path) -> None:
 
 def test_a_fit_finds_the_coefficients_among_disturbed_steps() -> None:
     rng = np.random.default_rng(0)
-    true = MeasuredCost(sizes=(8, 64), base=(0.02, 0.03), per_token=(0.0, 1e-3), per_row=5e-4, per_decode_attended=3e-6,
-                        per_prompt_attended=1e-6, host_seconds=0.0, facts={})
+    true = MeasuredCost(
+        sizes=(8, 64),
+        base=(0.02, 0.03),
+        per_token=(0.0, 1e-3),
+        per_row=5e-4,
+        per_decode_attended=3e-6,
+        per_prompt_attended=1e-6,
+        host_seconds=0.0,
+        facts={},
+    )
     points = []
     for i in range(300):
         size = (8, 64)[i % 2]
         tokens = int(rng.integers(1, 9)) if size == 8 else int(rng.integers(9, 65))
         rows, decode, prompt = int(rng.integers(1, 8)), int(rng.integers(0, 4000)), int(rng.integers(0, 20_000))
         seconds = true(StepShape(tokens, rows, decode, prompt, 0)) * (1.8 if i % 10 == 0 else 1.0)
-        points.append(Point(size=size, num_tokens=tokens, num_sample_rows=rows, decode_attended=decode,
-                            prompt_attended=prompt, seconds=seconds))
+        points.append(
+            Point(
+                size=size,
+                num_tokens=tokens,
+                num_sample_rows=rows,
+                decode_attended=decode,
+                prompt_attended=prompt,
+                seconds=seconds,
+            )
+        )
     facts = {"engine": {"step_sizes": [8, 16, 64]}, "host_seconds": 0.0}
     model = fit(points, facts)
     # The size that never ran has a line between those of its neighbours, an eighth of the way.

@@ -10,25 +10,36 @@ from fastgen_jax.text.gguf import load_gguf
 from tests.text.vocabularies import gguf_metadata, write_json
 
 USER = [{"role": "user", "content": "hi"}]
-PLAIN = ("{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-         "{% if add_generation_prompt %}assistant:{% endif %}")
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def _render(template, messages=USER, *, tools=None, add_generation_prompt=True, **extra):
-    return render_chat({"default": template}, messages, add_generation_prompt=add_generation_prompt, tools=tools,
-                       named_tokens={"bos_token": "<s>", "eos_token": "</s>"}, extra=extra)
+    return render_chat(
+        {"default": template},
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tools=tools,
+        named_tokens={"bos_token": "<s>", "eos_token": "</s>"},
+        extra=extra,
+    )
 
 
 def test_a_template_sees_messages_special_tokens_and_extra_values():
     assert _render(PLAIN) == "<s>user: hi\nassistant:"
     assert _render(PLAIN, add_generation_prompt=False) == "<s>user: hi\n"
     assert _render("{{ enable_thinking }} {{ documents is none }} {{ tools is none }}", enable_thinking=False) == (
-        "False True True")
+        "False True True"
+    )
 
 
 def test_blocks_are_trimmed_loops_break_and_generation_marks_vanish():
-    template = ("{% for m in messages %}\n    {% if loop.index == 2 %}\n        {% break %}\n    {% endif %}\n"
-                "{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}")
+    template = (
+        "{% for m in messages %}\n    {% if loop.index == 2 %}\n        {% break %}\n    {% endif %}\n"
+        "{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}"
+    )
     assert _render(template, USER * 3) == "hi"
 
 
@@ -43,38 +54,50 @@ def test_json_is_written_plainly_and_time_and_refusals_work():
 def test_text_parts_are_joined_and_arguments_of_tool_calls_become_objects():
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert _render("{{ messages[0].content }}", parts) == "a\nb"
-    call = {"role": "assistant", "content": None, "tool_calls": [
-        {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+    }
     assert _render("{{ messages[0].tool_calls[0].function.arguments.x + 1 }}", [call]) == "2"
     assert call["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'  # the caller's own is untouched
 
 
-@pytest.mark.parametrize(("messages", "message"), [
-    ([], "non-empty list"),
-    ("hi", "non-empty list.*got str 'hi'"),
-    ({"role": "user", "content": "x"}, "non-empty list.*got dict"),
-    (["hi"], r"messages\[0\] must be a dict"),
-    ([*USER, {"content": "x"}], r"messages\[1\] has role None"),
-    ([{"role": "user"}], r"messages\[0\] \(user\) has no content"),
-    ([{"role": "user", "content": 3}], "has content int 3"),
-    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "only text is supported"),
-    ([{"role": "assistant", "content": "x", "audio": {"id": "a"}}], "has audio dict {'id': 'a'}, which is not supported"),
-    ([{"role": "assistant", "function_call": {"name": "f"}}], "send tool_calls, its newer form"),
-    ([{"role": "assistant", "tool_calls": [{}]}], r"tool_calls\[0\] is dict"),
-    ([{"role": "assistant", "tool_calls": "f"}], "must be a list"),
-])
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "non-empty list"),
+        ("hi", "non-empty list.*got str 'hi'"),
+        ({"role": "user", "content": "x"}, "non-empty list.*got dict"),
+        (["hi"], r"messages\[0\] must be a dict"),
+        ([*USER, {"content": "x"}], r"messages\[1\] has role None"),
+        ([{"role": "user"}], r"messages\[0\] \(user\) has no content"),
+        ([{"role": "user", "content": 3}], "has content int 3"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "only text is supported"),
+        (
+            [{"role": "assistant", "content": "x", "audio": {"id": "a"}}],
+            "has audio dict {'id': 'a'}, which is not supported",
+        ),
+        ([{"role": "assistant", "function_call": {"name": "f"}}], "send tool_calls, its newer form"),
+        ([{"role": "assistant", "tool_calls": [{}]}], r"tool_calls\[0\] is dict"),
+        ([{"role": "assistant", "tool_calls": "f"}], "must be a list"),
+    ],
+)
 def test_malformed_messages_are_refused_with_their_place(messages, message):
     with pytest.raises(ValueError, match=message):
         _render(PLAIN, messages)
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    ("{% if %}", "does not parse, line 1"),
-    ("{{ messages[0].content + 1 }}", "refuses this conversation"),
-    ("{{ messages.append(1) }}", "refuses this conversation"),
-    ("{{ messages.__class__.__mro__ }}", "refuses this conversation"),
-    ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses this conversation"),
-])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% if %}", "does not parse, line 1"),
+        ("{{ messages[0].content + 1 }}", "refuses this conversation"),
+        ("{{ messages.append(1) }}", "refuses this conversation"),
+        ("{{ messages.__class__.__mro__ }}", "refuses this conversation"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses this conversation"),
+    ],
+)
 def test_broken_and_hostile_templates_are_refused(template, message):
     with pytest.raises(ValueError, match=message):
         _render(template)
@@ -114,6 +137,6 @@ def test_templates_are_found_wherever_a_checkpoint_keeps_them(tmp_path):
     assert tokenizer.apply_chat_template(USER, tools=[{"type": "function"}]) == "tools from a file"
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert isinstance(settings["chat_template"], list)
-    assert load_gguf(gguf_metadata("gpt-2", **{
-        "tokenizer.chat_template": "d", "tokenizer.chat_template.tool_use": "t"})).templates == {
-            "default": "d", "tool_use": "t"}
+    assert load_gguf(
+        gguf_metadata("gpt-2", **{"tokenizer.chat_template": "d", "tokenizer.chat_template.tool_use": "t"})
+    ).templates == {"default": "d", "tool_use": "t"}

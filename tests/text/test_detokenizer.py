@@ -42,14 +42,17 @@ def test_a_character_appears_whole_or_not_yet(tokenizer, text):
     assert stream.flush() == ""
 
 
-@pytest.mark.parametrize(("data", "shown", "left"), [
-    (b"\xe6\x97", "", "\ufffd"),  # cut short: one replacement, at the end only
-    (b"\xe6A", "\ufffdA", ""),  # broken off by a letter
-    (b"\x80\xff", "\ufffd\ufffd", ""),  # can begin nothing
-    (b"\xf0\x9f\x98", "", "\ufffd"),
-    (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd", ""),  # a surrogate
-    (b"\xc0\xaf", "\ufffd\ufffd", ""),  # an overlong slash
-])
+@pytest.mark.parametrize(
+    ("data", "shown", "left"),
+    [
+        (b"\xe6\x97", "", "\ufffd"),  # cut short: one replacement, at the end only
+        (b"\xe6A", "\ufffdA", ""),  # broken off by a letter
+        (b"\x80\xff", "\ufffd\ufffd", ""),  # can begin nothing
+        (b"\xf0\x9f\x98", "", "\ufffd"),
+        (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd", ""),  # a surrogate
+        (b"\xc0\xaf", "\ufffd\ufffd", ""),  # an overlong slash
+    ],
+)
 def test_invalid_bytes_become_replacement_characters(tokenizers, data, shown, left):
     tokenizer = tokenizers["spm"]
     ids = [tokenizer.texts.index(f"<0x{byte:02X}>") for byte in data]

@@ -11,24 +11,34 @@ from fastgen_jax.text.chat import render_chat
 USER = {"role": "user", "content": "hi"}
 ANY_ROLE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 # The part of Llama 3.1's that knows calls: it asks whether the field is there, then for its length.
-LLAMA = ("{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
-         "{{ raise_exception('only single tool-calls') }}{% endif %}"
-         "{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments | tojson }})\n"
-         "{% elif m.role == 'tool' %}ipython:{{ m.content }}\n{% else %}{{ m.role }}:{{ m.content }}\n{% endif %}"
-         "{% endfor %}")
+LLAMA = (
+    "{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('only single tool-calls') }}{% endif %}"
+    "{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments | tojson }})\n"
+    "{% elif m.role == 'tool' %}ipython:{{ m.content }}\n{% else %}{{ m.role }}:{{ m.content }}\n{% endif %}"
+    "{% endfor %}"
+)
 # Some go through the arguments by name.
-BY_NAME = ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
-           "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}{{ '\n' }}{% endfor %}")
+BY_NAME = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}{{ '\n' }}{% endfor %}"
+)
 # DeepSeek's asks whether the content is none.
-ASKS_NONE = ("{% for m in messages %}{% if m['content'] is none %}calls {{ m.tool_calls[0].function.name }}"
-             "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}")
+ASKS_NONE = (
+    "{% for m in messages %}{% if m['content'] is none %}calls {{ m.tool_calls[0].function.name }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+)
 # As Gemma's and Mistral's first.
-NO_SYSTEM = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
-             "{% endif %}"
-             "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-             "{{ m.role }}:{{ m.content }}\n{% endfor %}")
-DROPS_OTHERS = ("{% for m in messages %}{% if m.role == 'user' %}u:{{ m.content }}\n{% elif m.role == 'assistant' %}"
-                "a:{{ m.content }}\n{% endif %}{% endfor %}")
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ m.role }}:{{ m.content }}\n{% endfor %}"
+)
+DROPS_OTHERS = (
+    "{% for m in messages %}{% if m.role == 'user' %}u:{{ m.content }}\n{% elif m.role == 'assistant' %}"
+    "a:{{ m.content }}\n{% endif %}{% endfor %}"
+)
 EMPTY = {"tool_calls": None, "refusal": None, "function_call": None, "audio": None, "annotations": [], "name": None}
 
 
@@ -37,8 +47,12 @@ def render(template, *messages):
 
 
 def call(arguments, **more):
-    return {"role": "assistant", "content": None, **more, "tool_calls": [
-        {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}]}
+    return {
+        "role": "assistant",
+        "content": None,
+        **more,
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}],
+    }
 
 
 @pytest.mark.parametrize("template", [ANY_ROLE, LLAMA, BY_NAME, ASKS_NONE, NO_SYSTEM, DROPS_OTHERS])
@@ -52,7 +66,8 @@ def test_null_fields_and_no_calls_are_as_if_they_were_left_out(template, calls):
 @pytest.mark.parametrize("message", [{}, {"content": None}, {"content": None, **EMPTY}, {"content": None, "tool_calls": []}])
 def test_an_assistant_that_said_nothing_has_an_empty_turn(template, message):
     assert render(template, USER, {"role": "assistant", **message}, USER) == render(
-        template, USER, {"role": "assistant", "content": ""}, USER)
+        template, USER, {"role": "assistant", "content": ""}, USER
+    )
 
 
 def test_a_refusal_is_what_the_assistant_said():
@@ -71,7 +86,8 @@ def test_arguments_that_are_not_json_reach_the_template_as_the_model_wrote_them(
     assert json.loads(render(LLAMA, USER, call(arguments)).split("f(")[1].rstrip(")\n")) == arguments
     assert render(BY_NAME, USER, call(arguments)) == f"hi\nf arguments={arguments}\n"
     assert render(ANY_ROLE, USER, call(arguments)).endswith(
-        f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>\n')
+        f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>\n'
+    )
 
 
 @pytest.mark.parametrize("arguments", ["", "null", None])
@@ -83,7 +99,8 @@ def test_calls_and_results_are_text_for_a_template_that_knows_none():
     result = {"role": "tool", "tool_call_id": "c", "content": "4"}
     assert render(ANY_ROLE, USER, call('{"x": "é"}', content="Let me see."), result, result) == (
         '<user>hi\n<assistant>Let me see.\n<tool_call>{"name": "f", "arguments": {"x": "é"}}</tool_call>\n'
-        "<user><tool_response>\n4\n</tool_response>\n<tool_response>\n4\n</tool_response>\n")
+        "<user><tool_response>\n4\n</tool_response>\n<tool_response>\n4\n</tool_response>\n"
+    )
     assert "</tool_response>" in render(NO_SYSTEM, USER, call("{}"), result)
     assert render(LLAMA, USER, call("{}"), result).endswith("ipython:4\n")  # this one does
 
@@ -109,11 +126,20 @@ def test_where_there_is_no_system_either_the_user_says_what_the_developer_wants(
             render(template, {"role": "system", "content": "Be brief."}, USER)
 
 
-@pytest.mark.parametrize("template", [
-    "{{ 'x' * 10 ** 15 }}", "{{ messages | map(attribute=1.5) | list | tojson }}", "{{ 1 // 0 }}", "{% if %}",
-    "{{ messages[9].content.x }}", "{{ [].pop() }}", "{{ strftime_now(3) }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10 ** 15 }}",
+        "{{ messages | map(attribute=1.5) | list | tojson }}",
+        "{{ 1 // 0 }}",
+        "{% if %}",
+        "{{ messages[9].content.x }}",
+        "{{ [].pop() }}",
+        "{{ strftime_now(3) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+    ],
+)
 def test_whatever_a_template_does_the_error_says_that_it_was_the_template(template):
     with pytest.raises(ValueError, match=r"the chat template 'default' (refuses this conversation|does not parse)"):
         render(template, USER)

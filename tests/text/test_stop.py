@@ -86,9 +86,14 @@ def test_many_long_stop_strings_take_time_by_the_character():
     assert _stream(["a" * 50] * 100 + ["b"], stops) == ("a" * 4701, "a" * 299 + "b")
 
 
-@pytest.mark.parametrize(("stops", "message"), [
-    ("END", r"got the single string 'END'; pass \['END'\]"), ([""], "non-empty str, got ''"), ([3], "got 3"),
-])
+@pytest.mark.parametrize(
+    ("stops", "message"),
+    [
+        ("END", r"got the single string 'END'; pass \['END'\]"),
+        ([""], "non-empty str, got ''"),
+        ([3], "got 3"),
+    ],
+)
 def test_malformed_stop_strings_are_refused(stops, message):
     with pytest.raises(ValueError, match=message):
         StopStrings(stops)
@@ -99,8 +104,12 @@ def test_before_the_border_a_stop_string_may_begin_but_not_end(pieces, stops):
     pieces = sorted(pieces, key=lambda piece: piece[1])  # the first ones may not end it
     text = "".join(piece for piece, _ in pieces)
     border = sum(len(piece) for piece, may_end in pieces if not may_end)
-    found = [(start, -len(stop), stop) for stop in stops for start in range(len(text))
-             if text.startswith(stop, start) and start + len(stop) > border]
+    found = [
+        (start, -len(stop), stop)
+        for stop in stops
+        for start in range(len(text))
+        if text.startswith(stop, start) and start + len(stop) > border
+    ]
     matcher, shown = StopStrings(stops), ""
     for piece, may_end in pieces:
         shown += matcher.push(piece, may_end=may_end)[0]

@@ -35,8 +35,10 @@ def _by_definition(word: bytes, ranked: dict[bytes, int]) -> list[int]:
 def test_ids_are_those_of_tiktokens_rule_word_by_word(tokenizers, text):
     # hypothesis tries what it finds in our source as well, and the text of a special token is that token
     assume(not any(special in text for special in (*_QWEN_SPECIALS, *_TEKKEN_SPECIALS, "<SPECIAL_")))
-    for name, pattern, offset, pieces in (("tiktoken", SPLITS["qwen2"][0], 0, ranks()),
-                                          ("tekken", TEKKEN_PATTERN, 30, ranks()[:-1])):
+    for name, pattern, offset, pieces in (
+        ("tiktoken", SPLITS["qwen2"][0], 0, ranks()),
+        ("tekken", TEKKEN_PATTERN, 30, ranks()[:-1]),
+    ):
         ranked = {piece: rank + offset for rank, piece in enumerate(pieces)}
         composed = unicodedata.normalize("NFC", text) if name == "tiktoken" else text
         words = [word.encode() for word, _ in pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(composed)]
@@ -78,11 +80,14 @@ def test_the_model_file_of_llama_3_is_told_from_sentencepieces(tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"IQ== 0\n!!! 1\n", r"line 2: expected a piece in base64"),
-    (b"IQ== 0\nIg== 2\n", "gaps in its ranks"),
-    (b"", "gaps in its ranks, or none"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"IQ== 0\n!!! 1\n", r"line 2: expected a piece in base64"),
+        (b"IQ== 0\nIg== 2\n", "gaps in its ranks"),
+        (b"", "gaps in its ranks, or none"),
+    ],
+)
 def test_broken_ranks_are_refused(tmp_path, content, message):
     (write_qwen(tmp_path) / "qwen.tiktoken").write_bytes(content)
     with pytest.raises(ValueError, match=message):

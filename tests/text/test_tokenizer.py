@@ -58,15 +58,18 @@ def test_a_byte_level_vocabulary_from_gguf_encodes_as_the_json_it_was_taken_from
         assert from_gguf.encode(text) == tokenizers["json"].encode(text)
 
 
-@pytest.mark.parametrize(("kind", "text", "words"), [
-    ("gpt-2", "don't 1234!?", ["don", "'t", "Ġ1234", "!?"]),
-    ("smollm", "don't 1234!?", ["don", "'t", "Ġ", "1", "2", "3", "4", "!?"]),
-    ("llama-bpe", "DON'T 1234!?\n\n x", ["DON", "'T", "Ġ", "123", "4", "!?ĊĊ", "Ġx"]),
-    ("qwen2", "DON'T 1234!?\n\n x", ["DON", "'T", "Ġ", "1", "2", "3", "4", "!?ĊĊ", "Ġx"]),
-    ("seed-coder", "DON'T 12!?\n\n x", ["DON", "'T", "Ġ", "1", "2", "!?", "ĊĊ", "Ġx"]),
-    ("exaone4", "don't 1234!?", ["don", "'t", "Ġ1234", "!?"]),
-    ("default", "don't 1234!?", ["don", "'", "t", "Ġ", "123", "4", "!?"]),
-])
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        ("gpt-2", "don't 1234!?", ["don", "'t", "Ġ1234", "!?"]),
+        ("smollm", "don't 1234!?", ["don", "'t", "Ġ", "1", "2", "3", "4", "!?"]),
+        ("llama-bpe", "DON'T 1234!?\n\n x", ["DON", "'T", "Ġ", "123", "4", "!?ĊĊ", "Ġx"]),
+        ("qwen2", "DON'T 1234!?\n\n x", ["DON", "'T", "Ġ", "1", "2", "3", "4", "!?ĊĊ", "Ġx"]),
+        ("seed-coder", "DON'T 12!?\n\n x", ["DON", "'T", "Ġ", "1", "2", "!?", "ĊĊ", "Ġx"]),
+        ("exaone4", "don't 1234!?", ["don", "'t", "Ġ1234", "!?"]),
+        ("default", "don't 1234!?", ["don", "'", "t", "Ġ", "123", "4", "!?"]),
+    ],
+)
 def test_each_kind_of_pre_tokenizer_cuts_words_its_own_way(kind, text, words):
     metadata = gguf_metadata(kind)
     known = [*byte_alphabet(), *dict.fromkeys(word for word in words if len(word) > 1)]
@@ -96,8 +99,7 @@ def test_beginning_of_sequence_is_added_where_the_format_says_so(tokenizers):
     for name, expected in {"spm": [1], "gguf spm": [1], "gguf bpe": [0], "json": []}.items():
         assert tokenizers[name].encode("x")[:-1][: len(expected)] == expected, name
         assert tokenizers[name].encode("x", add_special_tokens=False)[0] != tokenizers[name].bos_token_id
-    told = load_gguf(gguf_metadata("llama", **{
-        "tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True}))
+    told = load_gguf(gguf_metadata("llama", **{"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True}))
     assert told.encode("x")[0] != 1
     assert told.encode("x")[-1] == 2
 
@@ -138,38 +140,63 @@ def test_end_of_sequence_ids_of_all_files_are_collected(tmp_path):
     assert load_gguf(gguf_metadata("llama-bpe", **{"tokenizer.ggml.eot_token_id": 3})).eos_token_ids == (1, 3)
 
 
-@pytest.mark.parametrize(("decoder", "expected"), [
-    ({"type": "ByteLevel"}, ("byte-level", False)),
-    ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}, ("metaspace", True)),
-    ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}, ("metaspace", False)),
-    ({"type": "Sequence", "decoders": [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}, ("metaspace", True)),
-])
+@pytest.mark.parametrize(
+    ("decoder", "expected"),
+    [
+        ({"type": "ByteLevel"}, ("byte-level", False)),
+        ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}, ("metaspace", True)),
+        ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}, ("metaspace", False)),
+        (
+            {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                ],
+            },
+            ("metaspace", True),
+        ),
+    ],
+)
 def test_decoders_of_tokenizer_json_are_recognised(decoder, expected):
     assert scheme_of_decoder(decoder) == expected
 
 
-@pytest.mark.parametrize("decoder", [
-    None, {"type": "WordPiece"}, {"type": "Metaspace", "replacement": "_"},
-    {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}},
-                                      {"type": "Strip", "content": " ", "start": 0, "stop": 1}]},
-])
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        None,
+        {"type": "WordPiece"},
+        {"type": "Metaspace", "replacement": "_"},
+        {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}},
+                {"type": "Strip", "content": " ", "start": 0, "stop": 1},
+            ],
+        },
+    ],
+)
 def test_decoders_that_we_cannot_stream_are_refused(decoder):
     with pytest.raises(ValueError, match="supported"):
         scheme_of_decoder(decoder)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"tokenizer.ggml.model": "bert"}, "model is 'bert'; supported: 'gpt2'"),
-    ({"tokenizer.ggml.pre": "kimi-k2"}, "pre is 'kimi-k2'; supported: gpt-2, smollm"),
-    ({"tokenizer.ggml.tokens": []}, "lack tokenizer.ggml.tokens"),
-    ({"tokenizer.ggml.merges": None}, "lack tokenizer.ggml.merges"),
-    ({"tokenizer.ggml.merges": ["no such"]}, "do not fit together"),
-    ({"tokenizer.ggml.token_type": [1]}, "has 1 entries for"),
-    ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000, outside the vocabulary"),
-    ({"tokenizer.ggml.bos_token_id": None}, "add_bos_token asks for a token"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "model is 'bert'; supported: 'gpt2'"),
+        ({"tokenizer.ggml.pre": "kimi-k2"}, "pre is 'kimi-k2'; supported: gpt-2, smollm"),
+        ({"tokenizer.ggml.tokens": []}, "lack tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": None}, "lack tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.merges": ["no such"]}, "do not fit together"),
+        ({"tokenizer.ggml.token_type": [1]}, "has 1 entries for"),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000, outside the vocabulary"),
+        ({"tokenizer.ggml.bos_token_id": None}, "add_bos_token asks for a token"),
+    ],
+)
 def test_incomplete_or_unknown_gguf_metadata_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         load_gguf(gguf_metadata("llama-bpe") | change)
@@ -220,6 +247,7 @@ def test_smollm2_has_its_own_chat_template_and_end_token(smollm2):
     ids = smollm2.encode_chat([{"role": "user", "content": "Hi 😀"}])
     assert smollm2.decode(ids, skip_special_tokens=False) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\nHi 😀<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>user\nHi 😀<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert ids.count(smollm2.bos_token_id) == 3
     assert [smollm2.token_text(id) for id in smollm2.eos_token_ids] == ["<|im_end|>"]

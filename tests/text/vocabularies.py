@@ -17,13 +17,48 @@ from fastgen_jax.text import Tokenizer, load_tokenizer
 from fastgen_jax.text.gguf import load_gguf
 from fastgen_jax.text.pieces import byte_alphabet
 
-CORPUS = ["The quick brown fox jumps over the lazy dog, again and again.", "Grüße aus Köln! Ça va? 日本語 テキスト",
-          "def f(x):\n    return x ** 2  # squares\n", "1234 5678 90", "don't won't I'll we've",
-          "the the and and of of"]
-TRICKY = ["", " ", "  ", "Hello", " Hello", "Hello ", "a  b   c", "\n\nnew\n", "\t\tx", "1234567", "don't",
-          "é", "e\u0301",
-          "日本語", "한국어", "हिन्दी", "العربية", "😀", "👩‍👩‍👧‍👦🇩🇪", "\u200b\ufeff", "a\u00a0b", "\x00\x7f", "\ufffd",
-          "\U0010ffff", "<s>", "</s>x", "▁under", "<0x41>", "ﬁ Ǆ", "½ Ⅷ ٣", "\r\n crlf \r", "x" * 300]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, again and again.",
+    "Grüße aus Köln! Ça va? 日本語 テキスト",
+    "def f(x):\n    return x ** 2  # squares\n",
+    "1234 5678 90",
+    "don't won't I'll we've",
+    "the the and and of of",
+]
+TRICKY = [
+    "",
+    " ",
+    "  ",
+    "Hello",
+    " Hello",
+    "Hello ",
+    "a  b   c",
+    "\n\nnew\n",
+    "\t\tx",
+    "1234567",
+    "don't",
+    "é",
+    "e\u0301",
+    "日本語",
+    "한국어",
+    "हिन्दी",
+    "العربية",
+    "😀",
+    "👩‍👩‍👧‍👦🇩🇪",
+    "\u200b\ufeff",
+    "a\u00a0b",
+    "\x00\x7f",
+    "\ufffd",
+    "\U0010ffff",
+    "<s>",
+    "</s>x",
+    "▁under",
+    "<0x41>",
+    "ﬁ Ǆ",
+    "½ Ⅷ ٣",
+    "\r\n crlf \r",
+    "x" * 300,
+]
 SPECIALS = ["<s>", "</s>", "<|user|>", "<|end|>"]
 
 
@@ -33,8 +68,12 @@ def _byte_bpe() -> dict[str, Any]:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(CORPUS * 5, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=sorted(byte_alphabet()), show_progress=False))
+    backend.train_from_iterator(
+        CORPUS * 5,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=SPECIALS, initial_alphabet=sorted(byte_alphabet()), show_progress=False
+        ),
+    )
     backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     return json.loads(backend.to_str())
 
@@ -44,9 +83,16 @@ def spm_model() -> bytes:
     """A SentencePiece BPE model with byte fallback, trained on the corpus."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 20), model_writer=out, vocab_size=420, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["<think>"],
-        minloglevel=2)
+        sentence_iterator=iter(CORPUS * 20),
+        model_writer=out,
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<think>"],
+        minloglevel=2,
+    )
     return out.getvalue()
 
 
@@ -67,8 +113,29 @@ def write_spm(path: Path, **settings: Any) -> Path:
     return path
 
 
-WORDS = ["th", "the", " t", " the", "in", "ing", "qu", "un", "dog", " d", " do", " dog", "\n\n", "ü".encode(), "日".encode(),
-         "日".encode()[:2], "12", "123", "he", "ver", "er"]
+WORDS = [
+    "th",
+    "the",
+    " t",
+    " the",
+    "in",
+    "ing",
+    "qu",
+    "un",
+    "dog",
+    " d",
+    " do",
+    " dog",
+    "\n\n",
+    "ü".encode(),
+    "日".encode(),
+    "日".encode()[:2],
+    "12",
+    "123",
+    "he",
+    "ver",
+    "er",
+]
 
 
 TEKKEN_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
@@ -91,8 +158,7 @@ def write_qwen(path: Path) -> Path:
 def write_tekken(path: Path) -> Path:
     """A directory with a tekken.json: 30 special tokens, then the ranks, of which the last does not count."""
     path.mkdir(parents=True, exist_ok=True)
-    config = {"pattern": TEKKEN_PATTERN, "default_vocab_size": 29 + len(ranks()),
-              "default_num_special_tokens": 30}
+    config = {"pattern": TEKKEN_PATTERN, "default_vocab_size": 29 + len(ranks()), "default_num_special_tokens": 30}
     vocab = [{"rank": i, "token_bytes": base64.b64encode(piece).decode()} for i, piece in enumerate(ranks())]
     (path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
     return path
@@ -105,8 +171,16 @@ def metaspace_metadata() -> dict[str, Any]:
     merges = ["t h", "th e", "▁ the", "o g", "▁ d", "▁d og", "▁ ▁"]
     texts = ["<pad>", "<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *words, "<think>"]
     types = [3, 3, 3, 2, *[6] * 256, *[1] * (len(letters) + len(words)), 4]
-    fields = {"model": "gemma4", "tokens": texts, "token_type": types, "merges": merges, "bos_token_id": 1,
-              "eos_token_id": 2, "unknown_token_id": 3, "padding_token_id": 0}
+    fields = {
+        "model": "gemma4",
+        "tokens": texts,
+        "token_type": types,
+        "merges": merges,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 3,
+        "padding_token_id": 0,
+    }
     return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
 
 
@@ -115,18 +189,31 @@ def gguf_metadata(kind: str, **extra: Any) -> dict[str, Any]:
     if kind == "llama":
         spm = sentencepiece.SentencePieceProcessor(model_proto=spm_model())
         size = spm.get_piece_size()
-        types = [2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1
-                 for i in range(size)]
+        types = [2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1 for i in range(size)]
         texts = [spm.id_to_piece(i) for i in range(size)]
         types[texts.index("<think>")] = 4
-        fields = {"model": "llama", "tokens": texts, "scores": [spm.get_score(i) for i in range(size)],
-                  "token_type": types, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+        fields = {
+            "model": "llama",
+            "tokens": texts,
+            "scores": [spm.get_score(i) for i in range(size)],
+            "token_type": types,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "unknown_token_id": 0,
+        }
     else:
         model = _byte_bpe()["model"]
         texts = [*sorted(model["vocab"], key=model["vocab"].get), "<think>"]
         types = [3 if text in SPECIALS else 4 if text == "<think>" else 1 for text in texts]
-        fields = {"model": "gpt2", "pre": kind, "tokens": texts, "token_type": types, "bos_token_id": 0,
-                  "eos_token_id": 1, "merges": [" ".join(merge) for merge in model["merges"]]}
+        fields = {
+            "model": "gpt2",
+            "pre": kind,
+            "tokens": texts,
+            "token_type": types,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "merges": [" ".join(merge) for merge in model["merges"]],
+        }
     return {f"tokenizer.ggml.{name}": value for name, value in fields.items()} | extra
 
 

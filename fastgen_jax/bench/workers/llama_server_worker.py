@@ -83,11 +83,26 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     port = free_port()
     slots = options["slots"]
     command = [
-        options["server"], "-m", options["model"], "--host", HOST, "--port", str(port),
-        "-t", str(options["threads"]), "-tb", str(options["threads"]),
-        "-np", str(slots), "-c", str(slots * options["context_per_slot"]),
-        "--no-kv-unified", "--cache-ram", "0", *options["extra"],
-    ]  # fmt: skip
+        options["server"],
+        "-m",
+        options["model"],
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+        "-t",
+        str(options["threads"]),
+        "-tb",
+        str(options["threads"]),
+        "-np",
+        str(slots),
+        "-c",
+        str(slots * options["context_per_slot"]),
+        "--no-kv-unified",
+        "--cache-ram",
+        "0",
+        *options["extra"],
+    ]
     process = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     atexit.register(process.terminate)
     wait_until_healthy(process, port)

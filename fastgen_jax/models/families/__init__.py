@@ -11,11 +11,44 @@ from importlib import import_module
 from types import ModuleType
 
 _NAMES = (
-    "llama", "mistral", "opt", "falcon", "phi", "phi3", "qwen", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2",
-    "gpt_neox", "bloom", "olmo2", "olmo3", "smollm3", "granite", "starcoder2", "stablelm", "cohere", "cohere2", "glm",
-    "glm4", "exaone4", "seed_oss", "ernie4_5",
-    "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "glm4_moe",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "opt",
+    "falcon",
+    "phi",
+    "phi3",
+    "qwen",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt_neox",
+    "bloom",
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "granite",
+    "starcoder2",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "glm",
+    "glm4",
+    "exaone4",
+    "seed_oss",
+    "ernie4_5",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "olmoe",
+    "granitemoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+)
 
 FAMILIES: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in _NAMES}
 
@@ -28,6 +61,5 @@ def family_of(architecture: str) -> ModuleType:
     supported = [name for family in FAMILIES.values() for name in family.ARCHITECTURES]
     nearest = difflib.get_close_matches(architecture, supported, n=1, cutoff=0.0)
     raise ValueError(
-        f"architecture {architecture!r} is not supported; nearest supported: {nearest[0]} "
-        f"(all: {', '.join(supported)})"
+        f"architecture {architecture!r} is not supported; nearest supported: {nearest[0]} (all: {', '.join(supported)})"
     )

@@ -22,8 +22,14 @@ NAMES = {
     "layers.up": f"{_LAYER}mlp.dense_h_to_4h",
     "layers.down": f"{_LAYER}mlp.dense_4h_to_h",
 }
-_OF_TRAINING = ("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi",
-                "skip_bias_add", "slow_but_exact")  # how the original ran, not what it computes
+_OF_TRAINING = (
+    "attention_softmax_in_fp32",
+    "bias_dropout_fusion",
+    "masked_softmax_fusion",
+    "offset_alibi",
+    "skip_bias_add",
+    "slow_but_exact",
+)  # how the original ran, not what it computes
 
 
 @common.reads_every_field

@@ -38,8 +38,12 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Where each weight of `param_specs` lies in the checkpoint."""
     d = config.head_dim
-    return common.sources_from(config, common.LLAMA_NAMES, rearrange={
-        "layers.qkv": common.neighbours_apart(config),
-        "layers.q_norm": common.rope_pairs_to_halves(d, 1),  # [H, D]: each row is a head
-        "layers.k_norm": common.rope_pairs_to_halves(d, 1),
-    })
+    return common.sources_from(
+        config,
+        common.LLAMA_NAMES,
+        rearrange={
+            "layers.qkv": common.neighbours_apart(config),
+            "layers.q_norm": common.rope_pairs_to_halves(d, 1),  # [H, D]: each row is a head
+            "layers.k_norm": common.rope_pairs_to_halves(d, 1),
+        },
+    )

@@ -14,11 +14,18 @@ FEATURES = "windows in three of four layers, no positions in the fourth; biases"
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face `config.json`."""
-    common.refuse_unsupported(hf, {
-        "rotary_pct": (1.0,), "position_embedding_type": ("rope_gptj",), "use_gated_activation": (True,),
-        "use_parallel_block": (True,), "use_embedding_sharing": (True,), "use_parallel_embedding": (True, False),
-        "order_of_interleaved_layers": ("local_attn_first",),
-    })
+    common.refuse_unsupported(
+        hf,
+        {
+            "rotary_pct": (1.0,),
+            "position_embedding_type": ("rope_gptj",),
+            "use_gated_activation": (True,),
+            "use_parallel_block": (True,),
+            "use_embedding_sharing": (True,),
+            "use_parallel_embedding": (True, False),
+            "order_of_interleaved_layers": ("local_attn_first",),
+        },
+    )
     bias = hf.get("attention_bias", False)
     period = hf.first("sliding_window_pattern", "_sliding_window_pattern", "layer_switch", default=4)
     windows = common.windows(hf, hf.get("sliding_window", 4096), lambda layer: (layer + 1) % period != 0)

@@ -17,24 +17,86 @@ from fastgen_jax.models.params import param_specs
 BFLOAT16 = ml_dtypes.bfloat16
 
 # Fields of config.json that do not change what a forward pass computes: training, generation defaults, file keeping.
-_INERT = frozenset({
-    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map", "_name_or_path",
-    "name_or_path", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id",
-    "unk_token_id", "decoder_start_token_id", "forced_eos_token_id", "tokenizer_class", "initializer_range", "init_std",
-    "initializer_factor", "output_router_logits", "router_aux_loss_coef", "id2label", "label2id", "problem_type",
-    "num_labels", "task_specific_params", "pretraining_tp", "vocab_file", "_attn_implementation_autoset",
-    "attn_implementation", "transformers.js_config", "is_llama_config", "unsloth_version", "unsloth_fixed",
-    "max_length", "min_length", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty",
-    "no_repeat_ngram_size", "do_sample", "num_beams", "chunk_size_feed_forward", "return_dict", "prefix",
-    "layerdrop", "cache_implementation", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_proj_to_labels", "summary_first_dropout", "summary_last_dropout", "gradient_checkpointing",
-})
+_INERT = frozenset(
+    {
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "auto_map",
+        "_name_or_path",
+        "name_or_path",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "cls_token_id",
+        "unk_token_id",
+        "decoder_start_token_id",
+        "forced_eos_token_id",
+        "tokenizer_class",
+        "initializer_range",
+        "init_std",
+        "initializer_factor",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "num_labels",
+        "task_specific_params",
+        "pretraining_tp",
+        "vocab_file",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "transformers.js_config",
+        "is_llama_config",
+        "unsloth_version",
+        "unsloth_fixed",
+        "max_length",
+        "min_length",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "do_sample",
+        "num_beams",
+        "chunk_size_feed_forward",
+        "return_dict",
+        "prefix",
+        "layerdrop",
+        "cache_implementation",
+        "summary_type",
+        "summary_use_proj",
+        "summary_activation",
+        "summary_proj_to_labels",
+        "summary_first_dropout",
+        "summary_last_dropout",
+        "gradient_checkpointing",
+    }
+)
 # Fields around the text part of a model that also sees. Text alone meets none of what they say.
-_AROUND_TEXT = frozenset({
-    "vision_config", "text_config", "image_token_index", "image_token_id", "boi_token_index", "boi_token_id",
-    "eoi_token_index", "eoi_token_id", "mm_tokens_per_image", "multimodal_projector_bias", "projector_hidden_act",
-    "spatial_merge_size", "vision_feature_layer",
-})
+_AROUND_TEXT = frozenset(
+    {
+        "vision_config",
+        "text_config",
+        "image_token_index",
+        "image_token_id",
+        "boi_token_index",
+        "boi_token_id",
+        "eoi_token_index",
+        "eoi_token_id",
+        "mm_tokens_per_image",
+        "multimodal_projector_bias",
+        "projector_hidden_act",
+        "spatial_merge_size",
+        "vision_feature_layer",
+    }
+)
 _INERT_ENDINGS = ("_dropout", "_pdrop", "dropout")
 
 
@@ -100,8 +162,7 @@ def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any,
     for name, values in supported.items():
         if name in hf and hf[name] not in values:
             raise ValueError(
-                f"config.json has {name}={hf[name]!r}, which is not supported; supported: "
-                f"{', '.join(map(repr, values))}"
+                f"config.json has {name}={hf[name]!r}, which is not supported; supported: {', '.join(map(repr, values))}"
             )
 
 
@@ -144,8 +205,13 @@ def eos_ids(hf: Mapping[str, Any]) -> tuple[int, ...]:
 def activation(hf: Fields, name: str = "hidden_act", *, default: str) -> Any:
     """The field `name` as an `activation` of `ModelConfig`; ValueError for one that we lack."""
     known = {
-        "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
-        "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "relu": "relu",
+        "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
     }
     value = hf.get(name) or default
     if value not in known:
@@ -171,8 +237,10 @@ def windows(hf: Fields, size: int | None, is_sliding: Callable[[int], bool]) -> 
         types = ["sliding_attention" if is_sliding(i) else "full_attention" for i in range(count)]
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown or len(types) != count:
-        raise ValueError(f"config.json has layer_types={types!r}; supported: 'sliding_attention' or 'full_attention' for "
-                         f"each of the {count} layers")
+        raise ValueError(
+            f"config.json has layer_types={types!r}; supported: 'sliding_attention' or 'full_attention' for "
+            f"each of the {count} layers"
+        )
     return tuple(size if kind == "sliding_attention" else None for kind in types)
 
 

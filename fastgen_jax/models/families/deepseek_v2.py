@@ -27,9 +27,14 @@ FEATURES = "latent attention (latents are cached); dense layers first; experts i
 def config_from_hf(hf: Fields) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face `config.json`."""
     # transformers normalises the weights of the chosen in no case, whatever norm_topk_prob says.
-    common.refuse_unsupported(hf, {
-        "topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",), "norm_topk_prob": (False, None),
-    })
+    common.refuse_unsupported(
+        hf,
+        {
+            "topk_method": ("greedy", "group_limited_greedy"),
+            "scoring_func": ("softmax",),
+            "norm_topk_prob": (False, None),
+        },
+    )
     in_groups = hf.first("topk_method", "scoring_func", "norm_topk_prob", default="greedy") == "group_limited_greedy"
     num_groups, groups_per_token = hf.get("n_group") or 1, hf.get("topk_group") or 1
     return ModelConfig(
@@ -47,8 +52,20 @@ def latent_model(hf: Fields, *, max_context_len: int) -> dict[str, Any]:
     """Everything but the experts, as keyword arguments of `ModelConfig`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "mlp_bias": (False,), "moe_layer_freq": (1,)})
     # What the others say follows from the sizes, or concerns training and the layer that predicts a second token.
-    hf.first("hidden_act", "mlp_bias", "moe_layer_freq", "head_dim", "qk_head_dim", "num_key_value_heads",
-             "num_local_experts", "aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers")
+    hf.first(
+        "hidden_act",
+        "mlp_bias",
+        "moe_layer_freq",
+        "head_dim",
+        "qk_head_dim",
+        "num_key_value_heads",
+        "num_local_experts",
+        "aux_loss_alpha",
+        "seq_aux",
+        "ep_size",
+        "num_nextn_predict_layers",
+        "num_mtp_layers",
+    )
     nope_dim, rope_dim, kv_rank = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["kv_lora_rank"]
     positions = rotary(hf, max_context_len=max_context_len)
     positions["rope"] = dataclasses.replace(positions["rope"], dim=rope_dim)
@@ -112,18 +129,22 @@ def sources(config: ModelConfig) -> dict[str, Source]:
             "layers.q_b": _pairs_apart(config.num_heads, per_head, mla.rope_dim),
             "layers.kv_a": _pairs_apart(1, mla.kv_rank + mla.rope_dim, mla.rope_dim),
         }
-    return common.sources_from(config, {
-        **common.LLAMA_NAMES,
-        **expert_names(config, shared="shared_experts"),
-        "layers.q": f"{attention}.q_proj",
-        "layers.q_a": f"{attention}.q_a_proj",
-        "layers.q_a_norm": f"{attention}.q_a_layernorm",
-        "layers.q_b": f"{attention}.q_b_proj",
-        "layers.kv_a": f"{attention}.kv_a_proj_with_mqa",
-        "layers.kv_a_norm": f"{attention}.kv_a_layernorm",
-        "layers.kv_b": f"{attention}.kv_b_proj",
-        "layers.choice_bias": Source("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
-    }, rearrange=paired)
+    return common.sources_from(
+        config,
+        {
+            **common.LLAMA_NAMES,
+            **expert_names(config, shared="shared_experts"),
+            "layers.q": f"{attention}.q_proj",
+            "layers.q_a": f"{attention}.q_a_proj",
+            "layers.q_a_norm": f"{attention}.q_a_layernorm",
+            "layers.q_b": f"{attention}.q_b_proj",
+            "layers.kv_a": f"{attention}.kv_a_proj_with_mqa",
+            "layers.kv_a_norm": f"{attention}.kv_a_layernorm",
+            "layers.kv_b": f"{attention}.kv_b_proj",
+            "layers.choice_bias": Source("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
+        },
+        rearrange=paired,
+    )
 
 
 def _pairs_apart(heads: int, head_dim: int, rope_dim: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -21,15 +21,21 @@ _SIZES = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads"
 def config_from_hf(hf: Fields) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
-    common.refuse_unsupported(hf, {
-        "attn_logit_softcapping": (None,), "use_bidirectional_attention": (False, None),
-        "hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh",),
-    })
+    common.refuse_unsupported(
+        hf,
+        {
+            "attn_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "hidden_act": ("gelu_pytorch_tanh",),
+        },
+    )
     period = hf.first("sliding_window_pattern", "_sliding_window_pattern", default=6)
     windows = common.windows(hf, hf.get("sliding_window", 4096), lambda layer: (layer + 1) % period != 0)
     context = hf.get("max_position_embeddings", 131_072)
     everywhere, windowed = ropes_by_layer_type(
-        hf, max_context_len=context, theta=1_000_000.0, windowed_theta=hf.get("rope_local_base_freq") or 10_000.0)
+        hf, max_context_len=context, theta=1_000_000.0, windowed_theta=hf.get("rope_local_base_freq") or 10_000.0
+    )
     return ModelConfig(
         family="gemma3",
         **common.sizes(hf, head_dim=256, assumed=_SIZES),

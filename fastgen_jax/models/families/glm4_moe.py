@@ -43,8 +43,11 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Where each weight of `param_specs` lies in the checkpoint."""
-    return common.sources_from(config, {
-        **common.LLAMA_NAMES,
-        **expert_names(config, shared="shared_experts"),
-        "layers.choice_bias": Source("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
-    })
+    return common.sources_from(
+        config,
+        {
+            **common.LLAMA_NAMES,
+            **expert_names(config, shared="shared_experts"),
+            "layers.choice_bias": Source("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
+        },
+    )

@@ -47,15 +47,18 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Where each weight of `param_specs` lies in the checkpoint."""
     experts = "model.layers.{layer}.mlp.experts"
-    return common.sources_from(config, {
-        **common.LLAMA_NAMES,
-        "layers.sinks": Source("model.layers.{layer}.self_attn.sinks"),
-        "layers.router": "model.layers.{layer}.mlp.router",
-        "layers.expert_gate_up": Source(f"{experts}.gate_up_proj", rearrange=_gate_then_up),
-        "layers.expert_gate_up_bias": Source(f"{experts}.gate_up_proj_bias", rearrange=_gate_then_up),
-        "layers.expert_down": Source(f"{experts}.down_proj"),
-        "layers.expert_down_bias": Source(f"{experts}.down_proj_bias"),
-    })
+    return common.sources_from(
+        config,
+        {
+            **common.LLAMA_NAMES,
+            "layers.sinks": Source("model.layers.{layer}.self_attn.sinks"),
+            "layers.router": "model.layers.{layer}.mlp.router",
+            "layers.expert_gate_up": Source(f"{experts}.gate_up_proj", rearrange=_gate_then_up),
+            "layers.expert_gate_up_bias": Source(f"{experts}.gate_up_proj_bias", rearrange=_gate_then_up),
+            "layers.expert_down": Source(f"{experts}.down_proj"),
+            "layers.expert_down_bias": Source(f"{experts}.down_proj_bias"),
+        },
+    )
 
 
 def _gate_then_up(alternating: np.ndarray) -> np.ndarray:

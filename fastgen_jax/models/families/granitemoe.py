@@ -43,9 +43,12 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Where each weight of `param_specs` lies in the checkpoint."""
     block = "model.layers.{layer}.block_sparse_moe"
-    return common.sources_from(config, {
-        **common.LLAMA_NAMES,
-        "layers.router": f"{block}.router.layer",
-        "layers.expert_gate_up": f"{block}.input_linear",
-        "layers.expert_down": f"{block}.output_linear",
-    })
+    return common.sources_from(
+        config,
+        {
+            **common.LLAMA_NAMES,
+            "layers.router": f"{block}.router.layer",
+            "layers.expert_gate_up": f"{block}.input_linear",
+            "layers.expert_down": f"{block}.output_linear",
+        },
+    )

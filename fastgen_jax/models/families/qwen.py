@@ -21,8 +21,18 @@ NAMES = {
     "layers.gate_up": (f"{_LAYER}mlp.w2", f"{_LAYER}mlp.w1"),  # w1(x) * silu(w2(x))
     "layers.down": f"{_LAYER}mlp.c_proj",
 }
-_OF_ITS_CODE = ("bf16", "fp16", "fp32", "onnx_safe", "use_flash_attn", "use_cache_kernel", "use_cache_quantization",
-                "softmax_in_fp32", "attn_dropout_prob", "emb_dropout_prob")  # how it runs, not what it computes
+_OF_ITS_CODE = (
+    "bf16",
+    "fp16",
+    "fp32",
+    "onnx_safe",
+    "use_flash_attn",
+    "use_cache_kernel",
+    "use_cache_quantization",
+    "softmax_in_fp32",
+    "attn_dropout_prob",
+    "emb_dropout_prob",
+)  # how it runs, not what it computes
 
 
 @common.reads_every_field

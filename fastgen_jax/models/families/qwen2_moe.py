@@ -31,7 +31,9 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             experts_per_token=hf.get("num_experts_per_tok", 4),
             expert_dim=hf["moe_intermediate_size"],
             layers=sparse_layers(
-                hf["num_hidden_layers"], step=hf.get("decoder_sparse_step", 1), dense=hf.get("mlp_only_layers") or (),
+                hf["num_hidden_layers"],
+                step=hf.get("decoder_sparse_step", 1),
+                dense=hf.get("mlp_only_layers") or (),
             ),
             normalize=hf.get("norm_topk_prob", False),
             shared_dim=hf["shared_expert_intermediate_size"],

@@ -12,8 +12,16 @@ _KNOWN = {
     "linear": ("factor",),
     "dynamic": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
-             "mscale", "mscale_all_dim", "truncate"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
     "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
 }
 _RENAMED = {"su": "longrope"}  # what LongRoPE was called in the first Phi-3 releases
@@ -48,7 +56,8 @@ def rope_from_hf(
     if partial != 1.0 and head_dim is None:
         raise ValueError(f"partial_rotary_factor={partial} is not supported by this family; supported: 1.0")
     return rope_from_fields(
-        fields, max_context_len=max_context_len,
+        fields,
+        max_context_len=max_context_len,
         theta=float(fields.pop("rope_theta", None) or hf.get("rope_theta") or theta),
         dim=None if partial == 1.0 or head_dim is None else int(head_dim * partial),
         trained_len=hf.get("original_max_position_embeddings"),
@@ -64,14 +73,18 @@ def ropes_by_layer_type(
     """
     given: dict[str, Any] = hf.get("rope_parameters") or {}
     if unknown := given.keys() - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"rope_parameters has the fields {sorted(unknown)}; supported in this family: 'full_attention' and "
-                         "'sliding_attention', each with the settings of such layers")
+        raise ValueError(
+            f"rope_parameters has the fields {sorted(unknown)}; supported in this family: 'full_attention' and "
+            "'sliding_attention', each with the settings of such layers"
+        )
     everywhere = {**(hf.get("rope_scaling") or {}), **(given.get("full_attention") or {})}
     windowed = dict(given.get("sliding_attention") or {})
     theta = float(everywhere.pop("rope_theta", None) or hf.get("rope_theta") or theta)
     windowed_theta = float(windowed.pop("rope_theta", None) or windowed_theta)
-    return (rope_from_fields(everywhere, max_context_len=max_context_len, theta=theta),
-            rope_from_fields(windowed, max_context_len=max_context_len, theta=windowed_theta))
+    return (
+        rope_from_fields(everywhere, max_context_len=max_context_len, theta=theta),
+        rope_from_fields(windowed, max_context_len=max_context_len, theta=windowed_theta),
+    )
 
 
 def rope_from_fields(
@@ -85,8 +98,11 @@ def rope_from_fields(
     if kind not in _KNOWN:
         raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(_KNOWN)}")
     # transformers writes this one beside any kind
-    unknown = {name: value for name, value in fields.items()
-               if name not in (*_KNOWN[kind], "original_max_position_embeddings") and value is not None}
+    unknown = {
+        name: value
+        for name, value in fields.items()
+        if name not in (*_KNOWN[kind], "original_max_position_embeddings") and value is not None
+    }
     if unknown:
         raise ValueError(f"rope_type {kind!r} has fields that we do not know: {unknown}; refusing to ignore them")
     if kind == "default":

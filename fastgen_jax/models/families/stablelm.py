@@ -34,7 +34,11 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Where each weight of `param_specs` lies in the checkpoint."""
     attn = "model.layers.{layer}.self_attn."
-    return common.sources_from(config, common.LLAMA_NAMES | {
-        "layers.q_norm": [f"{attn}q_layernorm.norms.{head}" for head in range(config.num_heads)],
-        "layers.k_norm": [f"{attn}k_layernorm.norms.{head}" for head in range(config.num_kv_heads)],
-    })
+    return common.sources_from(
+        config,
+        common.LLAMA_NAMES
+        | {
+            "layers.q_norm": [f"{attn}q_layernorm.norms.{head}" for head in range(config.num_heads)],
+            "layers.k_norm": [f"{attn}k_layernorm.norms.{head}" for head in range(config.num_kv_heads)],
+        },
+    )

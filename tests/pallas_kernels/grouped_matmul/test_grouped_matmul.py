@@ -103,8 +103,11 @@ def test_first_group_names_a_layer_of_a_stack(platform: str, implementation: str
     weights = _weights(w, "int8", platform=platform)
     if isinstance(weights, PackedGroups):
         implementation = None
-    run = jax.jit(lambda first: grouped_matmul(
-        jnp.asarray(x), weights, jnp.asarray(sizes, jnp.int32), first_group=first, implementation=implementation))
+    run = jax.jit(
+        lambda first: grouped_matmul(
+            jnp.asarray(x), weights, jnp.asarray(sizes, jnp.int32), first_group=first, implementation=implementation
+        )
+    )
     rows = met(x, "int8" if platform == "cpu" else "float32")
     for first in (0, 3, 9):
         _close(run(jnp.int32(first)), _numpy(rows, _exact(w, "int8"), sizes, first))
@@ -160,17 +163,19 @@ def test_the_tile_loop_does_not_multiply_every_row_with_every_weight():
 def test_packed_groups_are_refused_for_other_platforms():
     packed = prepare(_normal(2, 8, 8), platform="cpu")
     with pytest.raises(ValueError, match=r"PackedGroups were lowered for platform 'tpu'.*prepare"):
-        jax.jit(grouped_matmul).trace(jnp.ones((1, 8)), packed, jnp.ones(2, jnp.int32)).lower(
-            lowering_platforms=("tpu",))
+        jax.jit(grouped_matmul).trace(jnp.ones((1, 8)), packed, jnp.ones(2, jnp.int32)).lower(lowering_platforms=("tpu",))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"x": (4, 7)}, r"x \[4, 7\] does not fit w \[3, 8, 6\]"),
-    ({"sizes": (4,)}, "4 groups, but w has the weights of 3"),
-    ({"sizes": (2, 2)}, r"must be int32\[X\]"),
-    ({"first_group": 2}, r"must be in \[0, 1\]"),
-    ({"implementation": "dense"}, "'dense' but must be one of 'reference'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": (4, 7)}, r"x \[4, 7\] does not fit w \[3, 8, 6\]"),
+        ({"sizes": (4,)}, "4 groups, but w has the weights of 3"),
+        ({"sizes": (2, 2)}, r"must be int32\[X\]"),
+        ({"first_group": 2}, r"must be in \[0, 1\]"),
+        ({"implementation": "dense"}, "'dense' but must be one of 'reference'"),
+    ],
+)
 def test_grouped_matmul_refuses_what_does_not_fit(arguments: dict, message: str):
     shapes = {"x": (4, 8), "sizes": (2,), **arguments}
     options = {name: value for name, value in arguments.items() if name not in ("x", "sizes")}
@@ -178,13 +183,16 @@ def test_grouped_matmul_refuses_what_does_not_fit(arguments: dict, message: str)
         grouped_matmul(jnp.ones(shapes["x"]), jnp.ones((3, 8, 6)), jnp.ones(shapes["sizes"], jnp.int32), **options)
 
 
-@pytest.mark.parametrize(("w", "options", "message"), [
-    (np.zeros((3, 4), np.float32), {}, r"must be \[G, K, N\]"),
-    (np.zeros((2, 3, 4), np.int8), {}, "dtype int8.*floating point"),
-    (np.zeros((2, 3, 4), np.float32), {"quantize": "int4"}, "'int4'.*None or 'int8'"),
-    (np.zeros((2, 3, 4), np.float32), {"platform": "metal"}, "'metal'"),
-    (np.zeros((2, 3, 5), np.float32), {"gated": True}, "even, not 5"),
-])
+@pytest.mark.parametrize(
+    ("w", "options", "message"),
+    [
+        (np.zeros((3, 4), np.float32), {}, r"must be \[G, K, N\]"),
+        (np.zeros((2, 3, 4), np.int8), {}, "dtype int8.*floating point"),
+        (np.zeros((2, 3, 4), np.float32), {"quantize": "int4"}, "'int4'.*None or 'int8'"),
+        (np.zeros((2, 3, 4), np.float32), {"platform": "metal"}, "'metal'"),
+        (np.zeros((2, 3, 5), np.float32), {"gated": True}, "even, not 5"),
+    ],
+)
 def test_prepare_refuses_what_it_cannot_store(w: np.ndarray, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         prepare(w, **{"platform": "cpu", **options})

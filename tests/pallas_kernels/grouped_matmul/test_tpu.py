@@ -28,10 +28,15 @@ def _normal(*shape: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-@pytest.mark.parametrize(("storage", "mode", "tile_rows"), [
-    ("float32", "eager", 16), ("int8", "on_wait", None),
-    pytest.param("bfloat16", "eager", 32, marks=pytest.mark.slow), pytest.param("int8", "eager", 16, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("storage", "mode", "tile_rows"),
+    [
+        ("float32", "eager", 16),
+        ("int8", "on_wait", None),
+        pytest.param("bfloat16", "eager", 32, marks=pytest.mark.slow),
+        pytest.param("int8", "eager", 16, marks=pytest.mark.slow),
+    ],
+)
 def test_the_kernel_equals_the_reference_in_the_interpreter(storage: str, mode: str, tile_rows: int | None):
     # Rows and columns that no tile divides.
     dtype = jnp.bfloat16 if storage == "bfloat16" else jnp.float32

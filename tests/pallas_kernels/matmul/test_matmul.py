@@ -149,9 +149,7 @@ def test_leading_axes_and_narrow_activations_keep_shape_and_dtype():
         assert y.shape == (2, 3, 18)
         assert y.dtype == jnp.bfloat16
         # bfloat16 has 8 significant bits, and the second weight is rounded to it.
-        np.testing.assert_allclose(
-            y.astype(jnp.float32), np.asarray(x, np.float64) @ w + 1, rtol=0.02, atol=0.1
-        )
+        np.testing.assert_allclose(y.astype(jnp.float32), np.asarray(x, np.float64) @ w + 1, rtol=0.02, atol=0.1)
     assert linear(x[:0], prepare(w, platform="cpu")).shape == (0, 3, 18)
 
 
@@ -178,9 +176,7 @@ def test_eight_threads_may_call_at_once():
 
 @needs_native
 def test_the_compiled_program_does_not_copy_the_weight():
-    packed = [
-        prepare(_normal(64, 96, seed=i), quantize=q, platform="cpu") for i, q in enumerate((None, "int8"))
-    ]
+    packed = [prepare(_normal(64, 96, seed=i), quantize=q, platform="cpu") for i, q in enumerate((None, "int8"))]
     program = jax.jit(lambda x, ws: [linear(x, w) for w in ws]).lower(jnp.ones((1, 64)), packed).compile()
     text = program.as_text()
     assert text.count('custom_call_target="fastgen_matmul"') == 2
@@ -188,11 +184,7 @@ def test_the_compiled_program_does_not_copy_the_weight():
         shape = ",".join(map(str, w.panels.shape))
         uses = [line for line in text.splitlines() if f"[{shape}]" in line and " parameter(" not in line]
         assert uses
-        others = [
-            line
-            for line in uses
-            if not any(word in line for word in ("fastgen_matmul", "ENTRY", "HloModule"))
-        ]
+        others = [line for line in uses if not any(word in line for word in ("fastgen_matmul", "ENTRY", "HloModule"))]
         assert others == []
 
 

@@ -32,20 +32,35 @@ def example(shape, weight_axes=1, seed=0):
 
 
 @pytest.mark.parametrize("implementation", [*NAMES, None])
-@pytest.mark.parametrize(("shape", "weight_axes"), [
-    ((5, 576), 1), ((1, 100), 1), ((3, 7), 1), ((300, 257), 1), ((4, 3, 40), 1), ((4, 3, 40), 2),
-])
+@pytest.mark.parametrize(
+    ("shape", "weight_axes"),
+    [
+        ((5, 576), 1),
+        ((1, 100), 1),
+        ((3, 7), 1),
+        ((300, 257), 1),
+        ((4, 3, 40), 1),
+        ((4, 3, 40), 2),
+    ],
+)
 def test_norms_are_those_of_their_papers(implementation, shape, weight_axes) -> None:
     x, weight, bias = example(shape, weight_axes)
     for offset in (0.0, 1.0):
         got = rms_norm(jnp.asarray(x), jnp.asarray(weight), eps=1e-5, offset=offset, implementation=implementation)
-        np.testing.assert_allclose(got, expected(x, weight, None, eps=1e-5, offset=offset, centered=False),
-                                   atol=ROUNDING, rtol=ROUNDING)
+        np.testing.assert_allclose(
+            got, expected(x, weight, None, eps=1e-5, offset=offset, centered=False), atol=ROUNDING, rtol=ROUNDING
+        )
     for some_bias in (None, bias):
-        got = layer_norm(jnp.asarray(x), jnp.asarray(weight), None if some_bias is None else jnp.asarray(bias), eps=1e-5,
-                         implementation=implementation)
-        np.testing.assert_allclose(got, expected(x, weight, some_bias, eps=1e-5, offset=0, centered=True),
-                                   atol=5 * ROUNDING, rtol=ROUNDING)
+        got = layer_norm(
+            jnp.asarray(x),
+            jnp.asarray(weight),
+            None if some_bias is None else jnp.asarray(bias),
+            eps=1e-5,
+            implementation=implementation,
+        )
+        np.testing.assert_allclose(
+            got, expected(x, weight, some_bias, eps=1e-5, offset=0, centered=True), atol=5 * ROUNDING, rtol=ROUNDING
+        )
 
 
 @needs_compiler
@@ -63,9 +78,11 @@ def test_a_row_is_rounded_alike_among_any_number_of_rows(width: int) -> None:
 def test_rows_in_use_do_not_see_the_padding_behind_them(implementation) -> None:
     x, weight, _ = example((6, 3, 40))
     got = jax.jit(partial(rms_norm, eps=1e-6, implementation=implementation))(
-        jnp.asarray(x), jnp.asarray(weight), num_rows=jnp.int32(4))
-    np.testing.assert_allclose(got[:4], expected(x, weight, None, eps=1e-6, offset=0, centered=False)[:4],
-                               atol=ROUNDING, rtol=ROUNDING)
+        jnp.asarray(x), jnp.asarray(weight), num_rows=jnp.int32(4)
+    )
+    np.testing.assert_allclose(
+        got[:4], expected(x, weight, None, eps=1e-6, offset=0, centered=False)[:4], atol=ROUNDING, rtol=ROUNDING
+    )
     assert np.isfinite(got).all()
 
 

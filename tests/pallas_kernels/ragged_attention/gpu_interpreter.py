@@ -57,9 +57,14 @@ class Case:
     @property
     def tiles(self) -> GpuTiles:
         return GpuTiles(
-            chunk_keys=self.chunk_keys, chunk_stages=self.stages, single_keys=self.single_keys, single_stages=self.stages,
-            pieces=self.pieces, min_piece=64, blocks=self.blocks,
-        )  # fmt: skip
+            chunk_keys=self.chunk_keys,
+            chunk_stages=self.stages,
+            single_keys=self.single_keys,
+            single_stages=self.stages,
+            pieces=self.pieces,
+            min_piece=64,
+            blocks=self.blocks,
+        )
 
     def options(self) -> dict[str, Any]:
         heads = self.num_kv_heads * self.group
@@ -134,10 +139,17 @@ def check_case(case: Case, *, examples: int) -> None:
     def check(chunks: list[tuple[int, int]], window: int | None, layer: int) -> None:
         dtype = jnp.dtype(case.dtype)
         batch = make_batch(
-            chunks, num_kv_heads=case.num_kv_heads, group=case.group, head_dim=case.head_dim,
-            block_size=case.block_size, layer=layer, num_tokens=NUM_TOKENS, max_blocks=max_blocks,
-            num_blocks=NUM_SEQUENCES * max_blocks, dtype=dtype,
-        )  # fmt: skip
+            chunks,
+            num_kv_heads=case.num_kv_heads,
+            group=case.group,
+            head_dim=case.head_dim,
+            block_size=case.block_size,
+            layer=layer,
+            num_tokens=NUM_TOKENS,
+            max_blocks=max_blocks,
+            num_blocks=NUM_SEQUENCES * max_blocks,
+            dtype=dtype,
+        )
         for name in ("q", "k", "v"):
             batch.arrays[name] = batch.arrays[name].astype(jnp.bfloat16 if is_quantized(dtype) else dtype)
         options = {} if window is None else {"sliding_window": jnp.asarray(window, jnp.int32)}

@@ -45,10 +45,14 @@ def lowered(arguments: dict[str, object], platform: str = "cpu") -> str:
         ({"k_cache": zeros(15, 2, 16, 8)}, r"k_cache has shape \(15, 2, 16, 8\) but must be \[L\*N, K, B, D\]"),
         ({"v_cache": zeros(15, 2, 4, 16)}, r"v_cache has shape .* but must be the shape of k_cache"),
         ({"k_cache": zeros(15, 2, 16, 16, dtype=jnp.int8)}, r"k_cache has dtype int8 but no scales; pass a QuantizedCache"),
-        ({"k_cache": QuantizedCache(values=zeros(15, 2, 16, 16, dtype=jnp.int8), scales=zeros(15, 16, 2))},
-         r"k_cache.scales has shape \(15, 16, 2\) but must be \[L\*N, K, B\], as its values, = \(15, 2, 16\)"),
-        ({"k_cache": QuantizedCache.zeros((15, 2, 16, 16), jnp.float16)},
-         r"k_cache is a QuantizedCache of dtype float16 but must be one of int8, float8_e4m3fn"),
+        (
+            {"k_cache": QuantizedCache(values=zeros(15, 2, 16, 16, dtype=jnp.int8), scales=zeros(15, 16, 2))},
+            r"k_cache.scales has shape \(15, 16, 2\) but must be \[L\*N, K, B\], as its values, = \(15, 2, 16\)",
+        ),
+        (
+            {"k_cache": QuantizedCache.zeros((15, 2, 16, 16), jnp.float16)},
+            r"k_cache is a QuantizedCache of dtype float16 but must be one of int8, float8_e4m3fn",
+        ),
         ({"kv_slots": zeros(5, dtype=jnp.int32)}, r"kv_slots has shape \(5,\) but must be \[T\] = \(6,\)"),
         ({"kv_slots": zeros(6)}, r"kv_slots has dtype float32 but must be int32"),
         ({"query_starts": zeros(2, dtype=jnp.int32)}, r"query_starts has shape \(2,\) but must be \[S\+1\]"),

@@ -67,19 +67,31 @@ def spec(
     tiles = modelled(head_dim, group, generation, quantised=cache_dtype == jnp.int8)
     rows_in, rows, rows_out = BODIES[generation].tile_rows(group, head_dim, partial=partial)
     return Spec(
-        group=group, head_dim=head_dim, block_size=32, rows=rows, rows_in=rows_in, rows_out=rows_out,
+        group=group,
+        head_dim=head_dim,
+        block_size=32,
+        rows=rows,
+        rows_in=rows_in,
+        rows_out=rows_out,
         keys=tiles.single_keys if partial else tiles.chunk_keys,
-        stages=tiles.single_stages if partial else tiles.chunk_stages, blocks=tiles.blocks, scale=1.0, soft_cap=None,
-        has_window=True, partial=partial, dtype=jnp.bfloat16, cache_dtype=cache_dtype,
+        stages=tiles.single_stages if partial else tiles.chunk_stages,
+        blocks=tiles.blocks,
+        scale=1.0,
+        soft_cap=None,
+        has_window=True,
+        partial=partial,
+        dtype=jnp.bfloat16,
+        cache_dtype=cache_dtype,
         interpreted=True,
-    )  # fmt: skip
+    )
 
 
 NUM_SEQUENCES, NUM_TOKENS = 6, 400
 chunk_lists = st.lists(
     st.tuples(st.sampled_from([0, 1, 1, 2, 31, 33, 64]), st.integers(0, 5000)),
-    min_size=NUM_SEQUENCES, max_size=NUM_SEQUENCES,
-)  # fmt: skip
+    min_size=NUM_SEQUENCES,
+    max_size=NUM_SEQUENCES,
+)
 
 
 @functools.cache
@@ -89,9 +101,11 @@ def plans(group: int, num_kv_heads: int, generation: str):
 
     def run(index: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         *pieces, most = plan_pieces(
-            **index, num_kv_heads=num_kv_heads, tiles=modelled(128, group, generation),
+            **index,
+            num_kv_heads=num_kv_heads,
+            tiles=modelled(128, group, generation),
             spec=spec(**kind, partial=True),
-        )  # fmt: skip
+        )
         tokens = jnp.arange(NUM_TOKENS, dtype=jnp.int32)
         sequence = jnp.sum(index["query_starts"][None, 1:] <= tokens[:, None], axis=1, dtype=jnp.int32)
         sequence = jnp.minimum(sequence, NUM_SEQUENCES - 1)
@@ -104,9 +118,11 @@ def plans(group: int, num_kv_heads: int, generation: str):
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
-    chunks=chunk_lists, kernel=st.sampled_from([("hopper", 3), ("ampere", 4)]),
-    window=st.sampled_from([1, 77, 1000, 2**30]), num_kv_heads=st.sampled_from([1, 8]),
-)  # fmt: skip
+    chunks=chunk_lists,
+    kernel=st.sampled_from([("hopper", 3), ("ampere", 4)]),
+    window=st.sampled_from([1, 77, 1000, 2**30]),
+    num_kv_heads=st.sampled_from([1, 8]),
+)
 def test_every_query_is_planned_once_and_sees_all_its_keys(
     chunks: list[tuple[int, int]], kernel: tuple[str, int], window: int, num_kv_heads: int
 ) -> None:
@@ -115,9 +131,11 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
     contexts = np.array([query + old if query else 0 for query, old in chunks])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     index = {
-        "query_starts": jnp.asarray(starts, jnp.int32), "context_lens": jnp.asarray(contexts, jnp.int32),
-        "first_block": jnp.int32(0), "window": jnp.int32(window),
-    }  # fmt: skip
+        "query_starts": jnp.asarray(starts, jnp.int32),
+        "context_lens": jnp.asarray(contexts, jnp.int32),
+        "first_block": jnp.int32(0),
+        "window": jnp.int32(window),
+    }
     seen: dict[int, np.ndarray] = {}  # by token, the positions that some tile shows it
 
     def show(token: int, position: int, first: int, end: int) -> None:
@@ -206,7 +224,8 @@ def test_ampere_refuses_blocks_that_four_warps_cannot_copy(head_dim: int, block_
 @pytest.mark.parametrize(
     ("generation", "dtype", "head_dim", "block_size", "group", "message"),
     [
-        ("hopper", "int8", 128, 64, 64, None), ("ampere", "int8", 128, 64, 48, None),
+        ("hopper", "int8", 128, 64, 64, None),
+        ("ampere", "int8", 128, 64, 48, None),
         ("hopper", "float8_e4m3fn", 64, 128, 1, None),
         ("hopper", "int8", 80, 64, 4, "multiples of 32 numbers up to 128 but D is 80"),
         ("ampere", "int8", 256, 64, 4, "multiples of 32 numbers up to 128 but D is 256"),
@@ -215,7 +234,7 @@ def test_ampere_refuses_blocks_that_four_warps_cannot_copy(head_dim: int, block_
         ("ampere", "int8", 128, 64, 71, "up to 48 query heads a KV head with an 8-bit cache but there are 71"),
         ("ampere", "float8_e4m3fn", 128, 64, 4, "takes int8 caches but no float8_e4m3fn; store int8"),
     ],
-)  # fmt: skip
+)
 def test_8_bit_caches_that_do_not_fit_are_refused(
     generation: str, dtype: str, head_dim: int, block_size: int, group: int, message: str | None
 ) -> None:

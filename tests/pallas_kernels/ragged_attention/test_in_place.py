@@ -23,9 +23,17 @@ def program(implementation: str | None, *, num_layers: int, scanned: bool) -> Ca
             x, (k_cache, v_cache) = state
             kv = x[:, ::3]
             out, *caches = ragged_attention(
-                x, kv, kv, k_cache, v_cache, **index, layer=layer, num_blocks=NUM_BLOCKS, scale=0.125,
+                x,
+                kv,
+                kv,
+                k_cache,
+                v_cache,
+                **index,
+                layer=layer,
+                num_blocks=NUM_BLOCKS,
+                scale=0.125,
                 implementation=implementation,
-            )  # fmt: skip
+            )
             return (x + out, tuple(caches)), None
 
         state = (x, caches)

@@ -111,8 +111,11 @@ def loop_in_numpy(batch: Batch, *, window: int, soft_cap: float | None, alibi_sl
 def test_reference_equals_a_loop_over_every_score(shape: Shape) -> None:
     batch = make_batch(
         [(1, 33), (0, 0), (7, 7), (3, 20)],
-        num_kv_heads=shape.num_kv_heads, group=shape.group, head_dim=shape.head_dim, block_size=shape.block_size,
-    )  # fmt: skip
+        num_kv_heads=shape.num_kv_heads,
+        group=shape.group,
+        head_dim=shape.head_dim,
+        block_size=shape.block_size,
+    )
     out, k_cache, v_cache = run(batch, "reference", sliding_window=9, **shape.options())
     expected = loop_in_numpy(batch, window=9, **shape.options())
     np.testing.assert_allclose(out, expected, atol=TOLERANCE, rtol=0)
@@ -132,10 +135,17 @@ def test_implementations_equal_the_reference(shape: Shape) -> None:
     @given(chunks=ragged_chunks(), window=st.sampled_from([1, 10, 64, 100, 2**31 - 1]), layer=st.integers(0, 2))
     def check(chunks: list[tuple[int, int]], window: int, layer: int) -> None:
         batch = make_batch(
-            chunks, num_kv_heads=shape.num_kv_heads, group=shape.group, head_dim=shape.head_dim,
-            block_size=shape.block_size, layer=layer, num_tokens=NUM_TOKENS, max_blocks=max_blocks,
-            num_blocks=NUM_SEQUENCES * max_blocks, dtype=jnp.dtype(shape.dtype),
-        )  # fmt: skip
+            chunks,
+            num_kv_heads=shape.num_kv_heads,
+            group=shape.group,
+            head_dim=shape.head_dim,
+            block_size=shape.block_size,
+            layer=layer,
+            num_tokens=NUM_TOKENS,
+            max_blocks=max_blocks,
+            num_blocks=NUM_SEQUENCES * max_blocks,
+            dtype=jnp.dtype(shape.dtype),
+        )
         options = shape.options() | {"sliding_window": jnp.asarray(window, jnp.int32)}
         expected = run(batch, "reference", **options)
         assert np.isfinite(expected[0]).all()

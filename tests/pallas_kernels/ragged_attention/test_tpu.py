@@ -134,10 +134,17 @@ def check_case(case: Case, mode: str, *, examples: int) -> None:
     @given(chunks=ragged_chunks(), window=st.sampled_from([NO_WINDOW, NO_WINDOW, 1, 20, 150]), layer=st.integers(0, 2))
     def check(chunks: list[tuple[int, int]], window: int, layer: int) -> None:
         batch = make_batch(
-            chunks, num_kv_heads=case.num_kv_heads, group=case.group, head_dim=case.head_dim,
-            block_size=case.block_size, layer=layer, num_tokens=NUM_TOKENS, max_blocks=max_blocks,
-            num_blocks=NUM_SEQUENCES * max_blocks, dtype=jnp.dtype(case.dtype),
-        )  # fmt: skip
+            chunks,
+            num_kv_heads=case.num_kv_heads,
+            group=case.group,
+            head_dim=case.head_dim,
+            block_size=case.block_size,
+            layer=layer,
+            num_tokens=NUM_TOKENS,
+            max_blocks=max_blocks,
+            num_blocks=NUM_SEQUENCES * max_blocks,
+            dtype=jnp.dtype(case.dtype),
+        )
         q_dtype = case.q_dtype or ("bfloat16" if case.dtype == "bfloat16" else "float32")
         for name in ("q", "k", "v"):
             batch.arrays[name] = batch.arrays[name].astype(jnp.dtype(q_dtype))
@@ -257,8 +264,18 @@ def test_autotune_writes_the_fastest_tiles_that_work_and_choose_finds_them(tmp_p
     entries.cache_clear()
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "", '{"KEY": 5}', '{"KEY": {"queries": 8}}', '{"KEY": {"queries": null}}',
-                                  '{"KEY": {"queries": 0, "keys": 0, "sequences": 0, "cores": 0, "vmem_limit": 0}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        "",
+        '{"KEY": 5}',
+        '{"KEY": {"queries": 8}}',
+        '{"KEY": {"queries": null}}',
+        '{"KEY": {"queries": 0, "keys": 0, "sequences": 0, "cores": 0, "vmem_limit": 0}}',
+    ],
+)
 def test_a_damaged_file_of_tiles_costs_a_warning_and_autotune_mends_it(tmp_path, monkeypatch, caplog, text) -> None:
     path = tmp_path / "tiles.json"
     monkeypatch.setenv("PALLAS_KERNELS_TILES", str(path))
@@ -268,8 +285,9 @@ def test_a_damaged_file_of_tiles_costs_a_warning_and_autotune_mends_it(tmp_path,
     for _ in range(3):
         assert choose(call, "v5e") == modelled(call, "v5e")
     assert caplog.text.count("does not hold measured tiles") == 1
-    best = autotune(call, candidates(call, "v5e"), kind="v5e", measure=lambda tiles: 1 / tiles.keys, path=path,
-                    report=lambda line: None)
+    best = autotune(
+        call, candidates(call, "v5e"), kind="v5e", measure=lambda tiles: 1 / tiles.keys, path=path, report=lambda line: None
+    )
     assert choose(call, "v5e") == best
     entries.cache_clear()
 
@@ -278,7 +296,13 @@ def test_tiles_that_cannot_be_written_are_reported_and_not_lost(tmp_path) -> Non
     (tmp_path / "file").write_text("")
     lines: list[str] = []
     call = shape(32, 8)
-    best = autotune(call, candidates(call, "v5e"), kind="v5e", measure=lambda tiles: 1 / tiles.keys,
-                    path=tmp_path / "file" / "tiles.json", report=lines.append)
+    best = autotune(
+        call,
+        candidates(call, "v5e"),
+        kind="v5e",
+        measure=lambda tiles: 1 / tiles.keys,
+        path=tmp_path / "file" / "tiles.json",
+        report=lines.append,
+    )
     assert str(best) in lines[-1]
     assert "name another file in PALLAS_KERNELS_TILES" in lines[-1]

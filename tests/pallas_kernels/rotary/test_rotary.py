@@ -42,8 +42,9 @@ def test_queries_and_keys_are_rotated_and_values_are_not(implementation, tokens,
 @pytest.mark.parametrize("implementation", NAMES)
 def test_the_dtype_of_the_projection_is_kept(implementation) -> None:
     qkv, cos, sin = example()
-    parts = rotary(jnp.asarray(qkv, jnp.bfloat16), jnp.asarray(cos), jnp.asarray(sin), num_heads=3,
-                   implementation=implementation)
+    parts = rotary(
+        jnp.asarray(qkv, jnp.bfloat16), jnp.asarray(cos), jnp.asarray(sin), num_heads=3, implementation=implementation
+    )
     assert [part.dtype for part in parts] == [jnp.bfloat16] * 3
 
 
