@@ -15,11 +15,15 @@ type.
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
+from typing import Any
 
 CHECKED_MODULES = ("pallas_kernels", "fastgen_jax.core", "fastgen_jax.models", "fastgen_jax.engine.sampling")
 DECORATOR = "_checks_shapes"
@@ -88,9 +92,31 @@ def _annotation_names(function: ast.FunctionDef) -> set[str]:
     return {node.id for part in annotations if part is not None for node in ast.walk(part) if isinstance(node, ast.Name)}
 
 
-def checked(function):
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `function` with its annotations checked on every call."""
     from beartype import beartype
     from jaxtyping import jaxtyped
 
-    return jaxtyped(function, typechecker=beartype)
+    @functools.cache
+    def decorated() -> Callable[..., Any]:
+        # Raises NameError for a name that does not exist; jaxtyping would silently not check that annotation.
+        typing.get_type_hints(function, include_extras=True)
+        return jaxtyped(function, typechecker=beartype)
+
+    @functools.wraps(function)
+    def check(*arguments: Any, **options: Any) -> Any:
+        return decorated()(*arguments, **options)
+
+    return check
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Switches the checks off: for tests of the errors that production code itself raises for wrong shapes."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", False)

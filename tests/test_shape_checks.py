@@ -59,6 +59,18 @@ def test_a_function_without_shapes_is_not_changed(checked_example):
     assert hasattr(checked_example.weighted, "__wrapped__")
 
 
+def test_checks_can_be_switched_off(checked_example):
+    with shape_checks.unchecked():
+        assert checked_example.first_rows(jnp.ones((3, 4))).shape == (1, 4)
+    with pytest.raises(TypeCheckError):
+        checked_example.first_rows(jnp.ones((3, 4)))
+
+
+def test_a_name_that_does_not_exist_at_run_time_raises(checked_example):
+    with pytest.raises(NameError, match="Mapping"):
+        checked_example.with_a_missing_name(jnp.ones(3), {})
+
+
 def test_a_module_that_is_loaded_already_cannot_be_checked():
     with pytest.raises(ValueError, match="before"):
         shape_checks.install([shapes_example.__name__])

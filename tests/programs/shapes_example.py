@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jaxtyping import Array, Float
 
 
@@ -29,4 +31,8 @@ def _doubled_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def plain(x: int) -> int:
+    return x
+
+
+def with_a_missing_name(x: Float[Array, " T"], options: Mapping[str, int]) -> Float[Array, " T"]:
     return x
