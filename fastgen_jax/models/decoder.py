@@ -25,6 +25,7 @@ from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import EXPERT_MATRICES, Params, layers_with
 from pallas_kernels.matmul import linear
+from pallas_kernels.ragged_attention import Attention
 
 Layer = Callable[..., tuple[jax.Array, KVCache]]
 
@@ -35,7 +36,7 @@ def forward(
     batch: RaggedBatch,
     *,
     config: ModelConfig,
-    attention: str | Callable[..., Any] | None = None,
+    attention: str | Attention | None = None,
     activation_dtype: Any = None,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVCache]:
@@ -59,7 +60,7 @@ def hidden_rows(
     batch: RaggedBatch,
     *,
     config: ModelConfig,
-    attention: str | Callable[..., Any] | None = None,
+    attention: str | Attention | None = None,
     activation_dtype: Any = None,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVCache]:
@@ -152,7 +153,7 @@ def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: Any) 
         places = jnp.take(params["position_embed"], batch.positions + config.position_offset, axis=0, mode="clip")
         x = x + places.astype(x.dtype)
     if config.embed_norm:
-        x = norm(x, params, "embed_norm", config=config, num_rows=batch.query_starts[-1])
+        x = norm(x, params, "embed_norm", config=config, num_rows=batch.index.query_starts[-1])
     return x
 
 

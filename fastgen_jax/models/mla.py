@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.models.layers import project
 from fastgen_jax.models.moe_config import MLAConfig
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups, grouped_matmul
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.pytree import pytree
 from pallas_kernels.rotary import rotate
 
 _NORM_EPS = 1e-6  # of the norms of latents, whatever the model's other norms use
