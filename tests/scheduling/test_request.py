@@ -117,7 +117,10 @@ def test_greedy_is_without_sampling_or_at_temperature_zero() -> None:
     ("changes", "message"),
     [
         ({"prompt_token_ids": ()}, "prompt_token_ids of request 'a' is empty"),
-        ({"prompt_token_ids": [1]}, "prompt_token_ids of request 'a' is a list; it must be a tuple; convert it with tuple()"),
+        (
+            {"prompt_token_ids": [1]},
+            "prompt_token_ids of request 'a' is a list; it must be a tuple; convert it with tuple()",
+        ),
         ({"prompt_token_ids": (1, 2**31)}, "prompt_token_ids contains 2147483648"),
         ({"eos_token_ids": (-2,)}, "eos_token_ids contains -2"),
         ({"request_id": ""}, "request_id is ''; it must be a non-empty string"),
