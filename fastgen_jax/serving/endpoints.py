@@ -13,8 +13,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from fastgen_jax.api.options import asked
-from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer
 from fastgen_jax.serving.errors import context_exceeded
@@ -99,7 +99,7 @@ async def generate(server: Server, body: GenerateRequest, request: Request) -> R
     stops = tuple(params.stop)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop has {len(stops)} strings and at most {MAX_STOPS} are served; keep the likeliest")
-    prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
+    prompts = split_prompts(body.prompts)
     try:
         work = await start_work(
             backend,
