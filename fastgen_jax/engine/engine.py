@@ -19,7 +19,7 @@ from fastgen_jax.engine.research import ResearchInterface
 from fastgen_jax.engine.runner import StepOutput
 from fastgen_jax.engine.sampling_tables import SamplingTables
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import Chunk, Request, SamplingParams, Scheduler, Step
 from fastgen_jax.scheduling import Sequence as HostSequence
 from fastgen_jax.text import Tokenizer

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastgen_jax.engine.config import ResolvedConfig
     from fastgen_jax.engine.runner import StepOutput
     from fastgen_jax.models.config import ModelConfig
-    from fastgen_jax.models.params import Params
+    from fastgen_jax.models.weight_spec import Params
 
 
 class SequenceInfo(NamedTuple):

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
-from fastgen_jax.engine.weights import is_quantized
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import flops_per_token
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
+from fastgen_jax.models.weight_spec import WeightSpec
 from fastgen_jax.plan.devices import Topology
 
 RESERVED_SHARE = 0.06  # of a device's memory: the runtime, programs, and holes between buffers
@@ -63,15 +64,15 @@ def weight_bytes(model: ModelConfig, num_devices: int, itemsize: float, *, quant
     """Weights on one device: what has a divided axis is divided, the rest is everywhere."""
     specs, having = param_specs(model), layers_with(model)
 
-    def held(name: str, spec: Any, copies: int = 1) -> float:
+    def held(spec: WeightSpec, copies: int = 1) -> float:
         divided = num_devices if DIVIDED_AXES & set(spec.axes) else 1
-        if not is_quantized(name, quantize):
+        if quantize is None or not spec.quantizable:
             return copies * math.prod(spec.shape) * itemsize / divided
         scales = 4 * math.prod(spec.shape) / spec.shape[-2] / (num_devices if spec.axes[-1] in DIVIDED_AXES else 1)
         return copies * (math.prod(spec.shape) / divided + scales)
 
-    layer = sum(held(name, spec, len(having[name])) for name, spec in specs["layers"].items())
-    rest = sum(held(name, spec) for name, spec in specs.items() if name != "layers")
+    layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
+    rest = sum(held(spec) for name, spec in specs.items() if name != "layers")
     if quantize is not None and "lm_head" not in specs and num_devices == 1:
         rest += model.vocab_size * (model.embed_dim + 4)  # a tied head is kept apart, as int8
     return math.ceil(layer + rest)
@@ -147,7 +148,7 @@ def step_time(
     """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest."""
     n, device = topology.num_devices, topology.device
     chunks = sequences + (tokens > sequences)
-    flops = tokens * model.flops_per_token(context_len=context, sampled=False)
+    flops = tokens * flops_per_token(model, context_len=context, sampled=False)
     flops += chunks * 2 * model.embed_dim * model.vocab_size
     keys = chunks * math.ceil(context / block_size) * block
     weights = read_weight_bytes(model, n, itemsize, tokens=tokens, quantize=quantize)

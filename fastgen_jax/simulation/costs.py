@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params, flops_per_token
 from fastgen_jax.scheduling import Chunk, Step
 from fastgen_jax.simulation.hardware import ACCELERATORS, MODELS, Accelerator
 
@@ -152,7 +153,7 @@ class Roofline:
         flops = self.num_devices * self.accelerator.flops
         bandwidth = self.num_devices * self.accelerator.memory_bandwidth * self.memory_efficiency
         model, n = self.model, self.num_devices
-        body, row = model.flops_per_token(sampled=False), model.flops_per_token(sampled=True)
+        body, row = flops_per_token(model, sampled=False), flops_per_token(model, sampled=True)
         kv_bytes = model.kv_bytes_per_token(1) * self.bytes_a_kv
         # A ring sends each number of the all-reduce 2 (n - 1) / n times.
         reduced = 2 * model.num_layers * 2.0 * model.embed_dim * 2 * (n - 1) / n
@@ -162,7 +163,7 @@ class Roofline:
         seconds = _Seconds(
             token=body / (flops * self.matmul_efficiency),
             row=(row - body) / (flops * self.matmul_efficiency),
-            weights=model.num_params * self.bytes_a_weight / bandwidth,
+            weights=count_params(model) * self.bytes_a_weight / bandwidth,
             read_kv=read_kv,
             attend=attend,
             decode=max(read_kv, attend),
@@ -193,11 +194,11 @@ class Roofline:
         Raises ValueError if the weights leave nothing.
         """
         memory = memory_share * self.num_devices * self.accelerator.memory
-        free = memory - self.model.num_params * self.bytes_a_weight
+        free = memory - count_params(self.model) * self.bytes_a_weight
         if free <= 0:
-            need = self.model.num_params * self.bytes_a_weight / (memory_share * self.accelerator.memory)
+            need = count_params(self.model) * self.bytes_a_weight / (memory_share * self.accelerator.memory)
             raise ValueError(
-                f"the weights take {self.model.num_params * self.bytes_a_weight / 1e9:.0f} GB, but {self.num_devices} "
+                f"the weights take {count_params(self.model) * self.bytes_a_weight / 1e9:.0f} GB, but {self.num_devices} "
                 f"devices have {memory / 1e9:.0f} GB for them; use at least {int(need) + 1} devices"
             )
         return int(free / (self.model.kv_bytes_per_token(1) * self.bytes_a_kv))
