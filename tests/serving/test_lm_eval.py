@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.serving.house import MODEL, engine, offline, tokenizer
+from tests.serving.tiny_server import MODEL, engine, offline, tokenizer
 
 pytest.importorskip("lm_eval", reason="pip install 'lm_eval[api]'")
 pytestmark = pytest.mark.slow
