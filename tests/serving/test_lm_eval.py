@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastgen_jax import Research
-from tests.serving.house import MODEL, engine, offline, tokenizer
+from tests.serving.tiny_server import MODEL, engine, offline, tokenizer
 
 pytest.importorskip("lm_eval", reason="pip install 'lm_eval[api]'")
 pytestmark = pytest.mark.slow
