@@ -50,7 +50,6 @@ class Runner:
         self.params = params
         self.model = model
         self.config = config
-        self.max_blocks = -(-config.max_context_len // config.block_size)
         self._compiled: dict[int, tuple[Bucket, Any]] = {}
         self._copy_block: Any = None  # compiled by the first fork
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
@@ -128,10 +127,10 @@ class Runner:
         program = step_program(
             self.model,
             bucket,
-            attention=self.config.attention,
+            attention=self.config.choices.attention,
             activation_dtype=self.config.activation_dtype,
             mesh=self.mesh,
-            logits_processor=self.config.logits_processor,
+            logits_processor=self.config.choices.logits_processor,
         )
         return program.lower(self.params, self.kv_cache, self.state, packed)
 
@@ -203,17 +202,12 @@ class Runner:
             times.append(time.perf_counter() - start)
         return min(times[1:])
 
-    def can_hold(self, budget: int) -> bool:
-        """Whether a sequence of `budget` tokens fits into the context limit and the cache, so that it can be measured."""
-        config = self.config
-        return budget <= min(config.max_context_len, config.num_blocks * config.block_size)
-
     def _new_bucket(self, budget: int) -> Bucket:
         config = self.config
         return Bucket(
             budget,
             max_num_seqs=config.max_num_seqs,
-            max_blocks=self.max_blocks,
+            max_blocks=config.max_blocks,
             num_slots=config.num_blocks * config.block_size,
             vocab_size=self.model.vocab_size,
         )

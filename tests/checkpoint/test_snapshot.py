@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastgen_jax import Engine, pipeline
+from fastgen_jax import Engine, Research, pipeline
 from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model, save_snapshot
 from fastgen_jax.checkpoint.convert import convert
 from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
@@ -98,7 +98,7 @@ def test_an_int8_snapshot_runs_as_the_checkpoint_quantised_while_loading(source,
     assert isinstance(load_params(checkpoint, dtype=jnp.float32)["layers"]["qkv"], Int8Weight)
     engines = [Engine.from_pretrained(source, quantize="int8", **ENGINE), Engine.from_pretrained(int8_snapshot, **ENGINE)]
     assert engines[1].config.quantize == "int8"
-    logits = [engine.put(["a"], [[5, 6, 7, 8]]) for engine in engines]
+    logits = [Research(engine).put(["a"], [[5, 6, 7, 8]]) for engine in engines]
     np.testing.assert_array_equal(*logits)
 
 

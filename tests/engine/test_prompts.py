@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastgen_jax.api.prompts import as_prompts
+from fastgen_jax.engine.prompts import plain_prompt, split_prompts
 from fastgen_jax.scheduling import SamplingParams
-from tests.serving.house import engine as engine_with_tokenizer
+from tests.serving.tiny_server import engine as engine_with_tokenizer
 from tests.tiny import greedy, tiny_engine
 
 USER = {"role": "user", "content": "Hi"}
@@ -79,7 +79,7 @@ class Shown(str):
     ],
 )
 def test_a_prompt_in_any_form_becomes_text_ids_or_messages(prompts, plain):
-    found = as_prompts(prompts)
+    found = [plain_prompt(prompt) for prompt in split_prompts(prompts)]
     assert found == plain
     assert all(type(prompt) is str for prompt in found if isinstance(prompt, str))
     assert all(type(token) is int for prompt in found if isinstance(prompt, tuple) for token in prompt)
@@ -116,7 +116,7 @@ def test_a_prompt_in_any_form_becomes_text_ids_or_messages(prompts, plain):
 )
 def test_what_is_no_prompt_is_refused_with_a_remedy(prompts, message):
     with pytest.raises(ValueError, match=message):
-        as_prompts(prompts)
+        [plain_prompt(prompt) for prompt in split_prompts(prompts)]
 
 
 def test_the_engine_takes_the_same_forms_as_the_pipeline():

@@ -13,8 +13,9 @@ import httpx
 
 from fastgen_jax import Engine, EngineConfig
 from fastgen_jax.api.async_engine import AsyncEngine
-from fastgen_jax.serving.app import Server, create_app
-from fastgen_jax.serving.settings import Served, ServerConfig
+from fastgen_jax.serving.app import create_app
+from fastgen_jax.serving.settings import ServedModel, ServerConfig
+from fastgen_jax.serving.state import ServerState
 from fastgen_jax.text import Tokenizer
 from tests.tiny import drain, tiny_model
 
@@ -73,7 +74,7 @@ def with_server(
 
     async def inside() -> Any:
         async with AsyncEngine(shared, max_queue=max_queue) as backend:
-            server = Server(Served(name=MODEL, deployment="here", config=ServerConfig(**config)), backend)
+            server = ServerState(ServedModel(name=MODEL, deployment="here", config=ServerConfig(**config)), backend)
             transport = httpx.ASGITransport(app=create_app(server))
             async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
                 result = await asyncio.wait_for(scenario(client, backend), 240)

@@ -19,47 +19,47 @@ log = logging.getLogger("fastgen_jax.access")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-CLIENT_GONE = 499  # nginx's number for a client that did not wait; nobody reads it but logs and metrics
+CLIENT_DISCONNECTED = 499  # nginx's number for a client that did not wait; nobody reads it but logs and metrics
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
-BEGIN_EACH_TURN = 4  # requests: some milliseconds
+STARTS_PER_TURN = 4  # requests: some milliseconds
 QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})  # asked every second by machines
 
 
-class Turnstile:
+class StartLimiter:
     """Lets a few requests begin in each turn of the event loop.
 
     A request is about a millisecond of work before it runs; two hundred that come at once would hold up every stream.
     """
 
-    def __init__(self, each: int = BEGIN_EACH_TURN) -> None:
+    def __init__(self, each: int = STARTS_PER_TURN) -> None:
         self._each = each
-        self._begun = 0
+        self._started = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def enter(self) -> None:
+    async def wait_turn(self) -> None:
         """Returns when it is one's turn, in order of arrival."""
         loop = asyncio.get_running_loop()
-        if self._begun == 0:
+        if self._started == 0:
             loop.call_soon(self._turn)
-        if self._begun < self._each and not self._waiting:
-            self._begun += 1
+        if self._started < self._each and not self._waiting:
+            self._started += 1
             return
         future = loop.create_future()
         self._waiting.append(future)
         await future
 
     def _turn(self) -> None:
-        self._begun = 0
-        while self._waiting and self._begun < self._each:
+        self._started = 0
+        while self._waiting and self._started < self._each:
             future = self._waiting.popleft()
             if not future.done():  # its client has not gone
                 future.set_result(None)
-                self._begun += 1
-        if self._begun:
+                self._started += 1
+        if self._started:
             asyncio.get_running_loop().call_soon(self._turn)
 
 
-class Gate:
+class RequestMiddleware:
     """ASGI middleware; a class of our own, because a body must be counted as it comes and streams not be buffered."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Gate:
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._origins = origins
-        self._turnstile = Turnstile()
+        self._limiter = StartLimiter()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -121,7 +121,7 @@ class Gate:
                     check_type(headers, self._origins)
                     body = unpacked(scope["headers"], counted, max_bytes=self._max_body_bytes)
                     scope["headers"] = _plain_json(scope["headers"])
-                    await self._turnstile.enter()
+                    await self._limiter.wait_turn()
                 await self._app(scope, noted, named)
             except ApiError as error:
                 if state["status"]:
@@ -133,7 +133,7 @@ class Gate:
                 await refusal.response()(scope, receive, named)
         finally:
             # The path of the route, not that of the request: anybody can make up paths.
-            self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_GONE)
+            self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_DISCONNECTED)
             is_poll = scope["path"] in QUIET_PATHS and (state["status"] < 400 or state["status"] == 503)  # still loading
             level = logging.DEBUG if is_poll else logging.INFO
             facts = scope["state"].get("log", {})
