@@ -87,9 +87,9 @@ def test_without_prefix_caching_nothing_is_ever_found() -> None:
 
 def test_misuse_is_an_error() -> None:
     pool = BlockPool(2, 1)
-    with pytest.raises(RuntimeError, match="3 blocks were asked for but 2 of 2 are free"):
+    with pytest.raises(RuntimeError, match="3 blocks were requested but 2 of 2 are free"):
         pool.allocate(3)
-    with pytest.raises(RuntimeError, match="block 0 is freed but nobody holds it"):
+    with pytest.raises(RuntimeError, match="block 0 is freed but has no owner"):
         pool.free([0])
 
 
@@ -97,14 +97,14 @@ def test_the_integrity_check_names_what_is_wrong() -> None:
     pool = BlockPool(3, 1)
     table = pool.allocate(1)
     pool.check_integrity([table])
-    with pytest.raises(RuntimeError, match="block 0 counts 1 owners but 0 sequences list it"):
+    with pytest.raises(RuntimeError, match="block 0 has 1 owners but 0 sequences list it"):
         pool.check_integrity([])
     pool._blank.append(table[0])
     with pytest.raises(RuntimeError, match="block 0 is blank 1 times, idle 0 times and has 1 owners"):
         pool.check_integrity([table])
     pool._blank.pop()
     pool._digests[0] = b"?"
-    with pytest.raises(RuntimeError, match="block 0 carries a digest that names None"):
+    with pytest.raises(RuntimeError, match="block 0 has a digest that is registered for None"):
         pool.check_integrity([table])
 
 

@@ -166,7 +166,7 @@ def test_a_promise_is_given_where_it_is_kept_and_only_there() -> None:
         make_scheduler(Clock(), promise=None)
     with pytest.raises(ValueError, match="policy is 'splitfuse' and promise is Promise"):
         make_scheduler(Clock(), policy="splitfuse")
-    with pytest.raises(ValueError, match="generation_rate is 0; it must be a number of tokens a second above 0"):
+    with pytest.raises(ValueError, match="generation_rate is 0; it must be a number of tokens per second above 0"):
         Promise(prompt_rate=1.0, generation_rate=0)
 
 

@@ -13,11 +13,11 @@ import pytest
 from fastgen_jax.scheduling import Request, SamplingParams
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1; ask for at least one token"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1; request at least one token"),
     ({"max_new_tokens": True}, "max_new_tokens is True; it must be an int"),
     ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5; it must be an int"),
     ({"max_length": 1}, "max_length is 1; it must be at least 2"),
-    ({"max_new_tokens": 3, "max_length": 9}, "max_new_tokens=3 and max_length=9 are both given; give one"),
+    ({"max_new_tokens": 3, "max_length": 9}, "max_new_tokens=3 and max_length=9 are both set; set only one of them"),
     ({"min_new_tokens": -1}, "min_new_tokens is -1; it must be at least 0"),
     ({"min_new_tokens": 4, "max_new_tokens": 3}, "lower min_new_tokens to at most 3"),
     ({"ignore_eos": 1}, "ignore_eos is 1; it must be True or False"),

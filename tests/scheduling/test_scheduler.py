@@ -327,7 +327,7 @@ def test_the_integrity_check_finds_tampering() -> None:
     advance(scheduler)
     scheduler.check_integrity()
     sequence.capacity += 4
-    with pytest.raises(RuntimeError, match="counts a capacity of 12 positions"):
+    with pytest.raises(RuntimeError, match="has a capacity of 12 positions"):
         scheduler.check_integrity()
     sequence.capacity -= 4
     sequence.num_computed = 9
