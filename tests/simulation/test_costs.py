@@ -55,7 +55,7 @@ def test_a_measured_cost_survives_its_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(asdict(MEASURED)))
     assert load_cost(path) == MEASURED
     path.write_text("{}")
-    with pytest.raises(ValueError, match="holds no step costs"):
+    with pytest.raises(ValueError, match="contains no step costs"):
         load_cost(path)
 
 
