@@ -111,7 +111,7 @@ class Replica:
                 self._prefixes.popitem(last=False)
 
     def known_tokens(self, request: LoadRequest) -> int:
-        """Prompt tokens that it has seen before, as far as a router can know it."""
+        """Tokens at the start of the prompt that the router assumes are in the replica's prefix cache."""
         blocks = request.prefix_blocks
         if not self._prefixes or not blocks:
             return 0
