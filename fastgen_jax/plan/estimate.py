@@ -10,10 +10,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
-from fastgen_jax.engine.weights import is_quantized
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
+from fastgen_jax.models.weight_spec import WeightSpec
 from fastgen_jax.plan.devices import Topology
 from fastgen_jax.plan.roofline import StepShape, roofline
 
@@ -64,15 +64,15 @@ def weight_bytes(model: ModelConfig, num_devices: int, itemsize: float, *, quant
     """Bytes of the weights on one device: weights with a divided axis are divided, the others are on every device."""
     specs, having = param_specs(model), layers_with(model)
 
-    def held(name: str, spec: Any, copies: int = 1) -> float:
+    def held(spec: WeightSpec, copies: int = 1) -> float:
         divided = num_devices if DIVIDED_AXES & set(spec.axes) else 1
-        if not is_quantized(name, quantize):
+        if quantize is None or not spec.quantizable:
             return copies * math.prod(spec.shape) * itemsize / divided
         scales = 4 * math.prod(spec.shape) / spec.shape[-2] / (num_devices if spec.axes[-1] in DIVIDED_AXES else 1)
         return copies * (math.prod(spec.shape) / divided + scales)
 
-    layer = sum(held(name, spec, len(having[name])) for name, spec in specs["layers"].items())
-    rest = sum(held(name, spec) for name, spec in specs.items() if name != "layers")
+    layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
+    rest = sum(held(spec) for name, spec in specs.items() if name != "layers")
     if quantize is not None and "lm_head" not in specs and num_devices == 1:
         rest += model.vocab_size * (model.embed_dim + 4)  # a tied head is stored separately, as int8
     return math.ceil(layer + rest)

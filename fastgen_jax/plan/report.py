@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.plan import estimate
@@ -146,7 +147,7 @@ def make_plan(
     return Plan(
         topology=topology,
         num_devices=devices.num_devices,
-        num_params=model.num_params,
+        num_params=count_params(model),
         context=context,
         block_size=block_size,
         dtype=dtype,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.plan.devices import DEVICES, GIB, Device
 from fastgen_jax.plan.roofline import Efficiency, Roofline, StepShape, roofline
 from fastgen_jax.scheduling import Chunk, Step
@@ -138,7 +139,7 @@ class RooflineCost:
 
     @property
     def _weight_bytes(self) -> float:
-        return self.model.num_params * self.bytes_a_weight
+        return count_params(self.model) * self.bytes_a_weight
 
     @property
     def _kv_bytes_per_token(self) -> float:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastgen_jax import Engine, EngineConfig, SamplingParams
+from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.scheduling import splitfuse
 from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
 
@@ -45,7 +45,7 @@ def test_a_processor_decides_what_every_way_of_sampling_sees(counting, sampling)
     seeds = {}
     ids = [counting.add(prompt, params) for prompt in PROMPTS]
     for request_id in ids:
-        seeds[request_id] = counting._scheduler._state.unfinished[request_id].request.seed
+        seeds[request_id] = counting.scheduler._state.unfinished[request_id].request.seed
     outputs = drain(counting)
     for request_id, prompt in zip(ids, PROMPTS, strict=True):
         assert tokens_of(outputs[request_id]) == counted_up(prompt, seeds[request_id], 9)
@@ -61,8 +61,8 @@ def test_log_probabilities_of_the_model_are_those_before_the_processor(counting)
     params = SamplingParams(max_new_tokens=3, do_sample=False, ignore_eos=True, logprobs=1)
     request_id = counting.add([10], params)
     entries = [entry for output in drain(counting)[request_id] for entry in output.logprobs]
-    (logits,) = counting.put(["a"], [[10]])
-    counting.flush("a")
+    (logits,) = Research(counting).put(["a"], [[10]])
+    Research(counting).flush("a")
     assert entries[0].logprob == pytest.approx(float(logits[11] - np.log(np.exp(logits).sum())), abs=1e-4)
     assert entries[0].token_id == 11
     assert entries[0].sampled_logprob == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgen_jax.models.counts import count_params, flops_per_token
 from fastgen_jax.plan.devices import DEVICES, GIB
 from fastgen_jax.scheduling import Request, SamplingParams, Scheduler
 from fastgen_jax.simulation import MODELS, Efficiency, MeasuredCost, RooflineCost, StepShape, load_cost
@@ -61,9 +62,9 @@ def test_a_measured_cost_is_the_same_after_saving_and_loading(tmp_path: Path) ->
 
 def test_a_small_step_is_bound_by_reading_the_weights_and_a_large_one_by_matrix_products() -> None:
     cost = RooflineCost(model=MODELS["llama-2-7b"], device=A100, efficiency=Efficiency(matmul=0.5))
-    weights = 2 * MODELS["llama-2-7b"].num_params / A100.memory_bytes_per_s
+    weights = 2 * count_params(MODELS["llama-2-7b"]) / A100.memory_bytes_per_s
     assert cost(StepShape(1, 1, 0, 0, 0)) == pytest.approx(weights)
-    products = 4096 * MODELS["llama-2-7b"].flops_per_token(sampled=False) / (0.5 * A100.flops_per_s)
+    products = 4096 * flops_per_token(MODELS["llama-2-7b"], sampled=False) / (0.5 * A100.flops_per_s)
     assert cost(StepShape(4096, 0, 0, 0, 0)) == pytest.approx(products)
 
 
@@ -86,14 +87,14 @@ def test_tensor_parallelism_divides_the_work_and_adds_the_all_reduces() -> None:
 
 def test_the_kv_cache_gets_the_memory_that_the_weights_leave() -> None:
     cost = roofline_cost("llama-2-70b", "a100", 4)
-    free = 0.9 * 4 * 80 * GIB - 2 * MODELS["llama-2-70b"].num_params
+    free = 0.9 * 4 * 80 * GIB - 2 * count_params(MODELS["llama-2-70b"])
     assert cost.num_kv_tokens() == int(free / (2 * 80 * 8 * 128 * 2))
     with pytest.raises(ValueError, match="the weights take 128 GiB, but 1 devices have 72 GiB for them; use at least 2"):
         roofline_cost("llama-2-70b", "a100", 1).num_kv_tokens()
 
 
 def test_known_models_have_their_published_sizes() -> None:
-    sizes = {name: round(model.num_params / 1e9, 2) for name, model in MODELS.items()}
+    sizes = {name: round(count_params(model) / 1e9, 2) for name, model in MODELS.items()}
     assert sizes == {
         "llama-2-7b": 6.74,
         "llama-2-13b": 13.02,
