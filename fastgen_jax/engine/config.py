@@ -309,7 +309,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
             longest=longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size),
             padding_is_cheap=platform == "cpu" and not stack_layers and native.available(),
         ),
-        generation_config=() if isinstance(config.generation_config, str) else config.generation_config,
+        generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
     )
 
 
