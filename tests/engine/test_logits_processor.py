@@ -45,7 +45,7 @@ def test_a_processor_decides_what_every_way_of_sampling_sees(counting, sampling)
     seeds = {}
     ids = [counting.add(prompt, params) for prompt in PROMPTS]
     for request_id in ids:
-        seeds[request_id] = counting.scheduler._unfinished[request_id].request.seed
+        seeds[request_id] = counting.scheduler._state.unfinished[request_id].request.seed
     outputs = drain(counting)
     for request_id, prompt in zip(ids, PROMPTS, strict=True):
         assert tokens_of(outputs[request_id]) == counted_up(prompt, seeds[request_id], 9)
@@ -77,8 +77,9 @@ def test_a_config_with_functions_is_compared_hashed_and_shown():
     assert EngineConfig(policy=splitfuse).policy == "splitfuse"
 
 
-def last_first(running, waiting, *, limits, blocks, cached_prefix, pace=None):
-    return splitfuse(running, waiting[::-1], limits=limits, blocks=blocks, cached_prefix=cached_prefix)._replace(bypassed=[])
+def last_first(planner):
+    planner.waiting = planner.waiting[::-1]
+    return splitfuse(planner)._replace(bypassed=[])
 
 
 def test_an_engine_runs_a_policy_of_ones_own_to_the_same_tokens():
@@ -119,7 +120,7 @@ def test_what_is_no_processor_is_refused_before_anything_is_loaded(processor, me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": lambda running, waiting: None}, "cannot be called as `Policy` is"),
+        ({"policy": lambda running, waiting: None}, "cannot be called with a planner"),
         ({"policy": 3}, "policy is 3; choose one of"),
         ({"policy": last_first, "promised_prompt_rate": 1.0}, "give both promises"),
         ({"policy": last_first, "promise_grace": 1.0}, "makes no promise"),

@@ -10,14 +10,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_attention import tiles as tile_sizes
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
-from pallas_kernels.ragged_attention.tiles import Tiles
-from pallas_kernels.ragged_attention.tpu_copies import NO_WINDOW, TABLE_PIECE, Refs, Spec
-from pallas_kernels.ragged_attention.tpu_kernel import attend_tiles
-from pallas_kernels.ragged_attention.tpu_support import LANES, MAX_TABLE_WORDS, unsupported
-from pallas_kernels.ragged_attention.tpu_write import write_kv_tpu
-from pallas_kernels.ragged_attention.tpu_write_quantized import write_kv_quantized_tpu
+from pallas_kernels.ragged_attention.tpu import tile_sizes
+from pallas_kernels.ragged_attention.tpu.copies import NO_WINDOW, TABLE_PIECE, Refs, Spec
+from pallas_kernels.ragged_attention.tpu.kernel import attend_tiles
+from pallas_kernels.ragged_attention.tpu.support import LANES, MAX_TABLE_WORDS, unsupported
+from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
+from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
+from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 
 
 def ragged_attention_tpu(

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_attention.gpu_tile import (
+from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     DEQUANTISED_ROWS,
     GRANULE,
     ROW,

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_attention.tpu_support import granule_rows
+from pallas_kernels.ragged_attention.tpu.support import granule_rows
 
 FIRST_BLOCK, NUM_GRANULES = range(2)
 RING = 16  # granules in flight: a copy takes about a microsecond, whatever its size

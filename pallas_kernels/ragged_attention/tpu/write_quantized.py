@@ -1,6 +1,6 @@
 """Writes a step's keys and values into an 8-bit cache on a TPU, in place, and their scales beside them.
 
-As in `tpu_write`, but a granule is a whole block, because a block's scales are one tile of memory. Of its keys only the
+As in `write.py`, but a granule is a whole block, because a block's scales are one tile of memory. Of its keys only the
 units are copied that hold a token of this step: 32 rows, the tile of an 8-bit number. A generating sequence reads and
 writes one unit of K and of V, and one tile of scales of each.
 
@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, scaled
-from pallas_kernels.ragged_attention.tpu_support import granule_rows
-from pallas_kernels.ragged_attention.tpu_write import FIRST_BLOCK, NUM_GRANULES, RING, split_into_granules
+from pallas_kernels.ragged_attention.tpu.support import granule_rows
+from pallas_kernels.ragged_attention.tpu.write import FIRST_BLOCK, NUM_GRANULES, RING, split_into_granules
 
 UNIT_BITS = 5
 UNIT = 1 << UNIT_BITS

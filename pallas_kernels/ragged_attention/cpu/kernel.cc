@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu_worker.h"
+#include "worker.h"
 
 namespace fastgen {
 namespace {

@@ -1,4 +1,4 @@
-"""Ragged attention on the CPU by the native kernel of `cpu.cc`."""
+"""Ragged attention on the CPU by the native kernel of `kernel.cc`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_WINDOW = np.iinfo(np.int32).max
 def available() -> bool:
     """True when the kernel could be built, or is built now (seconds, once per machine). Never raises."""
     return native.load(
-        "ragged_attention", Path(__file__).with_name("cpu.cc"), {target: target for target in _TARGETS.values()}
+        "ragged_attention", Path(__file__).with_name("kernel.cc"), {target: target for target in _TARGETS.values()}
     )
 
 
@@ -48,7 +48,7 @@ def ragged_attention_cpu(
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`; float32 and bfloat16 caches.
 
     A row's result depends on its query, its keys and its position, bit for bit: not on the other rows, not on how a
-    prompt was cut into chunks, not on where the blocks lie, not on the number of threads. See `cpu.cc`.
+    prompt was cut into chunks, not on where the blocks lie, not on the number of threads. See `kernel.cc`.
     """
     none = jnp.zeros((0,), jnp.float32)
     call = jax.ffi.ffi_call(

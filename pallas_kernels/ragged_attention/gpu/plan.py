@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention.gpu_tile import GRANULE, NUM_COLUMNS, Spec
-from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles
+from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, NUM_COLUMNS, Spec
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
 
 
 def _first_key(position: jax.Array, window: jax.Array, spec: Spec) -> jax.Array:

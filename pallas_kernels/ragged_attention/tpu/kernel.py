@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.ragged_attention.tpu_copies import NUM_SINGLE_TILES, NUM_TILES, WINDOW, Copies, Refs, Spec
-from pallas_kernels.ragged_attention.tpu_support import LANES
+from pallas_kernels.ragged_attention.tpu.copies import NUM_SINGLE_TILES, NUM_TILES, WINDOW, Copies, Refs, Spec
+from pallas_kernels.ragged_attention.tpu.support import LANES
 
 # Finite, so that a row that has seen no key yet gives weights of exp(0), not NaN; the first real key makes them 0.
 MASKED = -1e30

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu_tile.h"
+#include "tile.h"
 
 namespace fastgen {
 namespace {

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention.tile_file import Shape, measured
+from pallas_kernels.ragged_attention.measured_tiles import Shape, measured
 
 MIB = 2**20
 

@@ -22,8 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.ragged_attention.gpu_support import AMPERE_SHORT, copied_bytes
-from pallas_kernels.ragged_attention.gpu_tile import (
+from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     DEQUANTISED_ROWS,
     ROW,
     SEQUENCE,
@@ -35,6 +34,7 @@ from pallas_kernels.ragged_attention.gpu_tile import (
     for_each_tile,
     over_steps,
 )
+from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, copied_bytes
 
 plgpu: Any = mosaic_gpu  # the oldest jax that the house runs on lacks some of this
 MMA_ROWS, MMA_KEYS = 16, 16  # of the left operand
@@ -77,7 +77,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
     def tiled(dtype: Any) -> tuple[Any, Any]:
         size = jnp.dtype(dtype).itemsize
         width = copied_bytes(copied, spec.head_dim, size)
-        assert width is not None  # gpu_support refuses it
+        assert width is not None  # support.py refuses it
         return plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width)
 
     def buffer(*shape: int, dtype: Any) -> Any:

@@ -1,7 +1,7 @@
 """Ragged attention on a GPU: XLA writes the step's keys and values in place, one Mosaic-GPU kernel attends.
 
 The kernel runs twice: over tiles of several queries, and over pieces of the contexts of single queries, whose partial
-results XLA combines. Its body is that of the GPU's generation, `gpu_hopper.py` or `gpu_ampere.py`.
+results XLA combines. Its body is that of the GPU's generation, `hopper.py` or `ampere.py`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_attention import gpu_ampere, gpu_hopper, gpu_support
-from pallas_kernels.ragged_attention.gpu_plan import combine, plan_chunks, plan_pieces
-from pallas_kernels.ragged_attention.gpu_tile import GRANULE, Spec
-from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles, choose
+from pallas_kernels.ragged_attention.gpu import ampere, hopper, support
+from pallas_kernels.ragged_attention.gpu.plan import combine, plan_chunks, plan_pieces
+from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, Spec
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, choose
+from pallas_kernels.ragged_attention.measured_tiles import Shape
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
-from pallas_kernels.ragged_attention.tile_file import Shape
 from pallas_kernels.ragged_attention.xla import write_kv
 
-BODIES = {"hopper": gpu_hopper, "ampere": gpu_ampere}
+BODIES = {"hopper": hopper, "ampere": ampere}
 NO_WINDOW = 2**30  # far beyond any context, and position - window stays in int32
 
 
@@ -51,12 +51,12 @@ def ragged_attention_gpu(
 
     q is rounded to the dtype of the caches, to bfloat16 where they have 8 bits. `generation` is "hopper" or "ampere"; None
     takes that of the GPU that is lowered for, and where there is none, Hopper. `tiles` None takes the measured or modelled
-    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError for what `gpu_support.unsupported` names.
+    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError for what `support.unsupported` names.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
-    generation = generation or gpu_support.generation() or "hopper"
-    reason = gpu_support.unsupported(k_cache, num_heads, generation, interpreted=bool(interpret))
+    generation = generation or support.generation() or "hopper"
+    reason = support.unsupported(k_cache, num_heads, generation, interpreted=bool(interpret))
     if reason:
         raise ValueError(f"implementation='gpu' {reason}, or use implementation='xla'")
     body = BODIES[generation]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from pallas_kernels.ragged_attention import gpu_support
-from pallas_kernels.ragged_attention.gpu_support import AMPERE_SHORT
+from pallas_kernels.ragged_attention.gpu import support
+from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT
+from pallas_kernels.ragged_attention.measured_tiles import Shape, measured
 from pallas_kernels.ragged_attention.quantized import is_quantized
-from pallas_kernels.ragged_attention.tile_file import Shape, measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ GENERATIONS = {
 
 def choose(shape: Shape, generation: str) -> GpuTiles:
     """The tiles measured for the GPU that is lowered for and this class of shapes, else the modelled ones."""
-    kind = gpu_support.device_kind()
+    kind = support.device_kind()
     group = shape.num_heads // shape.num_kv_heads
     found = measured(shape, kind, GpuTiles) if kind else None
     return found or modelled(
@@ -50,7 +50,7 @@ def choose(shape: Shape, generation: str) -> GpuTiles:
         group,
         generation,
         quantised=is_quantized(shape.dtype),
-        multiprocessors=gpu_support.multiprocessors(),
+        multiprocessors=support.multiprocessors(),
     )
 
 
