@@ -42,7 +42,7 @@ class VirtualTime:
 @contextmanager
 def timed_device(engine: Engine) -> Iterator[None]:
     """Delays results as a device would that runs one step after another, each in a known time."""
-    run, read, clock = engine._runner.run, engine._read, VirtualTime()
+    run, commit, clock = engine.runner.run, engine._commit, VirtualTime()
     ready: list[float] = []
 
     def timed_run(packed, bucket):
@@ -55,18 +55,17 @@ def timed_device(engine: Engine) -> Iterator[None]:
 
     reads = iter(range(10**9))
 
-    def timed_read(step, output):
-        rows = read(step, output)
+    def timed_commit(entry):
         clock.now = max(clock.now, ready[next(reads)])
-        return rows
+        commit(entry)
 
-    vars(engine._runner)["run"], vars(engine)["_read"] = timed_run, timed_read
+    vars(engine.runner)["run"], vars(engine)["_commit"] = timed_run, timed_commit
     driver.time, real = clock, driver.time
     try:
         yield
     finally:
         driver.time = real
-        del vars(engine._runner)["run"], vars(engine)["_read"]
+        del vars(engine.runner)["run"], vars(engine)["_commit"]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
