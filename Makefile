@@ -32,7 +32,7 @@ format: $(VENV)/.dev
 
 # The documentation, in site/; any warning is an error. The variable suppresses the theme's announcement of its successor.
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The TPU compiler runs on any x86-64 machine. It is installed into a separate folder, because JAX looks for a TPU wherever it
 # finds libtpu.
