@@ -15,14 +15,17 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def python_blocks(path: Path) -> list[str]:
-    """The fenced blocks marked as Python, in order."""
-    return re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(path: Path, language: str = "") -> list[str]:
+    """The fenced blocks of a language, in order; by default those without one."""
+    return [text for _, marked, text in _BLOCK.findall(path.read_text()) if marked == language]
 
 
 def without_blocks(text: str) -> str:
     """A page without its fenced blocks."""
-    return re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return _BLOCK.sub("", text)
 
 
 def anchors(path: Path) -> set[str]:

@@ -14,8 +14,9 @@ from types import ModuleType
 
 import pytest
 
-from tests.docs.pages import PAGES, ROOT, SITE, anchors, name, python_blocks, without_blocks
+from tests.docs.pages import PAGES, ROOT, SITE, anchors, blocks, name, without_blocks
 
+PACKAGES = "(?:fastgen_jax|pallas_kernels|tests|notebooks|checkpoints)"
 OUTSIDE_THE_SITE = [page for page in PAGES if page not in SITE]
 
 
@@ -34,8 +35,15 @@ def test_a_reader_follows_a_request_through_at_most_ten_files() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    named = re.findall(r"`((?:fastgen_jax|pallas_kernels|tests|notebooks|checkpoints)/[\w./-]*\w)/?`", page.read_text())
+    named = re.findall(rf"(?<![\w./])({PACKAGES}/[\w./-]*\w)", page.read_text())
     assert [file for file in named if not (ROOT / file).exists() and "NAME" not in file] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_modules_that_a_page_runs_exist(page: Path) -> None:
+    text = page.read_text()
+    run = re.findall(rf"python -m ({PACKAGES}[\w.]*\w)", text)
+    assert [module for module in run if importlib.util.find_spec(module) is None] == []
 
 
 @pytest.mark.parametrize("page", OUTSIDE_THE_SITE, ids=name)
@@ -56,10 +64,10 @@ def test_make_targets_that_a_page_names_exist(page: Path) -> None:
     assert set(named) <= targets
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_snippets_of_a_page_parse_and_import_names_that_exist(page: Path) -> None:
     missing = []
-    for block in python_blocks(page):
+    for block in blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if (
                 isinstance(node, ast.ImportFrom)
