@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastgen_jax.api.pipeline import Pipeline as Pipeline
     from fastgen_jax.api.pipeline import Response as Response
     from fastgen_jax.api.pipeline import pipeline as pipeline
+    from fastgen_jax.api.research import Research as Research
     from fastgen_jax.engine.config import EngineConfig as EngineConfig
     from fastgen_jax.engine.engine import Engine as Engine
     from fastgen_jax.engine.outputs import RequestOutput as RequestOutput
@@ -50,6 +51,7 @@ _HOMES = {
     "Pipeline": "fastgen_jax.api.pipeline",
     "Response": "fastgen_jax.api.pipeline",
     "pipeline": "fastgen_jax.api.pipeline",
+    "Research": "fastgen_jax.api.research",
     "EngineConfig": "fastgen_jax.engine.config",
     "Engine": "fastgen_jax.engine.engine",
     "RequestOutput": "fastgen_jax.engine.outputs",
@@ -67,6 +69,7 @@ __all__ = [
     "QueueFullError",
     "RequestFailedError",
     "RequestOutput",
+    "Research",
     "Response",
     "SamplingParams",
     "ServerError",
