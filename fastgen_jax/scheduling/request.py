@@ -66,7 +66,7 @@ class SamplingParams:
 
     Raises:
         ValueError: an argument is out of its range or contradicts another; the message says which, and what
-        to do.
+            to do.
     """
 
     max_new_tokens: int | None = None
