@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.core.pytree import pytree
+from pallas_kernels.pytree import pytree
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, is_quantized
 
 

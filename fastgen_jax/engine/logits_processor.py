@@ -7,7 +7,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.core.pytree import pytree
+from pallas_kernels.pytree import pytree
 
 _ROWS = 3  # to try a function with; programs have as many rows as they may sample tokens
 

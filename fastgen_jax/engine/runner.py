@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import KVCache, copy_block, stored_head_dim
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.logits_processor import LogitsProcessor, LogitsRows
@@ -26,6 +25,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.pytree import pytree
 
 # By device kind. On TPU7x the compiler would rather compute with tiles of 16 x 128 numbers of 16 bits than with those of
 # 8 x 128 that arrays arrive in, and would copy every stack of weights in every step; the products take as long with either.

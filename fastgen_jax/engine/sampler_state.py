@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.scheduling.request import MAX_LOGIT_BIAS_ENTRIES
+from pallas_kernels.pytree import pytree
 
 MASKS_A_CALL = 8  # rows of token masks that one call of `set_masks` takes, as many as a typical load needs
 HISTORY_PIECE = 2048  # tokens of a history that one call takes: most prompts in one or two, of 0.3 ms each on a CPU

@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.random_bits import random_bits
 from fastgen_jax.engine.sampler_state import MAX_TIMES, SamplerState
 from fastgen_jax.engine.sampling_tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
+from pallas_kernels.pytree import pytree
 
 __all__ = ["MAX_LOGPROBS", "SampleOutput", "SamplerState", "SamplingBatch", "sample"]
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.scheduling.request import MAX_STOP_TOKEN_IDS, SamplingParams
+from pallas_kernels.pytree import pytree
 
 MAX_EOS_TOKEN_IDS = 8
 _MAX_BANNED_IDS = MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
