@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, module in BENCHMARKS.items():
         line = (module.__doc__ or "").splitlines()[0]
-        module.add_arguments(commands.add_parser(name, help=f"{line[0].lower()}{line[1:]}".rstrip("."), description=line))
+        module.add_arguments(commands.add_parser(name, help=line, description=line))
 
 
 def run(options: dict[str, Any]) -> int:

@@ -70,8 +70,8 @@ def summary(pipe: Pipeline, responses: Sequence[Response], *, startup_seconds: f
     cached = sum(response.cached_length for response in responses)
     generated = sum(response.generated_length for response in responses)
     return f"""
-{len(responses)} requests in {seconds:.2f} s: {prompt_tokens} prompt tokens ({cached} from the prefix cache) and {generated} \
-generated
+{len(responses)} requests in {seconds:.2f} s: {prompt_tokens} prompt tokens ({cached} from the prefix cache), \
+{generated} generated
   startup      {startup_seconds:7.1f} s to load the weights and prepare the programs
   first token  {first_step.done - start:7.2f} s after the requests were sent
   throughput   {generated / seconds:7.1f} generated tokens/s, {(prompt_tokens + generated) / seconds:.1f} including prompts

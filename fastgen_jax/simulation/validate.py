@@ -9,11 +9,12 @@ from pathlib import Path
 
 from fastgen_jax.bench import steps
 from fastgen_jax.bench.curves import curves
-from fastgen_jax.bench.engine_options import make_engine
 from fastgen_jax.bench.loads import Load
-from fastgen_jax.bench.offline import DISTURBED_CORES
+from fastgen_jax.bench.machine import DISTURBED_CORES
+from fastgen_jax.bench.options import make_engine
 from fastgen_jax.bench.policies import measure
-from fastgen_jax.bench.results import RunRecord, append, table
+from fastgen_jax.bench.results import RunRecord, append
+from fastgen_jax.bench.tables import table
 from fastgen_jax.simulation.costs import MeasuredCost, cost_from
 from fastgen_jax.simulation.replica import ReplicaConfig
 from fastgen_jax.simulation.simulator import simulate

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fastgen_jax.bench.__main__ import main
 
 from fastgen_jax.bench import offline
-from fastgen_jax.bench.__main__ import main
 from fastgen_jax.bench.machine import busy_seconds, describe, machine_to_itself
 from fastgen_jax.bench.metrics import summarize
 from fastgen_jax.bench.peers import WORKERS, Peer, Worker

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fastgen_jax.bench.__main__ import main
 
 from fastgen_jax.bench import policies
-from fastgen_jax.bench.__main__ import main
 from fastgen_jax.bench.results import read
 from tests.tiny import tiny_engine
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from fastgen_jax.bench.__main__ import main
 
 from fastgen_jax.bench import compare, figures
-from fastgen_jax.bench.__main__ import main
 from fastgen_jax.bench.curves import curves
 from fastgen_jax.bench.engine_runs import engine_tables, read_engine_runs
 from fastgen_jax.bench.loads import closed_loop

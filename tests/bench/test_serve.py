@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from fastgen_jax.bench.__main__ import main
+
 from fastgen_jax.bench.client import Target, read_stream, run_load
 from fastgen_jax.bench.loads import Load, LoadRequest, closed_loop, open_loop
 from fastgen_jax.bench.results import read
