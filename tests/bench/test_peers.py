@@ -172,7 +172,8 @@ def test_engines_are_sized_for_the_largest_workload() -> None:
     offline.add_arguments(parser)
     arguments = parser.parse_args(
         shlex.split(
-            "--model m --option token_budget=256 --option quantize=int8 --vllm-python v --hf-python h --hf-model folder --llama-server s --gguf F16=f.gguf"
+            "--model m --option token_budget=256 --option quantize=int8 "
+            "--vllm-python v --hf-python h --hf-model folder --llama-server s --gguf F16=f.gguf"
         )
     )
     peers = offline.choose_peers(arguments, [WORKLOAD], threads=2)

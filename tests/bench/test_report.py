@@ -22,7 +22,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 
 def run_of(label: str, clients: int, *, gap: float, count: int = 6) -> RunRecord:
-    """Requests of 512 prompt tokens; each gets five tokens, the first after half a second, the others every `gap` seconds."""
+    """Requests of 512 prompt tokens; each gets five tokens, the first after 0.5 s, then one every `gap` seconds."""
     requests = tuple(
         RequestTimes(
             request_id=f"r{i}", num_prompt_tokens=512, start=float(i), token_times=tuple(i + 0.5 + gap * k for k in range(5))

@@ -80,8 +80,8 @@ def test_a_closed_loop_over_http_runs_from_two_processes() -> None:
 
 def test_a_client_process_that_fails_is_reported() -> None:
     load = closed_loop(2, num_requests=4, mean_prompt=8, mean_output=4)
-    broken = Target(url="http://127.0.0.1:9/v1", model="none", vocab_size=0)  # there are no token ids to draw from
-    with pytest.raises(RuntimeError, match="a client process failed: ValueError"):
+    broken = Target(url="http://127.0.0.1:9/v1", model="none", extra={"seed": object()})  # not JSON
+    with pytest.raises(RuntimeError, match="a client process failed: TypeError"):
         run_load(broken, load, num_processes=2)
 
 
