@@ -26,9 +26,11 @@ import optax
 import sentencepiece
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.dense import dense_forward
 from fastgen_jax.models.families import family_of
-from fastgen_jax.models.params import Params, init_params
+from fastgen_jax.models.params import init_params
+from fastgen_jax.models.weight_spec import Params
 
 CONTEXT = 512  # tokens per training window, and the model's context limit
 CONFIG: dict[str, Any] = {
@@ -68,7 +70,7 @@ def main() -> None:
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     train, held_out = (tokenize(texts, processor) for texts in (train_texts, speeches[::HELD_OUT]))
     config = family_of("LlamaForCausalLM").config_from_hf(CONFIG)
-    print(f"{config.num_params:,} parameters; {len(train):,} training tokens, {len(held_out):,} held out", flush=True)
+    print(f"{count_params(config):,} parameters; {len(train):,} training tokens, {len(held_out):,} held out", flush=True)
     params = train_model(config, train, held_out, steps=args.steps, batch=args.batch, curve=args.curve)
     save(args.out, params, tokenizer)
 

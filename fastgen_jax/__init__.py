@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError
     from fastgen_jax.api.client import AsyncClient, Client, ServerError, async_client, client, serve
     from fastgen_jax.api.pipeline import Pipeline, Response, pipeline
+    from fastgen_jax.api.research import Research
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.engine.engine import Engine
     from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
@@ -30,6 +31,7 @@ _EXPORTS = {
     "fastgen_jax.api.async_engine": ("AsyncEngine", "ClosedError", "QueueFullError", "RequestFailedError"),
     "fastgen_jax.api.client": ("AsyncClient", "Client", "ServerError", "async_client", "client", "serve"),
     "fastgen_jax.api.pipeline": ("Pipeline", "Response", "pipeline"),
+    "fastgen_jax.api.research": ("Research",),
     "fastgen_jax.engine.config": ("EngineConfig",),
     "fastgen_jax.engine.engine": ("Engine",),
     "fastgen_jax.engine.outputs": ("RequestOutput", "TokenLogprob"),
@@ -47,6 +49,7 @@ __all__ = [  # a literal, which type checkers can read
     "QueueFullError",
     "RequestFailedError",
     "RequestOutput",
+    "Research",
     "Response",
     "SamplingParams",
     "ServerError",

@@ -10,7 +10,7 @@ import pytest
 from fastgen_jax import cli, paths
 from fastgen_jax.engine import ladder
 from pallas_kernels.native.loader import library_folder
-from pallas_kernels.ragged_attention.tile_file import measured_file
+from pallas_kernels.ragged_attention.measured_tiles import measured_file
 
 
 def test_every_folder_follows_xdg(monkeypatch, tmp_path) -> None:

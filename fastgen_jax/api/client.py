@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.api.deployment import Deployment, default_name, deployments, find_deployment, start_server, stop_server
 from fastgen_jax.api.pipeline import Response
-from fastgen_jax.api.prompts import as_prompts
-from fastgen_jax.engine.intake import Prompt
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
+from fastgen_jax.engine.prompts import PlainPrompt, Prompt, plain_prompt, split_prompts
 
 if TYPE_CHECKING:
     import httpx
@@ -115,7 +114,7 @@ class _Connection:
 
     @staticmethod
     def _body(prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        return {"prompts": [_plain_prompt(p) for p in as_prompts(prompts)], **options, **more}
+        return {"prompts": [_json_prompt(plain_prompt(prompt)) for prompt in split_prompts(prompts)], **options, **more}
 
     @staticmethod
     def _response(answer: dict[str, Any]) -> Response:
@@ -177,14 +176,16 @@ class Client(_Connection):
         self._http.close()
 
     def _stream(self, prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any]) -> Iterator[tuple[int, RequestOutput]]:
+        from httpx_sse import EventSource
+
         body = self._body(prompts, options, stream=True)
         events = _Events()
         with heard(self.deployment), self._http.stream("POST", self._path, json=body) as response:
             if not _is_stream(response):
                 response.read()
                 checked(response)
-            for line in response.iter_lines():
-                if (item := events.read(line)) is not None:
+            for event in EventSource(response).iter_sse():
+                if (item := events.read(event.data)) is not None:
                     yield item
         events.check_end(self.deployment)
 
@@ -211,6 +212,8 @@ class AsyncClient(_Connection):
 
     async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[RequestOutput]:
         """The outputs for one prompt as they come; leaving the loop early ends the request. Raises ServerError."""
+        from httpx_sse import EventSource
+
         body = self._body([prompt], options, stream=True)
         events = _Events()
         with heard(self.deployment):
@@ -218,8 +221,8 @@ class AsyncClient(_Connection):
                 if not _is_stream(response):
                     await response.aread()
                     checked(response)
-                async for line in response.aiter_lines():
-                    if (item := events.read(line)) is not None:
+                async for event in EventSource(response).aiter_sse():
+                    if (item := events.read(event.data)) is not None:
                         yield item[1]
         events.check_end(self.deployment)
 
@@ -268,10 +271,10 @@ def async_client(name: str, *, api_key: str | None = None, timeout: float | None
     return AsyncClient(find_deployment(name), api_key=api_key, timeout=timeout)
 
 
-def _plain_prompt(prompt: Prompt) -> Any:
+def _json_prompt(prompt: PlainPrompt) -> str | list[int] | list[dict[str, Any]]:
     if isinstance(prompt, str):
         return prompt
-    return [dict(item) if isinstance(item, Mapping) else int(item) for item in prompt]
+    return [*prompt] if isinstance(prompt, tuple) else [dict(message) for message in prompt]
 
 
 def _is_stream(response: httpx.Response) -> bool:
@@ -302,10 +305,10 @@ class _Events:
         self._counts: dict[int, int] = {}  # tokens of each sample
         self._ended = False
 
-    def read(self, line: str) -> tuple[int, RequestOutput] | None:
-        """What a line says; None for one that carries no output."""
-        self._ended = self._ended or line == "data: [DONE]"
-        return None if self._ended else _parse(line, self._counts)
+    def read(self, data: str) -> tuple[int, RequestOutput] | None:
+        """The output in an event's data; None after the last."""
+        self._ended = self._ended or data == "[DONE]"
+        return None if self._ended else _parse(data, self._counts)
 
     def check_end(self, deployment: Deployment) -> None:
         """NoAnswerError if the stream just stopped."""
@@ -313,11 +316,9 @@ class _Events:
             raise NoAnswerError(f"the connection was closed before the answer was whole: {explain(deployment)}")
 
 
-def _parse(line: str, counts: dict[int, int]) -> tuple[int, RequestOutput] | None:
-    """An event of a stream; None for lines that carry none. `counts` keeps the tokens of each sample."""
-    if not line.startswith("data: "):
-        return None
-    event = json.loads(line.removeprefix("data: "))
+def _parse(data: str, counts: dict[int, int]) -> tuple[int, RequestOutput]:
+    """The sample's number and output in an event's data. `counts` keeps the tokens of each sample."""
+    event = json.loads(data)
     if "error" in event:
         raise ServerError(event["error"]["message"], status=500)
     index = event["index"]

@@ -70,6 +70,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
     from fastgen_jax.engine.runner import step_program
     from fastgen_jax.engine.sampler_state import init_state
     from fastgen_jax.models.config import ModelConfig
+    from fastgen_jax.models.counts import count_params
     from fastgen_jax.models.params import init_params
 
     # A Llama of 1.1 billion parameters, so that a copied cache stands out against small buffers.
@@ -94,7 +95,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
 
     params = abstract(jax.eval_shape(lambda: init_params(model, jax.random.key(0), dtype=jnp.bfloat16)))
     state = abstract(jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size)))
-    print(f"{topology_name}, {model.num_params / 1e9:.1f} billion bfloat16 parameters, layers scanned; MiB")
+    print(f"{topology_name}, {count_params(model) / 1e9:.1f} billion bfloat16 parameters, layers scanned; MiB")
     print(f"{'KV blocks':>10} {'tokens':>8} {'cache':>9} {'aliased':>9} {'temporary':>10}")
     for num_blocks in blocks:
         cache = abstract(

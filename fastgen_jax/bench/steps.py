@@ -78,7 +78,7 @@ def measure(engine: Engine, *, contexts: Sequence[int], generated: int, rounds: 
 
     limit = engine.config.max_context_len - generated - 1
     contexts = sorted({min(context, limit) for context in contexts})
-    sizes = engine.config.budget_ladder or ()
+    sizes = engine.config.budget_ladder
     widths = _widths(engine.config.max_num_seqs, sizes)
     ends = sorted({max(1, size * quarters // 4) for size in sizes for quarters in (2, 3, 4)})
     points: list[Point] = []
@@ -218,12 +218,12 @@ def facts_of(engine: Engine, model: str) -> dict[str, Any]:
         "model": model,
         "host_seconds": (snapshot["plan_ms"] + snapshot["pack_ms"] + snapshot["dispatch_ms"]) / 1e3,
         "engine": {
-            "step_sizes": list(config.budget_ladder or ()),
+            "step_sizes": list(config.budget_ladder),
             "max_num_seqs": config.max_num_seqs,
             "num_blocks": config.num_blocks,
             "block_size": config.block_size,
             "max_context_len": config.max_context_len,
-            "overlap": config.overlap,
+            "overlap": config.choices.overlap,
             "dtype": config.dtype,
             "quantize": config.quantize,
         },

@@ -102,9 +102,10 @@ async def _run(options: dict[str, Any], batch: Batch) -> None:
     from fastgen_jax.api.client import explain, http_settings
     from fastgen_jax.api.deployment import default_name, find_deployment
     from fastgen_jax.engine.config import EngineConfig
-    from fastgen_jax.serving.app import Server, create_app
+    from fastgen_jax.serving.app import create_app
     from fastgen_jax.serving.server import load_backend
-    from fastgen_jax.serving.settings import Served, ServerConfig
+    from fastgen_jax.serving.settings import ServedModel, ServerConfig
+    from fastgen_jax.serving.state import ServerState
 
     async def answer(http: httpx.AsyncClient, model: str) -> None:
         with tqdm(total=batch.result.total, desc="answering", unit="line", disable=None) as bar:
@@ -133,7 +134,7 @@ async def _run(options: dict[str, Any], batch: Batch) -> None:
     config = ServerConfig(replicas=options["replicas"], max_queue=max(1024, options["concurrency"]))
     backend = await load_backend(options["model"], config, engine, progress=sys.stderr.isatty())
     name = default_name(options["model"])
-    app = create_app(Server(Served(name=name, deployment=name, config=config), backend))
+    app = create_app(ServerState(ServedModel(name=name, deployment=name, config=config), backend))
     try:
         # The server's own application without sockets, so that requests are validated and answered as a server would.
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

@@ -55,14 +55,16 @@ def run(options: dict[str, Any]) -> int:
 def describe(checkpoint: Checkpoint) -> dict[str, str]:
     """The facts of a checkpoint that are known without reading its weights, by name."""
     from fastgen_jax.core import scale_bytes
+    from fastgen_jax.models.counts import count_params
 
     config = checkpoint.config
+    parameters = count_params(config)
     stored: Counter[str] = Counter()
     for name in checkpoint.tensor_names:
         stored[checkpoint.dtype(name)] += math.prod(checkpoint.shape(name))
     total = sum(stored.values())
     shares = ", ".join(f"{dtype} {100 * count / total:.1f} %" for dtype, count in stored.most_common())
-    weights = ", ".join(f"{config.num_params * size:,} as {dtype}" for dtype, size in KV_DTYPES.items() if size > 1)
+    weights = ", ".join(f"{parameters * size:,} as {dtype}" for dtype, size in KV_DTYPES.items() if size > 1)
     kv = ", ".join(
         f"{config.kv_bytes_per_token(size, scale_bytes=scale_bytes(dtype)):,} as {dtype}"
         for dtype, size in KV_DTYPES.items()
@@ -70,7 +72,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
     return {
         "path": str(checkpoint.path),
         "architecture": ", ".join(checkpoint.config_json["architectures"]),
-        "parameters": f"{config.num_params:,}",
+        "parameters": f"{parameters:,}",
         "stored as": shares,
         "weight bytes": weights,  # weights that are quantized in the file are dequantized when loaded
         "KV bytes/token": kv,

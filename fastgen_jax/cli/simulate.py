@@ -22,9 +22,10 @@ from fastgen_jax.bench.options import (
 from fastgen_jax.bench.results import RunRecord, append, context
 from fastgen_jax.bench.steps import add_measurement_arguments
 from fastgen_jax.bench.tables import milliseconds, table
+from fastgen_jax.plan.devices import DEVICES
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
-from fastgen_jax.simulation import ACCELERATORS, MODELS, MeasuredCost, ReplicaConfig, StepCost, load_cost, simulate
-from fastgen_jax.simulation.costs import roofline
+from fastgen_jax.simulation import MODELS, MeasuredCost, ReplicaConfig, StepCost, load_cost, simulate
+from fastgen_jax.simulation.costs import roofline_cost
 from fastgen_jax.simulation.paper import paper_runs, paper_table, replica_table
 from fastgen_jax.simulation.service import compare_policies, replicas_needed, service_table, with_policy
 from fastgen_jax.simulation.timeline import timeline_table
@@ -74,7 +75,7 @@ def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="llama-2-70b", choices=list(MODELS), help="model architecture and size (default: %(default)s)"
     )
     group.add_argument(
-        "--hardware", default="a100", choices=list(ACCELERATORS), help="device, by its data sheet (default: %(default)s)"
+        "--hardware", default="a100", choices=list(DEVICES), help="device, by its data sheet (default: %(default)s)"
     )
     group.add_argument("--devices", type=int, default=4, help="devices per replica (default: %(default)s)")
     group.add_argument("--token-budget", type=int, help="tokens per step (default: 768, or that of the measured engine)")
@@ -124,7 +125,7 @@ def _replica(args: argparse.Namespace, longest: int) -> tuple[StepCost, ReplicaC
             **common,
         )
         return cost, config, str(cost.facts["model"])
-    device = roofline(args.model, args.hardware, args.devices)
+    device = roofline_cost(args.model, args.hardware, args.devices)
     config = ReplicaConfig(
         num_blocks=args.num_blocks or device.num_kv_tokens() // args.block_size,
         block_size=args.block_size,

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax.core import RaggedBatch
-from fastgen_jax.engine.sampling import SamplingBatch
-from fastgen_jax.engine.sampling_tables import SamplingTables, sampling_fields
+from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.sampling_tables import SamplingBatch, SamplingTables, sampling_fields
 from fastgen_jax.scheduling import Step
 
 
@@ -101,12 +100,9 @@ class Bucket:
 class Packer:
     """Fills packed arrays from scheduled steps; keeps the host's copy of the block tables, changed step by step."""
 
-    def __init__(
-        self, *, max_num_seqs: int, max_blocks: int, num_blocks: int, block_size: int, tables: SamplingTables
-    ) -> None:
-        self._block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
-        self._block_size = block_size
-        self._num_slots = num_blocks * block_size
+    def __init__(self, config: ResolvedConfig, tables: SamplingTables) -> None:
+        self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), np.int32)
+        self._block_size = config.block_size
         self._tables = tables
 
     def pack(self, step: Step, bucket: Bucket) -> np.ndarray:
@@ -193,15 +189,3 @@ class Packer:
 def _sampling_part(arrays: Mapping[str, Any]) -> dict[str, Any]:
     prefix = "sampling."
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def padded(values: Sequence[int], length: int, fill: int) -> np.ndarray:
-    """`values` as i32[length], filled up with `fill`."""
-    array = np.full(length, fill, np.int32)
-    array[: len(values)] = values
-    return array
-
-
-def to_device(array: np.ndarray) -> jax.Array:
-    """A device array whose memory the host does not share."""
-    return jnp.array(array, copy=True)

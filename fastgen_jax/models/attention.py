@@ -20,6 +20,7 @@ from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import rotation
 from fastgen_jax.models.sharding import divide_heads
+from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.ragged_attention import ragged_attention
 from pallas_kernels.rotary import rotary, rotate
 
@@ -41,6 +42,15 @@ class Step:
     def num_rows(self, rows: jax.Array | None) -> jax.Array:
         """How many of the tokens, or of the sampled `rows`, are no padding."""
         return self.num_tokens if rows is None else self.batch.num_sample_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """What differs from layer to layer, besides its weights."""
+
+    index: jax.Array | int  # i32: number of the layer
+    rows: jax.Array | None = None  # i32[R]: the tokens whose results are needed; None: all
+    first_expert: jax.Array | int | None = None  # i32: where its experts begin in their stacks; None: it has an MLP
 
 
 def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
@@ -80,20 +90,19 @@ def prepare_step(
 
 def attention(
     x: jax.Array,
-    w: dict[str, Any],
+    w: LayerWeights,
     cache: KVCache,
     step: Step,
-    index: jax.Array | int,
-    rows: jax.Array | None,
+    call: LayerCall,
     *,
     config: ModelConfig,
     residual: jax.Array | None,
 ) -> tuple[jax.Array, KVCache]:
-    """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step.
+    """Attention of `x` [T, E] in one layer (+ residual), and the cache with the keys and values of this step.
 
-    `rows` i32[R] are the tokens whose results [R, E] are wanted, and those that `residual` holds; None stands for all.
+    The result and `residual` are [R, E] where the layer is called for certain rows.
     """
-    batch, d = step.batch, config.head_dim
+    batch, d, index, rows = step.batch, config.head_dim, call.index, call.rows
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
@@ -125,7 +134,7 @@ def attention(
 
 
 def _heads(
-    x: jax.Array, w: dict[str, Any], step: Step, turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
+    x: jax.Array, w: LayerWeights, step: Step, turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [T, H, D], keys and values [T, K, D] of `x` [T, E], normalised and rotated as the config says."""
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
@@ -151,7 +160,7 @@ def _heads(
     return rotary(qkv, *turn, num_heads=h)
 
 
-def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, step: Step, config: ModelConfig) -> jax.Array:
+def _qk_norm(x: jax.Array, w: LayerWeights, name: str, step: Step, config: ModelConfig) -> jax.Array:
     """Queries or keys [T, heads, D], normalized over each head or over all of them at once."""
     if config.qk_norm == "row":
         return norm(x.reshape(x.shape[0], -1), w, name, config=config, num_rows=step.num_tokens).reshape(x.shape)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import forward
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.decoder import Execution, forward
+from fastgen_jax.models.weight_spec import Params
 
 
 def dense_forward(params: Params, token_ids: jax.Array, *, config: ModelConfig) -> jax.Array:
@@ -42,7 +42,7 @@ def dense_forward(params: Params, token_ids: jax.Array, *, config: ModelConfig) 
         head_dim=config.head_dim,
         dtype=params["embed"].dtype,
     )
-    logits, _ = forward(params, nothing, batch, config=config, attention=causal_attention)
+    logits, _ = forward(params, nothing, batch, config=config, execution=Execution(attention=causal_attention))
     return logits.reshape(num_sequences, length, -1)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.matmul import linear
 from pallas_kernels.norm import layer_norm, rms_norm
 
@@ -21,9 +21,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def norm(
-    x: jax.Array, w: Mapping[str, Any], name: str, *, config: ModelConfig, num_rows: jax.Array | None = None
-) -> jax.Array:
+def norm(x: jax.Array, w: LayerWeights, name: str, *, config: ModelConfig, num_rows: jax.Array | None = None) -> jax.Array:
     """`x` normalized along its last axis with the weight `w[name]`, as the config says.
 
     Entries of the first axis from `num_rows` on are padding.
@@ -35,7 +33,7 @@ def norm(
 
 def project(
     x: jax.Array,
-    w: Mapping[str, Any],
+    w: LayerWeights,
     name: str,
     *,
     residual: jax.Array | None = None,

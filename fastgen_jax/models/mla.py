@@ -12,7 +12,6 @@ The cache keeps [c | r] as key and as value: twice what MLA needs, and a small p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from fastgen_jax.core.pytree import pytree
 from fastgen_jax.models.layers import project
 from fastgen_jax.models.moe_config import MLAConfig
+from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups, grouped_matmul
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.rotary import rotate
@@ -30,7 +30,7 @@ _NORM_EPS = 1e-6  # of the norms of latents, whatever the model's other norms us
 
 def latent_heads(
     x: jax.Array,
-    w: Mapping[str, Any],
+    w: LayerWeights,
     turn: tuple[jax.Array, jax.Array],
     *,
     config: MLAConfig,
@@ -55,7 +55,7 @@ def latent_heads(
     return q, jnp.concatenate([latent[:, None], rotate(kv[:, None, c.kv_rank :], *turn)], axis=-1)
 
 
-def expand_values(out: jax.Array, w: Mapping[str, Any], *, config: MLAConfig, num_tokens: jax.Array) -> jax.Array:
+def expand_values(out: jax.Array, w: LayerWeights, *, config: MLAConfig, num_tokens: jax.Array) -> jax.Array:
     """The heads' values [T, H, v_dim] from what attention summed up, [T, H, kv_rank + rope_dim].
 
     Tokens from `num_tokens` on are padding.

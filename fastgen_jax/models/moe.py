@@ -11,58 +11,52 @@ multiplied independently, and the results of a token are added up in the order i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fastgen_jax.models.moe_config import MoEConfig
-from fastgen_jax.models.params import moe_specs
+from fastgen_jax.models.params import expert_specs
 from fastgen_jax.models.sharding import divide_experts
+from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.matmul import linear, swiglu
 
 _SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) is close to the normal distribution's, so x * sigmoid(1.702 x) to GELU
-_ANSWERING = (
-    "expert_gate_up",
-    "expert_down",
-    "expert_gate_up_bias",
-    "expert_down_bias",
-    "shared_gate_up",
-    "shared_down",
-    "shared_gate",
-)  # all weights of a layer's experts but the router's
 
 
 def moe(
     x: jax.Array,
-    w: Mapping[str, Any],
+    w: LayerWeights,
     *,
     config: MoEConfig,
     num_tokens: jax.Array,
     residual: jax.Array | None,
+    first_expert: jax.Array | int = 0,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """The experts' answer to `x` [T, E] (+ residual), in its dtype; sums are in float32.
 
     Tokens from `num_tokens` on are padding: they cost no expert any work, and what they get is finite.
-    `w` holds the weights of the layer, or, with "first_expert" i32[], those of the experts of all layers, [L*X, ...].
+    `w` holds the weights of the layer, but the stacks of experts may be those of all layers, [L*X, ...]: this layer's begin
+    at `first_expert`.
     With `mesh` each device has its share of the hidden units of every expert, and one sum over devices follows.
     """
     weights, chosen = route(x, w, config=config, num_tokens=num_tokens)
     answer: Callable[..., jax.Array] = partial(_answer, config=config)
+    specs = expert_specs(x.shape[1], config)
     if mesh is not None:
-        answer = divide_experts(answer, mesh, moe_specs(x.shape[1], config))
-    first = jnp.asarray(w.get("first_expert", 0), jnp.int32)
-    y = answer({name: w[name] for name in _ANSWERING if name in w}, x, weights, chosen, num_tokens, first)
+        answer = divide_experts(answer, mesh, specs)
+    first = jnp.asarray(first_expert, jnp.int32)
+    y = answer({name: w[name] for name in specs}, x, weights, chosen, num_tokens, first)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
 
 
 def route(
-    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array | None = None
+    x: jax.Array, w: LayerWeights, *, config: MoEConfig, num_tokens: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The weights f32[T, k] and numbers i32[T, k] of the experts that each token of `x` [T, E] is sent to."""
     logits = linear(x.astype(jnp.float32), w["router"], num_rows=num_tokens)  # float32: neighbours in rank are close
@@ -113,7 +107,7 @@ def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
 
 
 def _answer(
-    w: Mapping[str, Any],
+    w: LayerWeights,
     x: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
@@ -134,11 +128,11 @@ def _answer(
     # slow on accelerators and adds in no certain order.
     mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1)
     y = _sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
-    return y + _shared_expert(x, w, num_tokens) if config.shared_dim else y
+    return y + _shared_expert(x, w, num_tokens, config=config) if config.shared_dim else y
 
 
 def _experts(
-    rows: jax.Array, w: Mapping[str, Any], sizes: jax.Array, expert: jax.Array, first: jax.Array, *, config: MoEConfig
+    rows: jax.Array, w: LayerWeights, sizes: jax.Array, expert: jax.Array, first: jax.Array, *, config: MoEConfig
 ) -> jax.Array:
     """f32[T * k, E]: every row through its expert; rows are sorted by `expert` i32[T * k], `sizes` i32[X] count them."""
     down = partial(grouped_matmul, w=w["expert_down"], group_sizes=sizes, first_group=first, out_dtype=jnp.float32)
@@ -161,10 +155,10 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array, *, limit: float) -> jax.Array
     return (gate * jax.nn.sigmoid(_SWIGLU_ALPHA * gate) * (up + 1.0)).astype(dtype)
 
 
-def _shared_expert(x: jax.Array, w: Mapping[str, Any], num_tokens: jax.Array) -> jax.Array:
+def _shared_expert(x: jax.Array, w: LayerWeights, num_tokens: jax.Array, *, config: MoEConfig) -> jax.Array:
     """f32[T, E]"""
     hidden = swiglu(x, w["shared_gate_up"], num_rows=num_tokens)
     y = linear(hidden, w["shared_down"], num_rows=num_tokens, out_dtype=jnp.float32)
-    if "shared_gate" not in w:
+    if not config.shared_gate:
         return y
     return y * jax.nn.sigmoid(linear(x, w["shared_gate"], num_rows=num_tokens, out_dtype=jnp.float32))

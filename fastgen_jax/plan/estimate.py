@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
-from fastgen_jax.engine.weights import is_quantized
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
+from fastgen_jax.models.weight_spec import WeightSpec
 from fastgen_jax.plan.devices import Topology
+from fastgen_jax.plan.roofline import StepShape, roofline
 
 RESERVED_SHARE = 0.06  # of a device's memory: the runtime, programs, and holes between buffers
 SAMPLER_COPIES = 4  # f32[R, V] that the sampler holds at once: logits, their order, probabilities, noise
@@ -41,21 +42,19 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepTime:
-    """A step on the roofline, seconds: it takes at least the longer of the first two, and the third beside them."""
+class PlannedStep:
+    """A step on the roofline, at the peak figures of the devices; times in seconds, see `StepTime`."""
 
     tokens: int
-    sequences: int  # one token each; the rest of the tokens is a prompt chunk
-    compute: float  # matrix products at the device's peak
-    memory: float  # weights, of experts those that are asked, and keys and values, read once
-    links: float  # sums over the devices, not overlapped with anything
-
-    @property
-    def seconds(self) -> float:
-        return max(self.compute, self.memory) + self.links
+    sequences: int  # that generate one token each; the other tokens are a prompt chunk
+    seconds: float
+    compute: float
+    memory: float
+    links: float
 
     @property
     def bound(self) -> str:
+        """What limits the step: "compute" or "memory"."""
         return "compute" if self.compute >= self.memory else "memory"
 
 
@@ -63,15 +62,15 @@ def weight_bytes(model: ModelConfig, num_devices: int, itemsize: float, *, quant
     """Weights on one device: what has a divided axis is divided, the rest is everywhere."""
     specs, having = param_specs(model), layers_with(model)
 
-    def held(name: str, spec: Any, copies: int = 1) -> float:
+    def held(spec: WeightSpec, copies: int = 1) -> float:
         divided = num_devices if DIVIDED_AXES & set(spec.axes) else 1
-        if not is_quantized(name, quantize):
+        if quantize is None or not spec.quantizable:
             return copies * math.prod(spec.shape) * itemsize / divided
         scales = 4 * math.prod(spec.shape) / spec.shape[-2] / (num_devices if spec.axes[-1] in DIVIDED_AXES else 1)
         return copies * (math.prod(spec.shape) / divided + scales)
 
-    layer = sum(held(name, spec, len(having[name])) for name, spec in specs["layers"].items())
-    rest = sum(held(name, spec) for name, spec in specs.items() if name != "layers")
+    layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
+    rest = sum(held(spec) for name, spec in specs.items() if name != "layers")
     if quantize is not None and "lm_head" not in specs and num_devices == 1:
         rest += model.vocab_size * (model.embed_dim + 4)  # a tied head is kept apart, as int8
     return math.ceil(layer + rest)
@@ -132,7 +131,7 @@ def largest_budget(
     return budget
 
 
-def step_time(
+def planned_step(
     model: ModelConfig,
     topology: Topology,
     *,
@@ -141,24 +140,24 @@ def step_time(
     context: int,
     itemsize: int,
     quantize: str | None = None,
-    block: int,
+    block_bytes: int,
     block_size: int,
-) -> StepTime:
+) -> PlannedStep:
     """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest."""
-    n, device = topology.num_devices, topology.device
-    chunks = sequences + (tokens > sequences)
-    flops = tokens * model.flops_per_token(context_len=context, sampled=False)
-    flops += chunks * 2 * model.embed_dim * model.vocab_size
-    keys = chunks * math.ceil(context / block_size) * block
-    weights = read_weight_bytes(model, n, itemsize, tokens=tokens, quantize=quantize)
-    # Two sums a layer; each byte of a ring's sum is sent about twice by every device.
-    links = 0.0
-    if n > 1:
-        links = 2 * model.num_layers * tokens * model.embed_dim * itemsize * 2 * (n - 1) / n / device.link
-    return StepTime(
-        tokens=tokens,
-        sequences=sequences,
-        compute=flops / n / device.flops,
-        memory=(weights + keys) / device.bandwidth,
-        links=links,
+    cost = roofline(
+        model,
+        topology.device,
+        topology.num_devices,
+        weight_bytes=read_weight_bytes(model, topology.num_devices, itemsize, tokens=tokens, quantize=quantize),
+        kv_bytes_per_token=block_bytes / block_size,
+        activation_bytes=itemsize,
     )
+    prompt = tokens - sequences
+    shape = StepShape(
+        num_tokens=tokens,
+        num_sample_rows=sequences + (prompt > 0),
+        decode_attended=sequences * context,
+        prompt_attended=prompt * context,
+        prompt_context=context if prompt else 0,
+    )
+    return PlannedStep(tokens=tokens, sequences=sequences, **cost.parts(shape)._asdict())

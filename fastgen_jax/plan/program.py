@@ -22,10 +22,10 @@ from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.runner import memory_shardings, step_program
 from fastgen_jax.engine.sampler_state import init_state
-from fastgen_jax.engine.weights import is_quantized
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import init_params
+from fastgen_jax.models.params import init_params, param_specs
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
+from fastgen_jax.models.weight_spec import WeightSpec
 from fastgen_jax.plan.devices import NoCompiler, Topology
 from pallas_kernels.matmul import Int8Weight
 
@@ -159,7 +159,7 @@ def compile_step(
         vocab_size=model.vocab_size,
     )
     params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
-    params = jax.tree_util.tree_map_with_path(functools.partial(_as_kept, quantize=quantize), params)
+    params = jax.tree.map(functools.partial(_as_kept, quantize=quantize), param_specs(model), params)
     cache = jax.eval_shape(
         lambda: KVCache.zeros(
             num_layers=model.num_layers,
@@ -202,9 +202,9 @@ def compile_step(
     )
 
 
-def _as_kept(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> Any:
+def _as_kept(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> Any:
     """The shapes of a weight as the engine keeps it."""
-    if not is_quantized(path[-1].key, quantize):
+    if quantize is None or not spec.quantizable:
         return weight
     shape = weight.shape
     return Int8Weight(

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.plan import estimate
 from fastgen_jax.plan.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
-from fastgen_jax.plan.estimate import Memory, StepTime
+from fastgen_jax.plan.estimate import Memory, PlannedStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Plan:
     memory: Memory
     sequences: int  # of the full context that fit at once
     largest_budget: int
-    steps: tuple[StepTime, ...]
+    steps: tuple[PlannedStep, ...]
     checks: tuple[CompileCheck, ...]
     advice: tuple[str, ...]
     not_compiled: str  # why there are no checks where they were asked for; ""
@@ -92,8 +93,8 @@ def make_plan(
     kv_dtype = kv_dtype or dtype
     blocks_a_sequence = -(-context // block_size)
     memory = Memory(
-        total=devices.device.memory,
-        reserved=int(devices.device.memory * estimate.RESERVED_SHARE),
+        total=devices.device.memory_bytes,
+        reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
         weights=estimate.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize),
         state=estimate.sampler_bytes(model, max_num_seqs),
         temporaries=estimate.temporary_bytes(
@@ -128,7 +129,7 @@ def make_plan(
 
     sequences = memory.num_blocks // blocks_a_sequence
     steps = tuple(
-        estimate.step_time(
+        estimate.planned_step(
             model,
             devices,
             tokens=budget,
@@ -136,7 +137,7 @@ def make_plan(
             context=context,
             itemsize=itemsize,
             quantize=quantize,
-            block=memory.block,
+            block_bytes=memory.block,
             block_size=block_size,
         )
         for budget in budgets
@@ -145,7 +146,7 @@ def make_plan(
     return Plan(
         topology=topology,
         num_devices=devices.num_devices,
-        num_params=model.num_params,
+        num_params=count_params(model),
         context=context,
         block_size=block_size,
         dtype=dtype,
@@ -234,19 +235,19 @@ def _advice(
         for n in sizes:
             weights = estimate.weight_bytes(model, n, itemsize, quantize=quantize)
             cache = -(-context // block_size) * memory.block * topology.num_devices // n
-            if weights + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory:
+            if weights + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
                 advice.append(f"{n} devices of {kind.kind} instead of {topology.num_devices}")
                 break
         if quantize is None:
             int8 = estimate.weight_bytes(model, topology.num_devices, itemsize, quantize="int8")
             cache = -(-context // block_size) * memory.block
-            if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory:
+            if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
                 advice.append("weights of 8 bits: --quantize int8")
-        larger = [d for d in DEVICES.values() if d.memory > kind.memory]
+        larger = [d for d in DEVICES.values() if d.memory_bytes > kind.memory_bytes]
         fitting = [
             d.kind
             for d in larger
-            if memory.weights + memory.state + memory.temporaries < d.memory * (1 - estimate.RESERVED_SHARE)
+            if memory.weights + memory.state + memory.temporaries < d.memory_bytes * (1 - estimate.RESERVED_SHARE)
         ]
         if fitting:
             advice.append(f"devices with more memory, for the same number: {', '.join(fitting)}")
@@ -285,7 +286,7 @@ def table(plan: Plan) -> str:
     if plan.steps:
         lines += [
             "",
-            "roofline of a step: nothing can be faster, real steps are slower",
+            "roofline of a step at the peak figures of the data sheets: real steps are slower",
             f"  {'budget':>7} {'sequences':>9} {'compute':>10} {'memory':>10} {'links':>10} {'step':>10}  bound    "
             f"{'tokens/s':>9} {'generated/s':>11}",
         ]

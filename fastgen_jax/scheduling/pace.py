@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,10 +41,10 @@ class Promise:
 
 
 class Pace:
-    """How long steps take, learnt from those that ran: a straight line through (tokens, seconds), old steps fading.
+    """How long steps take, learned from those that ran: a straight line through (tokens, seconds), old steps fading.
 
-    `clock` gives seconds on the clock of the requests' arrival times. A step is padded to one of `step_sizes`,
-    ascending, where there are any. Policies only read; `Scheduler` calls `observe`.
+    `clock` returns seconds on the clock of the requests' arrival times. A step is padded to one of `step_sizes`,
+    ascending, unless there are none. `Scheduler` reports the steps; policies only read.
     """
 
     def __init__(self, promise: Promise, clock: Callable[[], float], step_sizes: tuple[int, ...] = ()) -> None:
@@ -51,9 +52,25 @@ class Pace:
         self.now = clock
         self.step_sizes = step_sizes
         self._weight = self._tokens = self._seconds = self._squares = self._products = 0.0
+        self._dispatch_times: deque[float] = deque()  # of the steps in flight
+        self._last_commit = 0.0
+
+    def dispatched(self) -> None:
+        """Notes that a step was dispatched now."""
+        self._dispatch_times.append(self.now())
+
+    def committed(self, num_tokens: int) -> None:
+        """Notes that the oldest step in flight, of `num_tokens` tokens, was read now."""
+        now = self.now()
+        self.observe(num_tokens, now - max(self._last_commit, self._dispatch_times.popleft()))
+        self._last_commit = now
+
+    def forget_steps_in_flight(self) -> None:
+        """Notes that the steps in flight will never be read."""
+        self._dispatch_times.clear()
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Takes in that a step of `num_tokens` tokens took `seconds`."""
+        """Adds the observation that a step of `num_tokens` tokens took `seconds`."""
         if self.step_sizes:
             num_tokens = next(size for size in self.step_sizes if size >= num_tokens)
         self._weight = _MEMORY * self._weight + 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest
-from fastgen_jax.serving.tools import ToolReader, whole_calls
+from fastgen_jax.serving.tools import ToolReader, merge_calls
 from fastgen_jax.serving.work import Work
 from fastgen_jax.text import Tokenizer
 
@@ -56,7 +56,7 @@ class CompletionAnswer:
         self._head = {"id": self.id, "object": self.object, "created": int(time.time()), "model": body.model}
         self._texts = TokenTexts(tokenizer)
         self._offsets = [0] * len(work.streams)
-        self._begun = [False] * len(work.streams)
+        self._started = [False] * len(work.streams)
 
     def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """The choices that `outputs` of sample `index` add; in a stream each is a message of its own."""
@@ -65,12 +65,12 @@ class CompletionAnswer:
         if self.body.max_tokens == 0:
             entries = []
         prompt: list[TokenLogprob | int] = []
-        if self.body.echo and not self._begun[index]:
+        if self.body.echo and not self._started[index]:
             ids = self.work.prompts[index // self.work.samples_a_prompt]
             text = (self.tokenizer.decode(list(ids), skip_special_tokens=False) if self.tokenizer else "") + text
             if self.body.logprobs is not None:
                 prompt = [ids[0], *(outputs[0].prompt_logprobs or ())]
-        self._begun[index] = True
+        self._started[index] = True
         logprobs = None
         if self.body.logprobs is not None:
             logprobs = self._logprobs(index, [*prompt, *entries])
@@ -142,7 +142,7 @@ class ChatAnswer:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._head = {"id": self.id, "object": kind, "created": int(time.time()), "model": body.model}
         self._texts = TokenTexts(tokenizer)
-        self._begun = [False] * len(work.streams)
+        self._started = [False] * len(work.streams)
         uses_tools = bool(body.tools) and body.tool_choice != "none"
         self._readers = [ToolReader(body) if uses_tools else None for _ in work.streams]
 
@@ -162,8 +162,8 @@ class ChatAnswer:
                 delta["tool_calls"] = calls
             if finish == "stop" and reader.num_calls:
                 finish = "tool_calls"
-        if not self._begun[index]:
-            self._begun[index] = True
+        if not self._started[index]:
+            self._started[index] = True
             delta = {"role": "assistant", **delta}
         logprobs = None
         if self.body.logprobs:
@@ -175,7 +175,7 @@ class ChatAnswer:
         choices: list[dict[str, Any]] = []
         for index in range(len(self.work.streams)):
             mine = [chunk for chunk in chunks if chunk["index"] == index]
-            calls = whole_calls([call for chunk in mine for call in chunk["delta"].get("tool_calls", ())])
+            calls = merge_calls([call for chunk in mine for call in chunk["delta"].get("tool_calls", ())])
             content = "".join(chunk["delta"].get("content", "") for chunk in mine)
             message: dict[str, Any] = {
                 "role": "assistant",

@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.serving import endpoints
-from fastgen_jax.serving.errors import ApiError, as_api_error, of_validation, unsupported
-from fastgen_jax.serving.gate import CLIENT_GONE, Gate
-from fastgen_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
+from fastgen_jax.serving.errors import ApiError, as_api_error, from_validation_errors, unsupported
+from fastgen_jax.serving.metrics import CONTENT_TYPE
+from fastgen_jax.serving.middleware import CLIENT_DISCONNECTED, RequestMiddleware
 from fastgen_jax.serving.page_html import load_page
 from fastgen_jax.serving.protocol import (
     ChatRequest,
@@ -28,51 +28,17 @@ from fastgen_jax.serving.protocol import (
     GenerateRequest,
     TokenizeRequest,
 )
-from fastgen_jax.serving.settings import Served
-from fastgen_jax.serving.sse import ClientGoneError
+from fastgen_jax.serving.sse import ClientDisconnectedError
+from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.trace import perfetto
-from fastgen_jax.serving.work import Backend
 
 _NOT_OPENAI = {"description": "An error in OpenAI's shape."}
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _NOT_OPENAI)
 
 
-class Server:
-    """What the endpoints share. `backend` is None until the model is loaded and compiled."""
-
-    def __init__(self, served: Served, backend: Backend | None = None) -> None:
-        self.served = served
-        self.backend = backend
-        self.failure: str | None = None
-        self.started = time.time()
-        self.metrics = ServerMetrics(served.name)
-
-    def ready(self) -> Backend:
-        """The backend; 503 before it is ready."""
-        if self.backend is None:
-            raise ApiError(
-                self.failure or "the model is being loaded and compiled; ask /health when it is done",
-                status=503,
-                type="server_error",
-                code="loading",
-                headers={"Retry-After": "5"},
-            )
-        return self.backend
-
-    def check_model(self, name: str | None) -> None:
-        """404 for a model that is not served here."""
-        if name is not None and name not in (self.served.name, self.served.deployment):
-            raise ApiError(
-                f"the model {name!r} is not served here; use {self.served.name!r}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
-
-
-def create_app(server: Server) -> Any:
+def create_app(server: ServerState) -> Any:
     """The ASGI application of `server`."""
-    config = server.served.config
+    config = server.model.config
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -86,7 +52,7 @@ def create_app(server: Server) -> Any:
     _add_openai(app, server)
     _add_operations(app, server)
     app.add_middleware(
-        Gate,
+        RequestMiddleware,
         api_keys=config.api_key,
         max_body_bytes=int(config.max_body_mb * 2**20),
         origins=config.cors_origin,
@@ -97,9 +63,9 @@ def create_app(server: Server) -> Any:
     return app
 
 
-def _add_openai(app: FastAPI, server: Server) -> None:
+def _add_openai(app: FastAPI, server: ServerState) -> None:
     def model_card() -> dict[str, Any]:
-        card = {"id": server.served.name, "object": "model", "created": int(server.started), "owned_by": "fastgen_jax"}
+        card = {"id": server.model.name, "object": "model", "created": int(server.started), "owned_by": "fastgen_jax"}
         if server.backend is not None:
             card["max_model_len"] = server.backend.intake.config.longest_sequence
         return card
@@ -147,9 +113,9 @@ def _add_openai(app: FastAPI, server: Server) -> None:
 
     @app.post("/mii/{deployment}", responses=_ERRORS)
     async def generate(deployment: str, body: GenerateRequest, request: Request) -> Response:
-        if deployment != server.served.deployment:
+        if deployment != server.model.deployment:
             raise ApiError(
-                f"the deployment {deployment!r} is not here; this one is {server.served.deployment!r}",
+                f"the deployment {deployment!r} is not here; this one is {server.model.deployment!r}",
                 status=404,
                 param="deployment",
                 code="deployment_not_found",
@@ -157,7 +123,7 @@ def _add_openai(app: FastAPI, server: Server) -> None:
         return await endpoints.generate(server, body, request)
 
 
-def _add_operations(app: FastAPI, server: Server) -> None:
+def _add_operations(app: FastAPI, server: ServerState) -> None:
     page, page_headers = load_page()
 
     @app.get("/", response_class=HTMLResponse)
@@ -171,7 +137,7 @@ def _add_operations(app: FastAPI, server: Server) -> None:
         failure = server.failure or (backend.failure if backend is not None else None)
         status = "ready" if ready else "failed" if failure else "loading" if backend is None else "ending"
         return JSONResponse(
-            {"status": status, "model": server.served.name, "deployment": server.served.deployment, "failure": failure},
+            {"status": status, "model": server.model.name, "deployment": server.model.deployment, "failure": failure},
             200 if ready else 503,
         )
 
@@ -192,8 +158,8 @@ def _add_operations(app: FastAPI, server: Server) -> None:
         """Gauges, counters and the timeline of steps, for the page and `fastgen top`."""
         backend = server.ready()
         return {
-            "model": server.served.name,
-            "deployment": server.served.deployment,
+            "model": server.model.name,
+            "deployment": server.model.deployment,
             "unfinished": backend.num_unfinished,
             "uptime": time.time() - server.started,
             "worst_lag_ms": 1e3 * server.metrics.worst_lag,
@@ -209,7 +175,7 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _answer_error(request, of_validation(error.errors()))
+        return _answer_error(request, from_validation_errors(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -223,9 +189,9 @@ def _add_errors(app: FastAPI) -> None:
             headers=dict(error.headers or {}),
         ).response()
 
-    @app.exception_handler(ClientGoneError)
+    @app.exception_handler(ClientDisconnectedError)
     async def gone(_: Request, __: Exception) -> Response:
-        return Response(status_code=CLIENT_GONE)
+        return Response(status_code=CLIENT_DISCONNECTED)
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         return _answer_error(request, error)

@@ -63,7 +63,7 @@ class BatchOutput:
         self.path = Path(os.path.realpath(path))  # a link stays one
         self.done = Done()
         self._unflushed = 0
-        with contextlib.ExitStack() as opened, _told(path):
+        with contextlib.ExitStack() as opened, _as_value_error(path):
             self._file: BinaryIO = opened.enter_context(self.path.open("a+b", buffering=0))
             _lock(self._file, path)
             end, num_errors = self._read(source)
@@ -80,7 +80,7 @@ class BatchOutput:
         if _ODD.search(text):
             text = json.dumps(answer)
         data = memoryview(text.encode() + b"\n")
-        with _told(self.path):
+        with _as_value_error(self.path):
             try:
                 rest = data
                 while rest:
@@ -183,7 +183,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _as_value_error(path: Path) -> Iterator[None]:
     """Makes a ValueError of what the system says about the output."""
     try:
         yield

@@ -7,14 +7,14 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from fastgen_jax.api.options import asked
-from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer
 from fastgen_jax.serving.errors import context_exceeded
@@ -30,15 +30,13 @@ from fastgen_jax.serving.protocol import (
 )
 from fastgen_jax.serving.spans import record_span
 from fastgen_jax.serving.sse import EventStream, while_connected
+from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.tools import grammar_of, prepare_messages
 from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
 from fastgen_jax.text import Tokenizer
 
-if TYPE_CHECKING:
-    from fastgen_jax.serving.app import Server
 
-
-async def complete(server: Server, body: CompletionRequest, request: Request) -> Response:
+async def complete(server: ServerState, body: CompletionRequest, request: Request) -> Response:
     """POST /v1/completions."""
     server.check_model(body.model)
     backend = server.ready()
@@ -64,7 +62,7 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
     )
 
 
-async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
+async def chat(server: ServerState, body: ChatRequest, request: Request) -> Response:
     """POST /v1/chat/completions."""
     server.check_model(body.model)
     backend = server.ready()
@@ -91,7 +89,7 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     return await _answer(server, "chat", body, work, ChatAnswer(body, work, tokenizer), request)
 
 
-async def generate(server: Server, body: GenerateRequest, request: Request) -> Response:
+async def generate(server: ServerState, body: GenerateRequest, request: Request) -> Response:
     """POST /mii/{deployment}: a list with a response a sample, or server-sent events of (index, output)."""
     backend = server.ready()
     call = asked(backend.intake, None, _with_token_ids(body.model_extra or {}))
@@ -99,7 +97,7 @@ async def generate(server: Server, body: GenerateRequest, request: Request) -> R
     stops = tuple(params.stop)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop has {len(stops)} strings and at most {MAX_STOPS} are served; keep the likeliest")
-    prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
+    prompts = split_prompts(body.prompts)
     try:
         work = await start_work(
             backend,
@@ -136,7 +134,7 @@ async def generate(server: Server, body: GenerateRequest, request: Request) -> R
         end()
 
 
-async def tokenize(server: Server, body: TokenizeRequest) -> dict[str, Any]:
+async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, Any]:
     """POST /tokenize."""
     server.check_model(body.model)
     intake = server.ready().intake
@@ -148,7 +146,7 @@ async def tokenize(server: Server, body: TokenizeRequest) -> dict[str, Any]:
     return {"tokens": list(ids), "count": len(ids), "max_model_len": intake.config.longest_sequence}
 
 
-async def detokenize(server: Server, body: DetokenizeRequest) -> dict[str, str]:
+async def detokenize(server: ServerState, body: DetokenizeRequest) -> dict[str, str]:
     """POST /detokenize."""
     server.check_model(body.model)
     tokenizer = server.ready().intake.need_tokenizer("/detokenize")
@@ -156,7 +154,7 @@ async def detokenize(server: Server, body: DetokenizeRequest) -> dict[str, str]:
 
 
 async def _answer(
-    server: Server, operation: str, body: Sampling, work: Work, answer: CompletionAnswer | ChatAnswer, request: Request
+    server: ServerState, operation: str, body: Sampling, work: Work, answer: CompletionAnswer | ChatAnswer, request: Request
 ) -> Response:
     work.on_gap = server.metrics.note_gap
     end = _at_end(server, operation, work, request)
@@ -185,14 +183,14 @@ async def _events(work: Work, answer: CompletionAnswer | ChatAnswer, options: St
     encoder = answer.encoder()
     async for index, outputs in work:
         choices = answer.chunk(index, outputs)
-        if _says_something(choices[0]):
+        if _has_content(choices[0]):
             usage = work.usage_so_far() if options.continuous_usage_stats else options.include_usage
             yield encoder.choices(choices, usage=usage)
     if options.include_usage:
         yield encoder.usage(answer.usage())
 
 
-def _says_something(choice: dict[str, Any]) -> bool:
+def _has_content(choice: dict[str, Any]) -> bool:
     # A token may add no text yet: half a character, or what could become a stop string.
     return bool(choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"])
 
@@ -233,10 +231,10 @@ def _add_output(answer: dict[str, Any], output: RequestOutput) -> None:
         answer["prompt_logprobs"] = output.prompt_logprobs
 
 
-def _at_end(server: Server, operation: str, work: Work, request: Request) -> Callable[[], None]:
+def _at_end(server: ServerState, operation: str, work: Work, request: Request) -> Callable[[], None]:
     def end() -> None:
         server.metrics.note_end(work)
-        record_span(operation, server.served.name, work, request.headers)
+        record_span(operation, server.model.name, work, request.headers)
 
     return end
 

@@ -59,7 +59,7 @@ def context_exceeded(error: ContextLengthError, param: str) -> ApiError:
     )
 
 
-def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The answer to a body that pydantic has refused: field, value, what is wanted."""
     # Of a field that may have several forms, pydantic tells what is wrong with each; the form that was meant is the one
     # whose type is right, or where the error lies deepest.

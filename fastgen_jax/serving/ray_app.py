@@ -34,7 +34,7 @@ def build(
     """
     serve = _ray_serve()
     from fastgen_jax.engine.config import EngineConfig
-    from fastgen_jax.serving.ray_backend import Engines, Front
+    from fastgen_jax.serving.ray_backend import EngineReplica, Ingress
     from fastgen_jax.serving.settings import ServerConfig
 
     EngineConfig.from_options(engine or {})  # a mistake should show here, not in a replica's log
@@ -45,15 +45,15 @@ def build(
     if replicas < 1:
         raise ValueError(f"replicas is {replicas}; it must be at least 1")
     engines = serve.deployment(
-        Engines,
+        EngineReplica,
         num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING,
         ray_actor_options=actor_options or {},
     ).bind(model, engine or {}, config.max_queue)
     # The front computes nothing, so it reserves nothing.
     front = serve.deployment(
-        serve.ingress(None)(Front),
-        name="Front",
+        serve.ingress(None)(Ingress),
+        name="Ingress",
         max_ongoing_requests=MAX_ONGOING,
         ray_actor_options={"num_cpus": 0},
     )

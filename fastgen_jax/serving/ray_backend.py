@@ -19,9 +19,10 @@ from fastgen_jax.engine.config import EngineConfig, ResolvedConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.scheduling import Request
-from fastgen_jax.serving.app import Server, create_app
-from fastgen_jax.serving.remote import Ticket
-from fastgen_jax.serving.settings import Served, ServerConfig
+from fastgen_jax.serving.app import create_app
+from fastgen_jax.serving.remote import RoutedRequest
+from fastgen_jax.serving.settings import ServedModel, ServerConfig
+from fastgen_jax.serving.state import ServerState
 from fastgen_jax.text import load_tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
@@ -29,7 +30,7 @@ SNAPSHOT_SECONDS = 5.0
 RETRY_SECONDS = 0.2  # until Ray knows that a replica is gone
 
 
-class Engines:
+class EngineReplica:
     """A replica: an engine that answers requests, wherever Ray puts it."""
 
     async def __init__(self, model: str, engine: dict[str, Any], max_queue: int) -> None:
@@ -76,7 +77,7 @@ class Engines:
 
 
 class RayBackend:
-    """Engines under Ray Serve as a backend of the server. Ray sends each prompt to the less busy of two replicas.
+    """EngineReplica under Ray Serve as a backend of the server. Ray sends each prompt to the less busy of two replicas.
 
     If a replica dies its requests run elsewhere, and an answer that had begun goes on where it was.
     """
@@ -112,8 +113,8 @@ class RayBackend:
         if self._closed:
             raise ClosedError("this server takes no more requests: it is shutting down")
         stream = Stream(request, self._on_stream_closed)
-        ticket = Ticket(request, grammar, deadline, stream, [], 0)
-        self._running[request.request_id] = asyncio.create_task(self._run(ticket))
+        routed = RoutedRequest(request, grammar, deadline, stream, [], 0)
+        self._running[request.request_id] = asyncio.create_task(self._run(routed))
         return stream
 
     async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:
@@ -137,33 +138,33 @@ class RayBackend:
         for task in list(self._running.values()):
             task.cancel()
 
-    async def _run(self, ticket: Ticket) -> None:
+    async def _run(self, routed: RoutedRequest) -> None:
         ray_error: type[Exception] = importlib.import_module("ray.exceptions").RayError
         failure: Event | None = None
         try:
             while failure is None:
                 try:
-                    if await self._follow(ticket):
+                    if await self._follow(routed):
                         return
                 except ray_error:
-                    failure = ticket.orphan()
+                    failure = routed.note_replica_death()
                     await asyncio.sleep(RETRY_SECONDS)
         except Exception as error:
-            failure = Failure(ticket.request.request_id, "lost", f"Ray could not run this request: {error}")
+            failure = Failure(routed.request.request_id, "lost", f"Ray could not run this request: {error}")
         finally:
-            self._running.pop(ticket.request.request_id, None)
-        ticket.stream.put(failure)
+            self._running.pop(routed.request.request_id, None)
+        routed.stream.put(failure)
 
-    async def _follow(self, ticket: Ticket) -> bool:
+    async def _follow(self, routed: RoutedRequest) -> bool:
         """Runs the request on some replica; whether it ended there."""
-        seconds = None if ticket.deadline is None else ticket.deadline - time.monotonic()
-        answer = self._engines.options(stream=True).generate.remote(ticket.request, ticket.grammar, seconds)
+        seconds = None if routed.deadline is None else routed.deadline - time.monotonic()
+        answer = self._engines.options(stream=True).generate.remote(routed.request, routed.grammar, seconds)
         try:
             async for events in answer:
                 for event in events:
-                    accepted = ticket.accept(event)
+                    accepted = routed.accept(event)
                     if accepted is not None:
-                        ticket.stream.put(accepted)
+                        routed.stream.put(accepted)
                     if isinstance(accepted, Failure) or event.finished:
                         return True
         finally:
@@ -177,7 +178,7 @@ class RayBackend:
             task.cancel()
 
 
-class Front:
+class Ingress:
     """The server before the engines; it needs the model's config and tokenizer, and no accelerator."""
 
     async def __init__(self, engines: Any, model: str, server: dict[str, Any]) -> None:
@@ -191,5 +192,5 @@ class Front:
         checkpoint = open_checkpoint(resolve_model(self._model))
         intake = Intake(load_tokenizer(checkpoint.tokenizer_source), checkpoint.config, self._config)
         name = config.served_model_name or default_name(self._model)
-        served = Served(name=name, deployment=check_name(config.deployment_name or name), config=config)
-        return create_app(Server(served, RayBackend(self._engines, intake, max_queue=config.max_queue)))
+        served = ServedModel(name=name, deployment=check_name(config.deployment_name or name), config=config)
+        return create_app(ServerState(served, RayBackend(self._engines, intake, max_queue=config.max_queue)))

@@ -29,7 +29,7 @@ GRACE_SECONDS = 1.0  # for a replica to end by itself when its socket is closed
 
 
 @dataclass(eq=False)
-class Ticket:
+class RoutedRequest:
     """A request on its way through the router."""
 
     request: Request
@@ -46,7 +46,7 @@ class Ticket:
     deaths: int = 0
     """Replicas that died while they ran it."""
 
-    def orphan(self) -> Failure | None:
+    def note_replica_death(self) -> Failure | None:
         """Notes that its replica died; the end of the request if too many did."""
         self.replayed = 0
         self.deaths += 1
@@ -73,13 +73,13 @@ class Ticket:
         return Failure(self.request.request_id, "lost", message)
 
 
-class Replica:
+class ReplicaHandle:
     """The router's end of a replica."""
 
     def __init__(self, number: int, plan: ReplicaPlan) -> None:
         self.number = number
         self.plan = plan
-        self.tickets: dict[str, Ticket] = {}
+        self.requests: dict[str, RoutedRequest] = {}
         self.load = Load()
         self.is_ready = False
         self.is_given_up = False
@@ -94,35 +94,35 @@ class Replica:
     @property
     def work(self) -> int:
         """Tokens that its requests are expected to cost still."""
-        return sum(ticket.work for ticket in self.tickets.values())
+        return sum(routed.work for routed in self.requests.values())
 
     @property
     def num_waiting(self) -> int:
         """Requests that wait there, as far as is known here."""
         return self.load.num_waiting + self._new
 
-    def cost(self, ticket: Ticket) -> int:
+    def cost(self, routed: RoutedRequest) -> int:
         """Tokens of work before the request would be done there: what lies there, and what of it is not cached."""
-        cached = next((i for i, piece in enumerate(ticket.pieces) if piece not in self._prefixes), len(ticket.pieces))
-        return self.work + ticket.work - cached * PIECE
+        cached = next((i for i, piece in enumerate(routed.pieces) if piece not in self._prefixes), len(routed.pieces))
+        return self.work + routed.work - cached * PIECE
 
-    def send(self, ticket: Ticket) -> None:
+    def send(self, routed: RoutedRequest) -> None:
         """Gives a request to the replica."""
-        self.tickets[ticket.request.request_id] = ticket
+        self.requests[routed.request.request_id] = routed
         self._new += 1
-        for piece in ticket.pieces:
+        for piece in routed.pieces:
             self._prefixes[piece] = None
             self._prefixes.move_to_end(piece)
         while len(self._prefixes) > PIECES_REMEMBERED:
             self._prefixes.popitem(last=False)
-        self.write("submit", ticket.request, ticket.grammar, ticket.deadline)
+        self.write("submit", routed.request, routed.grammar, routed.deadline)
 
     def write(self, *message: Any) -> None:
         """Sends a message, if there is anybody to hear it."""
         if self._writer is not None:
             self._writer.write(pack(message))
 
-    def heard(self, load: Load) -> None:
+    def update_load(self, load: Load) -> None:
         """Notes what the replica says about its load."""
         self.load = load
         self._new = 0
@@ -133,7 +133,7 @@ class Replica:
         self.num_starts += 1
         self.started = time.monotonic()
         self._prefixes.clear()
-        self.heard(Load())
+        self.update_load(Load())
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fastgen_jax.serving.replica", str(theirs.fileno())],

@@ -22,16 +22,17 @@ from fastgen_jax.api.deployment import Deployment, check_name, default_name, pro
 from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
-from fastgen_jax.serving.app import Server, create_app
+from fastgen_jax.serving.app import create_app
 from fastgen_jax.serving.router import Router
-from fastgen_jax.serving.settings import Served, ServerConfig
+from fastgen_jax.serving.settings import ServedModel, ServerConfig
+from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.work import Backend
 from fastgen_jax.text import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5  # for readers who are still being sent what was computed
-TELL_SECONDS = 10.0  # between two lines while the model is loaded
+LOADING_LOG_SECONDS = 10.0  # between two lines while the model is loaded
 
 
 def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *, log_file: str | None = None) -> int:
@@ -42,7 +43,7 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
     _check_tls(config)
     _raise_file_limit()
     name = config.served_model_name or default_name(model)
-    served = Served(name=name, deployment=check_name(config.deployment_name or default_name(model)), config=config)
+    served = ServedModel(name=name, deployment=check_name(config.deployment_name or default_name(model)), config=config)
     listener = _listen(config.host, config.port)
     port = listener.getsockname()[1]
     host = config.host if config.host not in ("0.0.0.0", "::") else "127.0.0.1"
@@ -58,15 +59,15 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
     )
     with listener, written_down(record):
         log.info("deployment %s listens on %s and loads %s", record.name, record.url, model)
-        server = Server(served)
+        server = ServerState(served)
 
         async def serve() -> None:
             loading = asyncio.create_task(
                 load_backend(model, config, engine_config, log_format=config.log_format, log_file=log_file)
             )
-            telling = asyncio.create_task(_tell(loading))
+            progress_log = asyncio.create_task(_log_progress(loading))
             await _serve(server, listener, loading)
-            await telling
+            await progress_log
 
         with asyncio.Runner(loop_factory=_fast_loop()) as runner:
             runner.run(serve())
@@ -76,8 +77,8 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
     return 0
 
 
-async def _serve(server: Server, listener: socket.socket, loading: asyncio.Task[Backend]) -> None:
-    config = server.served.config
+async def _serve(server: ServerState, listener: socket.socket, loading: asyncio.Task[Backend]) -> None:
+    config = server.model.config
     http = _Uvicorn(
         uvicorn.Config(
             create_app(server),
@@ -189,10 +190,10 @@ def _loader(
     return one if config.replicas == 1 else several
 
 
-async def _tell(loading: asyncio.Task[Backend]) -> None:
+async def _log_progress(loading: asyncio.Task[Backend]) -> None:
     """Says every few seconds that the model is still being loaded, and how long it took."""
     start = time.monotonic()
-    while not (await asyncio.wait({loading}, timeout=TELL_SECONDS))[0]:
+    while not (await asyncio.wait({loading}, timeout=LOADING_LOG_SECONDS))[0]:
         log.info("still loading after %.0f s", time.monotonic() - start)
     if not loading.cancelled() and loading.exception() is None:
         log.info("loaded and compiled in %.1f s", time.monotonic() - start)

@@ -26,7 +26,7 @@ class ServerConfig:
     port: int = 8000
     """TCP port; 0 takes a free one."""
     replicas: int = 1
-    """Engines, each in a process of its own if there are several."""
+    """EngineReplica, each in a process of its own if there are several."""
     api_key: tuple[str, ...] = field(default_factory=_keys_of_environment)
     """Keys that a request may carry as a bearer token; none: no key is asked for. By default FASTGEN_SERVER_KEYS,
     separated by commas, which other users of the machine cannot see in its list of processes."""
@@ -58,7 +58,7 @@ class ServerConfig:
 
 
 @dataclass(kw_only=True)
-class Served:
+class ServedModel:
     """What a server knows about the model it serves."""
 
     name: str

@@ -15,7 +15,7 @@ from fastgen_jax.serving.work import Work
 T = TypeVar("T")
 
 
-class ClientGoneError(Exception):
+class ClientDisconnectedError(Exception):
     """Nobody waits for the answer any more."""
 
 
@@ -35,7 +35,7 @@ class EventStream(Response):
         self._on_end = on_end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        watcher = asyncio.create_task(_close_when_gone(receive, self._work))
+        watcher = asyncio.create_task(_close_on_disconnect(receive, self._work))
         begun = False
         try:
             async for event in self._events:
@@ -59,20 +59,20 @@ class EventStream(Response):
 
 
 async def while_connected(receive: Callable[[], Awaitable[Any]], work: Work, answer: Awaitable[T]) -> T:
-    """The result of `answer`; if the client disconnects first, `work` ends and ClientGoneError is raised."""
-    watcher = asyncio.create_task(_close_when_gone(receive, work))
+    """The result of `answer`; if the client disconnects first, `work` ends and ClientDisconnectedError is raised."""
+    watcher = asyncio.create_task(_close_on_disconnect(receive, work))
     try:
         return await answer
     except Exception:
         if watcher.done():  # what was cut short does not make an answer
-            raise ClientGoneError from None
+            raise ClientDisconnectedError from None
         raise
     finally:
         watcher.cancel()
         work.close()
 
 
-async def _close_when_gone(receive: Callable[[], Awaitable[Any]], work: Work) -> None:
+async def _close_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Work) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     work.close()

@@ -159,7 +159,7 @@ class ToolReader:
         }
 
 
-def whole_calls(deltas: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def merge_calls(deltas: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The tool calls that `deltas` add up to."""
     calls: list[dict[str, Any]] = []
     for delta in deltas:

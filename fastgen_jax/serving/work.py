@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from fastgen_jax.api.async_engine import Stream
-from fastgen_jax.engine.intake import Intake, Prompt, samples
+from fastgen_jax.engine.intake import Intake, samples
 from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
@@ -200,7 +201,7 @@ async def start_work(
         )
     every = _all_samples(params, num_samples)
 
-    def prepare() -> tuple[list[tuple[int, ...]], list[tuple[Request, GrammarMatcher | None]]]:
+    def prepare() -> tuple[list[TokenIds], list[tuple[Request, GrammarMatcher | None]]]:
         encoded = [intake.encode(prompt) for prompt in prompts]
         return encoded, [
             (

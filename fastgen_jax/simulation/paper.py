@@ -17,7 +17,7 @@ from fastgen_jax.bench.curves import Curve, curves
 from fastgen_jax.bench.loads import CLIENT_LADDER, closed_loop
 from fastgen_jax.bench.results import RunRecord, context
 from fastgen_jax.bench.tables import table
-from fastgen_jax.simulation.costs import Roofline, roofline
+from fastgen_jax.simulation.costs import RooflineCost, roofline_cost
 from fastgen_jax.simulation.replica import ReplicaConfig
 from fastgen_jax.simulation.simulator import simulate
 
@@ -38,12 +38,12 @@ REPLICAS = (1, 4, 8, 16)
 CLAIMED_EFFECTIVE = {(2600, 60, 4): 1.42 / 0.63}  # SplitFuse over vLLM, Llama-2-70B
 
 
-def paper_cost() -> Roofline:
+def paper_cost() -> RooflineCost:
     """Llama-2-70B over four A100."""
-    return roofline("llama-2-70b", "a100", 4)
+    return roofline_cost("llama-2-70b", "a100", 4)
 
 
-def paper_config(policy: str, cost: Roofline, host_seconds: float = HOST_SECONDS) -> ReplicaConfig:
+def paper_config(policy: str, cost: RooflineCost, host_seconds: float = HOST_SECONDS) -> ReplicaConfig:
     """A server of 2023 with one of the policies, whose host takes `host_seconds` between two steps."""
     return ReplicaConfig(
         num_blocks=cost.num_kv_tokens() // BLOCK_SIZE,

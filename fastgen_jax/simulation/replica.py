@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from fastgen_jax.bench.loads import LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
+from fastgen_jax.plan.roofline import StepShape
 from fastgen_jax.scheduling import Promise, Request, SamplingParams, Scheduler, Sequence, Step
-from fastgen_jax.simulation.costs import StepCost, StepShape, shape_of
+from fastgen_jax.simulation.costs import StepCost, shape_of
 
 PREFIXES_REMEMBERED = 512  # blocks of a Mooncake prompt, 512 tokens each: what the router remembers of a replica
 

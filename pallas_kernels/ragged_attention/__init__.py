@@ -12,26 +12,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention import contract, cpu, gpu_support, tpu_support
-from pallas_kernels.ragged_attention.cpu import ragged_attention_cpu
+from pallas_kernels.ragged_attention import contract
+from pallas_kernels.ragged_attention.cpu import call as cpu
+from pallas_kernels.ragged_attention.cpu.call import ragged_attention_cpu
 from pallas_kernels.ragged_attention.derivative import with_derivative
+from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
+from pallas_kernels.ragged_attention.tpu import support as tpu_support
 from pallas_kernels.ragged_attention.xla import ragged_attention_xla
 
 __all__ = ["IMPLEMENTATIONS", "QUANTIZED_DTYPES", "QuantizedCache", "ragged_attention"]
 
 
 def _ragged_attention_tpu(*arrays: Any, **options: Any) -> tuple[jax.Array, Cache, Cache]:
-    """`tpu.ragged_attention_tpu`, imported when it is first asked for."""
-    from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
+    """`tpu.call.ragged_attention_tpu`, imported when it is first asked for."""
+    from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
 
     return ragged_attention_tpu(*arrays, **options)
 
 
 def _ragged_attention_gpu(*arrays: Any, **options: Any) -> tuple[jax.Array, Cache, Cache]:
-    """`gpu.ragged_attention_gpu`, imported when it is first asked for."""
-    from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
+    """`gpu.call.ragged_attention_gpu`, imported when it is first asked for."""
+    from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
 
     return ragged_attention_gpu(*arrays, **options)
 

@@ -3,7 +3,7 @@
     python -m pallas_kernels.ragged_attention.autotune --heads 32 --kv-heads 8 --tokens 2048 --sequences 64
 
 The file, `~/.cache/pallas_kernels/tiles.json` or what PALLAS_KERNELS_TILES names, holds one entry for each device kind
-and shape class; `tiles.choose` and `gpu_tiles.choose` prefer it to their models of the device.
+and shape class; `tpu.tile_sizes.choose` and `gpu.tile_sizes.choose` prefer it to their models of the device.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention import gpu_support, gpu_tiles, tile_file
-from pallas_kernels.ragged_attention import tiles as tile_sizes
-from pallas_kernels.ragged_attention.tile_file import Shape
-from pallas_kernels.ragged_attention.tiles import Tiles
+from pallas_kernels.ragged_attention import measured_tiles
+from pallas_kernels.ragged_attention.gpu import support as gpu_support
+from pallas_kernels.ragged_attention.gpu import tile_sizes as gpu_tiles
+from pallas_kernels.ragged_attention.measured_tiles import Shape
+from pallas_kernels.ragged_attention.tpu import tile_sizes
+from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
 
 
 def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
@@ -71,9 +73,9 @@ def autotune(
     if not times:
         raise RuntimeError(f"no candidate works for {shape} on {kind}; the lines above say why")
     best = min(times, key=times.__getitem__)
-    path = path or tile_file.measured_file()
+    path = path or measured_tiles.measured_file()
     try:
-        tile_file.save(shape, kind, best, seconds=times[best], path=path)
+        measured_tiles.save(shape, kind, best, seconds=times[best], path=path)
         report(f"{best} written to {path}")
     except OSError as error:  # hours of measurement are not lost to a folder: PALLAS_KERNELS_TILES names another
         report(f"{best} is the fastest, but {path} cannot be written ({error}); name another file in PALLAS_KERNELS_TILES")
@@ -113,12 +115,12 @@ def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
     """Tunes the kernel of this machine's TPU or GPU; ValueError if there is none."""
     backend = jax.default_backend()
     if backend == "tpu":
-        from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu as attention
+        from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu as attention
 
         kind = tile_sizes.device_kind() or jax.devices()[0].device_kind
         choices: Iterable[Any] = candidates(shape, kind)
     elif backend == "gpu" and (generation := gpu_support.generation()):
-        from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu as attention
+        from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu as attention
 
         kind = jax.devices()[0].device_kind
         choices = gpu_tiles.candidates(

@@ -14,7 +14,7 @@ from tests.tiny import tiny_model
 
 SETUP = """
 import numpy as np
-from fastgen_jax import Engine, EngineConfig, SamplingParams
+from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.engine.config import resolve
 from fastgen_jax.engine.weights import prepare_leaf
@@ -27,15 +27,16 @@ SMALL = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 8, "block_size
 def tokens(params, model, **options):
     engine = Engine(params, model, EngineConfig(**SMALL, **options))
     if "tensor_parallel" in options:
-        for array in (engine._runner.kv_cache.k.values if "kv_dtype" in options else engine._runner.kv_cache.k,
-                      engine._runner.params["embed"]):
+        for array in (engine.runner.kv_cache.k.values if "kv_dtype" in options else engine.runner.kv_cache.k,
+                      engine.runner.params["embed"]):
             assert array.addressable_shards[0].data.size * options["tensor_parallel"] == array.size
     ids = [engine.add(prompt, params) for params in (greedy(6), SAMPLED) for prompt in PROMPTS]
     outputs = drain(engine)
     assert engine.metrics.compiles_while_serving == 0
-    engine.put(["a"], [PROMPTS[1]])
-    engine.fork("a", "b")
-    logits = engine.put(["a", "b", "as a", "as b"], [[5], [7], [*PROMPTS[1], 5], [*PROMPTS[1], 7]])
+    research = Research(engine)
+    research.put(["a"], [PROMPTS[1]])
+    research.fork("a", "b")
+    logits = research.put(["a", "b", "as a", "as b"], [[5], [7], [*PROMPTS[1], 5], [*PROMPTS[1], 7]])
     np.testing.assert_allclose(logits[:2], logits[2:], atol=1e-5)  # one row and six are other tiles of a product
     return [tokens_of(outputs[request_id]) for request_id in ids]
 """
@@ -47,7 +48,7 @@ params, model = tiny_model("default")
 options = {"quantize": "int8", "kv_dtype": "int8"}
 resolved = resolve(EngineConfig(**SMALL, **options, tensor_parallel=2), model)
 loaded = load_params(open_checkpoint(HOME / "default"), dtype="float32", stack_layers=True,
-                     prepare=lambda path, array: prepare_leaf(path, array, model, resolved))
+                     prepare=lambda spec, array: prepare_leaf(spec, array, model, resolved))
 assert tokens(loaded, model, **options, tensor_parallel=2) == tokens(params, model, **options, stack_layers=True)
 """
 TIED_EMBEDDINGS = """

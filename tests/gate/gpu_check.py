@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ragged_attention import gpu_support
-from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
-from pallas_kernels.ragged_attention.gpu_tiles import modelled
+from pallas_kernels.ragged_attention.gpu import support as gpu_support
+from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu.tile_sizes import modelled
 from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.gate.shapes import Call

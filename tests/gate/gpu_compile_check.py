@@ -92,7 +92,7 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
 
     from fastgen_jax.plan.program import compile_lowered, lowering_for
     from pallas_kernels.ragged_attention import QuantizedCache
-    from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
+    from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
 
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -178,7 +178,7 @@ def check_step(hf: dict[str, Any], mesh: Any) -> tuple[int, list[Kernel], str]:
 
 def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
     """The gate must be able to fail: a tile beyond shared memory is refused."""
-    from pallas_kernels.ragged_attention.gpu_tiles import modelled
+    from pallas_kernels.ragged_attention.gpu.tile_sizes import modelled
 
     tiles = dataclasses.replace(modelled(128, 4, "hopper"), chunk_stages=6)
     try:
@@ -190,7 +190,7 @@ def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
 
 def check_spills(mesh: Any) -> tuple[int, list[Kernel], str]:
     """A tile whose scores do not fit beside the accumulator compiles, slowly: the gate must see its spills."""
-    from pallas_kernels.ragged_attention.gpu_tiles import modelled
+    from pallas_kernels.ragged_attention.gpu.tile_sizes import modelled
 
     call = Call(name="spills", num_tokens=64, num_heads=8, num_kv_heads=4, head_dim=256)
     tiles = dataclasses.replace(modelled(256, 2, "hopper"), chunk_keys=128, chunk_stages=1)
@@ -208,7 +208,7 @@ def main() -> int:
 
     from fastgen_jax.plan.devices import NoCompiler, parse_topology
     from fastgen_jax.plan.program import deviceless_mesh
-    from pallas_kernels.ragged_attention import gpu_support
+    from pallas_kernels.ragged_attention.gpu import support as gpu_support
 
     try:
         h100, eight_h100 = (deviceless_mesh(parse_topology(name)) for name in ("h100:1", "h100:8"))

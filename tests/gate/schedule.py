@@ -180,8 +180,9 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
 
     from fastgen_jax.plan.devices import parse_topology
     from fastgen_jax.plan.program import deviceless_mesh, lowering_for
-    from pallas_kernels.ragged_attention import QuantizedCache, tiles
-    from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
+    from pallas_kernels.ragged_attention import QuantizedCache
+    from pallas_kernels.ragged_attention.tpu import tile_sizes
+    from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
     from tests.gate.tpu_check import TOPOLOGIES
 
     call = SHAPES[shape]
@@ -199,8 +200,8 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
     facts: dict[str, Any] = {}
     with lowering_for(mesh):
         if which == "ours":
-            chosen = tiles.modelled(
-                tiles.Shape(
+            chosen = tile_sizes.modelled(
+                tile_sizes.Shape(
                     num_heads=call.num_heads,
                     num_kv_heads=call.num_kv_heads,
                     head_dim=call.head_dim,
@@ -289,7 +290,7 @@ def measure(which: str, shape: str, kind: str, *, timeout: float, jax_keys: int)
             return read_schedule(path)
 
         if which == "ours":
-            from pallas_kernels.ragged_attention.tiles import Tiles
+            from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
 
             return facts | count_ours(shape, schedule_of("ragged_attention"), Tiles(**facts["tiles"]), call)
         if which == "v3":

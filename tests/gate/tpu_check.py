@@ -54,7 +54,7 @@ def check_kernel(call: Any, mesh: Any, *, tiles: Any = None) -> tuple[int, str]:
 
     from fastgen_jax.plan.program import compile_lowered, lowering_for
     from pallas_kernels.ragged_attention.quantized import QuantizedCache, is_quantized
-    from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
+    from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
 
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -145,7 +145,7 @@ def check_step_refused(hf: dict[str, Any], mesh: Any) -> tuple[int, str]:
 def check_refusal(mesh: Any) -> tuple[int, str]:
     """The gate must be able to fail: a tile beyond VMEM is refused by the compiler."""
     from fastgen_jax.plan.program import DoesNotCompile
-    from pallas_kernels.ragged_attention.tiles import Tiles
+    from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
     from tests.gate.shapes import Call
 
     call = Call(name="too large", num_tokens=64, num_kv_heads=32)

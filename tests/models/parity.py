@@ -17,9 +17,9 @@ from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.cli.models import table
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import forward
+from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.families import FAMILIES
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.weight_spec import Params
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 BLOCK_SIZE = 4
@@ -64,7 +64,7 @@ class Runs:
     def __init__(self, params: Params, config: ModelConfig, num_tokens: int, **options: Any) -> None:
         self.params, self.config, self.num_tokens = params, config, num_tokens
         self.table = np.random.default_rng(0).permutation(NUM_BLOCKS).astype(np.int32)
-        self.program = jax.jit(partial(forward, config=config, **options), donate_argnums=1)
+        self.program = jax.jit(partial(forward, config=config, execution=Execution(**options)), donate_argnums=1)
 
     def logits(self, token_ids: np.ndarray, sizes: list[int], *, prompt_length: int) -> np.ndarray:
         """f32[sum(sizes), V]: every row, the tokens cut into chunks of `sizes`, each padded to the program's length."""

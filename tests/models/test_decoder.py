@@ -12,8 +12,9 @@ import pytest
 
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.decoder import forward
-from fastgen_jax.models.params import count_params, init_params
+from fastgen_jax.models.params import init_params
 from tests.tiny import VARIANTS, expected, tiny_model
 
 BLOCK_SIZE = 4
@@ -23,7 +24,7 @@ NUM_BLOCKS = 40
 LOGIT_TOLERANCE = 1e-4
 
 
-def run_chunks(params, config: ModelConfig, token_ids, sizes, **options) -> np.ndarray:
+def run_chunks(params, config: ModelConfig, token_ids, sizes) -> np.ndarray:
     """Logits of every position, with the prompt cut into chunks of `sizes`."""
     cache = KVCache.zeros(
         num_layers=config.num_layers,
@@ -34,7 +35,7 @@ def run_chunks(params, config: ModelConfig, token_ids, sizes, **options) -> np.n
         dtype=jnp.float32,
     )
     table = np.random.default_rng(0).permutation(NUM_BLOCKS).astype(np.int32)
-    program = jax.jit(partial(forward, config=config, **options), donate_argnums=1)
+    program = jax.jit(partial(forward, config=config), donate_argnums=1)
     rows, start = [], 0
     for size in sizes:
         positions = np.arange(start, start + size, dtype=np.int32)

@@ -11,9 +11,10 @@ import pytest
 
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import forward
+from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.dense import dense_forward
-from fastgen_jax.models.params import Params, init_params, unstack
+from fastgen_jax.models.params import init_params, unstack
+from fastgen_jax.models.weight_spec import Params
 from pallas_kernels import native
 from tests.models.parity import load
 from tests.tiny import tiny_engine, tiny_model
@@ -61,7 +62,9 @@ def loss(
     parts = []
     for start, stop in ((0, cut), (cut, LENGTH)):
         if stop > start:
-            logits, cache = forward(params, cache, batch_of(start, stop), config=config, attention=attention)
+            logits, cache = forward(
+                params, cache, batch_of(start, stop), config=config, execution=Execution(attention=attention)
+            )
             parts.append(logits)
     return cross_entropy(jnp.concatenate(parts))
 

@@ -215,7 +215,7 @@ def check_step(scheduler: Scheduler, step: Step, run: Run) -> None:
         assert chunk.num_sample_rows >= chunk.samples
         assert not chunk.sequence.is_finished
     for sequence in step.admitted:
-        for waiting in scheduler._waiting:
+        for waiting in scheduler._state.waiting:
             if waiting.order < sequence.order:
                 run.bypasses[waiting] += 1
                 assert run.bypasses[waiting] <= limits.max_bypasses

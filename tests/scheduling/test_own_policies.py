@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from fastgen_jax.scheduling import Admission, Chunk, Draft, Scheduler, StepPlan, orca, prompts_first, splitfuse
+from fastgen_jax.scheduling import Admission, Chunk, Planner, Scheduler, StepPlan, orca, prompts_first, splitfuse
 from tests.scheduling.fake_device import drive, make_request, naive_tokens
 from tests.scheduling.test_properties import ANY_WORKLOAD, Workload, workloads
 
@@ -22,12 +22,22 @@ SIZES = {
 }
 
 
-def last_come_first_served(running, waiting, *, limits, blocks, cached_prefix, pace=None):
-    draft = Draft(running, waiting[::-1], limits, blocks, cached_prefix)
-    draft.generate()
-    draft.continue_prompts()
-    draft.admit(whole=False)
-    return draft.finish()._replace(bypassed=[])
+def last_come_first_served(planner: Planner) -> StepPlan:
+    planner.waiting = planner.waiting[::-1]
+    planner.generate()
+    planner.continue_prompts()
+    planner.admit()
+    return planner.finish()._replace(bypassed=[])
+
+
+def one_by_one(planner: Planner) -> StepPlan:
+    """SplitFuse without bypass, written with the operations on single sequences."""
+    for sequence in planner.running:
+        planner.take(sequence)
+    for sequence in planner.waiting:
+        if not planner.take(sequence):
+            break
+    return planner.finish()
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -63,8 +73,8 @@ def test_a_built_in_policy_is_the_same_by_name_and_as_a_function() -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (lambda running, waiting: None, "cannot be called as `Policy` is: got an unexpected keyword argument 'limits'"),
-        (lambda running, waiting, *, limits, blocks, cached_prefix: None, "unexpected keyword argument 'pace'"),
+        (lambda running, waiting: None, "cannot be called with a planner: missing a required argument: 'waiting'"),
+        (lambda: None, "cannot be called with a planner: too many positional arguments"),
         (17, "policy is 17; choose one of 'splitfuse'"),
         (None, "policy is None"),
     ],
@@ -100,14 +110,14 @@ def chunk(sequence: Any, **changes: Any) -> Chunk:
         (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, [])], bypassed=[a]), "bypassed names"),
         (
             lambda a, b: plan_of(chunks=[chunk(b, length=40)], admissions=[Admission(b, [])]),
-            "has 40 tokens and 1 logit rows",
+            "has 40 tokens and 1 rows of logits",
         ),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused_with_its_fault_and_changes_nothing(plan: Any, message: str) -> None:
     sequences: list[Any] = []
 
-    def policy(running, waiting, *, limits, blocks, cached_prefix, pace=None):
+    def policy(planner: Planner) -> StepPlan:
         return plan(*sequences)
 
     scheduler = Scheduler(**SIZES, policy=policy)
@@ -120,12 +130,76 @@ def test_a_plan_that_cannot_be_run_is_refused_with_its_fault_and_changes_nothing
 
 
 def test_a_plan_that_needs_more_blocks_than_are_free_is_refused() -> None:
-    def greedy(running, waiting, *, limits, blocks, cached_prefix, pace=None):
+    def greedy(planner: Planner) -> StepPlan:
+        waiting = planner.waiting
         return plan_of(chunks=[chunk(s) for s in waiting], admissions=[Admission(s, []) for s in waiting])
 
     scheduler = Scheduler(**{**SIZES, "num_blocks": 4}, policy=greedy)
     scheduler.borrow_blocks(1)
     for name in "ab":
         scheduler.add(make_request(name, range(8), 4))
-    with pytest.raises(RuntimeError, match="needs 1 KV blocks more than are free"):
+    with pytest.raises(RuntimeError, match="needs 1 more KV blocks than are free"):
         scheduler.schedule()
+
+
+def test_a_policy_cannot_change_the_queues_or_the_block_count_of_the_scheduler() -> None:
+    def meddling(planner: Planner) -> StepPlan:
+        for queue in (planner.running, planner.waiting):
+            with pytest.raises(AttributeError):
+                queue.reverse()  # type: ignore[attr-defined]
+        plan = splitfuse(planner)
+        planner.blocks.take(planner.free_blocks)
+        planner.waiting = planner.running = ()
+        return plan
+
+    scheduler = Scheduler(**SIZES, policy=meddling)
+    sequences = [scheduler.add(make_request(name, range(8), 4)) for name in "abc"]
+    step = scheduler.schedule()
+    assert step is not None
+    assert [chunk.sequence for chunk in step.chunks] == sequences[:2]
+    scheduler.check_integrity()
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_free_blocks) == (2, 1, SIZES["num_blocks"] - 4)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@given(workload=workloads())
+@ANY_WORKLOAD
+def test_a_policy_made_of_single_sequences_gives_the_tokens_of_each_request_alone(depth: int, workload: Workload) -> None:
+    scheduler = Scheduler(**workload.arguments, policy=one_by_one)
+    run = drive(scheduler, workload.arrivals, depth=depth, aborts=workload.aborts)
+    for request in workload.requests:
+        sequence = run.sequences[request.request_id]
+        assert sequence.finish_reason == "abort" or sequence.output_token_ids == naive_tokens(
+            request, scheduler.max_context_len
+        )
+
+
+def test_fits_says_whether_take_would_complete_a_sequence() -> None:
+    answers: list[list[bool]] = []
+
+    def asking(planner: Planner) -> StepPlan:
+        answers.append([planner.fits(sequence) for sequence in (*planner.running, *planner.waiting)])
+        return splitfuse(planner)
+
+    scheduler = Scheduler(**{**SIZES, "num_blocks": 6}, policy=asking)
+    for name, length in (("a", 8), ("b", 20)):
+        scheduler.add(make_request(name, range(length), 1))
+    for _ in range(2):
+        step = scheduler.schedule()
+        assert step is not None
+        scheduler.commit(step, [0] * len(step.sampled))
+    # a fits and b exceeds the 16 tokens of a step; then a has ended, and the 12 tokens that b has left fit.
+    assert answers == [[True, False], [True]]
+
+
+def test_a_policy_reads_the_clock_of_the_scheduler() -> None:
+    times: list[float] = []
+
+    def timed(planner: Planner) -> StepPlan:
+        times.append(planner.now())
+        return splitfuse(planner)
+
+    scheduler = Scheduler(**SIZES, policy=timed, clock=lambda: 12.5)
+    scheduler.add(make_request("a", range(4), 1))
+    scheduler.schedule()
+    assert times == [12.5]

@@ -176,7 +176,7 @@ class Journal(Scheduler):
     def schedule(self):
         step = super().schedule()
         assert self._pace is not None
-        for sequence in self._waiting:
+        for sequence in self._state.waiting:
             if not sequence.num_preemptions:
                 assert self._pace.now() <= self._pace.promise.deadline(sequence) + 1.0, "neither served nor refused in time"
         return step

@@ -117,7 +117,7 @@ def test_with_room_for_all_every_splitfuse_step_is_full_while_prompts_wait(workl
     while scheduler.has_work:
         step = scheduler.schedule()
         assert step is not None
-        left = [s for s in (*scheduler._running, *scheduler._waiting) if s.num_computed < s.num_prompt_tokens]
+        left = [s for s in (*scheduler._state.running, *scheduler._state.waiting) if s.num_computed < s.num_prompt_tokens]
         assert step.num_tokens == scheduler.limits.token_budget or not left
         scheduler.commit(step, [0] * len(step.sampled))
 

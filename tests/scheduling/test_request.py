@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -95,6 +97,15 @@ def test_collections_are_stored_as_tuples_so_that_parameters_are_hashable_and_ca
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
+def test_parameters_cannot_be_changed_and_survive_pickling() -> None:
+    params = SamplingParams(stop=["a"], top_k=-1)
+    assert params.top_k is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.stop = "b"  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
+    assert repr(params) == repr(SamplingParams(stop="a"))
+
+
 def test_greedy_is_without_sampling_or_at_temperature_zero() -> None:
     assert SamplingParams(do_sample=False).greedy
     assert SamplingParams(temperature=0).greedy
@@ -106,6 +117,10 @@ def test_greedy_is_without_sampling_or_at_temperature_zero() -> None:
     ("changes", "message"),
     [
         ({"prompt_token_ids": ()}, "prompt_token_ids of request 'a' is empty"),
+        (
+            {"prompt_token_ids": [1]},
+            "prompt_token_ids of request 'a' is a list; it must be a tuple; convert it with tuple()",
+        ),
         ({"prompt_token_ids": (1, 2**31)}, "prompt_token_ids contains 2147483648"),
         ({"eos_token_ids": (-2,)}, "eos_token_ids contains -2"),
         ({"request_id": ""}, "request_id is ''; it must be a non-empty string"),

@@ -267,7 +267,11 @@ def test_starting_over_keeps_the_known_tokens_and_computes_the_same_ones_again(k
         step = next_step(scheduler)
         scheduler.commit(step, device.run(step))
     scheduler.schedule()
-    scheduler._waiting, scheduler._free_slots, scheduler._unfinished = [], [], {}  # as an exception may leave them
+    scheduler._state.waiting, scheduler._state.free_slots, scheduler._state.unfinished = (
+        [],
+        [],
+        {},
+    )  # as an exception may leave them
     scheduler.start_over((sequence, min(known, len(sequence.output_token_ids))) for sequence in sequences)
     scheduler.check_integrity()
     drive(scheduler, {})
@@ -277,7 +281,7 @@ def test_starting_over_keeps_the_known_tokens_and_computes_the_same_ones_again(k
 def test_a_policy_that_plans_nothing_is_reported_instead_of_waiting_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(POLICIES, "idle", lambda *_args, **_kwargs: StepPlan([], [], [], [], []))
+    monkeypatch.setitem(POLICIES, "idle", lambda planner: StepPlan([], [], [], [], []))
     scheduler = make_scheduler(policy="idle")
     assert scheduler.schedule() is None
     scheduler.add(make_request("a", range(8), 1))

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 
 from fastgen_jax.serving.batch import run_batch
-from tests.serving.house import MODEL
+from tests.serving.tiny_server import MODEL
 
 
 def answers(path: Path) -> dict[int, dict]:

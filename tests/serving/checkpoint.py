@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.serving.house import CHARACTERS, SPECIALS, TEMPLATE
+from tests.serving.tiny_server import CHARACTERS, SPECIALS, TEMPLATE
 from tests.tiny import HOME
 
 

@@ -7,9 +7,10 @@ import pytest
 import uvicorn
 
 from fastgen_jax.api.async_engine import AsyncEngine
-from fastgen_jax.serving.app import Server, create_app
-from fastgen_jax.serving.settings import Served
-from tests.serving.house import MODEL, engine
+from fastgen_jax.serving.app import create_app
+from fastgen_jax.serving.settings import ServedModel
+from fastgen_jax.serving.state import ServerState
+from tests.serving.tiny_server import MODEL, engine
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def url():
     """A server on a real socket, in a thread of this process; no key is asked for."""
     backend = AsyncEngine(engine())
     server = uvicorn.Server(
-        uvicorn.Config(create_app(Server(Served(name=MODEL, deployment=MODEL), backend)), log_config=None)
+        uvicorn.Config(create_app(ServerState(ServedModel(name=MODEL, deployment=MODEL), backend)), log_config=None)
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

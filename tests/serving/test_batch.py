@@ -20,7 +20,7 @@ from fastgen_jax.serving import batch
 from fastgen_jax.serving.batch import Batch, run_batch
 from tests.serving.batches import Echo, answers, line, run, write_prompts
 from tests.serving.checkpoint import write_checkpoint
-from tests.serving.house import MODEL, offline, with_server
+from tests.serving.tiny_server import MODEL, offline, with_server
 
 OPTIONS = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 

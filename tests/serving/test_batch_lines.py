@@ -8,7 +8,7 @@ import pytest
 
 from fastgen_jax.serving.batch_input import BatchInput
 from tests.serving.batches import GOOD, Echo, answers, line, run
-from tests.serving.house import MODEL
+from tests.serving.tiny_server import MODEL
 
 BAD_LINES = {
     "NaN": (b'{"custom_id": "bad", "prompt": "x", "temperature": NaN}', "NaN' is not a number in JSON", "bad"),

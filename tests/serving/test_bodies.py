@@ -13,7 +13,7 @@ import pytest
 from fastgen_jax.serving.bodies import PIECE, unpacked
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.logs import JsonFormatter, TextFormatter
-from tests.serving.house import MODEL, with_server
+from tests.serving.tiny_server import MODEL, with_server
 
 COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 4, "temperature": 0}
 BODY = json.dumps(COMPLETION).encode()

@@ -9,7 +9,7 @@ import pytest
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.protocol import ChatRequest
 from fastgen_jax.serving.tools import ToolReader, prepare_messages
-from tests.serving.house import MODEL, ask, events, offline, tokenizer
+from tests.serving.tiny_server import MODEL, ask, events, offline, tokenizer
 
 CHAT = {
     "model": MODEL,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.serving.house import MODEL, ask, engine, events, offline, with_server
+from tests.serving.tiny_server import MODEL, ask, engine, events, offline, with_server
 from tests.tiny import drain, greedy, tokens_of
 
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 12, "ignore_eos": True}

@@ -17,7 +17,7 @@ import fastgen_jax
 from fastgen_jax.api.client import AsyncClient, Client, NoAnswerError, ServerError
 from fastgen_jax.api.deployment import Deployment, deployments, process_start, written_down
 from fastgen_jax.cli import main
-from tests.serving.house import MODEL
+from tests.serving.tiny_server import MODEL
 
 GONE = 2**22 + 1  # above the largest process id of Linux
 
@@ -43,9 +43,11 @@ def listening(answer: bytes) -> Iterator[str]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def read_request(connection: socket.socket) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest
-from tests.serving import house
+from tests.serving import tiny_server
 
 DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
 
@@ -15,7 +15,7 @@ DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repet
 @pytest.fixture
 def with_defaults(monkeypatch):
     """Gives the shared engine of the house other defaults."""
-    intake = house.engine().intake
+    intake = tiny_server.engine().intake
 
     def change(**defaults):
         config = dataclasses.replace(intake.config, generation_config=defaults)
@@ -48,13 +48,13 @@ def test_answers_over_http_follow_the_models_defaults(with_defaults):
     with_defaults(do_sample=False, max_new_tokens=5)
 
     async def scenario(http, engine):
-        chat = {"model": house.MODEL, "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
+        chat = {"model": tiny_server.MODEL, "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
         answers = [(await http.post("/v1/chat/completions", json=chat)).json() for _ in range(2)]
         greedy = (await http.post("/v1/chat/completions", json={**chat, "temperature": 0, "max_tokens": 7})).json()
         plain = (await http.post("/mii/here", json={"prompts": "Hi", "ignore_eos": True})).json()
         return answers, greedy, plain
 
-    answers, greedy, (plain,) = house.with_server(scenario)
+    answers, greedy, (plain,) = tiny_server.with_server(scenario)
     texts = [answer["choices"][0]["message"]["content"] for answer in answers]
     assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 5]
     assert texts[0] == texts[1] == greedy["choices"][0]["message"]["content"][: len(texts[0])]
@@ -66,8 +66,8 @@ def test_a_default_limit_that_does_not_fit_gives_way_and_one_that_was_asked_for_
     with_defaults(max_new_tokens=100_000)
 
     async def scenario(http, engine):
-        chat = {"model": house.MODEL, "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
+        chat = {"model": tiny_server.MODEL, "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
         return (await http.post("/v1/chat/completions", json=chat)).json()
 
-    usage = house.with_server(scenario)["usage"]
-    assert usage["total_tokens"] == house.engine().config.max_context_len
+    usage = tiny_server.with_server(scenario)["usage"]
+    assert usage["total_tokens"] == tiny_server.engine().config.max_context_len

@@ -21,7 +21,7 @@ import fastgen_jax
 from fastgen_jax.api.client import ServerError
 from fastgen_jax.api.deployment import deployments
 from tests.serving.checkpoint import write_checkpoint
-from tests.serving.house import offline
+from tests.serving.tiny_server import offline
 
 GREEDY = {"do_sample": False, "ignore_eos": True}
 KEY = "secret"

@@ -10,7 +10,7 @@ import pytest
 
 from fastgen_jax import SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarCompiler
-from tests.serving.house import MODEL, ask, engine, events, tokenizer
+from tests.serving.tiny_server import MODEL, ask, engine, events, tokenizer
 from tests.tiny import drain, greedy, tokens_of
 
 DIGITS = Grammar(kind="regex", source="[0-9]{3,6}x")

@@ -9,7 +9,7 @@ import pytest
 
 from fastgen_jax.api.client import Client
 from fastgen_jax.api.deployment import Deployment
-from tests.serving.house import MODEL, ask, engine, tokenizer, with_server
+from tests.serving.tiny_server import MODEL, ask, engine, tokenizer, with_server
 
 USER = {"role": "user", "content": "Hi"}
 WEATHER = {

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from fastgen_jax import Engine, EngineConfig
-from tests.serving.house import MODEL, tokenizer, with_server
+from tests.serving.tiny_server import MODEL, tokenizer, with_server
 from tests.tiny import tiny_model
 
 CACHE = 64  # tokens; the context has 128

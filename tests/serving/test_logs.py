@@ -15,10 +15,11 @@ import pytest
 
 from fastgen_jax.cli import main
 from fastgen_jax.core import progress
-from fastgen_jax.serving.app import Server, create_app
+from fastgen_jax.serving.app import create_app
 from fastgen_jax.serving.logs import JsonFormatter, TextFormatter, set_up_logging
-from fastgen_jax.serving.settings import Served
-from tests.serving.house import MODEL
+from fastgen_jax.serving.settings import ServedModel
+from fastgen_jax.serving.state import ServerState
+from tests.serving.tiny_server import MODEL
 
 FORGED = "fine\n2026-01-01 00:00:00,000 INFO fastgen_jax: a lie\r\x1b[2J\x85\u2028\x00\ud800"
 
@@ -88,7 +89,7 @@ def test_a_file_that_is_standard_error_gets_each_entry_once(tmp_path, root, monk
 
 def test_a_log_that_cannot_be_written_is_refused(tmp_path):
     for path in (tmp_path / "missing" / "log", tmp_path):
-        with pytest.raises(ValueError, match=r"log_file '.*' cannot be written \(.*\); choose another"):
+        with pytest.raises(ValueError, match=r"log_file '.*' cannot be written \(.*\); choose a file in"):
             set_up_logging("text", file=str(path))
 
 
@@ -113,7 +114,7 @@ def test_a_server_that_does_not_come_up_says_so_in_its_log_file_too(tmp_path, ro
 
 
 def test_polls_of_machines_fill_no_log_also_while_the_model_loads(caplog):
-    server = Server(Served(name=MODEL, deployment=MODEL))  # without a backend: it loads
+    server = ServerState(ServedModel(name=MODEL, deployment=MODEL))  # without a backend: it loads
 
     async def scenario() -> list[int]:
         transport = httpx.ASGITransport(app=create_app(server))

@@ -11,7 +11,7 @@ import pytest
 from fastgen_jax.cli.top import render
 from fastgen_jax.serving import spans
 from fastgen_jax.serving.logs import JsonFormatter
-from tests.serving.house import MODEL, with_server
+from tests.serving.tiny_server import MODEL, with_server
 
 BODY = {"model": MODEL, "prompt": "Once upon", "max_tokens": 6, "ignore_eos": True}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.house import MODEL, engine, tokenizer
+from tests.serving.tiny_server import MODEL, engine, tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 SCREENSHOTS = os.environ.get("FASTGEN_SCREENSHOTS")  # folder that gets them, for a look by eye

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.serving.checkpoint import write_checkpoint
-from tests.serving.house import offline
+from tests.serving.tiny_server import offline
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fastgen_jax[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
@@ -47,7 +47,7 @@ def replicas() -> list[psutil.Process]:
     return [
         p
         for p in psutil.Process(os.getpid()).children(recursive=True)
-        if any("ServeReplica" in word and "Engines" in word for word in p.cmdline())
+        if any("ServeReplica" in word and "EngineReplica" in word for word in p.cmdline())
     ]
 
 

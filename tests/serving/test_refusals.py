@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from fastgen_jax.serving.app import Server, create_app
-from fastgen_jax.serving.settings import Served
-from tests.serving.house import MODEL, ask, events, with_server
+from fastgen_jax.serving.app import create_app
+from fastgen_jax.serving.settings import ServedModel
+from fastgen_jax.serving.state import ServerState
+from tests.serving.tiny_server import MODEL, ask, events, with_server
 from tests.tiny import pause_after_outputs
 
 COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 4}
@@ -192,7 +193,7 @@ def test_before_the_model_is_loaded_everything_but_health_waits():
     import httpx
 
     async def scenario():
-        server = Server(Served(name=MODEL, deployment="here"))
+        server = ServerState(ServedModel(name=MODEL, deployment="here"))
         transport = httpx.ASGITransport(app=create_app(server))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             health, answer = await client.get("/health"), await client.post("/v1/completions", json=COMPLETION)

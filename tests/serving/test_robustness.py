@@ -15,11 +15,11 @@ import pytest
 
 from fastgen_jax.api.deployment import Deployment, process_start, written_down
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.serving.app import Server
-from fastgen_jax.serving.gate import Turnstile
+from fastgen_jax.serving.middleware import StartLimiter
 from fastgen_jax.serving.server import _serve, run_server
-from fastgen_jax.serving.settings import Served, ServerConfig
-from tests.serving.house import MODEL, offline, with_server
+from fastgen_jax.serving.settings import ServedModel, ServerConfig
+from fastgen_jax.serving.state import ServerState
+from tests.serving.tiny_server import MODEL, offline, with_server
 
 COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 4}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -219,7 +219,7 @@ def test_told_twice_to_end_a_server_waits_no_longer_for_what_runs():
     backend = Endless()
 
     async def scenario():
-        server = Server(Served(name=MODEL, deployment="here", config=ServerConfig(drain_seconds=600)))
+        server = ServerState(ServedModel(name=MODEL, deployment="here", config=ServerConfig(drain_seconds=600)))
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             loading = asyncio.create_task(asyncio.sleep(0, result=backend))
@@ -239,10 +239,10 @@ def test_told_twice_to_end_a_server_waits_no_longer_for_what_runs():
 
 def test_requests_that_come_at_once_begin_a_few_a_turn_and_in_order():
     async def scenario():
-        turnstile, begun, by_turn = Turnstile(each=3), [], []
+        limiter, begun, by_turn = StartLimiter(each=3), [], []
 
         async def one(number):
-            await turnstile.enter()
+            await limiter.wait_turn()
             begun.append(number)
 
         tasks = [asyncio.create_task(one(number)) for number in range(10)]

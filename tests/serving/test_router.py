@@ -17,7 +17,7 @@ from fastgen_jax.serving import router
 from fastgen_jax.serving.frames import pack
 from fastgen_jax.serving.remote import PIECE, prefix_pieces
 from fastgen_jax.serving.router import Router
-from tests.serving.house import engine, tokenizer
+from tests.serving.tiny_server import engine, tokenizer
 
 
 class Fixture:
@@ -37,7 +37,7 @@ class Fixture:
         return request, self.router.submit(request)
 
     def home(self, request) -> int:
-        (number,) = [i for i, r in enumerate(self.router.replicas) if request.request_id in r.tickets]
+        (number,) = [i for i, r in enumerate(self.router.replicas) if request.request_id in r.requests]
         return number
 
     def say(self, number, request, token_ids, *, finished=False):
@@ -58,9 +58,9 @@ class Fixture:
     def die(self, number):
         replica = self.router.replicas[number]
         replica.is_ready = False
-        orphans, _ = list(replica.tickets.values()), replica.tickets.clear()
-        for ticket in orphans:
-            self.router._bereave(ticket)
+        interrupted, _ = list(replica.requests.values()), replica.requests.clear()
+        for routed in interrupted:
+            self.router._reroute(routed)
 
     def live(self, number):
         self.router._take(self.router.replicas[number], ("ready", engine().config), asyncio.Event())
@@ -172,11 +172,11 @@ def test_a_request_that_kills_replicas_is_given_up_and_its_companions_are_not():
         for _ in range(2):  # nobody knows which of them it was
             f.die(0)
             f.live(0)
-        alone = f.router.replicas[0].tickets
+        alone = f.router.replicas[0].requests
         assert len(alone) == 1, "suspects run one at a time"
         if companion[0].request_id in alone:
             f.say(0, companion[0], [1], finished=True)
-        assert list(f.router.replicas[0].tickets) == [poison[0].request_id]
+        assert list(f.router.replicas[0].requests) == [poison[0].request_id]
         bystander = f.submit([7])
         f.die(0)
         with pytest.raises(RequestFailedError, match="3 replicas died while they ran this request"):
@@ -208,7 +208,7 @@ def test_a_replica_that_dies_again_and_again_is_given_up_and_that_is_reported(mo
         replica.is_ready = True
         streams = [f.submit([i])[1] for i in (5, 6)]
         f.die(0)
-        await f.router._keep(replica, asyncio.Event())
+        await f.router._supervise(replica, asyncio.Event())
         for stream in streams:  # either of them may have been tried three times
             with pytest.raises(RequestFailedError, match=r"3 replicas died|every replica was given up after 3 starts"):
                 await anext(stream)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.serving.house import MODEL, engine
+from tests.serving.tiny_server import MODEL, engine
 
 schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
 EXAMPLES = 12  # an operation; `--run-slow` tries many more

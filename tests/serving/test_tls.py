@@ -13,7 +13,7 @@ from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.serving.server import run_server
 from fastgen_jax.serving.settings import ServerConfig
 from tests.serving.checkpoint import write_checkpoint
-from tests.serving.house import offline
+from tests.serving.tiny_server import offline
 
 trustme = pytest.importorskip("trustme", reason="pip install trustme")
 ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64}

@@ -104,7 +104,7 @@ def test_a_scheduler_that_skipped_steps_is_the_one_that_ran_them(overlap: bool, 
         else:
             step(0)
             step(1)
-        for a, b in zip(skipping._running, stepping._running, strict=True):
+        for a, b in zip(skipping._state.running, stepping._state.running, strict=True):
             for name in ("num_computed", "num_tokens", "output_token_ids", "block_ids", "capacity", "next_block_end"):
                 assert getattr(a, name) == getattr(b, name), name
         assert [c[1:] for c in flights[0].chunks] == [c[1:] for c in flights[1].chunks] if flights[0] else not flights[1]

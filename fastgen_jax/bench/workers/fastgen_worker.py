@@ -15,6 +15,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
     from fastgen_jax import Engine, EngineConfig
     from fastgen_jax.bench.driver import outputs_of
     from fastgen_jax.bench.machine import matmul_peak
+    from fastgen_jax.models.counts import flops_per_token
 
     config = EngineConfig.from_options(options["config"])
     engine = Engine.from_pretrained(options["model"], config=config)
@@ -25,8 +26,8 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
         num_output = request["max_new_tokens"]
         num_computed = len(request["prompt_token_ids"]) + num_output - 1  # the last token is never an input
         # Linear in the context, so the mean context stands for every token.
-        body = engine.model.flops_per_token(context_len=(num_computed + 1) // 2, sampled=False)
-        head = engine.model.flops_per_token(sampled=True) - engine.model.flops_per_token(sampled=False)
+        body = flops_per_token(engine.model, context_len=(num_computed + 1) // 2, sampled=False)
+        head = flops_per_token(engine.model, sampled=True) - flops_per_token(engine.model, sampled=False)
         return num_computed * body + num_output * head
 
     def run(requests: list[Request]) -> dict[str, Any]:

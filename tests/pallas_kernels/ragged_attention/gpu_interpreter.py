@@ -24,8 +24,8 @@ from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu
-from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles
+from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
 from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch

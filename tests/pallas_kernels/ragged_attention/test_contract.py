@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.ragged_attention import QuantizedCache, cpu, ragged_attention
+from pallas_kernels.ragged_attention import QuantizedCache, ragged_attention
+from pallas_kernels.ragged_attention.cpu import call as cpu
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")

@@ -21,12 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_attention import QuantizedCache, contract, gpu_ampere, gpu_hopper, gpu_support, ragged_attention
+from pallas_kernels.ragged_attention import QuantizedCache, contract, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, time_call
 from pallas_kernels.ragged_attention.autotune import main as autotune_command
-from pallas_kernels.ragged_attention.gpu import BODIES, ragged_attention_gpu
-from pallas_kernels.ragged_attention.gpu_plan import combine, plan_chunks, plan_pieces
-from pallas_kernels.ragged_attention.gpu_tile import (
+from pallas_kernels.ragged_attention.gpu import ampere, hopper
+from pallas_kernels.ragged_attention.gpu import support as gpu_support
+from pallas_kernels.ragged_attention.gpu.call import BODIES, ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu.plan import combine, plan_chunks, plan_pieces
+from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     END,
     FIRST,
     HAS_SINK,
@@ -36,8 +38,8 @@ from pallas_kernels.ragged_attention.gpu_tile import (
     WINDOW,
     Spec,
 )
-from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles, candidates, choose, modelled
-from pallas_kernels.ragged_attention.tile_file import Shape
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, candidates, choose, modelled
+from pallas_kernels.ragged_attention.measured_tiles import Shape
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 NUM_CASES = 19  # in `gpu_interpreter.ALL`
@@ -258,8 +260,8 @@ def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
         pytest.skip("refused, see below")
     for partial in (False, True):
         made = spec(group=group, partial=partial, head_dim=head_dim)
-        assert gpu_hopper.shared_bytes(made) <= 227 * 1024 - 1024
-        taken = gpu_ampere.shared_bytes(spec(group=group, partial=partial, head_dim=head_dim, generation="ampere"))
+        assert hopper.shared_bytes(made) <= 227 * 1024 - 1024
+        taken = ampere.shared_bytes(spec(group=group, partial=partial, head_dim=head_dim, generation="ampere"))
         assert taken <= 99 * 1024  # of compute capability 8.6 and 8.9
         if head_dim <= 128:
             assert 2 * (taken + 1024) <= 164 * 1024  # two thread blocks on a multiprocessor of an A100
@@ -270,8 +272,8 @@ def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
 def test_modelled_tiles_of_8_bits_fit_in_shared_memory(head_dim: int, group: int) -> None:
     for partial in (False, True):
         case: Any = {"group": group, "partial": partial, "head_dim": head_dim, "cache_dtype": jnp.int8}
-        assert gpu_hopper.shared_bytes(spec(**case)) <= 227 * 1024 - 1024
-        taken = gpu_ampere.shared_bytes(spec(**case, generation="ampere"))
+        assert hopper.shared_bytes(spec(**case)) <= 227 * 1024 - 1024
+        taken = ampere.shared_bytes(spec(**case, generation="ampere"))
         assert 2 * (taken + 1024) <= 164 * 1024
 
 

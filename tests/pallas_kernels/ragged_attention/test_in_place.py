@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.ragged_attention import QuantizedCache, cpu, ragged_attention
+from pallas_kernels.ragged_attention import QuantizedCache, ragged_attention
+from pallas_kernels.ragged_attention.cpu import call as cpu
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 NUM_LAYERS, NUM_BLOCKS = 30, 8

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ragged_attention import cpu, ragged_attention
+from pallas_kernels.ragged_attention import ragged_attention
+from pallas_kernels.ragged_attention.cpu import call as cpu
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")

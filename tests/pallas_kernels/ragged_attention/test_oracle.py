@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_attention import QUANTIZED_DTYPES, cpu, ragged_attention
+from pallas_kernels.ragged_attention import QUANTIZED_DTYPES, ragged_attention
+from pallas_kernels.ragged_attention.cpu import call as cpu
 from pallas_kernels.ragged_attention.quantized import gather_blocks, is_quantized, quantize
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
 

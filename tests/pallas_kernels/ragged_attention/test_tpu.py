@@ -20,12 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fastgen_jax.core import stored_head_dim
 from pallas_kernels.ragged_attention.autotune import autotune, candidates
+from pallas_kernels.ragged_attention.measured_tiles import entries
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
-from pallas_kernels.ragged_attention.tile_file import entries
-from pallas_kernels.ragged_attention.tiles import DEVICES, Shape, Tiles, choose, modelled, vmem_bytes
-from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu
-from pallas_kernels.ragged_attention.tpu_write import write_kv_tpu
-from pallas_kernels.ragged_attention.tpu_write_quantized import write_kv_quantized_tpu
+from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
+from pallas_kernels.ragged_attention.tpu.tile_sizes import DEVICES, Shape, Tiles, choose, modelled, vmem_bytes
+from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
+from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 from pallas_kernels.ragged_attention.xla import write_kv
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, as_cache, make_batch
 

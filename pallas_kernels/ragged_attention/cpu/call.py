@@ -1,0 +1,81 @@
+"""Ragged attention on the CPU by the native kernel of `kernel.cc`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import native
+
+CACHE_DTYPES = (jnp.float32, jnp.bfloat16)
+
+_TARGETS = {
+    jnp.dtype(jnp.float32): "fastgen_ragged_attention_f32",
+    jnp.dtype(jnp.bfloat16): "fastgen_ragged_attention_bf16",
+}
+_NO_WINDOW = np.iinfo(np.int32).max
+
+
+def available() -> bool:
+    """True when the kernel could be built, or is built now (seconds, once per machine). Never raises."""
+    return native.load(
+        "ragged_attention", Path(__file__).with_name("kernel.cc"), {target: target for target in _TARGETS.values()}
+    )
+
+
+def ragged_attention_cpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    kv_slots: jax.Array,
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    block_tables: jax.Array,
+    layer: int | jax.Array,
+    num_blocks: int,
+    scale: float,
+    sliding_window: int | jax.Array | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`; float32 and bfloat16 caches.
+
+    A row's result depends on its query, its keys and its position, bit for bit: not on the other rows, not on how a
+    prompt was cut into chunks, not on where the blocks lie, not on the number of threads. See `kernel.cc`.
+    """
+    none = jnp.zeros((0,), jnp.float32)
+    call = jax.ffi.ffi_call(
+        _TARGETS[jnp.dtype(k_cache.dtype)],
+        (
+            jax.ShapeDtypeStruct(q.shape, jnp.float32),
+            jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype),
+            jax.ShapeDtypeStruct(v_cache.shape, v_cache.dtype),
+        ),
+        input_output_aliases={3: 1, 4: 2},  # the caches are updated where they lie
+    )
+    out, k_cache, v_cache = call(
+        q.astype(jnp.float32),
+        k.astype(jnp.float32),
+        v.astype(jnp.float32),
+        k_cache,
+        v_cache,
+        kv_slots,
+        query_starts,
+        context_lens,
+        block_tables,
+        jnp.asarray(layer, jnp.int32),
+        jnp.asarray(_NO_WINDOW if sliding_window is None else sliding_window, jnp.int32),
+        none if alibi_slopes is None else alibi_slopes,
+        none if sinks is None else sinks,
+        num_blocks=np.int64(num_blocks),
+        scale=np.float32(scale),
+        soft_cap=np.float32(0.0 if soft_cap is None else soft_cap),
+    )
+    return out.astype(q.dtype), k_cache, v_cache

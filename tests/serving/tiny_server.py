@@ -1,0 +1,121 @@
+"""A server around a tiny engine, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
+from functools import cache
+from typing import Any
+
+import httpx
+
+from fastgen_jax import Engine, EngineConfig
+from fastgen_jax.api.async_engine import AsyncEngine
+from fastgen_jax.serving.app import create_app
+from fastgen_jax.serving.settings import ServedModel, ServerConfig
+from fastgen_jax.serving.state import ServerState
+from fastgen_jax.text import Tokenizer
+from tests.tiny import drain, tiny_model
+
+SPECIALS = ("<unk>", "<s>", "</s>")
+CHARACTERS = " \nABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!\"#$%&'()*+,-./:;<=>?@[\\]_{|}"
+TEMPLATE = (
+    "{# <tool_call> #}{% for t in tools or () %}T:{{ t.function.name }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+MODEL = "tiny"
+
+
+def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+    """A token a character; a special token that is spelled out is that token."""
+    pieces = re.findall("|".join([*SPECIALS, "."]), text, re.DOTALL)
+    ids = [SPECIALS.index(p) if p in SPECIALS else CHARACTERS.find(p) + 3 if p in CHARACTERS else 0 for p in pieces]
+    return [1, *ids] if add_special_tokens else ids
+
+
+@cache
+def tokenizer(*, template: str = TEMPLATE) -> Tokenizer:
+    """The 96 tokens of the tiny models: three special ones and 93 characters."""
+    texts = (*SPECIALS, *CHARACTERS)
+    return Tokenizer(
+        kind="a token a character",
+        encoder=encode,
+        texts=texts,
+        pieces=[t.encode() for t in texts],
+        special_ids=frozenset((0, 1, 2)),
+        drops_leading_space=False,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        templates={"default": template},
+    )
+
+
+@cache
+def engine(template: str = TEMPLATE) -> Engine:
+    """The tiny engine with a tokenizer; it is kept, and must be left idle."""
+    params, model = tiny_model()
+    config = EngineConfig(token_budget=32, budget_ladder=(8,), max_num_seqs=8, block_size=4, num_blocks=64)
+    return Engine(params, model, config, tokenizer=tokenizer(template=template))
+
+
+def with_server(
+    scenario: Callable[[httpx.AsyncClient, AsyncEngine], Awaitable[Any]],
+    *,
+    max_queue: int = 64,
+    shared: Engine | None = None,
+    **config: Any,
+) -> Any:
+    """The result of `scenario(client, async engine)`; afterwards nothing may be left in the engine."""
+    shared = shared or engine()
+    assert not shared.has_work, "another test left requests behind"
+
+    async def inside() -> Any:
+        async with AsyncEngine(shared, max_queue=max_queue) as backend:
+            server = ServerState(ServedModel(name=MODEL, deployment="here", config=ServerConfig(**config)), backend)
+            transport = httpx.ASGITransport(app=create_app(server))
+            async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
+                result = await asyncio.wait_for(scenario(client, backend), 240)
+            await backend.call(lambda e: e.scheduler.check_integrity())
+            assert backend.num_unfinished == 0, "a request was left behind"
+        return result
+
+    try:
+        result = asyncio.run(inside())
+        assert shared.scheduler.num_free_blocks == shared.config.num_blocks
+        assert shared.metrics.compiles_while_serving == 0
+        return result
+    finally:
+        for request_id in shared.request_ids:
+            shared.abort(request_id)
+        drain(shared)
+
+
+def ask(path: str, body: Any = None, *, headers: dict[str, str] | None = None, **config: Any) -> httpx.Response:
+    """The answer to one request, of a server of its own."""
+
+    async def scenario(client: httpx.AsyncClient, _: AsyncEngine) -> httpx.Response:
+        if body is None:
+            return await client.get(path, headers=headers)
+        return await client.post(path, json=body, headers=headers)
+
+    return with_server(scenario, **config)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The messages of a stream, without the last one, which must be [DONE]."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def offline(text: str, **params: Any) -> str:
+    """What the engine answers without a server."""
+    from fastgen_jax import SamplingParams
+
+    shared = engine()
+    request_id = shared.add(text, SamplingParams(**params))
+    return "".join(output.text for output in drain(shared)[request_id])
