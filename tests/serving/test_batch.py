@@ -287,7 +287,7 @@ def test_the_command_says_how_many_failed_and_so_does_its_exit_code(deployed, tm
     assert "\x1b" not in shown.err
     assert "\r" not in shown.err
     assert main(command) == 1
-    assert "0 answered, 2 failed, 3 had been answered before" in capsys.readouterr().out
+    assert "0 answered, 2 failed, 3 already answered before" in capsys.readouterr().out
     source.write_text("\n".join(json.dumps(entry) for entry in lines))
     assert main(command) == 0
 
@@ -356,7 +356,7 @@ def test_the_command_goes_on_after_a_kill_and_an_interrupt_with_two_replicas(tmp
         assert process.returncode == 130, said
         (last,) = said.splitlines()
         assert last.startswith("2000 lines: ")
-        assert last.endswith(" are left; the same command goes on from there")
+        assert last.endswith(" remaining; run the same command to resume")
     assert 100 <= target.read_bytes().count(b"\n") < 2000, "it was meant to be killed in the middle"
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
