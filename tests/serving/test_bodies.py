@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 
-from fastgen_jax.serving.bodies import PIECE, unpacked
+from fastgen_jax.serving.bodies import PIECE, decompressed
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.logs import JsonFormatter, TextFormatter
 from tests.serving.tiny_server import MODEL, with_server
@@ -78,7 +78,7 @@ def test_a_bomb_is_not_unpacked(encoding):
         return next(messages)
 
     async def read():
-        body = unpacked([(b"content-encoding", encoding.encode())], receive, max_bytes=3 * PIECE)
+        body = decompressed([(b"content-encoding", encoding.encode())], receive, max_bytes=3 * PIECE)
         while True:
             pieces.append(len((await body())["body"]))
 

@@ -239,7 +239,7 @@ def test_told_twice_to_end_a_server_waits_no_longer_for_what_runs():
 
 def test_requests_that_come_at_once_begin_a_few_a_turn_and_in_order():
     async def scenario():
-        limiter, begun, by_turn = StartLimiter(each=3), [], []
+        limiter, begun, by_turn = StartLimiter(per_turn=3), [], []
 
         async def one(number):
             await limiter.wait_turn()
