@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.runner import memory_shardings, step_program
-from fastgen_jax.engine.sampler_state import init_state
+from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.engine.weights import is_quantized
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import init_params
