@@ -12,7 +12,7 @@ import numpy as np
 
 from fastgen_jax.core import RaggedBatch
 from fastgen_jax.engine.config import ResolvedConfig
-from fastgen_jax.engine.sampling_tables import SamplingBatch, SamplingTables, sampling_fields
+from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
 from fastgen_jax.scheduling import Step
 from pallas_kernels.ragged_attention import RaggedIndex
 
@@ -22,7 +22,7 @@ class Field(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any = np.int32
+    dtype: type[np.generic] = np.int32
 
 
 class Layout:

@@ -111,7 +111,7 @@ def sampler_bytes(model: ModelConfig, max_num_seqs: int) -> int:
     """Bytes of the tables that the sampler keeps for each sequence, on every device."""
     import jax
 
-    from fastgen_jax.engine.sampler_state import init_state
+    from fastgen_jax.engine.sampling.state import init_state
 
     state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.runner import memory_shardings, step_program
-from fastgen_jax.engine.sampler_state import init_state
+from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import init_params, param_specs
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
