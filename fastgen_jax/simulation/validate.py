@@ -39,7 +39,7 @@ def validate(args: argparse.Namespace, loads: Sequence[Load], results: Path | No
     measured: list[list[RunRecord]] = []
     for number in range(args.rounds):
         points += steps.measure(engine, contexts=args.contexts, generated=args.generated, rounds=1)
-        measured.append([measure(engine, load, str(engine.config.policy), args.model) for load in loads])
+        measured.append([measure(engine, load, str(engine.config.choices.policy), args.model) for load in loads])
         print(f"round {number + 1} of {args.rounds}", flush=True)
     model = steps.fit(points, steps.facts_of(engine, args.model))
     print("\n".join(steps.report(points, model)))
