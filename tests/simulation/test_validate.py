@@ -42,7 +42,7 @@ class VirtualTime:
 @contextmanager
 def timed_device(engine: Engine) -> Iterator[None]:
     """Delays results as a device would that runs one step after another, each in a known time."""
-    run, read, clock = engine._runner.run, engine._read, VirtualTime()
+    run, commit, clock = engine.runner.run, engine._commit, VirtualTime()
     ready: list[float] = []
 
     def timed_run(packed, bucket):
@@ -53,20 +53,19 @@ def timed_device(engine: Engine) -> Iterator[None]:
         ready.append(start + BASE[bucket.num_tokens] + PER_ATTENDED * attended)
         return run(packed, bucket)
 
-    reads = iter(range(10**9))
+    ends = iter(ready)
 
-    def timed_read(step, output):
-        rows = read(step, output)
-        clock.now = max(clock.now, ready[next(reads)])
-        return rows
+    def timed_commit(entry):
+        clock.now = max(clock.now, next(ends))
+        commit(entry)
 
-    vars(engine._runner)["run"], vars(engine)["_read"] = timed_run, timed_read
+    vars(engine.runner)["run"], vars(engine)["_commit"] = timed_run, timed_commit
     driver.time, real = clock, driver.time
     try:
         yield
     finally:
         driver.time = real
-        del vars(engine._runner)["run"], vars(engine)["_read"]
+        del vars(engine.runner)["run"], vars(engine)["_commit"]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
