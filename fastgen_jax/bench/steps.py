@@ -207,7 +207,7 @@ def facts_of(engine: Any, model: str) -> dict[str, Any]:
             "num_blocks": config.num_blocks,
             "block_size": config.block_size,
             "max_context_len": config.max_context_len,
-            "overlap": config.overlap,
+            "overlap": config.choices.overlap,
             "dtype": config.dtype,
             "quantize": config.quantize,
         },

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.scheduling import NEED_PROMISE, Policy, Promise, checked_policy, longest_sequence
+from fastgen_jax.scheduling.converted import converted
 from pallas_kernels import native
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
@@ -30,30 +30,11 @@ BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps below a token
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding, so that few programs serve all sizes
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes that a measurement compiles and times
 
-T = TypeVar("T")
-
-
-def _converting(**converters: Callable[[Any], Any]) -> Callable[[type[T]], type[T]]:
-    """Class decorator for a dataclass: arguments pass through their converter before they become fields."""
-
-    def decorate(cls: type[T]) -> type[T]:
-        init: Callable[..., None] = cls.__init__
-
-        @functools.wraps(init)
-        def converting_init(self: T, **values: Any) -> None:
-            init(self, **{name: converters[name](value) if name in converters else value for name, value in values.items()})
-
-        setattr(cls, "__init__", converting_init)  # noqa: B010 (an assignment to a method of a type variable is not typed)
-        return cls
-
-    return decorate
-
 
 def _ladder(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-@_converting(generation_config=generation.parse_setting, policy=checked_policy, budget_ladder=_ladder)
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:
     """How the engine runs a model. Every None is filled by `resolve`, from the model and the device."""
@@ -69,7 +50,7 @@ class EngineConfig:
     """Devices of this process that heads, MLP columns and vocabulary are divided over. None: one device has it all."""
     token_budget: int | None = None
     """Tokens of a full step. None: measured on this device once, then remembered."""
-    budget_ladder: tuple[int, ...] | None = None
+    budget_ladder: tuple[int, ...] | None = converted(_ladder, default=None)
     """Smaller steps for a lightly loaded engine, tokens. None: chosen from the same measurement."""
     remeasure: bool = False
     """Whether the token budget is measured again although a measurement is remembered, and that one replaced."""
@@ -84,7 +65,7 @@ class EngineConfig:
     earlier start chose is kept while it fits, so that its compiled programs serve again."""
     prefix_caching: bool = True
     """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
-    policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = "splitfuse"
+    policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = converted(checked_policy, default="splitfuse")
     """How a step is filled; sla keeps the two promises below. In Python also a function."""
     promised_prompt_rate: float | None = None
     """Policy sla: a first token is due after the prompt's tokens over this, tokens a second; what cannot be is refused."""
@@ -100,7 +81,9 @@ class EngineConfig:
     """A function of jax.numpy, f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: none."""
     attention: Attention | None = None
     """Implementation of ragged attention. None: the best one for the device."""
-    generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = "auto"
+    generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = converted(
+        generation.parse_setting, default="auto"
+    )
     """Defaults of requests that leave an option out: "auto" takes those of the checkpoint's generation_config.json, "none"
     none; or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Kept as pairs."""
     compile_cache_dir: str | None = None
@@ -309,7 +292,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
             longest=longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size),
             padding_is_cheap=platform == "cpu" and not stack_layers and native.available(),
         ),
-        generation_config=() if isinstance(config.generation_config, str) else config.generation_config,
+        generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
     )
 
 

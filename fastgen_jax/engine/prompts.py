@@ -48,8 +48,7 @@ def split_prompts(prompts: object) -> list[Prompt]:
         array = as_array(prompts)
         if array.dtype.kind not in "OU" and array.ndim != 2:
             return [array]
-        items = list(array) if array.ndim == 2 else array.tolist()
-        items = [items] if isinstance(items, str) else items
+        items: list[Any] = [*array] if array.ndim == 2 else array.reshape(-1).tolist()
     else:
         items = _listed(prompts)
     if not items:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.mla import Expansions, expansions
+from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, head_spec, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
 from fastgen_jax.models.weight_spec import Kind, Params, WeightSpec
@@ -66,9 +66,9 @@ def host_leaf(spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize
 def _expansions(array: np.ndarray | jax.Array, dtype: DTypeLike, model: ModelConfig) -> Expansions:
     """The matrices of latent attention, packed by head."""
     assert model.mla is not None, "only latent attention has one matrix per head"
-    plain = expansions(np.asarray(array).astype(dtype), model.mla, model.num_heads)
+    k_up, v_up = split_by_head(np.asarray(array).astype(dtype), model.mla, model.num_heads)
     pack = partial(prepare_groups, platform=jax.default_backend())
-    return Expansions(k_up=pack(np.ascontiguousarray(plain.k_up)), v_up=pack(np.ascontiguousarray(plain.v_up)))
+    return Expansions(k_up=pack(np.ascontiguousarray(k_up)), v_up=pack(np.ascontiguousarray(v_up)))
 
 
 def _divided(spec: WeightSpec, array: HostWeight, config: ResolvedConfig) -> jax.Array | Int8Weight:

@@ -11,10 +11,10 @@ and with `parallel_residual`: x += attn(norm(x)) + mlp(norm'(x)), where norm' ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Params
 from pallas_kernels.matmul import linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 Layer = Callable[[jax.Array, KVCache, LayerWeights, LayerCall], tuple[jax.Array, KVCache]]
 
@@ -47,8 +50,8 @@ class Execution:
 
 def forward(
     params: Params, kv_cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, execution: Execution = Execution()
-) -> tuple[jax.Array, KVCache]:
-    """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
+) -> tuple[Float[Array, "R V"], KVCache]:
+    """Logits in float32 of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
     Rows of logits that are not used are finite and meaningless. Differentiable with respect to plain `params`; see
     `docs/research.md`.
@@ -59,8 +62,8 @@ def forward(
 
 def hidden_rows(
     params: Params, kv_cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, execution: Execution = Execution()
-) -> tuple[jax.Array, KVCache]:
-    """What `head` makes the logits of `forward` from: the residual stream [R, E] of `batch.sample_rows`, normalized."""
+) -> tuple[Float[Array, "R E"], KVCache]:
+    """What `head` makes the logits of `forward` from: the residual stream of `batch.sample_rows`, normalized."""
     step = prepare_step(batch, kv_cache, config=config, implementation=execution.attention, mesh=execution.mesh)
     run = _parallel_layer if config.parallel_residual else _sequential_layer
     layer = partial(run, step=step, config=config)
@@ -74,9 +77,15 @@ def hidden_rows(
 
 
 def run_layers(
-    layer: Layer, layers: Any, x: jax.Array, kv_cache: KVCache, *, rows: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, KVCache]:
-    """x[rows] [R, E] after `layer(x, cache, weights, call)` once per layer, in the form that `layers` is given in.
+    layer: Layer,
+    layers: LayerWeights | Sequence[LayerWeights],
+    x: Float[Array, "T E"],
+    kv_cache: KVCache,
+    *,
+    rows: Int[Array, " R"],
+    config: ModelConfig,
+) -> tuple[Float[Array, "R E"], KVCache]:
+    """x[rows] after `layer(x, cache, weights, call)` once per layer, in the form that `layers` is given in.
 
     One dict of stacked arrays is scanned: the program does not grow with depth. Where layers have different weights
     (an MLP here, experts there), each run of like layers is one scan. A tuple of L dicts is unrolled: on a CPU the
@@ -84,7 +93,7 @@ def run_layers(
     layer of a tuple is called for `rows` alone: after its attention nothing reads the others.
     """
     with_experts = () if config.moe is None else tuple(sorted(config.moe.layers))
-    if not isinstance(layers, dict):
+    if not isinstance(layers, Mapping):
         for index, weights in enumerate(layers):
             call = LayerCall(
                 index=index,
@@ -206,12 +215,12 @@ def _parallel_layer(
     return y, cache
 
 
-def head(rows: jax.Array, params: Params, num_rows: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """Logits f32[R, V] of `rows` [R, E], of which the first `num_rows` are used."""
+def head(rows: Float[Array, "R E"], params: Params, num_rows: Int[Array, ""], *, config: ModelConfig) -> Float[Array, "R V"]:
+    """Logits in float32 of `rows`, of which the first `num_rows` are used."""
     weight = params["lm_head"] if "lm_head" in params else params["embed"].T
     logits = linear(rows, weight, num_rows=num_rows).astype(jnp.float32)
     if config.head_bias:
-        logits = logits + params["lm_head_bias"].astype(jnp.float32)
+        logits = logits + params["lm_head_bias"].astype(jnp.float32)[None, :]
     if config.logits_multiplier != 1.0:
         logits = logits * config.logits_multiplier
     return soft_cap(logits, config.logits_soft_cap)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 from jax.sharding import Mesh
 
 from fastgen_jax.models.columns import split_columns
@@ -12,17 +13,20 @@ from fastgen_jax.models.moe import moe
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.matmul import swiglu
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 
 def mlp(
-    x: jax.Array,
+    x: Float[Array, "T E"],
     w: LayerWeights,
     *,
     config: ModelConfig,
-    num_tokens: jax.Array,
-    residual: jax.Array | None,
-    first_expert: jax.Array | int | None,
+    num_tokens: Int[Array, ""],
+    residual: Float[Array, "T E"] | None,
+    first_expert: Int[Array, ""] | int | None,
     mesh: Mesh | None = None,
-) -> jax.Array:
+) -> Float[Array, "T E"]:
     """The MLP of `x` [T, E] (+ residual), or its experts if the layer has a `first_expert`; see `moe`.
 
     Tokens from `num_tokens` on are padding. The weights are divided over `mesh`, if there is one; see `sharding`.
@@ -34,8 +38,10 @@ def mlp(
     return project(hidden, w, "down", residual=residual, num_rows=num_tokens)
 
 
-def _hidden(x: jax.Array, w: LayerWeights, num_tokens: jax.Array, config: ModelConfig, num_devices: int) -> jax.Array:
-    """The hidden units [T, F], before the projection back to E."""
+def _hidden(
+    x: Float[Array, "T E"], w: LayerWeights, num_tokens: Int[Array, ""], config: ModelConfig, num_devices: int
+) -> Float[Array, "T F"]:
+    """The hidden units, before the projection back to E."""
     activation = ACTIVATIONS[config.activation]
     if not config.mlp_gated:
         return activation(project(x, w, "up", num_rows=num_tokens))

@@ -97,7 +97,7 @@ class Timing:
 class Work:
     """The samples of one HTTP request: sample i belongs to prompt i // n."""
 
-    prompts: list[tuple[int, ...]]
+    prompts: list[TokenIds]
     params: list[SamplingParams]
     streams: list[Stream]
     timings: list[Timing] = field(default_factory=list)

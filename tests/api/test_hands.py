@@ -268,7 +268,7 @@ def test_destroying_frees_the_memory_while_others_still_refer_to_it():
         pipe(["A word"], max_new_tokens=2)
         raise RuntimeError("as in a notebook, which keeps the traceback and with it everything that its frames refer to")
     except RuntimeError as error:
-        kept = (error, pipe.engine, pipe.engine._runner.params, pipe.engine._runner.kv_cache)
+        kept = (error, pipe.engine, pipe.engine.runner.params, pipe.engine.runner.kv_cache)
     arrays = [x for x in jax.tree.leaves(kept[2:]) if isinstance(x, jax.Array)]
     pipe.destroy()
     assert len(arrays) > 10

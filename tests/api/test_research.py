@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgen_jax import Engine, EngineConfig
+from fastgen_jax import Engine, EngineConfig, Research
 from fastgen_jax.models.decoder import head
 from tests.tiny import drain, expected, greedy, tiny_engine, tiny_model, tokens_of
 
@@ -177,7 +177,6 @@ def test_more_sequences_than_run_at_once_can_be_put():
 )
 def test_token_ids_come_in_any_form_of_integers(as_input):
     engine = one_program()
-    research = Research(engine)
     np.testing.assert_array_equal(logits_of(engine, as_input(TEXT[:5])), logits_of(engine, TEXT[:5]))
     leave_idle(engine)
 
