@@ -6,13 +6,12 @@ import dataclasses
 import math
 
 import numpy as np
-from jax.typing import DTypeLike
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
-from fastgen_jax.models.weight_spec import WeightSpec
+from fastgen_jax.models.weight_spec import DType, WeightSpec
 from fastgen_jax.plan.devices import Topology
 from fastgen_jax.plan.roofline import StepShape, roofline
 
@@ -90,7 +89,7 @@ def read_weight_bytes(
     return math.ceil(weights - len(moe.layers) * unread * one)
 
 
-def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, kv_dtype: DTypeLike) -> int:
+def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, kv_dtype: DType) -> int:
     """Bytes of a KV block on one device: keys and values of the heads on it, all layers."""
     head_dim = stored_head_dim(model.head_dim, topology.device.platform)
     a_token = model.kv_bytes_per_token(
