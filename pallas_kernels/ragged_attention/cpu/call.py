@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16)
 
 _TARGETS = {
-    jnp.dtype(jnp.float32): "fastgen_ragged_attention_f32",
-    jnp.dtype(jnp.bfloat16): "fastgen_ragged_attention_bf16",
+    jnp.dtype(jnp.float32): "pallas_kernels_ragged_attention_f32",
+    jnp.dtype(jnp.bfloat16): "pallas_kernels_ragged_attention_bf16",
 }
 _NO_WINDOW = np.iinfo(np.int32).max
 
