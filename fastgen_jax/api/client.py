@@ -176,14 +176,16 @@ class Client(_Connection):
         self._http.close()
 
     def _stream(self, prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any]) -> Iterator[tuple[int, RequestOutput]]:
+        from httpx_sse import EventSource
+
         body = self._body(prompts, options, stream=True)
         events = _Events()
         with heard(self.deployment), self._http.stream("POST", self._path, json=body) as response:
             if not _is_stream(response):
                 response.read()
                 checked(response)
-            for line in response.iter_lines():
-                if (item := events.read(line)) is not None:
+            for event in EventSource(response).iter_sse():
+                if (item := events.read(event.data)) is not None:
                     yield item
         events.check_end(self.deployment)
 
@@ -210,6 +212,8 @@ class AsyncClient(_Connection):
 
     async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[RequestOutput]:
         """The outputs for one prompt as they come; leaving the loop early ends the request. Raises ServerError."""
+        from httpx_sse import EventSource
+
         body = self._body([prompt], options, stream=True)
         events = _Events()
         with heard(self.deployment):
@@ -217,8 +221,8 @@ class AsyncClient(_Connection):
                 if not _is_stream(response):
                     await response.aread()
                     checked(response)
-                async for line in response.aiter_lines():
-                    if (item := events.read(line)) is not None:
+                async for event in EventSource(response).aiter_sse():
+                    if (item := events.read(event.data)) is not None:
                         yield item[1]
         events.check_end(self.deployment)
 
@@ -301,10 +305,10 @@ class _Events:
         self._counts: dict[int, int] = {}  # tokens of each sample
         self._ended = False
 
-    def read(self, line: str) -> tuple[int, RequestOutput] | None:
-        """What a line says; None for one that carries no output."""
-        self._ended = self._ended or line == "data: [DONE]"
-        return None if self._ended else _parse(line, self._counts)
+    def read(self, data: str) -> tuple[int, RequestOutput] | None:
+        """The output in an event's data; None after the last."""
+        self._ended = self._ended or data == "[DONE]"
+        return None if self._ended else _parse(data, self._counts)
 
     def check_end(self, deployment: Deployment) -> None:
         """NoAnswerError if the stream just stopped."""
@@ -312,11 +316,9 @@ class _Events:
             raise NoAnswerError(f"the connection was closed before the answer was whole: {explain(deployment)}")
 
 
-def _parse(line: str, counts: dict[int, int]) -> tuple[int, RequestOutput] | None:
-    """An event of a stream; None for lines that carry none. `counts` keeps the tokens of each sample."""
-    if not line.startswith("data: "):
-        return None
-    event = json.loads(line.removeprefix("data: "))
+def _parse(data: str, counts: dict[int, int]) -> tuple[int, RequestOutput]:
+    """The sample's number and output in an event's data. `counts` keeps the tokens of each sample."""
+    event = json.loads(data)
     if "error" in event:
         raise ServerError(event["error"]["message"], status=500)
     index = event["index"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastgen_jax.core.pytree import pytree
+from pallas_kernels.pytree import pytree
+from pallas_kernels.ragged_attention import RaggedIndex
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32
@@ -14,10 +15,8 @@ if TYPE_CHECKING:
 class RaggedBatch:
     """Chunks of up to S sequences, one after another in T tokens.
 
-        token_ids      [ a5 a6 a7 | b0 b1 b2 b3 | c9 | 0 0 ]        T = 10
+        token_ids      [ a5 a6 a7 | b0 b1 b2 b3 | c9 | 0 0 ]        T = 10, S = 4: see `RaggedIndex`
         positions      [  5  6  7 |  0  1  2  3 |  9 | 0 0 ]
-        query_starts   [ 0          3             7    8   8 ]      S = 4: three chunks and an unused row
-        context_lens   [ 8          4            10    0     ]
 
     Padding: an unused row has an empty query and context length 0; a padding token has an out-of-range KV slot, so that
     nothing is written for it, and belongs to no chunk, so that its result is never read; an unused sampled row repeats
@@ -32,14 +31,8 @@ class RaggedBatch:
     """Position of each token in its own sequence."""
     rope_lengths: Int32[Array, " T"]
     """Sequence length that a length-dependent rotary scaling assumes for the token; other scalings ignore it."""
-    kv_slots: Int32[Array, " T"]
-    """Where the token's K and V go, `block_id * B + offset`; `num_blocks * B` for padding."""
-    query_starts: Int32[Array, " S+1"]
-    """Chunk i is `token_ids[query_starts[i]:query_starts[i + 1]]`."""
-    context_lens: Int32[Array, " S"]
-    """Tokens attended to, cached and new; 0 for an unused row."""
-    block_tables: Int32[Array, "S M"]
-    """Blocks of each sequence; entries past the context are never read."""
+    index: RaggedIndex
+    """Which tokens belong to which sequence, and where their K and V are; the slot of padding is `num_blocks * B`."""
     sample_rows: Int32[Array, " R"]
     """Rows of [0, T) whose logits are wanted."""
     num_sample_rows: Int32[Array, ""]

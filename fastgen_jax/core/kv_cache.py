@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fastgen_jax.core.pytree import pytree
+from pallas_kernels.pytree import pytree
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, is_quantized
 
 if TYPE_CHECKING:

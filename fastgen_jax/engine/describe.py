@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.models.counts import count_params
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine
@@ -32,7 +33,7 @@ def describe(engine: Engine) -> str:
         )
     )
     return (
-        f"{name}{model.family}, {_count(model.num_params)} parameters, {weights}, on {on}; "
+        f"{name}{model.family}, {_count(count_params(model))} parameters, {weights}, on {on}; "
         f"KV cache of {config.num_blocks * config.block_size:,} tokens, {config.kv_dtype}, {_size(cache_bytes)}; "
         f"context {config.max_context_len:,}"
     )

@@ -20,7 +20,7 @@ from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.engine.replacement import replacement_params
 from fastgen_jax.engine.sampling.tables import SamplingTables
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import Request, SamplingParams, Scheduler, Sequence, Step
 from fastgen_jax.scheduling.manual import ManualSequences
 from fastgen_jax.text import Tokenizer

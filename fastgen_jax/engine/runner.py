@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import KVCache, copy_block, stored_head_dim
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
@@ -23,9 +22,10 @@ from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state, reset_slot, set_masks
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import head, hidden_rows
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, tensor_mesh
+from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.pytree import pytree
 
 # By device kind. On TPU7x the compiler would rather compute with tiles of 16 x 128 numbers of 16 bits than with those of
 # 8 x 128 that arrays arrive in, and would copy every stack of weights in every step; the products take as long with either.
@@ -274,7 +274,11 @@ def _step(
     on_device = batch.token_slots < state.last_tokens.shape[0]
     batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
     hidden, kv_cache = hidden_rows(
-        params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype, mesh=mesh
+        params,
+        kv_cache,
+        batch,
+        config=config,
+        execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
     )
     logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # each device samples for itself; divided sampling has a hundred small collectives

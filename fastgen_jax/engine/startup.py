@@ -16,7 +16,7 @@ from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.text import Tokenizer, load_tokenizer
 from pallas_kernels import native
 from pallas_kernels.folders import Folder
@@ -53,7 +53,7 @@ def load(
             checkpoint,
             dtype=resolved.dtype,
             stack_layers=resolved.stack_layers,
-            prepare=lambda path, array: prepare_leaf(path, array, checkpoint.config, resolved),
+            prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, resolved),
             progress=progress,
         )
     return params, checkpoint.config, tokenizer, config

@@ -9,6 +9,7 @@ import dataclasses
 from typing import NamedTuple
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import flops_per_token
 from fastgen_jax.plan.devices import Device
 
 
@@ -122,8 +123,8 @@ def roofline(
     """
     flops_per_s = num_devices * device.flops_per_s
     memory_bytes_per_s = device.memory_bytes_per_s * efficiency.memory
-    body, whole = model.flops_per_token(sampled=False), model.flops_per_token(sampled=True)
-    attention = model.flops_per_token(sampled=False, context_len=1) - body
+    body, whole = flops_per_token(model, sampled=False), flops_per_token(model, sampled=True)
+    attention = flops_per_token(model, sampled=False, context_len=1) - body
     num_reduces = 2 * model.num_layers if num_devices > 1 else 0
     # In a ring every device sends each number of an all-reduce 2 (n - 1) / n times.
     sent = num_reduces * model.embed_dim * activation_bytes * 2 * (num_devices - 1) / num_devices

@@ -1,4 +1,4 @@
-"""Decides, on the host, which tokens each step computes. Standard library only."""
+"""Decides on the host which tokens each step computes. Uses only the standard library."""
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.limits import ContextLengthError, longest_sequence, max_total_tokens

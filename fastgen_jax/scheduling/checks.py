@@ -33,7 +33,7 @@ def _are_token_ids(values: tuple[Any, ...]) -> bool:
     """Avoids a Python loop: prompts have thousands of tokens."""
     if list(map(type, values)).count(int) != len(values):
         return False
-    try:  # what fits both a signed and an unsigned int of 32 bits is in [0, _MAX_TOKEN_ID]
+    try:  # a value that fits into both int32 and uint32 is in [0, _MAX_TOKEN_ID]
         struct.pack(f"{len(values)}i", *values)
         struct.pack(f"{len(values)}I", *values)
     except struct.error:

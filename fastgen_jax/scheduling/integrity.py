@@ -35,8 +35,8 @@ def _check_sequence(sequence: Sequence, block_size: int) -> None:
     if runs != (sequence.slot is not None) or (sequence.block_ids and not runs):
         raise RuntimeError(f"only a running sequence has a slot and blocks, but this is {sequence}")
     if sequence.capacity != len(sequence.block_ids) * block_size:
-        raise RuntimeError(f"{sequence} counts a capacity of {sequence.capacity} positions")
+        raise RuntimeError(f"{sequence} has a capacity of {sequence.capacity} positions")
     if not sequence.num_computed <= min(sequence.num_tokens - 1, sequence.capacity):
         raise RuntimeError(f"{sequence} has computed more than it has tokens or blocks for")
     if not sequence.num_known_tokens <= sequence.num_tokens <= sequence.max_total_tokens:
-        raise RuntimeError(f"{sequence} counts {sequence.num_in_flight} tokens in flight")
+        raise RuntimeError(f"{sequence} has {sequence.num_in_flight} tokens in flight")

@@ -245,10 +245,10 @@ class Planner:
         # A sequence that is admitted later in the same step was not bypassed after all.
         self.plan.bypassed.extend(other for other in counts.elements() if other in left)
 
-    def run_prompt_alone(self, *, beside_generation: bool) -> bool:
+    def run_prompt_alone(self, *, with_generation: bool) -> bool:
         """Fills the step with the first prompt, if no step could hold all of it; returns whether it did.
 
-        With `beside_generation` a step must also hold a token of each generating sequence. Nothing is added if there
+        With `with_generation` a step must also hold a token of each generating sequence. Nothing is added if there
         is no such prompt, or no memory for it.
         """
         prompts = self._running_prompts()
@@ -263,9 +263,9 @@ class Planner:
             return False
         limits = self.limits
         start = len(cached) * limits.block_size
-        others = len(self.running) if beside_generation else 0
-        beside = self._cut(sequence, start, limits.token_budget - others, limits.max_sample_rows - others)
-        if beside is not None and beside.samples:
+        others = len(self.running) if with_generation else 0
+        shared = self._cut(sequence, start, limits.token_budget - others, limits.max_sample_rows - others)
+        if shared is not None and shared.samples:
             return False
         alone = self._cut(sequence, start, limits.token_budget, limits.max_sample_rows)
         if alone is None or not self._has_room(alone, cached):

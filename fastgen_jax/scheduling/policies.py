@@ -47,7 +47,7 @@ def prompts_first(planner: Planner) -> StepPlan:
 
     A prompt that no step can hold runs alone, in consecutive steps, once it is first in the queue.
     """
-    if not planner.run_prompt_alone(beside_generation=False):
+    if not planner.run_prompt_alone(with_generation=False):
         planner.admit(whole=True)
         if not planner.plan.chunks:
             planner.generate()
@@ -60,7 +60,7 @@ def orca(planner: Planner) -> StepPlan:
     A prompt that does not fit next to the running sequences runs alone once it is first in the queue, if necessary in
     consecutive steps; generation pauses meanwhile. Source: iteration-level scheduling, Orca (OSDI 2022).
     """
-    if not planner.run_prompt_alone(beside_generation=True):
+    if not planner.run_prompt_alone(with_generation=True):
         planner.generate()
         planner.admit(whole=True)
     return planner.finish()

@@ -1,4 +1,4 @@
-"""What a user asks for: sampling parameters and the immutable request."""
+"""Sampling parameters, and a request to continue one prompt."""
 
 from __future__ import annotations
 
@@ -60,53 +60,52 @@ def _logit_bias_pairs(logit_bias: Any) -> tuple[tuple[int, float], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is continued, complete and checked when constructed. Lengths are in tokens.
+    """How a prompt is continued. Checked when constructed; lengths are in tokens.
 
-    Several values (`stop`, `stop_token_ids`, `logit_bias`) are stored as tuples, so that the parameters are hashable.
+    Collections (`stop`, `stop_token_ids`, `logit_bias`) are stored as tuples, so that the parameters are hashable.
 
     Raises:
-        ValueError: an argument is out of its range or contradicts another; the message says which, and what
-        to do.
+        ValueError: an argument is out of its range or contradicts another; the message says which, and what to change.
     """
 
     max_new_tokens: int | None = None
-    """Most tokens that are generated. None: up to the engine's context length."""
+    """Maximum number of generated tokens. None: up to the engine's context length."""
     max_length: int | None = None
-    """Most tokens of the prompt and the generated ones together, in place of `max_new_tokens`."""
+    """Maximum number of tokens, prompt and generated together; an alternative to `max_new_tokens`."""
     min_new_tokens: int = 0
-    """Tokens that are generated before an end-of-sequence or stop token can end the request."""
+    """Number of tokens generated before an end-of-sequence or stop token can end the request."""
     ignore_eos: bool = False
-    """Whether only `stop`, `stop_token_ids` and the length limits end the request."""
+    """Whether to ignore the model's end-of-sequence tokens: only stops and length limits end the request."""
     stop: str | Iterable[str] = converted(_stop_strings, default=())
-    """Strings that end the text, one or several; they are not part of it."""
+    """One or several strings that end the text; they are not part of it."""
     stop_token_ids: Iterable[int] = converted(_stop_token_ids, default=())
-    """Token ids that end the request, beside the model's own."""
+    """Token ids that end the request, in addition to the model's own."""
     do_sample: bool = True
-    """Whether tokens are drawn; else the likeliest is taken, as with temperature 0."""
+    """Whether to sample; otherwise the most likely token is chosen, as with temperature 0."""
     temperature: float | None = None
-    """Divides the logits: below 1 likely tokens become likelier; 0 takes the likeliest. None: 1."""
+    """Divides the logits: below 1, likely tokens become more likely; 0 chooses the most likely. None: 1."""
     top_k: int | None = converted(_no_limit, default=None)
-    """Draws from so many of the likeliest tokens. None, 0 or -1: from all."""
+    """Samples only from the `top_k` most likely tokens. None, 0 or -1: from all."""
     top_p: float | None = None
-    """Draws from the fewest tokens that together have this probability, above 0 to 1. None: from all."""
+    """Samples from the fewest tokens whose probabilities add up to this, above 0 and at most 1. None: from all."""
     min_p: float | None = None
-    """Draws from tokens at least this times as probable as the likeliest, 0 to 1. None: from all."""
+    """Samples from tokens at least this fraction as likely as the most likely one, 0 to 1. None: from all."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that were generated before, -2 to 2."""
+    """Subtracted from the logits of tokens that were already generated, -2 to 2."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logits of tokens once for each time they were generated, -2 to 2."""
+    """Subtracted from the logits of a token once for each time it was generated, -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of all tokens seen, above 0 to 10."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or output, above 0 and at most 10."""
     logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = converted(_logit_bias_pairs, default=())
-    """Added to the logits of token ids: a mapping, or pairs, stored in ascending order of token id."""
+    """Added to the logits of tokens: a mapping from token id to bias, or pairs, stored in ascending order of token id."""
     seed: int | None = None
-    """What draws start from, 0 to 2**32 - 1: the same seed gives the same text. None: another one each time."""
+    """Seed of the random numbers, 0 to 2**32 - 1: the same seed gives the same text. None: a new one each time."""
     n: int = 1
-    """Continuations of the prompt, each with draws of its own."""
+    """Number of continuations of the prompt, sampled independently."""
     logprobs: int | None = None
-    """Reports the log-probability of each generated token, and of so many of the likeliest. None: nothing."""
+    """Returns the log-probability of each generated token and of the `logprobs` most likely tokens. None: none."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens. None: nothing."""
+    """The same for the tokens of the prompt. None: none."""
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -115,16 +114,16 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken at every position."""
+        """Whether the most likely token is chosen at every position."""
         return not self.do_sample or self.temperature == 0
 
     def _check_lengths(self) -> None:
         if self.max_new_tokens is not None:
-            check_int("max_new_tokens", self.max_new_tokens, 1, None, "ask for at least one token")
+            check_int("max_new_tokens", self.max_new_tokens, 1, None, "request at least one token")
         if self.max_length is not None:
             check_int("max_length", self.max_length, 2, None, "it counts the prompt and the generated tokens")
         check_int("min_new_tokens", self.min_new_tokens, 0, None, "use 0 for no minimum")
-        check_int("n", self.n, 1, None, "ask for at least one continuation")
+        check_int("n", self.n, 1, None, "request at least one continuation")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
@@ -146,13 +145,13 @@ class SamplingParams:
         check_float("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for no penalty")
         check_float("repetition_penalty", self.repetition_penalty, 0, 10, "use 1 for no penalty", open_low=True)
         if self.seed is not None:
-            check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None to have one drawn")
+            check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None for a random one")
 
     def _check_contradictions(self) -> None:
         if self.max_new_tokens is not None and self.max_length is not None:
             raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} and max_length={self.max_length} are both given; "
-                "give one of them: max_length is the prompt's length plus max_new_tokens"
+                f"max_new_tokens={self.max_new_tokens} and max_length={self.max_length} are both set; "
+                "set only one of them: max_length is the prompt's length plus max_new_tokens"
             )
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
@@ -162,14 +161,14 @@ class SamplingParams:
         if not self.do_sample:
             if self.temperature not in (None, 0):
                 raise ValueError(
-                    f"do_sample=False takes the likeliest token, but temperature is {self.temperature}; "
+                    f"do_sample=False chooses the most likely token, but temperature is {self.temperature}; "
                     "remove temperature, or set do_sample=True"
                 )
             for name in ("top_k", "top_p", "min_p", "seed"):
                 value = getattr(self, name)
                 if value is not None:
                     raise ValueError(
-                        f"do_sample=False takes the likeliest token, but {name} is {value}; "
+                        f"do_sample=False chooses the most likely token, but {name} is {value}; "
                         f"remove {name}, or set do_sample=True"
                     )
         if self.n > 1 and self.greedy:
@@ -181,12 +180,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt to be continued once.
+    """One prompt, to be continued once.
 
-    `request_id` is unique among unfinished requests. `priority`: lower runs first; `arrival_time` (seconds on
-    any one clock) orders requests of one priority, then the order of adding. `seed` is the number that
-    randomness is drawn from, already concrete where `params.seed` may be None. `awaits_each_token`: which
-    token may come next depends on the last one, so none is sampled while one is in flight.
+    `request_id` is unique among unfinished requests. A lower `priority` runs first; `arrival_time`, in seconds on any
+    one clock, orders requests of the same priority, then the order of adding does. `seed` is the seed in use, also
+    if `params.seed` is None. `awaits_each_token`: which token may come next depends on the last one, so none is
+    sampled while one is in flight.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -218,5 +217,5 @@ class Request:
         for name in ("prompt_token_ids", "eos_token_ids"):
             check_token_ids(name, getattr(self, name))
         check_int("priority", self.priority, None, None, "lower runs first")
-        check_float("arrival_time", self.arrival_time, None, None, "give seconds on one clock")
+        check_float("arrival_time", self.arrival_time, None, None, "use seconds on one clock")
         check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32")

@@ -19,7 +19,7 @@ _WAITING = SequenceStatus.WAITING
 
 
 class SchedulerState:
-    """Who waits, who runs, and who holds which slot and which blocks. Only `Scheduler` changes it.
+    """Which sequences wait and run, and which slots and blocks they hold. Only `Scheduler` changes it.
 
     A sequence is preempted by recomputation: it loses its blocks, keeps its tokens, and waits at its old place in the
     queue. Slots and blocks of a sequence that ended or was preempted are free immediately: the device runs steps in

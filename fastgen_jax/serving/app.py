@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's, vLLM's helpers, MII's."""
+"""The HTTP interface: OpenAI's endpoints, vLLM's helpers, MII's endpoint, and the server's own pages and metrics."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.serving import endpoints
-from fastgen_jax.serving.errors import ApiError, as_api_error, of_validation, unsupported
-from fastgen_jax.serving.gate import CLIENT_GONE, Gate
-from fastgen_jax.serving.metrics import CONTENT_TYPE, ServerMetrics
+from fastgen_jax.serving.errors import ApiError, as_api_error, from_validation_errors, unsupported
+from fastgen_jax.serving.metrics import CONTENT_TYPE
+from fastgen_jax.serving.middleware import CLIENT_DISCONNECTED, RequestMiddleware
 from fastgen_jax.serving.page_html import load_page
 from fastgen_jax.serving.protocol import (
     ChatRequest,
@@ -28,51 +28,19 @@ from fastgen_jax.serving.protocol import (
     GenerateRequest,
     TokenizeRequest,
 )
-from fastgen_jax.serving.settings import Served
-from fastgen_jax.serving.sse import ClientGoneError
+from fastgen_jax.serving.sse import ClientDisconnectedError
+from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.trace import perfetto
-from fastgen_jax.serving.work import Backend
 
-_NOT_OPENAI = {"description": "An error in OpenAI's shape."}
-_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _NOT_OPENAI)
-
-
-class Server:
-    """What the endpoints share. `backend` is None until the model is loaded and compiled."""
-
-    def __init__(self, served: Served, backend: Backend | None = None) -> None:
-        self.served = served
-        self.backend = backend
-        self.failure: str | None = None
-        self.started = time.time()
-        self.metrics = ServerMetrics(served.name)
-
-    def ready(self) -> Backend:
-        """The backend; 503 before it is ready."""
-        if self.backend is None:
-            raise ApiError(
-                self.failure or "the model is being loaded and compiled; ask /health when it is done",
-                status=503,
-                type="server_error",
-                code="loading",
-                headers={"Retry-After": "5"},
-            )
-        return self.backend
-
-    def check_model(self, name: str | None) -> None:
-        """404 for a model that is not served here."""
-        if name is not None and name not in (self.served.name, self.served.deployment):
-            raise ApiError(
-                f"the model {name!r} is not served here; use {self.served.name!r}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+# Any: FastAPI declares the descriptions of responses so.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": "An error in OpenAI's format."} for status in (400, 401, 404, 408, 413, 429, 500, 503)
+}
 
 
-def create_app(server: Server) -> Any:
-    """The ASGI application of `server`."""
-    config = server.served.config
+def create_app(server: ServerState) -> FastAPI:
+    """Returns the ASGI application of `server`."""
+    config = server.model.config
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -86,30 +54,35 @@ def create_app(server: Server) -> Any:
     _add_openai(app, server)
     _add_operations(app, server)
     app.add_middleware(
-        Gate,
+        RequestMiddleware,
         api_keys=config.api_key,
         max_body_bytes=int(config.max_body_mb * 2**20),
         origins=config.cors_origin,
         on_response=server.metrics.note_response,
     )
-    if config.cors_origin:  # around the gate: a browser may read a refusal too
+    if config.cors_origin:  # the outermost layer, so that browsers can read refusals too
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"], allow_headers=["*"])
     return app
 
 
-def _add_openai(app: FastAPI, server: Server) -> None:
-    def model_card() -> dict[str, Any]:
-        card = {"id": server.served.name, "object": "model", "created": int(server.started), "owned_by": "fastgen_jax"}
+def _add_openai(app: FastAPI, server: ServerState) -> None:
+    def model_card() -> dict[str, object]:
+        card: dict[str, object] = {
+            "id": server.model.name,
+            "object": "model",
+            "created": int(server.started),
+            "owned_by": "fastgen_jax",
+        }
         if server.backend is not None:
             card["max_model_len"] = server.backend.intake.config.longest_sequence
         return card
 
     @app.get("/v1/models", responses=_ERRORS)
-    async def list_models() -> dict[str, Any]:
+    async def list_models() -> dict[str, object]:
         return {"object": "list", "data": [model_card()]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
-    async def get_model(model: str) -> dict[str, Any]:
+    async def get_model(model: str) -> dict[str, object]:
         server.check_model(model)
         return model_card()
 
@@ -126,12 +99,12 @@ def _add_openai(app: FastAPI, server: Server) -> None:
         raise unsupported("endpoint", "/v1/embeddings", "this server generates text; use an embedding server")
 
     @app.post("/tokenize", responses=_ERRORS)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> dict[str, object]:
         return await endpoints.tokenize(server, body)
 
     @app.get("/tokenizer_info", responses=_ERRORS)
-    async def tokenizer_info() -> dict[str, Any]:
-        """What a client that counts tokens wants to know, as vLLM tells it."""
+    async def tokenizer_info() -> dict[str, object]:
+        """Facts for clients that count tokens, in vLLM's format."""
         tokenizer = server.ready().intake.need_tokenizer("/tokenizer_info")
         names = {name: tokenizer.named_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return {
@@ -142,14 +115,14 @@ def _add_openai(app: FastAPI, server: Server) -> None:
         }
 
     @app.post("/detokenize", responses=_ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         return await endpoints.detokenize(server, body)
 
     @app.post("/mii/{deployment}", responses=_ERRORS)
     async def generate(deployment: str, body: GenerateRequest, request: Request) -> Response:
-        if deployment != server.served.deployment:
+        if deployment != server.model.deployment:
             raise ApiError(
-                f"the deployment {deployment!r} is not here; this one is {server.served.deployment!r}",
+                f"this server is the deployment {server.model.deployment!r}, not {deployment!r}",
                 status=404,
                 param="deployment",
                 code="deployment_not_found",
@@ -157,7 +130,7 @@ def _add_openai(app: FastAPI, server: Server) -> None:
         return await endpoints.generate(server, body, request)
 
 
-def _add_operations(app: FastAPI, server: Server) -> None:
+def _add_operations(app: FastAPI, server: ServerState) -> None:
     page, page_headers = load_page()
 
     @app.get("/", response_class=HTMLResponse)
@@ -171,7 +144,7 @@ def _add_operations(app: FastAPI, server: Server) -> None:
         failure = server.failure or (backend.failure if backend is not None else None)
         status = "ready" if ready else "failed" if failure else "loading" if backend is None else "ending"
         return JSONResponse(
-            {"status": status, "model": server.served.name, "deployment": server.served.deployment, "failure": failure},
+            {"status": status, "model": server.model.name, "deployment": server.model.deployment, "failure": failure},
             200 if ready else 503,
         )
 
@@ -183,17 +156,17 @@ def _add_operations(app: FastAPI, server: Server) -> None:
     async def metrics() -> Response:
         snapshots = []
         if server.backend is not None:
-            with contextlib.suppress(ClosedError):  # an engine that has ended has nothing to say
+            with contextlib.suppress(ClosedError):  # an engine that has ended reports nothing
                 snapshots = await server.backend.snapshots()
         return Response(server.metrics.render(snapshots), media_type=CONTENT_TYPE)
 
     @app.get("/stats", responses=_ERRORS)
-    async def stats(since_step: int = Query(0, ge=0, lt=2**53)) -> dict[str, Any]:
+    async def stats(since_step: int = Query(0, ge=0, lt=2**53)) -> dict[str, object]:
         """Gauges, counters and the timeline of steps, for the page and `fastgen top`."""
         backend = server.ready()
         return {
-            "model": server.served.name,
-            "deployment": server.served.deployment,
+            "model": server.model.name,
+            "deployment": server.model.deployment,
             "unfinished": backend.num_unfinished,
             "uptime": time.time() - server.started,
             "worst_lag_ms": 1e3 * server.metrics.worst_lag,
@@ -201,15 +174,15 @@ def _add_operations(app: FastAPI, server: Server) -> None:
         }
 
     @app.get("/trace", responses=_ERRORS)
-    async def trace() -> dict[str, Any]:
-        """The last steps, to be opened in ui.perfetto.dev."""
+    async def trace() -> dict[str, object]:
+        """The latest steps as a trace for ui.perfetto.dev."""
         return perfetto(await server.ready().snapshots(since_step=0))
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _answer_error(request, of_validation(error.errors()))
+        return _answer_error(request, from_validation_errors(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -223,9 +196,9 @@ def _add_errors(app: FastAPI) -> None:
             headers=dict(error.headers or {}),
         ).response()
 
-    @app.exception_handler(ClientGoneError)
-    async def gone(_: Request, __: Exception) -> Response:
-        return Response(status_code=CLIENT_GONE)
+    @app.exception_handler(ClientDisconnectedError)
+    async def disconnected(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_DISCONNECTED)
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         return _answer_error(request, error)
@@ -234,7 +207,7 @@ def _add_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
     @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
 

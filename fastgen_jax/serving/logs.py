@@ -1,8 +1,7 @@
-"""Log lines as text or as JSON, one entry a line, whatever was in what is logged."""
+"""Log entries as text or as JSON. Nothing that a client sends can start another entry or control a terminal."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -11,62 +10,67 @@ import time
 from logging.handlers import WatchedFileHandler
 from typing import Any, Literal
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-# What terminals obey, or programs take for the end of a line.
+from pythonjsonlogger.json import JsonFormatter as BaseJsonFormatter
+
+# Characters that terminals interpret, or that programs take for the end of a line.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, logger, message in a line; what belongs to an entry and is not in its line is indented."""
+    """Time, level, logger and message on one line; exceptions follow, indented."""
 
     def __init__(self, source: str | None = None) -> None:
         super().__init__(f"%(asctime)s %(levelname)s {source + ' ' if source else ''}%(name)s: %(message)s")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        """One line: text that came with a request cannot begin another entry."""
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (overrides logging's method)
+        """Returns one line, with control characters escaped so that request data cannot start another entry."""
         return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), super().formatMessage(record))
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        """Lines that no entry could be."""
+    def formatException(self, ei: Any) -> str:  # noqa: N802 (overrides logging's method)
+        """Returns the traceback, indented so that none of its lines looks like an entry."""
         return "\n".join("    " + line for line in super().formatException(ei).splitlines())
 
 
-class JsonFormatter(logging.Formatter):
-    """Time, level, logger, message and whatever else the record was given."""
+class JsonFormatter(BaseJsonFormatter):
+    """One JSON object a line: time, level, source, logger, message, the record's extra fields, and the exception."""
+
+    converter = time.gmtime
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
 
     def __init__(self, source: str | None = None) -> None:
-        super().__init__()
-        self._source = {"source": source} if source else {}
+        super().__init__(
+            ["asctime", "levelname", "name", "message"],
+            rename_fields={"asctime": "time", "levelname": "level", "name": "logger", "exc_info": "exception"},
+            static_fields={"source": source} if source else {},
+            json_default=str,
+            json_ensure_ascii=False,
+        )
 
-    def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            **self._source,
-            "logger": record.name,
-            "message": record.getMessage(),
-            **{name: value for name, value in vars(record).items() if name not in _STANDARD},
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        text = json.dumps(entry, default=str, ensure_ascii=False)
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        """Writes the level in lower case, as most log collectors expect."""
+        return {**log_data, "level": log_data["level"].lower()}
+
+    def serialize_log_record(self, log_data: dict[str, Any]) -> str:
+        """Escapes what JSON allows inside a string but terminals and line readers interpret."""
+        text = super().serialize_log_record(log_data)
         return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def set_up_logging(form: Literal["text", "json"], *, file: str | None = None, source: str | None = None) -> None:
-    """Sends the log to standard error in this form, and to `file` as well if there is one.
+    """Sends the log to standard error in this form, and also to `file` if one is given.
 
-    `source` says in each entry which process wrote it: several may share a file. ValueError if the file cannot be written.
+    `source` names the writing process in each entry, because several processes may share a file. Raises ValueError if
+    the file cannot be written.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None:
         try:
-            # Opened anew when somebody moves it away, as logrotate does.
+            # Reopens the file when logrotate moves it away.
             handler = WatchedFileHandler(file, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise ValueError(
-                f"log_file {file!r} cannot be written ({error.strerror}); choose another, in a folder that exists"
+                f"log_file {file!r} cannot be written ({error.strerror}); choose a file in an existing, writable folder"
             ) from None
         if _is_standard_error(file):
             handler.close()
@@ -80,7 +84,7 @@ def set_up_logging(form: Literal["text", "json"], *, file: str | None = None, so
 
 
 def _is_standard_error(file: str) -> bool:
-    """Whether standard error goes to this file, as it does where a deployment was started in the background."""
+    """Whether standard error already goes to this file, as in a deployment started in the background."""
     try:
         return os.path.samestat(os.fstat(sys.stderr.fileno()), os.stat(file))
     except (OSError, ValueError):

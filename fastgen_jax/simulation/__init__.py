@@ -1,4 +1,4 @@
-"""A discrete-event simulator: the engine's own scheduler, with a model of what a step costs in place of a device."""
+"""A discrete-event simulator: the engine's scheduler with a cost model instead of a device."""
 
 from fastgen_jax.plan.roofline import Efficiency, StepShape
 from fastgen_jax.simulation.costs import MeasuredCost, RooflineCost, StepCost, load_cost

@@ -1,6 +1,6 @@
-"""What a step costs: seconds from the tokens in it and the contexts that they attend to.
+"""The cost of a step: seconds from its tokens and the contexts that they attend to.
 
-Either measured on a device by `fastgen bench steps`, or read off a roofline.
+Either measured on a device with `fastgen bench steps`, or computed from a roofline.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.plan.devices import DEVICES, GIB, Device
 from fastgen_jax.plan.roofline import Efficiency, Roofline, StepShape, roofline
 from fastgen_jax.scheduling import Chunk, Step
@@ -41,7 +42,7 @@ def _prompts(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 class StepCost(Protocol):
-    """Seconds that a device takes for a step."""
+    """A cost model: the seconds that a device needs for a step."""
 
     def __call__(self, shape: StepShape) -> float:
         """Seconds for a step of this shape."""
@@ -50,27 +51,28 @@ class StepCost(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredCost:
-    """A straight line for each compiled step size, as `fastgen bench steps` fits it.
+    """A straight line for each compiled step size, fitted by `fastgen bench steps`.
 
-    `sizes` are the token budgets of the compiled programs, ascending; `base` the seconds of each without a token, and
-    `per_token` for each token in it, which is nothing where padding is computed.
+    `sizes` are the token budgets of the compiled programs, ascending; `base` is the seconds of each one without
+    tokens, and `per_token` the seconds per token in it, which is 0 where padding is computed too.
     """
 
     sizes: tuple[int, ...]
     base: tuple[float, ...]
     per_token: tuple[float, ...]
     per_row: float
-    """Seconds a row of logits."""
+    """Seconds per row of logits."""
     per_decode_attended: float
-    """Seconds for each position that a generated token attends to."""
+    """Seconds per position that a generated token attends to."""
     per_prompt_attended: float
+    """Seconds per position that a token of a prompt attends to."""
     host_seconds: float
-    """Seconds that the host takes for a step, during which the device may run another."""
+    """Seconds of host work per step, during which the device may run another one."""
     facts: dict[str, Any]
     """Machine, versions, model and engine settings of the measurement."""
 
     def __call__(self, shape: StepShape) -> float:
-        """Seconds for a step of this shape; ValueError if no compiled step holds it."""
+        """Seconds for a step of this shape; ValueError if it exceeds the largest compiled step."""
         tokens, rows, decode_attended, prompt_attended, _ = shape
         index = bisect_left(self.sizes, tokens)
         if index == len(self.sizes):
@@ -85,16 +87,18 @@ class MeasuredCost:
 
 
 def cost_from(model: dict[str, Any]) -> MeasuredCost:
-    """The cost model that `fastgen bench steps` fitted, from its JSON object; KeyError or TypeError if it is none."""
+    """The cost model in a JSON object of `fastgen bench steps`; KeyError or TypeError if it contains none."""
     return MeasuredCost(**{**model, **{name: tuple(model[name]) for name in ("sizes", "base", "per_token")}})
 
 
 def load_cost(path: Path) -> MeasuredCost:
-    """The cost model in a file of `fastgen bench steps`; ValueError if it is none."""
+    """The cost model in a file of `fastgen bench steps`; ValueError if it contains none."""
     try:
         return cost_from(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no step costs: {error!r}; write one with: fastgen bench steps -o {path}") from error
+        raise ValueError(
+            f"{path} contains no step costs: {error!r}; create it with: fastgen bench steps -o {path}"
+        ) from error
 
 
 GOOD_KERNELS = Efficiency(matmul=0.6, attention=0.4, memory=0.8, links=0.7)
@@ -105,7 +109,7 @@ GOOD_KERNELS = Efficiency(matmul=0.6, attention=0.4, memory=0.8, links=0.7)
 class RooflineCost:
     """A dense model on the roofline, tensor-parallel over `num_devices` equal devices.
 
-    `sizes` are compiled step sizes to which a step is padded; without them a step has exactly the tokens that are in it.
+    `sizes` are the compiled step sizes to which a step is padded; if empty, steps are not padded.
     """
 
     model: ModelConfig
@@ -135,14 +139,14 @@ class RooflineCost:
 
     @property
     def _weight_bytes(self) -> float:
-        return self.model.num_params * self.bytes_a_weight
+        return count_params(self.model) * self.bytes_a_weight
 
     @property
     def _kv_bytes_per_token(self) -> float:
         return self.model.kv_bytes_per_token(1) * self.bytes_a_kv
 
     def __call__(self, shape: StepShape) -> float:
-        """Seconds for a step of this shape; ValueError if no compiled step holds it."""
+        """Seconds for a step of this shape; ValueError if it exceeds the largest compiled step."""
         if self.sizes:
             index = bisect_left(self.sizes, shape.num_tokens)
             if index == len(self.sizes):
@@ -151,7 +155,7 @@ class RooflineCost:
         return self._roofline(shape)
 
     def num_kv_tokens(self, *, memory_share: float = 0.9) -> int:
-        """Positions that the KV cache can hold in what the weights leave of `memory_share` of all memory.
+        """Positions that fit into the KV cache, which gets what the weights leave of `memory_share` of all memory.
 
         Raises ValueError if the weights leave nothing.
         """
@@ -167,7 +171,7 @@ class RooflineCost:
 
 
 def roofline_cost(model: str, hardware: str, num_devices: int, *, efficiency: Efficiency = GOOD_KERNELS) -> RooflineCost:
-    """The cost of a known model on known hardware; ValueError that lists the known names."""
+    """The cost of a known model on known hardware; ValueError, which lists the known names, for others."""
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}")
     if hardware not in DEVICES:

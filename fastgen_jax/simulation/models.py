@@ -1,4 +1,4 @@
-"""The shapes of the models that the experiments name."""
+"""The shapes of the models that experiments refer to by name."""
 
 from __future__ import annotations
 

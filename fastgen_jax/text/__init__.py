@@ -1,7 +1,8 @@
 """Text and tokens: tokenizers of all formats, incremental detokenization, stop strings, chat templates."""
 
 from fastgen_jax.text.detokenizer import IncrementalDetokenizer
+from fastgen_jax.text.load import load_tokenizer
 from fastgen_jax.text.stop import StopStrings, stops_with_tokens
-from fastgen_jax.text.tokenizer import Tokenizer, load_tokenizer
+from fastgen_jax.text.tokenizer import Tokenizer
 
 __all__ = ["IncrementalDetokenizer", "StopStrings", "Tokenizer", "load_tokenizer", "stops_with_tokens"]

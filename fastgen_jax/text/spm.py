@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-_BPE = 2  # TrainerSpec.ModelType
-_UNKNOWN, _UNUSED, _BYTE = 2, 5, 6  # SentencePiece.Type
 
 
 def open_model(proto: bytes) -> Any:
@@ -29,25 +25,34 @@ def build_model(
     unknown_id: int,
     add_space_prefix: bool,
 ) -> bytes:
-    """The serialised BPE model of a vocabulary; `types` are SentencePiece's own numbers, which GGUF shares.
+    """Returns a serialized BPE model with this vocabulary; `types` are SentencePiece's own numbers, which GGUF shares."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
 
-    Written field by field because few of the message's fields matter. Source: sentencepiece_model.proto.
-    """
-    # A model has one unknown piece; converters also mark padding entries so, which never come out of a text.
-    types = [_UNUSED if kind == _UNKNOWN and i != unknown_id else kind for i, kind in enumerate(types)]
-    byte_fallback = _BYTE in types
-    trainer = _varint(3, _BPE) + _varint(35, byte_fallback) + _varint(40, unknown_id)
-    normalizer = _text(1, b"identity") + _varint(3, add_space_prefix) + _varint(4, 0) + _varint(5, 1)
-    entries = (
-        _text(1, _text(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _varint(3, kind))
-        for piece, score, kind in zip(pieces, scores, types, strict=True)
-    )
-    return b"".join(entries) + _text(2, trainer) + _text(3, normalizer)
+    piece_type, trainer_spec = schema.ModelProto.SentencePiece, schema.TrainerSpec
+    # A model has exactly one unknown piece; converters also mark padding entries as unknown, which no text produces.
+    types = [piece_type.UNUSED if kind == piece_type.UNKNOWN and i != unknown_id else kind for i, kind in enumerate(types)]
+    return schema.ModelProto(
+        pieces=[
+            piece_type(piece=piece, score=score, type=kind) for piece, score, kind in zip(pieces, scores, types, strict=True)
+        ],
+        trainer_spec=trainer_spec(model_type=trainer_spec.BPE, byte_fallback=piece_type.BYTE in types, unk_id=unknown_id),
+        normalizer_spec=schema.NormalizerSpec(
+            name="identity",
+            add_dummy_prefix=add_space_prefix,
+            remove_extra_whitespaces=False,
+            escape_whitespaces=True,
+        ),
+    ).SerializeToString()
 
 
 def without_space_prefix(proto: bytes) -> bytes:
-    """The same model, but for the space that it puts before a text: protobuf lets a later field overwrite."""
-    return proto + _text(3, _varint(3, 0))
+    """Returns the same model without the space it adds before a text.
+
+    Appending works because concatenated protobuf messages merge: the last value of a field wins.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    return proto + schema.ModelProto(normalizer_spec=schema.NormalizerSpec(add_dummy_prefix=False)).SerializeToString()
 
 
 class SentencePieceEncoder:
@@ -82,19 +87,3 @@ class SentencePieceEncoder:
             elif part:
                 ids += (self.model if i == 0 else self.inner).encode(part)
         return [*self.first, *ids, *self.last] if add_special_tokens else ids
-
-
-def _varint(field: int, value: int) -> bytes:
-    return _number(field << 3) + _number(int(value))
-
-
-def _text(field: int, data: bytes) -> bytes:
-    return _number(field << 3 | 2) + _number(len(data)) + data
-
-
-def _number(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])

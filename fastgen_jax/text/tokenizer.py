@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from fastgen_jax.text.chat import render_chat
-
-if TYPE_CHECKING:
-    from fastgen_jax.checkpoint.gguf_file import GGUFFile
 
 
 class Encoder(Protocol):
@@ -128,29 +124,3 @@ class Tokenizer:
         """Token ids of `apply_chat_template`. Templates write their own special tokens, so none is added."""
         text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tools=tools, **extra)
         return self.encode(text, add_special_tokens=False)
-
-
-def load_tokenizer(source: str | Path | GGUFFile) -> Tokenizer:
-    """The tokenizer of a checkpoint; ValueError says what is missing or not supported.
-
-    Takes a GGUF file (or its header), or a directory with tokenizer.json or tokenizer.model.
-    """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if (path / "tokenizer.gguf").exists():  # in a snapshot that was made of a GGUF file
-            path = path / "tokenizer.gguf"
-        if path.is_dir():
-            from fastgen_jax.text.huggingface import load_directory
-
-            return load_directory(path)
-        if not path.exists():
-            raise ValueError(f"{path} does not exist; pass a checkpoint directory or a .gguf file")
-        from fastgen_jax.checkpoint.gguf_file import read_gguf
-
-        source = read_gguf(path)
-    from fastgen_jax.text.gguf import load_gguf
-
-    try:
-        return load_gguf(source.metadata)
-    except ValueError as error:
-        raise ValueError(f"{source.path}: {error}") from error

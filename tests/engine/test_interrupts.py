@@ -15,7 +15,7 @@ from fastgen_jax import Engine, Research, SamplingParams
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.text.grammar import Grammar
 from tests.interrupts import Points
-from tests.serving.house import engine
+from tests.serving.tiny_server import engine
 from tests.tiny import drain, greedy, tiny_engine, tokens_of
 
 # Python ignores, and reports, an exception that comes while a generator is closed or an object ends.

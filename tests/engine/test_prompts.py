@@ -8,7 +8,7 @@ import pytest
 
 from fastgen_jax.engine.prompts import plain_prompt, split_prompts
 from fastgen_jax.scheduling import SamplingParams
-from tests.serving.house import engine as engine_with_tokenizer
+from tests.serving.tiny_server import engine as engine_with_tokenizer
 from tests.tiny import greedy, tiny_engine
 
 USER = {"role": "user", "content": "Hi"}

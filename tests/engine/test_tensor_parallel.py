@@ -48,7 +48,7 @@ params, model = tiny_model("default")
 options = {"quantize": "int8", "kv_dtype": "int8"}
 resolved = resolve(EngineConfig(**SMALL, **options, tensor_parallel=2), model)
 loaded = load_params(open_checkpoint(HOME / "default"), dtype="float32", stack_layers=True,
-                     prepare=lambda path, array: prepare_leaf(path, array, model, resolved))
+                     prepare=lambda spec, array: prepare_leaf(spec, array, model, resolved))
 assert tokens(loaded, model, **options, tensor_parallel=2) == tokens(params, model, **options, stack_layers=True)
 """
 TIED_EMBEDDINGS = """

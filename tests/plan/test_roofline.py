@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.plan.devices import DEVICES, parse_topology
 from fastgen_jax.plan.estimate import planned_step
 from fastgen_jax.plan.roofline import PEAK, Efficiency, StepShape, roofline
@@ -42,7 +43,7 @@ def cost_of(num_devices: int, efficiency: Efficiency = PEAK, *, latency: bool = 
         LLAMA_7B,
         DEVICES["v5e"],
         num_devices,
-        weight_bytes=2 * LLAMA_7B.num_params / num_devices,
+        weight_bytes=2 * count_params(LLAMA_7B) / num_devices,
         kv_bytes_per_token=LLAMA_7B.kv_bytes_per_token(2) / num_devices,
         activation_bytes=2,
         efficiency=efficiency,

@@ -26,7 +26,7 @@ import psutil
 import fastgen_jax
 from fastgen_jax.bench.http_load import HttpError, stream_events
 from tests.serving.checkpoint import write_checkpoint
-from tests.serving.house import offline
+from tests.serving.tiny_server import offline
 
 ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 256}
 MAX_TOKENS = 60

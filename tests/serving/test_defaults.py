@@ -1,4 +1,4 @@
-"""Requests that leave an option out: the model's own defaults hold, as in the pipeline."""
+"""Omitted options take the model's own defaults, as in the pipeline."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest
-from tests.serving import house
+from tests.serving import tiny_server
 
 DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
 
 
 @pytest.fixture
 def with_defaults(monkeypatch):
-    """Gives the shared engine of the house other defaults."""
-    intake = house.engine().intake
+    """Gives the shared engine other defaults."""
+    intake = tiny_server.engine().intake
 
     def change(**defaults):
         config = dataclasses.replace(intake.config, generation_config=defaults)
@@ -32,7 +32,7 @@ def with_defaults(monkeypatch):
         ChatRequest(model="m", messages=[{"role": "user", "content": "Hi"}]),
     ],
 )
-def test_options_that_a_body_leaves_out_are_the_models(with_defaults, body):
+def test_omitted_options_take_the_models_defaults(with_defaults, body):
     intake = with_defaults(**DEFAULTS)
     params = body.sampling_params(intake, max_new_tokens=4)
     assert {name: getattr(params, name) for name in DEFAULTS} == DEFAULTS
@@ -44,17 +44,17 @@ def test_options_that_a_body_leaves_out_are_the_models(with_defaults, body):
     assert (params.top_k, params.top_p, params.min_p) == (None, None, None)
 
 
-def test_answers_over_http_follow_the_models_defaults(with_defaults):
+def test_http_answers_follow_the_models_defaults(with_defaults):
     with_defaults(do_sample=False, max_new_tokens=5)
 
     async def scenario(http, engine):
-        chat = {"model": house.MODEL, "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
+        chat = {"model": tiny_server.MODEL, "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
         answers = [(await http.post("/v1/chat/completions", json=chat)).json() for _ in range(2)]
         greedy = (await http.post("/v1/chat/completions", json={**chat, "temperature": 0, "max_tokens": 7})).json()
         plain = (await http.post("/mii/here", json={"prompts": "Hi", "ignore_eos": True})).json()
         return answers, greedy, plain
 
-    answers, greedy, (plain,) = house.with_server(scenario)
+    answers, greedy, (plain,) = tiny_server.with_server(scenario)
     texts = [answer["choices"][0]["message"]["content"] for answer in answers]
     assert [answer["usage"]["completion_tokens"] for answer in answers] == [5, 5]
     assert texts[0] == texts[1] == greedy["choices"][0]["message"]["content"][: len(texts[0])]
@@ -62,12 +62,12 @@ def test_answers_over_http_follow_the_models_defaults(with_defaults):
     assert plain["generated_length"] == 5
 
 
-def test_a_default_limit_that_does_not_fit_gives_way_and_one_that_was_asked_for_is_the_callers(with_defaults):
+def test_a_default_limit_larger_than_the_context_is_reduced(with_defaults):
     with_defaults(max_new_tokens=100_000)
 
     async def scenario(http, engine):
-        chat = {"model": house.MODEL, "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
+        chat = {"model": tiny_server.MODEL, "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
         return (await http.post("/v1/chat/completions", json=chat)).json()
 
-    usage = house.with_server(scenario)["usage"]
-    assert usage["total_tokens"] == house.engine().config.max_context_len
+    usage = tiny_server.with_server(scenario)["usage"]
+    assert usage["total_tokens"] == tiny_server.engine().config.max_context_len

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.core.pytree import pytree
+from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float32, Int32, UInt32

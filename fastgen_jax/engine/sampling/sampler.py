@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.sampling.random_bits import random_bits
 from fastgen_jax.engine.sampling.state import MAX_TIMES, SamplerState
 from fastgen_jax.engine.sampling.tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
+from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float32, Int16, Int32, Shaped, UInt32

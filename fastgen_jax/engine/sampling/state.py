@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.scheduling.request import MAX_LOGIT_BIAS_ENTRIES
+from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float32, Int16, Int32

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.scheduling.request import MAX_STOP_TOKEN_IDS, SamplingParams
+from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float32, Int, Int32, UInt32

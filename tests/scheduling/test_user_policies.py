@@ -1,4 +1,4 @@
-"""Policies from outside: what is accepted, and that no plan is carried out that the books could not bear."""
+"""Policies that users provide: which functions are accepted, and that no invalid plan is executed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def last_come_first_served(planner: Planner) -> StepPlan:
 
 
 def one_by_one(planner: Planner) -> StepPlan:
-    """SplitFuse without bypass, written with the operations on single sequences."""
+    """SplitFuse without bypass, built from operations on single sequences."""
     for sequence in planner.running:
         planner.take(sequence)
     for sequence in planner.waiting:
@@ -54,7 +54,7 @@ def test_every_plan_of_a_built_in_policy_passes_the_check(policy: Any, depth: in
         )
 
 
-def test_a_policy_of_ones_own_decides_who_runs() -> None:
+def test_a_user_policy_decides_which_sequences_run() -> None:
     scheduler = Scheduler(**SIZES, policy=last_come_first_served, prefix_caching=False)
     sequences = [scheduler.add(make_request(name, range(16), 1)) for name in "abc"]
     order = []
@@ -79,7 +79,7 @@ def test_a_built_in_policy_is_the_same_by_name_and_as_a_function() -> None:
         (None, "policy is None"),
     ],
 )
-def test_what_cannot_be_called_as_a_policy_is_refused(policy: Any, message: str) -> None:
+def test_a_function_that_cannot_be_called_with_a_planner_is_rejected(policy: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Scheduler(**SIZES, policy=policy)
 
@@ -114,7 +114,7 @@ def chunk(sequence: Any, **changes: Any) -> Chunk:
         ),
     ],
 )
-def test_a_plan_that_cannot_be_run_is_refused_with_its_fault_and_changes_nothing(plan: Any, message: str) -> None:
+def test_an_invalid_plan_is_rejected_with_the_reason_and_changes_nothing(plan: Any, message: str) -> None:
     sequences: list[Any] = []
 
     def policy(planner: Planner) -> StepPlan:
@@ -129,7 +129,7 @@ def test_a_plan_that_cannot_be_run_is_refused_with_its_fault_and_changes_nothing
     assert scheduler.num_free_blocks == SIZES["num_blocks"]
 
 
-def test_a_plan_that_needs_more_blocks_than_are_free_is_refused() -> None:
+def test_a_plan_that_needs_more_blocks_than_are_free_is_rejected() -> None:
     def greedy(planner: Planner) -> StepPlan:
         waiting = planner.waiting
         return plan_of(chunks=[chunk(s) for s in waiting], admissions=[Admission(s, []) for s in waiting])
@@ -164,7 +164,9 @@ def test_a_policy_cannot_change_the_queues_or_the_block_count_of_the_scheduler()
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @given(workload=workloads())
 @ANY_WORKLOAD
-def test_a_policy_made_of_single_sequences_gives_the_tokens_of_each_request_alone(depth: int, workload: Workload) -> None:
+def test_a_policy_built_from_single_sequences_generates_the_tokens_of_each_request_alone(
+    depth: int, workload: Workload
+) -> None:
     scheduler = Scheduler(**workload.arguments, policy=one_by_one)
     run = drive(scheduler, workload.arrivals, depth=depth, aborts=workload.aborts)
     for request in workload.requests:

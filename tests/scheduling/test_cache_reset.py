@@ -1,4 +1,4 @@
-"""A prefix cache that is reset, and blocks whose owners are put right after an interrupt."""
+"""Resetting the prefix cache, and restoring the owners of blocks after an interrupt."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(scheduler: Scheduler, *requests: Any) -> list[Any]:
     return sequences
 
 
-def test_after_a_reset_nobody_finds_what_was_computed_before() -> None:
+def test_after_a_reset_no_earlier_prefix_is_found() -> None:
     scheduler = Scheduler(**SIZES)
     assert [s.num_cached for s in run(scheduler, make_request("a", range(12)), make_request("b", range(12)))] == [0, 8]
     scheduler.reset_prefix_cache()
@@ -55,7 +55,7 @@ def test_blocks_that_a_running_sequence_fills_after_a_reset_are_never_found() ->
     scheduler.reset_prefix_cache()
     for _ in range(10):
         step()
-    # The same beginning computed anew is found again, and what follows it in the old sequence is not.
+    # The same prefix is found again once it is recomputed; the blocks that the old sequence filled after it are not.
     text = (0, 1, 2, 3, *[0] * 8)
     fresh = scheduler.add(make_request("fresh", text[:5], 1))
     step()
@@ -100,13 +100,13 @@ def test_shared_blocks_are_free_when_each_share_is_returned() -> None:
     scheduler.check_integrity()
 
 
-def test_settling_frees_what_an_interrupt_left_with_nobody() -> None:
+def test_settling_frees_blocks_that_an_interrupt_left_without_owner() -> None:
     scheduler = Scheduler(**SIZES)
     run(scheduler, make_request("cached", range(12)))
     kept = scheduler.borrow_blocks(2)
     running = scheduler.add(make_request("running", range(12, 24), 4))
     assert scheduler.schedule() is not None
-    scheduler._pool.allocate(3)  # as if the call ended before the next line
+    scheduler._pool.allocate(3)  # as if an interrupt came right after the allocation
     with pytest.raises(RuntimeError, match="owners"):
         scheduler.check_integrity()
     scheduler.settle_blocks(kept)
@@ -114,11 +114,11 @@ def test_settling_frees_what_an_interrupt_left_with_nobody() -> None:
     assert scheduler.num_free_blocks == 24 - 2 - len(running.block_ids)
     again = scheduler.add(make_request("again", range(12), 1))
     assert scheduler.schedule() is not None
-    assert again.num_cached == 8, "what was cached is still found"
+    assert again.num_cached == 8, "cached blocks are still found"
 
 
 @given(st.lists(st.sampled_from(["allocate", "share", "free", "register", "lookup", "forget"]), max_size=40), st.randoms())
-def test_settling_a_pool_whose_books_are_right_changes_nothing_that_matters(operations: list[str], random: Any) -> None:
+def test_settling_a_consistent_pool_changes_nothing(operations: list[str], random: Any) -> None:
     pool, held, digests = BlockPool(6, 4), [], []
     for operation in operations:
         if operation == "allocate" and pool.num_free:
