@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytree
 class KVCache:
-    """K and V of all layers as one flat pool of LN = L * N blocks each, in numbers or as a `QuantizedCache`.
+    """K and V of all layers as one flat pool of LN = L * N blocks each, plain or as a `QuantizedCache`.
 
     Layer l owns blocks [l * N, (l + 1) * N). Block tables and KV slots name blocks within a layer. One flat array is
     the form that no compiler copies, neither as the carry of a layer scan nor as a donated argument.
