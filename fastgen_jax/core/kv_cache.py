@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @pytree
 class KVCache:
-    """K and V of all layers as one flat pool of blocks each: [L * N, K, B, D], or a `QuantizedCache` of that shape.
+    """K and V of all layers as one flat pool of LN = L * N blocks each, plain or as a `QuantizedCache`.
 
     Layer l owns blocks [l * N, (l + 1) * N). Block tables and KV slots name blocks within a layer. One flat array is
     the form that no compiler copies, neither as the carry of a layer scan nor as a donated argument.
     """
 
-    k: Float[Array, "L*N K B D"] | QuantizedCache
-    v: Float[Array, "L*N K B D"] | QuantizedCache
+    k: Float[Array, "LN K B D"] | QuantizedCache
+    v: Float[Array, "LN K B D"] | QuantizedCache
 
     @staticmethod
     def zeros(
@@ -39,7 +39,7 @@ class KVCache:
 def copy_block(cache: KVCache, source: Int32[Array, ""], target: Int32[Array, ""], *, num_blocks: int) -> KVCache:
     """The cache with block `source` of each layer copied to block `target`. Donate it: it is then changed in place."""
 
-    def copied(pool: Shaped[Array, "L*N ..."]) -> Shaped[Array, "L*N ..."]:
+    def copied(pool: Shaped[Array, "LN ..."]) -> Shaped[Array, "LN ..."]:
         layers = pool.reshape(-1, num_blocks, *pool.shape[1:])  # [L, N, K, B, ...]
         block = jax.lax.dynamic_index_in_dim(layers, source, axis=1)
         return jax.lax.dynamic_update_index_in_dim(layers, block, target, axis=1).reshape(pool.shape)

@@ -106,7 +106,11 @@ class Engine:
         return engine
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe(self)}; {self.num_running} running, {self.num_waiting} waiting)"
+        return f"{type(self).__name__}({self.describe()}; {self.num_running} running, {self.num_waiting} waiting)"
+
+    def describe(self) -> str:
+        """Model, number formats, devices and the size of the KV cache, in one line."""
+        return describe(self.name, self.model, self.config)
 
     # Requests
 
