@@ -1,4 +1,4 @@
-"""Small tokenizers of every format, trained or written in a moment."""
+"""Small tokenizers of every format, trained or written quickly."""
 
 from __future__ import annotations
 
