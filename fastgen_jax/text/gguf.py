@@ -50,14 +50,14 @@ def load_gguf(metadata: Metadata) -> Tokenizer:
 
     scheme = "byte-level" if model == "gpt2" else "metaspace"
     special = frozenset(i for i, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN))
-    spelled = special | {i for i, kind in enumerate(types) if kind == _USER_DEFINED and scheme == "byte-level"}
+    literal = special | {i for i, kind in enumerate(types) if kind == _USER_DEFINED and scheme == "byte-level"}
     ends = [ids[name] for name in ("eos", "eot", "eom")]
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     return Tokenizer(
         kind=f"{_KINDS[model]} from GGUF, pre-tokenizer {pre}",
         encoder=encode,
         texts=texts,
-        pieces=[text.encode() if i in spelled else piece_bytes(text, scheme) for i, text in enumerate(texts)],
+        pieces=[text.encode() if i in literal else piece_bytes(text, scheme) for i, text in enumerate(texts)],
         special_ids=special,
         drops_leading_space=drops_space,
         bos_token_id=ids["bos"],

@@ -55,9 +55,9 @@ def _from_json(path: Path, settings: Settings) -> Tokenizer:
         texts[id] = text
     added = backend.get_added_tokens_decoder()
     special = frozenset(id for id, token in added.items() if token.special)
-    spelled = special | (added.keys() if scheme == "byte-level" else set())
+    literal = special | (added.keys() if scheme == "byte-level" else set())
     pieces = [
-        b"" if text is None else text.encode() if id in spelled else piece_bytes(text, scheme)
+        b"" if text is None else text.encode() if id in literal else piece_bytes(text, scheme)
         for id, text in enumerate(texts)
     ]
     names = _named_tokens(path, settings)

@@ -45,7 +45,7 @@ def versions(messages: Sequence[Message], template: str) -> Iterator[list[Messag
     message if the template does not know the role, and in a further version part of the user's next message, for models
     without system messages. In the last versions, arguments of calls that are not objects are wrapped in one.
     """
-    fitted = _with_contents(_with_spelled_calls(messages, template), template)
+    fitted = _with_contents(_with_calls_as_text(messages, template), template)
     forms: list[Callable[[list[Message]], list[Message]]] = [lambda same: same]
     if "developer" not in template and instructions(messages):
         forms = [_developer_as_system, _developer_in_user]
@@ -127,14 +127,14 @@ def _with_contents(messages: list[Message], template: str) -> list[Message]:
     return [{**message, "content": "" if message["content"] is None else message["content"]} for message in messages]
 
 
-def _with_spelled_calls(messages: Sequence[Message], template: str) -> list[Message]:
-    spelled = list(messages)
+def _with_calls_as_text(messages: Sequence[Message], template: str) -> list[Message]:
+    converted = list(messages)
     if "tool_calls" not in template:
-        spelled = [_spelled_calls(message) if "tool_calls" in message else message for message in spelled]
+        converted = [_calls_as_text(message) if "tool_calls" in message else message for message in converted]
     if _NAMES_TOOL_ROLE.search(template):
-        return spelled
+        return converted
     result: list[Message] = []
-    for message in spelled:
+    for message in converted:
         if message["role"] != "tool":
             result.append(message)
             continue
@@ -146,7 +146,7 @@ def _with_spelled_calls(messages: Sequence[Message], template: str) -> list[Mess
     return result
 
 
-def _spelled_calls(message: Message) -> Message:
+def _calls_as_text(message: Message) -> Message:
     texts = [message["content"]] if message["content"] else []
     for call in message["tool_calls"]:
         name, arguments = call["function"]["name"], call["function"]["arguments"]

@@ -131,14 +131,14 @@ def encoder_backend(vocabulary: TiktokenVocabulary) -> tokenizers.Tokenizer:
 
     alphabet = {byte: character for character, byte in byte_alphabet().items()}
     ranked = {piece: id for id, piece in enumerate(vocabulary.pieces) if id not in vocabulary.special_ids}
-    spelled = {piece: "".join(alphabet[byte] for byte in piece) for piece in ranked}
+    encoded = {piece: "".join(alphabet[byte] for byte in piece) for piece in ranked}
     merges = []
     for piece in ranked:  # in order of rank
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in ranked and piece[i:] in ranked]
         cuts.sort(key=lambda cut: (ranked[cut[0]], ranked[cut[1]]))
-        merges += [(spelled[left], spelled[right]) for left, right in cuts]
+        merges += [(encoded[left], encoded[right]) for left, right in cuts]
     # A special token that has an entry keeps its id.
-    words = {spelled[piece]: id for piece, id in ranked.items()} | dict(vocabulary.specials)
+    words = {encoded[piece]: id for piece, id in ranked.items()} | dict(vocabulary.specials)
     backend = Tokenizer(models.BPE(words, merges, ignore_merges=True))
     if vocabulary.composes:
         backend.normalizer = normalizers.NFC()

@@ -19,7 +19,7 @@ TEXTS = st.text(st.one_of(st.sampled_from("the dog in 123 qüu\n日 ver"), st.ch
 
 
 def _by_definition(word: bytes, ranked: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule: a word with a rank is one token; otherwise merge the neighbors with the lowest rank, leftmost first."""
+    """tiktoken's rule: a word with a rank is one token, else the neighbors with the lowest rank merge, leftmost first."""
     if word in ranked:
         return [ranked[word]]
     parts = [bytes([byte]) for byte in word]
