@@ -22,7 +22,7 @@ from fastgen_jax.serving.batch_output import Answer, BatchOutput, is_error
 BUSY = 429
 AWAY = frozenset({408, 502, 503, 504})
 MAX_WAIT = 30.0  # seconds: the longest pause between two tries
-GIVE_UP_SECONDS = 90.0  # the server is gone if nothing is heard of it for so long, unless it is loading
+GIVE_UP_SECONDS = 90.0  # the server is gone after so long without any answer, unless it is loading
 LINE_SECONDS = 270.0  # a line gets an error if it has no answer after so long while other lines do
 FAILURES_KEPT = 3
 
@@ -129,7 +129,7 @@ class _Server:
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
         self._clock = asyncio.get_running_loop().time
-        self._heard = self._clock()
+        self._last_answer = self._clock()
 
     async def ask(self, line: Line, url: str, body: bytes) -> Answer:
         """Returns the answer to a line; ConnectionError if no line has been answered for GIVE_UP_SECONDS."""
@@ -155,12 +155,12 @@ class _Server:
                 wait = _seconds(response.headers.get("retry-after"))
             now = self._clock()
             if trouble != "away":
-                self._heard, away_since = now, None
+                self._last_answer, away_since = now, None
             if trouble is None:
                 return answer
             if trouble == "away":
                 away_since = now if away_since is None else away_since
-                if min(now - away_since, now - self._heard) >= GIVE_UP_SECONDS:
+                if min(now - away_since, now - self._last_answer) >= GIVE_UP_SECONDS:
                     raise ConnectionError(f"no answer from the server for {GIVE_UP_SECONDS:g} s ({reason})")
                 if now - away_since >= LINE_SECONDS:
                     return answer

@@ -79,7 +79,7 @@ def prepare_messages(
             )
         return messages, described
     text = (
-        "You may call functions. They are, one JSON object a line:\n"
+        "You may call functions. These are available, one JSON object per line:\n"
         + "\n".join(json.dumps(tool["function"]) for tool in described)
         + f'\nTo call one, write: {CALL_OPEN}{{"name": "function name", "arguments": {{...}}}}{CALL_CLOSE}'
     )
