@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul import cpu, tpu
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
@@ -15,6 +16,9 @@ from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
 from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.matmul.ops import gated
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 IMPLEMENTATIONS = {
     "reference": grouped_matmul_reference,
@@ -25,14 +29,14 @@ IMPLEMENTATIONS = {
 
 
 def grouped_matmul(
-    x: jax.Array,
+    x: Float[Array, "T E"],
     w: GroupedWeight,
-    group_sizes: jax.Array,
+    group_sizes: Int[Array, " X"],
     *,
-    first_group: int | jax.Array = 0,
-    out_dtype: Any = None,
+    first_group: int | Int[Array, ""] = 0,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "T F"]:
     """x[t] @ w[first_group + g] for every row t of every group g: [T, F], summed in float32.
 
         rows of x     | group 0 | group 1 |   | group 3      | no group |      group_sizes: 2, 2, 0, 3
@@ -61,13 +65,13 @@ def grouped_matmul(
 
 
 def grouped_swiglu(
-    x: jax.Array,
+    x: Float[Array, "T E"],
     w: GroupedWeight,
-    group_sizes: jax.Array,
+    group_sizes: Int[Array, " X"],
     *,
-    first_group: int | jax.Array = 0,
+    first_group: int | Int[Array, ""] = 0,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "T F"]:
     """silu(x @ gate) * (x @ up), [T, F] in the dtype of x, computed in float32; see `grouped_matmul`.
 
     Args:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 
 from pallas_kernels.matmul import Int8Weight
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 
 def grouped_matmul_reference(
-    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
-) -> jax.Array:
+    x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+) -> Float[Array, "T F"]:
     """float32[T, F]: every row with every weight, of which its group's is chosen. X times the work; for tests."""
     ends = jnp.cumsum(group_sizes)
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")  # X for rows past the last group

@@ -15,7 +15,7 @@ Source of the idea: MegaBlocks (arXiv:2211.15841).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.xla import scaled_rows
 from pallas_kernels.matmul import Int8Weight
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 LANES = 128
 _WEIGHT_TILE_BYTES = 2 << 20  # there are two in flight: a copy of a few MiB is near the full rate of the memory
@@ -47,14 +50,14 @@ def takes(shape: tuple[int, ...]) -> bool:
 
 
 def grouped_matmul_tpu(
-    x: jax.Array,
-    w: jax.Array | Int8Weight,
-    group_sizes: jax.Array,
-    first_group: jax.Array,
+    x: Float[Array, "T E"],
+    w: Float[Array, "G E F"] | Int8Weight,
+    group_sizes: Int[Array, " X"],
+    first_group: Int[Array, ""],
     *,
     tile_rows: int | None = None,
     interpret: Any = False,
-) -> jax.Array:
+) -> Float[Array, "T F"]:
     """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`.
 
     `tile_rows` None takes a share of the rows that suits their number; `interpret` is that of `pl.pallas_call`.

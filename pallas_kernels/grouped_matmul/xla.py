@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.matmul import Int8Weight
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 _SMALLEST_TILE, _LARGEST_TILE = 8, 128
 
 
 def grouped_matmul_ragged_dot(
-    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
-) -> jax.Array:
+    x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+) -> Float[Array, "T F"]:
     """float32[T, F] by `jax.lax.ragged_dot`: a kernel of the compiler on TPUs, elsewhere the work of all groups.
 
     On TPUs int8 weights go into the kernel as they are. Where w holds more groups than there are sizes, those in use
@@ -27,8 +32,8 @@ def grouped_matmul_ragged_dot(
 
 
 def grouped_matmul_tiles(
-    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
-) -> jax.Array:
+    x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+) -> Float[Array, "T F"]:
     """float32[T, F] by a loop over tiles of rows, each with the weight of its one group.
 
         rows      | a a a a a a a | b b | c c c c c |
@@ -62,7 +67,9 @@ def grouped_matmul_tiles(
     return jax.lax.fori_loop(0, tile_ends[-1], body, zeros)
 
 
-def scaled_rows(y: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array) -> jax.Array:
+def scaled_rows(
+    y: Float[Array, "T F"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+) -> Float[Array, "T F"]:
     """`y` float32[T, F], times the scales of each row's group if w is int8; zero in rows of no group, whatever is there."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(y.shape[0])

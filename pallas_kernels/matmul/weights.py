@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.matmul import cpu
+from pallas_kernels.pytree import pytree, static
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Int8, Num
 
 # int8 is used symmetrically, so that w and -w become q and -q.
 _LARGEST = 127
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=[])
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@pytree
 class Int8Weight:
     """w[k, n] = values[k, n] * scales[n]; activations stay in floating point.
 
@@ -27,20 +29,15 @@ class Int8Weight:
       scales: float32[..., N], positive.
     """
 
-    values: jax.Array
-    scales: jax.Array
+    values: Int8[Array, "*layers K N"]
+    scales: Float32[Array, "*layers N"]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["panels", "scales"],
-    meta_fields=["num_inputs", "num_outputs", "gated"],
-)
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@pytree
 class PackedWeight:
     """A weight [K, N] in the layout of this CPU's native kernel; neither saved nor differentiated.
 
@@ -54,11 +51,11 @@ class PackedWeight:
       gated: made for `swiglu`, not for `linear`.
     """
 
-    panels: jax.Array
-    scales: jax.Array | None
-    num_inputs: int
-    num_outputs: int
-    gated: bool
+    panels: Num[Array, "P steps width group"]
+    scales: Float32[Array, "P width"] | None
+    num_inputs: int = static()
+    num_outputs: int = static()
+    gated: bool = static()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,7 +111,9 @@ def prepare(
     return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
 
 
-def quantize_int8(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_int8(
+    w: Float[np.ndarray, "*groups K N"],
+) -> tuple[Int8[np.ndarray, "*groups K N"], Float32[np.ndarray, "*groups N"]]:
     """(int8[..., K, N], float32[..., N]) whose product is nearest to `w`, one scale per output column."""
     wide = w.astype(np.float32)
     largest = np.abs(wide).max(axis=-2)

@@ -76,7 +76,7 @@ def ragged_attention_reference(
             scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
         if scoring.alibi_slopes is not None:
             distance = (key_positions - position).astype(jnp.float32)
-            scores = scores + scoring.alibi_slopes.reshape(num_kv_heads, group)[:, :, None] * distance
+            scores = scores + scoring.alibi_slopes.reshape(num_kv_heads, group)[:, :, None] * distance[None, None, :]
         scores = jnp.where(is_visible, scores, -jnp.inf)
 
         # A sink is one more logit per head: it takes probability and has no value.

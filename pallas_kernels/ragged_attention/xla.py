@@ -21,7 +21,7 @@ from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, S
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 # Measured on a 2-core CPU: fewer keys a tile cost loop overhead, more cost the L2 cache.
 _DECODE_TILE_KEYS = 128
@@ -77,12 +77,12 @@ def ragged_attention_xla(
 
 
 def write_kv(
-    k: jax.Array,
-    v: jax.Array,
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: Cache,
     v_cache: Cache,
     *,
-    kv_slots: jax.Array,
+    kv_slots: Int[Array, " T"],
     layer: CacheLayer,
 ) -> tuple[Cache, Cache]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
@@ -91,7 +91,7 @@ def write_kv(
     is_real = (kv_slots >= 0) & (kv_slots < layer.num_blocks * block_size)
     block = layer.first_block + kv_slots // block_size
     first = block * (num_kv_heads * block_size) + kv_slots % block_size  # of the first head; the next is B rows on
-    rows = first[:, None] + block_size * jnp.arange(num_kv_heads, dtype=jnp.int32)
+    rows = first[:, None] + block_size * jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]
     rows = jnp.where(is_real[:, None], rows, pool * num_kv_heads * block_size).reshape(-1)
     if rows.shape[0] == 1:
         # XLA:CPU turns a scatter of one row into a form for which it copies the whole cache. A dropped one avoids it.
@@ -229,18 +229,18 @@ def _attend(
 
     def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = state
-        block = (first_block + i * tile_blocks)[:, None] + jnp.arange(tile_blocks, dtype=jnp.int32)  # [W, t]
+        block = (first_block + i * tile_blocks)[:, None] + jnp.arange(tile_blocks, dtype=jnp.int32)[None, :]  # [W, t]
         ids = jnp.take_along_axis(tables, jnp.minimum(block, max_blocks - 1), axis=1)
         ids = jnp.where(block < num_blocks[:, None], ids, 0)
         offset = jnp.arange(block_size, dtype=jnp.int32)
-        key_position = (block[:, :, None] * block_size + offset).reshape(width, -1)  # [W, J], J = t * B
+        key_position = (block[:, :, None] * block_size + offset[None, None, :]).reshape(width, -1)  # [W, J], J = t * B
 
         scores = _einsum("wkrd,wkjd->wkrj", rows, fetch(k_cache, ids))  # [W, K, Q*G, J]
         if scoring.soft_cap is not None:
             scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
         distance = key_position[:, None, :] - row_positions[:, :, None]  # [W, Q*G, J]
         if row_slopes is not None:
-            scores = scores + row_slopes[:, :, None] * distance.astype(jnp.float32)[:, None]
+            scores = scores + row_slopes[None, :, :, None] * distance.astype(jnp.float32)[:, None]
         visible = distance <= 0
         if scoring.window is not None:
             visible &= distance > -scoring.window
@@ -267,6 +267,7 @@ def _attend(
     )
     top, total, acc = lax.fori_loop(0, num_steps, step, start)
     if row_sinks is not None:
+        row_sinks = row_sinks[None]
         base = jnp.maximum(top, row_sinks)
         keep = jnp.exp(top - base)
         total, acc = total * keep + jnp.exp(row_sinks - base), acc * keep[..., None]

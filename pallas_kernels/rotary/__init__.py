@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import native
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 __all__ = ["IMPLEMENTATIONS", "rotary", "rotate"]
 
@@ -20,7 +24,7 @@ _TARGET = "pallas_kernels_rotary"
 Parts = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: Float[Array, "T H D"], cos: Float[Array, "T P"], sin: Float[Array, "T P"]) -> Float[Array, "T H D"]:
     """`x` [T, heads, D] with the pairs (x[i], x[i + P]) turned by angle i, in float32; dimensions from 2P on stay.
 
     `cos` and `sin` are f32[T, P], 2P <= D (RoPE, arXiv:2104.09864, in the half-split form of GPT-NeoX and Llama).
@@ -61,8 +65,13 @@ IMPLEMENTATIONS = {"xla": _rotary_xla, "cpu": _rotary_cpu}
 
 
 def rotary(
-    qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, num_heads: int, implementation: str | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    qkv: Float[Array, "T heads D"],
+    cos: Float[Array, "T P"],
+    sin: Float[Array, "T P"],
+    *,
+    num_heads: int,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
     """(q [T, H, D], k [T, K, D], v [T, K, D]) of a fused projection, with q and k rotated as `rotate` does.
 
     Args:

@@ -21,7 +21,7 @@ from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 
 def ragged_attention_tpu(
@@ -115,8 +115,8 @@ def ragged_attention_tpu(
 
 
 def plan_tiles(
-    query_starts: jax.Array, context_lens: jax.Array, *, num_tokens: int, spec: Spec
-) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    query_starts: Int[Array, " starts"], context_lens: Int[Array, " S"], *, num_tokens: int, spec: Spec
+) -> tuple[list[Int[Array, " members"]], Int[Array, ""], Int[Array, ""]]:
     """Deals the chunks out to tiles: single queries by falling context, J a tile; longer chunks Q queries a tile.
 
     Returns:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,24 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 FIRST_BLOCK, NUM_GRANULES = range(2)
 RING = 16  # granules in flight: a copy takes about a microsecond, whatever its size
 LEAD = 8  # of these, granules that are being read
 
 
 def write_kv_tpu(
-    k: jax.Array,
-    v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
+    k_cache: Float[Array, "pool K B D"],
+    v_cache: Float[Array, "pool K B D"],
     *,
-    kv_slots: jax.Array,
+    kv_slots: Int[Array, " T"],
     layer: CacheLayer,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "pool K B D"], Float[Array, "pool K B D"]]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
 
     Shapes as in `ragged_attention`. The caches are updated in place. Tokens with neighbouring slots are cheapest where
@@ -76,8 +79,8 @@ def write_kv_tpu(
 
 
 def split_into_granules(
-    kv_slots: jax.Array, *, rows: int, num_slots: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    kv_slots: Int[Array, " T"], *, rows: int, num_slots: int
+) -> tuple[Int[Array, " T"], Int[Array, " T"], Int[Array, " T"], Int[Array, " T"], Int[Array, ""]]:
     """Runs of tokens that fill consecutive rows of one granule.
 
     Returns:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,17 @@ UNIT_BITS = 5
 UNIT = 1 << UNIT_BITS
 BUFFER_BYTES = 6 * 2**20  # of VMEM, for all granules in flight
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 
 def write_kv_quantized_tpu(
-    k: jax.Array,
-    v: jax.Array,
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: QuantizedCache,
     v_cache: QuantizedCache,
     *,
-    kv_slots: jax.Array,
+    kv_slots: Int[Array, " T"],
     layer: CacheLayer,
     interpret: Any = False,
 ) -> tuple[QuantizedCache, QuantizedCache]:
