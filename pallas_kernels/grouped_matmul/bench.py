@@ -3,7 +3,7 @@
     python -m pallas_kernels.grouped_matmul.bench                   # milliseconds, on a CPU
     python -m pallas_kernels.grouped_matmul.bench --tpu v5e:2x2     # temporaries of compiled programs; needs libtpu alone
 
-The second says whether weights are copied or dequantised in memory: then the temporaries are as large as the weights.
+The second says whether weights are copied or dequantized in memory: then the temporaries are as large as the weights.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def ask_tpu_compiler(topology: str) -> None:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             memory = jax.jit(program).lower(*arguments).compile().memory_analysis()
         seconds = time.perf_counter() - start
-        assert memory is not None, "the TPU compiler analyses memory"
+        assert memory is not None, "the TPU compiler analyzes memory"
         print(
             f"{name:64}{memory.argument_size_in_bytes / MIB:10.0f}{memory.temp_size_in_bytes / MIB:12.2f}{seconds:9.1f}",
             flush=True,

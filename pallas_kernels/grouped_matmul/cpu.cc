@@ -11,11 +11,11 @@
 namespace pallas_kernels {
 namespace {
 
-// Neighbouring rows of one group, at most kMaxRows: those that a tile multiplies together.
+// Neighboring rows of one group, at most kMaxRows: those that a tile multiplies together.
 struct RowBlock {
   int64_t row, rows;
 };
-// Neighbouring row blocks of one group: those that an item multiplies by one panel.
+// Neighboring row blocks of one group: those that an item multiplies by one panel.
 struct Chunk {
   int64_t group, first_block, last_block;
 };

@@ -55,7 +55,7 @@ def prepare(
     group.
 
     Args:
-      w: [G, K, N] floating point, or quantised already; [G, K, 2F], gate columns before up columns, when `gated`.
+      w: [G, K, N] floating point, or quantized already; [G, K, 2F], gate columns before up columns, when `gated`.
       quantize: None or "int8".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
       gated: the weights of `grouped_swiglu`.

@@ -44,7 +44,7 @@ class PackedWeight:
     Attributes:
       panels: float32, bfloat16 or int8 [P, steps, width, group]; panel p holds output columns
         [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; a step has one number
-        of each, or two neighbours along K where the CPU multiplies pairs (`cpu.narrow_group`).
+        of each, or two neighbors along K where the CPU multiplies pairs (`cpu.narrow_group`).
       scales: float32[P, width] when the panels are int8, else None.
       num_inputs: K.
       num_outputs: columns of the result: N, or F = N / 2 when gated.
@@ -77,7 +77,7 @@ def prepare(
     output column: the error of a weight is at most half a scale, max|column| / 254.
 
     Args:
-      w: [K, N] floating point, or quantised already; [K, 2F], gate columns before up columns, when `gated`.
+      w: [K, N] floating point, or quantized already; [K, 2F], gate columns before up columns, when `gated`.
       quantize: None or "int8".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
       gated: the weight of `swiglu`.

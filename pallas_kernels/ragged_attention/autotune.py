@@ -32,7 +32,7 @@ from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
 
 def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
     """For TPUs: the model's choice first, then half and double of each of its sizes, as far as VMEM admits."""
-    first = tile_sizes.modelled(shape, kind)
+    first = tile_sizes.modeled(shape, kind)
     yield first
     for queries, keys, sequences in itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4)):
         tiles = dataclasses.replace(
@@ -123,7 +123,7 @@ def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
 
         kind = jax.devices()[0].device_kind
         choices = gpu_tiles.candidates(
-            gpu_tiles.modelled(
+            gpu_tiles.modeled(
                 shape.head_dim,
                 shape.num_heads // shape.num_kv_heads,
                 generation,

@@ -92,5 +92,5 @@ def save(shape: Shape, kind: str, tiles: Any, *, seconds: float, path: Path | No
 @functools.cache
 def _complain(path: Path, problem: str) -> None:
     _log.warning(
-        "%s does not hold measured tiles (%s), so modelled ones are used; delete it, or run autotune again", path, problem
+        "%s does not hold measured tiles (%s), so modeled ones are used; delete it, or run autotune again", path, problem
     )

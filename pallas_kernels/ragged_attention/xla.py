@@ -4,7 +4,7 @@ Two loops share one online softmax over tiles of keys:
   - rows with a single query (sequences that generate) run together, in groups of similar context;
   - longer chunks run one tile of queries at a time.
 Trip counts come from the contexts in the batch, so neither the size of the cache nor the width of the block table
-costs time. Keys are fetched a tile at a time: nothing of the size of a context is ever materialised.
+costs time. Keys are fetched a tile at a time: nothing of the size of a context is ever materialized.
 """
 
 from __future__ import annotations

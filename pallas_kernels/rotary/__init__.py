@@ -1,6 +1,6 @@
 """Rotary embedding of a fused query-key-value projection, split into its three parts on the way.
 
-On an accelerator a compiler fuses the rotation into its neighbours. On a CPU it computes the slices one by one on one
+On an accelerator a compiler fuses the rotation into its neighbors. On a CPU it computes the slices one by one on one
 thread, so there a native kernel does it in one pass.
 """
 

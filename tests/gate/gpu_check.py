@@ -30,7 +30,7 @@ import numpy as np
 from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
-from pallas_kernels.ragged_attention.gpu.tile_sizes import modelled
+from pallas_kernels.ragged_attention.gpu.tile_sizes import modeled
 from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.gate.shapes import Call
@@ -80,7 +80,7 @@ class Kernels:
         """The kernel as it is used, or interpreted with few thread blocks."""
         if not self.interpret:
             return ragged_attention_gpu
-        tiles = dataclasses.replace(modelled(head_dim, group, self.generation, quantised=True), blocks=2, pieces=4)
+        tiles = dataclasses.replace(modeled(head_dim, group, self.generation, quantized=True), blocks=2, pieces=4)
         return functools.partial(ragged_attention_gpu, tiles=tiles, generation=self.generation, interpret=self.interpret)
 
 

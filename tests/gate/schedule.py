@@ -199,7 +199,7 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
     facts: dict[str, Any] = {}
     with lowering_for(mesh):
         if which == "ours":
-            chosen = tile_sizes.modelled(
+            chosen = tile_sizes.modeled(
                 tile_sizes.Shape(
                     num_heads=call.num_heads,
                     num_kv_heads=call.num_kv_heads,

@@ -46,7 +46,7 @@ def ragged_attention_gpu(
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
 
     q is rounded to the dtype of the caches, to bfloat16 where they have 8 bits. `generation` is "hopper" or "ampere"; None
-    takes that of the GPU that is lowered for, and where there is none, Hopper. `tiles` None takes the measured or modelled
+    takes that of the GPU that is lowered for, and where there is none, Hopper. `tiles` None takes the measured or modeled
     ones; `interpret` is that of `plgpu.kernel`. Raises ValueError for what `support.unsupported` names.
     """
     num_tokens, num_heads, head_dim = q.shape

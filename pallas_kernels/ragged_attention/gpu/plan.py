@@ -138,7 +138,7 @@ def combine(
     """Softmax-weighted sums over the pieces of each sequence, f32[S, K, G, D]; 0 where there is none.
 
     Args:
-      partial: f32[tiles, K, G, D], each normalised over its own keys.
+      partial: f32[tiles, K, G, D], each normalized over its own keys.
       lse: f32[tiles, K, G], log2 of the sum of exp2 of its scores.
       starts, pieces: i32[S], the first piece of a sequence and how many it has, at most `most`.
     """

@@ -3,7 +3,7 @@
 A q tile is 16 to 128 rows; a row is one query of one head, and the G heads that share a KV head lie side by side, so that
 keys and values are fetched once for all of them. Both kinds of tile run the same body:
 
-  chunk tiles    Q consecutive queries of one sequence, Q * G rows; normalised results
+  chunk tiles    Q consecutive queries of one sequence, Q * G rows; normalized results
   single tiles   one query, G rows, and a piece of its keys; partial results, to be combined by their log-sum-exp
 """
 
@@ -58,7 +58,7 @@ class Spec:
         return (self.rows - (GRANULE - 1 if self.group % GRANULE else 0)) // self.group
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.cache_dtype != self.dtype
 
     @property
@@ -211,10 +211,10 @@ def _load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
-DEQUANTISED_ROWS = 64  # at a time
+DEQUANTIZED_ROWS = 64  # at a time
 
 
-def dequantise(values: Any, scales: Any, target: Any, spec: Spec, *, by_way_of: Any) -> None:
+def dequantize(values: Any, scales: Any, target: Any, spec: Spec, *, by_way_of: Any) -> None:
     """Writes numbers of 8 bits [64, D] times their rows' scales f32[64] to shared memory, in `spec.dtype`.
 
     `by_way_of` is a dtype that has all these numbers and that the hardware converts them to.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
 CACHE_DTYPES = (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn)
-QUANTISED_BLOCK = 64  # tokens, the fewest of a block of 8 bits: rows that are dequantised together
+QUANTIZED_BLOCK = 64  # tokens, the fewest of a block of 8 bits: rows that are dequantized together
 MAX_HEAD_DIM = 256
 MAX_GROUP = 120  # a tile has up to 128 rows, and begins at a multiple of 8
 AMPERE_SHORT = 48  # query heads a KV head, up to which Ampere's tiles have 64 rows; beyond they have 128
@@ -84,7 +84,7 @@ def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted:
     if block_size < 8 or block_size & (block_size - 1):
         return f"needs a block size that is a power of two of at least 8, but it is {block_size}"
     if isinstance(k_cache, QuantizedCache):
-        return _quantised_unsupported(k_cache, num_heads // num_kv_heads, generation)
+        return _quantized_unsupported(k_cache, num_heads // num_kv_heads, generation)
     if generation == "ampere" and copied_bytes(block_size, head_dim, 2) is None:
         needed = next(rows for rows in (16, 32) if copied_bytes(rows, head_dim, 2))
         return f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}"
@@ -94,13 +94,13 @@ def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted:
     return None
 
 
-def _quantised_unsupported(k_cache: Cache, group: int, generation: str) -> str | None:
+def _quantized_unsupported(k_cache: Cache, group: int, generation: str) -> str | None:
     _, _, block_size, head_dim = k_cache.shape
     most_heads = MAX_GROUP_WIDE[generation]  # the same limits as where D is beyond 128
     if head_dim % 32 or head_dim > 128:
         return f"takes 8-bit caches of heads of multiples of 32 numbers up to 128 but D is {head_dim}; store bfloat16"
-    if block_size < QUANTISED_BLOCK:
-        return f"takes 8-bit caches in blocks of at least {QUANTISED_BLOCK} tokens but they have {block_size}"
+    if block_size < QUANTIZED_BLOCK:
+        return f"takes 8-bit caches in blocks of at least {QUANTIZED_BLOCK} tokens but they have {block_size}"
     if group > most_heads:
         return f"takes up to {most_heads} query heads a KV head with an 8-bit cache but there are {group}; store bfloat16"
     if generation == "ampere" and k_cache.dtype == jnp.float8_e4m3fn:

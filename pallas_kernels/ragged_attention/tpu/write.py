@@ -43,7 +43,7 @@ def write_kv_tpu(
 ) -> tuple[Float[Array, "pool K B D"], Float[Array, "pool K B D"]]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
 
-    Shapes as in `ragged_attention`. The caches are updated in place. Tokens with neighbouring slots are cheapest where
+    Shapes as in `ragged_attention`. The caches are updated in place. Tokens with neighboring slots are cheapest where
     they stand side by side, as those of a chunk do; any order is correct.
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape

@@ -180,7 +180,7 @@ def _write(
             copy(stream.scale_buffer.at[b], stream.scales.at[block(i)], write_sem.at[b], do)
 
     def merge(i: jax.Array, stream: _Stream, first: jax.Array) -> None:
-        """Quantises the rows from `first` on that are new, and puts them into the buffers."""
+        """Quantizes the rows from `first` on that are new, and puts them into the buffers."""
         b, rows = i & (ring - 1), pl.ds(first, UNIT)
         begin, end = offset(i), offset(i) + count[i]
         new = jnp.swapaxes(stream.new_buffer[b, rows].astype(jnp.float32), 0, 1)  # [K, UNIT, D]

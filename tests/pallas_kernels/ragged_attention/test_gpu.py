@@ -38,7 +38,7 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     WINDOW,
     Spec,
 )
-from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, candidates, choose, modelled
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, candidates, choose, modeled
 from pallas_kernels.ragged_attention.measured_tiles import Shape
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
@@ -66,7 +66,7 @@ def test_the_gpu_kernel_equals_the_reference_in_all_shapes(case: int) -> None:
 def spec(
     *, group: int, partial: bool, generation: str = "hopper", head_dim: int = 128, cache_dtype: Any = jnp.bfloat16
 ) -> Spec:
-    tiles = modelled(head_dim, group, generation, quantised=cache_dtype == jnp.int8)
+    tiles = modeled(head_dim, group, generation, quantized=cache_dtype == jnp.int8)
     rows_in, rows, rows_out = BODIES[generation].tile_rows(group, head_dim, partial=partial)
     return Spec(
         group=group,
@@ -105,7 +105,7 @@ def plans(group: int, num_kv_heads: int, generation: str):
         *pieces, most = plan_pieces(
             **index,
             num_kv_heads=num_kv_heads,
-            tiles=modelled(128, group, generation),
+            tiles=modeled(128, group, generation),
             spec=spec(**kind, partial=True),
         )
         tokens = jnp.arange(NUM_TOKENS, dtype=jnp.int32)
@@ -255,7 +255,7 @@ def test_more_results_than_fit_are_refused(generation: str, most: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("group", [1, 4, 71])
-def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
+def test_modeled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
     if (head_dim, group) == (256, 71):
         pytest.skip("refused, see below")
     for partial in (False, True):
@@ -269,7 +269,7 @@ def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("group", [1, 48])
-def test_modelled_tiles_of_8_bits_fit_in_shared_memory(head_dim: int, group: int) -> None:
+def test_modeled_tiles_of_8_bits_fit_in_shared_memory(head_dim: int, group: int) -> None:
     for partial in (False, True):
         case: Any = {"group": group, "partial": partial, "head_dim": head_dim, "cache_dtype": jnp.int8}
         assert hopper.shared_bytes(spec(**case)) <= 227 * 1024 - 1024
@@ -298,7 +298,7 @@ def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, mon
     shape = Shape(
         num_heads=32, num_kv_heads=8, head_dim=128, block_size=32, num_tokens=512, num_sequences=64, dtype="bfloat16"
     )
-    first = modelled(128, 4, "ampere", multiprocessors=72)
+    first = modeled(128, 4, "ampere", multiprocessors=72)
 
     def measure(tiles: GpuTiles) -> float:  # a device that has no room for 128 keys, and likes many pieces
         if max(tiles.chunk_keys, tiles.single_keys) > 64:
@@ -315,7 +315,7 @@ def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, mon
             return choose(shape, "ampere")
 
     assert chosen("an A10", 72) == best
-    assert chosen("an L4", 58) == modelled(128, 4, "ampere", multiprocessors=58)
+    assert chosen("an L4", 58) == modeled(128, 4, "ampere", multiprocessors=58)
 
 
 def test_the_command_that_measures_tiles_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,7 +333,7 @@ def test_what_is_measured_is_a_call_as_others_make_it() -> None:
         return arguments[0], arguments[3], arguments[4]
 
     shape = Shape(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, num_tokens=8, num_sequences=3, dtype="bfloat16")
-    choices = list(candidates(modelled(16, 2, "ampere")))
+    choices = list(candidates(modeled(16, 2, "ampere")))
     assert len(set(choices)) == len(choices) > 10
     for choice in choices[:2]:
         assert time_call(functools.partial(attention, tiles=choice), shape, context=20, repeats=1) > 0
