@@ -43,7 +43,7 @@ def pack_scales(scales: Float[np.ndarray, "G N"], *, gated: bool) -> Float[np.nd
     return np.stack([matrix.pack_scales(row, gated=gated) for row in scales])
 
 
-# Passes its argument through on the CPU; lowering it for anything else is the user's mistake, with a remedy.
+# Returns its argument on the CPU; lowering it for another platform raises an error that names the remedy.
 _cpu_only_p = Primitive("packed_groups_on_cpu")
 _cpu_only_p.def_abstract_eval(lambda x: x)
 mlir.register_lowering(_cpu_only_p, lambda context, x: [x], platform="cpu")

@@ -1,4 +1,4 @@
-"""Grouped matmuls in plain XLA: the one of XLA itself for TPUs, and a loop over tiles for everything else."""
+"""Grouped matmuls in plain XLA: XLA's own for TPUs, and a loop over tiles for everything else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SMALLEST_TILE, _LARGEST_TILE = 8, 128
 def grouped_matmul_ragged_dot(
     x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
 ) -> Float[Array, "T F"]:
-    """float32[T, F] by `jax.lax.ragged_dot`: a kernel of the compiler on TPUs, elsewhere the work of all groups.
+    """float32[T, F] by `jax.lax.ragged_dot`: a compiler kernel on TPUs; elsewhere every group multiplies all rows.
 
     On TPUs int8 weights go into the kernel as they are. Where w holds more groups than there are sizes, those in use
     are copied out first.
@@ -70,7 +70,7 @@ def grouped_matmul_tiles(
 def scaled_rows(
     y: Float[Array, "T F"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
 ) -> Float[Array, "T F"]:
-    """`y` float32[T, F], times the scales of each row's group if w is int8; zero in rows of no group, whatever is there."""
+    """`y` float32[T, F], times the scales of each row's group if w is int8; zero in rows without a group, even where `y` is NaN."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(y.shape[0])
     if isinstance(w, Int8Weight):
@@ -80,6 +80,6 @@ def scaled_rows(
 
 
 def _tile_rows(num_rows: int, num_groups: int) -> int:
-    """The power of two next above an equal share of the rows: larger tiles would be empty for the most part."""
+    """The power of two at or above an equal share of the rows: larger tiles would be mostly empty."""
     share = -(-num_rows // num_groups)
     return min(max(1 << (share - 1).bit_length(), _SMALLEST_TILE), _LARGEST_TILE)

@@ -35,15 +35,15 @@ def panel_width() -> int:
 
 @functools.cache
 def narrow_group() -> int:
-    """Numbers of a column that a step of a bfloat16 or int8 panel holds: 2 where the CPU multiplies bfloat16, else 1.
+    """Numbers of a column in one step of a bfloat16 or int8 panel: 2 if the CPU multiplies bfloat16, otherwise 1.
 
-    With 2, activations are rounded to bfloat16 before they meet such a weight. The kernel must be loaded.
+    With 2, activations are rounded to bfloat16 before they are multiplied with such a weight. The kernel must be loaded.
     """
     return int(native.function(_LIBRARY, "pallas_kernels_matmul_narrow_group")())
 
 
 def pack(w: Num[np.ndarray, "K N"], *, gated: bool) -> Num[np.ndarray, "P steps width group"]:
-    """Panels [P, steps, width, group] of a matrix [K, N], filled up with zeros.
+    """Panels [P, steps, width, group] of a matrix [K, N], padded with zeros.
 
     Step s of a panel has the rows s * group + (0 .. group - 1) of its columns, see `narrow_group`. With `gated` the matrix
     is [gate | up], N = 2F, and each panel holds width/2 columns of the gate, then the same columns of up, so that one
@@ -68,7 +68,7 @@ def _panels(w: np.ndarray, width: int, group: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(steps, group, count, width).transpose(2, 0, 3, 1))
 
 
-# Passes its argument through on the CPU; lowering it for anything else is the user's mistake, with a remedy.
+# Returns its argument on the CPU; lowering it for another platform raises an error that names the remedy.
 _cpu_only_p = Primitive("packed_weight_on_cpu")
 _cpu_only_p.def_abstract_eval(lambda x: x)
 mlir.register_lowering(_cpu_only_p, lambda context, x: [x], platform="cpu")

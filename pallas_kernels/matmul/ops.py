@@ -1,4 +1,4 @@
-"""`linear` and `swiglu`: one product, whatever the weight is stored as."""
+"""`linear` and `swiglu`: products with a weight in any storage format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def linear(
 ) -> Float[Array, "*rows N"]:
     """x @ w (+ residual), [..., N]; products are summed in float32.
 
-    With a `PackedWeight` the result of a row does not depend, to the last bit, on the other rows or how many
+    With a `PackedWeight` the result of a row is bit-identical whatever the other rows are and however many
     there are.
 
     Args:
@@ -59,7 +59,7 @@ def swiglu(
       x: [..., K], float32, bfloat16 or float16.
       w: [K, 2F]: the columns of gate, then those of up. A `PackedWeight` must be prepared with gated=True.
       num_rows: as for `linear`.
-      shards: w is so many [gate | up] of equal width side by side, one for each device that it is divided over.
+      shards: w is this many [gate | up] of equal width side by side, one for each device that it is divided over.
     """
     _check(x, w)
     if isinstance(w, PackedWeight):

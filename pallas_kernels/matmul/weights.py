@@ -72,8 +72,8 @@ def prepare(
     """The form of `w` that `linear` (`swiglu` when `gated`) multiplies with fastest on `platform`.
 
     On the CPU, with native kernels, that is a `PackedWeight`: in bfloat16 when `w` is, in float32 otherwise. Where the
-    CPU multiplies bfloat16 (AVX512_BF16), activations are rounded to bfloat16 before they meet a bfloat16 or int8 one.
-    Elsewhere it is the array as it is, or an `Int8Weight`. Int8 is rounded to nearest with one scale per
+    CPU multiplies bfloat16 (AVX512_BF16), activations are rounded to bfloat16 before they are multiplied with a bfloat16
+    or int8 weight. Elsewhere it is the array itself, or an `Int8Weight`. Int8 is rounded to nearest with one scale per
     output column: the error of a weight is at most half a scale, max|column| / 254.
 
     Args:

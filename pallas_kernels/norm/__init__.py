@@ -37,7 +37,7 @@ def rms_norm(
 ) -> Float[Array, "T *shape E"]:
     """`x` over its root mean square along the last axis, times `weight + offset`; in float32 (arXiv:1910.07467).
 
-    With the native CPU kernel the result of a row does not depend, to the last bit, on the other rows or how many
+    With the native CPU kernel the result of a row is bit-identical whatever the other rows are and however many
     there are.
 
     Args:

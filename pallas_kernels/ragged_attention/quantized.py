@@ -1,7 +1,7 @@
-"""KV caches in 8 bits: numbers of a token and head share one scale, so that writing a token touches no other.
+"""KV caches in 8 bits: the numbers of one token and head share a scale, so writing a token does not touch others.
 
-A scale a token needs no calibration, and a cached token never changes afterwards: prefixes can be shared. Scales of a
-block lie in a row for each head, keys along the lanes of a TPU: they multiply scores and weights as they lie.
+One scale per token needs no calibration, and a cached token never changes, so prefixes can be shared. The scales
+of a block are one row per head, with keys along the lanes of a TPU: they multiply scores and weights without a transpose.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Cache = jax.Array | QuantizedCache
 
 
 def is_quantized(dtype: DTypeLike) -> bool:
-    """Whether caches of this dtype need scales."""
+    """Whether a cache of this dtype has scales."""
     return jnp.dtype(dtype).name in LARGEST
 
 

@@ -1,10 +1,10 @@
-"""Ragged attention in plain XLA: the production path where no kernel is at hand, on any platform.
+"""Ragged attention in plain XLA: the production path where no kernel is available, on any platform.
 
 Two loops share one online softmax over tiles of keys:
   - rows with a single query (sequences that generate) run together, in groups of similar context;
   - longer chunks run one tile of queries at a time.
 Trip counts come from the contexts in the batch, so neither the size of the cache nor the width of the block table
-costs time. Keys are fetched a tile at a time: nothing of the size of a context is ever materialized.
+costs time. Keys are fetched a tile at a time: nothing as large as a context is ever materialized.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def ragged_attention_xla(
     layer: CacheLayer,
     scoring: Scoring,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
-    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them."""
+    """See `pallas_kernels.ragged_attention.ragged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
@@ -248,11 +248,11 @@ def _attend(
         scores = jnp.where(visible[:, None], scores, -jnp.inf)
 
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))  # [W, K, Q*G]
-        # A row that has seen no key yet keeps -inf; 0 in its place gives weights of exp(-inf) = 0, not NaN.
+        # A row that has seen no key yet keeps -inf; using 0 instead gives weights of exp(-inf) = 0, not NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         weights = jnp.exp(scores - base[..., None])
         keep = jnp.exp(top - base)
-        # Select, since what lies outside a context or before the window may be NaN.
+        # Select, since values outside a context or before the window may be NaN.
         exists = key_position < contexts[:, None]
         if scoring.window is not None:
             exists &= key_position > positions[:, :1] - scoring.window

@@ -81,7 +81,7 @@ def rotary(
       implementation: a key of `IMPLEMENTATIONS`; None picks by the platform that the program is lowered for.
 
     Raises:
-      ValueError: a shape does not fit, or the implementation is unknown or cannot be had.
+      ValueError: a shape does not fit, or the implementation is unknown or not available here.
     """
     if qkv.ndim != 3 or num_heads < 1 or qkv.shape[1] <= num_heads or (qkv.shape[1] - num_heads) % 2:
         raise ValueError(f"qkv is {list(qkv.shape)}, but must be [T, H + 2K, D] with H = {num_heads} and K at least 1")
@@ -98,7 +98,7 @@ def rotary(
     )
     if implementation == "cpu" and not native_kernel:
         raise ValueError(
-            f"implementation='cpu' needs a native kernel, which cannot be had here: "
+            f"implementation='cpu' needs a native kernel, which is not available here: "
             f"{native.unavailable_reason() or 'the log has the reason'}; use implementation='xla'"
         )
 

@@ -102,7 +102,7 @@ def test_a_folder_with_files_that_cannot_be_added_to_is_read_if_that_is_wanted(c
     found = settle(Path("/proc/self"), "things", variable="V")
     assert found is not None
     assert (found.path, found.writable) == (Path("/proc/self"), False)
-    assert "what it holds is used, and nothing is added" in caplog.text
+    assert "its files are used, and nothing is added" in caplog.text
     assert settle(Path("/proc/self"), "things", variable="V", reading=False) != found
 
 

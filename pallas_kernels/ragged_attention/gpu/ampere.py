@@ -1,6 +1,6 @@
 """The body of the attention kernel for Ampere and Ada Lovelace: what one thread block does with its share of the tiles.
 
-A thread block is one warpgroup of four warps; several of them share a multiprocessor and hide one another's latency. It
+A thread block is one warpgroup of four warps; several of them share a multiprocessor and hide each other's latency. It
 copies (cp.async) the keys and values of the next step before it computes (mma) on those of this one. Operands of products
 are in registers, and each warp reads what it needs of them from shared memory:
 
@@ -231,7 +231,7 @@ class _Block:
         return self.load(self.refs["scores"], self.left, optimized=False)
 
     def add_product(self, acc: jax.Array, weights: jax.Array, values: Any, num_keys: jax.Array | None) -> jax.Array:
-        """acc + weights @ values. What lies behind the first `num_keys` values may be NaN."""
+        """acc + weights @ values. Values after the first `num_keys` may be NaN."""
         spec = self.spec
         if not (spec.interpreted or _shares_rows(spec)):
             weights = self.as_left(weights)

@@ -43,11 +43,11 @@ def ragged_attention_gpu(
     generation: str | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
-    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
+    """See `pallas_kernels.ragged_attention.ragged_attention`.
 
     q is rounded to the dtype of the caches, to bfloat16 where they have 8 bits. `generation` is "hopper" or "ampere"; None
-    takes that of the GPU that is lowered for, and where there is none, Hopper. `tiles` None takes the measured or modeled
-    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError for what `support.unsupported` names.
+    is that of the target GPU, or Hopper if there is none. `tiles` None uses the measured or modeled
+    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError if `support.unsupported` has a reason.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape

@@ -209,7 +209,7 @@ class _Block:
         q_buffer, q_full = refs["q_buffer"].at[warpgroup], refs["q_full"].at[warpgroup]
         if spec.partial:
             source, target = refs["q"].at[tile.columns[SEQUENCE], tile.head], q_buffer
-            if spec.rows_out < WARPGROUP_ROWS:  # what lies in the other rows stays there
+            if spec.rows_out < WARPGROUP_ROWS:  # the other rows keep their values
                 target = q_buffer.at[pl.ds(0, spec.rows_out)]
             else:
                 source = source.at[pl.ds(first, WARPGROUP_ROWS)]
@@ -267,7 +267,7 @@ class _Block:
             plgpu.barrier_wait(self.refs["turn"])
 
     def blank_unseen_values(self, rows: Rows, num_keys: jax.Array, slot: jax.Array) -> None:
-        """Zeros in place of the values behind the last key: weights of zero times what lies there may be NaN.
+        """Zeros in place of the values behind the last key: zero weights times uninitialized memory may be NaN.
 
         Warpgroup 0 does it for both: it multiplies before it gives a turn to warpgroup 1.
         """

@@ -1,4 +1,4 @@
-"""How the GPU kernels' work is cut into tiles, and how the results of pieces become those of sequences."""
+"""Divides the GPU kernels' work into tiles, and combines the results of pieces."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def plan_chunks(
     query = jnp.arange(num_tokens, dtype=jnp.int32) - query_starts[sequence]
     tile = jnp.maximum(ends[-1] - 1 - starts[sequence] - query // queries, 0)
     row = query % queries * spec.group
-    # The tile begins at a granule, which may lie before its first query.
+    # The tile begins at a granule, which may be before its first query.
     skipped = (jnp.arange(num_tokens, dtype=jnp.int32) * spec.group - row) % GRANULE
     return work, tile, row + skipped
 

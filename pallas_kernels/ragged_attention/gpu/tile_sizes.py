@@ -16,7 +16,7 @@ class GpuTiles:
     """How the GPU kernel cuts its work. Any choice gives the same result; the compiler refuses what does not fit."""
 
     chunk_keys: int  # keys of a step of a chunk tile
-    chunk_stages: int  # steps whose keys and values are in shared memory at once
+    chunk_stages: int  # steps whose keys and values are in shared memory at the same time
     single_keys: int
     single_stages: int
     pieces: int  # that the contexts of all single queries are cut into, over all KV heads
@@ -28,8 +28,8 @@ class GpuTiles:
 class Generation:
     """What the model needs to know about a generation of GPUs."""
 
-    multiprocessors: int  # where the device does not say
-    shared_bytes: int  # that a thread block's buffers may take; barriers and the system take some on top
+    multiprocessors: int  # if the device does not report it
+    shared_bytes: int  # available to a thread block's buffers; barriers and the system use some more
     resident: int  # thread blocks that a multiprocessor is to hold at the same time
 
 

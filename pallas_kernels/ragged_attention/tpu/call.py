@@ -37,10 +37,10 @@ def ragged_attention_tpu(
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
-    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
+    """See `pallas_kernels.ragged_attention.ragged_attention`.
 
-    `tiles` None takes those of the device that is lowered for; `interpret` is that of `pl.pallas_call`.
-    Raises ValueError for what `unsupported` names.
+    `tiles` None uses those of the target device; `interpret` is that of `pl.pallas_call`.
+    Raises ValueError if `unsupported` has a reason.
     """
     reason = unsupported(k_cache, index.block_tables.shape[1])
     if reason:

@@ -112,7 +112,7 @@ class _Kernel:
         return buffer
 
     def blank_unseen_values(self, i: jax.Array, r: jax.Array, buffer: jax.Array, *, single: bool) -> None:
-        """Zeros in place of the values that no query of the tile sees but that lie in a fetched block."""
+        """Zeroes the values in fetched blocks that no query of the tile sees."""
         spec, values, scales = self.spec, self.refs.v_buffer, self.refs.v_scale_buffer
         for j in range(spec.sequences if single else 1):
             first, end = self.copies.key_range(i, j)
@@ -133,7 +133,7 @@ class _Kernel:
                         ref[at] = jnp.where(seen, old, 0.0).astype(ref.dtype)
 
     def load_queries(self, *, single: bool) -> None:
-        """Rows of the same KV head come to lie together; the running sums start anew."""
+        """Groups rows by KV head and resets the running sums."""
         refs, spec = self.refs, self.spec
         if single:
             for j in range(spec.sequences):

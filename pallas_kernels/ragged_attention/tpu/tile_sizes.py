@@ -25,7 +25,7 @@ class Tiles:
     cores: int
     """TensorCores that share the work: 2 where one device has two of them."""
     vmem_limit: int
-    """Bytes of VMEM that the kernel may take."""
+    """Bytes of VMEM that the kernel may use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def modeled(shape: Shape, kind: str) -> Tiles:
     keys = max(128, shape.block_size)
     while keys < 1024 and 2 * keys * row * 4 <= device.vmem_limit // 4:  # K and V, two buffers
         keys *= 2
-    # Each KV head of each sequence is a chain of dependent products: eight of them hide one another's latency.
+    # Each KV head of each sequence is a chain of dependent products: eight of them hide each other's latency.
     sequences = 1
     while (
         sequences * shape.num_kv_heads < 8

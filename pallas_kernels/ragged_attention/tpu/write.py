@@ -44,14 +44,14 @@ def write_kv_tpu(
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
 
     Shapes as in `ragged_attention`. The caches are updated in place. Tokens with neighboring slots are cheapest where
-    they stand side by side, as those of a chunk do; any order is correct.
+    they are adjacent, as in a chunk; any order is correct.
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     rows = granule_rows(k_cache.dtype)
     first_token, slot, count, clash, num_granules = split_into_granules(
         kv_slots, rows=rows, num_slots=layer.num_blocks * block_size
     )
-    # A granule's rows are copied as a whole, also where its first tokens lie before this step's.
+    # All rows of a granule are copied, even if its first tokens are from earlier steps.
     pad = ((rows, rows), (0, 0), (0, 0))
     k, v = (jnp.pad(x.astype(k_cache.dtype), pad) for x in (k, v))
     scalars = jnp.stack([layer.first_block, num_granules])

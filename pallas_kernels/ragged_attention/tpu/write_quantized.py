@@ -52,7 +52,7 @@ def write_kv_quantized_tpu(
     first_token, slot, count, clash, num_granules = split_into_granules(
         kv_slots, rows=block_size, num_slots=layer.num_blocks * block_size
     )
-    # Whole units are copied, also where their first rows lie before this step's tokens, or their last behind them.
+    # Whole units are copied, even if their first rows are before this step's tokens or their last rows after them.
     pad = ((block_size, block_size), (0, 0), (0, 0))
     wide = jnp.bfloat16 if k.dtype == jnp.bfloat16 else jnp.float32
     k, v = (jnp.pad(x.astype(wide), pad) for x in (k, v))

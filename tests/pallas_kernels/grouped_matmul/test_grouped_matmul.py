@@ -206,5 +206,5 @@ def test_a_weight_is_refused_by_the_function_that_it_was_not_prepared_for():
         grouped_matmul(x, prepare(_normal(2, 8, 6), platform="cpu", gated=True), sizes)
     with pytest.raises(ValueError, match="gated=False"):
         grouped_swiglu(x, prepare(_normal(2, 8, 6), platform="cpu"), sizes)
-    with pytest.raises(ValueError, match="have one of their own"):
+    with pytest.raises(ValueError, match="have a single implementation"):
         grouped_matmul(x, prepare(_normal(2, 8, 6), platform="cpu"), sizes, implementation="tiles")

@@ -234,7 +234,7 @@ def test_ampere_refuses_blocks_that_four_warps_cannot_copy(head_dim: int, block_
         ("hopper", "int8", 128, 32, 4, "blocks of at least 64 tokens but they have 32"),
         ("hopper", "int8", 128, 64, 71, "up to 64 query heads a KV head with an 8-bit cache but there are 71"),
         ("ampere", "int8", 128, 64, 71, "up to 48 query heads a KV head with an 8-bit cache but there are 71"),
-        ("ampere", "float8_e4m3fn", 128, 64, 4, "takes int8 caches but no float8_e4m3fn; store int8"),
+        ("ampere", "float8_e4m3fn", 128, 64, 4, "supports int8 caches but not float8_e4m3fn; store int8"),
     ],
 )
 def test_8_bit_caches_that_do_not_fit_are_refused(
@@ -250,7 +250,7 @@ def test_more_results_than_fit_are_refused(generation: str, most: int) -> None:
     cache = jax.ShapeDtypeStruct((4, 1, 32, 256), jnp.bfloat16)
     assert gpu_support.unsupported(cache, most, generation, interpreted=True) is None
     reason = gpu_support.unsupported(cache, most + 1, generation, interpreted=True)
-    assert reason == f"takes up to {most} query heads a KV head where D is 256 but there are {most + 1}"
+    assert reason == f"supports up to {most} query heads a KV head where D is 256 but there are {most + 1}"
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
@@ -351,7 +351,7 @@ def test_an_old_jax_takes_xla_on_an_ampere_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    gpu_support.say_once.cache_clear()
+    gpu_support.warn_once.cache_clear()
     arguments = make_batch([(1, 3)], dtype=jnp.bfloat16).arguments()
     device = Gpu(device_kind="a GPU", num_cores=1, platform="gpu", compute_capability="8.0")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):

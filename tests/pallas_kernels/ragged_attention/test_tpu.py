@@ -174,9 +174,9 @@ def test_scattered_slots_are_written_wherever_they_lie() -> None:
     """Tokens of one granule that do not stand side by side: each run must see what the one before it wrote."""
     rng = np.random.default_rng(0)
     shape, num_blocks = (6, 2, 16, 128), 3
-    slots = rng.permutation(num_blocks * 16)[:14].astype(np.int32)
+    slots = rng.permutation(num_blocks * 16)[:20].astype(np.int32)
     slots[5] = num_blocks * 16  # padding
-    k, v = (jnp.asarray(rng.standard_normal((14, 2, 128), dtype=np.float32)) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((20, 2, 128), dtype=np.float32)) for _ in range(2))
     caches = [jnp.full(shape, np.nan, jnp.float32) for _ in range(2)]
     arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
@@ -192,10 +192,10 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_wherever_they_lie() -> No
     rng = np.random.default_rng(1)
     shape, num_blocks = (4, 2, 128, 128), 2
     run = np.arange(125, 131)  # from one block into the next
-    others = rng.permutation(np.setdiff1d(np.arange(num_blocks * 128), run))[:10]
-    slots = np.concatenate([others[:5], run, others[5:]]).astype(np.int32)
+    others = rng.permutation(np.setdiff1d(np.arange(num_blocks * 128), run))[:18]
+    slots = np.concatenate([others[:9], run, others[9:]]).astype(np.int32)
     slots[5] = num_blocks * 128  # padding
-    k, v = (jnp.asarray(rng.standard_normal((16, 2, 128), dtype=np.float32)) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((24, 2, 128), dtype=np.float32)) for _ in range(2))
     caches = [as_cache(np.full(shape, np.nan, np.float32), jnp.int8) for _ in range(2)]
     caches = [jax.tree.map(jnp.asarray, cache) for cache in caches]
     arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
