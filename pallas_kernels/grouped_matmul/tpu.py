@@ -45,7 +45,7 @@ def may_be_lowered() -> bool:
 
 
 def supports(shape: tuple[int, ...]) -> bool:
-    """Whether weights [G, E, F] are whole tiles. For other shapes the compiler copies all weights to a new layout before the kernel."""
+    """Whether weights [G, E, F] are whole tiles. For others the compiler first copies all weights to a new layout."""
     return shape[1] % LANES == 0 and shape[2] % LANES == 0
 
 

@@ -70,7 +70,7 @@ def grouped_matmul_tiles(
 def scaled_rows(
     y: Float[Array, "T F"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
 ) -> Float[Array, "T F"]:
-    """`y` float32[T, F], times the scales of each row's group if w is int8; zero in rows without a group, even where `y` is NaN."""
+    """`y`, times the scales of each row's group if w is int8; zero in rows without a group, even where `y` is NaN."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(y.shape[0])
     if isinstance(w, Int8Weight):

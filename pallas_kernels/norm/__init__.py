@@ -77,12 +77,12 @@ def _norm_xla(x: jax.Array, weight: jax.Array, bias: jax.Array | None, num_rows:
     eps, offset, centered = settings
     x32 = x.astype(jnp.float32)
     leading = range(x.ndim - weight.ndim)
-    weight, bias = (part if part is None else jnp.expand_dims(part, leading).astype(jnp.float32) for part in (weight, bias))
+    weight = jnp.expand_dims(weight, leading).astype(jnp.float32)
     if centered:
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     y = x32 * scale * (weight + offset if offset else weight)
-    return (y if bias is None else y + bias).astype(x.dtype)
+    return (y if bias is None else y + jnp.expand_dims(bias, leading).astype(jnp.float32)).astype(x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))

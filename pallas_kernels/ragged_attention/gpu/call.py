@@ -128,7 +128,9 @@ def ragged_attention_gpu(
         rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
         rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))
         rows = launch_tiles(work, rows, spec)  # [tiles, K, R, D]
-        first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)) * spec.rows + row[:, None]
+        first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]) * spec.rows + row[
+            :, None
+        ]
         at = first[:, :, None] + jnp.arange(group, dtype=jnp.int32)[None, None, :]  # [T, K, G]
         chunk = rows.reshape(-1, head_dim)[at].astype(q.dtype)
         out = jnp.where((lengths[sequence] == 1)[:, None, None, None], out, chunk)
