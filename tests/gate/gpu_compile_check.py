@@ -1,4 +1,4 @@
-"""What one would otherwise learn on a rented GPU: `make gpu-compile-check` compiles for an H100 and an A100, here.
+"""Compiles for an H100 and an A100 without a GPU: `make gpu-compile-check`.
 
 A check fails if its program does not compile, copies the KV cache, takes more temporary memory than the bound, if a kernel
 spills more registers than a few or takes more shared memory than a thread block has, or if the assembler had to serialize
@@ -46,7 +46,7 @@ MIXED = next(call for call in CALLS if call.name == "mixed 2k, 64 sequences")
 
 @dataclasses.dataclass(kw_only=True)
 class Kernel:
-    """What the assembler says of a kernel."""
+    """The assembler's report on a kernel."""
 
     name: str
     registers: int
@@ -57,7 +57,7 @@ class Kernel:
 
 @contextlib.contextmanager
 def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
-    """Collects what the assembler says of the Mosaic-GPU kernels that are compiled meanwhile.
+    """Collects the assembler's reports on Mosaic-GPU kernels compiled inside the context.
 
     It says nothing of a kernel that an earlier program of this process had in common with this one.
     """

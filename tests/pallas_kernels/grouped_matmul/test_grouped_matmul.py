@@ -129,7 +129,7 @@ def test_grouped_swiglu_equals_numpy(platform: str, storage: str):
 
 @needs_native
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_the_result_of_a_row_does_not_depend_on_its_companions(storage: str):
+def test_the_result_of_a_row_does_not_depend_on_other_rows(storage: str):
     depth = 2050  # longer than the depth that is worked on at once
     x, w = jnp.asarray(_normal(60, depth)), _weights(_normal(2, depth, 70, seed=1), storage)
     run = jax.jit(lambda x, sizes: grouped_matmul(x, w, sizes))

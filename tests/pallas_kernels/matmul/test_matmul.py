@@ -93,14 +93,14 @@ def test_swiglu_equals_numpy_in_every_storage(f: int, platform: str, storage: st
 
 @needs_native
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_the_result_of_a_row_does_not_depend_on_its_companions(storage: str):
+def test_the_result_of_a_row_does_not_depend_on_other_rows(storage: str):
     x = _normal(130, 2050)  # NumPy slices it without compiling a program for each size
     packed = _prepare(_normal(2050, 70, seed=1), storage)
     gated = _prepare(_normal(2050, 140, seed=2), storage, gated=True)
     everything, everything_gated = np.asarray(linear(x, packed)), np.asarray(swiglu(x, gated))
     for i in range(0, 130, 7):
         np.testing.assert_array_equal(linear(x[i : i + 1], packed)[0], everything[i])
-    # The last m rows: each of them stands at another place than before.
+    # The last m rows: each is at another position than before.
     for m in range(1, 130) if storage == "float32" else (2, 13, 14, 15, 28, 29, 64, 65, 129):
         np.testing.assert_array_equal(linear(x[-m:], packed), everything[-m:])
     for m in (1, 2, 14, 15, 64, 129):
@@ -119,7 +119,7 @@ def test_int8_is_off_by_at_most_half_a_scale_for_each_weight(platform: str):
     assert (np.asarray(y)[:, 3] == 0).all()
 
 
-def test_elsewhere_a_weight_stays_a_plain_array_or_becomes_int8():
+def test_on_other_platforms_a_weight_stays_a_plain_array_or_becomes_int8():
     w = _normal(20, 30)
     assert isinstance(prepare(w, platform="tpu"), jax.Array)
     quantized = prepare(w, quantize="int8", platform="cuda")
@@ -161,7 +161,7 @@ def test_plain_weights_are_differentiable():
 
 
 @needs_native
-def test_eight_threads_may_call_at_once():
+def test_eight_threads_may_call_at_the_same_time():
     w = _normal(300, 200, seed=1)
     packed = prepare(w, platform="cpu")
     run = jax.jit(lambda x: linear(linear(x, packed)[:, :100] @ jnp.ones((100, 300)), packed))

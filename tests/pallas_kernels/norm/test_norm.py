@@ -44,7 +44,7 @@ def example(shape, weight_axes=1, seed=0):
         ((4, 3, 40), 2),
     ],
 )
-def test_norms_are_those_of_their_papers(implementation, shape, weight_axes) -> None:
+def test_norms_equal_their_definitions(implementation, shape, weight_axes) -> None:
     x, weight, bias = example(shape, weight_axes)
     for offset in (0.0, 1.0):
         got = rms_norm(jnp.asarray(x), jnp.asarray(weight), eps=1e-5, offset=offset, implementation=implementation)
@@ -66,7 +66,7 @@ def test_norms_are_those_of_their_papers(implementation, shape, weight_axes) -> 
 
 @needs_compiler
 @pytest.mark.parametrize("width", [576, 100, 1024, 7])
-def test_a_row_is_rounded_alike_among_any_number_of_rows(width: int) -> None:
+def test_a_row_is_rounded_the_same_for_any_number_of_rows(width: int) -> None:
     x, weight, bias = example((400, width), seed=width)
     for run in (partial(rms_norm, eps=1e-6), lambda x, w: layer_norm(x, w, jnp.asarray(bias), eps=1e-6)):
         whole = np.asarray(jax.jit(run)(jnp.asarray(x), jnp.asarray(weight)))

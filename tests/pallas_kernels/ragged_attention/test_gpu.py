@@ -1,6 +1,6 @@
-"""The GPU kernel equals the reference in Pallas' Mosaic-GPU interpreter, and what surrounds it holds by itself.
+"""The GPU kernel equals the reference in Pallas' Mosaic-GPU interpreter, and the code around it is tested separately.
 
-The interpreter needs more threads than this machine may have cores, so it runs in a process of its own, `gpu_interpreter`.
+The interpreter needs more threads than this machine may have cores, so it runs in a child process, `gpu_interpreter`.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
         ({"group": 121}, "up to 120 query heads a KV head where D is 16 but there are 121"),
     ],
 )
-def test_what_the_gpu_kernel_cannot_take_is_refused(changes: dict, message: str) -> None:
+def test_what_the_gpu_kernel_does_not_support_is_refused(changes: dict, message: str) -> None:
     arguments = make_batch([(1, 3)], **({"dtype": jnp.bfloat16} | changes)).arguments()
     with pytest.raises(ValueError, match=message):
         ragged_attention_gpu(**arguments)
@@ -318,13 +318,13 @@ def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, mon
     assert chosen("an L4", 58) == modeled(128, 4, "ampere", multiprocessors=58)
 
 
-def test_the_command_that_measures_tiles_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_autotune_command_says_which_device_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         autotune_command(["--tokens", "8"])
     assert "measured on a TPU or a GPU of compute capability 8 or 9.0, but JAX runs on 'cpu'" in capsys.readouterr().err
 
 
-def test_what_is_measured_is_a_call_as_others_make_it() -> None:
+def test_autotune_measures_a_valid_call() -> None:
     asked = []
 
     def attention(*arguments: Any, tiles: GpuTiles) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -347,7 +347,7 @@ def test_a_gpu_of_unknown_capability_and_a_cpu_have_no_kernel() -> None:
     assert gpu_support.generation() is None
 
 
-def test_an_old_jax_takes_xla_on_an_ampere_and_says_so(
+def test_an_old_jax_uses_xla_on_an_ampere_and_logs_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
@@ -363,13 +363,13 @@ def test_an_old_jax_takes_xla_on_an_ampere_and_says_so(
 
 @pytest.mark.skipif(jax.__version_info__ < gpu_support.AMPERE_JAX, reason="this jax has no layouts for mma")
 @pytest.mark.parametrize("rows", [64, 128])
-def test_a_product_is_the_left_operand_of_the_next_as_it_lies(rows: int) -> None:
+def test_a_product_is_the_left_operand_of_the_next_without_conversion(rows: int) -> None:
     from jax.experimental.mosaic import gpu as mgpu
 
     layouts = mgpu.MMALayouts(jnp.bfloat16)
 
     def elements(layout: Any) -> np.ndarray:
-        """Which element of [rows, 64] lies where: [what distinguishes threads, registers, numbers of a register]."""
+        """The element of [rows, 64] at each place: [threads, registers, numbers of a register]."""
         tiled = layout.tiling.tile_shape((rows, 64))
         numbers = np.arange(rows * 64).reshape(rows, 64)
         for tile in layout.tiling.tiles:  # the last axes become (how many tiles, inside of one)
@@ -388,7 +388,7 @@ def test_a_product_is_the_left_operand_of_the_next_as_it_lies(rows: int) -> None
     np.testing.assert_array_equal(elements(layouts.acc), elements(layouts.lhs))
 
 
-def test_a_program_for_a_gpu_takes_xla_unless_it_is_known_to_be_a_hopper() -> None:
+def test_a_program_for_a_gpu_uses_xla_unless_it_is_known_to_be_a_hopper() -> None:
     arguments = make_batch([(3, 20), (1, 5)], num_tokens=6, head_dim=64, dtype=jnp.bfloat16).arguments()
     program = jax.jit(ragged_attention).trace(**arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" not in program  # this process has no GPU, and no mesh says what it lowers for

@@ -62,7 +62,7 @@ def run_in_chunks(lengths: list[int], *, implementation: str, block_size: int = 
 
 @needs_native
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "window", "cap, alibi, sinks"])
-def test_chunking_and_companions_do_not_change_a_bit(options: dict[str, object]) -> None:
+def test_chunking_and_other_sequences_do_not_change_a_bit(options: dict[str, object]) -> None:
     whole = run_in_chunks([350], implementation="cpu", **options)
     assert np.isfinite(whole).all()
     for lengths in ([64, 192, 94], [1, 62, 1, 1, 2, 180, 7, 1, 1, 1, 93], [349, 1]):

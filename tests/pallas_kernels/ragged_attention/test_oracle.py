@@ -158,7 +158,7 @@ def test_implementations_equal_the_reference(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
-def test_an_8_bit_cache_is_attended_to_as_the_numbers_that_it_stands_for(dtype: str) -> None:
+def test_an_8_bit_cache_is_attended_to_as_the_numbers_that_it_represents(dtype: str) -> None:
     batch = make_batch([(1, 33), (7, 7), (3, 20)], dtype=jnp.dtype(dtype), group=3, num_kv_heads=2)
     out, *caches = ragged_attention(**batch.arguments(), implementation="reference")
     plain = [gather_blocks(cache, jnp.arange(cache.shape[0])) for cache in caches]

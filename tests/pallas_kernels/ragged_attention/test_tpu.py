@@ -170,8 +170,8 @@ def test_the_tpu_kernel_equals_the_reference_in_all_shapes(case: Case, mode: str
     check_case(case, mode, examples=12)
 
 
-def test_scattered_slots_are_written_wherever_they_lie() -> None:
-    """Tokens of one granule that do not stand side by side: each run must see what the one before it wrote."""
+def test_scattered_slots_are_written_in_any_order() -> None:
+    """Tokens of one granule that are not adjacent: each run must see what the previous one wrote."""
     rng = np.random.default_rng(0)
     shape, num_blocks = (6, 2, 16, 128), 3
     slots = rng.permutation(num_blocks * 16)[:20].astype(np.int32)
@@ -187,7 +187,7 @@ def test_scattered_slots_are_written_wherever_they_lie() -> None:
         np.testing.assert_array_equal(ours, expected)
 
 
-def test_scattered_slots_of_an_8_bit_cache_are_written_wherever_they_lie() -> None:
+def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     """Runs that share a block of scales, though none of their keys: each must see the scales that the others wrote."""
     rng = np.random.default_rng(1)
     shape, num_blocks = (4, 2, 128, 128), 2
@@ -218,7 +218,7 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_wherever_they_lie() -> No
         ({"max_blocks": 50_000, "head_dim": 128}, "up to 49152 blocks a sequence but block_tables has 50000"),
     ],
 )
-def test_what_the_tpu_kernel_cannot_take_is_refused(changes: dict, message: str) -> None:
+def test_what_the_tpu_kernel_does_not_support_is_refused(changes: dict, message: str) -> None:
     arguments = make_batch([(1, 3)], **changes).arguments()
     with pytest.raises(ValueError, match=message):
         ragged_attention_tpu(**arguments)
@@ -273,7 +273,7 @@ def test_autotune_writes_the_fastest_tiles_that_work_and_choose_finds_them(tmp_p
         '{"KEY": {"queries": 0, "keys": 0, "sequences": 0, "cores": 0, "vmem_limit": 0}}',
     ],
 )
-def test_a_damaged_file_of_tiles_costs_a_warning_and_autotune_mends_it(tmp_path, monkeypatch, caplog, text) -> None:
+def test_a_damaged_file_of_tiles_logs_a_warning_and_autotune_fixes_it(tmp_path, monkeypatch, caplog, text) -> None:
     path = tmp_path / "tiles.json"
     monkeypatch.setenv("PALLAS_KERNELS_TILES", str(path))
     call = shape(32, 8)
