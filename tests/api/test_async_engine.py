@@ -62,11 +62,11 @@ def test_streams_give_the_tokens_of_the_offline_engine():
 
 def test_a_reader_who_never_reads_holds_nobody():
     async def scenario(engine):
-        request = engine.intake.request((5, 6), greedy(40))
+        request, answered = engine.intake.request((5, 6), greedy(40)), asyncio.Event()
         stream = engine.submit(request)
+        stream.on_put = lambda: answered.set() if stream.outputs == 40 else None
         assert await tokens(engine, [5, 6, 7], greedy(60)) == offline_60
-        while stream.outputs < 40:  # it was answered all the while
-            await asyncio.sleep(0.01)
+        await asyncio.wait_for(answered.wait(), 60)
         return [t async for out in stream for t in out.new_token_ids]
 
     (offline_60,) = offline([[5, 6, 7]], greedy(60))
@@ -88,13 +88,12 @@ def test_closing_a_stream_frees_its_blocks_before_the_next_step():
 
 def test_a_full_queue_refuses_with_the_time_to_come_back():
     async def scenario(engine):
-        started, release = asyncio.Event(), asyncio.Event()
+        started, release = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()
 
         def hold(_):  # the engine's thread stands still until the queue is full
             loop.call_soon_threadsafe(started.set)
-            while not release.is_set():
-                time.sleep(0.001)
+            release.wait(60)
 
         engine._thread.call(hold)
         await started.wait()
