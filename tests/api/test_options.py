@@ -172,7 +172,7 @@ def tokens_of_greedy(engine):
         ("vllm", "choose 'auto' .*, 'none', or give defaults"),
         ({"temprature": 1}, "has 'temprature', but defaults can be set for .*; did you mean 'temperature'?"),
         ({"top_p": 0}, r"top_p is 0; it must be in \(0, 1\]"),
-        ('{"temperature"', "which is no JSON"),
+        ('{"temperature"', "which is not JSON"),
         (5, "generation_config is 5; choose"),
     ],
 )
