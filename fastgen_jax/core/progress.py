@@ -18,7 +18,7 @@ def shown(log: logging.Logger, task: str, *, total: int, unit: str, bar: bool) -
     With `bar`, shows a bar if stderr is interactive. Otherwise logs lines of level INFO: one at the start, one every few
     seconds, one at the end.
     """
-    if bar and is_watched():
+    if bar and is_interactive():
         from tqdm import tqdm
 
         with tqdm(total=total, desc=task, unit=unit) as shown_bar:
@@ -40,7 +40,7 @@ def shown(log: logging.Logger, task: str, *, total: int, unit: str, bar: bool) -
     log.info("%s: done in %.1f s", task, time.monotonic() - start)
 
 
-def is_watched() -> bool:
+def is_interactive() -> bool:
     """Whether standard error goes to a terminal or a notebook."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None

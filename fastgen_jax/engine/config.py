@@ -85,10 +85,10 @@ class EngineConfig:
     generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = converted(
         generation.parse_setting, default="auto"
     )
-    """Defaults for options that a request leaves out: "auto" for those of the checkpoint's generation_config.json, "none" for
-    no defaults, or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Stored as pairs."""
+    """Defaults for options that a request leaves out: "auto" for those of the checkpoint's generation_config.json, "none",
+    or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Stored as pairs."""
     compile_cache_dir: str | None = None
-    """Folder of compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": nothing is kept."""
+    """Folder of compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": none is kept."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):

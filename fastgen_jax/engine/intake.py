@@ -95,9 +95,7 @@ class Intake:
             raise ValueError(f"stop strings {params.stop} require a tokenizer, and this engine has none; use stop_token_ids")
         for stop in params.stop:
             if any("\ud800" <= character <= "\udfff" for character in stop):
-                raise ValueError(
-                    f"stop has {stop!r}, which holds half of a surrogate pair and can match no text; leave it out"
-                )
+                raise ValueError(f"stop has {stop!r}, with half of a surrogate pair, which matches no text; leave it out")
         if awaits_each_token and params.min_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; "

@@ -27,8 +27,8 @@ from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, t
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.pytree import pytree
 
-# By device kind. On TPU7x the compiler prefers tiles of 16 x 128 numbers of 16 bits to the 8 x 128 in which arrays arrive, and
-# would copy every stack of weights in every step; the products take the same time with either.
+# By device kind. On TPU7x the compiler prefers tiles of 16 x 128 numbers of 16 bits to the 8 x 128 in which arrays arrive,
+# and would copy every stack of weights in every step; the products take the same time with either.
 _COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
 
 

@@ -44,8 +44,8 @@ def load(
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
-            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer that the "
-            "model was not trained with: use the tokenizer of this checkpoint"
+            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
+            "that the model was not trained with: use the tokenizer of this checkpoint"
         )
     compile_cache.use(config.compile_cache_dir)
     with compile_cache.failures_logged():

@@ -97,7 +97,7 @@ def test_a_full_queue_refuses_with_the_time_to_come_back():
         engine._thread.call(hold)
         await started.wait()
         streams = [engine.submit(engine.intake.request((5,), greedy(2))) for _ in range(3)]
-        with pytest.raises(QueueFullError, match="3 requests wait, and the limit is 3; come back in 1 s") as refused:
+        with pytest.raises(QueueFullError, match="3 requests wait, and the limit is 3; retry in 1 s") as refused:
             engine.submit(engine.intake.request((5,), greedy(2)))
         release.set()
         for stream in streams:
@@ -129,7 +129,7 @@ def test_the_estimate_of_the_wait_grows_with_the_queue():
 
 def test_a_request_whose_promise_cannot_be_kept_fails_with_the_reason():
     async def scenario(engine):
-        with pytest.raises(RequestFailedError, match="come back when it is less busy") as failed:
+        with pytest.raises(RequestFailedError, match="retry when it is less busy") as failed:
             await tokens(engine, [5] * 20)
         return as_api_error(failed.value).status
 
@@ -205,7 +205,7 @@ def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
         results = await asyncio.gather(*(tokens(wrapped, [5 + i]) for i in range(12)), return_exceptions=True)
         assert {type(r) for r in results} <= {RequestFailedError, ClosedError}
         assert not wrapped.is_ready
-        assert "cannot be recovered" in (wrapped.failure or "")
+        assert "could not recover" in (wrapped.failure or "")
         with pytest.raises(ClosedError):
             await wrapped.snapshots()
         with pytest.raises(ClosedError):
