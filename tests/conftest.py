@@ -1,4 +1,4 @@
-"""Settings for all tests: no network, one persistent compile cache, strict promotion, warnings as errors."""
+"""Settings for all tests: no network, one persistent compile cache, checked shapes, strict promotion, warnings as errors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ os.environ.setdefault("FASTGEN_CACHE_DIR", str(Path(__file__).parent.parent / ".
 
 import jax
 
+from tests import shape_checks
+
+shape_checks.install()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 

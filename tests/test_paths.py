@@ -10,7 +10,7 @@ import pytest
 from fastgen_jax import cli, paths
 from fastgen_jax.engine import ladder
 from pallas_kernels.native.loader import library_folder
-from pallas_kernels.ragged_attention.tile_file import measured_file
+from pallas_kernels.ragged_attention.measured_tiles import measured_file
 
 
 def test_every_folder_follows_xdg(monkeypatch, tmp_path) -> None:
@@ -20,7 +20,7 @@ def test_every_folder_follows_xdg(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "s"))
     assert paths.engine_dir() == paths.cache_dir() == tmp_path / "c" / "fastgen_jax"
     assert paths.models_dir() == tmp_path / "c" / "fastgen_jax" / "models"
-    assert library_folder() == tmp_path / "c" / "fastgen_jax" / "native"
+    assert library_folder() == native_folder(tmp_path / "c")
     assert measured_file() == tmp_path / "c" / "pallas_kernels" / "tiles.json"
     assert paths.deployments_dir() == tmp_path / "s" / "fastgen_jax" / "deployments"
 
@@ -35,14 +35,18 @@ def test_an_argument_overrides_the_variable_and_an_empty_name_turns_the_cache_of
     assert paths.engine_dir("/there") == Path("/there")
 
 
+def native_folder(cache_home: Path) -> Path:
+    return cache_home / "pallas_kernels" / "native"
+
+
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FASTGEN_CACHE_DIR", raising=False)
     home = tmp_path / "fastgen_jax"
-    for folder in ("xla", "native", "models"):
-        (home / folder).mkdir(parents=True)
-        (home / folder / "file").write_bytes(b"x" * 2_000_000)
+    for folder in (home / "xla", native_folder(tmp_path), home / "models"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"x" * 2_000_000)
     ladder.save_choice(home / ladder.FILE, "facts", (16, 64), {16: 0.001, 32: 0.0019, 64: 0.003}, model="llama, 6 layers")
     return home
 
@@ -50,8 +54,8 @@ def kept(monkeypatch, tmp_path):
 def test_fastgen_cache_lists_the_folders_and_measurements(kept, capsys) -> None:
     assert cli.main(["cache"]) == 0
     shown = capsys.readouterr().out
-    for folder in ("xla", "native", "models"):
-        assert f"2.0 MB  {kept / folder}" in shown
+    for folder in (kept / "xla", native_folder(kept.parent), kept / "models"):
+        assert f"2.0 MB  {folder}" in shown
     assert "llama, 6 layers" in shown
     assert "16*: 1.0 ms, 32: 1.9 ms, 64*: 3.0 ms" in shown
 
@@ -63,6 +67,7 @@ def test_fastgen_cache_clear_removes_everything_but_models_or_the_named_kind(kep
     assert cli.main(["cache", "--clear"]) == 0
     assert "removed compiled programs: 2.0 MB" in capsys.readouterr().out
     assert [path.name for path in kept.iterdir() if path.is_dir()] == ["models"]
+    assert not native_folder(kept.parent).exists()
     assert cli.main(["cache", "--clear", "models"]) == 0
     assert not (kept / "models").exists()
     assert cli.main(["cache", "--clear"]) == 0

@@ -13,7 +13,7 @@ from fastgen_jax import Engine, EngineConfig, RequestOutput, SamplingParams
 from fastgen_jax.api.async_engine import AsyncEngine
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.weight_spec import Params
 
 HOME = Path(__file__).parent / "reference" / "tiny"
 VARIANTS = sorted(path.name for path in HOME.iterdir() if path.is_dir())

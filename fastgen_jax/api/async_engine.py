@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from fastgen_jax.api.engine_thread import EngineThread, Event, Failure, Load
 from fastgen_jax.api.snapshot import take_snapshot
-from fastgen_jax.engine.engine import Engine, Prompt
+from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.prompts import Prompt
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
@@ -214,9 +215,12 @@ class AsyncEngine:
         Raises ValueError for a request that cannot run, QueueFullError and ClosedError as `submit`, and
         RequestFailedError if it fails or is not finished after `timeout` seconds.
         """
-        request = await asyncio.to_thread(
-            self.intake.request, prompt, params, priority=priority, awaits_each_token=grammar is not None
-        )
+
+        def checked() -> Request:
+            token_ids = self.intake.encode(prompt)
+            return self.intake.request(token_ids, params, priority=priority, awaits_each_token=grammar is not None)
+
+        request = await asyncio.to_thread(checked)
         deadline = None if timeout is None else time.monotonic() + timeout
         stream = self.submit(request, grammar=grammar, deadline=deadline)
         try:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.api.deployment import Deployment, default_name, deployments, find_deployment, start_server, stop_server
 from fastgen_jax.api.pipeline import Response
-from fastgen_jax.api.prompts import as_prompts
-from fastgen_jax.engine.intake import Prompt
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
+from fastgen_jax.engine.prompts import PlainPrompt, Prompt, plain_prompt, split_prompts
 
 if TYPE_CHECKING:
     import httpx
@@ -115,7 +114,7 @@ class _Connection:
 
     @staticmethod
     def _body(prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        return {"prompts": [_plain_prompt(p) for p in as_prompts(prompts)], **options, **more}
+        return {"prompts": [_json_prompt(plain_prompt(prompt)) for prompt in split_prompts(prompts)], **options, **more}
 
     @staticmethod
     def _response(answer: dict[str, Any]) -> Response:
@@ -272,10 +271,10 @@ def async_client(name: str, *, api_key: str | None = None, timeout: float | None
     return AsyncClient(find_deployment(name), api_key=api_key, timeout=timeout)
 
 
-def _plain_prompt(prompt: Prompt) -> Any:
+def _json_prompt(prompt: PlainPrompt) -> str | list[int] | list[dict[str, Any]]:
     if isinstance(prompt, str):
         return prompt
-    return [dict(item) if isinstance(item, Mapping) else int(item) for item in prompt]
+    return [*prompt] if isinstance(prompt, tuple) else [dict(message) for message in prompt]
 
 
 def _is_stream(response: httpx.Response) -> bool:

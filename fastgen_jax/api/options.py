@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastgen_jax.core.options import unknown_option
 from fastgen_jax.engine import generation
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.intake import Intake, samples
+from fastgen_jax.engine.option_names import unknown_option
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.scheduling import SamplingParams
 

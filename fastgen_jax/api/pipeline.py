@@ -9,14 +9,12 @@ from functools import partial
 from typing import Any, Literal, Self, overload
 
 from fastgen_jax.api.options import Asked, LimitNotice, asked
-from fastgen_jax.api.options import sampling_params as sampling_params
 from fastgen_jax.api.progress import Progress
-from fastgen_jax.api.prompts import as_prompts as as_prompts
 from fastgen_jax.api.sharing import Outputs, SharedEngine, Stream
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.describe import describe
-from fastgen_jax.engine.engine import Engine, Prompt
+from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
+from fastgen_jax.engine.prompts import Prompt, TokenIds, split_prompts
 from fastgen_jax.scheduling import SamplingParams
 
 SHOWN_CHARACTERS = 80  # of a text in the repr of a response
@@ -70,7 +68,7 @@ class Pipeline:
         self._limits = LimitNotice()
 
     def __repr__(self) -> str:
-        return f"Pipeline({'destroyed' if self._shared.is_destroyed else describe(self.engine)})"
+        return f"Pipeline({'destroyed' if self._shared.is_destroyed else self.engine.describe()})"
 
     @property
     def engine(self) -> Engine:
@@ -129,12 +127,12 @@ class Pipeline:
         meanwhile.
         """
         call = asked(self.engine.intake, params, options)
-        items = as_prompts(prompts)
-        if stream:
-            if return_full_text or echo:
-                raise ValueError("return_full_text and echo belong to whole responses; with stream=True leave them out")
-            return self._run(items, call)
+        if stream and (return_full_text or echo):
+            raise ValueError("return_full_text and echo belong to whole responses; with stream=True leave them out")
+        items = split_prompts(prompts)
         token_ids = [self.engine.encode(prompt) for prompt in items]
+        if stream:
+            return self._run(token_ids, call)
         n = call.params.n
         answers = [_Answer() for _ in range(len(items) * n)]
         limits = [call.most_tokens(len(ids)) for ids in token_ids for _ in range(n)]
@@ -162,7 +160,7 @@ class Pipeline:
         n = call.params.n
         if n != 1:
             raise ValueError(f"n is {n}; stream follows one sequence: use pipe(prompt, stream=True, n={n})")
-        return Stream(self._run([prompt], call))
+        return Stream(self._run([self.engine.encode(prompt)], call))
 
     def destroy(self) -> None:
         """Frees weights and cache at once; the pipeline cannot be used afterwards, and calls under way raise ValueError.
@@ -171,15 +169,14 @@ class Pipeline:
         """
         self._shared.destroy()
 
-    def _run(self, prompts: Sequence[Prompt], call: Asked) -> Outputs:
+    def _run(self, prompts: Sequence[TokenIds], call: Asked) -> Outputs:
         intake = self.engine.intake
-        encoded = [intake.encode(prompt) for prompt in prompts]
-        requests = [intake.request(ids, sample) for ids in encoded for sample in call.samples(len(ids))]
+        requests = [intake.request(ids, sample) for ids in prompts for sample in call.samples(len(ids))]
         return self._shared.run(requests, on_finished=partial(self._limits.note, call))
 
     def _prompt_text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
         if isinstance(prompt, str):
-            return prompt
+            return str.__str__(prompt)  # the text itself, also of a subclass
         tokenizer = self.engine.tokenizer
         return tokenizer.decode(list(token_ids), skip_special_tokens=False) if tokenizer else ""
 

@@ -25,7 +25,7 @@ def take_snapshot(engine: Engine, *, since_step: int | None = None) -> dict[str,
         "waiting": engine.num_waiting,
         "blocks": engine.config.num_blocks,
         "free_blocks": scheduler.num_free_blocks,
-        "token_budget": engine.config.full_step,
+        "token_budget": engine.config.token_budget,
         "counters": {
             **counters,
             "preemptions": scheduler.stats.num_preemptions,

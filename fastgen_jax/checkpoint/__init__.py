@@ -1,7 +1,8 @@
 """Checkpoints on disk, their names and formats, and how they become parameters; strict in both directions."""
 
-from fastgen_jax.checkpoint.base import Checkpoint, open_checkpoint
+from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.load import check_tensors, load_params
+from fastgen_jax.checkpoint.open import open_checkpoint
 from fastgen_jax.checkpoint.resolve import BUILT_IN, resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from fastgen_jax.checkpoint.gguf_file import GGUFFile
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
-
-if TYPE_CHECKING:
-    from fastgen_jax.checkpoint.gguf_file import GGUFFile
 
 
 class Checkpoint(Protocol):
@@ -66,31 +65,8 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a Hugging Face directory, a snapshot or a GGUF file; ValueError if it is none of them or broken.
-
-    Reads headers only. For names of models see `resolve_model`.
-    """
-    from fastgen_jax.checkpoint.snapshot import MARKER, SnapshotCheckpoint, as_path
-
-    path = as_path(path)
-    if path.is_dir():
-        if (path / MARKER).exists():
-            return SnapshotCheckpoint.open(path)
-        from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
-
-        return HuggingFaceCheckpoint.open(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; pass a checkpoint directory or a .gguf file")
-    from fastgen_jax.checkpoint.gguf import GGUFCheckpoint
-
-    return GGUFCheckpoint.open(path)
-
-
 def missing_tensor(name: str, path: Path, names: Iterable[str]) -> ValueError:
     """The error for a tensor that a checkpoint lacks; it names the nearest one that is there."""
-    import difflib
-
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     hint = f"; the nearest name there is {nearest[0]!r}" if nearest else "; it holds no tensors at all"
     return ValueError(f"{path} has no tensor {name!r}{hint}")

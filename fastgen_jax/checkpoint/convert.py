@@ -10,6 +10,7 @@ from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, vocabulary_file
 from fastgen_jax.checkpoint.load import load_params
 from fastgen_jax.checkpoint.snapshot import check_target, save_snapshot
+from fastgen_jax.models.weight_spec import WeightSpec
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,10 +27,12 @@ TOKENIZER_FILES = (
 )
 
 
-def convert(checkpoint: Checkpoint, out: str | Path, *, prepare: Callable[[str, Any], Any], progress: bool = False) -> None:
+def convert(
+    checkpoint: Checkpoint, out: str | Path, *, prepare: Callable[[WeightSpec, Any], Any], progress: bool = False
+) -> None:
     """Writes a snapshot of `checkpoint` into the new directory `out`, local or gs://.
 
-    `prepare(path, array)` gives each weight the form that it is kept in: a host array or an `Int8Weight` of them. The
+    `prepare(spec, array)` gives each weight the form that it is kept in: a host array or an `Int8Weight` of them. The
     host holds the whole model in that form. Raises ValueError as `check_target`, `load_params` and `save_snapshot` do,
     and if there is no tokenizer.
     """

@@ -20,6 +20,8 @@ from fastgen_jax.checkpoint.gguf_metadata import ROPE_TENSORS
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.params import all_specs
+from fastgen_jax.models.weight_spec import Kind
 
 # "general.sampling." + these -> the name that Hugging Face's generation_config.json has for it, if it has any
 _SAMPLING = {
@@ -50,6 +52,7 @@ class GGUFCheckpoint:
     config_json: Mapping[str, Any]
     architecture: Architecture
     places: Mapping[str, Place]  # by the name that the tensor has in Hugging Face's files
+    norm_scales: frozenset[str]  # tensors of the file that are scales of norms
 
     @classmethod
     def open(cls, path: Path) -> GGUFCheckpoint:
@@ -61,18 +64,22 @@ class GGUFCheckpoint:
             config = family_of(hf["architectures"][0]).config_from_hf(hf)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        wanted = [
-            name.format(layer=layer)
-            for source in FAMILIES[config.family].sources(config).values()
-            for name in source.names
+        sources = FAMILIES[config.family].sources(config)
+        kinds = {
+            name.format(layer=layer): spec.kind
+            for path, spec in all_specs(config).items()
+            for name in sources[path].names
             for layer in range(config.num_layers)
-        ]
+        }
+        places = find_places(file, kind, kinds, num_layers=config.num_layers)
+        norms = [name for name, weight_kind in kinds.items() if weight_kind is Kind.NORM and name in places]
         return cls(
             file=file,
             config=config,
             config_json=hf,
             architecture=ARCHITECTURES[kind],
-            places=find_places(file, kind, wanted, num_layers=config.num_layers),
+            places=places,
+            norm_scales=frozenset(stored for name in norms for stored in places[name].names),
         )
 
     @property
@@ -145,7 +152,7 @@ class GGUFCheckpoint:
         values = dequantize(reorder(rows) if reorder else rows, tensor.type_id, tensor.shape)
         if self._is_swapped(stored):
             return values.swapaxes(-1, -2)
-        if self.architecture.stored_norm_offset and stored.endswith("norm.weight"):
+        if self.architecture.stored_norm_offset and stored in self.norm_scales:
             return values - np.asarray(self.architecture.stored_norm_offset, values.dtype)
         return values
 

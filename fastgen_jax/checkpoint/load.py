@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,11 @@ from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
 from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
-from fastgen_jax.models.params import Params, ParamSpec, layer_specs, layers_with, param_specs
+from fastgen_jax.models.params import layer_specs, layers_with, model_specs
+from fastgen_jax.models.weight_spec import Params, WeightSpec
+
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +37,11 @@ _AHEAD = 3  # weights read before they are asked for: host memory beyond the mod
 
 @dataclass(frozen=True, kw_only=True)
 class _Weight:
-    """One array to make: `path` as in `sources` ("layers.qkv"), `layer` its number or None."""
+    """One array to make, that of layer number `layer` if the weight is per layer."""
 
-    path: str
+    spec: WeightSpec
     layer: int | None
     source: Source
-    spec: ParamSpec
     omitted: str  # what the checkpoint leaves out at the beginning of names
 
     @property
@@ -51,18 +54,17 @@ def load_params(
     *,
     dtype: Any,
     stack_layers: bool = True,
-    prepare: Callable[[str, Any], Any] | None = None,
-    sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
+    prepare: Callable[[WeightSpec, Any], Any] | None = None,
+    sharding: Callable[[WeightSpec], Sharding] | None = None,
     progress: bool = False,
 ) -> Params:
     """All weights of a checkpoint as `Params`; strict: a missing, unknown or misshapen tensor is a ValueError.
 
-    `prepare(path, array)` makes the leaf of one weight (of one layer); it gets its path ("embed", "layers.qkv") and
-    the array [in, out] as stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then
-    its own business. Without it the leaf is the array in `dtype`. `sharding(path, shape)` names the
-    `jax.sharding.Sharding` of a weight (of one layer); `prepare` then gets an array that lies there already. An int8
-    snapshot gives `Int8Weight`s instead of matrices. Weights come one after another, so that the host never holds more
-    than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
+    `prepare(spec, array)` makes the leaf of one weight (of one layer); it gets its declaration and the array [in, out] as
+    stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without it the
+    leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then gets an array
+    that is placed already. An int8 snapshot gives `Int8Weight`s instead of matrices. Weights are loaded one after another,
+    so that the host never holds more than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
     """
     from fastgen_jax.core.progress import shown  # `core` needs JAX, and looking at a checkpoint does not
 
@@ -79,14 +81,14 @@ def load_params(
     progressing = shown(log, f"loading {checkpoint.path.name}", total=len(weights), unit="weight", bar=progress)
     with ThreadPoolExecutor(_THREADS) as pool, progressing as advance:
         for weight, array in _read_ahead(read, weights, pool):
-            leaf = make(weight.path, array)
+            leaf = make(weight.spec, array)
             del array
-            name = weight.path.removeprefix("layers.")
+            name = weight.spec.name
             if weight.layer is None:
                 params[name] = leaf
             elif stack_layers:
                 rows = having[name]
-                stacked[name] = _store(stacked.get(name), leaf, rows.index(weight.layer), len(rows), weight.path)
+                stacked[name] = _store(stacked.get(name), leaf, rows.index(weight.layer), len(rows), weight.spec)
             else:
                 layers[weight.layer][name] = leaf
             advance()
@@ -94,7 +96,7 @@ def load_params(
     return params
 
 
-def _plain(path: str, array: Any, *, dtype: Any) -> Any:
+def _plain(spec: WeightSpec, array: Any, *, dtype: Any) -> Any:
     """A weight as a JAX array; a CPU device takes a host array over, if it has its dtype, instead of copying it."""
     import jax
     import jax.numpy as jnp
@@ -154,14 +156,11 @@ def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
     # A checkpoint of the bare model, like those of GPT-2 and BLOOM, lacks the name of the model before its parts.
     model = sources["embed"].names[0].split(".")[0] + "."
     omitted = "" if any(name.startswith(model) for name in checkpoint.tensor_names) else model
-    specs = param_specs(config)
-    del specs["layers"]
-    for path, spec in specs.items():
-        yield _Weight(path=path, layer=None, source=sources[path], spec=spec, omitted=omitted)
+    for spec in model_specs(config).values():
+        yield _Weight(spec=spec, layer=None, source=sources[spec.path], omitted=omitted)
     for layer in range(config.num_layers):
-        for name, spec in layer_specs(config, layer).items():
-            path = f"layers.{name}"
-            yield _Weight(path=path, layer=layer, source=sources[path], spec=spec, omitted=omitted)
+        for spec in layer_specs(config, layer).values():
+            yield _Weight(spec=spec, layer=layer, source=sources[spec.path], omitted=omitted)
 
 
 def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
@@ -195,7 +194,7 @@ def _read(checkpoint: Checkpoint, weight: _Weight, *, dtype: Any, sharding: Any)
     if sharding is None:
         array = _assemble(checkpoint, weight)
         return _in_memory(array) if isinstance(array, np.memmap) else array
-    place = sharding(weight.path, weight.spec.shape)
+    place = sharding(weight.spec)
     if isinstance(checkpoint, SnapshotCheckpoint):
         (name,) = weight.names
         return checkpoint.restore(name, dtype=dtype, sharding=place)
@@ -231,7 +230,7 @@ def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
     return out if source.rearrange is None else source.rearrange(out)
 
 
-def _store(stacked: Any, leaf: Any, row: int, num_rows: int, path: str) -> Any:
+def _store(stacked: Any, leaf: Any, row: int, num_rows: int, spec: WeightSpec) -> Any:
     """`stacked` with `leaf` as a row; the buffer is donated, so that nothing is held twice."""
     import jax
 
@@ -240,7 +239,7 @@ def _store(stacked: Any, leaf: Any, row: int, num_rows: int, path: str) -> Any:
     forms = [jax.tree.structure(stacked), *((x.shape[1:], x.dtype) for x in jax.tree.leaves(stacked))]
     if forms != [jax.tree.structure(leaf), *((x.shape, x.dtype) for x in jax.tree.leaves(leaf))]:
         raise ValueError(
-            f"prepare({path!r}) made row {row} in another form than row 0 "
+            f"prepare({spec.path!r}) made row {row} in another form than row 0 "
             f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False"
         )
     return _layer_setter()(stacked, leaf, row)

@@ -29,7 +29,8 @@ from fastgen_jax.checkpoint.huggingface import GENERATION_FILE, model_config, re
 from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
-from fastgen_jax.models.params import Params, param_specs
+from fastgen_jax.models.params import all_specs
+from fastgen_jax.models.weight_spec import Params
 
 FORMAT = 1
 MARKER = "fastgen.json"
@@ -94,10 +95,8 @@ class SnapshotCheckpoint:
 
     @property
     def sources(self) -> Mapping[str, Source]:
-        specs = param_specs(self.config)
-        layer = specs.pop("layers")
-        return {path: Source(path) for path in specs} | {
-            f"layers.{name}": Source(f"layers.{name}.{{layer}}") for name in layer
+        return {
+            path: Source((f"{path}.{{layer}}" if spec.per_layer else path,)) for path, spec in all_specs(self.config).items()
         }
 
     @property

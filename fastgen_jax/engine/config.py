@@ -1,46 +1,56 @@
-"""The operator's choices, and how the open ones are filled in."""
+"""The operator's choices, and the values that `resolve` finds for those left open."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine import generation
-from fastgen_jax.engine.logits_processor import LogitsProcessor, check_processor
 from fastgen_jax.engine.memory import room_for_cache
 from fastgen_jax.engine.option_names import unknown_engine_option
+from fastgen_jax.engine.sampling.processor import LogitsProcessor, check_processor
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
-from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Policy, Promise, checked_policy, longest_sequence
+from fastgen_jax.scheduling import NEED_PROMISE, Policy, Promise, checked_policy, longest_sequence
+from fastgen_jax.scheduling.converted import converted
 from pallas_kernels import native
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
-BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps of a token budget that comes without a ladder
+DType = Literal["float32", "bfloat16", "float16"]
+KVDType = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
+Quantization = Literal["int8"]
+Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
+
+BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps below a token budget that comes without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding, so that few programs serve all sizes
-MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # of these, a measurement compiles and times only some
+MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes that a measurement compiles and times
+
+
+def _ladder(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:
     """How the engine runs a model. Every None is filled by `resolve`, from the model and the device."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: DType | None = None
     """Number format of weights, and of activations where these are not float32 as on a CPU. None: float32 on a CPU,
     bfloat16 elsewhere."""
-    quantize: Literal["int8"] | None = None
+    quantize: Quantization | None = None
     """Weight-only quantisation, one scale per output channel. None: weights stay in `dtype`."""
-    kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"] | None = None
+    kv_dtype: KVDType | None = None
     """Number format of the KV cache; those of 8 bits have a scale for each token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None
     """Devices of this process that heads, MLP columns and vocabulary are divided over. None: one device has it all."""
     token_budget: int | None = None
     """Tokens of a full step. None: measured on this device once, then remembered."""
-    budget_ladder: tuple[int, ...] | None = None
+    budget_ladder: tuple[int, ...] | None = converted(_ladder, default=None)
     """Smaller steps for a lightly loaded engine, tokens. None: chosen from the same measurement."""
     remeasure: bool = False
     """Whether the token budget is measured again although a measurement is remembered, and that one replaced."""
@@ -55,7 +65,7 @@ class EngineConfig:
     earlier start chose is kept while it fits, so that its compiled programs serve again."""
     prefix_caching: bool = True
     """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
-    policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = "splitfuse"
+    policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = converted(checked_policy, default="splitfuse")
     """How a step is filled; sla keeps the two promises below. In Python also a function."""
     promised_prompt_rate: float | None = None
     """Policy sla: a first token is due after the prompt's tokens over this, tokens a second; what cannot be is refused."""
@@ -69,9 +79,11 @@ class EngineConfig:
     """Whether layers are scanned as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
     logits_processor: LogitsProcessor | None = None
     """A function of jax.numpy, f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: none."""
-    attention: Literal["reference", "xla", "cpu", "tpu", "gpu"] | None = None
+    attention: Attention | None = None
     """Implementation of ragged attention. None: the best one for the device."""
-    generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = "auto"
+    generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = converted(
+        generation.parse_setting, default="auto"
+    )
     """Defaults of requests that leave an option out: "auto" takes those of the checkpoint's generation_config.json, "none"
     none; or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Kept as pairs."""
     compile_cache_dir: str | None = None
@@ -82,19 +94,15 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        choices = {
-            "dtype": ("float32", "bfloat16", "float16", None),
-            "quantize": ("int8", None),
-            "kv_dtype": ("float32", "bfloat16", "float16", *QUANTIZED_DTYPES, None),
-            "attention": ("reference", "xla", "cpu", "tpu", "gpu", None),
+        choices: dict[str, tuple[str | None, ...]] = {
+            "dtype": (*get_args(DType), None),
+            "quantize": (*get_args(Quantization), None),
+            "kv_dtype": (*get_args(KVDType), None),
+            "attention": (*get_args(Attention), None),
         }
-        if isinstance(self.policy, str):
-            choices["policy"] = tuple(POLICIES)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
-        object.__setattr__(self, "generation_config", generation.parse_setting(self.generation_config))
-        object.__setattr__(self, "policy", checked_policy(self.policy))
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise ValueError(f"logits_processor is {self.logits_processor!r}; give a function f(logits, rows) or nothing")
         promises = (self.promised_prompt_rate, self.promised_generation_rate)
@@ -117,20 +125,20 @@ class EngineConfig:
         if self.budget_ladder is not None:
             if self.token_budget is None:
                 raise ValueError(f"budget_ladder={self.budget_ladder} needs a token_budget, the size of a full step")
-            if not isinstance(self.budget_ladder, (tuple, list)) or not all(type(b) is int for b in self.budget_ladder):
+            if not isinstance(self.budget_ladder, tuple) or not all(type(b) is int for b in self.budget_ladder):
                 raise ValueError(f"budget_ladder is {self.budget_ladder!r}; give whole numbers in a list, such as [16, 64]")
             if any(not 1 <= budget <= self.token_budget for budget in self.budget_ladder):
                 raise ValueError(
                     f"budget_ladder={self.budget_ladder} has a step outside 1..{self.token_budget} (token_budget)"
                 )
-            object.__setattr__(self, "budget_ladder", tuple(self.budget_ladder))
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     def __repr__(self) -> str:
-        """What differs from the defaults; of a resolved config that is also what was filled in."""
-        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "compile_cache_dir"}
-        kept = {f.name: f.default for f in fields(self)}
-        changed = ", ".join(f"{name}={value!r}" for name, value in told.items() if value != kept[name])
-        return f"{type(self).__name__}({changed})"
+        return _shown(self, self.changed)
 
     @property
     def promise(self) -> Promise | None:
@@ -154,46 +162,82 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ResolvedConfig(EngineConfig):
-    """An `EngineConfig` without open choices, but for a token budget that is still to be measured."""
+class ResolvedConfig:
+    """What an engine runs with: a value for everything that an `EngineConfig` may leave open.
 
-    dtype: Literal["float32", "bfloat16", "float16"]  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
-    kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]  # pyright: ignore[reportGeneralTypeIssues]
-    block_size: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
-    max_context_len: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
-    num_blocks: int  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
-    stack_layers: bool  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
-    generation_config: generation.Pairs  # pyright: ignore[reportGeneralTypeIssues] (no default: resolve gives it)
+    Fields that share a name with one of `EngineConfig` mean the same.
+    """
+
+    choices: EngineConfig
+    """What the operator asked for. Choices that need no resolving are read from here."""
+    dtype: DType
+    kv_dtype: KVDType
+    block_size: int
+    max_context_len: int
+    num_blocks: int
+    stack_layers: bool
+    prefix_caching: bool
+    budget_ladder: tuple[int, ...]
+    """Sizes of steps in tokens, smallest first; the last is the token budget. Candidates until they are measured."""
+    generation_config: generation.Pairs
+
+    def __repr__(self) -> str:
+        resolved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "choices"}
+        return _shown(self, {**resolved, **{k: v for k, v in self.choices.changed.items() if k not in resolved}})
 
     @property
-    def activation_dtype(self) -> str:
-        """Number format of the residual stream: `dtype`, but float32 where native kernels multiply, which give that."""
+    def token_budget(self) -> int:
+        """Tokens of a full step."""
+        return self.budget_ladder[-1]
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that run at once."""
+        return self.choices.max_num_seqs
+
+    @property
+    def quantize(self) -> Quantization | None:
+        """Weight-only quantization; None: none."""
+        return self.choices.quantize
+
+    @property
+    def tensor_parallel(self) -> int | None:
+        """Devices that the model is divided over; None: one device has it all."""
+        return self.choices.tensor_parallel
+
+    @property
+    def activation_dtype(self) -> DType:
+        """Number format of the residual stream: `dtype`, except float32 where native kernels multiply, which return that."""
         native_kernels = jax.default_backend() == "cpu" and not self.stack_layers and native.available()
         return "float32" if native_kernels else self.dtype
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens that a sequence can really have: the context, or the whole KV cache where that holds less."""
+        """Tokens that a sequence can really have: the context limit, or the whole KV cache where that holds less."""
         return longest_sequence(max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size)
 
     @property
-    def max_sample_rows(self) -> int:
-        """Rows of logits that the largest program gives."""
-        return min(self.full_step, self.max_num_seqs)
+    def max_blocks(self) -> int:
+        """KV blocks of a sequence as long as the context limit."""
+        return -(-self.max_context_len // self.block_size)
 
     @property
-    def full_step(self) -> int:
-        """The token budget; ValueError before it is measured."""
-        if self.token_budget is None:
-            raise ValueError("token_budget is None: it has not been measured yet")
-        return self.token_budget
+    def max_sample_rows(self) -> int:
+        """Rows of logits that the largest program returns."""
+        return min(self.token_budget, self.max_num_seqs)
+
+
+def _shown(config: object, values: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"{name}={value!r}" for name, value in values.items() if name != "compile_cache_dir")
+    return f"{type(config).__name__}({shown})"
 
 
 def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | None = None) -> ResolvedConfig:
-    """Fills what can be known before anything runs; the token budget may stay None, to be measured.
+    """A value for everything that `config` leaves open, chosen for this model and device.
 
-    `earlier_blocks` is the `num_blocks` that an earlier start came to, kept if it suits the memory of now. Raises
-    ValueError where the choices contradict the model or the free memory.
+    Without a token budget, `budget_ladder` has the candidates that a measurement chooses from. `earlier_blocks` is the
+    `num_blocks` of an earlier start; it is kept if it suits the memory that is free now. Raises ValueError if the choices
+    contradict the model or the free memory.
     """
     platform = jax.default_backend()
     if config.logits_processor is not None:
@@ -234,24 +278,31 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     stack_layers = config.stack_layers
     if stack_layers is None:
         stack_layers = platform != "cpu" or config.tensor_parallel is not None
-    ladder = config.budget_ladder
-    if config.token_budget is not None:
-        if ladder is None:
-            padding_is_cheap = platform == "cpu" and not stack_layers and native.available()
-            ladder = tuple(b for b in (NATIVE_BUDGETS if padding_is_cheap else BUDGETS) if b < config.token_budget)
-        ladder = tuple(sorted({*ladder, config.token_budget}))
-    filled = {
-        "dtype": dtype,
-        "kv_dtype": kv_dtype,
-        "block_size": block_size,
-        "max_context_len": max_context_len,
-        "num_blocks": num_blocks,
-        "stack_layers": stack_layers,
-        "budget_ladder": ladder,
-        "prefix_caching": prefix_caching,
-        "generation_config": () if isinstance(config.generation_config, str) else config.generation_config,
-    }
-    return ResolvedConfig(**{**{f.name: getattr(config, f.name) for f in fields(EngineConfig)}, **filled})
+    return ResolvedConfig(
+        choices=config,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        block_size=block_size,
+        max_context_len=max_context_len,
+        num_blocks=num_blocks,
+        stack_layers=stack_layers,
+        prefix_caching=prefix_caching,
+        budget_ladder=_step_sizes(
+            config,
+            longest=longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size),
+            padding_is_cheap=platform == "cpu" and not stack_layers and native.available(),
+        ),
+        generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
+    )
+
+
+def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -> tuple[int, ...]:
+    if config.token_budget is None:  # a measured step is one sequence, so it must fit into the cache
+        return tuple(budget for budget in MEASURED_BUDGETS if budget <= longest)
+    smaller = config.budget_ladder
+    if smaller is None:
+        smaller = tuple(b for b in (NATIVE_BUDGETS if padding_is_cheap else BUDGETS) if b < config.token_budget)
+    return tuple(sorted({*smaller, config.token_budget}))
 
 
 def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices: int, platform: str) -> None:

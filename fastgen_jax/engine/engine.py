@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import os
-import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.describe import describe
-from fastgen_jax.engine.intake import Intake, Prompt
-from fastgen_jax.engine.metrics import Metrics, StepTimes, compile_count
+from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.journal import InFlight, Journal
+from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes, compile_count
 from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState, SampledRows
-from fastgen_jax.engine.packing import Packer
-from fastgen_jax.engine.research import ResearchInterface
-from fastgen_jax.engine.runner import StepOutput
-from fastgen_jax.engine.sampling_tables import SamplingTables
+from fastgen_jax.engine.packing import Bucket, Packer
+from fastgen_jax.engine.prompts import Prompt, TokenIds
+from fastgen_jax.engine.replacement import replacement_params
+from fastgen_jax.engine.sampling.tables import SamplingTables
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params
-from fastgen_jax.scheduling import Chunk, Request, SamplingParams, Scheduler, Step
-from fastgen_jax.scheduling import Sequence as HostSequence
+from fastgen_jax.models.weight_spec import Params
+from fastgen_jax.scheduling import Request, SamplingParams, Scheduler, Sequence, Step
+from fastgen_jax.scheduling.manual import ManualSequences
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
-__all__ = ["Engine", "Prompt"]
+T = TypeVar("T")
 
 
-class Engine(ResearchInterface):
+class Engine:
     """Continuous batching with Dynamic SplitFuse over a blocked KV cache (DeepSpeed-FastGen, arXiv:2401.08671).
 
         engine = Engine.from_pretrained("smollm2-135m-instruct")
@@ -37,13 +38,14 @@ class Engine(ResearchInterface):
             for output in engine.step():
                 print(output.text, end="")
 
-    Everything is compiled before the constructor returns. Any thread may call; calls take turns. An exception may come
-    anywhere, a KeyboardInterrupt above all: the next call finds that an earlier one did not come to its end, and begins
-    with the requests and the outputs that stand. What they lack is computed again, and is the same as it would have been.
+    All programs are compiled before the constructor returns. Methods may be called from any thread; calls take turns. An
+    exception may be raised at any point, in particular a KeyboardInterrupt: the next call notices that an operation did not
+    complete and continues with the requests and outputs that there are. Missing results are computed again, and are the
+    same as they would have been.
     """
 
     name: str = ""
-    """What `from_pretrained` was asked for; empty for an engine that was made from weights."""
+    """The argument of `from_pretrained`; empty for an engine made from weights."""
 
     def __init__(
         self,
@@ -54,39 +56,36 @@ class Engine(ResearchInterface):
         tokenizer: Tokenizer | None = None,
         progress: bool = False,
     ) -> None:
-        """Takes plain or prepared `params` and makes everything ready to serve.
+        """Compiles everything; `params` are plain or prepared weights.
 
-        `progress` shows a bar while programs compile. Raises ValueError where `config` contradicts the model or the
+        `progress` shows a bar while programs compile. Raises ValueError if `config` contradicts the model or the
         memory.
         """
         self.model = model
-        self.config, self._runner = startup.start(params, model, config or EngineConfig(), progress=progress)
-        resolved = self.config
+        self.config, self.runner = startup.start(params, model, config or EngineConfig(), progress=progress)
+        """What it runs with, and the compiled programs with the device memory; use the latter within `exclusive`."""
+        choices = self.config.choices
         self.tokenizer = tokenizer
-        self.intake = Intake(tokenizer, model, resolved)
+        self.intake = Intake(tokenizer, model, self.config)
         self.metrics = Metrics()
-        self._scheduler = Scheduler(
-            num_blocks=resolved.num_blocks,
-            block_size=resolved.block_size,
-            token_budget=resolved.full_step,
-            max_num_seqs=resolved.max_num_seqs,
-            max_context_len=resolved.max_context_len,
-            max_sample_rows=resolved.max_sample_rows,
-            policy=resolved.policy,
-            prefix_caching=resolved.prefix_caching,
-            promise=resolved.promise,
-            step_sizes=resolved.budget_ladder if resolved.promise and resolved.budget_ladder else (),
+        self.scheduler = Scheduler(
+            num_blocks=self.config.num_blocks,
+            block_size=self.config.block_size,
+            token_budget=self.config.token_budget,
+            max_num_seqs=self.config.max_num_seqs,
+            max_context_len=self.config.max_context_len,
+            max_sample_rows=self.config.max_sample_rows,
+            policy=choices.policy,
+            prefix_caching=self.config.prefix_caching,
+            promise=choices.promise,
+            step_sizes=self.config.budget_ladder if choices.promise else (),
         )
-        self._tables = SamplingTables(resolved.max_num_seqs, model.vocab_size)
-        self._packer = Packer(
-            max_num_seqs=resolved.max_num_seqs,
-            max_blocks=self._runner.max_blocks,
-            num_blocks=resolved.num_blocks,
-            block_size=resolved.block_size,
-            tables=self._tables,
-        )
-        self._init_standing()
-        self._init_research()
+        """Read its statistics, estimates and integrity check; only the engine changes it."""
+        self.manual_sequences = ManualSequences(self.scheduler)
+        """Sequences of `Research`; change them within `exclusive`."""
+        self._tables = SamplingTables(self.config.max_num_seqs, model.vocab_size)
+        self._packer = Packer(self.config, self._tables)
+        self._journal = Journal(self.runner, self.scheduler, self.manual_sequences, self.metrics)
 
     @classmethod
     def from_pretrained(
@@ -102,12 +101,16 @@ class Engine(ResearchInterface):
         config = config or EngineConfig.from_options(options)
         params, model_config, tokenizer, config = startup.load(model, config, progress=progress)
         engine = cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
-        engine._runner.own_params()
+        engine.runner.own_params()
         engine.name = os.fspath(model)
         return engine
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe(self)}; {self.num_running} running, {self.num_waiting} waiting)"
+        return f"{type(self).__name__}({self.describe()}; {self.num_running} running, {self.num_waiting} waiting)"
+
+    def describe(self) -> str:
+        """Model, number formats, devices and the size of the KV cache, in one line."""
+        return describe(self.name, self.model, self.config)
 
     # Requests
 
@@ -128,7 +131,7 @@ class Engine(ResearchInterface):
         """
         matcher = self.intake.matcher(grammar) if grammar else None
         request = self.intake.request(
-            prompt, params, request_id=request_id, priority=priority, awaits_each_token=matcher is not None
+            self.encode(prompt), params, request_id=request_id, priority=priority, awaits_each_token=matcher is not None
         )
         return self.add_request(request, matcher)
 
@@ -137,180 +140,163 @@ class Engine(ResearchInterface):
 
         Its outputs go to `box` and come from `step(box)`.
         """
-        request_id, state = request.request_id, None
+        journal, request_id, state = self._journal, request.request_id, None
         try:
-            with self._turn, self._lock:
-                self._begin()
+            with journal.turn, journal.lock:
+                journal.begin()
                 try:
-                    if request_id in self._states:
-                        raise ValueError(f"request id {request_id!r} is already in use; choose another, or leave it out")
-                    sequence = self._scheduler.add(request)
+                    sequence = self.scheduler.add(request)
                 except ValueError:
-                    self._open = False  # nothing has changed
+                    journal.is_open = False  # nothing has changed
                     raise
-                state = RequestState(sequence, self.tokenizer, matcher, box=box or self._box)
-                self._states[request_id] = state
+                state = RequestState(sequence, self.tokenizer, matcher, box=box or journal.box)
+                journal.states[request_id] = state
                 self.metrics.requests += 1
                 self.metrics.prompt_tokens += len(request.prompt_token_ids)
-                self._open = False
+                journal.is_open = False
         except BaseException:
-            if state is not None and self._states.get(request_id) is state:
-                self.abort(request_id)  # nobody knows of it
+            if state is not None and journal.states.get(request_id) is state:
+                self.abort(request_id)  # the caller has not got its id
             raise
         return request_id
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt) -> TokenIds:
         """Token ids of a prompt in any of its forms; ValueError if it is empty or not one of them."""
         return self.intake.encode(prompt)
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request and frees its blocks at once; False if there is none of that id (it may just have finished)."""
-        with self._turn, self._lock:
-            known = self._states.pop(request_id, None) is not None
+        """Ends a request and frees its blocks; False if there is none of that id, for example because it has finished."""
+        journal = self._journal
+        with journal.turn, journal.lock:
+            known = journal.states.pop(request_id, None) is not None
             self.metrics.aborted += known
-            if known and not self._open:  # else the next operation begins without it
-                self._open = True
-                self._scheduler.abort(request_id)
-                self._open = False
+            if known and not journal.is_open:  # else the next operation begins without it
+                journal.is_open = True
+                self.scheduler.abort(request_id)
+                journal.is_open = False
         return known
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished, a step has not been read, or outputs have not been taken."""
+        return self._journal.has_work
+
+    def has_work_for(self, box: Outbox) -> bool:
+        """Whether `step(box)` would do something for the requests of `box`, or for a step that no request waits for."""
+        return self._journal.has_work_for(box)
 
     @property
     def num_running(self) -> int:
         """Requests that hold KV blocks."""
-        return self._scheduler.num_running
+        return self.scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
-        """Requests that do not run yet, or not any more for lack of blocks."""
-        return self._scheduler.num_waiting
+        """Requests that have not started, or were preempted because no blocks were free."""
+        return self.scheduler.num_waiting
 
     @property
     def request_ids(self) -> tuple[str, ...]:
-        """Ids of the unfinished requests, in the order of adding."""
-        return tuple(self._states)
+        """Ids of the unfinished requests, in the order in which they were added."""
+        return tuple(self._journal.states)
 
-    @property
-    def scheduler(self) -> Scheduler:
-        """The scheduler, to look at: its statistics, its estimates, its integrity check."""
-        return self._scheduler
+    def requests_of(self, box: Outbox) -> tuple[str, ...]:
+        """Ids of the unfinished requests whose outputs go to `box`."""
+        return self._journal.requests_of(box)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a sequence: those of the checkpoint and those of its tokenizer."""
+        """Tokens that end a sequence: those of the checkpoint, else those of its tokenizer."""
         return self.intake.eos_token_ids
 
     # Steps
 
     def step(self, box: Outbox | None = None) -> list[RequestOutput]:
-        """Runs one step and returns what became known: with overlap, the results of the step before it.
+        """Runs one step and returns the outputs that are ready: with overlap, those of the step before it.
 
-        Returns an empty list when nothing has finished computing yet, or nothing is left to do. `box` asks for the
-        outputs of its requests instead of those that were added without one; all requests are computed for.
+        The list is empty if nothing has been computed yet, or nothing is left to do. With `box`, returns the outputs of
+        its requests instead of those that were added without one; the step computes for all requests.
 
-        After a KeyboardInterrupt the next call goes on as if nothing had happened, and returns what this one had found
-        out. After an error, the requests that were being computed end with an output that has it as its `error`, unless
+        After a KeyboardInterrupt the next call continues as if nothing had happened, and returns what this one had
+        computed. After an error, each request of the failed steps ends with an output that has the error, unless
         `recover` is called first.
         """
-        box = box or self._box
-        with self._turn:
+        journal = self._journal
+        box = box or journal.box
+        with journal.turn:
             pass
-        with self._lock:
-            if not (self._destroyed and box.outputs):
-                self._begin()
+        with journal.lock:
+            if not (journal.is_destroyed and box.outputs):
+                journal.begin()
                 try:
                     self._step()
                 except Exception as error:
-                    self._failure = f"{type(error).__name__}: {error}"
+                    journal.failure = f"{type(error).__name__}: {error}"
                     raise
-                self._open = False
-        # No call from here on: an exception comes before all of this, or after the caller has the outputs.
+                journal.is_open = False
+        # No call from here on: an exception from outside comes before all of this, or after the caller has the outputs.
         outputs = box.outputs
         box.outputs = []
         return outputs
 
+    def recover(self, box: Outbox | None = None) -> list[str]:
+        """Makes the engine usable again after `step` raised; returns the ids of the requests that it ends.
+
+        After a KeyboardInterrupt there are none. After an error they are the requests of the steps that were being
+        computed. All other requests keep what they have: waiting ones wait, running ones and manual sequences are computed
+        again. Cached prefixes are forgotten. Without this call the next operation does the same, but the requests end with
+        an output; requests of other boxes than `box` always do.
+        """
+        return self._journal.recover(box)
+
     def measure_step(self, num_tokens: int) -> float:
         """Seconds of one full step of the bucket for `num_tokens`, measured now; ValueError unless the engine is idle.
 
-        It overwrites the cache, so prefixes cached so far are forgotten.
+        It overwrites the cache, so cached prefixes are forgotten.
         """
-        with self._turn, self._lock:
-            self._check()
+        journal = self._journal
+        with journal.turn, journal.lock:
+            journal.check()
             self._refuse_while_busy("a step can be measured")
-            self._begin()
-            self._scheduler.start_over(())
-            seconds = self._runner.measure(self._runner.bucket(num_tokens).num_tokens, repeats=1)
-            self._open = False
+            journal.begin()
+            self.scheduler.start_over(())
+            seconds = self.runner.measure(self.runner.bucket(num_tokens).num_tokens, repeats=1)
+            journal.is_open = False
         return seconds
 
     def _step(self) -> None:
-        compiles = compile_count()
-        dispatched = self._dispatch()
-        # One step stays in flight while the host works, unless there was nothing to put behind it.
-        keep = 1 if dispatched and self.config.overlap else 0
-        for sequence in self._scheduler.take_refused():
-            self.metrics.refused += 1
-            state = self._states[sequence.request_id]
-            self._publish(state.advance([], []), state)
-        while len(self._in_flight) > keep:
-            self._commit(*self._in_flight[0])
-            self._in_flight.popleft()
+        """Plans, packs and dispatches a step; then commits the one before it, whose tokens have arrived meanwhile."""
+        journal, timer, compiles = self._journal, StepTimer(), compile_count()
+        with timer("plan"):
+            step = journal.dispatching = self.scheduler.schedule()
+        if step is not None:
+            with timer("pack"):
+                bucket = self.runner.bucket(step.num_tokens)
+                packed = self._pack(step, bucket)
+            with timer("dispatch"):
+                output = self.runner.run(packed, bucket)
+            journal.in_flight.append(InFlight(step, output, timer, self._count(step, bucket, timer)))
+            journal.dispatching = None
+        self._end_refused()
+        # With overlap one step stays in flight while the host works, unless no step was dispatched after it.
+        num_kept = 1 if step is not None and self.config.choices.overlap else 0
+        while len(journal.in_flight) > num_kept:
+            self._commit(journal.in_flight[0])
+            journal.in_flight.popleft()
         self.metrics.compiles_while_serving += compile_count() - compiles
 
-    def _dispatch(self) -> bool:
-        start = time.perf_counter()
-        step = self._scheduler.schedule()
-        if step is None:
-            return False
-        self._dispatching = step
-        planned = time.perf_counter()
+    def _pack(self, step: Step, bucket: Bucket) -> np.ndarray:
         for sequence in step.admitted:
             self._admit(sequence)
-        self._set_masks(step)
-        bucket = self._runner.bucket(step.num_tokens)
-        packed = self._packer.pack(step, bucket)
-        done = time.perf_counter()
-        output = self._runner.run(packed, bucket)
-        dispatched = time.perf_counter()
-        times = StepTimes(
-            number=self.metrics.steps,
-            num_tokens=step.num_tokens,
-            num_generating=sum(c.samples for c in step.chunks if c.length == 1),
-            bucket=bucket.num_tokens,
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
-            start=start,
-            planned=planned,
-            packed=done,
-            dispatched=dispatched,
-        )
-        self._in_flight.append((step, output, times))
-        self._dispatching = None
-        m = self.metrics
-        m.plan_seconds.append(planned - start)
-        m.pack_seconds.append(done - planned)
-        m.dispatch_seconds.append(dispatched - done)
-        m.count_step(num_tokens=step.num_tokens, bucket=bucket.num_tokens, token_budget=self.config.full_step)
-        return True
+        if any(sequence.awaits_each_token for sequence in step.sampled):
+            self._set_masks(step)
+        return self._packer.pack(step, bucket)
 
-    def _set_masks(self, step: Step) -> None:
-        """Sends the device what the grammars allow next; only steps with such requests pay for it."""
-        if not any(sequence.awaits_each_token for sequence in step.sampled):
-            return
-        slots, matchers = [], []
-        for sequence in step.sampled:
-            matcher = self._states[sequence.request_id].matcher
-            if matcher is not None:
-                slots.append(sequence.slot)
-                matchers.append(matcher)
-        masks = np.zeros((len(slots), -(-self.model.vocab_size // 32)), np.int32)
-        for row, matcher in zip(masks, matchers, strict=True):
-            matcher.fill_mask(row)
-        self._runner.set_masks(slots, masks)
-
-    def _admit(self, sequence: HostSequence) -> None:
+    def _admit(self, sequence: Sequence) -> None:
+        """Gives the slot of a sequence its sampling parameters."""
         request, slot = sequence.request, sequence.slot
         assert slot is not None  # it was admitted
-        update = self._tables.admit(
+        needs_history = self._tables.admit(
             slot,
             request.params,
             eos_token_ids=request.eos_token_ids,
@@ -318,73 +304,119 @@ class Engine(ResearchInterface):
             num_prompt_tokens=sequence.num_prompt_tokens,
             has_mask=sequence.awaits_each_token,
         )
-        self._states[request.request_id].note_start()
-        if update:
-            self._runner.reset_slot(
+        self._journal.states[request.request_id].note_start()
+        if needs_history:
+            self.runner.reset_slot(
                 slot,
                 prompt_ids=request.prompt_token_ids,
                 output_ids=sequence.output_token_ids,
                 logit_bias=request.params.logit_bias,
             )
 
-    def _commit(self, step: Step, output: StepOutput, times: StepTimes) -> None:
-        start = time.perf_counter()
-        rows = self._read(step, output)
-        read = time.perf_counter()
-        row_chunks = []  # (row behind its last one, chunk) of chunks with sampled rows
-        row = 0
-        for chunk in step.chunks:
-            if chunk.num_sample_rows:
-                row += chunk.num_sample_rows
-                row_chunks.append((row, chunk))
-        advanced = self._scheduler.commit(step, [rows.tokens[end - 1] for end, chunk in row_chunks if chunk.samples])
-        committed = time.perf_counter()
-        self._outputs(rows, row_chunks, set(advanced))
-        m = self.metrics
-        m.generated_tokens += len(advanced)
-        m.wasted_rows += len(step.sampled) - len(advanced)
-        m.wait_seconds.append(read - start)
-        m.commit_seconds.append(committed - read)
-        done = time.perf_counter()
-        m.output_seconds.append(done - committed)
-        m.timeline.append(times._replace(waited=start, read=read, committed=committed, done=done))
+    def _set_masks(self, step: Step) -> None:
+        """Sends the device the tokens that the grammars allow next."""
+        slots, matchers = [], []
+        for sequence in step.sampled:
+            matcher = self._journal.states[sequence.request_id].matcher
+            if matcher is not None:
+                slots.append(sequence.slot)
+                matchers.append(matcher)
+        masks = np.zeros((len(slots), -(-self.model.vocab_size // 32)), np.int32)
+        for row, matcher in zip(masks, matchers, strict=True):
+            matcher.fill_mask(row)
+        self.runner.set_masks(slots, masks)
 
-    def _read(self, step: Step, output: StepOutput) -> SampledRows:
-        sampled = output.sampled
-        wanted = any(
-            chunk.sequence.request.params.logprobs is not None or chunk.sequence.request.params.prompt_logprobs is not None
-            for chunk in step.chunks
+    def _count(self, step: Step, bucket: Bucket, timer: StepTimer) -> StepTimes:
+        return self.metrics.count_dispatch(
+            step,
+            timer,
+            bucket=bucket.num_tokens,
+            token_budget=self.config.token_budget,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
         )
-        logprobs = None
-        if wanted:
-            logprobs = tuple(
-                np.asarray(x)
-                for x in (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs, sampled.sampled_logprobs)
-            )
-        return SampledRows(np.asarray(sampled.tokens), logprobs)
 
-    def _outputs(self, rows: SampledRows, row_chunks: list[tuple[int, Chunk]], advanced: set[HostSequence]) -> None:
-        for end, chunk in row_chunks:
+    def _end_refused(self) -> None:
+        for sequence in self.scheduler.take_refused():
+            self.metrics.refused += 1
+            state = self._journal.states[sequence.request_id]
+            self._journal.publish(state.advance([], []), state)
+
+    def _commit(self, entry: InFlight) -> None:
+        step, output, timer, times = entry
+        with timer("wait"):
+            rows = SampledRows(step, output.sampled)
+        with timer("commit"):
+            advanced = self.scheduler.commit(step, rows.new_tokens)
+        with timer("output"):
+            self._publish_outputs(rows, set(advanced))
+        self.metrics.count_commit(times, timer, num_sampled=len(step.sampled), num_advanced=len(advanced))
+
+    def _publish_outputs(self, rows: SampledRows, advanced: set[Sequence]) -> None:
+        for end, chunk in rows.chunks:
             sequence = chunk.sequence
-            request = sequence.request
-            state = self._states.get(request.request_id)
+            state = self._journal.states.get(sequence.request_id)
             if state is None or state.sequence is not sequence:
                 continue  # aborted, or finished by an earlier step
-            params = request.params
+            params = sequence.request.params
             if params.prompt_logprobs is not None:
-                for back in range(chunk.num_sample_rows, 0, -1):
-                    row, position = end - back, chunk.start + chunk.length - back + 1
-                    if position < sequence.num_prompt_tokens:
-                        token_id = request.prompt_token_ids[position]
-                        state.add_prompt_logprob(
-                            position, rows.logprob(row, token_id, params.prompt_logprobs, sampled=False)
-                        )
+                for position, logprob in rows.prompt_logprobs(end, chunk, params.prompt_logprobs):
+                    state.add_prompt_logprob(position, logprob)
             if not chunk.samples or sequence not in advanced:
                 continue
             token_id = rows.tokens[end - 1]
             logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs, sampled=True)]
             output = state.advance([token_id], logprobs)
             if output.finished and sequence.finish_reason is None:
-                self._scheduler.finish(sequence, "abort" if output.error else "stop")
+                self.scheduler.finish(sequence, "abort" if output.error else "stop")
             self.metrics.finished += output.finished
-            self._publish(output, state)
+            self._journal.publish(output, state)
+
+    # Between steps
+
+    def exclusive(self, operation: Callable[[], T]) -> T:
+        """What `operation` returns, run between two steps; it may change `manual_sequences` and use `runner`.
+
+        If it raises, by an interrupt or otherwise, `manual_sequences` is left as before or as after the change.
+        """
+        return self._journal.exclusive(operation)
+
+    @property
+    def params(self) -> Params:
+        """The weights as the engine computes with them: in its dtype, packed for a CPU or quantized as configured.
+
+        Assign weights of the same model, plain (as `load_params` and `init_params` return them) or prepared, to compute
+        with them from then on. Plain weights are prepared as at the start; the compiled programs stay; cached prefixes are
+        forgotten. For a moment both sets are in memory. Raises ValueError, and changes nothing, if a weight is missing,
+        superfluous or of another shape or kind, and while there are requests or manual sequences, whose keys and values are
+        those of the old weights.
+        """
+        return self.runner.params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        def replace() -> None:
+            self._refuse_while_busy("weights can be replaced")
+            prepared = replacement_params(params, self.runner.params, self.model, self.config)
+            self.scheduler.reset_prefix_cache()  # first: an interrupt between the two then costs no more than the prefixes
+            self.runner.replace_params(prepared)
+
+        self.exclusive(replace)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix: no later request finds one computed before this call. Running requests continue."""
+        self.exclusive(self.scheduler.reset_prefix_cache)
+
+    def destroy(self) -> None:
+        """Frees the cache, and the weights if the engine loaded them; any later use raises ValueError.
+
+        Unfinished requests end with an output that says so.
+        """
+        self._journal.destroy()
+
+    def _refuse_while_busy(self, what: str) -> None:
+        if self.has_work or len(self.manual_sequences):
+            raise ValueError(
+                f"the engine has {self.num_running + self.num_waiting} requests and {len(self.manual_sequences)} sequences "
+                f"of put; {what} while it is idle: finish or abort the requests, flush the sequences"
+            )

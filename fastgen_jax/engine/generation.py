@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastgen_jax.core.options import nearest
+from fastgen_jax.engine.option_names import nearest
 from fastgen_jax.scheduling import SamplingParams
 
 log = logging.getLogger(__name__)

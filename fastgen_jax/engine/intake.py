@@ -1,25 +1,22 @@
-"""What happens to a prompt before the engine sees it: tokens, checks, a request. Pure, so that any thread may do it."""
+"""From a prompt and parameters to a checked request. It touches no state of the engine, so any thread may do it."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from fastgen_jax.engine import generation
 from fastgen_jax.engine.config import ResolvedConfig
-from fastgen_jax.engine.prompts import SupportsArray, plain_prompt
-from fastgen_jax.engine.sampling_tables import validate
+from fastgen_jax.engine.prompts import Prompt, TokenIds, in_vocabulary, plain_prompt
+from fastgen_jax.engine.sampling.tables import validate
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request, SamplingParams, max_total_tokens
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarCompiler, GrammarMatcher
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | SupportsArray
-"""Text, token ids (also as an array), or chat messages `[{"role": ..., "content": ...}, ...]`, or a single message."""
 
 
 class Intake:
@@ -40,21 +37,16 @@ class Intake:
         ids = self.model.eos_token_ids
         return ids or (self.tokenizer.eos_token_ids if self.tokenizer else ())
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt) -> TokenIds:
         """Token ids of a prompt in any of its forms; ValueError if it is empty or not one of them."""
         plain = plain_prompt(prompt)
         if isinstance(plain, str):
-            token_ids = tuple(self.need_tokenizer("a prompt of text").encode(plain))
+            ids = self.need_tokenizer("a prompt of text").encode(plain)
         elif isinstance(plain, list):
-            token_ids = tuple(self.need_tokenizer("a prompt of chat messages").encode_chat(plain))
+            ids = self.need_tokenizer("a prompt of chat messages").encode_chat(plain)
         else:
-            token_ids = plain
-        if not token_ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < self.model.vocab_size:
-                raise ValueError(f"token id {token_id} is outside the vocabulary, 0..{self.model.vocab_size - 1}")
-        return token_ids
+            ids = plain
+        return in_vocabulary(ids, "the prompt", vocab_size=self.model.vocab_size)
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -80,18 +72,17 @@ class Intake:
 
     def request(
         self,
-        prompt: Prompt,
+        token_ids: TokenIds,
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
         awaits_each_token: bool = False,
     ) -> Request:
-        """A request that can run here; ValueError, with the numbers, for one that never could.
+        """A request for a prompt from `encode`; ValueError, with the numbers, if it could never run here.
 
-        Without `params`, the model's defaults hold; `params` themselves are taken as they are.
+        Without `params`, the model's defaults hold; `params` are used as they are.
         """
-        token_ids = self.encode(prompt)
         if params is None:
             params = self.limited(self.sampling_params({}), len(token_ids), self.default_new_tokens)
         if params.n != 1:

@@ -11,6 +11,7 @@ from typing import Any
 from fastgen_jax import paths
 from fastgen_jax.engine import remembered
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def save_choice(path: Path, facts: Any, ladder: Sequence[int], seconds: Mapping[
 
 def describe(model: ModelConfig) -> str:
     """A model in a few words, for people who read the file: its name is not known here."""
-    return f"{model.family}, {model.num_layers} layers, {model.num_params / 1e6:,.0f} M parameters"
+    return f"{model.family}, {model.num_layers} layers, {count_params(model) / 1e6:,.0f} M parameters"
 
 
 def _measurement(entry: Mapping[str, Any]) -> Measurement | None:

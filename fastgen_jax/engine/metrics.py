@@ -1,15 +1,18 @@
-"""What the engine did, counted as it goes."""
+"""Counters and times of what the engine did."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-WINDOW = 4096  # steps that the medians look back on
+from fastgen_jax.scheduling import Step
+
+WINDOW = 4096  # steps that the timeline holds
 
 _compiles = 0
 
@@ -28,8 +31,34 @@ def compile_count() -> int:
     return _compiles
 
 
+Phase = Literal["plan", "pack", "dispatch", "wait", "commit", "output"]
+
+
+class StepTimer:
+    """Measures the phases of one step: `with timer("plan"): ...`."""
+
+    def __init__(self) -> None:
+        self._spans: dict[Phase, tuple[float, float]] = {}
+        self._phase: Phase = "plan"
+        self._start = 0.0
+
+    def __call__(self, phase: Phase) -> StepTimer:
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._spans[self._phase] = (self._start, time.perf_counter())
+
+    def span(self, phase: Phase) -> tuple[float, float]:
+        """When a phase started and ended."""
+        return self._spans[phase]
+
+
 class StepTimes(NamedTuple):
-    """What one step carried, and when its parts began on the clock of `time.perf_counter`, seconds.
+    """What one step carried, and when its phases started and ended, in seconds of `time.perf_counter`.
 
     start .. planned .. packed .. dispatched     waited .. read .. committed .. done
       plan     pack     dispatch        device       wait    commit     output
@@ -39,7 +68,7 @@ class StepTimes(NamedTuple):
     num_tokens: int
     """Tokens of all chunks."""
     num_generating: int
-    """Of these, the last tokens of sequences that generate; the rest are prompts (and what preemption lost)."""
+    """Of these, the last tokens of sequences that generate; the rest are prompts (and tokens that preemption lost)."""
     bucket: int
     num_running: int
     num_waiting: int
@@ -52,10 +81,25 @@ class StepTimes(NamedTuple):
     committed: float = 0.0
     done: float = 0.0
 
+    def seconds(self, phase: Phase) -> float:
+        """Duration of a phase."""
+        first, last = _MARKS[phase]
+        return getattr(self, last) - getattr(self, first)
+
+
+_MARKS: dict[Phase, tuple[str, str]] = {
+    "plan": ("start", "planned"),
+    "pack": ("planned", "packed"),
+    "dispatch": ("packed", "dispatched"),
+    "wait": ("waited", "read"),
+    "commit": ("read", "committed"),
+    "output": ("committed", "done"),
+}
+
 
 @dataclass
 class Metrics:
-    """Counters since the engine started, and recent times of the host's part of a step."""
+    """Counters since the engine started, and the timeline of the last steps."""
 
     steps: int = 0
     tokens: int = 0
@@ -68,41 +112,60 @@ class Metrics:
     """Prompt tokens of the requests that were added."""
     generated_tokens: int = 0
     wasted_rows: int = 0
-    """Rows of sequences that turned out to be finished when their tokens were read."""
+    """Sampled rows of sequences that had finished by the time their tokens were read."""
     requests: int = 0
     finished: int = 0
     aborted: int = 0
     refused: int = 0
-    """Requests that policy sla could not serve in time."""
+    """Requests that policy "sla" could not serve in time."""
     compiles_while_serving: int = 0
-    """Compilations inside `Engine.step`: each is a bug, or somebody else's thread compiling."""
+    """Compilations during `Engine.step`: each is a bug, unless another thread of the program compiles."""
     steps_by_budget: dict[int, int] = field(default_factory=dict)
     timeline: deque[StepTimes] = field(default_factory=lambda: deque(maxlen=WINDOW))
     """The last steps, oldest first."""
-    plan_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    pack_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    dispatch_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    wait_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    commit_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    output_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
-    def count_step(self, *, num_tokens: int, bucket: int, token_budget: int) -> None:
-        """Counts a step that is about to run."""
+    def count_dispatch(
+        self, step: Step, timer: StepTimer, *, bucket: int, token_budget: int, num_running: int, num_waiting: int
+    ) -> StepTimes:
+        """Counts a step that was dispatched; returns its entry of the timeline, to be completed by `count_commit`."""
+        (start, planned), (_, packed), (_, dispatched) = map(timer.span, ("plan", "pack", "dispatch"))
+        times = StepTimes(
+            number=self.steps,
+            num_tokens=step.num_tokens,
+            num_generating=sum(chunk.samples for chunk in step.chunks if chunk.length == 1),
+            bucket=bucket,
+            num_running=num_running,
+            num_waiting=num_waiting,
+            start=start,
+            planned=planned,
+            packed=packed,
+            dispatched=dispatched,
+        )
         self.steps += 1
-        self.tokens += num_tokens
+        self.tokens += step.num_tokens
         self.padded_tokens += bucket
-        self.full_steps += num_tokens == token_budget
+        self.full_steps += step.num_tokens == token_budget
         self.steps_by_budget[bucket] = self.steps_by_budget.get(bucket, 0) + 1
+        return times
+
+    def count_commit(self, times: StepTimes, timer: StepTimer, *, num_sampled: int, num_advanced: int) -> None:
+        """Counts a step whose results were read, and adds it to the timeline."""
+        (waited, read), (_, committed), (_, done) = map(timer.span, ("wait", "commit", "output"))
+        self.generated_tokens += num_advanced
+        self.wasted_rows += num_sampled - num_advanced
+        self.timeline.append(times._replace(waited=waited, read=read, committed=committed, done=done))
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain numbers: counters as they stand, times as medians in milliseconds over the last steps.
+        """Plain numbers: the counters, and the times as medians in milliseconds over the last steps.
 
-        `host_ms` is plan + pack + commit: the host work that a device without overlap would wait for.
+        `host_ms` is plan + pack + commit: the work of the host that a device without overlap would wait for.
         """
-        times = {name: getattr(self, f"{name}_seconds") for name in ("plan", "pack", "dispatch", "wait", "commit", "output")}
         counters = {name: value for name, value in vars(self).items() if not isinstance(value, deque)}
         counters["steps_by_budget"] = dict(sorted(self.steps_by_budget.items()))
-        medians = {f"{name}_ms": 1e3 * median(values) if values else 0.0 for name, values in times.items()}
+        steps = [*self.timeline]
+        medians = {
+            f"{phase}_ms": 1e3 * median(step.seconds(phase) for step in steps) if steps else 0.0 for phase in get_args(Phase)
+        }
         host = medians["plan_ms"] + medians["pack_ms"] + medians["commit_ms"]
         fill = self.tokens / self.padded_tokens if self.padded_tokens else 0.0
         return {**counters, **medians, "host_ms": host, "budget_fill": fill}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
-from fastgen_jax.core.options import unknown_option
 from fastgen_jax.scheduling import SamplingParams
 
 _MEMORY = "the KV cache takes what is free; num_blocks sets its size in blocks"
@@ -72,3 +72,24 @@ def unknown_engine_option(name: str, known: Iterable[str]) -> ValueError:
             f"as a default for all calls: generation_config={{{name!r}: ...}}"
         )
     return unknown_option(name, known, _OTHER_NAMES, kind="engine")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" with the known name that is spelt most like `name`, or nothing if none is."""
+    spelling = name.lower().replace("-", "_")
+    found = difflib.get_close_matches(spelling, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def unknown_option(name: str, known: Iterable[str], others: Mapping[str, str], *, kind: str) -> ValueError:
+    """The error for an option that is not among the `known` of a `kind`.
+
+    `others` has what other programs call things, by name: one of the known, or a sentence for what has no equal here.
+    """
+    known = sorted(known)
+    other = others.get(name.lower().replace("-", "_"))
+    if other is None:
+        hint = nearest(name, known)
+    else:
+        hint = f"; use {other!r}" if other in known else f"; {other}"
+    return ValueError(f"unknown option {name!r}{hint}{'' if hint.endswith('?') else ';'} {kind} options: {', '.join(known)}")

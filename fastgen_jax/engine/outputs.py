@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from fastgen_jax.scheduling import Sequence
+from fastgen_jax.engine.sampling.sampler import SampleOutput
+from fastgen_jax.scheduling import Chunk, Sequence, Step
 from fastgen_jax.text import IncrementalDetokenizer, StopStrings, Tokenizer, stops_with_tokens
 from fastgen_jax.text.grammar import GrammarMatcher
 
@@ -168,17 +170,43 @@ class RequestState:
 
 
 class SampledRows:
-    """The sampled rows of a step as host arrays; log-probabilities are read only if a row wants them."""
+    """The sampled rows of a step on the host; log-probabilities are read only if a request asked for them."""
 
-    def __init__(self, tokens: np.ndarray, logprobs: tuple[np.ndarray, ...] | None) -> None:
-        self.tokens: list[int] = tokens.tolist()
-        self._logprobs = logprobs
+    def __init__(self, step: Step, sampled: SampleOutput) -> None:
+        """Waits for the device."""
+        self.tokens: list[int] = np.asarray(sampled.tokens).tolist()
+        self.chunks: list[tuple[int, Chunk]] = []
+        """The chunks that have sampled rows, each with the row after its last one."""
+        row, wants_logprobs = 0, False
+        for chunk in step.chunks:
+            if chunk.num_sample_rows:
+                row += chunk.num_sample_rows
+                self.chunks.append((row, chunk))
+                params = chunk.sequence.request.params
+                wants_logprobs |= params.logprobs is not None or params.prompt_logprobs is not None
+        self._logprobs: tuple[np.ndarray, ...] | None = None
+        if wants_logprobs:
+            arrays = (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs, sampled.sampled_logprobs)
+            self._logprobs = tuple(map(np.asarray, arrays))
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The tokens of the sequences in `Step.sampled`, in order."""
+        return [self.tokens[end - 1] for end, chunk in self.chunks if chunk.samples]
 
     def logprob(self, row: int, token_id: int, num_top: int, *, sampled: bool) -> TokenLogprob:
-        """The log-probability of `token_id`, which row `row` sampled or, if not `sampled`, was asked about."""
+        """The log-probability of `token_id`, which is the token sampled in `row` or, if not `sampled`, the row's target."""
         assert self._logprobs is not None
         logprobs, ranks, top_ids, top_logprobs, sampled_logprobs = self._logprobs
         top = dict(zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True))
         return TokenLogprob(
             token_id, float(logprobs[row]), int(ranks[row]), top, float(sampled_logprobs[row]) if sampled else None
         )
+
+    def prompt_logprobs(self, end: int, chunk: Chunk, num_top: int) -> Iterator[tuple[int, TokenLogprob]]:
+        """Position and log-probability of each prompt token that a row of `chunk`, which ends before row `end`, predicts."""
+        prompt = chunk.sequence.request.prompt_token_ids
+        for back in range(chunk.num_sample_rows, 0, -1):
+            position = chunk.start + chunk.length - back + 1
+            if position < len(prompt):
+                yield position, self.logprob(end - back, prompt[position], num_top, sampled=False)

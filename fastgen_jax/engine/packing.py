@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax.core import RaggedBatch
-from fastgen_jax.engine.sampling import SamplingBatch
-from fastgen_jax.engine.sampling_tables import SamplingTables, sampling_fields
+from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
 from fastgen_jax.scheduling import Step
+from pallas_kernels.ragged_attention import RaggedIndex
 
 
 class Field(NamedTuple):
@@ -21,7 +22,7 @@ class Field(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any = np.int32
+    dtype: type[np.generic] = np.int32
 
 
 class Layout:
@@ -93,20 +94,18 @@ class Bucket:
     def unpack(self, packed: jax.Array) -> tuple[RaggedBatch, SamplingBatch]:
         """The typed batches inside `packed`, on the device."""
         arrays = self.layout.unpack(packed)
-        sampling = _sampling_part(arrays)
-        batch = RaggedBatch(**{name: array for name, array in arrays.items() if not name.startswith("sampling.")})
-        return batch, SamplingBatch(**sampling)
+        sampling = SamplingBatch(**_sampling_part(arrays))
+        index = RaggedIndex(**{field.name: arrays.pop(field.name) for field in dataclasses.fields(RaggedIndex)})
+        rest = {name: array for name, array in arrays.items() if not name.startswith("sampling.")}
+        return RaggedBatch(index=index, **rest), sampling
 
 
 class Packer:
     """Fills packed arrays from scheduled steps; keeps the host's copy of the block tables, changed step by step."""
 
-    def __init__(
-        self, *, max_num_seqs: int, max_blocks: int, num_blocks: int, block_size: int, tables: SamplingTables
-    ) -> None:
-        self._block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
-        self._block_size = block_size
-        self._num_slots = num_blocks * block_size
+    def __init__(self, config: ResolvedConfig, tables: SamplingTables) -> None:
+        self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), np.int32)
+        self._block_size = config.block_size
         self._tables = tables
 
     def pack(self, step: Step, bucket: Bucket) -> np.ndarray:
@@ -193,15 +192,3 @@ class Packer:
 def _sampling_part(arrays: Mapping[str, Any]) -> dict[str, Any]:
     prefix = "sampling."
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def padded(values: Sequence[int], length: int, fill: int) -> np.ndarray:
-    """`values` as i32[length], filled up with `fill`."""
-    array = np.full(length, fill, np.int32)
-    array[: len(values)] = values
-    return array
-
-
-def to_device(array: np.ndarray) -> jax.Array:
-    """A device array whose memory the host does not share."""
-    return jnp.array(array, copy=True)

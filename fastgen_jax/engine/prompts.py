@@ -1,14 +1,19 @@
-"""One prompt in any of the forms that people have, as one of three that the engine knows."""
+"""Prompts and token ids in the forms in which callers have them, converted to the few that the engine knows."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NewType, Protocol, SupportsIndex, TypeGuard
 
 import numpy as np
 
-PlainPrompt = str | tuple[int, ...] | list[Mapping[str, Any]]
+Message = Mapping[str, Any]
+PlainPrompt = str | tuple[int, ...] | list[Message]
+"""Text, token ids, or chat messages."""
+
+TokenIds = NewType("TokenIds", tuple[int, ...])
+"""Ids that are in the vocabulary of the model, and at least one."""
 
 
 class SupportsArray(Protocol):
@@ -23,112 +28,163 @@ class SupportsArray(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-FORMS = "give text, token ids, or chat messages"
+TokenIdsInput = Sequence[int] | SupportsArray
+Prompt = str | TokenIdsInput | Sequence[Message] | Message
+"""Text, token ids (also as an array), or chat messages `[{"role": ..., "content": ...}, ...]`, or a single message."""
+
+_FORMS = "give text, token ids, or chat messages"
+
+
+def split_prompts(prompts: object) -> list[Prompt]:
+    """A list of prompts from one prompt or several, each still in the caller's form.
+
+    One prompt is a text, token ids (a list, a tuple, an array of one axis), chat messages, or a single message. Several
+    are a list, tuple or iterator of prompts, or an array of two axes with one prompt a row. Raises ValueError if it may be
+    read in two ways or holds no prompt; whether each is a valid prompt is checked by `plain_prompt`.
+    """
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if is_array(prompts):
+        array = as_array(prompts)
+        if array.dtype.kind not in "OU" and array.ndim != 2:
+            return [array]
+        items: list[Any] = [*array] if array.ndim == 2 else array.reshape(-1).tolist()
+    else:
+        items = _listed(prompts)
+    if not items:
+        raise ValueError("no prompts; give at least one")
+    if isinstance(items[0], Mapping) or is_token(items[0]):
+        return [items]
+    for item in items:
+        if isinstance(item, Mapping) or is_token(item):
+            raise ValueError(
+                f"prompts holds {item!r} among other prompts; put each prompt of token ids, and each "
+                "conversation, into a list of its own"
+            )
+    return items
 
 
 def plain_prompt(prompt: object) -> PlainPrompt:
-    """Text, token ids, or chat messages, from those, an array of ids, one message, or an iterator.
+    """Text, token ids, or chat messages, from one of these, an array of ids, a single message, or an iterator.
 
-    Raises ValueError, with the remedy, for what is none of them or may be read in two ways.
+    Raises ValueError, with the remedy, for anything else.
     """
     if isinstance(prompt, str):
-        return str.__str__(prompt)  # of a subclass, the text itself
+        return str.__str__(prompt)  # the text itself, also of a subclass
     if isinstance(prompt, Mapping):
-        return [message(prompt)]
-    if is_array(prompt):
-        return _ids_of_array(prompt)
-    items = listed(prompt)
-    if set(map(type, items)) == {int}:  # thousands of them, most of the time
-        return tuple(items)
-    if any(isinstance(item, Mapping) for item in items):
-        return [message(item) for item in items]
-    return token_ids(items)
+        return [_message(prompt)]
+    if not is_array(prompt):
+        prompt = _listed(prompt)
+        if any(isinstance(item, Mapping) for item in prompt):
+            return [_message(item) for item in prompt]
+    return token_ids(prompt)
 
 
-def listed(prompt: object) -> list[Any]:
-    """The items of what is neither text nor an array; ValueError for bytes, sets, and what has no items."""
-    if isinstance(prompt, bytes | bytearray | memoryview):
+def token_ids(values: object, what: str = "the prompt", *, forms: str = _FORMS) -> tuple[int, ...]:
+    """Ints, from a sequence or iterator of integers of any library, or from a vector of them.
+
+    Raises ValueError for anything else; the message calls it `what` and says that `forms` are expected.
+    """
+    if not is_array(values):
+        return _ids_of_list(_listed(values, what, forms=forms), what, forms=forms)
+    array = as_array(values, what)
+    if array.dtype.kind == "O" and array.ndim == 1:
+        return _ids_of_list(array.tolist(), what, forms=forms)
+    if array.dtype.kind not in "iu" and array.size:
         raise ValueError(
-            f"the prompt is {type(prompt).__name__}; make text of it with prompt.decode(), or token ids with list(prompt)"
+            f"{what} is an array of {array.dtype}; token ids are whole numbers: convert it, for example "
+            "with .astype('int32')"
         )
-    if isinstance(prompt, set | frozenset):
-        raise ValueError("the prompt is a set, which has no order; give a list")
-    if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping):
-        one = "; one token id is [id]" if is_token(prompt) else ""
-        raise ValueError(f"the prompt is {_shown(prompt)}; {FORMS}{one}")
-    return list(prompt)
+    if array.ndim != 1:
+        remedy = "one token id is [id]" if array.ndim == 0 else "give a row of it, or the array as the list of prompts"
+        raise ValueError(f"{what} is an array of shape {array.shape}; token ids of one prompt have one axis: {remedy}")
+    return tuple(array.tolist())
 
 
-def message(item: object) -> Mapping[str, Any]:
-    """`item`, if it can be a chat message; ValueError otherwise."""
-    if isinstance(item, Mapping) and "role" in item:
-        return item
-    if not isinstance(item, Mapping):
-        raise ValueError(
-            f"the prompt holds {_shown(item)} among chat messages; give messages alone, or each conversation "
-            "as a list of its own"
-        )
-    for key in ("messages", "input_ids", "prompt"):
-        if key in item:
-            raise ValueError(f"the prompt is a mapping with the keys {_keys(item)}; give prompt[{key!r}] alone")
-    raise ValueError(
-        f"the prompt has a mapping with the keys {_keys(item)}; a chat message is {{'role': ..., 'content': ...}}"
+def in_vocabulary(ids: Iterable[int], what: str, *, vocab_size: int) -> TokenIds:
+    """The ids, checked; ValueError if there is none, or one is outside the vocabulary."""
+    checked = tuple(ids)
+    if not checked:
+        raise ValueError(f"{what} is empty; give at least one token")
+    if min(checked) < 0 or max(checked) >= vocab_size:
+        wrong = next(token_id for token_id in checked if not 0 <= token_id < vocab_size)
+        raise ValueError(f"{what}: token id {wrong} is outside the vocabulary, 0..{vocab_size - 1}")
+    return TokenIds(checked)
+
+
+def checked_token_ids(values: object, what: str, *, vocab_size: int) -> TokenIds:
+    """The ids in `values`, which has any form of integers; ValueError, calling it `what`, for anything else."""
+    if isinstance(values, str | bytes | Mapping):
+        raise ValueError(f"{what} is {values!r}; give token ids in a list, for example those of tokenizer.encode(text)")
+    return in_vocabulary(
+        token_ids(values, what, forms="give a list of token ids, which are integers"), what, vocab_size=vocab_size
     )
 
 
-def token_ids(items: Iterable[Any]) -> tuple[int, ...]:
-    """Ints, from ints of any library; ValueError for the first item that is none."""
-    ids = tuple(items)
-    for item in ids:
-        if not is_token(item):
-            raise ValueError(f"the prompt holds {_shown(item)}; {FORMS}")
-    return tuple(map(operator.index, ids))
-
-
-def is_token(item: object) -> bool:
-    """Whether `item` is a single whole number: an int, or a scalar of an array library; booleans are none."""
+def is_token(item: object) -> TypeGuard[SupportsIndex]:
+    """Whether `item` is a single whole number: an int, or a scalar of an array library, but not a boolean."""
     if isinstance(item, bool | np.bool_) or (is_array(item) and np.asarray(item).dtype.kind not in "iu"):
         return False
     try:
-        operator.index(item)  # pyright: ignore[reportArgumentType] (it is asked whether it can be one)
+        operator.index(item)  # pyright: ignore[reportArgumentType] (the question is whether it can be one)
     except TypeError:
         return False
     return True
 
 
-def is_array(prompt: object) -> bool:
+def is_array(prompt: object) -> TypeGuard[SupportsArray]:
     """Whether it is an array of NumPy, or can become one: of JAX, PyTorch, pandas, ..."""
     return isinstance(prompt, np.ndarray) or (hasattr(prompt, "__array__") and not isinstance(prompt, np.generic))
 
 
-def as_array(prompt: Any) -> np.ndarray:
+def as_array(prompt: SupportsArray, what: str = "the prompt") -> np.ndarray:
     """The array on the host; ValueError if it cannot be read there."""
     try:
         return np.asarray(prompt)
-    except Exception as error:  # each library has its own for arrays on a device, or deleted, or with gradients
+    except Exception as error:  # each library has its own for arrays on a device, deleted arrays, or those with gradients
         raise ValueError(
-            f"the prompt is a {type(prompt).__name__} that cannot be read as a NumPy array ({error}); bring it "
+            f"{what} is a {type(prompt).__name__} that cannot be read as a NumPy array ({error}); bring it "
             "to the host, or give a list of token ids"
         ) from error
 
 
-def _ids_of_array(prompt: Any) -> tuple[int, ...]:
-    array = as_array(prompt)
-    if array.dtype.kind == "O" and array.ndim == 1:
-        return token_ids(array.tolist())
-    if array.dtype.kind not in "iu" and array.size:
+def _listed(prompt: object, what: str = "the prompt", *, forms: str = _FORMS) -> list[Any]:
+    """The items of anything but text and arrays; ValueError for bytes, sets, and objects without items."""
+    if isinstance(prompt, bytes | bytearray | memoryview):
         raise ValueError(
-            f"the prompt is an array of {array.dtype}; token ids are whole numbers: convert it, for example "
-            "with .astype('int32')"
+            f"{what} is {type(prompt).__name__}; make text of it with prompt.decode(), or token ids with list(prompt)"
         )
-    if array.ndim != 1:
-        remedy = "one token id is [id]" if array.ndim == 0 else "give a row of it, or the array as the list of prompts"
-        raise ValueError(f"the prompt is an array of shape {array.shape}; token ids of one prompt have one axis: {remedy}")
-    return tuple(array.tolist())
+    if isinstance(prompt, set | frozenset):
+        raise ValueError(f"{what} is a set, which has no order; give a list")
+    if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping):
+        one = "; one token id is [id]" if is_token(prompt) else ""
+        raise ValueError(f"{what} is {_shown(prompt)}; {forms}{one}")
+    return list(prompt)
 
 
-def _keys(item: Mapping[Any, Any]) -> str:
-    return ", ".join(map(str, item)) or "(none)"
+def _ids_of_list(items: list[Any], what: str, *, forms: str) -> tuple[int, ...]:
+    if set(map(type, items)) == {int}:  # thousands of them, most of the time
+        return tuple(items)
+    for item in items:
+        if not is_token(item):
+            raise ValueError(f"{what} holds {_shown(item)}; {forms}")
+    return tuple(map(operator.index, items))
+
+
+def _message(item: object) -> Message:
+    """`item`, if it can be a chat message; ValueError otherwise."""
+    if isinstance(item, Mapping) and "role" in item:
+        return item
+    if not isinstance(item, Mapping):
+        raise ValueError(
+            f"the prompt holds {_shown(item)} among chat messages; give only messages, or each conversation "
+            "as a list of its own"
+        )
+    keys = ", ".join(map(str, item)) or "(none)"
+    for key in ("messages", "input_ids", "prompt"):
+        if key in item:
+            raise ValueError(f"the prompt is a mapping with the keys {keys}; give only prompt[{key!r}]")
+    raise ValueError(f"the prompt has a mapping with the keys {keys}; a chat message is {{'role': ..., 'content': ...}}")
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params, layer_specs, layers_with, param_specs
+from fastgen_jax.models.params import head_spec, layer_specs, layers_with, param_specs
+from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.grouped_matmul import PackedGroups
 from pallas_kernels.matmul import Int8Weight, PackedWeight
 
@@ -50,7 +51,7 @@ def _check_shapes(params: Any, current: Params, model: ModelConfig) -> None:
     given, wanted = _weights_and_shapes(params, model)
     # A tied head may be stored apart; of new weights it is made anew where it is not among them.
     if model.tie_embeddings and "lm_head" in current:
-        wanted["params['lm_head']"] = param_specs(model)["embed"].shape[::-1]
+        wanted["params['lm_head']"] = head_spec(model).shape
     for name in wanted.keys() - given.keys():
         if not (model.tie_embeddings and name == "params['lm_head']"):
             raise ValueError(f"{name} {list(wanted[name])} is missing; give all weights of the model")

@@ -15,17 +15,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import KVCache, copy_block, stored_head_dim
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
-from fastgen_jax.engine.logits_processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.sampler_state import SamplerState, init_state, reset_slot, set_masks
-from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, sample
+from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
+from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, sample
+from fastgen_jax.engine.sampling.state import SamplerState, init_state, reset_slot, set_masks
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import head, hidden_rows
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, tensor_mesh
+from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.pytree import pytree
 
 # By device kind. On TPU7x the compiler would rather compute with tiles of 16 x 128 numbers of 16 bits than with those of
 # 8 x 128 that arrays arrive in, and would copy every stack of weights in every step; the products take as long with either.
@@ -50,7 +50,6 @@ class Runner:
         self.params = params
         self.model = model
         self.config = config
-        self.max_blocks = -(-config.max_context_len // config.block_size)
         self._compiled: dict[int, tuple[Bucket, Any]] = {}
         self._copy_block: Any = None  # compiled by the first fork
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
@@ -128,10 +127,10 @@ class Runner:
         program = step_program(
             self.model,
             bucket,
-            attention=self.config.attention,
+            attention=self.config.choices.attention,
             activation_dtype=self.config.activation_dtype,
             mesh=self.mesh,
-            logits_processor=self.config.logits_processor,
+            logits_processor=self.config.choices.logits_processor,
         )
         return program.lower(self.params, self.kv_cache, self.state, packed)
 
@@ -203,17 +202,12 @@ class Runner:
             times.append(time.perf_counter() - start)
         return min(times[1:])
 
-    def can_hold(self, budget: int) -> bool:
-        """Whether a sequence of `budget` tokens fits into the context limit and the cache, so that it can be measured."""
-        config = self.config
-        return budget <= min(config.max_context_len, config.num_blocks * config.block_size)
-
     def _new_bucket(self, budget: int) -> Bucket:
         config = self.config
         return Bucket(
             budget,
             max_num_seqs=config.max_num_seqs,
-            max_blocks=self.max_blocks,
+            max_blocks=config.max_blocks,
             num_slots=config.num_blocks * config.block_size,
             vocab_size=self.model.vocab_size,
         )
@@ -280,7 +274,11 @@ def _step(
     on_device = batch.token_slots < state.last_tokens.shape[0]
     batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
     hidden, kv_cache = hidden_rows(
-        params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype, mesh=mesh
+        params,
+        kv_cache,
+        batch,
+        config=config,
+        execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
     )
     logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # each device samples for itself; divided sampling has a hundred small collectives

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core.progress import shown
 from fastgen_jax.engine import compile_cache, ladder, remembered
-from fastgen_jax.engine.config import MEASURED_BUDGETS, EngineConfig, ResolvedConfig, resolve
+from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, resolve
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.text import Tokenizer, load_tokenizer
 from pallas_kernels import native
 from pallas_kernels.folders import Folder
@@ -51,22 +52,21 @@ def load(
         params = load_params(
             checkpoint,
             dtype=resolved.dtype,
-            stack_layers=bool(resolved.stack_layers),
-            prepare=lambda path, array: prepare_leaf(path, array, checkpoint.config, resolved),
+            stack_layers=resolved.stack_layers,
+            prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, resolved),
             progress=progress,
         )
     return params, checkpoint.config, tokenizer, config
 
 
-def start(params: Params, model: ModelConfig, open_config: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
-    """The config with every choice made, and a runner whose programs are compiled and warm."""
-    folder = compile_cache.use(open_config.compile_cache_dir)
+def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
+    """The resolved config, and a runner whose programs are compiled and warm."""
+    folder = compile_cache.use(choices.compile_cache_dir)
     with compile_cache.failures_logged():
-        config = _resolve_as_before(open_config, model, folder)
+        config = _resolve_as_before(choices, model, folder)
         runner = Runner(prepare_params(params, model, config), model, config)
-        if config.token_budget is None:
+        if choices.token_budget is None:
             config = _choose_budgets(runner, config, model, folder, progress=progress)
-        assert config.budget_ladder is not None
         _compile(runner, config.budget_ladder, progress=progress)
         runner.keep_only(config.budget_ladder)
         runner.warm_up()
@@ -74,20 +74,20 @@ def start(params: Params, model: ModelConfig, open_config: EngineConfig, *, prog
     return config, runner
 
 
-def _resolve_as_before(open_config: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
-    """`resolve`, with the number of KV blocks of an earlier start with these options if it suits, and remembered if new."""
-    if open_config.num_blocks is not None or folder is None:
-        return resolve(open_config, model)
+def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
+    """`resolve` with the number of KV blocks of an earlier start with these options if it fits; a new number is saved."""
+    if choices.num_blocks is not None or folder is None:
+        return resolve(choices, model)
     path = folder.path / BLOCKS_FILE
     facts = (
         asdict(model),
         [
-            getattr(open_config, name)
+            getattr(choices, name)
             for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
         ],
     )
     earlier = (remembered.recall(path, facts) or {}).get("num_blocks")
-    config = resolve(open_config, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
+    config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
     if config.num_blocks != earlier and folder.writable:
         remembered.remember(path, facts, {"model": ladder.describe(model), "num_blocks": config.num_blocks})
     return config
@@ -96,10 +96,10 @@ def _resolve_as_before(open_config: EngineConfig, model: ModelConfig, folder: Fo
 def _choose_budgets(
     runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Folder | None, *, progress: bool
 ) -> ResolvedConfig:
-    candidates = [budget for budget in MEASURED_BUDGETS if runner.can_hold(budget)]
+    candidates = config.budget_ladder
     path = folder.path / ladder.FILE if folder else None
     facts = _facts(config, model, candidates)
-    chosen = ladder.load_choice(path, facts) if path and not config.remeasure else None
+    chosen = ladder.load_choice(path, facts) if path and not config.choices.remeasure else None
     if chosen is None or not set(chosen) <= set(candidates):
         _compile(runner, candidates, progress=progress)
         costs = {budget: runner.measure(budget) for budget in candidates}
@@ -111,18 +111,18 @@ def _choose_budgets(
         )
         if path and folder and folder.writable:
             ladder.save_choice(path, facts, chosen, costs, model=ladder.describe(model))
-    return replace(config, token_budget=chosen[-1], budget_ladder=chosen, remeasure=False)  # which has been done
+    return replace(config, budget_ladder=chosen)
 
 
-def _compile(runner: Runner, budgets: Any, *, progress: bool) -> None:
+def _compile(runner: Runner, budgets: Sequence[int], *, progress: bool) -> None:
     missing = [budget for budget in budgets if budget not in runner.budgets]
     if missing:
         with shown(log, "compiling", total=len(missing), unit="program", bar=progress) as advance:
             runner.compile(missing, on_done=lambda budget: advance())
 
 
-def _facts(config: ResolvedConfig, model: ModelConfig, candidates: list[int]) -> Any:
-    """What step costs depend on beside machine and versions: the model and the choices that shape a step."""
+def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]) -> tuple[Any, ...]:
+    """What the cost of a step depends on besides machine and versions: the model and the choices that shape a step."""
     return (
         asdict(model),
         config.dtype,
@@ -131,9 +131,9 @@ def _facts(config: ResolvedConfig, model: ModelConfig, candidates: list[int]) ->
         config.tensor_parallel,
         config.block_size,
         config.max_num_seqs,
-        config.attention,
+        config.choices.attention,
         config.stack_layers,
         config.max_context_len,
-        candidates,
+        list(candidates),
         native.available(),
     )

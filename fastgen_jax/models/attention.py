@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,8 @@ from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import rotation
 from fastgen_jax.models.sharding import divide_heads
-from pallas_kernels.ragged_attention import ragged_attention
+from fastgen_jax.models.weight_spec import LayerWeights
+from pallas_kernels.ragged_attention import Attention, CacheLayer, Scoring, ragged_attention
 from pallas_kernels.rotary import rotary, rotate
 
 _NO_WINDOW = np.iinfo(np.int32).max  # the window of a layer that sees everything, where others do not
@@ -36,11 +35,20 @@ class Step:
     query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
     num_blocks: int  # N
     mesh: Mesh | None  # that the weights are divided over; see `sharding`
-    attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]  # `ragged_attention`, or what stands in for it
+    attend: Attention  # `ragged_attention`, or what takes its place
 
     def num_rows(self, rows: jax.Array | None) -> jax.Array:
         """How many of the tokens, or of the sampled `rows`, are no padding."""
         return self.num_tokens if rows is None else self.batch.num_sample_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """What differs from layer to layer, besides its weights."""
+
+    index: jax.Array | int  # i32: number of the layer
+    rows: jax.Array | None = None  # i32[R]: the tokens whose results are needed; None: all
+    first_expert: jax.Array | int | None = None  # i32: where its experts begin in their stacks; None: it has an MLP
 
 
 def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
@@ -53,7 +61,7 @@ def prepare_step(
     kv_cache: KVCache,
     *,
     config: ModelConfig,
-    implementation: str | Callable[..., Any] | None,
+    implementation: str | Attention | None,
     mesh: Mesh | None = None,
 ) -> Step:
     """Computes once what depends on positions alone."""
@@ -69,7 +77,7 @@ def prepare_step(
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
     return Step(
         batch=batch,
-        num_tokens=batch.query_starts[-1],
+        num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
         query_scale=scale,
         num_blocks=kv_cache.k.shape[0] // config.num_layers,
@@ -80,20 +88,19 @@ def prepare_step(
 
 def attention(
     x: jax.Array,
-    w: dict[str, Any],
+    w: LayerWeights,
     cache: KVCache,
     step: Step,
-    index: jax.Array | int,
-    rows: jax.Array | None,
+    call: LayerCall,
     *,
     config: ModelConfig,
     residual: jax.Array | None,
 ) -> tuple[jax.Array, KVCache]:
-    """Attention of `x` [T, E] in layer `index` (+ residual), and the cache with the keys and values of this step.
+    """Attention of `x` [T, E] in one layer (+ residual), and the cache with the keys and values of this step.
 
-    `rows` i32[R] are the tokens whose results [R, E] are wanted, and those that `residual` holds; None stands for all.
+    The result and `residual` are [R, E] where the layer is called for certain rows.
     """
-    batch, d = step.batch, config.head_dim
+    d, index, rows = config.head_dim, call.index, call.rows
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
@@ -105,17 +112,9 @@ def attention(
         value,
         cache.k,
         cache.v,
-        kv_slots=batch.kv_slots,
-        query_starts=batch.query_starts,
-        context_lens=batch.context_lens,
-        block_tables=batch.block_tables,
-        layer=index,
-        num_blocks=step.num_blocks,
-        scale=1.0 / math.sqrt(d) if config.attention_scale is None else config.attention_scale,
-        sliding_window=_window_of(config, index),
-        soft_cap=config.attention_soft_cap,
-        alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
-        sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
+        step.batch.index,
+        CacheLayer(number=index, num_blocks=step.num_blocks),
+        _scoring_of(config, w, index),
     )
     out = take_rows(out[..., :d], rows)
     if config.mla is not None:
@@ -125,7 +124,7 @@ def attention(
 
 
 def _heads(
-    x: jax.Array, w: dict[str, Any], step: Step, turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
+    x: jax.Array, w: LayerWeights, step: Step, turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [T, H, D], keys and values [T, K, D] of `x` [T, E], normalised and rotated as the config says."""
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
@@ -151,7 +150,7 @@ def _heads(
     return rotary(qkv, *turn, num_heads=h)
 
 
-def _qk_norm(x: jax.Array, w: dict[str, Any], name: str, step: Step, config: ModelConfig) -> jax.Array:
+def _qk_norm(x: jax.Array, w: LayerWeights, name: str, step: Step, config: ModelConfig) -> jax.Array:
     """Queries or keys [T, heads, D], normalized over each head or over all of them at once."""
     if config.qk_norm == "row":
         return norm(x.reshape(x.shape[0], -1), w, name, config=config, num_rows=step.num_tokens).reshape(x.shape)
@@ -173,6 +172,16 @@ def _rotation_of(step: Step, config: ModelConfig, index: jax.Array | int) -> tup
     kind = jnp.asarray([kinds.index(rope) for rope in ropes], jnp.int32)[index]
     cos, sin = (jnp.stack(table)[kind] for table in zip(*tables, strict=True))
     return cos, sin
+
+
+def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) -> Scoring:
+    return Scoring(
+        scale=1.0 / math.sqrt(config.head_dim) if config.attention_scale is None else config.attention_scale,
+        sliding_window=_window_of(config, index),
+        soft_cap=config.attention_soft_cap,
+        alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
+        sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
+    )
 
 
 def _window_of(config: ModelConfig, index: jax.Array | int) -> int | jax.Array | None:

@@ -10,20 +10,23 @@ activations between devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
-def deal_columns(array: Any, parts: Sequence[int], num_devices: int) -> np.ndarray:
+
+def deal_columns(array: np.ndarray | jax.Array, parts: Sequence[int], num_devices: int) -> np.ndarray:
     """`array` [..., sum(parts)] in the order for so many devices, each of which gets its share of every part."""
     pieces = np.split(np.asarray(array), np.cumsum(parts)[:-1], axis=-1)
     shares = [piece.reshape(*piece.shape[:-1], num_devices, -1) for piece in pieces]
     return np.concatenate(shares, axis=-1).reshape(array.shape)
 
 
-def split_columns(y: jax.Array, parts: Sequence[int], num_devices: int) -> list[jax.Array]:
+def split_columns(y: Float[Array, "*rows columns"], parts: Sequence[int], num_devices: int) -> list[Float[Array, "*rows _"]]:
     """The parts [..., width] of `y` [..., sum(parts)], whose columns are in the order for so many devices."""
     lead = y.shape[:-1]
     shares = y.reshape(*lead, num_devices, -1)

@@ -163,20 +163,6 @@ class ModelConfig:
         """Whether the gated MLP is exactly the one that `pallas_kernels.matmul.swiglu` computes."""
         return self.mlp_gated and self.activation == "silu" and not self.mlp_bias
 
-    @property
-    def num_params(self) -> int:
-        """Parameters of the model, counting a tied embedding once."""
-        from fastgen_jax.models.params import count_params
-
-        return count_params(self)
-
-    def flops_per_token(self, *, context_len: int = 0, sampled: bool = True) -> float:
-        """Floating-point operations of one token: the matrix products, its attention, and its row of logits."""
-        from fastgen_jax.models.params import count_products
-
-        attention = 2 * context_len * self.num_heads * self.head_dim
-        return 2.0 * (count_products(self, sampled=sampled) + self.num_layers * attention)
-
     def kv_bytes_per_token(self, itemsize: int, *, stored_head_dim: int | None = None, scale_bytes: int = 0) -> int:
         """Bytes of K and V that a token keeps in all layers, at `itemsize` bytes a number and `scale_bytes` a head."""
         a_head = (stored_head_dim or self.head_dim) * itemsize + scale_bytes

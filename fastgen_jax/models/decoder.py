@@ -11,102 +11,111 @@ and with `parallel_residual`: x += attn(norm(x)) + mlp(norm'(x)), where norm' ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache, RaggedBatch
-from fastgen_jax.models.attention import Step, attention, prepare_step, take_rows
+from fastgen_jax.models.attention import LayerCall, Step, attention, prepare_step, take_rows
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mlp import mlp
-from fastgen_jax.models.params import EXPERT_MATRICES, Params, layers_with
+from fastgen_jax.models.params import layers_with, param_specs
+from fastgen_jax.models.weight_spec import Kind, LayerWeights, Params
 from pallas_kernels.matmul import linear
+from pallas_kernels.ragged_attention import Attention
 
-Layer = Callable[..., tuple[jax.Array, KVCache]]
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+Layer = Callable[[jax.Array, KVCache, LayerWeights, LayerCall], tuple[jax.Array, KVCache]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a forward pass runs. What it computes does not depend on it, except for rounding."""
+
+    attention: str | Attention | None = None
+    """The name of an implementation of `ragged_attention`, or a function in its place; None: the best for the platform."""
+    activation_dtype: DTypeLike | None = None
+    """Number format of the residual stream; None: that of the embedding."""
+    mesh: Mesh | None = None
+    """What weights and cache are divided over, by `models.sharding`; None: one device."""
 
 
 def forward(
-    params: Params,
-    kv_cache: KVCache,
-    batch: RaggedBatch,
-    *,
-    config: ModelConfig,
-    attention: str | Callable[..., Any] | None = None,
-    activation_dtype: Any = None,
-    mesh: Mesh | None = None,
-) -> tuple[jax.Array, KVCache]:
-    """Logits f32[R, V] of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
+    params: Params, kv_cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, execution: Execution = Execution()
+) -> tuple[Float[Array, "R V"], KVCache]:
+    """Logits in float32 of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
 
-    Differentiable with respect to plain `params`; see `docs/research.md`.
-    `attention` names an implementation of `ragged_attention`, or is one; None is the best for the platform.
-    `activation_dtype` is that of the residual stream; None is the embedding's.
-    `mesh` is what weights and cache are divided over, by `models.sharding`. Rows of logits that are not used are finite
-    and meaningless.
+    Rows of logits that are not used are finite and meaningless. Differentiable with respect to plain `params`; see
+    `docs/research.md`.
     """
-    rows, kv_cache = hidden_rows(
-        params, kv_cache, batch, config=config, attention=attention, activation_dtype=activation_dtype, mesh=mesh
-    )
+    rows, kv_cache = hidden_rows(params, kv_cache, batch, config=config, execution=execution)
     return head(rows, params, batch.num_sample_rows, config=config), kv_cache
 
 
 def hidden_rows(
-    params: Params,
-    kv_cache: KVCache,
-    batch: RaggedBatch,
-    *,
-    config: ModelConfig,
-    attention: str | Callable[..., Any] | None = None,
-    activation_dtype: Any = None,
-    mesh: Mesh | None = None,
-) -> tuple[jax.Array, KVCache]:
-    """What `head` makes the logits of `forward` from: the residual stream [R, E] of `batch.sample_rows`, normalised."""
-    step = prepare_step(batch, kv_cache, config=config, implementation=attention, mesh=mesh)
-
-    def layer(
-        x: jax.Array, cache: KVCache, w: dict[str, Any], index: jax.Array | int, rows: jax.Array | None = None
-    ) -> tuple[jax.Array, KVCache]:
-        run = _parallel_layer if config.parallel_residual else _sequential_layer
-        return run(x, cache, w, index, step, rows, config=config)
-
-    x = _embed(params, batch, config, activation_dtype)
+    params: Params, kv_cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, execution: Execution = Execution()
+) -> tuple[Float[Array, "R E"], KVCache]:
+    """What `head` makes the logits of `forward` from: the residual stream of `batch.sample_rows`, normalized."""
+    step = prepare_step(batch, kv_cache, config=config, implementation=execution.attention, mesh=execution.mesh)
+    run = _parallel_layer if config.parallel_residual else _sequential_layer
+    layer = partial(run, step=step, config=config)
+    x = _embed(params, batch, config, execution.activation_dtype)
     rows, kv_cache = run_layers(layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config)
     if config.final_norm:
         rows = norm(rows, params, "final_norm", config=config, num_rows=batch.num_sample_rows)
-    if "project_out" in params:
+    if config.embed_proj_dim is not None:
         rows = linear(rows, params["project_out"])
     return rows, kv_cache
 
 
 def run_layers(
-    layer: Layer, layers: Any, x: jax.Array, kv_cache: KVCache, *, rows: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, KVCache]:
-    """x[rows] [R, E] after `layer(x, cache, weights, index)` once per layer, in the form that `layers` is given in.
+    layer: Layer,
+    layers: LayerWeights | Sequence[LayerWeights],
+    x: Float[Array, "T E"],
+    kv_cache: KVCache,
+    *,
+    rows: Int[Array, " R"],
+    config: ModelConfig,
+) -> tuple[Float[Array, "R E"], KVCache]:
+    """x[rows] after `layer(x, cache, weights, call)` once per layer, in the form that `layers` is given in.
 
     One dict of stacked arrays is scanned: the program does not grow with depth. Where layers have different weights
     (an MLP here, experts there), each run of like layers is one scan. A tuple of L dicts is unrolled: on a CPU the
-    slices that a scan takes are copies, which is to read and write the whole model once more in every step. The last
-    of them is told which rows are wanted: behind its attention the others are of no use to anybody.
+    slices that a scan takes are copies, so that every step would read and write the whole model once more. The last
+    layer of a tuple is called for `rows` alone: after its attention nothing reads the others.
     """
-    if not isinstance(layers, dict):
-        for index, weights in enumerate(layers[:-1]):
-            x, kv_cache = layer(x, kv_cache, weights, index)
-        return layer(x, kv_cache, layers[-1], len(layers) - 1, rows)
+    with_experts = () if config.moe is None else tuple(sorted(config.moe.layers))
+    if not isinstance(layers, Mapping):
+        for index, weights in enumerate(layers):
+            call = LayerCall(
+                index=index,
+                rows=rows if index == len(layers) - 1 else None,
+                first_expert=0 if index in with_experts else None,
+            )
+            x, kv_cache = layer(x, kv_cache, weights, call)
+        return x, kv_cache
 
-    having = layers_with(config)
     # Experts are handed over as one stack: a slice of them would be a copy, since a grouped matmul is opaque to XLA.
     experts = {
         name: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers[name])
-        for name in EXPERT_MATRICES
-        if name in layers
+        for name, spec in param_specs(config)["layers"].items()
+        if spec.kind is Kind.EXPERTS
     }
+    having = layers_with(config)
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
 
         def body(carry: tuple[jax.Array, KVCache], xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            return layer(*carry, *xs), None
+            weights, index = xs
+            return layer(*carry, weights, LayerCall(index=index)), None
 
         carry, _ = jax.lax.scan(body, (x, kv_cache), (layers, jnp.arange(config.num_layers, dtype=jnp.int32)))
         return jnp.take(carry[0], rows, axis=0), carry[1]
@@ -114,8 +123,11 @@ def run_layers(
     carry = (x, kv_cache)
     for start, stop in _runs(having, config.num_layers):
         first_row = {name: rows.index(start) for name, rows in having.items() if start in rows}
+        expert_row = with_experts.index(start) if start in with_experts else None
 
-        def some(carry: tuple[jax.Array, KVCache], i: jax.Array, start=start, first_row=first_row) -> tuple[Any, None]:
+        def some(
+            carry: tuple[jax.Array, KVCache], i: jax.Array, start=start, first_row=first_row, expert_row=expert_row
+        ) -> tuple[Any, None]:
             # What a scan does with its xs, for stacks that hold the layers of other runs as well.
             weights = {
                 name: jax.tree.map(
@@ -124,10 +136,12 @@ def run_layers(
                 for name, row in first_row.items()
                 if name not in experts
             }
-            if config.moe is not None and first_row.keys() & experts.keys():
+            first_expert = None
+            if expert_row is not None:
+                assert config.moe is not None, "only a model with experts has layers with experts"
                 weights |= experts
-                weights["first_expert"] = (first_row[EXPERT_MATRICES[0]] + i) * config.moe.num_experts
-            return layer(*carry, weights, start + i), None
+                first_expert = (expert_row + i) * config.moe.num_experts
+            return layer(*carry, weights, LayerCall(index=start + i, first_expert=first_expert)), None
 
         carry, _ = jax.lax.scan(some, carry, jnp.arange(stop - start, dtype=jnp.int32))
     return jnp.take(carry[0], rows, axis=0), carry[1]
@@ -146,24 +160,23 @@ def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: Any) 
         x = x.astype(dtype)
     if config.embed_multiplier != 1.0:
         x = x * config.embed_multiplier
-    if "project_in" in params:
+    if config.embed_proj_dim is not None:
         x = linear(x, params["project_in"])
     if config.learned_positions:
         places = jnp.take(params["position_embed"], batch.positions + config.position_offset, axis=0, mode="clip")
         x = x + places.astype(x.dtype)
     if config.embed_norm:
-        x = norm(x, params, "embed_norm", config=config, num_rows=batch.query_starts[-1])
+        x = norm(x, params, "embed_norm", config=config, num_rows=batch.index.query_starts[-1])
     return x
 
 
 def _sequential_layer(
     x: jax.Array,
     cache: KVCache,
-    w: dict[str, Any],
-    index: jax.Array | int,
-    step: Step,
-    rows: jax.Array | None,
+    w: LayerWeights,
+    call: LayerCall,
     *,
+    step: Step,
     config: ModelConfig,
 ) -> tuple[jax.Array, KVCache]:
     place, scale = config.norm_placement, config.residual_multiplier
@@ -172,14 +185,15 @@ def _sequential_layer(
     fused = not after and scale == 1.0
 
     h = norm(x, w, "attn_norm", config=config, num_rows=step.num_tokens) if before else x
-    x, used = take_rows(x, rows), step.num_rows(rows)
-    y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x if fused else None)
+    x, used = take_rows(x, call.rows), step.num_rows(call.rows)
+    y, cache = attention(h, w, cache, step, call, config=config, residual=x if fused else None)
     if not fused:
         y = x + scale * (norm(y, w, "post_attn_norm", config=config, num_rows=used) if after else y)
     x = norm(y, w, "attn_norm", config=config, num_rows=used) if place == "residual" else y
 
     h = norm(x, w, "mlp_norm", config=config, num_rows=used) if before else x
-    y = mlp(h, w, config=config, num_tokens=used, residual=x if fused else None, mesh=step.mesh)
+    residual = x if fused else None
+    y = mlp(h, w, config=config, num_tokens=used, residual=residual, first_expert=call.first_expert, mesh=step.mesh)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config, num_rows=used) if after else y)
     return norm(y, w, "mlp_norm", config=config, num_rows=used) if place == "residual" else y, cache
@@ -188,27 +202,26 @@ def _sequential_layer(
 def _parallel_layer(
     x: jax.Array,
     cache: KVCache,
-    w: dict[str, Any],
-    index: jax.Array | int,
-    step: Step,
-    rows: jax.Array | None,
+    w: LayerWeights,
+    call: LayerCall,
     *,
+    step: Step,
     config: ModelConfig,
 ) -> tuple[jax.Array, KVCache]:
     h = norm(x, w, "attn_norm", config=config, num_rows=step.num_tokens)
-    x, used = take_rows(x, rows), step.num_rows(rows)
-    for_mlp = take_rows(h, rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config, num_rows=used)
-    y, cache = attention(h, w, cache, step, index, rows, config=config, residual=x)
-    y = mlp(for_mlp, w, config=config, num_tokens=used, residual=y, mesh=step.mesh)
+    x, used = take_rows(x, call.rows), step.num_rows(call.rows)
+    for_mlp = take_rows(h, call.rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config, num_rows=used)
+    y, cache = attention(h, w, cache, step, call, config=config, residual=x)
+    y = mlp(for_mlp, w, config=config, num_tokens=used, residual=y, first_expert=call.first_expert, mesh=step.mesh)
     return y, cache
 
 
-def head(rows: jax.Array, params: Params, num_rows: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """Logits f32[R, V] of `rows` [R, E], of which the first `num_rows` are used."""
+def head(rows: Float[Array, "R E"], params: Params, num_rows: Int[Array, ""], *, config: ModelConfig) -> Float[Array, "R V"]:
+    """Logits in float32 of `rows`, of which the first `num_rows` are used."""
     weight = params["lm_head"] if "lm_head" in params else params["embed"].T
     logits = linear(rows, weight, num_rows=num_rows).astype(jnp.float32)
     if config.head_bias:
-        logits = logits + params["lm_head_bias"].astype(jnp.float32)
+        logits = logits + params["lm_head_bias"].astype(jnp.float32)[None, :]
     if config.logits_multiplier != 1.0:
         logits = logits * config.logits_multiplier
     return soft_cap(logits, config.logits_soft_cap)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.matmul import linear
 from pallas_kernels.norm import layer_norm, rms_norm
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -22,8 +26,8 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def norm(
-    x: jax.Array, w: Mapping[str, Any], name: str, *, config: ModelConfig, num_rows: jax.Array | None = None
-) -> jax.Array:
+    x: Float[Array, "*rows E"], w: LayerWeights, name: str, *, config: ModelConfig, num_rows: Int[Array, ""] | None = None
+) -> Float[Array, "*rows E"]:
     """`x` normalized along its last axis with the weight `w[name]`, as the config says.
 
     Entries of the first axis from `num_rows` on are padding.
@@ -34,18 +38,18 @@ def norm(
 
 
 def project(
-    x: jax.Array,
-    w: Mapping[str, Any],
+    x: Float[Array, "T inputs"],
+    w: LayerWeights,
     name: str,
     *,
-    residual: jax.Array | None = None,
-    num_rows: jax.Array | None = None,
-) -> jax.Array:
+    residual: Float[Array, "T outputs"] | None = None,
+    num_rows: Int[Array, ""] | None = None,
+) -> Float[Array, "T outputs"]:
     """x @ w[name] (+ residual), plus the bias if the layer has one. Rows from `num_rows` on are padding."""
     y = linear(x, w[name], residual=residual, num_rows=num_rows)
-    return y + w[f"{name}_bias"] if f"{name}_bias" in w else y
+    return y + w[f"{name}_bias"][None, :] if f"{name}_bias" in w else y
 
 
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+def soft_cap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
     """`x` bent smoothly into (-cap, cap); None leaves it."""
     return x if cap is None else cap * jnp.tanh(x / cap)

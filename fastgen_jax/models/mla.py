@@ -12,32 +12,37 @@ The cache keeps [c | r] as key and as value: twice what MLA needs, and a small p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.models.layers import project
 from fastgen_jax.models.moe_config import MLAConfig
+from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups, grouped_matmul
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.pytree import pytree
 from pallas_kernels.rotary import rotate
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 _NORM_EPS = 1e-6  # of the norms of latents, whatever the model's other norms use
 
 
 def latent_heads(
-    x: jax.Array,
-    w: Mapping[str, Any],
-    turn: tuple[jax.Array, jax.Array],
+    x: Float[Array, "T E"],
+    w: LayerWeights,
+    turn: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     *,
     config: MLAConfig,
     num_heads: int,
-    num_tokens: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Queries [T, H, kv_rank + rope_dim] in the latent space, and what is cached of each token, [T, 1, ...] alike.
+    num_tokens: Int[Array, ""],
+) -> tuple[Float[Array, "T H D"], Float[Array, "T 1 D"]]:
+    """Queries in the latent space, and what is cached of each token; D is kv_rank + rope_dim.
 
     Tokens from `num_tokens` on are padding.
     """
@@ -55,8 +60,10 @@ def latent_heads(
     return q, jnp.concatenate([latent[:, None], rotate(kv[:, None, c.kv_rank :], *turn)], axis=-1)
 
 
-def expand_values(out: jax.Array, w: Mapping[str, Any], *, config: MLAConfig, num_tokens: jax.Array) -> jax.Array:
-    """The heads' values [T, H, v_dim] from what attention summed up, [T, H, kv_rank + rope_dim].
+def expand_values(
+    out: Float[Array, "T H D"], w: LayerWeights, *, config: MLAConfig, num_tokens: Int[Array, ""]
+) -> Float[Array, "T H v_dim"]:
+    """The heads' values from what attention summed up; D is kv_rank + rope_dim.
 
     Tokens from `num_tokens` on are padding.
     """
@@ -74,17 +81,23 @@ class Expansions:
     """[H, kv_rank, v_dim], for values on their way out."""
 
 
-def expansions(kv_b: Any, config: MLAConfig, num_heads: int) -> Expansions:
-    """The expansions in a checkpoint's `kv_b` [kv_rank, H * (nope_dim + v_dim)], array or `Expansions` already."""
+def expansions(kv_b: jax.Array | Expansions, config: MLAConfig, num_heads: int) -> Expansions:
+    """The expansions in a checkpoint's `kv_b` [kv_rank, H * (nope_dim + v_dim)], or those that were made of it before."""
     if isinstance(kv_b, Expansions):
         return kv_b
+    k_up, v_up = split_by_head(kv_b, config, num_heads)
+    return Expansions(k_up=k_up, v_up=v_up)
+
+
+def split_by_head(kv_b: AnyArray, config: MLAConfig, num_heads: int) -> tuple[AnyArray, AnyArray]:
+    """The `k_up` and `v_up` of `Expansions` in a checkpoint's `kv_b` [kv_rank, H * (nope_dim + v_dim)]."""
     both = kv_b.reshape(config.kv_rank, num_heads, config.nope_dim + config.v_dim)
     k_up, v_up = both[..., : config.nope_dim], both[..., config.nope_dim :]
-    return Expansions(k_up=k_up.transpose(1, 2, 0), v_up=v_up.transpose(1, 0, 2))
+    return k_up.transpose(1, 2, 0), v_up.transpose(1, 0, 2)
 
 
-def _by_head(x: jax.Array, w: GroupedWeight, num_tokens: jax.Array) -> jax.Array:
-    """f32[T, H, N]: `x` [T, H, M] times the matrix of each head [H, M, N]."""
+def _by_head(x: Float[Array, "T H M"], w: GroupedWeight, num_tokens: Int[Array, ""]) -> Float[Array, "T H N"]:
+    """In float32: `x` times the matrix of each head [H, M, N]."""
     if not isinstance(w, PackedGroups):
         return jnp.einsum("thm,hmn->thn", x, w, preferred_element_type=jnp.float32)
     tokens, heads, width = x.shape

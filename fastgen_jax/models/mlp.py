@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jax
 from jax.sharding import Mesh
 
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import ACTIVATIONS, project
 from fastgen_jax.models.moe import moe
+from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.matmul import swiglu
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 
 def mlp(
-    x: jax.Array,
-    w: dict[str, Any],
+    x: Float[Array, "T E"],
+    w: LayerWeights,
     *,
     config: ModelConfig,
-    num_tokens: jax.Array,
-    residual: jax.Array | None,
+    num_tokens: Int[Array, ""],
+    residual: Float[Array, "T E"] | None,
+    first_expert: Int[Array, ""] | int | None,
     mesh: Mesh | None = None,
-) -> jax.Array:
-    """The MLP or the experts of `x` [T, E] (+ residual), whichever the weights `w` of the layer are for.
+) -> Float[Array, "T E"]:
+    """The MLP of `x` [T, E] (+ residual), or its experts if the layer has a `first_expert`; see `moe`.
 
     Tokens from `num_tokens` on are padding. The weights are divided over `mesh`, if there is one; see `sharding`.
     """
-    if "router" in w:
-        assert config.moe is not None, "a layer with a router has experts"
-        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, mesh=mesh)
+    if first_expert is not None:
+        assert config.moe is not None, "a layer with a first expert has experts"
+        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, first_expert=first_expert, mesh=mesh)
     hidden = _hidden(x, w, num_tokens, config, 1 if mesh is None else mesh.size)
     return project(hidden, w, "down", residual=residual, num_rows=num_tokens)
 
 
-def _hidden(x: jax.Array, w: dict[str, Any], num_tokens: jax.Array, config: ModelConfig, num_devices: int) -> jax.Array:
-    """The hidden units [T, F], before the projection back to E."""
+def _hidden(
+    x: Float[Array, "T E"], w: LayerWeights, num_tokens: Int[Array, ""], config: ModelConfig, num_devices: int
+) -> Float[Array, "T F"]:
+    """The hidden units, before the projection back to E."""
     activation = ACTIVATIONS[config.activation]
     if not config.mlp_gated:
         return activation(project(x, w, "up", num_rows=num_tokens))

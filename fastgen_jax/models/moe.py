@@ -11,70 +11,68 @@ multiplied independently, and the results of a token are added up in the order i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fastgen_jax.models.moe_config import MoEConfig
-from fastgen_jax.models.params import moe_specs
+from fastgen_jax.models.params import expert_specs
 from fastgen_jax.models.sharding import divide_experts
+from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.matmul import linear, swiglu
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 _SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) is close to the normal distribution's, so x * sigmoid(1.702 x) to GELU
-_ANSWERING = (
-    "expert_gate_up",
-    "expert_down",
-    "expert_gate_up_bias",
-    "expert_down_bias",
-    "shared_gate_up",
-    "shared_down",
-    "shared_gate",
-)  # all weights of a layer's experts but the router's
 
 
 def moe(
-    x: jax.Array,
-    w: Mapping[str, Any],
+    x: Float[Array, "T E"],
+    w: LayerWeights,
     *,
     config: MoEConfig,
-    num_tokens: jax.Array,
-    residual: jax.Array | None,
+    num_tokens: Int[Array, ""],
+    residual: Float[Array, "T E"] | None,
+    first_expert: Int[Array, ""] | int = 0,
     mesh: Mesh | None = None,
-) -> jax.Array:
+) -> Float[Array, "T E"]:
     """The experts' answer to `x` [T, E] (+ residual), in its dtype; sums are in float32.
 
     Tokens from `num_tokens` on are padding: they cost no expert any work, and what they get is finite.
-    `w` holds the weights of the layer, or, with "first_expert" i32[], those of the experts of all layers, [L*X, ...].
+    `w` holds the weights of the layer, but the stacks of experts may be those of all layers, [L*X, ...]: this layer's begin
+    at `first_expert`.
     With `mesh` each device has its share of the hidden units of every expert, and one sum over devices follows.
     """
     weights, chosen = route(x, w, config=config, num_tokens=num_tokens)
     answer: Callable[..., jax.Array] = partial(_answer, config=config)
+    specs = expert_specs(x.shape[1], config)
     if mesh is not None:
-        answer = divide_experts(answer, mesh, moe_specs(x.shape[1], config))
-    first = jnp.asarray(w.get("first_expert", 0), jnp.int32)
-    y = answer({name: w[name] for name in _ANSWERING if name in w}, x, weights, chosen, num_tokens, first)
+        answer = divide_experts(answer, mesh, specs)
+    first = jnp.asarray(first_expert, jnp.int32)
+    y = answer({name: w[name] for name in specs}, x, weights, chosen, num_tokens, first)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
 
 
 def route(
-    x: jax.Array, w: Mapping[str, Any], *, config: MoEConfig, num_tokens: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The weights f32[T, k] and numbers i32[T, k] of the experts that each token of `x` [T, E] is sent to."""
+    x: Float[Array, "T E"], w: LayerWeights, *, config: MoEConfig, num_tokens: Int[Array, ""] | None = None
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+    """The weights, in float32, and numbers of the k experts that each token is sent to."""
     logits = linear(x.astype(jnp.float32), w["router"], num_rows=num_tokens)  # float32: neighbours in rank are close
     if config.router_bias:
-        logits = logits + w["router_bias"].astype(jnp.float32)
+        logits = logits + w["router_bias"].astype(jnp.float32)[None, :]
     k = config.experts_per_token
     if config.scores == "softmax_of_chosen":
         best, chosen = jax.lax.top_k(logits, k)
         weights = _softmax(best)
     else:
         scores = _softmax(logits) if config.scores == "softmax" else jax.nn.sigmoid(logits)
-        merits = scores + w["choice_bias"].astype(jnp.float32) if config.choice_bias else scores
+        merits = scores + w["choice_bias"].astype(jnp.float32)[None, :] if config.choice_bias else scores
         _, chosen = jax.lax.top_k(_of_best_groups(merits, config), k)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.normalize:
@@ -82,7 +80,7 @@ def route(
     return weights * config.scale, chosen
 
 
-def _softmax(x: jax.Array) -> jax.Array:
+def _softmax(x: Float[Array, "T n"]) -> Float[Array, "T n"]:
     """Softmax along the last axis of f32[T, n]; see `_sum`."""
     powers = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
     return powers / _sum(powers)[:, None]
@@ -98,7 +96,7 @@ def _sum(x: jax.Array, axis: int = -1) -> jax.Array:
     return jnp.squeeze(x, axis)
 
 
-def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
+def _of_best_groups(merits: Float[Array, "T X"], config: MoEConfig) -> Float[Array, "T X"]:
     """`merits` f32[T, X], minus infinity outside the groups of experts that each token may choose from."""
     if config.groups_per_token == config.num_groups:
         return merits
@@ -108,39 +106,45 @@ def _of_best_groups(merits: jax.Array, config: MoEConfig) -> jax.Array:
     else:
         of_group = _sum(jax.lax.top_k(grouped, 2)[0])
     _, best = jax.lax.top_k(of_group, config.groups_per_token)
-    allowed = jnp.any(best[:, :, None] == jnp.arange(config.num_groups), axis=1)  # [T, groups]
+    allowed = jnp.any(best[:, :, None] == jnp.arange(config.num_groups)[None, None, :], axis=1)  # [T, groups]
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(merits.shape)
 
 
 def _answer(
-    w: Mapping[str, Any],
-    x: jax.Array,
-    weights: jax.Array,
-    chosen: jax.Array,
-    num_tokens: jax.Array,
-    first: jax.Array,
+    w: LayerWeights,
+    x: Float[Array, "T E"],
+    weights: Float[Array, "T k"],
+    chosen: Int[Array, "T k"],
+    num_tokens: Int[Array, ""],
+    first: Int[Array, ""],
     *,
     config: MoEConfig,
-) -> jax.Array:
-    """f32[T, E]: the weighed sum of the experts that each token has chosen, and of the one that all have."""
+) -> Float[Array, "T E"]:
+    """In float32: the weighed sum of the experts that each token has chosen, and of the one that all have."""
     k = config.experts_per_token
     used = jnp.arange(x.shape[0]) < num_tokens
     expert = jnp.where(used[:, None], chosen, config.num_experts).reshape(-1)  # [T * k]
     order = jnp.argsort(expert, stable=True)
-    sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts), axis=0, dtype=jnp.int32)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts)[None, :], axis=0, dtype=jnp.int32)
     rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
     rows = _experts(rows, w, sizes, jnp.take(expert, order), first, config=config)
     # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
     # slow on accelerators and adds in no certain order.
     mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1)
     y = _sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
-    return y + _shared_expert(x, w, num_tokens) if config.shared_dim else y
+    return y + _shared_expert(x, w, num_tokens, config=config) if config.shared_dim else y
 
 
 def _experts(
-    rows: jax.Array, w: Mapping[str, Any], sizes: jax.Array, expert: jax.Array, first: jax.Array, *, config: MoEConfig
-) -> jax.Array:
-    """f32[T * k, E]: every row through its expert; rows are sorted by `expert` i32[T * k], `sizes` i32[X] count them."""
+    rows: Float[Array, "Tk E"],
+    w: LayerWeights,
+    sizes: Int[Array, " X"],
+    expert: Int[Array, " Tk"],
+    first: Int[Array, ""],
+    *,
+    config: MoEConfig,
+) -> Float[Array, "Tk E"]:
+    """In float32: every row through its expert; rows are sorted by `expert` i32[T * k], `sizes` i32[X] count them."""
     down = partial(grouped_matmul, w=w["expert_down"], group_sizes=sizes, first_group=first, out_dtype=jnp.float32)
     if config.swiglu_limit is None:
         return down(grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first))
@@ -154,17 +158,19 @@ def _experts(
     return y + jnp.take(w["expert_down_bias"], expert, axis=0, mode="clip").astype(jnp.float32)
 
 
-def clamped_swiglu(gate: jax.Array, up: jax.Array, *, limit: float) -> jax.Array:
-    """gate * sigmoid(1.702 gate) * (up + 1), both [..., F] clamped before. Source: gpt-oss."""
+def clamped_swiglu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], *, limit: float) -> Float[Array, "*rows F"]:
+    """gate * sigmoid(1.702 gate) * (up + 1), both clamped before. Source: gpt-oss."""
     dtype = gate.dtype
     gate, up = jnp.minimum(gate.astype(jnp.float32), limit), jnp.clip(up.astype(jnp.float32), -limit, limit)
     return (gate * jax.nn.sigmoid(_SWIGLU_ALPHA * gate) * (up + 1.0)).astype(dtype)
 
 
-def _shared_expert(x: jax.Array, w: Mapping[str, Any], num_tokens: jax.Array) -> jax.Array:
-    """f32[T, E]"""
+def _shared_expert(
+    x: Float[Array, "T E"], w: LayerWeights, num_tokens: Int[Array, ""], *, config: MoEConfig
+) -> Float[Array, "T E"]:
+    """In float32."""
     hidden = swiglu(x, w["shared_gate_up"], num_rows=num_tokens)
     y = linear(hidden, w["shared_down"], num_rows=num_tokens, out_dtype=jnp.float32)
-    if "shared_gate" not in w:
+    if not config.shared_gate:
         return y
     return y * jax.nn.sigmoid(linear(x, w["shared_gate"], num_rows=num_tokens, out_dtype=jnp.float32))

@@ -1,33 +1,24 @@
-"""Every weight, declared once: initialisation, the checkpoint's shape check and sharding derive from this file."""
+"""Which weights a model has, and parameters made from their declarations."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
+from fastgen_jax.models.weight_spec import DType, Kind, Params, WeightSpec, bias, experts, matrix, norm, table, vector
 
-Params = dict[str, Any]
-"""`{"embed": [V, E], "layers": ..., "final_norm": [E], "lm_head": [E, V], ...}`, as `param_specs` declares them.
+if TYPE_CHECKING:
+    from jaxtyping import Array, PRNGKeyArray
 
-`layers` is either one dict of arrays, each stacked over the layers that have it (the form that `lax.scan` walks), or a
-tuple of L dicts (the form whose layers are buffers of their own; see `models.decoder.run_layers`).
-"""
-
-EXPERT_MATRICES = ("expert_gate_up", "expert_down")
-"""Weights [X, in, out], one matrix an expert, which only the tokens of that expert meet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParamSpec:
-    """Shape, logical axes (named by the letters of DESIGN) and initialiser of one weight, per layer where it has one."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    init: Literal["normal", "ones", "zeros"] = "normal"
-    parts: tuple[int, ...] = ()  # widths of the projections that lie side by side in the last axis; (): a single one
+_ROUTES = "it decides how tokens meet experts: what int8 saves in so few numbers is not worth a wrong choice"
+_ABSORBED = (
+    "it is absorbed into queries and outputs by one product per head, so its rounding would enter every score of the "
+    "context, and it is less than 1 % of the parameters (0.4 % in DeepSeek V2)"
+)
 
 
 def param_specs(config: ModelConfig) -> dict[str, Any]:
@@ -37,140 +28,41 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
     all query heads, then all key heads, then all value heads; `gate_up` holds the gate, then the up projection.
     Where layers differ, "layers" holds what any of them has; `layer_specs` says what a certain one has.
     """
-    v, e = config.vocab_size, config.embed_dim
-    p = config.embed_proj_dim or e
-    specs: dict[str, Any] = {"embed": ParamSpec(shape=(v, p), axes=("V", "E"))}
-    if config.embed_proj_dim is not None:
-        specs["project_in"] = ParamSpec(shape=(p, e), axes=("P", "E"))
-        specs["project_out"] = ParamSpec(shape=(e, p), axes=("E", "P"))
-    if config.learned_positions:
-        rows = config.learned_positions
-        specs["position_embed"] = ParamSpec(shape=(rows, e), axes=("positions", "E"))
-    if config.embed_norm:
-        specs |= _norm_specs("embed_norm", config)
-    specs["layers"] = {name: spec for layer in range(config.num_layers) for name, spec in layer_specs(config, layer).items()}
-    if config.final_norm:
-        specs |= _norm_specs("final_norm", config)
-    if not config.tie_embeddings:
-        specs["lm_head"] = ParamSpec(shape=(p, v), axes=("E", "V"))
-    if config.head_bias:
-        specs["lm_head_bias"] = ParamSpec(shape=(v,), axes=("V",), init="zeros")
-    return specs
+    layers = [layer_specs(config, layer) for layer in range(config.num_layers)]
+    return model_specs(config) | {"layers": {name: spec for specs in layers for name, spec in specs.items()}}
 
 
-def layer_specs(config: ModelConfig, layer: int) -> dict[str, ParamSpec]:
+def all_specs(config: ModelConfig) -> dict[str, WeightSpec]:
+    """The specs of all weights by their paths, like "embed" and "layers.qkv"; `param_specs` without the tree."""
+    specs = param_specs(config)
+    layers = specs.pop("layers")
+    return {spec.path: spec for spec in (*specs.values(), *layers.values())}
+
+
+def model_specs(config: ModelConfig) -> dict[str, WeightSpec]:
+    """The specs of the weights outside of the layers."""
+    return {spec.name: spec for spec in _model_specs(config)}
+
+
+def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
     """The specs of the weights of layer number `layer`: the norms, then the attention, then the MLP."""
-    specs: dict[str, ParamSpec] = {}
-    before, after = config.norm_placement in ("input", "both"), config.norm_placement in ("output", "both")
-    at_residual = config.norm_placement == "residual"
-    if before or at_residual:
-        specs |= _norm_specs("attn_norm", config)
-        if not config.shared_norm:
-            specs |= _norm_specs("mlp_norm", config)
-    if after:
-        specs |= _norm_specs("post_attn_norm", config) | _norm_specs("post_mlp_norm", config)
-    specs |= _attention_specs(config)
+    specs = [*_layer_norm_specs(config), *_attention_specs(config)]
     if config.moe is not None and layer in config.moe.layers:
-        return specs | moe_specs(config.embed_dim, config.moe)
-    return specs | _mlp_specs(config)
-
-
-def _norm_specs(name: str, config: ModelConfig) -> dict[str, ParamSpec]:
-    e = config.embed_dim
-    specs = {name: ParamSpec(shape=(e,), axes=("E",), init="zeros" if config.norm_offset else "ones")}
-    if config.norm_bias:
-        specs[f"{name}_bias"] = ParamSpec(shape=(e,), axes=("E",), init="zeros")
-    return specs
-
-
-def _attention_specs(config: ModelConfig) -> dict[str, ParamSpec]:
-    e, h, k, d = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    if config.mla is not None:
-        return _latent_attention_specs(config, config.mla)
-    parts = (h * d, k * d, k * d)
-    specs = {
-        "qkv": ParamSpec(shape=(e, sum(parts)), axes=("E", "HD"), parts=parts),
-        "o": ParamSpec(shape=(h * d, e), axes=("HD", "E")),
-    }
-    if config.qkv_bias:
-        specs["qkv_bias"] = ParamSpec(shape=(sum(parts),), axes=("HD",), init="zeros", parts=parts)
-    if config.o_bias:
-        specs["o_bias"] = ParamSpec(shape=(e,), axes=("E",), init="zeros")
-    if config.attention_sinks:
-        specs["sinks"] = ParamSpec(shape=(h,), axes=("H",), init="zeros")
-    if config.qk_norm is not None:
-        ones = "zeros" if config.norm_offset else "ones"
-        for name, heads in {"q_norm": h, "k_norm": k}.items():
-            shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-                "head": ((d,), ("D",)),
-                "per_head": ((heads, d), ("H", "D")),
-                "row": ((heads * d,), ("HD",)),
-            }
-            shape, axes = shapes[config.qk_norm]
-            specs[name] = ParamSpec(shape=shape, axes=axes, init=ones)
-            if config.qk_norm_bias:
-                specs[f"{name}_bias"] = ParamSpec(shape=shape, axes=axes, init="zeros")
-    return specs
-
-
-def _latent_attention_specs(config: ModelConfig, mla: MLAConfig) -> dict[str, ParamSpec]:
-    e, h = config.embed_dim, config.num_heads
-    queries, latent = h * (mla.nope_dim + mla.rope_dim), mla.kv_rank + mla.rope_dim
-    specs = {
-        "kv_a": ParamSpec(shape=(e, latent), axes=("E", "latent")),
-        "kv_a_norm": ParamSpec(shape=(mla.kv_rank,), axes=("latent",), init="ones"),
-        "kv_b": ParamSpec(shape=(mla.kv_rank, h * (mla.nope_dim + mla.v_dim)), axes=("latent", "HD")),
-        "o": ParamSpec(shape=(h * mla.v_dim, e), axes=("HD", "E")),
-    }
-    if mla.q_rank is None:
-        specs["q"] = ParamSpec(shape=(e, queries), axes=("E", "HD"))
+        specs += [*_router_specs(config.embed_dim, config.moe), *_expert_specs(config.embed_dim, config.moe)]
     else:
-        specs["q_a"] = ParamSpec(shape=(e, mla.q_rank), axes=("E", "latent"))
-        specs["q_a_norm"] = ParamSpec(shape=(mla.q_rank,), axes=("latent",), init="ones")
-        specs["q_b"] = ParamSpec(shape=(mla.q_rank, queries), axes=("latent", "HD"))
-    if mla.kv_bias:
-        specs["kv_a_bias"] = ParamSpec(shape=(latent,), axes=("latent",), init="zeros")
-        if mla.q_rank is not None:
-            specs["q_a_bias"] = ParamSpec(shape=(mla.q_rank,), axes=("latent",), init="zeros")
-    if config.o_bias:
-        specs["o_bias"] = ParamSpec(shape=(e,), axes=("E",), init="zeros")
-    return specs
+        specs += _mlp_specs(config)
+    return {spec.name: dataclasses.replace(spec, per_layer=True) for spec in specs}
 
 
-def _mlp_specs(config: ModelConfig) -> dict[str, ParamSpec]:
-    e, f = config.embed_dim, config.mlp_dim
-    name, parts = ("gate_up", (f, f)) if config.mlp_gated else ("up", (f,))
-    specs = {
-        name: ParamSpec(shape=(e, sum(parts)), axes=("E", "F"), parts=parts),
-        "down": ParamSpec(shape=(f, e), axes=("F", "E")),
-    }
-    if config.mlp_bias:
-        specs[f"{name}_bias"] = ParamSpec(shape=(sum(parts),), axes=("F",), init="zeros", parts=parts)
-        specs["down_bias"] = ParamSpec(shape=(e,), axes=("E",), init="zeros")
-    return specs
+def expert_specs(embed_dim: int, moe: MoEConfig) -> dict[str, WeightSpec]:
+    """The specs of the weights of a layer's experts, routed and shared, without the router."""
+    return {spec.name: dataclasses.replace(spec, per_layer=True) for spec in _expert_specs(embed_dim, moe)}
 
 
-def moe_specs(e: int, moe: MoEConfig) -> dict[str, ParamSpec]:
-    """The specs of a layer's router and experts, for `e` numbers a token."""
-    x, f, s = moe.num_experts, moe.expert_dim, moe.shared_dim
-    specs = {
-        "router": ParamSpec(shape=(e, x), axes=("E", "X")),
-        "expert_gate_up": ParamSpec(shape=(x, e, 2 * f), axes=("X", "E", "F"), parts=(f, f)),
-        "expert_down": ParamSpec(shape=(x, f, e), axes=("X", "F", "E")),
-    }
-    if moe.router_bias:
-        specs["router_bias"] = ParamSpec(shape=(x,), axes=("X",), init="zeros")
-    if moe.choice_bias:
-        specs["choice_bias"] = ParamSpec(shape=(x,), axes=("X",), init="zeros")
-    if moe.expert_bias:
-        specs["expert_gate_up_bias"] = ParamSpec(shape=(x, 2 * f), axes=("X", "F"), init="zeros", parts=(f, f))
-        specs["expert_down_bias"] = ParamSpec(shape=(x, e), axes=("X", "E"), init="zeros")
-    if s:
-        specs["shared_gate_up"] = ParamSpec(shape=(e, 2 * s), axes=("E", "F"), parts=(s, s))
-        specs["shared_down"] = ParamSpec(shape=(s, e), axes=("F", "E"))
-    if moe.shared_gate:
-        specs["shared_gate"] = ParamSpec(shape=(e, 1), axes=("E", "one"))
-    return specs
+def head_spec(config: ModelConfig) -> WeightSpec:
+    """The spec of the vocabulary head, also of one that is tied to the embedding and made from it."""
+    width = config.embed_proj_dim or config.embed_dim
+    return matrix("lm_head", (width, config.vocab_size), ("E", "V"))
 
 
 def layers_with(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -182,63 +74,168 @@ def layers_with(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(layers) for name, layers in having.items()}
 
 
-def count_params(config: ModelConfig) -> int:
-    """Number of parameters; a tied embedding counts once."""
-    specs = param_specs(config)
-    layers = sum(math.prod(spec.shape) for i in range(config.num_layers) for spec in layer_specs(config, i).values())
-    return layers + sum(math.prod(spec.shape) for name, spec in specs.items() if name != "layers")
-
-
-def count_products(config: ModelConfig, *, sampled: bool) -> int:
-    """Multiplications of one token with the matrices it meets, those of the vocabulary head if it is `sampled`."""
-    p = config.embed_proj_dim or config.embed_dim
-    total = p * config.vocab_size if sampled else 0
+def _model_specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    v, e = config.vocab_size, config.embed_dim
+    p = config.embed_proj_dim or e
+    yield table("embed", (v, p), ("V", "E"))
     if config.embed_proj_dim is not None:
-        total += config.embed_dim * p * (1 + sampled)
-    for layer in range(config.num_layers):
-        for name, spec in layer_specs(config, layer).items():
-            if name in EXPERT_MATRICES and config.moe is not None:
-                total += math.prod(spec.shape) * config.moe.experts_per_token // config.moe.num_experts
-            elif len(spec.shape) == 2 and "norm" not in name and "bias" not in name:
-                total += math.prod(spec.shape)
-    return total
+        yield matrix("project_in", (p, e), ("P", "E"))
+        yield matrix("project_out", (e, p), ("E", "P"))
+    if config.learned_positions:
+        yield table("position_embed", (config.learned_positions, e), ("positions", "E"))
+    if config.embed_norm:
+        yield from _norm_specs("embed_norm", config)
+    if config.final_norm:
+        yield from _norm_specs("final_norm", config)
+    head = head_spec(config)
+    if not config.tie_embeddings:
+        yield head
+    if config.head_bias:
+        yield bias(head)
 
 
-def init_params(config: ModelConfig, key: Any, *, dtype: Any = None, stack_layers: bool = True) -> Params:
+def _layer_norm_specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    before, after = config.norm_placement in ("input", "both"), config.norm_placement in ("output", "both")
+    if before or config.norm_placement == "residual":
+        yield from _norm_specs("attn_norm", config)
+        if not config.shared_norm:
+            yield from _norm_specs("mlp_norm", config)
+    if after:
+        yield from _norm_specs("post_attn_norm", config)
+        yield from _norm_specs("post_mlp_norm", config)
+
+
+def _norm_specs(name: str, config: ModelConfig) -> Iterator[WeightSpec]:
+    scale = norm(name, (config.embed_dim,), ("E",), initial=_neutral_scale(config))
+    yield scale
+    if config.norm_bias:
+        yield bias(scale)
+
+
+def _neutral_scale(config: ModelConfig) -> float:
+    return 0.0 if config.norm_offset else 1.0
+
+
+def _attention_specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    if config.mla is not None:
+        yield from _latent_attention_specs(config, config.mla)
+        return
+    e, h, k, d = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    parts = (h * d, k * d, k * d)
+    qkv = matrix("qkv", (e, sum(parts)), ("E", "HD"), parts=parts)
+    o = matrix("o", (h * d, e), ("HD", "E"))
+    yield from (qkv, o)
+    if config.qkv_bias:
+        yield bias(qkv)
+    if config.o_bias:
+        yield bias(o)
+    if config.attention_sinks:
+        yield vector("sinks", h, "H")
+    if config.qk_norm is not None:
+        for name, heads in {"q_norm": h, "k_norm": k}.items():
+            shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+                "head": ((d,), ("D",)),
+                "per_head": ((heads, d), ("H", "D")),
+                "row": ((heads * d,), ("HD",)),
+            }
+            shape, axes = shapes[config.qk_norm]
+            scale = norm(name, shape, axes, initial=_neutral_scale(config))
+            yield scale
+            if config.qk_norm_bias:
+                yield bias(scale)
+
+
+def _latent_attention_specs(config: ModelConfig, mla: MLAConfig) -> Iterator[WeightSpec]:
+    e, h = config.embed_dim, config.num_heads
+    queries, latent = h * (mla.nope_dim + mla.rope_dim), mla.kv_rank + mla.rope_dim
+    kv_a, o = matrix("kv_a", (e, latent), ("E", "latent")), matrix("o", (h * mla.v_dim, e), ("HD", "E"))
+    yield kv_a
+    yield norm("kv_a_norm", (mla.kv_rank,), ("latent",))
+    yield WeightSpec(
+        name="kv_b",
+        kind=Kind.HEADS,
+        shape=(mla.kv_rank, h * (mla.nope_dim + mla.v_dim)),
+        axes=("latent", "HD"),
+        never_quantized=_ABSORBED,
+    )
+    yield o
+    if mla.kv_bias:
+        yield bias(kv_a)
+    if mla.q_rank is None:
+        yield matrix("q", (e, queries), ("E", "HD"))
+    else:
+        q_a = matrix("q_a", (e, mla.q_rank), ("E", "latent"))
+        yield q_a
+        yield norm("q_a_norm", (mla.q_rank,), ("latent",))
+        yield matrix("q_b", (mla.q_rank, queries), ("latent", "HD"))
+        if mla.kv_bias:
+            yield bias(q_a)
+    if config.o_bias:
+        yield bias(o)
+
+
+def _mlp_specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    e, f = config.embed_dim, config.mlp_dim
+    if config.mlp_gated:
+        up = matrix("gate_up", (e, 2 * f), ("E", "F"), parts=(f, f), gated=config.fused_swiglu)
+    else:
+        up = matrix("up", (e, f), ("E", "F"))
+    down = matrix("down", (f, e), ("F", "E"))
+    yield from (up, down)
+    if config.mlp_bias:
+        yield from (bias(up), bias(down))
+
+
+def _router_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
+    router = matrix("router", (e, moe.num_experts), ("E", "X"), never_quantized=_ROUTES, dtype="activations")
+    yield router
+    if moe.router_bias:
+        yield bias(router)
+    if moe.choice_bias:  # its steps are finer than those of bfloat16
+        yield vector("choice_bias", moe.num_experts, "X", dtype="float32")
+
+
+def _expert_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
+    x, f, s = moe.num_experts, moe.expert_dim, moe.shared_dim
+    plain_swiglu = moe.swiglu_limit is None
+    gate_up = experts("expert_gate_up", (x, e, 2 * f), ("X", "E", "F"), parts=(f, f), gated=plain_swiglu)
+    down = experts("expert_down", (x, f, e), ("X", "F", "E"))
+    yield from (gate_up, down)
+    if moe.expert_bias:
+        yield from (bias(gate_up), bias(down))
+    if s:
+        yield matrix("shared_gate_up", (e, 2 * s), ("E", "F"), parts=(s, s), gated=True)
+        yield matrix("shared_down", (s, e), ("F", "E"))
+    if moe.shared_gate:
+        yield matrix("shared_gate", (e, 1), ("E", "one"), never_quantized=_ROUTES, dtype="activations")
+
+
+def init_params(config: ModelConfig, key: PRNGKeyArray, *, dtype: DType = "float32", stack_layers: bool = True) -> Params:
     """Random parameters: normal with standard deviation 1/sqrt(fan in), ones for norms, zeros for biases.
 
-    `dtype` defaults to float32. The values do not depend on `stack_layers`.
+    The values do not depend on `stack_layers`.
     """
     import jax
     import jax.numpy as jnp
 
-    dtype = dtype or jnp.float32
-
-    def make(spec: ParamSpec, key: Any) -> Any:
-        if spec.init != "normal":
-            return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
-        # An embedding row is read whole, so its entries are scaled by its width; a matrix by its number of inputs.
-        fan_in = spec.shape[-1] if spec.axes[0] in ("V", "positions") else spec.shape[-2]
+    def make(spec: WeightSpec, key: PRNGKeyArray) -> Array:
+        if spec.initial is not None:
+            return jnp.full(spec.shape, spec.initial, dtype)
+        # A row of a table is read whole, so its entries are scaled by its width; a matrix by its number of inputs.
+        fan_in = spec.shape[-1] if spec.kind is Kind.TABLE else spec.shape[-2]
         return (jax.random.normal(key, spec.shape, jnp.float32) / math.sqrt(fan_in)).astype(dtype)
 
-    specs = param_specs(config)
-    del specs["layers"]
+    def make_all(specs: Mapping[str, WeightSpec], key: PRNGKeyArray) -> dict[str, Array]:
+        return {name: make(spec, jax.random.fold_in(key, j)) for j, (name, spec) in enumerate(sorted(specs.items()))}
+
     keys = jax.random.split(key, config.num_layers + 1)
-    layers = tuple(
-        {
-            name: make(spec, jax.random.fold_in(keys[i], j))
-            for j, (name, spec) in enumerate(sorted(layer_specs(config, i).items()))
-        }
-        for i in range(config.num_layers)
-    )
-    params: Params = {
-        name: make(spec, jax.random.fold_in(keys[-1], j)) for j, (name, spec) in enumerate(sorted(specs.items()))
-    }
+    layers = tuple(make_all(layer_specs(config, i), keys[i]) for i in range(config.num_layers))
+    params: Params = make_all(model_specs(config), keys[-1])
     params["layers"] = stack(layers) if stack_layers else layers
     return params
 
 
-def stack(layers: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+def stack(layers: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
     """One dict from L dicts: every weight, array or pytree of arrays, stacked over the layers that have it."""
     import jax
     import jax.numpy as jnp
@@ -250,7 +247,7 @@ def stack(layers: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     }
 
 
-def unstack(layers: dict[str, Any], config: ModelConfig) -> tuple[dict[str, Any], ...]:
+def unstack(layers: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], ...]:
     """The inverse of `stack`."""
     import jax
 

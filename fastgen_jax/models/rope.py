@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax.models.config import RopeConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -31,11 +34,11 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rotation(
-    positions: jax.Array, rope_lengths: jax.Array, *, rope: RopeConfig, head_dim: int
-) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines f32[T, R/2] of the angles at `positions` i32[T], for the R numbers of a head that turn.
+    positions: Int[Array, " T"], rope_lengths: Int[Array, " T"], *, rope: RopeConfig, head_dim: int
+) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
+    """Cosines and sines in float32 of the angles at `positions`, for each of the pairs of a head that turn.
 
-    `rope_lengths` i32[T] matters to the scalings that depend on the length alone: it is the length of the sequence as
+    `rope_lengths` matters to the scalings that depend on the length alone: it is the length of the sequence as
     the request stated it, so the angles do not depend on how a prompt is split.
     """
     # float32 until after sin and cos: bfloat16 has 8 significant bits, so from position 257 on angles would collide.
@@ -69,7 +72,7 @@ def attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
-def _stretched_theta(lengths: jax.Array, rope: RopeConfig, dim: int) -> jax.Array:
+def _stretched_theta(lengths: Int[Array, " T"], rope: RopeConfig, dim: int) -> Float[Array, "T half"]:
     """NTK-aware scaling: theta grows with the length, smoothly (`dynamic`) or when it doubles (`stepped_ntk`, Qwen)."""
     original = rope.original_max_position
     assert original is not None  # RopeConfig has checked it
@@ -78,19 +81,19 @@ def _stretched_theta(lengths: jax.Array, rope: RopeConfig, dim: int) -> jax.Arra
         growth = rope.factor * length / original - (rope.factor - 1.0)
     else:  # 1 up to the original length, 3 up to twice of it, 7 up to four times, ...
         limits = np.array([limit for k in range(31) if (limit := original << k) <= np.iinfo(np.int32).max], np.int32)
-        doublings = jnp.sum(lengths[:, None] > limits, axis=1)
+        doublings = jnp.sum(lengths[:, None] > limits[None, :], axis=1)
         growth = 2.0 ** (doublings + 1).astype(jnp.float32) - 1.0
     theta = rope.theta * growth ** (dim / (dim - 2))  # [T]
     exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     return theta[:, None] ** -exponent[None, :]
 
 
-def _longrope(lengths: jax.Array, rope: RopeConfig, head_dim: int) -> jax.Array:
+def _longrope(lengths: Int[Array, " T"], rope: RopeConfig, head_dim: int) -> Float[Array, "T half"]:
     """One divisor a frequency, from one of two tables (arXiv:2402.13753)."""
     assert rope.original_max_position is not None
     base = inverse_frequencies(rope, head_dim)
     short, long = (jnp.asarray(base / np.asarray(factor), jnp.float32) for factor in (rope.short_factor, rope.long_factor))
-    return jnp.where((lengths > rope.original_max_position)[:, None], long, short)
+    return jnp.where((lengths > rope.original_max_position)[:, None], long[None, :], short[None, :])
 
 
 def _llama3(base: np.ndarray, rope: RopeConfig) -> np.ndarray:

@@ -8,6 +8,7 @@ expert.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fastgen_jax.core import KVCache
 from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import ParamSpec, param_specs
+from fastgen_jax.models.params import param_specs
+from fastgen_jax.models.weight_spec import Kind, Params, WeightSpec
 from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.quantized import Cache
 
 TENSOR = "tensor"
 """Name of the mesh axis."""
 
-DIVIDED_AXES = frozenset({"HD", "F", "V"})  # logical axes of `ParamSpec`; all others are whole on every device
+DIVIDED_AXES = frozenset({"HD", "F", "V"})  # logical axes of `WeightSpec`; all others are whole on every device
 
 
 def check_divisible(config: ModelConfig, num_devices: int) -> None:
@@ -49,41 +53,32 @@ def tensor_mesh(devices: Sequence[Any]) -> Mesh:
     return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
-def partition_params(config: ModelConfig, params: Any) -> Any:
-    """A PartitionSpec for each leaf of `params`, arrays or shapes, from the logical axes that the model declares."""
-    return _partition(param_specs(config), params)
+def partition_params(config: ModelConfig, params: Params) -> Any:
+    """A PartitionSpec for each leaf of stacked `params`, arrays or shapes, from the logical axes that the model declares."""
+    return jax.tree.map(partition_leaf, param_specs(config), params)
 
 
-def _partition(specs: Mapping[str, Any], weights: Any) -> Any:
-    def partition(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        spec: Any = specs
-        for name in names:
-            spec = spec[name]
-        is_scale = getattr(path[-1], "name", None) == "scales"
-        return partition_leaf(spec, leaf.ndim, is_scale=is_scale)
-
-    return jax.tree_util.tree_map_with_path(partition, weights)
-
-
-def partition_leaf(spec: ParamSpec, ndim: int, *, is_scale: bool = False) -> PartitionSpec:
-    """The PartitionSpec of a weight with so many axes, or of the scales of an int8 one, one for each of its columns."""
+def partition_leaf(spec: WeightSpec, leaf: Any) -> Any:
+    """The PartitionSpec of a weight, array or shape, of one layer or stacked; an `Int8Weight` gets one for each part."""
     axes = tuple(TENSOR if axis in DIVIDED_AXES else None for axis in spec.axes)
-    if is_scale:
-        axes = (*axes[:-2], axes[-1])
-    return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)  # a stack of layers has one more axis in front
 
-
-def divide_leaf(spec: ParamSpec, leaf: Any, mesh: Mesh) -> Any:
-    """A weight as a checkpoint has it, plain or `Int8Weight`, with its columns dealt out (see `columns`) to `mesh`."""
-
-    def placed(array: Any, *, is_scale: bool = False) -> jax.Array:
-        array = deal_columns(array, spec.parts, mesh.size) if len(spec.parts) > 1 else np.asarray(array)
-        return jax.device_put(array, NamedSharding(mesh, partition_leaf(spec, array.ndim, is_scale=is_scale)))
+    def partition(axes: tuple[str | None, ...], ndim: int) -> PartitionSpec:
+        return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)  # a stack of layers has one more axis in front
 
     if isinstance(leaf, Int8Weight):
-        return Int8Weight(values=placed(leaf.values), scales=placed(leaf.scales, is_scale=True))
-    return placed(leaf)
+        of_columns = partition((*axes[:-2], axes[-1]), leaf.scales.ndim)
+        return jax.tree.unflatten(jax.tree.structure(leaf), [partition(axes, leaf.values.ndim), of_columns])
+    return partition(axes, leaf.ndim)
+
+
+def divide_leaf(spec: WeightSpec, leaf: Any, mesh: Mesh) -> Any:
+    """A weight as a checkpoint has it, plain or `Int8Weight`, with its columns dealt out (see `columns`) to `mesh`."""
+
+    def placed(array: Any, partition: PartitionSpec) -> jax.Array:
+        array = deal_columns(array, spec.parts, mesh.size) if len(spec.parts) > 1 else np.asarray(array)
+        return jax.device_put(array, NamedSharding(mesh, partition))
+
+    return jax.tree.map(placed, leaf, partition_leaf(spec, leaf))
 
 
 def partition_kv_cache(cache: KVCache) -> KVCache:
@@ -96,57 +91,52 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
-def divide_heads(attend: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`attend`, which has the arguments and results of `ragged_attention`, over the heads of each device of `mesh`."""
+def divide_heads(attend: Attention, mesh: Mesh) -> Attention:
+    """`attend` over the heads of each device of `mesh`."""
 
     def divided(
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        k_cache: jax.Array,
-        v_cache: jax.Array,
-        *,
-        layer: int | jax.Array,
-        num_blocks: int,
-        scale: float,
-        soft_cap: float | None = None,
-        alibi_slopes: jax.Array | None = None,
-        sinks: jax.Array | None = None,
-        sliding_window: int | jax.Array | None = None,
-        **index: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        whole = index | {"layer": jnp.asarray(layer, jnp.int32)}
-        if sliding_window is not None:
-            whole["sliding_window"] = jnp.asarray(sliding_window, jnp.int32)
-        of_heads = {"alibi_slopes": alibi_slopes, "sinks": sinks}
-        of_heads = {name: array for name, array in of_heads.items() if array is not None}
-
-        def local(heads: Any, whole: Any, of_heads: Any) -> Any:
-            return attend(*heads, **whole, **of_heads, num_blocks=num_blocks, scale=scale, soft_cap=soft_cap)
-
-        heads = PartitionSpec(None, TENSOR)
+        k_cache: Cache,
+        v_cache: Cache,
+        index: RaggedIndex,
+        layer: CacheLayer,
+        scoring: Scoring,
+    ) -> tuple[jax.Array, Cache, Cache]:
+        layer = dataclasses.replace(layer, number=jnp.asarray(layer.number, jnp.int32))
+        scoring = jax.tree.map(jnp.asarray, scoring)
+        heads, whole = PartitionSpec(None, TENSOR), PartitionSpec()
+        scoring_specs = jax.tree.map(lambda x: PartitionSpec(TENSOR) if x.ndim else whole, scoring)  # [H] or a scalar
         return jax.shard_map(
-            local, mesh=mesh, in_specs=(heads, PartitionSpec(), PartitionSpec(TENSOR)), out_specs=heads, check_vma=False
-        )((q, k, v, k_cache, v_cache), whole, of_heads)
+            attend,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, heads, heads, whole, whole, scoring_specs),
+            out_specs=heads,
+            check_vma=False,
+        )(q, k, v, k_cache, v_cache, index, layer, scoring)
 
     return divided
 
 
-def divide_experts(answer: Callable[..., jax.Array], mesh: Mesh, specs: Mapping[str, ParamSpec]) -> Callable[..., jax.Array]:
+def divide_experts(
+    answer: Callable[..., jax.Array], mesh: Mesh, specs: Mapping[str, WeightSpec]
+) -> Callable[..., jax.Array]:
     """`answer(weights, *others)` with the hidden units of each device of `mesh`, summed over all devices.
 
     `specs` describe the weights, a dict; the others and the sum are whole on every device.
     """
+    # A bias behind a divided sum is whole on every device, and must be added once.
+    added_once = [name for name, spec in specs.items() if spec.kind is Kind.BIAS and DIVIDED_AXES.isdisjoint(spec.axes)]
 
-    def divided(weights: dict[str, Any], *others: jax.Array) -> jax.Array:
+    def divided(weights: Mapping[str, Any], *others: jax.Array) -> jax.Array:
         def local(weights: dict[str, Any], others: tuple[jax.Array, ...]) -> jax.Array:
-            bias = weights.get("expert_down_bias")
-            if bias is not None:  # it is whole on every device, and is to be added once
-                weights = weights | {"expert_down_bias": jnp.where(jax.lax.axis_index(TENSOR) == 0, bias, 0)}
+            is_first = jax.lax.axis_index(TENSOR) == 0
+            weights = weights | {name: jnp.where(is_first, weights[name], 0) for name in added_once}
             return jax.lax.psum(answer(weights, *others), TENSOR)
 
-        in_specs = (_partition(specs, weights), PartitionSpec())
+        in_specs = ({name: partition_leaf(specs[name], leaf) for name, leaf in weights.items()}, PartitionSpec())
         run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)
-        return run(weights, others)
+        return run(dict(weights), others)
 
     return divided

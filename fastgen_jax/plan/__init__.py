@@ -1,1 +1,1 @@
-"""What a model would need on a machine that is not here: arithmetic, and the real compiler without the device."""
+"""What a model would need on a machine that is not here: estimates, and the device's compiler without the device."""

@@ -1,4 +1,4 @@
-"""The engine's step program, compiled for devices that are not there."""
+"""The engine's step program, compiled for devices that are not present."""
 
 from __future__ import annotations
 
@@ -21,59 +21,60 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.runner import memory_shardings, step_program
-from fastgen_jax.engine.sampler_state import init_state
-from fastgen_jax.engine.weights import is_quantized
+from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import init_params
+from fastgen_jax.models.params import init_params, param_specs
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
+from fastgen_jax.models.weight_spec import DType, WeightSpec
 from fastgen_jax.plan.devices import NoCompiler, Topology
 from pallas_kernels.matmul import Int8Weight
 
-# An asynchronous one is counted where it starts.
+# An asynchronous collective is counted where it starts.
 _COLLECTIVE = re.compile(
     r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
     r"(?:-start)?\("
 )
 _COPY = re.compile(r" = (?:bf|[sufi])(\d+)(?:e\w+)?\[([\d,]+)\]\S* copy\(")
 _CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
-# A v4 chip's two cores are one device where JAX runs on it; the compiler alone would take them for two.
+# JAX on a v4 chip treats its two cores as one device; without this the compiler assumes two.
 _CHIP_CONFIGS = {"v4": "megacore"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What the compiler says about a step; bytes are those of one device."""
+    """What the compiler says about a step; bytes are per device."""
 
     seconds: float  # to lower and compile
     arguments: int
-    aliased: int  # arguments whose memory the results take over
+    aliased: int  # of the arguments: memory that the results reuse
     temporaries: int
-    cache: int  # of the KV cache, all of which must be aliased
-    collectives: int  # that run in each layer
-    copied: int  # the largest array that is copied in each layer; weights must not be
-    compiled: Any
+    cache: int  # of the KV cache; all of it must be aliased
+    collectives: int  # number per layer
+    copied: int  # size of the largest array that each layer copies; weights must not be copied
+    compiled: jax.stages.Compiled
 
 
-class DoesNotCompile(Exception):  # noqa: N818 (an answer, not a fault)
-    """The compiler's reason why a program cannot be had."""
+class DoesNotCompile(Exception):  # noqa: N818 (a result, not a defect)
+    """The compiler rejects a program; the message is its reason."""
 
 
 def deviceless_mesh(topology: Topology, num_devices: int | None = None, *, compute_capability: str | None = None) -> Mesh:
-    """A mesh of devices that only a compiler knows; GPUs with another compute capability where one is given.
+    """A mesh of devices that exist only for a compiler; `compute_capability` replaces that of the GPUs.
 
     Raises NoCompiler if that compiler is not installed, ValueError if it does not know the topology.
     """
-    # Two processes may both compile; without these libtpu holds a lock, and asks the network what machine it is on.
+    # Lets two processes compile at the same time: without these libtpu holds a lock, and queries the network for the
+    # type of the machine.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # The CUDA plugin is asked to compile, not to run: cuDNN and cuBLAS need not be there.
+    # The CUDA plugin only compiles: cuDNN and cuBLAS need not be installed.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     devices = _tpus(topology) if topology.device.platform == "tpu" else _gpus(topology, compute_capability)
     assert len(devices) == topology.num_devices, f"{topology.name} is {len(devices)} devices to the compiler"
     mesh = tensor_mesh(devices[:num_devices])
     if topology.device.platform == "cuda":
         seen = mesh.abstract_mesh.abstract_device
-        # What a mesh says of its devices is computed once; here it is what Pallas asks about as well.
+        # A mesh caches the description of its devices; this replaces it with one that has what Pallas needs.
         mesh.__dict__["abstract_mesh"] = mesh.abstract_mesh.update(
             abstract_device=_AbstractGpu(
                 device_kind=seen.device_kind,
@@ -87,28 +88,30 @@ def deviceless_mesh(topology: Topology, num_devices: int | None = None, *, compu
 
 @dataclasses.dataclass(frozen=True)
 class _AbstractGpu(jax.sharding.AbstractDevice):
-    """JAX's own does not say the compute capability, and without it Pallas compiles for 9.0."""
+    """An abstract device with a compute capability; JAX's has none, and Pallas would compile for 9.0."""
 
     compute_capability: str = ""
 
 
-def _tpus(topology: Topology) -> list[Any]:
+def _tpus(topology: Topology) -> list[Any]:  # of jax.Device, which type checkers do not accept as a type
     kind = topology.device.kind
     name = f"{kind}:{'x'.join(map(str, topology.shape))}"
     options: dict[str, Any] = {"chip_config_name": _CHIP_CONFIGS[kind]} if kind in _CHIP_CONFIGS else {}
-    if math.prod(topology.shape) < 4:  # chips of a whole host
+    if math.prod(topology.shape) < 4:  # less than a whole host
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except Exception as error:  # libtpu raises errors of several kinds
+    except Exception as error:  # libtpu raises errors of several types
         if any(words in str(error) for words in ("libtpu", "Unknown backend", "not found", "not installed")):
             raise NoCompiler(
-                f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]', or leave it out: --no-compile"
+                f"no TPU compiler here ({error}); pip install 'fastgen_jax[tpu]', or skip it with --no-compile"
             ) from error
         raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
 
 
-def _gpus(topology: Topology, compute_capability: str | None) -> list[Any]:
+def _gpus(
+    topology: Topology, compute_capability: str | None
+) -> list[Any]:  # of jax.Device, which type checkers do not accept as a type
     target = (Path(__file__).parent / "targets" / f"{topology.device.kind}.txtpb").read_text()
     if compute_capability is not None:
         major, minor = compute_capability.split(".")
@@ -117,16 +120,16 @@ def _gpus(topology: Topology, compute_capability: str | None) -> list[Any]:
         return topologies.get_topology_desc(
             platform="cuda", topology_name="", topology=f"1x1x{topology.num_devices}", target_config=target
         ).devices
-    except Exception as error:  # of several kinds, none of them public
+    except Exception as error:  # of several types, none of them public
         reason = str(error).splitlines()[0]
         raise NoCompiler(
-            f"no CUDA compiler here ({reason}); pip install 'fastgen_jax[cuda]', or leave it out: --no-compile"
+            f"no CUDA compiler here ({reason}); pip install 'fastgen_jax[cuda]', or skip it with --no-compile"
         ) from error
 
 
 @contextlib.contextmanager
 def lowering_for(mesh: Mesh) -> Iterator[None]:
-    """Kernels are chosen, and choose their tiles, for the devices of `mesh` instead of those of this process."""
+    """Selects kernels and tile sizes for the devices of `mesh` instead of those of this process."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 
@@ -140,14 +143,14 @@ def compile_step(
     max_context_len: int,
     block_size: int,
     num_blocks: int,
-    dtype: Any = jnp.bfloat16,
-    kv_dtype: Any = None,
+    dtype: DType = jnp.bfloat16,
+    kv_dtype: DType | None = None,
     quantize: str | None = None,
     attention: str | None = None,
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
 
-    Raises DoesNotCompile with the compiler's words, ValueError where the model cannot be divided.
+    Raises DoesNotCompile with the compiler's message, ValueError if the model cannot be divided.
     """
     check_divisible(model, mesh.size)
     max_blocks = -(-max_context_len // block_size)
@@ -159,7 +162,7 @@ def compile_step(
         vocab_size=model.vocab_size,
     )
     params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
-    params = jax.tree_util.tree_map_with_path(functools.partial(_as_kept, quantize=quantize), params)
+    params = jax.tree.map(functools.partial(_as_stored, quantize=quantize), param_specs(model), params)
     cache = jax.eval_shape(
         lambda: KVCache.zeros(
             num_layers=model.num_layers,
@@ -190,6 +193,8 @@ def compile_step(
         lowered = step.lower(*arguments)
         compiled = compile_lowered(lowered)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None, "the compiler has no memory analysis"
+    assert hlo is not None, "the compiler does not show its program"
     return Program(
         seconds=time.perf_counter() - start,
         arguments=memory.argument_size_in_bytes,
@@ -202,27 +207,26 @@ def compile_step(
     )
 
 
-def _as_kept(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> Any:
-    """The shapes of a weight as the engine keeps it."""
-    if not is_quantized(path[-1].key, quantize):
+def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> jax.ShapeDtypeStruct | Int8Weight:
+    """The shapes of a weight in the form that the engine stores."""
+    if quantize is None or not spec.quantizable:
         return weight
     shape = weight.shape
-    return Int8Weight(
-        values=jax.ShapeDtypeStruct(shape, jnp.int8),  # pyright: ignore[reportArgumentType] (shapes, to be compiled for)
-        scales=jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32),  # pyright: ignore[reportArgumentType]
+    return jax.eval_shape(
+        lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros((*shape[:-2], shape[-1]), jnp.float32))
     )
 
 
 def count_in_loops(hlo: str) -> int:
-    """How many collectives the loop of an optimised program runs that has most of them: the one over layers.
+    """How many collectives the loop over layers of an optimized program runs: of all loops, the one with the most.
 
-    Some backends call them by way of computations of their own, TPU7x on its SparseCores.
+    Some backends put collectives into separate computations that the loop calls; TPU7x does, for its SparseCores.
     """
     counts: dict[str, int] = {}
     calls: dict[str, list[str]] = {}
     for name, line in _lines(hlo):
         counts[name] = counts.get(name, 0) + bool(_COLLECTIVE.search(line))
-        if "-done(" not in line:  # of what has been counted where it starts
+        if "-done(" not in line:  # counted where it started
             calls.setdefault(name, []).extend(_CALLED.findall(line))
 
     @functools.cache
@@ -233,9 +237,9 @@ def count_in_loops(hlo: str) -> int:
 
 
 def copied_in_loops(hlo: str) -> int:
-    """Bytes of the largest array that a loop of an optimised program copies.
+    """Bytes of the largest array that a loop of an optimized program copies.
 
-    That is how a weight shows which is stored in another order than the one that is computed with.
+    A large copy means that a weight is stored in another layout than the one that the computation uses.
     """
     bodies = _bodies(hlo)
     largest = 0
@@ -247,7 +251,7 @@ def copied_in_loops(hlo: str) -> int:
 
 
 def _lines(hlo: str) -> Iterator[tuple[str, str]]:
-    """Each line of a program, with the name of the computation that it stands in."""
+    """Each line of a program, with the name of the computation that contains it."""
     name = ""
     for line in hlo.splitlines():
         header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
@@ -260,7 +264,7 @@ def _bodies(hlo: str) -> set[str]:
     return set(re.findall(r"\bbody=%?([\w.\-]+)", hlo))
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> Any:
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """The compiled program; DoesNotCompile with the first lines of the compiler's reason."""
     try:
         return lowered.compile()

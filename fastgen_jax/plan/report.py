@@ -1,4 +1,4 @@
-"""The plan: what fits, how fast it could be, and what the compiler says."""
+"""The plan: what fits, how fast it could be, and what the compiler reports."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.plan import estimate
 from fastgen_jax.plan.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
-from fastgen_jax.plan.estimate import Memory, StepTime
+from fastgen_jax.plan.estimate import Memory, PlannedStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileCheck:
-    """What the compiler said of one budget."""
+    """The compiler's result for one token budget."""
 
     token_budget: int
-    seconds: float | None  # None: it was refused
+    seconds: float | None  # None: it was rejected
     temporaries: int | None  # bytes of one device
-    words: str  # the reason of a refusal, or what is wrong with the program; "" if nothing is
+    problem: str  # why it was rejected, or what is wrong with the program; "" if nothing is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that `fastgen plan` prints. Bytes are those of one device."""
+    """Everything that `fastgen plan` prints. Bytes are per device."""
 
     topology: str
     num_devices: int
@@ -37,21 +38,22 @@ class Plan:
     context: int
     block_size: int
     dtype: str
-    quantize: str | None  # "int8" if matrices are kept so
-    stored_as: str  # how the weights are quantised on disk; "" if they are not
+    quantize: str | None  # "int8" if matrices are stored as int8
+    stored_as: str  # how the weights are quantized on disk; "" if they are not
     kv_dtype: str
     max_num_seqs: int
     memory: Memory
-    sequences: int  # of the full context that fit at once
+    sequences: int  # sequences of the full context that fit at the same time
     largest_budget: int
-    steps: tuple[StepTime, ...]
+    steps: tuple[PlannedStep, ...]
     checks: tuple[CompileCheck, ...]
     advice: tuple[str, ...]
-    not_compiled: str  # why there are no checks where they were asked for; ""
+    not_compiled: str  # why requested checks are missing; "" if they are not
 
     @property
     def fits(self) -> bool:
-        return self.sequences >= 1 and not any(check.words for check in self.checks)
+        """Whether at least one sequence of the full context fits and no check found a problem."""
+        return self.sequences >= 1 and not any(check.problem for check in self.checks)
 
 
 def make_plan(
@@ -70,9 +72,9 @@ def make_plan(
 ) -> Plan:
     """Plans for the model that `config` (the contents of a config.json) describes; see `describe`.
 
-    Quantised weights, by the config or `stored_as`, are planned as they are loaded: dequantised, in `dtype` or, with
-    `quantize`, as int8. Raises ValueError for an unknown model, quantisation or topology, a context beyond the model's
-    limit, and where the model cannot be divided over the devices.
+    Weights that are quantized according to the config or `stored_as` are planned as they are loaded: dequantized, in
+    `dtype` or, with `quantize`, as int8. Raises ValueError for an unknown model, quantization or topology, a context
+    beyond the model's limit, and if the model cannot be divided over the devices.
     """
     devices = parse_topology(topology)
     quantization = config.get("quantization_config")
@@ -90,10 +92,10 @@ def make_plan(
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
     itemsize = jnp.dtype(dtype).itemsize
     kv_dtype = kv_dtype or dtype
-    blocks_a_sequence = -(-context // block_size)
+    blocks_per_sequence = -(-context // block_size)
     memory = Memory(
-        total=devices.device.memory,
-        reserved=int(devices.device.memory * estimate.RESERVED_SHARE),
+        total=devices.device.memory_bytes,
+        reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
         weights=estimate.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize),
         state=estimate.sampler_bytes(model, max_num_seqs),
         temporaries=estimate.temporary_bytes(
@@ -103,7 +105,7 @@ def make_plan(
     )
     checks: tuple[CompileCheck, ...] = ()
     not_compiled = ""
-    if compile and memory.num_blocks >= blocks_a_sequence:
+    if compile and memory.num_blocks >= blocks_per_sequence:
         try:
             checks = tuple(
                 _check(
@@ -126,9 +128,9 @@ def make_plan(
         if known and len(known) == len(checks):
             memory = dataclasses.replace(memory, temporaries=max(known))
 
-    sequences = memory.num_blocks // blocks_a_sequence
+    sequences = memory.num_blocks // blocks_per_sequence
     steps = tuple(
-        estimate.step_time(
+        estimate.planned_step(
             model,
             devices,
             tokens=budget,
@@ -136,7 +138,7 @@ def make_plan(
             context=context,
             itemsize=itemsize,
             quantize=quantize,
-            block=memory.block,
+            block_bytes=memory.block,
             block_size=block_size,
         )
         for budget in budgets
@@ -145,7 +147,7 @@ def make_plan(
     return Plan(
         topology=topology,
         num_devices=devices.num_devices,
-        num_params=model.num_params,
+        num_params=count_params(model),
         context=context,
         block_size=block_size,
         dtype=dtype,
@@ -158,7 +160,7 @@ def make_plan(
         steps=steps,
         checks=checks,
         largest_budget=estimate.largest_budget(
-            model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_a_sequence=blocks_a_sequence
+            model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_per_sequence=blocks_per_sequence
         ),
         advice=_advice(
             model,
@@ -204,9 +206,9 @@ def _check(
             quantize=quantize,
         )
     except DoesNotCompile as error:
-        return CompileCheck(token_budget=budget, seconds=None, temporaries=None, words=str(error))
-    words = "" if program.aliased >= program.cache else "the KV cache is copied"
-    return CompileCheck(token_budget=budget, seconds=program.seconds, temporaries=program.temporaries, words=words)
+        return CompileCheck(token_budget=budget, seconds=None, temporaries=None, problem=str(error))
+    problem = "" if program.aliased >= program.cache else "the KV cache is copied"
+    return CompileCheck(token_budget=budget, seconds=program.seconds, temporaries=program.temporaries, problem=problem)
 
 
 def _advice(
@@ -221,7 +223,7 @@ def _advice(
     max_num_seqs: int,
     sequences: int,
 ) -> tuple[str, ...]:
-    """What to change, where not even one sequence of the full context fits, or not as many as may run at once."""
+    """What to change if fewer than `max_num_seqs` sequences of the full context fit."""
     if sequences >= max_num_seqs:
         return ()
     advice = []
@@ -234,32 +236,32 @@ def _advice(
         for n in sizes:
             weights = estimate.weight_bytes(model, n, itemsize, quantize=quantize)
             cache = -(-context // block_size) * memory.block * topology.num_devices // n
-            if weights + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory:
+            if weights + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
                 advice.append(f"{n} devices of {kind.kind} instead of {topology.num_devices}")
                 break
         if quantize is None:
             int8 = estimate.weight_bytes(model, topology.num_devices, itemsize, quantize="int8")
             cache = -(-context // block_size) * memory.block
-            if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory:
-                advice.append("weights of 8 bits: --quantize int8")
-        larger = [d for d in DEVICES.values() if d.memory > kind.memory]
+            if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
+                advice.append("8-bit weights: --quantize int8")
+        larger = [d for d in DEVICES.values() if d.memory_bytes > kind.memory_bytes]
         fitting = [
             d.kind
             for d in larger
-            if memory.weights + memory.state + memory.temporaries < d.memory * (1 - estimate.RESERVED_SHARE)
+            if memory.weights + memory.state + memory.temporaries < d.memory_bytes * (1 - estimate.RESERVED_SHARE)
         ]
         if fitting:
-            advice.append(f"devices with more memory, for the same number: {', '.join(fitting)}")
+            advice.append(f"the same number of devices with more memory: {', '.join(fitting)}")
     else:
         advice.append(
-            f"{sequences} sequences of the full context fit, not max_num_seqs={max_num_seqs}; shorter ones share the "
-            f"{left} tokens of KV, and what does not fit waits"
+            f"{sequences} sequences of the full context fit, fewer than max_num_seqs={max_num_seqs}; shorter ones share "
+            f"{left} tokens of KV, and requests that do not fit wait"
         )
     return tuple(advice)
 
 
 def table(plan: Plan) -> str:
-    """The plan for a terminal."""
+    """The plan as text for a terminal."""
     memory = plan.memory
 
     def gib(size: int) -> str:
@@ -269,23 +271,23 @@ def table(plan: Plan) -> str:
     lines = [
         f"{plan.topology}: {plan.num_devices} devices, {plan.num_params:,} parameters, contexts of {plan.context} tokens",
         "",
-        "memory of one device",
-        f"  in all        {gib(memory.total)}",
+        "memory per device",
+        f"  total         {gib(memory.total)}",
         f"  reserved      {gib(memory.reserved)}   runtime and programs",
         f"  weights       {gib(memory.weights)}   {kept}"
-        + (f"; on disk {plan.stored_as}, dequantised while loading" if plan.stored_as else ""),
+        + (f"; on disk {plan.stored_as}, dequantized while loading" if plan.stored_as else ""),
         f"  sampler state {gib(memory.state)}",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",
         f"  KV cache      {gib(max(0, memory.free))}   {memory.num_blocks} blocks of {plan.block_size} tokens, "
         f"{plan.kv_dtype}",
         "",
-        f"sequences of {plan.context} tokens at once: {plan.sequences}",
+        f"concurrent sequences of {plan.context} tokens: {plan.sequences}",
         f"largest token budget that leaves room for one of them: {plan.largest_budget}",
     ]
     if plan.steps:
         lines += [
             "",
-            "roofline of a step: nothing can be faster, real steps are slower",
+            "roofline of a step at the peak rates of the data sheets (real steps are slower)",
             f"  {'budget':>7} {'sequences':>9} {'compute':>10} {'memory':>10} {'links':>10} {'step':>10}  bound    "
             f"{'tokens/s':>9} {'generated/s':>11}",
         ]
@@ -296,14 +298,14 @@ def table(plan: Plan) -> str:
                 f"{step.sequences / step.seconds:11,.0f}"
             )
     if plan.checks:
-        lines += ["", "compiled by the device's own compiler"]
+        lines += ["", "compiled with the device's compiler"]
         for check in plan.checks:
             if check.seconds is None:
-                lines.append(f"  {check.token_budget:7} refused: {check.words}")
+                lines.append(f"  {check.token_budget:7} rejected: {check.problem}")
             else:
                 lines.append(
                     f"  {check.token_budget:7} {check.seconds:6.1f} s, temporaries "
-                    f"{(check.temporaries or 0) / 2**20:.0f} MiB, {check.words or 'KV cache updated in place'}"
+                    f"{(check.temporaries or 0) / 2**20:.0f} MiB, {check.problem or 'KV cache updated in place'}"
                 )
     if plan.not_compiled:
         lines += ["", f"not compiled: {plan.not_compiled}"]

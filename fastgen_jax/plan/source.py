@@ -1,4 +1,4 @@
-"""What is known of a model before its weights are read: enough to plan for it."""
+"""What is known about a model before its weights are read: enough to plan for it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _PLAIN = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Described:
-    """A model by its config."""
+    """A model, described by its config."""
 
     config: dict[str, Any]  # the fields of a config.json
-    stored_as: str  # how a GGUF file quantises most of the weights, which are dequantised while loading; "" if it does not
-    quantize: str | None  # "int8" where the weights are kept as int8 by what holds them: a snapshot
+    stored_as: str  # how a GGUF file quantizes most weights, which are dequantized while loading; "" if it does not
+    quantize: str | None  # "int8" for a snapshot whose weights are stored as int8
 
 
 def describe(name: str) -> Described:
-    """The model that `name` calls, as `resolve_model` takes it, or a config.json alone or in a directory.
+    """Describes a model: a name that `resolve_model` accepts, or a config.json by itself or in a directory.
 
-    Of a repository on the hub only config.json is downloaded. ValueError says what is wrong.
+    For a repository on the hub only config.json is downloaded. Raises ValueError if nothing usable is found.
     """
     path = resolve_model(name, files=("config.json",))
     if path.is_dir():
@@ -48,9 +48,11 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
     except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}; give a model, or a directory with a config.json") from error
+        raise ValueError(
+            f"cannot read {file}: {error.strerror}; give a model, or a directory that contains a config.json"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict) or not config.get("architectures"):
-        raise ValueError(f"{file} names no architectures, so it is not the config.json of a model")
+        raise ValueError(f"{file} has no architectures, so it is not the config.json of a model")
     return config

@@ -1,10 +1,11 @@
-"""Decides, on the host, which tokens each step computes. Standard library only."""
+"""Decides on the host which tokens each step computes. Uses only the standard library."""
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.limits import ContextLengthError, longest_sequence, max_total_tokens
 from fastgen_jax.scheduling.pace import Pace, Promise
-from fastgen_jax.scheduling.plan import Admission, Draft, StepLimits, StepPlan
+from fastgen_jax.scheduling.plan import Admission, StepLimits, StepPlan
 from fastgen_jax.scheduling.plan_check import checked_policy
+from fastgen_jax.scheduling.planner import Planner
 from fastgen_jax.scheduling.policies import NEED_PROMISE, POLICIES, Policy, orca, prompts_first, sla, splitfuse
 from fastgen_jax.scheduling.request import Request, SamplingParams
 from fastgen_jax.scheduling.scheduler import Scheduler
@@ -19,9 +20,9 @@ __all__ = [
     "BlockPool",
     "Chunk",
     "ContextLengthError",
-    "Draft",
     "FinishReason",
     "Pace",
+    "Planner",
     "Policy",
     "Promise",
     "Request",

@@ -1,4 +1,4 @@
-"""KV blocks: who holds which, and which still hold a prefix worth keeping."""
+"""KV blocks: which sequences hold them, and which still contain a reusable prefix."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
-_DIGEST_BYTES = 16  # 128 bits: a collision among 2**40 blocks has odds of 2**-49
+_DIGEST_BYTES = 16  # 128 bits: the probability of a collision among 2**40 blocks is 2**-49
 
 
 class BlockPool:
-    """Hands out blocks, counts their owners, and finds blocks whose content is already there.
+    """Allocates blocks, counts their owners, and finds blocks by their content.
 
-    A block is *blank* (free, nothing to keep), *held* (one owner or more) or *idle* (no owner, but its
-    content is registered, so that it can serve a later prompt until it is evicted, least recently used
-    first). Blank and idle blocks are free. A full block is registered under a digest chained over all tokens
-    from position 0, which does not depend on the process; `salt` separates pools whose equal tokens mean
-    different KV. Every operation takes constant time per block.
+    A block is *blank* (free, without content), *held* (one or more owners) or *idle* (no owner, but its content is
+    registered, so a later prompt can reuse it until it is evicted, least recently used first). Blank and idle blocks
+    are free. A full block is registered under a digest chained over all tokens from position 0, which is the same in
+    every process; `salt` separates pools in which equal tokens have different KV. Every operation takes constant time
+    per block.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, salt: bytes = b"") -> None:
@@ -30,26 +30,26 @@ class BlockPool:
         self.reset()
 
     def reset(self) -> None:
-        """Makes every block blank, whoever held it: what the blocks contained is lost."""
+        """Makes every block blank, whether or not it is held: all content is lost."""
         num_blocks = self.num_blocks
         self._owners = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._registered: dict[bytes, int] = {}
-        self._blank = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 is handed out first
+        self._blank = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 is allocated first
         self._idle: OrderedDict[int, None] = OrderedDict()  # oldest first
 
     def forget_contents(self) -> None:
-        """Takes every block out of the prefix cache. Who holds a block keeps it."""
+        """Removes every block from the prefix cache. Held blocks stay held."""
         self._blank.extend(reversed(self._idle))
         self._idle.clear()
         self._registered.clear()
         self._digests = [None] * self.num_blocks
 
     def settle(self, tables: Iterable[Sequence[int]]) -> None:
-        """Makes the books those of these tables, whatever an interrupted call left in them: no block has other owners."""
+        """Makes the owners of all blocks those in `tables`, whatever an interrupted call left behind."""
         holders = Counter(block_id for table in tables for block_id in table)
         free = [block_id for block_id in range(self.num_blocks) if not holders[block_id]]
-        idle = dict.fromkeys([*self._idle, *free])  # those that were idle keep their order
+        idle = dict.fromkeys([*self._idle, *free])  # blocks that were idle keep their order
         digests = self._digests
         self._owners = [holders[block_id] for block_id in range(self.num_blocks)]
         self._idle = OrderedDict.fromkeys(i for i in idle if not holders[i] and digests[i] is not None)
@@ -58,7 +58,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` can hand out, by eviction if need be."""
+        """Blocks that `allocate` can return, by eviction if necessary."""
         return len(self._blank) + len(self._idle)
 
     def num_owners(self, block_id: int) -> int:
@@ -66,13 +66,13 @@ class BlockPool:
         return self._owners[block_id]
 
     def allocate(self, count: int) -> list[int]:
-        """Hands out `count` blocks with one owner each, blank ones first.
+        """Allocates `count` blocks with one owner each, blank ones first.
 
         Raises:
-            RuntimeError: fewer are free; the caller must look at `num_free` first.
+            RuntimeError: fewer are free; check `num_free` first.
         """
         if count > self.num_free:
-            raise RuntimeError(f"{count} blocks were asked for but {self.num_free} of {self.num_blocks} are free")
+            raise RuntimeError(f"{count} blocks were requested but {self.num_free} of {self.num_blocks} are free")
         blank, owners = self._blank, self._owners
         block_ids = []
         for _ in range(count):
@@ -94,16 +94,16 @@ class BlockPool:
             self._owners[block_id] += 1
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Takes one owner from each block of a sequence, in table order.
+        """Removes one owner from each block of a sequence; `block_ids` is in table order.
 
         Raises:
             RuntimeError: a block has no owner.
         """
         owners, digests = self._owners, self._digests
-        # From the end: a later block is of no use without the earlier ones, so it should be evicted first.
+        # From the end: a later block is useless without the earlier ones, so it should be evicted first.
         for block_id in reversed(block_ids):
             if not owners[block_id]:
-                raise RuntimeError(f"block {block_id} is freed but nobody holds it")
+                raise RuntimeError(f"block {block_id} is freed but has no owner")
             owners[block_id] -= 1
             if not owners[block_id]:
                 if digests[block_id] is None:
@@ -112,12 +112,12 @@ class BlockPool:
                     self._idle[block_id] = None
 
     def digest(self, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
-        """The name of a full block: `parent` is the digest of the block before it, None at position 0."""
+        """The digest of a full block; `parent` is the digest of the block before it, None at position 0."""
         content = (parent or self._root) + self._packer.pack(*token_ids)
         return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
     def register(self, block_id: int, digest: bytes) -> None:
-        """Offers a held, full block for reuse. Of several blocks of equal content the first one serves."""
+        """Offers a held, full block for reuse. Among blocks with equal content only the first is registered."""
         if self.prefix_caching and digest not in self._registered and self._digests[block_id] is None:
             self._registered[digest] = block_id
             self._digests[block_id] = digest
@@ -141,7 +141,7 @@ class BlockPool:
         holders = Counter(block_id for table in tables for block_id in table)
         for block_id, owners in enumerate(self._owners):
             if owners != holders[block_id]:
-                raise RuntimeError(f"block {block_id} counts {owners} owners but {holders[block_id]} sequences list it")
+                raise RuntimeError(f"block {block_id} has {owners} owners but {holders[block_id]} sequences list it")
         blank = Counter(self._blank)
         for block_id, owners in enumerate(self._owners):
             digest = self._digests[block_id]
@@ -153,14 +153,14 @@ class BlockPool:
                     "exactly one of these must hold"
                 )
             if digest is not None and self._registered.get(digest) != block_id:
-                raise RuntimeError(f"block {block_id} carries a digest that names {self._registered.get(digest)}")
+                raise RuntimeError(f"block {block_id} has a digest that is registered for {self._registered.get(digest)}")
             if digest is None and block_id in self._idle:
-                raise RuntimeError(f"block {block_id} is idle but carries no digest")
+                raise RuntimeError(f"block {block_id} is idle but has no digest")
             if digest is not None and blank[block_id]:
-                raise RuntimeError(f"block {block_id} is blank but carries a digest")
+                raise RuntimeError(f"block {block_id} is blank but has a digest")
         num_digests = sum(digest is not None for digest in self._digests)
         if num_digests != len(self._registered):
-            raise RuntimeError(f"{num_digests} blocks carry a digest but {len(self._registered)} are registered")
+            raise RuntimeError(f"{num_digests} blocks have a digest but {len(self._registered)} are registered")
 
     def _forget(self, block_id: int) -> None:
         digest = self._digests[block_id]
@@ -170,7 +170,7 @@ class BlockPool:
 
 
 class BlockLedger:
-    """What would be free if the plan so far were carried out. The pool itself is not touched.
+    """Counts the blocks that would be free after the plan so far, without changing the pool.
 
     `available` is the number of blocks that can still be taken.
     """
@@ -179,11 +179,11 @@ class BlockLedger:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._owners: dict[int, int] = {}  # only where the plan changes them
+        self._owners: dict[int, int] = {}  # only of blocks that the plan changes
         self.available = pool.num_free
 
     def copy(self) -> BlockLedger:
-        """A ledger of its own, with the same plan so far."""
+        """An independent ledger with the same plan so far."""
         ledger = BlockLedger(self._pool)
         ledger._owners, ledger.available = dict(self._owners), self.available
         return ledger
@@ -193,7 +193,7 @@ class BlockLedger:
         self.available -= count
 
     def cost_of_sharing(self, block_ids: Iterable[int]) -> int:
-        """How many of these registered blocks are free now, and would not be any more."""
+        """How many of these registered blocks are free now and would no longer be."""
         return sum(not self._num_owners(block_id) for block_id in block_ids)
 
     def share(self, block_ids: Iterable[int]) -> None:
@@ -204,7 +204,7 @@ class BlockLedger:
             self._owners[block_id] = owners + 1
 
     def free(self, block_ids: Iterable[int]) -> None:
-        """Plans to take an owner from each of these blocks."""
+        """Plans to remove an owner from each of these blocks."""
         for block_id in block_ids:
             owners = self._num_owners(block_id) - 1
             self.available += not owners

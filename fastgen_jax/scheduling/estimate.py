@@ -1,4 +1,4 @@
-"""How long a request may have to wait."""
+"""An estimate of how long a request has to wait."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ def steps_until_first_token(
     limits: StepLimits,
     num_free_blocks: int,
 ) -> int:
-    """Estimates the number of steps until `sequence`, which is behind `ahead`, has its first token.
+    """Estimates the number of steps until `sequence`, which is behind `ahead` in the queue, has its first token.
 
-    A replay without the steps: prompts are computed one after another, at the rate that the generating
-    sequences leave of the token budget; each sequence then holds its slot and blocks until its length limit.
-    Early ends and prefix hits make the wait shorter; preemption, growing sequences and later requests of
-    higher priority make it longer.
+    Assumes that prompts are computed one after another, in the part of the token budget that generating sequences
+    leave, and that each sequence then holds its slot and blocks until its length limit. Early ends and prefix hits
+    make the wait shorter; preemption, growing sequences and later requests with higher priority make it longer.
     """
     block_size = limits.block_size
     free_slots, free_blocks = limits.max_num_seqs, num_free_blocks
     num_generating = prompt_tokens = 0
-    releases: list[tuple[float, int]] = []  # (step, blocks): a heap of the moments when a slot and blocks come free
+    releases: list[tuple[float, int]] = []  # a heap of (step, blocks): when a slot and so many blocks become free
     for other in running:
         free_slots -= 1
         num_generating += other.remaining == 1
         prompt_tokens += other.remaining - 1
         releases.append((other.max_total_tokens - other.num_tokens, len(other.block_ids)))
     heapq.heapify(releases)
-    rate = max(1, limits.token_budget - num_generating)  # prompt tokens a step
+    rate = max(1, limits.token_budget - num_generating)  # prompt tokens per step
     prompts_done = prompt_tokens / rate
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""Whether a request can ever run."""
+"""How long a sequence can get, and whether a request can ever run."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from fastgen_jax.scheduling.request import Request
 
 
 class ContextLengthError(ValueError):
-    """A request that needs more tokens than a sequence can have here."""
+    """A request needs more tokens than a sequence can have here."""
 
     def __init__(self, message: str, *, num_prompt: int, num_requested: int, limit: int) -> None:
         super().__init__(message)
         self.num_prompt = num_prompt
         self.num_requested = num_requested
-        """Tokens asked for by `max_new_tokens` or `max_length`, behind the prompt; 0 if the prompt alone is too long."""
+        """Tokens requested by `max_new_tokens` or `max_length` after the prompt; 0 if the prompt alone is too long."""
         self.limit = limit
         """Tokens of the longest sequence."""
 
 
 def longest_sequence(*, max_context_len: int, num_blocks: int, block_size: int) -> int:
-    """Tokens of the longest sequence: the context, or the whole KV cache where that holds less."""
+    """Tokens of the longest sequence: the context length, or the whole KV cache if that holds less."""
     return min(max_context_len, num_blocks * block_size)
 
 
 def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int, block_size: int) -> int:
-    """The most tokens that a request may grow to, prompt and generated; without a limit of its own, what fits.
+    """The most tokens, prompt and generated, that a request can grow to; as many as fit if it sets no limit.
 
     Raises:
-        ContextLengthError: its prompt does not fit, or the tokens that it asks for do not fit into the KV cache.
-        ValueError: it can never run within its own limits. The messages have the numbers and the remedy.
+        ContextLengthError: its prompt does not fit, or the tokens that it requests do not fit into the KV cache.
+        ValueError: it can never run within its own limits. The messages contain the numbers and the remedy.
     """
     params, num_prompt = request.params, len(request.prompt_token_ids)
     longest = longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size)
     if num_prompt >= max_context_len:
         raise ContextLengthError(
             f"prompt of request {request.request_id!r} has {num_prompt} tokens but max_context_len is "
-            f"{max_context_len} and must hold a generated one too; shorten the prompt to "
+            f"{max_context_len} and must also hold a generated token; shorten the prompt to "
             f"{longest - 1} tokens, or raise max_context_len",
             num_prompt=num_prompt,
             num_requested=0,

@@ -1,25 +1,26 @@
-"""What was promised to whoever waits, and what steps have cost so far."""
+"""Service-level promises, and how long steps have taken so far."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastgen_jax.scheduling.sequence import Sequence
 
-# Weight of the step before, relative to the last one. The last 5 steps count: what a token costs grows with the contexts of
-# the prompts that are being computed, which change from prompt to prompt.
+# Weight of each step relative to the next one. About 5 steps count: the cost of a token grows with the contexts of the
+# prompts that are being computed, which differ from prompt to prompt.
 _MEMORY = 0.8
-_MARGIN = 0.9  # of a gap between tokens is planned for: the promise is about the slower steps, not the mean
+_MARGIN = 0.9  # the share of the gap between tokens that is planned for: the promise covers the slower steps, not the mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promise:
-    """A service level: the first token within `prompt_tokens / prompt_rate` seconds, then `generation_rate` tokens a second.
+    """A service level: the first token within `prompt_tokens / prompt_rate` seconds, then `generation_rate` tokens/s.
 
-    Both in tokens a second; FastGen's are 512, and 2, 4 or 6. A request that has no first token `grace` seconds after it
-    was due is refused. Raises ValueError for rates that are not above 0 and for a negative grace.
+    Both rates are in tokens per second; FastGen uses 512, and 2, 4 or 6. A request that has no first token `grace`
+    seconds after it was due is refused. Raises ValueError for rates that are not above 0 and for a negative grace.
     """
 
     prompt_rate: float
@@ -32,7 +33,7 @@ class Promise:
         for name in ("prompt_rate", "generation_rate"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value!r}; it must be a number of tokens a second above 0")
+                raise ValueError(f"{name} is {value!r}; it must be a number of tokens per second above 0")
 
     def deadline(self, sequence: Sequence) -> float:
         """When the first token of a sequence is due, on the clock of its arrival time."""
@@ -40,10 +41,10 @@ class Promise:
 
 
 class Pace:
-    """How long steps take, learnt from those that ran: a straight line through (tokens, seconds), old steps fading.
+    """How long steps take, learned from those that ran: a straight line through (tokens, seconds), old steps fading.
 
-    `clock` gives seconds on the clock of the requests' arrival times. A step is padded to one of `step_sizes`,
-    ascending, where there are any. Policies only read; `Scheduler` calls `observe`.
+    `clock` returns seconds on the clock of the requests' arrival times. A step is padded to one of `step_sizes`,
+    ascending, unless there are none. `Scheduler` reports the steps; policies only read.
     """
 
     def __init__(self, promise: Promise, clock: Callable[[], float], step_sizes: tuple[int, ...] = ()) -> None:
@@ -51,9 +52,25 @@ class Pace:
         self.now = clock
         self.step_sizes = step_sizes
         self._weight = self._tokens = self._seconds = self._squares = self._products = 0.0
+        self._dispatch_times: deque[float] = deque()  # of the steps in flight
+        self._last_commit = 0.0
+
+    def dispatched(self) -> None:
+        """Notes that a step was dispatched now."""
+        self._dispatch_times.append(self.now())
+
+    def committed(self, num_tokens: int) -> None:
+        """Notes that the oldest step in flight, of `num_tokens` tokens, was read now."""
+        now = self.now()
+        self.observe(num_tokens, now - max(self._last_commit, self._dispatch_times.popleft()))
+        self._last_commit = now
+
+    def forget_steps_in_flight(self) -> None:
+        """Notes that the steps in flight will never be read."""
+        self._dispatch_times.clear()
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Takes in that a step of `num_tokens` tokens took `seconds`."""
+        """Adds the observation that a step of `num_tokens` tokens took `seconds`."""
         if self.step_sizes:
             num_tokens = next(size for size in self.step_sizes if size >= num_tokens)
         self._weight = _MEMORY * self._weight + 1
@@ -65,7 +82,7 @@ class Pace:
     def line(self) -> tuple[float, float]:
         """Seconds of an empty step and of each token in it; (0, 0) while nothing is known.
 
-        Neither is ever negative. With steps of one size only, all of the time is the tokens'.
+        Neither is ever negative. While all steps have the same size, all of the time is attributed to the tokens.
         """
         if not self._weight:
             return 0.0, 0.0
@@ -78,12 +95,12 @@ class Pace:
         return max(0.0, (self._seconds - per_token * self._tokens) / self._weight), per_token
 
     def seconds(self, num_tokens: float) -> float:
-        """What a step of so many tokens is expected to take; 0 while nothing is known."""
+        """The expected seconds of a step of `num_tokens` tokens; 0 while nothing is known."""
         fixed, per_token = self.line()
         return fixed + per_token * num_tokens
 
     def tokens_within_a_gap(self) -> float:
-        """Tokens of a step that still keeps the promised rate of generation; infinite while nothing is known."""
+        """The most tokens of a step that keeps the promised generation rate; infinite while nothing is known."""
         fixed, per_token = self.line()
         if not per_token:
             return math.inf

@@ -1,4 +1,4 @@
-"""The blocks of a sequence that are shared by their content: found before it runs, offered when they are full."""
+"""Prefix caching for a sequence: finds cached blocks before it runs, and registers its full blocks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from fastgen_jax.scheduling.sequence import Sequence
 
 
 def cached_prefix(sequence: Sequence, pool: BlockPool) -> list[int]:
-    """Registered blocks of its known tokens, but not those of positions whose logits are wanted."""
+    """The registered blocks that it can start after: of known tokens, before the first position whose logits are needed."""
     if not pool.prefix_caching:
         return []
-    stop = min(sequence.first_row, sequence.num_known_tokens)  # what is in flight has no digest yet
+    stop = min(sequence.first_row, sequence.num_known_tokens)  # tokens in flight have no digest yet
     return pool.lookup(_digest(sequence, pool, i) for i in range(stop // pool.block_size))
 
 
 def register_blocks(sequence: Sequence, pool: BlockPool) -> None:
-    """Offers the prefix cache the full blocks whose tokens are known and whose KV is dispatched."""
+    """Registers the full blocks whose tokens are known and whose KV is dispatched."""
     size = pool.block_size
     stop = min(sequence.num_computed, sequence.num_known_tokens)
     while sequence.next_block_end <= stop:
@@ -25,7 +25,7 @@ def register_blocks(sequence: Sequence, pool: BlockPool) -> None:
 
 
 def _digest(sequence: Sequence, pool: BlockPool, index: int) -> bytes:
-    """The digest of a full block of known tokens. The first one is asked for first, and so on."""
+    """The digest of a full block of known tokens. Ask for the digests in order."""
     digests, size = sequence.block_digests, pool.block_size
     if index == len(digests):
         parent = digests[-1] if digests else None

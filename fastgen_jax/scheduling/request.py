@@ -1,120 +1,157 @@
-"""What a user asks for: sampling parameters and the immutable request."""
+"""Sampling parameters, and a request to continue one prompt."""
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastgen_jax.scheduling.checks import as_tuple, check_float, check_int, check_token_ids
+from fastgen_jax.scheduling.converted import converted
+
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 16
 MAX_LOGIT_BIAS_ENTRIES = 300
-_MAX_TOKEN_ID = 2**31 - 1  # token ids travel as int32
-_MAX_SEED = 2**32 - 1  # seeds travel as uint32
+_MAX_SEED = 2**32 - 1  # seeds are transferred as uint32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else as_tuple("stop", stop)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop contains {string!r}; every stop must be a non-empty string; remove it")
+    return strings
+
+
+def _no_limit(top_k: object) -> object:
+    """None for 0 and -1, with which vLLM and transformers switch top_k off."""
+    return None if type(top_k) is int and top_k in (0, -1) else top_k
+
+
+def _stop_token_ids(stop_token_ids: object) -> tuple[int, ...]:
+    ids = as_tuple("stop_token_ids", stop_token_ids)
+    check_token_ids("stop_token_ids", ids)
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(
+            f"stop_token_ids has {len(ids)} entries but at most {MAX_STOP_TOKEN_IDS} are supported; "
+            "keep the most frequent, or use stop strings"
+        )
+    return ids
+
+
+def _logit_bias_pairs(logit_bias: Any) -> tuple[tuple[int, float], ...]:
+    pairs = logit_bias.items() if isinstance(logit_bias, Mapping) else logit_bias
+    try:
+        biases = dict(pairs)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"logit_bias is {logit_bias!r}; it must be a mapping from token id to bias; use for example {{50: -1.5}}"
+        ) from None
+    check_token_ids("logit_bias", tuple(biases))
+    for token_id, bias in biases.items():
+        check_float(f"logit_bias[{token_id}]", bias, -100, 100, "-100 forbids a token in practice, 100 forces it")
+    if len(biases) > MAX_LOGIT_BIAS_ENTRIES:
+        raise ValueError(
+            f"logit_bias has {len(biases)} entries but at most {MAX_LOGIT_BIAS_ENTRIES} are supported; "
+            "keep those with the largest biases"
+        )
+    return tuple(sorted((token_id, float(bias)) for token_id, bias in biases.items()))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is continued, complete and checked when constructed. Lengths are in tokens.
+    """How a prompt is continued. Checked when constructed; lengths are in tokens.
 
-    Several values (`stop`, `stop_token_ids`, `logit_bias`) are stored as tuples, so that the parameters are hashable.
+    Collections (`stop`, `stop_token_ids`, `logit_bias`) are stored as tuples, so that the parameters are hashable.
 
     Raises:
-        ValueError: an argument is out of its range or contradicts another; the message says which, and what
-        to do.
+        ValueError: an argument is out of its range or contradicts another; the message says which, and what to change.
     """
 
     max_new_tokens: int | None = None
-    """Most tokens that are generated. None: up to the engine's context length."""
+    """Maximum number of generated tokens. None: up to the engine's context length."""
     max_length: int | None = None
-    """Most tokens of the prompt and the generated ones together, in place of `max_new_tokens`."""
+    """Maximum number of tokens, prompt and generated together; an alternative to `max_new_tokens`."""
     min_new_tokens: int = 0
-    """Tokens that are generated before an end-of-sequence or stop token can end the request."""
+    """Number of tokens generated before an end-of-sequence or stop token can end the request."""
     ignore_eos: bool = False
-    """Whether only `stop`, `stop_token_ids` and the length limits end the request."""
-    stop: str | Iterable[str] = ()
-    """Strings that end the text, one or several; they are not part of it."""
-    stop_token_ids: Iterable[int] = ()
-    """Token ids that end the request, beside the model's own."""
+    """Whether to ignore the model's end-of-sequence tokens: only stops and length limits end the request."""
+    stop: str | Iterable[str] = converted(_stop_strings, default=())
+    """One or several strings that end the text; they are not part of it."""
+    stop_token_ids: Iterable[int] = converted(_stop_token_ids, default=())
+    """Token ids that end the request, in addition to the model's own."""
     do_sample: bool = True
-    """Whether tokens are drawn; else the likeliest is taken, as with temperature 0."""
+    """Whether to sample; otherwise the most likely token is chosen, as with temperature 0."""
     temperature: float | None = None
-    """Divides the logits: below 1 likely tokens become likelier; 0 takes the likeliest. None: 1."""
-    top_k: int | None = None
-    """Draws from so many of the likeliest tokens. None, 0 or -1: from all."""
+    """Divides the logits: below 1, likely tokens become more likely; 0 chooses the most likely. None: 1."""
+    top_k: int | None = converted(_no_limit, default=None)
+    """Samples only from the `top_k` most likely tokens. None, 0 or -1: from all."""
     top_p: float | None = None
-    """Draws from the fewest tokens that together have this probability, above 0 to 1. None: from all."""
+    """Samples from the fewest tokens whose probabilities add up to this, above 0 and at most 1. None: from all."""
     min_p: float | None = None
-    """Draws from tokens at least this times as probable as the likeliest, 0 to 1. None: from all."""
+    """Samples from tokens at least this fraction as likely as the most likely one, 0 to 1. None: from all."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that were generated before, -2 to 2."""
+    """Subtracted from the logits of tokens that were already generated, -2 to 2."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logits of tokens once for each time they were generated, -2 to 2."""
+    """Subtracted from the logits of a token once for each time it was generated, -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of all tokens seen, above 0 to 10."""
-    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
-    """Added to the logits of token ids: a mapping, or pairs, stored in ascending order of token id."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or output, above 0 and at most 10."""
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = converted(_logit_bias_pairs, default=())
+    """Added to the logits of tokens: a mapping from token id to bias, or pairs, stored in ascending order of token id."""
     seed: int | None = None
-    """What draws start from, 0 to 2**32 - 1: the same seed gives the same text. None: another one each time."""
+    """Seed of the random numbers, 0 to 2**32 - 1: the same seed gives the same text. None: a new one each time."""
     n: int = 1
-    """Continuations of the prompt, each with draws of its own."""
+    """Number of continuations of the prompt, sampled independently."""
     logprobs: int | None = None
-    """Reports the log-probability of each generated token, and of so many of the likeliest. None: nothing."""
+    """Returns the log-probability of each generated token and of the `logprobs` most likely tokens. None: none."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens. None: nothing."""
+    """The same for the tokens of the prompt. None: none."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", _logit_bias_pairs(self.logit_bias))
-        if type(self.top_k) is int and self.top_k in (0, -1):  # as vLLM and transformers say it
-            object.__setattr__(self, "top_k", None)
         self._check_lengths()
         self._check_distribution()
         self._check_contradictions()
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken at every position."""
+        """Whether the most likely token is chosen at every position."""
         return not self.do_sample or self.temperature == 0
 
     def _check_lengths(self) -> None:
         if self.max_new_tokens is not None:
-            _check_int("max_new_tokens", self.max_new_tokens, 1, None, "ask for at least one token")
+            check_int("max_new_tokens", self.max_new_tokens, 1, None, "request at least one token")
         if self.max_length is not None:
-            _check_int("max_length", self.max_length, 2, None, "it counts the prompt and the generated tokens")
-        _check_int("min_new_tokens", self.min_new_tokens, 0, None, "use 0 for no minimum")
-        _check_int("n", self.n, 1, None, "ask for at least one continuation")
+            check_int("max_length", self.max_length, 2, None, "it counts the prompt and the generated tokens")
+        check_int("min_new_tokens", self.min_new_tokens, 0, None, "use 0 for no minimum")
+        check_int("n", self.n, 1, None, "request at least one continuation")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
-                _check_int(name, value, 0, MAX_TOP_LOGPROBS, "use None for no log-probabilities")
+                check_int(name, value, 0, MAX_TOP_LOGPROBS, "use None for no log-probabilities")
         for name in ("ignore_eos", "do_sample"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
 
     def _check_distribution(self) -> None:
         if self.temperature is not None:
-            _check_float("temperature", self.temperature, 0, None, "use 0 for greedy, None for 1")
+            check_float("temperature", self.temperature, 0, None, "use 0 for greedy, None for 1")
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, 1, None, "use None, 0 or -1 to keep every token")
+            check_int("top_k", self.top_k, 1, None, "use None, 0 or -1 to keep every token")
         if self.top_p is not None:
-            _check_float("top_p", self.top_p, 0, 1, "use None to keep every token", open_low=True)
+            check_float("top_p", self.top_p, 0, 1, "use None to keep every token", open_low=True)
         if self.min_p is not None:
-            _check_float("min_p", self.min_p, 0, 1, "use None to keep every token")
-        _check_float("presence_penalty", self.presence_penalty, -2, 2, "use 0 for no penalty")
-        _check_float("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for no penalty")
-        _check_float("repetition_penalty", self.repetition_penalty, 0, 10, "use 1 for no penalty", open_low=True)
+            check_float("min_p", self.min_p, 0, 1, "use None to keep every token")
+        check_float("presence_penalty", self.presence_penalty, -2, 2, "use 0 for no penalty")
+        check_float("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for no penalty")
+        check_float("repetition_penalty", self.repetition_penalty, 0, 10, "use 1 for no penalty", open_low=True)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None to have one drawn")
+            check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None for a random one")
 
     def _check_contradictions(self) -> None:
         if self.max_new_tokens is not None and self.max_length is not None:
             raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} and max_length={self.max_length} are both given; "
-                "give one of them: max_length is the prompt's length plus max_new_tokens"
+                f"max_new_tokens={self.max_new_tokens} and max_length={self.max_length} are both set; "
+                "set only one of them: max_length is the prompt's length plus max_new_tokens"
             )
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
@@ -124,14 +161,14 @@ class SamplingParams:
         if not self.do_sample:
             if self.temperature not in (None, 0):
                 raise ValueError(
-                    f"do_sample=False takes the likeliest token, but temperature is {self.temperature}; "
+                    f"do_sample=False chooses the most likely token, but temperature is {self.temperature}; "
                     "remove temperature, or set do_sample=True"
                 )
             for name in ("top_k", "top_p", "min_p", "seed"):
                 value = getattr(self, name)
                 if value is not None:
                     raise ValueError(
-                        f"do_sample=False takes the likeliest token, but {name} is {value}; "
+                        f"do_sample=False chooses the most likely token, but {name} is {value}; "
                         f"remove {name}, or set do_sample=True"
                     )
         if self.n > 1 and self.greedy:
@@ -143,12 +180,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt to be continued once.
+    """One prompt, to be continued once.
 
-    `request_id` is unique among unfinished requests. `priority`: lower runs first; `arrival_time` (seconds on
-    any one clock) orders requests of one priority, then the order of adding. `seed` is the number that
-    randomness is drawn from, already concrete where `params.seed` may be None. `awaits_each_token`: which
-    token may come next depends on the last one, so none is sampled while one is in flight.
+    `request_id` is unique among unfinished requests. A lower `priority` runs first; `arrival_time`, in seconds on any
+    one clock, orders requests of the same priority, then the order of adding does. `seed` is the seed in use, also
+    if `params.seed` is None. `awaits_each_token`: which token may come next depends on the last one, so none is
+    sampled while one is in flight.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -166,106 +203,19 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:
             raise ValueError(f"request_id is {self.request_id!r}; it must be a non-empty string")
-        object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        for name in ("prompt_token_ids", "eos_token_ids"):
+            if type(getattr(self, name)) is not tuple:
+                raise ValueError(
+                    f"{name} of request {self.request_id!r} is a {type(getattr(self, name)).__name__}; it must be a tuple; "
+                    "convert it with tuple()"
+                )
         if not self.prompt_token_ids:
             raise ValueError(
                 f"prompt_token_ids of request {self.request_id!r} is empty; "
                 "a prompt needs at least one token, for example the beginning-of-sequence token"
             )
         for name in ("prompt_token_ids", "eos_token_ids"):
-            _check_token_ids(name, getattr(self, name))
-        _check_int("priority", self.priority, None, None, "lower runs first")
-        _check_float("arrival_time", self.arrival_time, None, None, "give seconds on one clock")
-        _check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32")
-
-
-def _stop_strings(stop: Any) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else _as_tuple("stop", stop)
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"stop contains {string!r}; every stop must be a non-empty string; remove it")
-    return strings
-
-
-def _stop_token_ids(stop_token_ids: Any) -> tuple[int, ...]:
-    ids = _as_tuple("stop_token_ids", stop_token_ids)
-    _check_token_ids("stop_token_ids", ids)
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise ValueError(
-            f"stop_token_ids has {len(ids)} entries but at most {MAX_STOP_TOKEN_IDS} are supported; "
-            "keep the most frequent, or use stop strings"
-        )
-    return ids
-
-
-def _logit_bias_pairs(logit_bias: Any) -> tuple[tuple[int, float], ...]:
-    pairs = logit_bias.items() if isinstance(logit_bias, Mapping) else logit_bias
-    try:
-        biases = dict(pairs)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"logit_bias is {logit_bias!r}; it must be a mapping from token id to bias; use for example {{50: -1.5}}"
-        ) from None
-    _check_token_ids("logit_bias", tuple(biases))
-    for token_id, bias in biases.items():
-        _check_float(f"logit_bias[{token_id}]", bias, -100, 100, "-100 forbids a token in practice, 100 forces it")
-    if len(biases) > MAX_LOGIT_BIAS_ENTRIES:
-        raise ValueError(
-            f"logit_bias has {len(biases)} entries but at most {MAX_LOGIT_BIAS_ENTRIES} are supported; "
-            "keep those with the largest biases"
-        )
-    return tuple(sorted((token_id, float(bias)) for token_id, bias in biases.items()))
-
-
-def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
-    try:
-        return tuple(values)
-    except TypeError:
-        raise ValueError(f"{name} is {values!r}; it must be a sequence; use () for none") from None
-
-
-def _check_token_ids(name: str, token_ids: tuple[Any, ...]) -> None:
-    if _are_token_ids(token_ids):
-        return
-    for token_id in token_ids:
-        if type(token_id) is not int or not 0 <= token_id <= _MAX_TOKEN_ID:
-            raise ValueError(
-                f"{name} contains {token_id!r}; token ids are ints in [0, {_MAX_TOKEN_ID}]; "
-                "convert them with int(), and check the tokenizer"
-            )
-
-
-def _are_token_ids(values: tuple[Any, ...]) -> bool:
-    """Without a loop in Python: prompts have thousands of tokens."""
-    if list(map(type, values)).count(int) != len(values):
-        return False
-    try:  # what fits both a signed and an unsigned int of 32 bits is in [0, _MAX_TOKEN_ID]
-        struct.pack(f"{len(values)}i", *values)
-        struct.pack(f"{len(values)}I", *values)
-    except struct.error:
-        return False
-    return True
-
-
-def _check_int(name: str, value: Any, low: int | None, high: int | None, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}; it must be an int; {remedy}")
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}; it must be {_range_text(low, high)}; {remedy}")
-
-
-def _check_float(
-    name: str, value: Any, low: float | None, high: float | None, remedy: str, *, open_low: bool = False
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number; {remedy}")
-    too_low = low is not None and (value <= low if open_low else value < low)
-    if too_low or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}; it must be {_range_text(low, high, open_low=open_low)}; {remedy}")
-
-
-def _range_text(low: float | None, high: float | None, *, open_low: bool = False) -> str:
-    if high is None:
-        return f"at least {low}"
-    return f"in {'(' if open_low else '['}{low}, {high}]"
+            check_token_ids(name, getattr(self, name))
+        check_int("priority", self.priority, None, None, "lower runs first")
+        check_float("arrival_time", self.arrival_time, None, None, "use seconds on one clock")
+        check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32")

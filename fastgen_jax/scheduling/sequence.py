@@ -1,4 +1,4 @@
-"""Our state for one request while it is served."""
+"""The state of one request while it is served."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length", "abort", "refused"]
 
 
 class SequenceStatus(enum.Enum):
-    """Where a sequence stands: a running one has a slot and blocks, the others have neither."""
+    """The status of a sequence: a running one has a slot and blocks, the others have neither."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -19,7 +19,7 @@ class SequenceStatus(enum.Enum):
 
 
 class Sequence:
-    """The progress of one request. Read it anywhere; only `Scheduler` writes it.
+    """The progress of one request. Any component may read it; only the scheduler writes it.
 
     ```
     position  0          num_prompt_tokens      num_known_tokens   num_tokens   max_total_tokens
@@ -27,15 +27,14 @@ class Sequence:
               |  KV dispatched ........ num_computed |  remaining  |
     ```
 
-    `num_tokens` counts the tokens in flight: sampled by steps that were dispatched, not yet committed. A
-    sequence that generates has one token left to compute (`remaining == 1`). The last token of all, at
-    position `max_total_tokens - 1`, is sampled but never computed.
+    `num_tokens` includes the tokens in flight: sampled by steps that were dispatched but not yet committed. A
+    sequence that generates has one token left to compute (`remaining == 1`). The very last token, at position
+    `max_total_tokens - 1`, is sampled but never computed.
 
-    `block_ids` lists its KV blocks in order of position and `capacity` how many positions they hold.
-    `num_cached` is how many prompt tokens came from the prefix cache when the sequence first ran.
-    `next_prompt_row` is the first prompt position whose logits are still wanted for `prompt_logprobs`; it
-    equals `num_prompt_tokens` when none are. `num_bypasses` counts the later sequences that were admitted
-    while this one had no room.
+    `block_ids` lists its KV blocks in order of position, and `capacity` is how many positions they hold. `num_cached`
+    is how many prompt tokens came from the prefix cache when the sequence first ran. `next_prompt_row` is the first
+    prompt position whose logits are still needed for `prompt_logprobs`; it equals `num_prompt_tokens` when none are.
+    `num_bypasses` counts the later sequences that were admitted while there was no room for this one.
     """
 
     __slots__ = (
@@ -67,7 +66,7 @@ class Sequence:
         params = request.params
         self.request = request
         self.awaits_each_token = request.awaits_each_token
-        self.order = order  # (priority, arrival time, number of adding): unique, smaller runs first
+        self.order = order  # (priority, arrival time, serial number): unique, the smallest runs first
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_total_tokens = max_total_tokens
         self.max_new_tokens = max_total_tokens - self.num_prompt_tokens
@@ -86,8 +85,8 @@ class Sequence:
         self.num_preemptions = 0
         self.num_bypasses = 0
         self.next_prompt_row = 0 if params.prompt_logprobs is not None else self.num_prompt_tokens
-        self.block_digests: list[bytes] = []  # of the full blocks of known tokens, as far as they were asked for
-        self.next_block_end = 0  # where the first block that is not offered to the prefix cache ends
+        self.block_digests: list[bytes] = []  # of full blocks of known tokens, computed on demand
+        self.next_block_end = 0  # the end of the first block that is not registered with the prefix cache
 
     @property
     def request_id(self) -> str:
@@ -101,7 +100,7 @@ class Sequence:
 
     @property
     def num_in_flight(self) -> int:
-        """Tokens sampled by dispatched steps that are not committed yet."""
+        """Tokens sampled by steps that are dispatched but not committed."""
         return self.num_tokens - self.num_prompt_tokens - len(self.output_token_ids)
 
     @property
@@ -111,7 +110,7 @@ class Sequence:
 
     @property
     def first_row(self) -> int:
-        """The first uncomputed position whose logits are wanted; those of all later ones are wanted too."""
+        """The first uncomputed position whose logits are needed; those of all later ones are needed too."""
         return self.next_prompt_row if self.next_prompt_row < self.num_prompt_tokens else self.num_tokens - 1
 
     @property
@@ -120,7 +119,7 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """The known tokens at positions `[start, stop)`, fewer where they are in flight."""
+        """The known tokens at positions `[start, stop)`; tokens in flight are missing."""
         prompt = self.num_prompt_tokens
         if start >= prompt:
             return self.output_token_ids[start - prompt : stop - prompt]
@@ -130,16 +129,16 @@ class Sequence:
         return known
 
     def restart(self, num_output_tokens: int) -> None:
-        """Keeps so many output tokens and computes everything again; counts as a preemption of one that ran."""
+        """Keeps `num_output_tokens` output tokens and computes all KV again; counts as a preemption if it was running."""
         self.num_preemptions += self.slot is not None
         del self.output_token_ids[num_output_tokens:]
         self.num_tokens = self.num_known_tokens
         self.num_computed = self.capacity = 0
         self.slot, self.block_ids, self.block_digests = None, [], []
         self.status, self.finish_reason = SequenceStatus.WAITING, None
-        # The log-probabilities of a prompt are given with the first output token.
-        wanted = self.request.params.prompt_logprobs is not None and not self.output_token_ids
-        self.next_prompt_row = 0 if wanted else self.num_prompt_tokens
+        # The log-probabilities of a prompt are returned with the first output token.
+        needed = self.request.params.prompt_logprobs is not None and not self.output_token_ids
+        self.next_prompt_row = 0 if needed else self.num_prompt_tokens
 
     def __repr__(self) -> str:
         return (

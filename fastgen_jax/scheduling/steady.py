@@ -1,4 +1,4 @@
-"""Runs of steps in which nothing is decided: every sequence generates, nobody waits, nobody ends."""
+"""Runs of steps in which nothing is decided: every sequence generates, none waits, none ends."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastgen_jax.scheduling.sequence import Sequence
 
 
 class SteadyRun(NamedTuple):
-    """So many steps would compute one token of each of `num_sequences` sequences, and change nothing else.
+    """`num_steps` steps that would each compute one token of `num_sequences` sequences, and change nothing else.
 
-    `attended` adds up the contexts of the first of them; each later one has `num_sequences` more.
+    `attended` adds up the contexts in the first step; each later step has `num_sequences` more.
     """
 
     num_steps: int
@@ -22,10 +22,10 @@ class SteadyRun(NamedTuple):
 
 
 def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, in_flight: bool) -> SteadyRun | None:
-    """The run that begins now if nobody waits and all steps in flight, of which there may be one, are like it.
+    """The run that begins now, if no sequence waits and the step in flight, if any, belongs to such a run too.
 
-    It ends before the step or the commit that ends a sequence or completes a block for the prefix cache. None where a
-    token could end a sequence, or blocks are short.
+    It ends before the step or commit that ends a sequence or completes a block for the prefix cache. None if a token
+    could end a sequence, or if blocks are short.
     """
     num_sequences = len(running)
     if not 0 < num_sequences <= min(limits.token_budget, limits.max_sample_rows):
@@ -37,7 +37,7 @@ def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, 
         if computed != sequence.num_tokens - 1 or sequence.stop_ids or sequence.awaits_each_token:
             return None
         attended += computed
-        # The last token of all is never computed; a commit follows each step, at once unless one is in flight.
+        # The very last token is never computed; a commit follows each step, immediately unless one is in flight.
         left = min(sequence.max_total_tokens - 1, sequence.next_block_end - 1) - computed
         if left < num_steps:
             num_steps = left
@@ -51,13 +51,13 @@ def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, 
 def advance(running: list[Sequence], num_steps: int, token_ids: Iterable[int], pool: BlockPool) -> None:
     """Computes and commits `num_steps` tokens of each sequence, all the same `token_ids`.
 
-    Blocks are handed out in the order in which the single steps would take them.
+    Blocks are allocated in the order in which the single steps would allocate them.
     """
     token_ids = list(token_ids)
     needed: list[tuple[int, int]] = []  # (step, index in the step)
     for index, sequence in enumerate(running):
         computed = sequence.num_computed
-        first = sequence.capacity - computed  # the step that has no room
+        first = sequence.capacity - computed  # the first step without room
         if first < num_steps:
             needed += [(step, index) for step in range(first, num_steps, pool.block_size)]
         sequence.num_computed = computed + num_steps

@@ -1,4 +1,4 @@
-"""One step as the engine sees it."""
+"""One step, as the engine executes it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastgen_jax.scheduling.sequence import Sequence
 class Chunk(NamedTuple):
     """The tokens at positions `[start, start + length)` of one sequence, computed in one step.
 
-    Logits are wanted for the last `num_sample_rows` positions. `samples`: the very last of them yields a new
-    token.
+    Logits are computed for the last `num_sample_rows` positions. With `samples` a new token is sampled from the very
+    last of them.
     """
 
     sequence: Sequence
@@ -25,10 +25,10 @@ class Chunk(NamedTuple):
 class Step(NamedTuple):
     """One step to dispatch.
 
-    `sampled` are the sequences whose chunk samples a new token, in chunk order. `block_updates` holds exactly
-    what changed in the block tables: `(slot, first index, block ids)`, the whole table for a sequence in
-    `admitted`, which got its slot in this step. Sequences in `preempted` lost theirs; it may be in use again
-    in this very step.
+    `sampled` are the sequences whose chunk samples a new token, in chunk order. `block_updates` contains exactly what
+    changed in the block tables, as `(slot, first index, block ids)`: the whole table for a sequence in `admitted`,
+    which got its slot in this step. Sequences in `preempted` lost their slots, which may be in use again in the same
+    step.
     """
 
     chunks: list[Chunk]
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Counts since the start. A prefix hit is a token whose KV was found instead of computed."""
+    """Counts since the start. A prefix hit is a token whose KV was found in the prefix cache instead of computed."""
 
     num_steps: int = 0
     num_tokens: int = 0

@@ -13,8 +13,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from fastgen_jax.api.options import asked
-from fastgen_jax.api.prompts import as_prompts
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
+from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
 from fastgen_jax.serving.errors import context_exceeded
@@ -110,7 +110,7 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
     stops = tuple(params.stop)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop has {len(stops)} strings but at most {MAX_STOPS} are allowed; keep the most likely")
-    prompts = as_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
+    prompts = split_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
     try:
         work = await start_work(
             backend,

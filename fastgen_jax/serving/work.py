@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any, Protocol, TypedDict
 
 from fastgen_jax.api.async_engine import Stream
-from fastgen_jax.engine.intake import Intake, Prompt, samples
+from fastgen_jax.engine.intake import Intake, samples
 from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
@@ -128,7 +129,7 @@ class Timing:
 class Work:
     """The samples of one HTTP request: sample i belongs to prompt i // n."""
 
-    prompts: list[tuple[int, ...]]
+    prompts: list[TokenIds]
     params: list[SamplingParams]
     streams: list[Stream]
     timings: list[Timing] = field(default_factory=list)
@@ -232,7 +233,7 @@ async def start_work(
         )
     every = _all_samples(params, num_samples)
 
-    def prepare() -> tuple[list[tuple[int, ...]], list[tuple[Request, GrammarMatcher | None]]]:
+    def prepare() -> tuple[list[TokenIds], list[tuple[Request, GrammarMatcher | None]]]:
         encoded = [intake.encode(prompt) for prompt in prompts]
         return encoded, [
             (

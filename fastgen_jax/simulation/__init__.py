@@ -1,18 +1,18 @@
-"""A discrete-event simulator: the engine's own scheduler, with a model of what a step costs in place of a device."""
+"""A discrete-event simulator: the engine's scheduler with a cost model instead of a device."""
 
-from fastgen_jax.simulation.costs import MeasuredCost, Roofline, StepCost, StepShape, load_cost
-from fastgen_jax.simulation.hardware import ACCELERATORS, MODELS, Accelerator
+from fastgen_jax.plan.roofline import Efficiency, StepShape
+from fastgen_jax.simulation.costs import MeasuredCost, RooflineCost, StepCost, load_cost
+from fastgen_jax.simulation.models import MODELS
 from fastgen_jax.simulation.replica import Replica, ReplicaConfig
 from fastgen_jax.simulation.simulator import Simulation, simulate
 
 __all__ = [
-    "ACCELERATORS",
     "MODELS",
-    "Accelerator",
+    "Efficiency",
     "MeasuredCost",
     "Replica",
     "ReplicaConfig",
-    "Roofline",
+    "RooflineCost",
     "Simulation",
     "StepCost",
     "StepShape",

@@ -1,6 +1,6 @@
-"""What a step costs: seconds from the tokens in it and the contexts that they attend to.
+"""The cost of a step: seconds from its tokens and the contexts that they attend to.
 
-Either measured on a device by `fastgen bench steps`, or read off a roofline.
+Either measured on a device with `fastgen bench steps`, or computed from a roofline.
 """
 
 from __future__ import annotations
@@ -8,30 +8,20 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params
+from fastgen_jax.plan.devices import DEVICES, GIB, Device
+from fastgen_jax.plan.roofline import Efficiency, Roofline, StepShape, roofline
 from fastgen_jax.scheduling import Chunk, Step
-from fastgen_jax.simulation.hardware import ACCELERATORS, MODELS, Accelerator
+from fastgen_jax.simulation.models import MODELS
 
 _START = itemgetter(1)
-
-
-class StepShape(NamedTuple):
-    """What the cost of a step depends on.
-
-    `decode_attended` adds up the contexts of the sequences that compute one token. `prompt_attended` adds up, over
-    the tokens of longer chunks, the positions that each attends to, and `prompt_context` the contexts at their ends.
-    """
-
-    num_tokens: int
-    num_sample_rows: int
-    decode_attended: int
-    prompt_attended: int
-    prompt_context: int
 
 
 def shape_of(step: Step) -> StepShape:
@@ -52,7 +42,7 @@ def _prompts(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 class StepCost(Protocol):
-    """Seconds that a device takes for a step."""
+    """A cost model: the seconds that a device needs for a step."""
 
     def __call__(self, shape: StepShape) -> float:
         """Seconds for a step of this shape."""
@@ -61,27 +51,28 @@ class StepCost(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredCost:
-    """A straight line for each compiled step size, as `fastgen bench steps` fits it.
+    """A straight line for each compiled step size, fitted by `fastgen bench steps`.
 
-    `sizes` are the token budgets of the compiled programs, ascending; `base` the seconds of each without a token, and
-    `per_token` for each token in it, which is nothing where padding is computed.
+    `sizes` are the token budgets of the compiled programs, ascending; `base` is the seconds of each one without
+    tokens, and `per_token` the seconds per token in it, which is 0 where padding is computed too.
     """
 
     sizes: tuple[int, ...]
     base: tuple[float, ...]
     per_token: tuple[float, ...]
     per_row: float
-    """Seconds a row of logits."""
+    """Seconds per row of logits."""
     per_decode_attended: float
-    """Seconds for each position that a generated token attends to."""
+    """Seconds per position that a generated token attends to."""
     per_prompt_attended: float
+    """Seconds per position that a token of a prompt attends to."""
     host_seconds: float
-    """Seconds that the host takes for a step, during which the device may run another."""
+    """Seconds of host work per step, during which the device may run another one."""
     facts: dict[str, Any]
     """Machine, versions, model and engine settings of the measurement."""
 
     def __call__(self, shape: StepShape) -> float:
-        """Seconds for a step of this shape; ValueError if no compiled step holds it."""
+        """Seconds for a step of this shape; ValueError if it exceeds the largest compiled step."""
         tokens, rows, decode_attended, prompt_attended, _ = shape
         index = bisect_left(self.sizes, tokens)
         if index == len(self.sizes):
@@ -96,117 +87,93 @@ class MeasuredCost:
 
 
 def cost_from(model: dict[str, Any]) -> MeasuredCost:
-    """The cost model that `fastgen bench steps` fitted, from its JSON object; KeyError or TypeError if it is none."""
+    """The cost model in a JSON object of `fastgen bench steps`; KeyError or TypeError if it contains none."""
     return MeasuredCost(**{**model, **{name: tuple(model[name]) for name in ("sizes", "base", "per_token")}})
 
 
 def load_cost(path: Path) -> MeasuredCost:
-    """The cost model in a file of `fastgen bench steps`; ValueError if it is none."""
+    """The cost model in a file of `fastgen bench steps`; ValueError if it contains none."""
     try:
         return cost_from(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no step costs: {error!r}; write one with: fastgen bench steps -o {path}") from error
+        raise ValueError(
+            f"{path} contains no step costs: {error!r}; create it with: fastgen bench steps -o {path}"
+        ) from error
 
 
-class _Seconds(NamedTuple):
-    """Seconds for one of each: what a roofline comes down to."""
-
-    token: float
-    row: float
-    weights: float
-    read_kv: float
-    attend: float
-    decode: float
-    """A position that a generated token attends to: read or multiplied, whatever takes longer."""
-    reduce_token: float
-    reduce: float
+GOOD_KERNELS = Efficiency(matmul=0.6, attention=0.4, memory=0.8, links=0.7)
+"""The shares of the peak figures that good kernels reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Roofline:
-    """Tensor parallelism over `num_devices` equal devices; each part of a step takes its compute or its memory time.
+class RooflineCost:
+    """A dense model on the roofline, tensor-parallel over `num_devices` equal devices.
 
-    The efficiencies say what share of the peak is reached: the values by default are what good kernels reach. Matrix
-    products, attention and the two all-reduces a layer follow one another. `sizes` are compiled step sizes to
-    which a step is padded; without them a step has exactly the tokens that are in it.
+    `sizes` are the compiled step sizes to which a step is padded; if empty, steps are not padded.
     """
 
     model: ModelConfig
-    accelerator: Accelerator
+    device: Device
     num_devices: int = 1
-    bytes_a_weight: float = 2.0
-    bytes_a_kv: float = 2.0
-    matmul_efficiency: float = 0.6
-    attention_efficiency: float = 0.4
-    memory_efficiency: float = 0.8
-    link_efficiency: float = 0.7
+    bytes_per_weight: float = 2.0
+    bytes_per_kv: float = 2.0
+    efficiency: Efficiency = GOOD_KERNELS
     sizes: tuple[int, ...] = ()
-    _seconds: _Seconds = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("matmul_efficiency", "attention_efficiency", "memory_efficiency", "link_efficiency"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a share of the peak, above 0 and at most 1")
         if self.num_devices < 1:
             raise ValueError(f"num_devices is {self.num_devices}; a model needs at least 1")
-        flops = self.num_devices * self.accelerator.flops
-        bandwidth = self.num_devices * self.accelerator.memory_bandwidth * self.memory_efficiency
-        model, n = self.model, self.num_devices
-        body, row = model.flops_per_token(sampled=False), model.flops_per_token(sampled=True)
-        kv_bytes = model.kv_bytes_per_token(1) * self.bytes_a_kv
-        # A ring sends each number of the all-reduce 2 (n - 1) / n times.
-        reduced = 2 * model.num_layers * 2.0 * model.embed_dim * 2 * (n - 1) / n
-        attention_flops = 4.0 * model.num_layers * model.num_heads * model.head_dim  # scores and values, for a position
-        read_kv = kv_bytes / bandwidth
-        attend = attention_flops / (flops * self.attention_efficiency)
-        seconds = _Seconds(
-            token=body / (flops * self.matmul_efficiency),
-            row=(row - body) / (flops * self.matmul_efficiency),
-            weights=model.num_params * self.bytes_a_weight / bandwidth,
-            read_kv=read_kv,
-            attend=attend,
-            decode=max(read_kv, attend),
-            reduce_token=reduced / (self.accelerator.link_bandwidth * self.link_efficiency),
-            reduce=2 * model.num_layers * self.accelerator.link_latency if n > 1 else 0.0,
+
+    @cached_property
+    def _roofline(self) -> Roofline:
+        return roofline(
+            self.model,
+            self.device,
+            self.num_devices,
+            weight_bytes=self._weight_bytes / self.num_devices,
+            kv_bytes_per_token=self._kv_bytes_per_token / self.num_devices,
+            activation_bytes=2.0,
+            efficiency=self.efficiency,
+            latency=True,
         )
-        object.__setattr__(self, "_seconds", seconds)
+
+    @property
+    def _weight_bytes(self) -> float:
+        return count_params(self.model) * self.bytes_per_weight
+
+    @property
+    def _kv_bytes_per_token(self) -> float:
+        return self.model.kv_bytes_per_token(1) * self.bytes_per_kv
 
     def __call__(self, shape: StepShape) -> float:
-        """Seconds for a step of this shape; ValueError if no compiled step holds it."""
-        # Unpacked, and without max(): this is called for every simulated step.
-        tokens, rows, decode_attended, prompt_attended, prompt_context = shape
+        """Seconds for a step of this shape; ValueError if it exceeds the largest compiled step."""
         if self.sizes:
-            index = bisect_left(self.sizes, tokens)
+            index = bisect_left(self.sizes, shape.num_tokens)
             if index == len(self.sizes):
-                raise ValueError(f"a step of {tokens} tokens exceeds the largest compiled one, {self.sizes[-1]}")
-            tokens = self.sizes[index]
-        token, row, weights, read_kv, attend, decode, reduce_token, reduce = self._seconds
-        matmuls = tokens * token + rows * row
-        if matmuls < weights:
-            matmuls = weights
-        prompt = max(prompt_context * read_kv, prompt_attended * attend) if prompt_context else 0.0
-        return matmuls + decode_attended * decode + prompt + reduce + tokens * reduce_token
+                raise ValueError(f"a step of {shape.num_tokens} tokens exceeds the largest compiled one, {self.sizes[-1]}")
+            shape = shape._replace(num_tokens=self.sizes[index])
+        return self._roofline(shape)
 
     def num_kv_tokens(self, *, memory_share: float = 0.9) -> int:
-        """Positions that the KV cache can hold in what the weights leave of `memory_share` of all memory.
+        """Positions that fit into the KV cache, which gets what the weights leave of `memory_share` of all memory.
 
         Raises ValueError if the weights leave nothing.
         """
-        memory = memory_share * self.num_devices * self.accelerator.memory
-        free = memory - self.model.num_params * self.bytes_a_weight
-        if free <= 0:
-            need = self.model.num_params * self.bytes_a_weight / (memory_share * self.accelerator.memory)
+        usable_bytes = memory_share * self.num_devices * self.device.memory_bytes
+        free_bytes = usable_bytes - self._weight_bytes
+        if free_bytes <= 0:
+            needed = self._weight_bytes / (memory_share * self.device.memory_bytes)
             raise ValueError(
-                f"the weights take {self.model.num_params * self.bytes_a_weight / 1e9:.0f} GB, but {self.num_devices} "
-                f"devices have {memory / 1e9:.0f} GB for them; use at least {int(need) + 1} devices"
+                f"the weights take {self._weight_bytes / GIB:.0f} GiB, but {self.num_devices} devices have "
+                f"{usable_bytes / GIB:.0f} GiB for them; use at least {int(needed) + 1} devices"
             )
-        return int(free / (self.model.kv_bytes_per_token(1) * self.bytes_a_kv))
+        return int(free_bytes / self._kv_bytes_per_token)
 
 
-def roofline(model: str, accelerator: str, num_devices: int, **options: Any) -> Roofline:
-    """The roofline of a known model on known hardware; ValueError that lists the known names."""
+def roofline_cost(model: str, hardware: str, num_devices: int, *, efficiency: Efficiency = GOOD_KERNELS) -> RooflineCost:
+    """The cost of a known model on known hardware; ValueError, which lists the known names, for others."""
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}")
-    if accelerator not in ACCELERATORS:
-        raise ValueError(f"hardware is {accelerator!r}; choose one of {', '.join(ACCELERATORS)}")
-    return Roofline(model=MODELS[model], accelerator=ACCELERATORS[accelerator], num_devices=num_devices, **options)
+    if hardware not in DEVICES:
+        raise ValueError(f"hardware is {hardware!r}; choose one of {', '.join(DEVICES)}")
+    return RooflineCost(model=MODELS[model], device=DEVICES[hardware], num_devices=num_devices, efficiency=efficiency)

@@ -1,12 +1,12 @@
-"""The paper's table: its claims beside what the simulator says of the paper's hardware.
+"""The claims of the FastGen paper next to what the simulator predicts for the paper's hardware.
 
-Llama-2-70B on four A100 80 GB. One roofline, the same kernels and the same host for all policies: what differs is only
-which tokens share a step. SplitFuse has FastGen's step of 768 tokens; the others need steps that hold whole prompts and
-have 4096, the model's context and the limit of vLLM in 2023. FastGen of 2023 did not overlap host and device.
+Llama-2-70B on four A100 80 GB. All policies use one roofline, the same kernels and the same host: they differ only in
+which tokens share a step. SplitFuse uses FastGen's step of 768 tokens; the others need steps that hold whole prompts and
+use 4096 tokens, the model's context and the limit of vLLM in 2023. FastGen in 2023 did not overlap host and device.
 
-One more rival is no policy but a server: prompts-first with the longest pause between steps that vLLM's developers
-reported of their engine (5 to 13 ms in which the GPU waits, vllm-project/vllm issue 6854, July 2024; for 2023 nothing was
-found). It says how much of the paper's ratios such pauses can explain.
+One more rival differs in the server, not the policy: prompts-first with the longest pause between steps that vLLM's
+developers reported for their engine (5 to 13 ms in which the GPU waits, vllm-project/vllm issue 6854, July 2024; nothing
+was found for 2023). It shows how much of the paper's ratios such pauses can explain.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from collections.abc import Iterable, Sequence
 
 from fastgen_jax.bench.curves import Curve, curves
 from fastgen_jax.bench.loads import CLIENT_LADDER, closed_loop
-from fastgen_jax.bench.results import RunRecord, context, table
-from fastgen_jax.simulation.costs import Roofline, roofline
+from fastgen_jax.bench.results import RunRecord, context
+from fastgen_jax.bench.tables import table
+from fastgen_jax.simulation.costs import RooflineCost, roofline_cost
 from fastgen_jax.simulation.replica import ReplicaConfig
 from fastgen_jax.simulation.simulator import simulate
 
 WORKLOADS = ((2600, 60), (2600, 128), (1200, 60), (1200, 128))
 TOKEN_BUDGETS = {"splitfuse": 768, "prompts_first": 4096, "orca": 4096}
-RATES = (2, 4, 6)  # tokens a second
+RATES = (2, 4, 6)  # tokens per second
 NUM_REQUESTS = 512
-HOST_SECONDS = 0.005  # planning and launching a step from Python, without graphs
+HOST_SECONDS = 0.005  # to plan and launch a step from Python, without CUDA graphs
 SLOW_HOST = "prompts_first with 13 ms of host"
 SLOW_HOST_SECONDS = 0.013
 SERVERS = {
@@ -32,18 +33,18 @@ SERVERS = {
     SLOW_HOST: ("prompts_first", SLOW_HOST_SECONDS),
 }
 BLOCK_SIZE = 64
-CONTEXT = 4096 + 256  # prompts are cut at 4000 and outputs are not
+CONTEXT = 4096 + 256  # prompts are truncated to 4000 tokens, outputs are not
 REPLICAS = (1, 4, 8, 16)
 CLAIMED_EFFECTIVE = {(2600, 60, 4): 1.42 / 0.63}  # SplitFuse over vLLM, Llama-2-70B
 
 
-def paper_cost() -> Roofline:
-    """Llama-2-70B over four A100."""
-    return roofline("llama-2-70b", "a100", 4)
+def paper_cost() -> RooflineCost:
+    """The cost of Llama-2-70B on four A100."""
+    return roofline_cost("llama-2-70b", "a100", 4)
 
 
-def paper_config(policy: str, cost: Roofline, host_seconds: float = HOST_SECONDS) -> ReplicaConfig:
-    """A server of 2023 with one of the policies, whose host takes `host_seconds` between two steps."""
+def paper_config(policy: str, cost: RooflineCost, host_seconds: float = HOST_SECONDS) -> ReplicaConfig:
+    """A server as of 2023 with one of the policies; the host needs `host_seconds` between two steps."""
     return ReplicaConfig(
         num_blocks=cost.num_kv_tokens() // BLOCK_SIZE,
         block_size=BLOCK_SIZE,
@@ -83,7 +84,7 @@ def paper_runs(
                             "host_seconds": host_seconds,
                             "hardware": "4 a100",
                         },
-                        # A window of the steady state: enough for the picture of which token ran when.
+                        # A window of the steady state, enough for the figure of which token ran when.
                         steps=result.steps[0][len(result.steps[0]) // 2 :][:60],
                     )
                 )
@@ -91,7 +92,7 @@ def paper_runs(
 
 
 def paper_table(records: Sequence[RunRecord]) -> list[str]:
-    """Lines of Markdown: the paper's claims and what the runs say."""
+    """Lines of Markdown: the paper's claims and the simulated figures."""
     by_name = {(curve.label.split(",")[0], curve.workload): curve for curve in curves(records)}
     lines = []
     for workload in dict.fromkeys(curve.workload for curve in by_name.values()):
@@ -139,7 +140,7 @@ def _rows(ours: Curve, rival: Curve) -> list[tuple[str, ...]]:
 
 
 def replica_table(*, num_requests: int = 256, clients: int = 16, replicas: Sequence[int] = REPLICAS) -> list[str]:
-    """Lines of Markdown: throughput of up to 16 replicas, clients and requests in proportion. The paper: 16.2 at 16."""
+    """Lines of Markdown: throughput of 1 to 16 replicas with proportional clients and requests. The paper: 16.2 at 16."""
     cost = paper_cost()
     rows, base = [], 0.0
     for n in replicas:

@@ -1,4 +1,4 @@
-"""One replica: the engine's loop around the engine's scheduler, on a clock of its own."""
+"""One replica: the engine's loop around the engine's scheduler, in simulated time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 from fastgen_jax.bench.loads import LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
+from fastgen_jax.plan.roofline import StepShape
 from fastgen_jax.scheduling import Promise, Request, SamplingParams, Scheduler, Sequence, Step
-from fastgen_jax.simulation.costs import StepCost, StepShape, shape_of
+from fastgen_jax.simulation.costs import StepCost, shape_of
 
-PREFIXES_REMEMBERED = 512  # blocks of a Mooncake prompt, 512 tokens each: what the router remembers of a replica
+PREFIXES_REMEMBERED = 512  # blocks of Mooncake prompts, 512 tokens each, that the router remembers per replica
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaConfig:
-    """The choices of an engine that matter to its timing; fields as in `EngineConfig`, all filled in."""
+    """The engine settings that affect timing; the fields have the names of those of `EngineConfig`."""
 
     num_blocks: int
     max_context_len: int
@@ -28,10 +29,10 @@ class ReplicaConfig:
     prefix_caching: bool = False
     overlap: bool = True
     host_seconds: float = 0.0
-    """Seconds of planning, packing and reading a step; with `overlap` the device runs another step meanwhile."""
+    """Seconds to plan, pack and read a step; with `overlap` the device runs another step meanwhile."""
     promise: Promise | None = None
     step_sizes: tuple[int, ...] = ()
-    """Sizes to which the device pads a step; a policy with a promise goes by them."""
+    """Sizes to which the device pads a step; a policy with a promise takes them into account."""
 
 
 @lru_cache(maxsize=4096)
@@ -40,7 +41,7 @@ def _params(max_new_tokens: int) -> SamplingParams:
 
 
 class Refusal(NamedTuple):
-    """A request that was told that it cannot be served in time."""
+    """A request that was refused because it could not be served in time."""
 
     request_id: str
     num_prompt_tokens: int
@@ -49,7 +50,7 @@ class Refusal(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """One step of the timeline: when the device ran it, and for each chunk (request id, start, length)."""
+    """One step of the timeline: when the device ran it, and its chunks as (request id, start, length)."""
 
     start: float
     end: float
@@ -58,11 +59,10 @@ class StepRecord(NamedTuple):
 
 
 class Replica:
-    """What `Engine.step` does, with a cost model for a device.
+    """What `Engine.step` does, with a cost model instead of a device.
 
     `wake` is when the host will read the oldest step in flight; None if there is none. The simulator calls `commit` at
-    that time and `dispatch` right after it, with requests that came in between added in the meantime, as the engine's
-    thread does.
+    that time, adds the requests that arrived in between, and then calls `dispatch`, as the engine's thread does.
     """
 
     def __init__(self, config: ReplicaConfig, cost: StepCost, *, record_steps: bool = False) -> None:
@@ -102,7 +102,7 @@ class Replica:
         self._sent[request_id] = sent
 
     def remember(self, request: LoadRequest) -> None:
-        """Notes that the prompt's blocks will be in the prefix cache, as far as a router can know it."""
+        """Notes that the prompt's blocks will be in the prefix cache; a router cannot know when they are evicted."""
         if self.config.prefix_caching:
             for block in request.prefix_blocks:
                 self._prefixes[block] = None
@@ -111,7 +111,7 @@ class Replica:
                 self._prefixes.popitem(last=False)
 
     def known_tokens(self, request: LoadRequest) -> int:
-        """Prompt tokens that it has seen before, as far as a router can know it."""
+        """Tokens at the start of the prompt that the router assumes are in the replica's prefix cache."""
         blocks = request.prefix_blocks
         if not self._prefixes or not blocks:
             return 0
@@ -119,7 +119,7 @@ class Replica:
         return known * request.num_prompt_tokens // len(blocks)
 
     def dispatch(self, now: float) -> list[Refusal]:
-        """Plans the next step and gives it to the device; sets `wake`. Gives the requests that the plan refuses."""
+        """Plans the next step, dispatches it and sets `wake`; returns the requests that the plan refuses."""
         self.now = now
         step = self.scheduler.schedule()
         self._keep = 0
@@ -142,13 +142,13 @@ class Replica:
         return [self._refuse(sequence) for sequence in self.scheduler.take_refused()] if self.config.promise else []
 
     def commit(self, now: float) -> list[RequestTimes]:
-        """Reads the steps that are due; gives the requests that finished."""
+        """Reads the steps that are due; returns the requests that finished."""
         self.now = now
         done: list[RequestTimes] = []
         while len(self._in_flight) > self._keep:
             step, end = self._in_flight.popleft()
             self.now = max(self.now, end)
-            # The tokens of a simulated sequence say when they came: each is the number of the commit.
+            # Each simulated token is the number of the commit that produced it, which tells when it arrived.
             number = len(self._commit_times)
             self._commit_times.append(self.now)
             advanced = self.scheduler.commit(step, [number] * len(step.sampled))
@@ -157,10 +157,10 @@ class Replica:
         return done
 
     def fast_forward(self, now: float, horizon: float) -> float:
-        """Runs steps of generation alone, as `dispatch` and `commit` would from `now` on, that end before `horizon`.
+        """Runs the steps of pure generation that end before `horizon`, as `dispatch` and `commit` would from `now` on.
 
-        Gives the time of the last commit, when `dispatch` is due; `now` if there is no such step. Call it in place of
-        `dispatch`, where nothing but this replica acts before `horizon`.
+        Returns the time of the last commit, when `dispatch` is due; `now` if there is no such step. Call it before
+        `dispatch`, if only this replica acts before `horizon`.
         """
         in_flight, overlap = self._in_flight, self.config.overlap
         if self.steps is not None or len(in_flight) != overlap:  # a timeline needs every step

@@ -1,4 +1,4 @@
-"""Service levels over a trace: what policies keep of a promise, and how many replicas a promise takes."""
+"""Service levels over a trace: how well policies keep a promise, and how many replicas a promise requires."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from fastgen_jax.bench.loads import Load, offered_rate
 from fastgen_jax.bench.metrics import effective_throughput, meets_promise
-from fastgen_jax.bench.results import table
+from fastgen_jax.bench.tables import table
 from fastgen_jax.scheduling import NEED_PROMISE, Promise
 from fastgen_jax.simulation.costs import StepCost
 from fastgen_jax.simulation.replica import ReplicaConfig
@@ -18,28 +18,28 @@ from fastgen_jax.simulation.simulator import Router, Simulation, least_work, sim
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What became of the requests of one run under a promise."""
+    """How the requests of one run fared under a promise."""
 
     policy: str
     offered: float
-    """Requests a second."""
+    """Requests per second."""
     effective: float
-    """Requests a second that were served as promised."""
+    """Requests per second that were served as promised."""
     share_kept: float
-    """Of all requests, those served as promised."""
+    """Share of all requests that were served as promised."""
     share_refused: float
     longest_overdue: float
-    """Of all requests, the most seconds by which the first token or the refusal was later than promised."""
+    """The most seconds by which a first token or a refusal was later than promised."""
     first_token_p99: float
-    """Seconds, of those served."""
+    """Seconds, of the requests that were served."""
     refused_by_length: tuple[float, ...]
-    """Share refused in each quarter of the requests, by length of prompt, shortest first."""
+    """Share refused in each quarter of the requests by prompt length, shortest first."""
 
 
 def service(load: Load, result: Simulation, promise: Promise, policy: str) -> Service:
     """The figures of one run; ValueError if nothing was served."""
     if not result.requests:
-        raise ValueError("no request was served at all; the promise cannot be kept on this hardware")
+        raise ValueError("no request was served at all; this hardware cannot keep the promise")
     generation, prompt = promise.generation_rate, promise.prompt_rate
     kept = sum(meets_promise(r, tokens_per_second=generation, prompt_rate=prompt) for r in result.requests)
     overdue = [r.time_to_first_token - r.num_prompt_tokens / promise.prompt_rate for r in result.requests]
@@ -62,7 +62,7 @@ def service(load: Load, result: Simulation, promise: Promise, policy: str) -> Se
 
 
 def with_policy(config: ReplicaConfig, policy: str, promise: Promise) -> ReplicaConfig:
-    """`config` with another policy, which gets the promise if it needs one."""
+    """`config` with another policy, and with the promise if the policy needs one."""
     return replace(config, policy=policy, promise=promise if policy in NEED_PROMISE else None)
 
 
@@ -76,7 +76,7 @@ def compare_policies(
     num_replicas: int = 1,
     router: Router = least_work,
 ) -> list[Service]:
-    """Every policy on every load."""
+    """Simulates every policy on every load."""
     return [
         service(
             load,
@@ -129,10 +129,10 @@ def replicas_needed(
     most: int = 64,
     router: Router = least_work,
 ) -> tuple[int, list[tuple[int, Service]]]:
-    """The smallest fleet that keeps the promise to `share` of the requests, and what the fleets that were tried did.
+    """The smallest number of replicas that keeps the promise for `share` of the requests, and all results on the way.
 
-    Doubles until it is enough, then halves the gap: the share is taken to grow with the fleet. Raises ValueError for a
-    share outside (0, 1] and if `most` replicas are not enough.
+    Doubles the number until it is enough, then bisects, assuming that the share grows with the number of replicas.
+    Raises ValueError for a share outside (0, 1] and if `most` replicas are not enough.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; it must be above 0 and at most 1")
@@ -147,7 +147,7 @@ def replicas_needed(
     while not enough(high):
         if high >= most:
             raise ValueError(
-                f"{high} replicas keep the promise to {tried[high].share_kept:.1%} of the requests, not to {share:.1%}; "
+                f"{high} replicas keep the promise for {tried[high].share_kept:.1%} of the requests, not for {share:.1%}; "
                 "promise less, use faster hardware, or allow more replicas"
             )
         high = min(most, 2 * high)

@@ -1,4 +1,4 @@
-"""The simulated world: clients or a trace on one side, replicas on the other, a router between them."""
+"""The simulation loop: clients or a trace, replicas, and a router between them."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from fastgen_jax.simulation.costs import StepCost
 from fastgen_jax.simulation.replica import Refusal, Replica, ReplicaConfig, StepRecord
 
 Router = Callable[[Sequence[Replica], LoadRequest], int]
-"""Which of the replicas gets a request: its index."""
+"""Chooses the replica that gets a request; returns its index."""
 
 
 def least_work(replicas: Sequence[Replica], request: LoadRequest) -> int:
-    """The replica that would be done first: what lies there, and what of the prompt it has not computed before.
+    """The replica that would be done first: the fewest tokens outstanding, minus those of the prompt that it knows.
 
-    The rule of `fastgen serve`'s router, with tokens as the measure of work. Of equals the first.
+    The same rule as the router of `fastgen serve`, with work measured in tokens. The first one wins a tie.
     """
     return min(range(len(replicas)), key=lambda i: replicas[i].outstanding_tokens - replicas[i].known_tokens(request))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """What happened, in the order in which requests finished."""
+    """The result of a simulation; requests are in the order in which they finished."""
 
     requests: tuple[RequestTimes, ...]
     refused: tuple[Refusal, ...]
     seconds: float
-    """When the last token came."""
+    """When the last token arrived."""
     busy_seconds: tuple[float, ...]
-    """Of each replica, how long its device worked."""
+    """How long the device of each replica was busy."""
     num_steps: tuple[int, ...]
     num_preemptions: int
     num_prefix_hit_tokens: int
     steps: tuple[tuple[StepRecord, ...], ...] = field(repr=False)
-    """The timeline of each replica, if it was asked for."""
+    """The timeline of each replica, if it was requested."""
 
 
 def simulate(
@@ -51,7 +51,7 @@ def simulate(
     router: Router = least_work,
     record_steps: bool = False,
 ) -> Simulation:
-    """Runs `load` on `num_replicas` equal replicas. Nothing is random and no clock is read: same load, same result.
+    """Runs `load` on `num_replicas` equal replicas. Deterministic: nothing is random, and no clock is read.
 
     Raises ValueError for a request that no replica can hold.
     """
@@ -73,7 +73,7 @@ def simulate(
 
 
 class _World:
-    """Two kinds of events: a request is sent, a replica wakes. Of events at one time requests come first."""
+    """There are two kinds of events: a request is sent, a replica wakes. At equal times, requests come first."""
 
     def __init__(self, load: Load, replicas: list[Replica], router: Router) -> None:
         self.load = load
@@ -83,7 +83,7 @@ class _World:
         self.finished: list[RequestTimes] = []
         self.refused: list[Refusal] = []
         self._wakes: list[tuple[float, int]] = []
-        self._queue = deque(load.requests)  # closed loop: what no client has taken yet
+        self._queue = deque(load.requests)  # closed loop: requests that no client has sent yet
         self._warming = {request.request_id for request in load.warmup}
         if load.num_clients is None:
             self._arrivals = [(request.arrival, i, request) for i, request in enumerate(load.requests)]
@@ -107,14 +107,14 @@ class _World:
             for times in replica.commit(self.now):
                 if self._ended(times.request_id):
                     self.finished.append(times)
-            while arrivals and arrivals[0][0] <= self.now:  # the answered clients' next requests
+            while arrivals and arrivals[0][0] <= self.now:  # the next requests of the clients that were just answered
                 _, _, request = heapq.heappop(arrivals)
                 self._send(request, busy=index)
             self.now = replica.fast_forward(self.now, self._horizon())
             self._dispatch(index)
 
     def _horizon(self) -> float:
-        """Until when nobody but the replica that is awake acts: in a closed loop another one's answer brings a request."""
+        """Until when only the current replica acts. In a closed loop the answer of another replica triggers a request."""
         arrival = self._arrivals[0][0] if self._arrivals else math.inf
         if self.load.num_clients is None or not self._wakes:
             return arrival
@@ -129,7 +129,7 @@ class _World:
             heapq.heappush(self._wakes, (replica.wake, index))
 
     def _send(self, request: LoadRequest, busy: int | None = None) -> None:
-        """Gives a request to a replica; an idle one starts at once, unless it is `busy` with this very moment."""
+        """Sends a request to a replica, which starts immediately if it is idle and not the `busy` one."""
         index = self.router(self.replicas, request)
         replica = self.replicas[index]
         prompt = self._prompt(request)
@@ -139,7 +139,7 @@ class _World:
             self._dispatch(index)
 
     def _prompt(self, request: LoadRequest) -> tuple[int, ...]:
-        """Token ids for the scheduler, which looks at them only to find equal prefixes."""
+        """Token ids for the scheduler, which uses them only to find equal prefixes."""
         if not request.prefix_blocks:
             return (0,) * request.num_prompt_tokens
         size = self.load.prefix_block_size
@@ -149,7 +149,7 @@ class _World:
         return tuple(ids[: request.num_prompt_tokens])
 
     def _ended(self, request_id: str) -> bool:
-        """Lets the client go on; False for a request that is not measured."""
+        """Lets the client continue; returns False for a request that is not measured."""
         if request_id in self._warming:
             self._warming.remove(request_id)
             if not self._warming:

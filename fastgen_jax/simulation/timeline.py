@@ -1,18 +1,18 @@
-"""Where the device's time goes under each policy: the reasons behind the ratios."""
+"""Where device time goes under each policy: the reasons for the ratios in the paper's table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from fastgen_jax.bench.loads import closed_loop
-from fastgen_jax.bench.results import table
+from fastgen_jax.bench.tables import table
 from fastgen_jax.simulation.paper import TOKEN_BUDGETS, paper_config, paper_cost
 from fastgen_jax.simulation.replica import StepRecord
 from fastgen_jax.simulation.simulator import simulate
 
 
 def timeline_table(*, clients: int = 16, num_requests: int = 256, prompt: int = 2600, output: int = 60) -> list[str]:
-    """Lines of Markdown: steps with and without prompts, what they take and hold, and how long generation pauses."""
+    """Lines of Markdown: duration and tokens of steps with and without prompts, and how long generation pauses."""
     rows = []
     cost = paper_cost()
     for policy in TOKEN_BUDGETS:
@@ -59,7 +59,7 @@ def _step(steps: Sequence[StepRecord]) -> str:
 
 
 def _pause(steps: Sequence[StepRecord]) -> str:
-    """Mean and maximum, over requests, of the longest time between two steps that generate for one."""
+    """Mean and maximum over requests of the longest time between two steps that generate a token of the request."""
     last: dict[str, float] = {}
     longest: dict[str, float] = {}
     for step in steps:

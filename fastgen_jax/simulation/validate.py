@@ -1,4 +1,4 @@
-"""Simulated against measured: the same loads on an engine here and on its simulation."""
+"""Compares simulation with measurement: the same loads on a real engine and on its simulation."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 
 from fastgen_jax.bench import steps
 from fastgen_jax.bench.curves import curves
-from fastgen_jax.bench.engine_options import make_engine
 from fastgen_jax.bench.loads import Load
-from fastgen_jax.bench.offline import DISTURBED_CORES
+from fastgen_jax.bench.machine import DISTURBED_CORES
+from fastgen_jax.bench.options import make_engine
 from fastgen_jax.bench.policies import measure
-from fastgen_jax.bench.results import RunRecord, append, table
+from fastgen_jax.bench.results import RunRecord, append
+from fastgen_jax.bench.tables import table
 from fastgen_jax.simulation.costs import MeasuredCost, cost_from
 from fastgen_jax.simulation.replica import ReplicaConfig
 from fastgen_jax.simulation.simulator import simulate
 
-ALLOWED = 0.10  # error of latency and throughput
+ALLOWED = 0.10  # relative error of latency and throughput
 FIGURES = ("latency", "throughput", "first_token_mean", "token_latency_p50", "token_latency_p95")
 
 
 def validate(args: argparse.Namespace, loads: Sequence[Load], results: Path | None) -> int:
-    """Measures step costs, runs the loads for real, simulates them, prints the errors; 1 if one is above 10 %.
+    """Measures step costs, runs the loads on an engine, simulates them, and prints the errors; 1 if one exceeds 10 %.
 
-    The loads are closed loops. The step costs come from batches of other lengths. Costs and loads take turns, `args.rounds`
-    times, so that a machine that slows down shows in both; of the loads' figures the medians count.
+    The loads are closed loops. Step costs come from batches of other lengths. Costs and loads are measured in turn,
+    `args.rounds` times, so that a machine that slows down affects both; the medians of the loads' figures are compared.
     """
     if args.rounds < 1:
         raise ValueError(f"rounds is {args.rounds}; choose at least 1, and 3 or more for a median")
@@ -39,7 +40,7 @@ def validate(args: argparse.Namespace, loads: Sequence[Load], results: Path | No
     measured: list[list[RunRecord]] = []
     for number in range(args.rounds):
         points += steps.measure(engine, contexts=args.contexts, generated=args.generated, rounds=1)
-        measured.append([measure(engine, load, str(engine.config.policy), args.model) for load in loads])
+        measured.append([measure(engine, load, str(engine.config.choices.policy), args.model) for load in loads])
         print(f"round {number + 1} of {args.rounds}", flush=True)
     model = steps.fit(points, steps.facts_of(engine, args.model))
     print("\n".join(steps.report(points, model)))
@@ -83,7 +84,7 @@ def simulated_twin(record: RunRecord, load: Load, cost: MeasuredCost) -> RunReco
 def errors(measured: Sequence[Sequence[RunRecord]], simulated: Sequence[RunRecord]) -> tuple[list[str], float]:
     """Lines of Markdown with both figures and their difference, and the largest error of latency and throughput.
 
-    `measured` are rounds of the same loads; their medians are compared.
+    `measured` contains rounds of the same loads; their medians are compared.
     """
     (twin,) = curves(simulated)
     rounds = [curves(records)[0] for records in measured]

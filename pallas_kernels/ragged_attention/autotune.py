@@ -3,7 +3,7 @@
     python -m pallas_kernels.ragged_attention.autotune --heads 32 --kv-heads 8 --tokens 2048 --sequences 64
 
 The file, `~/.cache/pallas_kernels/tiles.json` or what PALLAS_KERNELS_TILES names, holds one entry for each device kind
-and shape class; `tiles.choose` and `gpu_tiles.choose` prefer it to their models of the device.
+and shape class; `tpu.tile_sizes.choose` and `gpu.tile_sizes.choose` prefer it to their models of the device.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_attention import gpu_support, gpu_tiles, tile_file
-from pallas_kernels.ragged_attention import tiles as tile_sizes
-from pallas_kernels.ragged_attention.tile_file import Shape
-from pallas_kernels.ragged_attention.tiles import Tiles
+from pallas_kernels.ragged_attention import measured_tiles
+from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.gpu import support as gpu_support
+from pallas_kernels.ragged_attention.gpu import tile_sizes as gpu_tiles
+from pallas_kernels.ragged_attention.measured_tiles import Shape
+from pallas_kernels.ragged_attention.tpu import tile_sizes
+from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
 
 
 def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
@@ -71,20 +74,17 @@ def autotune(
     if not times:
         raise RuntimeError(f"no candidate works for {shape} on {kind}; the lines above say why")
     best = min(times, key=times.__getitem__)
-    path = path or tile_file.measured_file()
+    path = path or measured_tiles.measured_file()
     try:
-        tile_file.save(shape, kind, best, seconds=times[best], path=path)
+        measured_tiles.save(shape, kind, best, seconds=times[best], path=path)
         report(f"{best} written to {path}")
     except OSError as error:  # hours of measurement are not lost to a folder: PALLAS_KERNELS_TILES names another
         report(f"{best} is the fastest, but {path} cannot be written ({error}); name another file in PALLAS_KERNELS_TILES")
     return best
 
 
-def time_call(attention: Callable[..., Any], shape: Shape, *, context: int, repeats: int = 20) -> float:
-    """Seconds of one call on this machine: all sequences with `context` tokens, as many prompt tokens as fit.
-
-    `attention` has the arguments of `ragged_attention`.
-    """
+def time_call(attention: Attention, shape: Shape, *, context: int, repeats: int = 20) -> float:
+    """Seconds of one call on this machine: all sequences with `context` tokens, as many prompt tokens as fit."""
     s, b = shape.num_sequences, shape.block_size
     max_blocks = -(-context // b)
     dtype = jnp.dtype(shape.dtype)
@@ -93,18 +93,19 @@ def time_call(attention: Callable[..., Any], shape: Shape, *, context: int, repe
     cache = jnp.zeros((s * max_blocks, shape.num_kv_heads, b, shape.head_dim), dtype)
     new = jnp.zeros((shape.num_tokens, shape.num_kv_heads, shape.head_dim), dtype)
     q = jnp.zeros((shape.num_tokens, shape.num_heads, shape.head_dim), dtype)
-    run = jax.jit(functools.partial(attention, layer=0, num_blocks=s * max_blocks, scale=0.1), donate_argnums=(3, 4))
-    index: dict[str, Any] = {
-        "kv_slots": jnp.full((shape.num_tokens,), -1, jnp.int32),
-        "query_starts": starts,
-        "context_lens": jnp.full((s,), context, jnp.int32),
-        "block_tables": jnp.arange(s * max_blocks, dtype=jnp.int32).reshape(s, max_blocks),
-    }
+    run = jax.jit(attention, donate_argnums=(3, 4))
+    index = RaggedIndex(
+        kv_slots=jnp.full((shape.num_tokens,), -1, jnp.int32),
+        query_starts=starts,
+        context_lens=jnp.full((s,), context, jnp.int32),
+        block_tables=jnp.arange(s * max_blocks, dtype=jnp.int32).reshape(s, max_blocks),
+    )
+    others = (index, CacheLayer(number=0, num_blocks=s * max_blocks), Scoring(scale=0.1))
     caches = (cache, jnp.copy(cache))
-    out, *caches = jax.block_until_ready(run(q, new, new, *caches, **index))  # compiles
+    out, *caches = jax.block_until_ready(run(q, new, new, *caches, *others))  # compiles
     start = time.perf_counter()
     for _ in range(repeats):
-        out, *caches = run(q, new, new, *caches, **index)
+        out, *caches = run(q, new, new, *caches, *others)
     jax.block_until_ready(out)
     return (time.perf_counter() - start) / repeats
 
@@ -113,12 +114,12 @@ def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
     """Tunes the kernel of this machine's TPU or GPU; ValueError if there is none."""
     backend = jax.default_backend()
     if backend == "tpu":
-        from pallas_kernels.ragged_attention.tpu import ragged_attention_tpu as attention
+        from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu as attention
 
         kind = tile_sizes.device_kind() or jax.devices()[0].device_kind
         choices: Iterable[Any] = candidates(shape, kind)
     elif backend == "gpu" and (generation := gpu_support.generation()):
-        from pallas_kernels.ragged_attention.gpu import ragged_attention_gpu as attention
+        from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu as attention
 
         kind = jax.devices()[0].device_kind
         choices = gpu_tiles.candidates(

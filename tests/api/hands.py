@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fastgen_jax
-from fastgen_jax import Pipeline, RequestOutput, SamplingParams
+from fastgen_jax import Pipeline, RequestOutput, Research, SamplingParams
 
 ENGINE: dict[str, Any] = {
     "token_budget": 32,
@@ -198,9 +198,10 @@ class Hands:
         threads = [threading.Thread(target=one, args=(self.seed + i,)) for i in range(num_threads)]
         for thread in threads:
             thread.start()
+        research = Research(self.pipe.engine)
         while any(thread.is_alive() for thread in threads):
-            logits = self.pipe.engine.put(["mine"], [[5, 6, 7]])  # beside them all
-            self.pipe.engine.flush("mine")
+            logits = research.put(["mine"], [[5, 6, 7]])  # beside them all
+            research.flush("mine")
             self.seen["put beside them" if logits.any() else "put gave nothing"] += 1
             threads[0].join(0.05)
         for thread in threads:

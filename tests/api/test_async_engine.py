@@ -62,7 +62,7 @@ def test_streams_give_the_tokens_of_the_offline_engine():
 
 def test_a_reader_who_never_reads_holds_nobody():
     async def scenario(engine):
-        request = engine.intake.request([5, 6], greedy(40))
+        request = engine.intake.request((5, 6), greedy(40))
         stream = engine.submit(request)
         assert await tokens(engine, [5, 6, 7], greedy(60)) == offline_60
         while stream.outputs < 40:  # it was answered all the while
@@ -76,7 +76,7 @@ def test_a_reader_who_never_reads_holds_nobody():
 def test_closing_a_stream_frees_its_blocks_before_the_next_step():
     async def scenario(engine):
         resume = pause_after_outputs(engine)
-        stream = engine.submit(engine.intake.request([5] * 30, greedy(90)))
+        stream = engine.submit(engine.intake.request((5,) * 30, greedy(90)))
         await anext(stream)
         stream.close()
         resume.set()
@@ -98,9 +98,9 @@ def test_a_full_queue_refuses_with_the_time_to_come_back():
 
         engine._thread.call(hold)
         await started.wait()
-        streams = [engine.submit(engine.intake.request([5], greedy(2))) for _ in range(3)]
+        streams = [engine.submit(engine.intake.request((5,), greedy(2))) for _ in range(3)]
         with pytest.raises(QueueFullError, match="3 requests wait, and the limit is 3; come back in 1 s") as refused:
-            engine.submit(engine.intake.request([5], greedy(2)))
+            engine.submit(engine.intake.request((5,), greedy(2)))
         release.set()
         for stream in streams:
             assert len([out async for out in stream]) == 2
@@ -121,7 +121,7 @@ def test_the_estimate_of_the_wait_grows_with_the_queue():
     thread = EngineThread(engine, deliver)
     thread.call(lambda _: full.wait(60))
     for _ in range(200):
-        thread.submit(engine.intake.request([5] * 40, greedy(60)))
+        thread.submit(engine.intake.request((5,) * 40, greedy(60)))
     full.set()
     assert done.wait(120)
     thread.close()
@@ -172,7 +172,7 @@ def test_a_failed_step_ends_its_requests_and_the_queue_survives(monkeypatch, whe
     want = offline(prompts)
     engine = tiny_engine()
     failures = iter([False, False, True])
-    name = {"dispatch": "_set_masks", "commit": "_outputs"}[where]
+    name = {"dispatch": "_pack", "commit": "_publish_outputs"}[where]
     original = getattr(Engine, name)
 
     def breaks(self, *args):
@@ -198,7 +198,7 @@ def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
     def breaks(self, *_):
         raise RuntimeError("the device is gone for good")
 
-    monkeypatch.setattr(Engine, "_set_masks", breaks)
+    monkeypatch.setattr(Engine, "_pack", breaks)
     monkeypatch.setattr(Engine, "recover", breaks)
     engine = tiny_engine()
 
@@ -225,7 +225,7 @@ def test_a_mistake_is_raised_where_it_was_made():
             await tokens(engine, [])
         with pytest.raises(ValueError, match="max_context_len is"):
             await tokens(engine, [5] * 500)
-        request = engine.intake.request([5], greedy(30), request_id="mine")
+        request = engine.intake.request((5,), greedy(30), request_id="mine")
         stream = engine.submit(request)
         with pytest.raises(ValueError, match="'mine' is already in use"):
             engine.submit(request)
@@ -237,7 +237,7 @@ def test_a_mistake_is_raised_where_it_was_made():
 def test_closing_ends_what_runs_with_an_error():
     async def scenario(engine):
         resume = pause_after_outputs(engine)
-        stream = engine.submit(engine.intake.request([5], greedy(90)))
+        stream = engine.submit(engine.intake.request((5,), greedy(90)))
         await anext(stream)
         closing = asyncio.create_task(engine.close())
         while not engine._thread._inbox.qsize():
@@ -248,7 +248,7 @@ def test_closing_ends_what_runs_with_an_error():
             await rest(stream)
         assert failed.value.failure.kind == "shutdown"
         with pytest.raises(ClosedError):
-            engine.submit(engine.intake.request([5], SamplingParams(max_new_tokens=1)))
+            engine.submit(engine.intake.request((5,), SamplingParams(max_new_tokens=1)))
 
     engine = tiny_engine()
 
@@ -280,7 +280,7 @@ def test_the_events_of_a_large_step_arrive_some_at_a_time_and_in_order(monkeypat
     monkeypatch.setattr("fastgen_jax.api.async_engine.EVENTS_A_TURN", 3)
 
     async def scenario(engine):
-        streams = [engine.submit(engine.intake.request([5 + i], greedy(12))) for i in range(8)]
+        streams = [engine.submit(engine.intake.request((5 + i,), greedy(12))) for i in range(8)]
         return [[t for out in await rest(stream) for t in out.new_token_ids] for stream in streams]
 
     assert run(scenario) == offline([[5 + i] for i in range(8)], greedy(12))

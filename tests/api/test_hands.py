@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fastgen_jax
-from fastgen_jax import Engine, EngineConfig, Pipeline
+from fastgen_jax import Engine, EngineConfig, Pipeline, Research
 from fastgen_jax.engine.runner import Runner
 from tests.api.hands import ENGINE, Hands
 from tests.interrupts import Points
@@ -152,16 +152,16 @@ def test_tasks_of_asyncio_share_a_pipeline(pipe):
 
 
 def test_the_engine_may_be_used_beside_calls(pipe):
-    engine = pipe.engine
+    engine, research = pipe.engine, Research(pipe.engine)
     (alone,) = pipe([5, 6], **LONG)
-    whole = engine.put(["a"], [[5, 6, 7]])
-    engine.flush("a")
+    whole = research.put(["a"], [[5, 6, 7]])
+    research.flush("a")
 
     def put() -> None:
         for i in range(20):
-            np.testing.assert_allclose(engine.put([str(i)], [[5, 6, 7]]), whole, rtol=1e-5, atol=1e-5)
-            assert engine.query(str(i)).num_tokens == 3
-            engine.flush(str(i))
+            np.testing.assert_allclose(research.put([str(i)], [[5, 6, 7]]), whole, rtol=1e-5, atol=1e-5)
+            assert research.query(str(i)).num_tokens == 3
+            research.flush(str(i))
 
     def step() -> list[int]:
         ids = [engine.add([7, 8], greedy(30)) for _ in range(2)]
@@ -212,6 +212,7 @@ def test_a_thread_that_was_killed_is_told_and_replaced(pipe, monkeypatch):
 
 def test_a_destroyed_pipeline_is_refused_and_so_is_its_engine():
     engine = own_engine()
+    research = Research(engine)
     with Pipeline(engine) as pipe:
         pipe([5], **OPTIONS)
         stream = pipe.stream([5], **LONG)
@@ -224,8 +225,8 @@ def test_a_destroyed_pipeline_is_refused_and_so_is_its_engine():
     for use in (
         lambda: engine.add([5]),
         engine.step,
-        lambda: engine.put(["a"], [[5]]),
-        lambda: engine.query("a"),
+        lambda: research.put(["a"], [[5]]),
+        lambda: research.query("a"),
         lambda: engine.measure_step(1),
         engine.recover,
     ):
@@ -267,7 +268,7 @@ def test_destroying_frees_the_memory_while_others_still_refer_to_it():
         pipe(["A word"], max_new_tokens=2)
         raise RuntimeError("as in a notebook, which keeps the traceback and with it everything that its frames refer to")
     except RuntimeError as error:
-        kept = (error, pipe.engine, pipe.engine._runner.params, pipe.engine._runner.kv_cache)
+        kept = (error, pipe.engine, pipe.engine.runner.params, pipe.engine.runner.kv_cache)
     arrays = [x for x in jax.tree.leaves(kept[2:]) if isinstance(x, jax.Array)]
     pipe.destroy()
     assert len(arrays) > 10

@@ -158,7 +158,7 @@ def test_an_engine_without_parameters_takes_the_models_and_with_parameters_only_
         tokens = tokens_of(answers)
         assert len(tokens) <= 3
         assert tokens == tokens_of_greedy(plain)[: len(tokens)]
-    assert engine.intake.request([5], SamplingParams(temperature=0.5)).params == SamplingParams(temperature=0.5)
+    assert engine.intake.request((5,), SamplingParams(temperature=0.5)).params == SamplingParams(temperature=0.5)
 
 
 def tokens_of_greedy(engine):

@@ -63,9 +63,9 @@ def test_prepare_sees_every_weight_as_stored_and_makes_its_leaf(tmp_path):
     write_hf(tmp_path, dtype=ml_dtypes.bfloat16)
     seen: dict[str, list[tuple[int, ...]]] = {}
 
-    def prepare(path, array):
+    def prepare(spec, array):
         assert array.dtype == ml_dtypes.bfloat16
-        seen.setdefault(path, []).append(array.shape)
+        seen.setdefault(spec.path, []).append(array.shape)
         return {"half": jnp.asarray(array, jnp.float32) / 2, "rows": jnp.asarray(array.shape[0])}
 
     params = load_params(open_checkpoint(tmp_path), dtype=jnp.float32, prepare=prepare)
@@ -81,7 +81,7 @@ def test_layers_that_prepare_makes_differently_cannot_be_stacked(tmp_path):
     write_hf(tmp_path)
     count = iter(range(1000))
 
-    def prepare(path, array):
+    def prepare(spec, array):
         return (jnp.asarray(array),) * (next(count) % 5 + 1)
 
     with pytest.raises(ValueError, match=r"prepare\('layers.*use stack_layers=False"):

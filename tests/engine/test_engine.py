@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastgen_jax import Engine, EngineConfig, SamplingParams
+from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from tests.tiny import VARIANTS, drain, expected, greedy, tiny_engine, tiny_model, tokens_of
 
 RNG = np.random.default_rng(7)
@@ -205,6 +205,7 @@ def test_put_gives_the_reference_logits_and_shares_the_cache_with_requests(alone
     want = expected()
     tokens, logits = want["token_ids"].tolist(), want["logits"]
     engine = tiny_engine()
+    research = Research(engine)
     ids = [engine.add(prompt, greedy(12)) for prompt in PROMPTS[:5]]
     outputs: dict[str, list] = {}
 
@@ -213,20 +214,20 @@ def test_put_gives_the_reference_logits_and_shares_the_cache_with_requests(alone
             outputs.setdefault(output.request_id, []).append(output)
 
     step()
-    np.testing.assert_allclose(engine.put(["a", 7], [tokens[:40], tokens[:3]]), logits[[39, 2]], atol=1e-3)
+    np.testing.assert_allclose(research.put(["a", 7], [tokens[:40], tokens[:3]]), logits[[39, 2]], atol=1e-3)
     step()
-    np.testing.assert_allclose(engine.put([7, "a"], [tokens[3:4], tokens[40:75]]), logits[[3, 74]], atol=1e-3)
-    assert engine.query("a").num_tokens == 75
-    assert engine.query("a").num_blocks == 19
-    assert engine.query("unknown").num_tokens == 0
-    assert engine.can_schedule(["a"], [4])
-    assert not engine.can_schedule(["a"], [54])  # 129 tokens, and the model reads 128
+    np.testing.assert_allclose(research.put([7, "a"], [tokens[3:4], tokens[40:75]]), logits[[3, 74]], atol=1e-3)
+    assert research.query("a").num_tokens == 75
+    assert research.query("a").num_blocks == 19
+    assert research.query("unknown").num_tokens == 0
+    assert research.can_schedule(["a"], [4])
+    assert not research.can_schedule(["a"], [54])  # 129 tokens, and the model reads 128
     with pytest.raises(ValueError, match="129 tokens but max_context_len is 128"):
-        engine.put(["a"], [[1] * 54])
-    engine.flush("a")
-    engine.flush(7)
+        research.put(["a"], [[1] * 54])
+    research.flush("a")
+    research.flush(7)
     with pytest.raises(ValueError, match="no sequence 'a'"):
-        engine.flush("a")
+        research.flush("a")
     for request_id, more in drain(engine).items():
         outputs.setdefault(request_id, []).extend(more)
     assert [tokens_of(outputs[request_id]) for request_id in ids] == alone[:5]
@@ -257,7 +258,7 @@ def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
         ({"token_budget": 0}, "token_budget is 0"),
         ({"max_num_seqs": True}, "max_num_seqs is True"),
         ({"dtype": "int4"}, "dtype is 'int4'; choose one of float32"),
-        ({"policy": "fifo"}, "policy is 'fifo'; choose one of splitfuse"),
+        ({"policy": "fifo"}, "policy is 'fifo'; choose one of 'splitfuse'"),
         ({"budget_ladder": (64,), "token_budget": 32}, "outside 1..32"),
         ({"budget_ladder": "16,64", "token_budget": 128}, r"budget_ladder is '16,64'; give whole numbers in a list"),
         ({"budget_ladder": 16, "token_budget": 128}, "budget_ladder is 16; give whole numbers in a list"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastgen_jax import Engine, SamplingParams
+from fastgen_jax import Engine, Research, SamplingParams
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.text.grammar import Grammar
 from tests.interrupts import Points
@@ -136,23 +136,24 @@ def test_an_interrupted_abort_or_add_leaves_no_half_of_a_request():
 
 def test_sequences_of_put_survive_interrupts_of_steps_and_of_put():
     shared, points = tiny_engine(), Points()
-    whole = shared.put(["whole"], [[5, 6, 7, 8, 9]])
-    shared.flush("whole")
+    research = Research(shared)
+    whole = research.put(["whole"], [[5, 6, 7, 8, 9]])
+    research.flush("whole")
     for point in range(1, 400, 13):
-        shared.put(["kept", "other"], [[5, 6], [7] * 40])
-        before = shared.query("kept").num_tokens
+        research.put(["kept", "other"], [[5, 6], [7] * 40])
+        before = research.query("kept").num_tokens
         shared.add([5, 6], greedy(6))
         points.left = point
         with suppress(KeyboardInterrupt), points.watched():
             shared.step()
-            shared.put(["kept", "new"], [[7], [5]])
-        done = shared.query("kept").num_tokens - before
-        assert done == shared.query("new").num_tokens in (0, 1)
+            research.put(["kept", "new"], [[7], [5]])
+        done = research.query("kept").num_tokens - before
+        assert done == research.query("new").num_tokens in (0, 1)
         tokens = [7, 8, 9][done:]
-        np.testing.assert_allclose(shared.put(["kept"], [tokens]), whole, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(research.put(["kept"], [tokens]), whole, rtol=1e-5, atol=1e-5)
         drain(shared)
         for uid in ("kept", "other", *["new"] * done):
-            shared.flush(uid)
+            research.flush(uid)
         assert shared.scheduler.num_free_blocks == shared.config.num_blocks
 
 
@@ -164,7 +165,7 @@ def test_after_a_failed_step_its_requests_say_why_and_the_others_go_on(expected,
     for _ in range(3):
         for output in shared.step():
             outputs.setdefault(output.request_id, []).append(output)
-    monkeypatch.setattr(type(shared._runner), "run", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(shared.runner), "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         shared.step()
     monkeypatch.undo()
@@ -181,12 +182,12 @@ def test_after_a_failed_step_its_requests_say_why_and_the_others_go_on(expected,
 
 def test_an_interrupted_engine_keeps_its_device_memory_unless_a_program_had_it():
     shared = tiny_engine()
-    cache = shared._runner.kv_cache
-    shared._open = True
+    cache = shared.runner.kv_cache
+    shared._journal.is_open = True
     shared.step()
-    assert shared._runner.kv_cache is cache
-    program, bucket = shared._runner._compiled[8][1], shared._runner._compiled[8][0]
-    program(shared._runner.params, cache, shared._runner.state, bucket.new_buffer()[0])  # the result is lost
-    shared._open = True
+    assert shared.runner.kv_cache is cache
+    program, bucket = shared.runner._compiled[8][1], shared.runner._compiled[8][0]
+    program(shared.runner.params, cache, shared.runner.state, bucket.new_buffer()[0])  # the result is lost
+    shared._journal.is_open = True
     request_id = shared.add([5, 6, 7], greedy(5))
     assert len(tokens_of(drain(shared)[request_id])) == 5

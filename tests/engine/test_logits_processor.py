@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastgen_jax import Engine, EngineConfig, SamplingParams
+from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.scheduling import splitfuse
 from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
 
@@ -24,7 +24,7 @@ def engine_with(processor) -> Engine:
 def counting_up(logits, rows):
     """Only the token after the last one is left, or at positions that are multiples of 4 what the seed says."""
     wanted = jnp.where(rows.positions % 4 == 0, (rows.seeds % 96).astype(jnp.int32), (rows.last_tokens + 1) % 96)
-    return jnp.where(jnp.arange(logits.shape[1]) == wanted[:, None], logits, -jnp.inf)
+    return jnp.where(jnp.arange(logits.shape[1])[None, :] == wanted[:, None], logits, -jnp.inf)
 
 
 def counted_up(prompt, seed, count):
@@ -45,7 +45,7 @@ def test_a_processor_decides_what_every_way_of_sampling_sees(counting, sampling)
     seeds = {}
     ids = [counting.add(prompt, params) for prompt in PROMPTS]
     for request_id in ids:
-        seeds[request_id] = counting._scheduler._unfinished[request_id].request.seed
+        seeds[request_id] = counting.scheduler._state.unfinished[request_id].request.seed
     outputs = drain(counting)
     for request_id, prompt in zip(ids, PROMPTS, strict=True):
         assert tokens_of(outputs[request_id]) == counted_up(prompt, seeds[request_id], 9)
@@ -61,8 +61,8 @@ def test_log_probabilities_of_the_model_are_those_before_the_processor(counting)
     params = SamplingParams(max_new_tokens=3, do_sample=False, ignore_eos=True, logprobs=1)
     request_id = counting.add([10], params)
     entries = [entry for output in drain(counting)[request_id] for entry in output.logprobs]
-    (logits,) = counting.put(["a"], [[10]])
-    counting.flush("a")
+    (logits,) = Research(counting).put(["a"], [[10]])
+    Research(counting).flush("a")
     assert entries[0].logprob == pytest.approx(float(logits[11] - np.log(np.exp(logits).sum())), abs=1e-4)
     assert entries[0].token_id == 11
     assert entries[0].sampled_logprob == 0
@@ -77,8 +77,9 @@ def test_a_config_with_functions_is_compared_hashed_and_shown():
     assert EngineConfig(policy=splitfuse).policy == "splitfuse"
 
 
-def last_first(running, waiting, *, limits, blocks, cached_prefix, pace=None):
-    return splitfuse(running, waiting[::-1], limits=limits, blocks=blocks, cached_prefix=cached_prefix)._replace(bypassed=[])
+def last_first(planner):
+    planner.waiting = planner.waiting[::-1]
+    return splitfuse(planner)._replace(bypassed=[])
 
 
 def test_an_engine_runs_a_policy_of_ones_own_to_the_same_tokens():
@@ -119,7 +120,7 @@ def test_what_is_no_processor_is_refused_before_anything_is_loaded(processor, me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": lambda running, waiting: None}, "cannot be called as `Policy` is"),
+        ({"policy": lambda running, waiting: None}, "cannot be called with a planner"),
         ({"policy": 3}, "policy is 3; choose one of"),
         ({"policy": last_first, "promised_prompt_rate": 1.0}, "give both promises"),
         ({"policy": last_first, "promise_grace": 1.0}, "makes no promise"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastgen_jax import Engine, EngineConfig
+from fastgen_jax import Engine, EngineConfig, Research
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.params import init_params, stack
 from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
@@ -39,7 +39,7 @@ def test_new_weights_give_the_answers_of_an_engine_that_began_with_them(variant,
     engine = Engine(params, model, EngineConfig(**SMALL, **options))
     new = other_weights(model)
     want = Engine(new, model, EngineConfig(**SMALL, **options))
-    programs = dict(engine._runner._compiled)
+    programs = dict(engine.runner._compiled)
     old_answer, new_answer = answer(engine), answer(want)
     assert old_answer != new_answer
     engine.params = new
@@ -51,7 +51,7 @@ def test_new_weights_give_the_answers_of_an_engine_that_began_with_them(variant,
     assert answer(engine) == old_answer
     engine.params = want.params
     assert answer(engine) == new_answer
-    assert engine._runner._compiled == programs
+    assert engine.runner._compiled == programs
     assert engine.metrics.compiles_while_serving == 0
 
 
@@ -95,7 +95,7 @@ def test_weights_that_were_prepared_for_another_config_are_refused():
         engine.params = other.params
     stacked = {**engine.params, "layers": stack(tiny_model()[0]["layers"])}
     engine.params = stacked
-    assert engine.params["layers"][0].keys() == engine._runner.params["layers"][0].keys()
+    assert engine.params["layers"][0].keys() == engine.runner.params["layers"][0].keys()
     engine.params = prepare_params(params, model, engine.config)
 
 
@@ -107,10 +107,10 @@ def test_weights_are_not_replaced_under_requests_or_sequences():
     with pytest.raises(ValueError, match="the engine has 1 requests and 0 sequences of put; weights can be replaced while"):
         engine.params = params
     drain(engine)
-    engine.put(["a"], [[5, 6]])
+    Research(engine).put(["a"], [[5, 6]])
     with pytest.raises(ValueError, match="0 requests and 1 sequences of put"):
         engine.params = params
-    engine.flush("a")
+    Research(engine).flush("a")
     engine.params = params
 
 

@@ -17,9 +17,10 @@ from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.cli.models import table
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import forward
+from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.families import FAMILIES
-from fastgen_jax.models.params import Params
+from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.ragged_attention import RaggedIndex
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 BLOCK_SIZE = 4
@@ -64,7 +65,7 @@ class Runs:
     def __init__(self, params: Params, config: ModelConfig, num_tokens: int, **options: Any) -> None:
         self.params, self.config, self.num_tokens = params, config, num_tokens
         self.table = np.random.default_rng(0).permutation(NUM_BLOCKS).astype(np.int32)
-        self.program = jax.jit(partial(forward, config=config, **options), donate_argnums=1)
+        self.program = jax.jit(partial(forward, config=config, execution=Execution(**options)), donate_argnums=1)
 
     def logits(self, token_ids: np.ndarray, sizes: list[int], *, prompt_length: int) -> np.ndarray:
         """f32[sum(sizes), V]: every row, the tokens cut into chunks of `sizes`, each padded to the program's length."""
@@ -97,10 +98,12 @@ class Runs:
             token_slots=jnp.full(count, 1, jnp.int32),
             positions=padded(positions),
             rope_lengths=padded(np.maximum(positions + 1, prompt_length)),
-            kv_slots=padded(slots, NUM_BLOCKS * BLOCK_SIZE),
-            query_starts=jnp.asarray([0, size], jnp.int32),
-            context_lens=jnp.asarray([start + size], jnp.int32),
-            block_tables=jnp.asarray(self.table[None]),
+            index=RaggedIndex(
+                kv_slots=padded(slots, NUM_BLOCKS * BLOCK_SIZE),
+                query_starts=jnp.asarray([0, size], jnp.int32),
+                context_lens=jnp.asarray([start + size], jnp.int32),
+                block_tables=jnp.asarray(self.table[None]),
+            ),
             sample_rows=padded(np.arange(size)),
             num_sample_rows=jnp.asarray(size, jnp.int32),
         )

@@ -12,8 +12,10 @@ import pytest
 
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.decoder import forward
-from fastgen_jax.models.params import count_params, init_params
+from fastgen_jax.models.params import init_params
+from pallas_kernels.ragged_attention import RaggedIndex
 from tests.tiny import VARIANTS, expected, tiny_model
 
 BLOCK_SIZE = 4
@@ -23,7 +25,7 @@ NUM_BLOCKS = 40
 LOGIT_TOLERANCE = 1e-4
 
 
-def run_chunks(params, config: ModelConfig, token_ids, sizes, **options) -> np.ndarray:
+def run_chunks(params, config: ModelConfig, token_ids, sizes) -> np.ndarray:
     """Logits of every position, with the prompt cut into chunks of `sizes`."""
     cache = KVCache.zeros(
         num_layers=config.num_layers,
@@ -34,7 +36,7 @@ def run_chunks(params, config: ModelConfig, token_ids, sizes, **options) -> np.n
         dtype=jnp.float32,
     )
     table = np.random.default_rng(0).permutation(NUM_BLOCKS).astype(np.int32)
-    program = jax.jit(partial(forward, config=config, **options), donate_argnums=1)
+    program = jax.jit(partial(forward, config=config), donate_argnums=1)
     rows, start = [], 0
     for size in sizes:
         positions = np.arange(start, start + size, dtype=np.int32)
@@ -43,10 +45,12 @@ def run_chunks(params, config: ModelConfig, token_ids, sizes, **options) -> np.n
             token_slots=jnp.full(size, 1, jnp.int32),
             positions=jnp.asarray(positions),
             rope_lengths=jnp.maximum(len(token_ids), jnp.asarray(positions) + 1),
-            kv_slots=jnp.asarray(table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE),
-            query_starts=jnp.asarray([0, size], jnp.int32),
-            context_lens=jnp.asarray([start + size], jnp.int32),
-            block_tables=jnp.asarray(table[None]),
+            index=RaggedIndex(
+                kv_slots=jnp.asarray(table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE),
+                query_starts=jnp.asarray([0, size], jnp.int32),
+                context_lens=jnp.asarray([start + size], jnp.int32),
+                block_tables=jnp.asarray(table[None]),
+            ),
             sample_rows=jnp.arange(size, dtype=jnp.int32),
             num_sample_rows=jnp.asarray(size, jnp.int32),
         )

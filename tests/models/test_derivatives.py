@@ -11,10 +11,12 @@ import pytest
 
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import forward
+from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.dense import dense_forward
-from fastgen_jax.models.params import Params, init_params, unstack
+from fastgen_jax.models.params import init_params, unstack
+from fastgen_jax.models.weight_spec import Params
 from pallas_kernels import native
+from pallas_kernels.ragged_attention import RaggedIndex
 from tests.models.parity import load
 from tests.tiny import tiny_engine, tiny_model
 
@@ -32,10 +34,12 @@ def batch_of(start: int, stop: int) -> RaggedBatch:
         token_slots=jnp.ones(count, jnp.int32),
         positions=positions,
         rope_lengths=jnp.full(count, LENGTH, jnp.int32),
-        kv_slots=table[positions // BLOCK] * BLOCK + positions % BLOCK,
-        query_starts=jnp.asarray([0, count], jnp.int32),
-        context_lens=jnp.asarray([stop], jnp.int32),
-        block_tables=table[None],
+        index=RaggedIndex(
+            kv_slots=table[positions // BLOCK] * BLOCK + positions % BLOCK,
+            query_starts=jnp.asarray([0, count], jnp.int32),
+            context_lens=jnp.asarray([stop], jnp.int32),
+            block_tables=table[None],
+        ),
         sample_rows=jnp.arange(count, dtype=jnp.int32),
         num_sample_rows=jnp.int32(count),
     )
@@ -61,7 +65,9 @@ def loss(
     parts = []
     for start, stop in ((0, cut), (cut, LENGTH)):
         if stop > start:
-            logits, cache = forward(params, cache, batch_of(start, stop), config=config, attention=attention)
+            logits, cache = forward(
+                params, cache, batch_of(start, stop), config=config, execution=Execution(attention=attention)
+            )
             parts.append(logits)
     return cross_entropy(jnp.concatenate(parts))
 

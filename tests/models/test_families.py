@@ -16,8 +16,9 @@ from fastgen_jax.cli import main
 from fastgen_jax.engine.config import EngineConfig, resolve
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.config import RopeConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import FAMILIES, family_of
-from fastgen_jax.models.params import count_params, init_params
+from fastgen_jax.models.params import init_params
 from tests.models import test_moe_families
 from tests.models.parity import DOCUMENT, Runs, error, expected, folder, load, random_cut, variants
 

@@ -228,32 +228,6 @@ QWEN_1_SHAPES = {
 }
 
 
-# The converter knows byte-level vocabularies by a hash of what they do to a text; ours need none. It reads config.json
-# through transformers, whose version 5 drops the old names of some fields. And it returns the stacked norms of StableLM's
-# heads where it means to yield them.
-CONVERT = """
-import json, runpy, sys
-from conversion.base import ModelBase, TextModel
-from conversion.exaone import Exaone4Model
-from conversion.glm import Glm4Model
-from conversion.stablelm import StableLMModel
-load = ModelBase.load_hparams
-def load_all(path, *_, **__):
-    return load(path, False) | json.loads((path / "config.json").read_text())
-ModelBase.load_hparams = staticmethod(load_all)
-modify = StableLMModel.modify_tensors
-def modify_all(*arguments):
-    yield from (yield from modify(*arguments)) or ()
-StableLMModel.modify_tensors = modify_all
-def none(self):
-    pass
-TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = none
-TextModel._set_vocab_sentencepiece = TextModel._set_vocab_glm = Glm4Model.set_vocab = Exaone4Model.set_vocab = none
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def main() -> None:
     """Writes every architecture, or those that are named."""
     converter = Path(sys.argv[1]) / "convert_hf_to_gguf.py"
@@ -268,7 +242,16 @@ def main() -> None:
             Path(folder, "config.json").write_text(json.dumps(fields | FURTHER.get(name, {})))
             write_tokenizer(Path(folder))
             subprocess.run(
-                [sys.executable, "-c", CONVERT, converter, folder, "--outtype", "f16", "--outfile", home / f"{name}.gguf"],
+                [
+                    sys.executable,
+                    Path(__file__).with_name("gguf_converter.py"),
+                    converter,
+                    folder,
+                    "--outtype",
+                    "f16",
+                    "--outfile",
+                    home / f"{name}.gguf",
+                ],
                 check=True,
                 env={**os.environ, "PYTHONPATH": f"{converter.parent / 'gguf-py'}:{converter.parent}"},
             )

@@ -1,8 +1,8 @@
-"""A device that computes nothing but checks everything, and a loop that drives a scheduler with it.
+"""A fake device that checks every step, and a loop that drives a scheduler with it.
 
-Its KV memory holds, for each position, the position and a hash of all tokens up to it, as real KV depends on
-all of them. Every chunk writes its positions and then reads its whole context back through the block table,
-so a block that was reused too early, shared wrongly or never computed shows at once.
+Its KV memory stores, for each position, the position and a hash of all tokens up to it, since real KV depends on all of
+them. Every chunk writes its positions and then reads its whole context back through the block table, so a block that
+was reused too early, shared wrongly or never computed is detected immediately.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ EOS = 4
 
 
 def with_promise(policy: str) -> dict[str, Any]:
-    """Scheduler arguments for a policy; where it needs a promise, one that every device keeps."""
+    """Scheduler arguments for a policy, with a promise that any device can keep if the policy needs one."""
     if policy not in NEED_PROMISE:
         return {"policy": policy}
     return {"policy": policy, "promise": Promise(prompt_rate=1e-9, generation_rate=1e-9), "clock": lambda: 0.0}
 
 
 def extend_hash(parent: int, token_id: int) -> int:
-    """A hash of a token and all those before it."""
+    """A hash of a token and all tokens before it."""
     return (parent * 1_000_003 + token_id + 1) % (2**61 - 1)
 
 
 def sample(seed: int, context_hash: int) -> int:
-    """The token that follows a context: any function of the request's seed and all tokens will do."""
+    """The token that follows a context: an arbitrary function of the request's seed and all tokens."""
     return (context_hash * 7919 + seed * 104_729) % 1_299_709 % VOCAB
 
 
 def naive_tokens(request: Request, max_context_len: int) -> list[int]:
-    """What a request generates when it is alone, written without any scheduler."""
+    """What a request generates when it runs alone, computed without a scheduler."""
     params = request.params
     context_hash = 0
     for token_id in request.prompt_token_ids:
@@ -55,7 +55,7 @@ def naive_tokens(request: Request, max_context_len: int) -> list[int]:
 
 
 def make_request(request_id: object, prompt: Iterable[int], max_new_tokens: int | None = 4, **kwargs) -> Request:
-    """A request with defaults for everything that a test does not care about."""
+    """A request with defaults for everything that is irrelevant to a test."""
     fields = {name: kwargs.pop(name) for name in ("priority", "arrival_time", "eos_token_ids") if name in kwargs}
     seed = kwargs.pop("seed_number", 0)
     params = SamplingParams(max_new_tokens=max_new_tokens, **kwargs)
@@ -63,7 +63,7 @@ def make_request(request_id: object, prompt: Iterable[int], max_new_tokens: int 
 
 
 class FakeDevice:
-    """Runs steps in order, at once; the host may look at the sampled tokens later."""
+    """Runs steps immediately and in order; the host may read the sampled tokens later."""
 
     def __init__(self, *, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
         self.block_size = block_size
@@ -74,7 +74,7 @@ class FakeDevice:
         self.prompt_rows: Counter[tuple[Sequence, int]] = Counter()
 
     def run(self, step: Step) -> list[int]:
-        """Computes the step and gives the token sampled for each of `step.sampled`."""
+        """Computes the step and returns the token sampled for each of `step.sampled`."""
         for slot, first, block_ids in step.block_updates:
             assert block_ids, "an update without blocks"
             if first:
@@ -84,7 +84,7 @@ class FakeDevice:
             del self.next_position[sequence]
         for sequence in step.admitted:
             start = next(chunk.start for chunk in step.chunks if chunk.sequence is sequence)
-            assert start % self.block_size == 0, "a sequence starts behind whole cached blocks"
+            assert start % self.block_size == 0, "a sequence starts after whole cached blocks"
             self.next_position[sequence] = start
         inputs = [self._inputs(chunk) for chunk in step.chunks]
         for chunk, tokens in zip(step.chunks, inputs, strict=True):
@@ -98,7 +98,7 @@ class FakeDevice:
         return sampled
 
     def _inputs(self, chunk: Chunk) -> list[int]:
-        """The chunk's tokens: from the host where known, else what the step before left on the device."""
+        """The chunk's tokens: from the host if known, otherwise those that the previous step left on the device."""
         sequence, start, length, num_rows, _ = chunk
         assert sequence.slot is not None
         assert length > 0
@@ -118,7 +118,7 @@ class FakeDevice:
     def _slot_of(self, sequence: Sequence, position: int) -> int:
         assert sequence.slot is not None
         table = self.tables[sequence.slot]
-        assert table == sequence.block_ids, "the device's table is the scheduler's"
+        assert table == sequence.block_ids, "the device's block table equals the scheduler's"
         return table[position // self.block_size] * self.block_size + position % self.block_size
 
     def _write(self, chunk: Chunk, tokens: list[int]) -> None:
@@ -140,7 +140,7 @@ class FakeDevice:
             assert entry is not None, f"{sequence} reads position {position}, which was never written"
             if position < sequence.num_known_tokens:
                 expected = extend_hash(expected, sequence.token_ids(position, position + 1)[0])
-                assert entry == (position, expected), f"{sequence} reads foreign KV at position {position}"
+                assert entry == (position, expected), f"{sequence} reads KV of other tokens at position {position}"
             assert entry[0] == position
             expected = entry[1]
         return sample(sequence.request.seed, expected)
@@ -148,7 +148,7 @@ class FakeDevice:
 
 @dataclass
 class Run:
-    """What happened."""
+    """The sequences, steps and bypasses of a run."""
 
     sequences: dict[str, Sequence] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -163,9 +163,9 @@ def drive(
     aborts: Mapping[int, list[str]] | None = None,
     max_steps: int = 20_000,
 ) -> Run:
-    """Serves `arrivals` (requests by step) to the end with `depth` steps in flight, and checks every step.
+    """Serves `arrivals` (requests by step number) to the end with `depth` steps in flight, and checks every step.
 
-    `aborts` names requests to be aborted by step number.
+    `aborts` lists requests to abort, by step number.
     """
     limits, aborts, run = scheduler.limits, aborts or {}, Run()
     device = FakeDevice(
@@ -199,12 +199,12 @@ def drive(
     for sequence in run.sequences.values():
         if sequence.request.params.prompt_logprobs is not None and sequence.finish_reason not in ("abort", "refused"):
             rows = [device.prompt_rows[sequence, p] for p in range(sequence.num_prompt_tokens)]
-            assert rows == [1] * sequence.num_prompt_tokens, "each prompt position has its logits wanted once"
+            assert rows == [1] * sequence.num_prompt_tokens, "the logits of each prompt position are computed once"
     return run
 
 
 def check_step(scheduler: Scheduler, step: Step, run: Run) -> None:
-    """Checks a step against the limits, and counts who overtook whom."""
+    """Checks a step against the limits, and counts how often each sequence was overtaken."""
     limits = scheduler.limits
     assert 0 < step.num_tokens == sum(chunk.length for chunk in step.chunks) <= limits.token_budget
     assert step.num_sample_rows == sum(chunk.num_sample_rows for chunk in step.chunks) <= limits.max_sample_rows
@@ -215,7 +215,7 @@ def check_step(scheduler: Scheduler, step: Step, run: Run) -> None:
         assert chunk.num_sample_rows >= chunk.samples
         assert not chunk.sequence.is_finished
     for sequence in step.admitted:
-        for waiting in scheduler._waiting:
+        for waiting in scheduler._state.waiting:
             if waiting.order < sequence.order:
                 run.bypasses[waiting] += 1
                 assert run.bypasses[waiting] <= limits.max_bypasses

@@ -1,4 +1,4 @@
-"""The block pool: owners, eviction, prefix lookup, and its own integrity check."""
+"""The block pool: owners, eviction, prefix lookup, and its integrity check."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_the_least_recently_used_prefix_is_evicted_first() -> None:
     pool.register(blocks[1], b)
     pool.free(blocks[:1])
     pool.free(blocks[1:])
-    pool.share(blocks[:1])  # used again: now b is the older one
+    pool.share(blocks[:1])  # used again, so b is now the older one
     pool.free(blocks[:1])
     pool.allocate(1)
     assert pool.lookup([a]) == blocks[:1]
     assert pool.lookup([b]) == []
 
 
-def test_blank_blocks_are_handed_out_before_any_is_evicted() -> None:
+def test_blank_blocks_are_allocated_before_any_is_evicted() -> None:
     pool = BlockPool(3, 1)
     (digest,) = digests_of(pool, (1,))
     block = pool.allocate(1)
@@ -65,7 +65,7 @@ def test_a_shared_block_is_free_only_after_its_last_owner_left() -> None:
     assert pool.num_free == 1
 
 
-def test_equal_tokens_after_different_beginnings_have_different_digests() -> None:
+def test_equal_blocks_after_different_prefixes_have_different_digests() -> None:
     pool = BlockPool(1, 2)
     assert digests_of(pool, (1, 2), (3, 4))[1] != digests_of(pool, (2, 1), (3, 4))[1]
 
@@ -73,11 +73,11 @@ def test_equal_tokens_after_different_beginnings_have_different_digests() -> Non
 def test_digests_depend_on_the_salt_and_on_nothing_else() -> None:
     one, two, salted = BlockPool(1, 2), BlockPool(9, 2), BlockPool(1, 2, salt=b"other model")
     assert one.digest(None, (1, 2)) == two.digest(None, (1, 2)) != salted.digest(None, (1, 2))
-    # Recorded: a digest must be the same in every process.
+    # A recorded value: a digest must be the same in every process.
     assert one.digest(None, (1, 2)).hex() == "995c06853284bbb846771fbc0096230b"
 
 
-def test_without_prefix_caching_nothing_is_ever_found() -> None:
+def test_without_prefix_caching_no_block_is_found() -> None:
     pool = BlockPool(1, 1, prefix_caching=False)
     digests = digests_of(pool, (1,))
     table = pool.allocate(1)
@@ -85,31 +85,31 @@ def test_without_prefix_caching_nothing_is_ever_found() -> None:
     assert pool.lookup(digests) == []
 
 
-def test_misuse_is_an_error() -> None:
+def test_allocating_too_much_and_freeing_twice_are_errors() -> None:
     pool = BlockPool(2, 1)
-    with pytest.raises(RuntimeError, match="3 blocks were asked for but 2 of 2 are free"):
+    with pytest.raises(RuntimeError, match="3 blocks were requested but 2 of 2 are free"):
         pool.allocate(3)
-    with pytest.raises(RuntimeError, match="block 0 is freed but nobody holds it"):
+    with pytest.raises(RuntimeError, match="block 0 is freed but has no owner"):
         pool.free([0])
 
 
-def test_the_integrity_check_names_what_is_wrong() -> None:
+def test_the_integrity_check_says_what_is_wrong() -> None:
     pool = BlockPool(3, 1)
     table = pool.allocate(1)
     pool.check_integrity([table])
-    with pytest.raises(RuntimeError, match="block 0 counts 1 owners but 0 sequences list it"):
+    with pytest.raises(RuntimeError, match="block 0 has 1 owners but 0 sequences list it"):
         pool.check_integrity([])
     pool._blank.append(table[0])
     with pytest.raises(RuntimeError, match="block 0 is blank 1 times, idle 0 times and has 1 owners"):
         pool.check_integrity([table])
     pool._blank.pop()
     pool._digests[0] = b"?"
-    with pytest.raises(RuntimeError, match="block 0 carries a digest that names None"):
+    with pytest.raises(RuntimeError, match="block 0 has a digest that is registered for None"):
         pool.check_integrity([table])
 
 
 @given(st.lists(st.tuples(st.sampled_from(["allocate", "free", "share"]), st.integers(0, 3)), max_size=60))
-def test_the_ledger_foresees_what_the_pool_will_have(operations: list[tuple[str, int]]) -> None:
+def test_the_ledger_predicts_the_free_blocks_of_the_pool(operations: list[tuple[str, int]]) -> None:
     pool = BlockPool(6, 1)
     tables: list[list[int]] = []
     done = 0
@@ -126,7 +126,7 @@ def test_the_ledger_foresees_what_the_pool_will_have(operations: list[tuple[str,
         elif name == "free" and tables:
             table = tables.pop(number % len(tables))
             ledger.free(table)
-            assert pool.num_free == before, "the ledger leaves the pool alone"
+            assert pool.num_free == before, "the ledger does not change the pool"
             pool.free(table)
         elif name == "share" and pool._registered:
             cached = list(pool._registered.values())[: number + 1]

@@ -1,4 +1,4 @@
-"""What each policy puts into a step, and how memory, slots and logit rows are shared out."""
+"""What each policy puts into a step, and how memory, slots and rows of logits are shared."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_prompts_first_runs_whole_prompts_or_generation_but_never_both() -> None
     ]
 
 
-def test_orca_runs_whole_prompts_beside_generation() -> None:
+def test_orca_runs_whole_prompts_next_to_generation() -> None:
     scheduler = make_scheduler(policy="orca")
     for name, length in (("a", 5), ("b", 4), ("c", 4)):
         scheduler.add(make_request(name, range(length), 20))
@@ -97,7 +97,7 @@ def test_lower_priority_numbers_run_first_then_earlier_arrivals() -> None:
     assert [chunk[0] for chunk in shapes(scheduler, 1)[0]] == ["urgent", "early", "late"]
 
 
-def test_prompt_logprobs_want_a_row_for_every_prompt_token_and_split_the_prompt_by_rows() -> None:
+def test_prompt_logprobs_need_a_row_per_prompt_token_and_split_the_prompt_by_rows() -> None:
     scheduler = make_scheduler(max_sample_rows=3, prefix_caching=True)
     scheduler.add(make_request("first", range(8), 1))
     shapes(scheduler, 1)
@@ -105,7 +105,7 @@ def test_prompt_logprobs_want_a_row_for_every_prompt_token_and_split_the_prompt_
     assert shapes(scheduler, 4) == [[("a", 0, 3, 3)], [("a", 3, 3, 3)], [("a", 6, 2, 2)], [("a", 8, 1, 1)]]
 
 
-def test_a_prompt_is_completed_only_where_a_logit_row_is_left() -> None:
+def test_a_prompt_is_completed_only_if_a_row_of_logits_is_left() -> None:
     scheduler = make_scheduler(max_sample_rows=1)
     scheduler.add(make_request("a", range(3), 3))
     scheduler.add(make_request("b", range(3), 3))
@@ -117,7 +117,7 @@ def test_a_big_prompt_is_bypassed_a_bounded_number_of_times() -> None:
     scheduler.add(make_request("running", range(3), 7))
     shapes(scheduler, 1)
     big = scheduler.add(make_request("big", range(8), 1))
-    # The 7 tokens that the budget leaves do not fit beside the 4 of "running"; each small one needs 1 block.
+    # The 7 tokens that the budget leaves do not fit next to the 4 of "running"; each small request needs 1 block.
     smalls = [scheduler.add(make_request(i, [i], 1)) for i in range(6)]
     admitted = []
     while not big.is_finished:
@@ -130,7 +130,7 @@ def test_a_big_prompt_is_bypassed_a_bounded_number_of_times() -> None:
     assert sum(small.is_finished for small in smalls) >= 3
 
 
-def test_a_preempted_sequence_returns_when_there_is_room_for_all_of_it_and_is_not_thrown_out_again() -> None:
+def test_a_preempted_sequence_is_readmitted_when_all_of_it_fits_and_is_not_preempted_again() -> None:
     scheduler = make_scheduler(num_blocks=20, block_size=1)
     requests = [make_request("steady", range(4), 14), make_request("victim", range(14), 2)]
     run = drive(scheduler, {0: requests})
@@ -141,8 +141,8 @@ def test_a_preempted_sequence_returns_when_there_is_room_for_all_of_it_and_is_no
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_prompts_under_way_that_hold_all_blocks_give_way_to_the_first(policy: str) -> None:
-    # "a" is cut by its logit rows, so "b", which is before it in line, starts beside it; together they
+def test_running_prompts_that_hold_all_blocks_are_preempted_for_the_first(policy: str) -> None:
+    # "a" is split by its rows of logits, so "b", which precedes it in the queue, starts next to it; together they
     # fill the pool while both have more than one token left to compute.
     scheduler = make_scheduler(num_blocks=10, block_size=1, token_budget=4, max_sample_rows=1, **with_promise(policy))
     a = make_request("a", range(9), 1, prompt_logprobs=0, priority=1)
@@ -152,7 +152,7 @@ def test_prompts_under_way_that_hold_all_blocks_give_way_to_the_first(policy: st
     assert run.sequences["a"].num_preemptions == (1 if policy in ("splitfuse", "sla") else 0)
 
 
-def test_the_watermark_stays_free_when_a_sequence_is_admitted_beside_others() -> None:
+def test_the_watermark_stays_free_when_a_sequence_is_admitted_next_to_others() -> None:
     scheduler = make_scheduler(num_blocks=6, watermark_blocks=2)
     scheduler.add(make_request("a", range(8), 4))
     shapes(scheduler, 1)
@@ -177,22 +177,22 @@ def test_preemption_loses_no_token_and_the_first_sequence_is_never_preempted(pol
 
 
 def test_a_long_queue_without_room_is_not_searched_to_its_end() -> None:
-    looked_at = []
+    examined = []
     scheduler = make_scheduler(num_blocks=8, max_bypasses=1000)
     scheduler.add(make_request("a", range(8), 20))
     shapes(scheduler, 1)
     for i in range(100):
         scheduler.add(make_request(i, range(30), 2))
     prefix = scheduler._cached_prefix
-    scheduler._cached_prefix = lambda sequence: looked_at.append(sequence) or prefix(sequence)  # type: ignore[method-assign]
+    scheduler._cached_prefix = lambda sequence: examined.append(sequence) or prefix(sequence)  # type: ignore[method-assign]
     scheduler.limits = type(scheduler.limits)(
         token_budget=8, max_num_seqs=4, max_sample_rows=4, block_size=4, watermark_blocks=7, max_bypasses=1000
     )
     shapes(scheduler, 1)
-    assert 0 < len(looked_at) < 20
+    assert 0 < len(examined) < 20
 
 
-def test_scheduling_imports_the_standard_library_alone() -> None:
+def test_scheduling_imports_only_the_standard_library() -> None:
     package = Path(fastgen_jax.scheduling.__file__).parent
     names = set()
     for path in package.glob("*.py"):

@@ -15,7 +15,7 @@ ANY_WORKLOAD = settings(max_examples=60, deadline=None, suppress_health_check=[H
 
 
 class Workload(NamedTuple):
-    """A scheduler's arguments, and what is sent to it when (in steps)."""
+    """A scheduler's arguments, and the requests and aborts by step number."""
 
     arguments: dict[str, Any]
     arrivals: dict[int, list[Request]]
@@ -36,7 +36,7 @@ def workloads(draw: st.DrawFn) -> Workload:
     aborts: dict[int, list[str]] = {}
     needed = 1
     for index in range(integer(1, 9)):
-        # A vocabulary of two and few seeds: many prompts share their beginning, and some their continuation.
+        # A vocabulary of two and few seeds: many prompts share a prefix, and some their continuation.
         prompt = draw(st.lists(st.integers(0, 1), min_size=1, max_size=max_context_len * 3 // 5))
         max_new_tokens = integer(1, longest_output)
         request = make_request(
@@ -75,7 +75,7 @@ def workloads(draw: st.DrawFn) -> Workload:
 @pytest.mark.parametrize("policy", POLICIES)
 @given(workload=workloads())
 @ANY_WORKLOAD
-def test_any_workload_gives_the_tokens_of_each_request_alone(policy: str, depth: int, workload: Workload) -> None:
+def test_any_workload_generates_the_tokens_of_each_request_alone(policy: str, depth: int, workload: Workload) -> None:
     scheduler = Scheduler(**with_promise(policy), **workload.arguments)
     run = drive(scheduler, workload.arrivals, depth=depth, aborts=workload.aborts)
     for request in workload.requests:
@@ -97,7 +97,7 @@ def test_any_workload_gives_the_tokens_of_each_request_alone(policy: str, depth:
 def test_without_bypass_requests_are_first_admitted_in_order(workload: Workload) -> None:
     arguments: dict[str, Any] = workload.arguments | {"max_bypasses": 0}
     run = drive(Scheduler(**arguments), {0: workload.requests})
-    # A preempted sequence is admitted again; a dict keeps the first place of each.
+    # A preempted sequence is admitted again; the dict keeps its first admission.
     admitted = list(dict.fromkeys(sequence.order for step in run.steps for sequence in step.admitted))
     assert admitted == sorted(admitted)
 
@@ -117,14 +117,14 @@ def test_with_room_for_all_every_splitfuse_step_is_full_while_prompts_wait(workl
     while scheduler.has_work:
         step = scheduler.schedule()
         assert step is not None
-        left = [s for s in (*scheduler._running, *scheduler._waiting) if s.num_computed < s.num_prompt_tokens]
+        left = [s for s in (*scheduler._state.running, *scheduler._state.waiting) if s.num_computed < s.num_prompt_tokens]
         assert step.num_tokens == scheduler.limits.token_budget or not left
         scheduler.commit(step, [0] * len(step.sampled))
 
 
 @given(workload=workloads(), longer=st.integers(1, 100))
 @ANY_WORKLOAD
-def test_a_refused_request_disturbs_nothing(workload: Workload, longer: int) -> None:
+def test_a_rejected_request_changes_nothing(workload: Workload, longer: int) -> None:
     limit = workload.arguments["max_context_len"]
     refused = [
         (make_request("long prompt", [0] * (limit + longer)), "has .* tokens but max_context_len"),

@@ -1,21 +1,23 @@
-"""Sampling parameters and requests: what is refused, and in which words."""
+"""Sampling parameters and requests: which values are rejected, and with which message."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 from typing import Any
 
 import pytest
 
 from fastgen_jax.scheduling import Request, SamplingParams
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1; ask for at least one token"),
+INVALID: list[tuple[dict[str, Any], str]] = [
+    ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1; request at least one token"),
     ({"max_new_tokens": True}, "max_new_tokens is True; it must be an int"),
     ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5; it must be an int"),
     ({"max_length": 1}, "max_length is 1; it must be at least 2"),
-    ({"max_new_tokens": 3, "max_length": 9}, "max_new_tokens=3 and max_length=9 are both given; give one"),
+    ({"max_new_tokens": 3, "max_length": 9}, "max_new_tokens=3 and max_length=9 are both set; set only one of them"),
     ({"min_new_tokens": -1}, "min_new_tokens is -1; it must be at least 0"),
     ({"min_new_tokens": 4, "max_new_tokens": 3}, "lower min_new_tokens to at most 3"),
     ({"ignore_eos": 1}, "ignore_eos is 1; it must be True or False"),
@@ -70,14 +72,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[str(r[0])[:40] for r in REFUSED])
-def test_a_wrong_parameter_is_refused_with_its_remedy(arguments: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), INVALID, ids=[str(r[0])[:40] for r in INVALID])
+def test_an_invalid_parameter_is_rejected_with_a_remedy(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below
         SamplingParams(**arguments)
     assert message in str(error.value)
 
 
-def test_the_ends_of_every_range_are_accepted() -> None:
+def test_the_bounds_of_every_range_are_accepted() -> None:
     SamplingParams(temperature=0.0, top_k=1, top_p=1.0, min_p=0.0, seed=0, logprobs=0, prompt_logprobs=20)
     SamplingParams(presence_penalty=-2, frequency_penalty=2, repetition_penalty=10, seed=2**32 - 1, min_p=1)
     SamplingParams(logit_bias=dict.fromkeys(range(300), -100), stop_token_ids=range(16), max_length=2)
@@ -95,7 +97,16 @@ def test_collections_are_stored_as_tuples_so_that_parameters_are_hashable_and_ca
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
-def test_greedy_is_without_sampling_or_at_temperature_zero() -> None:
+def test_parameters_cannot_be_changed_and_survive_pickling() -> None:
+    params = SamplingParams(stop=["a"], top_k=-1)
+    assert params.top_k is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.stop = "b"  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
+    assert repr(params) == repr(SamplingParams(stop="a"))
+
+
+def test_greedy_means_no_sampling_or_temperature_zero() -> None:
     assert SamplingParams(do_sample=False).greedy
     assert SamplingParams(temperature=0).greedy
     assert not SamplingParams().greedy
@@ -106,6 +117,10 @@ def test_greedy_is_without_sampling_or_at_temperature_zero() -> None:
     ("changes", "message"),
     [
         ({"prompt_token_ids": ()}, "prompt_token_ids of request 'a' is empty"),
+        (
+            {"prompt_token_ids": [1]},
+            "prompt_token_ids of request 'a' is a list; it must be a tuple; convert it with tuple()",
+        ),
         ({"prompt_token_ids": (1, 2**31)}, "prompt_token_ids contains 2147483648"),
         ({"eos_token_ids": (-2,)}, "eos_token_ids contains -2"),
         ({"request_id": ""}, "request_id is ''; it must be a non-empty string"),
@@ -114,7 +129,7 @@ def test_greedy_is_without_sampling_or_at_temperature_zero() -> None:
         ({"seed": 2**32}, "seed is 4294967296; it must be in [0, 4294967295]"),
     ],
 )
-def test_a_wrong_request_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_request_is_rejected(changes: dict[str, Any], message: str) -> None:
     fields = {"request_id": "a", "prompt_token_ids": (1,), "params": SamplingParams(), "seed": 0}
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below
         Request(**(fields | changes))

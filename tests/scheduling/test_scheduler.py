@@ -48,7 +48,7 @@ def advance(scheduler: Scheduler, token_id: int = 0) -> Step:
         ({"policy": "fifo"}, "policy is 'fifo'; choose one of 'splitfuse', 'prompts_first', 'orca'"),
     ],
 )
-def test_a_wrong_argument_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_argument_is_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_scheduler(**changes)
 
@@ -76,7 +76,7 @@ def test_a_wrong_argument_is_refused(changes: dict[str, Any], message: str) -> N
         (45, {"max_new_tokens": 1}, r"46 tokens, 12 blocks of 4, .* 10 blocks; shorten the prompt"),
     ],
 )
-def test_a_request_that_can_never_run_is_refused_with_the_numbers(
+def test_a_request_that_can_never_run_is_rejected_with_the_numbers(
     prompt_length: int, params: dict[str, Any], message: str
 ) -> None:
     scheduler = make_scheduler(num_blocks=10)
@@ -86,12 +86,12 @@ def test_a_request_that_can_never_run_is_refused_with_the_numbers(
     with pytest.raises(ValueError, match=message):
         scheduler.estimate_wait(request)
     assert not scheduler.has_work
-    scheduler.add(make_request("a", range(10), 30))  # what the message proposed fits
+    scheduler.add(make_request("a", range(10), 30))  # the remedy in the message works
 
 
 @pytest.mark.parametrize("params", [{}, {"min_new_tokens": 30}])
-def test_without_a_limit_of_its_own_a_request_may_fill_a_cache_smaller_than_the_context(params: dict[str, Any]) -> None:
-    scheduler = make_scheduler(num_blocks=10)  # 40 tokens, and a context of 100
+def test_a_request_without_a_limit_may_fill_a_cache_smaller_than_the_context(params: dict[str, Any]) -> None:
+    scheduler = make_scheduler(num_blocks=10)  # 40 tokens, with a context length of 100
     sequence = scheduler.add(make_request("a", range(10), max_new_tokens=None, **params))
     assert sequence.max_total_tokens == 40
 
@@ -121,21 +121,21 @@ def test_stop_tokens_end_a_sequence_after_the_minimum_of_generated_tokens() -> N
     assert [s.finish_reason for s in (early, held, ignoring, stopping)] == ["stop", "stop", "length", "stop"]
 
 
-def test_a_step_is_scheduled_before_the_tokens_of_the_last_one_are_known() -> None:
+def test_a_step_is_scheduled_before_the_tokens_of_the_previous_one_are_known() -> None:
     scheduler = make_scheduler()
     sequence = scheduler.add(make_request("a", range(5), 3))
     steps = [next_step(scheduler) for _ in range(3)]
     assert [(c.start, c.length) for step in steps for c in step.chunks] == [(0, 5), (5, 1), (6, 1)]
     assert sequence.num_in_flight == 3
     assert sequence.num_tokens == sequence.max_total_tokens
-    assert scheduler.schedule() is None, "its length limit is reached by the tokens in flight"
+    assert scheduler.schedule() is None, "the tokens in flight reach its length limit"
     for step in steps:
         assert scheduler.commit(step, [7]) == [sequence]
     assert sequence.output_token_ids == [7, 7, 7]
     assert sequence.is_finished
 
 
-def test_the_row_behind_an_end_of_sequence_is_wasted_and_dropped() -> None:
+def test_the_row_after_an_end_of_sequence_is_dropped() -> None:
     scheduler = make_scheduler()
     sequence = scheduler.add(make_request("a", range(5), 9, eos_token_ids=(3,)))
     first, second = next_step(scheduler), next_step(scheduler)
@@ -160,7 +160,7 @@ def test_steps_are_committed_once_and_in_order() -> None:
         scheduler.commit(first, [0])
 
 
-def test_abort_frees_everything_at_once_wherever_the_sequence_stands() -> None:
+def test_abort_immediately_frees_everything_of_running_and_waiting_sequences() -> None:
     scheduler = make_scheduler(max_num_seqs=1, prefix_caching=False)
     running = scheduler.add(make_request("running", range(20), 9))
     waiting = scheduler.add(make_request("waiting", range(5), 9))
@@ -174,11 +174,11 @@ def test_abort_frees_everything_at_once_wherever_the_sequence_stands() -> None:
     assert not scheduler.has_work
     assert scheduler.num_free_blocks == 32
     assert scheduler.commit(step, [0] * len(step.sampled)) == []
-    scheduler.add(make_request("running", range(5), 9))  # the id is free again
+    scheduler.add(make_request("running", range(5), 9))  # the id can be used again
     scheduler.check_integrity()
 
 
-def test_finish_ends_a_sequence_and_only_changes_the_reason_of_one_that_ended() -> None:
+def test_finish_ends_a_sequence_and_only_changes_the_reason_of_a_finished_one() -> None:
     scheduler = make_scheduler()
     sequence = scheduler.add(make_request("a", range(5), 9))
     advance(scheduler)
@@ -194,7 +194,7 @@ def test_finish_ends_a_sequence_and_only_changes_the_reason_of_one_that_ended() 
     scheduler.check_integrity()
 
 
-def test_block_updates_hold_the_whole_table_first_and_then_only_what_is_new() -> None:
+def test_block_updates_contain_the_whole_table_first_and_then_only_new_blocks() -> None:
     scheduler = make_scheduler(token_budget=6)
     sequence = scheduler.add(make_request("a", range(7), 9))
     first, second, third = (advance(scheduler) for _ in range(3))
@@ -205,7 +205,7 @@ def test_block_updates_hold_the_whole_table_first_and_then_only_what_is_new() ->
     assert advance(scheduler).block_updates == [(0, 2, [2])]
 
 
-def test_a_later_request_starts_behind_what_a_running_one_has_dispatched() -> None:
+def test_a_later_request_starts_after_the_blocks_that_a_running_one_has_dispatched() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", range(14), 9))
     in_flight = next_step(scheduler)
@@ -213,7 +213,7 @@ def test_a_later_request_starts_behind_what_a_running_one_has_dispatched() -> No
     step = next_step(scheduler)
     assert [(c.sequence.request_id, c.start, c.length) for c in step.chunks] == [("a", 14, 1), ("b", 12, 2)]
     assert sharer.num_cached == scheduler.stats.num_prefix_hit_tokens == 12
-    assert step.block_updates[-1] == (1, 0, [0, 1, 2, 4]), "three blocks of a, one of its own"
+    assert step.block_updates[-1] == (1, 0, [0, 1, 2, 4]), "three shared with a, and a new one"
     scheduler.commit(in_flight, [0])
     scheduler.check_integrity()
 
@@ -226,14 +226,14 @@ def test_the_last_prompt_token_is_always_computed() -> None:
     assert [(c.start, c.length, c.num_sample_rows) for c in step.chunks] == [(4, 4, 1)]
 
 
-def test_generated_tokens_of_one_request_serve_the_prompt_of_the_next() -> None:
+def test_generated_tokens_of_one_request_are_cached_for_the_prompt_of_the_next() -> None:
     scheduler = make_scheduler()
     first = make_request("a", [1, 2, 1], 10)
     drive(scheduler, {0: [first]}, depth=1)
     turn = make_request("b", [1, 2, 1, *naive_tokens(first, 100), 2], 2)
     sequence = scheduler.add(turn)
     advance(scheduler)
-    assert sequence.num_cached == 12, "of the 13 tokens of the first turn, the last of which was never computed"
+    assert sequence.num_cached == 12, "of 13 tokens in the first turn, of which the last was never computed"
 
 
 def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
@@ -242,13 +242,13 @@ def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
     run = drive(scheduler, {0: requests})
     victim = run.sequences["1"]
     assert victim.num_preemptions > 0
-    assert victim.num_cached == 0, "it counts what was cached before it first ran"
+    assert victim.num_cached == 0, "it counts only blocks that were cached before the sequence first ran"
     assert scheduler.stats.num_prefix_hit_tokens > 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("depth", [2, 3])
-def test_a_sequence_that_is_preempted_with_tokens_in_flight_looks_for_its_known_blocks_only(policy: str, depth: int) -> None:
+def test_a_sequence_preempted_with_tokens_in_flight_looks_up_only_blocks_of_known_tokens(policy: str, depth: int) -> None:
     for num_blocks in (8, 9, 12):
         scheduler = make_scheduler(**with_promise(policy), num_blocks=num_blocks, block_size=2, watermark_blocks=0)
         requests = [make_request(i, [i] * 4, 12, ignore_eos=True) for i in range(2)]
@@ -267,17 +267,21 @@ def test_starting_over_keeps_the_known_tokens_and_computes_the_same_ones_again(k
         step = next_step(scheduler)
         scheduler.commit(step, device.run(step))
     scheduler.schedule()
-    scheduler._waiting, scheduler._free_slots, scheduler._unfinished = [], [], {}  # as an exception may leave them
+    scheduler._state.waiting, scheduler._state.free_slots, scheduler._state.unfinished = (
+        [],
+        [],
+        {},
+    )  # as an exception might leave them
     scheduler.start_over((sequence, min(known, len(sequence.output_token_ids))) for sequence in sequences)
     scheduler.check_integrity()
     drive(scheduler, {})
     assert [s.output_token_ids for s in sequences] == [naive_tokens(r, 100) for r in requests]
 
 
-def test_a_policy_that_plans_nothing_is_reported_instead_of_waiting_for_ever(
+def test_a_policy_that_plans_nothing_is_reported_instead_of_waiting_forever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(POLICIES, "idle", lambda *_args, **_kwargs: StepPlan([], [], [], [], []))
+    monkeypatch.setitem(POLICIES, "idle", lambda planner: StepPlan([], [], [], [], []))
     scheduler = make_scheduler(policy="idle")
     assert scheduler.schedule() is None
     scheduler.add(make_request("a", range(8), 1))
@@ -323,7 +327,7 @@ def test_the_integrity_check_finds_tampering() -> None:
     advance(scheduler)
     scheduler.check_integrity()
     sequence.capacity += 4
-    with pytest.raises(RuntimeError, match="counts a capacity of 12 positions"):
+    with pytest.raises(RuntimeError, match="has a capacity of 12 positions"):
         scheduler.check_integrity()
     sequence.capacity -= 4
     sequence.num_computed = 9

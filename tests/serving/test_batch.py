@@ -286,7 +286,7 @@ def test_the_command_reports_failures_and_its_exit_code_does_too(deployed, tmp_p
     assert "\x1b" not in shown.err
     assert "\r" not in shown.err
     assert main(command) == 1
-    assert "0 answered, 2 failed, 3 had been answered before" in capsys.readouterr().out
+    assert "0 answered, 2 failed, 3 already answered before" in capsys.readouterr().out
     source.write_text("\n".join(json.dumps(entry) for entry in lines))
     assert main(command) == 0
 
@@ -355,7 +355,7 @@ def test_the_command_continues_after_a_kill_and_an_interrupt_with_two_replicas(t
         assert process.returncode == 130, said
         (last,) = said.splitlines()
         assert last.startswith("2000 lines: ")
-        assert last.endswith(" are left; the same command goes on from there")
+        assert last.endswith(" remaining; run the same command to resume")
     assert 100 <= target.read_bytes().count(b"\n") < 2000, "it ended before it was killed"
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -102,7 +102,7 @@ def test_an_engine_recovers_from_a_failed_step_with_the_same_tokens(monkeypatch)
     for _ in range(3):
         for output in shared.step():
             outputs.setdefault(output.request_id, []).append(output)
-    monkeypatch.setattr(type(shared._runner), "run", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(shared.runner), "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         shared.step()
     monkeypatch.undo()

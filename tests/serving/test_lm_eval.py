@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from fastgen_jax import Research
 from tests.serving.tiny_server import MODEL, engine, offline, tokenizer
 
 pytest.importorskip("lm_eval", reason="pip install 'lm_eval[api]'")
@@ -84,8 +85,8 @@ def score(question: str, choice: str) -> float:
     ids = [tokenizer().encode(text, add_special_tokens=False) for text in (question, " " + choice)]
     shared, total = engine(), 0.0
     for i, token_id in enumerate(ids[1]):
-        (logits,) = shared.put([f"score {i}"], [[*ids[0], *ids[1][:i]]])
-        shared.flush(f"score {i}")
+        (logits,) = Research(shared).put([f"score {i}"], [[*ids[0], *ids[1][:i]]])
+        Research(shared).flush(f"score {i}")
         total += float(jax.nn.log_softmax(np.asarray(logits, np.float32))[token_id])
     return total
 

@@ -33,7 +33,7 @@ class Fixture:
             replica.write = lambda *message, number=number: self.sent[number].append(message)
 
     def submit(self, prompt, max_new_tokens=8):
-        request = self.router.intake.request(prompt, SamplingParams(max_new_tokens=max_new_tokens, seed=1))
+        request = self.router.intake.request(tuple(prompt), SamplingParams(max_new_tokens=max_new_tokens, seed=1))
         return request, self.router.submit(request)
 
     def replica_of(self, request) -> int:

@@ -1,4 +1,4 @@
-"""Skipped steps: nobody can tell from a result, nor from the scheduler, that they were not run one by one."""
+"""Skipping steps gives the same result and the same scheduler state as running them one by one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastgen_jax.simulation import Replica, ReplicaConfig, StepShape, simulate
 
 
 def cost(shape: StepShape) -> float:
-    """Different for every step, with sums that round."""
+    """A cost that differs for every step, and whose sums are rounded."""
     return 0.01 + 0.001 * shape.num_tokens + 1e-5 * shape.decode_attended + 1e-6 * shape.prompt_attended
 
 
 @st.composite
 def worlds(draw: st.DrawFn) -> tuple[Load, ReplicaConfig, int]:
-    """A load, a replica that may be short of blocks and slots, and how many there are of it."""
+    """A load, a replica configuration that may be short of blocks and slots, and a number of replicas."""
     lengths = {
         "num_requests": draw(st.integers(1, 25)),
         "mean_prompt": draw(st.integers(4, 40)),
@@ -78,7 +78,7 @@ def scheduler_of(num_sequences: int, *, prefix_caching: bool, **options: Any) ->
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_scheduler_that_skipped_steps_is_the_one_that_ran_them(overlap: bool, prefix_caching: bool) -> None:
+def test_a_scheduler_that_skipped_steps_equals_one_that_ran_them(overlap: bool, prefix_caching: bool) -> None:
     skipping, stepping = (scheduler_of(3, prefix_caching=prefix_caching) for _ in range(2))
     numbers = [0, 0]
     flights: list[Any] = [None, None]
@@ -104,7 +104,7 @@ def test_a_scheduler_that_skipped_steps_is_the_one_that_ran_them(overlap: bool, 
         else:
             step(0)
             step(1)
-        for a, b in zip(skipping._running, stepping._running, strict=True):
+        for a, b in zip(skipping._state.running, stepping._state.running, strict=True):
             for name in ("num_computed", "num_tokens", "output_token_ids", "block_ids", "capacity", "next_block_end"):
                 assert getattr(a, name) == getattr(b, name), name
         assert [c[1:] for c in flights[0].chunks] == [c[1:] for c in flights[1].chunks] if flights[0] else not flights[1]
@@ -114,7 +114,7 @@ def test_a_scheduler_that_skipped_steps_is_the_one_that_ran_them(overlap: bool, 
     assert num_skipped > (3 if prefix_caching else 10)
 
 
-def test_no_step_is_skipped_in_which_something_is_decided() -> None:
+def test_steps_in_which_something_is_decided_are_not_skipped() -> None:
     waiting = scheduler_of(2, prefix_caching=False, max_num_seqs=1)
     stopping = Scheduler(num_blocks=9, block_size=4, token_budget=8, max_num_seqs=2, max_context_len=30, max_sample_rows=2)
     params = SamplingParams(max_new_tokens=12, stop_token_ids=(7,))

@@ -12,7 +12,7 @@ from fastgen_jax.simulation import ReplicaConfig, StepShape, simulate
 
 
 def per_token(shape: StepShape) -> float:
-    """A device that takes a second for each token."""
+    """A cost of one second per token."""
     return float(shape.num_tokens)
 
 
@@ -40,16 +40,16 @@ def load_of(*requests: tuple[float, int, int]) -> Load:
     )
 
 
-def test_one_request_takes_the_time_of_its_steps() -> None:
+def test_a_single_request_takes_the_time_of_its_steps() -> None:
     (request,) = simulate(load_of((2.0, 12, 3)), config(), per_token).requests
-    # Steps of 8 and 4 prompt tokens, then two of one token; the first token comes with the end of the prompt.
+    # Steps of 8 and 4 prompt tokens, then two of one token; the first token arrives at the end of the prompt.
     assert (request.start, request.token_times) == (2.0, (14.0, 15.0, 16.0))
 
 
-def test_two_requests_share_steps_as_the_policy_says() -> None:
+def test_two_requests_share_steps_as_the_policy_decides() -> None:
     result = simulate(load_of((0.0, 6, 3), (1.0, 10, 1)), config(), per_token, record_steps=True)
     first, second = result.requests
-    # r1 comes during the first step. Steps: r0's 6; r0 1 + r1 7; r0 1 + r1 3.
+    # r1 arrives during the first step. Steps: r0's 6; r0 1 + r1 7; r0 1 + r1 3.
     assert first.token_times == (6.0, 14.0, 18.0)
     assert second.token_times == (18.0,)
     assert [step.chunks for step in result.steps[0]] == [
@@ -60,7 +60,7 @@ def test_two_requests_share_steps_as_the_policy_says() -> None:
     assert result.busy_seconds == (18.0,)
 
 
-def test_with_overlap_the_host_works_while_the_device_does() -> None:
+def test_with_overlap_the_host_works_while_the_device_runs() -> None:
     def ten(shape: StepShape) -> float:
         return 10.0
 
@@ -71,7 +71,7 @@ def test_with_overlap_the_host_works_while_the_device_does() -> None:
     assert overlapped.token_times == (11.0, 21.0, 31.0, 41.0, 51.0)
 
 
-def test_a_request_that_comes_during_a_step_waits_for_the_next_plan() -> None:
+def test_a_request_that_arrives_during_a_step_waits_for_the_next_plan() -> None:
     load = load_of((0.0, 8, 4), (1.0, 4, 1))
     # With overlap the second step is planned when the first one starts, so r1 is in the third.
     steps = simulate(load, config(overlap=True), per_token, record_steps=True).steps[0]
@@ -80,7 +80,7 @@ def test_a_request_that_comes_during_a_step_waits_for_the_next_plan() -> None:
     assert [[name for name, _, _ in step.chunks] for step in steps[:2]] == [["r0"], ["r0", "r1"]]
 
 
-def test_a_closed_loop_keeps_its_clients_busy_and_no_busier() -> None:
+def test_each_client_of_a_closed_loop_always_has_exactly_one_request() -> None:
     load = closed_loop(3, num_requests=20, mean_prompt=16, mean_output=6)
     result = simulate(load, config(), per_token)
     assert len(result.requests) == 20
@@ -91,12 +91,12 @@ def test_a_closed_loop_keeps_its_clients_busy_and_no_busier() -> None:
         running += change
         most = max(most, running)
     assert most == 3
-    # Each client sends the next request the moment it is answered: starts are ends, but for the three first.
+    # Each client sends its next request the moment it is answered: all starts but the first three are ends.
     ends = Counter(r.token_times[-1] for r in result.requests)
     assert sum(r.start in ends for r in result.requests) == 17
 
 
-def test_warm_up_requests_come_first_and_are_not_measured() -> None:
+def test_warm_up_requests_run_first_and_are_not_measured() -> None:
     load = closed_loop(2, num_requests=4, mean_prompt=16, mean_output=6)
     result = simulate(load, config(), per_token)
     warm_up = sum(r.num_prompt_tokens + r.max_new_tokens - 1 for r in load.warmup)
@@ -157,7 +157,7 @@ def test_refused_requests_are_counted_and_their_clients_go_on() -> None:
         assert due + promise.grace < refusal.at <= due + promise.grace + 8
 
 
-def test_under_overload_a_promise_kept_is_worth_more_than_first_come_first_served() -> None:
+def test_under_overload_sla_has_a_higher_effective_throughput_than_first_come_first_served() -> None:
     load = open_loop(0.06, num_requests=150, mean_prompt=24, mean_output=6)  # 29 tokens each: 1.8 times capacity
     promise = Promise(prompt_rate=0.2, generation_rate=0.1)
     rates = {"tokens_per_second": promise.generation_rate, "prompt_rate": promise.prompt_rate}
@@ -166,6 +166,6 @@ def test_under_overload_a_promise_kept_is_worth_more_than_first_come_first_serve
     assert effective_throughput(sla.requests, **rates) > 2 * effective_throughput(first_come.requests, **rates)
 
 
-def test_no_replica_is_refused() -> None:
+def test_zero_replicas_are_rejected() -> None:
     with pytest.raises(ValueError, match="num_replicas is 0"):
         simulate(load_of((0.0, 4, 1)), config(), per_token, num_replicas=0)

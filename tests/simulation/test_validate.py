@@ -1,4 +1,4 @@
-"""The simulator against the engine's real loop, on a device whose steps take a known time."""
+"""The simulator compared with the engine's real loop on a device whose steps take a known time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOST_SECONDS = 0.001
 
 
 class VirtualTime:
-    """A clock that only the device and sleepers move, in place of the module `time`: nothing depends on this machine."""
+    """Replaces the module `time`: only the device and `sleep` advance the clock, so results do not depend on the machine."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -41,8 +41,8 @@ class VirtualTime:
 
 @contextmanager
 def timed_device(engine: Engine) -> Iterator[None]:
-    """Makes results arrive as late as on a device that runs one step after another and takes a known time for each."""
-    run, read, clock = engine._runner.run, engine._read, VirtualTime()
+    """Delays results as a device would that runs one step after another, each in a known time."""
+    run, commit, clock = engine.runner.run, engine._commit, VirtualTime()
     ready: list[float] = []
 
     def timed_run(packed, bucket):
@@ -53,20 +53,19 @@ def timed_device(engine: Engine) -> Iterator[None]:
         ready.append(start + BASE[bucket.num_tokens] + PER_ATTENDED * attended)
         return run(packed, bucket)
 
-    reads = iter(range(10**9))
+    ends = iter(ready)
 
-    def timed_read(step, output):
-        rows = read(step, output)
-        clock.now = max(clock.now, ready[next(reads)])
-        return rows
+    def timed_commit(entry):
+        clock.now = max(clock.now, next(ends))
+        commit(entry)
 
-    vars(engine._runner)["run"], vars(engine)["_read"] = timed_run, timed_read
+    vars(engine.runner)["run"], vars(engine)["_commit"] = timed_run, timed_commit
     driver.time, real = clock, driver.time
     try:
         yield
     finally:
         driver.time = real
-        del vars(engine._runner)["run"], vars(engine)["_read"]
+        del vars(engine.runner)["run"], vars(engine)["_commit"]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -90,21 +89,21 @@ def test_the_simulation_of_an_engine_is_within_ten_percent_of_it(overlap: bool) 
     assert worst <= 0.10, "\n".join(lines)
 
 
-def test_measured_step_costs_are_those_of_the_device(tmp_path: Path) -> None:
+def test_measured_step_costs_equal_those_of_the_device(tmp_path: Path) -> None:
     engine = tiny_engine(prefix_caching=False)
     with timed_device(engine):
         points = steps.measure(engine, contexts=[8, 40], generated=6, rounds=1)
     model = fit(points, steps.facts_of(engine, "tiny"))
     for size, base in BASE.items():
         step = Point(size=size, num_tokens=size, num_sample_rows=1, decode_attended=0, prompt_attended=0, seconds=0.0)
-        assert steps.expected(model, step) == pytest.approx(base, rel=0.05)  # a plan that came late adds its millisecond
+        assert steps.expected(model, step) == pytest.approx(base, rel=0.05)  # a late plan adds its millisecond
     path = tmp_path / "costs.json"
     path.write_text(json.dumps(model))
     assert load_cost(path).sizes == (8, 32)
     assert any("tokens/s" in line for line in steps.report(points, model))
 
 
-def test_a_fit_finds_the_coefficients_among_disturbed_steps() -> None:
+def test_a_fit_finds_the_coefficients_despite_disturbed_steps() -> None:
     rng = np.random.default_rng(0)
     true = MeasuredCost(
         sizes=(8, 64),
@@ -134,17 +133,17 @@ def test_a_fit_finds_the_coefficients_among_disturbed_steps() -> None:
         )
     facts = {"engine": {"step_sizes": [8, 16, 64]}, "host_seconds": 0.0}
     model = fit(points, facts)
-    # The size that never ran has a line between those of its neighbours, an eighth of the way.
+    # The size that never ran gets a line between those of its neighbors, an eighth of the way.
     assert model["base"] == pytest.approx([0.02, 0.02 + 0.01 / 7, 0.03], rel=0.01)
     assert model["per_token"] == pytest.approx([0.0, 1e-3 / 7, 1e-3], rel=0.01, abs=1e-6)
     assert model["facts"]["num_outliers"] == 30
     for name in ("per_row", "per_decode_attended", "per_prompt_attended"):
         assert model[name] == pytest.approx(asdict(true)[name], rel=0.02)
-    with pytest.raises(ValueError, match="2 steps were measured; 7 unknowns need more"):
+    with pytest.raises(ValueError, match="2 steps were measured, fewer than the 7 unknowns"):
         fit(points[:2], facts)
 
 
-def test_a_load_on_an_engine_is_served_as_asked() -> None:
+def test_every_request_of_a_load_is_served_in_full_at_its_time() -> None:
     engine = tiny_engine(prefix_caching=False)
     load = open_loop(200.0, num_requests=6, mean_prompt=20, mean_output=5)
     with StepLog(engine) as log:
@@ -156,4 +155,4 @@ def test_a_load_on_an_engine_is_served_as_asked() -> None:
         assert request.start - begin == pytest.approx(sent.arrival)
     computed = sum(step.num_tokens for step in log.steps)
     assert computed >= sum(prompt + output - 1 for prompt, output in wanted.values())
-    assert "schedule" not in vars(engine.scheduler), "the engine is as before"
+    assert "schedule" not in vars(engine.scheduler), "the engine is unchanged"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import param_specs
+from fastgen_jax.models.params import all_specs
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -244,9 +244,9 @@ def windows(hf: Fields, size: int | None, is_sliding: Callable[[int], bool]) -> 
     return tuple(size if kind == "sliding_attention" else None for kind in types)
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Source:
-    """Checkpoint tensors that make one weight.
+    """The checkpoint tensors that make one weight.
 
     They are transposed from [out, in] if asked, joined along the output axis (the last one), and, where the weight is
     `stacked`, put one above the other along its first axis: names of row 0, then those of row 1, ... `rearrange` gets
@@ -254,21 +254,10 @@ class Source:
     """
 
     names: tuple[str, ...]
-    transpose: bool
-    stacked: bool
-    rearrange: Callable[[np.ndarray], np.ndarray] | None
-
-    def __init__(
-        self,
-        *names: str,
-        transpose: bool = False,
-        stacked: bool = False,
-        rearrange: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> None:
-        object.__setattr__(self, "names", names)
-        object.__setattr__(self, "transpose", transpose)
-        object.__setattr__(self, "stacked", stacked)
-        object.__setattr__(self, "rearrange", rearrange)
+    _: KW_ONLY
+    transpose: bool = False
+    stacked: bool = False
+    rearrange: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 LLAMA_NAMES: dict[str, str | Sequence[str]] = {
@@ -301,25 +290,21 @@ def sources_from(
     `torch.nn.Linear` does, but for those in `conv1d`, which are [in, out] as in GPT-2. `rearrange` reorders the outputs
     of a weight and of its bias.
     """
-    specs = param_specs(config)
-    layer = specs.pop("layers")
-    specs |= {f"layers.{name}": spec for name, spec in layer.items()}
     found = {}
-    for path, spec in specs.items():
+    for path, spec in all_specs(config).items():
         given = names.get(path)
         if isinstance(given, Source):
             found[path] = given
             continue
-        is_bias = path.endswith("_bias")
-        module = names[path.removesuffix("_bias") if is_bias else path]
-        assert not isinstance(module, Source), f"{path} is named by a Source, but {path.removesuffix('_bias')} is not it"
+        owner = spec.owner_path
+        module = names[owner]
+        assert not isinstance(module, Source), f"{owner} is named by a Source, so {path} needs one as well"
         modules = [module] if isinstance(module, str) else module
-        is_matrix = len(spec.shape) >= 2 and path not in ("embed", "position_embed") and "norm" not in path
         found[path] = Source(
-            *(f"{module}.{'bias' if is_bias else 'weight'}" for module in modules),
-            transpose=is_matrix and path not in conv1d,
-            stacked=("norm" in path or len(spec.shape) == 3) and len(modules) > 1,
-            rearrange=(rearrange or {}).get(path.removesuffix("_bias")),
+            tuple(f"{module}.{'weight' if spec.bias_of is None else 'bias'}" for module in modules),
+            transpose=spec.is_product and path not in conv1d,
+            stacked=spec.is_stack and len(modules) > 1,
+            rearrange=(rearrange or {}).get(owner),
         )
     return found
 

@@ -141,7 +141,7 @@ def sources(config: ModelConfig) -> dict[str, Source]:
             "layers.kv_a": f"{attention}.kv_a_proj_with_mqa",
             "layers.kv_a_norm": f"{attention}.kv_a_layernorm",
             "layers.kv_b": f"{attention}.kv_b_proj",
-            "layers.choice_bias": Source("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
+            "layers.choice_bias": Source(("model.layers.{layer}.mlp.gate.e_score_correction_bias",)),
         },
         rearrange=paired,
     )

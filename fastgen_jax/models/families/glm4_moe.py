@@ -48,6 +48,6 @@ def sources(config: ModelConfig) -> dict[str, Source]:
         {
             **common.LLAMA_NAMES,
             **expert_names(config, shared="shared_experts"),
-            "layers.choice_bias": Source("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
+            "layers.choice_bias": Source(("model.layers.{layer}.mlp.gate.e_score_correction_bias",)),
         },
     )

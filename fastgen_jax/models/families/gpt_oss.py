@@ -51,12 +51,12 @@ def sources(config: ModelConfig) -> dict[str, Source]:
         config,
         {
             **common.LLAMA_NAMES,
-            "layers.sinks": Source("model.layers.{layer}.self_attn.sinks"),
+            "layers.sinks": Source(("model.layers.{layer}.self_attn.sinks",)),
             "layers.router": "model.layers.{layer}.mlp.router",
-            "layers.expert_gate_up": Source(f"{experts}.gate_up_proj", rearrange=_gate_then_up),
-            "layers.expert_gate_up_bias": Source(f"{experts}.gate_up_proj_bias", rearrange=_gate_then_up),
-            "layers.expert_down": Source(f"{experts}.down_proj"),
-            "layers.expert_down_bias": Source(f"{experts}.down_proj_bias"),
+            "layers.expert_gate_up": Source((f"{experts}.gate_up_proj",), rearrange=_gate_then_up),
+            "layers.expert_gate_up_bias": Source((f"{experts}.gate_up_proj_bias",), rearrange=_gate_then_up),
+            "layers.expert_down": Source((f"{experts}.down_proj",)),
+            "layers.expert_down_bias": Source((f"{experts}.down_proj_bias",)),
         },
     )
 

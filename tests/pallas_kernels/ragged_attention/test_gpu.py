@@ -21,12 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_attention import QuantizedCache, contract, gpu_ampere, gpu_hopper, gpu_support, ragged_attention
+from pallas_kernels.ragged_attention import QuantizedCache, contract, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, time_call
 from pallas_kernels.ragged_attention.autotune import main as autotune_command
-from pallas_kernels.ragged_attention.gpu import BODIES, ragged_attention_gpu
-from pallas_kernels.ragged_attention.gpu_plan import combine, plan_chunks, plan_pieces
-from pallas_kernels.ragged_attention.gpu_tile import (
+from pallas_kernels.ragged_attention.gpu import ampere, hopper
+from pallas_kernels.ragged_attention.gpu import support as gpu_support
+from pallas_kernels.ragged_attention.gpu.call import BODIES, ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu.plan import combine, plan_chunks, plan_pieces
+from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     END,
     FIRST,
     HAS_SINK,
@@ -36,8 +38,8 @@ from pallas_kernels.ragged_attention.gpu_tile import (
     WINDOW,
     Spec,
 )
-from pallas_kernels.ragged_attention.gpu_tiles import GpuTiles, candidates, choose, modelled
-from pallas_kernels.ragged_attention.tile_file import Shape
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, candidates, choose, modelled
+from pallas_kernels.ragged_attention.measured_tiles import Shape
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 NUM_CASES = 19  # in `gpu_interpreter.ALL`
@@ -258,8 +260,8 @@ def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
         pytest.skip("refused, see below")
     for partial in (False, True):
         made = spec(group=group, partial=partial, head_dim=head_dim)
-        assert gpu_hopper.shared_bytes(made) <= 227 * 1024 - 1024
-        taken = gpu_ampere.shared_bytes(spec(group=group, partial=partial, head_dim=head_dim, generation="ampere"))
+        assert hopper.shared_bytes(made) <= 227 * 1024 - 1024
+        taken = ampere.shared_bytes(spec(group=group, partial=partial, head_dim=head_dim, generation="ampere"))
         assert taken <= 99 * 1024  # of compute capability 8.6 and 8.9
         if head_dim <= 128:
             assert 2 * (taken + 1024) <= 164 * 1024  # two thread blocks on a multiprocessor of an A100
@@ -270,8 +272,8 @@ def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
 def test_modelled_tiles_of_8_bits_fit_in_shared_memory(head_dim: int, group: int) -> None:
     for partial in (False, True):
         case: Any = {"group": group, "partial": partial, "head_dim": head_dim, "cache_dtype": jnp.int8}
-        assert gpu_hopper.shared_bytes(spec(**case)) <= 227 * 1024 - 1024
-        taken = gpu_ampere.shared_bytes(spec(**case, generation="ampere"))
+        assert hopper.shared_bytes(spec(**case)) <= 227 * 1024 - 1024
+        taken = ampere.shared_bytes(spec(**case, generation="ampere"))
         assert 2 * (taken + 1024) <= 164 * 1024
 
 
@@ -325,11 +327,10 @@ def test_the_command_that_measures_tiles_says_what_it_needs(capsys: pytest.Captu
 def test_what_is_measured_is_a_call_as_others_make_it() -> None:
     asked = []
 
-    def attention(*arrays: jax.Array, tiles: GpuTiles, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attention(*arguments: Any, tiles: GpuTiles) -> tuple[jax.Array, jax.Array, jax.Array]:
         asked.append(tiles)
-        others = {"sliding_window": None, "soft_cap": None, "alibi_slopes": None, "sinks": None}
-        contract.check(*arrays, **others, **options)
-        return arrays[0], arrays[3], arrays[4]
+        contract.check(*arguments)
+        return arguments[0], arguments[3], arguments[4]
 
     shape = Shape(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, num_tokens=8, num_sequences=3, dtype="bfloat16")
     choices = list(candidates(modelled(16, 2, "ampere")))
@@ -389,10 +390,5 @@ def test_a_product_is_the_left_operand_of_the_next_as_it_lies(rows: int) -> None
 
 def test_a_program_for_a_gpu_takes_xla_unless_it_is_known_to_be_a_hopper() -> None:
     arguments = make_batch([(3, 20), (1, 5)], num_tokens=6, head_dim=64, dtype=jnp.bfloat16).arguments()
-    static = {name: arguments.pop(name) for name in ("num_blocks", "layer", "scale")}
-
-    def lowered(implementation: str | None) -> str:
-        traced = jax.jit(lambda a: ragged_attention(**a, **static, implementation=implementation)).trace(arguments)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-    assert "mosaic_gpu" not in lowered(None)  # this process has no GPU, and no mesh says what it lowers for
+    program = jax.jit(ragged_attention).trace(**arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" not in program  # this process has no GPU, and no mesh says what it lowers for

@@ -1,0 +1,23 @@
+"""The one place that tells the formats of checkpoints apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastgen_jax.checkpoint.base import Checkpoint
+from fastgen_jax.checkpoint.gguf import GGUFCheckpoint
+from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
+from fastgen_jax.checkpoint.snapshot import MARKER, SnapshotCheckpoint, as_path
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a Hugging Face directory, a snapshot or a GGUF file; ValueError if it is none of them or broken.
+
+    Reads headers only. For names of models see `resolve_model`.
+    """
+    path = as_path(path)
+    if path.is_dir():
+        return SnapshotCheckpoint.open(path) if (path / MARKER).exists() else HuggingFaceCheckpoint.open(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; pass a checkpoint directory or a .gguf file")
+    return GGUFCheckpoint.open(path)

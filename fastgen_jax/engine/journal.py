@@ -1,0 +1,160 @@
+"""What an exception cannot take from an engine, wherever it is raised, and how the engine continues from there."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes
+from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState
+from fastgen_jax.engine.runner import Runner, StepOutput
+from fastgen_jax.scheduling import Scheduler, Step
+from fastgen_jax.scheduling.manual import ManualSequences
+
+T = TypeVar("T")
+
+
+class InFlight(NamedTuple):
+    """A step that was dispatched and whose results the host has not read."""
+
+    step: Step
+    output: StepOutput
+    timer: StepTimer
+    times: StepTimes
+    """Times up to the dispatch."""
+
+
+class Journal:
+    """The unfinished requests and the outputs that no client has taken yet.
+
+    These two survive any exception: everything else is rebuilt from them if an operation did not complete. An operation
+    holds both locks, calls `begin`, makes its changes, and sets `is_open` to False.
+
+    An exception from outside, such as a KeyboardInterrupt, is raised where a function is entered or where a call of C code
+    returns. So lines without a call are atomic, and locks are taken by `with` statements only.
+    """
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, sequences: ManualSequences, metrics: Metrics) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._sequences = sequences
+        self._metrics = metrics
+        self.states: dict[str, RequestState] = {}
+        self.box = Outbox()
+        """Outputs of requests that were added without a box."""
+        self.in_flight: deque[InFlight] = deque()
+        self.dispatching: Step | None = None
+        # A thread that waits for `lock` holds `turn`, and a step waits for `turn` first: so a thread that steps in a loop
+        # gives the other threads their turn.
+        self.turn, self.lock = threading.RLock(), threading.RLock()
+        self.is_open = False
+        """Whether an operation has begun and not completed."""
+        self.failure: str | None = None
+        """The error of the open operation, if it was a step."""
+        self.is_destroyed = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished, a step has not been read, or outputs have not been taken."""
+        return bool(self.states or self.in_flight or self.box.outputs)
+
+    def has_work_for(self, box: Outbox) -> bool:
+        """Whether a step would do something for the requests of `box`, or for a step in flight that no request waits for."""
+        states = [*self.states.values()]  # in one piece: another thread may be stepping
+        # In this order: the last output of a request is in the box before, or at the moment when, the request is removed.
+        return any(state.box is box for state in states) or bool(self.in_flight and not states) or bool(box.outputs)
+
+    def requests_of(self, box: Outbox) -> tuple[str, ...]:
+        """Ids of the unfinished requests whose outputs go to `box`."""
+        return tuple(request_id for request_id, state in [*self.states.items()] if state.box is box)
+
+    def begin(self) -> None:
+        """Begins an operation, after repairing what an earlier one left behind; ValueError if the engine was destroyed."""
+        self.check()
+        if self.is_open:
+            self._repair(None)
+        self.is_open = True
+
+    def check(self) -> None:
+        """ValueError if the engine was destroyed."""
+        if self.is_destroyed:
+            raise ValueError("this engine was destroyed; make a new one with Engine.from_pretrained(model)")
+
+    def exclusive(self, operation: Callable[[], T]) -> T:
+        """What `operation` returns, run between two steps; see `Engine.exclusive`."""
+        with self.turn, self.lock:
+            self.begin()
+            try:
+                result = operation()
+            except BaseException:
+                # If the device memory was lost, or this is interrupted too, the next operation repairs everything.
+                if not self._runner.memory_is_lost:
+                    self._sequences.settle()
+                    self.is_open = False
+                raise
+            self.is_open = False
+        return result
+
+    def recover(self, box: Outbox | None) -> list[str]:
+        """Repairs what a failed step left behind; returns the ids of the requests of `box` that end."""
+        with self.turn, self.lock:
+            self.check()
+            return self._repair(box or self.box) if self.is_open else []
+
+    def destroy(self) -> None:
+        """Ends all requests and frees the device memory."""
+        with self.turn, self.lock:
+            self.is_destroyed = True
+            for state in [*self.states.values()]:
+                self.publish(state.failed("the engine was destroyed"), state)
+            self.in_flight.clear()
+            self.dispatching = None
+            self._runner.destroy()
+
+    def publish(self, output: RequestOutput, state: RequestState) -> None:
+        """Puts an output into its box, and counts its tokens as known."""
+        num_known = output.num_generated_tokens
+        # No call in these lines: an exception from outside comes before all of them or after.
+        state.box.outputs += [output]
+        state.num_known = num_known
+        if output.finished:
+            del self.states[output.request_id]
+
+    def _repair(self, box: Outbox | None) -> list[str]:
+        """Starts over with the requests and the outputs that there are, after an operation that did not complete.
+
+        If that was a step that failed, its requests end: those of `box` without an output, and their ids are returned.
+        This may be interrupted as well, and is then done again.
+        """
+        failed, ended = self.failure is not None, []
+        for state in self._lost() if failed else ():
+            if state.box is box:
+                ended.append(state.sequence.request_id)
+                self.states.pop(state.sequence.request_id)
+            else:
+                why = f"the step that computed this request failed ({self.failure}); send it again"
+                self.publish(state.failed(why), state)
+            self._metrics.aborted += 1
+        self._runner.reset(keep=not failed)
+        self.in_flight.clear()
+        self.dispatching = self.failure = None
+        self._scheduler.start_over([(state.sequence, state.num_known) for state in self.states.values()])
+        for request_id, state in [*self.states.items()]:
+            self.states[request_id] = state.restarted()
+        self._sequences.forget_blocks()
+        self.is_open = False
+        return ended
+
+    def _lost(self) -> list[RequestState]:
+        """The requests of the steps in flight; without such a step, the first of all requests.
+
+        In that case planning failed, and would fail again if nothing changed.
+        """
+        steps = [entry.step for entry in self.in_flight]
+        if self.dispatching is not None:
+            steps.append(self.dispatching)
+        sequences = {chunk.sequence for step in steps for chunk in step.chunks}
+        states = [*self.states.values()]
+        return [state for state in states if state.sequence in sequences] if sequences else states[:1]

@@ -1,0 +1,155 @@
+"""What a weight is, declared once: initialization, loading, sharding, quantization, packing and counts all read it here."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+DType = str | type | np.dtype
+"""What names a number format: "bfloat16", jnp.bfloat16 or a NumPy dtype. Like `jax.typing.DTypeLike`, without JAX."""
+
+Params = dict[str, Any]
+"""`{"embed": [V, E], "layers": ..., "final_norm": [E], "lm_head": [E, V], ...}`, as `param_specs` declares them.
+
+`layers` is either one dict of arrays, each stacked over the layers that have it (the form that `lax.scan` walks), or a
+tuple of L dicts (the form whose layers are separate buffers; see `models.decoder.run_layers`).
+"""
+
+LayerWeights = Mapping[str, Any]
+"""The weights of one layer by name: arrays, or what `matmul.prepare`, `grouped_matmul.prepare` or `mla` made of them."""
+
+
+class Kind(enum.Enum):
+    """How the forward pass reads a weight."""
+
+    MATRIX = "matrix"  # [in, out]; multiplied by `linear` or `swiglu`
+    EXPERTS = "experts"  # [X, in, out]; one matrix per expert, multiplied with the tokens routed to that expert only
+    HEADS = "heads"  # [in, H * out]; one matrix per head, side by side, multiplied head by head
+    TABLE = "table"  # [rows, width]; rows are looked up
+    NORM = "norm"  # scale of a normalization
+    BIAS = "bias"  # added to the result of another weight
+    VECTOR = "vector"  # anything else that is added to or compared with activations
+
+
+_PRODUCTS = frozenset({Kind.MATRIX, Kind.EXPERTS, Kind.HEADS})
+_STACK_AXES = frozenset({"H", "X"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """One weight, per layer if the layers have it: its shape, what its axes mean, and how it is stored and read."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    """Logical axes: "E", "F", "V", "X", "H", "D" as everywhere, "HD" for the outputs of all heads, others by name."""
+    parts: tuple[int, ...] = ()
+    """Widths of the projections that are fused along the last axis; () for a single one."""
+    initial: float | None = None
+    """The value that it is initialized with; None: random, scaled by its fan-in."""
+    gated: bool = False
+    """Whether it is [gate | up] and read by the fused SwiGLU kernels, which pack it in their own order."""
+    never_quantized: str | None = None
+    """For a matrix: the reason why it keeps its floating-point format when the others become int8; None: it does not."""
+    dtype: Literal["weights", "activations", "float32"] = "weights"
+    """Its format on the device: the engine's `dtype`, that of the activations, or float32 in any case.
+
+    Checkpoints keep both of the first two in one format.
+    """
+    bias_of: str | None = None
+    """For a bias: the name of the weight whose result it is added to."""
+    per_layer: bool = False
+    """Whether each layer has one, so that it is in `params["layers"]`."""
+
+    @property
+    def path(self) -> str:
+        """Its place in the parameter tree, like "embed" or "layers.qkv"."""
+        return self._path_of(self.name)
+
+    @property
+    def owner_path(self) -> str:
+        """The path of the weight that a checkpoint names it after: for a bias the one it belongs to, otherwise its own."""
+        return self._path_of(self.bias_of or self.name)
+
+    def _path_of(self, name: str) -> str:
+        return f"layers.{name}" if self.per_layer else name
+
+    @property
+    def is_product(self) -> bool:
+        """Whether activations are multiplied with it; a checkpoint usually stores it transposed, [out, in]."""
+        return self.kind in _PRODUCTS
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether its first axis numbers heads or experts, whose rows a checkpoint may store as separate tensors."""
+        return self.axes[0] in _STACK_AXES
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether it becomes int8 when the engine quantizes."""
+        return self.is_product and self.never_quantized is None
+
+
+def matrix(
+    name: str,
+    shape: tuple[int, int],
+    axes: tuple[str, str],
+    *,
+    parts: tuple[int, ...] = (),
+    gated: bool = False,
+    never_quantized: str | None = None,
+    dtype: Literal["weights", "activations"] = "weights",
+) -> WeightSpec:
+    """A matrix [in, out]."""
+    return WeightSpec(
+        name=name,
+        kind=Kind.MATRIX,
+        shape=shape,
+        axes=axes,
+        parts=parts,
+        gated=gated,
+        never_quantized=never_quantized,
+        dtype=dtype,
+    )
+
+
+def experts(
+    name: str, shape: tuple[int, int, int], axes: tuple[str, str, str], *, parts: tuple[int, ...] = (), gated: bool = False
+) -> WeightSpec:
+    """A stack [X, in, out] of one matrix per expert."""
+    return WeightSpec(name=name, kind=Kind.EXPERTS, shape=shape, axes=axes, parts=parts, gated=gated)
+
+
+def table(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> WeightSpec:
+    """A table [rows, width]."""
+    return WeightSpec(name=name, kind=Kind.TABLE, shape=shape, axes=axes)
+
+
+def norm(name: str, shape: tuple[int, ...], axes: tuple[str, ...], *, initial: float = 1.0) -> WeightSpec:
+    """The scale of a normalization; `initial` is what leaves its input as it is."""
+    return WeightSpec(name=name, kind=Kind.NORM, shape=shape, axes=axes, initial=initial, dtype="activations")
+
+
+def bias(of: WeightSpec) -> WeightSpec:
+    """The bias of a weight, one number for each of its outputs; it is called `<name>_bias`."""
+    outputs = (slice(-2), slice(-1, None)) if of.is_product else (slice(None),)  # all axes but that of the inputs
+    return WeightSpec(
+        name=f"{of.name}_bias",
+        kind=Kind.BIAS,
+        shape=sum((of.shape[axes] for axes in outputs), ()),
+        axes=sum((of.axes[axes] for axes in outputs), ()),
+        parts=of.parts,
+        initial=0.0,
+        dtype="activations",
+        bias_of=of.name,
+    )
+
+
+def vector(name: str, size: int, axis: str, *, dtype: Literal["activations", "float32"] = "activations") -> WeightSpec:
+    """A vector of learned numbers that is the bias of no other weight."""
+    return WeightSpec(name=name, kind=Kind.VECTOR, shape=(size,), axes=(axis,), initial=0.0, dtype=dtype)

@@ -1,0 +1,142 @@
+"""The roofline of a step: seconds from the tokens in it, the peak figures of the devices, and the share reached of them.
+
+`fastgen plan` evaluates it at the peak, the simulator at what good kernels reach.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import flops_per_token
+from fastgen_jax.plan.devices import Device
+
+
+class StepShape(NamedTuple):
+    """What the cost of a step depends on.
+
+    `decode_attended` adds up the contexts of the sequences that compute one token. `prompt_attended` adds up, over
+    the tokens of longer chunks, the positions that each attends to, and `prompt_context` the contexts at their ends.
+    """
+
+    num_tokens: int
+    num_sample_rows: int
+    decode_attended: int
+    prompt_attended: int
+    prompt_context: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """The share of each peak figure that is reached, above 0 and at most 1; ValueError for any other."""
+
+    matmul: float = 1.0
+    attention: float = 1.0
+    memory: float = 1.0
+    links: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            share = getattr(self, field.name)
+            if not 0 < share <= 1:
+                raise ValueError(f"efficiency {field.name} is {share}; it is a share of the peak, above 0 and at most 1")
+
+
+PEAK = Efficiency()
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step, and what they would be if only one thing took time."""
+
+    seconds: float
+    compute: float
+    """Matrix products and attention."""
+    memory: float
+    """Reading weights and KV once."""
+    links: float
+    """All-reduces over the devices."""
+
+
+class Roofline(NamedTuple):
+    """Seconds for one of each thing that a step consists of.
+
+    Matrix products, attention and all-reduces follow one another. Each of the first two takes as long as its
+    arithmetic or its memory traffic, whichever is longer; all-reduces overlap with nothing.
+    """
+
+    token: float
+    """Matrix products of a token, without its row of logits."""
+    row: float
+    """Matrix product of a row of logits."""
+    weights: float
+    """Reading the weights."""
+    read_kv: float
+    """Reading the keys and values of a position."""
+    attend: float
+    """Arithmetic of a token that attends to a position."""
+    decode: float
+    """A position that a generated token attends to: the longer of `read_kv` and `attend`."""
+    reduce_token: float
+    """Sending a token's share of the all-reduces."""
+    reduce: float
+    """Latency of the all-reduces of a step."""
+
+    def __call__(self, shape: StepShape) -> float:
+        """Seconds of a step."""
+        # Unpacked and without max(): the simulator calls this for every step.
+        tokens, rows, decode_attended, prompt_attended, prompt_context = shape
+        token, row, weights, read_kv, attend, decode, reduce_token, reduce = self
+        matmuls = tokens * token + rows * row
+        if matmuls < weights:
+            matmuls = weights
+        prompt = max(prompt_context * read_kv, prompt_attended * attend) if prompt_context else 0.0
+        return matmuls + decode_attended * decode + prompt + reduce + tokens * reduce_token
+
+    def parts(self, shape: StepShape) -> StepTime:
+        """Seconds of a step, and of its arithmetic, its memory traffic and its all-reduces alone."""
+        tokens, rows, decode_attended, prompt_attended, prompt_context = shape
+        return StepTime(
+            seconds=self(shape),
+            compute=tokens * self.token + rows * self.row + (decode_attended + prompt_attended) * self.attend,
+            memory=self.weights + (decode_attended + prompt_context) * self.read_kv,
+            links=self.reduce + tokens * self.reduce_token,
+        )
+
+
+def roofline(
+    model: ModelConfig,
+    device: Device,
+    num_devices: int,
+    *,
+    weight_bytes: float,
+    kv_bytes_per_token: float,
+    activation_bytes: float,
+    efficiency: Efficiency = PEAK,
+    latency: bool = False,
+) -> Roofline:
+    """The roofline of tensor parallelism over `num_devices` equal devices, which divide all arithmetic evenly.
+
+    A step reads `weight_bytes` on each device, and each device stores `kv_bytes_per_token` for a token. Activations,
+    which the all-reduces sum, take `activation_bytes` a number. With `latency` the all-reduces take at least the
+    device's `all_reduce_latency_s`.
+    """
+    flops_per_s = num_devices * device.flops_per_s
+    memory_bytes_per_s = device.memory_bytes_per_s * efficiency.memory
+    body, whole = flops_per_token(model, sampled=False), flops_per_token(model, sampled=True)
+    attention = flops_per_token(model, sampled=False, context_len=1) - body
+    num_reduces = 2 * model.num_layers if num_devices > 1 else 0
+    # In a ring every device sends each number of an all-reduce 2 (n - 1) / n times.
+    sent = num_reduces * model.embed_dim * activation_bytes * 2 * (num_devices - 1) / num_devices
+    read_kv = kv_bytes_per_token / memory_bytes_per_s
+    attend = attention / (flops_per_s * efficiency.attention)
+    return Roofline(
+        token=body / (flops_per_s * efficiency.matmul),
+        row=(whole - body) / (flops_per_s * efficiency.matmul),
+        weights=weight_bytes / memory_bytes_per_s,
+        read_kv=read_kv,
+        attend=attend,
+        decode=max(read_kv, attend),
+        reduce_token=sent / (device.link_bytes_per_s * efficiency.links),
+        reduce=num_reduces * device.all_reduce_latency_s if latency else 0.0,
+    )

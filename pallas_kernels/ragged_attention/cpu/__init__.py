@@ -1,0 +1,1 @@
+"""The CPU backend of ragged attention: a native kernel in C++."""

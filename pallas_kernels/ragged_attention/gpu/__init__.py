@@ -1,0 +1,1 @@
+"""The GPU backend of ragged attention: Mosaic-GPU kernels for Hopper and Ampere."""

@@ -1,0 +1,271 @@
+"""The body of the attention kernel for Ampere and Ada Lovelace: what one thread block does with its share of the tiles.
+
+A thread block is one warpgroup of four warps; several of them share a multiprocessor and hide one another's latency. It
+copies (cp.async) the keys and values of the next step before it computes (mma) on those of this one. Operands of products
+are in registers, and each warp reads what it needs of them from shared memory:
+
+  64 or 128 rows    a warp has 16 or 32 rows and reads all keys; its weights are the left operand of the second product as
+                    they lie
+  16 or 32 rows     several warps have the same rows: each multiplies them with some of the keys, writes its scores to shared
+                    memory, reads those of all keys, and multiplies the weights with some of the columns of the values. Keys
+                    and values, which single queries are bound by, are read once instead of by every warp
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu
+
+from pallas_kernels.ragged_attention.gpu.softmax_tile import (
+    DEQUANTISED_ROWS,
+    ROW,
+    SEQUENCE,
+    Rows,
+    Spec,
+    Tile,
+    blocks_of,
+    dequantise,
+    for_each_tile,
+    over_steps,
+)
+from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, copied_bytes
+
+plgpu: Any = mosaic_gpu  # the oldest jax that the house runs on lacks some of this
+MMA_ROWS, MMA_KEYS = 16, 16  # of the left operand
+QUERY_ROWS = 32  # the fewest that a copy of four warps takes, whatever D is
+
+
+def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, int]:
+    """Rows of a tile that are read, computed and stored."""
+    if partial:
+        # Four warps divide D among them in units of 8 columns, two warps in units of 16.
+        fewest = 16 if head_dim % 32 == 0 else 32
+        rows = next(rows for rows in (16, 32, 64, 128) if rows >= max(group, fewest))
+        return max(rows, QUERY_ROWS), rows, rows
+    rows = 64 if group <= AMPERE_SHORT else 128
+    return rows, rows, rows
+
+
+def num_threads(spec: Spec) -> int:
+    """Warpgroups."""
+    return 1
+
+
+def shared_bytes(spec: Spec) -> int:
+    """Of the buffers; the compiler's scratch comes on top."""
+    exchange = 4 * spec.rows * spec.keys if _shares_rows(spec) else 0
+    operands = 2 * 2 * spec.keys * spec.head_dim if spec.quantised else 0
+    buffers = 2 * spec.stages * spec.keys * spec.head_dim * jnp.dtype(spec.cache_dtype).itemsize
+    return 2 * spec.head_dim * spec.rows_in + buffers + operands + exchange
+
+
+def _shares_rows(spec: Spec) -> bool:
+    """Whether several warps have the same rows."""
+    return spec.rows < 4 * MMA_ROWS
+
+
+def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
+    """Runs in the warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
+    copied = min(spec.keys, spec.block_size)
+
+    def tiled(dtype: Any) -> tuple[Any, Any]:
+        size = jnp.dtype(dtype).itemsize
+        width = copied_bytes(copied, spec.head_dim, size)
+        assert width is not None  # support.py refuses it
+        return plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width)
+
+    def buffer(*shape: int, dtype: Any) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=tiled(dtype))
+
+    scratch: dict[str, Any] = {"q_buffer": buffer(spec.rows_in, spec.head_dim, dtype=spec.dtype)}
+    for kind in ("k", "v"):
+        scratch[f"{kind}_buffer"] = buffer(spec.stages, spec.keys, spec.head_dim, dtype=spec.cache_dtype)
+        if spec.quantised:
+            scratch[f"{kind}_operand"] = buffer(spec.keys, spec.head_dim, dtype=spec.dtype)
+    if _shares_rows(spec):
+        by_float = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
+        scratch["scores"] = plgpu.SMEM((spec.rows, spec.keys), jnp.float32, transforms=by_float)
+    if spec.interpreted:  # it has no cp.async: a barrier for each step instead
+        scratch["q_full"] = plgpu.Barrier()
+        scratch["full"] = plgpu.Barrier(num_arrivals=2 * spec.copies, num_barriers=spec.stages)
+
+    def body(*allocated: Any) -> None:
+        block = _Block(refs | dict(zip(scratch, allocated, strict=True)), spec, columns=tiled(spec.dtype)[0].tiling[1])
+        for_each_tile(refs, spec, block.compute)
+
+    pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
+
+
+class _Block:
+    """The work of one thread block."""
+
+    def __init__(self, refs: dict[str, Any], spec: Spec, *, columns: int) -> None:
+        self.refs, self.spec = refs, spec
+        self.columns = columns  # of D that lie side by side in shared memory
+        self.left: Any = None
+        self.right: Any = None
+        self.result: Any = None
+        if not spec.interpreted:
+            layouts, warps = plgpu.Layout, min(4, spec.rows // MMA_ROWS)
+            self.left, self.right, self.result = (
+                layout(spec.dtype, m_warps=warps) for layout in (layouts.MMA_LHS, layouts.MMA_RHS, layouts.MMA_ACC)
+            )
+
+    def compute(self, tile: Tile, steps_before: jax.Array) -> None:
+        spec, refs = self.spec, self.refs
+        if spec.partial:
+            source = refs["q"].at[tile.columns[SEQUENCE], tile.head]
+        else:
+            source = refs["q"].at[tile.head, pl.ds(tile.columns[ROW] - tile.skipped, spec.rows)]
+        self.copy(source, refs["q_buffer"], "q_full")
+        for ahead in range(spec.stages - 1):
+            pl.when(ahead < tile.num_steps)(lambda ahead=ahead: self.fetch(tile, jnp.int32(ahead), steps_before))
+        if spec.interpreted:
+            plgpu.barrier_wait(refs["q_full"])
+
+        rows = Rows(tile, refs, spec, first=0, count=spec.rows, layout=self.left if _shares_rows(spec) else self.result)
+        state = (self.zeros((spec.rows, spec.head_dim)), *rows.start())
+
+        def step(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
+            return self.step(tile, rows, i, steps_before, state, masked=masked)
+
+        acc, top, total = over_steps(tile, spec, step, state)
+        result = acc / self.along_rows(total, acc.shape)
+        self.store(refs["out"].at[tile.index, tile.head], result.astype(refs["out"].dtype))
+        if spec.partial:
+            self.store(refs["lse"].at[tile.index, tile.head], top + jnp.log2(total))
+
+    def step(
+        self, tile: Tile, rows: Rows, i: jax.Array, steps_before: jax.Array, state: tuple[jax.Array, ...], *, masked: bool
+    ) -> tuple[jax.Array, ...]:
+        spec = self.spec
+        acc, top, total = state
+        slot = lax.rem(steps_before + i, jnp.int32(spec.stages))
+        ahead = i + (spec.stages - 1)
+        pl.when(ahead < tile.num_steps)(lambda: self.fetch(tile, ahead, steps_before))
+        self.await_step(slot, is_followed=ahead < tile.num_steps)
+        keys, values = (self.operand(kind, tile, i, slot) for kind in ("k", "v"))
+        scores = self.product_with_keys(keys)
+        weights, keep, top, total = rows.weigh(scores, i, top, total, masked=masked)
+        num_keys = tile.end - tile.first - i * spec.keys if masked else None
+        acc = self.add_product(acc * self.along_rows(keep, acc.shape), weights.astype(spec.dtype), values, num_keys)
+        if spec.interpreted:
+            plgpu.commit_smem()  # its copies are TMA's, which do not wait for plain reads without a fence; cp.async does
+        return acc, top, total
+
+    # Copies. Each is a group of its own, and groups arrive in the order in which they were sent for.
+
+    def fetch(self, tile: Tile, i: jax.Array, steps_before: jax.Array) -> None:
+        """Sends for the keys and values of the tile's step i. The buffer that it overwrites was read in the step before."""
+        spec, refs = self.spec, self.refs
+        slot = lax.rem(steps_before + i, jnp.int32(spec.stages))
+        rows = min(spec.keys, spec.block_size)
+        for j, (block, offset) in enumerate(blocks_of(tile, i, refs, spec)):
+            for kind in ("k", "v"):
+                source = refs[f"{kind}_cache"].at[block, tile.head, pl.ds(offset, rows)]
+                self.copy(source, refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)], "full", slot)
+
+    def copy(self, source: Any, target: Any, barrier: str, slot: jax.Array | None = None) -> None:
+        if self.spec.interpreted:
+            full = self.refs[barrier] if slot is None else self.refs[barrier].at[slot]
+            plgpu.copy_gmem_to_smem(source, target, full)
+        else:
+            plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+    def await_step(self, slot: jax.Array, *, is_followed: jax.Array) -> None:
+        """Waits for the keys and values in a buffer, and for q. The steps behind it may be under way."""
+        if self.spec.interpreted:
+            plgpu.barrier_wait(self.refs["full"].at[slot])
+            return
+        # With two stages this is exact; with more, the last steps of a tile wait for one another.
+        following = 2 * self.spec.copies * (self.spec.stages - 1)
+        lax.cond(is_followed, lambda: plgpu.wait_gmem_to_smem(following), lambda: plgpu.wait_gmem_to_smem(0))
+
+    def operand(self, kind: str, tile: Tile, i: jax.Array, slot: jax.Array) -> Any:
+        """The keys or values of the tile's step i, dequantised where they have 8 bits."""
+        spec, refs = self.spec, self.refs
+        numbers = refs[f"{kind}_buffer"].at[slot]
+        if not spec.quantised:
+            return numbers
+        ((block, offset),) = blocks_of(tile, i, refs, spec)  # a block has all of them
+        for part in range(0, spec.keys, DEQUANTISED_ROWS):
+            rows = pl.ds(part, DEQUANTISED_ROWS)
+            scales = refs[f"{kind}_scales"].at[block, tile.head, pl.ds(offset + part, DEQUANTISED_ROWS)]
+            dequantise(numbers.at[rows], scales, refs[f"{kind}_operand"].at[rows], spec, by_way_of=jnp.float32)
+        return refs[f"{kind}_operand"]
+
+    # Products.
+
+    def zeros(self, shape: tuple[int, ...]) -> jax.Array:
+        return self.as_result(jnp.zeros(shape, jnp.float32))
+
+    def along_rows(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return self.as_result(lax.broadcast_in_dim(x, shape, [0]))
+
+    def as_result(self, x: jax.Array) -> jax.Array:
+        return x if self.spec.interpreted else plgpu.layout_cast(x, self.result)
+
+    def product_with_keys(self, keys: Any) -> jax.Array:
+        """queries @ keys.T, f32[rows, keys]."""
+        spec, queries = self.spec, self.refs["q_buffer"]
+        if spec.interpreted:
+            queries = queries[pl.ds(0, spec.rows)]
+            scores = lax.dot_general(queries, keys[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        else:
+            scores = self.zeros((spec.rows, spec.keys))
+            for column in range(0, spec.head_dim, self.columns):
+                some = pl.ds(column, self.columns)
+                left = plgpu.load(queries.at[pl.ds(0, spec.rows), some], layout=self.left)
+                right = plgpu.load(keys.at[:, some].transpose((1, 0)), layout=self.right)
+                scores = plgpu.mma(scores, left, right)
+        if not _shares_rows(spec):
+            return scores
+        self.store(self.refs["scores"], scores)
+        # Two lanes meet in a bank, as when they were stored.
+        return self.load(self.refs["scores"], self.left, optimized=False)
+
+    def add_product(self, acc: jax.Array, weights: jax.Array, values: Any, num_keys: jax.Array | None) -> jax.Array:
+        """acc + weights @ values. What lies behind the first `num_keys` values may be NaN."""
+        spec = self.spec
+        if not (spec.interpreted or _shares_rows(spec)):
+            weights = self.as_left(weights)
+        for key in range(0, spec.keys, MMA_KEYS):
+            right = values.at[pl.ds(key, MMA_KEYS)]
+            right = self.load(right, self.right)
+            if num_keys is not None:
+                number = lax.broadcasted_iota(jnp.int32, right.shape, 0)
+                number = number if spec.interpreted else plgpu.layout_cast(number, self.right)
+                right = jnp.where(number < num_keys - key, right, jnp.zeros((), spec.dtype))
+            left = weights[:, key : key + MMA_KEYS]
+            if spec.interpreted:
+                acc = acc + jnp.dot(left, right, preferred_element_type=jnp.float32)
+            else:
+                acc = plgpu.mma(acc, left, right)
+        return acc
+
+    def as_left(self, weights: jax.Array) -> jax.Array:
+        """The result of a product as the left operand of the next: each thread has the same numbers in the same order."""
+        dtype, layout = self.spec.dtype, self.left
+        kind = plgpu.ShapeDtypeStruct(weights.shape, dtype, layout=layout)
+
+        @plgpu.inline_mgpu(arg_types=(self.result,), return_type=kind)
+        def relabel(_: Any, x: Any) -> Any:
+            registers = x.registers.reshape(layout.to_mgpu().registers_shape(x.shape))
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+        return relabel(weights)
+
+    def load(self, source: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+        return source[...] if self.spec.interpreted else plgpu.load(source, layout=layout, optimized=optimized)
+
+    def store(self, target: Any, value: jax.Array) -> None:
+        if self.spec.interpreted:
+            target[...] = value
+        else:
+            plgpu.store(target, value, optimized=False)

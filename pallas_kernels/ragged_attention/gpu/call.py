@@ -1,0 +1,171 @@
+"""Ragged attention on a GPU: XLA writes the step's keys and values in place, one Mosaic-GPU kernel attends.
+
+The kernel runs twice: over tiles of several queries, and over pieces of the contexts of single queries, whose partial
+results XLA combines. Its body is that of the GPU's generation, `hopper.py` or `ampere.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.gpu import ampere, hopper, support
+from pallas_kernels.ragged_attention.gpu.plan import combine, plan_chunks, plan_pieces
+from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, Spec
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, choose
+from pallas_kernels.ragged_attention.measured_tiles import Shape
+from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
+from pallas_kernels.ragged_attention.xla import write_kv
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+BODIES = {"hopper": hopper, "ampere": ampere}
+NO_WINDOW = 2**30  # far beyond any context, and position - window stays in int32
+
+
+def ragged_attention_gpu(
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
+    k_cache: Cache,
+    v_cache: Cache,
+    index: RaggedIndex,
+    layer: CacheLayer,
+    scoring: Scoring,
+    *,
+    tiles: GpuTiles | None = None,
+    generation: str | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
+
+    q is rounded to the dtype of the caches, to bfloat16 where they have 8 bits. `generation` is "hopper" or "ampere"; None
+    takes that of the GPU that is lowered for, and where there is none, Hopper. `tiles` None takes the measured or modelled
+    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError for what `support.unsupported` names.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    generation = generation or support.generation() or "hopper"
+    reason = support.unsupported(k_cache, num_heads, generation, interpreted=bool(interpret))
+    if reason:
+        raise ValueError(f"implementation='gpu' {reason}, or use implementation='xla'")
+    body = BODIES[generation]
+    group = num_heads // num_kv_heads
+    if tiles is None:
+        shape = Shape(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            num_tokens=num_tokens,
+            num_sequences=index.block_tables.shape[0],
+            dtype=jnp.dtype(k_cache.dtype).name,
+        )
+        tiles = choose(shape, generation)
+    dtype = jnp.dtype(jnp.bfloat16) if isinstance(k_cache, QuantizedCache) else k_cache.dtype  # of operands
+    k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
+
+    window = NO_WINDOW if scoring.sliding_window is None else jnp.minimum(scoring.sliding_window, NO_WINDOW)
+    window = jnp.asarray(window, jnp.int32)
+    queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype)
+    operands = {"tables": index.block_tables}
+    for name, cache in (("k", k_cache), ("v", v_cache)):
+        if isinstance(cache, QuantizedCache):
+            operands |= {f"{name}_cache": cache.values, f"{name}_scales": cache.scales}
+        else:
+            operands[f"{name}_cache"] = cache
+    of_heads = {name: x for name, x in (("slopes", scoring.alibi_slopes), ("sinks", scoring.sinks)) if x is not None}
+    query_starts, context_lens = index.query_starts, index.context_lens
+    lengths = query_starts[1:] - query_starts[:-1]
+    planned = (query_starts, context_lens, layer.first_block, window)
+
+    def spec_for(*, partial: bool, keys: int, stages: int) -> Spec:
+        rows_in, rows, rows_out = body.tile_rows(group, head_dim, partial=partial)
+        return Spec(
+            group=group,
+            head_dim=head_dim,
+            block_size=block_size,
+            rows=rows,
+            rows_in=rows_in,
+            rows_out=rows_out,
+            keys=keys,
+            stages=stages,
+            blocks=tiles.blocks,
+            scale=scoring.scale,
+            soft_cap=scoring.soft_cap,
+            has_window=scoring.sliding_window is not None,
+            partial=partial,
+            dtype=dtype,
+            cache_dtype=k_cache.dtype,
+            interpreted=bool(interpret),
+        )
+
+    def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Any:
+        return launch(body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
+
+    spec = spec_for(partial=True, keys=tiles.single_keys, stages=tiles.single_stages)
+    work, starts, pieces, most = plan_pieces(*planned, num_kv_heads=num_kv_heads, tiles=tiles, spec=spec)
+    rows = queries[jnp.minimum(query_starts[:-1], num_tokens - 1)]  # [S, K, G, D]
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spec.rows_in - group), (0, 0)))
+    partial, lse = launch_tiles(work, rows, spec)
+    single = combine(partial[:, :, :group], lse[:, :, :group], starts, pieces, most=most)  # f32[S, K, G, D]
+
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    sequence = jnp.sum(query_starts[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
+    in_a_chunk = (token >= query_starts[0]) & (token < query_starts[-1])
+    sequence = jnp.minimum(sequence, context_lens.shape[0] - 1)  # of each token
+    out = single[sequence].astype(q.dtype)  # [T, K, G, D]
+    if num_tokens > 1:
+        spec = spec_for(partial=False, keys=tiles.chunk_keys, stages=tiles.chunk_stages)
+        work, tile, row = plan_chunks(*planned, num_tokens=num_tokens, sequence=sequence, spec=spec)
+        # Rows of the G heads of a KV head side by side; the last tile reaches beyond T.
+        rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
+        rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))
+        rows = launch_tiles(work, rows, spec)  # [tiles, K, R, D]
+        first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)) * spec.rows + row[:, None]
+        at = first[:, :, None] + jnp.arange(group, dtype=jnp.int32)  # [T, K, G]
+        chunk = rows.reshape(-1, head_dim)[at].astype(q.dtype)
+        out = jnp.where((lengths[sequence] == 1)[:, None, None, None], out, chunk)
+    out = jnp.where(in_a_chunk[:, None, None, None], out, jnp.zeros((), q.dtype))
+    return out.reshape(q.shape), k_cache, v_cache
+
+
+def _by_row(of_heads: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:
+    """[H] -> [K, GRANULE + rows]: the number of each row's head, where the first head is that of row GRANULE."""
+    head = jnp.arange(-GRANULE, spec.rows, dtype=jnp.int32) % spec.group
+    return {name: x.reshape(-1, spec.group)[:, head] for name, x in of_heads.items()}
+
+
+def launch(body: Any, work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: Any) -> Any:
+    """The results of all tiles, [tiles, K, rows, D], and with `spec.partial` their log2-sum-exp, f32[tiles, K, rows]."""
+    num_tiles, num_kv_heads = work.shape[0] - 1, operands["k_cache"].shape[1]
+    spec = dataclasses.replace(spec, blocks=min(spec.blocks, num_tiles * num_kv_heads))
+    names = ["work", *operands, "out"]
+    shape = (num_tiles, num_kv_heads, spec.rows_out)
+    out: Any = jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.float32 if spec.partial else spec.dtype)
+    if spec.partial:
+        names.append("lse")
+        out = (out, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    def kernel(*refs: Any) -> None:
+        body.attend_tiles(dict(zip(names, refs, strict=True)), spec)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out,
+        grid=(spec.blocks,),
+        grid_names=("block",),
+        num_threads=body.num_threads(spec),
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret or None,
+        kernel_name="ragged_attention_pieces" if spec.partial else "ragged_attention_chunks",
+    )(work, *operands.values())

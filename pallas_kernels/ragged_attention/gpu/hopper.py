@@ -1,0 +1,325 @@
+"""The body of the attention kernel for Hopper: what one thread block does with its share of q tiles and KV heads.
+
+A warpgroup has 64 rows of a tile. One warpgroup copies (TMA), the others compute (WGMMA), with a ring of buffers between
+them that is never drained at the border from one tile to the next:
+
+  copy      | K0 V0 | K1 V1 | K2 V2 | K0 V0 | ...       waits until the buffer that it overwrites was read
+  compute   |       | K0 V0 | K1 V1 | K2 V2 | K0 ...    waits until the buffer is full
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_attention.gpu.softmax_tile import (
+    DEQUANTISED_ROWS,
+    GRANULE,
+    ROW,
+    SEQUENCE,
+    Rows,
+    Spec,
+    Tile,
+    blocks_of,
+    dequantise,
+    for_each_tile,
+    over_steps,
+)
+
+WARPGROUP_ROWS = 64  # rows of one WGMMA
+# Of a thread where two warpgroups compute and one copies, 504 in all; without and with 8 bits to dequantise.
+COMPUTE_REGISTERS, COPY_REGISTERS = (232, 208), (40, 88)
+
+
+def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, int]:
+    """Rows of a tile that are read, computed and stored, whatever D is."""
+    if partial and group <= WARPGROUP_ROWS:
+        with_heads = -(-group // GRANULE) * GRANULE
+        return with_heads, WARPGROUP_ROWS, with_heads
+    return 2 * WARPGROUP_ROWS, 2 * WARPGROUP_ROWS, 2 * WARPGROUP_ROWS
+
+
+def num_threads(spec: Spec) -> int:
+    """Warpgroups: those that compute and the one that copies."""
+    return _warpgroups(spec) + 1
+
+
+def _warpgroups(spec: Spec) -> int:
+    return spec.rows // WARPGROUP_ROWS
+
+
+STAGED = 2  # steps of 8 bits that wait to be dequantised
+
+
+def _tiled(spec: Spec, itemsize: int) -> tuple[Any, Any]:
+    """The layout in shared memory of rows [D]: the widest pattern of bytes that divides one."""
+    swizzle = next(width for width in (128, 64, 32) if (itemsize * spec.head_dim) % width == 0)
+    return plgpu.TilingTransform((GRANULE, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def shared_bytes(spec: Spec) -> int:
+    """Of the buffers; barriers and the compiler's scratch come on top."""
+    results = 4 * spec.rows * (spec.head_dim + 1) if spec.partial else 0
+    staged = 2 * STAGED * spec.keys * (spec.head_dim + 4) if spec.quantised else 0
+    return 2 * spec.head_dim * (spec.rows + 2 * spec.stages * spec.keys) + results + staged
+
+
+def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
+    """Runs in every warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
+    tiled, warpgroups = _tiled(spec, 2), _warpgroups(spec)
+    q_shape = (warpgroups, WARPGROUP_ROWS, spec.head_dim)
+    ring = (spec.stages, spec.keys, spec.head_dim)
+    arrivals = 1 if spec.quantised else spec.copies  # of who dequantises, or of the copies
+    scratch: dict[str, Any] = {
+        "q_buffer": plgpu.SMEM(q_shape, spec.dtype, transforms=tiled),
+        "k_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
+        "v_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
+        "q_full": plgpu.Barrier(num_barriers=warpgroups),
+        "k_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=spec.stages),
+        "v_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=spec.stages),
+        "k_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=spec.stages),
+        "v_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=spec.stages),
+    }
+    if spec.quantised:
+        for kind in ("k", "v"):
+            values = plgpu.SMEM((STAGED, *ring[1:]), spec.cache_dtype, transforms=_tiled(spec, 1))
+            scratch |= {f"{kind}_staged": values, f"{kind}_factors": plgpu.SMEM((STAGED, spec.keys), jnp.float32)}
+        scratch["staged"] = plgpu.Barrier(num_arrivals=4 * spec.copies, num_barriers=STAGED)
+    if warpgroups > 1:
+        scratch["turn"] = plgpu.Barrier(num_arrivals=warpgroups)
+    if spec.partial:
+        scratch |= {
+            "out_buffer": plgpu.SMEM(q_shape, jnp.float32, transforms=_tiled(spec, 4)),
+            "lse_buffer": plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32),
+        }
+
+    def body(*allocated: Any) -> None:
+        _Block(refs | dict(zip(scratch, allocated, strict=True)), spec).run()
+
+    pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
+
+
+class _Block:
+    """The work of one thread block."""
+
+    def __init__(self, refs: dict[str, Any], spec: Spec) -> None:
+        self.refs, self.spec = refs, spec
+        self.warpgroup, self.warpgroups = lax.axis_index("warpgroup"), _warpgroups(spec)
+
+    def run(self) -> None:
+        @pl.when(self.warpgroup < self.warpgroups)
+        def _() -> None:
+            if self.warpgroups > 1:
+                plgpu.set_max_registers(COMPUTE_REGISTERS[self.spec.quantised], action="increase")
+                pl.when(self.warpgroup == 1)(self.take_turn)
+            for_each_tile(self.refs, self.spec, self.compute)
+            if self.warpgroups > 1:
+                pl.when(self.warpgroup == 0)(self.take_turn)
+
+        @pl.when(self.warpgroup == self.warpgroups)
+        def _() -> None:
+            if self.warpgroups > 1:
+                plgpu.set_max_registers(COPY_REGISTERS[self.spec.quantised], action="decrease")
+            num_steps = for_each_tile(self.refs, self.spec, self.copy)
+            if self.spec.quantised:
+                pl.when(num_steps > 0)(lambda: self.dequantise(num_steps - 1))
+            self.await_last_reads(num_steps)
+
+    # The warpgroup that copies. Steps are counted over all tiles of the block: step n uses buffer n % stages.
+
+    def await_free(self, n: jax.Array, kind: str) -> None:
+        plgpu.barrier_wait(self.refs[f"{kind}_free"].at[lax.rem(n, jnp.int32(self.spec.stages))])
+
+    def copy(self, tile: Tile, steps_before: jax.Array) -> None:
+        """Fetches the keys and values of all steps."""
+
+        def step(i: jax.Array, _: None) -> None:
+            n = steps_before + i
+            blocks = blocks_of(tile, i, self.refs, self.spec)
+            if self.spec.quantised:
+                self.stage(tile, n, blocks)
+                pl.when(n > 0)(lambda: self.dequantise(n - 1))
+                return
+            for kind in ("k", "v"):
+                pl.when(n >= self.spec.stages)(lambda kind=kind: self.await_free(n, kind))
+                self.fetch(tile, n, kind, blocks)
+
+        lax.fori_loop(0, tile.num_steps, step, None)
+
+    def await_last_reads(self, num_steps: jax.Array) -> None:
+        def step(n: jax.Array, _: None) -> None:
+            self.await_free(n, "k")
+            self.await_free(n, "v")
+
+        lax.fori_loop(jnp.maximum(num_steps - self.spec.stages, 0), num_steps, step, None)
+
+    def fetch(self, tile: Tile, n: jax.Array, kind: str, blocks: list[tuple[jax.Array, Any]]) -> None:
+        slot = lax.rem(n, jnp.int32(self.spec.stages))
+        rows = min(self.spec.keys, self.spec.block_size)
+        for j, (block, offset) in enumerate(blocks):
+            plgpu.copy_gmem_to_smem(
+                self.refs[f"{kind}_cache"].at[block, tile.head, pl.ds(offset, rows)],
+                self.refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)],
+                self.refs[f"{kind}_full"].at[slot],
+            )
+
+    def stage(self, tile: Tile, n: jax.Array, blocks: list[tuple[jax.Array, Any]]) -> None:
+        """Sends for step n in 8 bits, to where step n - 2 was dequantised."""
+        refs, slot = self.refs, lax.rem(n, jnp.int32(STAGED))
+        rows = min(self.spec.keys, self.spec.block_size)
+        for j, (block, offset) in enumerate(blocks):
+            for kind in ("k", "v"):
+                for source, target in (("cache", "staged"), ("scales", "factors")):
+                    plgpu.copy_gmem_to_smem(
+                        refs[f"{kind}_{source}"].at[block, tile.head, pl.ds(offset, rows)],
+                        refs[f"{kind}_{target}"].at[slot, pl.ds(j * rows, rows)],
+                        refs["staged"].at[slot],
+                    )
+
+    def dequantise(self, n: jax.Array) -> None:
+        """Fills the buffers of step n while its successor is under way."""
+        spec, refs = self.spec, self.refs
+        staged, slot = lax.rem(n, jnp.int32(STAGED)), lax.rem(n, jnp.int32(spec.stages))
+        by_way_of = jnp.bfloat16 if spec.cache_dtype == jnp.int8 else jnp.float16
+        plgpu.barrier_wait(refs["staged"].at[staged])
+        for kind in ("k", "v"):
+            pl.when(n >= spec.stages)(lambda kind=kind: self.await_free(n, kind))
+            for part in range(0, spec.keys, DEQUANTISED_ROWS):
+                rows = pl.ds(part, DEQUANTISED_ROWS)
+                dequantise(
+                    refs[f"{kind}_staged"].at[staged, rows],
+                    refs[f"{kind}_factors"].at[staged, rows],
+                    refs[f"{kind}_buffer"].at[slot, rows],
+                    spec,
+                    by_way_of=by_way_of,
+                )
+            plgpu.commit_smem()  # before WGMMA reads these, and before the next copy overwrites what they were made from
+            plgpu.barrier_arrive(refs[f"{kind}_full"].at[slot])
+
+    # The warpgroups that compute.
+
+    def compute(self, tile: Tile, steps_before: jax.Array) -> None:
+        spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
+        first = warpgroup * WARPGROUP_ROWS
+        q_buffer, q_full = refs["q_buffer"].at[warpgroup], refs["q_full"].at[warpgroup]
+        if spec.partial:
+            source, target = refs["q"].at[tile.columns[SEQUENCE], tile.head], q_buffer
+            if spec.rows_out < WARPGROUP_ROWS:  # what lies in the other rows stays there
+                target = q_buffer.at[pl.ds(0, spec.rows_out)]
+            else:
+                source = source.at[pl.ds(first, WARPGROUP_ROWS)]
+        else:
+            granule = tile.columns[ROW] - tile.skipped
+            source = refs["q"].at[tile.head, pl.ds(granule + first, WARPGROUP_ROWS)]
+            target = q_buffer
+        plgpu.copy_gmem_to_smem(source, target, q_full)
+
+        rows = Rows(tile, refs, spec, first=first, count=WARPGROUP_ROWS, layout=plgpu.Layout.WGMMA)
+        state = (rows.full((WARPGROUP_ROWS, spec.head_dim), 0.0), *rows.start())
+        plgpu.barrier_wait(q_full)
+
+        def step(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
+            return self.step(tile, rows, i, steps_before, state, q_buffer=q_buffer, masked=masked)
+
+        acc, top, total = over_steps(tile, spec, step, state)
+        self.store(tile, acc / rows.along_rows(total, acc.shape), top, total)
+
+    def step(
+        self,
+        tile: Tile,
+        rows: Rows,
+        i: jax.Array,
+        steps_before: jax.Array,
+        state: tuple[jax.Array, ...],
+        *,
+        q_buffer: Any,
+        masked: bool,
+    ) -> tuple[jax.Array, ...]:
+        spec, refs = self.spec, self.refs
+        acc, top, total = state
+        slot = lax.rem(steps_before + i, jnp.int32(spec.stages))
+        plgpu.barrier_wait(refs["k_full"].at[slot])
+        scores = self.product_with_keys(q_buffer, refs["k_buffer"].at[slot])
+        plgpu.barrier_arrive(refs["k_free"].at[slot])
+        weights, keep, top, total = rows.weigh(scores, i, top, total, masked=masked)
+        acc = acc * rows.along_rows(keep, acc.shape)
+        weights = weights.astype(spec.dtype)
+        if self.warpgroups > 1:
+            plgpu.barrier_arrive(refs["turn"])  # the other one may use the tensor cores, and we wait for it
+        plgpu.barrier_wait(refs["v_full"].at[slot])
+        if self.warpgroups > 1:
+            plgpu.barrier_wait(refs["turn"])
+        if masked:
+            self.blank_unseen_values(rows, tile.end - tile.first - i * spec.keys, slot)
+        acc = self.add_product(acc, weights, refs["v_buffer"].at[slot])
+        plgpu.barrier_arrive(refs["v_free"].at[slot])
+        return acc, top, total
+
+    def take_turn(self) -> None:
+        """Two warpgroups alternate: one computes weights while the other keeps the tensor cores busy."""
+        if self.warpgroups > 1:
+            plgpu.barrier_arrive(self.refs["turn"])
+            plgpu.barrier_wait(self.refs["turn"])
+
+    def blank_unseen_values(self, rows: Rows, num_keys: jax.Array, slot: jax.Array) -> None:
+        """Zeros in place of the values behind the last key: weights of zero times what lies there may be NaN.
+
+        Warpgroup 0 does it for both: it multiplies before it gives a turn to warpgroup 1.
+        """
+        spec = self.spec
+
+        @pl.when((num_keys < spec.keys) & (self.warpgroup == 0))
+        def _() -> None:
+            for part in range(0, spec.keys, WARPGROUP_ROWS):
+                values = self.refs["v_buffer"].at[slot, pl.ds(part, WARPGROUP_ROWS)]
+                exists = rows.iota((WARPGROUP_ROWS, spec.head_dim), 0) < num_keys - part
+                values[...] = jnp.where(exists, values[...], jnp.zeros((), spec.dtype))
+            plgpu.commit_smem()
+
+    def store(self, tile: Tile, result: jax.Array, top: jax.Array, total: jax.Array) -> None:
+        spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
+        buffer = refs["out_buffer" if spec.partial else "q_buffer"].at[warpgroup]
+        buffer[...] = result.astype(buffer.dtype)
+        rows = min(WARPGROUP_ROWS, spec.rows_out)
+        target = pl.ds(warpgroup * WARPGROUP_ROWS, rows) if self.warpgroups > 1 else pl.ds(0, rows)
+        if spec.partial:
+            lse = refs["lse_buffer"].at[warpgroup]
+            lse[...] = top + jnp.log2(total)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(lse.at[pl.ds(0, rows)], refs["lse"].at[tile.index, tile.head, target])
+        else:
+            plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, rows)], refs["out"].at[tile.index, tile.head, target])
+        plgpu.wait_smem_to_gmem(0)
+
+    # What the interpreter knows by another name, or not at all.
+
+    def product_with_keys(self, queries: Any, keys: Any) -> jax.Array:
+        """queries @ keys.T; our turn ends when the tensor cores have all of it."""
+        if self.spec.interpreted:  # it cannot transpose an operand
+            self.take_turn()
+            scores = lax.dot_general(queries[...], keys[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            plgpu.commit_smem()  # a WGMMA reads as copies do; to plain reads the race detector wants a fence
+            return scores
+
+        def multiply(scores: Any) -> jax.Array:
+            plgpu.wgmma(scores, queries, plgpu.transpose_ref(keys, (1, 0)))
+            self.take_turn()
+            return scores[...]
+
+        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((queries.shape[0], keys.shape[0]), jnp.float32))
+
+    def add_product(self, acc: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
+        """acc + weights @ values, the weights from registers."""
+        if self.spec.interpreted:  # it has neither accumulators that start with a value nor operands in registers
+            acc = acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()
+            return acc
+        accumulator: Any = plgpu.WGMMAAccumulatorRef.init(acc)
+        result: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(accumulator)
+        return result

@@ -1,0 +1,144 @@
+"""How the GPU kernels' work is cut into tiles, and how the results of pieces become those of sequences."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, NUM_COLUMNS, Spec
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
+
+
+def _first_key(position: jax.Array, window: jax.Array, spec: Spec) -> jax.Array:
+    """Where a query's keys begin: before its window by less than what one copy fetches."""
+    unit = min(spec.keys, spec.block_size)
+    return jnp.maximum(position - window + 1, 0) // unit * unit
+
+
+def _work_list(active: jax.Array, columns: list[jax.Array]) -> jax.Array:
+    columns = [jnp.broadcast_to(column, active.shape) for column in columns]
+    assert len(columns) == NUM_COLUMNS
+    work = jnp.where(active[:, None], jnp.stack(columns, axis=1), 0)
+    count = jnp.full((1, NUM_COLUMNS), jnp.sum(active, dtype=jnp.int32))
+    return jnp.concatenate([work, count])
+
+
+def plan_pieces(
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    first_block: jax.Array,
+    window: jax.Array,
+    *,
+    num_kv_heads: int,
+    tiles: GpuTiles,
+    spec: Spec,
+) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    """Cuts the contexts of single queries into pieces of about the same size, as many as keep the device busy.
+
+    Returns:
+      the work list; the first piece of each sequence and the number of its pieces, i32[S]; the most that one can have.
+    """
+    num_sequences = context_lens.shape[0]
+    wanted = max(1, tiles.pieces // num_kv_heads)
+    # What the results of a sequence are combined from is bounded, so that it can be gathered.
+    most = max(1, min(wanted, max(8, 1024 // num_sequences)))
+    lengths = query_starts[1:] - query_starts[:-1]
+    first = _first_key(context_lens - 1, window, spec)
+    steps = jnp.where((lengths == 1) & (context_lens > 0), -(-(context_lens - first) // spec.keys), 0)
+    share = jnp.maximum(max(1, tiles.min_piece // spec.keys), -(-jnp.sum(steps, dtype=jnp.int32) // wanted))
+    share = jnp.maximum(share, -(-steps // most))  # steps of a piece, i32[S]
+    pieces = -(-steps // share)
+    share = -(-steps // jnp.maximum(pieces, 1))  # pieces of a sequence are of one size
+    ends = jnp.cumsum(pieces, dtype=jnp.int32)
+    starts = ends - pieces
+
+    i = jnp.arange(wanted + num_sequences, dtype=jnp.int32)
+    s = jnp.minimum(jnp.sum(ends[None, :] <= i[:, None], axis=1, dtype=jnp.int32), num_sequences - 1)
+    piece = i - starts[s]
+    begin = first[s] + piece * share[s] * spec.keys
+    end = jnp.minimum(begin + share[s] * spec.keys, context_lens[s])
+    work = _work_list(
+        i < ends[-1],
+        [
+            s,
+            query_starts[s] * spec.group,
+            context_lens[s] - 1,
+            begin,
+            end,
+            window,
+            first_block,
+            (piece == 0).astype(jnp.int32),
+        ],
+    )
+    return work, starts, pieces, most
+
+
+def plan_chunks(
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    first_block: jax.Array,
+    window: jax.Array,
+    *,
+    num_tokens: int,
+    sequence: jax.Array,
+    spec: Spec,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cuts chunks of several tokens into tiles of queries; the later ones of a chunk, which see more keys, come first.
+
+    Returns:
+      the work list; for each token its tile and the row of its first head in it, i32[T].
+    """
+    num_sequences = context_lens.shape[0]
+    queries = spec.queries
+    lengths = query_starts[1:] - query_starts[:-1]
+    tiles = jnp.where(lengths > 1, -(-lengths // queries), 0)
+    ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    starts = ends - tiles
+
+    i = jnp.arange(max(1, num_tokens // queries + min(num_sequences, num_tokens // 2)), dtype=jnp.int32)
+    j = ends[-1] - 1 - i
+    s = jnp.minimum(jnp.sum(ends[None, :] <= j[:, None], axis=1, dtype=jnp.int32), num_sequences - 1)
+    query = (j - starts[s]) * queries  # the tile's first one, counted in its chunk
+    position = context_lens[s] - lengths[s] + query
+    end = position + jnp.minimum(lengths[s] - query, queries)
+    work = _work_list(
+        j >= 0,
+        [
+            s,
+            (query_starts[s] + query) * spec.group,
+            position,
+            _first_key(position, window, spec),
+            end,
+            window,
+            first_block,
+            jnp.ones_like(s),
+        ],
+    )
+    query = jnp.arange(num_tokens, dtype=jnp.int32) - query_starts[sequence]
+    tile = jnp.maximum(ends[-1] - 1 - starts[sequence] - query // queries, 0)
+    row = query % queries * spec.group
+    # The tile begins at a granule, which may lie before its first query.
+    skipped = (jnp.arange(num_tokens, dtype=jnp.int32) * spec.group - row) % GRANULE
+    return work, tile, row + skipped
+
+
+def combine(partial: jax.Array, lse: jax.Array, starts: jax.Array, pieces: jax.Array, *, most: int) -> jax.Array:
+    """Softmax-weighted sums over the pieces of each sequence, f32[S, K, G, D]; 0 where there is none.
+
+    Args:
+      partial: f32[tiles, K, G, D], each normalised over its own keys.
+      lse: f32[tiles, K, G], log2 of the sum of exp2 of its scores.
+      starts, pieces: i32[S], the first piece of a sequence and how many it has, at most `most`.
+    """
+    j = jnp.arange(most, dtype=jnp.int32)
+    exists = (j < pieces[:, None])[:, :, None, None]  # [S, J, 1, 1]
+    at = jnp.minimum(starts[:, None] + jnp.minimum(j, pieces[:, None] - 1), partial.shape[0] - 1)
+    at = jnp.maximum(at, 0)
+    scores = jnp.where(exists, lse[at], -jnp.inf)  # [S, J, K, G]
+    top = jnp.max(scores, axis=1, keepdims=True)
+    weights = jnp.where(exists, jnp.exp2(scores - top), 0.0)
+    total = jnp.sum(weights, axis=1)
+    # Select: where no tile ran, memory may hold NaN.
+    values = jnp.where(exists[..., None], partial[at], 0.0)
+    result = jnp.sum(weights[..., None] * values, axis=1)
+    return result / jnp.where(total == 0.0, 1.0, total)[..., None]

@@ -1,0 +1,98 @@
+"""Tile sizes of the GPU kernels: measured by `autotune` if it has been run, else modelled for the generation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from pallas_kernels.ragged_attention.gpu import support
+from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT
+from pallas_kernels.ragged_attention.measured_tiles import Shape, measured
+from pallas_kernels.ragged_attention.quantized import is_quantized
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuTiles:
+    """How the GPU kernel cuts its work. Any choice gives the same result; the compiler refuses what does not fit."""
+
+    chunk_keys: int  # keys of a step of a chunk tile
+    chunk_stages: int  # steps whose keys and values are in shared memory at once
+    single_keys: int
+    single_stages: int
+    pieces: int  # that the contexts of all single queries are cut into, over all KV heads
+    min_piece: int  # keys below which cutting costs more than it gives
+    blocks: int  # thread blocks that share the tiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What the model needs to know about a generation of GPUs."""
+
+    multiprocessors: int  # where the device does not say
+    shared_bytes: int  # that a thread block's buffers may take; barriers and the system take some on top
+    resident: int  # thread blocks that a multiprocessor is to hold at the same time
+
+
+GENERATIONS = {
+    "hopper": Generation(multiprocessors=132, shared_bytes=225 * 1024, resident=1),  # H100 SXM: 227 KiB a block
+    # A100: 163 KiB a block, 164 KiB in all, 1 KiB of which goes to each block. 8.6 and 8.9: 99 and 100 KiB.
+    "ampere": Generation(multiprocessors=108, shared_bytes=81 * 1024, resident=2),
+}
+
+
+def choose(shape: Shape, generation: str) -> GpuTiles:
+    """The tiles measured for the GPU that is lowered for and this class of shapes, else the modelled ones."""
+    kind = support.device_kind()
+    group = shape.num_heads // shape.num_kv_heads
+    found = measured(shape, kind, GpuTiles) if kind else None
+    return found or modelled(
+        shape.head_dim,
+        group,
+        generation,
+        quantised=is_quantized(shape.dtype),
+        multiprocessors=support.multiprocessors(),
+    )
+
+
+def modelled(
+    head_dim: int, group: int, generation: str, *, quantised: bool = False, multiprocessors: int | None = None
+) -> GpuTiles:
+    """Tiles for a head size, query heads a KV head and caches of 16 or 8 bits: as many stages as fit in shared memory."""
+    gpu = GENERATIONS[generation]
+    multiprocessors = multiprocessors or gpu.multiprocessors
+    blocks = gpu.resident * multiprocessors
+    # Eight for each multiprocessor, so that one that got one more than others runs an eighth longer at most.
+    common = {"pieces": 8 * multiprocessors, "min_piece": 256, "blocks": blocks}
+    if generation == "ampere":
+        # Two steps of 64 keys fit beside the queries up to D=128. Where a thread holds twice the results (D of 256, or tiles
+        # of 128 rows), registers would not suffice for more than 32.
+        keys = 64 if head_dim <= 128 and group <= AMPERE_SHORT else 32
+        return GpuTiles(chunk_keys=keys, chunk_stages=2, single_keys=keys, single_stages=2, **common)
+    # Beyond 128 the accumulator takes 128 registers a thread, and fewer scores fit beside it. Two steps of 8 bits wait to be
+    # dequantised beside the stages.
+    keys = 128 if head_dim <= 128 and not quantised else 64
+    staged = 4 * keys * (head_dim + 4) if quantised else 0
+
+    def stages(rows: int) -> int:
+        return max(2, min(4, (gpu.shared_bytes - 2 * head_dim * rows - staged) // (4 * head_dim * keys)))
+
+    # Two warpgroups of 64 rows; of single queries one, whose float32 results take as much as two tiles of queries.
+    return GpuTiles(chunk_keys=keys, chunk_stages=stages(128), single_keys=keys, single_stages=stages(192), **common)
+
+
+def candidates(first: GpuTiles) -> Iterable[GpuTiles]:
+    """`first`, then tiles that differ from it in one respect. What does not fit, the compiler refuses."""
+    yield first
+    changes = [
+        {f"{kind}_keys": keys, f"{kind}_stages": stages}
+        for kind in ("chunk", "single")
+        for keys in (32, 64, 128)
+        for stages in (2, 3, 4)
+    ]
+    changes += [{"pieces": pieces} for pieces in (first.pieces // 2, 2 * first.pieces, 4 * first.pieces)]
+    changes += [{"min_piece": keys} for keys in (128, 512, 1024)]
+    changes += [{"blocks": blocks} for blocks in (first.blocks // 2, 2 * first.blocks)]
+    for change in changes:
+        tiles = dataclasses.replace(first, **change)
+        if tiles != first:
+            yield tiles

@@ -1,0 +1,96 @@
+"""Measured tile sizes, in a file that people can read: an entry for each kind of device and class of shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.folders import cache_dir, replace_file
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What tiles are chosen for."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    num_tokens: int
+    num_sequences: int
+    dtype: str
+
+    def key(self, kind: str) -> str:
+        """The name of its class in the file: tokens and sequences count by powers of two."""
+        tokens, sequences = (1 << (n - 1).bit_length() for n in (self.num_tokens, self.num_sequences))
+        return (
+            f"{kind} {self.dtype} heads={self.num_heads}/{self.num_kv_heads}x{self.head_dim} block={self.block_size} "
+            f"tokens<={tokens} sequences<={sequences}"
+        )
+
+
+def measured_file() -> Path:
+    """Where `autotune` writes: the file that PALLAS_KERNELS_TILES names, else `tiles.json` in the cache folder."""
+    named = os.environ.get("PALLAS_KERNELS_TILES")
+    return Path(named) if named else cache_dir() / "tiles.json"
+
+
+def measured(shape: Shape, kind: str, tiles: Any) -> Any:
+    """What was measured for `shape` on a kind of device, as `tiles`, a dataclass of integers; None if nothing was.
+
+    An entry that is damaged counts as none, which the log says.
+    """
+    path = measured_file()
+    key = shape.key(kind)
+    entry = entries(path).get(key)
+    if entry is None:
+        return None
+    try:
+        sizes = {field.name: int(entry[field.name]) for field in dataclasses.fields(tiles)}
+        if min(sizes.values()) < 1:
+            raise ValueError("a size below 1")
+    except (ValueError, KeyError, TypeError) as error:
+        _complain(path, f"entry {key!r}: {error!r}")
+        return None
+    return tiles(**sizes)
+
+
+@functools.cache
+def entries(path: Path) -> dict[str, Any]:
+    """What the file holds, {} if there is none or it is damaged, which the log says. Read once a process."""
+    try:
+        contents = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _complain(path, repr(error))
+        return {}
+    if isinstance(contents, dict):
+        return contents
+    _complain(path, f"it holds a {type(contents).__name__}")
+    return {}
+
+
+def save(shape: Shape, kind: str, tiles: Any, *, seconds: float, path: Path | None = None) -> None:
+    """Adds an entry to the file: the tiles, and the microseconds that they took. OSError if it cannot be written."""
+    path = path or measured_file()
+    entries.cache_clear()
+    contents = dict(entries(path))
+    contents[shape.key(kind)] = dataclasses.asdict(tiles) | {"microseconds": round(1e6 * seconds, 1)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(contents, indent=1, sort_keys=True) + "\n").encode())
+    entries.cache_clear()
+
+
+@functools.cache
+def _complain(path: Path, problem: str) -> None:
+    _log.warning(
+        "%s does not hold measured tiles (%s), so modelled ones are used; delete it, or run autotune again", path, problem
+    )

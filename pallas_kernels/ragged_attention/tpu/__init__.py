@@ -1,0 +1,1 @@
+"""The TPU backend of ragged attention: Pallas kernels that write the cache and attend."""

@@ -1,0 +1,260 @@
+"""Ragged attention on a TPU: one kernel writes the step's keys and values, one attends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
+from pallas_kernels.ragged_attention.tpu import tile_sizes
+from pallas_kernels.ragged_attention.tpu.copies import NO_WINDOW, TABLE_PIECE, Refs, Spec
+from pallas_kernels.ragged_attention.tpu.kernel import attend_tiles
+from pallas_kernels.ragged_attention.tpu.support import LANES, MAX_TABLE_WORDS, unsupported
+from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
+from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
+from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+def ragged_attention_tpu(
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
+    k_cache: Cache,
+    v_cache: Cache,
+    index: RaggedIndex,
+    layer: CacheLayer,
+    scoring: Scoring,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
+
+    `tiles` None takes those of the device that is lowered for; `interpret` is that of `pl.pallas_call`.
+    Raises ValueError for what `unsupported` names.
+    """
+    reason = unsupported(k_cache, index.block_tables.shape[1])
+    if reason:
+        raise ValueError(f"implementation='tpu' {reason}, or use implementation='xla'")
+    num_tokens, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    num_sequences, max_blocks = index.block_tables.shape
+    tiles = tiles or tile_sizes.choose(
+        tile_sizes.Shape(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            dtype=k_cache.dtype.name,
+        )
+    )
+    write: Any = write_kv_tpu
+    product_dtype = k_cache.dtype
+    if isinstance(k_cache, QuantizedCache):
+        # 8 bits are whole in bfloat16, which the MXU multiplies.
+        write, product_dtype = write_kv_quantized_tpu, q.dtype if q.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+    k_cache, v_cache = write(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer, interpret=interpret)
+
+    width = -(-max_blocks // TABLE_PIECE)
+    sequences = tiles.sequences
+    while sequences > 1 and 2 * sequences * width * TABLE_PIECE > MAX_TABLE_WORDS:
+        sequences //= 2
+    share = max(1, tiles.keys // (sequences * block_size))
+    spec = Spec(
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        piece=sequences * max(share, -(-LANES // block_size)),
+        sequences=sequences,
+        queries=tiles.queries,
+        max_single_tiles=-(-num_sequences // sequences),
+        has_chunks=num_tokens > 1,
+        has_window=scoring.sliding_window is not None,
+        cores=tiles.cores,
+        scale=scoring.scale,
+        soft_cap=scoring.soft_cap,
+        # The MXU multiplies bfloat16; float32 in full takes several passes.
+        precision=lax.Precision.HIGHEST if product_dtype == jnp.float32 else lax.Precision.DEFAULT,
+        product_dtype=product_dtype,
+        zero_values=k_cache.dtype != jnp.int8,
+    )
+    query_starts, context_lens = index.query_starts, index.context_lens
+    work, num_single_tiles, num_tiles = plan_tiles(query_starts, context_lens, num_tokens=num_tokens, spec=spec)
+    window = NO_WINDOW if scoring.sliding_window is None else scoring.sliding_window
+    scalars = jnp.stack([num_single_tiles, num_tiles, layer.first_block, jnp.asarray(window, jnp.int32)])
+    tables = jnp.pad(index.block_tables, ((0, 0), (0, width * TABLE_PIECE - max_blocks)))
+    tables = tables.reshape(num_sequences, width, 1, TABLE_PIECE)
+    out = _attend(
+        scalars,
+        work,
+        q,
+        k_cache,
+        v_cache,
+        tables,
+        slopes=_by_kv_head(scoring.alibi_slopes, spec),
+        sinks=_by_kv_head(scoring.sinks, spec),
+        spec=spec,
+        tiles=tiles,
+        interpret=interpret,
+    )
+    row = jnp.arange(num_tokens, dtype=jnp.int32)[:, None, None]
+    in_a_chunk = (row >= query_starts[0]) & (row < query_starts[-1])
+    return jnp.where(in_a_chunk, out, jnp.zeros((), q.dtype)), k_cache, v_cache
+
+
+def plan_tiles(
+    query_starts: jax.Array, context_lens: jax.Array, *, num_tokens: int, spec: Spec
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Deals the chunks out to tiles: single queries by falling context, J a tile; longer chunks Q queries a tile.
+
+    Returns:
+      sequence, token, position and count of each member, i32[tiles * J] each (see `Refs`): room for all single tiles
+      comes first, then the chunk tiles; the number of single tiles; the number of tiles.
+    """
+    num_sequences = context_lens.shape[0]
+    lengths = query_starts[1:] - query_starts[:-1]
+    j, q = spec.sequences, spec.queries
+
+    single = (lengths == 1) & (context_lens > 0)
+    # Sequences of one tile run until the longest is done, so those of similar length belong together.
+    order = jnp.argsort(jnp.where(single, -context_lens, 1)).astype(jnp.int32)
+    order = jnp.pad(order, (0, spec.max_single_tiles * j - num_sequences))
+    used = jnp.arange(order.shape[0], dtype=jnp.int32) < jnp.sum(single)
+    members = [order, query_starts[order], context_lens[order] - 1, jnp.ones_like(order)]
+    members = [jnp.where(used, x, 0) for x in members]
+    num_single_tiles = (jnp.sum(single, dtype=jnp.int32) + j - 1) // j
+
+    tiles = jnp.where(lengths > 1, (lengths + q - 1) // q, 0)
+    ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    max_chunk_tiles = max(1, num_tokens // q + min(num_sequences, num_tokens // 2))
+    i = jnp.arange(max_chunk_tiles, dtype=jnp.int32)
+    s = jnp.minimum(jnp.sum(ends[None, :] <= i[:, None], axis=1, dtype=jnp.int32), num_sequences - 1)
+    first = (i - (ends[s] - tiles[s])) * q
+    chunk = [s, query_starts[s] + first, context_lens[s] - lengths[s] + first, jnp.clip(lengths[s] - first, 0, q)]
+    work = [jnp.concatenate([a, jnp.repeat(b, j)]) for a, b in zip(members, chunk, strict=True)]
+    return work, num_single_tiles, num_single_tiles + ends[-1]
+
+
+def _by_kv_head(of_head: jax.Array | None, spec: Spec) -> jax.Array | None:
+    """[H] -> [K, Gp, LANES], the same number in all lanes."""
+    if of_head is None:
+        return None
+    rows = of_head.reshape(spec.num_kv_heads, spec.group)
+    rows = jnp.pad(rows, ((0, 0), (0, spec.padded_group - spec.group)))
+    return jnp.broadcast_to(rows[:, :, None], (*rows.shape, LANES))
+
+
+def _attend(
+    scalars: jax.Array,
+    work: list[jax.Array],
+    q: jax.Array,
+    k_cache: Cache,
+    v_cache: Cache,
+    tables: jax.Array,
+    *,
+    slopes: jax.Array | None,
+    sinks: jax.Array | None,
+    spec: Spec,
+    tiles: Tiles,
+    interpret: Any,
+) -> jax.Array:
+    _, num_heads, head_dim = q.shape
+    rows = max(spec.queries, spec.sequences) if spec.has_chunks else spec.sequences
+    singles = (spec.sequences * spec.num_kv_heads, spec.padded_group)
+    chunk = (num_heads, spec.queries)
+    f32 = jnp.float32
+    buffer = pltpu.VMEM((2, spec.piece, *k_cache.shape[1:]), k_cache.dtype)
+    caches: dict[str, jax.Array] = {"k_cache": k_cache, "v_cache": v_cache}  # pyright: ignore[reportAssignmentType]
+    scale_buffers = {}
+    if isinstance(k_cache, QuantizedCache) and isinstance(v_cache, QuantizedCache):
+        caches = {"k_cache": k_cache.values, "v_cache": v_cache.values}
+        caches |= {"k_scales": k_cache.scales, "v_scales": v_cache.scales}
+        scale_buffers = dict.fromkeys(("k_scale_buffer", "v_scale_buffer"), pltpu.VMEM(buffer.shape[:-1], f32))
+    scratch: dict[str, Any] = {
+        "table_buffer": pltpu.SMEM((2, spec.sequences, *tables.shape[1:]), jnp.int32),
+        "q_buffer": pltpu.VMEM((rows, num_heads, head_dim), q.dtype),
+        "k_buffer": buffer,
+        "v_buffer": buffer,
+        **scale_buffers,
+        "out_buffer": pltpu.VMEM((rows, num_heads, head_dim), q.dtype),
+        "q_single": pltpu.VMEM((*singles, head_dim), f32),
+        "top_single": pltpu.VMEM((*singles, LANES), f32),
+        "total_single": pltpu.VMEM((*singles, LANES), f32),
+        "acc_single": pltpu.VMEM((*singles, head_dim), f32),
+        "table_sem": pltpu.SemaphoreType.DMA((2,)),
+        "kv_sem": pltpu.SemaphoreType.DMA((2,)),
+        "q_sem": pltpu.SemaphoreType.DMA((1,)),
+        "out_sem": pltpu.SemaphoreType.DMA((1,)),
+    }
+    if spec.has_chunks:
+        scratch |= {
+            "q_chunk": pltpu.VMEM((*chunk, head_dim), spec.product_dtype),
+            "top_chunk": pltpu.VMEM((*chunk, LANES), f32),
+            "total_chunk": pltpu.VMEM((*chunk, LANES), f32),
+            "acc_chunk": pltpu.VMEM((*chunk, head_dim), f32),
+        }
+    optional = {name: array for name, array in (("slopes", slopes), ("sinks", sinks)) if array is not None}
+    names = ["scalars", "sequence", "token", "position", "count", "q", *caches, "tables", *optional, "out"]
+    none = dict.fromkeys(
+        (
+            "k_scales",
+            "v_scales",
+            "k_scale_buffer",
+            "v_scale_buffer",
+            "slopes",
+            "sinks",
+            "q_chunk",
+            "top_chunk",
+            "total_chunk",
+            "acc_chunk",
+        )
+    )
+
+    def kernel(*refs: Any) -> None:
+        attend_tiles(Refs(**(none | dict(zip([*names, *scratch], refs, strict=True)))), spec)
+
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(spec.cores,),
+            in_specs=[hbm] * (2 + len(caches)) + [vmem] * len(optional),
+            out_specs=hbm,
+            scratch_shapes=list(scratch.values()),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=tiles.vmem_limit,
+            disable_bounds_checks=True,  # twenty scalar instructions for each block that is fetched
+        ),
+        cost_estimate=_cost(q, k_cache, tables, spec),
+        interpret=interpret,
+        name="ragged_attention",
+    )(scalars, *work, q, *caches.values(), tables, *optional.values())
+
+
+def _cost(q: jax.Array, k_cache: Cache, tables: jax.Array, spec: Spec) -> pl.CostEstimate:
+    """For XLA's scheduler: half of what full block tables would cost. The contexts are not known here."""
+    num_tokens, num_heads, head_dim = q.shape
+    keys = tables.shape[1] * TABLE_PIECE * spec.block_size // 2
+    tiles = tables.shape[0] + num_tokens // spec.queries
+    return pl.CostEstimate(
+        flops=4 * num_tokens * num_heads * head_dim * keys,
+        transcendentals=num_tokens * num_heads * keys,
+        bytes_accessed=2 * tiles * keys * spec.num_kv_heads * head_dim * k_cache.dtype.itemsize,
+    )

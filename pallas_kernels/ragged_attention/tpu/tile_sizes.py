@@ -1,0 +1,104 @@
+"""Tile sizes of the TPU kernel: measured by `autotune` if it has been run, else modelled for the kind of device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_attention.measured_tiles import Shape, measured
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How the TPU kernel cuts its work. Any choice gives the same result; the compiler refuses what does not fit."""
+
+    queries: int
+    """Queries of one sequence that share a fetch of its keys. A power of two."""
+    keys: int
+    """Keys that are fetched together, of all sequences of a tile. A power of two."""
+    sequences: int
+    """Sequences with a single query that run side by side. A power of two."""
+    cores: int
+    """TensorCores that share the work: 2 where one device has two of them."""
+    vmem_limit: int
+    """Bytes of VMEM that the kernel may take."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the model needs to know about a kind of TPU."""
+
+    vmem_limit: int  # bytes
+    cores: int  # TensorCores of one JAX device
+
+
+# VMEM: 16 MiB a core on v4, 64 on TPU7x, 128 and about 96 on the others, of which XLA wants some for itself.
+DEVICES = {
+    "v4": Device(vmem_limit=15 * MIB, cores=2),
+    "v5e": Device(vmem_limit=48 * MIB, cores=1),
+    "v5p": Device(vmem_limit=48 * MIB, cores=2),
+    "v6e": Device(vmem_limit=48 * MIB, cores=1),
+    "tpu7x": Device(vmem_limit=40 * MIB, cores=1),
+}
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def device_kind() -> str | None:
+    """The key of `DEVICES` for the TPU that is being lowered for; None where that is unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = getattr(device, "device_kind", None) or jax.devices()[0].device_kind
+    return _KINDS.get(kind)
+
+
+def choose(shape: Shape, kind: str | None = None) -> Tiles:
+    """The tiles measured for this device and shape class, else the modelled ones.
+
+    An unknown `kind` gets those of the smallest device.
+    """
+    kind = kind or device_kind() or "v4"
+    return measured(shape, kind, Tiles) or modelled(shape, kind)
+
+
+def modelled(shape: Shape, kind: str) -> Tiles:
+    """The largest tiles that the model of VMEM admits: more queries a tile are fewer fetches of the same keys."""
+    device = DEVICES.get(kind, DEVICES["v4"])
+    row = shape.num_kv_heads * shape.head_dim * jnp.dtype(shape.dtype).itemsize  # bytes of one key
+    keys = max(128, shape.block_size)
+    while keys < 1024 and 2 * keys * row * 4 <= device.vmem_limit // 4:  # K and V, two buffers
+        keys *= 2
+    # Each KV head of each sequence is a chain of dependent products: eight of them hide one another's latency.
+    sequences = 1
+    while (
+        sequences * shape.num_kv_heads < 8
+        and 2 * sequences <= shape.num_sequences
+        and keys // (2 * sequences) >= max(128, shape.block_size)
+    ):
+        sequences *= 2
+    queries = 8
+    while queries < min(256, shape.num_tokens) and vmem_bytes(2 * queries, keys, shape) <= device.vmem_limit:
+        queries *= 2
+    return Tiles(queries=queries, keys=keys, sequences=sequences, cores=device.cores, vmem_limit=device.vmem_limit)
+
+
+def vmem_bytes(queries: int, keys: int, shape: Shape) -> int:
+    """Bytes of VMEM that a chunk tile needs, the compiler's own temporaries included."""
+    item = jnp.dtype(shape.dtype).itemsize
+    wide = max(item, 2)  # queries and results are not stored in 8 bits
+    rows = queries * shape.num_heads
+    buffers = 4 * keys * shape.num_kv_heads * shape.head_dim * item
+    tile = rows * (3 * shape.head_dim * wide + 4 * shape.head_dim + 2 * 4 * 128)
+    scores = 3 * 4 * (rows // shape.num_kv_heads) * keys
+    return buffers + tile + scores

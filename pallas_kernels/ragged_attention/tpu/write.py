@@ -1,0 +1,194 @@
+"""Writes a step's keys and values into the cache on a TPU, in place.
+
+A row of one token and one head is half a word of a (16, 128) tile of memory: it cannot be copied alone. So the unit is
+a granule, the rows of one tile in all heads of a block. A granule that is covered whole is written; of one that is
+covered in part, the rest is read first. A sequence that generates touches one granule of K and one of V a step.
+
+    tokens          [ a5 a6 a7 | b0 ... b19 | c9 ]      granules of 16
+    granules          a:0-15     b:0-15 b:16-31  c:0-15
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_attention.arguments import CacheLayer
+from pallas_kernels.ragged_attention.tpu.support import granule_rows
+
+FIRST_BLOCK, NUM_GRANULES = range(2)
+RING = 16  # granules in flight: a copy takes about a microsecond, whatever its size
+LEAD = 8  # of these, granules that are being read
+
+
+def write_kv_tpu(
+    k: jax.Array,
+    v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    kv_slots: jax.Array,
+    layer: CacheLayer,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
+
+    Shapes as in `ragged_attention`. The caches are updated in place. Tokens with neighbouring slots are cheapest where
+    they stand side by side, as those of a chunk do; any order is correct.
+    """
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    rows = granule_rows(k_cache.dtype)
+    first_token, slot, count, clash, num_granules = split_into_granules(
+        kv_slots, rows=rows, num_slots=layer.num_blocks * block_size
+    )
+    # A granule's rows are copied as a whole, also where its first tokens lie before this step's.
+    pad = ((rows, rows), (0, 0), (0, 0))
+    k, v = (jnp.pad(x.astype(k_cache.dtype), pad) for x in (k, v))
+    scalars = jnp.stack([layer.first_block, num_granules])
+    buffer = pltpu.VMEM((RING, num_kv_heads, rows, head_dim), k_cache.dtype)
+    new = pltpu.VMEM((RING, rows, num_kv_heads, head_dim), k_cache.dtype)
+    semaphores = pltpu.SemaphoreType.DMA((RING,))
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    row_bytes = num_kv_heads * head_dim * k_cache.dtype.itemsize
+    return pl.pallas_call(
+        functools.partial(_write, rows=rows, block_size=block_size),
+        out_shape=[jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype)] * 2,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(1,),
+            in_specs=[hbm] * 4,
+            out_specs=[hbm] * 2,
+            scratch_shapes=[new, new, buffer, buffer, semaphores, semaphores],
+        ),
+        input_output_aliases={7: 0, 8: 1},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=8 * k.shape[0] * row_bytes),
+        interpret=interpret,
+        name="write_kv",
+    )(scalars, first_token, slot, count, clash, k, v, k_cache, v_cache)
+
+
+def split_into_granules(
+    kv_slots: jax.Array, *, rows: int, num_slots: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Runs of tokens that fill consecutive rows of one granule.
+
+    Returns:
+      i32[T] each: the first token of a run, its slot, the number of its tokens, whether a run shortly before fills the
+      same granule; and how many runs there are.
+    """
+    num_tokens = kv_slots.shape[0]
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    real = (kv_slots >= 0) & (kv_slots < num_slots)
+    before = jnp.concatenate([jnp.full((1,), -2, jnp.int32), jnp.where(real, kv_slots, -2)[:-1]])
+    begins = real & ((kv_slots != before + 1) | (kv_slots % rows == 0))
+    ends = real & jnp.concatenate([(begins | ~real)[1:], jnp.ones((1,), bool)])
+    # Sorting is the quick way to compact on a TPU.
+    first = jnp.sort(jnp.where(begins, token, num_tokens))
+    last = jnp.sort(jnp.where(ends, token, num_tokens))
+    slot = kv_slots[jnp.minimum(first, num_tokens - 1)]
+    granule = jnp.where(first < num_tokens, slot // rows, -1)
+    clash = jnp.zeros((num_tokens,), bool)
+    for back in range(1, min(RING, num_tokens)):
+        clash |= jnp.concatenate([jnp.zeros((back,), bool), granule[back:] == granule[:-back]])
+    return first, slot, last - first + 1, clash.astype(jnp.int32), jnp.sum(begins, dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """K or V: everything that belongs to one of the two caches."""
+
+    new: Any  # HBM [rows + T + rows, K, D]
+    cache: Any  # HBM [L*N, K, B, D]
+    new_buffer: Any  # VMEM [RING, rows, K, D]
+    buffer: Any  # VMEM [RING, K, rows, D]
+
+
+def _write(
+    scalars,
+    first_token,
+    slot,
+    count,
+    clash,
+    k,
+    v,
+    _k_in,
+    _v_in,
+    k_cache,
+    v_cache,
+    k_new,
+    v_new,
+    k_buffer,
+    v_buffer,
+    read_sem,
+    write_sem,
+    *,
+    rows: int,
+    block_size: int,
+) -> None:
+    streams = (_Stream(k, k_cache, k_new, k_buffer), _Stream(v, v_cache, v_new, v_buffer))
+    num_granules = scalars[NUM_GRANULES]
+    block_bits = block_size.bit_length() - 1  # sizes are powers of two: a shift is one scalar operation, a division ten
+
+    def granule(stream: _Stream, i: jax.Array) -> Any:
+        block = scalars[FIRST_BLOCK] + (slot[i] >> block_bits)
+        first_row = pl.multiple_of(slot[i] & (block_size - 1) & -rows, rows)
+        return stream.cache.at[block, :, pl.ds(first_row, rows)]
+
+    def read(i: jax.Array, do: str) -> None:
+        buffer = i & (RING - 1)
+        first = first_token[i] - (slot[i] & (rows - 1)) + rows
+        for stream in streams:
+            new = stream.new.at[pl.ds(first, rows)], stream.new_buffer.at[buffer]
+            getattr(pltpu.make_async_copy(*new, read_sem.at[buffer]), do)()
+
+            @pl.when(count[i] < rows)
+            def _(stream: _Stream = stream) -> None:
+                old = granule(stream, i), stream.buffer.at[buffer]
+                getattr(pltpu.make_async_copy(*old, read_sem.at[buffer]), do)()
+
+    def write(i: jax.Array, do: str) -> None:
+        for stream in streams:
+            copy = pltpu.make_async_copy(stream.buffer.at[i & (RING - 1)], granule(stream, i), write_sem.at[i & (RING - 1)])
+            getattr(copy, do)()
+
+    def wait_for_writes(done: jax.Array, below: jax.Array) -> jax.Array:
+        lax.fori_loop(done, below, lambda i, _: write(i, "wait"), None)
+        return jnp.maximum(done, below)
+
+    def read_ahead(i: jax.Array) -> None:
+        @pl.when((i < num_granules) & (clash[jnp.minimum(i, num_granules - 1)] == 0))
+        def _() -> None:
+            read(i, "start")
+
+    lax.fori_loop(0, LEAD, lambda i, _: read_ahead(i), None)
+
+    def step(i: jax.Array, done: jax.Array) -> jax.Array:
+        # Run i + LEAD takes the buffer of run i + LEAD - RING. A run that clashes has not been read ahead.
+        done = wait_for_writes(done, jnp.where(clash[i] > 0, i, i + LEAD - RING + 1))
+        read_ahead(i + LEAD)
+
+        @pl.when(clash[i] > 0)
+        def _() -> None:
+            read(i, "start")
+
+        read(i, "wait")
+        offset = slot[i] & (rows - 1)
+        for stream in streams:
+            row = lax.broadcasted_iota(jnp.int32, stream.buffer.shape[1:], 1)
+            is_new = (row >= offset) & (row < offset + count[i])
+            new = jnp.swapaxes(stream.new_buffer[i & (RING - 1)].astype(jnp.float32), 0, 1)
+            old = stream.buffer[i & (RING - 1)].astype(jnp.float32)
+            stream.buffer[i & (RING - 1)] = jnp.where(is_new, new, old).astype(stream.buffer.dtype)
+        write(i, "start")
+        return done
+
+    done = lax.fori_loop(0, num_granules, step, jnp.int32(0))
+    wait_for_writes(done, num_granules)

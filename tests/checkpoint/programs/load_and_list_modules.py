@@ -1,0 +1,8 @@
+"""Loads the checkpoint argv[1] and prints every module that is then loaded, one a line."""
+
+import sys
+
+from fastgen_jax.checkpoint import load_params, open_checkpoint
+
+load_params(open_checkpoint(sys.argv[1]), dtype="float32")
+print(*sorted(sys.modules), sep="\n")

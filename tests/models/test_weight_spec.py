@@ -1,0 +1,153 @@
+"""What is declared of each weight, and that everything else follows the declaration."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastgen_jax.checkpoint import open_checkpoint
+from fastgen_jax.engine.config import EngineConfig, resolve
+from fastgen_jax.engine.weights import host_leaf, prepare_leaf
+from fastgen_jax.models import families
+from fastgen_jax.models.mla import Expansions
+from fastgen_jax.models.params import all_specs, head_spec, init_params, param_specs
+from fastgen_jax.models.sharding import partition_leaf
+from fastgen_jax.models.weight_spec import Kind, WeightSpec, bias, experts, matrix
+from pallas_kernels import native
+from pallas_kernels.grouped_matmul import PackedGroups
+from pallas_kernels.matmul import Int8Weight, PackedWeight
+from tests.models.parity import folder, variants
+
+DEEPSEEK_V2 = {  # the sizes of the release
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "vocab_size": 102_400,
+    "num_hidden_layers": 60,
+    "hidden_size": 5120,
+    "num_attention_heads": 128,
+    "intermediate_size": 12_288,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "topk_method": "group_limited_greedy",
+    "n_group": 8,
+    "topk_group": 3,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
+
+@pytest.mark.parametrize(("family", "variant"), variants())
+def test_each_declaration_is_complete_and_agrees_with_itself(family, variant):
+    specs = all_specs(open_checkpoint(folder(family, variant)).config)
+    for path, spec in specs.items():
+        assert path == spec.path == (f"layers.{spec.name}" if spec.per_layer else spec.name)
+        assert len(spec.shape) == len(spec.axes), path
+        assert sum(spec.parts) in (0, spec.shape[-1]), path
+        assert (spec.initial is None) == (spec.is_product or spec.kind is Kind.TABLE), "what is random has a fan-in"
+        assert spec.is_product or spec.never_quantized is None, "only of a matrix is it a decision"
+        assert (spec.kind is Kind.BIAS) == (spec.bias_of is not None)
+        assert spec.owner_path in specs or spec.owner_path == "lm_head", "a bias belongs to a weight of the model"
+        assert not spec.gated or len(spec.parts) == 2, "gate and up"
+
+
+@pytest.mark.parametrize(
+    ("of", "shape", "axes"),
+    [
+        (matrix("o", (6, 4), ("HD", "E")), (4,), ("E",)),
+        (experts("expert_down", (3, 6, 4), ("X", "F", "E")), (3, 4), ("X", "E")),
+    ],
+)
+def test_a_bias_has_the_outputs_of_its_weight(of, shape, axes):
+    made = bias(of)
+    assert (made.shape, made.axes, made.bias_of) == (shape, axes, of.name)
+
+
+def deepseek_v2():
+    return families.deepseek_v2.config_from_hf(DEEPSEEK_V2)
+
+
+def test_matrices_are_quantized_except_where_the_declaration_gives_a_reason():
+    kept = {path: spec.never_quantized for path, spec in all_specs(deepseek_v2()).items() if spec.is_product}
+    assert {path for path, reason in kept.items() if reason} == {"layers.router", "layers.kv_b"}
+    assert "absorbed" in str(kept["layers.kv_b"])
+    shared = all_specs(open_checkpoint(folder("qwen2_moe", "default")).config)
+    assert shared["layers.shared_gate"].never_quantized == shared["layers.router"].never_quantized
+
+
+def test_the_unquantized_expansions_of_latent_attention_are_the_stated_share_of_deepseek_v2():
+    specs = param_specs(deepseek_v2())
+    share = 60 * math.prod(specs["layers"]["kv_b"].shape) / 235.7e9  # of the parameters of the release
+    assert f"{100 * share:.1f} % in DeepSeek V2" in specs["layers"]["kv_b"].never_quantized
+
+
+def test_latent_attentions_expansions_stay_in_floating_point_in_every_form_of_an_int8_engine():
+    model = open_checkpoint(folder("deepseek_v2", "lite")).config
+    spec = all_specs(model)["layers.kv_b"]
+    array = np.asarray(jax.random.normal(jax.random.key(0), spec.shape))
+    assert isinstance(host_leaf(spec, array, dtype="bfloat16", quantize="int8"), np.ndarray)
+    for stack_layers in (False, True):
+        config = resolve(EngineConfig(quantize="int8", num_blocks=8, stack_layers=stack_layers), model)
+        leaf = prepare_leaf(spec, array, model, config)
+        assert isinstance(leaf, Expansions) == (native.available() and not stack_layers)
+        assert all(jnp.issubdtype(part.dtype, jnp.floating) for part in jax.tree.leaves(leaf) if part.size)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_packing_follows_the_kind_and_not_the_name():
+    model = open_checkpoint(folder("qwen2_moe", "default")).config
+    config = resolve(EngineConfig(num_blocks=8, dtype="bfloat16", quantize="int8"), model)
+
+    def prepared(spec: WeightSpec):
+        return prepare_leaf(spec, np.ones(spec.shape, np.float32), model, config)
+
+    fused = prepared(matrix("x", (8, 16), ("E", "F"), parts=(8, 8), gated=True))
+    assert isinstance(fused, PackedWeight)
+    assert fused.gated
+    assert fused.panels.dtype == jnp.int8
+    plain = prepared(matrix("gate_up", (8, 16), ("E", "F"), never_quantized="a reason"))
+    assert isinstance(plain, PackedWeight)
+    assert not plain.gated
+    assert plain.panels.dtype == jnp.bfloat16
+    assert isinstance(prepared(experts("y", (2, 8, 16), ("X", "E", "F"))), PackedGroups)
+
+
+def test_a_number_format_follows_the_rule_of_the_declaration():
+    model = open_checkpoint(folder("deepseek_v3", "default")).config
+    config = resolve(EngineConfig(num_blocks=8, dtype="bfloat16", stack_layers=True), model)
+    specs = all_specs(model)
+    for path, dtype in {
+        "embed": "bfloat16",
+        "layers.attn_norm": config.activation_dtype,
+        "layers.choice_bias": "float32",
+    }.items():
+        array = np.zeros(specs[path].shape, np.float32)
+        assert prepare_leaf(specs[path], array, model, config).dtype == jnp.dtype(dtype)
+        stored = host_leaf(specs[path], array, dtype="bfloat16", quantize=None)
+        assert stored.dtype == jnp.dtype("float32" if dtype == "float32" else "bfloat16")
+
+
+def test_a_sharding_follows_the_logical_axes_and_scales_follow_the_columns():
+    spec = matrix("anything", (8, 16), ("HD", "E"))
+    assert tuple(partition_leaf(spec, jnp.zeros((3, 8, 16)))) == (None, "tensor", None)
+    int8 = Int8Weight(values=jnp.zeros((8, 16), jnp.int8), scales=jnp.ones(16))
+    of_rows = partition_leaf(spec, int8)
+    assert (tuple(of_rows.values), tuple(of_rows.scales)) == (("tensor", None), (None,))
+    of_columns = partition_leaf(matrix("anything", (8, 16), ("E", "HD")), int8)
+    assert (tuple(of_columns.values), tuple(of_columns.scales)) == ((None, "tensor"), ("tensor",))
+
+
+def test_the_spec_of_a_tied_head_is_that_of_a_head_stored_apart():
+    tied, apart = (open_checkpoint(folder("llama", name)).config for name in ("multi_head_tied", "default"))
+    assert "lm_head" not in all_specs(tied)
+    assert all_specs(apart)["lm_head"] == head_spec(apart)
+    params = init_params(tied, jax.random.key(0))
+    assert head_spec(tied).shape == params["embed"].T.shape

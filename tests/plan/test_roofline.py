@@ -1,0 +1,96 @@
+"""The roofline that plan and simulator share, and the table of devices behind it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastgen_jax.models.counts import count_params
+from fastgen_jax.plan.devices import DEVICES, parse_topology
+from fastgen_jax.plan.estimate import planned_step
+from fastgen_jax.plan.roofline import PEAK, Efficiency, StepShape, roofline
+from fastgen_jax.simulation import MODELS, RooflineCost
+
+LLAMA_7B = MODELS["llama-2-7b"]
+PUBLISHED_IN_BOTH_DIRECTIONS = {
+    "v5e": 400e9,
+    "v5p": 1200e9,
+    "v6e": 800e9,
+    "tpu7x": 1200e9 / 2,  # a JAX device is half a chip
+    "h100": 900e9,
+    "h200": 900e9,
+    "a100": 600e9,
+    "l4": 64e9,
+    "t4": 32e9,
+}
+
+
+@pytest.mark.parametrize(("kind", "both"), PUBLISHED_IN_BOTH_DIRECTIONS.items())
+def test_link_bandwidth_is_that_of_one_direction(kind: str, both: float) -> None:
+    assert DEVICES[kind].link_bytes_per_s == both / 2
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_every_device_names_its_source_and_has_figures_in_the_units_of_their_names(device) -> None:
+    assert device.source.startswith(("https://", "NVIDIA"))
+    assert 2**33 < device.memory_bytes < 2**38
+    assert 1e11 < device.memory_bytes_per_s < 1e13
+    assert 1e13 < device.flops_per_s < 1e16
+    assert device.link_bytes_per_s < device.memory_bytes_per_s
+
+
+def cost_of(num_devices: int, efficiency: Efficiency = PEAK, *, latency: bool = False):
+    return roofline(
+        LLAMA_7B,
+        DEVICES["v5e"],
+        num_devices,
+        weight_bytes=2 * count_params(LLAMA_7B) / num_devices,
+        kv_bytes_per_token=LLAMA_7B.kv_bytes_per_token(2) / num_devices,
+        activation_bytes=2,
+        efficiency=efficiency,
+        latency=latency,
+    )
+
+
+def test_an_all_reduce_sends_each_number_almost_twice_in_one_direction() -> None:
+    tokens = 1024
+    numbers = 2 * 32 * tokens * 4096  # two all-reduces per layer
+    time = cost_of(4).parts(StepShape(tokens, 0, 0, 0, 0))
+    assert time.links == pytest.approx(numbers * 2 * 1.5 / 200e9)
+    assert cost_of(1).parts(StepShape(tokens, 0, 0, 0, 0)).links == 0
+    assert cost_of(4, latency=True).parts(StepShape(0, 0, 0, 0, 0)).links == pytest.approx(2 * 32 * 5e-6)
+
+
+@pytest.mark.parametrize(
+    "shape", [StepShape(1, 1, 4096, 0, 0), StepShape(512, 1, 0, 512 * 256, 512), StepShape(300, 31, 30_000, 80_000, 500)]
+)
+def test_a_step_takes_at_least_its_longest_part_and_at_most_the_sum_of_all(shape: StepShape) -> None:
+    time = cost_of(4).parts(shape)
+    assert time.seconds == cost_of(4)(shape)
+    assert max(time.compute, time.memory) + time.links <= time.seconds <= time.compute + time.memory + time.links
+
+
+def test_half_the_efficiency_takes_twice_the_time() -> None:
+    shape = StepShape(300, 31, 30_000, 80_000, 500)
+    half = Efficiency(matmul=0.5, attention=0.5, memory=0.5, links=0.5)
+    assert cost_of(4, half)(shape) == pytest.approx(2 * cost_of(4)(shape))
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
+def test_an_efficiency_that_is_no_share_of_the_peak_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"efficiency memory is .*above 0 and at most 1"):
+        Efficiency(memory=share)
+
+
+def test_plan_and_simulator_give_the_same_seconds_for_the_same_step() -> None:
+    planned = planned_step(
+        LLAMA_7B,
+        parse_topology("a100"),
+        tokens=512,
+        sequences=64,
+        context=1000,
+        itemsize=2,
+        block_bytes=LLAMA_7B.kv_bytes_per_token(2) * 64,
+        block_size=64,
+    )
+    simulated = RooflineCost(model=LLAMA_7B, device=DEVICES["a100"], efficiency=PEAK)
+    assert planned.seconds == pytest.approx(simulated(StepShape(512, 65, 64_000, 448_000, 1000)))

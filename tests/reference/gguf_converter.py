@@ -1,0 +1,43 @@
+"""llama.cpp's converter, for tokenizers that it does not know and fields that transformers 5 renames: argv as its own.
+
+Run by make_gguf.py, with llama.cpp and its gguf-py on the path. The converter recognizes byte-level vocabularies by a hash
+of what they do to a text; ours need none. It reads config.json through transformers, whose version 5 drops the old names of
+some fields. And it returns the stacked norms of StableLM's heads where it should yield them.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from conversion.base import ModelBase, TextModel
+from conversion.exaone import Exaone4Model
+from conversion.glm import Glm4Model
+from conversion.stablelm import StableLMModel
+
+load = ModelBase.load_hparams
+modify = StableLMModel.modify_tensors
+
+
+def load_all(path: Path, *_: Any, **__: Any) -> dict[str, Any]:
+    return load(path, False) | json.loads((path / "config.json").read_text())
+
+
+def modify_all(*arguments: Any) -> Iterator[Any]:
+    yield from (yield from modify(*arguments)) or ()
+
+
+def none(self: Any) -> None:
+    pass
+
+
+ModelBase.load_hparams = staticmethod(load_all)
+StableLMModel.modify_tensors = modify_all
+TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = none
+TextModel._set_vocab_sentencepiece = TextModel._set_vocab_glm = Glm4Model.set_vocab = Exaone4Model.set_vocab = none
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
