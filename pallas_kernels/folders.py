@@ -12,6 +12,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+import platformdirs
+
 _log = logging.getLogger(__name__)
 
 ROOM = 16 * 2**20  # bytes that must be free: a compiled program or library takes up to a few MiB
@@ -23,6 +25,11 @@ class Folder:
 
     path: Path
     writable: bool
+
+
+def cache_dir() -> Path:
+    """Where this package keeps files: `$XDG_CACHE_HOME/pallas_kernels`, by default under ~/.cache on Linux."""
+    return platformdirs.user_cache_path("pallas_kernels", appauthor=False)
 
 
 @functools.cache
@@ -93,7 +100,7 @@ def _has_files(folder: Path) -> bool:
 def _temporary(wanted: Path) -> Path | None:
     """A folder to take the place of `wanted` until the machine is restarted; None if that cannot be had either."""
     try:
-        root = Path(tempfile.gettempdir()) / f"fastgen_jax-{os.getuid()}"
+        root = Path(tempfile.gettempdir()) / f"user-cache-{os.getuid()}"
         root.mkdir(exist_ok=True, mode=0o700)
         status = root.lstat()  # anybody can make a folder there, or a link
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -12,7 +12,6 @@ from fastgen_jax.api.options import Asked, LimitNotice, asked
 from fastgen_jax.api.progress import Progress
 from fastgen_jax.api.sharing import Outputs, SharedEngine, Stream
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.engine.prompts import Prompt, TokenIds, split_prompts
@@ -69,7 +68,7 @@ class Pipeline:
         self._limits = LimitNotice()
 
     def __repr__(self) -> str:
-        return f"Pipeline({'destroyed' if self._shared.is_destroyed else describe(self.engine)})"
+        return f"Pipeline({'destroyed' if self._shared.is_destroyed else self.engine.describe()})"
 
     @property
     def engine(self) -> Engine:

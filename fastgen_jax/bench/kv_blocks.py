@@ -68,7 +68,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
     from fastgen_jax.core import KVCache, stored_head_dim
     from fastgen_jax.engine.packing import Bucket
     from fastgen_jax.engine.runner import step_program
-    from fastgen_jax.engine.sampler_state import init_state
+    from fastgen_jax.engine.sampling.state import init_state
     from fastgen_jax.models.config import ModelConfig
     from fastgen_jax.models.counts import count_params
     from fastgen_jax.models.params import init_params

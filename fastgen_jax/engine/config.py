@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine import generation
-from fastgen_jax.engine.logits_processor import LogitsProcessor, check_processor
 from fastgen_jax.engine.memory import room_for_cache
 from fastgen_jax.engine.option_names import unknown_engine_option
+from fastgen_jax.engine.sampling.processor import LogitsProcessor, check_processor
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.scheduling import NEED_PROMISE, Policy, Promise, checked_policy, longest_sequence

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastgen_jax.engine.sampling import SampleOutput
+from fastgen_jax.engine.sampling.sampler import SampleOutput
 from fastgen_jax.scheduling import Chunk, Sequence, Step
 from fastgen_jax.text import IncrementalDetokenizer, StopStrings, Tokenizer, stops_with_tokens
 from fastgen_jax.text.grammar import GrammarMatcher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ import numpy as np
 
 from fastgen_jax.core import RaggedBatch
 from fastgen_jax.engine.config import ResolvedConfig
-from fastgen_jax.engine.sampling_tables import SamplingBatch, SamplingTables, sampling_fields
+from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
 from fastgen_jax.scheduling import Step
+from pallas_kernels.ragged_attention import RaggedIndex
 
 
 class Field(NamedTuple):
@@ -20,7 +22,7 @@ class Field(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any = np.int32
+    dtype: type[np.generic] = np.int32
 
 
 class Layout:
@@ -92,9 +94,10 @@ class Bucket:
     def unpack(self, packed: jax.Array) -> tuple[RaggedBatch, SamplingBatch]:
         """The typed batches inside `packed`, on the device."""
         arrays = self.layout.unpack(packed)
-        sampling = _sampling_part(arrays)
-        batch = RaggedBatch(**{name: array for name, array in arrays.items() if not name.startswith("sampling.")})
-        return batch, SamplingBatch(**sampling)
+        sampling = SamplingBatch(**_sampling_part(arrays))
+        index = RaggedIndex(**{field.name: arrays.pop(field.name) for field in dataclasses.fields(RaggedIndex)})
+        rest = {name: array for name, array in arrays.items() if not name.startswith("sampling.")}
+        return RaggedBatch(index=index, **rest), sampling
 
 
 class Packer:

@@ -15,17 +15,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import KVCache, copy_block, stored_head_dim
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
-from fastgen_jax.engine.logits_processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.sampler_state import SamplerState, init_state, reset_slot, set_masks
-from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, sample
+from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
+from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, sample
+from fastgen_jax.engine.sampling.state import SamplerState, init_state, reset_slot, set_masks
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.pytree import pytree
 
 # By device kind. On TPU7x the compiler would rather compute with tiles of 16 x 128 numbers of 16 bits than with those of
 # 8 x 128 that arrays arrive in, and would copy every stack of weights in every step; the products take as long with either.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,7 @@ from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.weight_spec import LayerWeights
-from pallas_kernels.ragged_attention import ragged_attention
+from pallas_kernels.ragged_attention import Attention, CacheLayer, Scoring, ragged_attention
 from pallas_kernels.rotary import rotary, rotate
 
 _NO_WINDOW = np.iinfo(np.int32).max  # the window of a layer that sees everything, where others do not
@@ -37,7 +35,7 @@ class Step:
     query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
     num_blocks: int  # N
     mesh: Mesh | None  # that the weights are divided over; see `sharding`
-    attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]  # `ragged_attention`, or what stands in for it
+    attend: Attention  # `ragged_attention`, or what takes its place
 
     def num_rows(self, rows: jax.Array | None) -> jax.Array:
         """How many of the tokens, or of the sampled `rows`, are no padding."""
@@ -63,7 +61,7 @@ def prepare_step(
     kv_cache: KVCache,
     *,
     config: ModelConfig,
-    implementation: str | Callable[..., Any] | None,
+    implementation: str | Attention | None,
     mesh: Mesh | None = None,
 ) -> Step:
     """Computes once what depends on positions alone."""
@@ -79,7 +77,7 @@ def prepare_step(
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
     return Step(
         batch=batch,
-        num_tokens=batch.query_starts[-1],
+        num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
         query_scale=scale,
         num_blocks=kv_cache.k.shape[0] // config.num_layers,
@@ -102,7 +100,7 @@ def attention(
 
     The result and `residual` are [R, E] where the layer is called for certain rows.
     """
-    batch, d, index, rows = step.batch, config.head_dim, call.index, call.rows
+    d, index, rows = config.head_dim, call.index, call.rows
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
@@ -114,17 +112,9 @@ def attention(
         value,
         cache.k,
         cache.v,
-        kv_slots=batch.kv_slots,
-        query_starts=batch.query_starts,
-        context_lens=batch.context_lens,
-        block_tables=batch.block_tables,
-        layer=index,
-        num_blocks=step.num_blocks,
-        scale=1.0 / math.sqrt(d) if config.attention_scale is None else config.attention_scale,
-        sliding_window=_window_of(config, index),
-        soft_cap=config.attention_soft_cap,
-        alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
-        sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
+        step.batch.index,
+        CacheLayer(number=index, num_blocks=step.num_blocks),
+        _scoring_of(config, w, index),
     )
     out = take_rows(out[..., :d], rows)
     if config.mla is not None:
@@ -182,6 +172,16 @@ def _rotation_of(step: Step, config: ModelConfig, index: jax.Array | int) -> tup
     kind = jnp.asarray([kinds.index(rope) for rope in ropes], jnp.int32)[index]
     cos, sin = (jnp.stack(table)[kind] for table in zip(*tables, strict=True))
     return cos, sin
+
+
+def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) -> Scoring:
+    return Scoring(
+        scale=1.0 / math.sqrt(config.head_dim) if config.attention_scale is None else config.attention_scale,
+        sliding_window=_window_of(config, index),
+        soft_cap=config.attention_soft_cap,
+        alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
+        sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
+    )
 
 
 def _window_of(config: ModelConfig, index: jax.Array | int) -> int | jax.Array | None:

@@ -29,6 +29,7 @@ from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Params
 from pallas_kernels.matmul import linear
+from pallas_kernels.ragged_attention import Attention
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -40,7 +41,7 @@ Layer = Callable[[jax.Array, KVCache, LayerWeights, LayerCall], tuple[jax.Array,
 class Execution:
     """How a forward pass runs. What it computes does not depend on it, except for rounding."""
 
-    attention: str | Callable[..., Any] | None = None
+    attention: str | Attention | None = None
     """The name of an implementation of `ragged_attention`, or a function in its place; None: the best for the platform."""
     activation_dtype: DTypeLike | None = None
     """Number format of the residual stream; None: that of the embedding."""
@@ -165,7 +166,7 @@ def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: Any) 
         places = jnp.take(params["position_embed"], batch.positions + config.position_offset, axis=0, mode="clip")
         x = x + places.astype(x.dtype)
     if config.embed_norm:
-        x = norm(x, params, "embed_norm", config=config, num_rows=batch.query_starts[-1])
+        x = norm(x, params, "embed_norm", config=config, num_rows=batch.index.query_starts[-1])
     return x
 
 

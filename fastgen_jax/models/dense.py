@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +9,8 @@ from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.quantized import Cache
 
 
 def dense_forward(params: Params, token_ids: jax.Array, *, config: ModelConfig) -> jax.Array:
@@ -27,10 +27,12 @@ def dense_forward(params: Params, token_ids: jax.Array, *, config: ModelConfig) 
         token_slots=zeros,
         positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), num_sequences),
         rope_lengths=jnp.full(num_tokens, length, jnp.int32),
-        kv_slots=zeros,
-        query_starts=jnp.arange(num_sequences + 1, dtype=jnp.int32) * length,
-        context_lens=jnp.full(num_sequences, length, jnp.int32),
-        block_tables=jnp.zeros((num_sequences, 0), jnp.int32),
+        index=RaggedIndex(
+            kv_slots=zeros,
+            query_starts=jnp.arange(num_sequences + 1, dtype=jnp.int32) * length,
+            context_lens=jnp.full(num_sequences, length, jnp.int32),
+            block_tables=jnp.zeros((num_sequences, 0), jnp.int32),
+        ),
         sample_rows=jnp.arange(num_tokens, dtype=jnp.int32),
         num_sample_rows=jnp.asarray(num_tokens, jnp.int32),
     )
@@ -50,36 +52,31 @@ def causal_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    *,
-    query_starts: jax.Array,
-    scale: float,
-    sliding_window: int | jax.Array | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-    **cache_layout: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    k_cache: Cache,
+    v_cache: Cache,
+    index: RaggedIndex,
+    layer: CacheLayer,
+    scoring: Scoring,
+) -> tuple[jax.Array, Cache, Cache]:
     """`ragged_attention` of sequences that begin in this batch and are all equally long; the caches stay untouched."""
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, num_sequences = k.shape[1], query_starts.shape[0] - 1
+    num_kv_heads, num_sequences = k.shape[1], index.context_lens.shape[0]
     length = num_tokens // num_sequences
     queries = q.reshape(num_sequences, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     keys, values = (x.reshape(num_sequences, length, num_kv_heads, head_dim) for x in (k, v))
-    scores = scale * jnp.einsum("nqkgd,njkd->nkgqj", queries, keys, preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = scoring.scale * jnp.einsum("nqkgd,njkd->nkgqj", queries, keys, preferred_element_type=jnp.float32)
+    if scoring.soft_cap is not None:
+        scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
     distance = jnp.arange(length)[None, :] - jnp.arange(length)[:, None]  # [query, key], 0 on the diagonal
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.reshape(num_kv_heads, -1)[:, :, None, None]
+    if scoring.alibi_slopes is not None:
+        slopes = scoring.alibi_slopes.reshape(num_kv_heads, -1)[:, :, None, None]
         scores = scores + slopes * distance.astype(jnp.float32)
     is_visible = distance <= 0
-    if sliding_window is not None:
-        is_visible &= distance > -sliding_window
+    if scoring.sliding_window is not None:
+        is_visible &= distance > -scoring.sliding_window
     scores = jnp.where(is_visible, scores, -jnp.inf)
-    if sinks is not None:  # one more logit a head, which takes probability and carries no value
-        sink = jnp.broadcast_to(sinks.reshape(num_kv_heads, -1)[:, :, None, None], (*scores.shape[:-1], 1))
+    if scoring.sinks is not None:  # one more logit a head, which takes probability and carries no value
+        sink = jnp.broadcast_to(scoring.sinks.reshape(num_kv_heads, -1)[:, :, None, None], (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
     else:
         weights = jax.nn.softmax(scores, axis=-1)

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgen_jax.core.pytree import pytree
 from fastgen_jax.models.layers import project
 from fastgen_jax.models.moe_config import MLAConfig
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups, grouped_matmul
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.pytree import pytree
 from pallas_kernels.rotary import rotate
 
 if TYPE_CHECKING:

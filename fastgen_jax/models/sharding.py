@@ -8,6 +8,7 @@ expert.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.weight_spec import Kind, Params, WeightSpec
 from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.quantized import Cache
 
 TENSOR = "tensor"
 """Name of the mesh axis."""
@@ -88,38 +91,30 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
-def divide_heads(attend: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`attend`, which has the arguments and results of `ragged_attention`, over the heads of each device of `mesh`."""
+def divide_heads(attend: Attention, mesh: Mesh) -> Attention:
+    """`attend` over the heads of each device of `mesh`."""
 
     def divided(
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        k_cache: jax.Array,
-        v_cache: jax.Array,
-        *,
-        layer: int | jax.Array,
-        num_blocks: int,
-        scale: float,
-        soft_cap: float | None = None,
-        alibi_slopes: jax.Array | None = None,
-        sinks: jax.Array | None = None,
-        sliding_window: int | jax.Array | None = None,
-        **index: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        whole = index | {"layer": jnp.asarray(layer, jnp.int32)}
-        if sliding_window is not None:
-            whole["sliding_window"] = jnp.asarray(sliding_window, jnp.int32)
-        of_heads = {"alibi_slopes": alibi_slopes, "sinks": sinks}
-        of_heads = {name: array for name, array in of_heads.items() if array is not None}
-
-        def local(heads: Any, whole: Any, of_heads: Any) -> Any:
-            return attend(*heads, **whole, **of_heads, num_blocks=num_blocks, scale=scale, soft_cap=soft_cap)
-
-        heads = PartitionSpec(None, TENSOR)
+        k_cache: Cache,
+        v_cache: Cache,
+        index: RaggedIndex,
+        layer: CacheLayer,
+        scoring: Scoring,
+    ) -> tuple[jax.Array, Cache, Cache]:
+        layer = dataclasses.replace(layer, number=jnp.asarray(layer.number, jnp.int32))
+        scoring = jax.tree.map(jnp.asarray, scoring)
+        heads, whole = PartitionSpec(None, TENSOR), PartitionSpec()
+        scoring_specs = jax.tree.map(lambda x: PartitionSpec(TENSOR) if x.ndim else whole, scoring)  # [H] or a scalar
         return jax.shard_map(
-            local, mesh=mesh, in_specs=(heads, PartitionSpec(), PartitionSpec(TENSOR)), out_specs=heads, check_vma=False
-        )((q, k, v, k_cache, v_cache), whole, of_heads)
+            attend,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, heads, heads, whole, whole, scoring_specs),
+            out_specs=heads,
+            check_vma=False,
+        )(q, k, v, k_cache, v_cache, index, layer, scoring)
 
     return divided
 

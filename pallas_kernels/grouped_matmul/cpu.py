@@ -16,12 +16,12 @@ from pallas_kernels import native
 from pallas_kernels.matmul import cpu as matrix
 
 _LIBRARY = "grouped_matmul"
-_TARGET = "fastgen_grouped_matmul"
+_TARGET = "pallas_kernels_grouped_matmul"
 
 
 def available() -> bool:
     """True when the kernel could be built, or is built now (seconds, once per machine). Never raises."""
-    loaded = native.load(_LIBRARY, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenGroupedMatmul"})
+    loaded = native.load(_LIBRARY, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsGroupedMatmul"})
     return loaded and matrix.ensure_loaded()  # which knows the layout of a panel
 
 

@@ -16,18 +16,18 @@ from pallas_kernels import native
 
 _LIBRARY = "matmul"
 _SOURCE = Path(__file__).with_name("cpu.cc")
-_TARGET = "fastgen_matmul"
+_TARGET = "pallas_kernels_matmul"
 
 
 def ensure_loaded() -> bool:
     """Compiles and registers the kernel the first time; True when it can be called."""
-    return native.load(_LIBRARY, _SOURCE, {_TARGET: "FastgenMatmul"})
+    return native.load(_LIBRARY, _SOURCE, {_TARGET: "PallasKernelsMatmul"})
 
 
 @functools.cache
 def panel_width() -> int:
     """Output columns in one panel on this CPU (8 to 32). The kernel must be loaded."""
-    return int(native.function(_LIBRARY, "fastgen_matmul_panel_width")())
+    return int(native.function(_LIBRARY, "pallas_kernels_matmul_panel_width")())
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def narrow_group() -> int:
 
     With 2, activations are rounded to bfloat16 before they meet such a weight. The kernel must be loaded.
     """
-    return int(native.function(_LIBRARY, "fastgen_matmul_narrow_group")())
+    return int(native.function(_LIBRARY, "pallas_kernels_matmul_narrow_group")())
 
 
 def pack(w: np.ndarray, *, gated: bool) -> np.ndarray:

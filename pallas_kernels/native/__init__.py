@@ -4,7 +4,7 @@ A kernel is one `.cc` file beside the Python that calls it. `load` compiles it w
 keeps the library in a cache of the user, and registers its functions with XLA. Without a compiler everything
 still runs, on plain XLA: `available()` says so, and `unavailable_reason()` says why.
 
-Environment: `FASTGEN_NATIVE=0` turns native kernels off, `CXX` names the compiler, `XDG_CACHE_HOME` moves the
+Environment: `PALLAS_KERNELS_NATIVE=0` turns native kernels off, `CXX` names the compiler, `XDG_CACHE_HOME` moves the
 cache.
 """
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import platformdirs
 
 from pallas_kernels import folders
 from pallas_kernels.native.compiler import Compiler, CompilerError, find_compiler
@@ -35,8 +34,8 @@ def available() -> bool:
 
 def unavailable_reason() -> str | None:
     """Why native kernels cannot be built here, in one sentence; None when they can. Never raises."""
-    if os.environ.get("FASTGEN_NATIVE", "1").lower() in ("0", "false", "off"):
-        return "FASTGEN_NATIVE=0 turns native kernels off"
+    if os.environ.get("PALLAS_KERNELS_NATIVE", "1").lower() in ("0", "false", "off"):
+        return "PALLAS_KERNELS_NATIVE=0 turns native kernels off"
     compiler = _compiler()
     return compiler if isinstance(compiler, str) else None
 
@@ -146,8 +145,8 @@ def _build(name: str, source: Path, *, take_ready: bool = True) -> Path:
 
 
 def library_folder() -> Path:
-    """Where built libraries are kept: `$XDG_CACHE_HOME/fastgen_jax/native`, by default under ~/.cache on Linux."""
-    return platformdirs.user_cache_path("fastgen_jax", appauthor=False) / "native"
+    """Where built libraries are kept."""
+    return folders.cache_dir() / "native"
 
 
 def _is_whole(path: Path) -> bool:

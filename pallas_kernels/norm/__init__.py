@@ -19,7 +19,7 @@ from pallas_kernels import native
 
 __all__ = ["IMPLEMENTATIONS", "layer_norm", "rms_norm"]
 
-_TARGET = "fastgen_norm"
+_TARGET = "pallas_kernels_norm"
 
 
 def rms_norm(
@@ -116,7 +116,7 @@ def _norm(
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
     native_kernel = implementation != "xla" and native.load(
-        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenNorm"}
+        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsNorm"}
     )
     if implementation == "cpu" and not native_kernel:
         raise ValueError(

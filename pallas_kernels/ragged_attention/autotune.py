@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_attention import measured_tiles
+from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu import tile_sizes as gpu_tiles
 from pallas_kernels.ragged_attention.measured_tiles import Shape
@@ -82,11 +83,8 @@ def autotune(
     return best
 
 
-def time_call(attention: Callable[..., Any], shape: Shape, *, context: int, repeats: int = 20) -> float:
-    """Seconds of one call on this machine: all sequences with `context` tokens, as many prompt tokens as fit.
-
-    `attention` has the arguments of `ragged_attention`.
-    """
+def time_call(attention: Attention, shape: Shape, *, context: int, repeats: int = 20) -> float:
+    """Seconds of one call on this machine: all sequences with `context` tokens, as many prompt tokens as fit."""
     s, b = shape.num_sequences, shape.block_size
     max_blocks = -(-context // b)
     dtype = jnp.dtype(shape.dtype)
@@ -95,18 +93,19 @@ def time_call(attention: Callable[..., Any], shape: Shape, *, context: int, repe
     cache = jnp.zeros((s * max_blocks, shape.num_kv_heads, b, shape.head_dim), dtype)
     new = jnp.zeros((shape.num_tokens, shape.num_kv_heads, shape.head_dim), dtype)
     q = jnp.zeros((shape.num_tokens, shape.num_heads, shape.head_dim), dtype)
-    run = jax.jit(functools.partial(attention, layer=0, num_blocks=s * max_blocks, scale=0.1), donate_argnums=(3, 4))
-    index: dict[str, Any] = {
-        "kv_slots": jnp.full((shape.num_tokens,), -1, jnp.int32),
-        "query_starts": starts,
-        "context_lens": jnp.full((s,), context, jnp.int32),
-        "block_tables": jnp.arange(s * max_blocks, dtype=jnp.int32).reshape(s, max_blocks),
-    }
+    run = jax.jit(attention, donate_argnums=(3, 4))
+    index = RaggedIndex(
+        kv_slots=jnp.full((shape.num_tokens,), -1, jnp.int32),
+        query_starts=starts,
+        context_lens=jnp.full((s,), context, jnp.int32),
+        block_tables=jnp.arange(s * max_blocks, dtype=jnp.int32).reshape(s, max_blocks),
+    )
+    others = (index, CacheLayer(number=0, num_blocks=s * max_blocks), Scoring(scale=0.1))
     caches = (cache, jnp.copy(cache))
-    out, *caches = jax.block_until_ready(run(q, new, new, *caches, **index))  # compiles
+    out, *caches = jax.block_until_ready(run(q, new, new, *caches, *others))  # compiles
     start = time.perf_counter()
     for _ in range(repeats):
-        out, *caches = run(q, new, new, *caches, **index)
+        out, *caches = run(q, new, new, *caches, *others)
     jax.block_until_ready(out)
     return (time.perf_counter() - start) / repeats
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ragged_attention import IMPLEMENTATIONS, ragged_attention
+from pallas_kernels.ragged_attention import IMPLEMENTATIONS, CacheLayer, RaggedIndex, Scoring, ragged_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,18 +86,18 @@ def time_case(case: Case, implementation: str, *, repeats: int = 15, dtype: str 
         positions = np.arange(context - query, context)
         first = own[positions // case.block_size] * case.block_size
         slots[starts[s] : starts[s] + query] = first + positions % case.block_size
-    index = {
-        "kv_slots": slots,
-        "query_starts": starts.astype(np.int32),
-        "context_lens": np.array([context for _, context in case.chunks], np.int32),
-        "block_tables": tables,
-    }
+    index = RaggedIndex(
+        kv_slots=jnp.asarray(slots),
+        query_starts=jnp.asarray(starts, jnp.int32),
+        context_lens=jnp.asarray([context for _, context in case.chunks], jnp.int32),
+        block_tables=jnp.asarray(tables),
+    )
+    scoring = Scoring(scale=case.head_dim**-0.5)
     heads = case.num_kv_heads * case.group
     q = jnp.asarray(rng.standard_normal((num_tokens, heads, case.head_dim), np.float32))
     k = jnp.asarray(rng.standard_normal((num_tokens, case.num_kv_heads, case.head_dim), np.float32))
     shape = (case.num_layers * num_blocks, case.num_kv_heads, case.block_size, case.head_dim)
     caches = tuple(jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype) for i in range(2))
-    index = {name: jnp.asarray(array) for name, array in index.items()}
 
     def program(q, k, caches, index):
         def one_layer(state, layer):
@@ -107,10 +107,9 @@ def time_case(case: Case, implementation: str, *, repeats: int = 15, dtype: str 
                 k,
                 k,
                 *caches,
-                **index,
-                layer=layer,
-                num_blocks=num_blocks,
-                scale=case.head_dim**-0.5,
+                index=index,
+                layer=CacheLayer(number=layer, num_blocks=num_blocks),
+                scoring=scoring,
                 implementation=implementation,
             )
             return (out, tuple(caches)), None

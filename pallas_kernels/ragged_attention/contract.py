@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache, is_quantized
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -68,23 +73,14 @@ def _check_cache(name: str, cache: Cache) -> None:
 
 
 def check(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: Cache,
     v_cache: Cache,
-    *,
-    kv_slots: jax.Array,
-    query_starts: jax.Array,
-    context_lens: jax.Array,
-    block_tables: jax.Array,
-    layer: int | jax.Array,
-    num_blocks: int,
-    scale: float,
-    sliding_window: int | jax.Array | None,
-    soft_cap: float | None,
-    alibi_slopes: jax.Array | None,
-    sinks: jax.Array | None,
+    index: RaggedIndex,
+    layer: CacheLayer,
+    scoring: Scoring,
 ) -> Dims:
     """Returns the axis lengths, or raises a `ValueError` that names the first argument that does not fit.
 
@@ -94,6 +90,8 @@ def check(
     _require_rank("q", q, "[T, H, D]")
     _require_rank("k", k, "[T, K, D]")
     _require_rank("k_cache", k_cache, "[L*N, K, B, D]")
+    kv_slots, query_starts, context_lens = index.kv_slots, index.query_starts, index.context_lens
+    block_tables = index.block_tables
     _require_rank("block_tables", block_tables, "[S, M]")
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -123,34 +121,21 @@ def check(
 
     if num_heads % num_kv_heads:
         raise ValueError(f"q has {num_heads} heads, which is not a multiple of the {num_kv_heads} heads of k")
+    num_blocks, number = layer.num_blocks, layer.number
     if num_blocks < 1 or pool % num_blocks:
         raise ValueError(
             f"num_blocks is {num_blocks} but must be at least 1 and divide the {pool} blocks of k_cache; "
             "pass the number of blocks of one layer"
         )
     num_layers = pool // num_blocks
-    if isinstance(layer, int):
-        if not 0 <= layer < num_layers:
-            raise ValueError(f"layer is {layer} but must be in [0, {num_layers}): k_cache holds {num_layers} layers")
+    if isinstance(number, int):
+        if not 0 <= number < num_layers:
+            raise ValueError(f"layer is {number} but must be in [0, {num_layers}): k_cache holds {num_layers} layers")
     else:
-        _require_shape("layer", layer, (), "a scalar")
-        _require_int32("layer", layer)
+        _require_shape("layer", number, (), "a scalar")
+        _require_int32("layer", number)
 
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale is {scale} but must be positive and finite, usually D**-0.5 = {head_dim**-0.5:.4g}")
-    if isinstance(sliding_window, int):
-        if sliding_window < 1:
-            raise ValueError(f"sliding_window is {sliding_window} but must be at least 1; None attends to everything")
-    elif sliding_window is not None:
-        _require_shape("sliding_window", sliding_window, (), "a scalar")
-        _require_int32("sliding_window", sliding_window)
-    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
-        raise ValueError(f"soft_cap is {soft_cap} but must be positive and finite; None leaves the scores uncapped")
-    for name, array in {"alibi_slopes": alibi_slopes, "sinks": sinks}.items():
-        if array is not None:
-            _require_shape(name, array, (num_heads,), "[H]")
-            if array.dtype != jnp.float32:
-                raise ValueError(f"{name} has dtype {array.dtype} but must be float32")
+    _check_scoring(scoring, num_heads, head_dim)
     return Dims(
         T=num_tokens,
         S=num_sequences,
@@ -163,3 +148,22 @@ def check(
         N=num_blocks,
         B=block_size,
     )
+
+
+def _check_scoring(scoring: Scoring, num_heads: int, head_dim: int) -> None:
+    scale, soft_cap, sliding_window = scoring.scale, scoring.soft_cap, scoring.sliding_window
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale is {scale} but must be positive and finite, usually D**-0.5 = {head_dim**-0.5:.4g}")
+    if isinstance(sliding_window, int):
+        if sliding_window < 1:
+            raise ValueError(f"sliding_window is {sliding_window} but must be at least 1; None attends to everything")
+    elif sliding_window is not None:
+        _require_shape("sliding_window", sliding_window, (), "a scalar")
+        _require_int32("sliding_window", sliding_window)
+    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
+        raise ValueError(f"soft_cap is {soft_cap} but must be positive and finite; None leaves the scores uncapped")
+    for name, array in {"alibi_slopes": scoring.alibi_slopes, "sinks": scoring.sinks}.items():
+        if array is not None:
+            _require_shape(name, array, (num_heads,), "[H]")
+            if array.dtype != jnp.float32:
+                raise ValueError(f"{name} has dtype {array.dtype} but must be float32")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from pallas_kernels.ragged_attention.arguments import Attention
 from pallas_kernels.ragged_attention.quantized import QuantizedCache
+from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 
 
-def with_derivative(function: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, differentiated forward and backward as `reference` is, which has the same arguments and results.
+def with_derivative(attention: Attention) -> Attention:
+    """`attention` with the forward and backward derivative of the reference.
 
-    The arguments are arrays; the fourth is the cache of keys. Where a derivative is taken, the results are the
-    reference's too.
+    Where a derivative is taken, the results are the reference's too.
     """
-    differentiable = jax.custom_jvp(lambda *arrays: function(*arrays))
+    differentiable = jax.custom_jvp(lambda *arguments: attention(*arguments))
 
     @differentiable.defjvp
     def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -25,6 +25,6 @@ def with_derivative(function: Callable[..., Any], reference: Callable[..., Any])
                 f"a KV cache of {primals[3].dtype} has no derivative, because numbers are rounded on their way into it; "
                 "differentiate with a cache of float32 or bfloat16"
             )
-        return jax.jvp(reference, primals, tangents)
+        return jax.jvp(ragged_attention_reference, primals, tangents)
 
     return differentiable

@@ -10,9 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
-from pallas_kernels.folders import replace_file
+from pallas_kernels.folders import cache_dir, replace_file
 
 _log = logging.getLogger(__name__)
 
@@ -39,10 +37,9 @@ class Shape:
 
 
 def measured_file() -> Path:
-    """Where `autotune` writes: PALLAS_KERNELS_TILES, or `$XDG_CACHE_HOME/pallas_kernels/tiles.json`, by default under
-    ~/.cache on Linux."""
+    """Where `autotune` writes: the file that PALLAS_KERNELS_TILES names, else `tiles.json` in the cache folder."""
     named = os.environ.get("PALLAS_KERNELS_TILES")
-    return Path(named) if named else platformdirs.user_cache_path("pallas_kernels", appauthor=False) / "tiles.json"
+    return Path(named) if named else cache_dir() / "tiles.json"
 
 
 def measured(shape: Shape, kind: str, tiles: Any) -> Any:

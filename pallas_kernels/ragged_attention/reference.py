@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def ragged_attention_reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: Cache,
     v_cache: Cache,
-    *,
-    kv_slots: jax.Array,
-    query_starts: jax.Array,
-    context_lens: jax.Array,
-    block_tables: jax.Array,
-    layer: int | jax.Array,
-    num_blocks: int,
-    scale: float,
-    sliding_window: int | jax.Array | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-) -> tuple[jax.Array, Cache, Cache]:
+    index: RaggedIndex,
+    layer: CacheLayer,
+    scoring: Scoring,
+) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them."""
     num_tokens, num_heads, head_dim = q.shape
     pool, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
-    first_block = jnp.asarray(layer, jnp.int32) * num_blocks
+    first_block, num_blocks, kv_slots = layer.first_block, layer.num_blocks, index.kv_slots
+    query_starts, context_lens = index.query_starts, index.context_lens
 
     # 1. Write. A slot outside [0, N*B) is padding: it goes to block `pool`, which does not exist, and is dropped.
     is_real = (kv_slots >= 0) & (kv_slots < num_blocks * block_size)
@@ -58,7 +56,7 @@ def ragged_attention_reference(
         s = jnp.minimum(s, context_lens.shape[0] - 1)
         position = context_lens[s] - query_starts[s + 1] + t
 
-        blocks = first_block + jnp.clip(block_tables[s], 0, num_blocks - 1)
+        blocks = first_block + jnp.clip(index.block_tables[s], 0, num_blocks - 1)
         keys, values = (
             gather_blocks(cache, blocks).swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim)  # [K, M*B, D]
             for cache in (k_cache, v_cache)
@@ -67,22 +65,22 @@ def ragged_attention_reference(
 
         key_positions = jnp.arange(keys.shape[1], dtype=jnp.int32)  # [M*B]
         is_visible = key_positions <= position
-        if sliding_window is not None:
-            is_visible &= key_positions > position - sliding_window
+        if scoring.sliding_window is not None:
+            is_visible &= key_positions > position - scoring.sliding_window
         # What lies outside may be anything, NaN included: select, never multiply by zero.
         keys = jnp.where(is_visible[None, :, None], keys, 0.0)
         values = jnp.where(is_visible[None, :, None], values, 0.0)
 
-        scores = scale * jnp.einsum("kgd,kjd->kgj", queries, keys, precision=HIGHEST)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        if alibi_slopes is not None:
+        scores = scoring.scale * jnp.einsum("kgd,kjd->kgj", queries, keys, precision=HIGHEST)
+        if scoring.soft_cap is not None:
+            scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
+        if scoring.alibi_slopes is not None:
             distance = (key_positions - position).astype(jnp.float32)
-            scores = scores + alibi_slopes.reshape(num_kv_heads, group)[:, :, None] * distance
+            scores = scores + scoring.alibi_slopes.reshape(num_kv_heads, group)[:, :, None] * distance
         scores = jnp.where(is_visible, scores, -jnp.inf)
 
         # A sink is one more logit per head: it takes probability and has no value.
-        sink = jnp.full((num_heads,), -jnp.inf) if sinks is None else sinks
+        sink = jnp.full((num_heads,), -jnp.inf) if scoring.sinks is None else scoring.sinks
         sink = sink.reshape(num_kv_heads, group, 1)
         top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink)
         weights = jnp.exp(scores - top)

@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 # Measured on a 2-core CPU: fewer keys a tile cost loop overhead, more cost the L2 cache.
 _DECODE_TILE_KEYS = 128
@@ -38,46 +43,36 @@ class _Scoring:
 
 
 def ragged_attention_xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: Cache,
     v_cache: Cache,
-    *,
-    kv_slots: jax.Array,
-    query_starts: jax.Array,
-    context_lens: jax.Array,
-    block_tables: jax.Array,
-    layer: int | jax.Array,
-    num_blocks: int,
-    scale: float,
-    sliding_window: int | jax.Array | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-) -> tuple[jax.Array, Cache, Cache]:
+    index: RaggedIndex,
+    layer: CacheLayer,
+    scoring: Scoring,
+) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
-    layer = jnp.asarray(layer, jnp.int32)
-    k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=kv_slots, layer=layer, num_blocks=num_blocks)
+    k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
 
-    scoring = _Scoring(
-        window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
-        soft_cap=soft_cap,
-        slopes=None if alibi_slopes is None else alibi_slopes.reshape(num_kv_heads, group),
+    window, slopes, sinks = scoring.sliding_window, scoring.alibi_slopes, scoring.sinks
+    by_kv_head = _Scoring(
+        window=None if window is None else jnp.asarray(window, jnp.int32),
+        soft_cap=scoring.soft_cap,
+        slopes=None if slopes is None else slopes.reshape(num_kv_heads, group),
         sinks=None if sinks is None else sinks.reshape(num_kv_heads, group),
     )
-    tables = layer * num_blocks + jnp.clip(block_tables, 0, num_blocks - 1)
-    queries = (q.astype(jnp.float32) * jnp.float32(scale)).reshape(num_tokens, num_kv_heads, group, head_dim)
-    query_lens = query_starts[1:] - query_starts[:-1]
+    tables = layer.first_block + jnp.clip(index.block_tables, 0, layer.num_blocks - 1)
+    queries = (q.astype(jnp.float32) * jnp.float32(scoring.scale)).reshape(num_tokens, num_kv_heads, group, head_dim)
+    query_lens = index.query_starts[1:] - index.query_starts[:-1]
+    where = (k_cache, v_cache, tables, index.query_starts, query_lens, index.context_lens)
     out = jnp.zeros(queries.shape, jnp.float32)
     if num_tokens > 1:  # a chunk of several tokens fits
-        out = _attend_chunks(queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, scoring=scoring)
-    out = _attend_single_rows(
-        queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, scoring=scoring
-    )
+        out = _attend_chunks(queries, out, *where, scoring=by_kv_head)
+    out = _attend_single_rows(queries, out, *where, scoring=by_kv_head)
     return out.reshape(q.shape).astype(q.dtype), k_cache, v_cache
 
 
@@ -88,14 +83,13 @@ def write_kv(
     v_cache: Cache,
     *,
     kv_slots: jax.Array,
-    layer: jax.Array,
-    num_blocks: int,
+    layer: CacheLayer,
 ) -> tuple[Cache, Cache]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
     pool, num_kv_heads, block_size, head_dim = k_cache.shape
     # As a scatter of whole rows [D]: a scatter that indexes two axes around the heads makes XLA:TPU transpose the pool.
-    is_real = (kv_slots >= 0) & (kv_slots < num_blocks * block_size)
-    block = layer * num_blocks + kv_slots // block_size
+    is_real = (kv_slots >= 0) & (kv_slots < layer.num_blocks * block_size)
+    block = layer.first_block + kv_slots // block_size
     first = block * (num_kv_heads * block_size) + kv_slots % block_size  # of the first head; the next is B rows on
     rows = first[:, None] + block_size * jnp.arange(num_kv_heads, dtype=jnp.int32)
     rows = jnp.where(is_real[:, None], rows, pool * num_kv_heads * block_size).reshape(-1)

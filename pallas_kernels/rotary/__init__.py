@@ -16,7 +16,7 @@ from pallas_kernels import native
 
 __all__ = ["IMPLEMENTATIONS", "rotary", "rotate"]
 
-_TARGET = "fastgen_rotary"
+_TARGET = "pallas_kernels_rotary"
 Parts = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -85,7 +85,7 @@ def rotary(
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
     native_kernel = implementation != "xla" and native.load(
-        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenRotary"}
+        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsRotary"}
     )
     if implementation == "cpu" and not native_kernel:
         raise ValueError(

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
 from pallas_kernels.ragged_attention.gpu.tile_sizes import modelled
@@ -95,10 +96,9 @@ def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernel
         batch.arrays[name] = batch.arrays[name].astype(jnp.bfloat16 if is_quantized(dtype) else dtype)
     extras = {"alibi_slopes": jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)} if alibi else {}
     extras |= {"sinks": jnp.asarray(np.linspace(-3, 6, heads), jnp.float32)} if sinks else {}
-    arguments = batch.arguments()
-    static = {name: arguments.pop(name) for name in ("scale", "num_blocks", "layer")} | scoring
+    arguments = batch.arguments(**scoring, **extras)
     results = [
-        jax.jit(functools.partial(function, **static))(**arguments, **extras)
+        jax.jit(function)(**arguments)
         for function in (ragged_attention_reference, kernels.attention(shape["head_dim"], shape["group"]))
     ]
     (expected, *caches), (out, *ours) = [[np.asarray(x, np.float32) for x in jax.tree.leaves(result)] for result in results]
@@ -164,24 +164,17 @@ def ours(call: Call, kernels: Kernels) -> Callable[[], Any]:
     length = call.num_tokens // s
     positions = call.context - length + np.arange(length)
     slots = tables[:, positions // call.block_size] * call.block_size + positions % call.block_size
-    index = {
-        "kv_slots": jnp.asarray(slots.reshape(-1), jnp.int32),
-        "query_starts": jnp.arange(s + 1, dtype=jnp.int32) * length,
-        "context_lens": jnp.full((s,), call.context, jnp.int32),
-        "block_tables": jnp.asarray(tables),
-    }
-    attend = jax.jit(
-        functools.partial(
-            kernels.attention(call.head_dim, call.num_heads // call.num_kv_heads),
-            layer=0,
-            num_blocks=s * blocks,
-            scale=call.head_dim**-0.5,
-        ),
-        donate_argnums=(3, 4),
+    index = RaggedIndex(
+        kv_slots=jnp.asarray(slots.reshape(-1), jnp.int32),
+        query_starts=jnp.arange(s + 1, dtype=jnp.int32) * length,
+        context_lens=jnp.full((s,), call.context, jnp.int32),
+        block_tables=jnp.asarray(tables),
     )
+    layer, scoring = CacheLayer(number=0, num_blocks=s * blocks), Scoring(scale=call.head_dim**-0.5)
+    attend = jax.jit(kernels.attention(call.head_dim, call.num_heads // call.num_kv_heads), donate_argnums=(3, 4))
 
     def run() -> Any:
-        out, *caches[:] = attend(q, new, new, *caches, **index)
+        out, *caches[:] = attend(q, new, new, *caches, index, layer, scoring)
         return out
 
     return run

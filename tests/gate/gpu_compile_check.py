@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.gate.shapes import CALLS, LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B, Call
+from tests.gate.shapes import CALLS, LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B, Call, lower_attention
 
 MIB = 2**20
 KERNEL_TEMPORARIES = 96 * MIB  # results by tile, beside a cache of 500 MiB and more
@@ -87,51 +87,22 @@ def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
 def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list[Kernel], str]:
     """Compiles one call; returns the bytes of temporaries, its kernels and a complaint, "" if there is none."""
     import jax
-    import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
     from fastgen_jax.plan.program import compile_lowered, lowering_for
-    from pallas_kernels.ragged_attention import QuantizedCache
     from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
 
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
 
-    dtype, kv_dtype = jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype or call.dtype)
-    max_blocks = call.context // call.block_size
-    num_blocks = min(call.num_sequences, 32) * max_blocks
-    new = array((call.num_tokens, call.num_kv_heads, call.head_dim), dtype)
-    cache: Any = array((num_blocks, call.num_kv_heads, call.block_size, call.head_dim), kv_dtype)
-    if call.kv_dtype is not None:
-        cache = QuantizedCache(values=cache, scales=array(cache.shape[:-1], jnp.float32))
-    extras = {name: array((call.num_heads,), jnp.float32) for name in ("alibi_slopes", "sinks") if call.extras}
-    attention = functools.partial(
-        ragged_attention_gpu,
-        layer=0,
-        num_blocks=num_blocks,
-        scale=0.1,
-        sliding_window=call.window,
-        soft_cap=call.soft_cap,
-        tiles=tiles,
-    )
+    num_blocks = min(call.num_sequences, 32) * (call.context // call.block_size)
+    attention = functools.partial(ragged_attention_gpu, tiles=tiles)
     kernels: list[Kernel] = []
     with lowering_for(mesh), assembler_reports(kernels):
-        lowered = jax.jit(attention, donate_argnums=(3, 4)).lower(
-            array((call.num_tokens, call.num_heads, call.head_dim), dtype),
-            new,
-            new,
-            cache,
-            cache,
-            kv_slots=array((call.num_tokens,)),
-            query_starts=array((call.num_sequences + 1,)),
-            context_lens=array((call.num_sequences,)),
-            block_tables=array((call.num_sequences, max_blocks)),
-            **extras,
-        )
+        lowered, cache_bytes = lower_attention(call, attention, array, num_blocks=num_blocks)
         memory = compile_lowered(lowered).memory_analysis()
-    cache_bytes = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     words = memory_complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
     tight = call.extras or call.head_dim > 128
     words = words or kernel_complaint(kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES, mesh)

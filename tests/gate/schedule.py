@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gate import tpu_inference_v3 as v3
-from tests.gate.shapes import Call
+from tests.gate.shapes import Call, lower_attention
 
 MIB = 2**20
 SHAPES = {
@@ -180,7 +180,6 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
 
     from fastgen_jax.plan.devices import parse_topology
     from fastgen_jax.plan.program import deviceless_mesh, lowering_for
-    from pallas_kernels.ragged_attention import QuantizedCache
     from pallas_kernels.ragged_attention.tpu import tile_sizes
     from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
     from tests.gate.tpu_check import TOPOLOGIES
@@ -213,24 +212,9 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
                 kind,
             )
             facts["tiles"] = dataclasses.asdict(chosen)
-            new = array(call.num_tokens, call.num_kv_heads, call.head_dim, dtype=bf16)
-            dims = (num_blocks, call.num_kv_heads, call.block_size, call.head_dim)
-            cache: Any = array(*dims, dtype=bf16)
-            if call.kv_dtype == "int8":
-                cache = QuantizedCache(values=array(*dims, dtype=jnp.int8), scales=array(*dims[:-1], dtype=jnp.float32))
-            program = jax.jit(
-                functools.partial(ragged_attention_tpu, layer=0, num_blocks=num_blocks, scale=0.1, tiles=chosen),
-                donate_argnums=(3, 4),
-            ).lower(
-                q,
-                new,
-                new,
-                cache,
-                cache,
-                kv_slots=array(call.num_tokens),
-                query_starts=index[2],
-                context_lens=index[0],
-                block_tables=index[1],
+            attention = functools.partial(ragged_attention_tpu, tiles=chosen)
+            program, _ = lower_attention(
+                call, attention, lambda dims, dtype: array(*dims, dtype=dtype), num_blocks=num_blocks
             )
         elif which == "v3":
             program, facts["sizes"] = v3.lower(call, kind, array, num_blocks=num_blocks, max_blocks=max_blocks)

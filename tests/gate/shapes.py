@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 _LLAMA = {
@@ -84,3 +85,39 @@ CALLS = (
     Call(name="128k contexts", num_tokens=512, context=131072),
     Call(name="tables of 48 Ki blocks", num_tokens=64, num_heads=8, num_kv_heads=1, num_sequences=2, context=49152 * 32),
 )
+
+
+def lower_attention(
+    call: Call, attention: Callable[..., Any], array: Callable[..., Any], *, num_blocks: int
+) -> tuple[Any, int]:
+    """`attention` lowered for `call` over a donated cache of `num_blocks` blocks, and the bytes of that cache.
+
+    `array(shape, dtype)` makes an abstract argument.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.ragged_attention import CacheLayer, QuantizedCache, RaggedIndex, Scoring
+    from pallas_kernels.ragged_attention.quantized import is_quantized
+
+    dtype, kv_dtype, i32, f32 = jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype or call.dtype), jnp.int32, jnp.float32
+    q = array((call.num_tokens, call.num_heads, call.head_dim), dtype)
+    new = array((call.num_tokens, call.num_kv_heads, call.head_dim), dtype)
+    shape = (num_blocks, call.num_kv_heads, call.block_size, call.head_dim)
+    cache = array(shape, kv_dtype)
+    if is_quantized(kv_dtype):
+        cache = QuantizedCache(values=cache, scales=array(shape[:-1], f32))
+    index = RaggedIndex(
+        kv_slots=array((call.num_tokens,), i32),
+        query_starts=array((call.num_sequences + 1,), i32),
+        context_lens=array((call.num_sequences,), i32),
+        block_tables=array((call.num_sequences, call.context // call.block_size), i32),
+    )
+    extras = {name: array((call.num_heads,), f32) for name in ("alibi_slopes", "sinks") if call.extras}
+
+    def program(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, index: Any, extras: dict[str, Any]) -> Any:
+        scoring = Scoring(scale=0.1, sliding_window=call.window, soft_cap=call.soft_cap, **extras)
+        return attention(q, k, v, k_cache, v_cache, index, CacheLayer(number=0, num_blocks=num_blocks), scoring)
+
+    lowered = jax.jit(program, donate_argnums=(3, 4)).lower(q, new, new, cache, cache, index, extras)
+    return lowered, 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

@@ -49,51 +49,22 @@ class Result:
 def check_kernel(call: Any, mesh: Any, *, tiles: Any = None) -> tuple[int, str]:
     """Compiles one call; returns the bytes of temporaries and a complaint, "" if there is none."""
     import jax
-    import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
     from fastgen_jax.plan.program import compile_lowered, lowering_for
-    from pallas_kernels.ragged_attention.quantized import QuantizedCache, is_quantized
     from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
+    from tests.gate.shapes import lower_attention
 
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
 
-    dtype, kv_dtype = jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype or call.dtype)
-    max_blocks = call.context // call.block_size
-    num_blocks = min(call.num_sequences, 8) * max_blocks
-    new = array((call.num_tokens, call.num_kv_heads, call.head_dim), dtype)
-    shape = (num_blocks, call.num_kv_heads, call.block_size, call.head_dim)
-    cache: Any = array(shape, kv_dtype)
-    if is_quantized(kv_dtype):
-        cache = QuantizedCache(values=cache, scales=array(shape[:-1], jnp.float32))  # pyright: ignore[reportArgumentType]
-    extras = {name: array((call.num_heads,), jnp.float32) for name in ("alibi_slopes", "sinks") if call.extras}
-    attention = functools.partial(
-        ragged_attention_tpu,
-        layer=0,
-        num_blocks=num_blocks,
-        scale=0.1,
-        sliding_window=call.window,
-        soft_cap=call.soft_cap,
-        tiles=tiles,
-    )
+    num_blocks = min(call.num_sequences, 8) * (call.context // call.block_size)
+    attention = functools.partial(ragged_attention_tpu, tiles=tiles)
     with lowering_for(mesh):
-        lowered = jax.jit(attention, donate_argnums=(3, 4)).lower(
-            array((call.num_tokens, call.num_heads, call.head_dim), dtype),
-            new,
-            new,
-            cache,
-            cache,
-            kv_slots=array((call.num_tokens,)),
-            query_starts=array((call.num_sequences + 1,)),
-            context_lens=array((call.num_sequences,)),
-            block_tables=array((call.num_sequences, max_blocks)),
-            **extras,
-        )
+        lowered, cache_bytes = lower_attention(call, attention, array, num_blocks=num_blocks)
         memory = compile_lowered(lowered).memory_analysis()
-    cache_bytes = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     return memory.temp_size_in_bytes, complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
 
 

@@ -20,6 +20,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.families import FAMILIES
 from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.ragged_attention import RaggedIndex
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 BLOCK_SIZE = 4
@@ -97,10 +98,12 @@ class Runs:
             token_slots=jnp.full(count, 1, jnp.int32),
             positions=padded(positions),
             rope_lengths=padded(np.maximum(positions + 1, prompt_length)),
-            kv_slots=padded(slots, NUM_BLOCKS * BLOCK_SIZE),
-            query_starts=jnp.asarray([0, size], jnp.int32),
-            context_lens=jnp.asarray([start + size], jnp.int32),
-            block_tables=jnp.asarray(self.table[None]),
+            index=RaggedIndex(
+                kv_slots=padded(slots, NUM_BLOCKS * BLOCK_SIZE),
+                query_starts=jnp.asarray([0, size], jnp.int32),
+                context_lens=jnp.asarray([start + size], jnp.int32),
+                block_tables=jnp.asarray(self.table[None]),
+            ),
             sample_rows=padded(np.arange(size)),
             num_sample_rows=jnp.asarray(size, jnp.int32),
         )

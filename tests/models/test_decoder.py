@@ -15,6 +15,7 @@ from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import init_params
+from pallas_kernels.ragged_attention import RaggedIndex
 from tests.tiny import VARIANTS, expected, tiny_model
 
 BLOCK_SIZE = 4
@@ -44,10 +45,12 @@ def run_chunks(params, config: ModelConfig, token_ids, sizes) -> np.ndarray:
             token_slots=jnp.full(size, 1, jnp.int32),
             positions=jnp.asarray(positions),
             rope_lengths=jnp.maximum(len(token_ids), jnp.asarray(positions) + 1),
-            kv_slots=jnp.asarray(table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE),
-            query_starts=jnp.asarray([0, size], jnp.int32),
-            context_lens=jnp.asarray([start + size], jnp.int32),
-            block_tables=jnp.asarray(table[None]),
+            index=RaggedIndex(
+                kv_slots=jnp.asarray(table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE),
+                query_starts=jnp.asarray([0, size], jnp.int32),
+                context_lens=jnp.asarray([start + size], jnp.int32),
+                block_tables=jnp.asarray(table[None]),
+            ),
             sample_rows=jnp.arange(size, dtype=jnp.int32),
             num_sample_rows=jnp.asarray(size, jnp.int32),
         )

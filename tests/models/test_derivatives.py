@@ -16,6 +16,7 @@ from fastgen_jax.models.dense import dense_forward
 from fastgen_jax.models.params import init_params, unstack
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels import native
+from pallas_kernels.ragged_attention import RaggedIndex
 from tests.models.parity import load
 from tests.tiny import tiny_engine, tiny_model
 
@@ -33,10 +34,12 @@ def batch_of(start: int, stop: int) -> RaggedBatch:
         token_slots=jnp.ones(count, jnp.int32),
         positions=positions,
         rope_lengths=jnp.full(count, LENGTH, jnp.int32),
-        kv_slots=table[positions // BLOCK] * BLOCK + positions % BLOCK,
-        query_starts=jnp.asarray([0, count], jnp.int32),
-        context_lens=jnp.asarray([stop], jnp.int32),
-        block_tables=table[None],
+        index=RaggedIndex(
+            kv_slots=table[positions // BLOCK] * BLOCK + positions % BLOCK,
+            query_starts=jnp.asarray([0, count], jnp.int32),
+            context_lens=jnp.asarray([stop], jnp.int32),
+            block_tables=table[None],
+        ),
         sample_rows=jnp.arange(count, dtype=jnp.int32),
         num_sample_rows=jnp.int32(count),
     )

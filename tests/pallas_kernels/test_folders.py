@@ -43,8 +43,8 @@ def test_in_place_of_one_that_cannot_be_made_all_processes_use_the_same_private_
         found = settle(wanted, "things", variable="SOME_VARIABLE")
     assert found is not None
     assert found.writable
-    assert found.path.is_relative_to(temporary / f"fastgen_jax-{os.getuid()}")
-    assert (temporary / f"fastgen_jax-{os.getuid()}").stat().st_mode & 0o077 == 0
+    assert found.path.is_relative_to(temporary / f"user-cache-{os.getuid()}")
+    assert (temporary / f"user-cache-{os.getuid()}").stat().st_mode & 0o077 == 0
     settle.cache_clear()  # as another process
     assert settle(wanted, "things", variable="SOME_VARIABLE") == found
     assert len(caplog.records) == 2, "said once a process"
@@ -61,7 +61,7 @@ def test_two_folders_that_cannot_be_made_do_not_become_one(tmp_path) -> None:
 
 def test_a_temporary_folder_that_is_somebody_else_s_or_a_link_is_not_used(tmp_path, temporary, caplog) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
-    root = temporary / f"fastgen_jax-{os.getuid()}"
+    root = temporary / f"user-cache-{os.getuid()}"
     root.symlink_to(tmp_path / "elsewhere")
     assert settle(blocked(tmp_path), "things", variable="V") is None
     root.unlink()
@@ -79,7 +79,7 @@ def test_without_any_folder_there_is_none(tmp_path, monkeypatch, caplog) -> None
 
 def test_without_a_home_no_folder_called_tilde_is_made(tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.chdir(tmp_path)
-    found = settle(Path("~/.cache/fastgen_jax"), "things", variable="V")
+    found = settle(Path("~/.cache/things"), "things", variable="V")
     assert found is not None
     assert not Path("~").exists()
     assert "has no home folder" in caplog.text

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native
+from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.quantized import Cache
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16)
 
 _TARGETS = {
-    jnp.dtype(jnp.float32): "fastgen_ragged_attention_f32",
-    jnp.dtype(jnp.bfloat16): "fastgen_ragged_attention_bf16",
+    jnp.dtype(jnp.float32): "pallas_kernels_ragged_attention_f32",
+    jnp.dtype(jnp.bfloat16): "pallas_kernels_ragged_attention_bf16",
 }
 _NO_WINDOW = np.iinfo(np.int32).max
 
@@ -27,24 +33,15 @@ def available() -> bool:
 
 
 def ragged_attention_cpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    *,
-    kv_slots: jax.Array,
-    query_starts: jax.Array,
-    context_lens: jax.Array,
-    block_tables: jax.Array,
-    layer: int | jax.Array,
-    num_blocks: int,
-    scale: float,
-    sliding_window: int | jax.Array | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
+    k_cache: Cache,
+    v_cache: Cache,
+    index: RaggedIndex,
+    layer: CacheLayer,
+    scoring: Scoring,
+) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`; float32 and bfloat16 caches.
 
     A row's result depends on its query, its keys and its position, bit for bit: not on the other rows, not on how a
@@ -66,16 +63,16 @@ def ragged_attention_cpu(
         v.astype(jnp.float32),
         k_cache,
         v_cache,
-        kv_slots,
-        query_starts,
-        context_lens,
-        block_tables,
-        jnp.asarray(layer, jnp.int32),
-        jnp.asarray(_NO_WINDOW if sliding_window is None else sliding_window, jnp.int32),
-        none if alibi_slopes is None else alibi_slopes,
-        none if sinks is None else sinks,
-        num_blocks=np.int64(num_blocks),
-        scale=np.float32(scale),
-        soft_cap=np.float32(0.0 if soft_cap is None else soft_cap),
+        index.kv_slots,
+        index.query_starts,
+        index.context_lens,
+        index.block_tables,
+        jnp.asarray(layer.number, jnp.int32),
+        jnp.asarray(_NO_WINDOW if scoring.sliding_window is None else scoring.sliding_window, jnp.int32),
+        none if scoring.alibi_slopes is None else scoring.alibi_slopes,
+        none if scoring.sinks is None else scoring.sinks,
+        num_blocks=np.int64(layer.num_blocks),
+        scale=np.float32(scoring.scale),
+        soft_cap=np.float32(0.0 if scoring.soft_cap is None else scoring.soft_cap),
     )
     return out.astype(q.dtype), k_cache, v_cache

@@ -11,7 +11,7 @@
 
 #include "worker.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 namespace {
 
 // ---- planning and running --------------------------------------------------------------------------------------
@@ -220,11 +220,11 @@ auto binding() {
 }
 
 }  // namespace
-}  // namespace fastgen
+}  // namespace pallas_kernels
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastgen_ragged_attention_f32,
-                              (fastgen::ragged_attention<float, xla::ffi::F32>),
-                              fastgen::binding<xla::ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastgen_ragged_attention_bf16,
-                              (fastgen::ragged_attention<fastgen::BFloat16, xla::ffi::BF16>),
-                              fastgen::binding<xla::ffi::BF16>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pallas_kernels_ragged_attention_f32,
+                              (pallas_kernels::ragged_attention<float, xla::ffi::F32>),
+                              pallas_kernels::binding<xla::ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pallas_kernels_ragged_attention_bf16,
+                              (pallas_kernels::ragged_attention<pallas_kernels::BFloat16, xla::ffi::BF16>),
+                              pallas_kernels::binding<xla::ffi::BF16>());

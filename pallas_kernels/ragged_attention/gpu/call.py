@@ -7,12 +7,13 @@ results XLA combines. Its body is that of the GPU's generation, `hopper.py` or `
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import ampere, hopper, support
 from pallas_kernels.ragged_attention.gpu.plan import combine, plan_chunks, plan_pieces
 from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, Spec
@@ -21,32 +22,27 @@ from pallas_kernels.ragged_attention.measured_tiles import Shape
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.xla import write_kv
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 BODIES = {"hopper": hopper, "ampere": ampere}
 NO_WINDOW = 2**30  # far beyond any context, and position - window stays in int32
 
 
 def ragged_attention_gpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: Cache,
     v_cache: Cache,
+    index: RaggedIndex,
+    layer: CacheLayer,
+    scoring: Scoring,
     *,
-    kv_slots: jax.Array,
-    query_starts: jax.Array,
-    context_lens: jax.Array,
-    block_tables: jax.Array,
-    layer: int | jax.Array,
-    num_blocks: int,
-    scale: float,
-    sliding_window: int | jax.Array | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
     tiles: GpuTiles | None = None,
     generation: str | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
 
     q is rounded to the dtype of the caches, to bfloat16 where they have 8 bits. `generation` is "hopper" or "ampere"; None
@@ -68,26 +64,26 @@ def ragged_attention_gpu(
             head_dim=head_dim,
             block_size=block_size,
             num_tokens=num_tokens,
-            num_sequences=block_tables.shape[0],
+            num_sequences=index.block_tables.shape[0],
             dtype=jnp.dtype(k_cache.dtype).name,
         )
         tiles = choose(shape, generation)
-    layer = jnp.asarray(layer, jnp.int32)
     dtype = jnp.dtype(jnp.bfloat16) if isinstance(k_cache, QuantizedCache) else k_cache.dtype  # of operands
-    k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=kv_slots, layer=layer, num_blocks=num_blocks)
+    k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
 
-    window = NO_WINDOW if sliding_window is None else jnp.minimum(sliding_window, NO_WINDOW)
+    window = NO_WINDOW if scoring.sliding_window is None else jnp.minimum(scoring.sliding_window, NO_WINDOW)
     window = jnp.asarray(window, jnp.int32)
     queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype)
-    operands = {"tables": block_tables}
+    operands = {"tables": index.block_tables}
     for name, cache in (("k", k_cache), ("v", v_cache)):
         if isinstance(cache, QuantizedCache):
             operands |= {f"{name}_cache": cache.values, f"{name}_scales": cache.scales}
         else:
             operands[f"{name}_cache"] = cache
-    of_heads = {name: x for name, x in (("slopes", alibi_slopes), ("sinks", sinks)) if x is not None}
+    of_heads = {name: x for name, x in (("slopes", scoring.alibi_slopes), ("sinks", scoring.sinks)) if x is not None}
+    query_starts, context_lens = index.query_starts, index.context_lens
     lengths = query_starts[1:] - query_starts[:-1]
-    index = {"query_starts": query_starts, "context_lens": context_lens, "first_block": layer * num_blocks, "window": window}
+    planned = (query_starts, context_lens, layer.first_block, window)
 
     def spec_for(*, partial: bool, keys: int, stages: int) -> Spec:
         rows_in, rows, rows_out = body.tile_rows(group, head_dim, partial=partial)
@@ -101,9 +97,9 @@ def ragged_attention_gpu(
             keys=keys,
             stages=stages,
             blocks=tiles.blocks,
-            scale=scale,
-            soft_cap=soft_cap,
-            has_window=sliding_window is not None,
+            scale=scoring.scale,
+            soft_cap=scoring.soft_cap,
+            has_window=scoring.sliding_window is not None,
             partial=partial,
             dtype=dtype,
             cache_dtype=k_cache.dtype,
@@ -114,7 +110,7 @@ def ragged_attention_gpu(
         return launch(body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
 
     spec = spec_for(partial=True, keys=tiles.single_keys, stages=tiles.single_stages)
-    work, starts, pieces, most = plan_pieces(**index, num_kv_heads=num_kv_heads, tiles=tiles, spec=spec)
+    work, starts, pieces, most = plan_pieces(*planned, num_kv_heads=num_kv_heads, tiles=tiles, spec=spec)
     rows = queries[jnp.minimum(query_starts[:-1], num_tokens - 1)]  # [S, K, G, D]
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spec.rows_in - group), (0, 0)))
     partial, lse = launch_tiles(work, rows, spec)
@@ -127,7 +123,7 @@ def ragged_attention_gpu(
     out = single[sequence].astype(q.dtype)  # [T, K, G, D]
     if num_tokens > 1:
         spec = spec_for(partial=False, keys=tiles.chunk_keys, stages=tiles.chunk_stages)
-        work, tile, row = plan_chunks(**index, num_tokens=num_tokens, sequence=sequence, spec=spec)
+        work, tile, row = plan_chunks(*planned, num_tokens=num_tokens, sequence=sequence, spec=spec)
         # Rows of the G heads of a KV head side by side; the last tile reaches beyond T.
         rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
         rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))

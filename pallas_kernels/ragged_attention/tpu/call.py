@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tpu import tile_sizes
 from pallas_kernels.ragged_attention.tpu.copies import NO_WINDOW, TABLE_PIECE, Refs, Spec
@@ -19,40 +20,34 @@ from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
 from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 
 def ragged_attention_tpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: Cache,
     v_cache: Cache,
+    index: RaggedIndex,
+    layer: CacheLayer,
+    scoring: Scoring,
     *,
-    kv_slots: jax.Array,
-    query_starts: jax.Array,
-    context_lens: jax.Array,
-    block_tables: jax.Array,
-    layer: int | jax.Array,
-    num_blocks: int,
-    scale: float,
-    sliding_window: int | jax.Array | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
     tiles: Tiles | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
 
     `tiles` None takes those of the device that is lowered for; `interpret` is that of `pl.pallas_call`.
     Raises ValueError for what `unsupported` names.
     """
-    reason = unsupported(k_cache, block_tables.shape[1])
+    reason = unsupported(k_cache, index.block_tables.shape[1])
     if reason:
         raise ValueError(f"implementation='tpu' {reason}, or use implementation='xla'")
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
-    num_sequences, max_blocks = block_tables.shape
-    layer = jnp.asarray(layer, jnp.int32)
+    num_sequences, max_blocks = index.block_tables.shape
     tiles = tiles or tile_sizes.choose(
         tile_sizes.Shape(
             num_heads=num_heads,
@@ -69,9 +64,7 @@ def ragged_attention_tpu(
     if isinstance(k_cache, QuantizedCache):
         # 8 bits are whole in bfloat16, which the MXU multiplies.
         write, product_dtype = write_kv_quantized_tpu, q.dtype if q.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
-    k_cache, v_cache = write(
-        k, v, k_cache, v_cache, kv_slots=kv_slots, layer=layer, num_blocks=num_blocks, interpret=interpret
-    )
+    k_cache, v_cache = write(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer, interpret=interpret)
 
     width = -(-max_blocks // TABLE_PIECE)
     sequences = tiles.sequences
@@ -88,19 +81,20 @@ def ragged_attention_tpu(
         queries=tiles.queries,
         max_single_tiles=-(-num_sequences // sequences),
         has_chunks=num_tokens > 1,
-        has_window=sliding_window is not None,
+        has_window=scoring.sliding_window is not None,
         cores=tiles.cores,
-        scale=scale,
-        soft_cap=soft_cap,
+        scale=scoring.scale,
+        soft_cap=scoring.soft_cap,
         # The MXU multiplies bfloat16; float32 in full takes several passes.
         precision=lax.Precision.HIGHEST if product_dtype == jnp.float32 else lax.Precision.DEFAULT,
         product_dtype=product_dtype,
         zero_values=k_cache.dtype != jnp.int8,
     )
+    query_starts, context_lens = index.query_starts, index.context_lens
     work, num_single_tiles, num_tiles = plan_tiles(query_starts, context_lens, num_tokens=num_tokens, spec=spec)
-    window = NO_WINDOW if sliding_window is None else sliding_window
-    scalars = jnp.stack([num_single_tiles, num_tiles, layer * num_blocks, jnp.asarray(window, jnp.int32)])
-    tables = jnp.pad(block_tables, ((0, 0), (0, width * TABLE_PIECE - max_blocks)))
+    window = NO_WINDOW if scoring.sliding_window is None else scoring.sliding_window
+    scalars = jnp.stack([num_single_tiles, num_tiles, layer.first_block, jnp.asarray(window, jnp.int32)])
+    tables = jnp.pad(index.block_tables, ((0, 0), (0, width * TABLE_PIECE - max_blocks)))
     tables = tables.reshape(num_sequences, width, 1, TABLE_PIECE)
     out = _attend(
         scalars,
@@ -109,8 +103,8 @@ def ragged_attention_tpu(
         k_cache,
         v_cache,
         tables,
-        slopes=_by_kv_head(alibi_slopes, spec),
-        sinks=_by_kv_head(sinks, spec),
+        slopes=_by_kv_head(scoring.alibi_slopes, spec),
+        sinks=_by_kv_head(scoring.sinks, spec),
         spec=spec,
         tiles=tiles,
         interpret=interpret,

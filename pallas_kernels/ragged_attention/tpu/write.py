@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
 
 FIRST_BLOCK, NUM_GRANULES = range(2)
@@ -34,8 +35,7 @@ def write_kv_tpu(
     v_cache: jax.Array,
     *,
     kv_slots: jax.Array,
-    layer: jax.Array,
-    num_blocks: int,
+    layer: CacheLayer,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
@@ -46,12 +46,12 @@ def write_kv_tpu(
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     rows = granule_rows(k_cache.dtype)
     first_token, slot, count, clash, num_granules = split_into_granules(
-        kv_slots, rows=rows, num_slots=num_blocks * block_size
+        kv_slots, rows=rows, num_slots=layer.num_blocks * block_size
     )
     # A granule's rows are copied as a whole, also where its first tokens lie before this step's.
     pad = ((rows, rows), (0, 0), (0, 0))
     k, v = (jnp.pad(x.astype(k_cache.dtype), pad) for x in (k, v))
-    scalars = jnp.stack([layer * num_blocks, num_granules])
+    scalars = jnp.stack([layer.first_block, num_granules])
     buffer = pltpu.VMEM((RING, num_kv_heads, rows, head_dim), k_cache.dtype)
     new = pltpu.VMEM((RING, rows, num_kv_heads, head_dim), k_cache.dtype)
     semaphores = pltpu.SemaphoreType.DMA((RING,))

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, scaled
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
 from pallas_kernels.ragged_attention.tpu.write import FIRST_BLOCK, NUM_GRANULES, RING, split_into_granules
@@ -36,8 +37,7 @@ def write_kv_quantized_tpu(
     v_cache: QuantizedCache,
     *,
     kv_slots: jax.Array,
-    layer: jax.Array,
-    num_blocks: int,
+    layer: CacheLayer,
     interpret: Any = False,
 ) -> tuple[QuantizedCache, QuantizedCache]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
@@ -47,7 +47,7 @@ def write_kv_quantized_tpu(
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     assert granule_rows(k_cache.dtype) == UNIT
     first_token, slot, count, clash, num_granules = split_into_granules(
-        kv_slots, rows=block_size, num_slots=num_blocks * block_size
+        kv_slots, rows=block_size, num_slots=layer.num_blocks * block_size
     )
     # Whole units are copied, also where their first rows lie before this step's tokens, or their last behind them.
     pad = ((block_size, block_size), (0, 0), (0, 0))
@@ -63,7 +63,7 @@ def write_kv_quantized_tpu(
     semaphores = pltpu.SemaphoreType.DMA((ring,))
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     caches = (k_cache.values, k_cache.scales, v_cache.values, v_cache.scales)
-    scalars = jnp.stack([layer * num_blocks, num_granules])
+    scalars = jnp.stack([layer.first_block, num_granules])
     row_bytes = num_kv_heads * (head_dim + 4)
     written = pl.pallas_call(
         functools.partial(_write, block_size=block_size, ring=ring),

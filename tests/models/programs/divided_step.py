@@ -15,6 +15,7 @@ from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.params import init_params, param_specs
 from fastgen_jax.models.sharding import TENSOR, divide_leaf, partition_kv_cache, partition_params, shardings, tensor_mesh
 from fastgen_jax.plan.program import count_in_loops
+from pallas_kernels.ragged_attention import RaggedIndex
 from tests.models.test_sharding import EXPERTS, TINY
 
 
@@ -38,10 +39,12 @@ BATCH = RaggedBatch(
     token_slots=i32(*[9] * 8),
     positions=i32(0, 1, 2, 3, 4, 0, 0, 0),
     rope_lengths=i32(5, 5, 5, 5, 5, 1, 0, 0),
-    kv_slots=i32(4, 5, 6, 7, 12, 20, 99, 99),
-    query_starts=i32(0, 5, 6),
-    context_lens=i32(5, 1),
-    block_tables=i32(1, 3, 5, 0).reshape(2, 2),
+    index=RaggedIndex(
+        kv_slots=i32(4, 5, 6, 7, 12, 20, 99, 99),
+        query_starts=i32(0, 5, 6),
+        context_lens=i32(5, 1),
+        block_tables=i32(1, 3, 5, 0).reshape(2, 2),
+    ),
     sample_rows=i32(4, 5),
     num_sample_rows=jnp.int32(2),
 )

@@ -147,7 +147,7 @@ def test_the_compiled_program_does_not_copy_the_weights():
     assert isinstance(w, PackedGroups)
     program = jax.jit(grouped_matmul).lower(jnp.ones((8, 64)), w, jnp.ones(4, jnp.int32)).compile()
     assert program.memory_analysis().temp_size_in_bytes < w.panels.nbytes / 4
-    assert program.as_text().count('custom_call_target="fastgen_grouped_matmul"') == 1
+    assert program.as_text().count('custom_call_target="pallas_kernels_grouped_matmul"') == 1
 
 
 def test_the_tile_loop_does_not_multiply_every_row_with_every_weight():

@@ -179,12 +179,12 @@ def test_the_compiled_program_does_not_copy_the_weight():
     packed = [prepare(_normal(64, 96, seed=i), quantize=q, platform="cpu") for i, q in enumerate((None, "int8"))]
     program = jax.jit(lambda x, ws: [linear(x, w) for w in ws]).lower(jnp.ones((1, 64)), packed).compile()
     text = program.as_text()
-    assert text.count('custom_call_target="fastgen_matmul"') == 2
+    assert text.count('custom_call_target="pallas_kernels_matmul"') == 2
     for w in packed:
         shape = ",".join(map(str, w.panels.shape))
         uses = [line for line in text.splitlines() if f"[{shape}]" in line and " parameter(" not in line]
         assert uses
-        others = [line for line in uses if not any(word in line for word in ("fastgen_matmul", "ENTRY", "HloModule"))]
+        others = [line for line in uses if not any(word in line for word in ("pallas_kernels_matmul", "ENTRY", "HloModule"))]
         assert others == []
 
 

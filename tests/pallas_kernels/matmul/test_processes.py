@@ -35,7 +35,7 @@ np.testing.assert_allclose(linear(jnp.asarray(x), plain), x @ w, rtol=1e-4, atol
 np.testing.assert_allclose(linear(jnp.asarray(x), int8), x @ (values * scales), rtol=1e-4, atol=1e-4)
 print("ok")
 """
-    assert _python(code, FASTGEN_NATIVE="0") == "ok"
+    assert _python(code, PALLAS_KERNELS_NATIVE="0") == "ok"
 
 
 @pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))

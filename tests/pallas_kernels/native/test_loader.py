@@ -17,7 +17,7 @@ from pallas_kernels import native
 from pallas_kernels.native import compiler, loader
 
 _PROBE = Path(__file__).with_name("probe.cc")
-_SYMBOLS = {"fastgen_probe": "FastgenProbe"}
+_SYMBOLS = {"pallas_kernels_probe": "PallasKernelsProbe"}
 _REPOSITORY = Path(__file__).parents[3]
 # One ulp of float32 is 1.2e-7 of the value; exp is within two of them.
 _EXP_TOLERANCE = 2.4e-7
@@ -49,7 +49,7 @@ def test_vector_exp_and_silu_agree_with_numpy():
     assert native.load("probe", _PROBE, _SYMBOLS)
     x = np.linspace(-87, 88, 16 * 4001, dtype=np.float32)
     like_x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    exps, silus = jax.jit(jax.ffi.ffi_call("fastgen_probe", (like_x, like_x)))(x)
+    exps, silus = jax.jit(jax.ffi.ffi_call("pallas_kernels_probe", (like_x, like_x)))(x)
     wide = x.astype(np.float64)
     np.testing.assert_allclose(exps, np.exp(wide), rtol=_EXP_TOLERANCE)
     np.testing.assert_allclose(silus, wide / (1 + np.exp(-wide)), rtol=4 * _EXP_TOLERANCE, atol=1e-37)
@@ -60,7 +60,7 @@ def test_vector_exp_of_extremes_is_zero_or_huge_and_nan_stays():
     assert native.load("probe", _PROBE, _SYMBOLS)
     x = np.tile(np.array([-np.inf, -1e30, -100, 100, 1e30, np.inf, np.nan, 0], np.float32), 2)
     like_x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    exps, _ = jax.jit(jax.ffi.ffi_call("fastgen_probe", (like_x, like_x)))(x)
+    exps, _ = jax.jit(jax.ffi.ffi_call("pallas_kernels_probe", (like_x, like_x)))(x)
     assert (np.asarray(exps)[:3] == 0).all()
     assert (np.asarray(exps)[3:6] > 2e38).all()
     assert np.isnan(exps[6])
@@ -72,8 +72,8 @@ def test_vector_exp_of_extremes_is_zero_or_huge_and_nan_stays():
 def test_several_processes_build_one_library(tmp_path: Path):
     processes = [_load_in_a_process(tmp_path) for _ in range(3)]
     assert [process.communicate()[0].strip() for process in processes] == ["True"] * 3
-    files = {path.suffix for path in (tmp_path / "fastgen_jax" / "native").iterdir()}
-    libraries = list((tmp_path / "fastgen_jax" / "native").glob("*.so"))
+    files = {path.suffix for path in (tmp_path / "pallas_kernels" / "native").iterdir()}
+    libraries = list((tmp_path / "pallas_kernels" / "native").glob("*.so"))
     assert len(libraries) == 1
     assert files == {".so", ".sha256", ".lock"}
 
@@ -122,8 +122,8 @@ def test_a_source_that_does_not_compile_is_reported_and_not_raised(
     broken = tmp_path / "broken.cc"
     broken.write_text("this is not C++;")
     with caplog.at_level("INFO", logger=loader.__name__):
-        assert not native.load("broken", broken, {"fastgen_broken": "Broken"})
-        assert not native.load("broken", broken, {"fastgen_broken": "Broken"})
+        assert not native.load("broken", broken, {"pallas_kernels_broken": "Broken"})
+        assert not native.load("broken", broken, {"pallas_kernels_broken": "Broken"})
     reports = [record for record in caplog.records if "not used" in record.message]
     assert len(reports) == 1, "the reason is logged once"
     assert "error" in reports[0].message
@@ -131,7 +131,7 @@ def test_a_source_that_does_not_compile_is_reported_and_not_raised(
 
 def test_the_environment_turns_native_kernels_off():
     code = "from pallas_kernels import native; print(native.available(), native.unavailable_reason())"
-    assert _python(code, FASTGEN_NATIVE="0") == "False FASTGEN_NATIVE=0 turns native kernels off"
+    assert _python(code, PALLAS_KERNELS_NATIVE="0") == "False PALLAS_KERNELS_NATIVE=0 turns native kernels off"
 
 
 def test_without_a_compiler_nothing_raises_and_the_reason_names_a_remedy():

@@ -68,7 +68,7 @@ class Case:
 
     def options(self) -> dict[str, Any]:
         heads = self.num_kv_heads * self.group
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"soft_cap": self.soft_cap}
         if self.alibi:
             options["alibi_slopes"] = jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)
         if self.sinks:
@@ -114,20 +114,18 @@ def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
 
 
 @functools.cache
-def compiled(implementation: str, case: Case, scale: float, num_blocks: int) -> Any:
-    static: dict[str, Any] = {"scale": scale, "num_blocks": num_blocks, "soft_cap": case.soft_cap}
+def compiled(implementation: str, case: Case) -> Any:
     if implementation == "reference":
-        return jax.jit(functools.partial(ragged_attention_reference, **static))
+        return jax.jit(ragged_attention_reference)
     interpret = InterpretGPUParams(detect_races=True)
-    options = static | {"generation": case.generation, "tiles": case.tiles, "interpret": interpret}
-    return jax.jit(functools.partial(ragged_attention_gpu, **options))
+    return jax.jit(
+        functools.partial(ragged_attention_gpu, generation=case.generation, tiles=case.tiles, interpret=interpret)
+    )
 
 
 def run(implementation: str, batch: Batch, case: Case, **options: Any) -> list[np.ndarray]:
     arguments = batch.arguments(**case.options(), **options)
-    static = {name: arguments.pop(name) for name in ("scale", "num_blocks")}
-    arguments["layer"] = jnp.asarray(arguments["layer"], jnp.int32)
-    return [np.asarray(x, np.float32) for x in jax.tree.leaves(compiled(implementation, case, **static)(**arguments))]
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(compiled(implementation, case)(**arguments))]
 
 
 def check_case(case: Case, *, examples: int) -> None:

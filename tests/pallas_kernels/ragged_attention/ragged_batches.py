@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ragged_attention import QuantizedCache
+from pallas_kernels.ragged_attention import CacheLayer, QuantizedCache, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import is_quantized, quantize
 
 
@@ -18,15 +18,21 @@ from pallas_kernels.ragged_attention.quantized import is_quantized, quantize
 class Batch:
     """Arguments of `ragged_attention`, as NumPy arrays, and what is needed to read its results."""
 
-    arrays: dict[str, Any]  # q, k, v, caches and index arrays, by argument name
+    arrays: dict[str, Any]  # q, k, v, caches and index arrays, by name
     num_blocks: int
     layer: int
     histories: list[tuple[np.ndarray, np.ndarray]]  # per sequence all keys and values [context, K, D]
 
-    def arguments(self, **changes: object) -> dict[str, object]:
+    def arguments(self, **changes: Any) -> dict[str, Any]:
+        """The arguments of `ragged_attention`; `changes` name an array, or a field of one of the pytrees."""
         head_dim = self.arrays["q"].shape[-1]
-        static = {"num_blocks": self.num_blocks, "layer": self.layer, "scale": head_dim**-0.5}
-        return {name: jax.tree.map(jnp.asarray, array) for name, array in self.arrays.items()} | static | changes
+        flat = {"num_blocks": self.num_blocks, "number": self.layer, "scale": head_dim**-0.5}
+        flat |= {name: jax.tree.map(jnp.asarray, array) for name, array in self.arrays.items()} | changes
+        pytrees = {"index": RaggedIndex, "layer": CacheLayer, "scoring": Scoring}
+        for name, cls in pytrees.items():
+            fields = [field.name for field in dataclasses.fields(cls) if field.name in flat]
+            flat[name] = cls(**{field: flat.pop(field) for field in fields})
+        return flat
 
 
 def make_batch(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,25 +10,25 @@ import pytest
 from pallas_kernels import native
 from pallas_kernels.ragged_attention import QuantizedCache, ragged_attention
 from pallas_kernels.ragged_attention.cpu import call as cpu
-from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
+from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
+from tests.shape_checks import unchecked
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 
 
 @pytest.fixture
-def arguments() -> dict[str, object]:
-    return make_batch([(3, 20), (1, 5)], num_tokens=6, num_kv_heads=2).arguments()  # H=4, K=2, D=16, L=3
+def batch() -> Batch:
+    return make_batch([(3, 20), (1, 5)], num_tokens=6, num_kv_heads=2)  # H=4, K=2, D=16, L=3
 
 
 def zeros(*shape: int, dtype: type = jnp.float32) -> jax.Array:
     return jnp.zeros(shape, dtype)
 
 
-def lowered(arguments: dict[str, object], platform: str = "cpu") -> str:
+def lowered(batch: Batch, platform: str = "cpu", **changes: object) -> str:
     """The program that `ragged_attention` becomes for a platform, before XLA."""
-    arguments = dict(arguments)
-    static = {name: arguments.pop(name) for name in ("num_blocks", "layer", "scale")}
-    traced = jax.jit(functools.partial(ragged_attention, **static)).trace(**arguments)
+    # A new function each time: jit would reuse a trace made with native kernels.
+    traced = jax.jit(lambda arguments: ragged_attention(**arguments)).trace(batch.arguments(**changes))
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -59,8 +57,8 @@ def lowered(arguments: dict[str, object], platform: str = "cpu") -> str:
         ({"query_starts": zeros(2, dtype=jnp.int32)}, r"query_starts has shape \(2,\) but must be \[S\+1\]"),
         ({"context_lens": zeros(3, dtype=jnp.int32)}, r"context_lens has shape \(3,\) but must be \[S\]"),
         ({"block_tables": zeros(2, dtype=jnp.int32)}, r"block_tables has shape \(2,\) but must have 2 axes"),
-        ({"layer": 3}, r"layer is 3 but must be in \[0, 3\)"),
-        ({"layer": zeros(1, dtype=jnp.int32)}, r"layer has shape \(1,\) but must be a scalar"),
+        ({"number": 3}, r"layer is 3 but must be in \[0, 3\)"),
+        ({"number": zeros(1, dtype=jnp.int32)}, r"layer has shape \(1,\) but must be a scalar"),
         ({"num_blocks": 4}, r"num_blocks is 4 but must be at least 1 and divide the 15 blocks"),
         ({"scale": 0.0}, r"scale is 0.0 but must be positive and finite, usually D\*\*-0.5 = 0.25"),
         ({"sliding_window": 0}, r"sliding_window is 0 but must be at least 1"),
@@ -70,33 +68,33 @@ def lowered(arguments: dict[str, object], platform: str = "cpu") -> str:
         ({"implementation": "triton"}, r"implementation is 'triton' but must be one of 'reference', 'xla', 'cpu'"),
     ],
 )
-def test_an_argument_that_does_not_fit_is_named(arguments: dict, changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ragged_attention(**(arguments | changes))
+def test_an_argument_that_does_not_fit_is_named(batch: Batch, changes: dict[str, object], message: str) -> None:
+    with unchecked(), pytest.raises(ValueError, match=message):
+        ragged_attention(**batch.arguments(**changes))
 
 
-def test_the_native_kernel_refuses_a_half_precision_cache_that_it_cannot_read(arguments: dict) -> None:
-    caches = {name: arguments[name].astype(jnp.float16) for name in ("k_cache", "v_cache")}
+def test_the_native_kernel_refuses_a_half_precision_cache_that_it_cannot_read(batch: Batch) -> None:
+    caches = {name: jnp.asarray(batch.arrays[name], jnp.float16) for name in ("k_cache", "v_cache")}
     with pytest.raises(ValueError, match="takes float32 and bfloat16 caches but k_cache has dtype float16"):
-        ragged_attention(**(arguments | caches), implementation="cpu")
-    assert "fastgen_ragged_attention" not in lowered(arguments | caches)  # by itself it picks another way
+        ragged_attention(**batch.arguments(**caches), implementation="cpu")
+    assert "pallas_kernels_ragged_attention" not in lowered(batch, **caches)  # by itself it picks another way
 
 
 @needs_native
-def test_by_default_the_native_kernel_runs_on_a_cpu(arguments: dict) -> None:
-    assert "fastgen_ragged_attention_f32" in lowered(arguments)
-    expected = ragged_attention(**arguments, implementation="cpu")[0]
-    np.testing.assert_array_equal(ragged_attention(**arguments)[0], expected)
+def test_by_default_the_native_kernel_runs_on_a_cpu(batch: Batch) -> None:
+    assert "pallas_kernels_ragged_attention_f32" in lowered(batch)
+    expected = ragged_attention(**batch.arguments(), implementation="cpu")[0]
+    np.testing.assert_array_equal(ragged_attention(**batch.arguments())[0], expected)
 
 
-def test_without_a_compiler_xla_serves(arguments: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTGEN_NATIVE", "0")
+def test_without_a_compiler_xla_serves(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PALLAS_KERNELS_NATIVE", "0")
     assert not native.available()
-    assert "fastgen_ragged_attention" not in lowered(arguments)
+    assert "pallas_kernels_ragged_attention" not in lowered(batch)
     with pytest.raises(ValueError, match="needs a native kernel, which cannot be had here"):
-        ragged_attention(**arguments, implementation="cpu")
+        ragged_attention(**batch.arguments(), implementation="cpu")
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_another_platform_gets_plain_xla(arguments: dict, platform: str) -> None:
-    assert "fastgen_ragged_attention" not in lowered(arguments, platform)
+def test_another_platform_gets_plain_xla(batch: Batch, platform: str) -> None:
+    assert "pallas_kernels_ragged_attention" not in lowered(batch, platform)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.ragged_attention import QuantizedCache, ragged_attention
+from pallas_kernels.ragged_attention import CacheLayer, QuantizedCache, RaggedIndex, Scoring, ragged_attention
 from pallas_kernels.ragged_attention.cpu import call as cpu
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
@@ -29,10 +29,9 @@ def program(implementation: str | None, *, num_layers: int, scanned: bool) -> Ca
                 kv,
                 k_cache,
                 v_cache,
-                **index,
-                layer=layer,
-                num_blocks=NUM_BLOCKS,
-                scale=0.125,
+                index,
+                CacheLayer(number=layer, num_blocks=NUM_BLOCKS),
+                Scoring(scale=0.125),
                 implementation=implementation,
             )
             return (x + out, tuple(caches)), None
@@ -54,12 +53,12 @@ def compile_step(
     pool = jax.ShapeDtypeStruct(POOL, f32)
     if quantized:
         pool = jax.eval_shape(lambda: QuantizedCache.zeros(POOL, jnp.int8))
-    index = {
-        "kv_slots": jax.ShapeDtypeStruct((num_tokens,), i32),
-        "query_starts": jax.ShapeDtypeStruct((5,), i32),
-        "context_lens": jax.ShapeDtypeStruct((4,), i32),
-        "block_tables": jax.ShapeDtypeStruct((4, 6), i32),
-    }
+    index = RaggedIndex(
+        kv_slots=jax.ShapeDtypeStruct((num_tokens,), i32),
+        query_starts=jax.ShapeDtypeStruct((5,), i32),
+        context_lens=jax.ShapeDtypeStruct((4,), i32),
+        block_tables=jax.ShapeDtypeStruct((4, 6), i32),
+    )
     x = jax.ShapeDtypeStruct((num_tokens, 9, 64), f32)
     step = jax.jit(program(implementation, num_layers=num_layers, scanned=scanned), donate_argnums=1)
     return step.lower(x, (pool, pool), index).compile()

@@ -37,29 +37,25 @@ def run_in_chunks(lengths: list[int], *, implementation: str, block_size: int = 
         companions = [(1, 70), (9, 9)] if done % 2 else []
         # The last row is ours; make_batch deals it blocks for its whole life.
         batch = make_batch([*companions, (total, total)], block_size=block_size, seed=seed, num_blocks=200, **HEADS)
-        arguments = {name: array.copy() for name, array in batch.arrays.items()}
-        start = int(arguments["query_starts"][-2])
-        own = arguments["block_tables"][-1] if own is None else own
+        arrays = batch.arrays
+        start = int(arrays["query_starts"][-2])
+        own = arrays["block_tables"][-1] if own is None else own
         if caches is None:
-            caches = (arguments["k_cache"], arguments["v_cache"])
+            caches = (arrays["k_cache"], arrays["v_cache"])
         for name, fresh in (("q", q), ("k", k), ("v", v)):
-            arguments[name] = arguments[name][: start + length]
-            arguments[name][start:] = fresh[done : done + length]
+            arrays[name] = arrays[name][: start + length]
+            arrays[name][start:] = fresh[done : done + length]
         positions = np.arange(done, done + length)
-        arguments["kv_slots"] = arguments["kv_slots"][: start + length]
-        arguments["kv_slots"][:start] = 2**30  # companions are there for their load, not for their blocks
-        arguments["kv_slots"][start:] = own[positions // block_size] * block_size + positions % block_size
-        arguments["query_starts"][-1] = start + length
-        arguments["context_lens"][-1] = done + length
-        arguments["block_tables"] = np.zeros((len(companions) + 1, len(own)), np.int32)
-        arguments["block_tables"][-1] = own
-        arguments["k_cache"], arguments["v_cache"] = caches
-        run = jax.jit(
-            functools.partial(
-                ragged_attention, layer=1, num_blocks=200, scale=0.125, implementation=implementation, **options
-            )
-        )
-        out, *new = run(**arguments)
+        arrays["kv_slots"] = arrays["kv_slots"][: start + length]
+        arrays["kv_slots"][:start] = 2**30  # companions are there for their load, not for their blocks
+        arrays["kv_slots"][start:] = own[positions // block_size] * block_size + positions % block_size
+        arrays["query_starts"][-1] = start + length
+        arrays["context_lens"][-1] = done + length
+        arrays["block_tables"] = np.zeros((len(companions) + 1, len(own)), np.int32)
+        arrays["block_tables"][-1] = own
+        arrays["k_cache"], arrays["v_cache"] = caches
+        run = jax.jit(functools.partial(ragged_attention, implementation=implementation))
+        out, *new = run(**batch.arguments(scale=0.125, **options))
         caches = tuple(np.asarray(cache) for cache in new)
         rows.append(np.asarray(out)[start:])
         done += length

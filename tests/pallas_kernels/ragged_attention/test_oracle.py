@@ -73,19 +73,13 @@ def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
 
 
 @functools.cache
-def compiled(implementation: str, num_blocks: int, scale: float, soft_cap: float | None):
-    return jax.jit(
-        functools.partial(
-            ragged_attention, implementation=implementation, num_blocks=num_blocks, scale=scale, soft_cap=soft_cap
-        )
-    )
+def compiled(implementation: str):
+    return jax.jit(functools.partial(ragged_attention, implementation=implementation))
 
 
 def run(batch: Batch, implementation: str, **options: object) -> list[np.ndarray]:
     arguments = batch.arguments(**options)
-    static = [arguments.pop(name) for name in ("num_blocks", "scale", "soft_cap")]
-    arguments["layer"] = jnp.asarray(arguments["layer"], jnp.int32)
-    return [np.asarray(x, np.float32) for x in jax.tree.leaves(compiled(implementation, *static)(**arguments))]
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(compiled(implementation)(**arguments))]
 
 
 def loop_in_numpy(batch: Batch, *, window: int, soft_cap: float | None, alibi_slopes=None, sinks=None) -> np.ndarray:
@@ -162,11 +156,10 @@ def test_implementations_equal_the_reference(shape: Shape) -> None:
 @pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
 def test_an_8_bit_cache_is_attended_to_as_the_numbers_that_it_stands_for(dtype: str) -> None:
     batch = make_batch([(1, 33), (7, 7), (3, 20)], dtype=jnp.dtype(dtype), group=3, num_kv_heads=2)
-    arguments = batch.arguments()
-    out, *caches = ragged_attention(**arguments, implementation="reference")
+    out, *caches = ragged_attention(**batch.arguments(), implementation="reference")
     plain = [gather_blocks(cache, jnp.arange(cache.shape[0])) for cache in caches]
-    written = {"k_cache": plain[0], "v_cache": plain[1], "kv_slots": jnp.full_like(arguments["kv_slots"], 2**30)}
-    expected, *_ = ragged_attention(**(arguments | written), implementation="reference")
+    written = {"k_cache": plain[0], "v_cache": plain[1], "kv_slots": np.full_like(batch.arrays["kv_slots"], 2**30)}
+    expected, *_ = ragged_attention(**batch.arguments(**written), implementation="reference")
     np.testing.assert_array_equal(out, expected)
 
 
@@ -236,9 +229,8 @@ def test_half_precision_queries_give_half_precision_results(implementation: str,
     arguments = batch.arguments()
     for name in ("q", "k", "v", "k_cache", "v_cache"):
         arguments[name] = arguments[name].astype(dtype)
-    static = {name: arguments.pop(name) for name in ("num_blocks", "layer", "scale")}
-    out, k_cache, _ = jax.jit(functools.partial(ragged_attention, implementation=implementation, **static))(**arguments)
-    expected, _, _ = jax.jit(functools.partial(ragged_attention, implementation="reference", **static))(**arguments)
+    out, k_cache, _ = compiled(implementation)(**arguments)
+    expected, _, _ = compiled("reference")(**arguments)
     assert out.dtype == k_cache.dtype == dtype
     # One rounding to 8 bits of values of order 1, twice.
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=2e-2, rtol=0)

@@ -19,6 +19,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the race d
 from jax.experimental.pallas import tpu as pltpu
 
 from fastgen_jax.core import stored_head_dim
+from pallas_kernels.ragged_attention import CacheLayer
 from pallas_kernels.ragged_attention.autotune import autotune, candidates
 from pallas_kernels.ragged_attention.measured_tiles import entries
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
@@ -106,22 +107,18 @@ def pad_heads(arguments: dict[str, object], head_dim: int) -> dict[str, object]:
 
 
 @functools.cache
-def compiled(implementation: str, case: Case, mode: str, scale: float, num_blocks: int):
-    static = {"scale": scale, "num_blocks": num_blocks, "soft_cap": case.soft_cap}
+def compiled(implementation: str, case: Case, mode: str):
     if implementation == "reference":
-        return jax.jit(functools.partial(ragged_attention_reference, **static))
+        return jax.jit(ragged_attention_reference)
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode)
-    return jax.jit(functools.partial(ragged_attention_tpu, tiles=case.tiles, interpret=interpret, **static))
+    return jax.jit(functools.partial(ragged_attention_tpu, tiles=case.tiles, interpret=interpret))
 
 
 def run(implementation: str, batch: Batch, case: Case, mode: str, **options: object) -> list[np.ndarray]:
     arguments = batch.arguments(**case.options(), **options)
-    static = {name: arguments.pop(name) for name in ("scale", "num_blocks")}
-    arguments.pop("soft_cap")
-    arguments["layer"] = jnp.asarray(arguments["layer"], jnp.int32)
     if implementation == "tpu" and case.head_dim != stored_head_dim(case.head_dim, "tpu"):
         arguments = pad_heads(arguments, case.head_dim)
-    results = jax.tree.leaves(compiled(implementation, case, mode, **static)(**arguments))
+    results = jax.tree.leaves(compiled(implementation, case, mode)(**arguments))
     if case.head_dim == stored_head_dim(case.head_dim, "tpu"):
         return [np.asarray(x, np.float32) for x in results]
     return [np.asarray(x, np.float32)[..., : case.head_dim] for x in results]
@@ -181,7 +178,7 @@ def test_scattered_slots_are_written_wherever_they_lie() -> None:
     slots[5] = num_blocks * 16  # padding
     k, v = (jnp.asarray(rng.standard_normal((24, 2, 128), dtype=np.float32)) for _ in range(2))
     caches = [jnp.full(shape, np.nan, jnp.float32) for _ in range(2)]
-    arguments = {"kv_slots": jnp.asarray(slots), "layer": jnp.int32(1), "num_blocks": num_blocks}
+    arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
     written = write_kv_tpu(k, v, *caches, **arguments, interpret=interpret)
@@ -201,7 +198,7 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_wherever_they_lie() -> No
     k, v = (jnp.asarray(rng.standard_normal((40, 2, 128), dtype=np.float32)) for _ in range(2))
     caches = [as_cache(np.full(shape, np.nan, np.float32), jnp.int8) for _ in range(2)]
     caches = [jax.tree.map(jnp.asarray, cache) for cache in caches]
-    arguments = {"kv_slots": jnp.asarray(slots), "layer": jnp.int32(1), "num_blocks": num_blocks}
+    arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
     written = write_kv_quantized_tpu(k, v, *caches, **arguments, interpret=interpret)

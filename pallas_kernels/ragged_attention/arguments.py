@@ -1,0 +1,75 @@
+"""The arguments of `ragged_attention` that belong together, as pytrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.pytree import pytree, static
+from pallas_kernels.ragged_attention.quantized import Cache
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+
+@pytree
+class RaggedIndex:
+    """Which tokens are whose, and where their keys and values are.
+
+        tokens         [ a5 a6 a7 | b0 b1 b2 b3 | c9 | - - ]        T = 10; two tokens of padding
+        query_starts   [ 0          3             7    8   8 ]      S = 4: three chunks and an unused row
+        context_lens   [ 8          4            10    0     ]
+
+    The contents are the caller's promise; they are not checked.
+    """
+
+    kv_slots: Int[Array, " T"]
+    """Where each token is written: block * B + offset, relative to the layer, every slot once. A slot outside [0, N*B)
+    marks padding and is dropped."""
+    query_starts: Int[Array, " S+1"]
+    """Chunk s is the tokens [query_starts[s], query_starts[s+1]). Non-decreasing."""
+    context_lens: Int[Array, " S"]
+    """Tokens attended to, cached and new; 0 for an unused row, whose chunk is empty."""
+    block_tables: Int[Array, "S M"]
+    """The blocks of each sequence, relative to the layer. Entries past the context, or entirely before the window of all
+    queries, are never followed."""
+
+
+@pytree
+class CacheLayer:
+    """The part of a cache that belongs to one layer: blocks [number * num_blocks, (number + 1) * num_blocks)."""
+
+    number: int | Int[Array, ""]
+    """Which layer; may be traced."""
+    num_blocks: int = static()
+    """N, blocks of a layer."""
+
+    @property
+    def first_block(self) -> Int[Array, ""]:
+        return jnp.asarray(self.number, jnp.int32) * self.num_blocks
+
+
+@pytree
+class Scoring:
+    """How the dot product of a query and a key becomes a score."""
+
+    scale: float = static()
+    """Factor of the dot product."""
+    soft_cap: float | None = static(default=None)
+    """Scores become soft_cap * tanh(score / soft_cap)."""
+    sliding_window: int | Int[Array, ""] | None = None
+    """A query at position p sees keys j with p - sliding_window < j <= p. May be traced; None for all keys up to p."""
+    alibi_slopes: Float[Array, " H"] | None = None
+    """float32; slope * (j - p) is added after the cap."""
+    sinks: Float[Array, " H"] | None = None
+    """float32; one more logit a head that takes probability and carries no value."""
+
+
+Attention: TypeAlias = Callable[
+    [jax.Array, jax.Array, jax.Array, Cache, Cache, RaggedIndex, CacheLayer, Scoring], tuple[jax.Array, Cache, Cache]
+]
+"""What `ragged_attention` and each of its implementations is: (q, k, v, k_cache, v_cache, index, layer, scoring) ->
+(out, k_cache, v_cache)."""
