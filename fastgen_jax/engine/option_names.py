@@ -1,4 +1,4 @@
-"""What other programs call the options of `EngineConfig`, for the error about one that is unknown."""
+"""Names of `EngineConfig` options in other programs, for the error about an unknown option."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from fastgen_jax.scheduling import SamplingParams
 
-_MEMORY = "the KV cache takes what is free; num_blocks sets its size in blocks"
+_MEMORY = "the KV cache uses free memory; num_blocks sets its size in blocks"
 _PLATFORM = "the environment chooses: JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS"
 
 _OTHER_NAMES = {
@@ -64,7 +64,7 @@ _OTHER_NAMES = {
 
 
 def unknown_engine_option(name: str, known: Iterable[str]) -> ValueError:
-    """The error for an option that `EngineConfig` does not have; it says which was meant, where that can be told."""
+    """The error for an option that `EngineConfig` does not have, with a suggestion if there is one."""
     generation = {f.name for f in fields(SamplingParams)} - {"max_length"}
     if name in generation:
         return ValueError(
@@ -75,7 +75,7 @@ def unknown_engine_option(name: str, known: Iterable[str]) -> ValueError:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" with the known name that is spelt most like `name`, or nothing if none is."""
+    """ "; did you mean 'x'?" with the known name that is spelled most like `name`, or nothing if none is similar."""
     spelling = name.lower().replace("-", "_")
     found = difflib.get_close_matches(spelling, list(known), n=1, cutoff=0.7)
     return f"; did you mean {found[0]!r}?" if found else ""
@@ -84,7 +84,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unknown_option(name: str, known: Iterable[str], others: Mapping[str, str], *, kind: str) -> ValueError:
     """The error for an option that is not among the `known` of a `kind`.
 
-    `others` has what other programs call things, by name: one of the known, or a sentence for what has no equal here.
+    `others` maps names in other programs to a known name, or to a sentence if there is no equivalent.
     """
     known = sorted(known)
     other = others.get(name.lower().replace("-", "_"))

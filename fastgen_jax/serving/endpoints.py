@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from fastgen_jax.api.options import asked
+from fastgen_jax.api.options import generation_of
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.scheduling import ContextLengthError
@@ -105,12 +105,12 @@ async def chat(server: ServerState, body: ChatRequest, request: Request) -> Resp
 async def generate(server: ServerState, body: GenerateRequest, request: Request) -> Response:
     """POST /mii/{deployment}: a list with one answer per sample, or server-sent events of (index, output)."""
     backend = server.ready()
-    call = asked(backend.intake, None, _with_token_ids(body.model_extra or {}))
+    call = generation_of(backend.intake, None, _with_token_ids(body.model_extra or {}))
     params = call.params
     stops = tuple(params.stop)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop has {len(stops)} strings but at most {MAX_STOPS} are allowed; keep the most likely")
-    prompts = split_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
+    prompts = split_prompts(body.prompts)
     try:
         work = await start_work(
             backend,

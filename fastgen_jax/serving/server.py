@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 import uvicorn
 
 from fastgen_jax.api.async_engine import AsyncEngine
-from fastgen_jax.api.deployment import Deployment, check_name, default_name, process_start, written_down
+from fastgen_jax.api.deployment import Deployment, check_name, default_name, process_start, recorded
 from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
@@ -59,7 +59,7 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
         log=log_file,
         replicas=config.replicas,
     )
-    with listener, written_down(record):
+    with listener, recorded(record):
         log.info("deployment %s listens on %s and is loading %s", record.name, record.url, model)
         server = ServerState(served)
 

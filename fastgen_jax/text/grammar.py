@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Grammar:
     source: str
 
     @staticmethod
-    def json_schema(schema: Mapping[str, Any]) -> Grammar:
+    def json_schema(schema: Mapping[str, object]) -> Grammar:
         """Returns the grammar of JSON values that follow `schema`."""
         return Grammar(kind="json_schema", source=json.dumps(schema))
 

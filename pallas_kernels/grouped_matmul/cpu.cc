@@ -11,11 +11,11 @@
 namespace pallas_kernels {
 namespace {
 
-// Neighbouring rows of one group, at most kMaxRows: those that a tile multiplies together.
+// Neighboring rows of one group, at most kMaxRows: those that a tile multiplies together.
 struct RowBlock {
   int64_t row, rows;
 };
-// Neighbouring row blocks of one group: those that an item multiplies by one panel.
+// Neighboring row blocks of one group: those that an item multiplies by one panel.
 struct Chunk {
   int64_t group, first_block, last_block;
 };
@@ -76,7 +76,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t d
       num_packed.fetch_add(1, std::memory_order_release);
       return;
     }
-    // Whoever packs has a lower number, so has begun: see parallel_for.
+    // The task that packs has a lower number, so it has begun: see parallel_for.
     wait_until([&] { return num_packed.load(std::memory_order_acquire) == num_blocks; });
     const Chunk chunk = chunks[(item - num_blocks) / num_panels];
     const int64_t panel = (item - num_blocks) % num_panels, index = chunk.group * num_panels + panel;

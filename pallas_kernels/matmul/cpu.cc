@@ -52,7 +52,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
       num_packed.fetch_add(1, std::memory_order_release);
       return;
     }
-    // Whoever packs has a lower number, so has begun: see parallel_for.
+    // The task that packs has a lower number, so it has begun: see parallel_for.
     wait_until([&] { return num_packed.load(std::memory_order_acquire) == num_packs; });
     const int64_t chunk = (item - num_packs) / num_panels, panel = (item - num_packs) % num_panels;
     const int64_t first_block = chunk * blocks.count / num_chunks;

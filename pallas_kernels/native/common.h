@@ -130,7 +130,7 @@ KERNEL_INLINE void transpose(Vec (&rows)[kLanes]) {
 
 // e^x for x below 88.3, relative error below 2e-7; 0 below -87.3. NaN stays NaN.
 KERNEL_INLINE Vec exp_below_overflow(Vec x) {
-  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum.
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the sum.
   const Vec magic = splat(12582912.0f);
   const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec n = shifted - magic;
@@ -193,7 +193,7 @@ KERNEL_INLINE void pause() {
 #endif
 }
 
-// Spins until `condition()` holds; gives the core away when that takes long.
+// Spins until `condition()` holds; yields the core when that takes long.
 template <class Condition>
 inline void wait_until(Condition&& condition) {
   for (int i = 0; !condition(); ++i) {
@@ -207,7 +207,7 @@ inline void wait_until(Condition&& condition) {
 
 // Calls body(i) once for every i in [0, count), on the calling thread and on threads of XLA's pool.
 //
-// Items are claimed in rising order from one counter, so the calling thread can do all of them alone: when the pool
+// Items are claimed in rising order from one counter, so the calling thread can do all of them by itself: when the pool
 // is busy, nothing waits for it. The caller waits only for items that another thread has begun. A pool task that
 // starts after that finds no item left, and touches nothing but the shared counter, which it keeps alive itself.
 // An item may therefore wait for one with a lower number (it has begun), never for a higher one.

@@ -55,7 +55,7 @@ struct Float32 {
 
 struct BFloat16 {
   using Element = uint16_t;
-  using Factor = uint32_t;  // two neighbours along the contraction axis
+  using Factor = uint32_t;  // two neighbors along the contraction axis
   using Wide = BFloat16;
   static constexpr int kGroup = 2;
   static KERNEL_INLINE __m512i get(const uint16_t* p) { return _mm512_loadu_si512(p); }

@@ -7,7 +7,7 @@ namespace {
 
 using Floats = ffi::Buffer<ffi::F32>;
 
-// The pairs (x[i], x[i + pairs]) of one head turned by the angle of pair i; what lies behind the pairs stays.
+// The pairs (x[i], x[i + pairs]) of one head turned by the angle of pair i; what follows the pairs is unchanged.
 void turn(const float* x, const float* cos, const float* sin, int64_t pairs, int64_t dim, float* y) {
   int64_t i = 0;
   for (; i + kLanes <= pairs; i += kLanes) {

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fastgen_jax.api.deployment import Deployment, process_start, written_down
+from fastgen_jax.api.deployment import Deployment, process_start, recorded
 from fastgen_jax.cli import main
 from fastgen_jax.serving import batch
 from fastgen_jax.serving.batch import Batch, run_batch
@@ -266,7 +266,7 @@ def deployed(url, tmp_path, monkeypatch):
     record = Deployment(
         name=MODEL, model=MODEL, url=url, pid=os.getpid(), started=0.0, process_start=process_start(os.getpid()) or ""
     )
-    with written_down(record):
+    with recorded(record):
         yield MODEL
 
 

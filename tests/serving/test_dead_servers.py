@@ -15,7 +15,7 @@ import pytest
 
 import fastgen_jax
 from fastgen_jax.api.client import AsyncClient, Client, NoAnswerError, ServerError
-from fastgen_jax.api.deployment import Deployment, deployments, process_start, written_down
+from fastgen_jax.api.deployment import Deployment, deployments, process_start, recorded
 from fastgen_jax.cli import main
 from tests.serving.tiny_server import MODEL
 
@@ -117,7 +117,7 @@ def test_the_error_for_a_server_that_has_ended_names_its_log_and_how_to_restart_
 
 
 def test_the_error_for_a_restarted_server_names_its_new_address():
-    with written_down(deployment("http://127.0.0.1:1")):
+    with recorded(deployment("http://127.0.0.1:1")):
         for message in failures(deployment(closed_url(), pid=GONE)):
             assert f"was started again, as process {os.getpid()} at http://127.0.0.1:1" in message
 
@@ -132,7 +132,7 @@ def test_a_connection_that_breaks_during_an_answer_is_an_error():
     for answer in (b"", head + b"transfer-encoding: chunked\r\n\r\n5\r\ndata:", head + b"content-length: 9\r\n\r\ndata:"):
         with listening(answer) as url:
             for message in failures(deployment(url, pid=GONE)):
-                assert "the connection broke before the answer was whole" in message
+                assert "the connection broke before the answer was complete" in message
                 assert "has ended" in message
 
 
@@ -143,7 +143,7 @@ def test_a_stream_that_stops_early_is_an_error():
     )
     with listening(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + event) as url:
         client, seen = Client(deployment(url)), []
-        with pytest.raises(NoAnswerError, match="closed before the answer was whole"):
+        with pytest.raises(NoAnswerError, match="closed before the answer was complete"):
             seen += [output.text for output in client.stream("x")]
         client.close()
 
@@ -165,8 +165,8 @@ def test_a_different_kind_of_server_is_recognized(answer):
 
 def test_a_record_whose_process_is_gone_or_is_another_program_is_reported_and_removed():
     for dead in (deployment(closed_url(), pid=GONE), deployment(closed_url(), process_start="another program")):
-        with written_down(dead):
-            with pytest.raises(ValueError, match=r"'chat' has ended without a word: its process \d+ is gone; its log is"):
+        with recorded(dead):
+            with pytest.raises(ValueError, match=r"'chat' was killed: its process \d+ is gone; its log is"):
                 fastgen_jax.client("chat")
             assert deployments() == []
         with pytest.raises(ValueError, match=r"no deployment 'chat' runs on this machine \(running: none\)"):
@@ -176,7 +176,7 @@ def test_a_record_whose_process_is_gone_or_is_another_program_is_reported_and_re
 @pytest.mark.parametrize("command", [("top", "chat"), ("top",)])
 def test_commands_report_the_error_in_one_line(command, capsys, monkeypatch):
     monkeypatch.setattr("fastgen_jax.serving.batch.GIVE_UP_SECONDS", 0.0)
-    with written_down(deployment(closed_url())):
+    with recorded(deployment(closed_url())):
         assert main(command) == 2
         (said,) = capsys.readouterr().err.splitlines()
         assert said.startswith("fastgen: no connection to http://127.0.0.1:")
@@ -185,7 +185,7 @@ def test_commands_report_the_error_in_one_line(command, capsys, monkeypatch):
 def test_a_batch_says_why_its_deployment_does_not_answer(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastgen_jax.serving.batch.GIVE_UP_SECONDS", 0.0)
     (tmp_path / "in.txt").write_text("Once\n")
-    with written_down(deployment(closed_url())):
+    with recorded(deployment(closed_url())):
         assert main(["batch", str(tmp_path / "in.txt"), str(tmp_path / "out.jsonl"), "--deployment", "chat"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("fastgen: no answer from the server")

@@ -143,7 +143,7 @@ def test_the_log_reports_a_long_task_from_its_start(caplog, monkeypatch):
 
 
 def test_nothing_is_logged_where_a_progress_bar_is_shown(caplog, monkeypatch):
-    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    monkeypatch.setattr(progress, "is_interactive", lambda: True)
     monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
     with (
         caplog.at_level(logging.INFO, "fastgen_jax"),

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from fastgen_jax.api.deployment import Deployment, process_start, written_down
+from fastgen_jax.api.deployment import Deployment, process_start, recorded
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.serving.middleware import StartLimiter
 from fastgen_jax.serving.server import _serve, run_server
@@ -195,7 +195,7 @@ def test_a_port_in_use_and_a_name_in_use_are_refused_with_a_remedy(tmp_path, mon
         started=0.0,
         process_start=process_start(os.getpid()) or "",
     )
-    with written_down(record), pytest.raises(ValueError, match=r"'nowhere' runs already .*choose another deployment_name"):
+    with recorded(record), pytest.raises(ValueError, match=r"'nowhere' runs already .*choose another deployment_name"):
         run_server("nowhere", ServerConfig(port=0), EngineConfig())
 
 

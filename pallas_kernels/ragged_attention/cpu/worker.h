@@ -269,7 +269,7 @@ class Worker {
     const int64_t head = unit.head * p_.G + r % p_.G;
     const int first = rows.begin / kLanes, last = (rows.end + kLanes - 1) / kLanes;
     float* scores = scores_ + r * kTile;
-    // Visible: begin <= j < end. The window's difference cannot overflow: both lie in [0, 2^31).
+    // Visible: begin <= j < end. The window's difference cannot overflow: both are in [0, 2^31).
     const int begin = std::max(position - p_.window + 1, 0) - tile, end = position + 1 - tile;
     if (std::max(begin, 0) >= std::min(end, kTile)) {
       for (int group = first; group < last; ++group) store(scores + group * kLanes, Vec{});
