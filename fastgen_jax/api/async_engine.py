@@ -1,4 +1,4 @@
-"""The engine for asyncio: streams of outputs, a bounded queue, deadlines."""
+"""The engine for asyncio: output streams, a bounded queue, deadlines."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 T = TypeVar("T")
-EVENTS_A_TURN = 32  # a turn of the event loop then takes some milliseconds
-MAX_QUEUE = 1024  # requests: beyond it a client is better told to come back
+EVENTS_A_TURN = 32  # a turn of the event loop then takes a few milliseconds
+MAX_QUEUE = 1024  # requests; with more, clients had better retry later
 
 
 class QueueFullError(Exception):
-    """Too many requests wait; `retry_after` is the scheduler's estimate in seconds, at least 1."""
+    """Too many requests are waiting; `retry_after` is the estimated wait in whole seconds, at least 1."""
 
     def __init__(self, num_waiting: int, limit: int, wait_seconds: float) -> None:
         self.retry_after = max(1, math.ceil(wait_seconds))
-        super().__init__(f"{num_waiting} requests wait, and the limit is {limit}; come back in {self.retry_after} s")
+        super().__init__(f"{num_waiting} requests wait, and the limit is {limit}; retry in {self.retry_after} s")
 
 
 class ClosedError(Exception):
-    """The engine takes no more requests."""
+    """The engine accepts no more requests."""
 
 
 class RequestFailedError(Exception):
@@ -44,23 +44,23 @@ class RequestFailedError(Exception):
 
 
 class Stream:
-    """The outputs of one request, to be read with `async for`.
+    """The outputs of one request; read them with `async for`.
 
-    A reader that is slow finds more of them when it comes: the engine does not wait for it. `close` ends the request.
+    The engine does not wait for a slow reader: outputs accumulate. `close` ends the request.
     """
 
     def __init__(self, request: Request, on_close: Callable[[Stream], object]) -> None:
         self.request = request
         self.outputs = 0
         self.on_put: Callable[[], object] | None = None
-        """Called after each event, for one who follows many streams."""
+        """Called after each event, for readers of many streams."""
         self._pending: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._on_close = on_close
-        self._done = False  # the last event is in
+        self._done = False  # whether the last event has arrived
 
     def put(self, event: Event) -> None:
-        """Adds an event; for the one who makes the stream."""
+        """Adds an event; for the creator of the stream."""
         self._pending.append(event)
         self.outputs += 1
         self._done |= isinstance(event, Failure) or event.finished
@@ -68,7 +68,7 @@ class Stream:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether everything was taken and nothing will come."""
+        """Whether all events were taken and no more will arrive."""
         return self._done and not self._pending
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
@@ -80,19 +80,19 @@ class Stream:
         return _checked(self._pending.popleft())
 
     async def batches(self) -> AsyncIterator[list[RequestOutput]]:
-        """All outputs that are there, each time: one for a reader who keeps up."""
+        """Lists of the available outputs: one output each for a reader that keeps up."""
         while await self._wait():
             yield self.take()
 
     def take(self) -> list[RequestOutput]:
-        """The outputs that are there, none of them again; raises RequestFailedError when nothing else is left."""
+        """Removes and returns the available outputs; raises RequestFailedError if a failure is the only event left."""
         outputs = []
         while self._pending and not (outputs and isinstance(self._pending[0], Failure)):
             outputs.append(_checked(self._pending.popleft()))
         return outputs
 
     async def _wait(self) -> bool:
-        """Waits for an event; False if none will come."""
+        """Waits for an event; False if no more will arrive."""
         while not self._pending:
             if self._done:
                 return False
@@ -104,7 +104,7 @@ class Stream:
         return True
 
     def close(self) -> None:
-        """Ends the request if it is unfinished; its blocks are free before the next step."""
+        """Ends the request if it is unfinished; its blocks are freed before the next step."""
         if not self._done:
             self._done = True
             self._pending.clear()  # nothing follows
@@ -125,7 +125,7 @@ class AsyncEngine:
             async for output in engine.generate("Once upon a time", SamplingParams(max_new_tokens=16)):
                 print(output.text, end="")
 
-    `max_queue` requests may wait; more are refused.
+    At most `max_queue` requests wait; further ones are refused.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int = MAX_QUEUE) -> None:
@@ -145,12 +145,12 @@ class AsyncEngine:
 
     @property
     def load(self) -> Load:
-        """How busy the engine is."""
+        """The current load of the engine."""
         return self._thread.load
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that were submitted and have not ended."""
+        """Submitted requests that have not ended."""
         return len(self._streams)
 
     @property
@@ -160,14 +160,14 @@ class AsyncEngine:
 
     @property
     def failure(self) -> str | None:
-        """Why no request will ever be answered again; None while there is hope."""
+        """Why the engine cannot answer any request again; None if it can."""
         if self._thread.has_ended and not self._closed:
-            return "the engine cannot be recovered from an error; its log says which. Start the server again"
+            return "the engine could not recover from an error, which is in its log; restart the server"
         return None
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request would be taken."""
+        """Whether the engine accepts requests."""
         return not self._thread.has_ended and not self._closed
 
     def submit(
@@ -178,13 +178,13 @@ class AsyncEngine:
         matcher: GrammarMatcher | None = None,
         deadline: float | None = None,
     ) -> Stream:
-        """The stream of a checked request (`intake.request`).
+        """Queues a checked request (`intake.request`) and returns its stream.
 
-        `matcher` belongs to `grammar`; it is made here if it is not given. `deadline` is on the clock of
-        `time.monotonic`. Raises QueueFullError, ClosedError, and ValueError for a grammar that cannot be used.
+        `matcher` belongs to `grammar` and is made here by default. `deadline` is in seconds of `time.monotonic`. Raises
+        QueueFullError, ClosedError, and ValueError for an id in use or a grammar that is not supported.
         """
         if not self.is_ready:
-            raise ClosedError(self.failure or "this server takes no more requests: it is shutting down")
+            raise ClosedError(self.failure or "this server accepts no more requests: it is shutting down")
         num_waiting = self._thread.num_waiting
         if num_waiting >= self.max_queue:
             raise QueueFullError(num_waiting, self.max_queue, self.load.wait_seconds)
@@ -198,7 +198,7 @@ class AsyncEngine:
             self._thread.submit(request, matcher, deadline=deadline)
         except RuntimeError as error:
             self._streams.pop(request.request_id, None)
-            raise ClosedError(f"this server takes no more requests: {error}") from None
+            raise ClosedError(f"this server accepts no more requests: {error}") from None
         return stream
 
     async def generate(
@@ -210,10 +210,10 @@ class AsyncEngine:
         timeout: float | None = None,
         grammar: Grammar | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """The outputs for one prompt as they come; leaving the loop early ends the request.
+        """The outputs for one prompt as they are generated; leaving the loop early ends the request.
 
-        Raises ValueError for a request that cannot run, QueueFullError and ClosedError as `submit`, and
-        RequestFailedError if it fails or is not finished after `timeout` seconds.
+        Raises ValueError for a request that cannot run, QueueFullError and ClosedError as `submit` does, and
+        RequestFailedError if the request fails or is not finished after `timeout` seconds.
         """
 
         def checked() -> Request:
@@ -230,7 +230,7 @@ class AsyncEngine:
             stream.close()
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """What `function(engine)` returns, run in the engine's thread between two steps; ClosedError if that has ended."""
+        """Runs `function(engine)` in the engine's thread between two steps and returns its result; ClosedError if it has ended."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
 
@@ -248,13 +248,13 @@ class AsyncEngine:
         return await future
 
     async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:
-        """What `take_snapshot` says about the engine, in a list of one; waits for the step that runs."""
+        """The snapshot of the engine by `take_snapshot`, in a list of one; waits for the current step."""
         snapshot = await self.call(lambda engine: take_snapshot(engine, since_step=since_step))
         snapshot["counters"]["failed_steps"] = self.num_failed_steps
         return [snapshot]
 
     async def drain(self, timeout: float) -> bool:
-        """Takes no more requests and waits until all have ended; False if some have not after `timeout` seconds."""
+        """Refuses new requests and waits until all have ended; False if some have not after `timeout` seconds."""
         self._closed = True
         end = time.monotonic() + timeout
         while self._streams and time.monotonic() < end:
@@ -262,26 +262,26 @@ class AsyncEngine:
         return not self._streams
 
     async def close(self) -> None:
-        """Ends the thread; requests that are unfinished fail."""
+        """Ends the thread; unfinished requests fail."""
         self._closed = True
         await asyncio.to_thread(self._thread.close)
-        await asyncio.sleep(0)  # the last events were handed over before the thread ended
+        await asyncio.sleep(0)  # the thread handed over its last events before it ended
         while self._undelivered:
             await asyncio.sleep(0)
 
     def _hand_over(self, events: Sequence[Event]) -> None:
-        """Called in the engine's thread: one wake-up of the loop a step, however many requests it served."""
+        """Called in the engine's thread: one wake-up of the event loop a step, for any number of requests."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: Sequence[Event]) -> None:
-        pending = bool(self._undelivered)  # then the rest is called for already
+        pending = bool(self._undelivered)  # then a call for the rest is scheduled already
         self._undelivered += events
         if not pending:
             self._deliver_some()
 
     def _deliver_some(self) -> None:
-        """Each event wakes a task in the next turn of the loop; hundreds in one turn would hold up everything else."""
+        """Each event wakes a task in the next turn of the loop; hundreds in one turn would delay all other tasks."""
         try:
             for _ in range(min(EVENTS_A_TURN, len(self._undelivered))):
                 event = self._undelivered.popleft()
@@ -305,7 +305,7 @@ def _checked(event: Event) -> RequestOutput:
     if event.error is not None:
         raise RequestFailedError(Failure(event.request_id, "grammar", event.error))
     if event.finish_reason == "refused":
-        message = "the first token cannot come in the time that this server promises; come back when it is less busy"
+        message = "the first token would come later than this server promises; retry when it is less busy"
         raise RequestFailedError(Failure(event.request_id, "refused", message))
     return event
 

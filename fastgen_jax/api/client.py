@@ -1,4 +1,4 @@
-"""Clients of a deployment: `serve` starts one and gives its client, `client` finds one by name."""
+"""Clients of a deployment: `serve` starts one and returns its client, `client` finds one by name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 START_SECONDS = 1800.0  # loading and compiling a large model for the first time
 STOP_SECONDS = 120.0
-CONNECT_SECONDS = 30.0  # a server listens from its first moment on
+CONNECT_SECONDS = 30.0  # a server listens before it loads its model
 KEY_VARIABLE = "FASTGEN_API_KEY"
 
 
 class ServerError(Exception):
-    """The server refused or failed; `status` is the HTTP status, `retry_after` seconds if it named a time."""
+    """The server refused or failed; `status` is the HTTP status, `retry_after` is in seconds, if the server sent it."""
 
     def __init__(self, message: str, *, status: int, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -32,14 +32,14 @@ class ServerError(Exception):
 
 
 class NoAnswerError(ServerError):
-    """Nobody answered, or not to the end: the server has ended, is another one, or took too long. `status` is 503."""
+    """No complete answer: the server has ended, is a different one, or took too long. `status` is 503."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, status=503)
 
 
 def http_settings(deployment: Deployment, *, api_key: str | None = None, timeout: float | None = None) -> dict[str, Any]:
-    """Arguments of an httpx client for a deployment; `timeout` is in seconds for each answer or piece of one."""
+    """Arguments of an httpx client for a deployment; `timeout` is in seconds, for each answer or part of a stream."""
     import httpx
 
     key = api_key or os.environ.get(KEY_VARIABLE)
@@ -47,22 +47,22 @@ def http_settings(deployment: Deployment, *, api_key: str | None = None, timeout
         "base_url": deployment.url,
         "timeout": httpx.Timeout(timeout, connect=CONNECT_SECONDS),
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
-        "verify": not deployment.url.startswith("https://127."),  # its certificate names another host
+        "verify": not deployment.url.startswith("https://127."),  # its certificate is for another host
     }
 
 
 def explain(deployment: Deployment) -> str:
-    """Why nobody answers for a deployment, as far as can be told, and what to do."""
+    """Why a deployment does not answer, if that can be found out, and what to do."""
     who = f"deployment {deployment.name!r}"
     if deployment.is_alive:
         return (
-            f"the process of {who} ({deployment.pid}) is there but does not answer at {deployment.url}: it may be "
-            f"ending, or hang{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`"
+            f"the process of {who} ({deployment.pid}) is alive but does not answer at {deployment.url}: it may be "
+            f"shutting down, or hang{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`"
         )
     now = next((d for d in deployments() if d.name == deployment.name), None)
     if now is not None:
         return (
-            f"{who} was started again, as process {now.pid} at {now.url}; ask for a new client: "
+            f"{who} was started again, as process {now.pid} at {now.url}; make a new client: "
             f"fastgen_jax.client({deployment.name!r})"
         )
     return (
@@ -77,7 +77,7 @@ def _log_of(deployment: Deployment) -> str:
 
 @contextlib.contextmanager
 def heard(deployment: Deployment) -> Iterator[None]:
-    """Makes a NoAnswerError of what httpx says about a connection."""
+    """Context that turns connection errors of httpx into NoAnswerError."""
     import httpx
 
     try:
@@ -86,19 +86,19 @@ def heard(deployment: Deployment) -> Iterator[None]:
         if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
             raise NoAnswerError(f"no connection to {deployment.url}: {explain(deployment)}") from error
         raise NoAnswerError(
-            f"deployment {deployment.name!r} sent nothing for longer than the timeout of this client; raise "
-            f"timeout, or see what it does: fastgen top {deployment.name}"
+            f"deployment {deployment.name!r} sent nothing within the timeout of this client; raise "
+            f"timeout, or look at its load: fastgen top {deployment.name}"
         ) from error
     except httpx.ConnectError as error:
         raise NoAnswerError(f"no connection to {deployment.url} ({error}): {explain(deployment)}") from error
     except httpx.TransportError as error:
         raise NoAnswerError(
-            f"the connection broke before the answer was whole ({str(error) or type(error).__name__}): {explain(deployment)}"
+            f"the connection broke before the answer was complete ({str(error) or type(error).__name__}): {explain(deployment)}"
         ) from error
 
 
 class _Connection:
-    """What both clients share: addresses, headers, shapes."""
+    """The common part of both clients: addresses, headers, formats."""
 
     def __init__(self, deployment: Deployment, *, api_key: str | None, timeout: float | None) -> None:
         self.deployment = deployment
@@ -109,7 +109,7 @@ class _Connection:
         return f"/mii/{self.deployment.name}"
 
     def terminate_server(self, *, timeout: float = STOP_SECONDS) -> None:
-        """Ends the deployment: it finishes what runs and takes no more. Waits up to `timeout` seconds for its end."""
+        """Ends the deployment after its running requests, without accepting more. Waits up to `timeout` seconds."""
         stop_server(self.deployment, timeout=timeout)
 
     @staticmethod
@@ -134,7 +134,7 @@ class _Connection:
 
 
 class Client(_Connection):
-    """Talks to a deployment; blocks, also inside a notebook whose event loop runs.
+    """A client of a deployment; its calls block, also in a notebook with a running event loop.
 
     client = fastgen_jax.client("smollm2-135m-instruct")
     print(client.generate(["DeepSpeed is", "Seattle is"], max_new_tokens=32)[0])
@@ -155,8 +155,8 @@ class Client(_Connection):
     ) -> list[Response]:
         """One response a prompt, in order; options are those of the pipeline (`max_new_tokens`, `temperature`, ...).
 
-        `streaming_fn` gets each output as it comes, in a list of one, and the result is then empty. Raises ServerError,
-        and of its kind NoAnswerError if the server is gone.
+        With `streaming_fn`, calls it with each new output, in a list of one, and returns an empty list. Raises ServerError,
+        or its subclass NoAnswerError if the server is gone.
         """
         if streaming_fn is not None:
             for _, output in self._stream(prompts, options):
@@ -167,12 +167,12 @@ class Client(_Connection):
         return [self._response(answer) for answer in checked(response)]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[RequestOutput]:
-        """The outputs for one prompt as they come; leaving the loop early ends the request. Raises ServerError."""
+        """The outputs for one prompt as they are generated; leaving the loop early ends the request. Raises ServerError."""
         for _, output in self._stream([prompt], options):
             yield output
 
     def close(self) -> None:
-        """Closes the connections; the deployment goes on."""
+        """Closes the connections; the deployment keeps running."""
         self._http.close()
 
     def _stream(self, prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any]) -> Iterator[tuple[int, RequestOutput]]:
@@ -191,7 +191,7 @@ class Client(_Connection):
 
 
 class AsyncClient(_Connection):
-    """Talks to a deployment from asyncio.
+    """A client of a deployment for asyncio.
 
     client = fastgen_jax.async_client("smollm2-135m-instruct")
     async for output in client.stream("DeepSpeed is", max_new_tokens=32):
@@ -211,7 +211,7 @@ class AsyncClient(_Connection):
         return [self._response(answer) for answer in checked(response)]
 
     async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[RequestOutput]:
-        """The outputs for one prompt as they come; leaving the loop early ends the request. Raises ServerError."""
+        """The outputs for one prompt as they are generated; leaving the loop early ends the request. Raises ServerError."""
         from httpx_sse import EventSource
 
         body = self._body([prompt], options, stream=True)
@@ -227,7 +227,7 @@ class AsyncClient(_Connection):
         events.check_end(self.deployment)
 
     async def close(self) -> None:
-        """Closes the connections; the deployment goes on."""
+        """Closes the connections; the deployment keeps running."""
         await self._http.aclose()
 
 
@@ -241,11 +241,11 @@ def serve(
     timeout: float = START_SECONDS,
     **options: Any,
 ) -> Client:
-    """Starts a server that outlives this program, waits until it can answer, and gives its client.
+    """Starts a server that outlives this program, waits until it is ready, and returns a client for it.
 
     Each of the `replica_num` replicas is an engine on `tensor_parallel` devices. `options` are those of `fastgen serve`:
-    fields of `ServerConfig` and of `EngineConfig`. `port` 0 takes a free one. Raises ValueError, with the end of the
-    server's log, if it does not start, as where there are too few devices.
+    fields of `ServerConfig` and of `EngineConfig`. `port` 0 selects a free one. Raises ValueError, with the end of the
+    server's log, if it does not start, for example because there are too few devices.
     """
     model = os.fspath(model)
     name = deployment_name or default_name(model)
@@ -258,9 +258,9 @@ def serve(
 
 
 def client(name: str, *, api_key: str | None = None, timeout: float | None = None) -> Client:
-    """The client of a deployment on this machine; ValueError if none of that name runs.
+    """A client of a deployment on this machine; ValueError if none of that name runs.
 
-    `api_key` is needed if the server asks for one; by default it is read from FASTGEN_API_KEY. `timeout` is in seconds
+    `api_key` is for servers that require one; by default it is read from FASTGEN_API_KEY. `timeout` is in seconds
     for each answer or piece of one.
     """
     return Client(find_deployment(name), api_key=api_key, timeout=timeout)
@@ -282,7 +282,7 @@ def _is_stream(response: httpx.Response) -> bool:
 
 
 def checked(response: httpx.Response) -> Any:
-    """What an answer says; ServerError if it is a refusal, or not an answer of such a server."""
+    """The JSON of an answer; ServerError if the server refused, NoAnswerError if it is not a fastgen server."""
     try:
         body = response.json()
         message = body["error"]["message"] if response.status_code != 200 else ""
@@ -313,7 +313,7 @@ class _Events:
     def check_end(self, deployment: Deployment) -> None:
         """NoAnswerError if the stream just stopped."""
         if not self._ended:
-            raise NoAnswerError(f"the connection was closed before the answer was whole: {explain(deployment)}")
+            raise NoAnswerError(f"the connection was closed before the answer was complete: {explain(deployment)}")
 
 
 def _parse(data: str, counts: dict[int, int]) -> tuple[int, RequestOutput]:

@@ -1,4 +1,4 @@
-"""Deployments on this machine: where they are written down, and how one is started and found."""
+"""Deployments on this machine: their records, and how one is started, found and stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SERVER_KEYS_VARIABLE = "FASTGEN_SERVER_KEYS"
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A server that runs, or ran: as it wrote itself down."""
+    """A server that runs or ran, as recorded by itself."""
 
     name: str
     model: str
@@ -35,18 +35,18 @@ class Deployment:
     started: float
     """Seconds since the epoch."""
     process_start: str
-    """Start time of the process as the system counts it: process ids are used again."""
+    """Start time of the process in the system's own unit, because process ids are reused."""
     log: str | None = None
     replicas: int = 1
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process that wrote this is still there."""
+        """Whether the process that wrote this record still runs."""
         return process_start(self.pid) == self.process_start
 
 
 def deployments() -> list[Deployment]:
-    """All deployments of this user on this machine that are alive; records of dead ones are removed."""
+    """All running deployments of this user on this machine; records of ended ones are removed."""
     folder = paths.settle_deployments()
     alive = []
     for path in sorted(folder.path.glob("*.json")) if folder else ():
@@ -62,15 +62,17 @@ def deployments() -> list[Deployment]:
 
 
 def find_deployment(name: str) -> Deployment:
-    """The deployment of that name; ValueError, naming those there are, if it does not run."""
+    """The deployment of that name; ValueError, with the running ones, if it does not run."""
     folder = paths.settle_deployments()
-    record = _read(folder.path / f"{name}.json") if folder else None  # before it is removed for being that of a dead one
+    record = (
+        _read(folder.path / f"{name}.json") if folder else None
+    )  # before `deployments` removes the record of an ended one
     for deployment in deployments():
         if deployment.name == name:
             return deployment
     if record is not None and record.name == name and not record.is_alive:
         raise ValueError(
-            f"deployment {name!r} has ended without a word: its process {record.pid} is gone"
+            f"deployment {name!r} was killed: its process {record.pid} is gone"
             f"{f'; its log is {record.log}' if record.log else ''}; start it again with "
             f"`fastgen serve {record.model} --deployment-name {name}`"
         )
@@ -82,13 +84,13 @@ def find_deployment(name: str) -> Deployment:
 
 
 @contextlib.contextmanager
-def written_down(deployment: Deployment) -> Iterator[None]:
-    """Keeps the record of a deployment while it runs; ValueError if another of that name does.
+def recorded(deployment: Deployment) -> Iterator[None]:
+    """Context with the record of a deployment; ValueError if another deployment of that name runs.
 
-    The file is created exclusively, so of two servers that start at once one is told. Where it cannot be written, a
-    warning says so, and the server runs: it is reached by its URL, and not by its name.
+    The file is created exclusively, so that one of two servers that start at the same time fails. If it cannot be written,
+    a warning is logged and the server runs; clients then find it by URL and not by name.
     """
-    path = _write_down(deployment)
+    path = _write_record(deployment)
     try:
         yield
     finally:
@@ -97,18 +99,18 @@ def written_down(deployment: Deployment) -> Iterator[None]:
                 path.unlink()
 
 
-def _write_down(deployment: Deployment) -> Path | None:
-    """The file that was made, None if it could not be."""
-    deployments()  # removes the record of a dead one
+def _write_record(deployment: Deployment) -> Path | None:
+    """The path of the record; None if it could not be written."""
+    deployments()  # removes the record of an ended one
     folder = paths.settle_deployments()
     if folder is None:
-        return None  # which has been said
+        return None  # a warning has been logged
     path, scratch = folder.path / f"{deployment.name}.json", folder.path / f".{deployment.name}.{os.getpid()}"
     try:
         folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             scratch.write_text(json.dumps(asdict(deployment)))
-            os.link(scratch, path)  # unlike a rename, it fails if the name is taken, and nobody sees half a file
+            os.link(scratch, path)  # unlike a rename it fails if the name is taken, and no reader sees half a file
         except FileExistsError:
             other = _read(path)
             if other is not None:
@@ -116,12 +118,12 @@ def _write_down(deployment: Deployment) -> Path | None:
                     f"a deployment {deployment.name!r} runs already (process {other.pid}); choose another deployment_name, "
                     "or end that one with `fastgen deployments --stop NAME`"
                 ) from None
-            scratch.replace(path)  # nobody can be found by a damaged record
+            scratch.replace(path)  # a damaged record is of no use
         finally:
             scratch.unlink(missing_ok=True)
     except OSError as error:
         log.warning(
-            "deployment %r is not written down (%s), so clients find it at %s and not by its name; XDG_STATE_HOME "
+            "deployment %r is not recorded (%s), so clients find it at %s and not by its name; XDG_STATE_HOME "
             "names another folder",
             deployment.name,
             error,
@@ -132,32 +134,32 @@ def _write_down(deployment: Deployment) -> Path | None:
 
 
 def check_name(name: str) -> str:
-    """`name`, if it can be the name of a deployment: it becomes part of a path and of a URL."""
+    """`name`, if it is valid for a deployment: it becomes part of a path and of a URL."""
     if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
         raise ValueError(f"deployment_name is {name!r}; use letters, digits, '.', '_' and '-'")
     return name
 
 
 def default_name(model: str) -> str:
-    """The name of a deployment that was given none: the last part of the model's path or id."""
+    """The default name of a deployment: the last part of the model's path or id."""
     last = os.path.basename(model.rstrip("/")).removesuffix(".gguf")
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in last).lstrip(".") or "model"
 
 
 def process_start(pid: int) -> str | None:
-    """When a process started, as the system writes it; None if there is no such process."""
+    """The start time of a process as reported by the system; None if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None if Path("/proc/self").exists() or not _exists(pid) else "unknown"
-    state, *rest = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    state, *rest = stat.rpartition(")")[2].split()  # the name before it may hold any character
     return None if state == "Z" else rest[18]
 
 
 def start_server(model: str, *, deployment_name: str, options: dict[str, Any], timeout: float) -> Deployment:
-    """Starts `fastgen serve` in a process that outlives this one; returns when it can answer.
+    """Starts `fastgen serve` in a process that outlives this one; returns when it is ready.
 
-    Raises ValueError with the end of its log if it ends instead, and if it is not ready after `timeout` seconds.
+    Raises ValueError with the end of its log if it ends, or is not ready after `timeout` seconds.
     """
     name = check_name(deployment_name)
     if any(d.name == name for d in deployments()):
@@ -165,15 +167,15 @@ def start_server(model: str, *, deployment_name: str, options: dict[str, Any], t
     folder = paths.settle_deployments()
     if folder is None:
         raise ValueError(
-            f"a server in the background needs a folder for its record and log, and neither "
-            f"{paths.deployments_dir()} nor the system's temporary folder can be written; name one that can in "
-            "XDG_STATE_HOME"
+            f"a server in the background requires a folder for its record and log, and neither "
+            f"{paths.deployments_dir()} nor the system's temporary folder can be written; set "
+            "XDG_STATE_HOME to one that can"
         )
     folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     log_file = folder.path / f"{name}.log"
     environment = dict(os.environ)
     options = dict(options)
-    if options.get("api_key"):  # anybody can read a command line
+    if options.get("api_key"):  # command lines are visible to all users
         environment[SERVER_KEYS_VARIABLE] = ",".join(options.pop("api_key"))
     command = [
         sys.executable,
@@ -190,7 +192,7 @@ def start_server(model: str, *, deployment_name: str, options: dict[str, Any], t
         command += _flags(option, value)
     log_file.write_bytes(b"")
     with log_file.open("ab") as output:
-        # In a session of its own, so that it lives on when this process and its terminal end.
+        # In a new session, so that it survives the end of this process and its terminal.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
         )
@@ -202,32 +204,31 @@ def start_server(model: str, *, deployment_name: str, options: dict[str, Any], t
             )
         found = next((d for d in deployments() if d.name == name and d.pid == process.pid), None)
         if found is not None and _is_ready(found):
-            process.returncode = 0  # it is meant to outlive this object, which would complain
+            process.returncode = 0  # it outlives this object, which would warn about that
             return found
         time.sleep(POLL_SECONDS)
     process.terminate()
     raise ValueError(
-        f"the server for {model!r} was not ready after {timeout:g} s; raise timeout, or look into {log_file}:\n"
-        + _tail(log_file)
+        f"the server for {model!r} was not ready after {timeout:g} s; raise timeout, or see {log_file}:\n" + _tail(log_file)
     )
 
 
 def stop_server(deployment: Deployment, *, timeout: float) -> None:
-    """Tells a server to finish what runs and end, and waits; ValueError if it lives on after `timeout` seconds."""
+    """Makes a server end after its running requests, and waits; ValueError if it still runs after `timeout` seconds."""
     if not deployment.is_alive:
         return
-    with contextlib.suppress(ProcessLookupError):  # it has just ended
+    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
         os.kill(deployment.pid, signal.SIGTERM)
     end = time.monotonic() + timeout
     while True:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(deployment.pid, os.WNOHANG)  # if it is our child, it is a zombie until somebody asks
+            os.waitpid(deployment.pid, os.WNOHANG)  # a child process stays a zombie until it is waited for
         if not deployment.is_alive:
             return
         if time.monotonic() > end:
             raise ValueError(
                 f"deployment {deployment.name!r} (process {deployment.pid}) still runs after {timeout:g} s; "
-                f"its requests may take longer: wait, or kill it"
+                "its requests may take longer: wait, or kill it"
             )
         time.sleep(POLL_SECONDS)
 

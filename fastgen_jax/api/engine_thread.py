@@ -1,4 +1,4 @@
-"""The one thread that runs an engine: commands in, outputs out, and it never waits for anybody."""
+"""The thread that runs an engine: commands in, events out; it never waits for clients."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastgen_jax.text.grammar import GrammarMatcher
 
 log = logging.getLogger(__name__)
 
-ESTIMATE_EVERY = 0.25  # seconds: an estimate replays the queue, a millisecond for a thousand waiting requests
-STEPS_REMEMBERED = 0.9  # share of the old value that the average step time keeps
+ESTIMATE_EVERY = 0.25  # seconds; an estimate replays the queue, which takes a millisecond for a thousand waiting requests
+STEP_TIME_DECAY = 0.9  # weight of the old value in the moving average of the step time
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Failure:
     kind: Literal["deadline", "step", "shutdown", "lost", "refused", "grammar"]
     message: str
     retry_after: int | None = None
-    """Seconds after which it is worth trying again, if that is known."""
+    """Seconds after which a retry makes sense, if known."""
 
 
 Event = RequestOutput | Failure
@@ -38,21 +38,21 @@ Event = RequestOutput | Failure
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy an engine is; a snapshot."""
+    """The load of an engine at one moment."""
 
     num_running: int = 0
     num_waiting: int = 0
     num_blocks: int = 0
     num_free_blocks: int = 0
     wait_seconds: float = 0.0
-    """Estimated time until a request that came now would have its first token."""
+    """Estimated time until a request that arrived now would have its first token."""
 
 
 class EngineThread:
     """Runs `engine` until `close`. All methods may be called from any thread; none of them waits for a step.
 
-    It steps while requests that came through it are unfinished; others may use the engine beside it.
-    `deliver` gets the events of each step, in the engine's thread: it must hand them over and return.
+    It steps while requests that were submitted to it are unfinished; other threads may use the engine too.
+    `deliver` gets the events of each step, in the engine's thread, and must return quickly.
     """
 
     def __init__(self, engine: Engine, deliver: Callable[[Sequence[Event]], object]) -> None:
@@ -60,7 +60,7 @@ class EngineThread:
         self.load = Load()
         self.num_failed_steps = 0
         self.has_ended = False
-        """Whether it takes no more requests, because it was closed or could not be recovered."""
+        """Whether it accepts no more requests, because it was closed or could not recover from an error."""
         self._deliver = deliver
         self._box = Outbox()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -75,11 +75,11 @@ class EngineThread:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that do not run yet, those that the engine has not seen included."""
+        """Requests that do not run yet, including those that the engine has not received."""
         return self.load.num_waiting + self._inbox.qsize()
 
     def submit(self, request: Request, matcher: GrammarMatcher | None = None, *, deadline: float | None = None) -> None:
-        """Queues a checked request; its events follow. `deadline` is on the clock of `time.monotonic`.
+        """Queues a checked request; its events follow. `deadline` is in seconds of `time.monotonic`.
 
         Raises RuntimeError if the thread has ended.
         """
@@ -87,14 +87,14 @@ class EngineThread:
         self._check()
 
     def submit_all(self, requests: Sequence[Request]) -> None:
-        """Queues checked requests at once, so that the same step sees all of them; raises as `submit` does."""
+        """Queues checked requests together, so that the same step sees all of them; raises as `submit` does."""
         self._inbox.put(lambda: [self._add(request, None, None) for request in requests])
         self._check()
 
     def abort(self, *request_ids: str) -> None:
-        """Ends requests before the next step; no event follows, and none for one that is unknown.
+        """Ends requests before the next step, without further events; unknown ids are ignored.
 
-        Waits for nothing, not even a lock: a destructor may call it.
+        It waits for nothing, not even a lock, so that a destructor may call it.
         """
         self._inbox.put(lambda: [self.engine.abort(request_id) for request_id in request_ids])
 
@@ -105,7 +105,7 @@ class EngineThread:
 
     @property
     def is_alive(self) -> bool:
-        """Whether events may still come: also for a moment after `has_ended`."""
+        """Whether events may still arrive; true for a moment after `has_ended`."""
         return self._thread.is_alive()
 
     def wait(self) -> None:
@@ -113,11 +113,11 @@ class EngineThread:
         self._thread.join()
 
     def stop(self) -> None:
-        """Lets the thread end after the step that runs, and does not wait for it; as `abort`, for a destructor too."""
+        """Makes the thread end after the current step, without waiting for it; like `abort`, usable in a destructor."""
         self._inbox.put(self._stop)
 
     def close(self, timeout: float | None = None) -> None:
-        """Ends the thread after the step that runs; unfinished requests get a `Failure`."""
+        """Ends the thread after the current step and waits; unfinished requests get a `Failure`."""
         self.stop()
         self._thread.join(timeout)
 
@@ -129,15 +129,15 @@ class EngineThread:
                     self._expire()
                     if self._has_work and not self._stopping:
                         self._step()
-                except BaseException as error:  # the thread must live: without it every client would hang
+                except BaseException as error:  # the thread must live on: without it every client would hang
                     self._recover(error)
                 self._publish()
                 self._hand_over()
         except Exception:
-            log.exception("the engine cannot be recovered; it takes no more requests")
+            log.exception("the engine could not recover; it accepts no more requests")
         finally:
             self.has_ended = True
-            self._take_last_commands()  # what came in meanwhile must hear of it too
+            self._take_last_commands()  # commands that arrived meanwhile must fail too
             self._fail(self.engine.requests_of(self._box), "shutdown", "the server is shutting down")
             self._events += self._box.outputs  # of requests that ended without a step
             self._box.outputs = []
@@ -161,7 +161,7 @@ class EngineThread:
                 log.exception("a command failed after the end")
 
     def _check(self) -> None:
-        # After the command was queued: one that came too late for the last look into the inbox is seen here.
+        # After the command was queued: here a command is noticed that came too late for the last look into the inbox.
         if self.has_ended:
             raise RuntimeError("the engine's thread has ended")
 
@@ -171,7 +171,7 @@ class EngineThread:
     def _add(self, request: Request, matcher: GrammarMatcher | None, deadline: float | None) -> None:
         try:
             self.engine.add_request(request, matcher, box=self._box)
-        except Exception as error:  # a ValueError, or what a broken device says
+        except Exception as error:  # a ValueError, or an error of the device
             self._events.append(Failure(request.request_id, "step", str(error)))
             return
         if deadline is not None:
@@ -193,11 +193,11 @@ class EngineThread:
         start = time.monotonic()
         self._events += self.engine.step(self._box)
         seconds = time.monotonic() - start
-        self._step_seconds += (1 - STEPS_REMEMBERED if self._step_seconds else 1) * (seconds - self._step_seconds)
+        self._step_seconds += (1 - STEP_TIME_DECAY if self._step_seconds else 1) * (seconds - self._step_seconds)
 
     def _recover(self, error: BaseException) -> None:
         self.num_failed_steps += 1
-        log.exception("a step failed; its requests end, all others go on")
+        log.exception("a step failed; its requests end, all others continue")
         ended = self.engine.recover(self._box)
         message = f"the step that computed this request failed ({type(error).__name__}: {error}); send it again"
         self._events += [Failure(request_id, "step", message) for request_id in ended]

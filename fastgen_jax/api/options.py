@@ -1,4 +1,4 @@
-"""Generation options: from keywords to `SamplingParams`, and what is said when an answer ends at a limit nobody set."""
+"""Generation options: from keywords to `SamplingParams`, and a warning when a default limit cuts an answer off."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastgen_jax.core.options import unknown_option
 from fastgen_jax.engine import generation
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.intake import Intake, samples
+from fastgen_jax.engine.option_names import unknown_option
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.scheduling import SamplingParams
 
 log = logging.getLogger(__name__)
 
-DEFAULT_NEW_TOKENS = 256  # of an answer, where neither the caller nor the model says; as transformers' pipeline has it
+DEFAULT_NEW_TOKENS = 256  # limit of an answer if neither the caller nor the model has one, as in transformers' pipeline
 CALL_OPTIONS = ("echo", "params", "progress", "return_full_text", "stream")
 
-# What other programs call the options.
+# Names of the options in other programs.
 _OTHER_NAMES = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -59,31 +59,31 @@ _OTHER_NAMES = {
     "generation_config": "it belongs to the engine: fastgen_jax.pipeline(model, generation_config=...)",
     "num_beams": "beam search is not supported; use n=... samples and their logprobs",
     "no_repeat_ngram_size": "it is not supported; use repetition_penalty or frequency_penalty",
-    "return_dict_in_generate": "leave it out: answers are always whole responses",
+    "return_dict_in_generate": "leave it out: results are always `Response` objects",
     "pad_token_id": "leave it out: nothing is padded",
     "attention_mask": "leave it out: nothing is padded",
     "use_cache": "leave it out: there is always a KV cache",
-    "batch_size": "leave it out: the engine batches by itself, see max_num_seqs of fastgen_jax.pipeline",
-    "skip_special_tokens": "leave it out: texts come without special tokens, token_ids with them",
+    "batch_size": "leave it out: the engine forms batches, see max_num_seqs of fastgen_jax.pipeline",
+    "skip_special_tokens": "leave it out: texts have no special tokens, token_ids do",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a call asks of an engine."""
+class Generation:
+    """The sampling parameters of a call, with the limits of its engine."""
 
     params: SamplingParams
-    """For every prompt; `samples` has the limit of an answer too, where the caller sets none."""
+    """For every prompt; `samples` adds the limit of an answer if the caller sets none."""
     intake: Intake
     new_tokens: int | None
-    """Most tokens of an answer, where the caller does not say; None: as many as fit."""
+    """Limit of an answer in tokens if the caller sets none; None: as many as fit."""
 
     def samples(self, num_prompt_tokens: int) -> list[SamplingParams]:
         """The parameters of each of the `n` answers to a prompt of that many tokens."""
         return samples(self.intake.limited(self.params, num_prompt_tokens, self.new_tokens))
 
     def most_tokens(self, num_prompt_tokens: int) -> int:
-        """The most tokens that an answer to such a prompt can have."""
+        """The maximum length of an answer to a prompt of that length, in tokens."""
         params = self.intake.limited(self.params, num_prompt_tokens, self.new_tokens)
         room = self.intake.room(num_prompt_tokens)
         if params.max_length is not None:
@@ -91,32 +91,31 @@ class Asked:
         return room if params.max_new_tokens is None else min(room, params.max_new_tokens)
 
 
-def asked(intake: Intake, params: SamplingParams | None, options: Mapping[str, Any]) -> Asked:
-    """What `params` or `options` ask of the engine of this intake.
+def generation_of(intake: Intake, params: SamplingParams | None, options: Mapping[str, Any]) -> Generation:
+    """The sampling parameters of a call with `params` or `options`.
 
-    `params` are taken as they are. With options, the model's defaults hold for what they leave out, and an answer has at
-    most `DEFAULT_NEW_TOKENS` tokens. Raises ValueError if both are given, for an unknown option, and as
-    `SamplingParams` does.
+    `params` are used as they are. With options, the model's defaults apply to those left out, and an answer has at most
+    `DEFAULT_NEW_TOKENS` tokens. Raises ValueError if both are given, for an unknown option, and as `SamplingParams` does.
     """
     if params is None:
         _check_names(options)
         new_tokens = intake.default_new_tokens or DEFAULT_NEW_TOKENS
-        return Asked(params=intake.sampling_params(options), intake=intake, new_tokens=new_tokens)
+        return Generation(params=intake.sampling_params(options), intake=intake, new_tokens=new_tokens)
     if not isinstance(params, SamplingParams):
         raise ValueError(
-            f"params is a {type(params).__name__}; give fastgen_jax.SamplingParams, or options by their "
-            "names: pipe(prompts, max_new_tokens=32)"
+            f"params is a {type(params).__name__}; give fastgen_jax.SamplingParams, or options as "
+            "keywords: pipe(prompts, max_new_tokens=32)"
         )
     if options:
         raise ValueError(
             f"both params and options ({', '.join(sorted(options))}) are given; give one of them: "
             "dataclasses.replace(params, ...) changes params"
         )
-    return Asked(params=params, intake=intake, new_tokens=None)
+    return Generation(params=params, intake=intake, new_tokens=None)
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """`SamplingParams` from keyword options, without a model; ValueError for an unknown one says which was meant."""
+    """`SamplingParams` from keyword options, without a model; ValueError, with a suggestion, for an unknown one."""
     _check_names(options)
     return generation.sampling_params(options, {})
 
@@ -134,35 +133,35 @@ def _check_names(options: Mapping[str, Any]) -> None:
 
 
 class LimitNotice:
-    """Logs, once for each kind of limit, that an answer ended at one that the caller did not set."""
+    """Logs, once for each kind of limit, that an answer ended at a limit that the caller did not set."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
 
-    def note(self, asked: Asked, output: RequestOutput) -> None:
-        """Looks at the last output of an answer."""
-        params, num_prompt, num_generated = asked.params, output.num_prompt_tokens, output.num_generated_tokens
+    def note(self, call: Generation, output: RequestOutput) -> None:
+        """Checks the last output of an answer."""
+        params, num_prompt, num_generated = call.params, output.num_prompt_tokens, output.num_generated_tokens
         if output.finish_reason != "length" or num_generated == params.max_new_tokens:
             return
         if num_prompt + num_generated == params.max_length:
             return
-        if num_generated >= asked.intake.room(num_prompt):
-            config = asked.intake.config
+        if num_generated >= call.intake.room(num_prompt):
+            config = call.intake.config
             name = "num_blocks" if config.num_blocks * config.block_size < config.max_context_len else "max_context_len"
             self._say(
                 name,
-                f"an answer was cut off: behind a prompt of {num_prompt} tokens there was room for "
+                f"an answer was cut off: after a prompt of {num_prompt} tokens there was room for "
                 f"{num_generated}; give a shorter prompt, or start with a larger {name}",
             )
         else:
-            whose = "the model's generation_config" if asked.intake.default_new_tokens else "the default"
+            whose = "the model's generation_config" if call.intake.default_new_tokens else "the default"
             self._say(
                 "length",
                 f"an answer was cut off after {num_generated} tokens, the limit of {whose}; give "
-                "max_new_tokens=... for another",
+                "max_new_tokens=... to change it",
             )
 
     def _say(self, kind: str, text: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
-            log.warning("%s (said once)", text)
+        if kind not in self._shown:
+            self._shown.add(kind)
+            log.warning("%s (shown once)", text)

@@ -1,4 +1,4 @@
-"""Generation in a call: prompts in, responses out."""
+"""Text generation in one call: prompts in, responses out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self, overload
 
-from fastgen_jax.api.options import Asked, LimitNotice, asked
+from fastgen_jax.api.options import Generation, LimitNotice, generation_of
 from fastgen_jax.api.progress import Progress
 from fastgen_jax.api.sharing import Outputs, SharedEngine, Stream
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.engine.prompts import Prompt, TokenIds, split_prompts
@@ -32,13 +31,13 @@ class Response:
     finish_reason: str
     """"stop" (end of sequence, stop token or stop string) or "length"."""
     token_ids: tuple[int, ...]
-    """Generated tokens; with `echo`, the prompt's before them."""
+    """Generated tokens; with `echo`, after those of the prompt."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One entry a generated token, with `logprobs`."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    """One entry for each prompt token but the first, with `prompt_logprobs`."""
+    """One entry for each prompt token except the first, with `prompt_logprobs`."""
     cached_length: int = 0
-    """Prompt tokens that a shared prefix saved from being computed."""
+    """Prompt tokens whose keys and values were in the prefix cache."""
 
     def __str__(self) -> str:
         return self.generated_text
@@ -53,31 +52,31 @@ class Response:
 
 
 class Pipeline:
-    """A model that answers: `pipe(prompts, **options) -> [Response]`, `pipe.stream(prompt, **options)`.
+    """A model with its tokenizer: `pipe(prompts, **options) -> [Response]`, `pipe.stream(prompt, **options)`.
 
-    Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...), or such an
-    object as `params`, and `return_full_text`, `echo`, `stream` and `progress`.
+    Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...), or a
+    `SamplingParams` object as `params`, and `return_full_text`, `echo`, `stream` and `progress`.
 
-    Any number of threads may call and stream at a time: a thread of the pipeline's own runs the engine, and requests of
-    all share its steps. A KeyboardInterrupt, or another exception in a call or in the loop over a stream, ends that call's
-    requests and no others. `with pipeline(model) as pipe` destroys it at the end.
+    Any number of threads may call and stream at the same time: the engine runs in a thread of the pipeline, and all
+    requests share its steps. A KeyboardInterrupt, or another exception in a call or in the loop over a stream, ends the
+    requests of that call and no others. `with pipeline(model) as pipe` destroys it at the end.
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Takes the engine over: `destroy` ends it."""
+        """Takes ownership of the engine: `destroy` destroys it."""
         self._shared = SharedEngine(engine)
         self._limits = LimitNotice()
 
     def __repr__(self) -> str:
-        return f"Pipeline({'destroyed' if self._shared.is_destroyed else describe(self.engine)})"
+        return f"Pipeline({'destroyed' if self._shared.is_destroyed else self.engine.describe()})"
 
     @property
     def engine(self) -> Engine:
-        """The engine below, which may be used beside calls and streams; ValueError after `destroy`."""
+        """The engine, which may be used directly during calls and streams; ValueError after `destroy`."""
         return self._shared.engine
 
     def __enter__(self) -> Self:
-        _ = self.engine  # a destroyed one is refused
+        _ = self.engine  # raises if it was destroyed
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -117,17 +116,16 @@ class Pipeline:
         progress: bool | None = None,
         **options: Any,
     ) -> list[Response] | Outputs:
-        """One response a prompt, in order; with `n`, n in a row for each.
+        """One response a prompt, in order; with `n`, n consecutive responses a prompt.
 
-        `prompts` is one prompt or several, each as text, token ids or chat messages. How they are continued is said by
-        `params`, or by `options`, for which the model's defaults hold where they say nothing. `return_full_text` puts
-        the prompt before the generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows it on
-        a terminal and in a notebook. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive
-        instead. Raises ValueError for an unknown or contradictory option or a prompt that cannot run; then nothing has
-        run. Raises RuntimeError if a step failed that computed one of them, and ValueError if the pipeline was destroyed
-        meanwhile.
+        `prompts` is one prompt or several, each as text, token ids or chat messages. Sampling is controlled by `params`,
+        or by `options` and the model's defaults for those left out. `return_full_text` puts the prompt before the
+        generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows it on a terminal and in a
+        notebook. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive instead. Raises
+        ValueError, before anything runs, for an unknown or contradictory option or a prompt that cannot run. Raises
+        RuntimeError if a step of one of the requests failed, and ValueError if the pipeline was destroyed meanwhile.
         """
-        call = asked(self.engine.intake, params, options)
+        call = generation_of(self.engine.intake, params, options)
         if stream and (return_full_text or echo):
             raise ValueError("return_full_text and echo belong to whole responses; with stream=True leave them out")
         items = split_prompts(prompts)
@@ -153,24 +151,24 @@ class Pipeline:
         return responses
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
-        """The outputs for one prompt, each as soon as its token is known; `output.text` is what to print.
+        """The outputs for one prompt, each as soon as its token is known; `output.text` is the new text.
 
-        Leaving the loop early ends the request, and so does `close()` of what this returns. Raises as a call does.
+        Leaving the loop early ends the request, and so does `close()` of the result. Raises as a call does.
         """
-        call = asked(self.engine.intake, params, options)
+        call = generation_of(self.engine.intake, params, options)
         n = call.params.n
         if n != 1:
             raise ValueError(f"n is {n}; stream follows one sequence: use pipe(prompt, stream=True, n={n})")
         return Stream(self._run([self.engine.encode(prompt)], call))
 
     def destroy(self) -> None:
-        """Frees weights and cache at once; the pipeline cannot be used afterwards, and calls under way raise ValueError.
+        """Frees weights and cache immediately; calls in progress and later uses raise ValueError.
 
-        Also while something else refers to them, as the traceback does that a notebook keeps of an error.
+        The memory is freed even if something still refers to it, such as a traceback kept by a notebook.
         """
         self._shared.destroy()
 
-    def _run(self, prompts: Sequence[TokenIds], call: Asked) -> Outputs:
+    def _run(self, prompts: Sequence[TokenIds], call: Generation) -> Outputs:
         intake = self.engine.intake
         requests = [intake.request(ids, sample) for ids in prompts for sample in call.samples(len(ids))]
         return self._shared.run(requests, on_finished=partial(self._limits.note, call))
@@ -216,7 +214,7 @@ class _Answer:
 def pipeline(
     model: str | os.PathLike[str], *, progress: bool = True, config: EngineConfig | None = None, **options: Any
 ) -> Pipeline:
-    """A pipeline for a model, ready to answer.
+    """A pipeline for a model, ready to generate.
 
     `model` is a directory in Hugging Face layout, a GGUF file, "smollm2-135m-instruct", or a repo id on the hub.
     `options` are fields of `EngineConfig` (`token_budget`, `dtype`, `quantize`, `num_blocks`, ...), or give them as

@@ -1,4 +1,4 @@
-"""A progress bar that lives from the first second: answers that are done, tokens that have come, time that goes by."""
+"""A progress bar of a call: finished answers, generated tokens, elapsed time."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from fastgen_jax.core.progress import is_watched
+from fastgen_jax.core.progress import is_interactive
 from fastgen_jax.engine.outputs import RequestOutput
 
-BEAT_SECONDS = 0.5  # between two looks at the clock while a long prompt is read
+REFRESH_SECONDS = 0.5  # so that the elapsed time advances while a long prompt is computed
 
 
 class Progress:
-    """The bar of one call: a context manager that is told of every output.
+    """The progress bar of one call: a context manager; `add` every output.
 
-    It counts tokens, out of the most that may come; an answer that ends early takes the rest off. `limits` has that number
-    for each answer. `show=None` shows it where somebody looks on: on a terminal and in a notebook.
+    It counts tokens out of the maximum, which `limits` has for each answer; an answer that ends early reduces the total.
+    `show=None` shows it on a terminal and in a notebook.
     """
 
     def __init__(self, limits: Sequence[int], *, show: bool | None) -> None:
         self._left = list(limits)
         self._finished = 0
-        shown = is_watched() if show is None else show
+        shown = is_interactive() if show is None else show
         self._bar: tqdm[NoReturn] = tqdm(
             total=sum(limits),
             unit="token",
             desc=self._description(),
             disable=not shown,
-            postfix="reading prompts",
+            postfix="computing prompts",
             leave=bool(show) or len(limits) > 1,
         )
         self._over = threading.Event()
-        self._clock = threading.Thread(target=self._beat, daemon=True, name="fastgen-progress") if shown else None
+        self._clock = threading.Thread(target=self._refresh, daemon=True, name="fastgen-progress") if shown else None
 
     def __enter__(self) -> Progress:
         if self._clock is not None:
@@ -49,7 +49,7 @@ class Progress:
         self._bar.close()
 
     def add(self, index: int, output: RequestOutput) -> None:
-        """Moves on by an output of answer number `index`."""
+        """Advances by an output of answer number `index`."""
         bar, num_tokens = self._bar, len(output.new_token_ids)
         if bar.disable:
             return
@@ -65,6 +65,6 @@ class Progress:
     def _description(self) -> str:
         return f"answered {self._finished} of {len(self._left)}"
 
-    def _beat(self) -> None:
-        while not self._over.wait(BEAT_SECONDS):
+    def _refresh(self) -> None:
+        while not self._over.wait(REFRESH_SECONDS):
             self._bar.refresh()

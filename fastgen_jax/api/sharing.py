@@ -1,4 +1,4 @@
-"""One engine for many callers: a thread steps it, and every caller reads the outputs of its own requests."""
+"""One engine for many callers: a thread steps it, and each caller reads the outputs of its own requests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.scheduling import Request
 
-LOOK_EVERY = 1.0  # seconds: a reader who waits for long looks whether the thread is still there, and for signals
-_EXIT_TIMEOUT = 10.0  # seconds that a step may still take when the program ends
+POLL_SECONDS = 1.0  # how often a waiting reader checks for signals and whether the thread is still alive
+_EXIT_TIMEOUT = 10.0  # seconds allowed for the current step when the program ends
 
 _Batch = list[tuple[int, Event]]
 _Place = tuple["queue.SimpleQueue[_Batch]", int]
@@ -26,7 +26,7 @@ _threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
 @atexit.register
 def _close_threads() -> None:
-    """A program must not end while a thread computes: it would crash."""
+    """Ends all threads: a program that ends while a thread computes would crash."""
     for thread in [*_threads]:
         thread.close(_EXIT_TIMEOUT)
 
@@ -36,21 +36,21 @@ class DestroyedError(ValueError):
 
 
 class SharedEngine:
-    """An engine whose requests may come from any thread. Its own thread starts with the first of them.
+    """An engine that accepts requests from any thread and runs in a thread that starts with the first request.
 
-    Nothing that runs there refers to this object: it ends with the last who holds it, and the thread with it.
+    The thread holds no reference to this object: it ends when the last reference to this object does.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine: Engine | None = engine
         self.is_destroyed = False
-        self._places: dict[str, _Place] = {}  # where the events of each unfinished request go
+        self._places: dict[str, _Place] = {}  # where to deliver the events of each unfinished request
         self._thread: EngineThread | None = None
         self._starting = threading.Lock()
 
     @property
     def engine(self) -> Engine:
-        """The engine; DestroyedError if there is none any more."""
+        """The engine; DestroyedError after `destroy`."""
         engine = self._engine
         if engine is None or self.is_destroyed:
             raise DestroyedError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
@@ -70,7 +70,7 @@ class SharedEngine:
         return outputs
 
     def destroy(self) -> None:
-        """Ends what runs, and frees weights and cache at once. Readers get DestroyedError."""
+        """Ends all requests, and frees weights and cache immediately. Readers get DestroyedError."""
         with self._starting:
             self.is_destroyed = True
         try:
@@ -91,20 +91,20 @@ class SharedEngine:
 
 
 class Outputs:
-    """The outputs of some requests as (index of the request, output), in the order in which they come.
+    """The outputs of some requests as (index of the request, output), in the order of their arrival.
 
-    A reader who is slow finds more of them when it comes: the engine does not wait for it. `close` ends what is
-    unfinished, and so does an exception in `next`, and the end of this object. `next` raises DestroyedError if the engine
+    The engine does not wait for a slow reader: outputs accumulate. `close` ends unfinished requests, and so do an
+    exception in `next` and the destruction of this object. `next` raises DestroyedError if the engine
     was destroyed, and RuntimeError for a request that failed.
     """
 
-    _thread: EngineThread | None = None  # also where an exception came into the constructor
+    _thread: EngineThread | None = None  # also if the constructor was interrupted
 
     def __init__(
         self, shared: SharedEngine, requests: Sequence[Request], on_finished: Callable[[RequestOutput], object] | None
     ) -> None:
         self._on_finished = on_finished
-        self._shared = shared  # which lives as long as somebody reads
+        self._shared = shared  # kept alive while there are readers
         self._requests = requests
         self._queue: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
         self._ready: deque[tuple[int, Event]] = deque()
@@ -112,13 +112,13 @@ class Outputs:
         self._places: dict[str, _Place] = {}
 
     def start(self, thread: EngineThread, places: dict[str, _Place]) -> None:
-        """Sends the requests; for the one who makes this object."""
+        """Submits the requests; for the creator of this object."""
         self._thread, self._places = thread, places
         places.update((request.request_id, (self._queue, index)) for index, request in enumerate(self._requests))
         try:
             thread.submit_all(self._requests)
         except RuntimeError:
-            _ = self._shared.engine  # if it was destroyed, that is what there is to say
+            _ = self._shared.engine  # if it was destroyed, this raises the better error
             raise
 
     def __iter__(self) -> Outputs:
@@ -143,8 +143,8 @@ class Outputs:
             raise
 
     def close(self) -> None:
-        """Ends the requests that are unfinished, before the next step. Nothing follows."""
-        if self._thread is None:  # nothing was sent
+        """Ends unfinished requests before the next step. No output follows."""
+        if self._thread is None:  # nothing was submitted
             return
         unfinished, self._unfinished = self._unfinished, set()
         self._ready.clear()
@@ -161,10 +161,10 @@ class Outputs:
         while True:
             alive = self._thread.is_alive
             try:
-                return self._queue.get(timeout=LOOK_EVERY if alive else 0)
+                return self._queue.get(timeout=POLL_SECONDS if alive else 0)
             except queue.Empty:
                 if not alive:
-                    raise RuntimeError("the engine's thread has ended without an answer; its log says why") from None
+                    raise RuntimeError("the engine's thread ended without an answer; the log has the reason") from None
 
     def _error(self, event: Failure | RequestOutput) -> Exception:
         if isinstance(event, Failure):
@@ -172,12 +172,12 @@ class Outputs:
                 return RuntimeError(event.message)
             if self._shared.is_destroyed:
                 return DestroyedError("this pipeline was destroyed while the request ran; make a new one")
-            return RuntimeError("the engine's thread ended because of an error, which its log shows; send the request again")
+            return RuntimeError("the engine's thread ended because of an error, which is in the log; send the request again")
         return RuntimeError(event.error)
 
 
 class Stream:
-    """The outputs of one request. `close` ends it early, as leaving the loop does."""
+    """The outputs of one request. `close` ends it early, and so does leaving the loop."""
 
     def __init__(self, outputs: Outputs) -> None:
         self._outputs = outputs
@@ -189,17 +189,17 @@ class Stream:
         return next(self._outputs)[1]
 
     def close(self) -> None:
-        """Ends the request if it is unfinished. Nothing follows."""
+        """Ends the request if it is unfinished. No output follows."""
         self._outputs.close()
 
 
 def _deliver(places: dict[str, _Place], events: Sequence[Event]) -> None:
-    """Puts events, in the engine's thread, where their readers look: at most one wake-up of each a step."""
+    """Delivers events to their readers, in the engine's thread: at most one wake-up of each reader a step."""
     batches: dict[queue.SimpleQueue[_Batch], _Batch] = {}
     for event in events:
         is_last = isinstance(event, Failure) or event.finished
         place = places.pop(event.request_id, None) if is_last else places.get(event.request_id)
-        if place is not None:  # else its reader has left
+        if place is not None:  # else its reader has closed it
             batches.setdefault(place[0], []).append((place[1], event))
     for reader, batch in batches.items():
         reader.put(batch)

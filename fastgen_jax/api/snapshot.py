@@ -1,4 +1,4 @@
-"""What an engine says about itself, as plain data that travels between processes."""
+"""The state of an engine as plain data that can be sent between processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastgen_jax.engine.engine import Engine
 def take_snapshot(engine: Engine, *, since_step: int | None = None) -> dict[str, Any]:
     """Gauges and counters of an engine, and with `since_step` the timeline from that step on.
 
-    Call it in the engine's thread. `clock_offset` plus a time of the timeline is seconds since the epoch.
+    Call it in the engine's thread. A time of the timeline plus `clock_offset` is in seconds since the epoch.
     """
     scheduler, metrics = engine.scheduler, engine.metrics
     counters = {

@@ -1,7 +1,7 @@
-"""Clients of an OpenAI-compatible server: a load over HTTP with streaming, from one process or several.
+"""Clients of an OpenAI-compatible server: sends a load over streaming HTTP, from one process or several.
 
-A chunk is time-stamped when it comes off the network and parsed only when its request is complete, so that a client
-costs little while others wait for their next token.
+A chunk is timestamped when it arrives and parsed only when its request is complete, so that a client uses little CPU time
+while others wait for their next token.
 """
 
 from __future__ import annotations
@@ -12,84 +12,100 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.bench.loads import Load, LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
 
-TIMEOUT = 1800.0  # seconds of silence after which a request has failed
-REFUSED = (429, 503)  # status of a server that is too busy
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+    from multiprocessing.sharedctypes import Synchronized
+    from multiprocessing.synchronize import Barrier
+
+TIMEOUT = 1800.0  # seconds without data after which a request has failed
+REFUSED = (429, 503)  # HTTP status of a server that is overloaded
+_COMMON = """
+the of and to in a is that for it as was with be by on not he his but at are this have from or
+had an they which one you were all her she there would their we him been has when who will no more if out so up said
+"""
+WORDS = _COMMON.split()  # each is one token in most vocabularies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where requests go, and how they are written."""
+    """The server that receives the requests, and how prompts are sent."""
 
     url: str
-    """Up to and including /v1."""
+    """Address up to and including /v1."""
     model: str
     api_key: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further fields of every request, like ignore_eos."""
+    """Additional fields of every request, such as ignore_eos."""
     as_text: bool = False
-    """Prompts as words instead of token ids, for servers that take no ids; lengths are then as the server counts them."""
+    """Whether prompts are sent as words, for servers that accept no token ids; lengths are then counted by the server."""
     vocab_size: int = 32_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a load: times by `time.perf_counter`, which all processes of a machine share."""
+    """The result of a load. Times are those of `time.perf_counter`, which all processes of a machine share."""
 
     begin: float
     finished: list[RequestTimes]
     refused: list[str]
     failed: dict[str, str]
-    """Request id -> what went wrong."""
+    """Request id -> error."""
     cpu_seconds: float
-    """Processor time that the clients took."""
+    """CPU time used by the clients."""
 
 
 def run_load(target: Target, load: Load, *, num_processes: int = 1) -> Outcome:
-    """Sends `load` to a server from `num_processes` processes; raises RuntimeError if one of them dies.
+    """Sends `load` to a server from `num_processes` processes; raises RuntimeError if one of them fails.
 
-    Clients, or the arrivals of an open loop, are dealt out to the processes in turns; the queue of a closed loop is common
-    to all. Raises ValueError without httpx, and for more processes than clients.
+    Clients, or the arrivals of an open loop, are distributed over the processes round-robin; the queue of a closed loop is
+    shared. Raises ValueError if httpx is missing or if there are more processes than clients.
     """
     try:
         import httpx  # noqa: F401
     except ImportError as error:
         raise ValueError("the client needs httpx; pip install 'fastgen_jax[bench]'") from error
-    most = load.num_clients or len(load.requests)
-    if not 1 <= num_processes <= most:
-        raise ValueError(f"num_processes is {num_processes}; use 1 to {most}, the clients that there are")
+    limit = load.num_clients or len(load.requests)
+    if not 1 <= num_processes <= limit:
+        raise ValueError(f"num_processes is {num_processes}; use 1 to {limit}, the number of clients")
     context = multiprocessing.get_context("spawn")
     shared = _Shared(context.Value("q", 0), context.Value("d", 0.0), context.Barrier(num_processes))
     if num_processes == 1:
         return asyncio.run(_Client(0, 1, target, load, shared).run())
-    results = context.Queue()
-    processes = [
-        context.Process(target=_process, args=(i, num_processes, target, load, shared, results), daemon=True)
-        for i in range(num_processes)
-    ]
-    for process in processes:
-        process.start()
-    outcomes: list[Outcome | str] = []
+    processes: list[BaseProcess] = []
+    pending: list[Connection] = []
+    parts: list[Outcome] = []
     try:
-        while len(outcomes) < num_processes:
-            if results.empty() and any(process.exitcode for process in processes):
-                raise RuntimeError("a client process has died; see its message above")
-            if results.empty():
-                time.sleep(0.02)
-                continue
-            outcomes.append(results.get())
+        for i in range(num_processes):
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(target=_process, args=(i, num_processes, target, load, shared, writer), daemon=True)
+            process.start()
+            writer.close()  # the process has the only copy, so that its death ends the pipe
+            processes.append(process)
+            pending.append(reader)
+        while pending:
+            for reader in wait(pending):
+                assert isinstance(reader, Connection)
+                try:
+                    part = reader.recv()
+                except EOFError:
+                    raise RuntimeError("a client process died; see its message above") from None
+                if isinstance(part, str):
+                    raise RuntimeError(f"a client process failed: {part}")
+                parts.append(part)
+                pending.remove(reader)
+                reader.close()
     finally:
         for process in processes:
             process.terminate()
             process.join()
-    failure = next((o for o in outcomes if isinstance(o, str)), None)
-    if failure:
-        raise RuntimeError(f"a client process failed: {failure}")
-    parts = [o for o in outcomes if isinstance(o, Outcome)]
+        for reader in pending:
+            reader.close()
     return Outcome(
         begin=shared.begin.value,
         finished=sorted((r for part in parts for r in part.finished), key=lambda r: r.start),
@@ -101,14 +117,14 @@ def run_load(target: Target, load: Load, *, num_processes: int = 1) -> Outcome:
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the processes have in common: the head of the queue, the moment of the start, and a barrier."""
+    """State shared by the processes: the head of the queue, the start time, and a barrier."""
 
-    head: Any
-    begin: Any
-    barrier: Any
+    head: Synchronized[int]
+    begin: Synchronized[float]
+    barrier: Barrier
 
     def next(self, count: int) -> int | None:
-        """The index of the next request of the common queue; None when all are taken."""
+        """The index of the next request of the shared queue; None when all are taken."""
         with self.head.get_lock():
             if self.head.value >= count:
                 return None
@@ -116,15 +132,15 @@ class _Shared:
             return self.head.value - 1
 
 
-def _process(index: int, count: int, target: Target, load: Load, shared: _Shared, results: Any) -> None:
+def _process(index: int, count: int, target: Target, load: Load, shared: _Shared, result: Connection) -> None:
     try:
-        results.put(asyncio.run(_Client(index, count, target, load, shared).run()))
-    except Exception as error:  # whatever it is, the parent must hear of it
-        results.put(repr(error))
+        result.send(asyncio.run(_Client(index, count, target, load, shared).run()))
+    except Exception as error:  # the parent reports any error
+        result.send(repr(error))
 
 
 class _Client:
-    """One process' share of the clients."""
+    """The clients of one process."""
 
     def __init__(self, index: int, count: int, target: Target, load: Load, shared: _Shared) -> None:
         self.index, self.count = index, count
@@ -188,13 +204,13 @@ class _Client:
                 async for data in response.aiter_raw():
                     chunks.append((time.perf_counter(), data))
             times, prompt_tokens, refused = read_stream(chunks)
-        except Exception as error:  # counted, not raised: the other clients go on
+        except Exception as error:  # counted rather than raised: the other clients continue
             self.failed[request.request_id] = repr(error)
             return
         if refused:
             self.refused.append(request.request_id)
         elif not times:
-            self.failed[request.request_id] = "the answer has no tokens"
+            self.failed[request.request_id] = "the response has no tokens"
         elif measured:
             self.finished.append(
                 RequestTimes(
@@ -221,69 +237,12 @@ class _Client:
         ).encode()
 
 
-WORDS = [  # each a token in most vocabularies
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "a",
-    "is",
-    "that",
-    "for",
-    "it",
-    "as",
-    "was",
-    "with",
-    "be",
-    "by",
-    "on",
-    "not",
-    "he",
-    "his",
-    "but",
-    "at",
-    "are",
-    "this",
-    "have",
-    "from",
-    "or",
-    "had",
-    "an",
-    "they",
-    "which",
-    "one",
-    "you",
-    "were",
-    "all",
-    "her",
-    "she",
-    "there",
-    "would",
-    "their",
-    "we",
-    "him",
-    "been",
-    "has",
-    "when",
-    "who",
-    "will",
-    "no",
-    "more",
-    "if",
-    "out",
-    "so",
-    "up",
-    "said",
-]
-
-
 def read_stream(chunks: Sequence[tuple[float, bytes]]) -> tuple[list[float], int | None, bool]:
-    """When each token came, the prompt tokens if the server tells, and whether the server refused the request.
+    """The arrival time of each token, the number of prompt tokens if reported, and whether the request was refused.
 
-    A chunk that carries text is a token, or as many as its `token_ids`; tokens that only the final usage knows of
-    (held back inside a character or a stop string) came with the last chunk. Raises ValueError for a stream that
-    reports an error or ends without [DONE].
+    A chunk with text counts as one token, or as many as it has `token_ids`. Tokens that only the final usage counts, because
+    they were held back inside a character or a stop string, count as arriving with the last chunk. Raises ValueError for a
+    stream that reports an error or ends without [DONE].
     """
     times: list[float] = []
     usage: dict[str, Any] = {}
@@ -300,7 +259,7 @@ def read_stream(chunks: Sequence[tuple[float, bytes]]) -> tuple[list[float], int
                 continue
             event = json.loads(payload)
             if "error" in event:
-                raise ValueError(f"the server reports {event['error']}")
+                raise ValueError(f"the server reported {event['error']}")
             usage = event.get("usage") or usage
             for choice in event.get("choices", ()):
                 refused |= choice.get("finish_reason") == "refused"

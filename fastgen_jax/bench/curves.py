@@ -1,4 +1,4 @@
-"""Curves over runs of one label: latency against throughput, effective throughput, token latency."""
+"""Curves over the runs of one label: latency against throughput, effective throughput, token latency."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastgen_jax.bench.results import RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """The closed-loop runs of one label and workload, by number of clients."""
+    """The closed-loop runs of one label and workload, ordered by number of clients."""
 
     label: str
     workload: str
@@ -29,33 +29,33 @@ class Curve:
     def effective(
         self, rate: float, *, prompt_rate: float = PROMPT_TOKENS_PER_SECOND, variant: Variant = "ewm"
     ) -> list[float]:
-        """Effective throughput in requests a second of each run, for readers of `rate` tokens a second."""
+        """Effective throughput of each run in requests per second, for an SLA of `rate` tokens per second."""
         return [
             effective_throughput(run.requests, tokens_per_second=rate, prompt_rate=prompt_rate, variant=variant)
             for run in self.runs
         ]
 
     def throughput_at(self, latency: float) -> float | None:
-        """Requests a second at a mean latency in seconds, between the measured points; None outside of them."""
+        """Requests per second at a mean latency in seconds, interpolated; None outside the measured range."""
         return _interpolate(latency, [s.latency for s in self.summaries], [s.throughput for s in self.summaries])
 
     def latency_at(self, throughput: float) -> float | None:
-        """Mean latency in seconds at so many requests a second, between the measured points; None outside."""
+        """Mean latency in seconds at a throughput in requests per second, interpolated; None outside the measured range."""
         return _interpolate(throughput, [s.throughput for s in self.summaries], [s.latency for s in self.summaries])
 
     def summary(self, num_clients: int) -> ClosedLoopSummary:
-        """The run with so many clients; ValueError if there is none."""
+        """The run with `num_clients` clients; raises ValueError if there is none."""
         for summary in self.summaries:
             if summary.num_clients == num_clients:
                 return summary
         have = ", ".join(str(s.num_clients) for s in self.summaries)
-        raise ValueError(f"{self.label} was not run with {num_clients} clients, only with {have}")
+        raise ValueError(f"{self.label} has no run with {num_clients} clients, only with {have}")
 
 
 def curves(records: Iterable[RunRecord]) -> list[Curve]:
-    """One curve for each label and workload, in order of appearance; of repeated runs the last one counts.
+    """One curve per label and workload, in order of appearance; the last of repeated runs counts.
 
-    Open loops have no number of clients and are left out.
+    Open loops have no number of clients and are ignored.
     """
     groups: dict[tuple[str, str], dict[int, RunRecord]] = {}
     for record in records:

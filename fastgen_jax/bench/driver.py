@@ -1,26 +1,45 @@
-"""Runs a load on an engine in this process, and notes what each step held and how long it took."""
+"""Runs requests on an engine in this process, and records what each step contained and how long it took."""
 
 from __future__ import annotations
 
 import heapq
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from fastgen_jax import Engine, SamplingParams
+from fastgen_jax import Engine, RequestOutput, SamplingParams
 from fastgen_jax.bench.loads import Load, LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
 from fastgen_jax.scheduling import Chunk, Step
 
 
+def exactly(num_tokens: int) -> SamplingParams:
+    """Greedy sampling of exactly `num_tokens` tokens: end-of-text tokens are ignored."""
+    return SamplingParams(max_new_tokens=num_tokens, ignore_eos=True, do_sample=False)
+
+
+def outputs_of(
+    engine: Engine, requests: Iterable[tuple[str, Sequence[int], int]]
+) -> Iterator[tuple[float, Sequence[RequestOutput]]]:
+    """Adds all requests and runs the engine until they end; yields the outputs of each step and its time.
+
+    A request is (id, prompt token ids, number of tokens to generate). Times are those of `time.perf_counter`.
+    """
+    for request_id, prompt, num_tokens in requests:
+        engine.add(prompt, exactly(num_tokens), request_id=request_id)
+    while engine.has_work:
+        outputs = engine.step()
+        yield time.perf_counter(), outputs
+
+
 class StepTime(NamedTuple):
-    """One step: when it was dispatched and read, in seconds on one clock, and what it held."""
+    """One step: its contents, and when it was dispatched and read, in seconds on one clock."""
 
     dispatched: float
     read: float
     start: float
-    """When the device could begin it: dispatched, and the step before read."""
+    """When the device could begin it: once it was dispatched and the previous step was read."""
     num_tokens: int
     num_sample_rows: int
     chunks: tuple[tuple[str, int, int], ...]
@@ -28,12 +47,12 @@ class StepTime(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """What the step took."""
+        """Duration of the step."""
         return self.read - self.start
 
 
 class StepLog:
-    """Listens to an engine's scheduler; use it in a `with` statement, after which the engine is as before."""
+    """Records the steps of an engine while its `with` block runs; afterwards the engine is unchanged."""
 
     def __init__(self, engine: Engine) -> None:
         self.steps: list[StepTime] = []
@@ -45,13 +64,13 @@ class StepLog:
         scheduler = self._scheduler
         schedule, commit = scheduler.schedule, scheduler.commit
 
-        def noted_schedule() -> Step | None:
+        def logged_schedule() -> Step | None:
             step = schedule()
             if step is not None:
                 self._pending.append((time.perf_counter(), step))
             return step
 
-        def noted_commit(step: Step, token_ids: Sequence[int]):
+        def logged_commit(step: Step, token_ids: Sequence[int]):
             now = time.perf_counter()
             dispatched, _ = self._pending.popleft()
             chunks = tuple(_chunk(chunk) for chunk in step.chunks)
@@ -60,8 +79,8 @@ class StepLog:
             self._last_read = now
             return commit(step, token_ids)
 
-        # On this one object only: the class and other engines stay untouched.
-        vars(scheduler).update(schedule=noted_schedule, commit=noted_commit)
+        # Set on this one object: the class and other engines are not affected.
+        vars(scheduler).update(schedule=logged_schedule, commit=logged_commit)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -73,9 +92,9 @@ def _chunk(chunk: Chunk) -> tuple[str, int, int]:
 
 
 def run_load(engine: Engine, load: Load) -> tuple[list[RequestTimes], list[str], float]:
-    """Serves `load` to its end: times of each finished request, the ids of those refused, and when it began.
+    """Runs `load` to its end: the times of each finished request, the ids of those refused, and the start time.
 
-    The engine's own loop: what is due is added between two steps. Times are those of `time.perf_counter`.
+    This uses the engine's own loop and adds due requests between two steps. Times are those of `time.perf_counter`.
     """
     return _Clients(engine, load).run()
 
@@ -109,9 +128,8 @@ class _Clients:
             now = time.perf_counter()
             while self.due and self.due[0][0] <= now:
                 at, _, request = heapq.heappop(self.due)
-                params = SamplingParams(max_new_tokens=request.max_new_tokens, ignore_eos=True, do_sample=False)
-                engine.add(prompts[request.request_id], params, request_id=request.request_id)
-                # An open loop's request is late from when it was due, whoever was busy then.
+                engine.add(prompts[request.request_id], exactly(request.max_new_tokens), request_id=request.request_id)
+                # In an open loop a request's time runs from when it was due, even if the engine was busy then.
                 self.started[request.request_id] = (request, at if load.num_clients is None else now)
                 self.times[request.request_id] = []
             if not engine.has_work:

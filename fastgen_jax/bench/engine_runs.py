@@ -1,4 +1,4 @@
-"""The runs of `fastgen bench offline` and `compare`, out of their files: engines beside each other, workload by workload."""
+"""Reads the runs of `fastgen bench offline` and `compare` from their files and tabulates engines per workload."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgen_jax.bench.metrics import Summary, median_summary
-from fastgen_jax.bench.results import read_lines, table
+from fastgen_jax.bench.results import read_lines
+from fastgen_jax.bench.tables import milliseconds, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +19,16 @@ class EngineRuns:
     engine: str
     workload: str
     source: str
-    """The file's name without its ending."""
+    """The file's name without its suffix."""
     summaries: tuple[Summary, ...]
     context: dict[str, Any]
-    """Machine, command, and what the engine says about itself."""
+    """Machine, command, and the engine's description of itself."""
 
 
 def read_engine_runs(paths: Sequence[Path]) -> list[EngineRuns]:
-    """What the files hold of such runs, in order of appearance; lines of other kinds are passed over.
+    """The runs in the files, in order of appearance, ignoring other lines.
 
-    Raises ValueError for a file that is no JSON lines.
+    Raises ValueError for a file that is not JSON lines.
     """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path in paths:
@@ -52,7 +53,7 @@ def read_engine_runs(paths: Sequence[Path]) -> list[EngineRuns]:
 
 
 def engine_tables(groups: Sequence[EngineRuns]) -> list[str]:
-    """Lines of Markdown: for each workload the medians of every engine, and their ratio to the first one's."""
+    """Lines of Markdown: for each workload the medians of every engine, and the ratio of the first engine to each."""
     lines: list[str] = []
     several = len({group.source for group in groups}) > 1
     for workload in dict.fromkeys(group.workload for group in groups):
@@ -70,8 +71,8 @@ def engine_tables(groups: Sequence[EngineRuns]) -> list[str]:
                     f"{min(rates):.0f}-{max(rates):.0f}",
                     f"{median.output_rate:.1f}",
                     f"{median.ttft_p50:.2f}",
-                    _ms(median.token_latency_p50),
-                    _ms(median.token_latency_p95),
+                    milliseconds(median.token_latency_p50, digits=1),
+                    milliseconds(median.token_latency_p95, digits=1),
                     f"{first.total_rate / median.total_rate:.2f}",
                 )
             )
@@ -91,7 +92,3 @@ def engine_tables(groups: Sequence[EngineRuns]) -> list[str]:
             rows,
         )
     return lines
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.1f}"

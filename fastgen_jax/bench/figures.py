@@ -1,21 +1,25 @@
-"""The paper's figures, from runs and step costs in files."""
+"""The figures of the FastGen paper, drawn from recorded runs and step costs."""
 
 from __future__ import annotations
 
 import colorsys
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.bench.curves import Curve
 from fastgen_jax.bench.results import RunRecord
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 MARKERS = "osv^DP*X"
-MOST_SEQUENCES = 18  # rows of the picture of steps
+MAX_SEQUENCES = 18  # rows of the figure of steps
 
 
-def throughput_latency(curves: Sequence[Curve]) -> Any:
-    """Latency against throughput, one curve a label: right and low is good."""
+def throughput_latency(curves: Sequence[Curve]) -> Figure:
+    """Latency against throughput, one curve per label; lower right is better."""
     figure, axes = _figure()
     for i, curve in enumerate(curves):
         axes.plot(
@@ -32,13 +36,13 @@ def throughput_latency(curves: Sequence[Curve]) -> Any:
         figure,
         axes,
         f"{curves[0].workload}: latency against throughput (numbers are clients)",
-        "requests a second",
+        "requests per second",
         "mean latency, s",
     )
 
 
-def effective_throughput(curves: Sequence[Curve], rate: float, prompt_rate: float) -> Any:
-    """Requests a second that kept the promise, against clients."""
+def effective_throughput(curves: Sequence[Curve], rate: float, prompt_rate: float) -> Figure:
+    """Requests per second that met the SLA, against the number of clients."""
     figure, axes = _figure()
     for i, curve in enumerate(curves):
         axes.plot(
@@ -52,13 +56,13 @@ def effective_throughput(curves: Sequence[Curve], rate: float, prompt_rate: floa
         axes,
         f"{curves[0].workload}: effective throughput, prompt at {prompt_rate:g} and generation at {rate:g} tokens/s",
         "clients",
-        "requests a second that kept it",
+        "requests per second that met it",
         bottom=True,
     )
 
 
-def token_latency(curves: Sequence[Curve]) -> Any:
-    """P50, P90 and P95 of the gaps between tokens, at the largest number of clients that all have."""
+def token_latency(curves: Sequence[Curve]) -> Figure:
+    """P50, P90 and P95 of the gaps between tokens, with 16 clients or the largest number that all curves have."""
     common = set.intersection(*({s.num_clients for s in curve.summaries} for curve in curves))
     clients = 16 if 16 in common else max(common)
     figure, axes = _figure()
@@ -71,10 +75,10 @@ def token_latency(curves: Sequence[Curve]) -> Any:
     return _finish(figure, axes, f"{curves[0].workload}: token latency with {clients} clients", "", "ms", bottom=True)
 
 
-def steps(record: RunRecord) -> Any:
-    """Which token ran in which step: a column a step, a row a sequence, the width the time that the step took."""
+def steps(record: RunRecord) -> Figure:
+    """Which token ran in which step: one column per step, as wide as its duration, and one row per sequence."""
     figure, axes = _figure(height=4.2)
-    names = list(dict.fromkeys(name for step in record.steps for name, _, _ in step[3]))[:MOST_SEQUENCES]
+    names = list(dict.fromkeys(name for step in record.steps for name, _, _ in step[3]))[:MAX_SEQUENCES]
     rows = {name: i for i, name in enumerate(names)}
     colors = {name: colorsys.hsv_to_rgb(i / max(1, len(names)), 0.45, 0.92) for name, i in rows.items()}
     begin = record.steps[0][0]
@@ -96,20 +100,20 @@ def steps(record: RunRecord) -> Any:
                     axes.text((start + end) / 2 - begin, rows[name], str(length), ha="center", va="center", fontsize=6)
         axes.text((start + end) / 2 - begin, -1.0, str(num_tokens), ha="center", va="center", fontsize=5, rotation=90)
     axes.set_yticks(range(len(names)), names, fontsize=6)
-    axes.set_ylim(len(names) - 0.5, -1.6)  # first come on top, with room for the numbers above
+    axes.set_ylim(len(names) - 0.5, -1.6)  # the first sequence at the top, with room for the numbers above
     return _finish(
         figure,
         axes,
         f"{record.label}: which token ran in which step\n"
-        "hatched: chunks of prompts, with their tokens; plain: generated; on top: tokens of the step",
+        "hatched: prompt chunks with their tokens; plain: generated tokens; on top: tokens of the step",
         "seconds",
         "sequence",
         legend=False,
     )
 
 
-def step_costs(models: Sequence[dict[str, Any]]) -> Any:
-    """The two insights: the time of a step depends on its tokens, and throughput saturates with them."""
+def step_costs(models: Sequence[dict[str, Any]]) -> Figure:
+    """The paper's two insights: the time of a step depends on its tokens, and throughput saturates with them."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
@@ -117,7 +121,7 @@ def step_costs(models: Sequence[dict[str, Any]]) -> Any:
     for i, model in enumerate(models):
         sizes = model["sizes"]
         tokens = sorted({*sizes, *(1 << i for i in range(max(sizes).bit_length()))})
-        # A prompt alone: the mean context of its tokens is half of their number.
+        # For a single prompt: the mean context of its tokens is half their number.
         seconds = [
             model["base"][i] + model["per_token"][i] * n + model["per_row"] + model["per_prompt_attended"] * n * (n + 1) / 2
             for n, i in ((n, bisect_left(sizes, n)) for n in tokens)
@@ -126,12 +130,12 @@ def step_costs(models: Sequence[dict[str, Any]]) -> Any:
         style = {"marker": MARKERS[i % len(MARKERS)], "label": label}
         latency.plot(tokens, [1e3 * s for s in seconds], **style)
         rate.plot(tokens, [n / s for n, s in zip(tokens, seconds, strict=True)], **style)
-    for axes, title, ylabel in ((latency, "time of a step", "ms"), (rate, "throughput of steps", "tokens a second")):
+    for axes, title, ylabel in ((latency, "step time", "ms"), (rate, "step throughput", "tokens per second")):
         _finish(figure, axes, title, "tokens in the step", ylabel, bottom=True)
     return figure
 
 
-def _figure(height: float = 3.8) -> tuple[Any, Any]:
+def _figure(height: float = 3.8) -> tuple[Figure, Axes]:
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(7.2, height), layout="constrained")
@@ -139,8 +143,8 @@ def _figure(height: float = 3.8) -> tuple[Any, Any]:
 
 
 def _finish(
-    figure: Any, axes: Any, title: str, xlabel: str, ylabel: str, *, bottom: bool = False, legend: bool = True
-) -> Any:
+    figure: Figure, axes: Axes, title: str, xlabel: str, ylabel: str, *, bottom: bool = False, legend: bool = True
+) -> Figure:
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(xlabel, fontsize=8)
     axes.set_ylabel(ylabel, fontsize=8)

@@ -1,9 +1,9 @@
-"""What the host does for a step, in milliseconds, against the number of generating sequences.
+"""Host time per step in milliseconds, against the number of generating sequences.
 
     fastgen bench host --sequences 32 256
 
-The model is a random one of a few thousand parameters, so that the steps are short and many; what the host does for
-them does not depend on the model.
+The model is random and has a few thousand parameters, so that steps are short; the host's work for a step does not depend
+on the model.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ PROMPT_LENGTH, WARM_UP_STEPS = 40, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fastgen bench host`."""
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 256], help="numbers of sequences to compare")
-    parser.add_argument("--steps", type=int, default=300, help="measured steps each (default: %(default)s)")
+    """Adds this benchmark's flags."""
+    parser.add_argument(
+        "--sequences", type=int, nargs="+", default=[1, 32, 256], help="numbers of sequences (default: 1 32 256)"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="measured steps for each of them (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table."""
+    """Prints the table and returns the exit code."""
     if min(args.sequences) < 1 or args.steps < 1:
-        raise ValueError(f"--sequences {args.sequences} and --steps {args.steps} must be at least 1")
+        raise ValueError(f"--sequences is {args.sequences} and --steps {args.steps}; both must be at least 1")
     print(f"{'sequences':>10} {'plan':>8} {'pack':>8} {'commit':>8} {'sum, ms':>8} {'outputs':>8} {'dispatch':>8}")
     for count in args.sequences:
         times = _measure(count, args.steps)
@@ -37,15 +39,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(count: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of each part of the last `steps` steps, in which `count` sequences generate a token each."""
+    """Seconds of each part of the last `steps` steps, in which `count` sequences generate one token each."""
     import jax
 
+    from fastgen_jax.bench.driver import exactly
     from fastgen_jax.engine import Engine, EngineConfig
     from fastgen_jax.models.config import ModelConfig
     from fastgen_jax.models.params import init_params
-    from fastgen_jax.scheduling import SamplingParams
 
-    length = PROMPT_LENGTH + WARM_UP_STEPS + steps + count  # prompts enter one after another
+    length = PROMPT_LENGTH + WARM_UP_STEPS + steps + count  # prompts are computed one after another
     model = ModelConfig(
         family="llama",
         vocab_size=64,
@@ -68,7 +70,7 @@ def _measure(count: int, steps: int) -> dict[str, list[float]]:
             num_blocks=count * -(-length // 32) + 1,
         ),
     )
-    params = SamplingParams(max_new_tokens=length - PROMPT_LENGTH, do_sample=False, ignore_eos=True)
+    params = exactly(length - PROMPT_LENGTH)
     for number in range(count):
         engine.add([(number + i) % 64 for i in range(PROMPT_LENGTH)], params)
     timeline = engine.metrics.timeline

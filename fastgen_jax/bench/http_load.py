@@ -1,4 +1,4 @@
-"""A lean HTTP client for load: it costs the machine that is measured as little as possible."""
+"""A minimal HTTP client for load tests, which takes as little CPU time as possible from the measured machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 
 class HttpError(Exception):
-    """An answer other than 200."""
+    """A response with a status other than 200."""
 
     def __init__(self, status: int, body: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(f"{status}: {body[:300]}")
@@ -20,11 +20,16 @@ class HttpError(Exception):
 
 
 async def stream_events(
-    url: str, path: str, body: Any, *, headers: dict[str, str] | None = None, pause: float = 0.0
+    url: str,
+    path: str,
+    body: Mapping[str, Any] | bytes,
+    *,
+    headers: Mapping[str, str] | None = None,
+    pause: float = 0.0,
 ) -> AsyncIterator[dict[str, Any]]:
-    """The events of a streamed answer. `pause` seconds pass between two reads of a reader who is slow.
+    """Yields the events of a streamed response; a `pause` in seconds between two reads simulates a slow reader.
 
-    Leaving the loop early closes the connection. Raises HttpError, and OSError or asyncio.IncompleteReadError when the
+    Leaving the loop early closes the connection. Raises HttpError, and OSError or asyncio.IncompleteReadError if the
     connection breaks.
     """
     address = urlsplit(url)
@@ -37,7 +42,7 @@ async def stream_events(
         **(headers or {}),
     }
     head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n"
-    # A small buffer for a slow reader, so that the server's side fills up and must wait for it.
+    # A slow reader has a small buffer, so that the server's buffer fills up and it must wait.
     reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=2**12 if pause else 2**20)
     try:
         writer.write(head.encode() + data)
@@ -60,13 +65,13 @@ async def stream_events(
                     await asyncio.sleep(pause)
             elif line == b"data: [DONE]":
                 return
-        raise asyncio.IncompleteReadError(b"", None)  # an answer ends with [DONE]
+        raise asyncio.IncompleteReadError(b"", None)  # a complete response ends with [DONE]
     finally:
         writer.close()
 
 
 async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Lines of a body in chunked transfer encoding."""
+    """Yields the lines of a body in chunked transfer encoding."""
     rest = b""
     while size := int((await reader.readuntil(b"\r\n")), 16):
         *lines, rest = (rest + await reader.readexactly(size)).split(b"\n")

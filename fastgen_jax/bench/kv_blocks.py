@@ -1,9 +1,9 @@
-"""Whether a step ever copies the KV cache: step time and memory against the number of allocated KV blocks.
+"""Whether a step copies the KV cache: step time and memory against the number of allocated KV blocks.
 
     fastgen bench kv-blocks                  # times on this device
-    fastgen bench kv-blocks --tpu v5e:2x2    # memory of the compiled TPU program; needs libtpu, but no TPU
+    fastgen bench kv-blocks --tpu v5e:2x2    # memory of the compiled TPU program; needs libtpu but no TPU
 
-A program that copied the cache would take time, or temporary memory, in proportion to it.
+A program that copies the cache takes time or temporary memory in proportion to its size.
 """
 
 from __future__ import annotations
@@ -13,20 +13,26 @@ import os
 import statistics
 from collections.abc import Sequence
 
+from fastgen_jax.flags import add_model_flag
+
 MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fastgen bench kv-blocks`."""
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="checkpoint to run (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[64, 256, 1024, 2048], help="cache sizes to compare")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[1, 32, 256], help="tokens of a step")
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps each (default: %(default)s)")
-    parser.add_argument("--tpu", metavar="TOPOLOGY", help="compile for this TPU topology, like v5e:2x2, instead of running")
+    """Adds this benchmark's flags."""
+    add_model_flag(parser)
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[64, 256, 1024, 2048], help="cache sizes (default: 64 256 1024 2048)"
+    )
+    parser.add_argument("--budgets", type=int, nargs="+", default=[1, 32, 256], help="tokens per step (default: 1 32 256)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps for each combination (default: %(default)s)")
+    parser.add_argument(
+        "--tpu", metavar="TOPOLOGY", help="compile for this TPU topology, such as v5e:2x2, instead of running"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table."""
+    """Prints the table and returns the exit code."""
     if args.tpu:
         return _tpu(args.tpu, args.blocks, args.budgets)
     return _measured(args.model, args.blocks, args.budgets, args.repeats)
@@ -40,7 +46,7 @@ def _measured(model: str, blocks: Sequence[int], budgets: Sequence[int], repeats
         for n in blocks
     }
     times: dict[tuple[int, int], list[float]] = {(n, t): [] for n in blocks for t in budgets}
-    for _ in range(repeats):  # interleaved: the machine's moods hit every size alike
+    for _ in range(repeats):  # interleaved, so that changes of the machine's speed affect every size equally
         for n, engine in engines.items():
             for t in budgets:
                 times[n, t].append(engine.measure_step(t))
@@ -62,12 +68,12 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
     from fastgen_jax.core import KVCache, stored_head_dim
     from fastgen_jax.engine.packing import Bucket
     from fastgen_jax.engine.runner import step_program
-    from fastgen_jax.engine.sampler_state import init_state
+    from fastgen_jax.engine.sampling.state import init_state
     from fastgen_jax.models.config import ModelConfig
     from fastgen_jax.models.counts import count_params
     from fastgen_jax.models.params import init_params
 
-    # A Llama of 1.1 billion parameters, so that a copied cache could not hide in the noise of small buffers.
+    # A Llama of 1.1 billion parameters, so that a copied cache stands out against small buffers.
     model = ModelConfig(
         family="llama",
         vocab_size=32_000,
@@ -84,7 +90,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
     mesh = Mesh([device], ("one",))
     place = NamedSharding(mesh, PartitionSpec())
 
-    def abstract(tree):  # shapes on the absent device
+    def abstract(tree):  # shapes on the device that is not attached
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
     params = abstract(jax.eval_shape(lambda: init_params(model, jax.random.key(0), dtype=jnp.bfloat16)))

@@ -1,9 +1,9 @@
-"""How long checkpoints take to load, and how much host memory: seconds per GB, and peak memory over model bytes.
+"""Time and host memory to load checkpoints: seconds per GB, and peak memory over model bytes.
 
     fastgen bench loading smollm2-135m-instruct SNAPSHOT DIRECTORY ... [--dtype float32] [--cold]
 
-Each is loaded in a process of its own, as plain arrays with nothing packed or quantised, `--rounds` times in turns. GB are
-10^9 bytes of the loaded model. --cold asks the system to forget the files before each round.
+Each checkpoint is loaded `--rounds` times in its own process, interleaved with the others, as plain arrays that are neither
+packed nor quantized. A GB is 10^9 bytes of the loaded model. --cold drops the files from the page cache before each round.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fastgen_jax.flags import MODEL_HELP
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fastgen bench loading`."""
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="directory, .gguf file, snapshot or built-in name")
+    """Adds this benchmark's flags."""
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="number format that weights are loaded into (default: %(default)s)",
+        help="number format of the loaded weights (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="loads of each (default: %(default)s)")
-    parser.add_argument("--cold", action="store_true", help="from the disk, not from the system's file cache")
+    parser.add_argument("--rounds", type=int, default=3, help="loads per checkpoint (default: %(default)s)")
+    parser.add_argument("--cold", action="store_true", help="load from the disk instead of the page cache")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table."""
+    """Prints the table and returns the exit code."""
     from fastgen_jax.checkpoint import resolve_model
 
     paths = [resolve_model(model) for model in args.models]
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     for _ in range(args.rounds):
         for path in paths:
             if args.cold:
-                _forget(path)
+                _drop_from_page_cache(path)
             done = subprocess.run([sys.executable, "-m", __name__, str(path), args.dtype], capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(f"loading {path} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -53,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_once(path: str, dtype: str) -> dict[str, float]:
-    """Bytes of the model, seconds to load it, and by how many bytes this process grew at the most."""
+    """Bytes of the model, seconds to load it, and the peak growth of this process in bytes."""
     import time
 
     import jax
 
     from fastgen_jax.checkpoint import load_params, open_checkpoint
 
-    jax.devices()  # the backend's own start is not the loader's
+    jax.devices()  # starts the backend, which is not part of loading
     before = _resident("VmRSS")
     start = time.perf_counter()
     params = jax.block_until_ready(load_params(open_checkpoint(path), dtype=dtype, stack_layers=False))
@@ -70,14 +72,14 @@ def load_once(path: str, dtype: str) -> dict[str, float]:
 
 
 def _resident(field: str) -> int:
-    """Resident bytes now (VmRSS) or at their peak (VmHWM), from Linux's /proc."""
+    """Resident bytes now (VmRSS) or at the peak (VmHWM), from Linux's /proc."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise ValueError(f"/proc/self/status has no {field}; this benchmark needs Linux")
 
 
-def _forget(path: Path) -> None:
+def _drop_from_page_cache(path: Path) -> None:
     for file in [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file()):
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,7 +1,7 @@
-"""Loads: which requests are sent when, the same for a server, an engine in this process, and the simulator.
+"""Loads: which requests are sent when, for a server, an engine in this process, or the simulator.
 
-A closed loop has a number of clients, each of which sends its next request when the last one is answered. In an open
-loop requests come at given times, whoever is ready for them. Lengths only: `prompt_ids` gives them content.
+In a closed loop each of several clients sends its next request when the previous one is answered. In an open loop requests
+arrive at given times, regardless of the server. A load only has lengths; `prompt_ids` generates the token ids.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import numpy as np
 from fastgen_jax.bench.workloads import SEED, SPREAD, sample_lengths
 
 CLIENT_LADDER = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)  # FastGen's numbers of clients
-MAX_PROMPT = 4000  # tokens; FastGen cuts longer prompts
-STAGGER_SECONDS = 0.01  # times U(0, clients): when a client of a closed loop starts
-MOONCAKE_BLOCK = 512  # tokens that one hash of the Mooncake traces stands for
+MAX_PROMPT = 4000  # tokens; FastGen truncates longer prompts
+STAGGER_SECONDS = 0.01  # a client of a closed loop starts after this times U(0, clients)
+MOONCAKE_BLOCK = 512  # tokens per hash in the Mooncake traces
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadRequest:
-    """One request of a load: lengths in tokens, arrival in seconds after the start (open loop only).
+    """One request of a load: lengths in tokens, arrival in seconds after the start (open loops only).
 
-    `prefix_blocks` name the prompt's blocks of `Load.prefix_block_size` tokens: equal names, equal tokens.
+    `prefix_blocks` names the prompt's blocks of `Load.prefix_block_size` tokens; equal names mean equal tokens.
     """
 
     request_id: str
@@ -43,8 +43,8 @@ class LoadRequest:
 class Load:
     """Requests in order, and how they are sent.
 
-    `num_clients` is None for an open loop. In a closed loop client i first sends `warmup[i]`, which is not measured;
-    when all are answered it waits `stagger[i]` seconds and then takes requests off the common queue.
+    `num_clients` is None for an open loop. In a closed loop client i first sends `warmup[i]`, which is not measured. Once
+    all of these are answered, it waits `stagger[i]` seconds and then takes requests from the shared queue.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Load:
     stagger: tuple[float, ...] = ()
     prefix_block_size: int = 0
     facts: dict[str, Any]
-    """How it was made: what another needs to make it again."""
+    """The arguments that reproduce this load."""
 
     @property
     def longest_context(self) -> int:
@@ -67,7 +67,7 @@ class Load:
         return self.requests[-1].arrival if self.num_clients is None else 0.0
 
     def prompt_ids(self, request: LoadRequest, *, vocab_size: int, num_reserved_ids: int = 256) -> tuple[int, ...]:
-        """Token ids of a prompt: random, the same on every machine, alike where `prefix_blocks` are."""
+        """Random token ids of a prompt: the same on every machine, and equal where `prefix_blocks` are equal."""
         low = min(num_reserved_ids, vocab_size - 1)
         if not request.prefix_blocks:
             rng = np.random.default_rng((SEED, zlib.crc32(f"{self.name} {request.request_id}".encode())))
@@ -95,9 +95,9 @@ def closed_loop(
     warmup: int = 1,
     seed: int = SEED,
 ) -> Load:
-    """FastGen's load: `int(N(mean, spread * mean))` tokens, prompts cut at `max_prompt`.
+    """FastGen's load: lengths of `int(N(mean, spread * mean))` tokens, prompts truncated to `max_prompt`.
 
-    `length_scale` scales the means and the cut; `warmup` requests a client are sent before the measurement.
+    `length_scale` scales the means and `max_prompt`. Each client sends `warmup` requests before the measurement.
     Raises ValueError for numbers below 1.
     """
     for name, value in (("num_clients", num_clients), ("num_requests", num_requests)):
@@ -105,16 +105,10 @@ def closed_loop(
             raise ValueError(f"{name} is {value}; a closed loop needs at least 1")
     _positive(length_scale=length_scale)
     if warmup < 0:
-        raise ValueError(f"warmup is {warmup} requests a client; use 0 or more")
+        raise ValueError(f"warmup is {warmup} requests per client; it must be 0 or more")
     rng = np.random.default_rng(seed)
-    count = num_requests + warmup * num_clients
-    prompts = sample_lengths(_scaled(mean_prompt, length_scale), count, spread=spread, rng=rng)
-    outputs = sample_lengths(_scaled(mean_output, length_scale), count, spread=spread, rng=rng)
-    cut = _scaled(max_prompt, length_scale)
-    requests = [
-        LoadRequest(request_id=f"r{i}", num_prompt_tokens=min(prompt, cut), max_new_tokens=output)
-        for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
-    ]
+    lengths = _Lengths(mean_prompt, mean_output, spread, max_prompt, length_scale)
+    requests = lengths.requests(num_requests + warmup * num_clients, rng)
     return Load(
         name=f"closed-{mean_prompt}-{mean_output}",
         requests=tuple(requests[:num_requests]),
@@ -125,11 +119,7 @@ def closed_loop(
             "loop": "closed",
             "num_clients": num_clients,
             "num_requests": num_requests,
-            "mean_prompt": mean_prompt,
-            "mean_output": mean_output,
-            "spread": spread,
-            "max_prompt": max_prompt,
-            "length_scale": length_scale,
+            **asdict(lengths),
             "warmup": warmup,
             "seed": seed,
         },
@@ -148,38 +138,52 @@ def open_loop(
     length_scale: float = 1.0,
     seed: int = SEED,
 ) -> Load:
-    """Arrivals at `rate` requests a second with Gamma-distributed gaps: Poisson if their coefficient of variation is 1.
+    """Arrivals at `rate` requests per second with Gamma-distributed gaps; a coefficient of variation of 1 is Poisson.
 
-    Lengths as in `closed_loop`. Raises ValueError for a rate, a variation or a count that is not positive.
+    Lengths are drawn as in `closed_loop`. Raises ValueError for a rate, variation or count that is not positive.
     """
     _positive(rate=rate, gap_cv=gap_cv, length_scale=length_scale)
     if num_requests < 1:
         raise ValueError(f"num_requests is {num_requests}; a load needs at least 1")
     rng = np.random.default_rng(seed)
-    prompts = sample_lengths(_scaled(mean_prompt, length_scale), num_requests, spread=spread, rng=rng)
-    outputs = sample_lengths(_scaled(mean_output, length_scale), num_requests, spread=spread, rng=rng)
+    lengths = _Lengths(mean_prompt, mean_output, spread, max_prompt, length_scale)
+    requests = lengths.requests(num_requests, rng)
     shape = 1 / gap_cv**2
-    arrivals = np.cumsum(rng.gamma(shape, 1 / (rate * shape), num_requests))
-    cut = _scaled(max_prompt, length_scale)
+    arrivals = np.cumsum(rng.gamma(shape, 1 / (rate * shape), num_requests)).tolist()
     return Load(
         name=f"open-{mean_prompt}-{mean_output}",
-        requests=tuple(
-            LoadRequest(request_id=f"r{i}", num_prompt_tokens=min(prompt, cut), max_new_tokens=output, arrival=float(at))
-            for i, (prompt, output, at) in enumerate(zip(prompts, outputs, arrivals, strict=True))
-        ),
+        requests=tuple(replace(request, arrival=at) for request, at in zip(requests, arrivals, strict=True)),
         facts={
             "loop": "open",
             "rate": rate,
             "gap_cv": gap_cv,
             "num_requests": num_requests,
-            "mean_prompt": mean_prompt,
-            "mean_output": mean_output,
-            "spread": spread,
-            "max_prompt": max_prompt,
-            "length_scale": length_scale,
+            **asdict(lengths),
             "seed": seed,
         },
     )
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """How lengths are drawn, in tokens; see `closed_loop`."""
+
+    mean_prompt: int
+    mean_output: int
+    spread: float
+    max_prompt: int
+    length_scale: float
+
+    def requests(self, count: int, rng: np.random.Generator) -> list[LoadRequest]:
+        """Requests of random lengths without arrival times."""
+        scale = self.length_scale
+        prompts = sample_lengths(_scaled(self.mean_prompt, scale), count, spread=self.spread, rng=rng)
+        outputs = sample_lengths(_scaled(self.mean_output, scale), count, spread=self.spread, rng=rng)
+        limit = _scaled(self.max_prompt, scale)
+        return [
+            LoadRequest(request_id=f"r{i}", num_prompt_tokens=min(prompt, limit), max_new_tokens=output)
+            for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+        ]
 
 
 def read_trace(
@@ -190,21 +194,21 @@ def read_trace(
     first: int | None = None,
     max_context_len: int | None = None,
 ) -> Load:
-    """A recorded trace: Azure's LLM inference CSV, or Mooncake's JSON lines with the hashes of shared prefixes.
+    """A recorded trace: Azure's LLM inference CSV, or Mooncake's JSON lines with hashes of shared prefixes.
 
-    `speed` 2 halves the gaps between arrivals. `length_scale` scales prompts, outputs and hashed blocks alike. `first`
-    keeps so many requests. Prompts are cut to what `max_context_len` leaves. Raises ValueError for a file in neither
-    form, naming the line.
+    A `speed` of 2 halves the gaps between arrivals. `length_scale` scales prompts, outputs and hashed blocks. `first` keeps
+    only that many requests. Prompts are truncated so that prompt and output fit into `max_context_len`. Raises ValueError
+    for a file in neither format.
     """
     _positive(speed=speed, length_scale=length_scale)
     if first is not None and first < 1:
-        raise ValueError(f"first is {first} requests; a trace needs at least 1")
+        raise ValueError(f"first is {first} requests; it must be at least 1")
     try:
         rows = _azure_rows(path) if path.suffix == ".csv" else _mooncake_rows(path)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no trace: {error!r}; give a .csv with TIMESTAMP, ContextTokens, GeneratedTokens, or a .jsonl with "
-            "timestamp, input_length, output_length, hash_ids"
+            f"{path} is not a trace: {error!r}; give a .csv with TIMESTAMP, ContextTokens, GeneratedTokens, or a .jsonl "
+            "with timestamp, input_length, output_length, hash_ids"
         ) from error
     requests = []
     for row in rows[:first]:
@@ -261,7 +265,7 @@ def _mooncake_rows(path: Path) -> list[LoadRequest]:
 
 
 def offered_rate(requests: Sequence[LoadRequest]) -> float:
-    """Requests a second between the first arrival and the last; 0 if all come at once."""
+    """Requests per second between the first and the last arrival; 0 if all arrive at the same time."""
     seconds = requests[-1].arrival - requests[0].arrival
     return (len(requests) - 1) / seconds if seconds > 0 else 0.0
 

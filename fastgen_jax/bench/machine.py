@@ -1,4 +1,4 @@
-"""What this machine is and how fast it multiplies: the context without which a benchmark figure means nothing."""
+"""What this machine is, how fast it multiplies, and whether other programs disturb a measurement."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import fcntl
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-PEAK_SECONDS = 0.6  # spent on each way to multiply; the best of the repetitions counts
-PEAK_SIZE = 1024  # rows and columns: 2.1 GFLOP a product, large enough for full speed and small enough for a cache
+PEAK_SECONDS = 0.6  # spent on each way to multiply; the best repetition counts
+PEAK_SIZE = 1024  # rows and columns: 2.1 GFLOP per product, large enough for full speed and small enough for a cache
+DISTURBED_CORES = 0.15  # above this, other programs used enough of the machine to change a figure
 
 
-def describe() -> dict[str, Any]:
-    """Processor, cores this process may use, memory in GiB and operating system."""
+def describe() -> dict[str, str | int | float]:
+    """Processor, cores this process may use, memory in GiB, and operating system."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -40,10 +41,10 @@ def usable_cores() -> int:
 
 
 def matmul_peak(dtype: str = "float32") -> dict[str, float]:
-    """Measured FLOP/s of a square product of `dtype`, by way of multiplying; loads JAX.
+    """Measured FLOP/s of a square matrix product of `dtype`, by library; loads JAX.
 
-    "jax" is the default device through XLA. On a CPU "numpy" is added for float32, because its BLAS is often the
-    faster one; the peak to compare with is the largest.
+    "jax" is XLA on the default device. On a CPU "numpy" is added for float32, because its BLAS is often faster. The peak to
+    compare with is the largest.
     """
     import jax
     import jax.numpy as jnp
@@ -63,7 +64,7 @@ def matmul_peak(dtype: str = "float32") -> dict[str, float]:
     return peaks
 
 
-def _best_seconds(work: Any) -> float:
+def _best_seconds(work: Callable[[], object]) -> float:
     best, deadline = float("inf"), time.perf_counter() + PEAK_SECONDS
     while time.perf_counter() < deadline:
         start = time.perf_counter()
@@ -73,10 +74,7 @@ def _best_seconds(work: Any) -> float:
 
 
 def busy_seconds(process_group: int | None = None) -> float:
-    """Processor seconds used so far by the whole machine, or by one process group; 0 where there is no /proc.
-
-    What the machine used beyond the measured group is what disturbed the measurement.
-    """
+    """CPU seconds used so far by the whole machine, or by one process group; 0 where there is no /proc."""
     ticks = os.sysconf("SC_CLK_TCK")
     try:
         if process_group is None:
@@ -88,7 +86,7 @@ def busy_seconds(process_group: int | None = None) -> float:
         return 0.0
     total = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # a process may end while we look
+        with contextlib.suppress(OSError):  # a process may end while it is inspected
             # After the name in parentheses: state, parent, group, ..., user, system, and both of ended children.
             fields = stat.read_text().rsplit(")", 1)[1].split()
             if int(fields[2]) == process_group:
@@ -96,11 +94,32 @@ def busy_seconds(process_group: int | None = None) -> float:
     return total / ticks
 
 
-@contextlib.contextmanager
-def machine_to_itself(lock_file: Path | None, *, mode: Literal["shared", "exclusive"]) -> Iterator[None]:
-    """Holds an advisory lock on `lock_file` meanwhile, so that measurements on a shared machine do not overlap.
+class ForeignLoad:
+    """Measures how many cores were busy with programs outside of `process_group` since this object was made."""
 
-    "exclusive" for a measurement, "shared" for the work around it. None locks nothing.
+    def __init__(self, process_group: int) -> None:
+        self._group = process_group
+        self._busy, self._own, self._began = busy_seconds(), busy_seconds(process_group), time.perf_counter()
+
+    def cores(self) -> float:
+        """Cores kept busy by other programs on average; near 0, or the measurement cannot be trusted."""
+        own = busy_seconds(self._group) - self._own
+        foreign = busy_seconds() - self._busy - own
+        return max(0.0, foreign / (time.perf_counter() - self._began))
+
+
+def disturbance(foreign_cores: float) -> str:
+    """A warning to append to the line of a run; empty if the engine had the machine to itself."""
+    if foreign_cores < DISTURBED_CORES:
+        return ""
+    return f" -- disturbed: other programs kept {foreign_cores:.1f} cores busy"
+
+
+@contextlib.contextmanager
+def machine_lock(lock_file: Path | None, *, mode: Literal["shared", "exclusive"]) -> Iterator[None]:
+    """Holds an advisory lock on `lock_file`, so that measurements on a shared machine do not overlap.
+
+    Use "exclusive" for a measurement and "shared" for the work around it. None locks nothing.
     """
     if lock_file is None:
         yield

@@ -1,4 +1,4 @@
-"""What per-request timestamps say about an engine: pure functions, no clock and no engine in sight.
+"""Latency and throughput figures from per-request timestamps: pure functions without a clock or an engine.
 
 `tgt` ("token generation times") is DeepSpeed-FastGen's convention: the gaps between a request's tokens, where
 `tgt[0]` is the time to the first token. Times are seconds.
@@ -7,21 +7,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import lt
 from typing import Any, Literal
 
 import numpy as np
 
-PROMPT_TOKENS_PER_SECOND = 512  # FastGen's promise for the first token: prompt_tokens / 512 seconds
-GENERATION_RATES = (1, 2, 3, 4, 6, 8)  # tokens a second that FastGen's readers may want
+PROMPT_TOKENS_PER_SECOND = 512  # FastGen's SLA for the first token: prompt_tokens / 512 seconds
 Variant = Literal["ewm", "cumulative"]
-EWM_SPAN = 16  # tokens; FastGen smooths the token gaps with it before it compares them with the promised rate
+EWM_SPAN = 16  # tokens; FastGen smooths the gaps between tokens with it before comparing them with the promised rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestTimes:
-    """One finished request: when it was sent and, for each generated token, when it arrived."""
+    """One finished request: when it was sent, and when each generated token arrived."""
 
     request_id: str
     num_prompt_tokens: int
@@ -33,11 +32,11 @@ class RequestTimes:
             raise ValueError(f"request {self.request_id!r} has no tokens; only finished requests can be measured")
         before = (self.start, *self.token_times)
         if any(map(lt, self.token_times, before)):
-            raise ValueError(f"request {self.request_id!r} has token times that run backwards: {before}")
+            raise ValueError(f"request {self.request_id!r} has decreasing token times: {before}")
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> RequestTimes:
-        """From a worker's record, whose `events` are pairs of a time and the tokens that arrived then."""
+        """From a worker's record; its `events` are pairs of a time and the number of tokens that arrived then."""
         times = tuple(float(at) for at, count in record["events"] for _ in range(count))
         return cls(
             request_id=record["request_id"],
@@ -46,9 +45,14 @@ class RequestTimes:
             token_times=times,
         )
 
+    def since(self, begin: float) -> RequestTimes:
+        """The same request with times counted from `begin`."""
+        times = tuple(at - begin for at in self.token_times)
+        return replace(self, start=self.start - begin, token_times=times)
+
     @property
     def tgt(self) -> tuple[float, ...]:
-        """Gaps between tokens; the first is the time to the first token."""
+        """Gaps between tokens; the first entry is the time to the first token."""
         before = (self.start, *self.token_times[:-1])
         return tuple(at - earlier for earlier, at in zip(before, self.token_times, strict=True))
 
@@ -64,7 +68,7 @@ class RequestTimes:
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens a second after the first token's arrival; None if everything arrived at once."""
+        """Tokens per second after the first token arrived; None if all tokens arrived together."""
         seconds = self.token_times[-1] - self.token_times[0]
         after_first = sum(at > self.token_times[0] for at in self.token_times)
         return after_first / seconds if seconds > 0 else None
@@ -72,38 +76,37 @@ class RequestTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One run of a workload. Rates are tokens a second over the whole run, times are seconds."""
+    """The figures of one run of a workload. Rates are tokens per second over the whole run; times are seconds."""
 
     wall: float
-    """From the first request sent to the last token."""
+    """From sending the first request to the last token."""
     output_rate: float
-    """Generated tokens a second."""
+    """Generated tokens per second."""
     total_rate: float
-    """Prompt and generated tokens a second."""
+    """Prompt and generated tokens per second."""
     ttft_p50: float
     ttft_max: float
     token_latency_p50: float | None
-    """Gaps between tokens, first and last of each request left out; None if no request has three tokens."""
+    """Gaps between tokens without the first and last of each request; None if no request has three tokens."""
     token_latency_p90: float | None
     token_latency_p95: float | None
     decode_rate_p50: float | None
-    """Median over requests of the tokens a second after the first one."""
+    """Median over requests of the tokens per second after the first token."""
     latency_mean: float
 
 
 def summarize(requests: Sequence[RequestTimes]) -> Summary:
-    """The figures of one run; raises ValueError for an empty one."""
+    """Returns the figures of one run; raises ValueError for an empty one."""
     if not requests:
         raise ValueError("there are 0 requests to summarize; run a workload of at least 1")
-    wall = max(request.token_times[-1] for request in requests) - min(request.start for request in requests)
+    wall = wall_seconds(requests)
     if wall <= 0:
-        raise ValueError(f"the run took {wall} s; a rate needs a time above 0")
+        raise ValueError(f"the run took {wall} s; a rate needs a duration above 0")
     num_output = sum(len(request.token_times) for request in requests)
     num_total = num_output + sum(request.num_prompt_tokens for request in requests)
     first = [request.time_to_first_token for request in requests]
-    gaps = [gap for request in requests for gap in request.tgt[1:-1]]
+    p50, p90, p95 = _token_latencies(requests)
     decode = [rate for rate in (request.decode_rate for request in requests) if rate is not None]
-    p50, p90, p95 = (float(p) for p in np.percentile(gaps, (50, 90, 95))) if gaps else (None, None, None)
     return Summary(
         wall=wall,
         output_rate=num_output / wall,
@@ -118,8 +121,22 @@ def summarize(requests: Sequence[RequestTimes]) -> Summary:
     )
 
 
+def wall_seconds(requests: Sequence[RequestTimes]) -> float:
+    """Seconds from sending the first request to the last token."""
+    return max(request.token_times[-1] for request in requests) - min(request.start for request in requests)
+
+
+def _token_latencies(requests: Sequence[RequestTimes]) -> tuple[float, float, float] | tuple[None, None, None]:
+    """P50, P90 and P95 of the gaps between tokens, without the first and last gap of each request; None without gaps."""
+    gaps = [gap for request in requests for gap in request.tgt[1:-1]]
+    if not gaps:
+        return None, None, None
+    p50, p90, p95 = np.percentile(gaps, (50, 90, 95)).tolist()
+    return p50, p90, p95
+
+
 def ewm_mean(values: Sequence[float], *, span: int = EWM_SPAN) -> list[float]:
-    """Exponentially weighted means as pandas' `ewm(span, adjust=True).mean()`: weights (1 - 2/(span+1))^age."""
+    """Exponentially weighted means, as pandas' `ewm(span, adjust=True).mean()`: weights (1 - 2/(span+1))^age."""
     if span < 1:
         raise ValueError(f"span is {span} tokens; it must be at least 1")
     decay = 1 - 2 / (span + 1)
@@ -138,10 +155,10 @@ def meets_promise(
     prompt_rate: float = PROMPT_TOKENS_PER_SECOND,
     variant: Variant = "ewm",
 ) -> bool:
-    """Whether a reader who wants `tokens_per_second` was served: FastGen's condition for effective throughput.
+    """Whether the request met an SLA of `tokens_per_second`: FastGen's condition for effective throughput.
 
-    The first token within `prompt_tokens / prompt_rate` seconds, and then either every smoothed gap below
-    `1 / tokens_per_second` ("ewm"), or no token later than a steady reader needs it ("cumulative").
+    The first token must arrive within `prompt_tokens / prompt_rate` seconds. After that either every smoothed gap must be
+    below `1 / tokens_per_second` ("ewm"), or no token may be later than a reader of that speed needs it ("cumulative").
     """
     for name, rate in (("tokens_per_second", tokens_per_second), ("prompt_rate", prompt_rate)):
         if rate <= 0:
@@ -162,36 +179,35 @@ def effective_throughput(
     prompt_rate: float = PROMPT_TOKENS_PER_SECOND,
     variant: Variant = "ewm",
 ) -> float:
-    """Requests a second that met the promise, from the first sent to the last token: FastGen's goodput of one run."""
+    """Requests per second that met the SLA, over the whole run: FastGen's goodput."""
     if not requests:
         raise ValueError("there are 0 requests; effective throughput needs at least 1")
-    wall = max(request.token_times[-1] for request in requests) - min(request.start for request in requests)
     met = sum(
         meets_promise(request, tokens_per_second=tokens_per_second, prompt_rate=prompt_rate, variant=variant)
         for request in requests
     )
-    return met / wall
+    return met / wall_seconds(requests)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedLoopSummary:
-    """FastGen's figures of one run in which each client sends its next request when the last one is answered."""
+    """FastGen's figures of one run in which each client sends its next request once the previous one is answered."""
 
     num_clients: int
     latency: float
     """Mean seconds from sending a request to its last token."""
     throughput: float
-    """Requests a second, defined as clients / latency."""
+    """Requests per second, defined as clients / latency."""
     first_token_mean: float
     """Seconds."""
     token_latency_p50: float | None
-    """Seconds between tokens, without each request's first and last gap, nor the requests that started first and last."""
+    """Seconds between tokens, without each request's first and last gap, and without the first and last request to start."""
     token_latency_p90: float | None
     token_latency_p95: float | None
 
 
 def summarize_closed_loop(requests: Sequence[RequestTimes], *, num_clients: int) -> ClosedLoopSummary:
-    """What FastGen's benchmark reports of a run with `num_clients` clients.
+    """Returns what FastGen's benchmark reports for a run with `num_clients` clients.
 
     Raises ValueError if there are no requests. Source: DeepSpeedExamples, benchmarks/inference/mii.
     """
@@ -199,10 +215,8 @@ def summarize_closed_loop(requests: Sequence[RequestTimes], *, num_clients: int)
         raise ValueError("there are 0 requests to summarize; run a workload of at least 1")
     latency = float(np.mean([request.latency for request in requests]))
     if latency <= 0:
-        raise ValueError(f"the mean latency is {latency} s; a rate needs a time above 0")
-    inner = sorted(requests, key=lambda request: request.start)[1:-1]
-    gaps = [gap for request in inner for gap in request.tgt[1:-1]]
-    p50, p90, p95 = (float(p) for p in np.percentile(gaps, (50, 90, 95))) if gaps else (None, None, None)
+        raise ValueError(f"the mean latency is {latency} s; a rate needs a duration above 0")
+    p50, p90, p95 = _token_latencies(sorted(requests, key=lambda request: request.start)[1:-1])
     return ClosedLoopSummary(
         num_clients=num_clients,
         latency=latency,
@@ -215,7 +229,7 @@ def summarize_closed_loop(requests: Sequence[RequestTimes], *, num_clients: int)
 
 
 def median_summary(summaries: Sequence[Summary]) -> Summary:
-    """The median of each figure over several runs of one workload; None stays None."""
+    """The median of each figure over several runs of one workload; None if any run has None."""
     if not summaries:
         raise ValueError("there are 0 runs; a median needs at least 1")
     figures: dict[str, Any] = {}

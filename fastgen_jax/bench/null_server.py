@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's streaming completions and computes nothing: what the client costs, and a fake for tests.
+"""A server with OpenAI's streaming completions API and no model, to measure the client itself and for tests.
 
     python -m fastgen_jax.bench.null_server --first 0.1 --gap 0.02
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from typing import Any
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -28,7 +29,7 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ar
         writer.close()
 
 
-async def _stream(request: dict, writer: asyncio.StreamWriter, args: argparse.Namespace) -> None:
+async def _stream(request: dict[str, Any], writer: asyncio.StreamWriter, args: argparse.Namespace) -> None:
     prompt = len(request["prompt"]) if isinstance(request["prompt"], list) else len(request["prompt"].split())
     if args.max_prompt and prompt > args.max_prompt:
         error = json.dumps({"error": {"message": f"the prompt has {prompt} tokens"}}).encode()
@@ -48,7 +49,7 @@ async def _stream(request: dict, writer: asyncio.StreamWriter, args: argparse.Na
     await writer.drain()
 
 
-def _event(writer: asyncio.StreamWriter, event: dict) -> None:
+def _event(writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:
     data = b"data: " + json.dumps(event).encode() + b"\n\n"
     writer.write(b"%x\r\n%s\r\n" % (len(data), data))
 
@@ -61,9 +62,9 @@ async def _serve(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Serves until it is killed."""
+    """Serves until killed."""
     parser = argparse.ArgumentParser(description="An OpenAI-compatible server without a model.")
-    parser.add_argument("--port", type=int, default=0, help="0 chooses a free one")
+    parser.add_argument("--port", type=int, default=0, help="0 picks a free port")
     parser.add_argument("--first", type=float, default=0.0, help="seconds until the first token")
     parser.add_argument("--gap", type=float, default=0.0, help="seconds between tokens")
     parser.add_argument("--max-prompt", type=int, default=0, help="refuse longer prompts; 0 refuses none")

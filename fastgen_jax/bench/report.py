@@ -1,9 +1,9 @@
-"""`fastgen bench report`: figures (PNG), tables and one self-contained HTML page from result files.
+"""Figures (PNG), tables and one self-contained HTML page from result files.
 
     fastgen bench report runs.jsonl others.jsonl --costs costs.json --out report
 
-Every run in the files is compared with every other of the same workload, wherever it was measured or simulated; engines
-of `bench offline` and `compare` likewise.
+All runs of the same workload are compared, wherever they were measured or simulated; so are the engines of `bench offline`
+and `compare`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.bench.curves import Curve, curves
 from fastgen_jax.bench.engine_runs import EngineRuns, engine_tables, read_engine_runs
-from fastgen_jax.bench.load_options import add_promise_arguments, rates
-from fastgen_jax.bench.policies import policy_tables
+from fastgen_jax.bench.options import add_sla_arguments, sla_rates
 from fastgen_jax.bench.results import RunRecord, read
+from fastgen_jax.bench.tables import curve_tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE = (
     "body{font:14px/1.45 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}"
@@ -31,36 +34,36 @@ STYLE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fastgen bench report`."""
+    """Adds this benchmark's flags."""
     parser.add_argument(
-        "results", type=Path, nargs="+", help="files of bench serve, policies, offline and compare, and of simulate"
+        "results", type=Path, nargs="+", help="files written by bench serve, policies, offline or compare, or by simulate"
     )
-    parser.add_argument("--costs", type=Path, nargs="+", default=[], help="files of bench steps")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: %(default)s)")
-    add_promise_arguments(parser)
+    parser.add_argument("--costs", type=Path, nargs="+", default=[], help="files written by bench steps")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder for the report (default: %(default)s)")
+    add_sla_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the folder: one PNG a figure and index.html, which holds all of them."""
+    """Writes one PNG per figure, and index.html with all of them."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError("figures need matplotlib; pip install 'fastgen_jax[bench]'") from error
     engines = read_engine_runs(args.results)
     with_engines = {group.source for group in engines}
-    records = [record for path in args.results for record in read(path, may_be_none=path.stem in with_engines)]
+    records = [record for path in args.results for record in read(path, allow_empty=path.stem in with_engines)]
     models = [json.loads(path.read_text(encoding="utf-8")) for path in args.costs]
-    prompt_rate, generation = rates(args)
+    prompt_rate, generation = sla_rates(args)
     args.out.mkdir(parents=True, exist_ok=True)
     page = Page(args.out)
     build(page, records, models, prompt_rate, generation, engines)
     num_runs = len(records) + sum(len(group.summaries) for group in engines)
-    print(f"{page.write()}: {page.num_figures} figures of {num_runs} runs")
+    print(f"{page.write()}: {page.num_figures} figures from {num_runs} runs")
     return 0
 
 
 class Page:
-    """A page in the making: text, tables and figures in order."""
+    """Collects text, tables and figures in order and writes them as one page."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,13 +71,13 @@ class Page:
         self._parts: list[str] = []
 
     def heading(self, text: str) -> None:
-        """Begins a section."""
+        """Starts a section."""
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
-    def figure(self, name: str, figure: Any) -> None:
-        """Adds a figure, and writes it as `name`.png."""
+    def figure(self, name: str, figure: Figure) -> None:
+        """Adds a figure and writes it to `name`.png."""
         data = io.BytesIO()
-        # No date and no version inside: the same runs give the same bytes.
+        # Without date and version, so that the same runs give the same bytes.
         figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
         (self.folder / f"{name}.png").write_bytes(data.getvalue())
         self.num_figures += 1
@@ -99,7 +102,7 @@ class Page:
                 self._parts.append(f"<p>{html.escape(line)}</p>")
 
     def commands(self, contexts: Iterable[dict[str, Any]]) -> None:
-        """Adds how the runs were made."""
+        """Adds the commands, machines and versions of the runs."""
         origins = dict.fromkeys(
             tuple(json.dumps(context.get(name, {})) for name in ("command", "machine", "versions")) for context in contexts
         )
@@ -108,7 +111,7 @@ class Page:
             self._parts.append(f"<pre>{lines}</pre>")
 
     def write(self) -> Path:
-        """Writes index.html and gives its path."""
+        """Writes index.html and returns its path."""
         path = self.folder / "index.html"
         body = "\n".join(self._parts)
         path.write_text(
@@ -127,7 +130,7 @@ def build(
     generation: Sequence[float],
     engines: Sequence[EngineRuns] = (),
 ) -> None:
-    """Puts everything that the runs can show on the page."""
+    """Adds all figures and tables of the runs to the page."""
     from fastgen_jax.bench import figures
 
     by_workload: dict[str, list[Curve]] = {}
@@ -141,20 +144,17 @@ def build(
             page.figure(f"effective-{rate:g}-{slug}", figures.effective_throughput(group, rate, prompt_rate))
         if set.intersection(*({s.num_clients for s in curve.summaries} for curve in group)):
             page.figure(f"token-latency-{slug}", figures.token_latency(group))
-        page.markdown(policy_tables(group, prompt_rate, generation))
-    pictured: dict[str, RunRecord] = {}
-    for record in records:
-        if record.steps:
-            pictured[record.label] = record
-    if pictured:
+        page.markdown(curve_tables(group, prompt_rate, generation))
+    with_steps = {record.label: record for record in records if record.steps}
+    if with_steps:
         page.heading("Which token ran in which step")
-    for i, record in enumerate(pictured.values()):
+    for i, record in enumerate(with_steps.values()):
         page.figure(f"steps-{i}", figures.steps(record))
     if models:
-        page.heading("What a step costs")
+        page.heading("Cost of a step")
         page.figure("step-costs", figures.step_costs(models))
     if engines:
         page.heading("Engines on the same token ids")
         page.markdown(engine_tables(engines))
-    page.heading("How this was made")
+    page.heading("Commands and machines")
     page.commands([*(record.context for record in records), *(group.context for group in engines)])

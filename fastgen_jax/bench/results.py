@@ -1,16 +1,17 @@
-"""Results are files: one JSON line a run, with all that it takes to know what was measured and to measure it again."""
+"""Result files: one JSON line per run, with everything needed to understand the measurement and to repeat it."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fastgen_jax.bench import machine
 from fastgen_jax.bench.metrics import RequestTimes
 
 DIGITS = 6  # of a second: a microsecond
@@ -19,10 +20,10 @@ PACKAGES = ("fastgen_jax", "jax", "jaxlib", "numpy")
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run of one load. Runs of equal `label` and different loads make a curve."""
+    """One run of one load. Runs with the same `label` and different loads form a curve."""
 
     label: str
-    """Who served: engine and policy, and the model and hardware where they are simulated."""
+    """The engine and policy, and for a simulation the model and hardware."""
     source: str
     """ "measured" or "simulated"."""
     load: dict[str, Any]
@@ -38,12 +39,12 @@ class RunRecord:
 
     @property
     def num_clients(self) -> int | None:
-        """Of a closed loop."""
+        """Clients of a closed loop; None for an open loop."""
         return self.load.get("num_clients")
 
     @property
     def workload(self) -> str:
-        """The load without its number of clients or its rate: what curves are drawn over."""
+        """The load without its number of clients or its rate: what a curve is drawn over."""
         facts = self.load
         if "trace" in facts:
             return f"{facts['trace']}"
@@ -52,7 +53,7 @@ class RunRecord:
 
 
 def context() -> dict[str, Any]:
-    """Versions and the command line; the same for the same command."""
+    """Package versions and the command line; equal for equal commands."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -62,27 +63,39 @@ def context() -> dict[str, Any]:
     return {"versions": versions, "python": sys.version.split()[0], "command": shlex.join(sys.argv)}
 
 
-def append(path: Path, records: Iterable[RunRecord]) -> None:
-    """Adds runs to a file; times are rounded to microseconds."""
+def measured_context() -> dict[str, Any]:
+    """`context()` and the machine."""
+    return {**context(), "machine": machine.describe()}
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends an object to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(_to_jsonable(record), separators=(",", ":")) + "\n")
+        file.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+def append(path: Path, records: Iterable[RunRecord]) -> None:
+    """Appends runs to a file; times are rounded to microseconds."""
+    for record in records:
+        append_line(path, _to_jsonable(record))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; ValueError if it is something else."""
+    """The JSON objects of a file of JSON lines; raises ValueError for any other file."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} holds no runs: {error}; give a file that a benchmark wrote") from error
+        raise ValueError(f"{path} contains no runs: {error}; give a file written by a benchmark") from error
     return [line for line in lines if isinstance(line, dict)]
 
 
-def read(path: Path, *, may_be_none: bool = False) -> list[RunRecord]:
-    """The runs in a file; lines of other kinds are passed over. ValueError if there is none, unless there may be none."""
+def read(path: Path, *, allow_empty: bool = False) -> list[RunRecord]:
+    """The runs in a file, ignoring other lines; raises ValueError if there are none and `allow_empty` is false."""
     records = [_from_jsonable(line) for line in read_lines(path) if line.get("kind") == "run"]
-    if not records and not may_be_none:
-        raise ValueError(f"{path} holds no runs; give a file that bench serve, policies, offline, compare or simulate wrote")
+    if not records and not allow_empty:
+        raise ValueError(
+            f"{path} contains no runs; give a file written by bench serve, policies, offline or compare, or by simulate"
+        )
     return records
 
 
@@ -107,9 +120,3 @@ def _from_jsonable(line: dict[str, Any]) -> RunRecord:
     )
     fields = {name: value for name, value in line.items() if name not in ("kind", "requests", "steps")}
     return RunRecord(**fields, requests=requests, steps=steps)
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
-    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]

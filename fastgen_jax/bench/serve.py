@@ -1,9 +1,9 @@
-"""`fastgen bench serve`: FastGen's methodology against any OpenAI-compatible server.
+"""FastGen's methodology against any OpenAI-compatible server.
 
 fastgen bench serve --url http://127.0.0.1:8000/v1 --model M              # closed loops, 1 to 32 clients
 fastgen bench serve --url ... --model M --rate 1 2 4 --gap-cv 1           # open loops: Poisson or Gamma gaps
 fastgen bench serve --url ... --model M --trace conv.csv --speed 0.5      # a recorded trace
-fastgen bench serve --null                                                # what the client itself can do
+fastgen bench serve --null                                                # the limits of the client itself
 """
 
 from __future__ import annotations
@@ -16,47 +16,49 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from fastgen_jax.bench import machine
 from fastgen_jax.bench.client import Outcome, Target, run_load
 from fastgen_jax.bench.curves import curves
-from fastgen_jax.bench.load_options import add_load_arguments, add_promise_arguments, loads_of, rates
 from fastgen_jax.bench.loads import Load, closed_loop
-from fastgen_jax.bench.metrics import RequestTimes, effective_throughput, summarize
-from fastgen_jax.bench.policies import policy_tables
-from fastgen_jax.bench.results import RunRecord, append, context, table
+from fastgen_jax.bench.metrics import effective_throughput, summarize, wall_seconds
+from fastgen_jax.bench.options import add_load_arguments, add_results_flag, add_sla_arguments, loads_of, sla_rates
+from fastgen_jax.bench.results import RunRecord, append, measured_context
+from fastgen_jax.bench.tables import curve_tables, milliseconds, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fastgen bench serve`."""
-    parser.add_argument("--url", help="the server, up to and including /v1")
-    parser.add_argument("--model", default="default", help="the name that requests ask for (default: %(default)s)")
-    parser.add_argument("--label", help="what the results call the server (default: its model and url)")
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="default: $OPENAI_API_KEY")
+    """Adds this benchmark's flags."""
+    parser.add_argument("--url", help="address of the server, up to and including /v1")
+    parser.add_argument("--model", default="default", help="model name sent in requests (default: %(default)s)")
+    parser.add_argument("--label", help="name of the server in the results (default: its model and URL)")
+    parser.add_argument(
+        "--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="API key of the server (default: $OPENAI_API_KEY)"
+    )
     parser.add_argument(
         "--extra",
         type=json.loads,
         default={"ignore_eos": True},
         metavar="JSON",
-        help='further fields of every request (default: {"ignore_eos": true})',
+        help='additional fields of every request (default: {"ignore_eos": true})',
     )
     parser.add_argument("--as-text", action="store_true", help="send words instead of token ids")
-    parser.add_argument("--vocab-size", type=int, default=32_000, help="token ids are drawn below it (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, help="token ids are drawn from below this (default: %(default)s)"
+    )
     parser.add_argument("--processes", type=int, default=1, help="client processes (default: %(default)s)")
-    parser.add_argument("--null", action="store_true", help="measure the client against a server that answers at once")
+    parser.add_argument("--null", action="store_true", help="measure the client against a server that answers immediately")
     add_load_arguments(parser)
     parser.add_argument(
         "--max-context-len",
         type=int,
-        help="with --trace: prompts are cut to what it leaves beside the output (default: never)",
+        help="with --trace: truncate prompts so that prompt and output fit into this many tokens (default: never)",
     )
-    add_promise_arguments(parser)
-    parser.add_argument("-o", "--results", type=Path, help="file to which every run is appended as a JSON line")
+    add_sla_arguments(parser)
+    add_results_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the loads one after another; 1 if a request failed."""
+    """Runs the loads one after another; returns 1 if a request failed."""
     if args.null:
         return _null(args)
     if not args.url:
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name} failed: {why}", file=sys.stderr)
         num_failed += len(outcome.failed)
         if not outcome.finished:
-            raise ValueError(f"no request was answered by {args.url}; the first error is above")
+            raise ValueError(f"{args.url} answered no request; the first error is above")
         records.append(record_of(outcome, load, args.label or f"{args.model} at {args.url}"))
         print(
             f"{load.num_clients or load.facts.get('rate') or load.facts.get('speed')}: {len(outcome.finished)} answered, "
@@ -86,35 +88,24 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.results:
             append(args.results, records[-1:])
-    prompt_rate, generation = rates(args)
+    prompt_rate, generation = sla_rates(args)
     print()
     closed = curves(records)
-    lines = policy_tables(closed, prompt_rate, generation) if closed else open_table(records, prompt_rate, generation)
+    lines = curve_tables(closed, prompt_rate, generation) if closed else open_table(records, prompt_rate, generation)
     print("\n".join(lines))
     return int(num_failed > 0)
 
 
 def record_of(outcome: Outcome, load: Load, label: str) -> RunRecord:
-    """The run as a record; times count from its beginning."""
-    begin = outcome.begin
-    finished = tuple(
-        RequestTimes(
-            request_id=r.request_id,
-            num_prompt_tokens=r.num_prompt_tokens,
-            start=r.start - begin,
-            token_times=tuple(at - begin for at in r.token_times),
-        )
-        for r in outcome.finished
-    )
-    facts = {**context(), "machine": machine.describe(), "client_cpu_seconds": round(outcome.cpu_seconds, 3)}
+    """The run as a record, with times counted from its start."""
     return RunRecord(
         label=label,
         source="measured",
         load=load.facts,
-        requests=finished,
+        requests=tuple(request.since(outcome.begin) for request in outcome.finished),
         num_refused=len(outcome.refused),
         num_failed=len(outcome.failed),
-        context=facts,
+        context={**measured_context(), "client_cpu_seconds": round(outcome.cpu_seconds, 3)},
     )
 
 
@@ -132,8 +123,8 @@ def open_table(records: list[RunRecord], prompt_rate: float, generation: list[fl
                 f"{len(record.requests) / s.wall:.2f}/s",
                 f"{s.latency_mean:.2f}",
                 f"{s.ttft_p50:.2f}",
-                f"{1e3 * (s.token_latency_p50 or 0):.0f}",
-                f"{1e3 * (s.token_latency_p95 or 0):.0f}",
+                milliseconds(s.token_latency_p50),
+                milliseconds(s.token_latency_p95),
                 record.num_refused,
                 *(f"{value:.2f}/s" for value in effective),
             )
@@ -154,8 +145,8 @@ def open_table(records: list[RunRecord], prompt_rate: float, generation: list[fl
 
 
 @contextlib.contextmanager
-def null_server(**options: Any) -> Iterator[str]:
-    """A server in a process of its own that computes nothing; gives its url."""
+def null_server(**options: float) -> Iterator[str]:
+    """Starts `bench.null_server` with these options in another process and yields its URL."""
     flags = [item for name, value in options.items() for item in (f"--{name.replace('_', '-')}", str(value))]
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("null_server.py")), *flags], stdout=subprocess.PIPE, text=True
@@ -170,18 +161,18 @@ def null_server(**options: Any) -> Iterator[str]:
 
 
 def _null(args: argparse.Namespace) -> int:
-    """The most that the client can do, and what it adds to a gap between tokens."""
+    """Measures the client's highest rate, and what it adds to a gap between tokens."""
     rows = []
     for clients in args.clients:
         processes = min(args.processes, clients)
         load = closed_loop(clients, num_requests=max(64, 4 * clients), mean_prompt=args.prompt, mean_output=args.output)
         with null_server() as url:
-            most = run_load(Target(url=url, model="none"), load, num_processes=processes)
+            fastest = run_load(Target(url=url, model="none"), load, num_processes=processes)
         gap = 0.02
         with null_server(first=gap, gap=gap) as url:
             paced = run_load(Target(url=url, model="none"), load, num_processes=processes)
-        tokens = sum(len(r.token_times) for r in most.finished)
-        wall = max(r.token_times[-1] for r in most.finished) - min(r.start for r in most.finished)
+        tokens = sum(len(r.token_times) for r in fastest.finished)
+        wall = wall_seconds(fastest.finished)
         s = summarize(paced.finished)
         assert s.token_latency_p50 is not None
         assert s.token_latency_p95 is not None
@@ -191,25 +182,25 @@ def _null(args: argparse.Namespace) -> int:
                 clients,
                 processes,
                 f"{tokens / wall:.0f}",
-                f"{len(most.finished) / wall:.0f}",
-                f"{1e6 * most.cpu_seconds / tokens:.0f}",
+                f"{len(fastest.finished) / wall:.0f}",
+                f"{1e6 * fastest.cpu_seconds / tokens:.0f}",
                 f"{paced_tokens / s.wall:.0f}",
                 f"{1e3 * (s.token_latency_p50 - gap):+.1f}",
                 f"{1e3 * (s.token_latency_p95 - gap):+.1f}",
             )
         )
-    print("The client against a server that answers at once, and one that sends a token every 20 ms to each client\n")
+    print("The client against a server that answers immediately, and one that sends each client a token every 20 ms\n")
     print(
         "\n".join(
             table(
                 (
                     "clients",
                     "processes",
-                    "most tokens/s",
-                    "most requests/s",
-                    "client us a token",
+                    "max tokens/s",
+                    "max requests/s",
+                    "client us per token",
                     "paced tokens/s",
-                    "added to a gap, P50 ms",
+                    "added to gap, P50 ms",
                     "P95 ms",
                 ),
                 rows,

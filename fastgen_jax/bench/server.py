@@ -1,8 +1,8 @@
-"""What the server costs: its tokens per second against the same engine's without it, and its lag under many streams.
+"""Overhead of the server: its throughput against the engine's without it, and its event loop lag under many streams.
 
-    fastgen bench server                     # W1 offline and over HTTP in turns, then 200 concurrent streams
+    fastgen bench server                     # W1 offline and over HTTP, interleaved; then 200 concurrent streams
 
-The client runs on the same machine, so what it costs is part of the server's figure.
+The client runs on the same machine, so its cost is part of the server's figure.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import asyncio
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastgen_jax.bench.http_load import stream_events
-from fastgen_jax.bench.workloads import Workload, make_workload, standard_workload, warmup_workload
-from fastgen_jax.core.options import parse_option
+from fastgen_jax.bench.options import add_engine_arguments
+from fastgen_jax.bench.workloads import STANDARD, Workload, make_workload, standard_workload, warmup_workload
+
+if TYPE_CHECKING:
+    from fastgen_jax import Engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fastgen bench server`."""
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="checkpoint to run (default: %(default)s)")
-    parser.add_argument("--workload", default="W1", help="standard workload (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs each, in turns (default: %(default)s)")
+    """Adds this benchmark's flags."""
+    add_engine_arguments(parser)
+    parser.add_argument(
+        "--workload", default="W1", choices=list(STANDARD), help="workload of the first part (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each, interleaved (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=200, help="concurrent streams of the second part")
     parser.add_argument("--replicas", type=int, default=1, help="replicas of the server")
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig for both, as JSON"
-    )
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,25 @@ class Run:
     gaps: list[float]
     first: list[float]
     queue: list[float]
-    """Seconds that each request waited for its first step; empty for an offline run."""
+    """Seconds each request waited for its first step; empty for an offline run."""
 
     @property
     def rate(self) -> float:
-        """Generated tokens a second."""
+        """Generated tokens per second."""
         return self.tokens / self.seconds
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the figures."""
+    """Prints the figures and returns the exit code."""
     from fastgen_jax import Engine
     from fastgen_jax.api.client import serve
 
-    options = dict(parse_option(pair, "--option") for pair in args.option)
+    options = dict(args.option)
     engine = Engine.from_pretrained(args.model, progress=True, **options)
     vocab_size = engine.model.vocab_size
     workload = standard_workload(args.workload, vocab_size=vocab_size)
-    settled = {name: getattr(engine.config, name) for name in ("token_budget", "budget_ladder", "num_blocks")}
-    client = serve(args.model, deployment_name="bench", replica_num=args.replicas, **{**options, **settled})
+    resolved = {name: getattr(engine.config, name) for name in ("token_budget", "budget_ladder", "num_blocks")}
+    client = serve(args.model, deployment_name="bench", replica_num=args.replicas, **{**options, **resolved})
     url = client.deployment.url
     try:
         warm = warmup_workload(workload, vocab_size=vocab_size)
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         asyncio.run(online(url, warm))
         runs: dict[str, list[Run]] = {"offline": [], "server": []}
         for number in range(args.rounds):
-            # Other ids each time: neither may find the prompts of the round before in its cache.
+            # New token ids each time, so that no prompt of the previous round is in a prefix cache.
             fresh = standard_workload(args.workload, vocab_size=vocab_size, seed=1000 + number)
             runs["offline"].append(offline(engine, fresh))
             runs["server"].append(asyncio.run(online(url, fresh)))
@@ -89,20 +91,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def offline(engine: Any, workload: Workload) -> Run:
-    """The workload in the engine of this process."""
-    from fastgen_jax import SamplingParams
+def offline(engine: Engine, workload: Workload) -> Run:
+    """Runs the workload on the engine in this process."""
+    from fastgen_jax.bench.driver import outputs_of
 
     start = time.perf_counter()
     last: dict[str, float] = {}
     gaps, first = [], []
-    for request in workload.requests:
-        params = SamplingParams(max_new_tokens=request.max_new_tokens, ignore_eos=True, do_sample=False)
-        engine.add(request.prompt_token_ids, params, request_id=request.request_id)
     tokens = 0
-    while engine.has_work:
-        for output in engine.step():
-            now = time.perf_counter()
+    requests = ((r.request_id, r.prompt_token_ids, r.max_new_tokens) for r in workload.requests)
+    for now, outputs in outputs_of(engine, requests):
+        for output in outputs:
             tokens += len(output.new_token_ids)
             if output.request_id in last:
                 gaps.append(now - last[output.request_id])
@@ -113,9 +112,9 @@ def offline(engine: Any, workload: Workload) -> Run:
 
 
 async def online(url: str, workload: Workload) -> Run:
-    """The workload as concurrent streams."""
-    start = time.perf_counter()
+    """Runs the workload as concurrent streams."""
     model = await _model(url)
+    start = time.perf_counter()
     gaps: list[float] = []
     first: list[float] = []
     queue: list[float] = []
@@ -141,14 +140,14 @@ async def online(url: str, workload: Workload) -> Run:
             else:
                 gaps.append(now - last)
             last = now
-        raise ValueError("a stream ended without its usage")
+        raise ValueError("a stream ended without usage")
 
     tokens = await asyncio.gather(*(one(r.prompt_token_ids, r.max_new_tokens) for r in workload.requests))
     return Run(time.perf_counter() - start, sum(tokens), gaps, first, queue)
 
 
 async def lags(url: str) -> dict[float, float]:
-    """The histogram of event loop lags so far: upper bound in seconds -> count up to it."""
+    """The cumulative histogram of event loop lags so far: upper bound in seconds -> count."""
     import httpx
 
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
@@ -179,7 +178,7 @@ def _report_lag(streams: int, result: Run, before: dict[float, float], after: di
         f"{_median(result.queue):.2f} s, P99 {statistics.quantiles(result.queue, n=100)[98]:.2f} s"
     )
     print(
-        f"event loop lag over {total:.0f} looks: P99 at most {1e3 * p99:g} ms, all at most {1e3 * worst:g} ms, "
+        f"event loop lag in {total:.0f} samples: P99 at most {1e3 * p99:g} ms, all at most {1e3 * worst:g} ms, "
         f"{1 - counts[0.02] / total:.2%} above 20 ms"
     )
 

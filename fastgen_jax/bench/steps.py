@@ -1,9 +1,9 @@
-"""`fastgen bench steps`: what a step costs on this device, as a model in tokens and attended contexts.
+"""The cost of a step on this device, as a model in its tokens and the contexts that they attend to.
 
-Runs steps of known composition through the engine itself (batches of generation at several contexts, prompts alone,
-and both together), under sustained load, and fits: seconds = a straight line in the tokens for each compiled size (where
-padding is computed it is level; native CPU kernels skip padding) + a for each row of logits + b for each position that a
-generated token attends to + c for each that a prompt's token attends to. `fastgen simulate --costs` reads the file.
+Runs steps of known composition through the engine itself (generation at several contexts, prompts alone, and both together)
+under sustained load, and fits: seconds = a straight line in the tokens for each compiled size (constant where padding is
+computed; native CPU kernels skip padding) + a per row of logits + b per position that a generated token attends to + c per
+position that a prompt token attends to. `fastgen simulate --costs` reads the file.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen_jax.bench import machine
-from fastgen_jax.bench.engine_options import add_engine_arguments, make_engine
-from fastgen_jax.bench.results import context, table
+from fastgen_jax.bench.options import add_engine_arguments, make_engine
+from fastgen_jax.bench.results import measured_context
+from fastgen_jax.bench.tables import table
+
+if TYPE_CHECKING:
+    from fastgen_jax import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measured step: its size, and the features that its cost is made of."""
+    """One measured step: its size, and the quantities that determine its cost."""
 
     size: int
-    """Of the compiled step that ran, tokens."""
+    """Tokens of the compiled step that ran."""
     num_tokens: int
     num_sample_rows: int
     decode_attended: int
@@ -38,27 +41,39 @@ class Point:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fastgen bench steps`."""
+    """Adds this benchmark's flags."""
     add_engine_arguments(parser)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[32, 256, 512], help="contexts to generate at, tokens")
-    parser.add_argument("--generated", type=int, default=12, help="steps of each batch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="of everything, in turns (default: %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, help="file for the model; without it the model is only printed")
+    add_measurement_arguments(parser, rounds=2)
+    parser.add_argument("-o", "--output", type=Path, help="file for the cost model (default: only print it)")
+
+
+def add_measurement_arguments(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    """Adds the flags of `measure`."""
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[32, 256, 512],
+        metavar="TOKENS",
+        help="contexts at which generation is measured (default: 32 256 512)",
+    )
+    parser.add_argument("--generated", type=int, default=12, help="steps per batch of sequences (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="repetitions of the measurement (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, fits, prints and writes."""
+    """Measures, fits, prints and writes the cost model."""
     engine = make_engine(args)
     points = measure(engine, contexts=args.contexts, generated=args.generated, rounds=args.rounds)
     model = fit(points, facts_of(engine, args.model))
     print("\n".join(report(points, model)))
     if args.output:
-        args.output.write_text(json.dumps({**model}, indent=1))
+        args.output.write_text(json.dumps(model, indent=1))
     return 0
 
 
-def measure(engine: Any, *, contexts: Sequence[int], generated: int, rounds: int) -> list[Point]:
-    """Runs the batches and gives every step that took its usual time; the first two of each batch are not counted."""
+def measure(engine: Engine, *, contexts: Sequence[int], generated: int, rounds: int) -> list[Point]:
+    """Runs batches of known composition and returns their steps, without those that follow an idle device."""
     from fastgen_jax.bench.driver import StepLog
 
     limit = engine.config.max_context_len - generated - 1
@@ -73,13 +88,13 @@ def measure(engine: Any, *, contexts: Sequence[int], generated: int, rounds: int
                 for length in contexts:
                     if width * (length + generated) <= engine.config.num_blocks * engine.config.block_size:
                         _batch(engine, [length] * width, generated)
-            # Prompts alone, whose steps attend to more and more, and end in every size, full and half full.
+            # Prompts alone: their steps attend to growing contexts, and the last one has every size, full or half full.
             for length in (limit, *(min(limit, max(sizes) + end) for end in ends)):
                 _batch(engine, [length], 1)
-            # Prompts beside generation, in all proportions.
+            # Prompts together with generation, in all proportions.
             _batch(engine, [contexts[-1] - 7 * i % contexts[-1] for i in range(engine.config.max_num_seqs)], generated)
     for before, step in zip(log.steps, log.steps[1:], strict=False):
-        if step.start > before.read:  # the device was idle before: its first step is not like the others
+        if step.start > before.read:  # the device was idle before, so this step is not like the others
             continue
         decode = sum(start + 1 for _, start, length in step.chunks if length == 1)
         prompt = sum(n * start + n * (n + 1) // 2 for _, start, n in step.chunks if n > 1)
@@ -97,44 +112,46 @@ def measure(engine: Any, *, contexts: Sequence[int], generated: int, rounds: int
     return points
 
 
-def _widths(most: int, sizes: Sequence[int]) -> list[int]:
-    """Numbers of sequences to generate with: powers of two, what fills a compiled size, and the most."""
-    powers = [1 << i for i in range(most.bit_length())]
-    return sorted({width for width in (*powers, *sizes, most) if width <= most})
+def _widths(max_num_seqs: int, sizes: Sequence[int]) -> list[int]:
+    """Numbers of sequences to generate with: powers of two, those that fill a compiled size, and the maximum."""
+    powers = [1 << i for i in range(max_num_seqs.bit_length())]
+    return sorted({width for width in (*powers, *sizes, max_num_seqs) if width <= max_num_seqs})
 
 
-def _batch(engine: Any, lengths: Sequence[int], generated: int) -> None:
-    from fastgen_jax import SamplingParams
+def _batch(engine: Engine, lengths: Sequence[int], generated: int) -> None:
+    from fastgen_jax.bench.driver import exactly
 
     rng = np.random.default_rng(len(lengths) + sum(lengths))
     for length in lengths:
-        params = SamplingParams(max_new_tokens=generated, ignore_eos=True, do_sample=False)
-        engine.add(rng.integers(0, engine.model.vocab_size, max(1, length)).tolist(), params)
+        engine.add(rng.integers(0, engine.model.vocab_size, max(1, length)).tolist(), exactly(generated))
     while engine.has_work:
         engine.step()
 
 
 FEATURES = ("num_sample_rows", "decode_attended", "prompt_attended")
-OUTLIER = 1.5  # times what was expected: other programs had the processor
+OUTLIER = 1.5  # times the expected duration: other programs used the CPU
 
 
 def fit(points: Sequence[Point], facts: dict[str, Any]) -> dict[str, Any]:
-    """The cost model as a JSON object, by least absolute relative errors, with coefficients that are not negative.
+    """The cost model as a JSON object, fitted by least absolute relative errors with non-negative coefficients.
 
-    Least absolute errors, because a disturbed step is always slower and never faster; those far off are left out of a
-    second fit. A compiled size that never ran gets its line from its neighbours. Raises ValueError for fewer points than
+    Absolute rather than squared errors, because a disturbed step is always slower and never faster; a second fit omits
+    outliers. A compiled size that never ran is interpolated from its neighbors. Raises ValueError for fewer points than
     unknowns.
     """
     measured = sorted({point.size for point in points})
     names = [name for name in FEATURES if any(getattr(point, name) for point in points)]
     if len(points) < 2 * len(measured) + len(names):
-        raise ValueError(f"{len(points)} steps were measured; {2 * len(measured) + len(names)} unknowns need more")
+        raise ValueError(
+            f"{len(points)} steps were measured, fewer than the {2 * len(measured) + len(names)} unknowns; raise "
+            "--generated or --rounds"
+        )
     columns = [[float(point.size == size) for point in points] for size in measured]
     columns += [[float(point.size == size) * point.num_tokens for point in points] for size in measured]
     columns += [[float(getattr(point, name)) for point in points] for name in names]
     seconds = np.array([point.seconds for point in points])
     matrix = np.array(columns).T
-    # Where a size was always as full, its tokens tell nothing beside its base.
+    # If a size always held the same number of tokens, its slope and its base cannot be separated.
     free = [i for i in range(matrix.shape[1]) if i < len(measured) or len(set(columns[i]) - {0.0}) > 1]
     values = _not_negative(matrix, seconds, free)
     usual = seconds <= OUTLIER * (matrix @ values)
@@ -161,10 +178,10 @@ def fit(points: Sequence[Point], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _not_negative(matrix: np.ndarray, seconds: np.ndarray, free: Sequence[int]) -> np.ndarray:
-    """Coefficients of `matrix`, of which only those in `free` may differ from 0, and none is negative."""
+    """Non-negative coefficients of `matrix`; only those in `free` may differ from 0."""
     free = list(free)
     values = np.zeros(matrix.shape[1])
-    while True:  # drop what came out negative and fit again
+    while True:  # drop the most negative coefficient and fit again
         solution = _least_absolute(matrix[:, free], seconds)
         if solution.min() >= 0:
             break
@@ -174,19 +191,19 @@ def _not_negative(matrix: np.ndarray, seconds: np.ndarray, free: Sequence[int]) 
 
 
 def _least_absolute(matrix: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Coefficients of least absolute relative errors, by least squares that are weighted again and again."""
+    """Coefficients of least absolute relative errors, by iteratively reweighted least squares."""
     weights = 1 / seconds
     solution = np.zeros(matrix.shape[1])
-    for _ in range(30):  # converges linearly; the noise is reached long before
+    for _ in range(30):  # converges linearly and reaches the noise level much earlier
         solution = np.linalg.lstsq(matrix * weights[:, None], seconds * weights, rcond=None)[0]
         scale = np.maximum(matrix @ solution, 0.1 * seconds)
         relative = np.abs(matrix @ solution - seconds) / scale
-        weights = 1 / (scale * np.sqrt(np.maximum(relative, 0.01)))  # within 1 % all errors count alike
+        weights = 1 / (scale * np.sqrt(np.maximum(relative, 0.01)))  # errors within 1 % count the same
     return solution
 
 
 def expected(model: dict[str, Any], point: Point) -> float:
-    """Seconds of a step after the model."""
+    """Seconds of a step according to the model."""
     index = model["sizes"].index(point.size)
     seconds = model["base"][index] + model["per_token"][index] * point.num_tokens + model["per_row"] * point.num_sample_rows
     return seconds + (
@@ -194,12 +211,11 @@ def expected(model: dict[str, Any], point: Point) -> float:
     )
 
 
-def facts_of(engine: Any, model: str) -> dict[str, Any]:
-    """What the measurement was made with."""
+def facts_of(engine: Engine, model: str) -> dict[str, Any]:
+    """Model, engine settings and machine of the measurement."""
     config, snapshot = engine.config, engine.metrics.snapshot()
     return {
         "model": model,
-        "machine": machine.describe(),
         "host_seconds": (snapshot["plan_ms"] + snapshot["pack_ms"] + snapshot["dispatch_ms"]) / 1e3,
         "engine": {
             "step_sizes": list(config.budget_ladder),
@@ -211,12 +227,12 @@ def facts_of(engine: Any, model: str) -> dict[str, Any]:
             "dtype": config.dtype,
             "quantize": config.quantize,
         },
-        **context(),
+        **measured_context(),
     }
 
 
 def report(points: Sequence[Point], model: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: FastGen's first insight, the time of a step against the tokens in it, the model, its errors."""
+    """Lines of Markdown: the time of a step against its tokens (FastGen's first insight), the cost model, and its errors."""
     rows = []
     for size, base, per_token in zip(model["sizes"], model["base"], model["per_token"], strict=True):
         here = [p for p in points if p.size == size]
@@ -238,15 +254,16 @@ def report(points: Sequence[Point], model: dict[str, Any]) -> list[str]:
         kind = "prompts" if not p.decode_attended else "both" if p.prompt_attended else "generation"
         kinds.setdefault((p.size, kind), []).append((p.seconds, expected(model, p) / p.seconds - 1))
     return [
-        *table(("tokens", "steps measured", "full step, median ms", "tokens/s", "base ms", "us a token"), rows),
+        *table(("tokens", "steps measured", "full step, median ms", "tokens/s", "base ms", "us per token"), rows),
         "",
-        f"{1e6 * model['per_row']:.1f} us a row of logits, {1e9 * model['per_decode_attended']:.1f} ns a position attended "
-        f"in generation, {1e9 * model['per_prompt_attended']:.2f} ns in prompts, {1e3 * model['host_seconds']:.2f} ms host; "
-        f"median error {model['facts']['median_error']:.1%} over {model['facts']['num_points']} steps, "
-        f"{model['facts']['num_outliers']} of them disturbed",
+        f"{1e6 * model['per_row']:.1f} us per row of logits, {1e9 * model['per_decode_attended']:.1f} ns per position "
+        f"attended in generation, {1e9 * model['per_prompt_attended']:.2f} ns in prompts, "
+        f"{1e3 * model['host_seconds']:.2f} ms host; median "
+        f"error {model['facts']['median_error']:.1%} over {model['facts']['num_points']} "
+        f"steps, {model['facts']['num_outliers']} of them disturbed",
         "",
         *table(
-            ("size", "steps of", "number", "median ms", "error of the model, quartiles"),
+            ("size", "contents", "steps", "median ms", "error of the model, quartiles"),
             [
                 (
                     size,

@@ -1,6 +1,6 @@
-"""How many strings of llama.cpp's tokenizer tests come out with identical ids, for every vocabulary that it ships.
+"""Agreement with llama.cpp's tokenizer tests: strings with identical ids, for every vocabulary that it ships.
 
-fastgen bench tokenizers                       # fetches the source distribution of llama-cpp-python from PyPI (77 MB)
+fastgen bench tokenizers                       # downloads the source distribution of llama-cpp-python from PyPI (77 MB)
 fastgen bench tokenizers --sdist FILE.tar.gz
 fastgen bench tokenizers --folder .../llama.cpp/models
 """
@@ -19,20 +19,20 @@ INDEX = "https://pypi.org/simple/llama-cpp-python/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fastgen bench tokenizers`."""
+    """Adds this benchmark's flags."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--sdist", type=Path, help="the source distribution, if it is here already")
-    source.add_argument("--folder", type=Path, help="a folder with ggml-vocab-*.gguf, .inp and .out")
-    parser.add_argument("--show", action="store_true", help="print every string that differs, and how")
+    source.add_argument("--sdist", type=Path, help="source distribution of llama-cpp-python (default: download it)")
+    source.add_argument("--folder", type=Path, help="folder with ggml-vocab-*.gguf, .inp and .out instead (default: none)")
+    parser.add_argument("--show", action="store_true", help="print every string that differs, with both lists of ids")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one line a vocabulary."""
+    """Prints one line per vocabulary and returns the exit code."""
     with _folder(args.folder, args.sdist) as folder:
         files = sorted(folder.glob("ggml-vocab-*.gguf"))
         if not files:
-            raise ValueError(f"{folder} has no ggml-vocab-*.gguf; pass the folder models/ of llama.cpp")
-        print(f"{'vocabulary':<20} {'strings':>7} {'identical':>9}  what differs")
+            raise ValueError(f"{folder} has no ggml-vocab-*.gguf; give the folder models/ of llama.cpp")
+        print(f"{'vocabulary':<20} {'strings':>7} {'identical':>9}  different strings")
         for file in files:
             name = file.stem.removeprefix("ggml-vocab-")
             if not file.with_suffix(".gguf.inp").exists():
@@ -50,19 +50,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(vocabulary: Path) -> tuple[list[tuple[str, Sequence[int], Sequence[int]]], int]:
-    """(text, expected ids, our ids) of every string that differs, and how many strings there are.
+    """(text, expected ids, our ids) of every string that differs, and the total number of strings.
 
-    llama.cpp's ids are those without special tokens at the borders.
+    llama.cpp's ids are without special tokens at the ends.
     """
     from fastgen_jax.text import load_tokenizer
 
     tokenizer = load_tokenizer(vocabulary)
     texts = vocabulary.with_suffix(".gguf.inp").read_bytes().decode().split(SEPARATOR)
     lines = vocabulary.with_suffix(".gguf.out").read_text().split("\n")[:-1]
-    if texts[-1] == "":  # behind the last separator, where there is one
+    if texts[-1] == "":  # after the last separator, if there is one
         texts.pop()
     if len(lines) != len(texts):
-        raise ValueError(f"{vocabulary.name} has {len(texts)} strings but {len(lines)} results; fetch it again")
+        raise ValueError(f"{vocabulary.name} has {len(texts)} strings but {len(lines)} results; download it again")
     differing = []
     for text, line in zip(texts, lines, strict=True):
         expected = [int(id) for id in line.split()]
@@ -74,7 +74,7 @@ def compare(vocabulary: Path) -> tuple[list[tuple[str, Sequence[int], Sequence[i
 
 @contextlib.contextmanager
 def _folder(folder: Path | None, sdist: Path | None) -> Iterator[Path]:
-    """The folder itself, or a temporary one with the vocabularies of the source distribution."""
+    """Yields the folder itself, or a temporary one with the vocabularies of the source distribution."""
     if folder is not None:
         yield folder
         return
@@ -89,7 +89,7 @@ def _folder(folder: Path | None, sdist: Path | None) -> Iterator[Path]:
 
 
 def _fetch(folder: Path) -> Path:
-    """Downloads the newest source distribution, which pip would build before it let us have it."""
+    """Downloads the newest source distribution; `pip download` would build it first."""
     import json
     import urllib.parse
     import urllib.request
@@ -99,6 +99,6 @@ def _fetch(folder: Path) -> Path:
         files = json.load(answer)["files"]
     newest = [file for file in files if file["filename"].endswith(".tar.gz")][-1]
     target = folder / newest["filename"]
-    print(f"fetching {newest['filename']}", flush=True)
+    print(f"downloading {newest['filename']}", flush=True)
     urllib.request.urlretrieve(urllib.parse.urljoin(INDEX, newest["url"]), target)
     return target

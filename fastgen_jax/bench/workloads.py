@@ -1,4 +1,4 @@
-"""Fixed request sets, so that every engine is measured on the very same token ids.
+"""Fixed request sets, so that every engine is measured on the same token ids.
 
 Lengths follow DeepSpeed-FastGen's benchmark: `int(N(mean, 0.3 * mean))`, seed 42. Standard library and numpy only.
 """
@@ -13,12 +13,12 @@ import numpy as np
 
 SEED = 42
 SPREAD = 0.3  # standard deviation of a length as a share of its mean, as in FastGen's benchmark
-MIN_LENGTH = 4  # tokens; a draw below it is raised to it, so that no request is empty
+MIN_LENGTH = 4  # tokens; shorter draws are raised to this, so that no request is empty
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """One request: its prompt as token ids and the exact number of tokens to generate (end of text ignored)."""
+    """One request: its prompt as token ids and the exact number of tokens to generate (end-of-text is ignored)."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -27,7 +27,7 @@ class BenchRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A named set of requests that all arrive at once."""
+    """A named set of requests that all arrive at the same time."""
 
     name: str
     description: str
@@ -40,7 +40,7 @@ class Workload:
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens all requests together will generate."""
+        """Generated tokens of all requests together."""
         return sum(request.max_new_tokens for request in self.requests)
 
     @property
@@ -49,12 +49,12 @@ class Workload:
         return max(len(request.prompt_token_ids) + request.max_new_tokens for request in self.requests)
 
     def to_jsonable(self) -> dict[str, Any]:
-        """The workload as plain dicts and lists, to hand to an engine in another process."""
+        """The workload as plain dicts and lists, for an engine in another process."""
         return asdict(self)
 
 
 def sample_lengths(mean: int, count: int, *, spread: float, rng: np.random.Generator) -> list[int]:
-    """`count` lengths in tokens, `int(N(mean, spread * mean))`, none below 4 (or below `mean`, if that is less)."""
+    """`count` lengths in tokens, `int(N(mean, spread * mean))`, none below min(4, mean)."""
     if mean < 1:
         raise ValueError(f"mean length is {mean} tokens; it must be at least 1")
     if spread < 0:
@@ -79,15 +79,15 @@ def make_workload(
 ) -> Workload:
     """A workload of random token ids; the same arguments give the same ids on every machine.
 
-    Lengths are drawn before ids, so a different vocabulary does not change them. Ids below `num_reserved_ids`
-    are never drawn: most vocabularies keep their special tokens there. `max_prompt` cuts longer prompts.
+    Lengths are drawn before ids, so a different vocabulary does not change them. Ids below `num_reserved_ids` are never
+    drawn, because most vocabularies keep their special tokens there. Longer prompts are truncated to `max_prompt`.
     """
     if num_requests < 1:
         raise ValueError(f"num_requests is {num_requests}; a workload needs at least 1")
     if not 0 <= num_reserved_ids < vocab_size:
         raise ValueError(
             f"num_reserved_ids is {num_reserved_ids} but vocab_size is {vocab_size}; "
-            f"choose 0 to {vocab_size - 1} so that ids remain to draw from"
+            f"use 0 to {vocab_size - 1}, so that there are ids to draw from"
         )
     rng = np.random.default_rng(seed)
     prompt_lengths = sample_lengths(mean_prompt, num_requests, spread=spread, rng=rng)
@@ -103,12 +103,12 @@ def make_workload(
         for index, (prompt_length, output_length) in enumerate(zip(prompt_lengths, output_lengths, strict=True))
     )
     lengths = f"{mean_prompt}/{mean_output}" + (f" +-{spread:.0%}" if spread else "")
-    return Workload(name=name, description=f"{num_requests} requests at once, {lengths}", requests=requests)
+    return Workload(name=name, description=f"{num_requests} simultaneous requests, {lengths}", requests=requests)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a standard workload: requests, mean prompt and output tokens, spread as a share of the mean."""
+    """The sizes of a standard workload: requests, mean prompt and output tokens, spread as a fraction of the mean."""
 
     num_requests: int
     mean_prompt: int
@@ -131,7 +131,7 @@ STANDARD: dict[str, Shape] = {
 def standard_workload(name: str, *, vocab_size: int, seed: int = SEED) -> Workload:
     """The standard workload called `name` (a key of `STANDARD`) for a vocabulary of `vocab_size` ids."""
     if name not in STANDARD:
-        raise ValueError(f"workload is {name!r}; choose one of {', '.join(sorted(STANDARD))}, or give its sizes")
+        raise ValueError(f"workload is {name!r}; choose one of {', '.join(sorted(STANDARD))}")
     shape = STANDARD[name]
     return make_workload(
         name,
@@ -145,9 +145,9 @@ def standard_workload(name: str, *, vocab_size: int, seed: int = SEED) -> Worklo
 
 
 def warmup_workload(like: Workload, *, vocab_size: int, seed: int = SEED + 1) -> Workload:
-    """As many requests with the same lengths as `like` but other token ids: compiles what `like` will need.
+    """A workload with the lengths of `like` but other token ids, so that everything `like` needs is compiled.
 
-    Other ids, so that an engine with a prefix cache gains nothing from having seen the prompts before.
+    The ids differ so that an engine with a prefix cache gains nothing from the warm-up.
     """
     rng = np.random.default_rng(seed)
     requests = tuple(
@@ -161,8 +161,8 @@ def warmup_workload(like: Workload, *, vocab_size: int, seed: int = SEED + 1) ->
     return Workload(name="warmup", description=f"warm-up shaped like {like.name}", requests=requests)
 
 
-def scaled(workload: Workload, *, prompt_ids: Sequence[int], seed: int = SEED) -> Workload:
-    """`workload` with each prompt cut from `prompt_ids` (real text) at a random offset instead of random ids."""
+def with_text(workload: Workload, *, prompt_ids: Sequence[int], seed: int = SEED) -> Workload:
+    """`workload` with each prompt taken from `prompt_ids` (a real text) at a random offset."""
     rng = np.random.default_rng(seed)
     longest = max(len(request.prompt_token_ids) for request in workload.requests)
     if len(prompt_ids) < longest:

@@ -1,4 +1,4 @@
-"""`fastgen`: one module a command, imported when it is called.
+"""`fastgen`: one module per command, imported when the command is called.
 
 A command module has `add_arguments(parser)` and `run(options: dict) -> exit code`.
 """
@@ -14,25 +14,25 @@ import fastgen_jax
 from fastgen_jax.cli.parser import Parser
 
 COMMANDS = {
-    "generate": "answer prompts given as arguments or on standard input, one a line",
-    "chat": "talk with a model; an empty line ends",
-    "demo": "a few prompts at once, with a summary of how the engine ran them",
-    "models": "the model families that can be served, and what of each",
-    "convert": "any checkpoint as an inference snapshot, which loads at disk speed on any mesh",
-    "inspect": "what a checkpoint holds: config, parameters, number formats, tokenizer",
-    "serve": "a model behind OpenAI's HTTP interface, until it is told to end",
-    "deployments": "the servers that run on this machine",
-    "top": "what a deployment does right now, in the terminal",
-    "batch": "a file of requests to a file of answers; resumes where it was stopped",
-    "bench": "throughput and latency, ours and our peers'",
-    "cache": "what is kept between runs: folders, sizes, measured step sizes; --clear removes it",
-    "plan": "whether and how a model fits on devices that need not be here, from its config.json alone",
-    "simulate": "what an engine would do on hardware that is not here",
+    "generate": "answer prompts given as arguments or on standard input, one per line",
+    "chat": "chat with a model; an empty line quits",
+    "demo": "answer a few prompts in one batch and summarize how the engine ran them",
+    "models": "list the supported model families and what is supported of each",
+    "convert": "convert a checkpoint to a snapshot, which loads at disk speed onto any mesh",
+    "inspect": "show what a checkpoint contains: config, parameters, number formats, tokenizer",
+    "serve": "serve a model over the OpenAI-compatible HTTP API until stopped",
+    "deployments": "list or stop the servers on this machine",
+    "top": "show what a deployment is doing, live in the terminal",
+    "batch": "answer a file of requests into a file of responses; resumes where it stopped",
+    "bench": "measure throughput and latency of this engine and others",
+    "cache": "list cached files and their sizes, or remove them with --clear",
+    "plan": "check whether a model fits on devices that are not attached, from its config.json alone",
+    "simulate": "predict how an engine performs on hardware that is not available here",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a `fastgen` command and returns its exit code: 0 for success, 2 for a mistake in what was asked for."""
+    """Runs a `fastgen` command and returns its exit code: 0 for success, 2 for a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             del options["command"]
             return run(options)
         finally:
-            sys.stdout.flush()  # here, and not when Python ends, a pipe may be broken
-    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at the end
+            sys.stdout.flush()  # here rather than at interpreter exit, so that a broken pipe is caught below
+    except BrokenPipeError:  # the reader closed the pipe early, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at interpreter exit
         return 141
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("fastgen_jax", "pallas_kernels"):
@@ -60,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser(argv: Sequence[str]) -> Parser:
-    """The parser with the flags of the command that `argv` begins with; of the others, what is not imported, a line."""
+    """Returns the parser with the flags of the command that `argv` starts with; other commands get their help line only."""
     parser = Parser(prog="fastgen", description="High-throughput text generation with JAX.")
     parser.add_argument(
-        "--version", action="version", version=f"fastgen_jax {fastgen_jax.__version__}", help="print the version and leave"
+        "--version", action="version", version=f"fastgen_jax {fastgen_jax.__version__}", help="print the version and exit"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_line in COMMANDS.items():
-        # Only the command that is called is imported: some need what others can do without.
+        # Only the called command is imported: some commands need packages that others do not.
         command = commands.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
         if list(argv[:1]) == [name]:
             module = import_module(f"fastgen_jax.cli.{name.replace('-', '_')}")
@@ -77,15 +77,15 @@ def make_parser(argv: Sequence[str]) -> Parser:
 
 
 def requirement_of(module: str) -> str:
-    """What to install for a module that is missing: the extra of this package that brings it, else its own name."""
+    """What to pip-install for a missing module: the extra of this package that brings it, else the module's own name."""
     name = module.partition(".")[0]
     try:
         requirements = metadata.requires("fastgen_jax") or []
-    except metadata.PackageNotFoundError:  # a clone on the path
+    except metadata.PackageNotFoundError:  # run from a source tree
         requirements = []
     for requirement in requirements:
-        what, _, marker = requirement.partition(";")
+        package, _, marker = requirement.partition(";")
         extra = marker.partition("extra ==")[2].strip(" )'\"")
-        if extra and what.startswith(name) and not what[len(name) :][:1].isalnum():
+        if extra and package.startswith(name) and not package[len(name) :][:1].isalnum():
             return f"'fastgen_jax[{extra}]'"
     return name

@@ -1,18 +1,49 @@
-"""`fastgen bench`: throughput and latency, ours and our peers'."""
+"""`fastgen bench`: measures throughput and latency of this engine and others."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from fastgen_jax.bench.__main__ import BENCHMARKS, add_benchmarks
+from fastgen_jax.bench import (
+    compare,
+    host,
+    kv_blocks,
+    loading,
+    offline,
+    perplexity,
+    policies,
+    report,
+    serve,
+    server,
+    steps,
+    tokenizers,
+)
+
+BENCHMARKS = {
+    "serve": serve,
+    "policies": policies,
+    "steps": steps,
+    "offline": offline,
+    "compare": compare,
+    "report": report,
+    "server": server,
+    "host": host,
+    "kv-blocks": kv_blocks,
+    "loading": loading,
+    "perplexity": perplexity,
+    "tokenizers": tokenizers,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the benchmarks, each a command of its own."""
-    add_benchmarks(parser)
+    """Adds one subcommand per benchmark; the first line of its module's docstring is its help."""
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, module in BENCHMARKS.items():
+        line = (module.__doc__ or "").splitlines()[0]
+        module.add_arguments(commands.add_parser(name, help=line, description=line))
 
 
 def run(options: dict[str, Any]) -> int:
-    """Runs the benchmark that was named and returns the exit code."""
-    return BENCHMARKS[options["benchmark"]].run(argparse.Namespace(**options))
+    """Runs the named benchmark and returns the exit code."""
+    return BENCHMARKS[options.pop("benchmark")].run(argparse.Namespace(**options))

@@ -1,4 +1,4 @@
-"""`fastgen cache`: what is kept between runs, where, and how much of it."""
+"""`fastgen cache`: lists what is kept between runs, where, and its size; or removes it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 KINDS = {
     "programs": "compiled programs",
-    "measurements": "measured step sizes, and sizes of KV caches",
+    "measurements": "measured step sizes and KV cache sizes",
     "native": "C++ kernels built for this CPU",
     "models": "downloaded models",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--clear`."""
+    """Adds this command's flags."""
     parser.add_argument(
         "--clear",
         nargs="*",
         choices=tuple(KINDS),
         metavar="KIND",
-        help=f"remove these kinds ({', '.join(KINDS)}); without one all but models",
+        help=f"remove these kinds ({', '.join(KINDS)}); default: all but models",
     )
 
 
 def run(options: dict[str, Any]) -> int:
-    """Prints folders, sizes and measurements, or clears some, and returns the exit code."""
+    """Prints folders, sizes and measurements, or removes some, and returns the exit code."""
     places = _places()
     if options["clear"] is not None:
         for kind in options["clear"] or [kind for kind in KINDS if kind != "models"]:
@@ -43,21 +43,18 @@ def run(options: dict[str, Any]) -> int:
 
     known = ladder.known()
     if known:
-        print("\nmeasured step sizes (remeasure=True, or --remeasure, measures again):")
-    for m in sorted(known, key=lambda m: m.when):
-        print(f"  {m.model}; {m.machine}; {m.versions}; {m.when}")
-        print(
-            "    "
-            + ", ".join(
+        print("\nmeasured step sizes (remeasure=True or --remeasure measures them again):")
+        for m in sorted(known, key=lambda m: m.when):
+            print(f"  {m.model}; {m.machine}; {m.versions}; {m.when}")
+            times = ", ".join(
                 f"{tokens}{'*' if tokens in m.ladder else ''}: {1e3 * cost:.1f} ms" for tokens, cost in m.seconds.items()
             )
-            + "   (tokens of a step; * has a program)"
-        )
+            print(f"    {times}   (tokens per step; * has a compiled program)")
     return 0
 
 
 def _places() -> dict[str, list[Path]]:
-    """What each kind consists of; nothing where FASTGEN_CACHE_DIR says that nothing is kept."""
+    """The paths of each kind; none where FASTGEN_CACHE_DIR disables the cache."""
     from fastgen_jax import paths
     from fastgen_jax.engine import ladder, startup
     from pallas_kernels.native.loader import library_folder
@@ -86,4 +83,4 @@ def _remove(path: Path) -> None:
     try:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"{path} cannot be removed: {error}") from error
+        raise ValueError(f"cannot remove {path}: {error}") from error

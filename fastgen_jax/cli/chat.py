@@ -8,27 +8,30 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastgen_jax.cli.options import add_pipeline_arguments, limit_answers, make_pipeline
+from fastgen_jax.cli.options import add_pipeline_arguments, limit_new_tokens, make_pipeline
 
-MAX_NEW_TOKENS = 512  # of an answer, if no limit is given
+if TYPE_CHECKING:
+    from fastgen_jax.api.pipeline import Pipeline
+
+MAX_NEW_TOKENS = 512  # per answer, if no limit is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("--system", metavar="TEXT", help="a first message that sets the tone")
+    parser.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")
     add_pipeline_arguments(parser)
 
 
 def run(options: dict[str, Any]) -> int:
-    """Talks until an empty line, the end of the input, or ^C at the prompt; 1 if a message could not be answered."""
+    """Chats until an empty line, the end of the input, or ^C at the prompt; returns 1 if a message got no answer."""
     system = options.pop("system")
     pipe, generation = make_pipeline(options)
-    limit_answers(generation, MAX_NEW_TOKENS)
-    pipe.engine.encode([{"role": "user", "content": "?"}])  # ValueError for a model that cannot chat, before it is tried
+    limit_new_tokens(generation, MAX_NEW_TOKENS)
+    pipe.engine.encode([{"role": "user", "content": "?"}])  # raises ValueError now if the model has no chat template
     conversation = [{"role": "system", "content": system}] if system else []
-    prompt = "you> " if sys.stdin.isatty() else ""  # a pipe is not asked
+    prompt = "you> " if sys.stdin.isatty() else ""  # no prompt when input is piped
     code = 0
     while True:
         try:
@@ -41,7 +44,7 @@ def run(options: dict[str, Any]) -> int:
         question = {"role": "user", "content": text}
         try:
             answer = _answer(pipe, [*conversation, question], generation)
-        except ValueError as error:  # too long, most likely: what was said before stays
+        except ValueError as error:  # most likely too long; the conversation so far is kept
             print(f"fastgen: {error}", file=sys.stderr)
             code = 1
             continue
@@ -49,14 +52,14 @@ def run(options: dict[str, Any]) -> int:
             conversation += [question, {"role": "assistant", "content": answer}]
 
 
-def _answer(pipe: Any, messages: list[dict[str, str]], generation: dict[str, Any]) -> str:
-    """Prints the answer as it comes and returns it, or as much of it as came before ^C."""
+def _answer(pipe: Pipeline, messages: list[dict[str, str]], generation: dict[str, Any]) -> str:
+    """Prints the answer as it is generated and returns it, or the part generated before ^C."""
     pieces: list[str] = []
-    with contextlib.suppress(KeyboardInterrupt), _interrupts() as asked:
+    with contextlib.suppress(KeyboardInterrupt), _interrupts() as interrupted:
         for output in pipe.stream(messages, **generation):
             pieces.append(output.text)
             print(output.text, end="", flush=True)
-            if asked.is_set():
+            if interrupted.is_set():
                 break
     print()
     return "".join(pieces)
@@ -64,16 +67,16 @@ def _answer(pipe: Any, messages: list[dict[str, str]], generation: dict[str, Any
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """What is set by ^C, so that an answer ends between two tokens; a second ^C raises KeyboardInterrupt at once."""
-    asked = threading.Event()
+    """Yields an event that ^C sets, so that an answer ends between two tokens; a second ^C raises KeyboardInterrupt."""
+    interrupted = threading.Event()
 
     def interrupt(*_: object) -> None:
-        if asked.is_set():
+        if interrupted.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        interrupted.set()
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield asked
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)

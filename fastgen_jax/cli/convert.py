@@ -1,4 +1,4 @@
-"""`fastgen convert`: any checkpoint as an inference snapshot."""
+"""`fastgen convert`: converts a checkpoint to an inference snapshot."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import argparse
 import functools
 from typing import Any
 
-from fastgen_jax.cli.options import MODEL_HELP
+from fastgen_jax.flags import MODEL_HELP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("out", metavar="OUT", help="a new directory for the snapshot, local or gs://")
+    parser.add_argument("out", metavar="OUT", help="new directory for the snapshot, local or gs://")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="bfloat16",
-        help="number format of what is not quantised (default: %(default)s)",
+        help="number format of weights that are not quantized (default: %(default)s)",
     )
     parser.add_argument(
-        "--quantize", choices=("int8",), help="keep matrices as int8, one scale an output channel (default: as --dtype)"
+        "--quantize",
+        choices=("int8",),
+        help="quantize matrices to int8 with one scale per output channel (default: do not quantize)",
     )
 
 
 def run(options: dict[str, Any]) -> int:
-    """Runs the command on its parsed options and returns the exit code."""
+    """Runs the command and returns the exit code."""
     from fastgen_jax.checkpoint import open_checkpoint, resolve_model
     from fastgen_jax.checkpoint.convert import convert
     from fastgen_jax.checkpoint.snapshot import check_target
@@ -35,5 +37,5 @@ def run(options: dict[str, Any]) -> int:
     checkpoint = open_checkpoint(resolve_model(options["model"]))
     prepare = functools.partial(host_leaf, dtype=options["dtype"], quantize=options["quantize"])
     convert(checkpoint, options["out"], prepare=prepare, progress=True)
-    print(f'{options["out"]} is ready: fastgen generate --model {options["out"]} "..."')
+    print(f'wrote {options["out"]}; use it with: fastgen generate --model {options["out"]} "..."')
     return 0

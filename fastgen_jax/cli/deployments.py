@@ -1,4 +1,4 @@
-"""`fastgen deployments`: the servers that run on this machine."""
+"""`fastgen deployments`: lists or stops the servers on this machine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("--stop", metavar="NAME", help="end this deployment: it finishes what runs (default: list them)")
+    parser.add_argument(
+        "--stop", metavar="NAME", help="stop this deployment after its running requests have finished (default: list all)"
+    )
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="how long --stop waits")
 
 
 def run(options: dict[str, Any]) -> int:
-    """Runs the command on its parsed options and returns the exit code."""
+    """Runs the command and returns the exit code."""
     from fastgen_jax.api.deployment import deployments, find_deployment, stop_server
 
     if options["stop"] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from fastgen_jax.cli.options import add_pipeline_arguments, make_pipeline
@@ -12,20 +13,22 @@ from fastgen_jax.cli.options import add_pipeline_arguments, make_pipeline
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
     parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="texts to continue (default: the lines of standard input)"
+        "prompts", nargs="*", metavar="PROMPT", help="texts to continue (default: one per line of standard input)"
     )
     parser.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
     add_pipeline_arguments(parser)
 
 
 def run(options: dict[str, Any]) -> int:
-    """Runs the command on its parsed options and returns the exit code."""
-    prompts = options.pop("prompts") or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    """Runs the command and returns the exit code."""
+    prompts: list[str] = options.pop("prompts") or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     chat = options.pop("chat")
     if not prompts:
-        raise ValueError("no prompts; give them as arguments or on standard input, one a line")
+        raise ValueError("no prompts; give them as arguments, or on standard input, one per line")
     pipe, generation = make_pipeline(options)
-    items: list[Any] = [[{"role": "user", "content": text}] for text in prompts] if chat else prompts
+    items: Sequence[str | list[dict[str, str]]] = (
+        [[{"role": "user", "content": text}] for text in prompts] if chat else prompts
+    )
     if len(items) == 1:
         for output in pipe.stream(items[0], **generation):
             print(output.text, end="", flush=True)

@@ -1,4 +1,4 @@
-"""`fastgen inspect`: what a checkpoint holds, from its headers alone."""
+"""`fastgen inspect`: shows what a checkpoint contains, reading only its headers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import argparse
 import math
 from collections import Counter
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastgen_jax.cli.options import MODEL_HELP
+from fastgen_jax.flags import MODEL_HELP
 
-KV_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes a number
+if TYPE_CHECKING:
+    from fastgen_jax.checkpoint import Checkpoint
+
+KV_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes per number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> int:
-    """Runs the command on its parsed options and returns the exit code."""
+    """Runs the command and returns the exit code."""
     from fastgen_jax.checkpoint import open_checkpoint, resolve_model
+    from fastgen_jax.text import load_tokenizer
 
     checkpoint = open_checkpoint(resolve_model(options["model"]))
     for name, value in describe(checkpoint).items():
@@ -29,10 +33,10 @@ def run(options: dict[str, Any]) -> int:
     print("config")
     for field in fields(checkpoint.config):
         value = getattr(checkpoint.config, field.name)
-        if value != field.default:  # what is as in most models says nothing
+        if value != field.default:  # fields at their default say nothing about this model
             print(f"  {field.name:<22}{value}")
     try:
-        tokenizer = _tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     except ValueError as error:
         print(f"tokenizer       none: {error}")
         return 0
@@ -48,8 +52,8 @@ def run(options: dict[str, Any]) -> int:
     return 0
 
 
-def describe(checkpoint: Any) -> dict[str, str]:
-    """The facts of a checkpoint that take no reading of weights, by name."""
+def describe(checkpoint: Checkpoint) -> dict[str, str]:
+    """The facts of a checkpoint that are known without reading its weights, by name."""
     from fastgen_jax.core import scale_bytes
     from fastgen_jax.models.counts import count_params
 
@@ -70,12 +74,6 @@ def describe(checkpoint: Any) -> dict[str, str]:
         "architecture": ", ".join(checkpoint.config_json["architectures"]),
         "parameters": f"{parameters:,}",
         "stored as": shares,
-        "weight bytes": weights,  # of those that are quantised in the file too: they are dequantised while they load
+        "weight bytes": weights,  # weights that are quantized in the file are dequantized when loaded
         "KV bytes/token": kv,
     }
-
-
-def _tokenizer(checkpoint: Any) -> Any:
-    from fastgen_jax.text import load_tokenizer
-
-    return load_tokenizer(checkpoint.tokenizer_source)

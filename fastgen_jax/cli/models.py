@@ -1,26 +1,27 @@
-"""`fastgen models`: the families that can be served, and what of each."""
+"""`fastgen models`: lists the supported model families and what is supported of each."""
 
 from __future__ import annotations
 
 import argparse
+from types import ModuleType
 from typing import Any
 
 from fastgen_jax.models.families import FAMILIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--markdown`."""
-    parser.add_argument("--markdown", action="store_true", help="as the table of docs/models.md")
+    """Adds this command's flags."""
+    parser.add_argument("--markdown", action="store_true", help="print the Markdown table of docs/models.md")
 
 
 def run(options: dict[str, Any]) -> int:
-    """Prints one family a paragraph, or one a row, and returns the exit code."""
+    """Prints one paragraph or table row per family and returns the exit code."""
     print("\n".join(table() if options["markdown"] else paragraphs()))
     return 0
 
 
 def paragraphs() -> list[str]:
-    """Lines for a terminal: the family, the architectures of its config.json, what is supported."""
+    """Lines for a terminal: the family, its architecture names in config.json, what is supported."""
     width = max(map(len, FAMILIES)) + 2
     lines = []
     for name, family in FAMILIES.items():
@@ -29,7 +30,7 @@ def paragraphs() -> list[str]:
 
 
 def table() -> list[str]:
-    """Lines of a Markdown table of the same, with what each family is."""
+    """The same as lines of a Markdown table, with a description of each family."""
     rows = [
         f"| {name} | {', '.join(family.ARCHITECTURES)} | {_summary(family)} | {family.FEATURES} |"
         for name, family in FAMILIES.items()
@@ -37,6 +38,6 @@ def table() -> list[str]:
     return ["| family | architectures | what it is | supported |", "|---|---|---|---|", *rows]
 
 
-def _summary(family: Any) -> str:
+def _summary(family: ModuleType) -> str:
     """The first sentence of the module's docstring."""
-    return " ".join(family.__doc__.split("\n\n")[0].split()).rstrip(".")
+    return " ".join((family.__doc__ or "").split("\n\n")[0].split()).rstrip(".")

@@ -1,4 +1,4 @@
-"""`fastgen plan`: whether and how a model fits on devices that need not be here."""
+"""`fastgen plan`: checks whether a model fits on devices that are not attached."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 from typing import Any
 
-from fastgen_jax.cli.options import MODEL_HELP
+from fastgen_jax.flags import MODEL_HELP
 from fastgen_jax.plan.devices import DEVICES
 from fastgen_jax.plan.report import Plan, make_plan, table
 from fastgen_jax.plan.source import describe
@@ -16,19 +16,19 @@ from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is planned for."""
-    parser.add_argument("--model", required=True, help=f"{MODEL_HELP}, or a config.json alone: no weights are read")
+    """Adds this command's flags."""
+    parser.add_argument("--model", required=True, help=f"{MODEL_HELP}, or a config.json alone; no weights are read")
     parser.add_argument(
         "--topology",
         required=True,
-        help=f"a kind and how many, such as v5e:2x4, v6e:2x2 or h100:8; kinds: {', '.join(DEVICES)}",
+        help=f"device kind and count, such as v5e:2x4, v6e:2x2 or h100:8; kinds: {', '.join(DEVICES)}",
     )
     parser.add_argument(
         "--context",
         type=int,
         default=None,
         metavar="TOKENS",
-        help="tokens of a sequence, prompt and generated (default: the model's own limit, the most)",
+        help="tokens per sequence, prompt and output together (default: the model's own limit, which is the maximum)",
     )
     parser.add_argument(
         "--budget",
@@ -36,39 +36,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[64, 256, 512, 2048],
         metavar="TOKENS",
-        help="token budgets of a step (default: 64 256 512 2048)",
+        help="token budgets to plan for (default: 64 256 512 2048)",
     )
-    parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="sequences at once (default: 64)")
-    parser.add_argument("--block-size", type=int, default=128, metavar="TOKENS", help="tokens of a KV block (default: 128)")
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=64, metavar="N", help="sequences that run at the same time (default: 64)"
+    )
+    parser.add_argument("--block-size", type=int, default=128, metavar="TOKENS", help="tokens per KV block (default: 128)")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
-        help="number format of weights and KV (default: %(default)s)",
+        help="number format of the weights and the KV cache (default: %(default)s)",
     )
     parser.add_argument(
         "--quantize",
         choices=("int8",),
         default=None,
-        help="keep matrices as int8, one scale an output channel (default: as the snapshot does, else no)",
+        help="quantize matrices to int8 with one scale per output channel (default: as in the snapshot, else none)",
     )
     parser.add_argument(
         "--kv-dtype",
         choices=("bfloat16", "float32", *QUANTIZED_DTYPES),
         default=None,
-        help="number format of the KV cache; of 8 bits: with a scale a token and KV head (default: --dtype)",
+        help="number format of the KV cache; 8-bit formats have one scale per token and KV head (default: --dtype)",
     )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="ask the device's own compiler, which takes a minute a budget (default: yes)",
+        help="compile with the device's own compiler, which takes about a minute per budget (default: yes)",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(options: dict[str, Any]) -> int:
-    """Prints the plan; 1 if the model does not fit or does not compile."""
+    """Prints the plan; returns 1 if the model does not fit or does not compile."""
     model = describe(options["model"])
     plan = make_plan(
         model.config,
@@ -88,7 +90,7 @@ def run(options: dict[str, Any]) -> int:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain numbers, with what its properties derive."""
+    """The plan as plain numbers, including the values its properties derive."""
     steps = [
         dataclasses.asdict(step) | {"seconds": step.seconds, "bound": step.bound, "tokens_per_s": step.tokens / step.seconds}
         for step in plan.steps

@@ -1,14 +1,13 @@
-"""`fastgen serve`: a model behind OpenAI's HTTP interface."""
+"""`fastgen serve`: serves a model over the OpenAI-compatible HTTP API."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-from dataclasses import fields
 from typing import Any
 
-from fastgen_jax.cli.options import MODEL_HELP, add_fields, given_options
+from fastgen_jax.flags import MODEL_HELP, add_fields, given_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,32 +19,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-file",
         metavar="FILE",
-        help="gets the log, as standard error does; `fastgen deployments` says where it is (default: standard error alone)",
+        help="also write the log to this file; `fastgen deployments` shows its path (default: standard error only)",
     )
     add_fields(parser.add_argument_group("server"), ServerConfig)
     add_fields(parser.add_argument_group("engine"), EngineConfig)
 
 
 def run(options: dict[str, Any]) -> int:
-    """Runs the command on its parsed options and returns the exit code."""
+    """Runs the command and returns the exit code."""
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.serving.logs import set_up_logging
     from fastgen_jax.serving.server import run_server
     from fastgen_jax.serving.settings import ServerConfig
 
-    model, log_file = options.pop("model"), options.pop("log_file")
-    given = given_options(options)
-    names = {field.name for field in fields(ServerConfig)}
-    server = ServerConfig(**{name: value for name, value in given.items() if name in names})
-    engine = EngineConfig.from_options({name: value for name, value in given.items() if name not in names})
-    log_file = os.path.abspath(log_file) if log_file else None
+    server = ServerConfig(**given_options(options, ServerConfig))
+    engine = EngineConfig.from_options(given_options(options, EngineConfig))
+    log_file = os.path.abspath(options["log_file"]) if options["log_file"] else None
     set_up_logging(server.log_format, file=log_file)
     try:
-        code = run_server(model, server, engine, log_file=log_file)
+        code = run_server(options["model"], server, engine, log_file=log_file)
     except ValueError as error:
         if log_file is None:
             raise
-        logging.getLogger(__name__).error("%s", error)  # whoever asked for a log looks there
+        logging.getLogger(__name__).error("%s", error)  # whoever set a log file looks there
         code = 2
-    # A thread may still be compiling a model that nobody waits for any more: it must not hold up the end.
+    # A thread may still be compiling a model that is no longer needed; it must not delay the exit.
     os._exit(code)

@@ -1,17 +1,27 @@
-"""`fastgen simulate`: what an engine would do on hardware that is not here."""
+"""`fastgen simulate`: predicts how an engine performs on hardware that is not available here."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastgen_jax.bench.engine_options import add_engine_arguments
-from fastgen_jax.bench.load_options import add_load_arguments, add_promise_arguments, loads_of, rates
+from fastgen_jax.bench.loads import Load
 from fastgen_jax.bench.metrics import effective_throughput, summarize, summarize_closed_loop
-from fastgen_jax.bench.results import RunRecord, append, context, table
+from fastgen_jax.bench.options import (
+    add_engine_arguments,
+    add_load_arguments,
+    add_results_flag,
+    add_sla_arguments,
+    loads_of,
+    sla_rates,
+)
+from fastgen_jax.bench.results import RunRecord, append, context
+from fastgen_jax.bench.steps import add_measurement_arguments
+from fastgen_jax.bench.tables import milliseconds, table
 from fastgen_jax.plan.devices import DEVICES
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
 from fastgen_jax.simulation import MODELS, MeasuredCost, ReplicaConfig, StepCost, load_cost, simulate
@@ -22,68 +32,72 @@ from fastgen_jax.simulation.timeline import timeline_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One command a question."""
-    commands = parser.add_subparsers(dest="question", required=True)
-    run = commands.add_parser("run", help="latency and throughput of a load under one policy")
-    sla = commands.add_parser("sla", help="what policies keep of a promise on a load")
-    fleet = commands.add_parser("replicas", help="how many replicas a load takes at a service level")
-    paper = commands.add_parser("paper", help="the table of the FastGen paper: Llama-2-70B on 4 A100")
-    check = commands.add_parser("validate", help="measure an engine here, simulate it, and print the errors")
+    """Adds one subcommand per question."""
+    commands = parser.add_subparsers(dest="question", required=True, metavar="QUESTION")
+    run = commands.add_parser("run", help="predict latency and throughput of a load under one policy")
+    sla = commands.add_parser("sla", help="compare how well policies keep a service level on a load")
+    fleet = commands.add_parser("replicas", help="find how many replicas a load needs at a service level")
+    paper = commands.add_parser("paper", help="reproduce the table of the FastGen paper: Llama-2-70B on 4 A100")
+    check = commands.add_parser("validate", help="measure an engine on this machine, simulate it, and print the errors")
     add_engine_arguments(check)
     add_load_arguments(check, open_loops=False)
-    check.add_argument("--contexts", type=int, nargs="+", default=[32, 256, 512], help="to measure step costs at, tokens")
-    check.add_argument("--generated", type=int, default=12, help="steps of each batch of the cost measurement")
-    check.add_argument("--rounds", type=int, default=3, help="of step costs and loads, in turns (default: %(default)s)")
+    add_measurement_arguments(check, rounds=3)
     for command in (run, sla, fleet):
         _add_replica_arguments(command)
         add_load_arguments(command)
-        add_promise_arguments(command)
+        add_sla_arguments(command)
     for command in (run, fleet):
-        command.add_argument("--policy", default="splitfuse", choices=list(POLICIES), help="how a step is filled")
+        command.add_argument(
+            "--policy", default="splitfuse", choices=list(POLICIES), help="how a step is filled (default: %(default)s)"
+        )
     sla.add_argument(
         "--policies",
         nargs="+",
         default=["splitfuse", "sla"],
         choices=list(POLICIES),
-        help="ways to fill a step that are compared",
+        help="policies to compare (default: splitfuse sla)",
     )
     for command in (run, sla):
-        command.add_argument("--replicas", type=int, default=1, help="behind the router (default: %(default)s)")
-    fleet.add_argument("--share", type=float, default=0.99, help="of the requests served as promised (default: %(default)s)")
-    fleet.add_argument("--most", type=int, default=64, help="replicas to try at most (default: %(default)s)")
-    paper.add_argument("--requests", type=int, default=512, help="of each run (default: %(default)s)")
+        command.add_argument("--replicas", type=int, default=1, help="replicas behind the router (default: %(default)s)")
+    fleet.add_argument(
+        "--share", type=float, default=0.99, help="fraction of requests that must meet the SLA (default: %(default)s)"
+    )
+    fleet.add_argument("--most", type=int, default=64, help="maximum number of replicas to try (default: %(default)s)")
+    paper.add_argument("--requests", type=int, default=512, help="requests per run (default: %(default)s)")
     for command in (run, paper, check):
-        command.add_argument("-o", "--results", type=Path, help="file to which every run is appended as a JSON line")
+        add_results_flag(command)
 
 
 def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("replica")
-    group.add_argument("--costs", type=Path, help="step costs of `fastgen bench steps`, in place of the next three")
+    group.add_argument("--costs", type=Path, help="file of `fastgen bench steps`, instead of the next three flags")
     group.add_argument(
-        "--model", default="llama-2-70b", choices=list(MODELS), help="shape of the model (default: %(default)s)"
+        "--model", default="llama-2-70b", choices=list(MODELS), help="model architecture and size (default: %(default)s)"
     )
     group.add_argument(
-        "--hardware", default="a100", choices=list(DEVICES), help="devices by their data sheets (default: %(default)s)"
+        "--hardware", default="a100", choices=list(DEVICES), help="device, by its data sheet (default: %(default)s)"
     )
-    group.add_argument("--devices", type=int, default=4, help="that share the model (default: %(default)s)")
-    group.add_argument("--token-budget", type=int, help="tokens of a step (default: 768, or that of the measured engine)")
-    group.add_argument("--max-num-seqs", type=int, help="sequences at once (default: 256, or that of the measured engine)")
-    group.add_argument("--block-size", type=int, default=64, help="tokens of a KV block (default: %(default)s)")
+    group.add_argument("--devices", type=int, default=4, help="devices per replica (default: %(default)s)")
+    group.add_argument("--token-budget", type=int, help="tokens per step (default: 768, or that of the measured engine)")
     group.add_argument(
-        "--num-blocks", type=int, help="KV blocks (default: what fits into the memory, or the measured engine's)"
+        "--max-num-seqs", type=int, help="concurrent sequences (default: 256, or that of the measured engine)"
+    )
+    group.add_argument("--block-size", type=int, default=64, help="tokens per KV block (default: %(default)s)")
+    group.add_argument(
+        "--num-blocks", type=int, help="KV blocks (default: as many as fit into memory, or those of the measured engine)"
     )
     group.add_argument(
-        "--max-context-len", type=int, help="tokens of a sequence (default: what the longest request of the load needs)"
+        "--max-context-len", type=int, help="tokens per sequence (default: those of the longest request of the load)"
     )
-    group.add_argument("--host-seconds", type=float, help="host's work a step (default: 0.002, or as measured)")
+    group.add_argument("--host-seconds", type=float, help="host time per step (default: 0.002, or as measured)")
     group.add_argument(
-        "--overlap", action=argparse.BooleanOptionalAction, default=True, help="plan a step while the last one runs"
+        "--overlap", action=argparse.BooleanOptionalAction, default=True, help="plan a step while the previous one runs"
     )
     group.add_argument(
         "--prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="share the prefixes that a .jsonl trace names",
+        help="reuse the prefixes that a .jsonl trace identifies",
     )
 
 
@@ -94,7 +108,7 @@ def run(options: dict[str, Any]) -> int:
 
 
 def _replica(args: argparse.Namespace, longest: int) -> tuple[StepCost, ReplicaConfig, str]:
-    """The cost model, the replica and its name. Prompts without known prefixes share nothing, so nothing is looked up."""
+    """The cost model, the replica and its name. The prefix cache is only simulated if prefixes are known, from a trace."""
     caching = args.prefix_caching and args.trace is not None and args.trace.suffix == ".jsonl"
     context_len = args.max_context_len or longest
     common = {"max_context_len": context_len, "overlap": args.overlap, "prefix_caching": caching}
@@ -123,7 +137,7 @@ def _replica(args: argparse.Namespace, longest: int) -> tuple[StepCost, ReplicaC
     return device, config, f"{args.model} on {args.devices} {args.hardware}"
 
 
-def _prepare(args: argparse.Namespace):
+def _prepare(args: argparse.Namespace) -> tuple[Sequence[Load], StepCost, ReplicaConfig, str]:
     loads = loads_of(args, max_context_len=args.max_context_len)
     cost, config, name = _replica(args, max(load.longest_context for load in loads))
     return loads, cost, config, name
@@ -131,8 +145,8 @@ def _prepare(args: argparse.Namespace):
 
 def _run(args: argparse.Namespace) -> int:
     loads, cost, config, name = _prepare(args)
-    prompt_rate, generation = rates(args)
-    # A policy that promises one rate promises the first of those that are asked about.
+    prompt_rate, generation = sla_rates(args)
+    # The policy sla promises a single rate, the first of those given.
     config = with_policy(config, args.policy, Promise(prompt_rate=prompt_rate, generation_rate=generation[0]))
     rows, records, simulated, spent = [], [], 0.0, 0.0
     for load in loads:
@@ -153,8 +167,8 @@ def _run(args: argparse.Namespace) -> int:
                 f"{throughput:.2f}/s",
                 f"{summary.latency_mean:.2f}",
                 f"{summary.ttft_p50:.2f}",
-                f"{_ms(summary.token_latency_p50)}",
-                f"{_ms(summary.token_latency_p95)}",
+                milliseconds(summary.token_latency_p50),
+                milliseconds(summary.token_latency_p95),
                 " ".join(f"{x:.2f}" for x in effective),
                 len(result.refused),
                 f"{max(result.busy_seconds) / result.seconds:.0%}",
@@ -194,7 +208,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     )
     speed = simulated / max(spent, 1e-9)
-    print(f"\n{simulated:.0f} s simulated in {spent:.1f} s of processor time: {speed:.0f} times real time")
+    print(f"\nsimulated {simulated:.0f} s in {spent:.1f} s of CPU time: {speed:.0f} times real time")
     if args.results:
         append(args.results, records)
     return 0
@@ -210,7 +224,7 @@ def _settings(config: ReplicaConfig, num_replicas: int) -> dict[str, Any]:
 
 def _sla(args: argparse.Namespace) -> int:
     loads, cost, config, name = _prepare(args)
-    prompt_rate, generation = rates(args)
+    prompt_rate, generation = sla_rates(args)
     for rate in generation:
         promise = Promise(prompt_rate=prompt_rate, generation_rate=rate)
         services = compare_policies(loads, config, cost, promise, policies=args.policies, num_replicas=args.replicas)
@@ -221,7 +235,7 @@ def _sla(args: argparse.Namespace) -> int:
 
 def _replicas(args: argparse.Namespace) -> int:
     loads, cost, config, name = _prepare(args)
-    prompt_rate, generation = rates(args)
+    prompt_rate, generation = sla_rates(args)
     rows = []
     for load in loads:
         for rate in generation:
@@ -230,8 +244,8 @@ def _replicas(args: argparse.Namespace) -> int:
             number, tried = replicas_needed(load, fitted, cost, promise, share=args.share, most=args.most)
             shares = ", ".join(f"{n}: {service.share_kept:.1%}" for n, service in tried)
             rows.append((load.name, f"{tried[0][1].offered:.2f}/s", f"{rate:g}", number, shares))
-    print(f"{name}, {args.policy}: replicas that keep the promise to {args.share:.1%} of the requests\n")
-    print("\n".join(table(("load", "offered", "tokens/s", "replicas", "kept by so many"), rows)))
+    print(f"{name}, {args.policy}: replicas that meet the SLA for {args.share:.1%} of the requests\n")
+    print("\n".join(table(("load", "offered", "tokens/s", "replicas", "SLA met by number of replicas"), rows)))
     return 0
 
 
@@ -239,7 +253,7 @@ def _paper(args: argparse.Namespace) -> int:
     records = paper_runs(num_requests=args.requests)
     print("Llama-2-70B on four A100 80 GB, simulated")
     print("\n".join(paper_table(records)))
-    print("\n### Where the device's time goes, 2600/60, 16 clients\n")
+    print("\n### Where the device time goes, 2600/60, 16 clients\n")
     print("\n".join(timeline_table()))
     print("\n### Replicas, 2600/60, 16 clients each; the paper: 16.2 times one with 16\n")
     print("\n".join(replica_table()))
@@ -252,7 +266,3 @@ def _validate(args: argparse.Namespace) -> int:
     from fastgen_jax.simulation.validate import validate
 
     return validate(args, loads_of(args), args.results)
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.0f}"

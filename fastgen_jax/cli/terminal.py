@@ -1,4 +1,4 @@
-"""What the terminal can show."""
+"""What the terminal supports."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import sys
 
 
 def has_colors() -> bool:
-    """Whether standard output understands escape codes: a terminal, not a dumb one, and no NO_COLOR (no-color.org)."""
+    """Whether standard output is a terminal that understands escape codes and NO_COLOR (no-color.org) is not set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

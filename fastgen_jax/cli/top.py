@@ -1,4 +1,4 @@
-"""`fastgen top`: what a deployment does right now, in the terminal."""
+"""`fastgen top`: shows what a deployment is doing, live in the terminal."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from fastgen_jax.cli.terminal import has_colors
 
-BAR = 40  # characters of the widest bar
+BAR = 40  # width of a full bar in characters
 STEPS_SHOWN = 12
-LOADING = 503  # the status of a server that cannot answer yet, or not any more
+LOADING = 503  # HTTP status of a server that is loading or shutting down
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    parser.add_argument("name", nargs="?", help="deployment (default: the only one that runs)")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
-    parser.add_argument("--once", action="store_true", help="two looks, one interval apart, and no more")
+    parser.add_argument("name", nargs="?", help="deployment (default: the only one running)")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="time between two updates")
+    parser.add_argument("--once", action="store_true", help="print one update after one interval, then exit")
 
 
 def run(options: dict[str, Any]) -> int:
-    """Runs the command on its parsed options and returns the exit code."""
+    """Runs the command and returns the exit code."""
     import httpx
 
     from fastgen_jax.api.client import NoAnswerError, ServerError, checked, heard, http_settings
@@ -32,7 +32,7 @@ def run(options: dict[str, Any]) -> int:
     running = deployments()
     if options["name"] is None and len(running) != 1:
         names = ", ".join(d.name for d in running) or "none"
-        raise ValueError(f"name the deployment to watch (running: {names})")
+        raise ValueError(f"give the name of the deployment to watch (running: {names})")
     deployment = find_deployment(options["name"]) if options["name"] else running[0]
     before, since = None, 0
     clear = "\x1b[H\x1b[2J" if has_colors() and not options["once"] else ""
@@ -58,7 +58,7 @@ def run(options: dict[str, Any]) -> int:
 
 
 def render(stats: dict[str, Any], before: dict[str, Any], seconds: float) -> str:
-    """A screen of text from two looks at /stats, `seconds` apart."""
+    """One screen of text from two responses of /stats, `seconds` apart."""
     lines = [
         f"{stats['deployment']}  {stats['model']}  up {int(stats['uptime'])} s  unfinished {stats['unfinished']}  "
         f"worst event loop lag {stats['worst_lag_ms']:.1f} ms"

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.pytree import pytree
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, is_quantized
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int32, Shaped
+
 
 @pytree
 class KVCache:
-    """K and V of all layers as one flat pool of blocks each: [L * N, K, B, D], or a `QuantizedCache` of that shape.
+    """K and V of all layers as one flat pool of LN = L * N blocks each, plain or as a `QuantizedCache`.
 
     Layer l owns blocks [l * N, (l + 1) * N). Block tables and KV slots name blocks within a layer. One flat array is
     the form that no compiler copies, neither as the carry of a layer scan nor as a donated argument.
     """
 
-    k: jax.Array | QuantizedCache
-    v: jax.Array | QuantizedCache
+    k: Float[Array, "LN K B D"] | QuantizedCache
+    v: Float[Array, "LN K B D"] | QuantizedCache
 
     @staticmethod
-    def zeros(*, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: Any) -> KVCache:
+    def zeros(
+        *, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: DTypeLike
+    ) -> KVCache:
         """An empty cache of `num_blocks` blocks a layer, `block_size` tokens each; see `stored_head_dim`."""
         shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
         zeros = QuantizedCache.zeros if is_quantized(dtype) else jnp.zeros
         return KVCache(k=zeros(shape, dtype), v=zeros(shape, dtype))
 
 
-def copy_block(cache: KVCache, source: jax.Array, target: jax.Array, *, num_blocks: int) -> KVCache:
-    """The cache with block `target` of each layer the same as block `source`. Donate it: it is changed in place."""
+def copy_block(cache: KVCache, source: Int32[Array, ""], target: Int32[Array, ""], *, num_blocks: int) -> KVCache:
+    """The cache with block `source` of each layer copied to block `target`. Donate it: it is then changed in place."""
 
-    def copied(pool: jax.Array) -> jax.Array:
+    def copied(pool: Shaped[Array, "LN ..."]) -> Shaped[Array, "LN ..."]:
         layers = pool.reshape(-1, num_blocks, *pool.shape[1:])  # [L, N, K, B, ...]
         block = jax.lax.dynamic_index_in_dim(layers, source, axis=1)
         return jax.lax.dynamic_update_index_in_dim(layers, block, target, axis=1).reshape(pool.shape)
@@ -41,14 +47,14 @@ def copy_block(cache: KVCache, source: jax.Array, target: jax.Array, *, num_bloc
     return jax.tree.map(copied, cache)
 
 
-def scale_bytes(dtype: Any) -> int:
-    """Bytes of the scale that a cache of this dtype keeps for each token, head, and K or V; 0 where there is none."""
+def scale_bytes(dtype: DTypeLike) -> int:
+    """Bytes of the scale that a cache of this dtype has for each token, head, and K or V; 0 if it has none."""
     return jnp.dtype(jnp.float32).itemsize if is_quantized(dtype) else 0
 
 
 def stored_head_dim(head_dim: int, platform: str) -> int:
-    """Numbers that the cache keeps for a head of `head_dim`: on a TPU a multiple of its 128 lanes.
+    """Numbers that the cache stores for a head of `head_dim`: on a TPU a multiple of its 128 lanes.
 
-    XLA:TPU pads the minor axis to 128 in memory anyway, or else stores the pool transposed and copies it in every step.
+    XLA:TPU would pad the minor axis to 128 in memory anyway, or store the pool transposed and copy it in every step.
     """
     return -(-head_dim // 128) * 128 if platform == "tpu" else head_dim

@@ -1,4 +1,4 @@
-"""How far a long task is: a bar for who watches a terminal, lines in the log for everybody else."""
+"""Progress of a long task: a bar for users at a terminal, log lines otherwise."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ LOG_SECONDS = 5.0  # between two lines of one task
 
 @contextlib.contextmanager
 def shown(log: logging.Logger, task: str, *, total: int, unit: str, bar: bool) -> Iterator[Callable[[], object]]:
-    """Gives what is to be called as each of the `total` units is done.
+    """Context whose value must be called after each of the `total` units.
 
-    With `bar`, a bar on stderr if somebody looks on there. Otherwise lines of level INFO: one at the beginning, one every
-    few seconds, one at the end.
+    With `bar`, shows a bar if stderr is interactive. Otherwise logs lines of level INFO: one at the start, one every few
+    seconds, one at the end.
     """
-    if bar and is_watched():
+    if bar and is_interactive():
         from tqdm import tqdm
 
         with tqdm(total=total, desc=task, unit=unit) as shown_bar:
@@ -40,7 +40,7 @@ def shown(log: logging.Logger, task: str, *, total: int, unit: str, bar: bool) -
     log.info("%s: done in %.1f s", task, time.monotonic() - start)
 
 
-def is_watched() -> bool:
+def is_interactive() -> bool:
     """Whether standard error goes to a terminal or a notebook."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None

@@ -1,4 +1,4 @@
-"""The engine: configuration, packing, compiled programs, sampling, and the loop over steps."""
+"""The engine: configuration, packing, compiled programs, sampling, and the step loop."""
 
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine

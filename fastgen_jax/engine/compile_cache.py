@@ -24,13 +24,13 @@ from pallas_kernels.folders import Folder
 log = logging.getLogger(__name__)
 
 FAILURE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'")
-ZSTANDARD = b"\x28\xb5\x2f\xfd"  # how what it compresses begins; JAX takes it where it is installed, else zlib
+ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of its output; JAX uses it if it is installed, else zlib
 
-_lock = threading.RLock()  # warnings are shown in one way for all threads
+_lock = threading.RLock()  # `warnings.showwarning` is shared by all threads
 
 
 def use(named: str | None) -> Folder | None:
-    """The folder for compiled programs and measurements, with JAX's cache pointed there unless the user has one.
+    """The folder for compiled programs and measurements, which becomes JAX's cache unless the user has set one.
 
     `named` as in `EngineConfig.compile_cache_dir`. None: nothing is kept.
     """
@@ -46,7 +46,7 @@ def use(named: str | None) -> Folder | None:
     jax.config.update("jax_compilation_cache_dir", str(programs.path))
     # The default skips programs that compile within a second; here each one delays the first token.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # XLA's own files beside the entries: their path would be part of every key, and XLA fails where it cannot write them.
+    # XLA's own files beside the entries: their path would be part of every key, and XLA fails if it cannot write them.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if not programs.writable:
         _write_no_more()
@@ -55,10 +55,10 @@ def use(named: str | None) -> Folder | None:
 
 @contextlib.contextmanager
 def failures_logged() -> Iterator[None]:
-    """Within, what JAX warns about its cache is a line of the log, also where warnings are errors, and gets mended.
+    """Context in which JAX's warnings about its cache are logged, even if warnings are errors, and damaged entries removed.
 
-    JAX writes entries in place and never again: one that a full disk cut short would be compiled anew in every start. It
-    is removed here before JAX writes it. After a failure to write nothing more is written, since the rest would fail too.
+    JAX never replaces an entry: one that a full disk truncated would be compiled again by every start, so it is removed
+    before JAX writes it again. After a failed write nothing more is written, since other writes would fail too.
     """
     with _lock, warnings.catch_warnings():
         show: Any = warnings.showwarning
@@ -89,18 +89,18 @@ def failures_logged() -> Iterator[None]:
 
 
 def drop_broken(program: str) -> None:
-    """Removes those entries of a program, by the name that JAX gives it, that are cut short or damaged."""
+    """Removes the entries of a program, by its name in JAX, that are truncated or damaged."""
     folder = _path()
     if folder is None or "://" in folder:
         return
     for path in Path(folder).glob(f"{glob.escape(program)}-*-cache"):
-        with contextlib.suppress(OSError):  # another process may have removed it, or the folder cannot be written
+        with contextlib.suppress(OSError):  # another process may have removed it, or the folder is read-only
             if not _is_whole(path.read_bytes()):
                 path.unlink()
 
 
 def _is_whole(entry: bytes) -> bool:
-    """Whether an entry decompresses; also where there is nothing to do it with, since JAX does not read it either."""
+    """Whether an entry can be decompressed; true without the decompressor, since JAX does not read the entry either."""
     try:
         if entry.startswith(ZSTANDARD):
             importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "zstandard").decompress(entry)

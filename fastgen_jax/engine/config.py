@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine import generation
-from fastgen_jax.engine.logits_processor import LogitsProcessor, check_processor
 from fastgen_jax.engine.memory import room_for_cache
 from fastgen_jax.engine.option_names import unknown_engine_option
+from fastgen_jax.engine.sampling.processor import LogitsProcessor, check_processor
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.scheduling import NEED_PROMISE, Policy, Promise, checked_policy, longest_sequence
@@ -37,44 +37,45 @@ def _ladder(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:
-    """How the engine runs a model. Every None is filled by `resolve`, from the model and the device."""
+    """How the engine runs a model. `resolve` fills every None from the model and the device."""
 
     dtype: DType | None = None
     """Number format of weights, and of activations where these are not float32 as on a CPU. None: float32 on a CPU,
     bfloat16 elsewhere."""
     quantize: Quantization | None = None
-    """Weight-only quantisation, one scale per output channel. None: weights stay in `dtype`."""
+    """Weight-only quantization, one scale per output channel. None: weights stay in `dtype`."""
     kv_dtype: KVDType | None = None
-    """Number format of the KV cache; those of 8 bits have a scale for each token and KV head. None: `dtype`."""
+    """Number format of the KV cache; 8-bit formats have a scale for each token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None
-    """Devices of this process that heads, MLP columns and vocabulary are divided over. None: one device has it all."""
+    """Devices of this process over which heads, MLP columns and vocabulary are divided. None: one device, undivided."""
     token_budget: int | None = None
-    """Tokens of a full step. None: measured on this device once, then remembered."""
+    """Tokens of a full step. None: measured on this device once, then saved."""
     budget_ladder: tuple[int, ...] | None = converted(_ladder, default=None)
-    """Smaller steps for a lightly loaded engine, tokens. None: chosen from the same measurement."""
+    """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen from the same measurement."""
     remeasure: bool = False
-    """Whether the token budget is measured again although a measurement is remembered, and that one replaced."""
+    """Whether to measure the token budget again and replace the saved measurement."""
     max_num_seqs: int = 64
-    """Sequences that run at once; more wait."""
+    """Sequences that run at the same time; others wait."""
     max_context_len: int | None = None
     """Tokens of a sequence, prompt and generated together. None: the model's own limit."""
     block_size: int | None = None
-    """Tokens of a KV block. None: 32, or 128 for a cache of 8 bits on a TPU, whose kernel reads no smaller ones."""
+    """Tokens of a KV block. None: 32, or 128 for an 8-bit cache on a TPU or GPU, whose kernels read no smaller blocks."""
     num_blocks: int | None = None
-    """KV blocks a layer. None: what fits into free memory, but no more than `max_num_seqs` full contexts need; what an
-    earlier start chose is kept while it fits, so that its compiled programs serve again."""
+    """KV blocks a layer. None: as many as fit into free memory, at most as many as `max_num_seqs` full contexts need; the
+    number of an earlier start is kept while it fits, so that its compiled programs can be used again."""
     prefix_caching: bool = True
-    """Whether prompts that begin alike share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
+    """Whether prompts with a common prefix share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
     policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = converted(checked_policy, default="splitfuse")
-    """How a step is filled; sla keeps the two promises below. In Python also a function."""
+    """How a step is filled; "sla" keeps the promises below. In Python also a function of a `Planner`."""
     promised_prompt_rate: float | None = None
-    """Policy sla: a first token is due after the prompt's tokens over this, tokens a second; what cannot be is refused."""
+    """Policy "sla", tokens a second: the first token is due after the length of the prompt over this rate; a request that
+    cannot meet it is refused."""
     promised_generation_rate: float | None = None
-    """Policy sla: steps are kept short enough for each reader to get so many tokens a second."""
+    """Policy "sla", tokens a second: steps are kept short enough for each sequence to generate at this rate."""
     promise_grace: float | None = None
-    """Policy sla: seconds that a first token may be late before its request is refused. None: 1."""
+    """Policy "sla", seconds: how late a first token may be before its request is refused. None: 1."""
     overlap: bool = True
-    """Whether the next step is dispatched before the tokens of the last one are read."""
+    """Whether a step is dispatched before the tokens of the previous one are read."""
     stack_layers: bool | None = None
     """Whether layers are scanned as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
     logits_processor: LogitsProcessor | None = None
@@ -84,10 +85,10 @@ class EngineConfig:
     generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = converted(
         generation.parse_setting, default="auto"
     )
-    """Defaults of requests that leave an option out: "auto" takes those of the checkpoint's generation_config.json, "none"
-    none; or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Kept as pairs."""
+    """Defaults for options that a request leaves out: "auto" for those of the checkpoint's generation_config.json, "none",
+    or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Stored as pairs."""
     compile_cache_dir: str | None = None
-    """Folder of compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "" keeps nothing."""
+    """Folder of compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": none is kept."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
@@ -104,9 +105,9 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
         if self.logits_processor is not None and not callable(self.logits_processor):
-            raise ValueError(f"logits_processor is {self.logits_processor!r}; give a function f(logits, rows) or nothing")
+            raise ValueError(f"logits_processor is {self.logits_processor!r}; give a function f(logits, rows) or None")
         promises = (self.promised_prompt_rate, self.promised_generation_rate)
-        gives = [promise is not None for promise in promises]  # a function may need a promise or not
+        gives = [promise is not None for promise in promises]  # for a policy that is a function both are optional
         if gives[0] != gives[1] or (isinstance(self.policy, str) and gives[0] != (self.policy in NEED_PROMISE)):
             raise ValueError(
                 f"policy is {self.policy!r}, promised_prompt_rate {promises[0]} and promised_generation_rate {promises[1]}; "
@@ -119,8 +120,7 @@ class EngineConfig:
         _ = self.promise  # checks the rates
         if self.remeasure and self.token_budget is not None:
             raise ValueError(
-                f"remeasure with token_budget={self.token_budget}: a budget that is given is not measured; "
-                "leave one of them out"
+                f"remeasure with token_budget={self.token_budget}: a given budget is not measured; leave one of them out"
             )
         if self.budget_ladder is not None:
             if self.token_budget is None:
@@ -142,7 +142,7 @@ class EngineConfig:
 
     @property
     def promise(self) -> Promise | None:
-        """What a policy promises, if it does; ValueError for a rate that is not above 0, or a negative grace."""
+        """The promises of policy "sla", if given; ValueError for a rate that is not above 0 or a negative grace."""
         if self.promised_prompt_rate is None or self.promised_generation_rate is None:
             return None
         return Promise(
@@ -153,7 +153,7 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> EngineConfig:
-        """A config from keyword options; an unknown one raises ValueError that says which was meant."""
+        """A config from keyword options; an unknown one raises ValueError with a suggestion."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
@@ -266,14 +266,14 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
             bytes_a_block,
             wanted=config.max_num_seqs * blocks_a_sequence,
             earlier=earlier_blocks,
-            share=1 if platform == "cpu" else num_devices,  # those of a CPU are parts of one host, whose memory they share
+            share=1 if platform == "cpu" else num_devices,  # CPU devices share the memory of one host
         )
         if num_blocks < 1:
             raise ValueError(
                 f"no room for a single KV block of {bytes_a_block / 2**20:.1f} MiB; free memory, choose a smaller "
                 f"block_size than {block_size}, or a smaller kv_dtype than {kv_dtype}"
             )
-    # A key rotated for a prompt of one length is wrong for a longer prompt that begins alike.
+    # A key rotated for a prompt of one length is wrong for a longer prompt with the same prefix.
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length
     stack_layers = config.stack_layers
     if stack_layers is None:
@@ -306,10 +306,10 @@ def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -
 
 
 def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices: int, platform: str) -> None:
-    """ValueError where the devices are not there, or the model or another choice does not go with them."""
+    """ValueError if there are too few devices, or the model or another choice is incompatible with them."""
     here = len(jax.local_devices())
     if here < num_devices:
-        remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} makes as many of a CPU"
+        remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} divides a CPU into as many"
         raise ValueError(
             f"tensor_parallel={num_devices} but this process has {here} {platform} device(s); "
             f"choose 1 to {here}" + (remedy if platform == "cpu" else "")

@@ -1,24 +1,21 @@
-"""An engine in a line, for its repr and that of what it is part of."""
+"""An engine in one line, for its repr and that of a pipeline."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 
-if TYPE_CHECKING:
-    from fastgen_jax.engine.engine import Engine
 
-
-def describe(engine: Engine) -> str:
-    """Model, number formats, devices and the size of the KV cache."""
-    model, config = engine.model, engine.config
-    name = f"{os.path.basename(engine.name.rstrip('/'))!r}, " if engine.name else ""
+def describe(name: str, model: ModelConfig, config: ResolvedConfig) -> str:
+    """Name, model, number formats, devices and the size of the KV cache."""
+    name = f"{os.path.basename(name.rstrip('/'))!r}, " if name else ""
     weights = f"{config.dtype}, {config.quantize} weights" if config.quantize else config.dtype
     devices = jax.local_devices()[: config.tensor_parallel or 1]
     on = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"

@@ -18,7 +18,7 @@ from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState, Samp
 from fastgen_jax.engine.packing import Bucket, Packer
 from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.engine.replacement import replacement_params
-from fastgen_jax.engine.sampling_tables import SamplingTables
+from fastgen_jax.engine.sampling.tables import SamplingTables
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import Request, SamplingParams, Scheduler, Sequence, Step
@@ -106,7 +106,11 @@ class Engine:
         return engine
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe(self)}; {self.num_running} running, {self.num_waiting} waiting)"
+        return f"{type(self).__name__}({self.describe()}; {self.num_running} running, {self.num_waiting} waiting)"
+
+    def describe(self) -> str:
+        """Model, number formats, devices and the size of the KV cache, in one line."""
+        return describe(self.name, self.model, self.config)
 
     # Requests
 

@@ -1,6 +1,6 @@
-"""How a request is continued where it does not say: the model's own defaults, from its generation_config.json.
+"""Defaults for options that a request leaves out: the model's own, from its generation_config.json.
 
-The names are those of Hugging Face's file, which `SamplingParams` shares. Taken are those that vLLM takes too, and
+The names are those of the Hugging Face file, which `SamplingParams` shares. Supported are those that vLLM supports, and
 `do_sample`.
 """
 
@@ -12,16 +12,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastgen_jax.core.options import nearest
+from fastgen_jax.engine.option_names import nearest
 from fastgen_jax.scheduling import SamplingParams
 
 log = logging.getLogger(__name__)
 
 DEFAULTS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 _NEUTRAL = {"temperature": (1,), "top_k": (0, -1), "top_p": (1,), "min_p": (0,), "repetition_penalty": (1,)}
-_FILTERS = ("temperature", "top_k", "top_p", "min_p")  # mean nothing where the likeliest token is taken
+_FILTERS = ("temperature", "top_k", "top_p", "min_p")  # without effect when the most likely token is taken
 
-# What would change the text and is not supported -> values that ask for nothing.
+# Unsupported options that would change the text -> their neutral values.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -49,16 +49,16 @@ Pairs = tuple[tuple[str, Any], ...]
 
 
 def defaults_of_model(raw: Mapping[str, Any], where: Any) -> Pairs:
-    """The defaults that a generation_config.json, or what a file has in its place, sets for requests.
+    """The defaults that a generation_config.json, or its equivalent in another format, sets for requests.
 
-    What is not supported and would change the text is logged. Raises ValueError naming `where` for a value out of range.
+    Unsupported options that would change the text are logged. Raises ValueError naming `where` for a value out of range.
     """
     ignored = {
         name: raw[name] for name, neutral in _UNSUPPORTED.items() if raw.get(name) is not None and raw[name] not in neutral
     }
     if ignored:
         log.warning(
-            "%s asks for what is not supported, and is left out: %s",
+            "%s has options that are not supported and are ignored: %s",
             where,
             ", ".join(f"{name}={value!r}"[:80] for name, value in ignored.items()),
         )
@@ -66,15 +66,14 @@ def defaults_of_model(raw: Mapping[str, Any], where: Any) -> Pairs:
         return checked_defaults({name: raw[name] for name in DEFAULTS if name in raw})
     except ValueError as error:
         raise ValueError(
-            f"the defaults for sampling of {where} cannot be used: {error}; correct them, or start with "
-            "generation_config='none'"
+            f"the sampling defaults of {where} cannot be used: {error}; correct them, or start with generation_config='none'"
         ) from error
 
 
 def checked_defaults(defaults: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Pairs:
-    """Names and values without what is neutral; ValueError for an unknown name or a value out of range.
+    """Names and values, without neutral ones; ValueError for an unknown name or a value out of range.
 
-    `do_sample=False` becomes a temperature of 0, which a request can override by naming another.
+    `do_sample=False` becomes a temperature of 0, which a request can override with another temperature.
     """
     values = {name: value for name, value in dict(defaults).items() if value is not None}
     for name in values:
@@ -100,7 +99,7 @@ def parse_setting(setting: Any) -> str | Pairs:
         try:
             setting = json.loads(setting)
         except ValueError as error:
-            raise ValueError(f"generation_config is {setting!r}, which is no JSON ({error})") from None
+            raise ValueError(f"generation_config is {setting!r}, which is not JSON ({error})") from None
     if isinstance(setting, str) and setting in ("auto", "none"):
         return setting
     if isinstance(setting, Mapping | tuple | list):
@@ -112,10 +111,10 @@ def parse_setting(setting: Any) -> str | Pairs:
 
 
 def sampling_params(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
-    """`SamplingParams` from the options that a request gives, and for the others from the model's defaults.
+    """`SamplingParams` from the options of a request and, for those it leaves out, from the model's defaults.
 
-    An option that is None counts as not given. A default that contradicts an option steps back. That of `max_new_tokens`
-    is not among the parameters: see `limited`. Raises ValueError as `SamplingParams` does.
+    An option that is None counts as left out. A default that contradicts an option is dropped. The default of
+    `max_new_tokens` is not applied here: see `limited`. Raises ValueError as `SamplingParams` does.
     """
     given = {name: value for name, value in options.items() if value is not None}
     rest = {name: value for name, value in defaults.items() if name != "max_new_tokens"}
@@ -127,10 +126,9 @@ def sampling_params(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 
 def limited(params: SamplingParams, new_tokens: int | None, *, room: int) -> SamplingParams:
-    """`params` with a default for the length of the answer, if they have no limit themselves.
+    """`params` with a default limit of the length of the answer, if they have no limit themselves.
 
-    Unlike a limit that was asked for, a default gives way: to `min_new_tokens`, and to `room`, the tokens that fit behind
-    the prompt.
+    Unlike an explicit limit, the default yields to `min_new_tokens`, and to `room`, the tokens that fit after the prompt.
     """
     if new_tokens is None or room < 1 or params.max_new_tokens is not None or params.max_length is not None:
         return params

@@ -1,8 +1,8 @@
-"""Large memory pages for the weights, which every step reads from end to end.
+"""Large memory pages for the weights, which every step reads completely.
 
-With pages of 4 KiB the prefetcher of a CPU stops every 4 KiB, and every page is an address to look up. Linux gives 2 MiB
-pages to those who ask; elsewhere, and where it refuses, nothing happens. The KV cache would gain as well, but moving
-gigabytes of it takes seconds (2.5 ms a page were measured), which a start cannot spare.
+With pages of 4 KiB the prefetcher of a CPU stops every 4 KiB, and every page needs an address translation. Linux grants
+2 MiB pages on request; on other systems, or if the kernel refuses, nothing changes. The KV cache would gain as well, but
+moving gigabytes of it would delay a start by seconds (2.5 ms a page, measured).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import jax
 
 _PAGE = 2 << 20
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # <linux/mman.h>; the second moves what lies in small pages, from Linux 6.1 on
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # <linux/mman.h>; the second moves data out of small pages, from Linux 6.1 on
 
 
 def use_huge_pages(arrays: Any) -> int:
-    """Asks for 2 MiB pages under every array of a pytree that lies in this machine's memory; returns the bytes granted."""
+    """Requests 2 MiB pages for every array of a pytree in the host's memory; returns the bytes granted."""
     if sys.platform != "linux":
         return 0
     granted = 0

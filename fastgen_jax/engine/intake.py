@@ -12,7 +12,7 @@ from typing import Any
 from fastgen_jax.engine import generation
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.prompts import Prompt, TokenIds, in_vocabulary, plain_prompt
-from fastgen_jax.engine.sampling_tables import validate
+from fastgen_jax.engine.sampling.tables import validate
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request, SamplingParams, max_total_tokens
 from fastgen_jax.text import Tokenizer
@@ -50,24 +50,24 @@ class Intake:
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """What holds for requests that do not say otherwise: the model's own, see `EngineConfig.generation_config`."""
+        """Defaults for options that a request leaves out, see `EngineConfig.generation_config`."""
         return dict(self.config.generation_config)
 
     @property
     def default_new_tokens(self) -> int | None:
-        """Tokens of an answer for which no request sets a limit: the model's own default, None if it has none."""
+        """The model's default limit of the length of an answer, in tokens; None if it has none."""
         return self.defaults.get("max_new_tokens")
 
     def sampling_params(self, options: Mapping[str, Any]) -> SamplingParams:
-        """`SamplingParams` from the options that are given, and for the others from the model's defaults."""
+        """`SamplingParams` from the given options and, for the others, from the model's defaults."""
         return generation.sampling_params(options, self.defaults)
 
     def limited(self, params: SamplingParams, num_prompt_tokens: int, new_tokens: int | None) -> SamplingParams:
-        """`params` for a prompt of that many tokens: without a limit of their own they get `new_tokens`, if so many fit."""
+        """`params` for a prompt of that length: if they have no limit, with `new_tokens`, or as many as fit."""
         return generation.limited(params, new_tokens, room=self.room(num_prompt_tokens))
 
     def room(self, num_prompt_tokens: int) -> int:
-        """Tokens that fit behind a prompt, into the context and into the KV cache."""
+        """Tokens that fit after a prompt, within the context limit and the KV cache."""
         return self.config.longest_sequence - num_prompt_tokens
 
     def request(
@@ -88,14 +88,14 @@ class Intake:
         if params.n != 1:
             raise ValueError(
                 f"n is {params.n}; the engine runs one sequence a request: add it {params.n} times with "
-                f"different seeds, or use pipeline, which does that"
+                "different seeds, or use a pipeline, which does that"
             )
         validate(params, self.model.vocab_size, eos_token_ids=self.eos_token_ids)
         if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop strings {params.stop} need a tokenizer, and this engine has none; use stop_token_ids")
+            raise ValueError(f"stop strings {params.stop} require a tokenizer, and this engine has none; use stop_token_ids")
         for stop in params.stop:
             if any("\ud800" <= character <= "\udfff" for character in stop):
-                raise ValueError(f"stop has {stop!r}, with half of a character, which no text has; leave it out")
+                raise ValueError(f"stop has {stop!r}, with half of a surrogate pair, which matches no text; leave it out")
         if awaits_each_token and params.min_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; "
@@ -118,19 +118,19 @@ class Intake:
         return request
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
-        """A matcher at the start of `grammar`; ValueError if it cannot be used. Complex ones take up to a second."""
+        """A matcher at the start of `grammar`; ValueError if it is not supported. A complex grammar takes up to a second."""
         self.need_tokenizer("a grammar")
         assert self._grammars is not None  # there is a tokenizer
         return self._grammars.matcher(grammar)
 
     def need_tokenizer(self, what: str) -> Tokenizer:
-        """The tokenizer; ValueError naming `what` needs it, if there is none."""
+        """The tokenizer; ValueError, naming `what` requires it, if there is none."""
         if self.tokenizer is None:
-            raise ValueError(f"{what} needs a tokenizer, and this engine has none; give token ids")
+            raise ValueError(f"{what} requires a tokenizer, and this engine has none; give token ids")
         return self.tokenizer
 
 
 def samples(params: SamplingParams) -> list[SamplingParams]:
-    """The parameters of each of `params.n` samples. Their seeds follow each other, so n=2 begins with what n=1 gives."""
+    """The parameters of each of `params.n` samples, with consecutive seeds: the first sample of n=2 is that of n=1."""
     seeds = [None if params.seed is None else (params.seed + i) % 2**32 for i in range(params.n)]
     return [replace(params, n=1, seed=seed) for seed in seeds]

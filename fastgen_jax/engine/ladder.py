@@ -1,4 +1,4 @@
-"""Which step sizes are worth a program: read off a measured curve of step cost against tokens."""
+"""Which step sizes are worth a program, by the measured cost of a step against its tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen_jax import paths
-from fastgen_jax.engine import remembered
+from fastgen_jax.engine import saved_choices
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 
@@ -17,16 +17,16 @@ log = logging.getLogger(__name__)
 
 FILE = "budgets.json"
 
-GOOD_ENOUGH = 1.05  # cost per token, relative to the best: beyond it a larger budget buys latency, not throughput
-ROOM_FOR_PROMPTS = 4  # tokens of a step for each sequence that may generate
-WORTH_A_PROGRAM = 0.9  # a program must take at most this share of what the next larger one takes for its tokens
+GOOD_ENOUGH = 1.05  # cost per token relative to the best; a larger budget would add latency without throughput
+ROOM_FOR_PROMPTS = 4  # tokens in a step for each sequence that may generate
+WORTH_A_PROGRAM = 0.9  # of the time that the next larger program takes for the same tokens
 
 
 def choose_budget(seconds: Mapping[int, float], *, max_num_seqs: int) -> int:
-    """The smallest budget whose cost per prompt token is within 5% of the best, of those that generation leaves room in.
+    """The smallest budget whose cost per token is within 5% of the best, among those with room for prompts.
 
     `seconds` maps a budget in tokens to the measured seconds of a full step. A step must hold four times as many tokens
-    as sequences may generate, if any measured one does: what they take is lost to prompts.
+    as sequences may generate, if any measured step does: the tokens of these sequences are not available to prompts.
     """
     roomy = {budget: cost / budget for budget, cost in seconds.items() if budget >= ROOM_FOR_PROMPTS * max_num_seqs}
     per_token = roomy or {max(seconds): seconds[max(seconds)] / max(seconds)}
@@ -37,10 +37,10 @@ def choose_budget(seconds: Mapping[int, float], *, max_num_seqs: int) -> int:
 def choose_ladder(
     seconds: Mapping[int, float], token_budget: int, *, seconds_within: Callable[[int, int], float]
 ) -> tuple[int, ...]:
-    """The budgets up to `token_budget` whose full step is clearly cheaper than the same step in the next larger one kept.
+    """The budgets up to `token_budget` whose full step is clearly cheaper than the same step in the next larger program.
 
-    `seconds_within(budget, num_tokens)` measures a step of `num_tokens` in the program of `budget`: where padding costs
-    little, as with our CPU kernels, few programs are worth their compilation.
+    `seconds_within(budget, num_tokens)` measures a step of `num_tokens` in the program of `budget`: where padding is
+    cheap, as with the CPU kernels, few programs are worth compiling.
     """
     kept = [token_budget]
     for budget in sorted((b for b in seconds if b < token_budget), reverse=True):
@@ -51,7 +51,7 @@ def choose_ladder(
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A ladder that was measured once and is used in later starts."""
+    """A ladder that was measured once and is reused by later starts."""
 
     model: str
     machine: str
@@ -61,25 +61,25 @@ class Measurement:
     ladder: tuple[int, ...]
     """Tokens, smallest first; the last is the token budget."""
     seconds: dict[int, float]
-    """Seconds of a full step by its tokens: the curve that the ladder was read off."""
+    """Seconds of a full step by its tokens, from which the ladder was chosen."""
 
 
 def known(named: str | None = None) -> list[Measurement]:
-    """The measurements that are remembered, of all models and machines; `named` as `compile_cache_dir`."""
+    """The saved measurements of all models and machines; `named` as `compile_cache_dir`."""
     folder = paths.engine_dir(named)
-    entries = {} if folder is None else remembered.everything(folder / FILE)
+    entries = {} if folder is None else saved_choices.load_all(folder / FILE)
     return [measurement for entry in entries.values() if (measurement := _measurement(entry)) is not None]
 
 
 def forget(named: str | None = None) -> int:
-    """Forgets all measurements, so that the next start of each model measures; returns how many there were."""
+    """Removes all measurements, so that the next start of each model measures; returns how many there were."""
     folder = paths.engine_dir(named)
-    return 0 if folder is None else remembered.forget(folder / FILE)
+    return 0 if folder is None else saved_choices.clear(folder / FILE)
 
 
 def load_choice(path: Path, facts: Any) -> tuple[int, ...] | None:
     """The ladder saved for `facts` on this machine with these versions, or None if there is none or it is damaged."""
-    entry = remembered.recall(path, facts)
+    entry = saved_choices.load(path, facts)
     measurement = None if entry is None else _measurement(entry)
     if measurement is None:
         return None
@@ -93,8 +93,8 @@ def load_choice(path: Path, facts: Any) -> tuple[int, ...] | None:
 
 
 def save_choice(path: Path, facts: Any, ladder: Sequence[int], seconds: Mapping[int, float], *, model: str) -> None:
-    """Keeps a ladder, with the curve that it was read off, in a file that holds one for each machine and `facts`."""
-    remembered.remember(
+    """Saves a ladder with its measured seconds in a file that holds one entry for each machine and `facts`."""
+    saved_choices.save(
         path,
         facts,
         {
@@ -106,7 +106,7 @@ def save_choice(path: Path, facts: Any, ladder: Sequence[int], seconds: Mapping[
 
 
 def describe(model: ModelConfig) -> str:
-    """A model in a few words, for people who read the file: its name is not known here."""
+    """A model in a few words, for readers of the file: its name is not known here."""
     return f"{model.family}, {model.num_layers} layers, {count_params(model) / 1e6:,.0f} M parameters"
 
 

@@ -1,7 +1,7 @@
-"""How much memory a KV cache may take, so that two starts on one machine come to the same size.
+"""How much memory a KV cache may take, such that two starts on one machine choose the same size.
 
 The size is part of every compiled program's shape, and free memory differs from start to start. So a new choice is
-rounded down to few digits, and one that was made before is kept while it still suits what is free now.
+rounded down to a few digits, and an earlier choice is kept while it fits the memory that is free now.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import psutil
 
-HOST_SHARES = (0.25, 0.125, 0.5)  # of the host's free memory: other programs live there too
+HOST_SHARES = (0.25, 0.125, 0.5)  # of the host's free memory, which other programs need too
 DEVICE_SHARES = (0.85, 0.75, 0.9)  # of an accelerator's memory; the rest is for activations and logits
 
 
@@ -22,18 +22,18 @@ class Room:
     """Bytes that a KV cache may take on a device, or on the host of CPU devices."""
 
     usual: int
-    """What a new choice takes."""
+    """For a new choice."""
     least: int
-    """What an earlier choice must take, or the room is wasted on too small a cache."""
+    """An earlier choice that takes less is replaced, because it would waste memory."""
     most: int
-    """What an earlier choice may take."""
+    """An earlier choice that takes more is replaced."""
     digits: int
-    """Binary digits that a new choice is rounded down to."""
+    """Binary digits to which a new choice is rounded down."""
 
     def num_blocks(self, bytes_a_block: int, *, wanted: int, earlier: int | None = None, share: int = 1) -> int:
-        """Blocks of the cache, at most the `wanted`: as many as an `earlier` start had if that suits; 0 if none fits.
+        """Blocks of the cache, at most `wanted`: as many as an `earlier` start had if that fits; 0 if there is no room.
 
-        `share` is the number of devices that divide a block between them.
+        `share` is the number of devices over which a block is divided.
         """
         most, least, usual = (share * room // bytes_a_block for room in (self.most, self.least, self.usual))
         if earlier is not None and min(least, wanted) <= earlier <= min(most, wanted):
@@ -42,7 +42,7 @@ class Room:
 
 
 def room_for_cache(platform: str) -> Room:
-    """What is there now: of a device's memory if it says how much it has, else of the host's free memory."""
+    """The room now: of a device's memory if the device reports its size, else of the host's free memory."""
     stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         usual, least, most = (int(share * stats["bytes_limit"]) - stats.get("bytes_in_use", 0) for share in DEVICE_SHARES)
@@ -52,13 +52,13 @@ def room_for_cache(platform: str) -> Room:
 
 
 def round_down(number: int, digits: int) -> int:
-    """The largest number up to `number` with zeros behind its first binary `digits`."""
+    """The largest number up to `number` with zeros after its first binary `digits`."""
     shift = max(number.bit_length() - digits, 0)
     return number >> shift << shift
 
 
 def available() -> int:
-    """Bytes that this process can still have without pushing others out: of the machine, and of its control groups."""
+    """Bytes that this process can still allocate without swapping, within the machine and its control groups."""
     free, limit = psutil.virtual_memory().available, cgroup_room()
     return free if limit is None else min(free, limit)
 
@@ -66,15 +66,15 @@ def available() -> int:
 def cgroup_room(root: Path = Path("/")) -> int | None:
     """Bytes left to this process by the memory limits of the control groups it is in; None if there is no limit.
 
-    The least along the path from its group to the one that the mount shows, since any of them may have a limit. Files
-    cached in memory count as free. `root` holds proc/ and what proc/self/mountinfo names.
+    The minimum along the path from its group to the root of the mount, since any group may have a limit. Files cached in
+    memory count as free. `root` holds proc/ and the mounts that proc/self/mountinfo names.
     """
     rooms = [room for group, version in _groups(root) if (room := _room(group, version)) is not None]
     return max(min(rooms), 0) if rooms else None
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, int]]:
-    """Folders of the control groups that may limit memory, each with the version of their interface."""
+    """Folders of the control groups that may limit memory, each with the version of its interface."""
     try:
         paths = dict(_memory_paths((root / "proc/self/cgroup").read_text()))
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
@@ -85,17 +85,17 @@ def _groups(root: Path) -> Iterator[tuple[Path, int]]:
         version = {"cgroup": 1, "cgroup2": 2}.get(kind.split()[0] if kind else "")
         if version not in paths or (version == 1 and "memory" not in kind.split()[-1].split(",")):
             continue
-        shown, mount = place.split()[3:5]  # the group that the mount shows, and where
+        shown, mount = place.split()[3:5]  # the group at the root of the mount, and the mount point
         inside = paths[version].removeprefix(shown.rstrip("/")).strip("/")
         parts = [part for part in inside.split("/") if part]
-        if ".." in parts:  # the process is outside of what its namespace shows
+        if ".." in parts:  # the process is outside its namespace
             parts = []
         for depth in range(len(parts), -1, -1):
             yield root.joinpath(mount.strip("/"), *parts[:depth]), version
 
 
 def _memory_paths(text: str) -> Iterator[tuple[int, str]]:
-    """Version of the interface and path of the group, for those lines of proc/self/cgroup that concern memory."""
+    """Version of the interface and path of the group, for the lines of proc/self/cgroup that concern memory."""
     for line in text.splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -111,7 +111,7 @@ def _room(group: Path, version: int) -> int | None:
     used = _number(group / ("memory.current" if version == 2 else "memory.usage_in_bytes"))
     if not limits or used is None:
         return None
-    prefix = "" if version == 2 else "total_"  # those of the groups below included
+    prefix = "" if version == 2 else "total_"  # including the groups below
     try:
         stats = dict(line.split()[:2] for line in (group / "memory.stat").read_text().splitlines())
         files = sum(int(stats.get(prefix + name, 0)) for name in ("active_file", "inactive_file"))
@@ -121,7 +121,7 @@ def _room(group: Path, version: int) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None if there is none, as where a limit is "max"."""
+    """The number in a file; None if there is none, as for the limit "max"."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

@@ -1,14 +1,14 @@
-"""What other programs call the options of `EngineConfig`, for the error about one that is unknown."""
+"""Names of `EngineConfig` options in other programs, for the error about an unknown option."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
-from fastgen_jax.core.options import unknown_option
 from fastgen_jax.scheduling import SamplingParams
 
-_MEMORY = "the KV cache takes what is free; num_blocks sets its size in blocks"
+_MEMORY = "the KV cache uses free memory; num_blocks sets its size in blocks"
 _PLATFORM = "the environment chooses: JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS"
 
 _OTHER_NAMES = {
@@ -64,7 +64,7 @@ _OTHER_NAMES = {
 
 
 def unknown_engine_option(name: str, known: Iterable[str]) -> ValueError:
-    """The error for an option that `EngineConfig` does not have; it says which was meant, where that can be told."""
+    """The error for an option that `EngineConfig` does not have, with a suggestion if there is one."""
     generation = {f.name for f in fields(SamplingParams)} - {"max_length"}
     if name in generation:
         return ValueError(
@@ -72,3 +72,24 @@ def unknown_engine_option(name: str, known: Iterable[str]) -> ValueError:
             f"as a default for all calls: generation_config={{{name!r}: ...}}"
         )
     return unknown_option(name, known, _OTHER_NAMES, kind="engine")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" with the known name that is spelled most like `name`, or nothing if none is similar."""
+    spelling = name.lower().replace("-", "_")
+    found = difflib.get_close_matches(spelling, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def unknown_option(name: str, known: Iterable[str], others: Mapping[str, str], *, kind: str) -> ValueError:
+    """The error for an option that is not among the `known` of a `kind`.
+
+    `others` maps names in other programs to a known name, or to a sentence if there is no equivalent.
+    """
+    known = sorted(known)
+    other = others.get(name.lower().replace("-", "_"))
+    if other is None:
+        hint = nearest(name, known)
+    else:
+        hint = f"; use {other!r}" if other in known else f"; {other}"
+    return ValueError(f"unknown option {name!r}{hint}{'' if hint.endswith('?') else ';'} {kind} options: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""What comes back for a request, and how its text is put together."""
+"""The outputs of a request, and how its text is assembled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastgen_jax.engine.sampling import SampleOutput
+from fastgen_jax.engine.sampling.sampler import SampleOutput
 from fastgen_jax.scheduling import Chunk, Sequence, Step
 from fastgen_jax.text import IncrementalDetokenizer, StopStrings, Tokenizer, stops_with_tokens
 from fastgen_jax.text.grammar import GrammarMatcher
@@ -24,10 +24,10 @@ class TokenLogprob(NamedTuple):
     rank: int
     """1 for the most probable token of the vocabulary."""
     top: dict[int, float]
-    """The most probable alternatives, best first: token id -> log-probability."""
+    """The most probable tokens, best first: token id -> log-probability."""
     sampled_logprob: float | None = None
-    """Logarithm of the probability with which this token was drawn, after all of that and top-k, top-p and min-p: 0 with
-    greedy decoding. None for a token of the prompt."""
+    """Log-probability with which this token was drawn, after all of these and top-k, top-p and min-p; 0 with greedy
+    decoding. None for a token of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +37,14 @@ class RequestOutput:
     request_id: str
     new_token_ids: tuple[int, ...]
     text: str
-    """Text that became certain; text that may be the beginning of a stop string or of a character is held back."""
+    """New text; text that may be the start of a stop string or of a character is held back."""
     finished: bool
     finish_reason: str | None
     """"stop" (end of sequence, stop token or stop string), "length", "abort", "refused"; None while it runs."""
     logprobs: tuple[TokenLogprob, ...] | None
-    """One entry a new token, if asked for."""
+    """One entry for each new token, if requested."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None
-    """One entry for each prompt token but the first; given once, with the first new token."""
+    """One entry for each prompt token except the first; only in the output with the first new token."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens whose keys and values were already in the cache."""
@@ -52,13 +52,13 @@ class RequestOutput:
     queue_seconds: float = 0.0
     """From the request's arrival to the first step that computed for it."""
     error: str | None = None
-    """Why the request ended with "abort" by itself: its grammar could not be followed any further, or a step failed."""
+    """Why the request ended with "abort" without being aborted: its grammar could not be continued, or a step failed."""
 
 
 class Outbox:
-    """Where the outputs of a client's requests lie until the client takes them.
+    """Holds the outputs of one client's requests until the client takes them.
 
-    Several threads may share an engine, each with requests of its own: what a step gives goes to whom it belongs.
+    Several threads may share an engine: each takes the outputs of its own requests from its own box.
     """
 
     def __init__(self) -> None:
@@ -66,9 +66,9 @@ class Outbox:
 
 
 class RequestState:
-    """The growing answer to one request.
+    """The answer to one request so far.
 
-    `num_known` of its tokens are in outputs that were put into `box`: these stand, whatever happens.
+    `num_known` of its tokens are in outputs that were put into `box`; no exception can take these back.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RequestState:
             self._stops = StopStrings(stops, unseen=marks.values()) if stops else None
 
     def restarted(self) -> RequestState:
-        """The state after the tokens that the sequence has, whatever an exception has made of this one."""
+        """A new state after the tokens of the sequence, whatever state an exception left this one in."""
         matcher = self.matcher.restarted() if self.matcher else None
         state = RequestState(self.sequence, self._tokenizer, matcher, box=self.box)
         for token_id in self.sequence.output_token_ids:
@@ -118,17 +118,17 @@ class RequestState:
         )
 
     def note_start(self) -> None:
-        """Notes that the request runs now; called again after a preemption, which does not count."""
+        """Records that the request runs now; calls after a preemption have no effect."""
         if self._queue_seconds is None:
             self._queue_seconds = time.monotonic() - self.sequence.request.arrival_time
 
     def add_prompt_logprob(self, position: int, logprob: TokenLogprob) -> None:
-        """Keeps the log-probability of the prompt token at `position`, unless a preemption made it come twice."""
+        """Stores the log-probability of the prompt token at `position`, unless it was computed again after a preemption."""
         if position == len(self.prompt_logprobs) + 1:
             self.prompt_logprobs.append(logprob)
 
     def advance(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob]) -> RequestOutput:
-        """The output for `token_ids`; it is finished if the sequence is, or its grammar, or a stop string came."""
+        """The output for `token_ids`; finished if the sequence or its grammar has ended, or a stop string was found."""
         sequence = self.sequence
         params = sequence.request.params
         ended = sequence.finish_reason is not None
@@ -150,7 +150,7 @@ class RequestState:
         first = self._num_returned == 0
         self._num_returned += len(token_ids)
         finished = stopped or ended
-        error = None if stopped else error  # what comes behind a stop string does not matter
+        error = None if stopped else error  # text after a stop string does not matter
         is_complete = stopped or (self.matcher is not None and self.matcher.is_complete)
         reason = "abort" if error else "stop" if is_complete else sequence.finish_reason or "stop"
         return RequestOutput(

@@ -1,4 +1,4 @@
-"""A scheduled step as one array: what the host sends to the device, once per step."""
+"""A scheduled step as one array, which the host sends to the device once a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from fastgen_jax.core import RaggedBatch
 from fastgen_jax.engine.config import ResolvedConfig
-from fastgen_jax.engine.sampling_tables import SamplingBatch, SamplingTables, sampling_fields
+from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
 from fastgen_jax.scheduling import Step
 from pallas_kernels.ragged_attention import RaggedIndex
 
@@ -22,18 +22,18 @@ class Field(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any = np.int32
+    dtype: type[np.generic] = np.int32
 
 
 class Layout:
-    """Where each field lies in a flat int32 array; fields of other 4-byte types keep their bit pattern."""
+    """The place of each field in a flat int32 array; fields of other 4-byte types keep their bit pattern."""
 
     def __init__(self, fields: Sequence[Field]) -> None:
         self._places: dict[str, tuple[int, Field]] = {}
         self.size = 0
         for field in fields:
             if np.dtype(field.dtype).itemsize != 4:
-                raise ValueError(f"field {field.name!r} has dtype {field.dtype}; a packed field takes 4 bytes a number")
+                raise ValueError(f"field {field.name!r} has dtype {field.dtype}; a packed field must have 4 bytes a number")
             self._places[field.name] = (self.size, field)
             self.size += math.prod(field.shape)
 
@@ -84,9 +84,9 @@ class Bucket:
         SamplingTables.clear(_sampling_part(views), max_num_seqs=max_num_seqs, vocab_size=vocab_size)
 
     def new_buffer(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A fresh packed array of an empty step, and its views.
+        """A new packed array of an empty step, and its views.
 
-        Fresh each time: on a CPU the device may read the host's memory in place while the next step is packed.
+        New each time: on a CPU the device may read the host's memory in place while the next step is packed.
         """
         buffer = self._empty.copy()
         return buffer, self.layout.views(buffer)
@@ -101,7 +101,7 @@ class Bucket:
 
 
 class Packer:
-    """Fills packed arrays from scheduled steps; keeps the host's copy of the block tables, changed step by step."""
+    """Fills packed arrays from scheduled steps; keeps a copy of the block tables, updated by each step."""
 
     def __init__(self, config: ResolvedConfig, tables: SamplingTables) -> None:
         self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), np.int32)

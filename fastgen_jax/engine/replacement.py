@@ -1,4 +1,4 @@
-"""New weights for an engine that runs already: whether they fit its programs."""
+"""New weights for a running engine: checks that they fit its programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Shape = tuple[int, ...]
 
 
 def replacement_params(params: Params, current: Params, model: ModelConfig, config: ResolvedConfig) -> Params:
-    """`params`, plain or prepared, in the form of `current` and where that lies.
+    """`params`, plain or prepared, in the form and on the devices of `current`.
 
     Raises:
         ValueError: a weight is missing, superfluous, of another shape, or prepared for another config.
@@ -33,10 +33,10 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
         if old.get(path) != new.get(path):
             raise ValueError(
                 f"params{path} is {new.get(path)} but the engine computes with {old.get(path)}; give plain weights, or "
-                "such as were prepared for an engine like this"
+                "weights prepared for an engine with the same config"
             )
     if jax.tree.structure(current) != jax.tree.structure(prepared):
-        raise ValueError("params are prepared in another way than the engine computes with; give plain weights")
+        raise ValueError("params are not prepared as the engine computes with them; give plain weights")
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), prepared, current)
 
 
@@ -47,9 +47,9 @@ def _kinds(tree: Params) -> dict[str, str]:
 
 
 def _check_shapes(params: Any, current: Params, model: ModelConfig) -> None:
-    """ValueError unless the tree has the weights of the model; each form of a weight knows the shape it was made from."""
+    """ValueError unless the tree has the weights of the model; every form of a weight has the shape of the original."""
     given, wanted = _weights_and_shapes(params, model)
-    # A tied head may be stored apart; of new weights it is made anew where it is not among them.
+    # A tied head may be stored separately; if the new weights lack it, it is made from their embedding.
     if model.tie_embeddings and "lm_head" in current:
         wanted["params['lm_head']"] = head_spec(model).shape
     for name in wanted.keys() - given.keys():
@@ -57,7 +57,7 @@ def _check_shapes(params: Any, current: Params, model: ModelConfig) -> None:
             raise ValueError(f"{name} {list(wanted[name])} is missing; give all weights of the model")
     for name, leaf in given.items():
         if name not in wanted:
-            raise ValueError(f"{name} is none of the weights of this model; leave it out")
+            raise ValueError(f"{name} is not a weight of this model; leave it out")
         if not isinstance(leaf, jax.Array | np.ndarray | Int8Weight | PackedWeight | PackedGroups):
             raise ValueError(f"{name} is a {type(leaf).__name__}, but must be an array {list(wanted[name])}")
         if tuple(leaf.shape) != wanted[name]:
@@ -67,7 +67,7 @@ def _check_shapes(params: Any, current: Params, model: ModelConfig) -> None:
 
 
 def _weights_and_shapes(params: Any, model: ModelConfig) -> tuple[dict[str, Any], dict[str, _Shape]]:
-    """What is given and what the model has, by the same names."""
+    """The given weights, and the shapes that the model expects, by the same names."""
     specs = param_specs(model)
     given: dict[str, Any] = {}
     wanted: dict[str, _Shape] = {}

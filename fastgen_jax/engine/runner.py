@@ -1,4 +1,4 @@
-"""The compiled programs, and the device memory that they own."""
+"""The compiled programs and their device memory."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastgen_jax.core import KVCache, copy_block, stored_head_dim
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
-from fastgen_jax.engine.logits_processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.sampler_state import SamplerState, init_state, reset_slot, set_masks
-from fastgen_jax.engine.sampling import MAX_LOGPROBS, SampleOutput, sample
+from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
+from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, sample
+from fastgen_jax.engine.sampling.state import SamplerState, init_state, reset_slot, set_masks
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.pytree import pytree
 
-# By device kind. On TPU7x the compiler would rather compute with tiles of 16 x 128 numbers of 16 bits than with those of
-# 8 x 128 that arrays arrive in, and would copy every stack of weights in every step; the products take as long with either.
+# By device kind. On TPU7x the compiler prefers tiles of 16 x 128 numbers of 16 bits to the 8 x 128 in which arrays arrive,
+# and would copy every stack of weights in every step; the products take the same time with either.
 _COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
 
 
 @pytree
 class StepOutput:
-    """What a step leaves on the device for the host to read, one entry a sampled row."""
+    """The results of a step on the device, one entry a sampled row."""
 
     sampled: SampleOutput
     logits: jax.Array
     """f32[R, V]: raw logits; only the research interface reads them."""
     hidden: jax.Array
-    """[R, E]: what the head made them from, in the dtype of the activations; likewise."""
+    """[R, E]: the inputs of the head, in the dtype of the activations; likewise."""
 
 
 class Runner:
@@ -58,22 +58,22 @@ class Runner:
         self._allocate()
 
     def reset(self, *, keep: bool = False) -> None:
-        """Device memory for an engine that starts over: an empty cache and sampler state.
+        """Gives an engine that starts over an empty cache and sampler state.
 
-        `keep` takes the old ones if they are there, whatever they hold: not if an exception came between giving them to
-        a program and getting the new ones.
+        With `keep` the old ones stay, whatever they hold, unless they are lost: an exception came between passing them to
+        a program and storing the new ones.
         """
         if keep and not self.memory_is_lost:
             return
-        _delete(jax.tree.leaves((self.kv_cache, self.state)))  # the old ones go first: there may be no room for two
+        _delete(jax.tree.leaves((self.kv_cache, self.state)))  # before allocating: there may be no room for two
         self._allocate()
 
     def own_params(self) -> None:
-        """Says that nobody else has a use for the weights that are here now: `destroy` deletes them."""
+        """Makes this runner the owner of the weights that it has now: `destroy` deletes them."""
         self._made = [weakref.ref(leaf) for leaf in jax.tree.leaves(self.params) if isinstance(leaf, jax.Array)]
 
     def destroy(self) -> None:
-        """Frees the device's memory at once, whoever may still refer to it: traceback objects do, in a notebook."""
+        """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
         self._compiled = {}
         made = [array for ref in self._made if (array := ref()) is not None]
         _delete([*jax.tree.leaves((self.kv_cache, self.state)), *made])
@@ -97,7 +97,7 @@ class Runner:
         self.state: SamplerState
         if self.mesh is None:
             self.kv_cache, self.state = zeros()
-        else:  # each device makes its own part: the whole may fit on none
+        else:  # each device allocates its own part: the whole may fit on none
             self.kv_cache, self.state = jax.jit(zeros, out_shardings=memory_shardings(self.mesh, *jax.eval_shape(zeros)))()
 
     @property
@@ -106,14 +106,14 @@ class Runner:
         return tuple(sorted(self._compiled))
 
     def bucket(self, num_tokens: int) -> Bucket:
-        """The smallest compiled shape that holds `num_tokens`."""
+        """The smallest compiled shape for `num_tokens`."""
         for budget in self.budgets:
             if budget >= num_tokens:
                 return self._compiled[budget][0]
         raise ValueError(f"a step of {num_tokens} tokens exceeds the largest compiled budget {max(self.budgets)}")
 
     def compile(self, budgets: Sequence[int], *, on_done: Callable[[int], object] = lambda budget: None) -> None:
-        """Compiles one program for each budget that has none yet; `on_done(budget)` reports progress."""
+        """Compiles a program for each budget that has none yet; calls `on_done(budget)` after each."""
         for budget in budgets:
             if budget not in self._compiled:
                 bucket = self._new_bucket(budget)
@@ -122,7 +122,7 @@ class Runner:
             on_done(budget)
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        """The step program of `bucket` for the current device, not compiled yet."""
+        """The lowered step program of `bucket` for the current device."""
         packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
         program = step_program(
             self.model,
@@ -135,27 +135,27 @@ class Runner:
         return program.lower(self.params, self.kv_cache, self.state, packed)
 
     def keep_only(self, budgets: Sequence[int]) -> None:
-        """Forgets the programs of all other budgets."""
+        """Drops the programs of all other budgets."""
         self._compiled = {budget: self._compiled[budget] for budget in budgets}
 
     def run(self, packed: np.ndarray, bucket: Bucket) -> StepOutput:
-        """Dispatches a step and returns at once; reading the output waits for it."""
+        """Dispatches a step and returns immediately; reading the output waits for it."""
         program = self._compiled[bucket.num_tokens][1]
         output, self.kv_cache, self.state = program(self.params, self.kv_cache, self.state, packed)
         return output
 
     @property
     def memory_is_lost(self) -> bool:
-        """Whether a step took the KV cache or the sampler's state and gave none back, so that only `reset` helps."""
+        """Whether a step took the KV cache or the sampler's state and its results were lost, so that a `reset` is needed."""
         return any(leaf.is_deleted() for leaf in jax.tree.leaves((self.kv_cache, self.state)))
 
     def replace_params(self, params: Params) -> None:
-        """Computes with `params` from the next step on: arrays of the same kinds as those that the programs are for."""
+        """Computes with `params` from the next step on; they must have the shapes and dtypes that the programs expect."""
         use_huge_pages(params)
         self.params = params
 
     def copy_block(self, source: int, target: int) -> None:
-        """Makes KV block `target` hold what block `source` does, in all layers. One small program for all blocks."""
+        """Copies KV block `source` to block `target` in all layers. One small program serves all blocks."""
         if self._copy_block is None:
             placed = None if self.mesh is None else jax.tree.map(lambda leaf: leaf.sharding, self.kv_cache)
             copy = partial(copy_block, num_blocks=self.config.num_blocks)
@@ -163,16 +163,15 @@ class Runner:
         self.kv_cache = self._copy_block(self.kv_cache, np.int32(source), np.int32(target))
 
     def reset_slot(self, slot: int, **tables: Any) -> None:
-        """Gives a sequence's row of the sampler's state its penalties' history and its logit bias."""
+        """Sets the token history for penalties and the logit bias of a slot; see `sampling.state.reset_slot`."""
         self.state = reset_slot(self.state, slot, **tables)
 
     def set_masks(self, slots: Sequence[int], masks: np.ndarray) -> None:
-        """Limits the next tokens of some slots to those of their masks i32[n, ceil(V / 32)]."""
+        """Limits the next tokens of some slots to those in their masks i32[n, ceil(V / 32)]."""
         self.state = set_masks(self.state, slots, masks)
 
     def warm_up(self) -> None:
-        """Runs every program once on an empty step, and the programs that change the sampler's state, so that the
-        first request pays for no first time."""
+        """Runs every program once, so that no first call delays the first request."""
         for bucket, _ in self._compiled.values():
             jax.block_until_ready(self.run(bucket.new_buffer()[0], bucket))
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
@@ -181,9 +180,9 @@ class Runner:
     def measure(self, budget: int, *, num_tokens: int | None = None, repeats: int = 5, at_least: float = 0.4) -> float:
         """Seconds of a step of `num_tokens` (default: all) in the program of `budget`.
 
-        The step is one prompt chunk at the start of its sequence. The result is the least of `repeats` runs, or of more
-        if those take fewer than `at_least` seconds, because whatever else the machine does can only add to it.
-        Overwrites the first blocks of the cache, so it belongs before the first request.
+        The step is one prompt chunk at the start of its sequence. The result is the minimum of `repeats` runs, or of more
+        if these take fewer than `at_least` seconds, because other load on the machine can only add to it.
+        Overwrites the first blocks of the cache.
         """
         bucket, _ = self._compiled[budget]
         used = budget if num_tokens is None else num_tokens
@@ -215,7 +214,7 @@ class Runner:
 
 def _delete(arrays: Sequence[jax.Array]) -> None:
     for array in arrays:
-        array.delete()  # nothing happens to one that was deleted before
+        array.delete()  # no effect if it was deleted before
 
 
 def step_program(
@@ -230,7 +229,7 @@ def step_program(
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`, weights
-    and cache are divided over it as `models.sharding` says; the rest, results included, is whole on every device.
+    and cache are divided over it as in `models.sharding`; everything else, including results, is replicated.
     """
     step = partial(
         _step,
@@ -251,7 +250,7 @@ def step_program(
 
 
 def memory_shardings(mesh: Mesh, cache: Any, state: Any) -> tuple[Any, Any]:
-    """Where the KV cache and the sampler's state, arrays or shapes, lie on the devices of `mesh`."""
+    """Shardings of the KV cache and the sampler's state, arrays or shapes, on the devices of `mesh`."""
     whole = NamedSharding(mesh, PartitionSpec())
     return shardings(mesh, partition_kv_cache(cache)), jax.tree.map(lambda _: whole, state)
 
@@ -281,7 +280,7 @@ def _step(
         execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
     )
     logits = head(hidden, params, batch.num_sample_rows, config=config)
-    if mesh is not None:  # each device samples for itself; divided sampling has a hundred small collectives
+    if mesh is not None:  # every device samples all rows; divided sampling would have a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
     process = None
     if logits_processor is not None:

@@ -1,4 +1,4 @@
-"""From a name to an engine that is ready: weights loaded, step sizes chosen, programs compiled."""
+"""Starting an engine: loading weights, choosing step sizes, compiling programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core.progress import shown
-from fastgen_jax.engine import compile_cache, ladder, remembered
+from fastgen_jax.engine import compile_cache, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, resolve
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.runner import Runner
@@ -23,29 +23,29 @@ from pallas_kernels.folders import Folder
 
 log = logging.getLogger(__name__)
 
-BLOCKS_FILE = "num_blocks.json"  # in the folder of compiled programs, which they are the shape of
+BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depend on it
 
 
 def load(
     model: str | os.PathLike[str], config: EngineConfig, *, progress: bool
 ) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig]:
-    """Weights in the form of `config`, the facts of the model, its tokenizer, and `config` with what the checkpoint decides.
+    """Prepared weights, the model's config, its tokenizer, and `config` with the choices that the checkpoint makes.
 
-    An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: nothing
-    there, damaged, unsupported.
+    An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
+    checkpoint is missing, damaged or unsupported.
     """
     checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
     if config.generation_config == "auto":
         config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
-    resolved = resolve(config, checkpoint.config)  # before the long part: a mistake should show at once
+    resolved = resolve(config, checkpoint.config)  # first, so that mistakes are reported before the weights are loaded
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
-            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or the tokenizer got tokens that the "
-            "model never learned: take the tokenizer of this very checkpoint"
+            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
+            "that the model was not trained with: use the tokenizer of this checkpoint"
         )
     compile_cache.use(config.compile_cache_dir)
     with compile_cache.failures_logged():
@@ -86,10 +86,10 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
             for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
         ],
     )
-    earlier = (remembered.recall(path, facts) or {}).get("num_blocks")
+    earlier = (saved_choices.load(path, facts) or {}).get("num_blocks")
     config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
     if config.num_blocks != earlier and folder.writable:
-        remembered.remember(path, facts, {"model": ladder.describe(model), "num_blocks": config.num_blocks})
+        saved_choices.save(path, facts, {"model": ladder.describe(model), "num_blocks": config.num_blocks})
     return config
 
 

@@ -17,16 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.runner import memory_shardings, step_program
-from fastgen_jax.engine.sampler_state import init_state
+from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import init_params, param_specs
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
-from fastgen_jax.models.weight_spec import WeightSpec
+from fastgen_jax.models.weight_spec import DType, WeightSpec
 from fastgen_jax.plan.devices import NoCompiler, Topology
 from pallas_kernels.matmul import Int8Weight
 
@@ -94,7 +93,7 @@ class _AbstractGpu(jax.sharding.AbstractDevice):
     compute_capability: str = ""
 
 
-def _tpus(topology: Topology) -> list[jax.Device]:
+def _tpus(topology: Topology) -> list[Any]:  # of jax.Device, which type checkers do not accept as a type
     kind = topology.device.kind
     name = f"{kind}:{'x'.join(map(str, topology.shape))}"
     options: dict[str, Any] = {"chip_config_name": _CHIP_CONFIGS[kind]} if kind in _CHIP_CONFIGS else {}
@@ -110,7 +109,9 @@ def _tpus(topology: Topology) -> list[jax.Device]:
         raise ValueError(f"the TPU compiler does not know the topology {name}: {error}") from error
 
 
-def _gpus(topology: Topology, compute_capability: str | None) -> list[jax.Device]:
+def _gpus(
+    topology: Topology, compute_capability: str | None
+) -> list[Any]:  # of jax.Device, which type checkers do not accept as a type
     target = (Path(__file__).parent / "targets" / f"{topology.device.kind}.txtpb").read_text()
     if compute_capability is not None:
         major, minor = compute_capability.split(".")
@@ -142,8 +143,8 @@ def compile_step(
     max_context_len: int,
     block_size: int,
     num_blocks: int,
-    dtype: DTypeLike = jnp.bfloat16,
-    kv_dtype: DTypeLike | None = None,
+    dtype: DType = jnp.bfloat16,
+    kv_dtype: DType | None = None,
     quantize: str | None = None,
     attention: str | None = None,
 ) -> Program:
@@ -161,7 +162,7 @@ def compile_step(
         vocab_size=model.vocab_size,
     )
     params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
-    params = jax.tree.map(functools.partial(_as_kept, quantize=quantize), param_specs(model), params)
+    params = jax.tree.map(functools.partial(_as_stored, quantize=quantize), param_specs(model), params)
     cache = jax.eval_shape(
         lambda: KVCache.zeros(
             num_layers=model.num_layers,
@@ -192,6 +193,8 @@ def compile_step(
         lowered = step.lower(*arguments)
         compiled = compile_lowered(lowered)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None, "the compiler has no memory analysis"
+    assert hlo is not None, "the compiler does not show its program"
     return Program(
         seconds=time.perf_counter() - start,
         arguments=memory.argument_size_in_bytes,
@@ -204,14 +207,13 @@ def compile_step(
     )
 
 
-def _as_kept(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> Any:
-    """The shapes of a weight as the engine keeps it."""
+def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> jax.ShapeDtypeStruct | Int8Weight:
+    """The shapes of a weight in the form that the engine stores."""
     if quantize is None or not spec.quantizable:
         return weight
     shape = weight.shape
-    return Int8Weight(
-        values=jax.ShapeDtypeStruct(shape, jnp.int8),  # pyright: ignore[reportArgumentType] (shapes, to be compiled for)
-        scales=jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32),  # pyright: ignore[reportArgumentType]
+    return jax.eval_shape(
+        lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros((*shape[:-2], shape[-1]), jnp.float32))
     )
 
 

@@ -289,7 +289,7 @@ class Scheduler:
 
         Raises:
             ValueError: the step is not the oldest in flight, or the number of tokens is wrong. Nothing has
-            changed then.
+                changed then.
         """
         sampled = step.sampled
         if not self._steps_in_flight or self._steps_in_flight[0] is not step:

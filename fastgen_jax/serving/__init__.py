@@ -1,1 +1,1 @@
-"""The persistent server: OpenAI's HTTP interface over an asynchronous engine or several of them."""
+"""The persistent server: OpenAI's HTTP interface for one or several engines."""

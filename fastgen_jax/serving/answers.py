@@ -1,30 +1,89 @@
-"""What a request's outputs look like in OpenAI's shape, whole and streamed."""
+"""OpenAI's response format for completions and chats, complete and streamed."""
 
 from __future__ import annotations
 
 import json
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NotRequired, TypedDict
 
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest
-from fastgen_jax.serving.tools import ToolReader, merge_calls
-from fastgen_jax.serving.work import Work
+from fastgen_jax.serving.tools import CallDelta, ToolCall, ToolReader, merge_calls
+from fastgen_jax.serving.work import TokenUsage, Usage, Work
 from fastgen_jax.text import Tokenizer
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once, because every token passes it
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # built once: it runs for every token
+
+
+class CompletionLogprobs(TypedDict):
+    """Log-probabilities of a completion: parallel lists with one entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    """One sample of a completion, or one streamed piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class ChatLogprob(TypedDict):
+    """Log-probability of one token of a chat."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: NotRequired[list[ChatLogprob]]
+
+
+class ChatLogprobs(TypedDict):
+    """Log-probabilities of a chat."""
+
+    content: list[ChatLogprob]
+
+
+class ChatDelta(TypedDict, total=False):
+    """What a streamed piece adds to a message."""
+
+    role: str
+    content: str
+    tool_calls: list[CallDelta]
+
+
+class ChatChoice(TypedDict):
+    """One streamed piece of a sample of a chat."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatMessage(TypedDict):
+    """The complete message of a sample."""
+
+    role: str
+    content: str | None
+    refusal: None
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class TokenTexts:
-    """How single tokens are spelled in log-probabilities."""
+    """Spells single tokens in log-probabilities."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
 
     def text(self, token_id: int) -> str:
-        """Its text; `bytes:\\xe2` for a piece of a character, and the id where there is no tokenizer."""
+        """Returns the token's text: `bytes:\\xe2` for part of a character, `token_id:7` without a tokenizer."""
         if self._tokenizer is None:
             return f"token_id:{token_id}"
         data = self._tokenizer.visible_bytes(token_id, skip_special_tokens=False)
@@ -34,19 +93,19 @@ class TokenTexts:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def bytes(self, token_id: int) -> list[int] | None:
-        """Its bytes."""
+        """Returns the token's bytes; None without a tokenizer."""
         if self._tokenizer is None:
             return None
         return list(self._tokenizer.visible_bytes(token_id, skip_special_tokens=False))
 
 
 def finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI gives this for what was impossible."""
+    """Limits a log-probability to -9999, OpenAI's value for impossible tokens: JSON has no infinity."""
     return max(logprob, -9999.0)
 
 
 class CompletionAnswer:
-    """Answers POST /v1/completions."""
+    """Builds the response to POST /v1/completions."""
 
     object = "text_completion"
 
@@ -58,15 +117,15 @@ class CompletionAnswer:
         self._offsets = [0] * len(work.streams)
         self._started = [False] * len(work.streams)
 
-    def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
-        """The choices that `outputs` of sample `index` add; in a stream each is a message of its own."""
+    def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[CompletionChoice]:
+        """Returns the choice that `outputs` of sample `index` add; a stream sends it as one event."""
         text = "" if self.body.max_tokens == 0 else "".join(output.text for output in outputs)
         entries = [entry for output in outputs for entry in output.logprobs or ()]
         if self.body.max_tokens == 0:
             entries = []
         prompt: list[TokenLogprob | int] = []
         if self.body.echo and not self._started[index]:
-            ids = self.work.prompts[index // self.work.samples_a_prompt]
+            ids = self.work.prompts[index // self.work.samples_per_prompt]
             text = (self.tokenizer.decode(list(ids), skip_special_tokens=False) if self.tokenizer else "") + text
             if self.body.logprobs is not None:
                 prompt = [ids[0], *(outputs[0].prompt_logprobs or ())]
@@ -79,16 +138,20 @@ class CompletionAnswer:
             finish = "length"
         return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}]
 
-    def whole(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
-        """The answer that all chunks make together."""
-        choices: list[dict[str, Any]] = []
+    async def collect(self) -> dict[str, object]:
+        """Waits until all samples have finished; returns the complete response."""
+        chunks = [choice async for index, outputs in self.work for choice in self.chunk(index, outputs)]
+        choices: list[CompletionChoice] = []
         for index in range(len(self.work.streams)):
             mine = [chunk for chunk in chunks if chunk["index"] == index]
-            logprobs = None
+            logprobs: CompletionLogprobs | None = None
             if self.body.logprobs is not None:
+                parts = [chunk["logprobs"] for chunk in mine if chunk["logprobs"] is not None]
                 logprobs = {
-                    name: [x for chunk in mine for x in chunk["logprobs"][name]]
-                    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+                    "tokens": [x for part in parts for x in part["tokens"]],
+                    "token_logprobs": [x for part in parts for x in part["token_logprobs"]],
+                    "top_logprobs": [x for part in parts for x in part["top_logprobs"]],
+                    "text_offset": [x for part in parts for x in part["text_offset"]],
                 }
             choices.append(
                 {
@@ -100,31 +163,31 @@ class CompletionAnswer:
             )
         return {**self._head, "choices": choices, "usage": self.usage()}
 
-    def usage(self) -> dict[str, Any]:
-        """Tokens of the request, without the one that `max_tokens=0` had to generate."""
+    def usage(self) -> Usage:
+        """Returns the request's token counts, without the token that `max_tokens=0` had to generate."""
         usage = self.work.usage()
         if self.body.max_tokens == 0:
-            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+            usage["completion_tokens"], usage["total_tokens"] = 0, usage["prompt_tokens"]
         return usage
 
     def encoder(self) -> SseEncoder:
-        """Makes the messages of a stream."""
+        """Returns the encoder of this response's events."""
         return SseEncoder(self._head)
 
-    def _logprobs(self, index: int, entries: Sequence[TokenLogprob | int]) -> dict[str, Any]:
-        result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob | int]) -> CompletionLogprobs:
+        result: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
-            first = isinstance(entry, int)  # the prompt's first token follows nothing, so it has no probability
-            text = self._texts.text(entry if first else entry.token_id)
+            # The prompt's first token, a plain id, follows nothing, so it has no probability.
+            text = self._texts.text(entry if isinstance(entry, int) else entry.token_id)
             result["tokens"].append(text)
-            result["token_logprobs"].append(None if first else finite(entry.logprob))
-            result["top_logprobs"].append(None if first else self._top(entry))
+            result["token_logprobs"].append(None if isinstance(entry, int) else finite(entry.logprob))
+            result["top_logprobs"].append(None if isinstance(entry, int) else self._top(entry))
             result["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(text)
         return result
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        """By text, of which several tokens may have the same: the likeliest counts, but before all the sampled one."""
+        """By text. Of tokens with the same text the sampled one counts, otherwise the most likely."""
         top: dict[str, float] = {}
         for token_id, logprob in entry.top.items():
             top.setdefault(self._texts.text(token_id), finite(logprob))
@@ -132,7 +195,7 @@ class CompletionAnswer:
 
 
 class ChatAnswer:
-    """Answers POST /v1/chat/completions."""
+    """Builds the response to POST /v1/chat/completions."""
 
     object = "chat.completion"
 
@@ -146,14 +209,15 @@ class ChatAnswer:
         uses_tools = bool(body.tools) and body.tool_choice != "none"
         self._readers = [ToolReader(body) if uses_tools else None for _ in work.streams]
 
-    def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
-        """The choices that `outputs` of sample `index` add; in a stream each is a message of its own."""
+    def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[ChatChoice]:
+        """Returns the choice that `outputs` of sample `index` add; a stream sends it as one event."""
         finished = outputs[-1].finished
         finish = outputs[-1].finish_reason if finished else None
-        delta: dict[str, Any] = {"content": "".join(output.text for output in outputs)}
+        text = "".join(output.text for output in outputs)
+        delta: ChatDelta = {"content": text}
         reader = self._readers[index]
         if reader is not None:
-            content, calls = reader.push(delta["content"])
+            content, calls = reader.push(text)
             if finished:
                 rest, more = reader.flush()
                 content, calls = content + rest, calls + more
@@ -165,70 +229,72 @@ class ChatAnswer:
         if not self._started[index]:
             self._started[index] = True
             delta = {"role": "assistant", **delta}
-        logprobs = None
+        logprobs: ChatLogprobs | None = None
         if self.body.logprobs:
             logprobs = {"content": [self._logprob(e) for output in outputs for e in output.logprobs or ()]}
         return [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]
 
-    def whole(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
-        """The answer that all chunks make together."""
-        choices: list[dict[str, Any]] = []
+    async def collect(self) -> dict[str, object]:
+        """Waits until all samples have finished; returns the complete response."""
+        chunks = [choice async for index, outputs in self.work for choice in self.chunk(index, outputs)]
+        choices: list[dict[str, object]] = []
         for index in range(len(self.work.streams)):
             mine = [chunk for chunk in chunks if chunk["index"] == index]
             calls = merge_calls([call for chunk in mine for call in chunk["delta"].get("tool_calls", ())])
             content = "".join(chunk["delta"].get("content", "") for chunk in mine)
-            message: dict[str, Any] = {
+            message: ChatMessage = {
                 "role": "assistant",
                 "content": content if content or not calls else None,
                 "refusal": None,
             }
             if calls:
                 message["tool_calls"] = calls
-            logprobs = None
+            logprobs: ChatLogprobs | None = None
             if self.body.logprobs:
-                logprobs = {"content": [entry for chunk in mine for entry in chunk["logprobs"]["content"]]}
+                parts = [chunk["logprobs"] for chunk in mine if chunk["logprobs"] is not None]
+                logprobs = {"content": [entry for part in parts for entry in part["content"]]}
             choices.append(
                 {"index": index, "message": message, "logprobs": logprobs, "finish_reason": mine[-1]["finish_reason"]}
             )
         return {**self._head, "choices": choices, "usage": self.usage()}
 
-    def usage(self) -> dict[str, Any]:
-        """Tokens of the request."""
+    def usage(self) -> Usage:
+        """Returns the request's token counts."""
         return self.work.usage()
 
     def encoder(self) -> SseEncoder:
-        """Makes the messages of a stream."""
+        """Returns the encoder of this response's events."""
         return SseEncoder(self._head)
 
-    def _logprob(self, entry: TokenLogprob) -> dict[str, Any]:
-        def spelled(token_id: int, logprob: float) -> dict[str, Any]:
+    def _logprob(self, entry: TokenLogprob) -> ChatLogprob:
+        def spelled(token_id: int, logprob: float) -> ChatLogprob:
             return {"token": self._texts.text(token_id), "logprob": finite(logprob), "bytes": self._texts.bytes(token_id)}
 
-        # Behind the likeliest comes the sampled one if it is none of them.
+        # The sampled token comes last if it is not among the most likely.
         top = entry.top | {entry.token_id: entry.logprob} if entry.top else {}
         return {**spelled(entry.token_id, entry.logprob), "top_logprobs": [spelled(i, value) for i, value in top.items()]}
 
 
 class SseEncoder:
-    """Server-sent events of one answer; what is the same in all of them is encoded once."""
+    """Encodes the server-sent events of one response; their common part is encoded once."""
 
-    def __init__(self, head: dict[str, Any]) -> None:
+    def __init__(self, head: Mapping[str, object]) -> None:
         self._head = ("data: " + json.dumps(head)[:-1]).encode()
 
-    def choices(self, choices: list[dict[str, Any]], *, usage: dict[str, int] | bool) -> bytes:
-        """One event. `usage` is what it has to say about tokens; True: null, because a last event will say it."""
+    def choices(self, choices: Sequence[CompletionChoice | ChatChoice], *, usage: TokenUsage | bool) -> bytes:
+        """Returns one event with its token counts; `usage=True` writes null, because a final event has the counts."""
         tail = b"}\n\n" if usage is False else b',"usage":null}\n\n'
-        if isinstance(usage, dict):
+        if not isinstance(usage, bool):
             tail = b',"usage":' + json.dumps(usage).encode() + b"}\n\n"
         return self._head + b',"choices":' + _encode(choices).encode() + tail
 
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        """The event before the last."""
+    def usage(self, usage: Usage) -> bytes:
+        """Returns the event before the last, with the final token counts."""
         return self._head + b',"choices":[],"usage":' + json.dumps(usage).encode() + b"}\n\n"
 
     @staticmethod
-    def error(body: dict[str, Any]) -> bytes:
-        """An event that says what went wrong, after the answer had begun."""
+    def error(body: Mapping[str, object]) -> bytes:
+        """Returns the event that reports an error after the response has started."""
         return b"data: " + json.dumps(body).encode() + b"\n\n"
 
 

@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's, vLLM's helpers, MII's."""
+"""The HTTP interface: OpenAI's endpoints, vLLM's helpers, MII's endpoint, and the server's own pages and metrics."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ from fastgen_jax.serving.sse import ClientDisconnectedError
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.trace import perfetto
 
-_NOT_OPENAI = {"description": "An error in OpenAI's shape."}
-_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503), _NOT_OPENAI)
+# Any: FastAPI declares the descriptions of responses so.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": "An error in OpenAI's format."} for status in (400, 401, 404, 408, 413, 429, 500, 503)
+}
 
 
-def create_app(server: ServerState) -> Any:
-    """The ASGI application of `server`."""
+def create_app(server: ServerState) -> FastAPI:
+    """Returns the ASGI application of `server`."""
     config = server.model.config
 
     @contextlib.asynccontextmanager
@@ -58,24 +60,29 @@ def create_app(server: ServerState) -> Any:
         origins=config.cors_origin,
         on_response=server.metrics.note_response,
     )
-    if config.cors_origin:  # around the gate: a browser may read a refusal too
+    if config.cors_origin:  # the outermost layer, so that browsers can read refusals too
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"], allow_headers=["*"])
     return app
 
 
 def _add_openai(app: FastAPI, server: ServerState) -> None:
-    def model_card() -> dict[str, Any]:
-        card = {"id": server.model.name, "object": "model", "created": int(server.started), "owned_by": "fastgen_jax"}
+    def model_card() -> dict[str, object]:
+        card: dict[str, object] = {
+            "id": server.model.name,
+            "object": "model",
+            "created": int(server.started),
+            "owned_by": "fastgen_jax",
+        }
         if server.backend is not None:
             card["max_model_len"] = server.backend.intake.config.longest_sequence
         return card
 
     @app.get("/v1/models", responses=_ERRORS)
-    async def list_models() -> dict[str, Any]:
+    async def list_models() -> dict[str, object]:
         return {"object": "list", "data": [model_card()]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
-    async def get_model(model: str) -> dict[str, Any]:
+    async def get_model(model: str) -> dict[str, object]:
         server.check_model(model)
         return model_card()
 
@@ -92,12 +99,12 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
         raise unsupported("endpoint", "/v1/embeddings", "this server generates text; use an embedding server")
 
     @app.post("/tokenize", responses=_ERRORS)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> dict[str, object]:
         return await endpoints.tokenize(server, body)
 
     @app.get("/tokenizer_info", responses=_ERRORS)
-    async def tokenizer_info() -> dict[str, Any]:
-        """What a client that counts tokens wants to know, as vLLM tells it."""
+    async def tokenizer_info() -> dict[str, object]:
+        """Facts for clients that count tokens, in vLLM's format."""
         tokenizer = server.ready().intake.need_tokenizer("/tokenizer_info")
         names = {name: tokenizer.named_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return {
@@ -108,14 +115,14 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
         }
 
     @app.post("/detokenize", responses=_ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         return await endpoints.detokenize(server, body)
 
     @app.post("/mii/{deployment}", responses=_ERRORS)
     async def generate(deployment: str, body: GenerateRequest, request: Request) -> Response:
         if deployment != server.model.deployment:
             raise ApiError(
-                f"the deployment {deployment!r} is not here; this one is {server.model.deployment!r}",
+                f"this server is the deployment {server.model.deployment!r}, not {deployment!r}",
                 status=404,
                 param="deployment",
                 code="deployment_not_found",
@@ -149,12 +156,12 @@ def _add_operations(app: FastAPI, server: ServerState) -> None:
     async def metrics() -> Response:
         snapshots = []
         if server.backend is not None:
-            with contextlib.suppress(ClosedError):  # an engine that has ended has nothing to say
+            with contextlib.suppress(ClosedError):  # an engine that has ended reports nothing
                 snapshots = await server.backend.snapshots()
         return Response(server.metrics.render(snapshots), media_type=CONTENT_TYPE)
 
     @app.get("/stats", responses=_ERRORS)
-    async def stats(since_step: int = Query(0, ge=0, lt=2**53)) -> dict[str, Any]:
+    async def stats(since_step: int = Query(0, ge=0, lt=2**53)) -> dict[str, object]:
         """Gauges, counters and the timeline of steps, for the page and `fastgen top`."""
         backend = server.ready()
         return {
@@ -167,8 +174,8 @@ def _add_operations(app: FastAPI, server: ServerState) -> None:
         }
 
     @app.get("/trace", responses=_ERRORS)
-    async def trace() -> dict[str, Any]:
-        """The last steps, to be opened in ui.perfetto.dev."""
+    async def trace() -> dict[str, object]:
+        """The latest steps as a trace for ui.perfetto.dev."""
         return perfetto(await server.ready().snapshots(since_step=0))
 
 
@@ -190,7 +197,7 @@ def _add_errors(app: FastAPI) -> None:
         ).response()
 
     @app.exception_handler(ClientDisconnectedError)
-    async def gone(_: Request, __: Exception) -> Response:
+    async def disconnected(_: Request, __: Exception) -> Response:
         return Response(status_code=CLIENT_DISCONNECTED)
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
@@ -200,7 +207,7 @@ def _add_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
     @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
 

@@ -1,15 +1,15 @@
-"""A file of requests to a file of answers: each input line answered exactly once, also after a kill in the middle.
+"""Runs a file of requests into a file of answers: each input line is answered exactly once, even after a kill.
 
 Inputs are lines in OpenAI's batch format, `{"custom_id", "method", "url", "body"}`, JSON objects with "prompt" or
-"messages", and JSON strings; or the file is plain text. The answer to line i carries the id `batch-i`: the output file is
-its own record of what is done. A line that is not sound costs one answer that is an error.
+"messages", and JSON strings; or the file is plain text. The answer to line i has the id `batch-i`, so the output file is
+the record of what is done. An invalid line gets an answer that is an error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from typing import Any
 import httpx
 
 from fastgen_jax.serving.batch_input import BatchInput, Line
-from fastgen_jax.serving.batch_output import BatchOutput, is_error
+from fastgen_jax.serving.batch_output import Answer, BatchOutput, Error, Response, is_error
 
 BUSY = 429
 AWAY = frozenset({408, 502, 503, 504})
-MAX_WAIT = 30.0  # seconds between two tries at most
-GIVE_UP_SECONDS = 90.0  # without a sign of a server that is not loading
-LINE_SECONDS = 270.0  # for a line that gets no answer while others do
+MAX_WAIT = 30.0  # seconds: the longest pause between two tries
+GIVE_UP_SECONDS = 90.0  # the server is gone after so long without any answer, unless it is loading
+LINE_SECONDS = 270.0  # a line gets an error if it has no answer after so long while other lines do
 FAILURES_KEPT = 3
 
 
@@ -32,17 +32,17 @@ class BatchResult:
     """What a run of a batch did."""
 
     total: int
-    """Lines of the input that are not blank."""
+    """Input lines that are not blank."""
     resumed: int = 0
-    """Lines that had been answered before."""
+    """Lines that an earlier run had answered."""
     answered: int = 0
-    """Lines answered now, also by an error."""
+    """Lines answered by this run, errors included."""
     failed: int = 0
-    """Of these, lines whose answer is an error."""
+    """Lines that this run answered with an error."""
     failures: list[str] = field(default_factory=list)
-    """The first of these, in words."""
+    """Messages of the first few errors."""
 
-    def note(self, answer: dict[str, Any]) -> None:
+    def note(self, answer: Answer) -> None:
         """Counts an answer."""
         self.answered += 1
         if is_error(answer):
@@ -52,9 +52,9 @@ class BatchResult:
 
 
 class Batch:
-    """An input and its output, opened and looked through; ValueError if either cannot be one. A context manager.
+    """An input and its output, opened and checked; ValueError if either cannot be used. A context manager.
 
-    `form` says what the input holds: "jsonl", "text", or "auto", which goes by its name and its first line.
+    `form` says what the input contains: "jsonl", "text", or "auto", which decides by the file's name and first line.
     """
 
     def __init__(self, source: Path, target: Path, *, form: str = "auto") -> None:
@@ -73,25 +73,25 @@ class Batch:
         http: httpx.AsyncClient,
         *,
         model: str,
-        options: dict[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
         concurrency: int = 256,
         on_progress: Callable[[BatchResult], object] = lambda result: None,
     ) -> BatchResult:
-        """Answers the lines that have no answer yet, `concurrency` at a time, in any order.
+        """Answers the remaining lines, `concurrency` at a time, in any order.
 
-        Memory holds `concurrency` requests and some bytes for each line. Raises ValueError if the output cannot be
-        written, and ConnectionError if the server is gone for good; what was answered until then is kept.
+        Memory holds `concurrency` requests and a few bytes per line. Raises ValueError if the output cannot be written,
+        and ConnectionError if the server is gone; the answers so far are kept.
         """
         waiting = self._requests(model, options or {})
         server = _Server(http)
 
         async def work() -> None:
             for line, request in waiting:
-                answer = request if isinstance(request, dict) else await server.ask(line, *request)
+                answer = await server.ask(line, *request) if isinstance(request, tuple) else request
                 self.output.write(answer)
                 self.result.note(answer)
                 on_progress(self.result)
-                await asyncio.sleep(0)  # many lines that ask for nothing may follow one another
+                await asyncio.sleep(0)  # many invalid lines in a row need no request
 
         on_progress(self.result)
         try:
@@ -103,14 +103,14 @@ class Batch:
         self.output.flush()
         return self.result
 
-    def _requests(self, model: str, options: dict[str, Any]) -> Iterator[tuple[Line, tuple[str, bytes] | dict[str, Any]]]:
-        """Each line that is not done with its URL and body, or with the answer that it has by itself."""
+    def _requests(self, model: str, options: Mapping[str, object]) -> Iterator[tuple[Line, tuple[str, bytes] | Answer]]:
+        """Each remaining line with its URL and body, or with its error if it is invalid."""
         for line in self.input:
             if line.number in self.output.done:
                 continue
             try:
                 if (first := self.input.repeats.get(line.number)) is not None:
-                    raise ValueError(f"custom_id {line.custom_id!r} is that of batch-{first} already; give each its own")
+                    raise ValueError(f"custom_id {line.custom_id!r} is already used by batch-{first}; make each unique")
                 url, body = line.request(model, options)
                 yield line, (url, json.dumps(body, allow_nan=False).encode())
             except (ValueError, RecursionError) as error:
@@ -124,15 +124,15 @@ async def run_batch(http: httpx.AsyncClient, source: Path, target: Path, *, form
 
 
 class _Server:
-    """Who answers; asked again while it is busy, loads, or is away for a moment."""
+    """Sends requests, and sends them again while the server is busy, loading or briefly away."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
         self._clock = asyncio.get_running_loop().time
-        self._heard = self._clock()
+        self._last_answer = self._clock()
 
-    async def ask(self, line: Line, url: str, body: bytes) -> dict[str, Any]:
-        """The answer to a line; ConnectionError if nobody has answered any for GIVE_UP_SECONDS."""
+    async def ask(self, line: Line, url: str, body: bytes) -> Answer:
+        """Returns the answer to a line; ConnectionError if no line has been answered for GIVE_UP_SECONDS."""
         pause, away_since = 0.1, None
         while True:
             wait, trouble, answer = 0.0, "away", None
@@ -155,12 +155,12 @@ class _Server:
                 wait = _seconds(response.headers.get("retry-after"))
             now = self._clock()
             if trouble != "away":
-                self._heard, away_since = now, None
+                self._last_answer, away_since = now, None
             if trouble is None:
                 return answer
             if trouble == "away":
                 away_since = now if away_since is None else away_since
-                if min(now - away_since, now - self._heard) >= GIVE_UP_SECONDS:
+                if min(now - away_since, now - self._last_answer) >= GIVE_UP_SECONDS:
                     raise ConnectionError(f"no answer from the server for {GIVE_UP_SECONDS:g} s ({reason})")
                 if now - away_since >= LINE_SECONDS:
                     return answer
@@ -169,7 +169,7 @@ class _Server:
 
 
 def _trouble(response: httpx.Response) -> str | None:
-    """What is in the way of an answer: "busy" and "loading" pass, "away" may not; None if this is the answer."""
+    """Why to try again: "busy" or "loading", which pass, or "away", which may not; None if this is the answer."""
     if response.headers.get("x-should-retry") == "false":
         return None
     if response.status_code == BUSY:
@@ -181,12 +181,12 @@ def _trouble(response: httpx.Response) -> str | None:
     return "loading" if isinstance(error, dict) and error.get("code") == "loading" else "away"
 
 
-def _answer(line: Line, *, response: dict[str, Any] | None = None, error: dict[str, str] | None = None) -> dict[str, Any]:
+def _answer(line: Line, *, response: Response | None = None, error: Error | None = None) -> Answer:
     return {"id": f"batch-{line.number}", "custom_id": line.custom_id, "response": response, "error": error}
 
 
-def _json(response: httpx.Response) -> Any:
-    """The body; its text where it is not JSON, as from a server of another kind."""
+def _json(response: httpx.Response) -> object:
+    """The JSON body, or the text of a body that is not JSON."""
     try:
         return response.json()
     except (ValueError, RecursionError):
@@ -194,21 +194,20 @@ def _json(response: httpx.Response) -> Any:
 
 
 def _seconds(text: str | None) -> float:
-    """A Retry-After; 0 if there is none, or a date."""
+    """The value of a Retry-After header; 0 if it is absent or a date."""
     try:
         return float(text or 0)
     except ValueError:
         return 0.0
 
 
-def _message(body: Any) -> str:
-    try:
-        return str(body["error"]["message"])
-    except (KeyError, TypeError):
-        return str(body)[:200]
+def _message(body: object) -> str:
+    error = body.get("error") if isinstance(body, dict) else None
+    return str(error["message"]) if isinstance(error, dict) and "message" in error else str(body)[:200]
 
 
-def _reason(answer: dict[str, Any]) -> str:
+def _reason(answer: Answer) -> str:
     if answer["error"] is not None:
         return answer["error"]["message"]
+    assert answer["response"] is not None  # an answer has one of the two
     return f"HTTP {answer['response']['status_code']}: {_message(answer['response']['body'])}"

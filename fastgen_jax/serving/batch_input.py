@@ -1,7 +1,7 @@
-"""The input of a batch: whether it is JSON lines or plain text, and what each of its lines asks for.
+"""The input of a batch: its format, JSON lines or plain text, and the request in each of its lines.
 
-What a file holds is decided once, for the whole file. A line that is not what its file holds, or not sound, has a
-`fault` and asks for nothing; no line stops the reading of the others.
+The format is decided once, for the whole file. An invalid line has a `fault` and no request; it does not stop the reading of
+the others.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import math
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
 Format = Literal["jsonl", "text"]
 FORMATS = ("auto", "jsonl", "text")
 URLS = ("/v1/completions", "/v1/chat/completions")
-MAX_LINE = 64 * 2**20  # bytes; the largest body that a server takes by default is a quarter of it
+MAX_LINE = 64 * 2**20  # bytes; four times the largest body that a server accepts by default
 
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}
 _CUSTOM_ID = re.compile(r'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')
@@ -44,17 +44,17 @@ class Line:
 
     number: int
     """From 0, blank lines counted."""
-    value: Any = None
-    """What its JSON says, or the line itself in a file of plain text."""
+    value: object = None
+    """The parsed JSON, or the line itself in a file of plain text."""
     given_id: str | None = None
-    """Its `custom_id`, if it has a sound one."""
-    custom_id: Any
-    """What its answer is to carry as `custom_id`: as given, or its number."""
+    """Its `custom_id`, if that is valid."""
+    custom_id: str | float
+    """The `custom_id` of its answer: as given, or the line's number."""
     fault: str | None = None
-    """Why it cannot be asked."""
+    """Why it is not a request."""
 
-    def request(self, model: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """URL and body; `model` and `options` go into bodies that do not have them. ValueError if it asks for nothing."""
+    def request(self, model: str, options: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+        """Returns URL and body; `model` and `options` fill what the body leaves out. ValueError if it is not a request."""
         if self.fault is not None:
             raise ValueError(self.fault)
         value = self.value
@@ -62,8 +62,8 @@ class Line:
             return URLS[0], {"model": model, "prompt": value, **options}
         if not isinstance(value, dict):
             raise ValueError(
-                f"the line is {_TYPES[type(value)]}; it must be an object (OpenAI's batch format, or with "
-                "'prompt' or 'messages') or a string"
+                f"the line is {_TYPES[type(value)]}; it must be a string or an object in OpenAI's batch format or "
+                "with 'prompt' or 'messages'"
             )
         if "body" in value:
             url, body = value.get("url"), value["body"]
@@ -72,15 +72,15 @@ class Line:
             if value.get("method", "POST") != "POST":
                 raise ValueError(f"method is {_short(value['method'])}; it must be 'POST'")
             if not isinstance(body, dict):
-                raise ValueError(f"body is {_TYPES[type(body)]}; it must be an object, the request itself")
+                raise ValueError(f"body is {_TYPES[type(body)]}; it must be the request, an object")
             if body.get("stream"):
-                raise ValueError("body has stream=true; leave it out, an answer is one line")
+                raise ValueError("body has stream=true; remove it, because an answer is one line")
         elif "prompt" in value or "messages" in value:
             url = URLS["messages" in value]
             body = {name: item for name, item in value.items() if name != "custom_id"}
         else:
             raise ValueError(
-                "an object needs 'body' (OpenAI's batch format), 'prompt' or 'messages'; this one has "
+                "an object requires 'body' (OpenAI's batch format), 'prompt' or 'messages'; this one has "
                 f"{', '.join(map(_short, list(value)[:5])) or 'nothing'}"
             )
         own = {name: item for name, item in body.items() if name != "model" or item is not None}
@@ -88,22 +88,22 @@ class Line:
 
 
 class BatchInput:
-    """A file of requests, read a line at a time; once from end to end before the first is asked, for its ids.
+    """A file of requests, read one line at a time. It is read once at the start to collect the ids.
 
-    Memory holds 16 bytes for each line that has an id. Raises ValueError for a file that is none of lines of UTF-8.
+    Memory holds 16 bytes for each line that has an id. Raises ValueError if the file is not lines of UTF-8.
     """
 
     def __init__(self, path: Path, *, form: str = "auto") -> None:
         if form not in FORMATS:
             raise ValueError(f"format is {form!r}; choose one of {', '.join(FORMATS)}")
         if not path.is_file():
-            raise ValueError(f"{path} is not a file; give the file of requests")
+            raise ValueError(f"{path} is not a file; pass a file of requests")
         self.path = path
         self.form: Format = _find_format(path, form)
         self.num_lines = 0
         """Lines that are not blank."""
         self.end = 0
-        """The number of the last of them, plus 1."""
+        """One more than the number of the last one."""
         self._numbers, self._ids = array("q"), array("q")
         for line in self:
             self.num_lines, self.end = self.num_lines + 1, line.number + 1
@@ -118,7 +118,7 @@ class BatchInput:
 
     @cached_property
     def repeats(self) -> dict[int, int]:
-        """For each line whose id another had before: that other line."""
+        """Maps each line with a repeated id to the first line with that id."""
         ids, numbers = np.frombuffer(self._ids, np.int64), np.frombuffer(self._numbers, np.int64)
         order = np.argsort(ids, kind="stable")
         is_repeat = np.append(False, ids[order][1:] == ids[order][:-1])[: len(ids)]
@@ -126,8 +126,8 @@ class BatchInput:
         firsts = numbers[order[group]]
         return dict(zip(numbers[order[is_repeat]].tolist(), firsts[is_repeat].tolist(), strict=True))
 
-    def could_be(self, number: int, custom_id: Any) -> bool:
-        """Whether there is a line of that number and it could have that id."""
+    def could_be(self, number: int, custom_id: object) -> bool:
+        """Whether the input may have a line of that number with that id."""
         place = bisect_left(self._numbers, number)
         if place < len(self._numbers) and self._numbers[place] == number:
             return hash(custom_id) == self._ids[place] if isinstance(custom_id, str) else False
@@ -135,13 +135,13 @@ class BatchInput:
 
 
 def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, without byte order mark and line end; one that is too long is cut after MAX_LINE + 1."""
+    """Numbered lines that are not blank, without byte order mark and line end; a longer line is cut after MAX_LINE + 1."""
     number = 0
     while raw := file.readline(MAX_LINE + 1):
         rest = raw
         while len(rest) == MAX_LINE + 1 and not rest.endswith(b"\n"):
             rest = file.readline(MAX_LINE + 1)
-        # Also inside a file: `cat` puts one there.
+        # Also inside a file: concatenating files leaves one there.
         line = raw.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
         if line.strip():
             yield number, line
@@ -152,7 +152,7 @@ def _read_line(number: int, raw: bytes, form: Format) -> Line:
     faults = []
     if len(raw) > MAX_LINE:
         return Line(
-            number=number, custom_id=str(number), fault=f"the line is longer than {MAX_LINE / 2**20:g} MiB; make it shorter"
+            number=number, custom_id=str(number), fault=f"the line is longer than {MAX_LINE / 2**20:g} MiB; shorten it"
         )
     try:
         text = raw.decode()
@@ -179,8 +179,8 @@ def _read_line(number: int, raw: bytes, form: Format) -> Line:
     )
 
 
-def _parse(text: str) -> tuple[Any, str | None]:
-    """What JSON says, and what is wrong with it; numbers that JSON does not have, such as NaN, are wrong."""
+def _parse(text: str) -> tuple[object, str | None]:
+    """The parsed value and its fault; numbers that JSON does not have, such as NaN, are faults."""
     odd: list[str] = []
 
     def number(digits: str) -> float:
@@ -191,19 +191,19 @@ def _parse(text: str) -> tuple[Any, str | None]:
     try:
         value = json.loads(text, parse_constant=odd.append, parse_float=number)
     except RecursionError:
-        return None, "the line has too many objects or lists inside one another; make it flatter"
+        return None, "the line nests objects or lists too deeply; make it flatter"
     except json.JSONDecodeError as error:
         return None, (
-            f"the line is not JSON ({error.msg} at character {error.pos}); mend it, or if the file holds plain "
-            "prompts, say so by --format text"
+            f"the line is not JSON ({error.msg} at character {error.pos}); fix it, or pass --format text if each line "
+            "is a prompt"
         )
     except ValueError as error:  # an integer of thousands of digits
         return None, f"the line cannot be read ({error})"
-    return value, f"{_short(odd[0])} is not a number in JSON; write a finite one, or leave it out" if odd else None
+    return value, f"{_short(odd[0])} is not a number in JSON; use a finite number, or remove the field" if odd else None
 
 
 def _find_custom_id(text: str) -> str | None:
-    """The id in a line that is not sound JSON, so that its error can be told from others."""
+    """The id in a line that is not valid JSON, so that its error can be matched to it."""
     found = _CUSTOM_ID.search(text)
     try:
         return json.loads(found[1]) if found else None
@@ -212,7 +212,7 @@ def _find_custom_id(text: str) -> str | None:
 
 
 def _find_format(path: Path, form: str) -> Format:
-    """What `path` holds, by what was said, by its name, by its first line; ValueError if it is no file of lines."""
+    """The format of `path`: `form`, else by its name, else by its first line; ValueError if it has no lines of text."""
     with path.open("rb") as file:
         head = file.read(4096)
         file.seek(0)
@@ -228,14 +228,14 @@ def _find_format(path: Path, form: str) -> Format:
         return "jsonl" if form == "jsonl" else "text"
     if path.suffix.lower() == ".json" and first.strip() == b"[":
         raise ValueError(
-            f"{path} is one list over many lines, and a batch is an object a line: "
+            f"{path} is a single JSON list, and a batch has one object per line: "
             f"jq --compact-output '.[]' {path} > requests.jsonl"
         )
     named = _SUFFIXES.get(path.suffix.lower())
     if named == "text" and _is_request(first):
         raise ValueError(
-            f"{path} is named as plain text but its first line is a request in JSON; say --format jsonl, or "
-            "--format text to ask each line as a prompt"
+            f"{path} has the name of a text file but its first line is a JSON request; pass --format jsonl, or "
+            "--format text to use each line as a prompt"
         )
     return named or ("jsonl" if first.lstrip().startswith(b"{") else "text")
 
@@ -245,6 +245,6 @@ def _is_request(raw: bytes) -> bool:
     return isinstance(value, dict) and not {"body", "prompt", "messages"}.isdisjoint(value)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = _TYPES[type(value)] if isinstance(value, dict | list) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

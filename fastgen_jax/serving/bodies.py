@@ -1,27 +1,29 @@
-"""Bodies of requests: what they say that they are, and what they are when they are unpacked."""
+"""Request bodies: checking their content type and decompressing them."""
 
 from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from starlette.types import Message, Receive
 
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.protocol import short
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
+if TYPE_CHECKING:
+    from zlib import _Decompress
 
-_WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": zlib.MAX_WBITS}  # zlib's numbers for the formats
+_WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": zlib.MAX_WBITS}  # zlib's window sizes, which select the format
 _ACCEPTED = {"Accept-Encoding": "gzip, deflate"}
-PIECE = 2**18  # bytes that are unpacked at once, about a millisecond: streams go on in between
+PIECE = 2**18  # bytes decompressed at a time, about a millisecond, so that streams continue in between
 
 
 def check_type(headers: Mapping[bytes, bytes], allowed_origins: Sequence[str]) -> None:
-    """ApiError 415 unless the body is JSON; one that says nothing is, but not from a stranger's page in a browser.
+    """ApiError 415 unless the body is JSON. A body without a type is accepted, but not from a web page of another origin.
 
-    A browser asks the server before it sends JSON to another origin, and does not ask for a body without a type.
+    A browser asks the server for permission before it sends JSON to another origin, but not for a body without a type.
     """
     kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if not kind:
@@ -31,16 +33,16 @@ def check_type(headers: Mapping[bytes, bytes], allowed_origins: Sequence[str]) -
     elif kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
         return
     raise ApiError(
-        f"the Content-Type is {short(kind)}, and only JSON is read here; send the header 'Content-Type: application/json'",
+        f"the Content-Type is {short(kind)}, but only JSON is accepted; send the header 'Content-Type: application/json'",
         status=415,
         code="unsupported_media_type",
     )
 
 
-def unpacked(headers: Sequence[tuple[bytes, bytes]], receive: Receive, *, max_bytes: int) -> Receive:
-    """`receive` with the body as it was before the client packed it; ApiError 415 for a packing not known here.
+def decompressed(headers: Sequence[tuple[bytes, bytes]], receive: Receive, *, max_bytes: int) -> Receive:
+    """Returns `receive` with the decompressed body; ApiError 415 for an unknown encoding.
 
-    The messages raise ApiError: 413 for more than `max_bytes`, of which no more is unpacked, and 400 for a damaged body.
+    Receiving raises ApiError 413 after `max_bytes`, beyond which nothing is decompressed, and 400 for a damaged body.
     """
     names = [value for name, value in headers if name == b"content-encoding"]
     encodings = [part.strip().lower() for part in b",".join(names).decode("latin-1").split(",")]
@@ -49,28 +51,28 @@ def unpacked(headers: Sequence[tuple[bytes, bytes]], receive: Receive, *, max_by
         return receive
     if len(encodings) > 1 or encodings[0] not in _WINDOWS:
         raise ApiError(
-            f"the Content-Encoding is {short(', '.join(encodings))}; send gzip, deflate, or the plain body",
+            f"the Content-Encoding is {short(', '.join(encodings))}; send gzip, deflate, or an uncompressed body",
             status=415,
             code="unsupported_content_encoding",
             headers=_ACCEPTED,
         )
-    return _Unpacker(receive, encodings[0], max_bytes)
+    return _Decompressor(receive, encodings[0], max_bytes)
 
 
-class _Unpacker:
+class _Decompressor:
     def __init__(self, receive: Receive, encoding: str, max_bytes: int) -> None:
         self._receive = receive
         self._encoding = encoding
         self._max_bytes = max_bytes
-        self._zlib: Any = None  # of the member under way
+        self._zlib: _Decompress | None = None  # of the current gzip member
         self._packed = b""
         self._more_packed = True
-        self._is_full = False  # the last piece: more may be in zlib's own memory
+        self._is_full = False  # the last piece was; zlib may hold more
         self._size = 0
         self._ended = False
 
     async def __call__(self) -> Message:
-        """The next piece of the body; messages that are none pass."""
+        """Returns the next piece of the body; other messages pass unchanged."""
         if self._ended:
             return await self._receive()
         while not self._packed and not self._is_full and self._more_packed:
@@ -83,8 +85,8 @@ class _Unpacker:
         self._size += len(piece)
         if self._size > self._max_bytes:
             raise ApiError(
-                f"the unpacked body has more than the {self._max_bytes} bytes of the limit; send less, or start "
-                "the server with a larger max_body_mb",
+                f"the decompressed body exceeds the limit of {self._max_bytes} bytes; send less, or start the server "
+                "with a larger max_body_mb",
                 status=413,
                 code="body_too_large",
             )
@@ -94,9 +96,9 @@ class _Unpacker:
         return {"type": "http.request", "body": piece, "more_body": not self._ended}
 
     def _piece(self) -> bytes:
-        if self._packed and (self._zlib is None or self._zlib.eof):  # gzip may have several members
+        if self._packed and (self._zlib is None or self._zlib.eof):  # a gzip body may have several members
             window = _WINDOWS[self._encoding]
-            if self._encoding == "deflate" and self._packed[0] & 15 != 8:  # some clients leave zlib's header out
+            if self._encoding == "deflate" and self._packed[0] & 15 != 8:  # some clients omit zlib's header
                 window = -zlib.MAX_WBITS
             self._zlib = zlib.decompressobj(window)
         if self._zlib is None:
@@ -111,5 +113,6 @@ class _Unpacker:
 
     def _damaged(self, reason: str) -> ApiError:
         return ApiError(
-            f"the body is no {self._encoding} ({reason}); pack it again, or send it plain", code="invalid_content_encoding"
+            f"the body is not valid {self._encoding} ({reason}); compress it again, or send it uncompressed",
+            code="invalid_content_encoding",
         )

@@ -1,22 +1,22 @@
-"""The endpoints that need the model."""
+"""The endpoints that use the model."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from fastgen_jax.api.options import asked
-from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.api.options import generation_of
+from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.scheduling import ContextLengthError
-from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer
+from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
 from fastgen_jax.serving.errors import context_exceeded
 from fastgen_jax.serving.protocol import (
     MAX_STOPS,
@@ -34,6 +34,19 @@ from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.tools import grammar_of, prepare_messages
 from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
 from fastgen_jax.text import Tokenizer
+
+
+class GeneratedAnswer(TypedDict):
+    """The answer of one sample in MII's format."""
+
+    generated_text: str
+    token_ids: list[int]
+    prompt_length: NotRequired[int]
+    generated_length: NotRequired[int]
+    finish_reason: NotRequired[str | None]
+    cached_length: NotRequired[int]
+    logprobs: NotRequired[list[TokenLogprob]]
+    prompt_logprobs: NotRequired[Sequence[TokenLogprob]]
 
 
 async def complete(server: ServerState, body: CompletionRequest, request: Request) -> Response:
@@ -90,13 +103,13 @@ async def chat(server: ServerState, body: ChatRequest, request: Request) -> Resp
 
 
 async def generate(server: ServerState, body: GenerateRequest, request: Request) -> Response:
-    """POST /mii/{deployment}: a list with a response a sample, or server-sent events of (index, output)."""
+    """POST /mii/{deployment}: a list with one answer per sample, or server-sent events of (index, output)."""
     backend = server.ready()
-    call = asked(backend.intake, None, _with_token_ids(body.model_extra or {}))
+    call = generation_of(backend.intake, None, _with_token_ids(body.model_extra or {}))
     params = call.params
     stops = tuple(params.stop)
     if len(stops) > MAX_STOPS:
-        raise ValueError(f"stop has {len(stops)} strings and at most {MAX_STOPS} are served; keep the likeliest")
+        raise ValueError(f"stop has {len(stops)} strings but at most {MAX_STOPS} are allowed; keep the most likely")
     prompts = split_prompts(body.prompts)
     try:
         work = await start_work(
@@ -115,8 +128,8 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
     if body.stream:
         return EventStream(work, _plain_events(work), end)
 
-    async def whole() -> list[dict[str, Any]]:
-        answers: list[dict[str, Any]] = [{"generated_text": "", "token_ids": []} for _ in work.streams]
+    async def complete() -> list[GeneratedAnswer]:
+        answers: list[GeneratedAnswer] = [{"generated_text": "", "token_ids": []} for _ in work.streams]
         async for index, outputs in work:
             for output in outputs:
                 _add_output(answers[index], output)
@@ -129,12 +142,12 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
         return answers
 
     try:
-        return JSONResponse(await while_connected(request.receive, work, whole()))
+        return JSONResponse(await while_connected(request.receive, work, complete()))
     finally:
         end()
 
 
-async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, Any]:
+async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, object]:
     """POST /tokenize."""
     server.check_model(body.model)
     intake = server.ready().intake
@@ -163,18 +176,17 @@ async def _answer(
     if body.stream:
         return EventStream(work, _events(work, answer, body.stream_options or StreamOptions()), end)
 
-    async def whole() -> dict[str, Any]:
-        return answer.whole([choice async for index, outputs in work for choice in answer.chunk(index, outputs)])
-
     try:
-        result = await while_connected(request.receive, work, whole())
+        result = await while_connected(request.receive, work, answer.collect())
     finally:
         end()
-    timing = result["usage"]["timing"]
+    timing = work.usage()["timing"]
     return JSONResponse(
         result,
         headers={
-            f"x-fastgen-{name.replace('_', '-')}": str(timing[name]) for name in ("queue_ms", "first_token_ms", "total_ms")
+            "x-fastgen-queue-ms": str(timing["queue_ms"]),
+            "x-fastgen-first-token-ms": str(timing["first_token_ms"]),
+            "x-fastgen-total-ms": str(timing["total_ms"]),
         },
     )
 
@@ -190,8 +202,8 @@ async def _events(work: Work, answer: CompletionAnswer | ChatAnswer, options: St
         yield encoder.usage(answer.usage())
 
 
-def _has_content(choice: dict[str, Any]) -> bool:
-    # A token may add no text yet: half a character, or what could become a stop string.
+def _has_content(choice: CompletionChoice | ChatChoice) -> bool:
+    # A token may add no text yet: part of a character, or the possible start of a stop string.
     return bool(choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"])
 
 
@@ -201,30 +213,28 @@ async def _plain_events(work: Work) -> AsyncIterator[bytes]:
             yield b"data: " + json.dumps({"index": index, **_plain(output)}, ensure_ascii=False).encode() + b"\n\n"
 
 
-def _plain(output: RequestOutput) -> dict[str, Any]:
-    plain: dict[str, Any] = {
+def _plain(output: RequestOutput) -> dict[str, object]:
+    plain: dict[str, object] = {
         "text": output.text,
         "token_ids": output.new_token_ids,
         "finish_reason": output.finish_reason,
         "prompt_length": output.num_prompt_tokens,
         "cached_length": output.num_cached_tokens,
     }
-    for name in ("logprobs", "prompt_logprobs"):
-        entries = getattr(output, name)
-        if entries is not None:
-            plain[name] = entries
+    if output.logprobs is not None:
+        plain["logprobs"] = output.logprobs
+    if output.prompt_logprobs is not None:
+        plain["prompt_logprobs"] = output.prompt_logprobs
     return plain
 
 
-def _add_output(answer: dict[str, Any], output: RequestOutput) -> None:
+def _add_output(answer: GeneratedAnswer, output: RequestOutput) -> None:
     answer["generated_text"] += output.text
     answer["token_ids"] += output.new_token_ids
-    answer |= {
-        "prompt_length": output.num_prompt_tokens,
-        "generated_length": len(answer["token_ids"]),
-        "finish_reason": output.finish_reason,
-        "cached_length": output.num_cached_tokens,
-    }
+    answer["prompt_length"] = output.num_prompt_tokens
+    answer["generated_length"] = len(answer["token_ids"])
+    answer["finish_reason"] = output.finish_reason
+    answer["cached_length"] = output.num_cached_tokens
     if output.logprobs is not None:
         answer.setdefault("logprobs", []).extend(output.logprobs)
     if output.prompt_logprobs is not None:
@@ -246,9 +256,9 @@ async def _chat_prompt(
     writes_calls: bool = False,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Token ids of a conversation; `writes_calls` if the model may write tool calls in a form of its own."""
+    """Token ids of a conversation; with `writes_calls` the model may write tool calls in its own format."""
     given = body.messages or []
-    messages, tools = prepare_messages(tokenizer, given, body.told_tools, writes_calls=writes_calls)
+    messages, tools = prepare_messages(tokenizer, given, body.described_tools, writes_calls=writes_calls)
     encode = partial(
         tokenizer.encode_chat,
         messages,
@@ -261,15 +271,15 @@ async def _chat_prompt(
     return await asyncio.to_thread(encode) if is_long else encode()
 
 
-def _template_variables(variables: dict[str, Any]) -> dict[str, Any]:
+def _template_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     taken = {"messages", "tools", "add_generation_prompt"} & set(variables)
     if taken:
-        raise ValueError(f"chat_template_kwargs has {sorted(taken)}, which have fields of their own; move them there")
+        raise ValueError(f"chat_template_kwargs has {sorted(taken)}; pass them as fields of the request instead")
     return variables
 
 
-def _with_token_ids(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with numbers as the keys of `logit_bias`: the names in a JSON object are strings."""
+def _with_token_ids(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Converts the keys of `logit_bias` to numbers: JSON objects have strings as keys."""
     bias = options.get("logit_bias")
     if not isinstance(bias, dict):
         return options
@@ -279,7 +289,7 @@ def _with_token_ids(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _prompt_text(backend: Backend, prompt: Any, token_ids: Sequence[int]) -> str:
+def _prompt_text(backend: Backend, prompt: object, token_ids: Sequence[int]) -> str:
     if isinstance(prompt, str):
         return prompt
     tokenizer = backend.intake.tokenizer

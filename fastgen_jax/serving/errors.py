@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients expect."""
+"""Errors in the format that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastgen_jax.scheduling import ContextLengthError, SamplingParams
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, short
 
 _FIELDS = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *SamplingParams.__dataclass_fields__}
-NO_RETRY = {"x-should-retry": "false"}  # what OpenAI's clients look at before they send a request again
+NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients check it before they retry
 
 
 class ApiError(Exception):
-    """An answer other than 200: HTTP status, OpenAI's type and code, the offending parameter."""
+    """An error response: HTTP status, OpenAI's type and code, and the parameter at fault."""
 
     def __init__(
         self,
@@ -32,20 +32,20 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = headers or {}
-        self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
+        self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
-        """The HTTP answer."""
+        """Returns the HTTP response."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def unsupported(param: str, value: Any, remedy: str) -> ApiError:
-    """The refusal of something that OpenAI's interface has and this server has not."""
+def unsupported(param: str, value: object, remedy: str) -> ApiError:
+    """Returns the error for a feature of OpenAI's API that this server does not have."""
     return ApiError(f"{param}={short(value)} is not supported here; {remedy}", param=param, code="unsupported_parameter")
 
 
 def context_exceeded(error: ContextLengthError, param: str) -> ApiError:
-    """The refusal of a prompt in field `param`, in the words and with the code that OpenAI's clients look for."""
+    """Returns the error for a prompt in field `param`, with the words and the code that OpenAI's clients look for."""
     prompt, requested = error.num_prompt, error.num_requested
     said = (
         f"you requested {prompt + requested} tokens ({prompt} in the {param}, {requested} in the completion)"
@@ -60,21 +60,21 @@ def context_exceeded(error: ContextLengthError, param: str) -> ApiError:
 
 
 def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The answer to a body that pydantic has refused: field, value, what is wanted."""
-    # Of a field that may have several forms, pydantic tells what is wrong with each; the form that was meant is the one
-    # whose type is right, or where the error lies deepest.
+    """Returns the error for a body that pydantic refused, with the field, its value and what is expected."""
+    # For a field with several forms pydantic reports an error of each. The form that the client meant is the one with the
+    # right type, or the one whose error is deepest.
     worst = max(errors, key=lambda e: (not e["type"].endswith("_type"), len(e["loc"])))
     where = [str(part) for part in worst["loc"] if part != "body"]
     field = where[0] if where else None
     message = worst["msg"].removeprefix("Value error, ")
     if worst["type"] == "extra_forbidden":
-        message = f"unknown field {'.'.join(where)!r}; leave it out"
+        message = f"unknown field {'.'.join(where)!r}; remove it"
     elif worst["type"] == "json_invalid":
         message, field = f"the body is not JSON: {worst['ctx']['error']}", None
     elif field is not None and worst["type"] == "missing":
-        message = f"{'.'.join(where)} is missing; it is required"
+        message = f"{'.'.join(where)} is required; add it"
     elif field is not None and worst["type"] != "value_error":
-        # Names of forms, such as list[constrained-str], are pydantic's own.
+        # Leaves out pydantic's names of forms, such as list[constrained-str].
         named = [part for part in where if (part.isidentifier() and part not in ("str", "int")) or part.isdigit()]
         message = f"{'.'.join(named)} is {short(worst['input'])}: {message[:1].lower()}{message[1:]}"
     elif field is not None:
@@ -83,13 +83,13 @@ def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _named(message: str) -> str | None:
-    """The argument that an error is about; those of the engine and of the protocol begin with its name."""
+    """The parameter that an error is about: messages of the engine and of the protocol start with its name."""
     name = re.match(r"\w*", message)
     return name[0] if name and name[0] in _FIELDS else None
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The answer to whatever went wrong with a request; anything unforeseen is a 500."""
+    """Returns the response to any exception of a request; an unexpected one becomes a 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
@@ -108,7 +108,7 @@ def as_api_error(error: Exception) -> ApiError:
         if error.failure.kind == "grammar":
             return ApiError(str(error), code="grammar_failed", headers=NO_RETRY)
         status = {"shutdown": 503, "refused": 429}.get(error.failure.kind, 500)
-        # A request that was refused is as welcome in a moment as any other.
+        # The client may retry soon: nothing is wrong with the request.
         again = error.failure.retry_after or (1 if status in (429, 503) else None)
         return ApiError(
             str(error),

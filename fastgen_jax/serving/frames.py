@@ -1,6 +1,7 @@
-"""Messages between the router and its replicas: pickles with their length before them.
+"""Messages between the router and its replicas: pickles, each preceded by its length.
 
-The socket is a pair made by the router and inherited by the replica, so that nobody else can write to it.
+Unpickling is safe here: the router makes the socket pair and the replica inherits its end, so no other process can write to
+it.
 """
 
 from __future__ import annotations
@@ -9,25 +10,25 @@ import asyncio
 import pickle
 import socket
 import struct
-from typing import Any
+from typing import Any  # of messages: anything that can be pickled
 
 _LENGTH = struct.Struct("<I")
 
 
-def pack(message: Any) -> bytes:
-    """A message as it travels."""
+def pack(message: object) -> bytes:
+    """Returns a message as bytes."""
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(data)) + data
 
 
 async def read(reader: asyncio.StreamReader) -> Any:
-    """The next message; raises asyncio.IncompleteReadError or OSError when the other side is gone."""
+    """Returns the next message; asyncio.IncompleteReadError or OSError when the other side has closed."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     return pickle.loads(await reader.readexactly(length))
 
 
 def receive(connection: socket.socket) -> Any:
-    """The next message, blocking; EOFError when the other side is gone."""
+    """Waits for the next message and returns it; EOFError when the other side has closed."""
     (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
     return pickle.loads(_exactly(connection, length))
 

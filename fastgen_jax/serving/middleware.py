@@ -1,4 +1,4 @@
-"""What every request passes first: size limit, key, form of the body, request id, one line in the log."""
+"""The middleware of every request: size limit, API key, form of the body, request id, access log."""
 
 from __future__ import annotations
 
@@ -8,40 +8,39 @@ import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from fastgen_jax.serving.bodies import check_type, unpacked
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastgen_jax.serving.bodies import check_type, decompressed
 from fastgen_jax.serving.errors import ApiError
 
 log = logging.getLogger("fastgen_jax.access")
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-CLIENT_DISCONNECTED = 499  # nginx's number for a client that did not wait; nobody reads it but logs and metrics
+CLIENT_DISCONNECTED = 499  # nginx's status for a client that disconnected; only logs and metrics show it
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
-STARTS_PER_TURN = 4  # requests: some milliseconds
-QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})  # asked every second by machines
+STARTS_PER_TURN = 4  # requests, which take a few milliseconds
+QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})  # polled every second by other programs
 
 
 class StartLimiter:
-    """Lets a few requests begin in each turn of the event loop.
+    """Limits how many requests start in each turn of the event loop.
 
-    A request is about a millisecond of work before it runs; two hundred that come at once would hold up every stream.
+    A request takes about a millisecond before it runs, so two hundred that arrive at the same time would delay every
+    stream.
     """
 
-    def __init__(self, each: int = STARTS_PER_TURN) -> None:
-        self._each = each
+    def __init__(self, per_turn: int = STARTS_PER_TURN) -> None:
+        self._per_turn = per_turn
         self._started = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def wait_turn(self) -> None:
-        """Returns when it is one's turn, in order of arrival."""
+        """Returns when the caller may start, in order of arrival."""
         loop = asyncio.get_running_loop()
         if self._started == 0:
             loop.call_soon(self._turn)
-        if self._started < self._each and not self._waiting:
+        if self._started < self._per_turn and not self._waiting:
             self._started += 1
             return
         future = loop.create_future()
@@ -50,9 +49,9 @@ class StartLimiter:
 
     def _turn(self) -> None:
         self._started = 0
-        while self._waiting and self._started < self._each:
+        while self._waiting and self._started < self._per_turn:
             future = self._waiting.popleft()
-            if not future.done():  # its client has not gone
+            if not future.done():  # cancelled if its client has disconnected
                 future.set_result(None)
                 self._started += 1
         if self._started:
@@ -60,11 +59,11 @@ class StartLimiter:
 
 
 class RequestMiddleware:
-    """ASGI middleware; a class of our own, because a body must be counted as it comes and streams not be buffered."""
+    """The ASGI middleware. It counts bodies as they arrive and does not buffer streams."""
 
     def __init__(
         self,
-        app: Any,
+        app: ASGIApp,
         *,
         api_keys: Sequence[str],
         max_body_bytes: int,
@@ -78,7 +77,7 @@ class RequestMiddleware:
         self._origins = origins
         self._limiter = StartLimiter()
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -108,7 +107,7 @@ class RequestMiddleware:
 
         async def named(message: Message) -> None:
             if refusals and not state["status"]:
-                return  # what the application makes of a body that it could not read
+                return  # the application's response to a body that it could not read
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode("latin-1"))]
@@ -119,7 +118,7 @@ class RequestMiddleware:
                 self._check(scope, headers)
                 if scope["method"] == "POST":
                     check_type(headers, self._origins)
-                    body = unpacked(scope["headers"], counted, max_bytes=self._max_body_bytes)
+                    body = decompressed(scope["headers"], counted, max_bytes=self._max_body_bytes)
                     scope["headers"] = _plain_json(scope["headers"])
                     await self._limiter.wait_turn()
                 await self._app(scope, noted, named)
@@ -132,9 +131,10 @@ class RequestMiddleware:
                 refusals.clear()
                 await refusal.response()(scope, receive, named)
         finally:
-            # The path of the route, not that of the request: anybody can make up paths.
+            # The path of the route, not of the request: clients can send any number of different paths.
             self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_DISCONNECTED)
-            is_poll = scope["path"] in QUIET_PATHS and (state["status"] < 400 or state["status"] == 503)  # still loading
+            is_expected = state["status"] < 400 or state["status"] == 503  # 503 while the model loads
+            is_poll = scope["path"] in QUIET_PATHS and is_expected
             level = logging.DEBUG if is_poll else logging.INFO
             facts = scope["state"].get("log", {})
             log.log(
@@ -154,7 +154,7 @@ class RequestMiddleware:
                 },
             )
 
-    def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_large(int(length))
@@ -164,7 +164,7 @@ class RequestMiddleware:
         if scheme.lower() == b"bearer" and any(secrets.compare_digest(given.strip(), key) for key in self._keys):
             return
         raise ApiError(
-            "this server wants a key: send the header 'Authorization: Bearer KEY'",
+            "this server requires an API key; send the header 'Authorization: Bearer KEY'",
             status=401,
             type="authentication_error",
             code="invalid_api_key",
@@ -173,7 +173,7 @@ class RequestMiddleware:
 
     def _too_large(self, size: int) -> ApiError:
         return ApiError(
-            f"the body has {size} bytes and the limit is {self._max_body_bytes}; send less, or start the "
+            f"the body has {size} bytes, more than the limit of {self._max_body_bytes}; send less, or start the "
             "server with a larger max_body_mb",
             status=413,
             code="body_too_large",
@@ -181,6 +181,6 @@ class RequestMiddleware:
 
 
 def _plain_json(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The headers of a body that was checked and unpacked."""
+    """The headers of the checked and decompressed body."""
     replaced = (b"content-type", b"content-encoding", b"content-length")
     return [*((name, value) for name, value in headers if name not in replaced), (b"content-type", b"application/json")]

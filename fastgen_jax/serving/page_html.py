@@ -1,4 +1,4 @@
-"""The page at /, as one document that fetches nothing, and the policy that holds a browser to that."""
+"""The page at /: a single document that loads nothing else, and the security policy that enforces this."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _LIBRARY = re.compile(r'<script src="(vendor/[\w.]+)"></script>')
 
 
 def load_page() -> tuple[str, dict[str, str]]:
-    """The HTML, with the libraries that it names put into it, and the headers that go with it.
+    """Returns the HTML, with its libraries inlined, and its response headers.
 
-    What the page shows was written by a model, which may have been told to do harm: only the scripts and styles that are
-    part of the page run, only this server is asked, and no image or other thing is loaded from anywhere.
+    The page shows text written by a model, which may be malicious. The policy therefore allows only the page's own scripts
+    and styles, connections to this server, and no images or other resources from elsewhere.
     """
     folder = files("fastgen_jax.serving").joinpath("page")
 
     def library(found: re.Match[str]) -> str:
         text = folder.joinpath(found[1]).read_text(encoding="utf-8")
         if "</script" in text.lower():
-            raise ValueError(f"{found[1]} has the end of a script in it; it cannot be part of a page")
+            raise ValueError(f"{found[1]} contains '</script', so it cannot be inlined; escape it")
         return f"<script>{text}</script>"
 
     html = _LIBRARY.sub(library, folder.joinpath("index.html").read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def load_page() -> tuple[str, dict[str, str]]:
 
 
 def _hashes(tag: str, html: str) -> str:
-    """Names every element of that kind by what is in it."""
+    """Identifies every element with this tag by the hash of its content."""
     contents = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     digests = (base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents)
     return " ".join(f"'sha256-{digest}'" for digest in digests)

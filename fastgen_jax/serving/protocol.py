@@ -1,8 +1,8 @@
-"""The bodies of requests, checked by pydantic. What is unknown is refused; what is known and unsupported says so."""
+"""Request bodies, validated by pydantic. Unknown fields are refused, and so are known but unsupported ones."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -17,7 +17,9 @@ MAX_STOPS = 16
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-# Fields of a body that `SamplingParams` has too.
+# Any: a JSON value, or an object whose fields belong to the model's chat template or to a JSON schema.
+JsonObject: TypeAlias = dict[str, Any]
+# Fields with the same names in `SamplingParams`.
 _SAME_NAMES = (
     "temperature",
     "top_k",
@@ -32,40 +34,42 @@ _SAME_NAMES = (
 )
 
 
-def short(value: Any) -> str:
-    """A value as an error shows it."""
+def short(value: object) -> str:
+    """Returns a value as error messages show it: at most 100 characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of many digits, or a very deep list
+    except (ValueError, RecursionError):  # a number with too many digits, or a list nested too deeply
         return f"a {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 class Body(BaseModel):
-    """Refuses fields that it does not have."""
+    """Base of the bodies; refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class StreamOptions(Body):
-    """Options of a streamed answer."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
-    continuous_usage_stats: Annotated[bool, Field(description="Extension: the usage so far in every event.")] = False
+    continuous_usage_stats: Annotated[bool, Field(description="Extension: send the token counts so far in every event.")] = (
+        False
+    )
     include_obfuscation: Literal[False] | None = None
 
 
 class JsonSchema(Body):
-    """A named schema; it is always enforced, whatever `strict` says."""
+    """A named schema. It is always enforced, whatever `strict` is."""
 
     name: str = "answer"
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
     strict: bool | None = None
 
 
 class ResponseFormat(Body):
-    """Free text, any JSON object, or JSON of a schema."""
+    """Free text, any JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -73,15 +77,15 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _has_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to type 'json_schema', and to no other")
+            raise ValueError("json_schema and type 'json_schema' belong together; set both or neither")
         return self
 
 
 class Sampling(Body):
-    """What completions and chat have in common; those after `seed` are extensions."""
+    """Fields common to completions and chats. Those described as extensions are not in OpenAI's API."""
 
-    # Fields of OpenAI's interface that would change the answer and are not supported -> values that ask for nothing.
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    # Unsupported fields of OpenAI's API -> values that change nothing and are therefore accepted.
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {}
 
     model: str
     temperature: Annotated[float, Field(ge=0)] | None = None
@@ -94,23 +98,27 @@ class Sampling(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Seed | None = None
-    user: str | None = Field(None, description="Who asks; written to the log.")
+    user: str | None = Field(None, description="Identifies the end user; written to the log.")
     response_format: ResponseFormat | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="Extension: -1 and 0 keep every token.")
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="Extension: -1 and 0 keep all tokens.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Extension.")
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(None, description="Extension.")
-    min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="Extension: least tokens before an end.")
+    min_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Extension: minimum number of tokens before the end."
+    )
     ignore_eos: bool | None = Field(None, description="Extension.")
     stop_token_ids: list[TokenId] | None = Field(None, description="Extension.")
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = Field(0, description="Extension: lower runs first.")
-    timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="Extension: seconds until it is given up.")
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = Field(0, description="Extension: lower values run first.")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Extension: seconds until the request is aborted."
+    )
 
     @field_validator("logit_bias")
     @classmethod
     def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for key in value or {}:
             if not (key.isascii() and key.isdigit() and len(key) < 11 and int(key) < 2**31):
-                raise ValueError(f"logit_bias has the key {key[:100]!r}; keys are token ids, such as '50256'")
+                raise ValueError(f"logit_bias has the key {key[:100]!r}; keys must be token ids, such as '50256'")
         return value
 
     @model_validator(mode="after")
@@ -118,9 +126,9 @@ class Sampling(Body):
         for name, neutral in self.NEUTRAL.items():
             value = getattr(self, name)
             if value not in neutral:
-                raise ValueError(f"{name}={short(value)} is not supported here; leave it out")
+                raise ValueError(f"{name}={short(value)} is not supported here; remove it")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options belong to stream=true; leave them out")
+            raise ValueError("stream_options require stream=true; set it, or remove them")
         return self
 
     @property
@@ -128,10 +136,10 @@ class Sampling(Body):
         """Samples of each prompt."""
         return self.n or 1
 
-    def sampling_params(self, intake: Intake, *, max_new_tokens: int | None, **more: Any) -> SamplingParams:
-        """As the engine wants them, with the model's defaults for what is left out; n belongs to the caller.
+    def sampling_params(self, intake: Intake, *, max_new_tokens: int | None, **more: object) -> SamplingParams:
+        """Returns the engine's parameters, with the model's defaults for omitted fields; n is left to the caller.
 
-        ValueError for what contradicts itself.
+        Raises ValueError for contradictory values.
         """
         options = {
             "max_new_tokens": max_new_tokens,
@@ -159,21 +167,20 @@ class CompletionRequest(Sampling):
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise ValueError(f"best_of={self.best_of} is not supported unless it equals n={self.num_choices}; leave it out")
+            raise ValueError(f"best_of={self.best_of} is not supported unless it equals n={self.num_choices}; remove it")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 asks for nothing; raise it, or set echo=true for the prompt alone")
+            raise ValueError("max_tokens=0 requests no output; raise it, or set echo=true to get the prompt back")
         if not self.prompts:
-            raise ValueError("prompt is empty; give at least one")
+            raise ValueError("prompt is empty; pass at least one")
         return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One entry a prompt."""
+        """One entry per prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # pyright: ignore[reportReturnType] (all are ints: pydantic has checked)
-        return list(self.prompt)  # pyright: ignore[reportReturnType] (texts, or lists of ints)
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
 class Function(Body):
@@ -181,7 +188,7 @@ class Function(Body):
 
     name: Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
     description: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    parameters: JsonObject = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool | None = None
 
 
@@ -193,7 +200,7 @@ class Tool(Body):
 
 
 class NamedFunction(Body):
-    """Which function."""
+    """The name of a function."""
 
     name: str
 
@@ -222,7 +229,7 @@ class ChatRequest(Sampling):
         "metadata": (None, {}),
     }
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[JsonObject], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
@@ -230,38 +237,38 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: variables of the chat template.")
-    store: Any = None
-    service_tier: Any = None
-    modalities: Any = None
-    audio: Any = None
-    prediction: Any = None
-    functions: Any = None
-    function_call: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-    metadata: Any = None
+    chat_template_kwargs: JsonObject | None = Field(None, description="Extension: variables for the chat template.")
+    store: object = None
+    service_tier: object = None
+    modalities: object = None
+    audio: object = None
+    prediction: object = None
+    functions: object = None
+    function_call: object = None
+    reasoning_effort: object = None
+    verbosity: object = None
+    web_search_options: object = None
+    metadata: object = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; give one of them")
+            raise ValueError("max_tokens and max_completion_tokens mean the same; pass only one of them")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise ValueError("top_logprobs requires logprobs=true")
         if self.tool_choice not in (None, "none") and not self.tools:
-            raise ValueError("tool_choice needs tools")
+            raise ValueError("tool_choice requires tools")
         if isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools or ()]
             if self.tool_choice.function.name not in names:
                 raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not in tools: {names}")
         if self.forces_tool and self.response_format and self.response_format.type != "text":
-            raise ValueError("a forced tool call is JSON already; leave response_format out")
+            raise ValueError("response_format cannot be combined with a forced tool call, which is JSON already; remove it")
         return self
 
     @property
-    def told_tools(self) -> list[Tool]:
-        """The tools that the model is told of."""
+    def described_tools(self) -> list[Tool]:
+        """The tools that are described to the model."""
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property
@@ -271,28 +278,28 @@ class ChatRequest(Sampling):
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize: a text, or a conversation with what else of a chat becomes part of its prompt."""
+    """POST /tokenize: a text, or a conversation with the fields of a chat that become part of its prompt."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    messages: Annotated[list[JsonObject], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages, one of them")
+            raise ValueError("pass either prompt or messages")
         for name in ("tools", "chat_template_kwargs"):
             if self.messages is None and getattr(self, name):
-                raise ValueError(f"{name} belong to messages; leave them out")
+                raise ValueError(f"{name} require messages; remove them")
         return self
 
     @property
-    def told_tools(self) -> list[Tool]:
-        """The tools that the model is told of."""
+    def described_tools(self) -> list[Tool]:
+        """The tools that are described to the model."""
         return self.tools or []
 
 
@@ -304,11 +311,11 @@ class DetokenizeRequest(Body):
 
 
 class GenerateRequest(BaseModel):
-    """POST /mii/{deployment}: prompts and generation options, the fields of `SamplingParams`."""
+    """POST /mii/{deployment}: prompts, and generation options named as in `SamplingParams`."""
 
     model_config = ConfigDict(extra="allow")
 
-    prompts: str | list[str] | list[TokenId] | list[list[TokenId]] | list[list[dict[str, Any]]] | list[dict[str, Any]]
+    prompts: str | list[str] | list[TokenId] | list[list[TokenId]] | list[list[JsonObject]] | list[JsonObject]
     stream: bool = False
     return_full_text: bool = False
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0

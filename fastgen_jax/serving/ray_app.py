@@ -3,18 +3,19 @@
     from fastgen_jax.serving.ray_app import deploy
     deploy("smollm2-135m-instruct", replicas=4, engine={"token_budget": 256}, actor_options={"num_cpus": 8})
 
-One process, the front, speaks HTTP and sends each prompt, not each call, to the less busy of two engines. A request whose
-engine dies runs on another. Deadlines, queue limits and the rest work as they do under `fastgen serve`.
+One process, the ingress, serves HTTP and sends each prompt, rather than each call, to the less busy of two engines. A
+request whose engine dies runs on another one. Deadlines, queue limits and everything else work as under `fastgen serve`.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any  # of Ray, an optional package, and of options
 
 from fastgen_jax.api.deployment import default_name
 
-MAX_ONGOING = 4096  # requests in a replica: its own queue limit refuses before, with a time to come back
+MAX_ONGOING = 4096  # requests per replica: higher than its own queue limit, which answers with Retry-After
 REPLICA_OPTIONS = ("api_key", "cors_origin", "deployment_name", "max_body_mb", "max_queue", "served_model_name")
 
 
@@ -22,25 +23,25 @@ def build(
     model: str,
     *,
     replicas: int = 1,
-    engine: dict[str, Any] | None = None,
-    server: dict[str, Any] | None = None,
-    actor_options: dict[str, Any] | None = None,
+    engine: Mapping[str, Any] | None = None,
+    server: Mapping[str, Any] | None = None,
+    actor_options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The Ray Serve application, for `ray.serve.run` or a config file.
+    """Returns the Ray Serve application, for `ray.serve.run` or a config file.
 
-    `engine` are options of `EngineConfig`, `server` those of `ServerConfig` that are not Ray's affair (REPLICA_OPTIONS),
-    `actor_options` what Ray is to reserve for an engine (num_cpus, num_gpus, resources). Raises ValueError if Ray is not
-    installed, or for an option that does not exist.
+    `engine` has options of `EngineConfig`, `server` those of `ServerConfig` that Ray does not control (REPLICA_OPTIONS),
+    and `actor_options` the resources that Ray reserves for an engine (num_cpus, num_gpus, resources). Raises ValueError if
+    Ray is not installed, or for an unknown option.
     """
     serve = _ray_serve()
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.serving.ray_backend import EngineReplica, Ingress
     from fastgen_jax.serving.settings import ServerConfig
 
-    EngineConfig.from_options(engine or {})  # a mistake should show here, not in a replica's log
+    EngineConfig.from_options(dict(engine or {}))  # reports a mistake here instead of in a replica's log
     for name in server or {}:
         if name not in REPLICA_OPTIONS:
-            raise ValueError(f"server has the option {name!r}; under Ray it may have {', '.join(REPLICA_OPTIONS)}")
+            raise ValueError(f"server has the option {name!r}; with Ray, use {', '.join(REPLICA_OPTIONS)}")
     config = ServerConfig(**(server or {}))
     if replicas < 1:
         raise ValueError(f"replicas is {replicas}; it must be at least 1")
@@ -48,20 +49,20 @@ def build(
         EngineReplica,
         num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING,
-        ray_actor_options=actor_options or {},
-    ).bind(model, engine or {}, config.max_queue)
-    # The front computes nothing, so it reserves nothing.
-    front = serve.deployment(
+        ray_actor_options=dict(actor_options or {}),
+    ).bind(model, dict(engine or {}), config.max_queue)
+    # The ingress computes nothing, so it reserves nothing.
+    ingress = serve.deployment(
         serve.ingress(None)(Ingress),
         name="Ingress",
         max_ongoing_requests=MAX_ONGOING,
         ray_actor_options={"num_cpus": 0},
     )
-    return front.bind(engines, model, server or {})
+    return ingress.bind(engines, model, dict(server or {}))
 
 
 def deploy(model: str, *, name: str | None = None, route_prefix: str = "/", **options: Any) -> Any:
-    """Runs `build(model, **options)` on the Ray cluster and returns its handle when it is ready."""
+    """Runs `build(model, **options)` on the Ray cluster; returns its handle when it is ready."""
     return _ray_serve().run(build(model, **options), name=name or default_name(model), route_prefix=route_prefix)
 
 
@@ -69,4 +70,4 @@ def _ray_serve() -> Any:
     try:
         return importlib.import_module("ray.serve")
     except ImportError:
-        raise ValueError("replicas on several machines need Ray; pip install 'fastgen_jax[ray]'") from None
+        raise ValueError("replicas on several machines require Ray; pip install 'fastgen_jax[ray]'") from None

@@ -1,4 +1,4 @@
-"""What runs under Ray Serve: engines, each in a replica, and before them the server that sends each prompt to one."""
+"""The parts that run under Ray Serve: engines, one per replica, and the ingress that sends each prompt to one of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import contextlib
 import importlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any  # of Ray's handles, which are untyped here, and of options
+
+from fastapi import FastAPI
 
 from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError, Stream
 from fastgen_jax.api.deployment import check_name, default_name
@@ -23,35 +25,36 @@ from fastgen_jax.serving.app import create_app
 from fastgen_jax.serving.remote import RoutedRequest
 from fastgen_jax.serving.settings import ServedModel, ServerConfig
 from fastgen_jax.serving.state import ServerState
+from fastgen_jax.serving.work import Snapshot
 from fastgen_jax.text import load_tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 SNAPSHOT_SECONDS = 5.0
-RETRY_SECONDS = 0.2  # until Ray knows that a replica is gone
+RETRY_SECONDS = 0.2  # until Ray notices that a replica is gone
 
 
 class EngineReplica:
-    """A replica: an engine that answers requests, wherever Ray puts it."""
+    """A replica: an engine that answers requests on the machine that Ray chooses."""
 
-    async def __init__(self, model: str, engine: dict[str, Any], max_queue: int) -> None:
-        loaded = await asyncio.to_thread(Engine.from_pretrained, model, EngineConfig.from_options(engine))
+    async def __init__(self, model: str, engine: Mapping[str, Any], max_queue: int) -> None:
+        loaded = await asyncio.to_thread(Engine.from_pretrained, model, EngineConfig.from_options(dict(engine)))
         self._config = loaded.config
         self._engine = AsyncEngine(loaded, max_queue=max_queue)
 
     def check_health(self) -> None:
-        """Ray asks now and then, and starts another replica if this raises."""
+        """Called by Ray from time to time; Ray starts another replica if it raises."""
         if not self._engine.is_ready:
             raise RuntimeError("the engine has ended")
 
     def config(self) -> ResolvedConfig:
-        """What the engine's options were resolved to."""
+        """Returns the engine's resolved config."""
         return self._config
 
     async def generate(
         self, request: Request, grammar: Grammar | None, seconds: float | None
     ) -> AsyncIterator[Sequence[Event]]:
-        """The events of a request as they come; `seconds` are left for it. Leaving the loop early ends it."""
-        # Clocks of other machines, and ids that a server before this one gave, mean nothing here.
+        """Yields the events of a request, which has `seconds` left; leaving the loop early aborts it."""
+        # Times of another machine's clock and ids given by an earlier server are not valid here.
         here = replace(request, request_id=uuid.uuid4().hex, arrival_time=time.monotonic())
         deadline = None if seconds is None else time.monotonic() + seconds
         try:
@@ -70,19 +73,19 @@ class EngineReplica:
         finally:
             stream.close()
 
-    async def snapshot(self, since_step: int | None) -> dict[str, Any]:
+    async def snapshot(self, since_step: int | None) -> Snapshot:
         """See `take_snapshot`."""
         (snapshot,) = await self._engine.snapshots(since_step=since_step)
         return snapshot
 
 
 class RayBackend:
-    """EngineReplica under Ray Serve as a backend of the server. Ray sends each prompt to the less busy of two replicas.
+    """A backend of the server that runs engines under Ray Serve. Ray sends each prompt to the less busy of two replicas.
 
-    If a replica dies its requests run elsewhere, and an answer that had begun goes on where it was.
+    If a replica dies, its requests run elsewhere, and a partial answer continues where it stopped.
     """
 
-    failure = None  # Ray starts replicas again for ever
+    failure = None  # Ray restarts replicas without limit
 
     def __init__(self, engines: Any, intake: Intake, *, max_queue: int) -> None:
         self.intake = intake
@@ -93,12 +96,12 @@ class RayBackend:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request would be taken."""
+        """Whether requests are accepted."""
         return not self._closed
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         return len(self._running)
 
     def submit(
@@ -109,31 +112,31 @@ class RayBackend:
         matcher: GrammarMatcher | None = None,
         deadline: float | None = None,
     ) -> Stream:
-        """See `AsyncEngine.submit`; that a queue is full is known only where the request runs."""
+        """See `AsyncEngine.submit`. Only the replica knows whether its queue is full, so the stream reports that."""
         if self._closed:
-            raise ClosedError("this server takes no more requests: it is shutting down")
+            raise ClosedError("this server accepts no more requests: it is shutting down")
         stream = Stream(request, self._on_stream_closed)
         routed = RoutedRequest(request, grammar, deadline, stream, [], 0)
         self._running[request.request_id] = asyncio.create_task(self._run(routed))
         return stream
 
-    async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:
-        """One a replica."""
+    async def snapshots(self, *, since_step: int | None = None) -> list[Snapshot]:
+        """Returns one snapshot per replica; none while a replica is being replaced."""
         answers = self._engines.broadcast("snapshot", since_step)
         try:
             return await asyncio.to_thread(answers.results, timeout_s=SNAPSHOT_SECONDS)
-        except Exception:  # one of them is being replaced
+        except Exception:  # Ray's, of several kinds: a replica is being replaced
             return []
 
     async def drain(self, timeout: float) -> bool:
-        """Takes no more requests and waits for the others; whether all have ended."""
+        """Accepts no more requests and waits for the running ones; returns whether all have ended."""
         self._closed = True
         if self._running:
             await asyncio.wait(self._running.values(), timeout=timeout)
         return not self._running
 
     async def close(self) -> None:
-        """Ends what runs; the replicas belong to Ray."""
+        """Aborts the running requests. Ray stops the replicas."""
         self._closed = True
         for task in list(self._running.values()):
             task.cancel()
@@ -156,7 +159,7 @@ class RayBackend:
         routed.stream.put(failure)
 
     async def _follow(self, routed: RoutedRequest) -> bool:
-        """Runs the request on some replica; whether it ended there."""
+        """Runs the request on a replica; returns whether it ended there."""
         seconds = None if routed.deadline is None else routed.deadline - time.monotonic()
         answer = self._engines.options(stream=True).generate.remote(routed.request, routed.grammar, seconds)
         try:
@@ -168,7 +171,7 @@ class RayBackend:
                     if isinstance(accepted, Failure) or event.finished:
                         return True
         finally:
-            with contextlib.suppress(Exception):  # it has ended
+            with contextlib.suppress(Exception):  # Ray's, if it has ended
                 answer.cancel()
         return False
 
@@ -179,15 +182,15 @@ class RayBackend:
 
 
 class Ingress:
-    """The server before the engines; it needs the model's config and tokenizer, and no accelerator."""
+    """The HTTP server. It loads the model's config and tokenizer, and needs no accelerator."""
 
-    async def __init__(self, engines: Any, model: str, server: dict[str, Any]) -> None:
+    async def __init__(self, engines: Any, model: str, server: Mapping[str, Any]) -> None:
         self._engines, self._model = engines, model
         self._server = ServerConfig(**server)
         self._config: ResolvedConfig = await engines.config.remote()
 
-    def __serve_build_asgi_app__(self) -> Any:
-        """Called by Ray when `__init__` is done."""
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Ray after `__init__`."""
         config = self._server
         checkpoint = open_checkpoint(resolve_model(self._model))
         intake = Intake(load_tokenizer(checkpoint.tokenizer_source), checkpoint.config, self._config)

@@ -1,4 +1,4 @@
-"""The router's end of a replica: its process, the requests that it runs, and what it has probably cached."""
+"""The router's view of a replica: its process, its requests, and the prefixes that it has probably cached."""
 
 from __future__ import annotations
 
@@ -13,50 +13,51 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.api.engine_thread import Event, Failure, Load
 from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.frames import pack
 from fastgen_jax.serving.replica import ReplicaPlan
+from fastgen_jax.serving.work import Snapshot
 from fastgen_jax.text.grammar import Grammar
 
 PIECE = 64  # tokens: prefixes are remembered in pieces of this size
-PIECES_REMEMBERED = 4096  # a replica; a quarter of a million tokens of prefixes
-MAX_DEATHS = 3  # replicas that may die under a request: it may be what kills them
-GRACE_SECONDS = 1.0  # for a replica to end by itself when its socket is closed
+PIECES_REMEMBERED = 4096  # per replica: a quarter of a million tokens of prefixes
+MAX_DEATHS = 3  # of replicas while they run a request: then the request probably causes them
+GRACE_SECONDS = 1.0  # for a replica to end after its socket is closed
 
 
 @dataclass(eq=False)
 class RoutedRequest:
-    """A request on its way through the router."""
+    """A request and its progress in the router."""
 
     request: Request
     grammar: Grammar | None
     deadline: float | None
     stream: Stream
     pieces: list[bytes]
+    """See `prefix_pieces`."""
     work: int
-    """Tokens that it is expected to cost still."""
+    """Tokens that it is expected to need still."""
     delivered: list[int] = field(default_factory=list)
-    """Token ids that the client has."""
+    """Token ids that the client has received."""
     replayed: int = 0
-    """How many of them the replica that runs it now has sent again."""
+    """Number of delivered tokens that the current replica has sent again."""
     deaths: int = 0
     """Replicas that died while they ran it."""
 
     def note_replica_death(self) -> Failure | None:
-        """Notes that its replica died; the end of the request if too many did."""
+        """Records that its replica died; returns the failure that ends the request after too many deaths."""
         self.replayed = 0
         self.deaths += 1
         if self.deaths < MAX_DEATHS:
             return None
-        message = f"{self.deaths} replicas died while they ran this request; it is not tried again"
+        message = f"{self.deaths} replicas died while they ran this request; it is not retried"
         return Failure(self.request.request_id, "lost", message)
 
     def accept(self, event: Event) -> Event | None:
-        """What the client is to have of `event`: nothing that it has already, a failure if that came out differently."""
+        """Returns the event for the client: None if it repeats delivered tokens, a failure if it contradicts them."""
         if isinstance(event, Failure):
             return event
         count = len(event.new_token_ids)
@@ -69,12 +70,12 @@ class RoutedRequest:
         self.replayed += count
         if event.new_token_ids == expected and not event.finished:
             return None
-        message = "the replica that ran this request died, and another does not give the same tokens; send it again"
+        message = "the replica that ran this request died, and another one generates different tokens; send it again"
         return Failure(self.request.request_id, "lost", message)
 
 
 class ReplicaHandle:
-    """The router's end of a replica."""
+    """A replica as the router sees it."""
 
     def __init__(self, number: int, plan: ReplicaPlan) -> None:
         self.number = number
@@ -86,28 +87,28 @@ class ReplicaHandle:
         self.num_starts = 0
         self.started = 0.0
         self.process: subprocess.Popen[bytes] | None = None
-        self.snapshots: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self.snapshots: dict[int, asyncio.Future[Snapshot]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._prefixes: OrderedDict[bytes, None] = OrderedDict()
-        self._new = 0  # submitted since the last load was heard
+        self._new = 0  # submitted since the replica last reported its load
 
     @property
     def work(self) -> int:
-        """Tokens that its requests are expected to cost still."""
+        """Tokens that its requests are expected to need still."""
         return sum(routed.work for routed in self.requests.values())
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait there, as far as is known here."""
+        """Estimated number of requests waiting in the replica."""
         return self.load.num_waiting + self._new
 
     def cost(self, routed: RoutedRequest) -> int:
-        """Tokens of work before the request would be done there: what lies there, and what of it is not cached."""
+        """Tokens of work until the request would be done there: the replica's queue and the part that is not cached."""
         cached = next((i for i, piece in enumerate(routed.pieces) if piece not in self._prefixes), len(routed.pieces))
         return self.work + routed.work - cached * PIECE
 
     def send(self, routed: RoutedRequest) -> None:
-        """Gives a request to the replica."""
+        """Sends a request to the replica."""
         self.requests[routed.request.request_id] = routed
         self._new += 1
         for piece in routed.pieces:
@@ -117,18 +118,18 @@ class ReplicaHandle:
             self._prefixes.popitem(last=False)
         self.write("submit", routed.request, routed.grammar, routed.deadline)
 
-    def write(self, *message: Any) -> None:
-        """Sends a message, if there is anybody to hear it."""
+    def write(self, *message: object) -> None:
+        """Sends a message if the replica's process is running."""
         if self._writer is not None:
             self._writer.write(pack(message))
 
     def update_load(self, load: Load) -> None:
-        """Notes what the replica says about its load."""
+        """Records the load that the replica reports."""
         self.load = load
         self._new = 0
 
     async def start(self) -> asyncio.StreamReader:
-        """A fresh process; returns where to read its messages."""
+        """Starts a new process; returns the reader of its messages."""
         ours, theirs = socket.socketpair()
         self.num_starts += 1
         self.started = time.monotonic()
@@ -145,12 +146,12 @@ class ReplicaHandle:
         return reader
 
     def write_plan(self) -> None:
-        """Tells the process what to run."""
+        """Sends the plan to the process."""
         assert self._writer is not None
         self._writer.write(pack(self.plan))
 
     async def end(self) -> int | None:
-        """Lets go of the process, dead or alive; its exit code, negative for a signal, None if there was none."""
+        """Ends the process if it still runs; returns its exit code, negative for a signal, None if there was no process."""
         self.is_ready = False
         if self._writer is not None:
             self._writer.close()
@@ -168,9 +169,9 @@ class ReplicaHandle:
 
 
 def prefix_pieces(token_ids: Sequence[int]) -> list[bytes]:
-    """The names of a prompt's prefixes of one piece, two pieces, ..."""
-    names, digest = [], hashlib.blake2b(digest_size=8)
+    """Returns the hashes of a prompt's prefixes of one piece, two pieces, and so on."""
+    hashes, digest = [], hashlib.blake2b(digest_size=8)
     for start in range(0, len(token_ids) - PIECE + 1, PIECE):
         digest.update(struct.pack(f"<{PIECE}i", *token_ids[start : start + PIECE]))
-        names.append(digest.digest())
-    return names
+        hashes.append(digest.digest())
+    return hashes

@@ -1,8 +1,7 @@
-"""A replica: an engine in a process of its own, at the other end of a socket. `python -m fastgen_jax.serving.replica FD`.
+"""A replica: an engine in a separate process, connected by a socket. Run as `python -m fastgen_jax.serving.replica FD`.
 
-Commands that it takes: ("submit", request, grammar, deadline), ("abort", id), ("snapshot", number, since_step),
-("stop",). What it sends: ("ready", resolved config), ("events", events, load), ("snapshot", number, snapshot),
-("failed", message).
+It receives ("submit", request, grammar, deadline), ("abort", id), ("snapshot", number, since_step) and ("stop",). It sends
+("ready", resolved config), ("events", events, load), ("snapshot", number, snapshot) and ("failed", message).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,32 +22,34 @@ from fastgen_jax.serving.frames import pack, receive
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaPlan:
-    """What a replica is to run, and on which part of the machine."""
+    """What a replica runs, and on which part of the machine."""
 
     model: str
-    engine: dict[str, Any]
+    engine: Mapping[str, Any]
     """Options of `EngineConfig`."""
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that choose its accelerator."""
     cpus: tuple[int, ...] | None = None
-    """Processors that it may use; None: all."""
+    """CPUs that it may use; None: all."""
     name: str = "replica"
-    """What it is called in the log."""
+    """Its name in the log."""
     log_format: Literal["text", "json"] | None = None
-    """Form of its log; None: it has none."""
+    """Format of its log; None: no log."""
     log_file: str | None = None
-    """Where the log goes as well as to standard error."""
+    """File that the log goes to in addition to standard error."""
 
 
 def share_machine(count: int) -> list[tuple[dict[str, str], tuple[int, ...] | None]]:
-    """Environment and processors of each of `count` replicas: an accelerator each, else an equal share of the CPUs."""
+    """Returns environment and CPUs of `count` replicas: equal shares of the accelerators, or of the CPUs without any."""
     for pattern, variable in (("nvidia", "CUDA_VISIBLE_DEVICES"), ("accel", "TPU_VISIBLE_CHIPS")):
         found = sorted(n for n in os.listdir("/dev") if n.startswith(pattern) and n[len(pattern) :].isdigit())
         if found and os.environ.get("JAX_PLATFORMS") != "cpu":
             given = os.environ.get(variable)
             devices = given.split(",") if given else [str(i) for i in range(len(found))]
             if len(devices) < count:
-                raise ValueError(f"replicas is {count} but there are {len(devices)} accelerators; use at most as many")
+                raise ValueError(
+                    f"replicas is {count} but there are {len(devices)} accelerators; use at most {len(devices)} replicas"
+                )
             each = len(devices) // count
             return [({variable: ",".join(devices[i * each : (i + 1) * each])}, None) for i in range(count)]
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -59,14 +60,14 @@ def share_machine(count: int) -> list[tuple[dict[str, str], tuple[int, ...] | No
 
 
 def main(descriptor: int) -> None:
-    """Serves until the socket closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the router decides when it ends
+    """Runs the engine until the socket closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the router decides when the replica ends
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
     plan: ReplicaPlan = receive(connection)
     os.environ.update(plan.environment)
     if plan.cpus is not None:
-        os.sched_setaffinity(0, plan.cpus)  # before JAX counts them
+        os.sched_setaffinity(0, plan.cpus)  # before JAX is imported and counts them
 
     from fastgen_jax.api.engine_thread import EngineThread, Event, Failure
     from fastgen_jax.api.snapshot import take_snapshot
@@ -77,12 +78,12 @@ def main(descriptor: int) -> None:
     if plan.log_format is not None:
         set_up_logging(plan.log_format, file=plan.log_file, source=plan.name)
     try:
-        engine = Engine.from_pretrained(plan.model, EngineConfig.from_options(plan.engine))
+        engine = Engine.from_pretrained(plan.model, EngineConfig.from_options(dict(plan.engine)))
     except Exception as error:
         connection.sendall(pack(("failed", f"{type(error).__name__}: {error}")))
         return
     gc.collect()
-    gc.freeze()  # what is there now stays
+    gc.freeze()  # these objects live until the process ends
     outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_write, args=(connection, outbox), daemon=True).start()
 
@@ -90,7 +91,7 @@ def main(descriptor: int) -> None:
         outbox.put(pack(("events", list(events), thread.load)))
 
     thread = EngineThread(engine, deliver)
-    # A replica whose engine cannot be recovered is of no use: the router starts another.
+    # If the engine cannot recover, the process ends and the router starts another replica.
     threading.Thread(target=lambda: (thread.wait(), os._exit(3)), daemon=True).start()
     outbox.put(pack(("ready", engine.config)))
 
@@ -103,7 +104,7 @@ def main(descriptor: int) -> None:
         try:
             kind, *rest = receive(connection)
         except (EOFError, OSError):
-            return  # the router is gone; the thread is a daemon
+            return  # the router has closed; the thread is a daemon
         if kind == "submit":
             request, grammar, deadline = rest
             try:
@@ -122,7 +123,7 @@ def main(descriptor: int) -> None:
 
 
 def _write(connection: socket.socket, outbox: queue.SimpleQueue[bytes]) -> None:
-    """Sends what is in the outbox, so that the engine does not wait for the router."""
+    """Sends the messages of the outbox, so that the engine never waits for the router."""
     while True:
         try:
             connection.sendall(outbox.get())

@@ -1,8 +1,9 @@
-"""Several replicas as one backend: each prompt goes where the least work lies before it."""
+"""Several replicas as one backend: each prompt goes to the replica where it is done first."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -19,25 +20,28 @@ from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.frames import read
 from fastgen_jax.serving.remote import ReplicaHandle, RoutedRequest, prefix_pieces
 from fastgen_jax.serving.replica import ReplicaPlan, share_machine
+from fastgen_jax.serving.work import Snapshot
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 log = logging.getLogger(__name__)
 
-EXPECTED_OUTPUT = 256  # tokens: the most that a request is counted with before it has generated them
-MAX_STARTS = 3  # in a row that came to nothing: then a replica is given up
-PAUSE_SECONDS = 2.0  # before the next start, times the starts in a row
-HEALTHY_SECONDS = 60.0  # a replica that lived so long, or finished a request, has come to something
-SUSPECT_DEATHS = 2  # replicas that died under a request: no other suspect runs beside it, so that the guilty one is found
+Message = tuple[Any, ...]  # of a replica: its kind, then what belongs to it
+
+EXPECTED_OUTPUT = 256  # tokens: upper limit of the estimated output of a request
+MAX_STARTS = 3  # unsuccessful starts in a row after which a replica is given up
+PAUSE_SECONDS = 2.0  # before the next start, times the number of starts in a row
+HEALTHY_SECONDS = 60.0  # a start is successful if the replica runs for this long, or finishes a request
+SUSPECT_DEATHS = 2  # of replicas while they ran a request: from then on it runs with no other suspect beside it
 SNAPSHOT_SECONDS = 5.0
 
 
 class Router:
     """Replicas of one model on this machine; a backend like `AsyncEngine`.
 
-    A replica that dies is started again, and its requests run elsewhere. A request that had been answered in part is
-    computed again and goes on where it was, because the same request gives the same tokens; should they differ, it fails.
-    With `log_format` they log as the server does, to standard error and to `log_file` if there is one.
+    A replica that dies is restarted, and its requests run elsewhere. A partially answered request is computed again and
+    continues where it stopped, because the same request generates the same tokens; if they differ, it fails. With
+    `log_format` the replicas log as the server does, to standard error and to `log_file` if it is given.
     """
 
     def __init__(
@@ -71,15 +75,16 @@ class Router:
         self._requests: dict[str, RoutedRequest] = {}
         self._unassigned: list[RoutedRequest] = []
         self._suspect: RoutedRequest | None = None
-        self._suspects: list[RoutedRequest] = []  # wait for the end of that one
+        self._suspects: list[RoutedRequest] = []  # waiting until that one ends
         self._closed = False
+        self._idle = asyncio.Event()  # set when the last request ends
         self._numbers = itertools.count()
         self._supervisors: list[asyncio.Task[None]] = []
         self._failure: str | None = None
 
     async def start(self) -> Router:
-        """Starts the replicas and returns when all are ready or given up; ValueError if none is ready."""
-        # One after another: the first fills the compile cache that the others read.
+        """Starts the replicas; returns when all are ready or given up. ValueError if none is ready."""
+        # One after another, because the first fills the compile cache for the others.
         try:
             for replica in self.replicas:
                 ready = asyncio.Event()
@@ -97,25 +102,25 @@ class Router:
 
     @property
     def intake(self) -> Intake:
-        """Makes checked requests."""
+        """Validates and builds requests."""
         assert self._intake is not None  # `start` has returned
         return self._intake
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request would be taken."""
+        """Whether requests are accepted."""
         return not self._closed and any(replica.is_ready for replica in self.replicas)
 
     @property
     def failure(self) -> str | None:
-        """Why no request will ever be answered again; None while there is hope."""
+        """Why no request can be answered anymore; None while replicas run or restart."""
         if not all(replica.is_given_up for replica in self.replicas):
             return None
         return f"every replica was given up after {MAX_STARTS} starts in a row: {self._failure or 'see the log'}"
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         return len(self._requests)
 
     def submit(
@@ -126,27 +131,28 @@ class Router:
         matcher: GrammarMatcher | None = None,
         deadline: float | None = None,
     ) -> Stream:
-        """See `AsyncEngine.submit`; the matcher of a grammar is made where the request runs."""
+        """See `AsyncEngine.submit`; the replica makes its own matcher of a grammar."""
         if self._closed:
-            raise ClosedError("this server takes no more requests: it is shutting down")
+            raise ClosedError("this server accepts no more requests: it is shutting down")
         ready = [replica for replica in self.replicas if replica.is_ready]
         if not ready:
-            raise ClosedError(self.failure or "no replica is ready; they are being started again")
+            raise ClosedError(self.failure or "no replica is ready; they are being restarted")
         waiting = min(replica.num_waiting for replica in ready)
         if waiting >= self.max_queue:
             raise QueueFullError(waiting, self.max_queue, min(replica.load.wait_seconds for replica in ready))
         if request.request_id in self._requests:
-            raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or leave it out")
+            raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or omit it")
         stream = Stream(request, self._on_stream_closed)
         limit = request.params.max_new_tokens or EXPECTED_OUTPUT
         work = len(request.prompt_token_ids) + min(limit, EXPECTED_OUTPUT)
         routed = RoutedRequest(request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids), work)
         self._requests[request.request_id] = routed
+        self._idle.clear()
         self._route(routed)
         return stream
 
-    async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:
-        """One a replica that answers."""
+    async def snapshots(self, *, since_step: int | None = None) -> list[Snapshot]:
+        """Returns one snapshot per replica that answers."""
         waiting = []
         for replica in self.replicas:
             if replica.is_ready:
@@ -158,15 +164,15 @@ class Router:
         return [answer for answer in answers if isinstance(answer, dict)]
 
     async def drain(self, timeout: float) -> bool:
-        """Takes no more requests and waits until all have ended; False if some have not after `timeout` seconds."""
+        """Accepts no more requests and waits for the running ones; returns whether all ended in `timeout` seconds."""
         self._closed = True
-        end = time.monotonic() + timeout
-        while self._requests and time.monotonic() < end:
-            await asyncio.sleep(0.02)
+        if self._requests:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), timeout)
         return not self._requests
 
     async def close(self) -> None:
-        """Ends the replicas; requests that are unfinished fail."""
+        """Ends the replicas; unfinished requests fail."""
         self._closed = True
         for supervisor in self._supervisors:
             supervisor.cancel()
@@ -176,15 +182,15 @@ class Router:
         for routed in list(self._requests.values()):
             self._finish(routed, Failure(routed.request.request_id, "shutdown", "the server is shutting down"))
 
-    async def _supervise(self, replica: ReplicaHandle, first: asyncio.Event) -> None:
-        """Starts a replica, listens to it, and does it again when it dies."""
+    async def _supervise(self, replica: ReplicaHandle, ready: asyncio.Event) -> None:
+        """Starts a replica and reads its messages, again and again as it dies; sets `ready` when it is ready or given up."""
         try:
             while replica.num_starts < MAX_STARTS:
                 reader = await replica.start()
                 try:
                     while True:
                         for message in _parts(await read(reader)):
-                            self._take(replica, message, first)
+                            self._handle(replica, message, ready)
                             await asyncio.sleep(0)
                 except (asyncio.IncompleteReadError, OSError):
                     pass
@@ -193,21 +199,23 @@ class Router:
                     replica.num_starts = 0
                 interrupted = list(replica.requests.values())
                 replica.requests.clear()
-                log.warning("replica %d ended with code %s and %d requests", replica.number, code, len(interrupted))
+                log.warning(
+                    "replica %d ended with exit code %s and %d unfinished requests", replica.number, code, len(interrupted)
+                )
                 for routed in interrupted:
                     self._reroute(routed)
-                await asyncio.sleep(PAUSE_SECONDS * replica.num_starts)  # none after one that had come to something
+                await asyncio.sleep(PAUSE_SECONDS * replica.num_starts)  # no pause after a successful start
             replica.is_given_up = True
-            self._failure = self._failure or f"replica {replica.number} ended with code {code}"
+            self._failure = self._failure or f"replica {replica.number} ended with exit code {code}"
             log.error("replica %d is given up after %d starts in a row: %s", replica.number, MAX_STARTS, self._failure)
             if self.failure is not None:
                 for routed in list(self._requests.values()):
                     self._finish(routed, Failure(routed.request.request_id, "lost", self.failure))
         finally:
-            first.set()
+            ready.set()
             await replica.end()
 
-    def _take(self, replica: ReplicaHandle, message: tuple[Any, ...], first: asyncio.Event) -> None:
+    def _handle(self, replica: ReplicaHandle, message: Message, ready: asyncio.Event) -> None:
         kind, *rest = message
         if kind == "events":
             events, load = rest
@@ -222,17 +230,17 @@ class Router:
             config: ResolvedConfig = rest[0]
             self._intake = self._intake or Intake(self._tokenizer, self._model_config, config)
             replica.is_ready = True
-            first.set()
+            ready.set()
             unassigned, self._unassigned = self._unassigned, []
             for routed in unassigned:
                 self._route(routed)
         else:  # "failed"
             self._failure = rest[0]
-            replica.num_starts = MAX_STARTS  # it would fail again
+            replica.num_starts = MAX_STARTS  # it would fail each time
 
     def _route(self, routed: RoutedRequest) -> None:
         if routed.request.request_id not in self._requests:
-            return  # its client has gone
+            return  # its client has disconnected
         ready = [replica for replica in self.replicas if replica.is_ready]
         if not ready:
             self._unassigned.append(routed)
@@ -245,7 +253,7 @@ class Router:
         min(ready, key=lambda replica: replica.cost(routed)).send(routed)
 
     def _reroute(self, routed: RoutedRequest) -> None:
-        """Finds another home for a request whose replica died, unless it is probably what killed it."""
+        """Runs a request whose replica died on another one, unless it has probably caused too many deaths."""
         failure = routed.note_replica_death()
         if failure is None:
             self._route(routed)
@@ -260,7 +268,7 @@ class Router:
             accepted = routed.accept(event)
             if accepted is None:
                 continue
-            if accepted is not event:  # it came out differently
+            if accepted is not event:  # the tokens differ from those delivered
                 replica.write("abort", event.request_id)
             if isinstance(accepted, Failure) or accepted.finished:
                 replica.num_starts = 0
@@ -275,26 +283,28 @@ class Router:
     def _forget(self, routed: RoutedRequest) -> ReplicaHandle | None:
         request_id = routed.request.request_id
         self._requests.pop(request_id, None)
-        home = next((replica for replica in self.replicas if request_id in replica.requests), None)
-        if home is not None:
-            del home.requests[request_id]
+        if not self._requests:
+            self._idle.set()
+        replica = next((replica for replica in self.replicas if request_id in replica.requests), None)
+        if replica is not None:
+            del replica.requests[request_id]
         if routed is self._suspect:
             self._suspect = None
             waiting, self._suspects = self._suspects, []
-            for other in waiting:  # the first of them is the next
+            for other in waiting:  # the first becomes the suspect
                 self._route(other)
-        return home
+        return replica
 
     def _on_stream_closed(self, stream: Stream) -> None:
         routed = self._requests.get(stream.request.request_id)
         if routed is not None and routed.stream is stream:
-            home = self._forget(routed)
-            if home is not None:
-                home.write("abort", stream.request.request_id)
+            replica = self._forget(routed)
+            if replica is not None:
+                replica.write("abort", stream.request.request_id)
 
 
-def _parts(message: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """A message, in pieces if it has more events than a turn of the event loop should handle."""
+def _parts(message: Message) -> Iterator[Message]:
+    """Splits a message that has more events than one turn of the event loop should handle."""
     if message[0] != "events":
         yield message
         return

@@ -1,4 +1,4 @@
-"""The process of a deployment: listens at once, loads the model, serves, and ends in good order."""
+"""The server process of a deployment: it listens immediately, loads the model, serves, and shuts down in order."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Literal, TypeVar
 
 import uvicorn
 
 from fastgen_jax.api.async_engine import AsyncEngine
-from fastgen_jax.api.deployment import Deployment, check_name, default_name, process_start, written_down
+from fastgen_jax.api.deployment import Deployment, check_name, default_name, process_start, recorded
 from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
@@ -30,15 +31,16 @@ from fastgen_jax.serving.work import Backend
 from fastgen_jax.text import load_tokenizer
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-CLOSE_SECONDS = 5  # for readers who are still being sent what was computed
-LOADING_LOG_SECONDS = 10.0  # between two lines while the model is loaded
+CLOSE_SECONDS = 5  # to send finished answers to slow clients
+LOADING_LOG_SECONDS = 10.0  # between two log entries while the model loads
 
 
 def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *, log_file: str | None = None) -> int:
-    """Serves `model` until a signal ends it; returns the exit code, 2 if the model could not be loaded.
+    """Serves `model` until a signal stops it; returns the exit code, 2 if the model could not be loaded.
 
-    Raises ValueError if the port is taken or a deployment of that name runs.
+    Raises ValueError if the port is in use or a deployment of that name is running.
     """
     _check_tls(config)
     _raise_file_limit()
@@ -57,8 +59,8 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
         log=log_file,
         replicas=config.replicas,
     )
-    with listener, written_down(record):
-        log.info("deployment %s listens on %s and loads %s", record.name, record.url, model)
+    with listener, recorded(record):
+        log.info("deployment %s listens on %s and is loading %s", record.name, record.url, model)
         server = ServerState(served)
 
         async def serve() -> None:
@@ -93,20 +95,20 @@ async def _serve(server: ServerState, listener: socket.socket, loading: asyncio.
         )
     )
     loop = asyncio.get_running_loop()
-    ending, hurrying = asyncio.Event(), asyncio.Event()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
 
-    def end() -> None:
-        if hurrying.is_set():  # asked a third time
+    def on_signal() -> None:
+        if stop_now.is_set():  # third signal
             http.should_exit = http.force_exit = True
-        elif ending.is_set():  # asked twice: what runs is told that it will not be finished
-            hurrying.set()
-        ending.set()
+        elif stop.is_set():  # second signal: running requests fail instead of finishing
+            stop_now.set()
+        stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+        loop.add_signal_handler(number, on_signal)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    asked, hurried = asyncio.create_task(ending.wait()), asyncio.create_task(hurrying.wait())
-    await asyncio.wait({serving, loading, asked}, return_when=asyncio.FIRST_COMPLETED)
+    stopping, stopping_now = asyncio.create_task(stop.wait()), asyncio.create_task(stop_now.wait())
+    await asyncio.wait({serving, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
@@ -118,32 +120,32 @@ async def _serve(server: ServerState, listener: socket.socket, loading: asyncio.
             if not isinstance(error, ValueError):
                 log.exception("the model could not be loaded")
         else:
-            # What is there now stays: a collection that looks through a loaded model and JAX stops every stream for 0.1 s.
+            # These objects stay. A collection that scans a loaded model and JAX would stop every stream for 0.1 s.
             gc.collect()
             gc.freeze()
             server.backend = backend
             resolved = backend.intake.config
             log.info(
-                "ready; %d KV blocks of %d tokens, %d tokens a request at most",
+                "ready: %d KV blocks of %d tokens, at most %d tokens per request",
                 resolved.num_blocks,
                 resolved.block_size,
                 resolved.longest_sequence,
             )
-            await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
-            log.info("finishing %d requests, for up to %g s", backend.num_unfinished, config.drain_seconds)
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            log.info("shutting down: finishing %d requests within %g s", backend.num_unfinished, config.drain_seconds)
             draining = asyncio.create_task(backend.drain(config.drain_seconds))
-            await asyncio.wait({serving, draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, draining, stopping_now}, return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
             await backend.close()
-            log.info("ended, %d requests unfinished", backend.num_unfinished)
+            log.info("shut down with %d unfinished requests", backend.num_unfinished)
     http.should_exit = True
     await serving
-    asked.cancel()
-    hurried.cancel()
+    stopping.cancel()
+    stopping_now.cancel()
 
 
 def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's event loop where there is one: a socket write costs it half as much, and a stream is made of them."""
+    """uvloop's event loop if it is installed: its socket writes cost half as much, and streams consist of them."""
     try:
         import uvloop
     except ImportError:
@@ -152,7 +154,7 @@ def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us: a server that is told to end first finishes what runs."""
+    """uvicorn without its signal handlers: a stopping server first finishes its running requests."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -160,11 +162,17 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _loader(
-    model: str, config: ServerConfig, engine_config: EngineConfig, *, progress: bool, **several_options: Any
-) -> Callable[[], Any]:
-    """What loads the model, in a thread; it returns what makes the backend, in the event loop."""
+    model: str,
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    *,
+    progress: bool,
+    log_format: Literal["text", "json"] | None,
+    log_file: str | None,
+) -> Callable[[], Callable[[], Awaitable[Backend]]]:
+    """Returns a function that loads the model in a thread and returns one that makes the backend in the event loop."""
 
-    def one() -> Callable[[], Any]:
+    def one() -> Callable[[], Awaitable[Backend]]:
         engine = Engine.from_pretrained(model, engine_config, progress=progress)
 
         async def backend() -> Backend:
@@ -172,8 +180,8 @@ def _loader(
 
         return backend
 
-    def several() -> Callable[[], Any]:
-        # Facts of the model only: this process must not touch an accelerator that a replica is to have.
+    def several() -> Callable[[], Awaitable[Backend]]:
+        # Config and tokenizer only: this process must not use an accelerator that belongs to a replica.
         checkpoint = open_checkpoint(resolve_model(model))
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)
         router = Router(
@@ -183,7 +191,8 @@ def _loader(
             checkpoint.config,
             replicas=config.replicas,
             max_queue=config.max_queue,
-            **several_options,
+            log_format=log_format,
+            log_file=log_file,
         )
         return router.start
 
@@ -191,7 +200,7 @@ def _loader(
 
 
 async def _log_progress(loading: asyncio.Task[Backend]) -> None:
-    """Says every few seconds that the model is still being loaded, and how long it took."""
+    """Logs every few seconds that the model is still loading, and finally how long it took."""
     start = time.monotonic()
     while not (await asyncio.wait({loading}, timeout=LOADING_LOG_SECONDS))[0]:
         log.info("still loading after %.0f s", time.monotonic() - start)
@@ -208,59 +217,57 @@ async def load_backend(
     log_file: str | None = None,
     progress: bool = False,
 ) -> Backend:
-    """What answers requests for `model`, ready: one engine in this process, or several behind a router.
+    """Returns the backend for `model` when it is ready: one engine in this process, or several behind a router.
 
-    With `log_format`, the replicas of several log as this process does, to `log_file` too. `progress` shows bars while
-    one engine loads and compiles, and the log of several.
+    With `log_format`, replicas log in this format, to `log_file` too. `progress` shows progress bars while a single engine
+    loads and compiles, or the log of several.
     """
-    several = {"log_format": log_format or ("text" if progress else None), "log_file": log_file}
-    make = await _in_daemon_thread(_loader(model, config, engine_config, progress=progress, **several))
+    log_format = log_format or ("text" if progress else None)
+    make = await _in_daemon_thread(
+        _loader(model, config, engine_config, progress=progress, log_format=log_format, log_file=log_file)
+    )
     return await make()
 
 
-def _in_daemon_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
-    """The result of `function`, run in a thread that does not keep the process alive."""
+def _in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Runs `function` in a thread that does not keep the process alive; returns its result as a future."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
+    future: asyncio.Future[T] = loop.create_future()
 
     def run() -> None:
         try:
-            result, error = function(), None
-        except Exception as exception:
-            result, error = None, exception
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, result, error)
-
-    def settle(result: Any, error: Exception | None) -> None:
-        if not future.done():
-            future.set_exception(error) if error is not None else future.set_result(result)
+            settle = partial(future.set_result, function())
+        except Exception as error:
+            settle = partial(future.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the event loop has closed
+            loop.call_soon_threadsafe(lambda: None if future.done() else settle())
 
     threading.Thread(target=run, name="fastgen-load", daemon=True).start()
     return future
 
 
 def _check_tls(config: ServerConfig) -> None:
-    """ValueError if clients could not connect with this certificate and key."""
+    """ValueError if the certificate and key cannot be used."""
     if config.tls_certificate is None or config.tls_key is None:
         return
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")  # do not ask the terminal
+        context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")  # never prompts
     except OSError as error:  # ssl.SSLError is one
         raise ValueError(
             f"tls_certificate {config.tls_certificate!r} with tls_key {config.tls_key!r} cannot be used "
-            f"({error}); give PEM files, the certificate's chain and its key without a password"
+            f"({error}); pass PEM files with the certificate chain and its key, without a password"
         ) from error
 
 
 def _raise_file_limit() -> None:
-    """Lets this process have as many connections as the system allows it: each is an open file."""
+    """Raises the limit of open files to the system's maximum: each connection is one."""
     try:
         import resource
     except ImportError:  # not a Unix
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit than they say
+    with contextlib.suppress(ValueError, OSError):  # some systems report a higher limit than they allow
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 

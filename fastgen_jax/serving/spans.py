@@ -1,9 +1,9 @@
-"""A span a request, where OpenTelemetry is installed; names after its conventions for generative models."""
+"""One OpenTelemetry span per request, if OpenTelemetry is installed, named after its conventions for generative models."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping
 
 from fastgen_jax.serving.work import Work
 
@@ -13,13 +13,13 @@ except ImportError:
     trace = None
 
 
-def record_span(operation: str, model: str, work: Work, headers: Any) -> None:
-    """Records a request that has ended; the caller's `traceparent` header makes it part of the caller's trace."""
+def record_span(operation: str, model: str, work: Work, headers: Mapping[str, str]) -> None:
+    """Records a request that has ended, as part of the trace that a `traceparent` header names."""
     if trace is None:
         return
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    now = time.time() - time.monotonic()  # from the clock of timings to seconds since the epoch
+    now = time.time() - time.monotonic()  # converts times of `Timing` to seconds since the epoch
     start = min(timing.start for timing in work.timings)
     end = max(timing.last or timing.start for timing in work.timings)
     usage = work.usage()

@@ -1,12 +1,17 @@
-"""Streamed answers, and what happens when the client goes away."""
+"""Streamed responses, and stopping work when the client disconnects.
+
+Unlike sse-starlette's `EventSourceResponse`, the status is sent with the first event, so a request that fails before it gets
+an error status; there are no pings, and a stream runs two tasks instead of a task group with a lock around every send.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from fastgen_jax.serving.answers import DONE, SseEncoder
 from fastgen_jax.serving.errors import as_api_error
@@ -16,13 +21,13 @@ T = TypeVar("T")
 
 
 class ClientDisconnectedError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client disconnected before the response was complete."""
 
 
 class EventStream(Response):
-    """Sends the events of `make_events` and ends `work` the moment that the client disconnects.
+    """Sends `events`, and ends `work` as soon as the client disconnects.
 
-    The status is sent with the first event, so that a request that fails before has a status that says so.
+    The status is sent with the first event: a request that fails before it gets an error status.
     """
 
     media_type = "text/event-stream"
@@ -34,22 +39,22 @@ class EventStream(Response):
         self._events = events
         self._on_end = on_end
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(_close_on_disconnect(receive, self._work))
-        begun = False
+        started = False
         try:
             async for event in self._events:
-                if not begun:
-                    begun = True
+                if not started:
+                    started = True
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-            if begun:
+            if started:
                 await send({"type": "http.response.body", "body": DONE, "more_body": False})
         except Exception as error:
             answer = as_api_error(error)
-            if not begun:
+            if not started:
                 await answer.response()(scope, receive, send)
-            else:  # the status is out already
+            else:  # the status has been sent
                 await send({"type": "http.response.body", "body": SseEncoder.error(answer.body), "more_body": True})
                 await send({"type": "http.response.body", "body": DONE, "more_body": False})
         finally:
@@ -58,13 +63,13 @@ class EventStream(Response):
             self._on_end()
 
 
-async def while_connected(receive: Callable[[], Awaitable[Any]], work: Work, answer: Awaitable[T]) -> T:
-    """The result of `answer`; if the client disconnects first, `work` ends and ClientDisconnectedError is raised."""
+async def while_connected(receive: Receive, work: Work, answer: Awaitable[T]) -> T:
+    """Returns the result of `answer`; if the client disconnects first, ends `work` and raises ClientDisconnectedError."""
     watcher = asyncio.create_task(_close_on_disconnect(receive, work))
     try:
         return await answer
     except Exception:
-        if watcher.done():  # what was cut short does not make an answer
+        if watcher.done():  # the answer is incomplete
             raise ClientDisconnectedError from None
         raise
     finally:
@@ -72,7 +77,7 @@ async def while_connected(receive: Callable[[], Awaitable[Any]], work: Work, ans
         work.close()
 
 
-async def _close_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Work) -> None:
+async def _close_on_disconnect(receive: Receive, work: Work) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     work.close()

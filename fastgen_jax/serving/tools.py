@@ -1,27 +1,52 @@
-"""Tool calls: what the model is told about tools, what it is forced to write, and how its text is read.
+"""Tool calls: describing tools to the model, forcing a call, and reading calls from the model's text.
 
-A forced call is JSON by grammar, whatever the model. Where the model may choose ("auto"), its text is read for the tags
-`<tool_call>{"name": ..., "arguments": ...}</tool_call>`, which Hermes, Qwen, SmolLM and many others are trained on.
+A forced call is JSON constrained by a grammar, whatever the model. Where the model may choose ("auto"), its text is searched
+for `<tool_call>{"name": ..., "arguments": ...}</tool_call>`, the form that Hermes, Qwen, SmolLM and many others are trained
+on.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 from fastgen_jax.serving.errors import unsupported
 from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar
-from fastgen_jax.text.messages import CALL_CLOSE, CALL_OPEN
+from fastgen_jax.text.messages import CALL_CLOSE, CALL_OPEN, JsonObject
 
-_VALUES = frozenset({"const", "default", "enum", "examples"})  # parts of a JSON schema that are no schemas
+_VALUE_KEYWORDS = frozenset({"const", "default", "enum", "examples"})  # their values are data, not schemas
+
+
+class FunctionDelta(TypedDict):
+    """The part of a function call in one event; the name comes with the first."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class CallDelta(TypedDict):
+    """The part of a tool call in one event; id and type come with the first."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[str]
+    function: FunctionDelta
+
+
+class ToolCall(TypedDict):
+    """A complete tool call."""
+
+    id: str
+    type: str
+    function: FunctionDelta
 
 
 def grammar_of(body: Sampling) -> Grammar | None:
-    """What the answer must look like, if the request says."""
+    """Returns the grammar that a request demands of its answer, if any."""
     if isinstance(body, ChatRequest) and body.forces_tool:
         return Grammar.json_schema(_forced_schema(body))
     form = body.response_format
@@ -33,28 +58,29 @@ def grammar_of(body: Sampling) -> Grammar | None:
 
 
 def prepare_messages(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], *, writes_calls: bool
-) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
-    """The messages, and the tools for the chat template; of a template without tools, the messages speak of them.
+    tokenizer: Tokenizer, messages: Sequence[JsonObject], tools: Sequence[Tool], *, writes_calls: bool
+) -> tuple[Sequence[JsonObject], Sequence[JsonObject] | None]:
+    """Returns the messages, and the tools for the chat template.
 
-    `writes_calls`: the model may write calls in its own form, which is refused if it is none that is read here.
+    If the template has no tools, the messages describe them instead. With `writes_calls` the model may write calls in its
+    own form; ApiError if that form cannot be read here.
     """
-    told = [tool.model_dump(exclude_none=True) for tool in tools]
+    described = [tool.model_dump(exclude_none=True) for tool in tools]
     source = tokenizer.templates.get("tool_use") or tokenizer.templates.get("default", "")
-    if not told:
+    if not described:
         return messages, None
     if "tools" in source:
         if writes_calls and CALL_OPEN not in source:
             raise unsupported(
                 "tool_choice",
                 "auto",
-                "this model writes tool calls in a form that is not read here; "
+                "this model writes tool calls in a format that this server cannot read; "
                 "use tool_choice='required' or name a function, which is enforced by a grammar",
             )
-        return messages, told
+        return messages, described
     text = (
-        "You may call functions. They are, one JSON object a line:\n"
-        + "\n".join(json.dumps(tool["function"]) for tool in told)
+        "You may call functions. These are available, one JSON object per line:\n"
+        + "\n".join(json.dumps(tool["function"]) for tool in described)
         + f'\nTo call one, write: {CALL_OPEN}{{"name": "function name", "arguments": {{...}}}}{CALL_CLOSE}'
     )
     start = int(messages[0].get("role") == "system")
@@ -62,22 +88,22 @@ def prepare_messages(
 
 
 class ToolReader:
-    """Turns the text of an answer, piece by piece, into content and tool calls."""
+    """Splits the text of an answer, piece by piece, into content and tool calls."""
 
     def __init__(self, body: ChatRequest) -> None:
         choice = body.tool_choice
         self._named = choice.function.name if isinstance(choice, NamedTool) else None
         self._forced = body.forces_tool
         self._one = body.parallel_tool_calls is False
-        self._text = ""  # not yet given out
+        self._text = ""  # held back
         self._inside = False  # a tag is open
-        self._behind_call = False
-        self._space = ""  # what was there of it
+        self._after_call = False
+        self._space = ""  # white space since the last call
         self.num_calls = 0
 
-    def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """Content that can be shown now, and deltas of tool calls."""
-        if self._named is not None:  # the text is the arguments, as they come
+    def push(self, text: str) -> tuple[str, list[CallDelta]]:
+        """Returns the content that can be shown now, and deltas of tool calls."""
+        if self._named is not None:  # the text is the arguments
             return "", [self._delta(0, self._named, text)] if text or not self.num_calls else []
         self._text += text
         if self._forced:
@@ -93,19 +119,19 @@ class ToolReader:
                 more, call = self._read(before, CALL_CLOSE)
                 content, calls = content + more, calls + call
             else:
-                content += self._between(before)
+                content += self._outside(before)
             self._inside = not self._inside
         if not self._inside:
             keep = next(
                 (k for k in range(min(len(CALL_OPEN) - 1, len(self._text)), 0, -1) if CALL_OPEN.startswith(self._text[-k:])),
                 0,
-            )  # it may be the beginning of a tag
+            )  # it may be the start of a tag
             split = len(self._text) - keep
-            content, self._text = content + self._between(self._text[:split]), self._text[split:]
+            content, self._text = content + self._outside(self._text[:split]), self._text[split:]
         return content, calls
 
-    def flush(self) -> tuple[str, list[dict[str, Any]]]:
-        """What is left when the text ends; a call without its end may have been cut off by a limit."""
+    def flush(self) -> tuple[str, list[CallDelta]]:
+        """Returns what was held back when the text ends; a length limit may have cut off a call."""
         text, self._text = self._text, ""
         if self._named is not None:
             return "", []
@@ -114,40 +140,40 @@ class ToolReader:
             return (text, []) if calls is None else ("", calls)
         if self._inside:
             return self._read(text, "")
-        return self._between(text), []
+        return self._outside(text), []
 
-    def _between(self, text: str) -> str:
-        """Text outside of calls. White space behind a call only parts it from the next one, until other text follows."""
+    def _outside(self, text: str) -> str:
+        """Text outside of calls, without white space that only separates calls."""
         text = self._space + text
         self._space = ""
-        if self._behind_call and not text.strip():
+        if self._after_call and not text.strip():
             text, self._space = "", text
         elif text:
-            self._behind_call = False
+            self._after_call = False
         return text
 
-    def _read(self, text: str, end: str) -> tuple[str, list[dict[str, Any]]]:
-        """A call if `text` is one; else what the model wrote, as content."""
+    def _read(self, text: str, end: str) -> tuple[str, list[CallDelta]]:
+        """Returns a call if `text` is one, otherwise the text with its tags as content."""
         calls = self._parsed(text)
         if calls is None:
-            return self._between(f"{CALL_OPEN}{text}{end}"), []
-        self._space, self._behind_call = "", True
+            return self._outside(f"{CALL_OPEN}{text}{end}"), []
+        self._space, self._after_call = "", True
         return "", calls
 
-    def _parsed(self, text: str) -> list[dict[str, Any]] | None:
-        """The call that `text` is, unless there may be no more; None if it is none."""
+    def _parsed(self, text: str) -> list[CallDelta] | None:
+        """Returns the call in `text`, nothing if no further call is allowed, None if it is not a call."""
         try:
             call = json.loads(text)
             name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None  # cut off by the length limit, or not what was asked for
+            return None  # cut off by the length limit, or something else
         if not isinstance(name, str):
             return None
         if self._one and self.num_calls:
             return []
         return [self._delta(self.num_calls, name, arguments if isinstance(arguments, str) else json.dumps(arguments))]
 
-    def _delta(self, index: int, name: str, arguments: str) -> dict[str, Any]:
+    def _delta(self, index: int, name: str, arguments: str) -> CallDelta:
         if index < self.num_calls:
             return {"index": index, "function": {"arguments": arguments}}
         self.num_calls += 1
@@ -159,18 +185,18 @@ class ToolReader:
         }
 
 
-def merge_calls(deltas: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The tool calls that `deltas` add up to."""
-    calls: list[dict[str, Any]] = []
+def merge_calls(deltas: Sequence[CallDelta]) -> list[ToolCall]:
+    """Returns the complete tool calls that `deltas` add up to."""
+    calls: list[ToolCall] = []
     for delta in deltas:
         if "id" in delta:
-            calls.append({"id": delta["id"], "type": "function", "function": dict(delta["function"])})
+            calls.append({"id": delta["id"], "type": "function", "function": {**delta["function"]}})
         else:
             calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
     return calls
 
 
-def _forced_schema(body: ChatRequest) -> dict[str, Any]:
+def _forced_schema(body: ChatRequest) -> dict[str, object]:
     tools: Sequence[Tool] = body.tools or ()
     if isinstance(body.tool_choice, NamedTool):
         named = body.tool_choice.function.name
@@ -181,7 +207,7 @@ def _forced_schema(body: ChatRequest) -> dict[str, Any]:
                 "type": "object",
                 "properties": {
                     "name": {"const": tool.function.name},
-                    "arguments": _moved(tool.function.parameters, f"#/anyOf/{i}/properties/arguments"),
+                    "arguments": _relocated(tool.function.parameters, f"#/anyOf/{i}/properties/arguments"),
                 },
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
@@ -191,13 +217,13 @@ def _forced_schema(body: ChatRequest) -> dict[str, Any]:
     }
 
 
-def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references to itself hold at `place` of another one too."""
+def _relocated(schema: object, place: str) -> object:
+    """Returns a schema whose references to itself hold when it is embedded at `place` of another schema."""
     if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
-    if not isinstance(schema, dict) or "$id" in schema:  # references below an $id go from there
+        return [_relocated(item, place) for item in schema]
+    if not isinstance(schema, dict) or "$id" in schema:  # an $id starts a new base for the references below it
         return schema
-    moved = {name: value if name in _VALUES else _moved(value, place) for name, value in schema.items()}
+    moved = {name: value if name in _VALUE_KEYWORDS else _relocated(value, place) for name, value in schema.items()}
     reference = schema.get("$ref")
     if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
         moved["$ref"] = place + reference[1:]

@@ -1,10 +1,13 @@
-"""The last steps as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+"""The latest steps as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from fastgen_jax.engine.metrics import StepTimes
+from fastgen_jax.serving.work import Snapshot
+
+Event = dict[str, object]  # of Chrome's trace event format
 
 _PARTS = (
     ("plan", "start", "planned"),
@@ -16,9 +19,9 @@ _PARTS = (
 )
 
 
-def perfetto(snapshots: list[dict[str, Any]]) -> dict[str, Any]:
-    """Trace events of every engine: the device's steps on one track, the host's parts of them on another."""
-    events: list[dict[str, Any]] = []
+def perfetto(snapshots: Sequence[Snapshot]) -> dict[str, object]:
+    """Returns the trace of every engine, with the device's steps on one track and the host's work on another."""
+    events: list[Event] = []
     for process, snapshot in enumerate(snapshots):
         events.append(_name("process_name", process, 0, f"engine {process}"))
         events += [_name("thread_name", process, thread, name) for thread, name in ((0, "device"), (1, "host"))]
@@ -33,7 +36,7 @@ def perfetto(snapshots: list[dict[str, Any]]) -> dict[str, Any]:
                 "running": step.num_running,
                 "waiting": step.num_waiting,
             }
-            # A step that was sent off while another ran began when that one ended.
+            # A step that was dispatched while another ran started when that one ended.
             begin = max(step.dispatched, free)
             free = max(step.read, begin)
             events.append(_slice(f"{step.num_tokens} tokens", process, 0, begin + offset, free + offset, facts))
@@ -46,11 +49,11 @@ def perfetto(snapshots: list[dict[str, Any]]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _name(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
+def _name(kind: str, process: int, thread: int, name: str) -> Event:
     return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
 
 
-def _slice(name: str, process: int, thread: int, start: float, end: float, facts: dict[str, Any]) -> dict[str, Any]:
+def _slice(name: str, process: int, thread: int, start: float, end: float, facts: Mapping[str, object]) -> Event:
     return {
         "ph": "X",
         "name": name,

@@ -1,4 +1,4 @@
-"""One HTTP request as work for the engine: its samples, their streams, and what they say together."""
+"""One HTTP request as work for the engine: its samples, their streams, and their combined usage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.engine.intake import Intake, samples
@@ -16,35 +16,67 @@ from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
-LONG_PROMPT = 4000  # characters from which on tokenising is left to another thread: about a millisecond
+LONG_PROMPT = 4000  # characters, about a millisecond: longer prompts are tokenized in another thread
+Snapshot = dict[str, Any]  # what `take_snapshot` returns
+
+
+class TokenUsage(TypedDict):
+    """Token counts in OpenAI's format."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CachedTokens(TypedDict):
+    """Prompt tokens found in the prefix cache."""
+
+    cached_tokens: int
+
+
+class Milliseconds(TypedDict):
+    """Times of the slowest sample, an extension of OpenAI's format."""
+
+    queue_ms: float
+    first_token_ms: float
+    total_ms: float
+    mean_gap_ms: float
+    longest_gap_ms: float
+
+
+class Usage(TokenUsage):
+    """Token counts and times of a finished request."""
+
+    prompt_tokens_details: CachedTokens
+    timing: Milliseconds
 
 
 class Backend(Protocol):
-    """What answers requests: `AsyncEngine`, or a router over several replicas."""
+    """Runs requests: `AsyncEngine`, or a router with several replicas."""
 
     @property
     def intake(self) -> Intake:
-        """Makes checked requests."""
+        """Validates and builds requests."""
         ...
 
     @property
     def max_queue(self) -> int:
-        """Requests that may wait in a replica."""
+        """Number of requests that may wait in a replica."""
         ...
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request would be taken."""
+        """Whether requests are accepted."""
         ...
 
     @property
     def failure(self) -> str | None:
-        """Why no request will ever be answered again; None while there is hope."""
+        """Why no request can be answered anymore; None if one can."""
         ...
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         ...
 
     def submit(
@@ -58,22 +90,22 @@ class Backend(Protocol):
         """See `AsyncEngine.submit`."""
         ...
 
-    async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:
-        """One `take_snapshot` a replica."""
+    async def snapshots(self, *, since_step: int | None = None) -> list[Snapshot]:
+        """Returns one snapshot per replica."""
         ...
 
     async def drain(self, timeout: float) -> bool:
-        """Takes no more requests and waits for the others; whether all have ended."""
+        """Accepts no more requests and waits for the running ones; returns whether all ended in `timeout` seconds."""
         ...
 
     async def close(self) -> None:
-        """Ends everything."""
+        """Aborts all requests and stops the engines."""
         ...
 
 
 @dataclass
 class Timing:
-    """When things happened to one sample, seconds on the clock of `time.monotonic`."""
+    """Times of one sample, in seconds of `time.monotonic`."""
 
     start: float
     first: float | None = None
@@ -82,7 +114,7 @@ class Timing:
     queue: float = 0.0
 
     def note(self, output: RequestOutput) -> float | None:
-        """Notes an output; returns the gap since the one before, None for the first."""
+        """Records an output; returns the gap since the previous one, None for the first."""
         now = time.monotonic()
         gap = None if self.last is None else now - self.last
         if gap is None:
@@ -105,30 +137,30 @@ class Work:
     cached: list[int] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
     on_gap: Callable[[float | None, Timing], object] = lambda gap, timing: None
-    """Called for each output with the seconds since the one before it, None for the first."""
+    """Called for each output with the seconds since the previous one, None for the first."""
 
     @property
-    def samples_a_prompt(self) -> int:
-        """Samples of each prompt."""
+    def samples_per_prompt(self) -> int:
+        """Number of samples of each prompt."""
         return len(self.streams) // len(self.prompts)
 
     def __aiter__(self) -> AsyncIterator[tuple[int, list[RequestOutput]]]:
-        """(sample, its outputs since the last time), as they come; leaving early ends what is unfinished."""
+        """Yields (sample, its new outputs) as they arrive; leaving early aborts unfinished samples."""
         return self._outputs()
 
     def close(self) -> None:
-        """Ends what is unfinished."""
+        """Aborts unfinished samples."""
         for stream in self.streams:
             stream.close()
 
-    def usage_so_far(self) -> dict[str, int]:
-        """Tokens only."""
+    def usage_so_far(self) -> TokenUsage:
+        """Returns the current token counts."""
         prompt, generated = sum(map(len, self.prompts)), sum(self.generated)
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
-    def usage(self) -> dict[str, Any]:
-        """Tokens in OpenAI's shape, and as an extension the times of the slowest sample in milliseconds."""
-        n = self.samples_a_prompt
+    def usage(self) -> Usage:
+        """Returns the token counts in OpenAI's format, with the times of the slowest sample as an extension."""
+        n = self.samples_per_prompt
         cached = sum(self.cached[i] for i in range(0, len(self.cached), n))
         timing = max(self.timings, key=lambda t: t.last or t.start)
         first, last = timing.first or timing.start, timing.last or timing.start
@@ -163,7 +195,7 @@ class Work:
             ready: asyncio.Queue[int] = asyncio.Queue()
             for index, stream in enumerate(self.streams):
                 stream.on_put = partial(ready.put_nowait, index)
-                ready.put_nowait(index)  # for what came before
+                ready.put_nowait(index)  # for outputs that have already arrived
             unfinished = set(range(len(self.streams)))
             while unfinished:
                 index = await ready.get()
@@ -188,16 +220,16 @@ async def start_work(
     grammar: Grammar | None = None,
     new_tokens: int | None = None,
 ) -> Work:
-    """Everything checked, then everything submitted: either all samples run, or none does.
+    """Validates all samples, then submits them: either all run or none.
 
-    `new_tokens` limits answers for which `params` have no limit; without it, they may fill the context.
-    Raises ValueError, QueueFullError and ClosedError as `AsyncEngine.submit` does.
+    `new_tokens` limits answers for which `params` has no limit; without it they may fill the context. Raises ValueError,
+    QueueFullError and ClosedError as `AsyncEngine.submit` does.
     """
     intake, arrival = backend.intake, time.monotonic()
     if len(prompts) * num_samples > backend.max_queue:
         raise ValueError(
             f"{len(prompts)} prompts with n={num_samples} are more than the {backend.max_queue} requests that "
-            "may wait here; send them in parts, or use fastgen batch"
+            "may wait in the queue; split them into several calls, or use fastgen batch"
         )
     every = _all_samples(params, num_samples)
 
@@ -236,5 +268,5 @@ async def start_work(
 
 def _all_samples(params: SamplingParams, num_samples: int) -> list[SamplingParams]:
     if num_samples > 1 and params.greedy:
-        return [params] * num_samples  # the same answer each time, as OpenAI gives it
+        return [params] * num_samples  # the same answer several times, as OpenAI does
     return samples(replace(params, n=num_samples))

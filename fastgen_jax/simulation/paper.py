@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 
 from fastgen_jax.bench.curves import Curve, curves
 from fastgen_jax.bench.loads import CLIENT_LADDER, closed_loop
-from fastgen_jax.bench.results import RunRecord, context, table
+from fastgen_jax.bench.results import RunRecord, context
+from fastgen_jax.bench.tables import table
 from fastgen_jax.simulation.costs import RooflineCost, roofline_cost
 from fastgen_jax.simulation.replica import ReplicaConfig
 from fastgen_jax.simulation.simulator import simulate

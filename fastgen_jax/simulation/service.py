@@ -9,7 +9,7 @@ import numpy as np
 
 from fastgen_jax.bench.loads import Load, offered_rate
 from fastgen_jax.bench.metrics import effective_throughput, meets_promise
-from fastgen_jax.bench.results import table
+from fastgen_jax.bench.tables import table
 from fastgen_jax.scheduling import NEED_PROMISE, Promise
 from fastgen_jax.simulation.costs import StepCost
 from fastgen_jax.simulation.replica import ReplicaConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastgen_jax.bench.loads import closed_loop
-from fastgen_jax.bench.results import table
+from fastgen_jax.bench.tables import table
 from fastgen_jax.simulation.paper import TOKEN_BUDGETS, paper_config, paper_cost
 from fastgen_jax.simulation.replica import StepRecord
 from fastgen_jax.simulation.simulator import simulate

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from fastgen_jax.bench import steps
 from fastgen_jax.bench.curves import curves
-from fastgen_jax.bench.engine_options import make_engine
 from fastgen_jax.bench.loads import Load
-from fastgen_jax.bench.offline import DISTURBED_CORES
+from fastgen_jax.bench.machine import DISTURBED_CORES
+from fastgen_jax.bench.options import make_engine
 from fastgen_jax.bench.policies import measure
-from fastgen_jax.bench.results import RunRecord, append, table
+from fastgen_jax.bench.results import RunRecord, append
+from fastgen_jax.bench.tables import table
 from fastgen_jax.simulation.costs import MeasuredCost, cost_from
 from fastgen_jax.simulation.replica import ReplicaConfig
 from fastgen_jax.simulation.simulator import simulate
@@ -39,7 +40,7 @@ def validate(args: argparse.Namespace, loads: Sequence[Load], results: Path | No
     measured: list[list[RunRecord]] = []
     for number in range(args.rounds):
         points += steps.measure(engine, contexts=args.contexts, generated=args.generated, rounds=1)
-        measured.append([measure(engine, load, str(engine.config.policy), args.model) for load in loads])
+        measured.append([measure(engine, load, str(engine.config.choices.policy), args.model) for load in loads])
         print(f"round {number + 1} of {args.rounds}", flush=True)
     model = steps.fit(points, steps.facts_of(engine, args.model))
     print("\n".join(steps.report(points, model)))

@@ -8,7 +8,7 @@ import tempfile
 import pytest
 
 from fastgen_jax import paths
-from fastgen_jax.api.deployment import Deployment, deployments, find_deployment, process_start, start_server, written_down
+from fastgen_jax.api.deployment import Deployment, deployments, find_deployment, process_start, recorded, start_server
 
 
 def record(name: str = "one") -> Deployment:
@@ -33,9 +33,9 @@ def no_state(tmp_path, monkeypatch):
 
 
 def test_without_a_state_folder_deployments_are_found_by_way_of_the_temporary_one(no_state, caplog) -> None:
-    with written_down(record()):
+    with recorded(record()):
         assert find_deployment("one") == record()
-        with pytest.raises(ValueError, match="runs already"), written_down(record()):
+        with pytest.raises(ValueError, match="runs already"), recorded(record()):
             pass
     assert deployments() == []
     assert "records of deployments cannot be kept in" in caplog.text
@@ -46,7 +46,7 @@ def test_without_any_folder_the_server_runs_and_one_in_the_background_says_what_
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(no_state / "file"))
     monkeypatch.setenv("XDG_STATE_HOME", str(no_state / "file" / "b"))
-    with written_down(record()):
+    with recorded(record()):
         assert deployments() == []
     assert "nothing is kept after this run" in caplog.text
     with pytest.raises(ValueError, match=r"needs a folder for its record and log.*XDG_STATE_HOME"):
@@ -60,9 +60,9 @@ def test_a_disk_that_becomes_full_costs_a_warning(tmp_path, monkeypatch, caplog)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.link", full)
-    with written_down(record()):
+    with recorded(record()):
         assert deployments() == []
-    assert "deployment 'one' is not written down" in caplog.text
+    assert "deployment 'one' is not recorded" in caplog.text
     assert "http://127.0.0.1:1" in caplog.text
     assert list(paths.deployments_dir().iterdir()) == []
 
@@ -72,6 +72,6 @@ def test_a_damaged_record_keeps_nobody_from_the_name(tmp_path, monkeypatch) -> N
     paths.deployments_dir().mkdir(parents=True)
     (paths.deployments_dir() / "one.json").write_text("{")
     assert deployments() == []
-    with written_down(record()):
+    with recorded(record()):
         assert find_deployment("one") == record()
     assert deployments() == []

@@ -10,7 +10,7 @@ import pytest
 
 from fastgen_jax import EngineConfig, Pipeline, SamplingParams
 from fastgen_jax.api import options
-from fastgen_jax.api.options import asked, sampling_params
+from fastgen_jax.api.options import generation_of, sampling_params
 from fastgen_jax.engine import option_names
 from fastgen_jax.engine.config import resolve
 from fastgen_jax.engine.generation import DEFAULTS
@@ -119,7 +119,7 @@ def with_defaults(**defaults):
 def params_of(given, **defaults):
     model = tiny_model()[1]
     intake = Intake(None, model, resolve(EngineConfig(num_blocks=64, generation_config=defaults), model))
-    return asked(intake, None, given).params
+    return generation_of(intake, None, given).params
 
 
 def test_the_models_defaults_hold_for_options_that_are_left_out_or_none():
@@ -172,7 +172,7 @@ def tokens_of_greedy(engine):
         ("vllm", "choose 'auto' .*, 'none', or give defaults"),
         ({"temprature": 1}, "has 'temprature', but defaults can be set for .*; did you mean 'temperature'?"),
         ({"top_p": 0}, r"top_p is 0; it must be in \(0, 1\]"),
-        ('{"temperature"', "which is no JSON"),
+        ('{"temperature"', "which is not JSON"),
         (5, "generation_config is 5; choose"),
     ],
 )
@@ -201,7 +201,7 @@ def test_an_answer_without_a_limit_ends_at_the_default_and_says_so_once(pipe, ca
         assert len(list(pipe.stream([5, 6], **GREEDY))) == 9
     (record,) = caplog.records
     assert record.getMessage() == (
-        "an answer was cut off after 9 tokens, the limit of the default; give max_new_tokens=... for another (said once)"
+        "an answer was cut off after 9 tokens, the limit of the default; give max_new_tokens=... to change it (shown once)"
     )
 
 
@@ -239,6 +239,6 @@ def test_a_default_limit_gives_way_to_what_fits_and_a_full_context_is_said(setti
     assert response.generated_length == room
     (record,) = caplog.records
     assert (
-        f"behind a prompt of 2 tokens there was room for {room}; give a shorter prompt, or start with a larger {name}"
+        f"after a prompt of 2 tokens there was room for {room}; give a shorter prompt, or start with a larger {name}"
         in record.getMessage()
     )

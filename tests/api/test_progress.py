@@ -41,7 +41,7 @@ def test_the_bar_moves_with_tokens_and_answers_and_an_early_end_takes_the_rest_o
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Progress([10, 20], show=None) as bar:
         assert "answered 0 of 2:   0%" in sys.stderr.getvalue()  # before anything has come
-        assert "reading prompts" in sys.stderr.getvalue()
+        assert "computing prompts" in sys.stderr.getvalue()
         bar.add(0, output(5, 6, 7))
         assert (bar._bar.n, bar._bar.total) == (3, 30)
         bar.add(1, output(8))
@@ -54,7 +54,7 @@ def test_the_bar_moves_with_tokens_and_answers_and_an_early_end_takes_the_rest_o
 
 
 def test_the_clock_goes_on_while_a_prompt_is_read(monkeypatch):
-    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.001)
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Progress([10], show=None) as bar:
         refreshed = bar._bar.refresh
@@ -81,13 +81,13 @@ def test_a_call_shows_its_bar_on_a_terminal_and_not_in_a_pipe_unless_asked(num_p
         assert (f"{4 * num_prompts}/{4 * num_prompts}" in stream.getvalue()) == stays
 
 
-def test_a_notebook_is_watched_though_its_standard_error_is_no_terminal(monkeypatch):
+def test_a_notebook_is_interactive_though_its_standard_error_is_no_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     shell = types.SimpleNamespace(config={"IPKernelApp": {}})
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
-    assert progress.is_watched()
+    assert progress.is_interactive()
     shell.config = {}  # IPython in a terminal whose standard error goes elsewhere
-    assert not progress.is_watched()
+    assert not progress.is_interactive()
 
 
 def test_what_takes_long_at_the_start_draws_no_bar_into_a_file(capsys, caplog):

@@ -17,7 +17,7 @@ MOONCAKE = """{"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_i
 """
 
 
-def test_a_closed_loop_has_fastgens_lengths() -> None:
+def test_a_closed_loop_has_the_lengths_of_fastgen() -> None:
     load = closed_loop(4, num_requests=512, mean_prompt=2600, mean_output=60)
     assert (len(load.requests), len(load.warmup), len(load.stagger)) == (512, 4, 4)
     draws = np.random.default_rng(42).normal(2600, 780, 516)
@@ -35,7 +35,7 @@ def test_scaled_lengths_keep_their_proportions() -> None:
 
 
 @pytest.mark.parametrize("gap_cv", [1.0, 3.0])
-def test_an_open_loop_has_the_rate_and_the_variation_that_were_asked_for(gap_cv: float) -> None:
+def test_an_open_loop_has_the_requested_rate_and_variation(gap_cv: float) -> None:
     load = open_loop(4.0, num_requests=20_000, mean_prompt=8, mean_output=8, gap_cv=gap_cv)
     gaps = np.diff([r.arrival for r in load.requests])
     # The relative error of the mean of n gaps is cv / sqrt(n): 2% for the larger variation; four times that is safe.
@@ -43,14 +43,14 @@ def test_an_open_loop_has_the_rate_and_the_variation_that_were_asked_for(gap_cv:
     assert gaps.std() / gaps.mean() == pytest.approx(gap_cv, rel=0.1)
 
 
-def test_an_azure_trace_is_read_with_its_times(tmp_path: Path) -> None:
+def test_an_azure_trace_is_read_with_its_arrival_times(tmp_path: Path) -> None:
     (tmp_path / "azure.csv").write_text(AZURE)
     load = read_trace(tmp_path / "azure.csv", speed=2.0, max_context_len=4096)
     assert [r.arrival for r in load.requests] == pytest.approx([0, 4.314579 / 2, 4.541877 / 2])
     assert [(r.num_prompt_tokens, r.max_new_tokens) for r in load.requests] == [(374, 44), (396, 109), (4041, 55)]
 
 
-def test_a_mooncake_trace_shares_prefixes_where_its_hashes_are_equal(tmp_path: Path) -> None:
+def test_a_mooncake_trace_shares_prefixes_where_hashes_are_equal(tmp_path: Path) -> None:
     (tmp_path / "mooncake.jsonl").write_text(MOONCAKE)
     load = read_trace(tmp_path / "mooncake.jsonl", length_scale=0.5)
     first, second = (load.prompt_ids(r, vocab_size=1000) for r in load.requests)
@@ -61,7 +61,7 @@ def test_a_mooncake_trace_shares_prefixes_where_its_hashes_are_equal(tmp_path: P
     assert load.requests[1].max_new_tokens == 1
 
 
-def test_prompts_of_different_requests_have_nothing_in_common() -> None:
+def test_prompts_of_different_requests_differ_and_are_reproducible() -> None:
     load = closed_loop(1, num_requests=2, mean_prompt=50, mean_output=4)
     first, second = (load.prompt_ids(r, vocab_size=5000) for r in load.requests)
     assert first[:8] != second[:8]
@@ -69,9 +69,9 @@ def test_prompts_of_different_requests_have_nothing_in_common() -> None:
     assert min(first) >= 256
 
 
-def test_what_is_no_load_is_refused(tmp_path: Path) -> None:
+def test_invalid_loads_and_traces_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"other.csv is no trace: KeyError\('TIMESTAMP'\)"):
+    with pytest.raises(ValueError, match=r"other.csv is not a trace: KeyError\('TIMESTAMP'\)"):
         read_trace(tmp_path / "other.csv")
     (tmp_path / "empty.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n")
     with pytest.raises(ValueError, match="has 0 requests"):

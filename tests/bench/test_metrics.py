@@ -23,7 +23,7 @@ def times(*token_times: float, prompt: int = 512, start: float = 0.0, name: str 
     return RequestTimes(request_id=name, num_prompt_tokens=prompt, start=start, token_times=token_times)
 
 
-def test_tgt_starts_with_the_time_to_the_first_token_and_goes_on_with_gaps() -> None:
+def test_tgt_is_the_time_to_the_first_token_followed_by_gaps() -> None:
     request = times(3.0, 3.5, 4.5, start=1.0)
     assert request.tgt == (2.0, 0.5, 1.0)
     assert request.time_to_first_token == 2.0
@@ -32,12 +32,12 @@ def test_tgt_starts_with_the_time_to_the_first_token_and_goes_on_with_gaps() -> 
 
 def test_decode_rate_counts_tokens_after_the_first_arrival() -> None:
     assert times(1.0, 2.0, 3.0, 5.0).decode_rate == pytest.approx(3 / 4)
-    # Two tokens came first together: both belong to the prompt's step.
+    # Two tokens arrived first, together: both belong to the prompt's step.
     assert times(1.0, 1.0, 2.0, 3.0).decode_rate == pytest.approx(2 / 2)
     assert times(1.0, 1.0).decode_rate is None
 
 
-def test_a_run_is_summarized_by_hand_computed_figures() -> None:
+def test_a_summary_equals_figures_computed_by_hand() -> None:
     summary = summarize([times(1.0, 2.0, 4.0, 5.0, prompt=10), times(2.0, 3.0, 6.0, 10.0, prompt=20, name="b")])
     assert summary.wall == 10.0
     assert summary.output_rate == pytest.approx(0.8)
@@ -61,7 +61,7 @@ def test_requests_of_two_tokens_have_no_token_latency() -> None:
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40), st.integers(1, 30))
-def test_ewm_is_the_weighted_mean_that_its_definition_says(values: list[float], span: int) -> None:
+def test_ewm_equals_the_weighted_mean_of_its_definition(values: list[float], span: int) -> None:
     decay = 1 - 2 / (span + 1)
     for index, mean in enumerate(ewm_mean(values, span=span)):
         weights = [decay**age for age in range(index + 1)]
@@ -95,13 +95,13 @@ def test_one_request_has_no_token_latency_in_a_closed_loop() -> None:
     assert summarize_closed_loop([times(1.0, 2.0, 3.0, 4.0)], num_clients=1).token_latency_p50 is None
 
 
-def test_a_scaled_promise_gives_a_slower_machine_more_time() -> None:
+def test_a_lower_prompt_rate_allows_more_time_to_the_first_token() -> None:
     request = times(4.0, 4.1, prompt=512)
     assert not meets_promise(request, tokens_per_second=2)
     assert meets_promise(request, tokens_per_second=2, prompt_rate=128)
 
 
-def test_the_promise_is_kept_only_if_every_smoothed_gap_is_shorter() -> None:
+def test_the_sla_is_met_only_if_every_smoothed_gap_is_shorter() -> None:
     # Smoothed gaps by hand for span 16: 0.5, then (0.6 + 15/17 * 0.5) / (1 + 15/17) = 0.553125.
     request = times(0.5, 1.0, 1.6, prompt=512)
     assert ewm_mean(request.tgt[1:]) == pytest.approx([0.5, 0.553125])
@@ -109,18 +109,18 @@ def test_the_promise_is_kept_only_if_every_smoothed_gap_is_shorter() -> None:
     assert not meets_promise(request, tokens_per_second=1 / 0.5531)
 
 
-def test_a_request_of_one_token_only_has_to_be_in_time() -> None:
+def test_a_request_of_one_token_only_needs_its_first_token_in_time() -> None:
     assert meets_promise(times(0.9, prompt=512), tokens_per_second=8)
     assert not meets_promise(times(1.1, prompt=512), tokens_per_second=8)
 
 
-def test_a_late_first_token_breaks_the_promise() -> None:
+def test_a_late_first_token_violates_the_sla() -> None:
     on_time, late = times(1.0, 1.1, prompt=512), times(1.01, 1.1, prompt=512)
     assert meets_promise(on_time, tokens_per_second=2)
     assert not meets_promise(late, tokens_per_second=2)
 
 
-def test_one_long_gap_is_forgiven_by_the_cumulative_variant_only_after_a_head_start() -> None:
+def test_the_cumulative_variant_allows_a_long_gap_only_if_tokens_were_early() -> None:
     ahead = times(0.5, 0.6, 0.7, 0.8, 1.9, prompt=512)  # 1.1 s of silence, but 4 tokens in 1.4 s
     assert meets_promise(ahead, tokens_per_second=2, variant="cumulative")
     assert meets_promise(ahead, tokens_per_second=2)  # smoothed over 4 gaps: about 0.41 s
@@ -129,25 +129,30 @@ def test_one_long_gap_is_forgiven_by_the_cumulative_variant_only_after_a_head_st
     assert not meets_promise(behind, tokens_per_second=2)
 
 
-def test_effective_throughput_counts_only_promises_kept() -> None:
+def test_effective_throughput_counts_only_requests_that_met_the_sla() -> None:
     kept, broken = times(1.0, 1.2, 2.0), times(3.0, 3.1, 4.0, name="b")
     assert effective_throughput([kept, broken], tokens_per_second=1) == pytest.approx(1 / 4)
 
 
-def test_the_median_is_taken_figure_by_figure() -> None:
+def test_the_median_is_taken_of_each_figure() -> None:
     runs = [summarize([times(at, 2 * at, 3 * at, 4 * at)]) for at in (1.0, 4.0, 2.0)]
     assert asdict(median_summary(runs)) == pytest.approx(asdict(runs[2]))
 
 
-def test_a_worker_record_becomes_one_time_a_token() -> None:
+def test_times_can_be_counted_from_the_start_of_a_run() -> None:
+    shifted = times(3.0, 3.5, start=1.0).since(0.5)
+    assert (shifted.start, shifted.token_times) == (0.5, (2.5, 3.0))
+
+
+def test_a_worker_record_becomes_one_time_per_token() -> None:
     record = {"request_id": "r", "prompt_tokens": 3, "start": 0.5, "events": [[1.0, 1], [2.0, 3]], "token_ids": [1] * 4}
     assert RequestTimes.from_record(record).token_times == (1.0, 2.0, 2.0, 2.0)
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_invalid_measurements_are_rejected() -> None:
     with pytest.raises(ValueError, match="'a' has no tokens"):
         times()
-    with pytest.raises(ValueError, match="run backwards"):
+    with pytest.raises(ValueError, match="has decreasing token times"):
         times(2.0, 1.0)
     with pytest.raises(ValueError, match="there are 0 requests"):
         summarize([])

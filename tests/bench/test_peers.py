@@ -1,70 +1,35 @@
-"""Workers are tested with a fake engine: a real process that speaks the protocol and generates known tokens."""
+"""Workers, tested with a fake engine: a real process that follows the protocol and generates known tokens."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shlex
+import signal
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fastgen_jax.bench import offline
-from fastgen_jax.bench.__main__ import main
-from fastgen_jax.bench.machine import busy_seconds, describe, machine_to_itself
+from fastgen_jax.bench.machine import busy_seconds, describe, disturbance, machine_lock
 from fastgen_jax.bench.metrics import summarize
-from fastgen_jax.bench.peers import WORKERS, Peer, Worker
+from fastgen_jax.bench.peers import Peer, Worker
 from fastgen_jax.bench.workloads import make_workload
+from fastgen_jax.cli import main
 
-FAKE = """
-import os, sys, time
-sys.path.insert(0, {workers!r})
-from protocol import Timeline, serve
-
-def load(options):
-    print("noise of an engine on standard output")
-    if options.get("fail") == "load":
-        raise RuntimeError("no weights here")
-    def run(requests):
-        if options.get("fail") == "run":
-            os._exit(3)
-        end = time.process_time() + options.get("spin", 0)
-        while time.process_time() < end:
-            pass
-        while "until" in options and not os.path.exists(options["until"]):
-            time.sleep(0.01)
-        timeline = Timeline(requests)
-        for request in requests:
-            for i in range(request["max_new_tokens"] - options.get("missing", 0)):
-                timeline.add(request["request_id"], 0.25 * (i + 1), [request["prompt_token_ids"][0] + i])
-        return {{**timeline.result(), "pid": os.getpid()}}
-    return {{"engine": "fake", "version": "1", "options": options}}, run
-
-serve(load)
-"""
+FAKE = Path(__file__).parent / "programs" / "fake_worker.py"
 WORKLOAD = make_workload("tiny", num_requests=3, mean_prompt=6, mean_output=5, vocab_size=1000, spread=0.0)
 
 
-@pytest.fixture
-def fake(tmp_path: Path):
-    script = tmp_path / "fake_worker.py"
-    script.write_text(FAKE.format(workers=str(WORKERS)))
-
-    def make(name: str = "fake", **options: object) -> Peer:
-        return Peer(name=name, python=sys.executable, script=script, options=dict(options))
-
-    return make
+def fake(name: str = "fake", **options: object) -> Peer:
+    return Peer(name=name, python=sys.executable, script=FAKE, options=options)
 
 
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-
-
-def test_a_worker_is_given_the_requests_and_returns_times_and_tokens(fake) -> None:
+def test_a_worker_receives_requests_and_returns_times_and_tokens() -> None:
     with Worker(fake()) as worker:
         assert worker.description["engine"] == "fake"
         result = worker.run(WORKLOAD)
@@ -73,35 +38,32 @@ def test_a_worker_is_given_the_requests_and_returns_times_and_tokens(fake) -> No
     assert summarize(result.times).output_rate == pytest.approx(15 / 1.25)
 
 
-def test_a_worker_serves_many_rounds_in_one_process_and_rests_in_between(fake) -> None:
+def test_a_worker_runs_many_rounds_in_one_process_that_is_stopped_in_between() -> None:
     with Worker(fake()) as worker:
-        pids = {worker.run(WORKLOAD).extras["pid"] for _ in range(3)}
-        (pid,) = pids
-        if Path("/proc").exists():
-            for _ in range(1000):  # the signal was sent; the kernel has to act on it
-                if state_of(pid) == "T":
-                    break
-                time.sleep(0.01)
-            assert state_of(pid) == "T"  # stopped: it cannot disturb another engine's turn
-    assert not Path(f"/proc/{pid}").exists()
+        (pid,) = {worker.run(WORKLOAD).extras["pid"] for _ in range(3)}
+        status = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # waits for the kernel to stop it
+        assert status is not None
+        assert (status.si_code, status.si_status) == (os.CLD_STOPPED, signal.SIGSTOP)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
-def test_a_worker_that_cannot_load_is_reported_with_the_end_of_its_log(fake) -> None:
+def test_a_worker_that_cannot_load_is_reported_with_the_end_of_its_log() -> None:
     with pytest.raises(RuntimeError, match=r"the worker of fake ended(.|\n)*no weights here"), Worker(fake(fail="load")):
         pass
 
 
-def test_a_worker_that_dies_in_a_run_is_reported(fake) -> None:
+def test_a_worker_that_dies_during_a_run_is_reported() -> None:
     with Worker(fake(fail="run")) as worker, pytest.raises(RuntimeError, match="the worker of fake ended"):
         worker.run(WORKLOAD)
 
 
-def test_an_engine_that_stops_early_is_not_compared(fake) -> None:
+def test_an_engine_that_stops_early_is_not_compared() -> None:
     with Worker(fake(missing=1)) as worker, pytest.raises(RuntimeError, match="4 tokens for tiny-0 instead of 5"):
         worker.run(WORKLOAD)
 
 
-def test_engines_take_turns_and_every_run_is_recorded(fake, tmp_path: Path, capsys) -> None:
+def test_engines_are_interleaved_and_every_run_is_recorded(tmp_path: Path) -> None:
     results = tmp_path / "runs.jsonl"
     parser = argparse.ArgumentParser()
     offline.add_arguments(parser)
@@ -110,7 +72,7 @@ def test_engines_take_turns_and_every_run_is_recorded(fake, tmp_path: Path, caps
     records = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(record["round"], record["engine"]) for record in records] == [(1, "A"), (1, "B"), (2, "A"), (2, "B")]
     assert {record["output_rate"] for record in records} == {15 / 1.25}
-    table = offline.table(WORKLOAD, {name: runs[name, "tiny"] for name in ("A", "B")})
+    table = offline.comparison(WORKLOAD, {name: runs[name, "tiny"] for name in ("A", "B")})
     rows = [line for line in table if line.startswith(("| A", "| B"))]
     assert len(rows) == 2
     assert all(row.endswith("| 1.00 | 3/3 |") and "| 12.0 | 12.0-12.0 |" in row for row in rows)
@@ -123,45 +85,44 @@ def spin(cpu_seconds: float) -> None:
 
 
 def foreign_seconds(worker: Worker) -> tuple[float, float]:
-    """Processor seconds of others during a run, and of the whole machine: however busy it is, both are exact."""
+    """CPU seconds of other programs during a run, and of the whole machine; exact however busy the machine is."""
     busy, began = busy_seconds(), time.perf_counter()
     result = worker.run(WORKLOAD)
     return result.foreign_cores * (time.perf_counter() - began), busy_seconds() - busy
 
 
-def test_an_engines_own_work_is_not_taken_for_a_disturbance(fake) -> None:
+def test_an_engines_own_work_is_not_counted_as_a_disturbance() -> None:
     with Worker(fake(spin=0.5)) as worker:
         others, everything = foreign_seconds(worker)
     assert others <= everything - 0.4  # the clocks count in ticks of 10 ms and are not read at one instant
 
 
-def test_work_of_other_programs_is_noticed(fake, tmp_path: Path) -> None:
+def test_work_of_other_programs_is_measured(tmp_path: Path) -> None:
     done = tmp_path / "done"
+    os.mkfifo(done)
 
     def disturb() -> None:
         spin(0.5)
-        done.touch()
+        done.open("w").close()  # the worker's run ends
 
     with Worker(fake(until=str(done))) as worker:
-        threading.Thread(target=disturb).start()
+        threading.Thread(target=disturb, daemon=True).start()
         others, _ = foreign_seconds(worker)
     assert others >= 0.4
 
 
-def test_a_disturbed_run_is_marked(fake) -> None:
-    with Worker(fake()) as worker:
-        result = worker.run(WORKLOAD)
-    assert offline.disturbance(replace(result, foreign_cores=0.0)) == ""
-    assert "1.3 cores busy" in offline.disturbance(replace(result, foreign_cores=1.3))
+def test_a_disturbed_run_is_marked() -> None:
+    assert disturbance(0.0) == ""
+    assert "1.3 cores busy" in disturbance(1.3)
 
 
-def test_only_one_holds_an_exclusive_lock(tmp_path: Path) -> None:
+def test_an_exclusive_lock_excludes_others_and_a_shared_one_does_not(tmp_path: Path) -> None:
     import fcntl
 
     lock = tmp_path / "lock"
-    with machine_to_itself(lock, mode="exclusive"), lock.open() as other, pytest.raises(BlockingIOError):
+    with machine_lock(lock, mode="exclusive"), lock.open() as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    with machine_to_itself(lock, mode="shared"), lock.open() as other:
+    with machine_lock(lock, mode="shared"), lock.open() as other:
         fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
@@ -173,16 +134,32 @@ def test_only_one_holds_an_exclusive_lock(tmp_path: Path) -> None:
         (["--hf-python", "p"], "need --hf-model"),
         (["--llama-server", "s"], "at least one --gguf NAME=PATH"),
         (["--also", "dtype=bfloat16", "--vllm-python", "p", "--hf-model", "f"], "--also needs --model"),
-        (["--gguf", "nameless"], "--gguf is 'nameless'; write it as NAME=VALUE"),
         (["--workload", "custom", "--requests", "0"], "num_requests is 0"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_explained(argv: list[str], message: str, capsys) -> None:
-    assert main(["offline", *argv]) == 2
+def test_a_mistake_on_the_command_line_is_reported(argv: list[str], message: str, capsys) -> None:
+    assert main(["bench", "offline", *argv]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_process_groups_time_is_part_of_the_machines() -> None:
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--gguf", "nameless"], "argument --gguf: 'nameless' is not of the form NAME=VALUE"),
+        (["--option", "token_budgets=8"], "argument --option: unknown option 'token_budgets'; did you mean 'token_budget'?"),
+        (["--also", "dtype=bfloat16 quantise=int8"], "argument --also: unknown option 'quantise'; did you mean 'quantize'?"),
+    ],
+)
+def test_a_malformed_or_unknown_option_is_reported_with_its_flag(argv: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", "offline", *argv])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastgen bench offline: {message}")
+    assert error.count("\n") == 1
+
+
+def test_the_time_of_a_process_group_is_part_of_the_machines() -> None:
     before = busy_seconds(), busy_seconds(os.getpgrp())
     spin(0.3)
     after = busy_seconds(), busy_seconds(os.getpgrp())
@@ -194,26 +171,12 @@ def test_engines_are_sized_for_the_largest_workload() -> None:
     parser = argparse.ArgumentParser()
     offline.add_arguments(parser)
     arguments = parser.parse_args(
-        [
-            "--model",
-            "m",
-            "--option",
-            "token_budget=256",
-            "--option",
-            "quantize=int8",
-            "--vllm-python",
-            "v",
-            "--hf-python",
-            "h",
-            "--hf-model",
-            "folder",
-            "--llama-server",
-            "s",
-            "--gguf",
-            "F16=f.gguf",
-        ]
+        shlex.split(
+            "--model m --option token_budget=256 --option quantize=int8 "
+            "--vllm-python v --hf-python h --hf-model folder --llama-server s --gguf F16=f.gguf"
+        )
     )
-    peers = offline.choose_peers(arguments, [WORKLOAD], ggufs={"F16": "f.gguf"}, threads=2)
+    peers = offline.choose_peers(arguments, [WORKLOAD], threads=2)
     by_name = {peer.name: peer.options for peer in peers}
     assert list(by_name) == ["fastgen_jax", "vllm", "llama.cpp F16", "transformers static"]
     config = by_name["fastgen_jax"]["config"]
@@ -228,22 +191,13 @@ def test_engines_are_sized_for_the_largest_workload() -> None:
     assert (by_name["llama.cpp F16"]["slots"], by_name["llama.cpp F16"]["context_per_slot"]) == (3, 11)
 
 
-def test_this_engine_can_run_several_times_with_other_options() -> None:
+def test_this_engine_can_be_measured_with_several_sets_of_options() -> None:
     parser = argparse.ArgumentParser()
     offline.add_arguments(parser)
     arguments = parser.parse_args(
-        [
-            "--model",
-            "m",
-            "--option",
-            "token_budget=256",
-            "--also",
-            "dtype=bfloat16",
-            "--also",
-            "quantize=int8 token_budget=128",
-        ]
+        shlex.split("--model m --option token_budget=256 --also dtype=bfloat16 --also 'quantize=int8 token_budget=128'")
     )
-    peers = offline.choose_peers(arguments, [WORKLOAD], ggufs={}, threads=2)
+    peers = offline.choose_peers(arguments, [WORKLOAD], threads=2)
     names = ("dtype", "quantize", "token_budget")
     configs = {peer.name: {name: peer.options["config"].get(name) for name in names} for peer in peers}
     assert configs == {

@@ -10,7 +10,7 @@ from fastgen_jax.models.dense import dense_forward
 from tests.tiny import expected, tiny_engine, tiny_model
 
 
-def test_perplexity_is_that_of_the_dense_forward_over_windows_that_do_not_overlap():
+def test_perplexity_equals_the_dense_forward_over_disjoint_windows():
     tokens = expected()["token_ids"][:70]
     value, predicted = perplexity(tiny_engine(), [int(token) for token in tokens], window=30)
     params, model = tiny_model(stack_layers=True)
@@ -21,8 +21,8 @@ def test_perplexity_is_that_of_the_dense_forward_over_windows_that_do_not_overla
     assert value == pytest.approx(float(np.exp(loss.mean())), rel=1e-4)
 
 
-def test_a_text_that_holds_no_window_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="5 tokens hold no window of 30"):
+def test_a_text_without_a_whole_window_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="5 tokens contain no window of 30"):
         perplexity(tiny_engine(), [1, 2, 3, 4, 5], window=30)
-    with pytest.raises(ValueError, match="does not exist; pass a text file, or sotu"):
+    with pytest.raises(ValueError, match="does not exist; give a text file, or sotu"):
         read_text(str(tmp_path / "absent.txt"))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fastgen_jax.bench import policies
-from fastgen_jax.bench.__main__ import main
 from fastgen_jax.bench.results import read
+from fastgen_jax.cli import main
 from tests.tiny import tiny_engine
 
 LOAD = ["--prompt", "24", "--output", "24", "--max-prompt", "30", "--requests", "6", "--clients", "4"]
@@ -14,20 +14,31 @@ LOAD = ["--prompt", "24", "--output", "24", "--max-prompt", "30", "--requests", 
 
 @pytest.fixture
 def options(monkeypatch) -> list[dict]:
-    """What each engine of a run was asked to be; they are tiny ones."""
-    asked: list[dict] = []
+    """The options requested for each engine of a run, which is replaced by a tiny one."""
+    requested: list[dict] = []
 
     def make_engine(args, **given):
-        asked.append(given)
+        requested.append(given)
         return tiny_engine(prefix_caching=False, num_blocks=64, policy=given["policy"])
 
     monkeypatch.setattr(policies, "make_engine", make_engine)
-    return asked
+    return requested
 
 
-def test_policies_take_turns_on_the_same_load_and_their_steps_are_kept(options, tmp_path: Path, capsys) -> None:
+def test_policies_are_interleaved_on_the_same_load_and_their_steps_are_recorded(options, tmp_path: Path, capsys) -> None:
     path = tmp_path / "runs.jsonl"
-    argv = ["policies", "--policies", "splitfuse", "prompts_first", *LOAD, "--generation-rates", "5", "-o", str(path)]
+    argv = [
+        "bench",
+        "policies",
+        "--policies",
+        "splitfuse",
+        "prompts_first",
+        *LOAD,
+        "--generation-rates",
+        "5",
+        "-o",
+        str(path),
+    ]
     assert main([*argv, "--whole-budget", "64"]) == 0
     first, second = read(path)
     assert (first.settings["policy"], second.settings["policy"]) == ("splitfuse", "prompts_first")
@@ -38,16 +49,16 @@ def test_policies_take_turns_on_the_same_load_and_their_steps_are_kept(options, 
     kinds = [[{length == 1 for _, _, length in chunks} for _, _, _, chunks in run.steps] for run in (first, second)]
     assert [{True, False} in kind for kind in kinds] == [True, False]
     assert "effective throughput at 5 tokens/s" in capsys.readouterr().out
-    assert "token_budget" not in options[0], "SplitFuse has the budget of the engine"
-    # Generation alone has a step of its own size, and no step is more than half empty.
+    assert "token_budget" not in options[0], "SplitFuse keeps the budget of the engine"
+    # The smallest step fits generation alone, and no step is more than half empty.
     assert (options[1]["token_budget"], options[1]["budget_ladder"]) == (64, (4, 8, 16, 32))
 
 
-def test_the_steps_of_whole_prompts_are_as_asked(options) -> None:
-    assert main(["policies", "--policies", "orca", *LOAD, "--whole-ladder", "4", "16", "100"]) == 0
+def test_the_step_sizes_of_whole_prompts_can_be_given(options) -> None:
+    assert main(["bench", "policies", "--policies", "orca", *LOAD, "--whole-ladder", "4", "16", "100"]) == 0
     assert (options[0]["token_budget"], options[0]["budget_ladder"]) == (30, (4, 16))
 
 
-def test_a_budget_that_cuts_whole_prompts_is_refused(options, capsys) -> None:
-    assert main(["policies", "--policies", "orca", *LOAD, "--whole-budget", "20"]) == 2
-    assert "--whole-budget is 20, but a prompt has 30 tokens; raise it to that" in capsys.readouterr().err
+def test_a_budget_that_would_split_prompts_is_rejected(options, capsys) -> None:
+    assert main(["bench", "policies", "--policies", "orca", *LOAD, "--whole-budget", "20"]) == 2
+    assert "--whole-budget is 20, but a prompt has 30 tokens; use at least that" in capsys.readouterr().err

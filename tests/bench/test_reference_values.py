@@ -1,4 +1,4 @@
-"""The stored reference values are complete and agree with themselves."""
+"""The stored reference values are complete and consistent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def reference() -> dict:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def test_every_generation_has_64_tokens_with_their_scores(reference: dict) -> None:
+def test_every_generation_has_64_tokens_with_scores(reference: dict) -> None:
     assert len(reference["generations"]) == 24
     for entry in reference["generations"]:
         assert len(entry["token_ids"]) == len(entry["logprobs"]) == len(entry["top2_gaps"]) == 64, entry["name"]
         assert max(entry["logprobs"]) <= 0
-        assert min(entry["top2_gaps"]) > 0, "an exact tie has no right answer: change the prompt"
+        assert min(entry["top2_gaps"]) > 0, "an exact tie has no right answer; change the prompt"
 
 
 def test_prompts_range_from_one_token_to_hundreds(reference: dict) -> None:
@@ -37,7 +37,7 @@ def test_prompt_scores_cover_every_token_but_the_first(reference: dict) -> None:
         assert all(value < 0 for value in rest)
 
 
-def test_chat_prompts_end_where_the_assistant_begins(reference: dict) -> None:
+def test_chat_prompts_end_where_the_assistant_starts(reference: dict) -> None:
     assert len(reference["chats"]) == 3
     for chat in reference["chats"]:
         assert chat["prompt"] == chat["without_generation_prompt"] + "<|im_start|>assistant\n"

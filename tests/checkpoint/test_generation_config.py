@@ -108,7 +108,7 @@ def test_what_is_not_supported_is_said(caplog):
         assert defaults_of_model({"num_beams": 4, "suppress_tokens": [1], "temperature": 0.5}, "there") == (
             ("temperature", 0.5),
         )
-    assert "there asks for what is not supported, and is left out: num_beams=4, suppress_tokens=[1]" in caplog.text
+    assert "there has options that are not supported and are ignored: num_beams=4, suppress_tokens=[1]" in caplog.text
 
 
 def test_a_value_out_of_range_is_refused_with_the_way_around_it(source):

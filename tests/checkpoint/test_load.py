@@ -139,7 +139,7 @@ def test_a_tied_checkpoint_may_repeat_the_embedding_but_not_contradict_it(tmp_pa
 
 
 def test_progress_shows_a_bar_only_when_asked(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    monkeypatch.setattr(progress, "is_interactive", lambda: True)
     write_hf(tmp_path)
     load_params(open_checkpoint(tmp_path), dtype=jnp.float32, progress=False)
     assert capsys.readouterr().err == ""

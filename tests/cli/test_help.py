@@ -1,4 +1,4 @@
-"""What `--help` says, and how flags are read."""
+"""The text of `--help`, and how flags are parsed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal, get_type_hints
 
 import pytest
 
 import fastgen_jax
 from fastgen_jax.cli import COMMANDS, main, make_parser
-from fastgen_jax.cli.options import add_fields, flag_form, given_options
 from fastgen_jax.cli.parser import Parser
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.flags import add_fields, flag_form, given_options, name_value
 from fastgen_jax.scheduling import POLICIES, SamplingParams
 from fastgen_jax.serving.settings import ServerConfig
 
@@ -38,7 +39,7 @@ def leaves(parser: Parser) -> Iterator[Parser]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_has_a_word_of_help_and_says_its_default(command: str) -> None:
+def test_every_flag_has_help_that_states_its_default(command: str) -> None:
     for parser in leaves(parser_of(command)):
         text = " ".join(parser.format_help().split())
         for action in parser._actions:
@@ -46,14 +47,14 @@ def test_every_flag_has_a_word_of_help_and_says_its_default(command: str) -> Non
             words = " ".join(parser._get_formatter()._expand_help(action).split())
             takes_value = action.nargs != 0 or isinstance(action, argparse.BooleanOptionalAction)
             if action.option_strings and takes_value and not action.required:
-                assert "default" in words.lower(), f"{parser.prog} {action.option_strings} does not say its default"
-                assert f"{words} (default" not in text  # it is said once
+                assert "default" in words.lower(), f"{parser.prog} {action.option_strings} does not state its default"
+                assert f"{words} (default" not in text  # stated once
             for choice in action.choices or ():
                 assert str(choice) in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_printed_and_ends_well(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_printed_and_exits_with_0(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
@@ -62,24 +63,15 @@ def test_help_is_printed_and_ends_well(command: str, capsys: pytest.CaptureFixtu
     assert "\x1b" not in printed
 
 
-def test_help_and_version_take_no_jax() -> None:
-    code = """
-import sys
-from fastgen_jax.cli import main
-for flag in ("--version", "--help"):
-    try:
-        main([flag])
-    except SystemExit as left:
-        assert left.code == 0
-print(sorted(name for name in ("jax", "numpy", "tqdm") if name in sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_help_and_version_do_not_import_jax() -> None:
+    program = Path(__file__).parent / "programs" / "imports_of_help.py"
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert (lines[0], lines[-1]) == (f"fastgen_jax {fastgen_jax.__version__}", "[]"), done.stderr
     assert all(any(line.split()[:1] == [command] for line in lines) for command in COMMANDS)
 
 
-def test_an_environments_keys_are_not_shown_as_a_default(
+def test_keys_from_the_environment_are_not_shown_as_a_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FASTGEN_SERVER_KEYS", "sesame")
@@ -91,28 +83,9 @@ def given(command: str, *argv: str) -> dict[str, object]:
     return given_options({name: value for name, value in options.items() if name not in ("command", "run")})
 
 
-def test_flags_are_read_as_their_fields_are_typed() -> None:
-    assert given(
-        "generate",
-        "hello",
-        "--stop",
-        "a",
-        "b",
-        "--stop",
-        "c",
-        "--stop-token-ids",
-        "5",
-        "6",
-        "--no-overlap",
-        "--max-new-tokens",
-        "7",
-        "--top-p",
-        "0.5",
-        "--no-stack-layers",
-        "--budget-ladder",
-        "16",
-        "32",
-    ) == {
+def test_flags_are_parsed_as_their_fields_are_typed() -> None:
+    flags = "--stop a b --stop c --stop-token-ids 5 6 --no-overlap --max-new-tokens 7 --top-p 0.5 --no-stack-layers"
+    assert given("generate", "hello", *flags.split(), "--budget-ladder", "16", "32") == {
         "prompts": ("hello",),
         "chat": False,
         "model": "smollm2-135m-instruct",
@@ -124,19 +97,44 @@ def test_flags_are_read_as_their_fields_are_typed() -> None:
         "stack_layers": False,
         "budget_ladder": (16, 32),
     }
-    assert given("generate", "--stop-token-ids", "5", "--", "a prompt")["prompts"] == ("a prompt",)
+    one = given("generate", "--stop-token-ids", "5", "--", "a prompt")
+    assert (one["stop_token_ids"], one["prompts"]) == ((5,), ("a prompt",))
+
+
+def test_flags_that_were_not_given_are_not_options() -> None:
+    assert given("generate") == {"prompts": (), "chat": False, "model": "smollm2-135m-instruct"}
+    options = vars(make_parser(["serve"]).parse_args(["serve", "m", "--port", "0", "--token-budget", "8"]))
+    assert given_options(options, EngineConfig) == {"token_budget": 8}
+    assert given_options(options, ServerConfig) == {"port": 0}
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [("a=5", 5), ("a=[1, 2]", (1, 2)), ("a=true", True), ("a=null", None), ("a=int8", "int8"), ("a=b=c", "b=c")],
+)
+def test_a_value_is_json_or_text(pair: str, value: object) -> None:
+    assert name_value(pair) == ("a", value)
+
+
+@pytest.mark.parametrize("pair", ["a", "a=", "=5", ""])
+def test_a_setting_without_name_or_value_is_one_line_that_names_the_flag(
+    pair: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["batch", "in.jsonl", "out.jsonl", "--set", pair])
+    assert capsys.readouterr().err.startswith(f"fastgen batch: argument --set: {pair!r} is not of the form NAME=VALUE (")
 
 
 @pytest.mark.parametrize("cls", [EngineConfig, SamplingParams, ServerConfig])
-def test_every_field_that_text_can_express_is_a_flag_of_serve_or_generate(cls: type) -> None:
+def test_every_field_that_can_be_written_as_text_is_a_flag_of_serve_or_generate(cls: type) -> None:
     flags = {*parser_of("serve").flags(), *parser_of("generate").flags()}
     hints = get_type_hints(cls)
     expressed = {f.name for f in fields(cls) if flag_form(hints[f.name]) is not None}
     missing = {name for name in expressed if f"--{name.replace('_', '-')}" not in flags}
-    assert missing <= {"n", "logprobs", "prompt_logprobs"}  # generate prints one text a prompt
+    assert missing <= {"n", "logprobs", "prompt_logprobs"}  # generate prints one text per prompt
 
 
-def test_choices_are_those_that_the_engine_knows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_choices_are_those_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
     policy = next(action for action in parser_of("serve")._actions if action.dest == "policy")
     assert set(policy.choices or ()) == set(POLICIES)
     with pytest.raises(SystemExit) as left:
@@ -148,7 +146,7 @@ def test_choices_are_those_that_the_engine_knows(capsys: pytest.CaptureFixture[s
 
 
 @dataclass(kw_only=True)
-class _Everything:
+class _Example:
     count: int | None = None
     """How many of `share`. None: as many as there are, 100 %."""
     share: float = 0.5
@@ -159,7 +157,7 @@ class _Everything:
     kind: Literal["a", "b"] | Callable[[], int] = "a"
     """Which."""
     secret: str = field(default_factory=lambda: "sesame")
-    """None: what the environment says."""
+    """None: from the environment."""
     hook: Callable[[], int] | None = None
     """Not from a terminal."""
     table: Mapping[str, int] = field(default_factory=dict)
@@ -168,12 +166,12 @@ class _Everything:
 
 def test_flags_come_from_annotations_and_docstrings() -> None:
     parser = Parser(prog="p")
-    add_fields(parser, _Everything, skip=("share",))
+    add_fields(parser, _Example, skip=("share",))
     text = " ".join(parser.format_help().split())
     assert "--count INT How many of --share. Default: as many as there are, 100 %." in text
     assert "--words STR [STR ...] Several. (default: none)" in text
     assert "--kind {a,b} Which. (default: a)" in text
-    assert "--secret STR Default: what the environment says." in text
+    assert "--secret STR Default: from the environment." in text
     assert set(parser.flags()) == {"-h", "--help", "--count", "--words", "--kind", "--secret"}
     assert vars(parser.parse_args([])) == {"count": None, "words": None, "kind": None, "secret": None}
 
@@ -181,15 +179,18 @@ def test_flags_come_from_annotations_and_docstrings() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["generate", "--max-tokens", "5"], "fastgen generate: '--max-tokens' is not known; did you mean --max-new-tokens?"),
-        (["bench", "serve", "--urls", "x"], "fastgen bench serve: '--urls' is not known; did you mean --url?"),
-        (["models", "llama"], "fastgen models: 'llama' is not known ("),
+        (
+            ["generate", "--max-tokens", "5"],
+            "fastgen generate: unknown argument '--max-tokens'; did you mean --max-new-tokens?",
+        ),
+        (["bench", "serve", "--urls", "x"], "fastgen bench serve: unknown argument '--urls'; did you mean --url?"),
+        (["models", "llama"], "fastgen models: unknown argument 'llama' ("),
         (["generat"], "fastgen: argument COMMAND: invalid choice: 'generat'"),
         (["serve"], "fastgen serve: the following arguments are required: MODEL"),
         ([], "fastgen: the following arguments are required: COMMAND"),
     ],
 )
-def test_a_misspelt_command_line_is_one_line_that_names_the_nearest(
+def test_a_misspelled_command_line_is_one_line_that_names_the_nearest(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:

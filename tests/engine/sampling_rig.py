@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgen_jax.engine import sampling
-from fastgen_jax.engine.sampler_state import SamplerState, init_state
-from fastgen_jax.engine.sampling import SampleOutput, SamplingBatch
-from fastgen_jax.engine.sampling_tables import SamplingTables, sampling_fields
+from fastgen_jax.engine.sampling import sampler as sampling
+from fastgen_jax.engine.sampling.sampler import SampleOutput
+from fastgen_jax.engine.sampling.state import SamplerState, init_state
+from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
 
 V = 200  # two pieces of a search, the second one partly filled
 S = 8

@@ -77,31 +77,11 @@ def entries(folder: Path, name: str = "") -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.rglob(f"{name}*-cache")}
 
 
-STRANGER = """
-import json, sys
-import jax, psutil
-from collections import Counter
-events = Counter()
-jax.monitoring.register_event_listener(lambda event, **kwargs: events.update([event]))
-from fastgen_jax.engine import memory
-held = bytearray(int(sys.argv[2]) << 20)
-held[::4096] = b"x" * len(held[::4096])
-# As if the machine had a hundredth of its memory, so that this small model's cache does not fit as a whole.
-system = memory.available
-memory.available = lambda: int(system() * float(sys.argv[1]))
-import fastgen_jax
-pipe = fastgen_jax.pipeline("sotu-1m", **json.loads(sys.argv[3]))
-config = pipe.engine.config
-print(json.dumps({"available": memory.available(), "num_blocks": config.num_blocks, "ladder": config.budget_ladder,
-    "text": pipe("The state of", max_new_tokens=5, do_sample=False)[0].generated_text,
-    "hits": events["/jax/compilation_cache/cache_hits"], "misses": events["/jax/compilation_cache/cache_misses"]}))
-"""
-
-
-def stranger(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a program of tests/engine/programs does in a process of its own, where warnings are errors."""
     variables = {name: value for name, value in os.environ.items() if name != "FASTGEN_CACHE_DIR"}
     variables |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", **environment}
-    command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
+    command = [sys.executable, "-W", "error", "-m", f"tests.engine.programs.{program}", *map(str, arguments)]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
@@ -116,7 +96,7 @@ def test_of_two_starts_with_other_memory_free_the_second_compiles_nothing(tmp_pa
     share = 200e6 / memory.available()
     runs = []
     for factor, megabytes in ((1.0, 0), (0.8, 200)):
-        done = stranger(STRANGER, factor * share, megabytes, json.dumps(options), FASTGEN_CACHE_DIR=str(tmp_path))
+        done = run("second_start", factor * share, megabytes, json.dumps(options), FASTGEN_CACHE_DIR=str(tmp_path))
         assert done.returncode == 0, done.stderr
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     first, second = runs
@@ -284,15 +264,6 @@ def test_measuring_again_what_was_given_is_refused() -> None:
         EngineConfig(token_budget=8, remeasure=True)
 
 
-FULL = """
-import logging, sys
-logging.basicConfig(level=logging.WARNING)
-import fastgen_jax
-pipe = fastgen_jax.pipeline("sotu-1m", token_budget=16, budget_ladder=())
-print(pipe("The state of", max_new_tokens=5, do_sample=False)[0].generated_text)
-"""
-
-
 @pytest.mark.slow
 def test_a_disk_of_64_kib_costs_a_warning_of_a_real_run(tmp_path) -> None:
     disk = tmp_path / "disk"
@@ -301,7 +272,7 @@ def test_a_disk_of_64_kib_costs_a_warning_of_a_real_run(tmp_path) -> None:
     if done.returncode:
         pytest.skip(f"mount is not permitted here: {done.stderr.strip()}")
     try:
-        done = stranger(FULL, XDG_CACHE_HOME=str(disk), XDG_STATE_HOME=str(disk), TMPDIR=str(disk), HOME=str(disk))
+        done = run("short_answer", XDG_CACHE_HOME=str(disk), XDG_STATE_HOME=str(disk), TMPDIR=str(disk), HOME=str(disk))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert done.returncode == 0, done.stderr
@@ -314,16 +285,6 @@ def own_memory_group() -> Path | None:
     for group, _ in memory._groups(Path("/")):
         return group if os.access(group, os.W_OK) else None
     return None
-
-
-LIMITED = """
-import json, os, sys
-with open(sys.argv[1] + "/cgroup.procs", "w") as file:
-    file.write(str(os.getpid()))
-import psutil, fastgen_jax
-engine = fastgen_jax.Engine.from_pretrained("sotu-1m", token_budget=16, budget_ladder=(), max_num_seqs=512)
-print(json.dumps([engine.config.num_blocks, psutil.virtual_memory().available]))
-"""
 
 
 @pytest.mark.slow
@@ -341,7 +302,7 @@ def test_in_a_control_group_the_cache_takes_a_quarter_of_what_the_limit_leaves(t
         if not names:
             pytest.skip("the groups that can be made here have no limit for memory")
         names[0].write_text(str(limit))
-        done = stranger(LIMITED, group, FASTGEN_CACHE_DIR=str(tmp_path))
+        done = run("limited_memory", group, FASTGEN_CACHE_DIR=str(tmp_path))
     finally:
         group.rmdir()
     assert done.returncode == 0, done.stderr

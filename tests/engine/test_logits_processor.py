@@ -24,7 +24,7 @@ def engine_with(processor) -> Engine:
 def counting_up(logits, rows):
     """Only the token after the last one is left, or at positions that are multiples of 4 what the seed says."""
     wanted = jnp.where(rows.positions % 4 == 0, (rows.seeds % 96).astype(jnp.int32), (rows.last_tokens + 1) % 96)
-    return jnp.where(jnp.arange(logits.shape[1]) == wanted[:, None], logits, -jnp.inf)
+    return jnp.where(jnp.arange(logits.shape[1])[None, :] == wanted[:, None], logits, -jnp.inf)
 
 
 def counted_up(prompt, seed, count):

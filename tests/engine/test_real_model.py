@@ -13,6 +13,9 @@ from fastgen_jax import Engine, Pipeline, SamplingParams
 from pallas_kernels import native
 from tests.tiny import drain, greedy, tokens_of
 
+# Each has a twin on a tiny model, in test_engine.py and tests/api.
+pytestmark = pytest.mark.slow
+
 REFERENCE = json.loads((Path(__file__).parent.parent / "reference" / "smollm2_greedy.json").read_text())
 GENERATIONS = REFERENCE["generations"]
 # Float32 through 30 layers, added up in another order than torch does; a quarter of what the reference promises.
@@ -68,7 +71,6 @@ def test_prompt_logprobs_equal_those_of_transformers(engine):
         np.testing.assert_allclose([entry.logprob for entry in got], item["logprobs"][1:], atol=LOGPROB_TOLERANCE)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastgen_jax import SamplingParams
-from fastgen_jax.engine.sampler_state import init_state, reset_slot, set_masks
+from fastgen_jax.engine.sampling.state import init_state, reset_slot, set_masks
 from tests.engine.sampling_rig import R, S, V, batch_of, run, sampling_rows, views_of
 from tests.engine.test_sampling import kept_tokens, softmax
 from tests.tiny import drain, greedy, tiny_engine

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgen_jax.engine import sampling
-from fastgen_jax.engine.random_bits import random_bits
-from fastgen_jax.engine.sampling import SamplingBatch
+from fastgen_jax.engine.sampling import sampler as sampling
+from fastgen_jax.engine.sampling.random_bits import random_bits
+from fastgen_jax.engine.sampling.tables import SamplingBatch
 from tests.engine.sampling_rig import R, V, batch_of, run, sampling_rows, views_of
 
 # Probabilities are float32 and top-p's limit is a product of such: either side is right within this distance.

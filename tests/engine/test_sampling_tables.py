@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastgen_jax.engine.sampling_tables import SamplingBatch, SamplingTables, sampling_fields, validate
+from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields, validate
 from fastgen_jax.scheduling.request import SamplingParams
 
 V, S, R = 100, 4, 6

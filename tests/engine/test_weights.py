@@ -70,7 +70,7 @@ def without(params: Any, *path: Any) -> Any:
         (lambda p, m: {**p, "layers": ()}, r"a tuple of \d dicts"),
         (lambda p, m: without(p, "final_norm"), r"params\['final_norm'\] \[\d+\] is missing"),
         (lambda p, m: without(p, "layers", "qkv"), r"params\['layers'\]\['qkv'\] \[.*\] is missing"),
-        (lambda p, m: {**p, "bias": p["final_norm"]}, r"params\['bias'\] is none of the weights of this model"),
+        (lambda p, m: {**p, "bias": p["final_norm"]}, r"params\['bias'\] is not a weight of this model"),
         (lambda p, m: {**p, "embed": p["embed"].T}, r"params\['embed'\] has shape .* but this model has"),
         (lambda p, m: {**p, "embed": "x"}, r"params\['embed'\] is a str, but must be an array"),
         (lambda p, m: {**p, "embed": p["embed"].astype(jnp.int32)}, r"params\['embed'\] has dtype int32"),

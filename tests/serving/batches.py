@@ -1,4 +1,4 @@
-"""A server that answers batches at once, and the files of a batch."""
+"""A fake server for batches, and helpers for the files of a batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOOD = {"custom_id": "good", "method": "POST", "url": "/v1/completions", "body":
 
 
 class Echo(httpx.AsyncBaseTransport):
-    """Answers each request by its own body; a prompt of three digits is the status, any other gets 200."""
+    """Answers each request with its own body; a prompt of three digits is the status, otherwise it is 200."""
 
     def __init__(self):
         self.bodies = []

@@ -11,7 +11,7 @@ from tests.tiny import HOME
 
 
 def write_checkpoint(path: Path) -> Path:
-    """The tiny Llama of the reference values, with the tokenizer of `house`: a token a character."""
+    """The tiny Llama of the reference values, with the tokenizer of `tiny_server`: one token per character."""
     path.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(HOME / "default" / name, path / name)

@@ -15,14 +15,14 @@ from tests.serving.tiny_server import MODEL, engine
 
 @pytest.fixture(scope="module")
 def url():
-    """A server on a real socket, in a thread of this process; no key is asked for."""
+    """The URL of a server on a real socket, in a thread of this process, without an API key."""
     backend = AsyncEngine(engine())
     server = uvicorn.Server(
         uvicorn.Config(create_app(ServerState(ServedModel(name=MODEL, deployment=MODEL), backend)), log_config=None)
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    listener.listen()  # from here on nobody is turned away
+    listener.listen()  # from here on connections are accepted
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""`fastgen batch`: every line answered exactly once, whatever happened before."""
+"""`fastgen batch`: every line is answered exactly once, after failures and kills too."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 
-from fastgen_jax.api.deployment import Deployment, process_start, written_down
+from fastgen_jax.api.deployment import Deployment, process_start, recorded
 from fastgen_jax.cli import main
 from fastgen_jax.serving import batch
 from fastgen_jax.serving.batch import Batch, run_batch
@@ -29,7 +28,7 @@ def text_of(answer: dict) -> str:
     return answer["response"]["body"]["choices"][0]["text"]
 
 
-def test_all_forms_of_lines_are_answered_and_wrong_ones_say_why(tmp_path):
+def test_all_forms_of_lines_are_answered_and_invalid_ones_say_why(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [
         json.dumps({"prompt": "Plain object"}),
@@ -60,12 +59,12 @@ def test_all_forms_of_lines_are_answered_and_wrong_ones_say_why(tmp_path):
     assert got[4]["response"]["body"]["usage"]["completion_tokens"] <= 2
     assert "url is '/v1/images'" in got[6]["error"]["message"]
     assert got[7]["response"]["status_code"] == 400
-    assert "needs 'body'" in got[8]["error"]["message"]
+    assert "requires 'body'" in got[8]["error"]["message"]
     assert (result.answered, result.failed) == (8, 3)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30])
-def test_a_batch_goes_on_where_it_was_killed(tmp_path, cut):
+def test_a_batch_continues_after_a_kill(tmp_path, cut):
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     prompts = write_prompts(source, 12)
 
@@ -73,8 +72,8 @@ def test_a_batch_goes_on_where_it_was_killed(tmp_path, cut):
         return with_server(lambda http, _: run_batch(http, source, target, model=MODEL, options=OPTIONS, concurrency=3))
 
     run()
-    whole = target.read_bytes().splitlines(keepends=True)
-    target.write_bytes(b"".join(whole[:5]) + whole[5][:cut])  # as a kill in the middle of a write leaves it
+    lines = target.read_bytes().splitlines(keepends=True)
+    target.write_bytes(b"".join(lines[:5]) + lines[5][:cut])  # as a kill during a write leaves it
     result = run()
     assert (result.resumed, result.answered) == (5, 7)
     got = answers(target)
@@ -84,7 +83,7 @@ def test_a_batch_goes_on_where_it_was_killed(tmp_path, cut):
     assert run().answered == 0
 
 
-def test_inputs_are_read_as_they_are_needed(tmp_path):
+def test_inputs_are_read_only_when_they_are_needed(tmp_path):
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     write_prompts(source, 3000)
     answered, most_open = 0, 0
@@ -110,7 +109,7 @@ def test_inputs_are_read_as_they_are_needed(tmp_path):
     assert len(answers(target)) == 3000
 
 
-def test_a_busy_server_is_asked_again(tmp_path):
+def test_requests_to_a_busy_server_are_retried(tmp_path):
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     write_prompts(source, 2)
     replies = iter(
@@ -138,15 +137,15 @@ def test_a_busy_server_is_asked_again(tmp_path):
     assert answers(target)[0]["response"]["status_code"] == 200
 
 
-def test_lines_answered_by_an_error_fail_and_are_asked_again_the_next_time(tmp_path):
+def test_lines_answered_with_an_error_fail_and_are_sent_again_by_the_next_run(tmp_path):
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("fine\n404\n500\nalso fine\n")
     first = run(source, target)
     assert (first.answered, first.failed) == (4, 2)
     assert "HTTP 404" in " ".join(first.failures)
-    again = run(source, target)  # they still fail, and so does the batch
+    again = run(source, target)  # they still fail
     assert (again.resumed, again.answered, again.failed) == (2, 2, 2)
-    source.write_text("fine\nmended\n500\nalso fine\n")
+    source.write_text("fine\nfixed\n500\nalso fine\n")
     last = run(source, target)
     assert (last.resumed, last.answered, last.failed) == (2, 2, 1)
     assert sorted(answers(target)) == [0, 1, 2, 3]
@@ -168,7 +167,7 @@ def test_answers_that_are_not_json_and_texts_that_are_not_utf8_do_not_end_the_ba
     assert got[1]["response"]["body"] == "<html>"
 
 
-def test_a_file_that_is_no_output_is_not_touched(tmp_path):
+def test_a_file_that_is_not_an_output_is_left_unchanged(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_bytes(line())
     for text in ("my notes\nmore notes\n", "one line without an end", '{"id": "batch-7"}\n', '{"id": "else", "error": 1}\n'):
@@ -183,33 +182,33 @@ def test_a_file_that_is_no_output_is_not_touched(tmp_path):
         with pytest.raises(ValueError, match="is the input itself"):
             run(source, target)
     assert source.read_bytes() == line()
-    with pytest.raises(ValueError, match=r"the folder .*missing of the output does not exist; make it: mkdir -p"):
+    with pytest.raises(ValueError, match=r"the folder .*missing of the output does not exist; create it: mkdir -p"):
         run(source, tmp_path / "missing" / "out.jsonl")
     with pytest.raises(ValueError, match="is not a file"):
         run(source, tmp_path)
 
 
-def test_an_output_of_another_input_is_not_taken_for_done(tmp_path):
+def test_the_output_of_another_input_is_refused(tmp_path):
     source, other, target = tmp_path / "in.jsonl", tmp_path / "other.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(line() + b"\n" + line(custom_id="2"))
     run(source, target)
     for content in (line(custom_id="else") + b"\n" + line(custom_id="2"), line()):
         other.write_bytes(content)
-        with pytest.raises(ValueError, match="holds answers to another input"):
+        with pytest.raises(ValueError, match="has answers to another input"):
             run(other, target)
     assert run(source, target).answered == 0
 
 
-def test_two_batches_do_not_write_one_file(tmp_path):
+def test_two_batches_cannot_write_to_the_same_file(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(line() + b"\n" + line(custom_id="2", body={"prompt": "404"}))
-    for _ in range(2):  # the second time the output is made anew
+    for _ in range(2):  # the second run replaces the output
         with Batch(source, target), pytest.raises(ValueError, match="another batch is writing"):
             run(source, target)
         run(source, target)
 
 
-def test_a_full_disk_leaves_whole_answers_and_the_batch_goes_on_later(tmp_path):
+def test_a_full_disk_leaves_complete_answers_and_the_batch_continues_later(tmp_path):
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     write_prompts(source, 40)
 
@@ -220,21 +219,21 @@ def test_a_full_disk_leaves_whole_answers_and_the_batch_goes_on_later(tmp_path):
 
     resource = pytest.importorskip("resource")
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))  # the system refuses what goes beyond, as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))  # the system refuses to write more, as on a full disk
     try:
         with pytest.raises(ValueError, match=r"out\.jsonl cannot be written: .*run the same batch again"):
             asyncio.run(scenario())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    whole = answers(target)
-    assert 0 < len(whole) < 40
+    complete = answers(target)
+    assert 0 < len(complete) < 40
     result = run(source, target)
-    assert (result.resumed, result.answered) == (len(whole), 40 - len(whole))
+    assert (result.resumed, result.answered) == (len(complete), 40 - len(complete))
     assert sorted(answers(target)) == list(range(40))
 
 
-def test_a_server_that_is_gone_ends_the_batch_and_one_that_loads_does_not(tmp_path, monkeypatch):
+def test_a_missing_server_ends_the_batch_and_a_loading_one_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "GIVE_UP_SECONDS", 0.0)
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("a\nb\n")
@@ -251,7 +250,7 @@ def test_a_server_that_is_gone_ends_the_batch_and_one_that_loads_does_not(tmp_pa
     assert sorted(answers(target)) == [0]
 
 
-def test_one_line_that_the_server_never_answers_does_not_end_the_batch(tmp_path, monkeypatch):
+def test_a_line_that_the_server_never_answers_does_not_end_the_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "GIVE_UP_SECONDS", 3600.0)
     monkeypatch.setattr(batch, "LINE_SECONDS", 0.0)
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
@@ -262,16 +261,16 @@ def test_one_line_that_the_server_never_answers_does_not_end_the_batch(tmp_path,
 
 @pytest.fixture
 def deployed(url, tmp_path, monkeypatch):
-    """The server of this process, written down as a deployment."""
+    """The server of this process, registered as a deployment."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     record = Deployment(
         name=MODEL, model=MODEL, url=url, pid=os.getpid(), started=0.0, process_start=process_start(os.getpid()) or ""
     )
-    with written_down(record):
+    with recorded(record):
         yield MODEL
 
 
-def test_the_command_says_how_many_failed_and_so_does_its_exit_code(deployed, tmp_path, capsys):
+def test_the_command_reports_failures_and_its_exit_code_does_too(deployed, tmp_path, capsys):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"custom_id": str(i), "prompt": "Once", "max_tokens": 2} for i in range(3)]
     source.write_text(
@@ -287,7 +286,7 @@ def test_the_command_says_how_many_failed_and_so_does_its_exit_code(deployed, tm
     assert "\x1b" not in shown.err
     assert "\r" not in shown.err
     assert main(command) == 1
-    assert "0 answered, 2 failed, 3 had been answered before" in capsys.readouterr().out
+    assert "0 answered, 2 failed, 3 already answered before" in capsys.readouterr().out
     source.write_text("\n".join(json.dumps(entry) for entry in lines))
     assert main(command) == 0
 
@@ -301,7 +300,7 @@ def test_the_command_says_how_many_failed_and_so_does_its_exit_code(deployed, tm
         (("in.jsonl", "out.jsonl", "--deployment", "none"), "no deployment 'none' runs on this machine"),
     ],
 )
-def test_a_command_that_cannot_begin_says_why_in_one_line(deployed, tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_command_that_cannot_start_says_why_in_one_line(deployed, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("in.jsonl").write_bytes(line())
     assert main(["batch", *arguments]) == 2
@@ -312,7 +311,7 @@ def test_a_command_that_cannot_begin_says_why_in_one_line(deployed, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_the_command_goes_on_after_a_kill_and_an_interrupt_with_two_replicas(tmp_path, signal_number):
+def test_the_command_continues_after_a_kill_and_an_interrupt_with_two_replicas(tmp_path, signal_number):
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     checkpoint = write_checkpoint(tmp_path / "tiny")
     prompts = write_prompts(source, 2000)
@@ -348,16 +347,16 @@ def test_the_command_goes_on_after_a_kill_and_an_interrupt_with_two_replicas(tmp
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not target.exists() or target.read_bytes().count(b"\n") < 100:
-            assert process.poll() is None
-            time.sleep(0.02)
+            with pytest.raises(subprocess.TimeoutExpired):  # it is still running
+                process.wait(0.02)
         process.send_signal(signal_number)
         _, said = process.communicate(timeout=120)
     if signal_number == signal.SIGINT:
         assert process.returncode == 130, said
         (last,) = said.splitlines()
         assert last.startswith("2000 lines: ")
-        assert last.endswith(" are left; the same command goes on from there")
-    assert 100 <= target.read_bytes().count(b"\n") < 2000, "it was meant to be killed in the middle"
+        assert last.endswith(" remaining; run the same command to resume")
+    assert 100 <= target.read_bytes().count(b"\n") < 2000, "it ended before it was killed"
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     got = answers(target)

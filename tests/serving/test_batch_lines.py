@@ -1,4 +1,4 @@
-"""What the lines of a batch's input ask for, and what those that are not sound cost."""
+"""The lines of a batch's input: valid ones are sent, invalid ones cost one error each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ BAD_LINES = {
     "not UTF-8 in the id": (b'{"custom_id": "b\xe9d", "prompt": "x"}', "not UTF-8", "b\ufffdd"),
     "cut off": (b'{"custom_id": "bad", "method": "POST", "url": "/v1/comp', "not JSON", "bad"),
     "plain text": (b"Once upon a time", "not JSON", "1"),
-    "deep": (b'{"custom_id": "bad", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "inside one another", "bad"),
+    "deep": (
+        b'{"custom_id": "bad", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "nests objects or lists too deeply",
+        "bad",
+    ),
     "a list": (b"[1, 2, 3]", "the line is a list", "1"),
     "null": (b"null", "the line is null", "1"),
     "a number": (b"42", "the line is a number", "1"),
@@ -31,13 +35,13 @@ BAD_LINES = {
     "another method": (line(custom_id="bad", method="GET"), "method is 'GET'", "bad"),
     "a body that is text": (line(custom_id="bad", body="{}"), "body is a string", "bad"),
     "a stream": (line(custom_id="bad", body={"prompt": "x", "stream": True}), "stream=true", "bad"),
-    "a repeated id": (line(), "custom_id 'good' is that of batch-0 already", "good"),
+    "a repeated id": (line(), "custom_id 'good' is already used by batch-0", "good"),
     "an empty object": (b"{}", "this one has nothing", "1"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_costs_one_error_and_no_other_line(tmp_path, name):
+def test_an_invalid_line_costs_one_error_and_no_other_line(tmp_path, name):
     raw, message, custom_id = BAD_LINES[name]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(line() + b"\n" + raw + b"\n" + line(custom_id="last"))
@@ -53,10 +57,10 @@ def test_a_bad_line_costs_one_error_and_no_other_line(tmp_path, name):
     assert message in result.failures[0]
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_line(tmp_path):
+def test_byte_order_marks_and_windows_line_ends_are_not_part_of_a_line(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     bom = b"\xef\xbb\xbf"
-    source.write_bytes(bom + line() + b"\r\n\r\n  \r\n" + bom + line(custom_id="last"))  # as `cat` of two files leaves it
+    source.write_bytes(bom + line() + b"\r\n\r\n  \r\n" + bom + line(custom_id="last"))  # two files in one
     echo = Echo()
     assert run(source, target, echo).failed == 0
     assert {number: answer["custom_id"] for number, answer in answers(target).items()} == {0: "good", 3: "last"}
@@ -81,14 +85,14 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_line(tmp_path)
         ("a", b"", "text"),
     ],
 )
-def test_name_and_first_line_say_what_a_file_holds(tmp_path, name, content, form):
+def test_the_format_follows_from_the_name_or_the_first_line(tmp_path, name, content, form):
     path = tmp_path / name
     path.write_bytes(content)
     assert BatchInput(path).form == form
     assert BatchInput(path, form="text").form == "text"
 
 
-def test_in_a_file_of_plain_text_no_line_is_json_and_in_one_of_json_none_is_text(tmp_path):
+def test_every_line_of_a_file_has_the_same_format(tmp_path):
     lines = ["null", '{"prompt": "x"}', "42", '"quoted"', "{}"]
     source = tmp_path / "in"
     source.write_text("\n".join(lines))
@@ -104,11 +108,11 @@ def test_in_a_file_of_plain_text_no_line_is_json_and_in_one_of_json_none_is_text
         ("a.jsonl", '{"prompt": "x"}'.encode("utf-16"), "not text in UTF-8"),
         ("a.jsonl", '{"prompt": "x"}'.encode("utf-16-be"), "not text in UTF-8"),
         ("a.jsonl", b"\x1f\x8b\x08rest", "is compressed; unpack it first"),
-        ("a.json", b'[\n{"prompt": "x"}\n]\n', "is one list over many lines"),
-        ("a.txt", b'{"prompt": "x"}', "say --format jsonl, or --format text"),
+        ("a.json", b'[\n{"prompt": "x"}\n]\n', "is a single JSON list"),
+        ("a.txt", b'{"prompt": "x"}', "pass --format jsonl, or --format text"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused_whole(tmp_path, name, content, message):
+def test_a_file_that_is_not_lines_of_text_is_refused(tmp_path, name, content, message):
     source, target = tmp_path / name, tmp_path / "out.jsonl"
     source.write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -116,7 +120,7 @@ def test_a_file_that_cannot_be_read_is_refused_whole(tmp_path, name, content, me
     assert not target.exists()
 
 
-def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
+def test_an_overlong_line_is_not_read_completely(tmp_path, monkeypatch):
     monkeypatch.setattr("fastgen_jax.serving.batch_input.MAX_LINE", 1000)
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(line() + b"\n" + b"x" * 1001 + b"\n" + b"x" * 1_000_000 + b"\n" + line(custom_id="last"))
@@ -126,12 +130,12 @@ def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
     assert "the line is longer than" in got[2]["error"]["message"]
 
 
-def test_an_empty_file_is_done_at_once(tmp_path):
+def test_an_empty_file_is_done_immediately(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"")
     assert run(tmp_path / "in.jsonl", tmp_path / "out.jsonl").total == 0
 
 
-def test_model_and_options_fill_only_what_a_body_leaves_open(tmp_path):
+def test_model_and_options_fill_only_what_a_body_leaves_out(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_bytes(
         b"\n".join(

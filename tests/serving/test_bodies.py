@@ -1,4 +1,4 @@
-"""Bodies as clients send them: packed, without a type, with the wrong one; and names that would forge a line of the log."""
+"""Request bodies: compressed, without a content type or with a wrong one; and names that try to forge a log entry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 
-from fastgen_jax.serving.bodies import PIECE, unpacked
+from fastgen_jax.serving.bodies import PIECE, decompressed
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.logs import JsonFormatter, TextFormatter
 from tests.serving.tiny_server import MODEL, with_server
@@ -52,7 +52,7 @@ def error(response):
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("size", [1, 1000])
-def test_a_packed_body_is_read_as_the_plain_one(name, size):
+def test_a_compressed_body_is_read_like_an_uncompressed_one(name, size):
     encoding, data = PACKED[name]
 
     async def scenario(client, _):
@@ -66,7 +66,7 @@ def test_a_packed_body_is_read_as_the_plain_one(name, size):
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-def test_a_bomb_is_not_unpacked(encoding):
+def test_a_decompression_bomb_is_refused(encoding):
     pack = {"gzip": gzip.compress, "deflate": zlib.compress}[encoding]
     bomb = pack(b'{"prompt": "' + b"x" * 50_000_000)
     response = post(bomb, {"content-encoding": encoding, "content-type": "application/json"}, max_body_mb=0.1)
@@ -78,11 +78,11 @@ def test_a_bomb_is_not_unpacked(encoding):
         return next(messages)
 
     async def read():
-        body = unpacked([(b"content-encoding", encoding.encode())], receive, max_bytes=3 * PIECE)
+        body = decompressed([(b"content-encoding", encoding.encode())], receive, max_bytes=3 * PIECE)
         while True:
             pieces.append(len((await body())["body"]))
 
-    with pytest.raises(ApiError, match="more than the"):
+    with pytest.raises(ApiError, match="exceeds the limit"):
         asyncio.run(read())
     assert pieces == [PIECE] * 3
 
@@ -97,9 +97,9 @@ def test_a_bomb_is_not_unpacked(encoding):
         ("zstd", BODY, 415, "unsupported_content_encoding"),
         ("gzip, gzip", gzip.compress(gzip.compress(BODY)), 415, "unsupported_content_encoding"),
     ],
-    ids=["cut off", "not packed", "followed by more", "no zlib", "unknown", "twice"],
+    ids=["cut off", "not compressed", "followed by more", "not zlib", "unknown", "twice"],
 )
-def test_a_damaged_or_unknown_packing_is_refused(encoding, data, status, code):
+def test_a_damaged_body_or_unknown_encoding_is_refused(encoding, data, status, code):
     response = post(data, {"content-encoding": encoding, "content-type": "application/json"})
     assert (response.status_code, error(response)["code"]) == (status, code)
     if status == 415:
@@ -116,27 +116,27 @@ def test_a_damaged_or_unknown_packing_is_refused(encoding, data, status, code):
         {"content-type": "application/vnd.api+json"},
     ],
 )
-def test_a_body_is_json_also_if_it_does_not_say_so(headers):
+def test_a_body_without_a_content_type_is_json(headers):
     response = post(BODY, headers)
     assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
-def test_another_type_is_refused_by_its_name(kind):
+def test_another_content_type_is_refused(kind):
     response = post(BODY, {"content-type": kind})
     assert (response.status_code, error(response)["code"]) == (415, "unsupported_media_type")
     assert kind.partition(";")[0] in error(response)["message"]
     assert "send the header 'Content-Type: application/json'" in error(response)["message"]
 
 
-def test_a_strangers_page_in_a_browser_must_say_that_it_sends_json():
+def test_a_page_of_another_origin_must_declare_json():
     from_page = {"origin": "http://page"}
-    assert post(BODY, from_page).status_code == 415  # a browser does not ask before it sends such a body
+    assert post(BODY, from_page).status_code == 415  # a browser sends such a body without asking first
     assert post(BODY, from_page, cors_origin=("http://page",)).status_code == 200
     assert post(BODY, from_page, cors_origin=("http://other",)).status_code == 415
 
 
-def test_no_name_that_a_client_gives_makes_a_line_of_the_log(caplog):
+def test_client_data_cannot_start_a_log_entry(caplog):
     async def scenario(client, _):
         await client.get("/v1/x%0aINFO forged%1b[2J%E2%80%A8y", headers={"x-request-id": b"id\x85forged"})
         await client.post(PATH, content=json.dumps({**COMPLETION, "user": "a\nb\ud800"}))

@@ -51,7 +51,7 @@ def joined(got, part="content"):
 
 def test_a_chat_is_the_completion_of_its_rendered_template():
     got = choice(CHAT)
-    # The template writes its own special tokens, so none is added: compare by token ids.
+    # The template writes its own special tokens, so none are added: compare token ids.
     ids = tokenizer().encode("u:Hi\na:", add_special_tokens=False)
     assert got["message"] == {
         "role": "assistant",
@@ -70,11 +70,11 @@ def test_logprobs_come_with_bytes_and_alternatives():
     for entry in content:
         assert entry["logprob"] <= 0
         assert len(entry["top_logprobs"]) == 3
-        assert entry["token"] == entry["top_logprobs"][0]["token"]  # greedy takes the likeliest
+        assert entry["token"] == entry["top_logprobs"][0]["token"]  # greedy decoding takes the most likely token
         assert bytes(entry["bytes"]).decode() == entry["token"]
 
 
-def test_the_sampled_token_is_among_the_alternatives_also_if_it_is_unlikely():
+def test_the_sampled_token_is_among_the_alternatives_even_if_it_is_unlikely():
     sampled = {**CHAT, "temperature": 2.0, "seed": 5, "max_tokens": 20, "logprobs": True}
     unlikely = 0
     for number in (1, 3):
@@ -88,7 +88,7 @@ def test_the_sampled_token_is_among_the_alternatives_also_if_it_is_unlikely():
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.5, "seed": 4}])
-def test_a_schema_holds_whatever_the_model_would_say(sampling):
+def test_answers_follow_a_schema(sampling):
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
     body = {**CHAT, **sampling, "max_tokens": 60, "response_format": form, "logit_bias": {}}
     got = choice(body)
@@ -100,13 +100,13 @@ def test_a_schema_holds_whatever_the_model_would_say(sampling):
     assert joined(events(ask("/v1/chat/completions", {**body, "stream": True}))) == got["message"]["content"]
 
 
-def test_completions_and_json_objects_keep_to_the_grammar_too():
+def test_completions_and_json_objects_follow_the_grammar_too():
     body = {"model": MODEL, "prompt": "x", "max_tokens": 40, "temperature": 0, "response_format": {"type": "json_object"}}
     text = ask("/v1/completions", body).json()["choices"][0]["text"]
     assert text.startswith("{")
 
 
-def test_a_named_function_is_called_with_arguments_of_its_schema():
+def test_a_named_function_is_called_with_arguments_that_follow_its_schema():
     body = {**CHAT, "max_tokens": 60, "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}}
     got = choice(body)
     (call,) = got["message"]["tool_calls"]
@@ -123,7 +123,7 @@ def test_a_named_function_is_called_with_arguments_of_its_schema():
     assert [d["function"].get("name") for d in deltas] == ["f"] + [None] * (len(deltas) - 1)
 
 
-def test_a_required_call_chooses_among_the_tools():
+def test_a_required_call_chooses_one_of_the_tools():
     other = {"type": "function", "function": {"name": "g", "parameters": WEATHER["function"]["parameters"]}}
     got = choice({**CHAT, "max_tokens": 60, "tools": [other], "tool_choice": "required"})
     (call,) = got["message"]["tool_calls"]
@@ -131,7 +131,7 @@ def test_a_required_call_chooses_among_the_tools():
     assert json.loads(call["function"]["arguments"])["c"] in ("A", "B")
 
 
-def test_whole_calls_are_read_from_free_text_and_content_before_them_stays():
+def test_calls_are_read_from_free_text_and_the_content_before_them_stays():
     reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
     text = 'Let me see. <tool_call>{"name": "f", "arguments": {"c": "A"}}</tool_call>\n<tool_call>{"name": "f"}</tool_call>'
     content, calls = "", []
@@ -177,7 +177,7 @@ CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     ],
 )
 @pytest.mark.parametrize("size", [1, 7, 1_000_000])
-def test_all_that_is_no_call_is_content(text, content, size):
+def test_everything_that_is_not_a_call_is_content(text, content, size):
     reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
     size = max(size, len(text) // 1000)
     pieces = [reader.push(text[i : i + size]) for i in range(0, len(text), size)] + [reader.flush()]
@@ -187,7 +187,7 @@ def test_all_that_is_no_call_is_content(text, content, size):
 
 @pytest.mark.parametrize("said", ['Wait. <tool_call>{"name": "f", </tool_call>', '<tool_call>{"name": "f", "arg'])
 def test_an_unreadable_call_stays_in_the_answer(said):
-    # The grammar makes the model say it.
+    # The grammar forces the model to write it.
     form = {"type": "json_schema", "json_schema": {"schema": {"enum": [said.replace('"', "'")]}}}
     body = {**CHAT, "max_tokens": 80, "tools": [WEATHER], "response_format": form}
     got = choice(body)
@@ -197,13 +197,13 @@ def test_an_unreadable_call_stays_in_the_answer(said):
     assert joined(events(ask("/v1/chat/completions", {**body, "stream": True}))) == got["message"]["content"]
 
 
-def test_arguments_that_the_model_wrote_as_text_stay_text():
+def test_arguments_that_the_model_wrote_as_a_string_stay_unchanged():
     reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
     _, (call,) = reader.push('<tool_call>{"name": "f", "arguments": "{\\"c\\": 1}"}</tool_call>')
     assert call["function"]["arguments"] == '{"c": 1}'
 
 
-def test_references_of_a_tools_schema_hold_in_every_tool():
+def test_references_inside_a_tools_schema_are_resolved():
     parameters = {
         "type": "object",
         "properties": {"c": {"$ref": "#/$defs/C"}, "d": {"const": {"$ref": "#/x"}}},
@@ -217,7 +217,7 @@ def test_references_of_a_tools_schema_hold_in_every_tool():
     assert json.loads(call["function"]["arguments"]) == {"c": "A", "d": {"$ref": "#/x"}}
 
 
-def test_a_model_whose_template_knows_no_tools_is_told_of_them():
+def test_tools_are_described_in_a_message_if_the_template_has_none():
     plain = tokenizer(template="{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}")
     body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
     messages, tools = prepare_messages(plain, body.messages, body.tools, writes_calls=True)
@@ -232,7 +232,7 @@ def test_a_model_whose_template_knows_no_tools_is_told_of_them():
     assert plain.apply_chat_template(with_system).startswith("system:Be brief.\n\nYou may call functions.")
 
 
-def test_a_form_of_tool_calls_that_is_not_read_is_refused_where_the_model_may_choose():
+def test_a_template_with_an_unknown_format_of_tool_calls_is_refused_with_tool_choice_auto():
     body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
-    with pytest.raises(ApiError, match="in a form that is not read here"):
+    with pytest.raises(ApiError, match="in a format that this server cannot read"):
         prepare_messages(tokenizer(template="{{ tools }}"), body.messages, body.tools, writes_calls=True)

@@ -1,4 +1,4 @@
-"""POST /v1/completions, /tokenize and /detokenize: the answers of the offline engine in OpenAI's shape."""
+"""POST /v1/completions, /tokenize and /detokenize: the answers of the offline engine in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.tiny import drain, greedy, tokens_of
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 
-def test_a_completion_is_what_the_engine_says_offline():
+def test_a_completion_is_the_answer_of_the_offline_engine():
     body = {**GREEDY, "prompt": "Once upon"}
     response = ask("/v1/completions", body)
     assert response.status_code == 200, response.text
@@ -27,24 +27,24 @@ def test_a_completion_is_what_the_engine_says_offline():
     assert float(response.headers["x-fastgen-total-ms"]) > 0
 
 
-def test_a_stream_carries_the_same_text_and_at_its_end_the_usage():
+def test_a_stream_has_the_same_text_and_ends_with_the_usage():
     body = {**GREEDY, "prompt": "Once upon"}
-    whole = ask("/v1/completions", body).json()
+    complete = ask("/v1/completions", body).json()
     got = events(ask("/v1/completions", {**body, "stream": True, "stream_options": {"include_usage": True}}))
-    assert "".join(e["choices"][0]["text"] for e in got[:-1]) == whole["choices"][0]["text"]
+    assert "".join(e["choices"][0]["text"] for e in got[:-1]) == complete["choices"][0]["text"]
     assert [e["usage"] for e in got[:-1]] == [None] * (len(got) - 1)
     assert got[-1]["choices"] == []
     assert got[-1]["usage"]["completion_tokens"] == 12
     assert [e["choices"][0]["finish_reason"] for e in got[:-1]] == [None] * (len(got) - 2) + ["length"]
     every = events(ask("/v1/completions", {**body, "stream": True, "stream_options": {"continuous_usage_stats": True}}))
-    counts = [e["usage"]["completion_tokens"] for e in every]  # a reader who was late gets several tokens at once
+    counts = [e["usage"]["completion_tokens"] for e in every]  # a slow reader gets several tokens in one event
     assert counts == sorted(set(counts))
     assert counts[-1] == 12
     without = events(ask("/v1/completions", {**body, "stream": True}))
     assert all("usage" not in e for e in without)
 
 
-def test_many_prompts_and_samples_come_in_order_and_each_by_its_seed():
+def test_several_prompts_and_samples_come_in_order_with_consecutive_seeds():
     body = {"model": MODEL, "prompt": ["Aa", "Bbb"], "n": 2, "seed": 7, "max_tokens": 6, "ignore_eos": True}
     choices = ask("/v1/completions", body).json()["choices"]
     assert [c["index"] for c in choices] == [0, 1, 2, 3]
@@ -56,7 +56,7 @@ def test_many_prompts_and_samples_come_in_order_and_each_by_its_seed():
     assert texts == [c["text"] for c in choices]
 
 
-def test_a_negative_seed_is_as_good_as_any():
+def test_a_negative_seed_is_accepted():
     body = {"model": MODEL, "prompt": "x", "seed": -1, "max_tokens": 4}
     assert (
         ask("/v1/completions", body).json()["choices"][0]["text"]
@@ -73,7 +73,7 @@ def test_a_stop_string_ends_the_text_before_it():
 
 
 @pytest.mark.parametrize("more", [-2, -1, 0, 1])
-def test_a_stop_string_may_begin_before_the_least_number_of_tokens_but_ends_behind_it(more):
+def test_a_stop_string_may_begin_before_the_minimum_number_of_tokens_but_ends_after_it(more):
     shared = engine()
     request_id = shared.add("Once upon", greedy(12))
     ids = tokens_of(drain(shared)[request_id])
@@ -89,7 +89,7 @@ def test_a_stop_string_may_begin_before_the_least_number_of_tokens_but_ends_behi
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/mii/here"])
-def test_a_special_token_stops_by_its_name_though_the_text_does_not_show_it(path):
+def test_the_text_of_a_special_token_works_as_a_stop_string_although_it_is_skipped(path):
     # The bias makes the model write the beginning-of-sequence token, which is skipped in the text.
     end, more = (
         ({"max_tokens": 12, "temperature": 0}, {"model": MODEL, "prompt": "Once"})
@@ -106,7 +106,7 @@ def test_a_special_token_stops_by_its_name_though_the_text_does_not_show_it(path
 
     assert answer(["<s>"]) == ("", "stop", 1)
     assert answer(["<s><s><s>"]) == ("", "stop", 3)
-    assert answer(["s", "</s>", "<"]) == ("", "length", 12)  # part of its name, another one
+    assert answer(["s", "</s>", "<"]) == ("", "length", 12)  # part of its text, another token
 
 
 @pytest.mark.parametrize("max_tokens", [0, 3])
@@ -122,18 +122,18 @@ def test_echo_with_logprobs_scores_the_prompt(max_tokens):
     assert len(scores["tokens"]) == 6 + max_tokens == len(scores["top_logprobs"]) == len(scores["text_offset"])
     columns = (scores[name][1:] for name in ("tokens", "token_logprobs", "top_logprobs"))
     for token, logprob, top in zip(*columns, strict=True):
-        assert top[token] == logprob  # whatever the likeliest are
+        assert top[token] == logprob  # also if it is not among the most likely
         assert len(top) in (2, 3)
     assert scores["text_offset"][:3] == [0, 3, 4]
     assert answer["usage"]["completion_tokens"] == max_tokens
-    if max_tokens:  # the greedy token is the likeliest
+    if max_tokens:  # the greedy token is the most likely
         assert scores["token_logprobs"][-1] == max(scores["top_logprobs"][-1].values())
     streamed = events(ask("/v1/completions", {**body, "stream": True}))
     assert "".join(e["choices"][0]["text"] for e in streamed) == choice["text"]
     assert [t for e in streamed for t in e["choices"][0]["logprobs"]["tokens"]] == scores["tokens"]
 
 
-def test_the_sampled_token_is_among_the_alternatives_also_if_it_is_unlikely():
+def test_the_sampled_token_is_among_the_alternatives_even_if_it_is_unlikely():
     body = {"model": MODEL, "prompt": "Once", "temperature": 2.0, "seed": 5, "max_tokens": 20, "ignore_eos": True}
     for number in (0, 1, 3):
         scores = ask("/v1/completions", {**body, "logprobs": number}).json()["choices"][0]["logprobs"]
@@ -154,7 +154,7 @@ def test_bias_penalties_and_extensions_reach_the_sampler():
     assert ask("/v1/completions", sampled).json()["choices"][0]["text"] != base
 
 
-def test_tokens_go_there_and_back():
+def test_detokenize_reverses_tokenize():
     there = ask("/tokenize", {"prompt": "Hi you"}).json()
     assert there["count"] == 7
     assert ask("/detokenize", {"tokens": there["tokens"]}).json() == {"prompt": "<s>Hi you"}
@@ -176,11 +176,11 @@ def test_the_generation_options_of_the_pipeline_work_over_http():
     assert ask("/mii/there", body).status_code == 404
     half = with_server(lambda client, _: client.post("/mii/here", content=json.dumps({**body, "stop": ["x", "\ud800"]})))
     assert (half.status_code, half.json()["error"]["param"]) == (400, "stop")
-    biased = ask("/mii/here", {**body, "logit_bias": {"40": 100}}).json()  # JSON has no other names than strings
+    biased = ask("/mii/here", {**body, "logit_bias": {"40": 100}}).json()  # keys of a JSON object are strings
     assert [a["token_ids"] for a in biased] == [[40] * 5] * 2
 
 
-def test_models_health_and_version():
+def test_models_health_and_version_are_served():
     async def scenario(client, _):
         models = (await client.get("/v1/models")).json()
         assert [m["id"] for m in models["data"]] == [MODEL]

@@ -1,4 +1,4 @@
-"""What clients, `fastgen top` and `fastgen batch` say of a server that is dead, dying, started again or another one."""
+"""Errors of clients, `fastgen top` and `fastgen batch` if the server is dead, dying, restarted or a different one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 import fastgen_jax
 from fastgen_jax.api.client import AsyncClient, Client, NoAnswerError, ServerError
-from fastgen_jax.api.deployment import Deployment, deployments, process_start, written_down
+from fastgen_jax.api.deployment import Deployment, deployments, process_start, recorded
 from fastgen_jax.cli import main
 from tests.serving.tiny_server import MODEL
 
@@ -30,7 +30,7 @@ def state(tmp_path, monkeypatch) -> Path:
 
 @contextlib.contextmanager
 def listening(answer: bytes) -> Iterator[str]:
-    """The URL of a server that reads a request, sends `answer` and closes; also where nothing listens any more."""
+    """Yields the URL of a server that reads a request, sends `answer` and closes the connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -38,7 +38,7 @@ def listening(answer: bytes) -> Iterator[str]:
                 while True:
                     connection, _ = listener.accept()
                     with connection:
-                        read_request(connection)  # all of it: closing before would reset the connection
+                        read_request(connection)  # completely: closing earlier would reset the connection
                         connection.sendall(answer)
 
         thread = threading.Thread(target=serve)
@@ -51,7 +51,7 @@ def listening(answer: bytes) -> Iterator[str]:
 
 
 def read_request(connection: socket.socket) -> None:
-    """Reads the head of a request and as much body as it announces."""
+    """Reads the head of a request, and its body."""
     with connection.makefile("rb") as stream:
         length = 0
         while (line := stream.readline()).strip():
@@ -66,7 +66,7 @@ def closed_url() -> str:
 
 
 def deployment(url: str, **changes) -> Deployment:
-    """One of this process, so that it is alive."""
+    """A deployment of this process, so that it counts as alive."""
     here = Deployment(
         name="chat",
         model="some-model",
@@ -80,7 +80,7 @@ def deployment(url: str, **changes) -> Deployment:
 
 
 def failures(of: Deployment) -> list[str]:
-    """What all ways to ask say."""
+    """Returns the errors of all kinds of requests."""
     messages = []
     client = Client(of)
     for ask in (
@@ -109,41 +109,41 @@ def failures(of: Deployment) -> list[str]:
     return messages
 
 
-def test_a_server_that_has_ended_is_named_with_its_log_and_how_to_start_it():
+def test_the_error_for_a_server_that_has_ended_names_its_log_and_how_to_restart_it():
     for dead in (deployment(closed_url(), pid=GONE), deployment(closed_url(), process_start="another program")):
         for message in failures(dead):
             assert f"deployment 'chat' has ended (process {dead.pid}" in message
             assert "its log is /tmp/chat.log; start it again with `fastgen serve some-model" in message
 
 
-def test_a_server_that_was_started_again_is_found_under_its_new_address():
-    with written_down(deployment("http://127.0.0.1:1")):
+def test_the_error_for_a_restarted_server_names_its_new_address():
+    with recorded(deployment("http://127.0.0.1:1")):
         for message in failures(deployment(closed_url(), pid=GONE)):
             assert f"was started again, as process {os.getpid()} at http://127.0.0.1:1" in message
 
 
-def test_a_process_that_does_not_listen_is_told_from_one_that_has_ended():
+def test_a_process_that_does_not_listen_is_distinguished_from_one_that_has_ended():
     for message in failures(deployment(closed_url())):
         assert f"the process of deployment 'chat' ({os.getpid()}) is there but does not answer" in message
 
 
-def test_a_connection_that_breaks_in_the_middle_of_an_answer_is_no_answer():
+def test_a_connection_that_breaks_during_an_answer_is_an_error():
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
     for answer in (b"", head + b"transfer-encoding: chunked\r\n\r\n5\r\ndata:", head + b"content-length: 9\r\n\r\ndata:"):
         with listening(answer) as url:
             for message in failures(deployment(url, pid=GONE)):
-                assert "the connection broke before the answer was whole" in message
+                assert "the connection broke before the answer was complete" in message
                 assert "has ended" in message
 
 
-def test_a_stream_that_just_stops_is_not_taken_for_an_answer():
+def test_a_stream_that_stops_early_is_an_error():
     event = (
         b'data: {"index": 0, "text": "a", "token_ids": [1], "finish_reason": null, "prompt_length": 1, '
         b'"cached_length": 0}\n\n'
     )
     with listening(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + event) as url:
         client, seen = Client(deployment(url)), []
-        with pytest.raises(NoAnswerError, match="closed before the answer was whole"):
+        with pytest.raises(NoAnswerError, match="closed before the answer was complete"):
             seen += [output.text for output in client.stream("x")]
         client.close()
 
@@ -156,17 +156,17 @@ def test_a_stream_that_just_stops_is_not_taken_for_an_answer():
         b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 4\r\n\r\n[{}]",
     ],
 )
-def test_a_server_of_another_kind_is_told(answer):
+def test_a_different_kind_of_server_is_recognized(answer):
     with listening(answer) as url:
         for message in failures(deployment(url)):
             assert f"{url}/mii/chat is not served by fastgen: it answers {answer.split()[1].decode()}" in message
             assert "fastgen deployments" in message
 
 
-def test_a_record_whose_process_is_gone_or_is_another_program_says_so_and_is_removed():
+def test_a_record_whose_process_is_gone_or_is_another_program_is_reported_and_removed():
     for dead in (deployment(closed_url(), pid=GONE), deployment(closed_url(), process_start="another program")):
-        with written_down(dead):
-            with pytest.raises(ValueError, match=r"'chat' has ended without a word: its process \d+ is gone; its log is"):
+        with recorded(dead):
+            with pytest.raises(ValueError, match=r"'chat' was killed: its process \d+ is gone; its log is"):
                 fastgen_jax.client("chat")
             assert deployments() == []
         with pytest.raises(ValueError, match=r"no deployment 'chat' runs on this machine \(running: none\)"):
@@ -174,9 +174,9 @@ def test_a_record_whose_process_is_gone_or_is_another_program_says_so_and_is_rem
 
 
 @pytest.mark.parametrize("command", [("top", "chat"), ("top",)])
-def test_commands_say_it_in_one_line(command, capsys, monkeypatch):
+def test_commands_report_the_error_in_one_line(command, capsys, monkeypatch):
     monkeypatch.setattr("fastgen_jax.serving.batch.GIVE_UP_SECONDS", 0.0)
-    with written_down(deployment(closed_url())):
+    with recorded(deployment(closed_url())):
         assert main(command) == 2
         (said,) = capsys.readouterr().err.splitlines()
         assert said.startswith("fastgen: no connection to http://127.0.0.1:")
@@ -185,20 +185,20 @@ def test_commands_say_it_in_one_line(command, capsys, monkeypatch):
 def test_a_batch_says_why_its_deployment_does_not_answer(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastgen_jax.serving.batch.GIVE_UP_SECONDS", 0.0)
     (tmp_path / "in.txt").write_text("Once\n")
-    with written_down(deployment(closed_url())):
+    with recorded(deployment(closed_url())):
         assert main(["batch", str(tmp_path / "in.txt"), str(tmp_path / "out.jsonl"), "--deployment", "chat"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("fastgen: no answer from the server")
     assert "is there but does not answer" in said
 
 
-def test_a_client_that_did_not_wait_long_enough_is_told_its_timeout(url):
+def test_the_error_of_a_timeout_names_the_timeout(url):
     client = Client(deployment(url, name=MODEL), timeout=1e-6)
     with pytest.raises(NoAnswerError, match="sent nothing for longer than the timeout of this client; raise timeout"):
         client.generate("Once", max_new_tokens=4)
     client.close()
     other = Client(deployment(url, name="other"))
-    with pytest.raises(ServerError, match="'other' is not here") as refusal:
+    with pytest.raises(ServerError, match="not 'other'") as refusal:
         other.generate("Once")
     assert refusal.value.status == 404
     other.close()

@@ -1,4 +1,4 @@
-"""Requests that leave an option out: the model's own defaults hold, as in the pipeline."""
+"""Omitted options take the model's own defaults, as in the pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repet
 
 @pytest.fixture
 def with_defaults(monkeypatch):
-    """Gives the shared engine of the house other defaults."""
+    """Gives the shared engine other defaults."""
     intake = tiny_server.engine().intake
 
     def change(**defaults):
@@ -32,7 +32,7 @@ def with_defaults(monkeypatch):
         ChatRequest(model="m", messages=[{"role": "user", "content": "Hi"}]),
     ],
 )
-def test_options_that_a_body_leaves_out_are_the_models(with_defaults, body):
+def test_omitted_options_take_the_models_defaults(with_defaults, body):
     intake = with_defaults(**DEFAULTS)
     params = body.sampling_params(intake, max_new_tokens=4)
     assert {name: getattr(params, name) for name in DEFAULTS} == DEFAULTS
@@ -44,7 +44,7 @@ def test_options_that_a_body_leaves_out_are_the_models(with_defaults, body):
     assert (params.top_k, params.top_p, params.min_p) == (None, None, None)
 
 
-def test_answers_over_http_follow_the_models_defaults(with_defaults):
+def test_http_answers_follow_the_models_defaults(with_defaults):
     with_defaults(do_sample=False, max_new_tokens=5)
 
     async def scenario(http, engine):
@@ -62,7 +62,7 @@ def test_answers_over_http_follow_the_models_defaults(with_defaults):
     assert plain["generated_length"] == 5
 
 
-def test_a_default_limit_that_does_not_fit_gives_way_and_one_that_was_asked_for_is_the_callers(with_defaults):
+def test_a_default_limit_larger_than_the_context_is_reduced(with_defaults):
     with_defaults(max_new_tokens=100_000)
 
     async def scenario(http, engine):

@@ -1,15 +1,15 @@
-"""A deployment of two replicas with real processes and sockets: found by name, used by clients, hurt, and ended."""
+"""A deployment of two replicas with real processes and sockets: found by name, used, damaged, and stopped."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -21,7 +21,7 @@ import fastgen_jax
 from fastgen_jax.api.client import ServerError
 from fastgen_jax.api.deployment import deployments
 from tests.serving.checkpoint import write_checkpoint
-from tests.serving.tiny_server import offline
+from tests.serving.tiny_server import eventually, offline
 
 GREEDY = {"do_sample": False, "ignore_eos": True}
 KEY = "secret"
@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
-    """Deployments of these tests are written down in a folder of their own."""
+    """The deployments of these tests are recorded in a separate folder."""
     before = os.environ.get("XDG_STATE_HOME")
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
     yield
@@ -70,14 +70,7 @@ def replicas(client) -> list[psutil.Process]:
     return [p for p in psutil.Process(client.deployment.pid).children() if "fastgen_jax.serving.replica" in p.cmdline()]
 
 
-def wait_for(condition, what):
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain: {what}"
-        time.sleep(0.05)
-
-
-def test_clients_find_it_by_name_and_get_the_offline_answers(client):
+def test_clients_find_it_by_name_and_get_the_answers_of_the_offline_engine(client):
     with pytest.raises(ValueError, match=r"no deployment 'other' runs on this machine \(running: two\)"):
         fastgen_jax.client("other")
     found = fastgen_jax.client("two", api_key=KEY)
@@ -112,7 +105,7 @@ def test_clients_work_inside_a_running_event_loop(client):
     assert asyncio.run(notebook()) == [want] * 7
 
 
-def test_openais_client_runs_over_every_endpoint(client):
+def test_openais_client_works_with_every_endpoint(client):
     api = openai.OpenAI(base_url=f"{client.deployment.url}/v1", api_key=KEY, max_retries=0)
     model = api.models.list().data[0].id
     assert api.models.retrieve(model).id == model
@@ -163,7 +156,7 @@ def test_openais_client_runs_over_every_endpoint(client):
     api.close()
 
 
-def test_a_killed_replica_is_replaced_and_nothing_is_lost_or_comes_twice(client):
+def test_a_killed_replica_is_replaced_and_no_token_is_lost_or_repeated(client):
     prompts = [f"Number {i} of many" for i in range(40)]
     want = [offline(p, max_new_tokens=60, **GREEDY) for p in prompts]
     victim = replicas(client)[0].pid
@@ -175,19 +168,20 @@ def test_a_killed_replica_is_replaced_and_nothing_is_lost_or_comes_twice(client)
             async def stream(prompt):
                 return "".join([out.text async for out in waiting.stream(prompt, max_new_tokens=60, **GREEDY)])
 
-            async def whole(prompt):
+            async def complete(prompt):
                 return (await waiting.generate(prompt, max_new_tokens=60, **GREEDY))[0].generated_text
 
-            tasks = [group.create_task((stream if i % 2 else whole)(p)) for i, p in enumerate(prompts)]
-            while sum(task.done() for task in tasks) < 3:
-                await asyncio.sleep(0.005)
+            tasks = [group.create_task((stream if i % 2 else complete)(p)) for i, p in enumerate(prompts)]
+            finished = asyncio.as_completed(tasks)
+            for _ in range(3):
+                await next(finished)
             os.kill(victim, signal.SIGKILL)
         await waiting.close()
         return [task.result() for task in tasks]
 
     assert asyncio.run(load()) == want
     http = httpx.Client(base_url=client.deployment.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
-    wait_for(lambda: len(http.get("/stats").json()["engines"]) == 2, "the replica is back")
+    eventually(lambda: len(http.get("/stats").json()["engines"]) == 2, "the replica is back")
     assert victim not in [p.pid for p in replicas(client)]
     stats = http.get("/stats").json()
     assert stats["unfinished"] == 0
@@ -200,7 +194,7 @@ def test_a_killed_replica_is_replaced_and_nothing_is_lost_or_comes_twice(client)
     http.close()
 
 
-def test_the_command_line_lists_it_and_looks_into_it(client):
+def test_the_command_line_lists_it_and_shows_its_state(client):
     def fastgen(*arguments):
         done = subprocess.run(
             [sys.executable, "-m", "fastgen_jax.cli", *arguments],
@@ -225,42 +219,43 @@ def test_the_command_line_lists_it_and_looks_into_it(client):
         mine = " ".join(message for who, message in said if who == source)
         for part in ("loading tiny: ", "compiling: 2 programs", "compiling: done in ", "engine ready: "):
             assert part in mine
-    assert len(set(log)) == len(log), "an entry was written twice"
+    assert len(set(log)) == len(log), "an entry was logged twice"
     assert any(message.startswith("loaded and compiled in ") for _, message in said)
     assert not any(entry.get("path") in ("/health", "/metrics", "/stats") for entry in entries), "a poll was logged"
 
 
 def end_while_busy(client, name):
-    """Ends a deployment under four clients that never stop asking; each of their answers must be whole and right."""
+    """Stops a deployment while four clients keep sending requests; all of their answers must be complete and correct."""
     prompts = [f"Prompt {i}" for i in range(10)]
     want = [offline(p, max_new_tokens=60, **GREEDY) for p in prompts]
-    seen: list = []
+    seen: queue.SimpleQueue = queue.SimpleQueue()
 
     def ask():
         asking = fastgen_jax.client(name, api_key=KEY)
         while True:
             try:
-                seen.append([a.generated_text for a in asking.generate(prompts, max_new_tokens=60, **GREEDY)])
+                seen.put([a.generated_text for a in asking.generate(prompts, max_new_tokens=60, **GREEDY)])
             except ServerError as refusal:
-                seen.append(refusal.status)
+                seen.put(refusal.status)
                 break
-            except (httpx.ConnectError, httpx.RemoteProtocolError):  # it is gone
+            except (httpx.ConnectError, httpx.RemoteProtocolError):  # it has stopped
                 break
         asking.close()
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(seen) > 2, "answers")
+    received = [seen.get(timeout=120) for _ in range(3)]
     client.terminate_server()
     for thread in threads:
         thread.join()
-    assert all(answer in (503, want) for answer in seen)
-    assert 503 in seen
+    received += [seen.get() for _ in range(seen.qsize())]
+    assert all(answer in (503, want) for answer in received)
+    assert 503 in received
     assert not find_alive(name)
 
 
-def test_a_wrong_option_and_a_name_in_use_are_told_where_it_was_started(client, checkpoint):
+def test_a_wrong_option_and_a_name_in_use_are_reported_to_the_caller(client, checkpoint):
     with pytest.raises(ValueError, match="'--bad-option' is not known"):
         fastgen_jax.serve(checkpoint, deployment_name="bad", bad_option=1, timeout=120)
     with pytest.raises(ValueError, match=r"tensor_parallel=2 but this process has 1 cpu device"):
@@ -269,19 +264,19 @@ def test_a_wrong_option_and_a_name_in_use_are_told_where_it_was_started(client, 
         fastgen_jax.serve(checkpoint, deployment_name="two")
 
 
-def test_told_to_end_it_finishes_what_runs_and_takes_no_more(client):
+def test_a_stopping_server_finishes_running_requests_and_accepts_no_more(client):
     end_while_busy(client, "two")
 
 
 @pytest.mark.slow
-def test_a_server_of_one_engine_in_its_own_process(checkpoint, state):
+def test_a_stopping_server_with_one_engine_finishes_running_requests(checkpoint, state):
     client = fastgen_jax.serve(checkpoint, deployment_name="one", timeout=300, api_key=(KEY,), **ENGINE)
     end_while_busy(client, "one")
     client.close()
 
 
 @pytest.mark.slow
-def test_an_engine_may_be_divided_over_devices(checkpoint, state, monkeypatch):
+def test_an_engine_may_use_several_devices(checkpoint, state, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     client = fastgen_jax.serve(checkpoint, deployment_name="divided", tensor_parallel=2, timeout=300, **ENGINE)
     prompts = ["Once", "The house", "A"]

@@ -1,4 +1,4 @@
-"""Grammars in the engine: what is sampled keeps to them, and nobody else's tokens change."""
+"""Grammars in the engine: the sampled text follows them, and the tokens of other requests do not change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def text_of(outputs) -> str:
     return "".join(output.text for output in outputs)
 
 
-def test_a_mask_has_a_bit_for_each_token_that_may_come_next():
+def test_a_mask_has_a_bit_for_each_allowed_token():
     compiler = GrammarCompiler(tokenizer(), vocab_size=130, eos_token_ids=(2,))
     matcher = compiler.matcher(DIGITS)
     words = np.zeros(5, np.int32)
@@ -52,11 +52,11 @@ def test_a_token_outside_the_grammar_is_an_error_of_the_matcher():
     assert matcher.advance(40)
     assert matcher.error
     words = np.zeros(3, np.int32)
-    matcher.fill_mask(words)  # the request ends when its token is read; the mask only has to leave something
+    matcher.fill_mask(words)  # the request ends when its token is read; until then the mask only has to allow some token
     assert words.all()
 
 
-def test_constrained_and_free_requests_share_steps_without_changing_each_other():
+def test_constrained_and_free_requests_in_one_step_do_not_affect_each_other():
     shared = engine()
     prompts = [[5, 6, 7], [8] * 20, [9, 10]]
     alone = []
@@ -77,20 +77,20 @@ def test_constrained_and_free_requests_share_steps_without_changing_each_other()
     assert shared.metrics.compiles_while_serving == 0
 
 
-def test_grammars_survive_preemption_and_more_of_them_than_one_call_takes():
+def test_grammars_survive_preemption_and_exceed_the_size_of_one_call():
     shared = engine()
     many = Grammar(kind="regex", source="([0-9]{8} ){4}")
     preempted = shared.scheduler.stats.num_preemptions
     ids = [shared.add([5 + i] * 9, SamplingParams(max_new_tokens=40, seed=i), grammar=many) for i in range(14)]
     outputs = drain(shared)
-    assert shared.scheduler.stats.num_preemptions > preempted, "the cache was meant to be too small"
+    assert shared.scheduler.stats.num_preemptions > preempted, "the cache is not small enough for this test"
     texts = [text_of(outputs[i]) for i in ids]
     assert all(re.fullmatch(many.source, text) for text in texts)
     request_id = shared.add([5] * 9, SamplingParams(max_new_tokens=40, seed=0), grammar=many)
     assert text_of(drain(shared)[request_id]) == texts[0]
 
 
-def test_an_engine_goes_on_after_a_failed_step_and_gives_the_same_tokens(monkeypatch):
+def test_an_engine_recovers_from_a_failed_step_with_the_same_tokens(monkeypatch):
     shared = engine()
     prompts = [[5 + i, 6, 7] for i in range(14)]
     want = []
@@ -130,7 +130,7 @@ DEAD_ENDS = [DEAD_END, Grammar(kind="regex", source="[a-z]{5}~+"), Grammar(kind=
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
 @pytest.mark.parametrize("grammar", DEAD_ENDS)
-def test_a_dead_end_of_a_grammar_is_no_finished_answer(grammar, ignore_eos):
+def test_a_dead_end_of_a_grammar_aborts_the_request(grammar, ignore_eos):
     shared = engine()
     request_id = shared.add([5], SamplingParams(max_new_tokens=30, seed=3, ignore_eos=ignore_eos), grammar=grammar)
     last = drain(shared)[request_id][-1]
@@ -138,7 +138,7 @@ def test_a_dead_end_of_a_grammar_is_no_finished_answer(grammar, ignore_eos):
     assert "came to a dead end" in last.error
 
 
-def test_a_dead_end_is_an_error_of_the_request_whole_and_streamed():
+def test_a_dead_end_is_an_error_with_and_without_streaming():
     schema = {"type": "json_schema", "json_schema": {"schema": json.loads(DEAD_END.source)}}
     body = {"model": MODEL, "prompt": "x", "max_tokens": 30, "temperature": 0, "response_format": schema}
     response = ask("/v1/completions", body)
@@ -150,14 +150,14 @@ def test_a_dead_end_is_an_error_of_the_request_whole_and_streamed():
     assert last["error"]["code"] == "grammar_failed"
 
 
-def test_a_text_that_ends_with_its_grammar_is_finished_also_where_the_limit_is():
+def test_a_text_that_completes_its_grammar_at_the_length_limit_is_finished():
     shared, grammar = engine(), Grammar(kind="regex", source="abc")
     for limit, reason in ((2, "length"), (3, "stop"), (9, "stop")):
         request_id = shared.add([5], SamplingParams(max_new_tokens=limit, seed=1), grammar=grammar)
         assert drain(shared)[request_id][-1].finish_reason == reason
 
 
-def test_a_grammar_may_want_text_that_spells_a_special_token():
+def test_a_grammar_may_require_the_text_of_a_special_token():
     shared = engine()
     grammar = Grammar.json_schema({"enum": ["a</s>b"]})
     request_id = shared.add([5], SamplingParams(max_new_tokens=30, seed=1), grammar=grammar)

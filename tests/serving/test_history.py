@@ -1,4 +1,4 @@
-"""What this server and OpenAI's SDK return is taken back as history, by every endpoint that takes a conversation."""
+"""Every endpoint with conversations accepts as history what this server and OpenAI's SDK return."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEATHER = {
     },
 }
 RESULT = {"role": "tool", "tool_call_id": "x", "content": "warm"}
-# Counts the fields of each turn: what is null must be as if it were left out.
+# Counts the fields of each turn: a null field must have the same effect as an omitted one.
 COUNTING = (
     "{# <tool_call> tool_calls 'tool' #}{% for t in tools or () %}T:{{ t.function.name }}\n{% endfor %}"
     "{% for m in messages %}{{ m.role }}{{ m | length }}:{{ m.content }}"
@@ -38,7 +38,7 @@ TURNS = {
     "no content": {},
     "null calls": {"content": None, "tool_calls": None, "refusal": None, "function_call": None, "audio": None},
     "no calls": {"content": "yes", "tool_calls": [], "annotations": [], "reasoning_content": None},
-    "a reasoned one": {"content": "yes", "reasoning_content": "Let me think."},
+    "with reasoning": {"content": "yes", "reasoning_content": "Let me think."},
     "cut off arguments": {
         "content": None,
         "tool_calls": [{"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"c": "'}}],
@@ -60,7 +60,7 @@ def history(turn):
 
 
 @pytest.mark.parametrize("name", [name for name in TURNS if name != "arguments without end"])
-def test_every_endpoint_reads_an_assistants_turn_the_same_way(url, monkeypatch, name):
+def test_every_endpoint_reads_a_turn_of_the_assistant_the_same_way(url, monkeypatch, name):
     monkeypatch.setattr(engine().intake, "tokenizer", tokenizer(template=COUNTING))
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk:
         usage = sdk.chat.completions.create(model=MODEL, messages=history(TURNS[name]), max_tokens=1).usage
@@ -76,38 +76,38 @@ def test_every_endpoint_reads_an_assistants_turn_the_same_way(url, monkeypatch, 
         assert "assistant2:\n" in text  # role and content
 
 
-def test_arguments_that_nothing_can_read_are_no_failure_of_the_server():
+def test_unparsable_arguments_are_an_error_of_the_client():
     response = ask("/v1/chat/completions", {"model": MODEL, "messages": history(TURNS["arguments without end"])})
     assert response.status_code == 400
-    assert response.json()["error"]["code"] == "context_length_exceeded"  # of what they are as text
+    assert response.json()["error"]["code"] == "context_length_exceeded"  # they count as text
 
 
 @pytest.mark.parametrize("choice", [None, "required", {"type": "function", "function": {"name": "f"}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_sdk_returns_goes_back_as_it_is(url, choice, stream):
-    asked = {"model": MODEL, "max_tokens": 60, "seed": 1}
+def test_messages_returned_by_the_sdk_are_accepted_unchanged(url, choice, stream):
+    options = {"model": MODEL, "max_tokens": 60, "seed": 1}
     if choice:
-        asked |= {"tools": [WEATHER], "tool_choice": choice}
-    else:  # the SDK takes no answer from a stream that was cut off
-        asked |= {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["ab"]}}}}
+        options |= {"tools": [WEATHER], "tool_choice": choice}
+    else:  # the SDK refuses a stream that was cut off
+        options |= {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["ab"]}}}}
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk:
         create = sdk.chat.completions.create
         if stream:
-            with sdk.chat.completions.stream(messages=[USER], **asked) as events:
+            with sdk.chat.completions.stream(messages=[USER], **options) as events:
                 message = events.get_final_completion().choices[0].message
         else:
-            message = create(messages=[USER], **asked).choices[0].message
+            message = create(messages=[USER], **options).choices[0].message
         if choice:
             assert json.loads(message.tool_calls[0].function.arguments)["c"] in ("A", "B")
         else:
             assert message.content == '"ab"'
         results = [{**RESULT, "tool_call_id": call.id} for call in message.tool_calls or ()]
         for form in (message, message.model_dump(), message.model_dump(exclude_none=True), message.to_dict()):
-            again = create(messages=[USER, form, *results, USER], **asked | {"max_tokens": 1})
+            again = create(messages=[USER, form, *results, USER], **options | {"max_tokens": 1})
             assert again.usage.completion_tokens == 1
 
 
-def test_tools_and_template_variables_count_in_tokenize_too(monkeypatch):
+def test_tokenize_counts_tools_and_template_variables(monkeypatch):
     monkeypatch.setattr(engine().intake, "tokenizer", tokenizer(template=COUNTING + "{{ word }}"))
     more = {"tools": [WEATHER], "chat_template_kwargs": {"word": "x" * 7}}
     body = {"model": MODEL, "messages": [USER]}
@@ -115,7 +115,7 @@ def test_tools_and_template_variables_count_in_tokenize_too(monkeypatch):
     assert counted == ask("/tokenize", body).json()["count"] + len("T:f\n") + 7
     chat = ask("/v1/chat/completions", {**body, **more, "max_tokens": 1, "tool_choice": "required"}).json()
     assert counted == chat["usage"]["prompt_tokens"]
-    assert "belong to messages" in ask("/tokenize", {"prompt": "x", "tools": [WEATHER]}).json()["error"]["message"]
+    assert "require messages" in ask("/tokenize", {"prompt": "x", "tools": [WEATHER]}).json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_tools_and_template_variables_count_in_tokenize_too(monkeypatch):
         ),
     ],
 )
-def test_a_developer_is_heard_whatever_the_template_knows(monkeypatch, template, prompt):
+def test_developer_messages_reach_the_model_with_every_template(monkeypatch, template, prompt):
     monkeypatch.setattr(engine().intake, "tokenizer", tokenizer(template=template))
     messages = [{"role": "developer", "content": "Be brief."}, USER]
 
@@ -150,7 +150,7 @@ def test_a_developer_is_heard_whatever_the_template_knows(monkeypatch, template,
         ("{{ 'x' * 10 ** 15 }}", {}, "refuses this conversation"),
         ("{% if %}", {}, "does not parse, line 1"),
         (COUNTING, {"chat_template_kwargs": {"self": 1, "template": 2}}, None),
-        (COUNTING, {"chat_template_kwargs": {"messages": []}}, "which have fields of their own"),
+        (COUNTING, {"chat_template_kwargs": {"messages": []}}, "pass them as fields of the request instead"),
         (
             COUNTING,
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
@@ -172,7 +172,7 @@ def test_a_developer_is_heard_whatever_the_template_knows(monkeypatch, template,
         (COUNTING, {"messages": [{"role": "user", "content": [[[]]]}]}, "only text is supported"),
     ],
 )
-def test_what_a_template_or_a_grammar_cannot_do_is_said_and_never_a_failure(monkeypatch, template, change, message):
+def test_limits_of_templates_and_grammars_are_errors_of_the_client(monkeypatch, template, change, message):
     monkeypatch.setattr(engine().intake, "tokenizer", tokenizer(template=template))
     response = ask("/v1/chat/completions", {"model": MODEL, "messages": [USER], "max_tokens": 1, **change})
     assert response.status_code == (400 if message else 200), response.text

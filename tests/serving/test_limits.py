@@ -1,4 +1,4 @@
-"""How long a request may get: what a cache smaller than the context leaves, and what is said to one that is too long."""
+"""The length limit of requests with a cache smaller than the context, and the error for longer ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_without_max_tokens_an_answer_may_fill_a_cache_smaller_than_the_context(
     assert answer["usage"]["total_tokens"] == CACHE
 
 
-def test_the_limit_that_is_reported_is_the_true_one():
+def test_the_reported_limit_is_that_of_the_cache():
     assert ask("/v1/models").json()["data"][0]["max_model_len"] == CACHE
     assert ask("/tokenize", {"prompt": "x"}).json()["max_model_len"] == CACHE
 
@@ -56,7 +56,7 @@ def test_the_limit_that_is_reported_is_the_true_one():
         (10, {"max_tokens": 90}, "you requested 105 tokens (15 in the messages, 90 in the completion)"),
     ],
 )
-def test_a_chat_that_is_too_long_is_refused_in_the_words_that_clients_look_for(length, options, words):
+def test_a_chat_that_is_too_long_is_refused_with_openais_message(length, options, words):
     response = chat("x" * length, **options)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -65,7 +65,7 @@ def test_a_chat_that_is_too_long_is_refused_in_the_words_that_clients_look_for(l
     assert chat("x" * (CACHE - 6)).status_code == 200
 
 
-def test_so_is_any_other_prompt():
+def test_other_prompts_that_are_too_long_have_the_same_error_code():
     for path, body, param in (
         ("/v1/completions", {"model": MODEL, "prompt": "x" * 300}, "prompt"),
         ("/mii/here", {"prompts": ["x", "x" * 300]}, "prompts"),
@@ -74,7 +74,7 @@ def test_so_is_any_other_prompt():
         assert (error["param"], error["code"]) == (param, "context_length_exceeded")
 
 
-def test_the_sdk_knows_the_error_by_its_code(url):
+def test_openais_sdk_recognizes_the_error_by_its_code(url):
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk:
         for stream in (False, True):
             with pytest.raises(openai.BadRequestError) as caught:

@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness runs against the server as it is, on tasks of its own making: nothing is downloaded."""
+"""EleutherAI's evaluation harness runs against the server, on local tasks, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tasks(tmp_path_factory):
 
 
 def evaluate(tasks, url: str, model: str, path: str, names: str, *more: str) -> dict[str, list]:
-    """The answers that lm_eval got, by task."""
+    """Returns the answers that lm_eval received, by task."""
     out = tasks / path.replace("/", "_")
     command = [
         sys.executable,
@@ -81,7 +81,7 @@ def evaluate(tasks, url: str, model: str, path: str, names: str, *more: str) -> 
 
 
 def score(question: str, choice: str) -> float:
-    """The log-probability of a continuation, by the engine below."""
+    """Returns the log-probability of a continuation, computed by the engine itself."""
     ids = [tokenizer().encode(text, add_special_tokens=False) for text in (question, " " + choice)]
     shared, total = engine(), 0.0
     for i, token_id in enumerate(ids[1]):
@@ -100,7 +100,7 @@ def test_likelihoods_and_texts_are_those_of_the_engine(tasks, url):
         assert free == [[offline(ids, max_new_tokens=16, do_sample=False, stop=("9", "</s>"))]]
 
 
-def test_chats_are_evaluated_too(tasks, url):
+def test_chats_can_be_evaluated_too(tasks, url):
     got = evaluate(tasks, url, "local-chat-completions", "/v1/chat/completions", "own_free", "--apply_chat_template")
     for (question, _, _), free in zip(QUESTIONS, got["own_free"], strict=True):
         ids = tokenizer().encode(f"u:{question}\na:", add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Where the log goes, and that nothing in it can pass for what it is not."""
+"""Where the log goes, and that client data cannot forge its entries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORGED = "fine\n2026-01-01 00:00:00,000 INFO fastgen_jax: a lie\r\x1b[2J\x85\u20
 
 @pytest.fixture
 def root():
-    """The root logger, left as it was found."""
+    """The root logger, restored after the test."""
     logger, package = logging.getLogger(), logging.getLogger("fastgen_jax")
     before = logger.handlers[:], logger.level, package.level
     yield logger
@@ -45,7 +45,7 @@ def entry(formatter: logging.Formatter, message: str, error: Exception | None = 
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter("replica 1")])
-def test_what_a_client_sent_cannot_begin_another_line_nor_command_the_terminal(formatter):
+def test_client_data_cannot_start_another_line_or_control_the_terminal(formatter):
     text = entry(formatter, FORGED)
     assert len(text.splitlines()) == 1
     assert not any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in text)
@@ -54,14 +54,14 @@ def test_what_a_client_sent_cannot_begin_another_line_nor_command_the_terminal(f
         assert json.loads(text)["source"] == "replica 1"
 
 
-def test_the_lines_of_an_exception_are_no_entries():
+def test_the_lines_of_a_traceback_do_not_look_like_entries():
     first, *more = entry(TextFormatter("replica 1"), "x", ValueError(FORGED)).splitlines()
     assert "INFO replica 1 fastgen_jax.x: said x" in first
     assert "a lie" in "".join(more)
     assert all(line.startswith("    ") for line in more)
 
 
-def test_the_log_goes_to_its_file_and_to_standard_error_and_warnings_do_too(tmp_path, root, capsys):
+def test_the_log_and_warnings_go_to_the_file_and_to_standard_error(tmp_path, root, capsys):
     file = tmp_path / "log"
     set_up_logging("text", file=str(file), source="replica 3")
     logging.getLogger("fastgen_jax.some.part").info("hello")
@@ -77,7 +77,7 @@ def test_the_log_goes_to_its_file_and_to_standard_error_and_warnings_do_too(tmp_
     assert file.read_text().endswith("again\n")
 
 
-def test_a_file_that_is_standard_error_gets_each_entry_once(tmp_path, root, monkeypatch):
+def test_a_file_that_is_also_standard_error_gets_each_entry_once(tmp_path, root, monkeypatch):
     file = tmp_path / "log"
     with file.open("a") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
@@ -87,13 +87,13 @@ def test_a_file_that_is_standard_error_gets_each_entry_once(tmp_path, root, monk
     assert file.read_text().count("once") == 1
 
 
-def test_a_log_that_cannot_be_written_is_refused(tmp_path):
+def test_a_log_file_that_cannot_be_written_is_refused(tmp_path):
     for path in (tmp_path / "missing" / "log", tmp_path):
         with pytest.raises(ValueError, match=r"log_file '.*' cannot be written \(.*\); choose a file in"):
             set_up_logging("text", file=str(path))
 
 
-def test_a_server_that_does_not_come_up_says_so_in_its_log_file_too(tmp_path, root, capsys, monkeypatch):
+def test_a_server_that_fails_to_start_says_so_in_its_log_file_too(tmp_path, root, capsys, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(os, "_exit", sys.exit)
     file = tmp_path / "log"
@@ -113,8 +113,8 @@ def test_a_server_that_does_not_come_up_says_so_in_its_log_file_too(tmp_path, ro
     assert "log_file" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_polls_of_machines_fill_no_log_also_while_the_model_loads(caplog):
-    server = ServerState(ServedModel(name=MODEL, deployment=MODEL))  # without a backend: it loads
+def test_polls_are_not_logged_even_while_the_model_loads(caplog):
+    server = ServerState(ServedModel(name=MODEL, deployment=MODEL))  # without a backend, as while it loads
 
     async def scenario() -> list[int]:
         transport = httpx.ASGITransport(app=create_app(server))
@@ -128,7 +128,7 @@ def test_polls_of_machines_fill_no_log_also_while_the_model_loads(caplog):
     assert levels == ["DEBUG", "DEBUG", "DEBUG", "INFO", "INFO"]
 
 
-def test_a_long_task_is_told_in_the_log_from_its_first_moment_on(caplog, monkeypatch):
+def test_the_log_reports_a_long_task_from_its_start(caplog, monkeypatch):
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     log = logging.getLogger("fastgen_jax.x")
     with caplog.at_level(logging.INFO, "fastgen_jax"):
@@ -142,8 +142,8 @@ def test_a_long_task_is_told_in_the_log_from_its_first_moment_on(caplog, monkeyp
     assert len(said) == 4
 
 
-def test_where_a_bar_is_shown_the_log_says_nothing(caplog, monkeypatch):
-    monkeypatch.setattr(progress, "is_watched", lambda: True)
+def test_nothing_is_logged_where_a_progress_bar_is_shown(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "is_interactive", lambda: True)
     monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
     with (
         caplog.at_level(logging.INFO, "fastgen_jax"),

@@ -1,4 +1,4 @@
-"""What the server says about itself: metrics, spans, traces, log lines, `fastgen top`."""
+"""Observability: metrics, spans, traces, log entries, `fastgen top`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BODY = {"model": MODEL, "prompt": "Once upon", "max_tokens": 6, "ignore_eos": Tr
 
 
 def values(text: str) -> dict[str, float]:
-    """Metrics by name, those with several labels summed."""
+    """Returns the metrics by name, summed over their labels."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -26,7 +26,7 @@ def values(text: str) -> dict[str, float]:
     return found
 
 
-def test_metrics_count_what_happened_under_vllms_names():
+def test_metrics_have_vllms_names_and_the_right_counts():
     async def scenario(client, _):
         before = values((await client.get("/metrics")).text)
         for stream in (False, True):
@@ -55,7 +55,7 @@ def test_metrics_count_what_happened_under_vllms_names():
     assert gained["vllm:time_per_output_token_seconds_count"] == gained["vllm:inter_token_latency_seconds_count"]
 
 
-def test_answers_are_counted_by_route_and_status_and_made_up_paths_as_one():
+def test_responses_are_counted_by_route_and_status_and_unknown_paths_together():
     async def scenario(client, _):
         for path in ("/v1/made/up", "/v1/more"):
             await client.get(path)
@@ -73,7 +73,7 @@ def test_answers_are_counted_by_route_and_status_and_made_up_paths_as_one():
     }
 
 
-def test_stats_give_the_timeline_from_a_step_on_and_top_draws_it():
+def test_stats_have_the_timeline_since_a_step_and_top_draws_it():
     async def scenario(client, _):
         first = (await client.get("/stats")).json()
         await client.post("/v1/completions", json={**BODY, "prompt": "x" * 40})
@@ -83,7 +83,7 @@ def test_stats_give_the_timeline_from_a_step_on_and_top_draws_it():
 
     first, second, trace = with_server(scenario)
     steps = second["engines"][0]["steps"]
-    assert sum(step[1] for step in steps) == 41 + 5  # the prompt, and all but the last generated token
+    assert sum(step[1] for step in steps) == 41 + 5  # the prompt and all generated tokens but the last
     assert sum(step[2] for step in steps) == 5
     assert max(step[1] for step in steps) == 32  # the budget: the prompt was split
     drawn = render(second, first, 1.0)
@@ -108,7 +108,7 @@ def test_a_request_is_a_span_with_its_tokens_and_times():
         await client.post("/v1/completions", json=BODY, headers={"traceparent": parent})
 
     with_server(scenario)
-    # FastAPI may record spans of its own.
+    # FastAPI may record further spans.
     (span,) = [s for s in exporter.get_finished_spans() if s.instrumentation_scope.name == "fastgen_jax"]
     assert span.name == f"text_completion {MODEL}"
     assert f"{span.context.trace_id:032x}" == parent.split("-")[1]
@@ -118,7 +118,7 @@ def test_a_request_is_a_span_with_its_tokens_and_times():
     assert seconds == pytest.approx(span.attributes["gen_ai.latency.e2e"], abs=0.001)
 
 
-def test_a_log_line_is_one_json_object():
+def test_a_log_entry_is_one_json_object():
     record = logging.LogRecord("name", logging.INFO, __file__, 1, "answered %d", (3,), None)
     record.request_id = "abc"
     entry = json.loads(JsonFormatter().format(record))

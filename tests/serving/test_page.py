@@ -1,4 +1,4 @@
-"""The page at /, in a real browser: it chats, it shows the steps, it fits on a phone."""
+"""The page at / in a real browser: it chats, shows the engine's steps, and fits a phone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from tests.serving.tiny_server import MODEL, engine, tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-SCREENSHOTS = os.environ.get("FASTGEN_SCREENSHOTS")  # folder that gets them, for a look by eye
+SCREENSHOTS = os.environ.get("FASTGEN_SCREENSHOTS")  # folder for screenshots, to inspect them by eye
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
-# What a model may write, with all that must come to nothing. "steal" is what no attribute and no request may hold.
+# Model output with attacks that must have no effect. No attribute and no request may contain "steal".
 ANSWER = """# A title
 
 Some **bold**, *slanted* and ~~struck~~ words, `code`, and a [link](https://example.org/a?b=1&c=2).
@@ -62,7 +62,7 @@ def browser():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_it_chats_and_shows_what_the_engine_does(browser, url, size):
+def test_it_chats_and_shows_the_steps_of_the_engine(browser, url, size):
     width, height = SIZES[size]
     from playwright.sync_api import expect
 
@@ -87,7 +87,7 @@ def test_it_chats_and_shows_what_the_engine_does(browser, url, size):
     assert painted
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
     assert errors == []
-    page.get_by_text("8 prompts at once").click()  # most of them are too long for this model, and it says so
+    page.get_by_text("8 prompts at once").click()  # most are too long for this model, and the page says so
     expect(page.locator("#crowded")).to_contain_text("of 8 answered", timeout=60_000)
     assert "max_context_len" in page.locator("#crowded").inner_text()
     page.locator("#steps").hover(position={"x": 1, "y": 60})
@@ -99,7 +99,7 @@ def test_it_chats_and_shows_what_the_engine_does(browser, url, size):
 
 
 def answering(page, url: str, text: str, *, first: str = "0") -> None:
-    """Opens the page, runs `first` there, and lets the server answer `text`, in pieces that fall anywhere."""
+    """Opens the page, runs `first` in it, and has the server answer `text` in small pieces."""
     pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
     events = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
     events.append({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": len(pieces)}})
@@ -117,10 +117,10 @@ def answering(page, url: str, text: str, *, first: str = "0") -> None:
 def test_an_answer_is_shown_as_markdown_and_cannot_run_or_load_anything(browser, url, size):
     width, height = SIZES[size]
     page = browser.new_page(viewport={"width": width, "height": height})
-    errors, asked = [], []
+    errors, requested = [], []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     answering(page, url, ANSWER)
     box = page.locator(".assistant")
     want = {"h1": 1, "strong": 2, "em": 1, "del": 1, "pre": 2, "ol > li": 2, "ul > li": 2, "td": 2, "br": 3}
@@ -147,7 +147,7 @@ def test_an_answer_is_shown_as_markdown_and_cannot_run_or_load_anything(browser,
     links = [entry for entry in allowed if entry.startswith("href=")]
     assert all(link.startswith("href=https://") for link in links)
     assert page.evaluate("window.hacked") is None
-    assert all(request.startswith((url, "data:image/svg+xml")) for request in asked), "something else was asked for"
+    assert all(request.startswith((url, "data:image/svg+xml")) for request in requested), "the page requested something else"
     assert errors == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
     if SCREENSHOTS:
@@ -155,7 +155,7 @@ def test_an_answer_is_shown_as_markdown_and_cannot_run_or_load_anything(browser,
     page.close()
 
 
-def test_a_long_answer_is_not_drawn_anew_for_each_piece(browser, url):
+def test_a_long_answer_is_not_rendered_again_for_each_piece(browser, url):
     page = browser.new_page()
     answering(
         page,
@@ -169,14 +169,14 @@ def test_a_long_answer_is_not_drawn_anew_for_each_piece(browser, url):
     page.close()
 
 
-def test_what_is_too_deep_for_markdown_is_shown_as_text(browser, url):
+def test_markdown_that_is_nested_too_deeply_is_shown_as_text(browser, url):
     page, text = browser.new_page(), ">" * 30_000
     answering(page, url, text)
     assert page.locator(".assistant").inner_text() == text
     page.close()
 
 
-def test_the_policy_of_the_page_stops_what_the_sanitizer_would_let_through(browser, url):
+def test_the_content_security_policy_blocks_what_the_sanitizer_would_miss(browser, url):
     page = browser.new_page()
     page.goto(url)
     policy = page.request.get(url).headers["content-security-policy"]
@@ -200,7 +200,7 @@ def test_the_policy_of_the_page_stops_what_the_sanitizer_would_let_through(brows
     page.close()
 
 
-def test_on_a_phone_the_composer_stays_in_view_however_long_the_header_is(browser, url):
+def test_on_a_phone_the_message_box_stays_in_view_with_a_long_header(browser, url):
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(url)
     page.get_by_text("ready").wait_for()
@@ -212,7 +212,7 @@ def test_on_a_phone_the_composer_stays_in_view_however_long_the_header_is(browse
         button = page.locator("#send").bounding_box()
         assert button["y"] + button["height"] <= 844
         assert page.locator("header").bounding_box()["y"] == 0
-    assert page.locator("header").bounding_box()["height"] > 80, "the header was meant to wrap"
+    assert page.locator("header").bounding_box()["height"] > 80, "the header does not wrap, which this test requires"
     if SCREENSHOTS:
         page.screenshot(path=Path(SCREENSHOTS) / "phone-long-header.png")
     page.unroute_all(behavior="wait")

@@ -1,17 +1,17 @@
-"""What is wrong, unknown, unsupported or too much is refused in OpenAI's shape, and disturbs nobody."""
+"""Invalid, unknown, unsupported or excessive requests are refused in OpenAI's format, and other requests are unaffected."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
+import threading
 
 import pytest
 
 from fastgen_jax.serving.app import create_app
 from fastgen_jax.serving.settings import ServedModel
 from fastgen_jax.serving.state import ServerState
-from tests.serving.tiny_server import MODEL, ask, events, with_server
+from tests.serving.tiny_server import MODEL, Watch, ask, events, with_server
 from tests.tiny import pause_after_outputs
 
 COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 4}
@@ -25,13 +25,13 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_to
         ("completions", {"suffix": "end"}, "suffix", "suffix='end' is not supported"),
         ("completions", {"best_of": 4}, "best_of", "best_of=4 is not supported"),
         ("completions", {"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ("completions", {"max_tokens": 0}, "max_tokens", "max_tokens=0 asks for nothing"),
+        ("completions", {"max_tokens": 0}, "max_tokens", "max_tokens=0 requests no output"),
         ("completions", {"prompt": []}, "prompt", "prompt is empty"),
         ("completions", {"prompt": [500]}, None, "token id 500 is outside the vocabulary"),
         ("completions", {"prompt": "x" * 200}, "prompt", "201 tokens but max_context_len is"),
-        ("completions", {"logit_bias": {"abc": 1}}, "logit_bias", "keys are token ids"),
+        ("completions", {"logit_bias": {"abc": 1}}, "logit_bias", "keys must be token ids"),
         ("completions", {"logit_bias": {"4000": 1}}, "logit_bias", "logit_bias names token 4000"),
-        ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "belong to stream=true"),
+        ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "require stream=true"),
         ("completions", {"prompt": ["x"] * 100}, None, "more than the 64 requests that may wait"),
         ("completions", {"min_tokens": 9}, "min_new_tokens", "min_new_tokens is 9"),
         ("completions", {"logprobs": 50}, "logprobs", "less than or equal to 20"),
@@ -40,9 +40,14 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_to
         ("chat/completions", {"messages": []}, "messages", "at least 1 item"),
         ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "has no content"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only text"),
-        ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs"),
-        ("chat/completions", {"tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
-        ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format", "json_schema belongs to"),
+        ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "top_logprobs requires logprobs"),
+        ("chat/completions", {"tool_choice": "required"}, "tool_choice", "tool_choice requires tools"),
+        (
+            "chat/completions",
+            {"response_format": {"type": "json_schema"}},
+            "response_format",
+            "json_schema and type",
+        ),
         (
             "chat/completions",
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "oops"}}}},
@@ -51,7 +56,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_to
         ),
     ],
 )
-def test_a_mistake_is_named(path, change, param, message):
+def test_the_error_names_the_invalid_parameter(path, change, param, message):
     base = CHAT if path.startswith("chat") else COMPLETION
     response = ask(f"/v1/{path}", {**base, **change})
     assert response.status_code == 400, response.text
@@ -61,7 +66,7 @@ def test_a_mistake_is_named(path, change, param, message):
     assert error["param"] == param
 
 
-def test_wrong_model_path_method_and_body():
+def test_wrong_models_paths_methods_and_bodies_are_refused():
     async def scenario(client, _):
         response = await client.post("/v1/completions", json={**COMPLETION, "model": "gpt-5"})
         assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
@@ -78,7 +83,7 @@ def test_wrong_model_path_method_and_body():
     with_server(scenario)
 
 
-def test_a_key_is_asked_for_but_not_by_health_and_metrics():
+def test_an_api_key_is_required_except_for_health_and_metrics():
     async def scenario(client, _):
         refused = await client.post("/v1/completions", json=COMPLETION)
         assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
@@ -94,7 +99,7 @@ def test_a_key_is_asked_for_but_not_by_health_and_metrics():
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_body_over_the_limit_is_refused_however_it_comes(announced):
+def test_a_body_over_the_limit_is_refused_with_and_without_content_length(announced):
     body = json.dumps({**COMPLETION, "prompt": "x" * 3000}).encode()
 
     async def pieces():
@@ -110,7 +115,7 @@ def test_a_body_over_the_limit_is_refused_however_it_comes(announced):
     with_server(scenario, max_body_mb=0.001)
 
 
-def test_browsers_are_let_in_where_the_operator_says_so():
+def test_browsers_may_call_from_the_configured_origins_only():
     headers = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
 
     async def scenario(client, _):
@@ -124,20 +129,24 @@ def test_browsers_are_let_in_where_the_operator_says_so():
 
     response = with_server(refused, cors_origin=("*",), api_key=("k",))
     assert response.status_code == 401
-    assert response.headers["access-control-allow-origin"] == "*"  # so that the page can say why
+    assert response.headers["access-control-allow-origin"] == "*"  # so that the page can read the error
 
 
-def test_a_full_queue_is_429_with_the_time_to_come_back():
+def test_a_full_queue_is_429_with_a_retry_after_header():
     async def scenario(client, backend):
-        release = asyncio.Event()
-        backend._thread.call(lambda _: _hold(release))
-        while backend._thread._inbox.qsize():
-            await asyncio.sleep(0.001)
+        loop, held, release, watch = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), Watch(backend)
+
+        def hold(_):
+            loop.call_soon_threadsafe(held.set)
+            release.wait(60)
+
+        backend._thread.call(hold)
+        await held.wait()
         first = [asyncio.create_task(client.post("/v1/completions", json=COMPLETION)) for _ in range(2)]
-        while backend.num_unfinished < 2:
-            await asyncio.sleep(0.001)
+        for _ in first:
+            await watch.submitted()
         response = await client.post("/v1/completions", json=COMPLETION)
-        both = await client.post("/v1/completions", json={**COMPLETION, "n": 2})  # none of them runs
+        both = await client.post("/v1/completions", json={**COMPLETION, "n": 2})  # neither sample runs
         assert backend.num_unfinished == 2
         release.set()
         assert [(await task).status_code for task in first] == [200, 200]
@@ -150,27 +159,21 @@ def test_a_full_queue_is_429_with_the_time_to_come_back():
     assert response.json()["error"]["code"] == "queue_full"
 
 
-def _hold(release: asyncio.Event) -> None:
-    while not release.is_set():
-        time.sleep(0.001)
-
-
-def test_a_deadline_is_408_and_is_not_to_be_tried_again():
+def test_a_missed_deadline_is_408_and_must_not_be_retried():
     response = ask("/v1/completions", {**COMPLETION, "timeout": 1e-6})
     assert response.status_code == 408
     assert response.headers["x-should-retry"] == "false"
     streamed = ask("/v1/completions", {**COMPLETION, "timeout": 1e-6, "stream": True})
-    assert streamed.status_code == 408  # nothing had been sent, so the status can still say it
+    assert streamed.status_code == 408  # nothing had been sent, so the status still could be
 
 
 def test_an_error_in_the_middle_of_a_stream_is_an_event():
     async def scenario(client, backend):
-        resume = pause_after_outputs(backend)
+        resume, watch = pause_after_outputs(backend), Watch(backend)
         task = asyncio.create_task(
             client.post("/v1/completions", json={**COMPLETION, "stream": True, "max_tokens": 80, "ignore_eos": True})
         )
-        while not any(stream.outputs for stream in backend._streams.values()):
-            await asyncio.sleep(0.001)
+        await watch.first_output.wait()
         backend._thread.call(_fail)
         resume.set()
         return await task
@@ -189,7 +192,7 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event():
     assert last["error"]["type"] == "server_error"
 
 
-def test_before_the_model_is_loaded_everything_but_health_waits():
+def test_while_the_model_loads_requests_get_503_and_health_says_loading():
     import httpx
 
     async def scenario():
@@ -206,12 +209,12 @@ def test_before_the_model_is_loaded_everything_but_health_waits():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_blocks(stream):
+def test_a_client_that_disconnects_frees_its_blocks(stream):
     body = json.dumps({**COMPLETION, "max_tokens": 90, "ignore_eos": True, "stream": stream}).encode()
 
     async def scenario(client, backend):
         app = client._transport.app
-        resume = pause_after_outputs(backend)
+        resume, watch = pause_after_outputs(backend), Watch(backend)
         gone, sent = asyncio.Event(), []
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -240,8 +243,7 @@ def test_a_client_that_goes_away_frees_its_blocks(stream):
             "asgi": {"version": "3.0"},
         }
         task = asyncio.create_task(app(scope, receive, send))
-        while not any(s.outputs for s in backend._streams.values()):
-            await asyncio.sleep(0.001)
+        await watch.first_output.wait()
         gone.set()
         await task
         resume.set()

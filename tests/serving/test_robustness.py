@@ -1,4 +1,4 @@
-"""What an attacker or an unlucky user sends: each gets an error that says what was wrong, and nobody else notices."""
+"""Hostile and malformed requests get an error that says what is wrong, and other requests are unaffected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from fastgen_jax.api.deployment import Deployment, process_start, written_down
+from fastgen_jax.api.deployment import Deployment, process_start, recorded
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.serving.middleware import StartLimiter
 from fastgen_jax.serving.server import _serve, run_server
@@ -53,10 +53,10 @@ ODD = {
         {**COMPLETION, "logit_bias": {str(i): 1 for i in range(10_000)}},
         "logit_bias has 10000 entries but at most 300",
     ),
-    "a long key": ("completions", {**COMPLETION, "logit_bias": {"9" * 5000: 1}}, "keys are token ids"),
+    "a long key": ("completions", {**COMPLETION, "logit_bias": {"9" * 5000: 1}}, "keys must be token ids"),
     "many stops": ("completions", {**COMPLETION, "stop": ["x"] * 10_000}, "at most 16 items"),
     "a long stop": ("completions", {**COMPLETION, "stop": "x" * 10_000}, "at most 1000 characters"),
-    "many stops, MII": ("/mii/here", {"prompts": "Hi", "stop": ["x"] * 10_000}, "stop has 10000 strings and at most 16"),
+    "many stops, MII": ("/mii/here", {"prompts": "Hi", "stop": ["x"] * 10_000}, "stop has 10000 strings but at most 16"),
     "many samples, MII": ("/mii/here", {"prompts": "Hi", "n": 10**30}, "more than the 64 requests that may wait"),
     "NaN, MII": ("/mii/here", b'{"prompts": "Hi", "temperature": NaN}', "temperature is nan; it must be a finite number"),
     "no UTF-8": ("completions", field("user", b'"\xff\xfe"'), "the body is not JSON in UTF-8"),
@@ -80,7 +80,7 @@ ODD = {
 }
 
 
-def test_odd_requests_are_refused_with_the_reason_and_disturb_nobody():
+def test_malformed_requests_are_refused_with_the_reason_and_affect_no_other_request():
     async def scenario(client, _):
         companion = asyncio.create_task(
             client.post("/v1/completions", json={**COMPLETION, "max_tokens": 90, "temperature": 0, "ignore_eos": True})
@@ -106,7 +106,7 @@ def test_odd_requests_are_refused_with_the_reason_and_disturb_nobody():
     assert text == offline("Hi", max_new_tokens=90, **GREEDY)
 
 
-def test_what_the_grammar_allows_for_ever_ends_with_the_length():
+def test_a_grammar_without_end_stops_at_the_length_limit():
     async def scenario(client, _):
         schemas = ({"$ref": "#"}, {"type": "string", "minLength": 10**9}, {"type": "string", "pattern": "(a{1,99}){1,99}"})
         return [await client.post("/v1/chat/completions", json={**CHAT, **form(schema)}) for schema in schemas]
@@ -115,13 +115,13 @@ def test_what_the_grammar_allows_for_ever_ends_with_the_length():
         assert answer.status_code == 400 or answer.json()["choices"][0]["finish_reason"] in ("length", "stop"), answer.text
 
 
-def test_a_client_that_goes_away_while_its_prompt_is_computed_leaves_nothing():
+def test_a_client_that_disconnects_while_its_prompt_is_computed_leaves_nothing():
     started, release = asyncio.Event(), threading.Event()
 
     async def scenario(client, backend):
         loop, step = asyncio.get_running_loop(), backend._thread._step
 
-        def held() -> None:  # the first step alone, of the four that the prompt takes
+        def held() -> None:  # runs the first of the four steps of the prompt
             step()
             loop.call_soon_threadsafe(started.set)
             release.wait(60)
@@ -132,7 +132,7 @@ def test_a_client_that_goes_away_while_its_prompt_is_computed_leaves_nothing():
         await started.wait()
         (stream,) = backend._streams.values()
         assert stream.outputs == 0
-        stream.close()  # what the server does when the connection ends
+        stream.close()  # as the server does when the connection closes
         release.set()
         after = await backend.snapshots()
         task.cancel()
@@ -144,7 +144,7 @@ def test_a_client_that_goes_away_while_its_prompt_is_computed_leaves_nothing():
     with_server(scenario)
 
 
-def test_idle_connections_and_readers_who_never_read_hold_nobody(url):
+def test_idle_connections_and_clients_that_never_read_block_no_other_client(url):
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({**COMPLETION, "max_tokens": 100, "ignore_eos": True, "stream": True, "logprobs": 20, "n": 8}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -165,7 +165,7 @@ def test_idle_connections_and_readers_who_never_read_hold_nobody(url):
             texts = {http.post("/v1/completions", json=body).json()["choices"][0]["text"] for _ in range(2)}
             assert len(texts) == 1
             while not all_free(http.get("/metrics").text):
-                pass  # those who never read are computed to their end
+                pass  # the requests of the clients that never read run to their end
     finally:
         for connection in connections:
             connection.close()
@@ -179,7 +179,7 @@ def all_free(metrics: str) -> bool:
     return free == blocks
 
 
-def test_a_port_in_use_and_a_name_in_use_are_refused_with_the_remedy(tmp_path, monkeypatch):
+def test_a_port_in_use_and_a_name_in_use_are_refused_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -195,38 +195,44 @@ def test_a_port_in_use_and_a_name_in_use_are_refused_with_the_remedy(tmp_path, m
         started=0.0,
         process_start=process_start(os.getpid()) or "",
     )
-    with written_down(record), pytest.raises(ValueError, match=r"'nowhere' runs already .*choose another deployment_name"):
+    with recorded(record), pytest.raises(ValueError, match=r"'nowhere' runs already .*choose another deployment_name"):
         run_server("nowhere", ServerConfig(port=0), EngineConfig())
 
 
 class Endless:
-    """A backend whose requests never end by themselves."""
+    """A backend whose requests never end on their own."""
 
     def __init__(self):
         self.draining, self.closed = asyncio.Event(), False
         self.num_unfinished, self.is_ready, self.failure = 1, True, None
-        self.intake = SimpleNamespace(config=SimpleNamespace(num_blocks=1, block_size=1, longest_sequence=1))
+        self.in_use = asyncio.Event()
+
+    @property
+    def intake(self):
+        self.in_use.set()
+        return SimpleNamespace(config=SimpleNamespace(num_blocks=1, block_size=1, longest_sequence=1))
 
     async def drain(self, timeout):
         self.draining.set()
-        await asyncio.sleep(timeout)
+        await asyncio.Event().wait()
 
     async def close(self):
         self.closed = True
 
 
-def test_told_twice_to_end_a_server_waits_no_longer_for_what_runs():
+def test_a_second_signal_stops_a_server_without_waiting_for_running_requests():
     backend = Endless()
+
+    async def load():
+        return backend
 
     async def scenario():
         server = ServerState(ServedModel(name=MODEL, deployment="here", config=ServerConfig(drain_seconds=600)))
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            loading = asyncio.create_task(asyncio.sleep(0, result=backend))
+            loading = asyncio.create_task(load())
             serving = asyncio.create_task(_serve(server, listener, loading))
-            await loading
-            while server.backend is None:
-                await asyncio.sleep(0.001)
+            await backend.in_use.wait()
             os.kill(os.getpid(), signal.SIGTERM)
             await backend.draining.wait()
             assert not serving.done()
@@ -237,9 +243,9 @@ def test_told_twice_to_end_a_server_waits_no_longer_for_what_runs():
     assert backend.closed
 
 
-def test_requests_that_come_at_once_begin_a_few_a_turn_and_in_order():
+def test_simultaneous_requests_start_a_few_per_turn_and_in_order():
     async def scenario():
-        limiter, begun, by_turn = StartLimiter(each=3), [], []
+        limiter, begun, by_turn = StartLimiter(per_turn=3), [], []
 
         async def one(number):
             await limiter.wait_turn()
@@ -254,7 +260,7 @@ def test_requests_that_come_at_once_begin_a_few_a_turn_and_in_order():
             by_turn.append(len(begun) - before)
         assert begun == [0, 1, 2, 3, 4, 6, 7, 8, 9]
         assert max(by_turn) == 3
-        await one(11)  # the idle one lets in at once
+        await one(11)  # an idle limiter does not wait
         assert begun[-1] == 11
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Where the router sends a request, and what becomes of it when its replica dies."""
+"""The router's choice of a replica, and what happens to requests when a replica dies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.serving.tiny_server import engine, tokenizer
 
 
 class Fixture:
-    """A router whose replicas are ready and only write down what they are sent."""
+    """A router whose replicas are ready and only record what they are sent."""
 
     def __init__(self, replicas: int = 2, **options):
         shared = engine()
@@ -36,7 +36,7 @@ class Fixture:
         request = self.router.intake.request(tuple(prompt), SamplingParams(max_new_tokens=max_new_tokens, seed=1))
         return request, self.router.submit(request)
 
-    def home(self, request) -> int:
+    def replica_of(self, request) -> int:
         (number,) = [i for i, r in enumerate(self.router.replicas) if request.request_id in r.requests]
         return number
 
@@ -53,7 +53,7 @@ class Fixture:
             num_cached_tokens=0,
             num_generated_tokens=1,
         )
-        self.router._take(self.router.replicas[number], ("events", [output], Load()), asyncio.Event())
+        self.router._handle(self.router.replicas[number], ("events", [output], Load()), asyncio.Event())
 
     def die(self, number):
         replica = self.router.replicas[number]
@@ -63,29 +63,26 @@ class Fixture:
             self.router._reroute(routed)
 
     def live(self, number):
-        self.router._take(self.router.replicas[number], ("ready", engine().config), asyncio.Event())
+        self.router._handle(self.router.replicas[number], ("ready", engine().config), asyncio.Event())
 
 
 def run(scenario):
-    async def inside():
-        return await asyncio.wait_for(scenario(), 60)
-
-    return asyncio.run(inside())
+    return asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-def test_each_prompt_goes_where_the_least_work_lies():
+def test_each_prompt_goes_to_the_replica_with_the_least_work():
     async def scenario():
         f = Fixture()
         long, _ = f.submit([5] * 60)
         short = [f.submit([6])[0] for _ in range(3)]
         later, _ = f.submit([7])
-        assert [f.home(r) for r in short] == [1 - f.home(long)] * 3  # together they are less than the long one
-        assert f.home(later) == 1 - f.home(long)
+        assert [f.replica_of(r) for r in short] == [1 - f.replica_of(long)] * 3  # less work together
+        assert f.replica_of(later) == 1 - f.replica_of(long)
 
     run(scenario)
 
 
-def test_prompts_that_begin_alike_go_to_the_same_replica_until_it_has_too_much():
+def test_prompts_with_a_common_prefix_go_to_the_same_replica_unless_it_is_too_busy():
     pieces = prefix_pieces(list(range(2 * PIECE + 5)))
     assert len(pieces) == 2
     assert prefix_pieces(list(range(PIECE)))[0] == pieces[0]
@@ -94,20 +91,20 @@ def test_prompts_that_begin_alike_go_to_the_same_replica_until_it_has_too_much()
         f = Fixture()
         prompt = [5] * (PIECE + 10)
         first, _ = f.submit(prompt, 4)
-        f.say(f.home(first), first, [1] * 4, finished=True)
+        f.say(f.replica_of(first), first, [1] * 4, finished=True)
         again, _ = f.submit([*prompt, 9], 4)
-        assert f.home(again) == 0
+        assert f.replica_of(again) == 0
         third, _ = f.submit(prompt, 20)
-        assert f.home(third) == 1  # sharing the prefix saves less than waiting costs
+        assert f.replica_of(third) == 1  # sharing the prefix saves less than waiting costs
 
     run(scenario)
 
 
-def test_what_a_dead_replica_had_not_answered_runs_elsewhere_and_nothing_comes_twice():
+def test_unfinished_requests_of_a_dead_replica_run_elsewhere_without_repeating_tokens():
     async def scenario():
         f = Fixture()
         request, stream = f.submit([5])
-        started, other = f.home(request), 1 - f.home(request)
+        started, other = f.replica_of(request), 1 - f.replica_of(request)
         f.say(started, request, [1])
         f.say(started, request, [2])
         assert [(await anext(stream)).new_token_ids for _ in range(2)] == [(1,), (2,)]
@@ -118,27 +115,27 @@ def test_what_a_dead_replica_had_not_answered_runs_elsewhere_and_nothing_comes_t
         f.say(other, request, [4], finished=True)
         assert [out.new_token_ids async for out in stream] == [(3,), (4,)]
         assert f.router.num_unfinished == 0
-        f.say(other, request, [5])  # late: nobody hears it
+        f.say(other, request, [5])  # late: it is ignored
 
     run(scenario)
 
 
-def test_an_answer_that_comes_out_differently_fails_instead_of_going_on():
+def test_a_request_fails_if_another_replica_generates_different_tokens():
     async def scenario():
         f = Fixture()
         request, stream = f.submit([5])
-        f.say(f.home(request), request, [1])
+        f.say(f.replica_of(request), request, [1])
         await anext(stream)
-        dead = f.home(request)
+        dead = f.replica_of(request)
         f.die(dead)
         f.say(1 - dead, request, [9])
-        with pytest.raises(RequestFailedError, match="does not give the same tokens"):
+        with pytest.raises(RequestFailedError, match="generates different tokens"):
             await anext(stream)
 
     run(scenario)
 
 
-def test_without_a_replica_requests_wait_for_one():
+def test_without_a_ready_replica_requests_wait():
     async def scenario():
         f = Fixture(replicas=1)
         request, stream = f.submit([5])
@@ -146,7 +143,7 @@ def test_without_a_replica_requests_wait_for_one():
         assert not f.router.is_ready
         f.router.replicas[0].is_ready = False
         f.sent[0].clear()
-        f.router._take(f.router.replicas[0], ("ready", engine().config), asyncio.Event())
+        f.router._handle(f.router.replicas[0], ("ready", engine().config), asyncio.Event())
         assert [m[0] for m in f.sent[0]] == ["submit"]
         f.say(0, request, [1], finished=True)
         assert [out.new_token_ids async for out in stream] == [(1,)]
@@ -154,7 +151,7 @@ def test_without_a_replica_requests_wait_for_one():
     run(scenario)
 
 
-def test_a_client_that_goes_away_is_told_to_the_replica():
+def test_a_disconnected_client_aborts_its_request_in_the_replica():
     async def scenario():
         f = Fixture(replicas=1)
         request, stream = f.submit([5])
@@ -165,11 +162,27 @@ def test_a_client_that_goes_away_is_told_to_the_replica():
     run(scenario)
 
 
-def test_a_request_that_kills_replicas_is_given_up_and_its_companions_are_not():
+def test_draining_waits_until_the_last_request_has_ended_or_the_time_is_over():
+    async def scenario():
+        f = Fixture()
+        requests = [f.submit([i])[0] for i in (5, 6)]
+        assert not await f.router.drain(0)
+        with pytest.raises(ClosedError, match="shutting down"):
+            f.submit([7])
+        draining = asyncio.create_task(f.router.drain(3600))
+        for request in requests:
+            assert not draining.done()
+            f.say(f.replica_of(request), request, [1], finished=True)
+        assert await draining
+
+    run(scenario)
+
+
+def test_a_request_that_kills_replicas_fails_and_the_others_beside_it_do_not():
     async def scenario():
         f = Fixture(replicas=1)
         companion, poison = f.submit([5]), f.submit([6])
-        for _ in range(2):  # nobody knows which of them it was
+        for _ in range(2):  # either of them could be the cause
             f.die(0)
             f.live(0)
         alone = f.router.replicas[0].requests
@@ -190,12 +203,12 @@ def test_a_request_that_kills_replicas_is_given_up_and_its_companions_are_not():
     run(scenario)
 
 
-def test_a_replica_that_dies_again_and_again_is_given_up_and_that_is_reported(monkeypatch):
+def test_a_replica_that_keeps_dying_is_given_up_and_reported(monkeypatch):
     async def scenario():
         f = Fixture(replicas=1)
         (replica,) = f.router.replicas
 
-        async def start():  # ready, and dead at once
+        async def start():  # ready, and dead immediately
             replica.num_starts += 1
             replica.started = time.monotonic()
             reader = asyncio.StreamReader()
@@ -209,7 +222,7 @@ def test_a_replica_that_dies_again_and_again_is_given_up_and_that_is_reported(mo
         streams = [f.submit([i])[1] for i in (5, 6)]
         f.die(0)
         await f.router._supervise(replica, asyncio.Event())
-        for stream in streams:  # either of them may have been tried three times
+        for stream in streams:  # either of them may have been the third death
             with pytest.raises(RequestFailedError, match=r"3 replicas died|every replica was given up after 3 starts"):
                 await anext(stream)
         assert replica.num_starts == 3

@@ -1,4 +1,4 @@
-"""Whatever a client sends, it never makes the server fail: requests made up from our own OpenAPI schema."""
+"""No request makes the server fail: requests generated from its OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.serving.tiny_server import MODEL, engine
 
 schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
-EXAMPLES = 12  # an operation; `--run-slow` tries many more
+EXAMPLES = 12  # per operation; `--run-slow` tries many more
 
 
 def operations(url):
@@ -31,12 +31,12 @@ def attack(url, examples):
         def check(case):
             if isinstance(case.body, dict):
                 if "model" in case.body:
-                    case.body["model"] = MODEL  # else nothing goes further than "no such model"
+                    case.body["model"] = MODEL  # otherwise every request fails with "no such model"
                 if isinstance(case.body.get("max_tokens"), int):
                     case.body["max_tokens"] = min(case.body["max_tokens"], 4)
             try:
                 response = case.call(base_url=url, timeout=120)
-            except Exception as error:  # what cannot be sent at all is no test of the server
+            except Exception as error:  # a request that cannot be sent does not test the server
                 if "requests" in type(error).__module__ or "urllib3" in type(error).__module__:
                     return
                 raise
@@ -51,12 +51,12 @@ def attack(url, examples):
     return seen
 
 
-def test_made_up_requests_are_answered_or_refused(url):
+def test_generated_requests_are_answered_or_refused(url):
     seen = attack(url, EXAMPLES)
     assert seen[200] > 0
     assert seen[400] > 0
 
 
 @pytest.mark.slow
-def test_many_more_of_them(url):
+def test_many_generated_requests_are_answered_or_refused(url):
     attack(url, 300)

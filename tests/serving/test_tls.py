@@ -1,4 +1,4 @@
-"""HTTPS: clients that trust the certificate connect, others do not; wrong options are refused before the model is loaded."""
+"""HTTPS: clients that trust the certificate connect, others do not; invalid files are refused before the model loads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def files(authority, tmp_path_factory):
     return str(certificate), str(key)
 
 
-def test_openais_client_and_ours_connect_over_tls_and_a_stranger_does_not(authority, files, tmp_path, monkeypatch):
+def test_clients_that_trust_the_certificate_connect_and_others_do_not(authority, files, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     certificate, key = files
     checkpoint = write_checkpoint(tmp_path / "tiny")
@@ -65,7 +65,7 @@ def test_openais_client_and_ours_connect_over_tls_and_a_stranger_does_not(author
         client.close()
 
 
-def test_what_cannot_serve_tls_is_refused_at_once(authority, files, tmp_path):
+def test_invalid_certificates_and_keys_are_refused_immediately(authority, files, tmp_path):
     certificate, key = files
     other = tmp_path / "other.pem"
     authority.issue_cert("other").private_key_pem.write_to_path(other)
@@ -73,7 +73,7 @@ def test_what_cannot_serve_tls_is_refused_at_once(authority, files, tmp_path):
     text.write_text("no certificate")
     for pair in ((certificate, str(other)), (str(text), key), (certificate, str(tmp_path / "nothing")), (key, certificate)):
         config = ServerConfig(port=0, tls_certificate=pair[0], tls_key=pair[1])
-        with pytest.raises(ValueError, match=r"cannot be used .*give PEM files"):
+        with pytest.raises(ValueError, match=r"cannot be used .*pass PEM files"):
             run_server("nowhere", config, EngineConfig())
     with pytest.raises(ValueError, match="tls_certificate and tls_key belong together"):
         ServerConfig(tls_certificate=certificate)

@@ -1,10 +1,11 @@
-"""A server around a tiny engine, in this process."""
+"""A server with a tiny engine, in the test process."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import httpx
 
 from fastgen_jax import Engine, EngineConfig
-from fastgen_jax.api.async_engine import AsyncEngine
+from fastgen_jax.api.async_engine import AsyncEngine, Stream
 from fastgen_jax.serving.app import create_app
 from fastgen_jax.serving.settings import ServedModel, ServerConfig
 from fastgen_jax.serving.state import ServerState
@@ -30,7 +31,7 @@ MODEL = "tiny"
 
 
 def encode(text: str, *, add_special_tokens: bool) -> list[int]:
-    """A token a character; a special token that is spelled out is that token."""
+    """One token per character; the text of a special token becomes that token."""
     pieces = re.findall("|".join([*SPECIALS, "."]), text, re.DOTALL)
     ids = [SPECIALS.index(p) if p in SPECIALS else CHARACTERS.find(p) + 3 if p in CHARACTERS else 0 for p in pieces]
     return [1, *ids] if add_special_tokens else ids
@@ -38,10 +39,10 @@ def encode(text: str, *, add_special_tokens: bool) -> list[int]:
 
 @cache
 def tokenizer(*, template: str = TEMPLATE) -> Tokenizer:
-    """The 96 tokens of the tiny models: three special ones and 93 characters."""
+    """The 96 tokens of the tiny models: three special tokens and 93 characters."""
     texts = (*SPECIALS, *CHARACTERS)
     return Tokenizer(
-        kind="a token a character",
+        kind="one token per character",
         encoder=encode,
         texts=texts,
         pieces=[t.encode() for t in texts],
@@ -55,7 +56,7 @@ def tokenizer(*, template: str = TEMPLATE) -> Tokenizer:
 
 @cache
 def engine(template: str = TEMPLATE) -> Engine:
-    """The tiny engine with a tokenizer; it is kept, and must be left idle."""
+    """The tiny engine with a tokenizer. Tests share it and must leave it idle."""
     params, model = tiny_model()
     config = EngineConfig(token_budget=32, budget_ladder=(8,), max_num_seqs=8, block_size=4, num_blocks=64)
     return Engine(params, model, config, tokenizer=tokenizer(template=template))
@@ -68,22 +69,22 @@ def with_server(
     shared: Engine | None = None,
     **config: Any,
 ) -> Any:
-    """The result of `scenario(client, async engine)`; afterwards nothing may be left in the engine."""
+    """Returns the result of `scenario(client, async engine)`, and checks that it left nothing in the engine."""
     shared = shared or engine()
-    assert not shared.has_work, "another test left requests behind"
+    assert not shared.has_work, "another test left requests in the engine"
 
-    async def inside() -> Any:
+    async def run() -> Any:
         async with AsyncEngine(shared, max_queue=max_queue) as backend:
             server = ServerState(ServedModel(name=MODEL, deployment="here", config=ServerConfig(**config)), backend)
             transport = httpx.ASGITransport(app=create_app(server))
             async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
                 result = await asyncio.wait_for(scenario(client, backend), 240)
             await backend.call(lambda e: e.scheduler.check_integrity())
-            assert backend.num_unfinished == 0, "a request was left behind"
+            assert backend.num_unfinished == 0, "a request was left in the engine"
         return result
 
     try:
-        result = asyncio.run(inside())
+        result = asyncio.run(run())
         assert shared.scheduler.num_free_blocks == shared.config.num_blocks
         assert shared.metrics.compiles_while_serving == 0
         return result
@@ -94,7 +95,7 @@ def with_server(
 
 
 def ask(path: str, body: Any = None, *, headers: dict[str, str] | None = None, **config: Any) -> httpx.Response:
-    """The answer to one request, of a server of its own."""
+    """Returns the response to one request to a new server."""
 
     async def scenario(client: httpx.AsyncClient, _: AsyncEngine) -> httpx.Response:
         if body is None:
@@ -105,7 +106,7 @@ def ask(path: str, body: Any = None, *, headers: dict[str, str] | None = None, *
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The messages of a stream, without the last one, which must be [DONE]."""
+    """Returns the events of a stream without the last one, which must be [DONE]."""
     assert response.headers["content-type"].startswith("text/event-stream")
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
@@ -113,9 +114,43 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 def offline(text: str, **params: Any) -> str:
-    """What the engine answers without a server."""
+    """Returns the answer of the engine without a server."""
     from fastgen_jax import SamplingParams
 
     shared = engine()
     request_id = shared.add(text, SamplingParams(**params))
     return "".join(output.text for output in drain(shared)[request_id])
+
+
+class Watch:
+    """Lets a test wait until requests reach a backend, and until an output reaches a stream."""
+
+    def __init__(self, backend: AsyncEngine) -> None:
+        self.first_output = asyncio.Event()
+        self._submitted: asyncio.Queue[Stream] = asyncio.Queue()
+        self._submit = backend.submit
+        backend.submit = self._submitting
+
+    async def submitted(self) -> Stream:
+        """Waits for the next request; returns its stream."""
+        return await self._submitted.get()
+
+    def _submitting(self, *args: Any, **options: Any) -> Stream:
+        stream = self._submit(*args, **options)
+        put = stream.put
+
+        def putting(event: Any) -> None:
+            put(event)
+            self.first_output.set()
+
+        stream.put = putting
+        self._submitted.put_nowait(stream)
+        return stream
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Polls until `condition` holds. Only for what other processes do: they cannot set an event."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, f"this did not happen in 120 s: {what}"
+        time.sleep(0.05)

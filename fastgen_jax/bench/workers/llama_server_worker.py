@@ -1,6 +1,6 @@
-"""Measures llama.cpp's server: starts it, sends token-id prompts to /completion, reads the streams. See `protocol`.
+"""Measures llama.cpp's server: starts it, sends token ids to /completion, reads the streams. See `protocol`.
 
-Options: server (path of llama-server), model (a GGUF), threads, slots, context_per_slot, extra (more arguments).
+Options: server (path of llama-server), model (a GGUF), threads, slots, context_per_slot, extra (further arguments).
 Standard library only.
 """
 
@@ -16,11 +16,11 @@ import threading
 import time
 from typing import Any
 
-from protocol import Requests, Timeline, serve
+from protocol import Request, Run, Timeline, serve
 
-START_SECONDS = 120  # a server that is not healthy by then has failed to load
+START_SECONDS = 120  # a server that is not healthy after this has failed to load
 HOST = "127.0.0.1"
-UNKNOWN_ID = -1  # equals no token, so a comparison of texts counts it as different
+UNKNOWN_ID = -1  # equals no token id, so a comparison of outputs counts it as different
 
 
 def free_port() -> int:
@@ -45,14 +45,14 @@ def wait_until_healthy(process: subprocess.Popen[bytes], port: int) -> None:
     raise RuntimeError(f"llama-server was not ready after {START_SECONDS} s")
 
 
-def complete(port: int, request: dict[str, Any], begin: float, timeline: Timeline, failures: list[str]) -> None:
-    """Runs one request to its end; what goes wrong is added to `failures`."""
+def complete(port: int, request: Request, begin: float, timeline: Timeline, failures: list[str]) -> None:
+    """Runs one request to its end; adds an error to `failures`."""
     body = {
         "prompt": request["prompt_token_ids"],
         "n_predict": request["max_new_tokens"],
         "ignore_eos": True,
         "temperature": 0.0,
-        "samplers": ["temperature"],  # greedy is exact without the others, and quicker
+        "samplers": ["temperature"],  # the others do not change greedy sampling and cost time
         "cache_prompt": False,
         "stream": True,
         "return_tokens": True,
@@ -70,16 +70,16 @@ def complete(port: int, request: dict[str, Any], begin: float, timeline: Timelin
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise RuntimeError(str(event["error"]))
-                # A token that ends inside a character is never sent, only counted: its id stays unknown.
+                # A token that ends inside a character is counted but never sent: its id stays unknown.
                 tokens = event.get("tokens", [])
                 unknown = event["tokens_predicted"] - arrived - len(tokens)
                 timeline.add(request["request_id"], now, [UNKNOWN_ID] * unknown + tokens)
                 arrived = event["tokens_predicted"]
-    except Exception as error:  # a thread must not lose its failure: the run reports it
+    except Exception as error:  # the run reports the failures of its threads
         failures.append(f"{request['request_id']}: {error!r}")
 
 
-def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
     port = free_port()
     slots = options["slots"]
     command = [
@@ -107,7 +107,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     atexit.register(process.terminate)
     wait_until_healthy(process, port)
 
-    def run(requests: Requests) -> dict[str, Any]:
+    def run(requests: list[Request]) -> dict[str, Any]:
         timeline = Timeline(requests)
         failures: list[str] = []
         begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""How a measured engine talks to the benchmark: one JSON object a line, commands in, results out.
+"""How a measured engine talks to the benchmark: one JSON object per line, commands in, results out.
 
-This file is imported both by the benchmark and, by its path, by workers that run under another Python with
-another engine's dependencies: standard library only, nothing newer than Python 3.10.
+Both the benchmark and the workers import this file. Workers import it by path, under another Python with another engine's
+dependencies, so it uses the standard library only and nothing newer than Python 3.10.
 
     in   {"requests": [{"request_id": str, "prompt_token_ids": [int], "max_new_tokens": int}, ...]}
     out  {"requests": [{"request_id": str, "start": s, "events": [[s, new tokens], ...], "token_ids": [int]}, ...]}
@@ -16,15 +16,25 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
-Requests = list[dict[str, Any]]
+
+class Request(TypedDict):
+    """One request of a command; exactly `max_new_tokens` tokens are generated."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_new_tokens: int
+
+
+Run = Callable[[list[Request]], dict[str, Any]]
+"""Runs the requests and returns `Timeline.result()`, with any further figures of the engine."""
 
 
 class Timeline:
-    """Collects what a run produced: for each request when it started and when how many tokens arrived."""
+    """Records a run: when each request started, and when how many of its tokens arrived."""
 
-    def __init__(self, requests: Requests, start: float = 0.0) -> None:
+    def __init__(self, requests: list[Request], start: float = 0.0) -> None:
         self._by_id: dict[str, dict[str, Any]] = {
             request["request_id"]: {
                 "request_id": request["request_id"],
@@ -37,21 +47,23 @@ class Timeline:
         }
 
     def add(self, request_id: str, at: float, token_ids: list[int]) -> None:
-        """Notes that `token_ids` (maybe none) of a request arrived `at` seconds after the run began."""
+        """Records that `token_ids` (possibly none) of a request arrived `at` seconds after the run began."""
         if token_ids:
             record = self._by_id[request_id]
             record["events"].append([at, len(token_ids)])
             record["token_ids"].extend(token_ids)
+
+    def update(self, request_id: str, at: float, all_token_ids: list[int]) -> None:
+        """Like `add`, for an engine that reports all tokens of a request so far."""
+        self.add(request_id, at, all_token_ids[len(self._by_id[request_id]["token_ids"]) :])
 
     def result(self) -> dict[str, Any]:
         """The run in the form that `serve` sends."""
         return {"requests": list(self._by_id.values())}
 
 
-def serve(
-    load: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[Requests], dict[str, Any]]]],
-) -> None:
-    """Runs a worker: `load(options)` -> (description, run); then `run(requests)` for every command line.
+def serve(load: Callable[[dict[str, Any]], tuple[dict[str, Any], Run]]) -> None:
+    """Runs a worker: calls `load(options)` -> (description, run), then `run(requests)` for every command line.
 
     `options` is the JSON object in the first argument. Whatever the engine prints goes to standard error.
     """

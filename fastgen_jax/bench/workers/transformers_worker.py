@@ -1,7 +1,7 @@
-"""Measures transformers in this process. Run by its path, under a Python that has torch and transformers.
+"""Measures transformers. Run by its path, under a Python that has torch and transformers: see `protocol`.
 
 Options: model (folder), threads, dtype, mode ("static": left-padded batches; "continuous": its own scheduler),
-batch_size (of static batches).
+batch_size (for static batches).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from protocol import Requests, Timeline, serve
+from protocol import Request, Run, Timeline, serve
 
 
 class Clock:
-    """A streamer that notes when each token of a batch arrives; the first call brings the prompts and is skipped."""
+    """A streamer that records when each token of a batch arrives; the first call passes the prompts and is skipped."""
 
-    def __init__(self, requests: Requests, begin: float, timeline: Timeline) -> None:
+    def __init__(self, requests: list[Request], begin: float, timeline: Timeline) -> None:
         self._requests = requests
         self._begin = begin
         self._timeline = timeline
@@ -33,17 +33,17 @@ class Clock:
         pass
 
 
-def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, GenerationConfig  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(options["threads"])
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=getattr(torch, options["dtype"])).eval()
-    # No end of text: every request runs to its length.
+    # Without an end-of-text token every request runs to its full length.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
 
-    def run_static(requests: Requests) -> dict[str, Any]:
+    def run_static(requests: list[Request]) -> dict[str, Any]:
         timeline = Timeline(requests)
         begin = time.perf_counter()
         for first in range(0, len(requests), options["batch_size"]):
@@ -64,9 +64,8 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
                 )
         return timeline.result()
 
-    def run_continuous(requests: Requests) -> dict[str, Any]:
+    def run_continuous(requests: list[Request]) -> dict[str, Any]:
         timeline = Timeline(requests)
-        seen = {request["request_id"]: 0 for request in requests}
         begin = time.perf_counter()
         with model.continuous_batching_context_manager(warmup=False) as manager:
             for request in requests:
@@ -81,9 +80,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
             for output in manager:
                 if output.error is not None:
                     raise RuntimeError(f"{output.request_id}: {output.error}")
-                tokens = list(output.generated_tokens)
-                timeline.add(output.request_id, time.perf_counter() - begin, tokens[seen[output.request_id] :])
-                seen[output.request_id] = len(tokens)
+                timeline.update(output.request_id, time.perf_counter() - begin, list(output.generated_tokens))
                 unfinished -= output.is_finished()
                 if not unfinished:
                     break

@@ -1,6 +1,6 @@
-"""Measures vLLM's engine in this process. Run by its path, under a Python that has vLLM: see `protocol`.
+"""Measures vLLM's engine. Run by its path, under a Python that has vLLM: see `protocol`.
 
-Options: model, threads, dtype, enforce_eager, max_num_batched_tokens, max_num_seqs, max_model_len, kv_gb, block_size.
+Options: model, threads, dtype, enforce_eager, max_num_batched_tokens, max_num_seqs, max_model_len, kv_gb, engine_process.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import os
 import time
 from typing import Any
 
-from protocol import Requests, Timeline, serve
+from protocol import Request, Run, Timeline, serve
 
 
-def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    # Read by vLLM while it is imported.
+def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
+    # vLLM reads these when it is imported.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{options['threads'] - 1}"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options["kv_gb"])
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if options["engine_process"] else "0"
@@ -35,9 +35,8 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     }
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
 
-    def run(requests: Requests) -> dict[str, Any]:
+    def run(requests: list[Request]) -> dict[str, Any]:
         timeline = Timeline(requests)
-        sent = {request["request_id"]: 0 for request in requests}
         begin = time.perf_counter()
         for request in requests:
             sampling = vllm.SamplingParams(
@@ -48,9 +47,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
             outputs = engine.step()
             now = time.perf_counter() - begin
             for output in outputs:
-                token_ids = list(output.outputs[0].token_ids)
-                timeline.add(output.request_id, now, token_ids[sent[output.request_id] :])
-                sent[output.request_id] = len(token_ids)
+                timeline.update(output.request_id, now, list(output.outputs[0].token_ids))
         return timeline.result()
 
     return {"engine": "vllm", "version": vllm.__version__, "options": options}, run

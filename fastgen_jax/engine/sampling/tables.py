@@ -1,23 +1,25 @@
-"""What rows ask of the sampler, and the host's tables that it is gathered from, step by step."""
+"""The sampling parameters of a step's rows, and the tables on the host from which they are gathered."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
-import jax
 import numpy as np
 
 from fastgen_jax.scheduling.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from pallas_kernels.pytree import pytree
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float32, Int, Int32, UInt32
 
 MAX_EOS_TOKEN_IDS = 8
 _MAX_BANNED_IDS = MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 _FLOAT_TINY = float(np.finfo(np.float32).tiny)
 
-# Columns of the tables, which are also fields of SamplingBatch: name, type, value in a row that asks for nothing.
-_COLUMNS: tuple[tuple[str, Any, float], ...] = (
+# Columns of the tables, which are also fields of SamplingBatch: name, type, neutral value.
+_COLUMNS: tuple[tuple[str, type[np.generic], float], ...] = (
     ("temperature", np.float32, 0),
     ("top_k", np.int32, 0),
     ("top_p", np.float32, 1),
@@ -30,60 +32,54 @@ _COLUMNS: tuple[tuple[str, Any, float], ...] = (
     ("seeds", np.uint32, 0),
     ("ban_before", np.int32, 0),
 )
-_FLAGS = ("any_sampling", "any_penalties", "any_bias", "any_logprobs", "any_masks")  # bit i of a slot's flags raises name i
+_FLAGS = ("any_sampling", "any_penalties", "any_bias", "any_logprobs", "any_masks")  # bit i of a slot's flags sets field i
 
 
 @pytree
 class SamplingBatch:
-    """What each sampled row asks for. Rows that are not used have `slots` = max_num_seqs and temperature 0."""
+    """The sampling parameters of each sampled row. Unused rows have `slots` = max_num_seqs and temperature 0."""
 
-    slots: jax.Array
-    """i32[R]: row of the sampler's state; max_num_seqs where the row belongs to no sequence."""
-    positions: jax.Array
-    """i32[R]: position, in its sequence, of the token being sampled."""
-    temperature: jax.Array
-    """f32[R]: 0 takes the likeliest token."""
-    top_k: jax.Array
-    """i32[R]: 0 keeps every token."""
-    top_p: jax.Array
-    """f32[R]: 1 keeps every token."""
-    min_p: jax.Array
-    """f32[R]: least probability kept, as a fraction of the likeliest token's; 0 keeps every token."""
-    presence_penalty: jax.Array
-    """f32[R]: subtracted from the logits of generated tokens."""
-    frequency_penalty: jax.Array
-    """f32[R]: the same, times how often each was generated."""
-    repetition_penalty: jax.Array
-    """f32[R]: divides positive and multiplies negative logits of tokens in the prompt or generated; 1 does nothing."""
-    has_bias: jax.Array
-    """i32[R]: 1 where the slot's logit bias is this row's, not a former sequence's."""
-    has_mask: jax.Array
-    """i32[R]: 1 where only the tokens of the slot's mask may come next."""
-    seeds: jax.Array
-    """u32[R]."""
-    stop_ids: jax.Array
-    """i32[R, Z]: tokens banned at positions before `ban_before`; V fills up."""
-    ban_before: jax.Array
-    """i32[R]: prompt length + min_new_tokens, 0 for no ban."""
-    targets: jax.Array
-    """i32[R]: token to report instead of a sampled one (rows for prompt log-probabilities); V samples."""
-    writes_token: jax.Array
-    """i32[R]: 1 where the token becomes the sequence's last one."""
-    any_sampling: jax.Array
-    """i32[]: 0 skips temperature and everything after it for all rows; likewise the flags that follow."""
-    any_penalties: jax.Array
-    """i32[]."""
-    any_bias: jax.Array
-    """i32[]."""
-    any_bans: jax.Array
-    """i32[]."""
-    any_logprobs: jax.Array
-    """i32[]."""
-    any_masks: jax.Array
-    """i32[]."""
+    slots: Int32[Array, " R"]
+    """Row of the sampler's state; max_num_seqs where the row belongs to no sequence."""
+    positions: Int32[Array, " R"]
+    """Position, in its sequence, of the token being sampled."""
+    temperature: Float32[Array, " R"]
+    """0 takes the most likely token."""
+    top_k: Int32[Array, " R"]
+    """0 keeps every token."""
+    top_p: Float32[Array, " R"]
+    """1 keeps every token."""
+    min_p: Float32[Array, " R"]
+    """Least probability kept, as a fraction of the most likely token's; 0 keeps every token."""
+    presence_penalty: Float32[Array, " R"]
+    """Subtracted from the logits of generated tokens."""
+    frequency_penalty: Float32[Array, " R"]
+    """The same, times how often each was generated."""
+    repetition_penalty: Float32[Array, " R"]
+    """Divides positive and multiplies negative logits of tokens in the prompt or generated; 1 does nothing."""
+    has_bias: Int32[Array, " R"]
+    """1 where the slot's logit bias belongs to this row, not to an earlier sequence."""
+    has_mask: Int32[Array, " R"]
+    """1 where only the tokens of the slot's mask may come next."""
+    seeds: UInt32[Array, " R"]
+    stop_ids: Int32[Array, "R Z"]
+    """Tokens banned at positions before `ban_before`; V in unused entries."""
+    ban_before: Int32[Array, " R"]
+    """Prompt length + min_new_tokens, 0 for no ban."""
+    targets: Int32[Array, " R"]
+    """Token to report instead of a sampled one (rows for prompt log-probabilities); V: sample one."""
+    writes_token: Int32[Array, " R"]
+    """1 where the token becomes the sequence's last one."""
+    any_sampling: Int32[Array, ""]
+    """0 skips temperature and everything after it for all rows; likewise the flags that follow."""
+    any_penalties: Int32[Array, ""]
+    any_bias: Int32[Array, ""]
+    any_bans: Int32[Array, ""]
+    any_logprobs: Int32[Array, ""]
+    any_masks: Int32[Array, ""]
 
 
-def sampling_fields(num_rows: int) -> list[tuple[str, tuple[int, ...], Any]]:
+def sampling_fields(num_rows: int) -> list[tuple[str, tuple[int, ...], type[np.generic]]]:
     """Name, shape and dtype of each field of `SamplingBatch` for R = `num_rows`, in packing order."""
     return [
         ("slots", (num_rows,), np.int32),
@@ -114,7 +110,7 @@ def validate(params: SamplingParams, vocab_size: int, *, eos_token_ids: Sequence
 
 
 class SamplingTables:
-    """One row of sampling parameters per slot, as NumPy columns; the last row asks for nothing.
+    """One row of sampling parameters per slot, as NumPy columns; the last row is neutral.
 
     `admit` fills a row when a sequence gets a slot; `fill` copies the rows of a step into the packed array.
     """
@@ -128,7 +124,7 @@ class SamplingTables:
 
     @staticmethod
     def clear(views: Mapping[str, np.ndarray], *, max_num_seqs: int, vocab_size: int) -> None:
-        """Writes rows that ask for nothing into `views`, arrays by the names of `sampling_fields`."""
+        """Writes neutral rows into `views`, arrays by the names of `sampling_fields`."""
         for view in views.values():
             view[...] = 0
         for name, _, default in _COLUMNS:
@@ -147,7 +143,7 @@ class SamplingTables:
         num_prompt_tokens: int,
         has_mask: bool = False,
     ) -> bool:
-        """Gives `slot` the parameters of a sequence; true if the device needs `reset_slot` before its next step."""
+        """Gives `slot` the parameters of a sequence; true if the device needs a `reset_slot` before its next step."""
         has_penalties = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
         has_bias = len(_bias_pairs(params)) > 0
         temperature = 1.0 if params.temperature is None else params.temperature
@@ -179,15 +175,15 @@ class SamplingTables:
         self,
         views: Mapping[str, np.ndarray],
         *,
-        slots: np.ndarray,
-        positions: np.ndarray,
-        writes_token: np.ndarray,
+        slots: Int[np.ndarray, " n"],
+        positions: Int[np.ndarray, " n"],
+        writes_token: Int[np.ndarray, " n"],
         targets: Mapping[int, int],
     ) -> None:
         """Writes the first rows of a step into `views`, cleared arrays by the names of `sampling_fields`.
 
-        `slots` i32[n], `positions` i32[n] of the tokens to be sampled, `writes_token` i32[n]: 0 for a row that samples
-        nothing new, which then asks for nothing but its target, if `targets` (row to token id) gives it one.
+        `positions` are those of the tokens to be sampled. `writes_token` is 0 for a row that samples nothing; such a row is
+        neutral except for its target, if `targets` (row to token id) has one.
         """
         n = len(slots)
         rows = slots if writes_token.all() else np.where(writes_token, slots, self._max_num_seqs)
@@ -208,7 +204,7 @@ class SamplingTables:
 
 
 def _bias_pairs(params: SamplingParams) -> tuple[tuple[int, float], ...]:
-    return cast("tuple[tuple[int, float], ...]", params.logit_bias)  # normalised when constructed
+    return cast("tuple[tuple[int, float], ...]", params.logit_bias)  # converted when constructed
 
 
 def _banned_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:

@@ -1,10 +1,11 @@
-"""What the sampler remembers of each sequence between steps: on the device, written by few compiled programs."""
+"""What the sampler knows of each sequence between steps: on the device, written by a few compiled programs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +14,31 @@ import numpy as np
 from fastgen_jax.scheduling.request import MAX_LOGIT_BIAS_ENTRIES
 from pallas_kernels.pytree import pytree
 
-MASKS_A_CALL = 8  # rows of token masks that one call of `set_masks` takes, as many as a typical load needs
-HISTORY_PIECE = 2048  # tokens of a history that one call takes: most prompts in one or two, of 0.3 ms each on a CPU
-MAX_TIMES = 2**14 - 1  # counting stops here: 2 * MAX_TIMES + 1 is the largest int16
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float32, Int16, Int32
+
+MASKS_A_CALL = 8  # rows of token masks in one call, enough for a typical load
+HISTORY_PIECE = 2048  # tokens of a history in one call: one or two calls for most prompts, 0.3 ms each on a CPU
+MAX_TIMES = 2**14 - 1  # counts stop here: 2 * MAX_TIMES + 1 is the largest int16
 
 
 @pytree
 class SamplerState:
-    """What the sampler remembers of each sequence, on the device; donated to every step."""
+    """What the sampler knows of each sequence, on the device; donated to every step."""
 
-    last_tokens: jax.Array
-    """i32[S]: the token sampled last."""
-    token_counts: jax.Array
-    """i16[S, V]: twice the times a token was generated, plus 1 if the prompt holds it. Kept for rows with penalties."""
-    bias_ids: jax.Array
-    """i32[S, 300]: tokens with a logit bias; V fills up."""
-    bias_values: jax.Array
-    """f32[S, 300]."""
-    token_masks: jax.Array
-    """i32[S, ceil(V / 32)]: bit v % 32 of word v // 32 is 1 if token v may come next. Read for rows with a mask."""
+    last_tokens: Int32[Array, " S"]
+    """The token sampled last."""
+    token_counts: Int16[Array, "S V"]
+    """Twice the times a token was generated, plus 1 if the prompt holds it. Kept for rows with penalties."""
+    bias_ids: Int32[Array, "S 300"]
+    """Tokens with a logit bias; V in unused entries."""
+    bias_values: Float32[Array, "S 300"]
+    token_masks: Int32[Array, "S words"]
+    """Bit v % 32 of word v // 32 is 1 if token v may come next. Read for rows with a mask."""
 
 
 def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
-    """The state of `max_num_seqs` slots that no sequence has used; 2.125 * vocab_size + 2404 bytes each."""
+    """The state of `max_num_seqs` unused slots; 2.125 * vocab_size + 2404 bytes each."""
     return SamplerState(
         last_tokens=jnp.zeros(max_num_seqs, jnp.int32),
         token_counts=jnp.zeros((max_num_seqs, vocab_size), jnp.int16),
@@ -45,10 +48,10 @@ def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
     )
 
 
-def set_masks(state: SamplerState, slots: Sequence[int], masks: np.ndarray) -> SamplerState:
-    """The state with token masks i32[n, ceil(V / 32)] for n slots; donates `state`.
+def set_masks(state: SamplerState, slots: Sequence[int], masks: Int32[np.ndarray, "n words"]) -> SamplerState:
+    """The state with new token masks for n slots; donates `state`.
 
-    They hold until they are set again. Takes any n with one compiled program, `MASKS_A_CALL` rows a call.
+    They hold until they are set again. One compiled program serves any n, `MASKS_A_CALL` rows a call.
     """
     for start in range(0, len(slots), MASKS_A_CALL):
         rows = np.full(MASKS_A_CALL, state.token_masks.shape[0], np.int32)
@@ -60,7 +63,7 @@ def set_masks(state: SamplerState, slots: Sequence[int], masks: np.ndarray) -> S
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write_masks(state: SamplerState, slots: jax.Array, masks: jax.Array) -> SamplerState:
+def _write_masks(state: SamplerState, slots: Int32[Array, " n"], masks: Int32[Array, "n words"]) -> SamplerState:
     return replace(state, token_masks=state.token_masks.at[slots].set(masks, mode="drop"))
 
 
@@ -75,7 +78,7 @@ def reset_slot(
     """The state with the history and the logit bias of the sequence that gets `slot`; donates `state`.
 
     Needed only for a sequence with penalties or bias, each time it gets a slot; `output_ids` are the tokens that it
-    generated before it was preempted. Takes any lengths with one compiled program, `HISTORY_PIECE` tokens a call.
+    generated before a preemption. One compiled program serves any lengths, `HISTORY_PIECE` tokens a call.
     """
     vocab_size = state.token_counts.shape[1]
     bias_ids = np.full(MAX_LOGIT_BIAS_ENTRIES, vocab_size, np.int32)
@@ -95,12 +98,12 @@ def reset_slot(
 @partial(jax.jit, donate_argnums=0)
 def _add_history(
     state: SamplerState,
-    slot: jax.Array,
-    prompt_ids: jax.Array,
-    output_ids: jax.Array,
-    bias_ids: jax.Array,
-    bias_values: jax.Array,
-    is_first: jax.Array,
+    slot: Int32[Array, ""],
+    prompt_ids: Int32[Array, " n"],
+    output_ids: Int32[Array, " n"],
+    bias_ids: Int32[Array, " 300"],
+    bias_values: Float32[Array, " 300"],
+    is_first: Bool[Array, ""],
 ) -> SamplerState:
     vocab_size = state.token_counts.shape[1]
     before = jnp.where(is_first, jnp.int16(0), state.token_counts[slot])

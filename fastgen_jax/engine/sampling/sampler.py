@@ -1,16 +1,16 @@
 """The sampler of the step program: logits in, tokens and log-probabilities out, pure functions throughout.
 
 Order: the engine's logits processor; repetition, presence and frequency penalties; logit bias; ban of stop tokens; token
-masks; temperature; top-k; top-p (of what top-k left, renormalised); min-p; a draw from what is left, renormalised. The
+masks; temperature; top-k; top-p (of what top-k left, renormalized); min-p; a draw from what is left, renormalized. The
 lowest token id wins every tie: of equal logits, greedy decoding takes it, and top-k and top-p keep it first, so that
-`top_k=k` keeps exactly k tokens and `top_k=1` is greedy decoding. Of a row that holds a NaN, some token of the vocabulary
-comes out.
+`top_k=k` keeps exactly k tokens and `top_k=1` is greedy decoding. A row that holds a NaN yields some token of the
+vocabulary.
 
 A token depends on its logits, its request's parameters and `fold_in(key(seed), position)`, and on nothing else in the
-batch. To that end no sum of floats decides anything: probabilities are fixed-point integers (2**30 is 1), and sums of
-integers come out the same in whatever order a compiler takes them. The draw is a race in which every token has a random
-number of its own, so that logits that differ in their last bits, as those of two platforms do, draw the same token but
-for a share of draws as small as the difference.
+batch. Therefore no sum of floats decides anything: probabilities are fixed-point integers (2**30 is 1), and a sum of
+integers is the same in whatever order a compiler computes it. In the draw every token has its own random number, so that
+logits that differ in their last bits, as those of two platforms do, draw the same token except for a share of draws as
+small as the difference.
 """
 
 from __future__ import annotations
@@ -18,60 +18,61 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fastgen_jax.engine.random_bits import random_bits
-from fastgen_jax.engine.sampler_state import MAX_TIMES, SamplerState
-from fastgen_jax.engine.sampling_tables import SamplingBatch
+from fastgen_jax.engine.sampling.random_bits import random_bits
+from fastgen_jax.engine.sampling.state import MAX_TIMES, SamplerState
+from fastgen_jax.engine.sampling.tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
 from pallas_kernels.pytree import pytree
 
-__all__ = ["MAX_LOGPROBS", "SampleOutput", "SamplerState", "SamplingBatch", "sample"]
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float32, Int16, Int32, Shaped, UInt32
 
 MAX_LOGPROBS = MAX_TOP_LOGPROBS
 
 _ONE = 30  # log2 of probability 1 in fixed point; rounding adds at most V / 2, so that sums stay below 2**31
 _TOP_P_SLACK = 2.0**-22  # float32 rounds p and the total by 2**-24 each: without slack 0.9 of ten equals would be ten
-_PIECE_WIDTH = 128  # a vector register's row on TPU; a vocabulary then has a few hundred pieces
+_PIECE_WIDTH = 128  # lanes of a vector register on TPU; a vocabulary then has a few hundred pieces
 
 
 @pytree
 class SampleOutput:
-    """One entry a sampled row. All but the first two are zeros in a step where nobody asked for log-probabilities.
+    """One entry a sampled row. All but the first two are zeros in a step without requests for log-probabilities.
 
     Log-probabilities are those of the model: before the logits processor, penalties, bias and temperature.
     """
 
-    tokens: jax.Array
-    """i32[R]: sampled, or the row's target."""
-    sampled_logprobs: jax.Array
-    """f32[R]: natural logarithm of the probability with which the token was drawn, from what was left after all that
-    precedes the draw; 0 for a token that was not drawn but is the likeliest."""
-    logprobs: jax.Array
-    """f32[R]: natural logarithm of the probability of `tokens`."""
-    ranks: jax.Array
-    """i32[R]: 1 + how many tokens are likelier."""
-    top_ids: jax.Array
-    """i32[R, max_logprobs]: the likeliest tokens, likeliest first; V past the vocabulary's end."""
-    top_logprobs: jax.Array
-    """f32[R, max_logprobs]."""
+    tokens: Int32[Array, " R"]
+    """The sampled token, or the row's target."""
+    sampled_logprobs: Float32[Array, " R"]
+    """Natural logarithm of the probability with which the token was drawn, after everything that precedes the draw; 0 for
+    a token that was taken as the most likely one."""
+    logprobs: Float32[Array, " R"]
+    """Natural logarithm of the probability of `tokens`."""
+    ranks: Int32[Array, " R"]
+    """1 + how many tokens are more likely."""
+    top_ids: Int32[Array, "R max_logprobs"]
+    """The most likely tokens, best first; V past the vocabulary's end."""
+    top_logprobs: Float32[Array, "R max_logprobs"]
 
 
 def sample(
-    logits: jax.Array,
+    logits: Float32[Array, "R V"],
     state: SamplerState,
     batch: SamplingBatch,
     *,
     max_logprobs: int,
-    process: Callable[[jax.Array], jax.Array] | None = None,
+    process: Callable[[Array], Array] | None = None,
 ) -> tuple[SampleOutput, SamplerState]:
-    """The next token of every row of `logits` f32[R, V], and the state that knows it.
+    """The next token of every row of `logits`, and the state updated with it.
 
-    `process` changes the logits before anything else does; log-probabilities of the model are of those before it.
-    A step in which no row needs more costs an argmax. Donate `state`: it is then updated in place.
+    `process` changes the logits before anything else does; the log-probabilities of the model are those before it.
+    A step whose rows are all greedy costs an argmax. Donate `state`: it is then updated in place.
 
     Raises:
         ValueError: `logits` is not a float32 matrix, or its vocabulary is not the state's.
@@ -80,10 +81,10 @@ def sample(
     if logits.ndim != 2 or logits.shape[1] != vocab_size or logits.dtype != jnp.float32:
         raise ValueError(
             f"logits are {logits.dtype}{list(logits.shape)} but the sampler takes float32[R, {vocab_size}]; "
-            "convert them, and initialise the state with the model's vocab_size"
+            "convert them, and initialize the state with the model's vocab_size"
         )
-    # One switch, and loops of no passes further in, rather than conditionals in one another: on a CPU with two cores
-    # jax 0.10.2 takes twice as long for the passes over the vocabulary inside a conditional within a conditional.
+    # One switch, with loops of zero passes inside, and no nested conditionals: on a CPU with two cores jax 0.10.2 takes
+    # twice as long for passes over the vocabulary inside nested conditionals.
     adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
     branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
     branches = (lambda logits, *_: _certain(_argmax(logits)), _adjusted_argmax, _sampled)
@@ -107,8 +108,8 @@ def sample(
     return output, _remember(state, batch, tokens)
 
 
-def _remember(state: SamplerState, batch: SamplingBatch, tokens: jax.Array) -> SamplerState:
-    # R elements each: not worth a conditional, and outside of one it is plain that the tables are updated in place.
+def _remember(state: SamplerState, batch: SamplingBatch, tokens: Int32[Array, " R"]) -> SamplerState:
+    # R elements each: not worth a conditional, and without one the compiler sees that the tables are updated in place.
     max_num_seqs = state.last_tokens.shape[0]
     slots = jnp.where(batch.writes_token > 0, batch.slots, max_num_seqs)
     counted = jnp.where(_has_penalties(batch), slots, max_num_seqs)
@@ -121,32 +122,32 @@ def _remember(state: SamplerState, batch: SamplingBatch, tokens: jax.Array) -> S
     )
 
 
-def _has_penalties(batch: SamplingBatch) -> jax.Array:
+def _has_penalties(batch: SamplingBatch) -> Bool[Array, " R"]:
     return (batch.presence_penalty != 0) | (batch.frequency_penalty != 0) | (batch.repetition_penalty != 1)
 
 
-def _pieces(x: jax.Array, *, fill: float) -> jax.Array:
-    """`x` [R, V] as [R, pieces, width], filled up with `fill`.
+def _pieces(x: Shaped[Array, "R V"], *, fill: int | float) -> Shaped[Array, "R pieces width"]:
+    """`x` in pieces, padded with `fill`.
 
-    Reductions and searches go in two levels, over each piece and over the pieces. The first one vectorises wherever it
-    runs; a CPU needs ten times as long for an argmax over whole rows, and many passes for a running sum.
+    Reductions and searches have two levels: over each piece, then over the pieces. The first one vectorizes on every
+    platform; a CPU needs ten times as long for an argmax over whole rows, and many passes for a running sum.
     """
     num_rows, length = x.shape
     width = min(_PIECE_WIDTH, length)
     return jnp.pad(x, ((0, 0), (0, -length % width)), constant_values=fill).reshape(num_rows, -1, width)
 
 
-def _piece(pieces: jax.Array, index: jax.Array) -> jax.Array:
-    """[R, width]: one piece of each row."""
+def _piece(pieces: Shaped[Array, "R pieces width"], index: Int32[Array, " R"]) -> Shaped[Array, "R width"]:
+    """One piece of each row."""
     return jnp.take_along_axis(pieces, index[:, None, None], axis=1, mode="clip")[:, 0]
 
 
-def _largest(logits: jax.Array) -> jax.Array:
+def _largest(logits: Float32[Array, "R V"]) -> Float32[Array, " R"]:
     return jnp.max(jnp.max(_pieces(logits, fill=-jnp.inf), axis=2), axis=1)
 
 
-def _argmax(logits: jax.Array) -> jax.Array:
-    """i32[R]: lowest index of the largest value."""
+def _argmax(logits: Float32[Array, "R V"]) -> Int32[Array, " R"]:
+    """The lowest index of the largest value."""
 
     def first(x: jax.Array, value: jax.Array) -> jax.Array:
         ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -160,16 +161,20 @@ def _argmax(logits: jax.Array) -> jax.Array:
     return jnp.minimum(index, logits.shape[1] - 1)  # a NaN equals nothing, not even in the last piece
 
 
-def _certain(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens that nothing else could have come out in place of, and their log-probabilities: zeros."""
+def _certain(tokens: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
+    """Tokens chosen with certainty, and their log-probabilities: zeros."""
     return tokens, jnp.zeros(tokens.shape, jnp.float32)
 
 
-def _adjusted_argmax(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> tuple[jax.Array, jax.Array]:
+def _adjusted_argmax(
+    logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
+) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
     return _certain(_argmax(_adjusted(logits, state, batch)))
 
 
-def _sampled(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> tuple[jax.Array, jax.Array]:
+def _sampled(
+    logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
+) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
     logits = _adjusted(logits, state, batch)
     weights = _weights(logits, batch)
     drawn = _draw(weights, random_bits(batch.seeds, batch.positions, logits.shape[1]))
@@ -177,25 +182,27 @@ def _sampled(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> tu
     return jnp.where(is_drawn, drawn, _argmax(logits)), jnp.where(is_drawn, _log_share(weights, drawn), 0.0)
 
 
-def _log_share(weights: jax.Array, tokens: jax.Array) -> jax.Array:
-    """f32[R]: the logarithm of the share that the weight of each row's token has in the sum of `weights` i32[R, V]."""
+def _log_share(weights: Int32[Array, "R V"], tokens: Int32[Array, " R"]) -> Float32[Array, " R"]:
+    """The logarithm of the share of the weight of each row's token in the sum of the row's weights."""
     weight = jnp.take_along_axis(weights, tokens[:, None], axis=1, mode="clip")[:, 0]
-    # Both are at least 1. log1p, unlike log, rounds alike in vectors and in what is left over of them.
+    # Both are at least 1. log1p, unlike log, rounds alike in full vectors and in the remainder.
     of_weight, of_sum = (jnp.log1p((x - 1).astype(jnp.float32)) for x in (weight, _sum(weights)))
     return of_weight - of_sum
 
 
-def _adjusted(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
-    def unchanged(logits: jax.Array, *_: object) -> jax.Array:
+def _adjusted(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> Float32[Array, "R V"]:
+    def unchanged(logits: Float32[Array, "R V"], *_: object) -> Float32[Array, "R V"]:
         return logits
 
-    logits = lax.cond(batch.any_penalties > 0, _penalised, unchanged, logits, state.token_counts, batch)
+    logits = lax.cond(batch.any_penalties > 0, _penalized, unchanged, logits, state.token_counts, batch)
     logits = lax.cond(batch.any_bias > 0, _biased, unchanged, logits, state, batch)
     logits = lax.cond(batch.any_bans > 0, lambda x, _, b: _banned(x, b), unchanged, logits, state, batch)
     return lax.cond(batch.any_masks > 0, _masked, unchanged, logits, state, batch)
 
 
-def _penalised(logits: jax.Array, token_counts: jax.Array, batch: SamplingBatch) -> jax.Array:
+def _penalized(
+    logits: Float32[Array, "R V"], token_counts: Int16[Array, "S V"], batch: SamplingBatch
+) -> Float32[Array, "R V"]:
     """Sources: CTRL (arXiv:1909.05858) for repetition, OpenAI's API for the other two."""
     counts = token_counts.at[batch.slots].get(mode="fill", fill_value=0)  # [R, V]
     penalty = batch.repetition_penalty[:, None]
@@ -206,7 +213,7 @@ def _penalised(logits: jax.Array, token_counts: jax.Array, batch: SamplingBatch)
     return jnp.where(times > 0, logits - minus, logits)
 
 
-def _biased(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
+def _biased(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> Float32[Array, "R V"]:
     slots = jnp.where(batch.has_bias > 0, batch.slots, state.bias_ids.shape[0])
     ids = state.bias_ids.at[slots].get(mode="fill", fill_value=logits.shape[1])
     values = state.bias_values.at[slots].get(mode="fill", fill_value=0)
@@ -214,37 +221,37 @@ def _biased(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax
     return logits.at[rows, ids].add(values, mode="drop")
 
 
-def _banned(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+def _banned(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Float32[Array, "R V"]:
     early = (batch.positions < batch.ban_before)[:, None]
     ids = jnp.where(early, batch.stop_ids, logits.shape[1])
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return logits.at[rows, ids].set(-jnp.inf, mode="drop")
 
 
-def _masked(logits: jax.Array, state: SamplerState, batch: SamplingBatch) -> jax.Array:
+def _masked(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> Float32[Array, "R V"]:
     slots = jnp.where(batch.has_mask > 0, batch.slots, state.token_masks.shape[0])
     words = state.token_masks.at[slots].get(mode="fill", fill_value=-1)  # [R, ceil(V / 32)]; all ones without a mask
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1  # [R, words, 32]
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None, :]) & 1  # [R, words, 32]
     return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
 
-def _draw(weights: jax.Array, bits: jax.Array) -> jax.Array:
-    """i32[R]: indices as likely as their `weights` i32[R, V], by 32 random bits u32[R, V] for each.
+def _draw(weights: Int32[Array, "R V"], bits: UInt32[Array, "R V"]) -> Int32[Array, " R"]:
+    """Indices drawn with probabilities in proportion to their `weights`, by 32 random bits for each.
 
-    Each token finishes after an exponentially distributed time, at a rate of its weight; the first one is drawn, which is
-    the Gumbel-max trick without its second logarithm. A draw from a running sum over the vocabulary needs one random number
-    where this takes V, but there a change in any weight moves the borders of all tokens behind it.
+    Each token finishes after an exponentially distributed time, with its weight as the rate, and the first to finish is
+    drawn: the Gumbel-max trick without its second logarithm. A draw from a running sum over the vocabulary needs one random
+    number instead of V, but a change of any weight would move the borders of all later tokens.
     """
-    uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32  # fine near 0, where the first ones finish
+    uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32  # finely spaced near 0, where the first ones finish
     seconds = -jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24))
     return _argmax(jnp.where(weights > 0, weights.astype(jnp.float32) / seconds, -1))
 
 
-def _weights(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
-    """i32[R, V]: what to draw from, 0 for a token that is not kept; a row sums to less than 2**31."""
+def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Int32[Array, "R V"]:
+    """The weights to draw from, 0 for a token that is not kept; a row sums to less than 2**31."""
     vocab_size = logits.shape[1]
     largest = _largest(logits)[:, None]
-    # The largest is set to 0 rather than computed, because inf - inf is NaN.
+    # The largest is set to 0 and not computed, because inf - inf is NaN.
     below = jnp.where(logits == largest, 0, logits - largest)
     ratios = jnp.exp(below / jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None])
 
@@ -261,50 +268,50 @@ def _weights(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
 
 
 def _keep(
-    keys: jax.Array,
-    weigh: Callable[[jax.Array], jax.Array],
-    enough: jax.Array,
-    is_limited: jax.Array,
+    keys: Int32[Array, "R V"],
+    weigh: Callable[[Array], Array],
+    enough: Int32[Array, " R"],
+    is_limited: Bool[Array, " R"],
     *,
     num_bits: int,
-) -> jax.Array:
-    """bool[R, V]: the fewest of the largest `keys` i32[R, V] that weigh `enough` together; all where not limited.
+) -> Bool[Array, "R V"]:
+    """The fewest of the largest `keys` that weigh `enough` together; all keys of a row that is not limited.
 
-    Those above a threshold are kept, and of those at it the first. The threshold is the largest at which the keys that
-    reach it weigh enough. It is found bit by bit from the highest: exact, in `num_bits` passes over the keys (32, or 31
-    where none is negative), and many times faster than a sort. No pass is made if no row is limited.
+    Keys above a threshold are kept, and the first of those equal to it. The threshold is the largest at which the keys
+    that reach it weigh enough. It is found bit by bit from the highest: exact, in `num_bits` passes over the keys (32, or
+    31 if none is negative), and many times faster than a sort. No pass is made if no row is limited.
     """
     any_limited = jnp.any(is_limited)
 
-    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+    def set_bit(i: Int32[Array, ""], threshold: Int32[Array, " R"]) -> Int32[Array, " R"]:
         higher = threshold + (jnp.int32(1) << (num_bits - 1 - i))  # the sign bit, added to the lowest int32, makes 0
         return jnp.where(_sum(weigh(keys >= higher[:, None])) >= enough, higher, threshold)
 
-    def last_at(threshold: jax.Array) -> jax.Array:
+    def last_at(threshold: Int32[Array, " R"]) -> Int32[Array, " R"]:
         above = _sum(weigh(keys > threshold[:, None]))
         return _first_reaching(weigh(keys == threshold[:, None]), enough - above)
 
     lowest = jnp.full_like(enough, -(2**31) if num_bits == 32 else 0)
     threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
     last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
-    # Every key that matters is above the lowest: that of -inf as a logit, any but 0 as a mass.
+    # Every relevant key is above the lowest: that of -inf for logits, 0 for masses.
     threshold = jnp.where(is_limited, threshold, lowest)[:, None]
     ids = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
     return (keys > threshold) | ((keys == threshold) & (ids <= last[:, None]))
 
 
-def _sum(x: jax.Array) -> jax.Array:
+def _sum(x: Shaped[Array, "R n"]) -> Int32[Array, " R"]:
     return jnp.sum(x, axis=1, dtype=jnp.int32)
 
 
-def _sortable(x: jax.Array) -> jax.Array:
-    """i32 that compares like the float32 `x`; both zeros are one."""
+def _sortable(x: Float32[Array, "R V"]) -> Int32[Array, "R V"]:
+    """Integers that compare like the floats `x`; both zeros are equal."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
 
 
-def _sum_in_any_order(ratios: jax.Array) -> jax.Array:
-    """f32[R]: the sum of each row, the same to the last bit in whatever order it is taken. Ratios are at most 1, V < 2**19.
+def _sum_in_any_order(ratios: Float32[Array, "R V"]) -> Float32[Array, " R"]:
+    """The sum of each row, the same to the last bit in whatever order it is computed. Ratios are at most 1, V < 2**19.
 
     Each ratio is 39 bits in three digits, whose sums are exact.
     """
@@ -320,8 +327,8 @@ def _sum_in_any_order(ratios: jax.Array) -> jax.Array:
     return total
 
 
-def _first_reaching(weights: jax.Array, enough: jax.Array) -> jax.Array:
-    """i32[R]: the lowest index up to which the non-negative `weights` i32[R, V] sum to `enough` i32[R] >= 1."""
+def _first_reaching(weights: Int32[Array, "R V"], enough: Int32[Array, " R"]) -> Int32[Array, " R"]:
+    """The lowest index up to which the non-negative `weights` sum to `enough`, which is at least 1."""
     enough = enough[:, None]
     pieces = _pieces(weights, fill=0)
     sums = jnp.cumsum(jnp.sum(pieces, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
@@ -332,15 +339,15 @@ def _first_reaching(weights: jax.Array, enough: jax.Array) -> jax.Array:
 
 
 def _logprobs(
-    logits: jax.Array, tokens: jax.Array, *, max_logprobs: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], *, max_logprobs: int
+) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
     vocab_size = logits.shape[1]
     largest = _largest(logits)[:, None]
 
-    def below_largest(x: jax.Array) -> jax.Array:
+    def below_largest(x: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
         return jnp.where(x == largest, 0, x - largest)  # inf - inf would be NaN
 
-    # The sum is at least 1. XLA's log, unlike its log1p, rounds differently in vectors and in what is left over of them.
+    # The sum is at least 1. XLA's log, unlike its log1p, rounds differently in full vectors and in the remainder.
     log_total = jnp.log1p(_sum_in_any_order(jnp.exp(below_largest(logits))) - 1)[:, None]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
     logprobs = (below_largest(chosen) - log_total)[:, 0]
@@ -357,8 +364,8 @@ def _logprobs(
 
 
 def _no_logprobs(
-    logits: jax.Array, tokens: jax.Array, *, max_logprobs: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], *, max_logprobs: int
+) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
     num_rows = tokens.shape[0]
     return (
         jnp.zeros(num_rows, jnp.float32),
