@@ -1,7 +1,7 @@
-"""Where fastgen_jax keeps things between runs. docs/caches.md has the table.
+"""The folders that fastgen_jax keeps between runs. docs/caches.md has the table.
 
-The folders follow the platform and the XDG variables. What can be made again goes into the cache, records of servers
-that run into the state folder.
+They follow the platform and the XDG variables. Reproducible files go into the cache folder, records of running servers into
+the state folder.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ CACHE_VARIABLE = "FASTGEN_CACHE_DIR"
 
 
 def cache_dir() -> Path:
-    """The root of what can be made again: `$XDG_CACHE_HOME/fastgen_jax`, by default under ~/.cache on Linux."""
+    """Returns the root of reproducible files: `$XDG_CACHE_HOME/fastgen_jax`, by default under ~/.cache on Linux."""
     return platformdirs.user_cache_path("fastgen_jax", appauthor=False)
 
 
 def engine_dir(named: str | os.PathLike[str] | None = None) -> Path | None:
-    """Compiled programs and measurements: the folder `named`, else that of FASTGEN_CACHE_DIR, else `cache_dir`.
+    """Returns the folder of compiled programs and measurements: `named`, else FASTGEN_CACHE_DIR, else `cache_dir`.
 
-    None where either is an empty string: nothing is to be kept.
+    Returns None if the one that applies is an empty string, which turns the cache off.
     """
     if named is None:
         named = os.environ.get(CACHE_VARIABLE)
@@ -34,25 +34,28 @@ def engine_dir(named: str | os.PathLike[str] | None = None) -> Path | None:
 
 
 def models_dir() -> Path:
-    """Downloaded models."""
+    """Returns the folder of downloaded models."""
     return cache_dir() / "models"
 
 
 def deployments_dir() -> Path:
-    """Records and logs of servers: `$XDG_STATE_HOME/fastgen_jax/deployments`, by default under ~/.local/state on Linux."""
+    """Returns the folder of servers' records and logs: `$XDG_STATE_HOME/fastgen_jax/deployments`.
+
+    Its parent is ~/.local/state by default on Linux.
+    """
     return platformdirs.user_state_path("fastgen_jax", appauthor=False) / "deployments"
 
 
 def settle_engine(folder: Path) -> Folder | None:
-    """`folder` for compiled programs and measurements, or what `settle` gives in its place."""
+    """Returns `folder` for compiled programs and measurements, or the replacement chosen by `settle`."""
     return settle(folder, "compiled programs and measurements", variable=CACHE_VARIABLE)
 
 
 def settle_models() -> Folder | None:
-    """A folder that a model can be downloaded to."""
+    """Returns a folder that a model can be downloaded to."""
     return settle(models_dir(), "downloaded models", variable="XDG_CACHE_HOME", reading=False)
 
 
 def settle_deployments() -> Folder | None:
-    """A folder that a server can be written down in: the same one for all processes of this user."""
+    """Returns a folder for records of servers, the same one for all processes of this user."""
     return settle(deployments_dir(), "records of deployments", variable="XDG_STATE_HOME", reading=False, private=True)

@@ -1,1 +1,1 @@
-"""Kernels that stand on their own: they receive plain arrays and know nothing of engines or models."""
+"""Standalone kernels: they receive plain arrays and do not depend on the engine or the models."""

@@ -1,4 +1,4 @@
-"""Folders for what is kept between runs. Whatever is wrong with one costs a line in the log, never the run."""
+"""Folders for files that are kept between runs. A problem with a folder is logged; it never stops the run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import stat
 import tempfile
 import threading
 from pathlib import Path
+
+import platformdirs
 
 _log = logging.getLogger(__name__)
 
@@ -25,13 +27,18 @@ class Folder:
     writable: bool
 
 
+def cache_dir() -> Path:
+    """Where this package keeps files: `$XDG_CACHE_HOME/pallas_kernels`, by default under ~/.cache on Linux."""
+    return platformdirs.user_cache_path("pallas_kernels", appauthor=False)
+
+
 @functools.cache
 def settle(wanted: Path, contents: str, *, variable: str, reading: bool = True, private: bool = False) -> Folder | None:
-    """The folder for `contents`: `wanted`, made if need be, or what comes next best where it cannot be written.
+    """Returns the folder for `contents`: `wanted`, created if necessary, or a fallback if it is not writable.
 
-    With `reading` that is `wanted` itself if it exists, to be read only; else a folder of this user alone among the
-    system's temporary files; else None. Says so in the log, once a process, and that the environment variable
-    `variable` names another. `private`: what lies there is executed, so nobody else may be able to write it.
+    With `reading`, the first fallback is `wanted` itself if it has files, read-only. The next is a private folder among
+    the system's temporary files, then None. The fallback is logged once per process, with the environment variable
+    `variable` that sets another folder. `private`: the files are executed, so no other user may be able to write them.
     """
     problem = _why_not_writable(wanted)
     if problem is None and private and not is_trusted(wanted):
@@ -39,7 +46,7 @@ def settle(wanted: Path, contents: str, *, variable: str, reading: bool = True, 
     if problem is None:
         return Folder(path=wanted, writable=True)
     if reading and _has_files(wanted) and (is_trusted(wanted) or not private):
-        found, instead = Folder(path=wanted, writable=False), "what it holds is used, and nothing is added"
+        found, instead = Folder(path=wanted, writable=False), "its files are used, and nothing is added"
     else:
         fallback = _temporary(wanted)
         found = None if fallback is None else Folder(path=fallback, writable=True)
@@ -49,7 +56,7 @@ def settle(wanted: Path, contents: str, *, variable: str, reading: bool = True, 
 
 
 def is_trusted(folder: Path) -> bool:
-    """Whether nobody but this user and the administrator can write to an existing folder."""
+    """Whether only this user and the administrator can write to an existing folder."""
     try:
         status = folder.stat()
     except OSError:
@@ -58,7 +65,7 @@ def is_trusted(folder: Path) -> bool:
 
 
 def replace_file(path: Path, contents: bytes) -> None:
-    """Writes a file as a whole: whoever reads it meanwhile gets the old one or the new one, never half of it. OSError."""
+    """Replaces a file atomically: concurrent readers get the old or the new contents, never a part. Raises OSError."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         scratch.write_bytes(contents)
@@ -68,7 +75,7 @@ def replace_file(path: Path, contents: bytes) -> None:
 
 
 def _why_not_writable(folder: Path) -> str | None:
-    """None if `folder`, which is made if need be, takes files; else the reason."""
+    """None if files can be written to `folder`, which is created if necessary; otherwise the reason."""
     if str(folder).startswith("~"):
         return "this user has no home folder"
     try:
@@ -91,14 +98,14 @@ def _has_files(folder: Path) -> bool:
 
 
 def _temporary(wanted: Path) -> Path | None:
-    """A folder to take the place of `wanted` until the machine is restarted; None if that cannot be had either."""
+    """A replacement for `wanted` that lasts until the machine is restarted; None if there is none."""
     try:
-        root = Path(tempfile.gettempdir()) / f"fastgen_jax-{os.getuid()}"
+        root = Path(tempfile.gettempdir()) / f"user-cache-{os.getuid()}"
         root.mkdir(exist_ok=True, mode=0o700)
-        status = root.lstat()  # anybody can make a folder there, or a link
+        status = root.lstat()  # any user can create a folder or a link there
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
             return None
-        # Two folders whose last parts agree must not become one.
+        # Folders with the same name and different parents must stay separate.
         folder = root / "-".join(part.strip("/") for part in wanted.parts if part.strip("/"))
         return folder if _why_not_writable(folder) is None else None
     except OSError:

@@ -1,4 +1,4 @@
-"""Folders follow the variables that people set."""
+"""Folders follow the environment variables."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def test_every_folder_follows_xdg(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "s"))
     assert paths.engine_dir() == paths.cache_dir() == tmp_path / "c" / "fastgen_jax"
     assert paths.models_dir() == tmp_path / "c" / "fastgen_jax" / "models"
-    assert library_folder() == tmp_path / "c" / "fastgen_jax" / "native"
+    assert library_folder() == native_folder(tmp_path / "c")
     assert measured_file() == tmp_path / "c" / "pallas_kernels" / "tiles.json"
     assert paths.deployments_dir() == tmp_path / "s" / "fastgen_jax" / "deployments"
 
 
-def test_what_is_named_comes_before_the_variable_and_an_empty_name_keeps_nothing(monkeypatch) -> None:
+def test_an_argument_overrides_the_variable_and_an_empty_name_turns_the_cache_off(monkeypatch) -> None:
     monkeypatch.setenv("FASTGEN_CACHE_DIR", "~/here")
     assert paths.engine_dir() == Path.home() / "here"
     assert paths.engine_dir("/there") == Path("/there")
@@ -35,40 +35,45 @@ def test_what_is_named_comes_before_the_variable_and_an_empty_name_keeps_nothing
     assert paths.engine_dir("/there") == Path("/there")
 
 
+def native_folder(cache_home: Path) -> Path:
+    return cache_home / "pallas_kernels" / "native"
+
+
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FASTGEN_CACHE_DIR", raising=False)
     home = tmp_path / "fastgen_jax"
-    for folder in ("xla", "native", "models"):
-        (home / folder).mkdir(parents=True)
-        (home / folder / "file").write_bytes(b"x" * 2_000_000)
+    for folder in (home / "xla", native_folder(tmp_path), home / "models"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"x" * 2_000_000)
     ladder.save_choice(home / ladder.FILE, "facts", (16, 64), {16: 0.001, 32: 0.0019, 64: 0.003}, model="llama, 6 layers")
     return home
 
 
-def test_fastgen_cache_shows_what_is_kept(kept, capsys) -> None:
+def test_fastgen_cache_lists_the_folders_and_measurements(kept, capsys) -> None:
     assert cli.main(["cache"]) == 0
     shown = capsys.readouterr().out
-    for folder in ("xla", "native", "models"):
-        assert f"2.0 MB  {kept / folder}" in shown
+    for folder in (kept / "xla", native_folder(kept.parent), kept / "models"):
+        assert f"2.0 MB  {folder}" in shown
     assert "llama, 6 layers" in shown
     assert "16*: 1.0 ms, 32: 1.9 ms, 64*: 3.0 ms" in shown
 
 
-def test_fastgen_cache_clear_removes_all_but_models_or_what_is_named(kept, capsys) -> None:
+def test_fastgen_cache_clear_removes_everything_but_models_or_the_named_kind(kept, capsys) -> None:
     assert cli.main(["cache", "--clear", "measurements"]) == 0
     assert ladder.known() == []
     assert (kept / "xla" / "file").exists()
     assert cli.main(["cache", "--clear"]) == 0
     assert "removed compiled programs: 2.0 MB" in capsys.readouterr().out
     assert [path.name for path in kept.iterdir() if path.is_dir()] == ["models"]
+    assert not native_folder(kept.parent).exists()
     assert cli.main(["cache", "--clear", "models"]) == 0
     assert not (kept / "models").exists()
     assert cli.main(["cache", "--clear"]) == 0
 
 
-def test_fastgen_cache_where_nothing_is_kept(kept, capsys, monkeypatch) -> None:
+def test_fastgen_cache_with_the_cache_turned_off(kept, capsys, monkeypatch) -> None:
     monkeypatch.setenv("FASTGEN_CACHE_DIR", "")
     assert cli.main(["cache"]) == 0
     assert "not kept" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""Benchmarks: fixed workloads, pure metrics, and runs of this engine beside others on identical token ids."""
+"""Benchmarks: fixed workloads, metrics, and runs of this engine and others on identical token ids."""

@@ -22,7 +22,7 @@ def exactly(num_tokens: int) -> SamplingParams:
 def outputs_of(
     engine: Engine, requests: Iterable[tuple[str, Sequence[int], int]]
 ) -> Iterator[tuple[float, Sequence[RequestOutput]]]:
-    """Adds all requests at once and runs them to their end; yields after each step its outputs and the time.
+    """Adds all requests and runs the engine until they end; yields the outputs of each step and its time.
 
     A request is (id, prompt token ids, number of tokens to generate). Times are those of `time.perf_counter`.
     """

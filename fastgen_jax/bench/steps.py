@@ -151,7 +151,7 @@ def fit(points: Sequence[Point], facts: dict[str, Any]) -> dict[str, Any]:
     columns += [[float(getattr(point, name)) for point in points] for name in names]
     seconds = np.array([point.seconds for point in points])
     matrix = np.array(columns).T
-    # If a size always held the same number of tokens, its slope cannot be told from its base.
+    # If a size always held the same number of tokens, its slope and its base cannot be separated.
     free = [i for i in range(matrix.shape[1]) if i < len(measured) or len(set(columns[i]) - {0.0}) > 1]
     values = _not_negative(matrix, seconds, free)
     usual = seconds <= OUTLIER * (matrix @ values)

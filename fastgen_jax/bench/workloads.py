@@ -103,7 +103,7 @@ def make_workload(
         for index, (prompt_length, output_length) in enumerate(zip(prompt_lengths, output_lengths, strict=True))
     )
     lengths = f"{mean_prompt}/{mean_output}" + (f" +-{spread:.0%}" if spread else "")
-    return Workload(name=name, description=f"{num_requests} requests at once, {lengths}", requests=requests)
+    return Workload(name=name, description=f"{num_requests} simultaneous requests, {lengths}", requests=requests)
 
 
 @dataclass(frozen=True, kw_only=True)

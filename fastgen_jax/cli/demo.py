@@ -76,6 +76,6 @@ def summary(pipe: Pipeline, responses: Sequence[Response], *, startup_seconds: f
   first token  {first_step.done - start:7.2f} s after the requests were sent
   throughput   {generated / seconds:7.1f} generated tokens/s, {(prompt_tokens + generated) / seconds:.1f} including prompts
   steps        {m["steps"]:5d}     of at most {config.token_budget} tokens; programs for {config.budget_ladder}
-  budget fill  {100 * m["budget_fill"]:7.1f} % of program rows held a token, the rest was padding
+  budget fill  {100 * m["budget_fill"]:7.1f} % of program rows held a token, the rest were padding
   host work    {m["host_ms"]:7.2f} ms per step to plan, pack and commit
   compiled     {m["compiles_while_serving"]:5d}     programs while serving"""

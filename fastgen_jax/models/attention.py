@@ -1,10 +1,11 @@
-"""The attention half of a layer, between its norm and the residual stream."""
+"""The attention block of a layer, between its norm and the residual stream."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,42 +17,45 @@ from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
 from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
-from fastgen_jax.models.rope import rotation
+from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.ragged_attention import Attention, CacheLayer, Scoring, ragged_attention
 from pallas_kernels.rotary import rotary, rotate
 
-_NO_WINDOW = np.iinfo(np.int32).max  # the window of a layer that sees everything, where others do not
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+_NO_WINDOW = np.iinfo(np.int32).max  # stands for "no window" where other layers have one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What all layers of a step share."""
+    """Values shared by all layers of a step."""
 
     batch: RaggedBatch
-    num_tokens: jax.Array  # i32: tokens from there on are padding
-    rotations: dict[RopeConfig, tuple[jax.Array, jax.Array]]  # cosines and sines f32[T, R/2]
-    query_scale: jax.Array | None  # f32[T], for models whose queries grow with the position
+    num_tokens: Int[Array, ""]  # tokens from this index on are padding
+    rotations: dict[RopeConfig, Rotation]
+    query_scale: Float[Array, " T"] | None  # for models that scale queries by position
     num_blocks: int  # N
-    mesh: Mesh | None  # that the weights are divided over; see `sharding`
-    attend: Attention  # `ragged_attention`, or what takes its place
+    mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
+    attend: Attention  # `ragged_attention` or a replacement for it
 
-    def num_rows(self, rows: jax.Array | None) -> jax.Array:
-        """How many of the tokens, or of the sampled `rows`, are no padding."""
+    def num_rows(self, rows: Int[Array, " R"] | None) -> Int[Array, ""]:
+        """How many of the tokens, or of the sampled `rows`, are not padding."""
         return self.num_tokens if rows is None else self.batch.num_sample_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCall:
-    """What differs from layer to layer, besides its weights."""
+    """What differs between layers, apart from their weights."""
 
-    index: jax.Array | int  # i32: number of the layer
-    rows: jax.Array | None = None  # i32[R]: the tokens whose results are needed; None: all
-    first_expert: jax.Array | int | None = None  # i32: where its experts begin in their stacks; None: it has an MLP
+    index: Int[Array, ""] | int
+    rows: Int[Array, " R"] | None = None  # tokens whose results are needed; None: all
+    first_expert: Int[Array, ""] | int | None = None  # where its experts begin in their stacks; None: it has an MLP
 
 
-def take_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
+def take_rows(x: Float[Array, "T E"], rows: Int[Array, " R"] | None) -> Float[Array, "_ E"]:
     """x[rows], or all of x."""
     return x if rows is None else jnp.take(x, rows, axis=0)
 
@@ -64,14 +68,14 @@ def prepare_step(
     implementation: str | Attention | None,
     mesh: Mesh | None = None,
 ) -> Step:
-    """Computes once what depends on positions alone."""
+    """Computes the values that depend only on positions, once for all layers."""
     rotations = {
         rope: rotation(batch.positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim) for rope in config.ropes
     }
     # Without the barrier XLA moves the cosines into every layer that uses them.
     values = jax.lax.optimization_barrier(tuple(rotations.values()))
     scale = None
-    if config.logn_length is not None:  # keeps the entropy of attention as it was at the trained length
+    if config.logn_length is not None:  # keeps the entropy of attention as at the trained length
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
@@ -87,24 +91,24 @@ def prepare_step(
 
 
 def attention(
-    x: jax.Array,
+    x: Float[Array, "T E"],
     w: LayerWeights,
     cache: KVCache,
     step: Step,
     call: LayerCall,
     *,
     config: ModelConfig,
-    residual: jax.Array | None,
-) -> tuple[jax.Array, KVCache]:
-    """Attention of `x` [T, E] in one layer (+ residual), and the cache with the keys and values of this step.
+    residual: Float[Array, "rows E"] | None,
+) -> tuple[Float[Array, "rows E"], KVCache]:
+    """Attention of `x` in one layer (+ residual), and the cache with the keys and values of this step added.
 
-    The result and `residual` are [R, E] where the layer is called for certain rows.
+    The rows are all tokens, or those that the layer is called for.
     """
     d, index, rows = config.head_dim, call.index, call.rows
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
-    if cache.k.shape[-1] != d:  # stored with zeros behind each head, which add nothing to a dot product
+    if cache.k.shape[-1] != d:  # heads are zero-padded in the cache, which does not change a dot product
         q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))) for part in (q, key, value))
     out, k_cache, v_cache = step.attend(
         q,
@@ -124,16 +128,16 @@ def attention(
 
 
 def _heads(
-    x: jax.Array, w: LayerWeights, step: Step, turn: tuple[jax.Array, jax.Array] | None, *, config: ModelConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [T, H, D], keys and values [T, K, D] of `x` [T, E], normalised and rotated as the config says."""
+    x: Float[Array, "T E"], w: LayerWeights, step: Step, turn: Rotation | None, *, config: ModelConfig
+) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
+    """Queries, keys and values of `x`, normalized and rotated as the config says."""
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     if config.mla is not None:
         assert turn is not None, "latent attention rotates in every layer"
         q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h, num_tokens=step.num_tokens)
         return q, latent, latent
     qkv = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D]
-    if step.mesh is not None:  # a fused pass over heads of all kinds would bring them together on every device
+    if step.mesh is not None:  # one fused pass over all heads would gather them on every device
         q, key, value = (
             part.reshape(x.shape[0], -1, d) for part in split_columns(qkv, (h * d, k * d, k * d), step.mesh.size)
         )
@@ -151,21 +155,21 @@ def _heads(
 
 
 def _qk_norm(x: jax.Array, w: LayerWeights, name: str, step: Step, config: ModelConfig) -> jax.Array:
-    """Queries or keys [T, heads, D], normalized over each head or over all of them at once."""
+    """Queries or keys, normalized per head or over all heads together."""
     if config.qk_norm == "row":
         return norm(x.reshape(x.shape[0], -1), w, name, config=config, num_rows=step.num_tokens).reshape(x.shape)
     return norm(x, w, name, config=config, num_rows=step.num_tokens)
 
 
-def _rotation_of(step: Step, config: ModelConfig, index: jax.Array | int) -> tuple[jax.Array, jax.Array] | None:
-    """Cosines and sines of a layer; None if it does not rotate."""
+def _rotation_of(step: Step, config: ModelConfig, index: Int[Array, ""] | int) -> Rotation | None:
+    """Cosines and sines of a layer; None if it has no rotary embedding."""
     ropes = config.layer_ropes or (config.rope,)
     if same_for_all(ropes) or isinstance(index, int):
         rope = ropes[0] if same_for_all(ropes) else ropes[int(index)]
         return None if rope is None else step.rotations[rope]
     kinds = tuple(dict.fromkeys(ropes))
     some_cos, some_sin = next(iter(step.rotations.values()))
-    # A layer without rotation turns by an angle of zero.
+    # A layer without rotation rotates by an angle of zero.
     tables = [
         (jnp.ones_like(some_cos), jnp.zeros_like(some_sin)) if rope is None else step.rotations[rope] for rope in kinds
     ]
@@ -185,7 +189,7 @@ def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) ->
 
 
 def _window_of(config: ModelConfig, index: jax.Array | int) -> int | jax.Array | None:
-    """Tokens that a layer looks back on; None for all."""
+    """Size of the sliding window of a layer, in tokens; None: no window."""
     windows = config.layer_windows
     if not windows or same_for_all(windows):
         return windows[0] if windows else None

@@ -1,10 +1,10 @@
-"""The order of the columns of projections that are stored as one matrix, on one device and on several.
+"""The column order of projections that are fused into one matrix, on one device and on several.
 
     one device     q0 q1 q2 q3 | k0 k1 | v0 v1              all queries, then all keys, then all values
-    two devices    q0 q1 | k0 | v0 || q2 q3 | k1 | v1       each half is what one device computes, and nothing else
+    two devices    q0 q1 | k0 | v0 || q2 q3 | k1 | v1       each half is exactly what one device computes
 
-With the first order a contiguous half of the columns is not a half of the heads, and every layer would have to move
-activations between devices.
+In the first order a contiguous half of the columns is not half of the heads, so every layer would have to move activations
+between devices.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def deal_columns(array: np.ndarray | jax.Array, parts: Sequence[int], num_devices: int) -> np.ndarray:
-    """`array` [..., sum(parts)] in the order for so many devices, each of which gets its share of every part."""
+    """`array` [..., sum(parts)] in the order for `num_devices`, each of which gets its share of every part."""
     pieces = np.split(np.asarray(array), np.cumsum(parts)[:-1], axis=-1)
     shares = [piece.reshape(*piece.shape[:-1], num_devices, -1) for piece in pieces]
     return np.concatenate(shares, axis=-1).reshape(array.shape)
 
 
 def split_columns(y: Float[Array, "*rows columns"], parts: Sequence[int], num_devices: int) -> list[Float[Array, "*rows _"]]:
-    """The parts [..., width] of `y` [..., sum(parts)], whose columns are in the order for so many devices."""
+    """The parts [..., width] of `y` [..., sum(parts)], whose columns are in the order for `num_devices`."""
     lead = y.shape[:-1]
     shares = y.reshape(*lead, num_devices, -1)
     ends = np.cumsum(parts) // num_devices

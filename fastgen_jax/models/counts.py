@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how much it computes."""
+"""Number of parameters of a model, and its arithmetic per token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def count_params(config: ModelConfig) -> int:
 
 
 def count_products(config: ModelConfig, *, sampled: bool) -> int:
-    """Multiplications of one token with the matrices that it meets; with the vocabulary head only if it is `sampled`."""
+    """Multiplications of one token with weight matrices; the vocabulary head counts only if the token is `sampled`."""
     total = math.prod(head_spec(config).shape) if sampled else 0
     if config.embed_proj_dim is not None:
         total += config.embed_dim * config.embed_proj_dim * (1 + sampled)
@@ -31,6 +31,6 @@ def count_products(config: ModelConfig, *, sampled: bool) -> int:
 
 
 def flops_per_token(config: ModelConfig, *, context_len: int = 0, sampled: bool = True) -> float:
-    """Floating-point operations of one token: the matrix products, its attention, and its row of logits if `sampled`."""
+    """Floating-point operations of one token: matrix products, attention, and the row of logits if `sampled`."""
     attention = 2 * context_len * config.num_heads * config.head_dim
     return 2.0 * (count_products(config, sampled=sampled) + config.num_layers * attention)

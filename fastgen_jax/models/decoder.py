@@ -1,6 +1,6 @@
-"""The decoder: one pure function from a batch of chunks to the logits that are wanted.
+"""The decoder: one pure function from a batch of chunks to the requested logits.
 
-What differs between families is in `ModelConfig`. The norms of a layer stand in one of four places:
+What differs between families is in `ModelConfig`. The norms of a layer are in one of four places:
 
     "input"                 "output" (OLMo 2)       "both" (Gemma 2)            "residual" (OPT-350m)
     x += attn(norm(x))      x += norm(attn(x))      x += norm(attn(norm(x)))    x = norm(x + attn(x))
@@ -39,22 +39,22 @@ Layer = Callable[[jax.Array, KVCache, LayerWeights, LayerCall], tuple[jax.Array,
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a forward pass runs. What it computes does not depend on it, except for rounding."""
+    """How a forward pass runs. Apart from rounding, the results do not depend on it."""
 
     attention: str | Attention | None = None
-    """The name of an implementation of `ragged_attention`, or a function in its place; None: the best for the platform."""
+    """Name of an implementation of `ragged_attention`, or a replacement for it; None: the best one for the platform."""
     activation_dtype: DTypeLike | None = None
-    """Number format of the residual stream; None: that of the embedding."""
+    """Dtype of the residual stream; None: that of the embedding."""
     mesh: Mesh | None = None
-    """What weights and cache are divided over, by `models.sharding`; None: one device."""
+    """Devices that weights and cache are sharded over, by `models.sharding`; None: a single device."""
 
 
 def forward(
     params: Params, kv_cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, execution: Execution = Execution()
 ) -> tuple[Float[Array, "R V"], KVCache]:
-    """Logits in float32 of `batch.sample_rows`, and the cache with the K and V of the batch's tokens.
+    """Logits in float32 of `batch.sample_rows`, and the cache with the K and V of the batch's tokens added.
 
-    Rows of logits that are not used are finite and meaningless. Differentiable with respect to plain `params`; see
+    Unused rows of logits are finite and meaningless. Differentiable with respect to plain `params`; see
     `docs/research.md`.
     """
     rows, kv_cache = hidden_rows(params, kv_cache, batch, config=config, execution=execution)
@@ -64,7 +64,7 @@ def forward(
 def hidden_rows(
     params: Params, kv_cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, execution: Execution = Execution()
 ) -> tuple[Float[Array, "R E"], KVCache]:
-    """What `head` makes the logits of `forward` from: the residual stream of `batch.sample_rows`, normalized."""
+    """The input of `head`: the residual stream of `batch.sample_rows` after the final norm, and the cache."""
     step = prepare_step(batch, kv_cache, config=config, implementation=execution.attention, mesh=execution.mesh)
     run = _parallel_layer if config.parallel_residual else _sequential_layer
     layer = partial(run, step=step, config=config)
@@ -86,12 +86,12 @@ def run_layers(
     rows: Int[Array, " R"],
     config: ModelConfig,
 ) -> tuple[Float[Array, "R E"], KVCache]:
-    """x[rows] after `layer(x, cache, weights, call)` once per layer, in the form that `layers` is given in.
+    """x[rows] after `layer(x, cache, weights, call)` once per layer, scanned or unrolled as `layers` is given.
 
-    One dict of stacked arrays is scanned: the program does not grow with depth. Where layers have different weights
-    (an MLP here, experts there), each run of like layers is one scan. A tuple of L dicts is unrolled: on a CPU the
-    slices that a scan takes are copies, so that every step would read and write the whole model once more. The last
-    layer of a tuple is called for `rows` alone: after its attention nothing reads the others.
+    One dict of stacked arrays is scanned, so the program does not grow with depth. If layers have different weights
+    (an MLP in some, experts in others), each run of similar layers is one scan. A tuple of L dicts is unrolled: on a CPU
+    the slices that a scan takes are copies, and every step would read and write the whole model once more. The last layer
+    of a tuple is called for `rows` only: after its attention no other row is read.
     """
     with_experts = () if config.moe is None else tuple(sorted(config.moe.layers))
     if not isinstance(layers, Mapping):
@@ -104,7 +104,7 @@ def run_layers(
             x, kv_cache = layer(x, kv_cache, weights, call)
         return x, kv_cache
 
-    # Experts are handed over as one stack: a slice of them would be a copy, since a grouped matmul is opaque to XLA.
+    # Experts are passed as one stack: a slice would be a copy, because a grouped matmul is opaque to XLA.
     experts = {
         name: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers[name])
         for name, spec in param_specs(config)["layers"].items()
@@ -128,7 +128,7 @@ def run_layers(
         def some(
             carry: tuple[jax.Array, KVCache], i: jax.Array, start=start, first_row=first_row, expert_row=expert_row
         ) -> tuple[Any, None]:
-            # What a scan does with its xs, for stacks that hold the layers of other runs as well.
+            # The same as slicing the xs of a scan, but the stacks also hold the layers of other runs.
             weights = {
                 name: jax.tree.map(
                     lambda leaf, row=row: jax.lax.dynamic_index_in_dim(leaf, row + i, keepdims=False), layers[name]
@@ -148,7 +148,7 @@ def run_layers(
 
 
 def _runs(having: dict[str, tuple[int, ...]], num_layers: int) -> list[tuple[int, int]]:
-    """[start, stop) of the longest runs of neighbouring layers with the same weights."""
+    """[start, stop) of the longest runs of adjacent layers with the same weights."""
     kinds = [frozenset(name for name, rows in having.items() if i in rows) for i in range(num_layers)]
     starts = [i for i in range(num_layers) if i == 0 or kinds[i] != kinds[i - 1]]
     return list(zip(starts, [*starts[1:], num_layers], strict=True))
@@ -181,7 +181,7 @@ def _sequential_layer(
 ) -> tuple[jax.Array, KVCache]:
     place, scale = config.norm_placement, config.residual_multiplier
     before, after = place in ("input", "both"), place in ("output", "both")
-    # Adding x inside the last product is cheaper, where nothing stands between them.
+    # Adding x within the last product is cheaper, if nothing comes between them.
     fused = not after and scale == 1.0
 
     h = norm(x, w, "attn_norm", config=config, num_rows=step.num_tokens) if before else x

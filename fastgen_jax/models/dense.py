@@ -1,6 +1,8 @@
-"""The decoder without a cache, for training and for research: every token of equally long sequences, differentiable."""
+"""The decoder without a KV cache, for training and research: whole sequences of one length, differentiable."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,15 @@ from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
-def dense_forward(params: Params, token_ids: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """Logits f32[N, P, V] of N sequences of P tokens each, token_ids i32[N, P].
 
-    It is `forward` itself on one batch that holds all sequences whole, with attention in one matrix product instead of
-    over a blocked cache, so that what is trained here is what the engine computes. The scores take N * H * P * P numbers.
+def dense_forward(params: Params, token_ids: Int[Array, "S P"], *, config: ModelConfig) -> Float[Array, "S P V"]:
+    """Logits in float32 of S sequences of P tokens each.
+
+    This is `forward` on one batch with all sequences, and with attention as one matrix product instead of over a blocked
+    cache, so what is trained here is what the engine computes. The attention scores take S * H * P * P numbers.
     """
     num_sequences, length = token_ids.shape
     num_tokens = num_sequences * length
@@ -58,7 +63,7 @@ def causal_attention(
     layer: CacheLayer,
     scoring: Scoring,
 ) -> tuple[jax.Array, Cache, Cache]:
-    """`ragged_attention` of sequences that begin in this batch and are all equally long; the caches stay untouched."""
+    """`ragged_attention` for sequences that start in this batch and have the same length; the caches are not changed."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, num_sequences = k.shape[1], index.context_lens.shape[0]
     length = num_tokens // num_sequences
@@ -67,16 +72,17 @@ def causal_attention(
     scores = scoring.scale * jnp.einsum("nqkgd,njkd->nkgqj", queries, keys, preferred_element_type=jnp.float32)
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
-    distance = jnp.arange(length)[None, :] - jnp.arange(length)[:, None]  # [query, key], 0 on the diagonal
+    places = jnp.arange(length)
+    distance = (places[None, :] - places[:, None])[None, None, None]  # [..., query, key], 0 on the diagonal
     if scoring.alibi_slopes is not None:
-        slopes = scoring.alibi_slopes.reshape(num_kv_heads, -1)[:, :, None, None]
+        slopes = scoring.alibi_slopes.reshape(num_kv_heads, -1)[None, :, :, None, None]
         scores = scores + slopes * distance.astype(jnp.float32)
     is_visible = distance <= 0
     if scoring.sliding_window is not None:
         is_visible &= distance > -scoring.sliding_window
     scores = jnp.where(is_visible, scores, -jnp.inf)
-    if scoring.sinks is not None:  # one more logit a head, which takes probability and carries no value
-        sink = jnp.broadcast_to(scoring.sinks.reshape(num_kv_heads, -1)[:, :, None, None], (*scores.shape[:-1], 1))
+    if scoring.sinks is not None:  # one more logit per head that takes probability but has no value
+        sink = jnp.broadcast_to(scoring.sinks.reshape(num_kv_heads, -1)[None, :, :, None, None], (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
     else:
         weights = jax.nn.softmax(scores, axis=-1)

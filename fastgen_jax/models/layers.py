@@ -1,4 +1,4 @@
-"""The parts that every layer is made of: norms, projections, activations."""
+"""Building blocks of a layer: norms, projections, activations."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def project(
 
 
 def soft_cap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """`x` bent smoothly into (-cap, cap); None leaves it."""
+    """`x` squashed smoothly into (-cap, cap); a cap of None returns it unchanged."""
     return x if cap is None else cap * jnp.tanh(x / cap)

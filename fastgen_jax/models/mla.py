@@ -1,13 +1,13 @@
-"""Multi-head latent attention: what is cached of a token is one short vector that all heads share (arXiv:2405.04434).
+"""Multi-head latent attention: the cache holds one short vector per token that all heads share (arXiv:2405.04434).
 
 A head's key is [k_up c | r] and its value v_up c, for the token's latent c and its rotated key r. Since
-(q . k_up c) = (k_up' q) . c, the queries are taken to the latent space instead of the keys out of it, and the sum over
-tokens is expanded to values once, afterwards. To the attention kernel it is one KV head, whose key is [c | r] and
-whose value begins with c:
+(q . k_up c) = (k_up' q) . c, queries are projected into the latent space instead of keys out of it, and the weighted
+sum over tokens is expanded to values afterwards, once. The attention kernel sees one KV head, with the key [c | r] and a
+value that begins with c:
 
     queries  [k_up' q | q_rot]   of H heads     cached  [c | r], one head     result  v_up (sum of p c)
 
-The cache keeps [c | r] as key and as value: twice what MLA needs, and a small part of what the expanded heads would.
+The cache keeps [c | r] as key and as value: twice what MLA needs, but far less than the expanded heads would.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
-_NORM_EPS = 1e-6  # of the norms of latents, whatever the model's other norms use
+_NORM_EPS = 1e-6  # for the norms of latents, regardless of the model's other norms
 
 
 def latent_heads(
@@ -42,7 +42,7 @@ def latent_heads(
     num_heads: int,
     num_tokens: Int[Array, ""],
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T 1 D"]]:
-    """Queries in the latent space, and what is cached of each token; D is kv_rank + rope_dim.
+    """Queries in the latent space, and the vector to cache for each token; D is kv_rank + rope_dim.
 
     Tokens from `num_tokens` on are padding.
     """
@@ -63,7 +63,7 @@ def latent_heads(
 def expand_values(
     out: Float[Array, "T H D"], w: LayerWeights, *, config: MLAConfig, num_tokens: Int[Array, ""]
 ) -> Float[Array, "T H v_dim"]:
-    """The heads' values from what attention summed up; D is kv_rank + rope_dim.
+    """The heads' values from the latent sums of attention; D is kv_rank + rope_dim.
 
     Tokens from `num_tokens` on are padding.
     """
@@ -73,16 +73,16 @@ def expand_values(
 
 @pytree
 class Expansions:
-    """The matrices between the latent space and the heads, one a head."""
+    """The matrices between the latent space and the heads, one per head."""
 
     k_up: GroupedWeight
-    """[H, nope_dim, kv_rank], for queries on their way into the latent space."""
+    """[H, nope_dim, kv_rank], projects queries into the latent space."""
     v_up: GroupedWeight
-    """[H, kv_rank, v_dim], for values on their way out."""
+    """[H, kv_rank, v_dim], projects values out of it."""
 
 
 def expansions(kv_b: jax.Array | Expansions, config: MLAConfig, num_heads: int) -> Expansions:
-    """The expansions in a checkpoint's `kv_b` [kv_rank, H * (nope_dim + v_dim)], or those that were made of it before."""
+    """The expansions in a checkpoint's `kv_b` [kv_rank, H * (nope_dim + v_dim)], or `kv_b` if it is `Expansions` already."""
     if isinstance(kv_b, Expansions):
         return kv_b
     k_up, v_up = split_by_head(kv_b, config, num_heads)
@@ -101,7 +101,7 @@ def _by_head(x: Float[Array, "T H M"], w: GroupedWeight, num_tokens: Int[Array, 
     if not isinstance(w, PackedGroups):
         return jnp.einsum("thm,hmn->thn", x, w, preferred_element_type=jnp.float32)
     tokens, heads, width = x.shape
-    # Rows by head, without those of padding:  t0 t1 of head 0 | t0 t1 of head 1 | ...
+    # Rows sorted by head, without padding:  t0 t1 of head 0 | t0 t1 of head 1 | ...
     row = jnp.arange(tokens * heads, dtype=jnp.int32)
     used = jnp.maximum(num_tokens, 1)
     rows = jnp.take(x.reshape(-1, width), row % used * heads + row // used, axis=0, mode="clip")

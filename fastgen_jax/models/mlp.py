@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer."""
+"""The feed-forward block of a layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mlp(
 ) -> Float[Array, "T E"]:
     """The MLP of `x` [T, E] (+ residual), or its experts if the layer has a `first_expert`; see `moe`.
 
-    Tokens from `num_tokens` on are padding. The weights are divided over `mesh`, if there is one; see `sharding`.
+    Tokens from `num_tokens` on are padding. With `mesh` the weights are sharded over it; see `sharding`.
     """
     if first_expert is not None:
         assert config.moe is not None, "a layer with a first expert has experts"

@@ -1,12 +1,12 @@
-"""The feed-forward half of a layer with experts: route, sort the tokens by expert, multiply, weigh and add up.
+"""The feed-forward block of a layer with experts: route, sort tokens by expert, multiply, and sum with weights.
 
     tokens          t0    t1    t2    (padding)
-    choice          2 0   1 2   0 2   - -                     two experts a token
-    sorted rows   | t0 t2 | t1 | t0 t1 t2 | - - |             by expert: sizes 2, 1, 3; padding is behind them all
+    choice          2 0   1 2   0 2   - -                     two experts per token
+    sorted rows   | t0 t2 | t1 | t0 t1 t2 | - - |             by expert: sizes 2, 1, 3; padding comes last
     back            t0 = weight * row of expert 2 + weight * row of expert 0, ...
 
-Work is proportional to the tokens in use. What a token gets does not depend on the others: rows of one expert are
-multiplied independently, and the results of a token are added up in the order in which it chose its experts.
+Work is proportional to the number of tokens that are not padding. The result of a token does not depend on the others:
+rows of one expert are multiplied independently, and the results of a token are summed in the order of its chosen experts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pallas_kernels.matmul import linear, swiglu
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-_SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) is close to the normal distribution's, so x * sigmoid(1.702 x) to GELU
+_SWIGLU_ALPHA = 1.702  # sigmoid(1.702 x) approximates the normal CDF, so x * sigmoid(1.702 x) approximates GELU
 
 
 def moe(
@@ -42,12 +42,12 @@ def moe(
     first_expert: Int[Array, ""] | int = 0,
     mesh: Mesh | None = None,
 ) -> Float[Array, "T E"]:
-    """The experts' answer to `x` [T, E] (+ residual), in its dtype; sums are in float32.
+    """The output of the experts for `x` (+ residual), in the dtype of `x`; sums are in float32.
 
-    Tokens from `num_tokens` on are padding: they cost no expert any work, and what they get is finite.
-    `w` holds the weights of the layer, but the stacks of experts may be those of all layers, [L*X, ...]: this layer's begin
-    at `first_expert`.
-    With `mesh` each device has its share of the hidden units of every expert, and one sum over devices follows.
+    Tokens from `num_tokens` on are padding: no expert computes them, and their results are finite.
+    `w` holds the weights of the layer. Its stacks of experts may be those of all layers, [L*X, ...]; the experts of this
+    layer then begin at `first_expert`. With `mesh` each device has its share of the hidden units of every expert, and one
+    sum over devices follows.
     """
     weights, chosen = route(x, w, config=config, num_tokens=num_tokens)
     answer: Callable[..., jax.Array] = partial(_answer, config=config)
@@ -62,8 +62,8 @@ def moe(
 def route(
     x: Float[Array, "T E"], w: LayerWeights, *, config: MoEConfig, num_tokens: Int[Array, ""] | None = None
 ) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
-    """The weights, in float32, and numbers of the k experts that each token is sent to."""
-    logits = linear(x.astype(jnp.float32), w["router"], num_rows=num_tokens)  # float32: neighbours in rank are close
+    """The weights, in float32, and the numbers of the k experts that each token is routed to."""
+    logits = linear(x.astype(jnp.float32), w["router"], num_rows=num_tokens)  # float32: scores of similar rank are close
     if config.router_bias:
         logits = logits + w["router_bias"].astype(jnp.float32)[None, :]
     k = config.experts_per_token
@@ -73,7 +73,7 @@ def route(
     else:
         scores = _softmax(logits) if config.scores == "softmax" else jax.nn.sigmoid(logits)
         merits = scores + w["choice_bias"].astype(jnp.float32)[None, :] if config.choice_bias else scores
-        _, chosen = jax.lax.top_k(_of_best_groups(merits, config), k)
+        _, chosen = jax.lax.top_k(_within_best_groups(merits, config), k)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.normalize:
         weights = weights / (_sum(weights)[:, None] + 1e-20)
@@ -87,7 +87,7 @@ def _softmax(x: Float[Array, "T n"]) -> Float[Array, "T n"]:
 
 
 def _sum(x: jax.Array, axis: int = -1) -> jax.Array:
-    """The sum along an axis of a few numbers, halved again and again: no compiler picks the order by the number of rows."""
+    """The sum along a short axis, in a fixed order (pairwise): a compiler might choose the order by the number of rows."""
     while (n := x.shape[axis]) > 1:
         low, high = (jax.lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, n - n // 2), (n - n // 2, n)))
         padding = [(0, 0)] * x.ndim
@@ -96,8 +96,8 @@ def _sum(x: jax.Array, axis: int = -1) -> jax.Array:
     return jnp.squeeze(x, axis)
 
 
-def _of_best_groups(merits: Float[Array, "T X"], config: MoEConfig) -> Float[Array, "T X"]:
-    """`merits` f32[T, X], minus infinity outside the groups of experts that each token may choose from."""
+def _within_best_groups(merits: Float[Array, "T X"], config: MoEConfig) -> Float[Array, "T X"]:
+    """`merits` with minus infinity outside the groups of experts that each token may choose from."""
     if config.groups_per_token == config.num_groups:
         return merits
     grouped = merits.reshape(merits.shape[0], config.num_groups, -1)
@@ -120,7 +120,7 @@ def _answer(
     *,
     config: MoEConfig,
 ) -> Float[Array, "T E"]:
-    """In float32: the weighed sum of the experts that each token has chosen, and of the one that all have."""
+    """In float32: the weighted sum of the experts that each token has chosen, plus the shared expert."""
     k = config.experts_per_token
     used = jnp.arange(x.shape[0]) < num_tokens
     expert = jnp.where(used[:, None], chosen, config.num_experts).reshape(-1)  # [T * k]
@@ -128,8 +128,8 @@ def _answer(
     sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts)[None, :], axis=0, dtype=jnp.int32)
     rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
     rows = _experts(rows, w, sizes, jnp.take(expert, order), first, config=config)
-    # Back to the order of the tokens by looking rows up: adding them up where they belong would be a scatter, which is
-    # slow on accelerators and adds in no certain order.
+    # A gather restores the order of the tokens: a scatter-add would be slow on accelerators, and its order of summation
+    # is not defined.
     mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1)
     y = _sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
     return y + _shared_expert(x, w, num_tokens, config=config) if config.shared_dim else y
@@ -144,11 +144,11 @@ def _experts(
     *,
     config: MoEConfig,
 ) -> Float[Array, "Tk E"]:
-    """In float32: every row through its expert; rows are sorted by `expert` i32[T * k], `sizes` i32[X] count them."""
+    """In float32: every row through its expert. Rows are sorted by `expert`; `sizes` counts the rows of each expert."""
     down = partial(grouped_matmul, w=w["expert_down"], group_sizes=sizes, first_group=first, out_dtype=jnp.float32)
     if config.swiglu_limit is None:
         return down(grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first))
-    # Padding has the number X, one past the last bias; it may have any.
+    # Padding has expert number X, one past the last bias; any bias will do.
     hidden = grouped_matmul(rows, w["expert_gate_up"], sizes, first_group=first)
     if config.expert_bias:
         hidden = hidden + jnp.take(w["expert_gate_up_bias"], expert, axis=0, mode="clip")
@@ -159,7 +159,7 @@ def _experts(
 
 
 def clamped_swiglu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], *, limit: float) -> Float[Array, "*rows F"]:
-    """gate * sigmoid(1.702 gate) * (up + 1), both clamped before. Source: gpt-oss."""
+    """gate * sigmoid(1.702 gate) * (up + 1), with both inputs clamped first. Source: gpt-oss."""
     dtype = gate.dtype
     gate, up = jnp.minimum(gate.astype(jnp.float32), limit), jnp.clip(up.astype(jnp.float32), -limit, limit)
     return (gate * jax.nn.sigmoid(_SWIGLU_ALPHA * gate) * (up + 1.0)).astype(dtype)

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its experts, and about latent attention."""
+"""The architecture of mixture-of-experts layers and of latent attention."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """How tokens choose among the experts of a layer, and what an expert is. Source: arXiv:1701.06538."""
+    """How tokens are routed to the experts of a layer, and what an expert is. Source: arXiv:1701.06538."""
 
     num_experts: int  # X
-    experts_per_token: int  # chosen for each token
+    experts_per_token: int  # top k
     expert_dim: int  # F of an expert
-    layers: tuple[int, ...]  # the layers that have experts; the others have an MLP of the model's `mlp_dim`
-    scores: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"  # of all experts, or among the chosen
-    normalize: bool = False  # the weights of the chosen are divided by their sum
-    scale: float = 1.0  # and then multiplied by this
-    router_bias: bool = False  # of the scores, before softmax or sigmoid
-    choice_bias: bool = False  # added to the scores for the choice alone; the weights do without (arXiv:2412.19437)
-    num_groups: int = 1  # experts are chosen from the best few of so many groups of neighbours (arXiv:2405.04434)
+    layers: tuple[int, ...]  # the layers that have experts; the others have an MLP of width `mlp_dim`
+    scores: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"  # over all experts, or over the chosen
+    normalize: bool = False  # divide the weights of the chosen experts by their sum
+    scale: float = 1.0  # factor of the weights, after that
+    router_bias: bool = False  # added to the logits, before softmax or sigmoid
+    choice_bias: bool = False  # added to the scores for choosing, not for the weights (arXiv:2412.19437)
+    num_groups: int = 1  # groups of adjacent experts; experts are chosen from the best few groups (arXiv:2405.04434)
     groups_per_token: int = 1
-    group_score: Literal["max", "two_best"] = "max"  # a group is as good as its best expert, or its two best together
+    group_score: Literal["max", "two_best"] = "max"  # score of a group: its best expert, or the sum of its best two
     expert_bias: bool = False
-    swiglu_limit: float | None = None  # the gpt-oss activation: clamped to this, see `moe.clamped_swiglu`; None: SwiGLU
-    shared_dim: int = 0  # F of an expert that every token has; 0: there is none
-    shared_gate: bool = False  # what the shared expert adds is scaled by a sigmoid
+    swiglu_limit: float | None = None  # clamp of the gpt-oss activation, see `moe.clamped_swiglu`; None: SwiGLU
+    shared_dim: int = 0  # F of the expert that is applied to every token; 0: none
+    shared_gate: bool = False  # scale the output of the shared expert by a sigmoid
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:
@@ -35,24 +35,26 @@ class MoEConfig:
             )
         if self.num_experts % self.num_groups or not 1 <= self.groups_per_token <= self.num_groups:
             raise ValueError(
-                f"{self.num_experts} experts cannot be chosen from {self.groups_per_token} of {self.num_groups} groups; "
-                "groups are of equal size, and at least one of them is chosen"
+                f"num_groups is {self.num_groups} and groups_per_token is {self.groups_per_token}; num_groups must divide "
+                f"num_experts={self.num_experts}, and groups_per_token must be in [1, num_groups]"
             )
         in_groups = self.num_experts // self.num_groups * self.groups_per_token
         if self.experts_per_token > in_groups:
-            raise ValueError(f"experts_per_token is {self.experts_per_token}, but the chosen groups hold {in_groups}")
+            raise ValueError(
+                f"experts_per_token is {self.experts_per_token}, but the chosen groups hold only {in_groups} experts"
+            )
         if self.shared_gate and not self.shared_dim:
-            raise ValueError("shared_gate is set, but shared_dim is 0: there is no shared expert to scale")
+            raise ValueError("shared_gate is set, but shared_dim is 0: there is no shared expert to scale; set shared_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig:
     """Sizes of latent attention. The model's `head_dim` is `kv_rank + rope_dim`, and it has one KV head."""
 
-    kv_rank: int  # numbers of a token's latent
-    rope_dim: int  # numbers of a head that carry the position
-    nope_dim: int  # and that do not
-    v_dim: int  # numbers of a head's value
-    q_rank: int | None = None  # queries are projected through so many numbers; None: directly
-    rope_interleaved: bool = True  # whether the file has the pairs that turn together side by side
-    kv_bias: bool = False  # biases of the projections to latents
+    kv_rank: int  # size of a token's latent
+    rope_dim: int  # dimensions of a head that are rotated
+    nope_dim: int  # dimensions of a head that are not
+    v_dim: int  # size of a head's value
+    q_rank: int | None = None  # size of the latent that queries are projected through; None: no latent
+    rope_interleaved: bool = True  # whether rotated pairs are adjacent in the checkpoint
+    kv_bias: bool = False  # whether the projections to latents have biases

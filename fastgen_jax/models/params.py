@@ -1,4 +1,4 @@
-"""Which weights a model has, and parameters made from their declarations."""
+"""The weights of a model, declared, and random parameters made from the declarations."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fastgen_jax.models.weight_spec import DType, Kind, Params, WeightSpec, bias
 if TYPE_CHECKING:
     from jaxtyping import Array, PRNGKeyArray
 
-_ROUTES = "it decides how tokens meet experts: what int8 saves in so few numbers is not worth a wrong choice"
+_ROUTES = "it decides how tokens use experts; int8 would save little memory and could change the choice"
 _ABSORBED = (
-    "it is absorbed into queries and outputs by one product per head, so its rounding would enter every score of the "
-    "context, and it is less than 1 % of the parameters (0.4 % in DeepSeek V2)"
+    "it is applied to queries and outputs by absorbed per-head products, so rounding it would affect every attention score, "
+    "and it is a small part of the parameters (0.4 % in DeepSeek V2)"
 )
 
 
 def param_specs(config: ModelConfig) -> dict[str, Any]:
     """The specs of all weights, in the tree form of `Params`; the ones under "layers" are those of a single layer.
 
-    Matrices are stored [in, out]. Projections that read the same input are one matrix: `qkv` holds the columns of
+    Matrices are stored [in, out]. Projections that read the same input are fused: `qkv` holds the columns of
     all query heads, then all key heads, then all value heads; `gate_up` holds the gate, then the up projection.
-    Where layers differ, "layers" holds what any of them has; `layer_specs` says what a certain one has.
+    If layers differ, "layers" is the union over them; `layer_specs` returns those of one layer.
     """
     layers = [layer_specs(config, layer) for layer in range(config.num_layers)]
     return model_specs(config) | {"layers": {name: spec for specs in layers for name, spec in specs.items()}}
@@ -40,7 +40,7 @@ def all_specs(config: ModelConfig) -> dict[str, WeightSpec]:
 
 
 def model_specs(config: ModelConfig) -> dict[str, WeightSpec]:
-    """The specs of the weights outside of the layers."""
+    """The specs of the weights outside the layers."""
     return {spec.name: spec for spec in _model_specs(config)}
 
 
@@ -60,13 +60,13 @@ def expert_specs(embed_dim: int, moe: MoEConfig) -> dict[str, WeightSpec]:
 
 
 def head_spec(config: ModelConfig) -> WeightSpec:
-    """The spec of the vocabulary head, also of one that is tied to the embedding and made from it."""
+    """The spec of the vocabulary head, including one that is tied to the embedding and made from it."""
     width = config.embed_proj_dim or config.embed_dim
     return matrix("lm_head", (width, config.vocab_size), ("E", "V"))
 
 
 def layers_with(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The numbers of the layers that have each weight: the rows of its stacked form, in order."""
+    """For each weight, the numbers of the layers that have it, in the order of the rows of its stacked form."""
     having: dict[str, list[int]] = {}
     for layer in range(config.num_layers):
         for name in layer_specs(config, layer):
@@ -191,7 +191,7 @@ def _router_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
     yield router
     if moe.router_bias:
         yield bias(router)
-    if moe.choice_bias:  # its steps are finer than those of bfloat16
+    if moe.choice_bias:  # the updates of training are finer than the steps of bfloat16
         yield vector("choice_bias", moe.num_experts, "X", dtype="float32")
 
 
@@ -211,7 +211,7 @@ def _expert_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray, *, dtype: DType = "float32", stack_layers: bool = True) -> Params:
-    """Random parameters: normal with standard deviation 1/sqrt(fan in), ones for norms, zeros for biases.
+    """Random parameters: normal with standard deviation 1/sqrt(fan in), neutral scales for norms, zeros for biases.
 
     The values do not depend on `stack_layers`.
     """
@@ -236,7 +236,7 @@ def init_params(config: ModelConfig, key: PRNGKeyArray, *, dtype: DType = "float
 
 
 def stack(layers: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
-    """One dict from L dicts: every weight, array or pytree of arrays, stacked over the layers that have it."""
+    """One dict from L dicts: each weight, an array or a pytree of arrays, is stacked over the layers that have it."""
     import jax
     import jax.numpy as jnp
 

@@ -1,10 +1,11 @@
-"""Rotary position embeddings and the scalings that stretch them to longer contexts."""
+"""Rotary position embeddings and the scalings that extend them to longer contexts."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,13 +14,16 @@ from fastgen_jax.models.config import RopeConfig
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
+Rotation = tuple[jax.Array, jax.Array]
+"""Cosines and sines f32[T, R/2]."""
+
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians per position of each rotated pair, f32[R/2], for every scaling that does not depend on the length.
 
     R is `rope.dim`, or all of `head_dim`. Sources: RoPE (arXiv:2104.09864), position interpolation (arXiv:2306.15595)
     for `linear`, YaRN (arXiv:2309.00071), and the Llama 3.1 release for `llama3`. The kinds that depend on the length
-    give the unscaled values.
+    return the unscaled values.
     """
     head_dim = rope.dim or head_dim
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
@@ -36,12 +40,12 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rotation(
     positions: Int[Array, " T"], rope_lengths: Int[Array, " T"], *, rope: RopeConfig, head_dim: int
 ) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
-    """Cosines and sines in float32 of the angles at `positions`, for each of the pairs of a head that turn.
+    """Cosines and sines in float32 of the angles at `positions`, for each rotated pair of a head.
 
-    `rope_lengths` matters to the scalings that depend on the length alone: it is the length of the sequence as
-    the request stated it, so the angles do not depend on how a prompt is split.
+    `rope_lengths` matters only to the scalings that depend on the length. It is the length of the sequence as the
+    request states it, so the angles do not depend on how a prompt is split.
     """
-    # float32 until after sin and cos: bfloat16 has 8 significant bits, so from position 257 on angles would collide.
+    # float32 until after sin and cos: bfloat16 has 8 significant bits, so angles would collide from position 257 on.
     position = positions.astype(jnp.float32)[:, None]
     if rope.kind in ("dynamic", "stepped_ntk"):
         frequency = _stretched_theta(rope_lengths, rope, rope.dim or head_dim)  # [T, R/2]
@@ -55,13 +59,13 @@ def rotation(
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What YaRN and LongRoPE multiply cos and sin with, to sharpen attention over a longer context; else 1.0."""
+    """Factor of cos and sin that sharpens attention over a longer context in YaRN and LongRoPE; 1.0 for other kinds."""
     if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.kind == "longrope":
-        assert rope.original_max_position is not None  # RopeConfig has checked it
+        assert rope.original_max_position is not None  # checked by RopeConfig
         return math.sqrt(1.0 + math.log(rope.factor) / math.log(rope.original_max_position))
 
     def mscale(weight: float) -> float:
@@ -73,13 +77,13 @@ def attention_factor(rope: RopeConfig) -> float:
 
 
 def _stretched_theta(lengths: Int[Array, " T"], rope: RopeConfig, dim: int) -> Float[Array, "T half"]:
-    """NTK-aware scaling: theta grows with the length, smoothly (`dynamic`) or when it doubles (`stepped_ntk`, Qwen)."""
+    """NTK-aware scaling: theta grows with the length, smoothly (`dynamic`) or each time it doubles (`stepped_ntk`, Qwen)."""
     original = rope.original_max_position
-    assert original is not None  # RopeConfig has checked it
+    assert original is not None  # checked by RopeConfig
     if rope.kind == "dynamic":
         length = jnp.maximum(lengths, original).astype(jnp.float32)
         growth = rope.factor * length / original - (rope.factor - 1.0)
-    else:  # 1 up to the original length, 3 up to twice of it, 7 up to four times, ...
+    else:  # 1 up to the original length, 3 up to twice that length, 7 up to four times, ...
         limits = np.array([limit for k in range(31) if (limit := original << k) <= np.iinfo(np.int32).max], np.int32)
         doublings = jnp.sum(lengths[:, None] > limits[None, :], axis=1)
         growth = 2.0 ** (doublings + 1).astype(jnp.float32) - 1.0
@@ -89,7 +93,7 @@ def _stretched_theta(lengths: Int[Array, " T"], rope: RopeConfig, dim: int) -> F
 
 
 def _longrope(lengths: Int[Array, " T"], rope: RopeConfig, head_dim: int) -> Float[Array, "T half"]:
-    """One divisor a frequency, from one of two tables (arXiv:2402.13753)."""
+    """One divisor per frequency, from one of two tables (arXiv:2402.13753)."""
     assert rope.original_max_position is not None
     base = inverse_frequencies(rope, head_dim)
     short, long = (jnp.asarray(base / np.asarray(factor), jnp.float32) for factor in (rope.short_factor, rope.long_factor))
@@ -97,7 +101,7 @@ def _longrope(lengths: Int[Array, " T"], rope: RopeConfig, head_dim: int) -> Flo
 
 
 def _llama3(base: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Long waves are stretched by `factor`, short ones stay, those between are blended."""
+    """Long wavelengths are stretched by `factor`, short ones are kept, those in between are interpolated."""
     assert rope.original_max_position is not None
     turns = rope.original_max_position * base / (2 * math.pi)  # over the original context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -106,7 +110,7 @@ def _llama3(base: np.ndarray, rope: RopeConfig) -> np.ndarray:
 
 
 def _yarn(base: np.ndarray, rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Like llama3, but blended linearly over the index of the dimension instead of over its number of turns."""
+    """Like llama3, but interpolated over the index of the dimension instead of its number of rotations."""
     assert rope.original_max_position is not None
     original = rope.original_max_position
 

@@ -1,9 +1,9 @@
 """Tensor parallelism: heads, MLP columns and vocabulary are divided over one axis of a device mesh.
 
-The forward pass stays as it is written: weights and cache carry shardings, XLA inserts the sums, two a layer. It is told
-in which order fused columns lie (see `columns`), and, since a kernel is opaque to XLA, how attention and experts are
-divided: each device attends with its own heads and its own part of the cache, and computes its own hidden units of every
-expert.
+The forward pass is the same as on one device: weights and cache carry shardings, and XLA inserts the sums, two per layer.
+It is told two things: the order of fused columns (see `columns`), and, because kernels are opaque to XLA, how attention and
+experts are divided. Each device attends with its own heads and its own part of the cache, and computes its own hidden units
+of every expert.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pallas_kernels.ragged_attention.quantized import Cache
 TENSOR = "tensor"
 """Name of the mesh axis."""
 
-DIVIDED_AXES = frozenset({"HD", "F", "V"})  # logical axes of `WeightSpec`; all others are whole on every device
+DIVIDED_AXES = frozenset({"HD", "F", "V"})  # logical axes of `WeightSpec`; all others are replicated
 
 
 def check_divisible(config: ModelConfig, num_devices: int) -> None:
-    """ValueError where the model cannot be divided over so many devices, naming what would work."""
+    """Raises ValueError if the model cannot be divided over `num_devices`; the message lists what is possible."""
     sizes = {"num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim, "vocab_size": config.vocab_size}
     if config.moe is not None:
-        sizes |= {"expert_dim": config.moe.expert_dim, "shared_dim": config.moe.shared_dim}  # 0 divides by any number
+        sizes |= {"expert_dim": config.moe.expert_dim, "shared_dim": config.moe.shared_dim}  # 0 is divisible by any number
         if len(config.moe.layers) == config.num_layers:  # no layer has an MLP
             del sizes["mlp_dim"]
     for name, size in sizes.items():
@@ -49,12 +49,12 @@ def check_divisible(config: ModelConfig, num_devices: int) -> None:
 
 
 def tensor_mesh(devices: Sequence[Any]) -> Mesh:
-    """A mesh of one axis, `TENSOR`."""
+    """A mesh with the one axis `TENSOR`."""
     return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
 def partition_params(config: ModelConfig, params: Params) -> Any:
-    """A PartitionSpec for each leaf of stacked `params`, arrays or shapes, from the logical axes that the model declares."""
+    """A PartitionSpec for each leaf of stacked `params`, arrays or shapes, from the declared logical axes."""
     return jax.tree.map(partition_leaf, param_specs(config), params)
 
 
@@ -63,7 +63,7 @@ def partition_leaf(spec: WeightSpec, leaf: Any) -> Any:
     axes = tuple(TENSOR if axis in DIVIDED_AXES else None for axis in spec.axes)
 
     def partition(axes: tuple[str | None, ...], ndim: int) -> PartitionSpec:
-        return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)  # a stack of layers has one more axis in front
+        return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)  # a stack over layers has one more leading axis
 
     if isinstance(leaf, Int8Weight):
         of_columns = partition((*axes[:-2], axes[-1]), leaf.scales.ndim)
@@ -72,7 +72,7 @@ def partition_leaf(spec: WeightSpec, leaf: Any) -> Any:
 
 
 def divide_leaf(spec: WeightSpec, leaf: Any, mesh: Mesh) -> Any:
-    """A weight as a checkpoint has it, plain or `Int8Weight`, with its columns dealt out (see `columns`) to `mesh`."""
+    """A weight of a checkpoint, plain or `Int8Weight`, sharded over `mesh` with its columns reordered (see `columns`)."""
 
     def placed(array: Any, partition: PartitionSpec) -> jax.Array:
         array = deal_columns(array, spec.parts, mesh.size) if len(spec.parts) > 1 else np.asarray(array)
@@ -82,7 +82,7 @@ def divide_leaf(spec: WeightSpec, leaf: Any, mesh: Mesh) -> Any:
 
 
 def partition_kv_cache(cache: KVCache) -> KVCache:
-    """The PartitionSpecs of `cache`, arrays or shapes: every device holds the blocks of its own KV heads."""
+    """The PartitionSpecs of `cache`, arrays or shapes: each device holds the blocks of its own KV heads."""
     return jax.tree.map(lambda _: PartitionSpec(None, TENSOR), cache)
 
 
@@ -92,7 +92,7 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 
 def divide_heads(attend: Attention, mesh: Mesh) -> Attention:
-    """`attend` over the heads of each device of `mesh`."""
+    """`attend`, run by each device of `mesh` on its own heads."""
 
     def divided(
         q: jax.Array,
@@ -120,20 +120,20 @@ def divide_heads(attend: Attention, mesh: Mesh) -> Attention:
 
 
 def divide_experts(
-    answer: Callable[..., jax.Array], mesh: Mesh, specs: Mapping[str, WeightSpec]
+    compute: Callable[..., jax.Array], mesh: Mesh, specs: Mapping[str, WeightSpec]
 ) -> Callable[..., jax.Array]:
-    """`answer(weights, *others)` with the hidden units of each device of `mesh`, summed over all devices.
+    """`compute(weights, *others)`, run by each device of `mesh` on its own hidden units and summed over devices.
 
-    `specs` describe the weights, a dict; the others and the sum are whole on every device.
+    `specs` are the declarations of the weights, a dict; the other arguments and the result are replicated.
     """
-    # A bias behind a divided sum is whole on every device, and must be added once.
+    # A bias after a divided sum is replicated, and must be added once.
     added_once = [name for name, spec in specs.items() if spec.kind is Kind.BIAS and DIVIDED_AXES.isdisjoint(spec.axes)]
 
     def divided(weights: Mapping[str, Any], *others: jax.Array) -> jax.Array:
         def local(weights: dict[str, Any], others: tuple[jax.Array, ...]) -> jax.Array:
             is_first = jax.lax.axis_index(TENSOR) == 0
             weights = weights | {name: jnp.where(is_first, weights[name], 0) for name in added_once}
-            return jax.lax.psum(answer(weights, *others), TENSOR)
+            return jax.lax.psum(compute(weights, *others), TENSOR)
 
         in_specs = ({name: partition_leaf(specs[name], leaf) for name, leaf in weights.items()}, PartitionSpec())
         run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)

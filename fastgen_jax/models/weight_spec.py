@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 DType = str | type | np.dtype
-"""What names a number format: "bfloat16", jnp.bfloat16 or a NumPy dtype. Like `jax.typing.DTypeLike`, without JAX."""
+"""A dtype: "bfloat16", jnp.bfloat16 or a NumPy dtype. Like `jax.typing.DTypeLike`, but without importing JAX."""
 
 Params = dict[str, Any]
 """`{"embed": [V, E], "layers": ..., "final_norm": [E], "lm_head": [E, V], ...}`, as `param_specs` declares them.
@@ -20,7 +20,7 @@ tuple of L dicts (the form whose layers are separate buffers; see `models.decode
 """
 
 LayerWeights = Mapping[str, Any]
-"""The weights of one layer by name: arrays, or what `matmul.prepare`, `grouped_matmul.prepare` or `mla` made of them."""
+"""The weights of one layer by name: arrays, or what `matmul`, `grouped_matmul` and `mla` prepare from them."""
 
 
 class Kind(enum.Enum):
@@ -32,7 +32,7 @@ class Kind(enum.Enum):
     TABLE = "table"  # [rows, width]; rows are looked up
     NORM = "norm"  # scale of a normalization
     BIAS = "bias"  # added to the result of another weight
-    VECTOR = "vector"  # anything else that is added to or compared with activations
+    VECTOR = "vector"  # anything else: attention sinks, the bias of the expert choice
 
 
 _PRODUCTS = frozenset({Kind.MATRIX, Kind.EXPERTS, Kind.HEADS})
@@ -41,39 +41,39 @@ _STACK_AXES = frozenset({"H", "X"})
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSpec:
-    """One weight, per layer if the layers have it: its shape, what its axes mean, and how it is stored and read."""
+    """The declaration of one weight (of one layer): its shape, its axes, and how it is stored and read."""
 
     name: str
     kind: Kind
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    """Logical axes: "E", "F", "V", "X", "H", "D" as everywhere, "HD" for the outputs of all heads, others by name."""
+    """Logical axes: the axis letters of the project, "HD" for all heads together, and names for the rest."""
     parts: tuple[int, ...] = ()
     """Widths of the projections that are fused along the last axis; () for a single one."""
     initial: float | None = None
-    """The value that it is initialized with; None: random, scaled by its fan-in."""
+    """The value of all its elements after initialization; None: random, scaled by fan-in."""
     gated: bool = False
-    """Whether it is [gate | up] and read by the fused SwiGLU kernels, which pack it in their own order."""
+    """Whether it is [gate | up] and read by the fused SwiGLU kernels, which have a packing of their own."""
     never_quantized: str | None = None
-    """For a matrix: the reason why it keeps its floating-point format when the others become int8; None: it does not."""
+    """For a matrix: why it stays floating point when matrices are quantized; None: it is quantized."""
     dtype: Literal["weights", "activations", "float32"] = "weights"
-    """Its format on the device: the engine's `dtype`, that of the activations, or float32 in any case.
+    """Its dtype on the device: the engine's `dtype`, that of the activations, or always float32.
 
-    Checkpoints keep both of the first two in one format.
+    Snapshots store the first two alike.
     """
     bias_of: str | None = None
-    """For a bias: the name of the weight whose result it is added to."""
+    """For a bias: the name of the weight that it belongs to."""
     per_layer: bool = False
-    """Whether each layer has one, so that it is in `params["layers"]`."""
+    """Whether it is a weight of a layer, in `params["layers"]`."""
 
     @property
     def path(self) -> str:
-        """Its place in the parameter tree, like "embed" or "layers.qkv"."""
+        """Its path in the parameter tree, such as "embed" or "layers.qkv"."""
         return self._path_of(self.name)
 
     @property
     def owner_path(self) -> str:
-        """The path of the weight that a checkpoint names it after: for a bias the one it belongs to, otherwise its own."""
+        """The path of the weight that shares its checkpoint module: for a bias the weight it belongs to, else its own."""
         return self._path_of(self.bias_of or self.name)
 
     def _path_of(self, name: str) -> str:
@@ -81,17 +81,17 @@ class WeightSpec:
 
     @property
     def is_product(self) -> bool:
-        """Whether activations are multiplied with it; a checkpoint usually stores it transposed, [out, in]."""
+        """Whether activations are multiplied with it. Most checkpoints store such weights transposed, [out, in]."""
         return self.kind in _PRODUCTS
 
     @property
     def is_stack(self) -> bool:
-        """Whether its first axis numbers heads or experts, whose rows a checkpoint may store as separate tensors."""
+        """Whether its first axis is heads or experts, which a checkpoint may store as separate tensors."""
         return self.axes[0] in _STACK_AXES
 
     @property
     def quantizable(self) -> bool:
-        """Whether it becomes int8 when the engine quantizes."""
+        """Whether it becomes int8 when the engine quantizes weights."""
         return self.is_product and self.never_quantized is None
 
 
@@ -131,13 +131,13 @@ def table(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> WeightSpe
 
 
 def norm(name: str, shape: tuple[int, ...], axes: tuple[str, ...], *, initial: float = 1.0) -> WeightSpec:
-    """The scale of a normalization; `initial` is what leaves its input as it is."""
+    """The scale of a normalization; `initial` is the value with no effect."""
     return WeightSpec(name=name, kind=Kind.NORM, shape=shape, axes=axes, initial=initial, dtype="activations")
 
 
 def bias(of: WeightSpec) -> WeightSpec:
-    """The bias of a weight, one number for each of its outputs; it is called `<name>_bias`."""
-    outputs = (slice(-2), slice(-1, None)) if of.is_product else (slice(None),)  # all axes but that of the inputs
+    """The bias of a weight, one number per output; its name is `<name>_bias`."""
+    outputs = (slice(-2), slice(-1, None)) if of.is_product else (slice(None),)  # all axes except the inputs
     return WeightSpec(
         name=f"{of.name}_bias",
         kind=Kind.BIAS,
@@ -151,5 +151,5 @@ def bias(of: WeightSpec) -> WeightSpec:
 
 
 def vector(name: str, size: int, axis: str, *, dtype: Literal["activations", "float32"] = "activations") -> WeightSpec:
-    """A vector of learned numbers that is the bias of no other weight."""
+    """A learned vector that is not the bias of a weight."""
     return WeightSpec(name=name, kind=Kind.VECTOR, shape=(size,), axes=(axis,), initial=0.0, dtype=dtype)

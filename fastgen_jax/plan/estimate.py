@@ -92,18 +92,20 @@ def read_weight_bytes(
 def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, kv_dtype: DType) -> int:
     """Bytes of a KV block on one device: keys and values of the heads on it, all layers."""
     head_dim = stored_head_dim(model.head_dim, topology.device.platform)
-    a_token = model.kv_bytes_per_token(
+    bytes_per_token = model.kv_bytes_per_token(
         np.dtype(kv_dtype).itemsize, stored_head_dim=head_dim, scale_bytes=scale_bytes(kv_dtype)
     )
-    return block_size * a_token // topology.num_devices
+    return block_size * bytes_per_token // topology.num_devices
 
 
 def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, max_num_seqs: int, itemsize: int) -> int:
     """An estimate of the bytes that a step needs besides its arguments; the compile check knows the real number."""
     h, k, d = model.num_heads, model.num_kv_heads, model.head_dim
-    a_token = itemsize * (4 * model.embed_dim + (2 * h + 4 * k) * d / num_devices) + 4 * 3 * model.mlp_dim / num_devices
+    bytes_per_token = (
+        itemsize * (4 * model.embed_dim + (2 * h + 4 * k) * d / num_devices) + 4 * 3 * model.mlp_dim / num_devices
+    )
     rows = min(token_budget, max_num_seqs)
-    return math.ceil(token_budget * a_token + SAMPLER_COPIES * 4 * rows * model.vocab_size)
+    return math.ceil(token_budget * bytes_per_token + SAMPLER_COPIES * 4 * rows * model.vocab_size)
 
 
 def sampler_bytes(model: ModelConfig, max_num_seqs: int) -> int:
@@ -117,10 +119,10 @@ def sampler_bytes(model: ModelConfig, max_num_seqs: int) -> int:
 
 
 def largest_budget(
-    model: ModelConfig, topology: Topology, memory: Memory, *, max_num_seqs: int, itemsize: int, blocks_a_sequence: int
+    model: ModelConfig, topology: Topology, memory: Memory, *, max_num_seqs: int, itemsize: int, blocks_per_sequence: int
 ) -> int:
     """The largest power of two of tokens per step that leaves room for the KV of one full context; 0 if none does."""
-    room = memory.free + memory.temporaries - blocks_a_sequence * memory.block
+    room = memory.free + memory.temporaries - blocks_per_sequence * memory.block
     budget = 0
     for candidate in (2**i for i in range(17)):
         needed = temporary_bytes(

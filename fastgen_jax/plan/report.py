@@ -92,7 +92,7 @@ def make_plan(
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
     itemsize = jnp.dtype(dtype).itemsize
     kv_dtype = kv_dtype or dtype
-    blocks_a_sequence = -(-context // block_size)
+    blocks_per_sequence = -(-context // block_size)
     memory = Memory(
         total=devices.device.memory_bytes,
         reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
@@ -105,7 +105,7 @@ def make_plan(
     )
     checks: tuple[CompileCheck, ...] = ()
     not_compiled = ""
-    if compile and memory.num_blocks >= blocks_a_sequence:
+    if compile and memory.num_blocks >= blocks_per_sequence:
         try:
             checks = tuple(
                 _check(
@@ -128,7 +128,7 @@ def make_plan(
         if known and len(known) == len(checks):
             memory = dataclasses.replace(memory, temporaries=max(known))
 
-    sequences = memory.num_blocks // blocks_a_sequence
+    sequences = memory.num_blocks // blocks_per_sequence
     steps = tuple(
         estimate.planned_step(
             model,
@@ -160,7 +160,7 @@ def make_plan(
         steps=steps,
         checks=checks,
         largest_budget=estimate.largest_budget(
-            model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_a_sequence=blocks_a_sequence
+            model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_per_sequence=blocks_per_sequence
         ),
         advice=_advice(
             model,

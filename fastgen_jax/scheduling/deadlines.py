@@ -42,8 +42,8 @@ def feasible_prompts(planner: Planner, pace: Pace) -> Prompts:
     now = pace.now()
     prompt_tokens = planner.tokens_left
     step_seconds = pace.seconds(prompt_tokens + len(planner.plan.chunks))
-    seconds_a_token = step_seconds / max(1, prompt_tokens)
-    least_seconds_a_token = pace.seconds(limits.token_budget) / limits.token_budget
+    seconds_per_token = step_seconds / max(1, prompt_tokens)
+    least_seconds_per_token = pace.seconds(limits.token_budget) / limits.token_budget
 
     jobs: list[_Job] = []
     late: list[Sequence] = []
@@ -53,7 +53,7 @@ def feasible_prompts(planner: Planner, pace: Pace) -> Prompts:
         if left > 1:
             deadline = pace.promise.deadline(sequence)
             # One that is already late runs first, so that it is done soon, but nothing else is dropped for it.
-            hopeless = now + left * least_seconds_a_token > deadline
+            hopeless = now + left * least_seconds_per_token > deadline
             behind, due = (0, -1.0) if hopeless else (1, deadline)
             rank = (sequence.order[0], behind, due, sequence.order)
             jobs.append(_Job(rank, left, math.inf if hopeless else deadline, False, sequence))
@@ -64,7 +64,7 @@ def feasible_prompts(planner: Planner, pace: Pace) -> Prompts:
             jobs.append(_Job((priority, 0, 0.0, sequence.order), left, math.inf, False, sequence))
             continue
         deadline = pace.promise.deadline(sequence)
-        hopeless = now + left * least_seconds_a_token > deadline
+        hopeless = now + left * least_seconds_per_token > deadline
         overtaken = sequence.num_bypasses >= limits.max_bypasses
         if now > deadline + pace.promise.grace or (hopeless and overtaken):
             refused.append(sequence)
@@ -80,12 +80,12 @@ def feasible_prompts(planner: Planner, pace: Pace) -> Prompts:
     droppable: list[tuple[int, int, int]] = []  # a heap: the least important first, and of these the longest
     at = now + step_seconds  # one step is still in flight
     for index, job in enumerate(jobs):
-        at += job.tokens * seconds_a_token
+        at += job.tokens * seconds_per_token
         if job.droppable:
             heapq.heappush(droppable, (-job.rank[0], -job.tokens, index))
         while at > job.deadline and droppable:
             _, minus_tokens, longest = heapq.heappop(droppable)
-            at += minus_tokens * seconds_a_token
+            at += minus_tokens * seconds_per_token
             dropped.add(longest)
     on_time = [job.sequence for index, job in enumerate(jobs) if index not in dropped]
     return Prompts(on_time, [jobs[index].sequence for index in sorted(dropped)] + late, refused)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, abc
+from dataclasses import KW_ONLY, dataclass, field
 
 from fastgen_jax.scheduling.block_pool import BlockLedger
 from fastgen_jax.scheduling.pace import Pace
@@ -13,67 +14,46 @@ from fastgen_jax.scheduling.step import Chunk
 _MAX_BLOCKED = 8  # waiting sequences without room that are examined in a step, so that a long queue stays cheap
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Planner:
     """One step in the making: the sequences, the limits, and what is left of them.
 
     Each step gets a new planner. A policy calls its methods and returns `finish()`. Nothing that a policy does here
     changes the scheduler: `plan` and `blocks` belong to the planner alone, and the queues and sequences are only read.
     A policy may assign another order to `waiting` or `running`.
-
-    Attributes:
-        running: sequences with a slot, and `waiting`: those without. Both are ordered by priority, then arrival time,
-            then order of adding. A sequence carries its `request`.
-        limits: the limits of a step.
-        blocks: counts the free KV blocks as the plan grows.
-        cached_prefix: returns the registered blocks that a waiting sequence could start after.
-        now: returns the time in seconds, on the clock of the requests' arrival times.
-        pace: what steps cost and what was promised; None for policies without a promise.
-        plan: the plan so far.
-        num_kept: running sequences that the plan keeps; `running[num_kept:]` are preempted.
-        tokens_left: tokens that the step can still hold.
-        rows_left: rows of logits that the step can still compute.
-        short_of_blocks: whether a running prompt got fewer tokens than the step had room for, because no blocks
-            were free.
     """
 
-    __slots__ = (
-        "blocks",
-        "cached_prefix",
-        "limits",
-        "now",
-        "num_kept",
-        "pace",
-        "plan",
-        "rows_left",
-        "running",
-        "short_of_blocks",
-        "tokens_left",
-        "waiting",
-    )
+    running: abc.Sequence[Sequence]
+    """Sequences with a slot, by priority, then arrival time, then order of adding. A sequence carries its `request`."""
+    waiting: abc.Sequence[Sequence]
+    """Sequences without a slot, in the same order."""
+    _: KW_ONLY
+    limits: StepLimits
+    """What the step and the block pool can hold."""
+    blocks: BlockLedger
+    """Counts the free KV blocks as the plan grows."""
+    cached_prefix: abc.Callable[[Sequence], list[int]]
+    """Returns the registered blocks that a waiting sequence could start after."""
+    now: abc.Callable[[], float]
+    """Returns the time in seconds, on the clock of the requests' arrival times."""
+    pace: Pace | None = None
+    """What steps cost and what was promised; None for policies without a promise."""
+    plan: StepPlan = field(init=False)
+    """The plan so far."""
+    num_kept: int = field(init=False)
+    """Number of running sequences that the plan keeps; `running[num_kept:]` are preempted."""
+    tokens_left: int = field(init=False)
+    """Tokens that the step can still hold."""
+    rows_left: int = field(init=False)
+    """Rows of logits that the step can still compute."""
+    short_of_blocks: bool = field(init=False, default=False)
+    """Whether a running prompt got fewer tokens than the step had room for, because no blocks were free."""
 
-    def __init__(
-        self,
-        running: abc.Sequence[Sequence],
-        waiting: abc.Sequence[Sequence],
-        *,
-        limits: StepLimits,
-        blocks: BlockLedger,
-        cached_prefix: abc.Callable[[Sequence], list[int]],
-        now: abc.Callable[[], float],
-        pace: Pace | None = None,
-    ) -> None:
-        self.running = running
-        self.waiting = waiting
-        self.limits = limits
-        self.blocks = blocks
-        self.cached_prefix = cached_prefix
-        self.now = now
-        self.pace = pace
+    def __post_init__(self) -> None:
         self.plan = StepPlan([], [], [], [], [])
-        self.num_kept = len(running)
-        self.tokens_left = limits.token_budget
-        self.rows_left = limits.max_sample_rows
-        self.short_of_blocks = False
+        self.num_kept = len(self.running)
+        self.tokens_left = self.limits.token_budget
+        self.rows_left = self.limits.max_sample_rows
 
     def isolated(self) -> Planner:
         """A planner for the same step whose queues cannot be changed in place and whose block count is its own."""

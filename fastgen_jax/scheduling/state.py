@@ -24,11 +24,6 @@ class SchedulerState:
     A sequence is preempted by recomputation: it loses its blocks, keeps its tokens, and waits at its old place in the
     queue. Slots and blocks of a sequence that ended or was preempted are free immediately: the device runs steps in
     order, so a late write of an earlier step comes before any write of a later one.
-
-    Attributes:
-        waiting: sequences without a slot, and `running`: those with one. Both in ascending order of `Sequence.order`.
-        unfinished: all of them by request id.
-        free_slots: a heap; the lowest slot is assigned first.
     """
 
     def __init__(self, pool: BlockPool, *, max_num_seqs: int, stats: SchedulerStats) -> None:
@@ -36,9 +31,13 @@ class SchedulerState:
         self.stats = stats
         self.max_num_seqs = max_num_seqs
         self.waiting: list[Sequence] = []
+        """Sequences without a slot, in ascending order of `Sequence.order`."""
         self.running: list[Sequence] = []
+        """Sequences with a slot, in the same order."""
         self.unfinished: dict[str, Sequence] = {}
+        """All of them by request id."""
         self.free_slots = list(range(max_num_seqs))
+        """A heap: the lowest slot is assigned first."""
 
     # Requests
 

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest
@@ -278,7 +278,7 @@ class ChatAnswer:
 class SseEncoder:
     """Encodes the server-sent events of one response; their common part is encoded once."""
 
-    def __init__(self, head: Mapping[str, Any]) -> None:
+    def __init__(self, head: Mapping[str, object]) -> None:
         self._head = ("data: " + json.dumps(head)[:-1]).encode()
 
     def choices(self, choices: Sequence[CompletionChoice | ChatChoice], *, usage: TokenUsage | bool) -> bytes:
@@ -293,7 +293,7 @@ class SseEncoder:
         return self._head + b',"choices":[],"usage":' + json.dumps(usage).encode() + b"}\n\n"
 
     @staticmethod
-    def error(body: Mapping[str, Any]) -> bytes:
+    def error(body: Mapping[str, object]) -> bytes:
         """Returns the event that reports an error after the response has started."""
         return b"data: " + json.dumps(body).encode() + b"\n\n"
 

@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 
 from fastgen_jax.serving.batch_input import BatchInput, Line
-from fastgen_jax.serving.batch_output import Answer, BatchOutput, is_error
+from fastgen_jax.serving.batch_output import Answer, BatchOutput, Error, Response, is_error
 
 BUSY = 429
 AWAY = frozenset({408, 502, 503, 504})
 MAX_WAIT = 30.0  # seconds: the longest pause between two tries
-GIVE_UP_SECONDS = 90.0  # the server is gone if nothing is heard of it for so long, unless it is loading
+GIVE_UP_SECONDS = 90.0  # the server is gone after so long without any answer, unless it is loading
 LINE_SECONDS = 270.0  # a line gets an error if it has no answer after so long while other lines do
 FAILURES_KEPT = 3
 
@@ -73,7 +73,7 @@ class Batch:
         http: httpx.AsyncClient,
         *,
         model: str,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
         concurrency: int = 256,
         on_progress: Callable[[BatchResult], object] = lambda result: None,
     ) -> BatchResult:
@@ -103,7 +103,7 @@ class Batch:
         self.output.flush()
         return self.result
 
-    def _requests(self, model: str, options: Mapping[str, Any]) -> Iterator[tuple[Line, tuple[str, bytes] | Answer]]:
+    def _requests(self, model: str, options: Mapping[str, object]) -> Iterator[tuple[Line, tuple[str, bytes] | Answer]]:
         """Each remaining line with its URL and body, or with its error if it is invalid."""
         for line in self.input:
             if line.number in self.output.done:
@@ -129,7 +129,7 @@ class _Server:
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
         self._clock = asyncio.get_running_loop().time
-        self._heard = self._clock()
+        self._last_answer = self._clock()
 
     async def ask(self, line: Line, url: str, body: bytes) -> Answer:
         """Returns the answer to a line; ConnectionError if no line has been answered for GIVE_UP_SECONDS."""
@@ -155,12 +155,12 @@ class _Server:
                 wait = _seconds(response.headers.get("retry-after"))
             now = self._clock()
             if trouble != "away":
-                self._heard, away_since = now, None
+                self._last_answer, away_since = now, None
             if trouble is None:
                 return answer
             if trouble == "away":
                 away_since = now if away_since is None else away_since
-                if min(now - away_since, now - self._heard) >= GIVE_UP_SECONDS:
+                if min(now - away_since, now - self._last_answer) >= GIVE_UP_SECONDS:
                     raise ConnectionError(f"no answer from the server for {GIVE_UP_SECONDS:g} s ({reason})")
                 if now - away_since >= LINE_SECONDS:
                     return answer
@@ -181,11 +181,11 @@ def _trouble(response: httpx.Response) -> str | None:
     return "loading" if isinstance(error, dict) and error.get("code") == "loading" else "away"
 
 
-def _answer(line: Line, *, response: dict[str, Any] | None = None, error: dict[str, str] | None = None) -> Answer:
+def _answer(line: Line, *, response: Response | None = None, error: Error | None = None) -> Answer:
     return {"id": f"batch-{line.number}", "custom_id": line.custom_id, "response": response, "error": error}
 
 
-def _json(response: httpx.Response) -> Any:
+def _json(response: httpx.Response) -> object:
     """The JSON body, or the text of a body that is not JSON."""
     try:
         return response.json()
@@ -201,15 +201,13 @@ def _seconds(text: str | None) -> float:
         return 0.0
 
 
-def _message(body: Any) -> str:
-    try:
-        return str(body["error"]["message"])
-    except (KeyError, TypeError):
-        return str(body)[:200]
+def _message(body: object) -> str:
+    error = body.get("error") if isinstance(body, dict) else None
+    return str(error["message"]) if isinstance(error, dict) and "message" in error else str(body)[:200]
 
 
 def _reason(answer: Answer) -> str:
     if answer["error"] is not None:
         return answer["error"]["message"]
-    response = answer["response"] or {}
-    return f"HTTP {response.get('status_code')}: {_message(response.get('body'))}"
+    assert answer["response"] is not None  # an answer has one of the two
+    return f"HTTP {answer['response']['status_code']}: {_message(answer['response']['body'])}"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Line:
 
     number: int
     """From 0, blank lines counted."""
-    value: Any = None
+    value: object = None
     """The parsed JSON, or the line itself in a file of plain text."""
     given_id: str | None = None
     """Its `custom_id`, if that is valid."""
@@ -53,7 +53,7 @@ class Line:
     fault: str | None = None
     """Why it is not a request."""
 
-    def request(self, model: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def request(self, model: str, options: Mapping[str, object]) -> tuple[str, dict[str, object]]:
         """Returns URL and body; `model` and `options` fill what the body leaves out. ValueError if it is not a request."""
         if self.fault is not None:
             raise ValueError(self.fault)
@@ -179,7 +179,7 @@ def _read_line(number: int, raw: bytes, form: Format) -> Line:
     )
 
 
-def _parse(text: str) -> tuple[Any, str | None]:
+def _parse(text: str) -> tuple[object, str | None]:
     """The parsed value and its fault; numbers that JSON does not have, such as NaN, are faults."""
     odd: list[str] = []
 

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import BinaryIO, TypedDict
 
 from fastgen_jax.serving.batch_input import BatchInput
 
@@ -19,13 +19,28 @@ _START = b'{"id": "batch-'  # of every answer
 _NEEDS_ESCAPE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
+class Response(TypedDict):
+    """The server's response to a line."""
+
+    status_code: int
+    body: object
+    request_id: str | None
+
+
+class Error(TypedDict):
+    """Why there is no response to a line."""
+
+    code: str
+    message: str
+
+
 class Answer(TypedDict):
     """A line of the output, in OpenAI's batch format: a response or an error."""
 
     id: str
     custom_id: str | float
-    response: dict[str, Any] | None
-    error: dict[str, str] | None
+    response: Response | None
+    error: Error | None
 
 
 class Done:

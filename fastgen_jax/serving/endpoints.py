@@ -110,7 +110,7 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
     stops = tuple(params.stop)
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop has {len(stops)} strings but at most {MAX_STOPS} are allowed; keep the most likely")
-    prompts = split_prompts(body.prompts)  # pyright: ignore[reportArgumentType] (lists of dicts are messages)
+    prompts = split_prompts(body.prompts)
     try:
         work = await start_work(
             backend,

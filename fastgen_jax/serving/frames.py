@@ -15,7 +15,7 @@ from typing import Any  # of messages: anything that can be pickled
 _LENGTH = struct.Struct("<I")
 
 
-def pack(message: Any) -> bytes:
+def pack(message: object) -> bytes:
     """Returns a message as bytes."""
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(data)) + data

@@ -8,10 +8,12 @@ import re
 import sys
 import time
 from logging.handlers import WatchedFileHandler
+from types import TracebackType
 from typing import Any, Literal
 
 from pythonjsonlogger.json import JsonFormatter as BaseJsonFormatter
 
+_ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 # Characters that terminals interpret, or that programs take for the end of a line.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -26,7 +28,7 @@ class TextFormatter(logging.Formatter):
         """Returns one line, with control characters escaped so that request data cannot start another entry."""
         return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), super().formatMessage(record))
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802 (overrides logging's method)
+    def formatException(self, ei: _ExceptionInfo) -> str:  # noqa: N802 (overrides logging's method)
         """Returns the traceback, indented so that none of its lines looks like an entry."""
         return "\n".join("    " + line for line in super().formatException(ei).splitlines())
 

@@ -133,9 +133,8 @@ class RequestMiddleware:
         finally:
             # The path of the route, not of the request: clients can send any number of different paths.
             self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_DISCONNECTED)
-            is_poll = scope["path"] in QUIET_PATHS and (
-                state["status"] < 400 or state["status"] == 503
-            )  # 503: still loading
+            is_expected = state["status"] < 400 or state["status"] == 503  # 503 while the model loads
+            is_poll = scope["path"] in QUIET_PATHS and is_expected
             level = logging.DEBUG if is_poll else logging.INFO
             facts = scope["state"].get("log", {})
             log.log(

@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any  # of messages: anything that can be pickled
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.api.engine_thread import Event, Failure, Load
@@ -119,7 +118,7 @@ class ReplicaHandle:
             self._prefixes.popitem(last=False)
         self.write("submit", routed.request, routed.grammar, routed.deadline)
 
-    def write(self, *message: Any) -> None:
+    def write(self, *message: object) -> None:
         """Sends a message if the replica's process is running."""
         if self._writer is not None:
             self._writer.write(pack(message))

@@ -95,20 +95,20 @@ async def _serve(server: ServerState, listener: socket.socket, loading: asyncio.
         )
     )
     loop = asyncio.get_running_loop()
-    ending, hurrying = asyncio.Event(), asyncio.Event()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
 
-    def end() -> None:
-        if hurrying.is_set():  # third signal
+    def on_signal() -> None:
+        if stop_now.is_set():  # third signal
             http.should_exit = http.force_exit = True
-        elif ending.is_set():  # second signal: running requests fail instead of finishing
-            hurrying.set()
-        ending.set()
+        elif stop.is_set():  # second signal: running requests fail instead of finishing
+            stop_now.set()
+        stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+        loop.add_signal_handler(number, on_signal)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    asked, hurried = asyncio.create_task(ending.wait()), asyncio.create_task(hurrying.wait())
-    await asyncio.wait({serving, loading, asked}, return_when=asyncio.FIRST_COMPLETED)
+    stopping, stopping_now = asyncio.create_task(stop.wait()), asyncio.create_task(stop_now.wait())
+    await asyncio.wait({serving, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
@@ -131,17 +131,17 @@ async def _serve(server: ServerState, listener: socket.socket, loading: asyncio.
                 resolved.block_size,
                 resolved.longest_sequence,
             )
-            await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             log.info("shutting down: finishing %d requests within %g s", backend.num_unfinished, config.drain_seconds)
             draining = asyncio.create_task(backend.drain(config.drain_seconds))
-            await asyncio.wait({serving, draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, draining, stopping_now}, return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
             await backend.close()
             log.info("shut down with %d unfinished requests", backend.num_unfinished)
     http.should_exit = True
     await serving
-    asked.cancel()
-    hurried.cancel()
+    stopping.cancel()
+    stopping_now.cancel()
 
 
 def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

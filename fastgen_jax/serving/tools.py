@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 from fastgen_jax.serving.errors import unsupported
 from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar
-from fastgen_jax.text.messages import CALL_CLOSE, CALL_OPEN
+from fastgen_jax.text.messages import CALL_CLOSE, CALL_OPEN, JsonObject
 
 _VALUE_KEYWORDS = frozenset({"const", "default", "enum", "examples"})  # their values are data, not schemas
 
@@ -58,8 +58,8 @@ def grammar_of(body: Sampling) -> Grammar | None:
 
 
 def prepare_messages(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], *, writes_calls: bool
-) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
+    tokenizer: Tokenizer, messages: Sequence[JsonObject], tools: Sequence[Tool], *, writes_calls: bool
+) -> tuple[Sequence[JsonObject], Sequence[JsonObject] | None]:
     """Returns the messages, and the tools for the chat template.
 
     If the template has no tools, the messages describe them instead. With `writes_calls` the model may write calls in its
@@ -79,7 +79,7 @@ def prepare_messages(
             )
         return messages, described
     text = (
-        "You may call functions. They are, one JSON object a line:\n"
+        "You may call functions. These are available, one JSON object per line:\n"
         + "\n".join(json.dumps(tool["function"]) for tool in described)
         + f'\nTo call one, write: {CALL_OPEN}{{"name": "function name", "arguments": {{...}}}}{CALL_CLOSE}'
     )

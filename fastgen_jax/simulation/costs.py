@@ -115,8 +115,8 @@ class RooflineCost:
     model: ModelConfig
     device: Device
     num_devices: int = 1
-    bytes_a_weight: float = 2.0
-    bytes_a_kv: float = 2.0
+    bytes_per_weight: float = 2.0
+    bytes_per_kv: float = 2.0
     efficiency: Efficiency = GOOD_KERNELS
     sizes: tuple[int, ...] = ()
 
@@ -139,11 +139,11 @@ class RooflineCost:
 
     @property
     def _weight_bytes(self) -> float:
-        return count_params(self.model) * self.bytes_a_weight
+        return count_params(self.model) * self.bytes_per_weight
 
     @property
     def _kv_bytes_per_token(self) -> float:
-        return self.model.kv_bytes_per_token(1) * self.bytes_a_kv
+        return self.model.kv_bytes_per_token(1) * self.bytes_per_kv
 
     def __call__(self, shape: StepShape) -> float:
         """Seconds for a step of this shape; ValueError if it exceeds the largest compiled step."""

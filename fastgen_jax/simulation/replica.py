@@ -119,7 +119,7 @@ class Replica:
         return known * request.num_prompt_tokens // len(blocks)
 
     def dispatch(self, now: float) -> list[Refusal]:
-        """Plans the next step and gives it to the device; sets `wake`. Gives the requests that the plan refuses."""
+        """Plans the next step, dispatches it and sets `wake`; returns the requests that the plan refuses."""
         self.now = now
         step = self.scheduler.schedule()
         self._keep = 0

@@ -1,4 +1,4 @@
-"""Text and tokens: tokenizers of all formats, incremental detokenization, stop strings, chat templates."""
+"""Text and tokens: tokenizers of every format, incremental detokenization, stop strings, chat templates, grammars."""
 
 from fastgen_jax.text.detokenizer import IncrementalDetokenizer
 from fastgen_jax.text.load import load_tokenizer

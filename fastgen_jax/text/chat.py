@@ -1,6 +1,6 @@
-"""Chat templates: a conversation as the prompt that a model was trained on.
+"""Chat templates: rendering a conversation as the prompt format that a model was trained on.
 
-The environment is that of transformers' `apply_chat_template`, which template authors write for.
+The environment is that of transformers' `apply_chat_template`, for which templates are written.
 """
 
 from __future__ import annotations
@@ -9,27 +9,28 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fastgen_jax.text.messages import checked_messages, instructions, short, versions
+from fastgen_jax.text.messages import JsonObject, checked_messages, instructions, short, versions
 
 if TYPE_CHECKING:
     import jinja2
+    from jinja2.parser import Parser
 
 
 def render_chat(
     templates: Mapping[str, str],
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[JsonObject],
     *,
     add_generation_prompt: bool,
-    tools: Sequence[Mapping[str, Any]] | None,
+    tools: Sequence[JsonObject] | None,
     named_tokens: Mapping[str, str],
-    extra: Mapping[str, Any],
+    extra: Mapping[str, object],
 ) -> str:
-    """The rendered prompt; see `Tokenizer.apply_chat_template`. A "tool_use" template serves if tools are given.
+    """Returns the rendered prompt; see `Tokenizer.apply_chat_template`. With tools, a "tool_use" template takes precedence.
 
-    Of the versions of a conversation that a template may take, the first counts that it takes without losing what a
-    developer says.
+    A template may accept several versions of a conversation. The first one it renders without losing a developer's
+    instructions is used.
     """
     import jinja2
 
@@ -38,7 +39,7 @@ def render_chat(
         raise ValueError(
             "this tokenizer has no chat template"
             + (f" named 'default', only {sorted(templates)}" if templates else "")
-            + "; it belongs to a base model: pass a plain prompt, or an instruction-tuned checkpoint"
+            + "; it belongs to a base model: pass a plain prompt, or use an instruction-tuned checkpoint"
         )
     checked = checked_messages(messages)
     variables = {
@@ -48,25 +49,25 @@ def render_chat(
         "tools": _checked_tools(tools),
         "add_generation_prompt": add_generation_prompt,
     }
-    wanted = instructions(checked)
+    required = instructions(checked)
     rendered, refusal = None, None
     for version in versions(checked, templates[name]):
         try:
             text = _compiled(templates[name]).render({**variables, "messages": version})
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template {name!r} does not parse, line {error.lineno}: {error.message}") from error
-        except Exception as error:  # a template is a program: whatever it raises is its answer to this conversation
+        except Exception as error:  # a template is a program: any exception means that it refuses this conversation
             refusal = refusal or error
             continue
-        if all(instruction in text for instruction in wanted):
+        if all(instruction in text for instruction in required):
             return text
         rendered = rendered or text
     if rendered is not None:
         return rendered
-    raise ValueError(f"the chat template {name!r} refuses this conversation: {refusal or 'it gives no text'}") from refusal
+    raise ValueError(f"the chat template {name!r} refuses this conversation: {refusal or 'it renders nothing'}") from refusal
 
 
-def _checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+def _checked_tools(tools: Sequence[JsonObject] | None) -> list[JsonObject] | None:
     if not tools:
         return None
     if isinstance(tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -81,18 +82,18 @@ def _compiled(template: str) -> jinja2.Template:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    """Sandboxed, because a template comes with a downloaded checkpoint and is a program."""
+    """Sandboxed, because a template is a program from a downloaded checkpoint."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what the assistant said, for training masks; here its body is all that counts."""
+        """`{% generation %}` marks the assistant's text for training masks; here only its body matters."""
 
         tags: ClassVar[set[str]] = {"generation"}
 
-        def parse(self, parser: Any) -> list[nodes.Node]:
+        def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -100,7 +101,7 @@ def _environment() -> jinja2.Environment:
         raise jinja2.TemplateError(message)
 
     def tojson(
-        value: Any,
+        value: object,
         ensure_ascii: bool = False,
         indent: int | None = None,
         separators: tuple[str, str] | None = None,
@@ -111,7 +112,7 @@ def _environment() -> jinja2.Environment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
+    environment.filters["tojson"] = tojson  # jinja2's filter escapes HTML
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
     return environment

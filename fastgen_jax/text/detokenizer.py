@@ -1,4 +1,4 @@
-"""Text from tokens as they arrive."""
+"""Incremental detokenization: the text of tokens as they arrive."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastgen_jax.text.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """The text of a growing sequence, piece by piece, without ever decoding the whole again.
+    """Returns the text of a growing sequence piece by piece, without decoding earlier tokens again.
 
-    A character whose bytes are spread over tokens is held back until it is complete, or certain never to be. The
-    deltas, `flush` included, join to what `tokenizer.decode` adds to the prompt's text for the same tokens; a character
-    that the prompt left unfinished belongs to them.
+    A character whose bytes span several tokens is held back until it is complete or known to be invalid. The pieces,
+    `flush` included, join to what `tokenizer.decode` adds to the prompt's text for the same tokens, starting with a
+    character that the prompt left unfinished.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class IncrementalDetokenizer:
         skip_special_tokens: bool = True,
         marks: Mapping[int, str] | None = None,
     ) -> None:
-        """`marks` are put where these special tokens were skipped, token id -> what stands for it."""
+        """`marks` maps ids of skipped special tokens to the text that replaces them."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -34,7 +34,7 @@ class IncrementalDetokenizer:
         self._marks = marks
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain with these tokens; often empty, never part of a character."""
+        """Returns the text that these tokens complete; often empty, never part of a character."""
         if self._marks:
             return "".join(self._marks.get(id) or self._text((id,)) for id in ids)
         return self._text(ids)
@@ -44,7 +44,7 @@ class IncrementalDetokenizer:
         return self._at_start(self._utf8.decode(data))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for bytes that no character came of. Call it once, when no token follows."""
+        """Returns the rest: U+FFFD for an incomplete character. Call it once, after the last token."""
         return self._at_start(self._utf8.decode(b"", final=True))
 
     def _at_start(self, text: str) -> str:

@@ -1,22 +1,26 @@
-"""The tokenizer in a GGUF file's metadata."""
+"""Tokenizers from the metadata of GGUF files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.text.pieces import piece_bytes
 from fastgen_jax.text.splits import ADDS_BOS, COMPOSES, IGNORES_MERGES, SPLITS, SYNONYMS
 from fastgen_jax.text.spm import SentencePieceEncoder, build_model
 from fastgen_jax.text.tokenizer import Encoder, Tokenizer
 
+if TYPE_CHECKING:
+    import tokenizers
+
+Metadata = Mapping[str, Any]  # GGUF values: numbers, strings, and lists of them
 _PREFIX = "tokenizer.ggml."
 _KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece", "gemma4": "BPE with byte fallback"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 
 
-def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that the metadata describe; ValueError if they are incomplete or of an unsupported kind."""
+def load_gguf(metadata: Metadata) -> Tokenizer:
+    """Returns the tokenizer of the metadata; ValueError if they are incomplete or of an unsupported kind."""
     model = metadata.get(_PREFIX + "model")
     if model not in _KINDS:
         raise ValueError(
@@ -37,8 +41,8 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     else:
         pre = "none"
         body, drops_space, adds_bos = _sentencepiece(metadata, texts, types, ids)
-    first = _border(ids["bos"], "bos", wanted=metadata.get(_PREFIX + "add_bos_token", adds_bos))
-    last = _border(ids["eos"], "eos", wanted=metadata.get(_PREFIX + "add_eos_token", False))
+    first = _boundary(ids["bos"], "bos", enabled=metadata.get(_PREFIX + "add_bos_token", adds_bos))
+    last = _boundary(ids["eos"], "eos", enabled=metadata.get(_PREFIX + "add_eos_token", False))
 
     def encode(text: str, *, add_special_tokens: bool) -> list[int]:
         middle = body(text, add_special_tokens=False)
@@ -46,14 +50,14 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
     scheme = "byte-level" if model == "gpt2" else "metaspace"
     special = frozenset(i for i, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN))
-    spelled = special | {i for i, kind in enumerate(types) if kind == _USER_DEFINED and scheme == "byte-level"}
+    literal = special | {i for i, kind in enumerate(types) if kind == _USER_DEFINED and scheme == "byte-level"}
     ends = [ids[name] for name in ("eos", "eot", "eom")]
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     return Tokenizer(
         kind=f"{_KINDS[model]} from GGUF, pre-tokenizer {pre}",
         encoder=encode,
         texts=texts,
-        pieces=[text.encode() if i in spelled else piece_bytes(text, scheme) for i, text in enumerate(texts)],
+        pieces=[text.encode() if i in literal else piece_bytes(text, scheme) for i, text in enumerate(texts)],
         special_ids=special,
         drops_leading_space=drops_space,
         bos_token_id=ids["bos"],
@@ -63,41 +67,43 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _border(id: int | None, name: str, *, wanted: bool) -> list[int]:
-    """The token that goes around every text, if the file asks for one."""
-    if wanted and id is None:
-        raise ValueError(f"{_PREFIX}add_{name}_token asks for a token that {_PREFIX}{name}_token_id does not name")
-    return [id] if wanted and id is not None else []
+def _boundary(id: int | None, name: str, *, enabled: bool) -> list[int]:
+    """The token added at the start or end of every text, if the file enables it."""
+    if enabled and id is None:
+        raise ValueError(
+            f"{_PREFIX}add_{name}_token is set, but {_PREFIX}{name}_token_id is missing; convert the file again"
+        )
+    return [id] if enabled and id is not None else []
 
 
-def _required(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
+def _required(metadata: Metadata, name: str, kind: type) -> Any:
     value = metadata.get(_PREFIX + name)
     if not isinstance(value, kind) or not value:
-        raise ValueError(f"the metadata lack {_PREFIX}{name}; the file is incomplete, convert it again")
+        raise ValueError(f"the metadata lack {_PREFIX}{name}: the file is incomplete; convert it again")
     return value
 
 
-def _token_id(metadata: Mapping[str, Any], name: str, vocab_size: int) -> int | None:
+def _token_id(metadata: Metadata, name: str, vocab_size: int) -> int | None:
     id = metadata.get(f"{_PREFIX}{name}_token_id")
     if id is not None and not 0 <= id < vocab_size:
-        raise ValueError(f"{_PREFIX}{name}_token_id is {id}, outside the vocabulary of {vocab_size}")
+        raise ValueError(f"{_PREFIX}{name}_token_id is {id}, outside the vocabulary of {vocab_size}; convert the file again")
     return id
 
 
-def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+def _templates(metadata: Metadata) -> dict[str, str]:
     base = "tokenizer.chat_template"
     found = {"default": metadata[base]} if metadata.get(base) else {}
     return found | {name[len(base) + 1 :]: text for name, text in metadata.items() if name.startswith(base + ".")}
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any], texts: list[str], types: list[int], pre: str) -> Encoder:
+def _byte_level_bpe(metadata: Metadata, texts: list[str], types: list[int], pre: str) -> Encoder:
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     splits = SPLITS.get(SYNONYMS.get(pre, pre))
     if splits is None:
         raise ValueError(
             f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join([*SPLITS, *SYNONYMS])}; "
-            "the Hugging Face checkpoint's tokenizer.json works whatever the kind"
+            "use the Hugging Face checkpoint instead, whose tokenizer.json works with any kind"
         )
     tokenizer = _bpe(metadata, texts, ignore_merges=pre in IGNORES_MERGES)
     if pre in COMPOSES:
@@ -111,8 +117,8 @@ def _byte_level_bpe(metadata: Mapping[str, Any], texts: list[str], types: list[i
     return _with_added_tokens(tokenizer, texts, types)
 
 
-def _metaspace_bpe(metadata: Mapping[str, Any], texts: list[str], types: list[int]) -> Encoder:
-    """Gemma 4: merges over whole lines, spaces written as in SentencePiece, bytes for what is not in the vocabulary."""
+def _metaspace_bpe(metadata: Metadata, texts: list[str], types: list[int]) -> Encoder:
+    """Gemma 4: merges within lines, spaces as in SentencePiece, bytes for characters outside the vocabulary."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     tokenizer = _bpe(metadata, texts, byte_fallback=True)
@@ -121,32 +127,32 @@ def _metaspace_bpe(metadata: Mapping[str, Any], texts: list[str], types: list[in
     return _with_added_tokens(tokenizer, texts, types)
 
 
-def _bpe(metadata: Mapping[str, Any], texts: list[str], **options: bool) -> Any:
+def _bpe(metadata: Metadata, texts: list[str], **options: bool) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, models
 
     merges = [tuple(merge.split(" ", 1)) for merge in _required(metadata, "merges", list)]
     try:
         return Tokenizer(models.BPE({text: i for i, text in enumerate(texts)}, merges, **options))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"the vocabulary and its merges do not fit together: {error}") from error
+        raise ValueError(f"the vocabulary and its merges do not match ({error}); convert the file again") from error
 
 
-def _with_added_tokens(tokenizer: Any, texts: list[str], types: list[int]) -> Encoder:
+def _with_added_tokens(tokenizer: tokenizers.Tokenizer, texts: list[str], types: list[int]) -> Encoder:
     from tokenizers import AddedToken
 
-    for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         tokenizer.add_tokens(
             [
                 AddedToken(text, normalized=False, special=special)
                 for text, type_ in zip(texts, types, strict=True)
-                if type_ == wanted and text
+                if type_ == kind and text
             ]
         )
     return lambda text, *, add_special_tokens: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 def _sentencepiece(
-    metadata: Mapping[str, Any], texts: list[str], types: list[int], ids: Mapping[str, int | None]
+    metadata: Metadata, texts: list[str], types: list[int], ids: Mapping[str, int | None]
 ) -> tuple[Encoder, bool, bool]:
     scores = _required(metadata, "scores", list)
     if len(scores) != len(texts):

@@ -1,4 +1,4 @@
-"""Which tokens may come next under a grammar: masks from llguidance, one matcher a request."""
+"""Constrained output: masks of the tokens that a grammar allows next, from llguidance, with one matcher per request."""
 
 from __future__ import annotations
 
@@ -7,70 +7,74 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from fastgen_jax.text.tokenizer import Tokenizer
 
-# Between the parts of a JSON text: a model that may write any white space can write it for ever.
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# Limits the white space in JSON: a model that may write any amount of it may never stop.
 _JSON_LAYOUT = {"whitespace_pattern": " ?"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grammar:
-    """What a text must look like: a JSON schema, a regular expression, or llguidance's variant of a Lark grammar."""
+    """A constraint on a text: a JSON schema, a regular expression, or llguidance's variant of a Lark grammar."""
 
     kind: Literal["json_schema", "regex", "lark"]
     source: str
 
     @staticmethod
-    def json_schema(schema: Mapping[str, Any]) -> Grammar:
-        """The texts that are JSON values of `schema`."""
+    def json_schema(schema: Mapping[str, object]) -> Grammar:
+        """Returns the grammar of JSON values that follow `schema`."""
         return Grammar(kind="json_schema", source=json.dumps(schema))
 
 
 class GrammarMatcher:
-    """How far a text has come in its grammar. `make` gives another of llguidance's matchers at the start of it."""
+    """The position of a text in its grammar. `make` returns a new matcher of llguidance at the start."""
 
-    def __init__(self, matcher: Any, make: Callable[[], Any]) -> None:
+    def __init__(self, matcher: LLMatcher, make: Callable[[], LLMatcher]) -> None:
         self._matcher = matcher
         self._make = make
         self.error: str | None = None
-        """Why the grammar could not be followed any further, for example because it became too complex."""
+        """Why the grammar cannot be followed any further, for example because it became too complex."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether the text is one of the grammar and nothing can follow."""
+        """Whether the text follows the grammar and nothing more is allowed."""
         return self.error is None and self._matcher.is_stopped()
 
     def restarted(self) -> GrammarMatcher:
-        """A matcher at the start of the same grammar."""
+        """Returns a matcher at the start of the same grammar."""
         return GrammarMatcher(self._make(), self._make)
 
     def fill_mask(self, words: np.ndarray) -> None:
-        """Writes into `words` i32[ceil(V / 32)], contiguous, a 1 for each token that may come next."""
+        """Sets in `words` i32[ceil(V / 32)], contiguous, the bit of each token that may come next."""
         if not self._matcher.is_error():
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if self._matcher.is_error():  # it may have become one
-            words[:] = -1  # the request ends when its token is read; until then any token will do
+        if self._matcher.is_error():  # computing the mask may fail
+            words[:] = -1  # allows every token: the request ends when the next one is read
 
     def advance(self, token_id: int) -> bool:
-        """Takes in a token; true if the text is complete and nothing can follow, or if there is an `error`."""
+        """Consumes a token; returns whether the text is complete, or there is an `error`."""
         matcher = self._matcher
         if self.error is None and not matcher.is_stopped():
             taken = matcher.consume_token(token_id)
             if not taken or matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()):
                 self.error = _dead_end(matcher)
-        elif self.error is None and not matcher.is_accepting():  # the mask found that nothing can follow
+        elif self.error is None and not matcher.is_accepting():  # the mask is empty
             self.error = _dead_end(matcher)
         return self.error is not None or matcher.is_stopped()
 
 
 class GrammarCompiler:
-    """Makes matchers for the vocabulary of one model; usable from several threads.
+    """Makes matchers for the vocabulary of one model. Thread-safe.
 
-    Source: Earley parsing over a lexer's derivatives, as in llguidance, whose masks these are.
+    Source: llguidance, which combines an Earley parser with a lexer based on derivatives.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
@@ -78,10 +82,10 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._lock = threading.Lock()
-        self._backend: Any = None
+        self._backend: LLTokenizer | None = None
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
-        """A matcher at the start of `grammar`; ValueError if it is malformed or has a feature that is not supported."""
+        """Returns a matcher at the start of `grammar`; ValueError if it is malformed or not supported."""
         library = _library()
         matchers = library.LLMatcher
         read = {
@@ -97,24 +101,25 @@ class GrammarCompiler:
         make = partial(matchers, self._vocabulary(library), source, log_level=0)
         matcher = make()
         if not matcher.is_error():
-            matcher.compute_logit_bias()  # finds out whether there is a first token at all
+            matcher.compute_logit_bias()  # fails if no token can come first
         if matcher.is_error():
             raise ValueError(f"the {kind} cannot be used: {_reason(matcher)}")
         return GrammarMatcher(matcher, make)
 
-    def _vocabulary(self, library: Any) -> Any:
+    def _vocabulary(self, library: ModuleType) -> LLTokenizer:
         with self._lock:
-            if self._backend is None:
+            backend = self._backend
+            if backend is None:
                 wrapper = library.TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids))
-                self._backend = library.LLTokenizer(wrapper, eos_token=list(self._eos_token_ids) or None)
-            return self._backend
+                backend = self._backend = library.LLTokenizer(wrapper, eos_token=list(self._eos_token_ids) or None)
+            return backend
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants to see it."""
+    """A tokenizer with the interface that llguidance expects."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        # 0xff marks a token that is no text; padding rows of the embedding are such tokens too.
+        # 0xff marks tokens that are not text, such as those of padding rows of the embedding.
         texts = [
             b"\xff" + (tokenizer.texts[i] or f"<{i}>").encode() if i in tokenizer.special_ids or not piece else piece
             for i, piece in enumerate(tokenizer.pieces)
@@ -132,11 +137,11 @@ class _Vocabulary:
             ids = self._tokenizer.encode(data.decode(), add_special_tokens=False)
         except UnicodeDecodeError:
             return self._longest_pieces(data)
-        # Text that spells a special token, or that the vocabulary lacks, must not become that or the unknown token.
+        # Text must become neither the special token that it spells nor the unknown token.
         return self._longest_pieces(data) if self._tokenizer.special_ids.intersection(ids) else ids
 
     def _longest_pieces(self, data: bytes) -> list[int]:
-        """Tokens whose bytes join to `data`, or to as much of its beginning as there are tokens for."""
+        """Returns tokens whose bytes join to `data`, or to its longest prefix that tokens can spell greedily."""
         longest, ids, start = max(map(len, self._id_of)), [], 0
         while start < len(data):
             lengths = range(min(longest, len(data) - start), 0, -1)
@@ -152,22 +157,22 @@ class _Vocabulary:
         return {token: i for i, token in enumerate(self.tokens) if not token.startswith(b"\xff")}
 
 
-def _dead_end(matcher: Any) -> str:
+def _dead_end(matcher: LLMatcher) -> str:
     return (
-        f"the grammar came to a dead end: what it wants next cannot be written with the tokens of this model, or it "
-        f"became too complex ({_reason(matcher)}); simplify it"
+        f"the grammar came to a dead end: no token of this model can continue the text, or the grammar became too "
+        f"complex ({_reason(matcher)}); simplify it"
     )
 
 
-def _reason(matcher: Any) -> str:
-    """Why a matcher cannot go on; its own message goes on with pages of its state."""
-    said = " ".join(matcher.get_error().partition("<state>")[0].split()) or matcher.stop_reason()
-    return "no token can follow" if said == "NoExtensionBias" else said
+def _reason(matcher: LLMatcher) -> str:
+    """Why a matcher cannot continue, without the pages of state in its message."""
+    message = " ".join(matcher.get_error().partition("<state>")[0].split()) or matcher.stop_reason()
+    return "no token can follow" if message == "NoExtensionBias" else message
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import llguidance
     except ImportError:
-        raise ValueError("output that follows a grammar needs llguidance; pip install 'fastgen_jax[serve]'") from None
+        raise ValueError("constrained output requires llguidance; pip install 'fastgen_jax[serve]'") from None
     return llguidance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.checkpoint.huggingface import read_json
 from fastgen_jax.text.pieces import piece_bytes, scheme_of_decoder
@@ -12,11 +12,15 @@ from fastgen_jax.text.spm import SentencePieceEncoder, open_model
 from fastgen_jax.text.tiktoken import encoder_backend, find_tiktoken, read_tiktoken
 from fastgen_jax.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+Settings = Mapping[str, Any]  # the JSON of tokenizer_config.json
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def load_directory(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory; tokenizer.json goes before all others."""
+    """Returns the tokenizer of a checkpoint directory; tokenizer.json takes precedence over other files."""
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
     if (path / "tokenizer.json").exists():
         return _from_json(path, settings)
@@ -25,12 +29,12 @@ def load_directory(path: Path) -> Tokenizer:
     if (path / "tokenizer.model").exists():
         return _from_sentencepiece(path, settings)
     raise ValueError(
-        f"{path} has neither tokenizer.json nor tokenizer.model, *.tiktoken or tekken.json; found: "
+        f"{path} has neither tokenizer.json nor tokenizer.model, *.tiktoken or tekken.json; it has: "
         f"{', '.join(sorted(file.name for file in path.iterdir())) or 'nothing'}"
     )
 
 
-def _from_json(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
+def _from_json(path: Path, settings: Settings) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
     file = path / "tokenizer.json"
@@ -39,7 +43,7 @@ def _from_json(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         backend = Backend.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{file} does not load ({error}); download it again") from error
-    backend.no_truncation()  # both are training settings that some files keep
+    backend.no_truncation()  # some files still have these training settings
     backend.no_padding()
     try:
         scheme, drops_space = scheme_of_decoder(description.get("decoder"))
@@ -51,9 +55,9 @@ def _from_json(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         texts[id] = text
     added = backend.get_added_tokens_decoder()
     special = frozenset(id for id, token in added.items() if token.special)
-    spelled = special | (added.keys() if scheme == "byte-level" else set())
+    literal = special | (added.keys() if scheme == "byte-level" else set())
     pieces = [
-        b"" if text is None else text.encode() if id in spelled else piece_bytes(text, scheme)
+        b"" if text is None else text.encode() if id in literal else piece_bytes(text, scheme)
         for id, text in enumerate(texts)
     ]
     names = _named_tokens(path, settings)
@@ -76,7 +80,7 @@ def _from_json(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _from_tiktoken(path: Path, settings: Mapping[str, Any], file: Path) -> Tokenizer:
+def _from_tiktoken(path: Path, settings: Settings, file: Path) -> Tokenizer:
     vocabulary = read_tiktoken(file)
     backend, specials = encoder_backend(vocabulary), vocabulary.specials
     first = [specials[vocabulary.bos]] if vocabulary.bos else []
@@ -99,7 +103,7 @@ def _from_tiktoken(path: Path, settings: Mapping[str, Any], file: Path) -> Token
     )
 
 
-def _from_sentencepiece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
+def _from_sentencepiece(path: Path, settings: Settings) -> Tokenizer:
     proto = (path / "tokenizer.model").read_bytes()
     try:
         model = open_model(proto)
@@ -126,17 +130,17 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     names = {name: text for name, text in names.items() if text} | _named_tokens(path, settings)
     ends = {}
     for name, default in (("bos", True), ("eos", False)):
-        wanted = settings.get(f"add_{name}_token", default)
-        if wanted and names.get(f"{name}_token") not in ids:
+        enabled = settings.get(f"add_{name}_token", default)
+        if enabled and names.get(f"{name}_token") not in ids:
             raise ValueError(
                 f"{path}: add_{name}_token is set, but the vocabulary has no {name} token; "
                 f"set add_{name}_token to false in tokenizer_config.json"
             )
-        ends[name] = [ids[names[f"{name}_token"]]] if wanted else []
+        ends[name] = [ids[names[f"{name}_token"]]] if enabled else []
     encoder = SentencePieceEncoder(
         proto,
         specials={text: ids[text] for text in (texts[i] for i in special | added.keys()) if text},
-        prefix_every_part=settings.get("legacy") is not False,  # absent or null: the old behaviour
+        prefix_every_part=settings.get("legacy") is not False,  # absent or null: the legacy behavior
         first=ends["bos"],
         last=ends["eos"],
     )
@@ -154,13 +158,13 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _assemble(
-    path: Path, settings: Mapping[str, Any], names: dict[str, str], ids: Mapping[str, int], **rest: Any
-) -> Tokenizer:
-    """The tokenizer, with what both formats keep in the files beside them."""
+def _assemble(path: Path, settings: Settings, names: dict[str, str], ids: Mapping[str, int], **rest: Any) -> Tokenizer:
+    """Completes the tokenizer with what both formats keep in other files."""
     for name in ("bos_token", "eos_token"):
         if name in names and names[name] not in ids:
-            raise ValueError(f"{path}: {name} is {names[name]!r}, which is not in the vocabulary")
+            raise ValueError(
+                f"{path}: {name} is {names[name]!r}, which is not in the vocabulary; correct tokenizer_config.json"
+            )
     ends = [ids[names["eos_token"]]] if "eos_token" in names else []
     for file in ("config.json", "generation_config.json"):
         more = read_json(path / file).get("eos_token_id") if (path / file).exists() else None
@@ -174,12 +178,12 @@ def _assemble(
     )
 
 
-def _piece(model: Any, id: int) -> str | None:
+def _piece(model: SentencePieceProcessor, id: int) -> str | None:
     return model.id_to_piece(id) if id >= 0 else None
 
 
-def _named_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ...: strings, or objects with the string as "content"."""
+def _named_tokens(path: Path, settings: Settings) -> dict[str, str]:
+    """bos_token, eos_token, ...: each is a string, or an object with the string as "content"."""
     older = path / "special_tokens_map.json"
     merged = {**(read_json(older) if older.exists() else {}), **settings}
     found = {}
@@ -191,8 +195,8 @@ def _named_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
-    """Tokens beyond the SentencePiece model: id -> text, whether special."""
+def _added_tokens(path: Path, settings: Settings) -> dict[int, tuple[str, bool]]:
+    """Tokens added to the SentencePiece model: id -> (text, whether it is special)."""
     file = path / "added_tokens.json"
     added = {id: (text, False) for text, id in (read_json(file) if file.exists() else {}).items()}
     for id, token in (settings.get("added_tokens_decoder") or {}).items():
@@ -200,8 +204,8 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, tuple[st
     return added
 
 
-def _templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name; files of their own go before tokenizer_config.json."""
+def _templates(path: Path, settings: Settings) -> dict[str, str]:
+    """Chat templates by name; separate files take precedence over tokenizer_config.json."""
     value = settings.get("chat_template")
     found: dict[str, str] = {}
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The messages of a conversation, from whatever client or server wrote them, in a form that a chat template takes."""
+"""Conversations: validating messages from any client or server and adapting them to a chat template."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # how Hermes, Qwen, SmolLM and many others write a call
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # around a call in the format of Hermes, Qwen, SmolLM and many others
 
 _TESTS_FOR_NONE = re.compile(r"\bcontent\b[\"'\]\s]*(?:is\s+(?:not\s+)?|[!=]=\s*)[nN]one\b")
 _NAMES_TOOL_ROLE = re.compile(r"[\"']tool[\"']")
 
-Message = dict[str, Any]
+JsonObject = Mapping[str, Any]  # from a client: its values are checked where they are used
+Message = dict[str, Any]  # checked, and adapted to a template
 
 
-def short(value: Any) -> str:
-    """A value as an error shows it."""
+def short(value: object) -> str:
+    """Returns a value as error messages show it: its type and at most 80 characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of many digits, or a very deep list
+    except (ValueError, RecursionError):  # a number with too many digits, or a list nested too deeply
         return f"a {type(value).__name__}"
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
-def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The messages without what says nothing; ValueError names the malformed one and what is wrong.
+def checked_messages(messages: Sequence[JsonObject]) -> list[Message]:
+    """Returns the messages without empty fields; ValueError names a malformed message and what is wrong.
 
-    Text parts are joined by newlines, and the arguments of tool calls are parsed where they are JSON text: templates
-    expect objects, OpenAI's protocol sends strings. What is not JSON stays the text that the model wrote. Fields that are
-    null and an empty list of calls are left out, because templates ask whether a field is there; an assistant that said
-    nothing and called nothing has the content "".
+    Text parts are joined by newlines. Arguments of tool calls are parsed if they are JSON text, because templates expect
+    objects but OpenAI's protocol sends strings; other text stays as the model wrote it. Null fields and an empty list of
+    calls are removed, because templates test whether a field exists. An assistant's message without content and calls gets
+    the content "".
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages must be a non-empty list of {{'role': ..., 'content': ...}}, got {short(messages)}")
@@ -38,13 +39,13 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def versions(messages: Sequence[Message], template: str) -> Iterator[list[Message]]:
-    """Checked messages as `template` may take them, the most faithful form first.
+    """Yields versions of checked messages that `template` may accept, the most faithful one first.
 
-    Tool calls and their results become text for a template that knows none. A developer's message becomes the system's
-    where the role is unknown, and in a further version part of the next message of the user, for models without a system
-    message. Arguments of calls that are no object are wrapped in one in the last versions.
+    Tool calls and their results become text if the template does not support them. A developer's message becomes a system
+    message if the template does not know the role, and in a further version part of the user's next message, for models
+    without system messages. In the last versions, arguments of calls that are not objects are wrapped in one.
     """
-    fitted = _with_contents(_with_spelled_calls(messages, template), template)
+    fitted = _with_contents(_with_calls_as_text(messages, template), template)
     forms: list[Callable[[list[Message]], list[Message]]] = [lambda same: same]
     if "developer" not in template and instructions(messages):
         forms = [_developer_as_system, _developer_in_user]
@@ -56,17 +57,17 @@ def versions(messages: Sequence[Message], template: str) -> Iterator[list[Messag
 
 
 def instructions(messages: Sequence[Message]) -> list[str]:
-    """What a developer says; a prompt that does not show it has lost it."""
+    """Returns the texts of developer messages, which the prompt must contain."""
     return [message["content"].strip() for message in messages if message["role"] == "developer"]
 
 
-def _checked_message(message: Any, where: str) -> Message:
+def _checked_message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"{where} must be a dict with 'role' and 'content', got {short(message)}")
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise ValueError(f"{where} has role {role!r}; it must be a string such as 'system', 'user' or 'assistant'")
-    for name, remedy in (("audio", "give its text as content"), ("function_call", "send tool_calls, its newer form")):
+    for name, remedy in (("audio", "pass its text as content"), ("function_call", "use tool_calls instead")):
         if message.get(name) is not None:
             raise ValueError(f"{where} has {name} {short(message[name])}, which is not supported; {remedy}")
     checked = {name: value for name, value in message.items() if value is not None}
@@ -79,7 +80,7 @@ def _checked_message(message: Any, where: str) -> Message:
     if content is None and role == "assistant":
         content = checked.get("refusal", None if calls else "")
     elif content is None and not calls:
-        raise ValueError(f"{where} ({role}) has no content; give a string")
+        raise ValueError(f"{where} ({role}) has no content; pass a string")
     elif content is None:
         content = ""
     if content is not None and not isinstance(content, str):
@@ -87,7 +88,7 @@ def _checked_message(message: Any, where: str) -> Message:
     return {**checked, "content": content}
 
 
-def _joined_text(content: Any, where: str) -> str:
+def _joined_text(content: object, where: str) -> str:
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise ValueError(f"{where} has content {short(content)}; it must be a string or a list of text parts")
     texts = []
@@ -102,15 +103,15 @@ def _joined_text(content: Any, where: str) -> str:
     return "\n".join(texts)
 
 
-def _checked_call(call: Any, where: str) -> dict[str, Any]:
+def _checked_call(call: object, where: str) -> Message:
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"{where} is {short(call)}; it must have a 'function' with a 'name' and 'arguments'")
     plain = {name: value for name, value in call.items() if value is not None}
     return {**plain, "function": {**function, "arguments": _read_arguments(function.get("arguments"))}}
 
 
-def _read_arguments(arguments: Any) -> Any:
+def _read_arguments(arguments: object) -> object:
     if isinstance(arguments, str) and arguments:
         try:
             arguments = json.loads(arguments)
@@ -120,20 +121,20 @@ def _read_arguments(arguments: Any) -> Any:
 
 
 def _with_contents(messages: list[Message], template: str) -> list[Message]:
-    """Null content, which comes with tool calls, is "" for a template that would print it as None."""
+    """Replaces null content, which comes with tool calls, by "" for a template that would print it as None."""
     if _TESTS_FOR_NONE.search(template):
         return messages
     return [{**message, "content": "" if message["content"] is None else message["content"]} for message in messages]
 
 
-def _with_spelled_calls(messages: Sequence[Message], template: str) -> list[Message]:
-    spelled = list(messages)
+def _with_calls_as_text(messages: Sequence[Message], template: str) -> list[Message]:
+    converted = list(messages)
     if "tool_calls" not in template:
-        spelled = [_spelled_calls(message) if "tool_calls" in message else message for message in spelled]
+        converted = [_calls_as_text(message) if "tool_calls" in message else message for message in converted]
     if _NAMES_TOOL_ROLE.search(template):
-        return spelled
+        return converted
     result: list[Message] = []
-    for message in spelled:
+    for message in converted:
         if message["role"] != "tool":
             result.append(message)
             continue
@@ -145,7 +146,7 @@ def _with_spelled_calls(messages: Sequence[Message], template: str) -> list[Mess
     return result
 
 
-def _spelled_calls(message: Message) -> Message:
+def _calls_as_text(message: Message) -> Message:
     texts = [message["content"]] if message["content"] else []
     for call in message["tool_calls"]:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
@@ -156,7 +157,7 @@ def _spelled_calls(message: Message) -> Message:
 
 
 def _developer_as_system(messages: list[Message]) -> list[Message]:
-    """Beside a system message the developer's joins it: many templates take one at the start, and no second."""
+    """Turns developer messages into system messages, merged with a preceding one, as many templates accept only one."""
     result: list[Message] = []
     for message in messages:
         role = "system" if message["role"] == "developer" else message["role"]
@@ -168,7 +169,7 @@ def _developer_as_system(messages: list[Message]) -> list[Message]:
 
 
 def _developer_in_user(messages: list[Message]) -> list[Message]:
-    """Before the next message of the user; if there is none, a message of the user itself."""
+    """Puts developer messages before the user's next message; after the last one, they become a user message."""
     result: list[Message] = []
     waiting: list[str] = []
     for message in messages:
@@ -183,9 +184,9 @@ def _developer_in_user(messages: list[Message]) -> list[Message]:
 
 
 def _wrapped_arguments(messages: list[Message]) -> list[Message]:
-    """Every call with an object, for templates that go through the names of its arguments."""
+    """Wraps arguments that are not objects, for templates that iterate over the names of arguments."""
 
-    def wrapped(call: dict[str, Any]) -> dict[str, Any]:
+    def wrapped(call: Message) -> Message:
         arguments = call["function"]["arguments"]
         if isinstance(arguments, Mapping):
             return call

@@ -1,4 +1,4 @@
-"""From a token's text in the vocabulary to the bytes that it stands for."""
+"""Converting a token's text in the vocabulary to the bytes that it represents."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 Scheme = Literal["byte-level", "metaspace"]
-"""How a vocabulary spells bytes: GPT-2's alphabet of 256 printable characters, or SentencePiece's ▁ and <0x0A>."""
+"""How a vocabulary represents bytes: GPT-2's alphabet of 256 printable characters, or SentencePiece's ▁ and <0x0A>."""
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @functools.cache
 def byte_alphabet() -> Mapping[str, int]:
-    """The character that byte-level BPE writes for each byte, inverted.
+    """Maps the characters of byte-level BPE to the bytes that they represent.
 
-    Bytes that print are their own Latin-1 character, the other 68 are numbered from U+0100. Source: GPT-2's encoder.
+    A printable byte is its Latin-1 character; the other 68 are numbered from U+0100. Source: GPT-2's encoder.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -25,21 +25,21 @@ def byte_alphabet() -> Mapping[str, int]:
 
 
 def piece_bytes(piece: str, scheme: Scheme) -> bytes:
-    """The bytes of one vocabulary entry."""
+    """Returns the bytes of one vocabulary entry."""
     if scheme == "metaspace":
         byte = _BYTE_PIECE.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode("utf-8", "replace")
     alphabet = byte_alphabet()
     try:
         return bytes([alphabet[character] for character in piece])
-    except KeyError:  # not spelled in the alphabet: an added token, plain text
+    except KeyError:  # not in the alphabet: an added token, which is plain text
         return piece.encode("utf-8", "replace")
 
 
 def scheme_of_decoder(decoder: Mapping[str, Any] | None) -> tuple[Scheme, bool]:
-    """The scheme that a tokenizer.json's `decoder` undoes, and whether it drops one space at the start of the text.
+    """Returns the scheme of a tokenizer.json's `decoder`, and whether it drops one space at the start of the text.
 
-    ValueError for a decoder that is not a mapping from tokens to bytes (WordPiece, CTC, ...).
+    Raises ValueError for a decoder that does not map each token to bytes (WordPiece, CTC, ...).
     """
     steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]

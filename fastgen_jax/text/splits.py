@@ -1,8 +1,8 @@
-r"""How each kind of byte-level BPE cuts text into words before it merges bytes: `tokenizer.ggml.pre` of a GGUF file.
+r"""Pre-tokenizers of byte-level BPE, which split text into words. `tokenizer.ggml.pre` of a GGUF file names the kind.
 
-A kind is a list of regular expressions (Oniguruma's dialect), applied in turn: each cuts what the ones before it left.
-Sources: the `pre_tokenizer` of the models' tokenizer.json, OpenAI's tiktoken; where llama.cpp departs from these, its
-choice is followed, because its files say nothing else.
+A kind is a list of regular expressions (Oniguruma's dialect), applied in turn: each splits the pieces left by the previous
+one. Sources: the `pre_tokenizer` of the models' tokenizer.json, and OpenAI's tiktoken; where llama.cpp differs, its choice
+is used, because GGUF files are written for it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S
 
 
 def _words(digits: str, letters: str = r"\p{L}", *, punctuation_end: str = r"[\r\n]*") -> str:
-    """The pattern of GPT-4 and its descendants: letters with one character before them, numbers in groups, the rest."""
+    """The pattern of GPT-4 and its descendants: letters with one character before them, groups of digits, the rest."""
     return (
         rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|\p{{N}}{digits}"
         rf"| ?[^\s{letters}\p{{N}}]+{punctuation_end}|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -20,7 +20,7 @@ def _words(digits: str, letters: str = r"\p{L}", *, punctuation_end: str = r"[\r
 
 
 def _cased_words(digits: str, after: str) -> str:
-    """The pattern of GPT-4o: like `_words`, and a capital letter begins a word."""
+    """The pattern of GPT-4o: like `_words`, and an uppercase letter starts a word."""
     upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     return (
         rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{after}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{after}"
@@ -28,8 +28,8 @@ def _cased_words(digits: str, after: str) -> str:
     )
 
 
-# Letters that have a case, of the Unicode version that DeepSeek's table was made from: without lower-case Armenian, most
-# of Georgian, late Latin, and mathematical letters.
+# Cased letters in the Unicode version of DeepSeek's table: without lowercase Armenian, most of Georgian, later Latin
+# extensions, and mathematical letters.
 _OLD_CASED = (
     "[[\\p{Lu}\\p{Ll}\\p{Lt}]&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c88\u2d00-\u2d2d\ua790-\uab68"
     "\U00010570-\U000105bc\U00016e40-\U00016e7f\U0001d400-\U0001df1e]]"
@@ -61,7 +61,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-4o": (_cased_words("{1,3}", f"(?i:{_CONTRACTIONS})?"),),
     "tekken": (_cased_words("", ""),),
     "bloom": (" ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+",),
-    # llama.cpp's own, for files converted before the kind was recorded
+    # llama.cpp's default, for files converted before the kind was recorded
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 SYNONYMS = {
@@ -96,8 +96,8 @@ SYNONYMS = {
     "poro-chat": "bloom",
 }
 ADDS_BOS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "tekken"})
-"""Kinds that start with BOS where add_bos_token is absent."""
+"""Kinds that start with BOS if add_bos_token is absent."""
 IGNORES_MERGES = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "glm4", "tekken"})
-"""Kinds that take a word that is in the vocabulary whole, whether or not merges lead there."""
+"""Kinds that use a word of the vocabulary as one token even if merges do not produce it."""
 COMPOSES = frozenset({"qwen2", "deepseek-r1-qwen", "command-r"})
-"""Kinds whose tokenizer.json puts text into Unicode's composed form first; llama.cpp does not."""
+"""Kinds whose tokenizer.json first normalizes text to NFC; llama.cpp does not."""

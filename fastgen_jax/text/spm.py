@@ -1,14 +1,17 @@
-"""SentencePiece models: those on disk, those rebuilt from a GGUF vocabulary, and special tokens around both."""
+"""SentencePiece models, from disk or rebuilt from a GGUF vocabulary, and special tokens around both."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 
-def open_model(proto: bytes) -> Any:
-    """A `SentencePieceProcessor` of a serialised model; ValueError if it is broken."""
+def open_model(proto: bytes) -> sentencepiece.SentencePieceProcessor:
+    """Returns the processor of a serialized model; ValueError if it is broken."""
     import sentencepiece
 
     try:
@@ -26,8 +29,7 @@ def build_model(
     add_space_prefix: bool,
 ) -> bytes:
     """Returns a serialized BPE model with this vocabulary; `types` are SentencePiece's own numbers, which GGUF shares."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
+    schema = _schema()
     piece_type, trainer_spec = schema.ModelProto.SentencePiece, schema.TrainerSpec
     # A model has exactly one unknown piece; converters also mark padding entries as unknown, which no text produces.
     types = [piece_type.UNUSED if kind == piece_type.UNKNOWN and i != unknown_id else kind for i, kind in enumerate(types)]
@@ -50,16 +52,15 @@ def without_space_prefix(proto: bytes) -> bytes:
 
     Appending works because concatenated protobuf messages merge: the last value of a field wins.
     """
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
+    schema = _schema()
     return proto + schema.ModelProto(normalizer_spec=schema.NormalizerSpec(add_dummy_prefix=False)).SerializeToString()
 
 
 class SentencePieceEncoder:
-    """Encodes text between special tokens with SentencePiece, which knows only the text.
+    """Encodes the text between special tokens with SentencePiece, which does not handle special tokens itself.
 
-    With `prefix_every_part` each part gets SentencePiece's leading space, as the first Llama tokenizers did (llama.cpp
-    and transformers' legacy=True); otherwise the part that starts the text alone.
+    With `prefix_every_part` every part gets SentencePiece's leading space, as in the first Llama tokenizers (llama.cpp and
+    transformers' legacy=True); otherwise only the start of the text does.
     """
 
     def __init__(
@@ -87,3 +88,10 @@ class SentencePieceEncoder:
             elif part:
                 ids += (self.model if i == 0 else self.inner).encode(part)
         return [*self.first, *ids, *self.last] if add_special_tokens else ids
+
+
+def _schema() -> Any:
+    """SentencePiece's protobuf module. Any, because it creates its classes when it is imported."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fastgen_jax.text.tokenizer import Tokenizer
 
-_FIRST_MARK = 0xD800  # lone surrogates: bytes that are read as UTF-8 never give one
+_FIRST_MARK = 0xD800  # lone surrogates, which decoding UTF-8 never produces
 
 
 @dataclass
@@ -24,9 +24,9 @@ class _Node:
 class StopStrings:
     """Finds the first of several stop strings in text that arrives in pieces.
 
-    The match that starts earliest wins, the longest of those that start there; how the text was cut does not matter.
-    No more text is held back than could still turn out to begin a stop string. Characters of `unseen` count for matches
-    and are never emitted: they stand for tokens that are no part of the text.
+    The earliest match wins, and the longest of several that start there; the division into pieces has no effect. Only text
+    that may begin a stop string is held back, which is why no library does this: they search complete texts. Characters of
+    `unseen` count for matches but are never emitted: they represent tokens that are not part of the text.
     Source: Aho and Corasick, Efficient string matching (1975).
     """
 
@@ -35,17 +35,17 @@ class StopStrings:
             raise ValueError(f"stop strings must be a list, got the single string {stops!r}; pass [{stops!r}]")
         for stop in stops:
             if not isinstance(stop, str) or not stop:
-                raise ValueError(f"a stop string must be a non-empty str, got {stop!r}; leave it out")
+                raise ValueError(f"a stop string must be a non-empty str, got {stop!r}; remove it")
         self._unseen = {ord(character): None for character in unseen}
         self._root = self._state = _automaton(stops)
-        self._held = ""  # the end of the text seen, not yet emitted
-        self._best: tuple[int, str] | None = None  # where in `_held` the best match so far starts, and which
+        self._held = ""  # the end of the text so far, not yet emitted
+        self._best: tuple[int, str] | None = None  # position in `_held` and string of the best match so far
         self.matched: str | None = None  # the stop string that ended the text
 
     def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
-        """Text that can be shown now, and the stop string if it is certain; after that nothing more is emitted.
+        """Returns text that can be shown now, and the stop string once it is certain; then nothing more is emitted.
 
-        Without `may_end`, no stop string counts that ends in this text; one may begin in it.
+        Without `may_end`, stop strings that end in this text are ignored, but one may begin in it.
         """
         if self.matched is not None:
             return "", self.matched
@@ -56,7 +56,7 @@ class StopStrings:
             stop = self._state.longest
             if stop is not None and may_end:
                 candidate = (position - len(stop), stop)
-                # Earlier first; at the same start the later find is the longer one.
+                # An earlier start wins; at the same start the later match is longer.
                 if self._best is None or candidate[0] <= self._best[0]:
                     self._best = candidate
             if self._best is not None and not self._may_improve(position):
@@ -69,7 +69,7 @@ class StopStrings:
         return self._shown(emitted), None
 
     def flush(self) -> tuple[str, str | None]:
-        """At the end of the text: what was held back, and the stop string if one was complete."""
+        """Returns at the end of the text what was held back, and the stop string if one was complete."""
         if self.matched is not None:
             return "", self.matched
         if self._best is not None:
@@ -94,16 +94,16 @@ class StopStrings:
         return self._root if node is None else node.children[character]
 
     def _may_improve(self, position: int) -> bool:
-        """Whether a prefix under way starts before the best match, or at it and can grow longer."""
+        """Whether a partial match may become better than the best match: an earlier one, or a longer one."""
         assert self._best is not None
         return bool(self._state.children) and position - self._state.depth <= self._best[0]
 
 
 def stops_with_tokens(stops: Sequence[str], tokenizer: Tokenizer) -> tuple[list[str], Mapping[int, str]]:
-    """`stops` so that they are found where special tokens are left out of the text: more stop strings, and token id -> mark.
+    """Extends `stops` to match special tokens that the text leaves out; returns all stop strings and token id -> mark.
 
-    A mark is a single character that no text has. In the stop strings that are added it stands for its token, so that
-    neither a part of a special token's name is found in it, nor one that a model spells out is missed.
+    A mark is a single character that never occurs in text. It represents its token in the added stop strings, so that part
+    of a special token's name does not match, and a name that the model spells out still does.
     """
     marks: dict[int, str] = {}
     added = []
@@ -127,7 +127,7 @@ def _automaton(stops: Sequence[str]) -> _Node:
             node = node.children.setdefault(character, _Node(node.depth + 1))
         node.longest = stop
     queue = deque((root, character, child) for character, child in root.children.items())
-    while queue:  # breadth first: a fallback is shallower, so it is complete when it is needed
+    while queue:  # breadth first: a fallback is shallower, so it is already complete
         parent, character, node = queue.popleft()
         fallback = parent.fallback
         while fallback is not None and character not in fallback.children:

@@ -1,7 +1,8 @@
-"""Vocabularies as OpenAI's tiktoken keeps them: bytes and their ranks, without merges.
+"""Vocabularies in the format of OpenAI's tiktoken: bytes and their ranks, without merges.
 
-Three files are known: `*.tiktoken` of Qwen v1, `tokenizer.model` of Meta's Llama 3 releases, and Mistral's `tekken.json`.
-What is special in the first two stands in their programs, not in their files, so it stands here.
+Three files are supported: `*.tiktoken` of Qwen v1, `tokenizer.model` of Meta's Llama 3 releases, and Mistral's
+`tekken.json`. The first two do not contain their special tokens, which are part of the models' code, so they are listed
+here.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastgen_jax.text.pieces import byte_alphabet
 from fastgen_jax.text.splits import SPLITS
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 _LLAMA3_RANKS = 128_000
@@ -60,33 +64,33 @@ _TEKKEN_SPECIALS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TiktokenVocabulary:
-    """A vocabulary read from one of the files, with what belongs to it."""
+    """A vocabulary from one of the files, with its special tokens and splitting rule."""
 
     kind: str
-    pieces: Sequence[bytes]  # by id; those of special tokens are their text
+    pieces: Sequence[bytes]  # by id; special tokens have their text
     special_ids: range
-    pattern: str  # cuts text into words
-    composes: bool  # whether text is put into Unicode's composed form (NFC) first
+    pattern: str  # splits text into words
+    composes: bool  # whether text is normalized to NFC first
     bos: str | None
     eos: Sequence[str]
 
     @property
     def specials(self) -> Mapping[str, int]:
-        """Special tokens by their text."""
+        """Ids of special tokens by their text."""
         return {self.pieces[id].decode(): id for id in self.special_ids}
 
 
 def find_tiktoken(folder: Path) -> Path | None:
-    """The file in a checkpoint directory that this module reads, if there is one."""
+    """Returns the file in a checkpoint directory that this module supports; None if there is none."""
     for file in (*sorted(folder.glob("*.tiktoken")), folder / "tekken.json"):
         if file.exists():
             return file
-    file = folder / "tokenizer.model"  # Meta's has the name of SentencePiece's
+    file = folder / "tokenizer.model"  # Meta's file has the same name as SentencePiece's
     return file if file.exists() and _is_ranks(file) else None
 
 
 def read_tiktoken(file: Path) -> TiktokenVocabulary:
-    """The vocabulary in a file; ValueError if it is broken or not one that we know."""
+    """Returns the vocabulary of a file; ValueError if it is broken or unknown."""
     if file.name == "tekken.json":
         return _read_tekken(file)
     ranks = _read_ranks(file)
@@ -103,8 +107,8 @@ def read_tiktoken(file: Path) -> TiktokenVocabulary:
         )
     if size != _LLAMA3_RANKS:
         raise ValueError(
-            f"{file} has {size:,} ranks; the special tokens of Llama 3 ({_LLAMA3_RANKS:,}) alone are known: "
-            "take the checkpoint that has a tokenizer.json"
+            f"{file} has {size:,} ranks; only the special tokens of Llama 3 ({_LLAMA3_RANKS:,} ranks) are known; "
+            "use a checkpoint with a tokenizer.json"
         )
     return TiktokenVocabulary(
         kind="tiktoken (Llama 3)",
@@ -117,24 +121,24 @@ def read_tiktoken(file: Path) -> TiktokenVocabulary:
     )
 
 
-def encoder_backend(vocabulary: TiktokenVocabulary) -> Any:
-    """A `tokenizers.Tokenizer` that encodes as tiktoken does.
+def encoder_backend(vocabulary: TiktokenVocabulary) -> tokenizers.Tokenizer:
+    """Returns a tokenizer that encodes as tiktoken does.
 
-    tiktoken joins the two neighbours whose union has the lowest rank, so the merges, in order of rank, are all the ways
-    to cut a token into two others.
+    tiktoken merges the neighbors whose union has the lowest rank. The merges are therefore all ways to split a token into
+    two others, in order of rank.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     alphabet = {byte: character for character, byte in byte_alphabet().items()}
     ranked = {piece: id for id, piece in enumerate(vocabulary.pieces) if id not in vocabulary.special_ids}
-    spelled = {piece: "".join(alphabet[byte] for byte in piece) for piece in ranked}
+    encoded = {piece: "".join(alphabet[byte] for byte in piece) for piece in ranked}
     merges = []
     for piece in ranked:  # in order of rank
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in ranked and piece[i:] in ranked]
         cuts.sort(key=lambda cut: (ranked[cut[0]], ranked[cut[1]]))
-        merges += [(spelled[left], spelled[right]) for left, right in cuts]
-    # A special token that has an entry keeps its id there, wherever that is.
-    words = {spelled[piece]: id for piece, id in ranked.items()} | dict(vocabulary.specials)
+        merges += [(encoded[left], encoded[right]) for left, right in cuts]
+    # A special token that has an entry keeps its id.
+    words = {encoded[piece]: id for piece, id in ranked.items()} | dict(vocabulary.specials)
     backend = Tokenizer(models.BPE(words, merges, ignore_merges=True))
     if vocabulary.composes:
         backend.normalizer = normalizers.NFC()
@@ -155,7 +159,7 @@ def _is_ranks(file: Path) -> bool:
 
 
 def _read_ranks(file: Path) -> list[bytes]:
-    """The pieces in order of rank; the ranks must be 0, 1, 2, ... without a gap."""
+    """Returns the pieces in order of rank; the ranks must be 0, 1, 2, ... without gaps."""
     found: dict[int, bytes] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:

@@ -1,4 +1,4 @@
-"""Matrix products of rows that are sorted by group, each group with a weight of its own: the experts of a model.
+"""Matrix products of rows sorted by group, with one weight per group: the experts of a model.
 
 `prepare` turns a checkpoint's stack of weights into what the platform multiplies with fastest; `grouped_matmul` and
 `grouped_swiglu` pick the implementation when the program is lowered. All are tested against `reference.py`.

@@ -1,9 +1,9 @@
-"""Times grouped matmuls on this device, or asks the TPU compiler what it makes of them.
+"""Times grouped matmuls on this device, or reports how the TPU compiler handles them.
 
     python -m pallas_kernels.grouped_matmul.bench                   # milliseconds, on a CPU
-    python -m pallas_kernels.grouped_matmul.bench --tpu v5e:2x2     # temporaries of compiled programs; needs libtpu alone
+    python -m pallas_kernels.grouped_matmul.bench --tpu v5e:2x2     # temporaries of compiled programs; needs only libtpu
 
-The second says whether weights are copied or dequantised in memory: then the temporaries are as large as the weights.
+The second says whether weights are copied or dequantized in memory: then the temporaries are as large as the weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MODELS = {"Mixtral-8x7B": (8, 4096, 3584, 4), "Qwen3-30B-A3B": (128, 2048, 768, 
 
 
 def measure(repeats: int) -> None:
-    """Prints the median milliseconds of one product, of every implementation that takes the weights."""
+    """Prints the median milliseconds of one product, of every implementation that supports the weights."""
     columns = ("packed", "packed int8", "tiles", "ragged_dot")
     print(f"{'case':34}" + "".join(f"{name:>14}" for name in columns) + f"{'packed GB/s':>14}{'GFLOP/s':>10}")
     for name, (tokens, chosen, experts, width, hidden) in CASES.items():
@@ -95,7 +95,7 @@ def ask_tpu_compiler(topology: str) -> None:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             memory = jax.jit(program).lower(*arguments).compile().memory_analysis()
         seconds = time.perf_counter() - start
-        assert memory is not None, "the TPU compiler analyses memory"
+        assert memory is not None, "the TPU compiler analyzes memory"
         print(
             f"{name:64}{memory.argument_size_in_bytes / MIB:10.0f}{memory.temp_size_in_bytes / MIB:12.2f}{seconds:9.1f}",
             flush=True,

@@ -8,14 +8,14 @@
 
 #include "panels.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 namespace {
 
-// Neighbouring rows of one group, at most kMaxRows: those that a tile multiplies together.
+// Neighboring rows of one group, at most kMaxRows: those that a tile multiplies together.
 struct RowBlock {
   int64_t row, rows;
 };
-// Neighbouring row blocks of one group: those that an item multiplies by one panel.
+// Neighboring row blocks of one group: those that an item multiplies by one panel.
 struct Chunk {
   int64_t group, first_block, last_block;
 };
@@ -76,7 +76,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t d
       num_packed.fetch_add(1, std::memory_order_release);
       return;
     }
-    // Whoever packs has a lower number, so has begun: see parallel_for.
+    // The task that packs has a lower number, so it has begun: see parallel_for.
     wait_until([&] { return num_packed.load(std::memory_order_acquire) == num_blocks; });
     const Chunk chunk = chunks[(item - num_blocks) / num_panels];
     const int64_t panel = (item - num_blocks) % num_panels, index = chunk.group * num_panels + panel;
@@ -124,21 +124,21 @@ using F32 = ffi::Buffer<ffi::F32>;
 ffi::Error grouped_matmul(ffi::ThreadPool pool, bool gated, F32 x, ffi::AnyBuffer weight, F32 scales,
                           ffi::Buffer<ffi::S32> group_sizes, ffi::Buffer<ffi::S32> first_group,
                           ffi::ResultBuffer<ffi::F32> y) {
-  return with_storage(weight.element_type(), "fastgen_grouped_matmul", [&](auto storage) {
+  return with_storage(weight.element_type(), "pallas_kernels_grouped_matmul", [&](auto storage) {
     using Weight = decltype(storage);
     const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
     const int64_t columns = gated ? kWidth / 2 : kWidth;
     if (xs.size() != 2 || ws.size() != 5 || ys.size() != 2 || ws[4] != Weight::kGroup || ws[3] != kWidth ||
         ws[2] != num_steps<Weight>(xs[1]) || ys[0] != xs[0] || (ys[1] + columns - 1) / columns != ws[1]) {
-      return ffi::Error::InvalidArgument("fastgen_grouped_matmul: activations, panels and result do not fit");
+      return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: activations, panels and result do not fit");
     }
     const bool is_int8 = std::is_same_v<Weight, Int8>;
     if (static_cast<int64_t>(scales.element_count()) != (is_int8 ? ws[0] * ws[1] * kWidth : 0)) {
-      return ffi::Error::InvalidArgument("fastgen_grouped_matmul: scales do not fit");
+      return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: scales do not fit");
     }
     const int64_t num_groups = group_sizes.element_count(), first = first_group.typed_data()[0];
     if (first < 0 || first + num_groups > ws[0]) {
-      return ffi::Error::InvalidArgument("fastgen_grouped_matmul: first_group is out of range");
+      return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: first_group is out of range");
     }
     const auto* panels = static_cast<const typename Weight::Element*>(weight.untyped_data());
     multiply<Weight>(pool, x.typed_data(), xs[0], xs[1], group_sizes.typed_data(), num_groups,
@@ -150,9 +150,9 @@ ffi::Error grouped_matmul(ffi::ThreadPool pool, bool gated, F32 x, ffi::AnyBuffe
 }
 
 }  // namespace
-}  // namespace fastgen
+}  // namespace pallas_kernels
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FastgenGroupedMatmul, fastgen::grouped_matmul,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasKernelsGroupedMatmul, pallas_kernels::grouped_matmul,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attr<bool>("gated")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,20 @@ from jax.interpreters import mlir
 from pallas_kernels import native
 from pallas_kernels.matmul import cpu as matrix
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Num
+
 _LIBRARY = "grouped_matmul"
-_TARGET = "fastgen_grouped_matmul"
+_TARGET = "pallas_kernels_grouped_matmul"
 
 
 def available() -> bool:
     """True when the kernel could be built, or is built now (seconds, once per machine). Never raises."""
-    loaded = native.load(_LIBRARY, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenGroupedMatmul"})
+    loaded = native.load(_LIBRARY, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsGroupedMatmul"})
     return loaded and matrix.ensure_loaded()  # which knows the layout of a panel
 
 
-def pack(w: np.ndarray, *, gated: bool) -> np.ndarray:
+def pack(w: Num[np.ndarray, "G K N"], *, gated: bool) -> Num[np.ndarray, "G P steps width group"]:
     """Panels [G, P, steps, width, group] of matrices [G, K, N]: those of `matmul.cpu.pack`, one group after another."""
     first = matrix.pack(w[0], gated=gated)
     panels = np.empty((w.shape[0], *first.shape), w.dtype)  # filled in place: experts are most of a model
@@ -35,12 +38,12 @@ def pack(w: np.ndarray, *, gated: bool) -> np.ndarray:
     return panels
 
 
-def pack_scales(scales: np.ndarray, *, gated: bool) -> np.ndarray:
+def pack_scales(scales: Float[np.ndarray, "G N"], *, gated: bool) -> Float[np.ndarray, "G P width"]:
     """float32[G, P, width] of the scales float32[G, N] of the columns."""
     return np.stack([matrix.pack_scales(row, gated=gated) for row in scales])
 
 
-# Passes its argument through on the CPU; lowering it for anything else is the user's mistake, with a remedy.
+# Returns its argument on the CPU; lowering it for another platform raises an error that names the remedy.
 _cpu_only_p = Primitive("packed_groups_on_cpu")
 _cpu_only_p.def_abstract_eval(lambda x: x)
 mlir.register_lowering(_cpu_only_p, lambda context, x: [x], platform="cpu")
@@ -59,29 +62,29 @@ mlir.register_lowering(_cpu_only_p, _refuse)
 
 @partial(jax.jit, static_argnames=("num_outputs", "gated"))
 def multiply(
-    x: jax.Array,
-    panels: jax.Array,
-    scales: jax.Array,
-    group_sizes: jax.Array,
-    first_group: jax.Array,
+    x: Float[Array, "T K"],
+    panels: Num[Array, "G P steps width group"],
+    scales: Float[Array, "G P width"] | Float[Array, " none"],
+    group_sizes: Int[Array, " X"],
+    first_group: Int[Array, ""],
     *,
     num_outputs: int,
     gated: bool,
-) -> jax.Array:
+) -> Float[Array, "T N"]:
     """float32[T, num_outputs]; x is float32[T, K]. Layout of the weights: see `PackedGroups`."""
     return _multiply(x, panels, scales, group_sizes, first_group, num_outputs, gated)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _multiply(
-    x: jax.Array,
-    panels: jax.Array,
-    scales: jax.Array,
-    group_sizes: jax.Array,
-    first_group: jax.Array,
+    x: Float[Array, "T K"],
+    panels: Num[Array, "G P steps width group"],
+    scales: Float[Array, "G P width"] | Float[Array, " none"],
+    group_sizes: Int[Array, " X"],
+    first_group: Int[Array, ""],
     num_outputs: int,
     gated: bool,
-) -> jax.Array:
+) -> Float[Array, "T N"]:
     if not available():
         raise RuntimeError(
             f"PackedGroups need the native kernels, which cannot be loaded here "

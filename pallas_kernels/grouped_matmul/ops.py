@@ -1,12 +1,13 @@
-"""`grouped_matmul` and `grouped_swiglu`: one product, whatever the weights are stored as."""
+"""`grouped_matmul` and `grouped_swiglu`: products with weights in any storage format."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul import cpu, tpu
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
@@ -15,6 +16,9 @@ from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
 from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.matmul.ops import gated
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 IMPLEMENTATIONS = {
     "reference": grouped_matmul_reference,
@@ -25,20 +29,20 @@ IMPLEMENTATIONS = {
 
 
 def grouped_matmul(
-    x: jax.Array,
+    x: Float[Array, "T E"],
     w: GroupedWeight,
-    group_sizes: jax.Array,
+    group_sizes: Int[Array, " X"],
     *,
-    first_group: int | jax.Array = 0,
-    out_dtype: Any = None,
+    first_group: int | Int[Array, ""] = 0,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "T F"]:
     """x[t] @ w[first_group + g] for every row t of every group g: [T, F], summed in float32.
 
         rows of x     | group 0 | group 1 |   | group 3      | no group |      group_sizes: 2, 2, 0, 3
 
     Work is proportional to the rows that have a group. Rows past the last group are zero in the result. With
-    `PackedGroups` the result of a row does not depend, to the last bit, on the other rows or how many there are.
+    `PackedGroups` the result of a row is bit-identical whatever the other rows are and however many there are.
 
     Args:
       x: [T, E], float32, bfloat16 or float16, rows sorted by group.
@@ -49,7 +53,7 @@ def grouped_matmul(
       out_dtype: of the result; None: that of x.
       implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
         for: on TPUs the compiler's grouped kernel, or ours where w is a stack of whole tiles and the program is for one
-        device or in a shard_map; a loop over tiles of rows elsewhere. `PackedGroups` have one implementation of their own.
+        device or in a shard_map; a loop over tiles of rows elsewhere. `PackedGroups` have a single implementation.
 
     Raises:
       ValueError: shapes, dtypes or the implementation do not fit.
@@ -61,13 +65,13 @@ def grouped_matmul(
 
 
 def grouped_swiglu(
-    x: jax.Array,
+    x: Float[Array, "T E"],
     w: GroupedWeight,
-    group_sizes: jax.Array,
+    group_sizes: Int[Array, " X"],
     *,
-    first_group: int | jax.Array = 0,
+    first_group: int | Int[Array, ""] = 0,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "T F"]:
     """silu(x @ gate) * (x @ up), [T, F] in the dtype of x, computed in float32; see `grouped_matmul`.
 
     Args:
@@ -100,14 +104,14 @@ def _plain_product(
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](x, w, group_sizes, first)
     on_tpu = grouped_matmul_ragged_dot
-    if w.shape[0] != group_sizes.shape[0] and tpu.takes(w.shape) and tpu.may_be_lowered():
+    if w.shape[0] != group_sizes.shape[0] and tpu.supports(w.shape) and tpu.may_be_lowered():
         on_tpu = grouped_matmul_tpu
     return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, default=grouped_matmul_tiles)
 
 
 @_plain_product.defjvp
 def _derivative(implementation: str | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    """That of XLA's own grouped product: the loops and kernels have none."""
+    """The derivative of XLA's own grouped product; the loops and kernels have none."""
 
     def product(x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first: jax.Array) -> jax.Array:
         if isinstance(w, Int8Weight):
@@ -139,7 +143,7 @@ def _check(
     if implementation is None:
         return
     if isinstance(w, PackedGroups):
-        raise ValueError(f"implementation is {implementation!r}, but PackedGroups have one of their own; pass None")
+        raise ValueError(f"implementation is {implementation!r}, but PackedGroups have a single implementation; pass None")
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")

@@ -1,20 +1,24 @@
-"""What a grouped matmul is."""
+"""The definition of a grouped matmul."""
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 
 from pallas_kernels.matmul import Int8Weight
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 
 def grouped_matmul_reference(
-    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
-) -> jax.Array:
-    """float32[T, F]: every row with every weight, of which its group's is chosen. X times the work; for tests."""
+    x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+) -> Float[Array, "T F"]:
+    """float32[T, F]: multiplies every row by every weight and selects that of its group. X times the work; for tests."""
     ends = jnp.cumsum(group_sizes)
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")  # X for rows past the last group
-    # A row past the last group takes part too, but with whatever stands behind, so it is chosen to be zero.
+    # Rows past the last group are multiplied too, by the last weight; their results are replaced by zero.
     index = first_group + jnp.minimum(group, group_sizes.shape[0] - 1)
     values = w.values if isinstance(w, Int8Weight) else w
     products = jnp.einsum("te,gef->tgf", x.astype(jnp.float32), values.astype(jnp.float32))

@@ -1,21 +1,21 @@
 """Grouped matmul on a TPU, for weights that are a part of a larger stack.
 
-`jax.lax.ragged_dot` is a kernel of the TPU compiler, and a good one, but it takes its weights whole: inside a scan over
-layers the compiler first copies the layer's experts out of the stack, every step. This kernel reads them where they lie.
+`jax.lax.ragged_dot` is a good kernel of the TPU compiler, but it needs its weights as a separate array: inside a scan over
+layers the compiler copies the layer's experts out of the stack in every step. This kernel reads them in place.
 
-Work is a list of (group, tile of rows) pairs, made before and handed over in scalar memory:
+The work is a list of (group, tile of rows) pairs, computed beforehand and passed in scalar memory:
 
     rows      | a a a a a a a | b b | c c c c c |      groups a, b, c
     tiles     | 0       | 1       | 2       |          work: (a, 0) (a, 1) (b, 1) (c, 1) (c, 2)
 
 A tile that several groups share is computed once for each of them, one after another; each keeps its own rows.
-Source of the idea: MegaBlocks (arXiv:2211.15841).
+Source: MegaBlocks (arXiv:2211.15841).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,18 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.grouped_matmul.xla import scaled_rows
 from pallas_kernels.matmul import Int8Weight
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 LANES = 128
 _WEIGHT_TILE_BYTES = 2 << 20  # there are two in flight: a copy of a few MiB is near the full rate of the memory
 _SUBLANES = 16  # rows of a bfloat16 tile; a float32 tile has 8
 
 
 def may_be_lowered() -> bool:
-    """Whether the program at hand may be one for a single TPU.
+    """Whether the program being traced may be for a single TPU.
 
-    XLA divides its own kernel over the devices of a mesh, but not this one: there it would have to stand in a shard_map.
+    XLA divides its own kernel over the devices of a mesh, but not this one: there it would have to be inside a shard_map.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
@@ -41,23 +44,23 @@ def may_be_lowered() -> bool:
     return getattr(mesh.abstract_device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
 
 
-def takes(shape: tuple[int, ...]) -> bool:
-    """Whether weights [G, E, F] are whole tiles. The compiler lays others out anew, all of them, before the kernel."""
+def supports(shape: tuple[int, ...]) -> bool:
+    """Whether weights [G, E, F] are whole tiles. For others the compiler first copies all weights to a new layout."""
     return shape[1] % LANES == 0 and shape[2] % LANES == 0
 
 
 def grouped_matmul_tpu(
-    x: jax.Array,
-    w: jax.Array | Int8Weight,
-    group_sizes: jax.Array,
-    first_group: jax.Array,
+    x: Float[Array, "T E"],
+    w: Float[Array, "G E F"] | Int8Weight,
+    group_sizes: Int[Array, " X"],
+    first_group: Int[Array, ""],
     *,
     tile_rows: int | None = None,
     interpret: Any = False,
-) -> jax.Array:
+) -> Float[Array, "T F"]:
     """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`.
 
-    `tile_rows` None takes a share of the rows that suits their number; `interpret` is that of `pl.pallas_call`.
+    `tile_rows` None chooses it from the number of rows; `interpret` is that of `pl.pallas_call`.
     """
     values = w.values if isinstance(w, Int8Weight) else w
     num_rows, depth = x.shape
@@ -139,12 +142,12 @@ def _kernel(group, tile, starts, ends, first, x, w, out, sums, *, rows: int, num
         row = tile[item] * rows + jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0)
         mine = (row >= starts[group[item]]) & (row < ends[group[item]])
         first_of_tile = (item == 0) | (tile[jnp.maximum(item - 1, 0)] != tile[item])
-        # What the tile's memory held before the first group wrote to it is nobody's.
+        # Before the first group writes to the tile, its memory is uninitialized.
         out[...] = jnp.where(mine, sums[...], jnp.where(first_of_tile, 0.0, out[...]))
 
 
 def _tile_rows(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: about a group's share, so that few rows are multiplied in vain, in [16, 512]."""
+    """Rows of a tile: about one group's share, so that few rows are wasted, in [16, 512]."""
     share = -(-num_rows // num_groups)
     wanted = min(max(1 << (share - 1).bit_length(), _SUBLANES), 512)
     return min(wanted, -(-num_rows // _SUBLANES) * _SUBLANES)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,13 @@ import numpy as np
 
 from pallas_kernels.grouped_matmul import cpu
 from pallas_kernels.matmul import Int8Weight, quantize_int8
+from pallas_kernels.pytree import pytree, static
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float32, Num
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["panels", "scales"],
-    meta_fields=["num_inputs", "num_outputs", "gated"],
-)
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@pytree
 class PackedGroups:
     """Weights [G, K, N] in the layout of this CPU's native kernel; neither saved nor differentiated.
 
@@ -32,11 +30,11 @@ class PackedGroups:
       gated: made for `grouped_swiglu`, not for `grouped_matmul`.
     """
 
-    panels: jax.Array
-    scales: jax.Array
-    num_inputs: int
-    num_outputs: int
-    gated: bool
+    panels: Num[Array, "G P steps width group"]
+    scales: Float32[Array, "G P width"] | Float32[Array, 0]
+    num_inputs: int = static()
+    num_outputs: int = static()
+    gated: bool = static()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,7 +55,7 @@ def prepare(
     group.
 
     Args:
-      w: [G, K, N] floating point, or quantised already; [G, K, 2F], gate columns before up columns, when `gated`.
+      w: [G, K, N] floating point, or quantized already; [G, K, 2F], gate columns before up columns, when `gated`.
       quantize: None or "int8".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
       gated: the weights of `grouped_swiglu`.

@@ -1,19 +1,24 @@
-"""Grouped matmuls in plain XLA: the one of XLA itself for TPUs, and a loop over tiles for everything else."""
+"""Grouped matmuls in plain XLA: XLA's own for TPUs, and a loop over tiles for everything else."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.matmul import Int8Weight
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 _SMALLEST_TILE, _LARGEST_TILE = 8, 128
 
 
 def grouped_matmul_ragged_dot(
-    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
-) -> jax.Array:
-    """float32[T, F] by `jax.lax.ragged_dot`: a kernel of the compiler on TPUs, elsewhere the work of all groups.
+    x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+) -> Float[Array, "T F"]:
+    """float32[T, F] by `jax.lax.ragged_dot`: a compiler kernel on TPUs; elsewhere every group multiplies all rows.
 
     On TPUs int8 weights go into the kernel as they are. Where w holds more groups than there are sizes, those in use
     are copied out first.
@@ -27,8 +32,8 @@ def grouped_matmul_ragged_dot(
 
 
 def grouped_matmul_tiles(
-    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array
-) -> jax.Array:
+    x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+) -> Float[Array, "T F"]:
     """float32[T, F] by a loop over tiles of rows, each with the weight of its one group.
 
         rows      | a a a a a a a | b b | c c c c c |
@@ -62,8 +67,10 @@ def grouped_matmul_tiles(
     return jax.lax.fori_loop(0, tile_ends[-1], body, zeros)
 
 
-def scaled_rows(y: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first_group: jax.Array) -> jax.Array:
-    """`y` float32[T, F], times the scales of each row's group if w is int8; zero in rows of no group, whatever is there."""
+def scaled_rows(
+    y: Float[Array, "T F"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+) -> Float[Array, "T F"]:
+    """`y`, times the scales of each row's group if w is int8; zero in rows without a group, even where `y` is NaN."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(y.shape[0])
     if isinstance(w, Int8Weight):
@@ -73,6 +80,6 @@ def scaled_rows(y: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array,
 
 
 def _tile_rows(num_rows: int, num_groups: int) -> int:
-    """The power of two next above an equal share of the rows: larger tiles would be empty for the most part."""
+    """The power of two at or above an equal share of the rows: larger tiles would be mostly empty."""
     share = -(-num_rows // num_groups)
     return min(max(1 << (share - 1).bit_length(), _SMALLEST_TILE), _LARGEST_TILE)

@@ -1,7 +1,7 @@
 // y = x @ w (+ residual), or silu(x @ gate) * (x @ up), for weights stored in panels: float32, bfloat16 or int8.
 #include "panels.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 namespace {
 
 // Rows are split into blocks of nearly equal size, at most kMaxRows: 15 rows are 8 + 7, not 14 + 1.
@@ -52,7 +52,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
       num_packed.fetch_add(1, std::memory_order_release);
       return;
     }
-    // Whoever packs has a lower number, so has begun: see parallel_for.
+    // The task that packs has a lower number, so it has begun: see parallel_for.
     wait_until([&] { return num_packed.load(std::memory_order_acquire) == num_packs; });
     const int64_t chunk = (item - num_packs) / num_panels, panel = (item - num_packs) % num_panels;
     const int64_t first_block = chunk * blocks.count / num_chunks;
@@ -107,17 +107,17 @@ using S32 = ffi::Buffer<ffi::S32>;
 // Further arguments: float32[num_panels, kWidth] scales if the weight is int8, then the residual if `has_residual`.
 ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ffi::AnyBuffer weight, S32 num_rows,
                   ffi::RemainingArgs others, ffi::ResultBuffer<ffi::F32> y) {
-  return with_storage(weight.element_type(), "fastgen_matmul", [&](auto storage) {
+  return with_storage(weight.element_type(), "pallas_kernels_matmul", [&](auto storage) {
     using Weight = decltype(storage);
     const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
     const int64_t columns = gated ? kWidth / 2 : kWidth;
     if (xs.size() != 2 || ws.size() != 4 || ys.size() != 2 || ws[3] != Weight::kGroup || ws[2] != kWidth ||
         ws[1] != num_steps<Weight>(xs[1]) || ys[0] != xs[0] || (ys[1] + columns - 1) / columns != ws[0]) {
-      return ffi::Error::InvalidArgument("fastgen_matmul: activations, panels and result do not fit");
+      return ffi::Error::InvalidArgument("pallas_kernels_matmul: activations, panels and result do not fit");
     }
     const bool scaled = std::is_same_v<Weight, Int8>;
     if (others.size() != static_cast<size_t>(scaled) + has_residual) {
-      return ffi::Error::InvalidArgument("fastgen_matmul: wrong number of arguments");
+      return ffi::Error::InvalidArgument("pallas_kernels_matmul: wrong number of arguments");
     }
     Output output{nullptr, y->typed_data(), ys[1], gated};
     const float* scales = nullptr;
@@ -126,7 +126,7 @@ ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ff
       if (!other.has_value()) return other.error();
       const bool is_scales = scaled && i == 0;
       if (static_cast<int64_t>(other->element_count()) != (is_scales ? ws[0] * kWidth : ys[0] * ys[1])) {
-        return ffi::Error::InvalidArgument("fastgen_matmul: scales or residual do not fit");
+        return ffi::Error::InvalidArgument("pallas_kernels_matmul: scales or residual do not fit");
       }
       (is_scales ? scales : output.residual) = other->typed_data();
     }
@@ -139,13 +139,13 @@ ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ff
 }
 
 }  // namespace
-}  // namespace fastgen
+}  // namespace pallas_kernels
 
 // Output columns in a panel, and numbers of a column in one of its steps; the Python side packs accordingly.
-extern "C" int fastgen_matmul_panel_width() { return fastgen::kWidth; }
-extern "C" int fastgen_matmul_narrow_group() { return fastgen::BFloat16::kGroup; }
+extern "C" int pallas_kernels_matmul_panel_width() { return pallas_kernels::kWidth; }
+extern "C" int pallas_kernels_matmul_narrow_group() { return pallas_kernels::BFloat16::kGroup; }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FastgenMatmul, fastgen::matmul,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasKernelsMatmul, pallas_kernels::matmul,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attr<bool>("gated")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +14,36 @@ from jax.interpreters import mlir
 
 from pallas_kernels import native
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Num
+
 _LIBRARY = "matmul"
 _SOURCE = Path(__file__).with_name("cpu.cc")
-_TARGET = "fastgen_matmul"
+_TARGET = "pallas_kernels_matmul"
 
 
 def ensure_loaded() -> bool:
     """Compiles and registers the kernel the first time; True when it can be called."""
-    return native.load(_LIBRARY, _SOURCE, {_TARGET: "FastgenMatmul"})
+    return native.load(_LIBRARY, _SOURCE, {_TARGET: "PallasKernelsMatmul"})
 
 
 @functools.cache
 def panel_width() -> int:
     """Output columns in one panel on this CPU (8 to 32). The kernel must be loaded."""
-    return int(native.function(_LIBRARY, "fastgen_matmul_panel_width")())
+    return int(native.function(_LIBRARY, "pallas_kernels_matmul_panel_width")())
 
 
 @functools.cache
 def narrow_group() -> int:
-    """Numbers of a column that a step of a bfloat16 or int8 panel holds: 2 where the CPU multiplies bfloat16, else 1.
+    """Numbers of a column in one step of a bfloat16 or int8 panel: 2 if the CPU multiplies bfloat16, otherwise 1.
 
-    With 2, activations are rounded to bfloat16 before they meet such a weight. The kernel must be loaded.
+    With 2, activations are rounded to bfloat16 before they are multiplied with such a weight. The kernel must be loaded.
     """
-    return int(native.function(_LIBRARY, "fastgen_matmul_narrow_group")())
+    return int(native.function(_LIBRARY, "pallas_kernels_matmul_narrow_group")())
 
 
-def pack(w: np.ndarray, *, gated: bool) -> np.ndarray:
-    """Panels [P, steps, width, group] of a matrix [K, N], filled up with zeros.
+def pack(w: Num[np.ndarray, "K N"], *, gated: bool) -> Num[np.ndarray, "P steps width group"]:
+    """Panels [P, steps, width, group] of a matrix [K, N], padded with zeros.
 
     Step s of a panel has the rows s * group + (0 .. group - 1) of its columns, see `narrow_group`. With `gated` the matrix
     is [gate | up], N = 2F, and each panel holds width/2 columns of the gate, then the same columns of up, so that one
@@ -52,7 +55,7 @@ def pack(w: np.ndarray, *, gated: bool) -> np.ndarray:
     return np.concatenate([_panels(part, share, group) for part in parts], axis=2)
 
 
-def pack_scales(scales: np.ndarray, *, gated: bool) -> np.ndarray:
+def pack_scales(scales: Float[np.ndarray, " N"], *, gated: bool) -> Float[np.ndarray, "P width"]:
     """float32[P, width] of the scales float32[N] of a matrix's columns."""
     return pack(scales[None, :], gated=gated)[:, 0, :, 0]
 
@@ -65,7 +68,7 @@ def _panels(w: np.ndarray, width: int, group: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(steps, group, count, width).transpose(2, 0, 3, 1))
 
 
-# Passes its argument through on the CPU; lowering it for anything else is the user's mistake, with a remedy.
+# Returns its argument on the CPU; lowering it for another platform raises an error that names the remedy.
 _cpu_only_p = Primitive("packed_weight_on_cpu")
 _cpu_only_p.def_abstract_eval(lambda x: x)
 mlir.register_lowering(_cpu_only_p, lambda context, x: [x], platform="cpu")
@@ -84,15 +87,15 @@ mlir.register_lowering(_cpu_only_p, _refuse)
 
 @functools.partial(jax.jit, static_argnames=("num_outputs", "gated"))
 def multiply(
-    x: jax.Array,
-    panels: jax.Array,
-    scales: jax.Array | None,
-    residual: jax.Array | None,
-    num_rows: jax.Array | None,
+    x: Float[Array, "M K"],
+    panels: Num[Array, "P steps width group"],
+    scales: Float[Array, "P width"] | None,
+    residual: Float[Array, "M N"] | None,
+    num_rows: Int[Array, ""] | None,
     *,
     num_outputs: int,
     gated: bool,
-) -> jax.Array:
+) -> Float[Array, "M N"]:
     """float32[M, num_outputs] = x[M, K] @ panels (* scales) (+ residual), zero from row `num_rows` on.
 
     The layout of the panels is that of `PackedWeight`.
@@ -102,14 +105,14 @@ def multiply(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _multiply(
-    x: jax.Array,
-    panels: jax.Array,
-    scales: jax.Array | None,
-    residual: jax.Array | None,
-    num_rows: jax.Array | None,
+    x: Float[Array, "M K"],
+    panels: Num[Array, "P steps width group"],
+    scales: Float[Array, "P width"] | None,
+    residual: Float[Array, "M N"] | None,
+    num_rows: Int[Array, ""] | None,
     num_outputs: int,
     gated: bool,
-) -> jax.Array:
+) -> Float[Array, "M N"]:
     if not ensure_loaded():
         raise RuntimeError(
             f"a PackedWeight needs the native kernels, which cannot be loaded here "

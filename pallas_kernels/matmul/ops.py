@@ -1,27 +1,31 @@
-"""`linear` and `swiglu`: one product, whatever the weight is stored as."""
+"""`linear` and `swiglu`: products with a weight in any storage format."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.matmul import cpu
 from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 
 def linear(
-    x: jax.Array,
+    x: Float[Array, "*rows K"],
     w: Weight,
     *,
-    residual: jax.Array | None = None,
-    num_rows: jax.Array | None = None,
-    out_dtype: Any = None,
-) -> jax.Array:
+    residual: Float[Array, "*rows N"] | None = None,
+    num_rows: Int[Array, ""] | None = None,
+    out_dtype: DTypeLike | None = None,
+) -> Float[Array, "*rows N"]:
     """x @ w (+ residual), [..., N]; products are summed in float32.
 
-    With a `PackedWeight` the result of a row does not depend, to the last bit, on the other rows or how many
+    With a `PackedWeight` the result of a row is bit-identical whatever the other rows are and however many
     there are.
 
     Args:
@@ -46,14 +50,16 @@ def linear(
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(out_dtype)
 
 
-def swiglu(x: jax.Array, w: Weight, *, num_rows: jax.Array | None = None, shards: int = 1) -> jax.Array:
+def swiglu(
+    x: Float[Array, "*rows K"], w: Weight, *, num_rows: Int[Array, ""] | None = None, shards: int = 1
+) -> Float[Array, "*rows F"]:
     """silu(x @ gate) * (x @ up), [..., F] in the dtype of x, computed in float32.
 
     Args:
       x: [..., K], float32, bfloat16 or float16.
       w: [K, 2F]: the columns of gate, then those of up. A `PackedWeight` must be prepared with gated=True.
       num_rows: as for `linear`.
-      shards: w is so many [gate | up] of equal width side by side, one for each device that it is divided over.
+      shards: w is this many [gate | up] of equal width side by side, one for each device that it is divided over.
     """
     _check(x, w)
     if isinstance(w, PackedWeight):
@@ -65,7 +71,7 @@ def swiglu(x: jax.Array, w: Weight, *, num_rows: jax.Array | None = None, shards
     return gated(_product(x, w), shards).astype(x.dtype)
 
 
-def gated(y: jax.Array, shards: int = 1) -> jax.Array:
+def gated(y: Float[Array, "*rows columns"], shards: int = 1) -> Float[Array, "*rows F"]:
     """silu(gate) * up, [..., F], of y [..., 2F]: `shards` times [gate | up], of equal width, side by side."""
     if shards < 1 or y.shape[-1] % (2 * shards):
         raise ValueError(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.matmul import cpu
+from pallas_kernels.pytree import pytree, static
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Int8, Num
 
 # int8 is used symmetrically, so that w and -w become q and -q.
 _LARGEST = 127
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=[])
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@pytree
 class Int8Weight:
     """w[k, n] = values[k, n] * scales[n]; activations stay in floating point.
 
@@ -27,38 +29,33 @@ class Int8Weight:
       scales: float32[..., N], positive.
     """
 
-    values: jax.Array
-    scales: jax.Array
+    values: Int8[Array, "*layers K N"]
+    scales: Float32[Array, "*layers N"]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["panels", "scales"],
-    meta_fields=["num_inputs", "num_outputs", "gated"],
-)
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@pytree
 class PackedWeight:
     """A weight [K, N] in the layout of this CPU's native kernel; neither saved nor differentiated.
 
     Attributes:
       panels: float32, bfloat16 or int8 [P, steps, width, group]; panel p holds output columns
         [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; a step has one number
-        of each, or two neighbours along K where the CPU multiplies pairs (`cpu.narrow_group`).
+        of each, or two neighbors along K where the CPU multiplies pairs (`cpu.narrow_group`).
       scales: float32[P, width] when the panels are int8, else None.
       num_inputs: K.
       num_outputs: columns of the result: N, or F = N / 2 when gated.
       gated: made for `swiglu`, not for `linear`.
     """
 
-    panels: jax.Array
-    scales: jax.Array | None
-    num_inputs: int
-    num_outputs: int
-    gated: bool
+    panels: Num[Array, "P steps width group"]
+    scales: Float32[Array, "P width"] | None
+    num_inputs: int = static()
+    num_outputs: int = static()
+    gated: bool = static()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,12 +72,12 @@ def prepare(
     """The form of `w` that `linear` (`swiglu` when `gated`) multiplies with fastest on `platform`.
 
     On the CPU, with native kernels, that is a `PackedWeight`: in bfloat16 when `w` is, in float32 otherwise. Where the
-    CPU multiplies bfloat16 (AVX512_BF16), activations are rounded to bfloat16 before they meet a bfloat16 or int8 one.
-    Elsewhere it is the array as it is, or an `Int8Weight`. Int8 is rounded to nearest with one scale per
+    CPU multiplies bfloat16 (AVX512_BF16), activations are rounded to bfloat16 before they are multiplied with a bfloat16
+    or int8 weight. Elsewhere it is the array itself, or an `Int8Weight`. Int8 is rounded to nearest with one scale per
     output column: the error of a weight is at most half a scale, max|column| / 254.
 
     Args:
-      w: [K, N] floating point, or quantised already; [K, 2F], gate columns before up columns, when `gated`.
+      w: [K, N] floating point, or quantized already; [K, 2F], gate columns before up columns, when `gated`.
       quantize: None or "int8".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
       gated: the weight of `swiglu`.
@@ -114,7 +111,9 @@ def prepare(
     return Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
 
 
-def quantize_int8(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_int8(
+    w: Float[np.ndarray, "*groups K N"],
+) -> tuple[Int8[np.ndarray, "*groups K N"], Float32[np.ndarray, "*groups N"]]:
     """(int8[..., K, N], float32[..., N]) whose product is nearest to `w`, one scale per output column."""
     wide = w.astype(np.float32)
     largest = np.abs(wide).max(axis=-2)

@@ -1,10 +1,10 @@
-"""C++ kernels for the CPU, compiled for this very machine the first time they are used.
+"""C++ kernels for the CPU, compiled for this machine the first time they are used.
 
 A kernel is one `.cc` file beside the Python that calls it. `load` compiles it with the system's C++ compiler,
 keeps the library in a cache of the user, and registers its functions with XLA. Without a compiler everything
-still runs, on plain XLA: `available()` says so, and `unavailable_reason()` says why.
+still runs, on plain XLA: `available()` is then False, and `unavailable_reason()` has the reason.
 
-Environment: `FASTGEN_NATIVE=0` turns native kernels off, `CXX` names the compiler, `XDG_CACHE_HOME` moves the
+Environment: `PALLAS_KERNELS_NATIVE=0` turns native kernels off, `CXX` names the compiler, `XDG_CACHE_HOME` moves the
 cache.
 """
 

@@ -22,7 +22,7 @@
 
 #include "xla/ffi/api/ffi.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 
 namespace ffi = xla::ffi;
 
@@ -42,15 +42,15 @@ typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int8_t UnalignedBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
-#define FASTGEN_INLINE inline __attribute__((always_inline))
+#define KERNEL_INLINE inline __attribute__((always_inline))
 
-FASTGEN_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-FASTGEN_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+KERNEL_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+KERNEL_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 // x - 0 is x for every x, which compilers know; 0 + x is not, for x = -0.
-FASTGEN_INLINE Vec splat(float x) { return x - Vec{}; }
+KERNEL_INLINE Vec splat(float x) { return x - Vec{}; }
 
 // int8[kLanes] -> float[kLanes]; exact. GCC 12 converts the generic form element by element, hence the intrinsics.
-FASTGEN_INLINE Vec load_int8(const int8_t* p) {
+KERNEL_INLINE Vec load_int8(const int8_t* p) {
 #if defined(__AVX512F__)
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__AVX2__)
@@ -66,7 +66,7 @@ FASTGEN_INLINE Vec load_int8(const int8_t* p) {
 }
 
 // bfloat16[kLanes] -> float[kLanes]; exact.
-FASTGEN_INLINE Vec load_bfloat16(const uint16_t* p) {
+KERNEL_INLINE Vec load_bfloat16(const uint16_t* p) {
 #if defined(__AVX512F__)
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
@@ -87,29 +87,29 @@ FASTGEN_INLINE Vec load_bfloat16(const uint16_t* p) {
 #endif
 }
 
-FASTGEN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-FASTGEN_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+KERNEL_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+KERNEL_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
-FASTGEN_INLINE float sum(Vec v) {
+KERNEL_INLINE float sum(Vec v) {
   float s = 0;
   for (int i = 0; i < kLanes; ++i) s += v[i];
   return s;
 }
-FASTGEN_INLINE float max_element(Vec v) {
+KERNEL_INLINE float max_element(Vec v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
 
 template <int Step, bool High, size_t... I>
-FASTGEN_INLINE Vec exchange(Vec a, Vec b, std::index_sequence<I...>) {
+KERNEL_INLINE Vec exchange(Vec a, Vec b, std::index_sequence<I...>) {
   // Low: the elements of a and b whose index has no bit `Step`, side by side; High: those that have it.
   return High ? __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes : int(I) + Step)...)
               : __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes - Step : int(I))...);
 }
 
 template <int Step>
-FASTGEN_INLINE void transpose_step(Vec (&rows)[kLanes]) {
+KERNEL_INLINE void transpose_step(Vec (&rows)[kLanes]) {
   constexpr auto lanes = std::make_index_sequence<kLanes>();
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
@@ -121,7 +121,7 @@ FASTGEN_INLINE void transpose_step(Vec (&rows)[kLanes]) {
 }
 
 // rows[i][j] becomes rows[j][i].
-FASTGEN_INLINE void transpose(Vec (&rows)[kLanes]) {
+KERNEL_INLINE void transpose(Vec (&rows)[kLanes]) {
   transpose_step<1>(rows);
   transpose_step<2>(rows);
   if constexpr (kLanes > 4) transpose_step<4>(rows);
@@ -129,8 +129,8 @@ FASTGEN_INLINE void transpose(Vec (&rows)[kLanes]) {
 }
 
 // e^x for x below 88.3, relative error below 2e-7; 0 below -87.3. NaN stays NaN.
-FASTGEN_INLINE Vec exp_below_overflow(Vec x) {
-  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum.
+KERNEL_INLINE Vec exp_below_overflow(Vec x) {
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the sum.
   const Vec magic = splat(12582912.0f);
   const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec n = shifted - magic;
@@ -152,13 +152,13 @@ FASTGEN_INLINE Vec exp_below_overflow(Vec x) {
 }
 
 // e^x, the largest power near 3e38 above 88.
-FASTGEN_INLINE Vec exp(Vec x) {
+KERNEL_INLINE Vec exp(Vec x) {
   const Vec largest = splat(88.37626f);
   return exp_below_overflow(x > largest ? largest : x);
 }
 
 // x * sigmoid(x)
-FASTGEN_INLINE Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+KERNEL_INLINE Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
 
 // ---- scratch memory ------------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ inline float* scratch(size_t num_floats) {
 
 // ---- parallel loop -------------------------------------------------------------------------------------------
 
-FASTGEN_INLINE void pause() {
+KERNEL_INLINE void pause() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -193,7 +193,7 @@ FASTGEN_INLINE void pause() {
 #endif
 }
 
-// Spins until `condition()` holds; gives the core away when that takes long.
+// Spins until `condition()` holds; yields the core when that takes long.
 template <class Condition>
 inline void wait_until(Condition&& condition) {
   for (int i = 0; !condition(); ++i) {
@@ -207,7 +207,7 @@ inline void wait_until(Condition&& condition) {
 
 // Calls body(i) once for every i in [0, count), on the calling thread and on threads of XLA's pool.
 //
-// Items are claimed in rising order from one counter, so the calling thread can do all of them alone: when the pool
+// Items are claimed in rising order from one counter, so the calling thread can do all of them by itself: when the pool
 // is busy, nothing waits for it. The caller waits only for items that another thread has begun. A pool task that
 // starts after that finds no item left, and touches nothing but the shared counter, which it keeps alive itself.
 // An item may therefore wait for one with a lower number (it has begun), never for a higher one.
@@ -244,4 +244,4 @@ inline void parallel_for(ffi::ThreadPool& pool, int64_t count, Body&& body) {
   wait_until([&] { return state->num_done.load(std::memory_order_acquire) == count; });
 }
 
-}  // namespace fastgen
+}  // namespace pallas_kernels

@@ -1,4 +1,4 @@
-"""Finds a C++ compiler and says with which flags to call it."""
+"""Finds a C++ compiler and its flags for this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COMPILE_TIMEOUT_S = 600
 
 
 class CompilerError(RuntimeError):
-    """No compiler, or one that fails; the message says what was tried."""
+    """There is no working compiler; the message lists what was tried."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Compiler:
         return hashlib.sha256("\0".join(parts).encode() + b"\0" + sources).hexdigest()[:32]
 
     def compile(self, source: Path, output: Path, *, include: Sequence[Path]) -> None:
-        """Writes the shared library `output`. Raises `CompilerError` with the compiler's last words."""
+        """Writes the shared library `output`. Raises `CompilerError` with the end of the compiler's output."""
         directories = [f"-I{directory}" for directory in include]
         command = [*self.command, *self.flags, *directories, str(source), "-o", str(output)]
         result = _run(command, timeout=_COMPILE_TIMEOUT_S)
@@ -101,7 +101,7 @@ def _candidates() -> list[tuple[str, ...]]:
 
 
 def _machine_flags() -> tuple[tuple[str, ...], ...]:
-    """Ways to ask for the code of this very CPU, the best first."""
+    """Flags that select this CPU's instruction set, best first."""
     if platform.machine() in ("x86_64", "AMD64"):
         # Clang would split 64-byte vectors in two on some CPUs, and then run out of registers.
         return ("-march=native", "-mprefer-vector-width=512"), ("-march=native",)
@@ -111,7 +111,7 @@ def _machine_flags() -> tuple[tuple[str, ...], ...]:
 
 def _try(command: tuple[str, ...], flags: tuple[str, ...]) -> str | None:
     """None when the compiler accepts the flags and has a C++ standard library, else its complaint."""
-    # Preprocessing takes a few hundredths of a second; a linker that is missing shows when a kernel is built.
+    # Preprocessing takes a few hundredths of a second; a missing linker is only noticed when a kernel is built.
     arguments = [*command, *flags, "-E", "-x", "c++", "-"]
     result = _run(arguments, timeout=_PROBE_TIMEOUT_S, text="#include <atomic>\n")
     if result.returncode == 0:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import platformdirs
 
 from pallas_kernels import folders
 from pallas_kernels.native.compiler import Compiler, CompilerError, find_compiler
@@ -34,9 +33,9 @@ def available() -> bool:
 
 
 def unavailable_reason() -> str | None:
-    """Why native kernels cannot be built here, in one sentence; None when they can. Never raises."""
-    if os.environ.get("FASTGEN_NATIVE", "1").lower() in ("0", "false", "off"):
-        return "FASTGEN_NATIVE=0 turns native kernels off"
+    """Why native kernels cannot be built here, in one sentence; None if they can. Never raises."""
+    if os.environ.get("PALLAS_KERNELS_NATIVE", "1").lower() in ("0", "false", "off"):
+        return "PALLAS_KERNELS_NATIVE=0 turns native kernels off"
     compiler = _compiler()
     return compiler if isinstance(compiler, str) else None
 
@@ -61,7 +60,7 @@ def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
                 _register(library, symbols)
                 _loaded[name] = library
                 _outcomes[name] = None
-            except Exception as error:  # a kernel that cannot be had must not stop the caller
+            except Exception as error:  # a missing kernel must not stop the caller
                 _outcomes[name] = str(error)
         if reason is None:
             reason = _outcomes[name]
@@ -80,9 +79,9 @@ def function(name: str, symbol: str) -> Any:
 
 @functools.cache
 def _log_once(name: str, reason: str) -> None:
-    # Where kernels could be had and are not, somebody should look into it; elsewhere it is how things are.
+    # A failure despite a working compiler deserves a warning; a machine without a compiler does not.
     level = logging.INFO if unavailable_reason() else logging.WARNING
-    _log.log(level, "native kernels of %r are not used, plain XLA serves instead: %s", name, reason)
+    _log.log(level, "native kernels of %r are not used, plain XLA is used instead: %s", name, reason)
 
 
 @functools.cache
@@ -107,7 +106,7 @@ def _open(name: str, source: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError:
-        # A library that was made whole and does not load, as after an update of the system: build it once more.
+        # A complete library that does not load, for example after a system update: build it again.
         with contextlib.suppress(OSError):
             path.unlink()
         return ctypes.CDLL(str(_build(name, source, take_ready=False)))
@@ -125,7 +124,7 @@ def _build(name: str, source: Path, *, take_ready: bool = True) -> Path:
         return wanted / file_name
     folder = folders.settle(wanted, "native kernels", variable="XDG_CACHE_HOME", reading=False, private=True)
     if folder is None:
-        raise OSError(f"there is no folder to build them in; make {wanted} one that can be written")
+        raise OSError(f"there is no folder to build them in; make {wanted} writable")
     path = folder.path / file_name
     if _is_whole(path):
         return path
@@ -146,12 +145,12 @@ def _build(name: str, source: Path, *, take_ready: bool = True) -> Path:
 
 
 def library_folder() -> Path:
-    """Where built libraries are kept: `$XDG_CACHE_HOME/fastgen_jax/native`, by default under ~/.cache on Linux."""
-    return platformdirs.user_cache_path("fastgen_jax", appauthor=False) / "native"
+    """Where built libraries are kept."""
+    return folders.cache_dir() / "native"
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a library is as it was built. One that a full disk cut short would end the process that opens it."""
+    """Whether a library is complete. Opening one truncated by a full disk would crash the process."""
     try:
         return _digest_file(path).read_text() == _digest(path)
     except (OSError, ValueError):
@@ -168,7 +167,7 @@ def _digest_file(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Holds a lock between processes, so that eight workers compile once; does without where that fails."""
+    """Holds a lock between processes, so that eight workers compile once; goes on without the lock where locking fails."""
     import fcntl
 
     with open(path, "w") as file:

@@ -16,7 +16,7 @@
 
 #include "common.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 namespace {
 
 // Accumulators are kMaxRows * kVecs of the 32 (AVX-512, NEON) or 16 vector registers; the others hold a row of the
@@ -46,8 +46,8 @@ struct Float32 {
   using Factor = float;
   using Wide = Float32;
   static constexpr int kGroup = 1;
-  static FASTGEN_INLINE Vec get(const float* p) { return load(p); }
-  static FASTGEN_INLINE Vec multiply_add(Vec sum, float x, Vec row) { return splat(x) * row + sum; }
+  static KERNEL_INLINE Vec get(const float* p) { return load(p); }
+  static KERNEL_INLINE Vec multiply_add(Vec sum, float x, Vec row) { return splat(x) * row + sum; }
   static void put(float* p, Vec row) { store(p, row); }
 };
 
@@ -55,11 +55,11 @@ struct Float32 {
 
 struct BFloat16 {
   using Element = uint16_t;
-  using Factor = uint32_t;  // two neighbours along the contraction axis
+  using Factor = uint32_t;  // two neighbors along the contraction axis
   using Wide = BFloat16;
   static constexpr int kGroup = 2;
-  static FASTGEN_INLINE __m512i get(const uint16_t* p) { return _mm512_loadu_si512(p); }
-  static FASTGEN_INLINE Vec multiply_add(Vec sum, uint32_t x, __m512i row) {
+  static KERNEL_INLINE __m512i get(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static KERNEL_INLINE Vec multiply_add(Vec sum, uint32_t x, __m512i row) {
     return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)));
   }
   static void put(uint16_t* p, __m512i row) { _mm512_storeu_si512(p, row); }
@@ -70,10 +70,10 @@ struct Int8 {
   using Factor = uint32_t;
   using Wide = BFloat16;  // exact: int8 has no more digits than bfloat16
   static constexpr int kGroup = 2;
-  static FASTGEN_INLINE __m512i get(const int8_t* p) {
+  static KERNEL_INLINE __m512i get(const int8_t* p) {
     return (__m512i)_mm512_cvtne2ps_pbh(load_int8(p + kLanes), load_int8(p));
   }
-  static FASTGEN_INLINE Vec multiply_add(Vec sum, uint32_t x, __m512i row) {
+  static KERNEL_INLINE Vec multiply_add(Vec sum, uint32_t x, __m512i row) {
     return BFloat16::multiply_add(sum, x, row);
   }
 };
@@ -85,8 +85,8 @@ struct BFloat16 {
   using Factor = float;
   using Wide = Float32;
   static constexpr int kGroup = 1;
-  static FASTGEN_INLINE Vec get(const uint16_t* p) { return load_bfloat16(p); }
-  static FASTGEN_INLINE Vec multiply_add(Vec sum, float x, Vec row) { return Float32::multiply_add(sum, x, row); }
+  static KERNEL_INLINE Vec get(const uint16_t* p) { return load_bfloat16(p); }
+  static KERNEL_INLINE Vec multiply_add(Vec sum, float x, Vec row) { return Float32::multiply_add(sum, x, row); }
 };
 
 struct Int8 {
@@ -94,8 +94,8 @@ struct Int8 {
   using Factor = float;
   using Wide = Float32;
   static constexpr int kGroup = 1;
-  static FASTGEN_INLINE Vec get(const int8_t* p) { return load_int8(p); }
-  static FASTGEN_INLINE Vec multiply_add(Vec sum, float x, Vec row) { return Float32::multiply_add(sum, x, row); }
+  static KERNEL_INLINE Vec get(const int8_t* p) { return load_int8(p); }
+  static KERNEL_INLINE Vec multiply_add(Vec sum, float x, Vec row) { return Float32::multiply_add(sum, x, row); }
 };
 
 #endif
@@ -172,7 +172,7 @@ Tile<Weight> tile_for(int64_t rows) {
 
 // The factors of kLanes steps from x on, of which `left` numbers are there; what is missing is zero.
 template <class Weight>
-FASTGEN_INLINE Vec factors(const float* x, int64_t left) {
+KERNEL_INLINE Vec factors(const float* x, int64_t left) {
   if constexpr (Weight::kGroup == 1) {
     if (left >= kLanes) return load(x);
     Vec v{};
@@ -253,7 +253,7 @@ struct Output {
     }
   }
 
-  static FASTGEN_INLINE Vec scaled(const float* sums, const float* scales, int v) {
+  static KERNEL_INLINE Vec scaled(const float* sums, const float* scales, int v) {
     const Vec sum = load(sums + v * kLanes);
     return scales ? sum * load(scales + v * kLanes) : sum;
   }
@@ -275,4 +275,4 @@ ffi::Error with_storage(ffi::DataType type, const char* kernel, F&& f) {
 }
 
 }  // namespace
-}  // namespace fastgen
+}  // namespace pallas_kernels

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +18,26 @@ import numpy as np
 
 from pallas_kernels import native
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 __all__ = ["IMPLEMENTATIONS", "layer_norm", "rms_norm"]
 
-_TARGET = "fastgen_norm"
+_TARGET = "pallas_kernels_norm"
 
 
 def rms_norm(
-    x: jax.Array,
-    weight: jax.Array,
+    x: Float[Array, "T *shape E"],
+    weight: Float[Array, "... E"],
     *,
     eps: float,
     offset: float = 0.0,
-    num_rows: jax.Array | None = None,
+    num_rows: Int[Array, ""] | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "T *shape E"]:
     """`x` over its root mean square along the last axis, times `weight + offset`; in float32 (arXiv:1910.07467).
 
-    With the native CPU kernel the result of a row does not depend, to the last bit, on the other rows or how many
+    With the native CPU kernel the result of a row is bit-identical whatever the other rows are and however many
     there are.
 
     Args:
@@ -51,14 +55,14 @@ def rms_norm(
 
 
 def layer_norm(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
+    x: Float[Array, "T *shape E"],
+    weight: Float[Array, "... E"],
+    bias: Float[Array, "... E"] | None,
     *,
     eps: float,
-    num_rows: jax.Array | None = None,
+    num_rows: Int[Array, ""] | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "T *shape E"]:
     """`x` with mean 0 and variance 1 along the last axis, times `weight`, plus `bias`; in float32 (arXiv:1607.06450).
 
     `bias` has the shape of `weight`; for everything else see `rms_norm`.
@@ -71,12 +75,14 @@ Settings = tuple[float, float, bool]  # eps, offset, whether the mean is taken a
 
 def _norm_xla(x: jax.Array, weight: jax.Array, bias: jax.Array | None, num_rows: jax.Array, settings: Settings) -> jax.Array:
     eps, offset, centered = settings
-    x32, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    x32 = x.astype(jnp.float32)
+    leading = range(x.ndim - weight.ndim)
+    weight = jnp.expand_dims(weight, leading).astype(jnp.float32)
     if centered:
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     y = x32 * scale * (weight + offset if offset else weight)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    return (y if bias is None else y + jnp.expand_dims(bias, leading).astype(jnp.float32)).astype(x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
@@ -116,7 +122,7 @@ def _norm(
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
     native_kernel = implementation != "xla" and native.load(
-        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenNorm"}
+        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsNorm"}
     )
     if implementation == "cpu" and not native_kernel:
         raise ValueError(

@@ -4,14 +4,14 @@
 
 #include "common.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 namespace {
 
 using Floats = ffi::Buffer<ffi::F32>;
 
 // The sum of f(x[i], lanes that count) over a row, in an order that only its length decides.
 template <class F>
-FASTGEN_INLINE float reduce(const float* x, int64_t length, F f) {
+KERNEL_INLINE float reduce(const float* x, int64_t length, F f) {
   Vec even{}, odd{};
   int64_t i = 0;
   for (; i + 2 * kLanes <= length; i += 2 * kLanes) {
@@ -59,13 +59,13 @@ ffi::Error norm(ffi::ThreadPool pool, float eps, float offset, bool centered, Fl
     if (!other.has_value()) return other.error();
     const int64_t count = other->element_count();
     if (i > 1 || count % length || (i == 1 && count != period * length)) {
-      return ffi::Error::InvalidArgument("fastgen_norm: rows, weight and bias do not fit");
+      return ffi::Error::InvalidArgument("pallas_kernels_norm: rows, weight and bias do not fit");
     }
     period = count / length;
     (i == 0 ? weight : bias) = other->typed_data();
   }
   if (!weight || period == 0 || num % period) {
-    return ffi::Error::InvalidArgument("fastgen_norm: rows and weight do not fit");
+    return ffi::Error::InvalidArgument("pallas_kernels_norm: rows and weight do not fit");
   }
   const int64_t used = std::clamp<int64_t>(num_rows.typed_data()[0], 0, num);
   std::memset(y->typed_data() + used * length, 0, (num - used) * length * sizeof(float));
@@ -82,9 +82,9 @@ ffi::Error norm(ffi::ThreadPool pool, float eps, float offset, bool centered, Fl
 }
 
 }  // namespace
-}  // namespace fastgen
+}  // namespace pallas_kernels
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FastgenNorm, fastgen::norm,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasKernelsNorm, pallas_kernels::norm,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attr<float>("eps")

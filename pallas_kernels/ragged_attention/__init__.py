@@ -126,7 +126,7 @@ def ragged_attention(
         if reason is None:
             kernels["cuda"] = _ragged_attention_gpu
         else:
-            gpu_support.say_once(reason)
+            gpu_support.warn_once(reason)
     best = partial(jax.lax.platform_dependent, **kernels, default=ragged_attention_xla)
     return with_derivative(best)(*operands)
 
@@ -134,11 +134,11 @@ def ragged_attention(
 def _require_cpu(k_cache: Cache) -> None:
     if k_cache.dtype not in cpu.CACHE_DTYPES:
         raise ValueError(
-            f"implementation='cpu' takes float32 and bfloat16 caches but k_cache has dtype {k_cache.dtype}; "
+            f"implementation='cpu' supports float32 and bfloat16 caches but k_cache has dtype {k_cache.dtype}; "
             "use implementation='xla'"
         )
     if not cpu.available():
         raise ValueError(
-            "implementation='cpu' needs a native kernel, which cannot be had here: install a C++ compiler (g++ or "
+            "implementation='cpu' needs a native kernel, which is not available here: install a C++ compiler (g++ or "
             "clang++), or use implementation='xla'; the log of pallas_kernels.native has the reason"
         )

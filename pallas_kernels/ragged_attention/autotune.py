@@ -1,4 +1,4 @@
-"""Tiles measured on the device at hand, a TPU or a GPU, kept in a file that people can read.
+"""Measures tile sizes on this machine's TPU or GPU and keeps them in a readable file.
 
     python -m pallas_kernels.ragged_attention.autotune --heads 32 --kv-heads 8 --tokens 2048 --sequences 64
 
@@ -31,8 +31,8 @@ from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
 
 
 def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
-    """For TPUs: the model's choice first, then half and double of each of its sizes, as far as VMEM admits."""
-    first = tile_sizes.modelled(shape, kind)
+    """For TPUs: the model's choice first, then half and double each of its sizes if they fit in VMEM."""
+    first = tile_sizes.modeled(shape, kind)
     yield first
     for queries, keys, sequences in itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4)):
         tiles = dataclasses.replace(
@@ -60,14 +60,14 @@ def autotune(
 ) -> Any:
     """Measures all choices, writes the fastest to the file (or reports why it cannot) and returns it.
 
-    `measure` gives the seconds of one call with certain tiles; what it raises means that these do not work. Raises
+    `measure` gives the seconds of one call with certain tiles; an exception means that these tiles do not work. Raises
     RuntimeError if none does.
     """
     times: dict[Any, float] = {}
     for tiles in choices:
         try:
             times[tiles] = measure(tiles)
-        except Exception as error:  # the compiler refuses in several ways, none of which ends the search
+        except Exception as error:  # compilers raise various exceptions; none ends the search
             report(f"{tiles}: {str(error).splitlines()[0][:100]}")
             continue
         report(f"{tiles}: {1e6 * times[tiles]:.0f} us")
@@ -78,7 +78,7 @@ def autotune(
     try:
         measured_tiles.save(shape, kind, best, seconds=times[best], path=path)
         report(f"{best} written to {path}")
-    except OSError as error:  # hours of measurement are not lost to a folder: PALLAS_KERNELS_TILES names another
+    except OSError as error:  # measurements are not lost to an unwritable folder
         report(f"{best} is the fastest, but {path} cannot be written ({error}); name another file in PALLAS_KERNELS_TILES")
     return best
 
@@ -123,7 +123,7 @@ def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
 
         kind = jax.devices()[0].device_kind
         choices = gpu_tiles.candidates(
-            gpu_tiles.modelled(
+            gpu_tiles.modeled(
                 shape.head_dim,
                 shape.num_heads // shape.num_kv_heads,
                 generation,

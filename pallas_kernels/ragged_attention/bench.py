@@ -3,7 +3,7 @@
 Each case runs once a layer inside one program, over a pool of many layers, so that the caches of the CPU are cold as
 in a model. Prints the median milliseconds a layer, and what that means in GB/s of keys and values and in GFLOP/s.
 
-`--scaling` asks what time depends on instead: not on the pool, in proportion to the contexts in the batch, not on padding.
+`--scaling` instead varies pool, contexts and padding: time must grow with the contexts in the batch only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `ragged_attention` accepts: the checks of shapes, dtypes and static options that implementations rely on."""
+"""Checks of the shapes, dtypes and static options that implementations of `ragged_attention` rely on."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def check(
 ) -> Dims:
     """Returns the axis lengths, or raises a `ValueError` that names the first argument that does not fit.
 
-    Looks at shapes, dtypes and static values only, so it costs nothing in a compiled program. What is in the index
-    arrays (rising `query_starts`, block ids below `num_blocks`) is the caller's promise.
+    Uses shapes, dtypes and static values only, so it costs nothing in a compiled program. The contents of the index
+    arrays (non-decreasing `query_starts`, block ids below `num_blocks`) are not checked.
     """
     _require_rank("q", q, "[T, H, D]")
     _require_rank("k", k, "[T, K, D]")

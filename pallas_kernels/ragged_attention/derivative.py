@@ -1,4 +1,4 @@
-"""The derivative of attention: kernels and loops with dynamic bounds have none of their own."""
+"""The derivative of attention. Kernels and loops with dynamic bounds have none."""
 
 from __future__ import annotations
 

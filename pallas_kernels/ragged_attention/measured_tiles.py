@@ -1,4 +1,4 @@
-"""Measured tile sizes, in a file that people can read: an entry for each kind of device and class of shapes."""
+"""Measured tile sizes in a readable file: an entry for each kind of device and class of shapes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
-from pallas_kernels.folders import replace_file
+from pallas_kernels.folders import cache_dir, replace_file
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What tiles are chosen for."""
+    """The call that tiles are chosen for."""
 
     num_heads: int
     num_kv_heads: int
@@ -30,7 +28,7 @@ class Shape:
     dtype: str
 
     def key(self, kind: str) -> str:
-        """The name of its class in the file: tokens and sequences count by powers of two."""
+        """Key of its class in the file: tokens and sequences are rounded up to powers of two."""
         tokens, sequences = (1 << (n - 1).bit_length() for n in (self.num_tokens, self.num_sequences))
         return (
             f"{kind} {self.dtype} heads={self.num_heads}/{self.num_kv_heads}x{self.head_dim} block={self.block_size} "
@@ -39,16 +37,15 @@ class Shape:
 
 
 def measured_file() -> Path:
-    """Where `autotune` writes: PALLAS_KERNELS_TILES, or `$XDG_CACHE_HOME/pallas_kernels/tiles.json`, by default under
-    ~/.cache on Linux."""
+    """Where `autotune` writes: the file that PALLAS_KERNELS_TILES names, else `tiles.json` in the cache folder."""
     named = os.environ.get("PALLAS_KERNELS_TILES")
-    return Path(named) if named else platformdirs.user_cache_path("pallas_kernels", appauthor=False) / "tiles.json"
+    return Path(named) if named else cache_dir() / "tiles.json"
 
 
 def measured(shape: Shape, kind: str, tiles: Any) -> Any:
-    """What was measured for `shape` on a kind of device, as `tiles`, a dataclass of integers; None if nothing was.
+    """The tiles measured for `shape` on a kind of device, as an instance of the dataclass `tiles`; None if there are none.
 
-    An entry that is damaged counts as none, which the log says.
+    A damaged entry is ignored, with a warning in the log.
     """
     path = measured_file()
     key = shape.key(kind)
@@ -67,7 +64,7 @@ def measured(shape: Shape, kind: str, tiles: Any) -> Any:
 
 @functools.cache
 def entries(path: Path) -> dict[str, Any]:
-    """What the file holds, {} if there is none or it is damaged, which the log says. Read once a process."""
+    """Contents of the file, {} if it is missing or damaged, which is logged. Read once per process."""
     try:
         contents = json.loads(path.read_text())
     except FileNotFoundError:
@@ -82,7 +79,7 @@ def entries(path: Path) -> dict[str, Any]:
 
 
 def save(shape: Shape, kind: str, tiles: Any, *, seconds: float, path: Path | None = None) -> None:
-    """Adds an entry to the file: the tiles, and the microseconds that they took. OSError if it cannot be written."""
+    """Adds an entry to the file: the tiles and their microseconds. Raises OSError if the file cannot be written."""
     path = path or measured_file()
     entries.cache_clear()
     contents = dict(entries(path))
@@ -95,5 +92,5 @@ def save(shape: Shape, kind: str, tiles: Any, *, seconds: float, path: Path | No
 @functools.cache
 def _complain(path: Path, problem: str) -> None:
     _log.warning(
-        "%s does not hold measured tiles (%s), so modelled ones are used; delete it, or run autotune again", path, problem
+        "%s does not hold measured tiles (%s), so modeled ones are used; delete it, or run autotune again", path, problem
     )

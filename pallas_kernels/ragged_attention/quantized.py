@@ -1,25 +1,28 @@
-"""KV caches in 8 bits: numbers of a token and head share one scale, so that writing a token touches no other.
+"""KV caches in 8 bits: the numbers of one token and head share a scale, so writing a token does not touch others.
 
-A scale a token needs no calibration, and a cached token never changes afterwards: prefixes can be shared. Scales of a
-block lie in a row for each head, keys along the lanes of a TPU: they multiply scores and weights as they lie.
+One scale per token needs no calibration, and a cached token never changes, so prefixes can be shared. The scales
+of a block are one row per head, with keys along the lanes of a TPU: they multiply scores and weights without a transpose.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.pytree import pytree
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Int, Num
 
 # int8 is used symmetrically. 448 is the largest float8_e4m3fn; beyond it there is only NaN.
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 QUANTIZED_DTYPES = tuple(LARGEST)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=[])
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@pytree
 class QuantizedCache:
     """Keys or values of all layers: number (n, k, b, d) is `values[n, k, b, d] * scales[n, k, b]`.
 
@@ -28,8 +31,8 @@ class QuantizedCache:
       scales: float32[L*N, K, B], positive where a token was written.
     """
 
-    values: jax.Array
-    scales: jax.Array
+    values: Num[Array, "pool K B D"]
+    scales: Float32[Array, "pool K B"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,11 +43,11 @@ class QuantizedCache:
         return self.values.ndim
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         return self.values.dtype
 
     @staticmethod
-    def zeros(shape: tuple[int, ...], dtype: Any) -> QuantizedCache:
+    def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> QuantizedCache:
         """An empty cache of `shape` [L*N, K, B, D]."""
         return QuantizedCache(values=jnp.zeros(shape, dtype), scales=jnp.zeros(shape[:-1], jnp.float32))
 
@@ -52,18 +55,18 @@ class QuantizedCache:
 Cache = jax.Array | QuantizedCache
 
 
-def is_quantized(dtype: Any) -> bool:
-    """Whether caches of this dtype need scales."""
+def is_quantized(dtype: DTypeLike) -> bool:
+    """Whether a cache of this dtype has scales."""
     return jnp.dtype(dtype).name in LARGEST
 
 
-def quantize(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def quantize(x: Float[Array, "*shape D"], dtype: DTypeLike) -> tuple[Num[Array, "*shape D"], Float[Array, "*shape"]]:
     """(values [..., D] in `dtype`, scales f32[...]) nearest to `x` [..., D]; zeros get values 0 and scale 1."""
     values, scales = scaled(x.astype(jnp.float32), dtype)
     return values.astype(dtype), scales[..., 0]
 
 
-def scaled(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def scaled(x: Float[Array, "*shape D"], dtype: DTypeLike) -> tuple[Float[Array, "*shape D"], Float[Array, "*shape 1"]]:
     """(f32[..., D] that `dtype` has room for, f32[..., 1] to multiply them with) of `x` f32[..., D]."""
     limit = LARGEST[jnp.dtype(dtype).name]
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
@@ -72,7 +75,7 @@ def scaled(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.round(values) if jnp.dtype(dtype) == jnp.int8 else values, scales
 
 
-def gather_blocks(cache: Cache, blocks: jax.Array) -> jax.Array:
+def gather_blocks(cache: Cache, blocks: Int[Array, "*blocks"]) -> Float[Array, "*blocks K B D"]:
     """float32[*blocks.shape, K, B, D], the numbers in some blocks of `cache`."""
     if isinstance(cache, QuantizedCache):
         return cache.values[blocks].astype(jnp.float32) * cache.scales[blocks][..., None]

@@ -26,7 +26,7 @@ def ragged_attention_reference(
     layer: CacheLayer,
     scoring: Scoring,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
-    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them."""
+    """See `pallas_kernels.ragged_attention.ragged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     pool, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
@@ -67,7 +67,7 @@ def ragged_attention_reference(
         is_visible = key_positions <= position
         if scoring.sliding_window is not None:
             is_visible &= key_positions > position - scoring.sliding_window
-        # What lies outside may be anything, NaN included: select, never multiply by zero.
+        # Keys outside may hold anything, NaN included: select, never multiply by zero.
         keys = jnp.where(is_visible[None, :, None], keys, 0.0)
         values = jnp.where(is_visible[None, :, None], values, 0.0)
 
@@ -76,7 +76,7 @@ def ragged_attention_reference(
             scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
         if scoring.alibi_slopes is not None:
             distance = (key_positions - position).astype(jnp.float32)
-            scores = scores + scoring.alibi_slopes.reshape(num_kv_heads, group)[:, :, None] * distance
+            scores = scores + scoring.alibi_slopes.reshape(num_kv_heads, group)[:, :, None] * distance[None, None, :]
         scores = jnp.where(is_visible, scores, -jnp.inf)
 
         # A sink is one more logit per head: it takes probability and has no value.

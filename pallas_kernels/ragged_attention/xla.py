@@ -1,10 +1,10 @@
-"""Ragged attention in plain XLA: the production path where no kernel is at hand, on any platform.
+"""Ragged attention in plain XLA: the production path where no kernel is available, on any platform.
 
 Two loops share one online softmax over tiles of keys:
   - rows with a single query (sequences that generate) run together, in groups of similar context;
   - longer chunks run one tile of queries at a time.
 Trip counts come from the contexts in the batch, so neither the size of the cache nor the width of the block table
-costs time. Keys are fetched a tile at a time: nothing of the size of a context is ever materialised.
+costs time. Keys are fetched a tile at a time: nothing as large as a context is ever materialized.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, S
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 # Measured on a 2-core CPU: fewer keys a tile cost loop overhead, more cost the L2 cache.
 _DECODE_TILE_KEYS = 128
@@ -52,7 +52,7 @@ def ragged_attention_xla(
     layer: CacheLayer,
     scoring: Scoring,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
-    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them."""
+    """See `pallas_kernels.ragged_attention.ragged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
@@ -77,12 +77,12 @@ def ragged_attention_xla(
 
 
 def write_kv(
-    k: jax.Array,
-    v: jax.Array,
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: Cache,
     v_cache: Cache,
     *,
-    kv_slots: jax.Array,
+    kv_slots: Int[Array, " T"],
     layer: CacheLayer,
 ) -> tuple[Cache, Cache]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
@@ -91,7 +91,7 @@ def write_kv(
     is_real = (kv_slots >= 0) & (kv_slots < layer.num_blocks * block_size)
     block = layer.first_block + kv_slots // block_size
     first = block * (num_kv_heads * block_size) + kv_slots % block_size  # of the first head; the next is B rows on
-    rows = first[:, None] + block_size * jnp.arange(num_kv_heads, dtype=jnp.int32)
+    rows = first[:, None] + block_size * jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]
     rows = jnp.where(is_real[:, None], rows, pool * num_kv_heads * block_size).reshape(-1)
     if rows.shape[0] == 1:
         # XLA:CPU turns a scatter of one row into a form for which it copies the whole cache. A dropped one avoids it.
@@ -229,18 +229,18 @@ def _attend(
 
     def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = state
-        block = (first_block + i * tile_blocks)[:, None] + jnp.arange(tile_blocks, dtype=jnp.int32)  # [W, t]
+        block = (first_block + i * tile_blocks)[:, None] + jnp.arange(tile_blocks, dtype=jnp.int32)[None, :]  # [W, t]
         ids = jnp.take_along_axis(tables, jnp.minimum(block, max_blocks - 1), axis=1)
         ids = jnp.where(block < num_blocks[:, None], ids, 0)
         offset = jnp.arange(block_size, dtype=jnp.int32)
-        key_position = (block[:, :, None] * block_size + offset).reshape(width, -1)  # [W, J], J = t * B
+        key_position = (block[:, :, None] * block_size + offset[None, None, :]).reshape(width, -1)  # [W, J], J = t * B
 
         scores = _einsum("wkrd,wkjd->wkrj", rows, fetch(k_cache, ids))  # [W, K, Q*G, J]
         if scoring.soft_cap is not None:
             scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
         distance = key_position[:, None, :] - row_positions[:, :, None]  # [W, Q*G, J]
         if row_slopes is not None:
-            scores = scores + row_slopes[:, :, None] * distance.astype(jnp.float32)[:, None]
+            scores = scores + row_slopes[None, :, :, None] * distance.astype(jnp.float32)[:, None]
         visible = distance <= 0
         if scoring.window is not None:
             visible &= distance > -scoring.window
@@ -248,11 +248,11 @@ def _attend(
         scores = jnp.where(visible[:, None], scores, -jnp.inf)
 
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))  # [W, K, Q*G]
-        # A row that has seen no key yet keeps -inf; 0 in its place gives weights of exp(-inf) = 0, not NaN.
+        # A row that has seen no key yet keeps -inf; using 0 instead gives weights of exp(-inf) = 0, not NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         weights = jnp.exp(scores - base[..., None])
         keep = jnp.exp(top - base)
-        # Select, since what lies outside a context or before the window may be NaN.
+        # Select, since values outside a context or before the window may be NaN.
         exists = key_position < contexts[:, None]
         if scoring.window is not None:
             exists &= key_position > positions[:, :1] - scoring.window
@@ -267,6 +267,7 @@ def _attend(
     )
     top, total, acc = lax.fori_loop(0, num_steps, step, start)
     if row_sinks is not None:
+        row_sinks = row_sinks[None]
         base = jnp.maximum(top, row_sinks)
         keep = jnp.exp(top - base)
         total, acc = total * keep + jnp.exp(row_sinks - base), acc * keep[..., None]

@@ -1,6 +1,6 @@
 """Rotary embedding of a fused query-key-value projection, split into its three parts on the way.
 
-On an accelerator a compiler fuses the rotation into its neighbours. On a CPU it computes the slices one by one on one
+On an accelerator a compiler fuses the rotation into its neighbors. On a CPU it computes the slices one by one on one
 thread, so there a native kernel does it in one pass.
 """
 
@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import native
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 __all__ = ["IMPLEMENTATIONS", "rotary", "rotate"]
 
-_TARGET = "fastgen_rotary"
+_TARGET = "pallas_kernels_rotary"
 Parts = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: Float[Array, "T H D"], cos: Float[Array, "T P"], sin: Float[Array, "T P"]) -> Float[Array, "T H D"]:
     """`x` [T, heads, D] with the pairs (x[i], x[i + P]) turned by angle i, in float32; dimensions from 2P on stay.
 
     `cos` and `sin` are f32[T, P], 2P <= D (RoPE, arXiv:2104.09864, in the half-split form of GPT-NeoX and Llama).
@@ -61,8 +65,13 @@ IMPLEMENTATIONS = {"xla": _rotary_xla, "cpu": _rotary_cpu}
 
 
 def rotary(
-    qkv: jax.Array, cos: jax.Array, sin: jax.Array, *, num_heads: int, implementation: str | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    qkv: Float[Array, "T heads D"],
+    cos: Float[Array, "T P"],
+    sin: Float[Array, "T P"],
+    *,
+    num_heads: int,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
     """(q [T, H, D], k [T, K, D], v [T, K, D]) of a fused projection, with q and k rotated as `rotate` does.
 
     Args:
@@ -72,7 +81,7 @@ def rotary(
       implementation: a key of `IMPLEMENTATIONS`; None picks by the platform that the program is lowered for.
 
     Raises:
-      ValueError: a shape does not fit, or the implementation is unknown or cannot be had.
+      ValueError: a shape does not fit, or the implementation is unknown or not available here.
     """
     if qkv.ndim != 3 or num_heads < 1 or qkv.shape[1] <= num_heads or (qkv.shape[1] - num_heads) % 2:
         raise ValueError(f"qkv is {list(qkv.shape)}, but must be [T, H + 2K, D] with H = {num_heads} and K at least 1")
@@ -85,11 +94,11 @@ def rotary(
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
     native_kernel = implementation != "xla" and native.load(
-        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "FastgenRotary"}
+        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsRotary"}
     )
     if implementation == "cpu" and not native_kernel:
         raise ValueError(
-            f"implementation='cpu' needs a native kernel, which cannot be had here: "
+            f"implementation='cpu' needs a native kernel, which is not available here: "
             f"{native.unavailable_reason() or 'the log has the reason'}; use implementation='xla'"
         )
 

@@ -2,12 +2,12 @@
 // one pass over the data, where a compiler would slice, multiply and concatenate.
 #include "common.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 namespace {
 
 using Floats = ffi::Buffer<ffi::F32>;
 
-// The pairs (x[i], x[i + pairs]) of one head turned by the angle of pair i; what lies behind the pairs stays.
+// The pairs (x[i], x[i + pairs]) of one head turned by the angle of pair i; what follows the pairs is unchanged.
 void turn(const float* x, const float* cos, const float* sin, int64_t pairs, int64_t dim, float* y) {
   int64_t i = 0;
   for (; i + kLanes <= pairs; i += kLanes) {
@@ -29,7 +29,7 @@ ffi::Error rotary(ffi::ThreadPool pool, Floats qkv, Floats cos, Floats sin, ffi:
   const int64_t num_tokens = dims[0], dim = dims[2], pairs = angles[1];
   const int64_t heads = q->dimensions()[1], kv_heads = k->dimensions()[1];
   if (dims[1] != heads + 2 * kv_heads || angles[0] != num_tokens || 2 * pairs > dim) {
-    return ffi::Error::InvalidArgument("fastgen_rotary: projection, angles and results do not fit");
+    return ffi::Error::InvalidArgument("pallas_kernels_rotary: projection, angles and results do not fit");
   }
   constexpr int64_t kTokens = 16;  // a task: for fewer, another thread costs more than it brings
   const auto run = [&](int64_t task) {
@@ -55,9 +55,9 @@ ffi::Error rotary(ffi::ThreadPool pool, Floats qkv, Floats cos, Floats sin, ffi:
 }
 
 }  // namespace
-}  // namespace fastgen
+}  // namespace pallas_kernels
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FastgenRotary, fastgen::rotary,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasKernelsRotary, pallas_kernels::rotary,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-import fastgen_jax
 from fastgen_jax import Engine
 from fastgen_jax.api.pipeline import Pipeline
 from fastgen_jax.cli import chat, main
 from tests.cli.test_faults import SMALL, without_template
-from tests.serving.checkpoint import write_checkpoint
 
 LENGTH = 12  # tokens per answer, each one character or none
 
@@ -38,15 +36,6 @@ class Terminal(Pipeline):
             for _ in range(self.pressed.get(answer, ()).count(self.tokens[answer])):
                 signal.raise_signal(signal.SIGINT)
             yield output
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The tiny model with the options of `SMALL`, so that its programs are compiled once for both files."""
-    path = write_checkpoint(tmp_path_factory.mktemp("chat") / "tiny")
-    return fastgen_jax.pipeline(
-        path, token_budget=16, budget_ladder=(8,), max_num_seqs=4, block_size=4, num_blocks=64, progress=False
-    ).engine
 
 
 @pytest.fixture

@@ -87,9 +87,9 @@ def test_a_batch_into_a_missing_folder_is_rejected_before_anything_is_loaded(
     requests = tmp_path / "in.jsonl"
     requests.write_text("hello\n")
     error = error_of(capsys, "batch", requests, tmp_path / "no" / "out.jsonl", "--model", "no-such")
-    assert f"the folder {tmp_path / 'no'} of the output does not exist; make it" in error
+    assert f"the folder {tmp_path / 'no'} of the output does not exist; create it" in error
     error = error_of(capsys, "batch", requests, tmp_path, "--model", "no-such")
-    assert "is not a file; choose a file for the answers" in error
+    assert "is not a file; pass a file for the answers" in error
     assert "is not a file" in error_of(capsys, "batch", tmp_path / "absent", tmp_path / "out.jsonl")
 
 

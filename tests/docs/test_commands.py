@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastgen_jax.cli import COMMANDS, main
-from tests.docs.pages import PAGES, blocks, name, without_blocks
+from tests.docs.pages import PAGES, ROOT, blocks, name, without_blocks
 
 NESTED = ("bench", "simulate")
 
@@ -48,3 +48,9 @@ def test_commands_of_a_page_and_their_flags_exist(page: Path) -> None:
         path = words[1:3] if command in NESTED and words[2:] and re.fullmatch(r"[a-z-]*[a-z]", words[2]) else words[1:2]
         shown = {word.strip("[]'").split("=")[0] for word in words[len(path) + 1 :] if re.match(r"\[?--?[a-z]", word)}
         assert shown <= flags_of(*path), " ".join(words)
+
+
+def test_the_table_of_model_families_is_the_one_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--markdown"]) == 0
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert capsys.readouterr().out.strip() in page, "run python -m tests.models.parity, which rewrites the table"

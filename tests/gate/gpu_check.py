@@ -1,4 +1,4 @@
-"""What only a GPU can tell: `make gpu-check` on a machine with an H100, an H200 or an A100, under ten minutes.
+"""Checks that need a GPU: `make gpu-check` on a machine with an H100, an H200 or an A100, under ten minutes.
 
 First every variant of the GPU kernel against the reference, on the device. Then its time: single queries against the memory
 bandwidth that a copy reaches, prompt chunks against the rate that a matrix product reaches, and both against cuDNN through
@@ -30,7 +30,7 @@ import numpy as np
 from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
-from pallas_kernels.ragged_attention.gpu.tile_sizes import modelled
+from pallas_kernels.ragged_attention.gpu.tile_sizes import modeled
 from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.gate.shapes import Call
@@ -71,7 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """Which kernel is looked at."""
+    """The kernel under test."""
 
     generation: str
     interpret: Any  # False on a GPU
@@ -80,12 +80,12 @@ class Kernels:
         """The kernel as it is used, or interpreted with few thread blocks."""
         if not self.interpret:
             return ragged_attention_gpu
-        tiles = dataclasses.replace(modelled(head_dim, group, self.generation, quantised=True), blocks=2, pieces=4)
+        tiles = dataclasses.replace(modeled(head_dim, group, self.generation, quantized=True), blocks=2, pieces=4)
         return functools.partial(ragged_attention_gpu, tiles=tiles, generation=self.generation, interpret=self.interpret)
 
 
 def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernels: Kernels) -> float:
-    """The largest difference from the reference over its tolerance; NaN where unused KV got into a result."""
+    """The largest difference from the reference over its tolerance; NaN if unused KV reached a result."""
     options = dict(options)
     scoring = {name: options.pop(name) for name in ("sliding_window", "soft_cap") if name in options}
     alibi, sinks = options.pop("alibi", False), options.pop("sinks", False)
@@ -108,7 +108,7 @@ def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernel
 
 
 def seconds(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
-    """Of one call: the median of some, each of which is waited for after several were started."""
+    """Seconds per call: the median over rounds, each of which starts several calls and then waits."""
     wait(call())
     times = []
     for _ in range(ROUNDS):
@@ -137,7 +137,7 @@ def measured_peak(n: int) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a call cannot avoid."""
+    """Lower bounds of a call."""
 
     bytes: int  # keys and values
     flops: int  # both products, only for keys that are seen
@@ -151,7 +151,7 @@ def work_of(call: Call) -> Work:
 
 
 def ours(call: Call, kernels: Kernels) -> Callable[[], Any]:
-    """A call of the kernel on a cache of its own, whose blocks are dealt out in random order."""
+    """A call of the kernel on a fresh cache whose blocks are assigned in random order."""
     rng = np.random.default_rng(0)
     s, blocks = call.num_sequences, -(-call.context // call.block_size)
     dtype = jnp.dtype(call.dtype)
@@ -181,7 +181,7 @@ def ours(call: Call, kernels: Kernels) -> Callable[[], Any]:
 
 
 def cudnn(call: Call) -> Callable[[], Any]:
-    """Attention of a dense batch of the same lengths by cuDNN; raises what JAX raises where that is not to be had."""
+    """Attention of a dense batch of the same lengths by cuDNN; raises JAX's error if cuDNN is not available."""
     s, length = call.num_sequences, call.num_tokens // call.num_sequences
     key, dtype = jax.random.key(0), jnp.dtype(call.dtype)
     q = jax.random.normal(key, (s, length, call.num_heads, call.head_dim), dtype)
@@ -195,7 +195,7 @@ def cudnn(call: Call) -> Callable[[], Any]:
 
 
 def torch_sdpa(call: Call) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """The same in PyTorch; raises ImportError or RuntimeError where torch has no GPU."""
+    """The same in PyTorch; raises ImportError or RuntimeError if torch has no GPU."""
     import torch  # pyright: ignore[reportMissingImports]
 
     if not torch.cuda.is_available():
@@ -230,7 +230,7 @@ def calls(tiny: bool) -> list[Call]:
 
 
 def other(measure: Callable[[], float]) -> str:
-    """Microseconds, or the first words of why there are none."""
+    """Microseconds, or the beginning of the error."""
     try:
         return f"{1e6 * measure():10.0f}"
     except Exception as error:  # another library's: the table says why and goes on
@@ -268,7 +268,7 @@ def main() -> int:
         try:
             difference = check_variant(variant, TINY_CHUNKS if options.tiny else CHUNKS, kernels)
             words = "" if difference <= 1 else "WRONG"
-        except Exception as error:  # the other variants are to be seen as well
+        except Exception as error:  # the other variants must run too
             difference, words = float("nan"), f"FAILED {type(error).__name__}: {error}"[:300]
         failed += bool(words)
         print(f"  {name:28} {difference:6.3f}  {words}", flush=True)
@@ -282,7 +282,7 @@ def main() -> int:
             continue
         try:
             took = seconds(ours(call, kernels))
-        except Exception as error:  # out of memory, say: the other shapes are to be seen as well
+        except Exception as error:  # for example out of memory: the other shapes must run too
             failed += 1
             print(f"  {call.name:26} FAILED {type(error).__name__}: {error}"[:300], flush=True)
             continue

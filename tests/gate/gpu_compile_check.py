@@ -1,7 +1,7 @@
-"""What one would otherwise learn on a rented GPU: `make gpu-compile-check` compiles for an H100 and an A100, here.
+"""Compiles for an H100 and an A100 without a GPU: `make gpu-compile-check`.
 
 A check fails if its program does not compile, copies the KV cache, takes more temporary memory than the bound, if a kernel
-spills more registers than a few or takes more shared memory than a thread block has, or if the assembler had to serialise
+spills more registers than a few or takes more shared memory than a thread block has, or if the assembler had to serialize
 its matrix instructions. What needs a newer jax than there is is named, and is no failure.
 """
 
@@ -46,18 +46,18 @@ MIXED = next(call for call in CALLS if call.name == "mixed 2k, 64 sequences")
 
 @dataclasses.dataclass(kw_only=True)
 class Kernel:
-    """What the assembler says of a kernel."""
+    """The assembler's report on a kernel."""
 
     name: str
     registers: int
     spilled: int  # bytes a thread
-    serialised: bool  # whether matrix instructions wait for one another
+    serialized: bool  # whether matrix instructions wait for one another
     shared: int | None  # bytes of shared memory; None where this jax does not say
 
 
 @contextlib.contextmanager
 def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
-    """Collects what the assembler says of the Mosaic-GPU kernels that are compiled meanwhile.
+    """Collects the assembler's reports on Mosaic-GPU kernels compiled inside the context.
 
     It says nothing of a kernel that an earlier program of this process had in common with this one.
     """
@@ -78,7 +78,7 @@ def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
                     name=re.sub(r"_\d+$", "", path.stem),
                     registers=int(registers),
                     spilled=int(spilled),
-                    serialised="wgmma.mma_async instructions are serialized" in text,
+                    serialized="wgmma.mma_async instructions are serialized" in text,
                     shared=int(shared[0]) if shared else None,
                 )
             )
@@ -125,8 +125,8 @@ def kernel_complaint(kernels: list[Kernel], spilled: int, mesh: Any) -> str:
             return f"{kernel.name} takes {kernel.shared} bytes of shared memory, more than {limit}"
         if kernel.spilled > spilled:
             return f"{kernel.name} spills {kernel.spilled} bytes a thread, more than {spilled}"
-        if kernel.serialised:
-            return f"the matrix instructions of {kernel.name} are serialised"
+        if kernel.serialized:
+            return f"the matrix instructions of {kernel.name} are serialized"
     return ""
 
 
@@ -149,9 +149,9 @@ def check_step(hf: dict[str, Any], mesh: Any) -> tuple[int, list[Kernel], str]:
 
 def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
     """The gate must be able to fail: a tile beyond shared memory is refused."""
-    from pallas_kernels.ragged_attention.gpu.tile_sizes import modelled
+    from pallas_kernels.ragged_attention.gpu.tile_sizes import modeled
 
-    tiles = dataclasses.replace(modelled(128, 4, "hopper"), chunk_stages=6)
+    tiles = dataclasses.replace(modeled(128, 4, "hopper"), chunk_stages=6)
     try:
         check_kernel(Call(name="too large", num_tokens=64), mesh, tiles=tiles)
     except Exception as error:  # of the lowering, before there is a compiler's error to speak of
@@ -161,10 +161,10 @@ def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
 
 def check_spills(mesh: Any) -> tuple[int, list[Kernel], str]:
     """A tile whose scores do not fit beside the accumulator compiles, slowly: the gate must see its spills."""
-    from pallas_kernels.ragged_attention.gpu.tile_sizes import modelled
+    from pallas_kernels.ragged_attention.gpu.tile_sizes import modeled
 
     call = Call(name="spills", num_tokens=64, num_heads=8, num_kv_heads=4, head_dim=256)
-    tiles = dataclasses.replace(modelled(256, 2, "hopper"), chunk_keys=128, chunk_stages=1)
+    tiles = dataclasses.replace(modeled(256, 2, "hopper"), chunk_keys=128, chunk_stages=1)
     *rest, words = check_kernel(call, mesh, tiles=tiles)
     return *rest, "" if "spills" in words else f"256 scores and accumulators a thread went unnoticed ({words!r})"
 

@@ -199,7 +199,7 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
     facts: dict[str, Any] = {}
     with lowering_for(mesh):
         if which == "ours":
-            chosen = tile_sizes.modelled(
+            chosen = tile_sizes.modeled(
                 tile_sizes.Shape(
                     num_heads=call.num_heads,
                     num_kv_heads=call.num_kv_heads,
@@ -239,13 +239,13 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
                     vmem_limit_bytes=64 * MIB if kind != "v4" else None,
                 )
             ).lower(q, pages, index[0], index[1], index[2], array(1))
-        start = time.process_time()  # whoever else uses the machine does not count
+        start = time.process_time()  # other processes do not count
         program.compile()
     return facts | {"seconds": time.process_time() - start}
 
 
 def measure(which: str, shape: str, kind: str, *, timeout: float, jax_keys: int) -> dict[str, Any]:
-    """Compiles one kernel in a process of its own and reads its schedule; {"failed": words} if it does not compile."""
+    """Compiles one kernel in a child process and reads its schedule; {"failed": words} if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*"
         command = [sys.executable, "-m", "tests.gate.schedule", "--one", which, shape, kind]

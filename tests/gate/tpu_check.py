@@ -1,6 +1,6 @@
-"""What one would otherwise learn on a rented TPU: `make tpu-check` compiles for v4, v5e, v5p, v6e and TPU7x, here.
+"""Compiles for TPU v4, v5e, v5p, v6e and TPU7x without a TPU: `make tpu-check`.
 
-Each kind of TPU has a process of its own, since the compiler may abort; the parent prints the table. A check fails if
+Each kind of TPU has its own process, since the compiler may abort; the parent prints the table. A check fails if
 its program does not compile, copies the KV cache, takes more temporary memory than the bound, if VMEM overflows, or if a
 layer has more collectives than it needs or copies a weight. To run out of `--seconds` is no failure: what was not
 reached is said.
@@ -103,7 +103,7 @@ def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> 
 
 
 def check_step_refused(hf: dict[str, Any], mesh: Any) -> tuple[int, str]:
-    """Weights beyond a device's memory: the compiler must say so, not the first run."""
+    """Weights beyond a device's memory: the compiler must report it, not the first run."""
     from fastgen_jax.plan.program import DoesNotCompile
 
     try:
@@ -158,7 +158,7 @@ def run_kind(kind: str, only: str, *, quick: bool, kv_dtypes: Sequence[str]) -> 
     for name, check in checks_of(kind, mesh, small, kv_dtypes=kv_dtypes).items():
         if only not in name or (quick and name not in QUICK):
             continue
-        start = time.process_time()  # whoever else uses the machine does not count
+        start = time.process_time()  # other processes do not count
         temporaries = 0
         try:
             temporaries, words = check()

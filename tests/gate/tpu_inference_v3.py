@@ -1,7 +1,7 @@
 """The ragged paged attention of vLLM's tpu-inference, third version, as a peer of `tests.gate.schedule`.
 
-Nothing of it lies here. It is taken from the package of PyPI where that can be found, of which the kernel's own module
-is enough; what lies around it needs vLLM and a TPU:
+None of its code is here. It is imported from the PyPI package if that is installed; only the kernel's module is needed,
+since the rest requires vLLM and a TPU:
 
     pip download --no-deps tpu-inference && python -m zipfile -e tpu_inference-*.whl DIR    (then DIR in PYTHONPATH)
 """
@@ -28,7 +28,7 @@ def is_here() -> bool:
 
 
 def load(kind: str) -> Any:
-    """The kernel's module, told what device it is compiled for instead of asking the process's own."""
+    """The kernel's module, which is told the target device instead of asking the process's own."""
     if kind not in VERSIONS:
         raise NotImplementedError(f"tpu-inference has no tiles for {kind}, only for {', '.join(VERSIONS)}")
     found = importlib.util.find_spec("tpu_inference")

@@ -180,8 +180,8 @@ def test_padding_is_in_no_group(monkeypatch: pytest.MonkeyPatch):
     ("changes", "message"),
     [
         ({"experts_per_token": 9}, r"experts_per_token is 9; with num_experts=8 it must be in \[1, 8\]"),
-        ({"num_groups": 3}, "8 experts cannot be chosen from 1 of 3 groups"),
-        ({"num_groups": 4}, "experts_per_token is 3, but the chosen groups hold 2"),
+        ({"num_groups": 3}, "num_groups is 3 and groups_per_token is 1; num_groups must divide num_experts=8"),
+        ({"num_groups": 4}, "experts_per_token is 3, but the chosen groups hold only 2 experts"),
         ({"shared_gate": True}, "no shared expert to scale"),
     ],
 )

@@ -1,4 +1,8 @@
-"""The notebooks run from top to bottom as they stand, in a kernel of their own, as they do for a reader."""
+"""The notebooks run from top to bottom in their own kernel, as they do for a reader.
+
+All four run in the fast suite: the one that needs no model as it is, the others with a tiny checkpoint in place of the
+built-in models. With the real models they take minutes of CPU time, so that is a slow test.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,13 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from tests.checkpoint.tiny_files import write_hf
+from tests.serving.checkpoint import write_checkpoint
+
 HOME = Path(__file__).parents[2] / "notebooks"
-QUICK = HOME / "a_model_family_in_an_hour.ipynb"  # the others compile a model's programs, or load SmolLM2
+WITHOUT_MODEL = HOME / "a_model_family_in_an_hour.ipynb"
 NOTEBOOKS = sorted(HOME.glob("*.ipynb"))
-# The client of the kernel is asynchronous inside and leaves its loop and sockets to the garbage collector.
+# The kernel's client is asynchronous internally and leaves its event loop and sockets to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
 )
@@ -28,29 +35,57 @@ def code_cells(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def execute(path: Path, folder: Path, *, kernel: str = "python3", cells: int | None = None) -> None:
-    """Runs a notebook, or its first code cells, as if it lay in `folder`."""
+def execute(
+    path: Path, folder: Path, *, kernel: str = "python3", num_cells: int | None = None, first: Path | None = None
+) -> None:
+    """Runs a notebook, or its first code cells, as if it were in `folder`; a program in `first` runs before them."""
     notebook = nbformat.read(path, as_version=4)
-    if cells is not None:
-        notebook.cells = code_cells(path)[:cells]
+    if num_cells is not None:
+        notebook.cells = code_cells(path)[:num_cells]
+    if first is not None:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(first.read_text()))
     NotebookClient(notebook, timeout=900, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}).execute()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom_in_a_clone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def in_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels import the package from this clone."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(HOME.parent), os.environ.get("PYTHONPATH")))))
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_clone")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom_in_a_clone(path: Path) -> None:
     execute(path, HOME)
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one layer that can chat, with one token per character."""
+    path = write_checkpoint(tmp_path_factory.mktemp("notebooks") / "tiny")
+    write_hf(path, num_hidden_layers=1, vocab_size=128, max_position_embeddings=1024)
+    return path
+
+
+@pytest.mark.usefixtures("in_clone")
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path != WITHOUT_MODEL], ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom_with_a_tiny_model(
+    path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY_CHECKPOINT", str(tiny_checkpoint))
+    execute(path, HOME, first=Path(__file__).parent / "programs" / "tiny_models.py")
 
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernel of an environment that has what the package needs, but not the package; pip works there offline."""
+    """A kernel in an environment that has the dependencies of the package but not the package; pip works offline there."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     (packages,) = environment.glob("lib/python*/site-packages")
-    # A folder that is named in a .pth is searched, but what it names in its own is not: an editable install is not seen.
+    # Folders in a .pth file are searched, but their own .pth files are not read, so an editable install is not found.
     (packages / "parent.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     kernel = tmp_path / "jupyter" / "kernels" / "fresh"
     kernel.mkdir(parents=True)
@@ -61,12 +96,12 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("MPLBACKEND", "agg")
     for option in ("NO_DEPS", "NO_INDEX", "DISABLE_PIP_VERSION_CHECK"):
         monkeypatch.setenv(f"PIP_{option}", "1")
-    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip reads it the other way round: there is no isolation
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip inverts this variable: 0 disables isolation
     return "fresh"
 
 
 def clone(target: Path) -> Path:
-    """What git would clone, as far as it is installed."""
+    """A copy of the parts of the repository that are installed."""
     for name in ("fastgen_jax", "pallas_kernels", "notebooks"):
         shutil.copytree(HOME.parent / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -74,25 +109,25 @@ def clone(target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("place", "cells"), [("notebooks", None), ("..", 2)])
-def test_where_nothing_is_installed_a_notebook_installs_the_clone_that_it_lies_in_or_beside(
-    place: str, cells: int | None, fresh: str, tmp_path: Path
+@pytest.mark.parametrize(("place", "num_cells"), [("notebooks", None), ("..", 2)])
+def test_without_the_package_a_notebook_installs_the_clone_around_it_or_next_to_it(
+    place: str, num_cells: int | None, fresh: str, tmp_path: Path
 ) -> None:
-    repository = clone(tmp_path / "content" / "fastgen_jax")  # beside it, a folder of the package's name
-    execute(QUICK, repository / place, kernel=fresh, cells=cells)
+    repository = clone(tmp_path / "content" / "fastgen_jax")  # next to this clone, its name is that of the package
+    execute(WITHOUT_MODEL, repository / place, kernel=fresh, num_cells=num_cells)
 
 
-def test_where_nothing_is_installed_a_notebook_takes_the_wheel_beside_it(fresh: str, tmp_path: Path) -> None:
-    repository, folder = clone(tmp_path / "clone"), tmp_path / "a folder of its own"
+def test_without_the_package_a_notebook_installs_the_wheel_next_to_it(fresh: str, tmp_path: Path) -> None:
+    repository, folder = clone(tmp_path / "clone"), tmp_path / "a folder without a clone"
     folder.mkdir()
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", folder, repository]
     subprocess.run(command, check=True)
-    execute(QUICK, folder, kernel=fresh, cells=2)
+    execute(WITHOUT_MODEL, folder, kernel=fresh, num_cells=2)
 
 
-def test_where_there_is_nothing_to_install_the_first_cell_says_what_to_do(fresh: str, tmp_path: Path) -> None:
+def test_without_anything_to_install_the_first_cell_explains_what_to_do(fresh: str, tmp_path: Path) -> None:
     with pytest.raises(CellExecutionError, match="put its wheel there, or clone its repository there with git"):
-        execute(HOME / "quick_start.ipynb", tmp_path, kernel=fresh, cells=1)
+        execute(HOME / "quick_start.ipynb", tmp_path, kernel=fresh, num_cells=1)
 
 
 def test_notebooks_are_kept_without_outputs_and_install_the_package_first() -> None:
@@ -100,6 +135,6 @@ def test_notebooks_are_kept_without_outputs_and_install_the_package_first() -> N
     for path in NOTEBOOKS:
         cells = code_cells(path)
         assert all(not cell.outputs and cell.execution_count is None for cell in cells), f"clear the outputs of {path.name}"
-        assert cells[0].source == code_cells(NOTEBOOKS[0])[0].source  # which is tested in a fresh environment
+        assert cells[0].source == code_cells(NOTEBOOKS[0])[0].source  # tested in a fresh environment
         assert "%pip install" in cells[0].source
         assert "install" in cells[0].metadata.tags

@@ -23,7 +23,7 @@ def temporary(tmp_path, monkeypatch):
 
 
 def blocked(tmp_path: Path) -> Path:
-    """A path that nobody can make a folder at."""
+    """A path where no folder can be created."""
     (tmp_path / "file").write_text("")
     return tmp_path / "file" / "cache"
 
@@ -37,14 +37,14 @@ def test_a_folder_is_made_and_can_be_written(tmp_path, caplog) -> None:
     assert caplog.text == ""
 
 
-def test_in_place_of_one_that_cannot_be_made_all_processes_use_the_same_private_one(tmp_path, temporary, caplog) -> None:
+def test_all_processes_use_the_same_private_folder_if_one_cannot_be_made(tmp_path, temporary, caplog) -> None:
     wanted = blocked(tmp_path)
     for _ in range(3):
         found = settle(wanted, "things", variable="SOME_VARIABLE")
     assert found is not None
     assert found.writable
-    assert found.path.is_relative_to(temporary / f"fastgen_jax-{os.getuid()}")
-    assert (temporary / f"fastgen_jax-{os.getuid()}").stat().st_mode & 0o077 == 0
+    assert found.path.is_relative_to(temporary / f"user-cache-{os.getuid()}")
+    assert (temporary / f"user-cache-{os.getuid()}").stat().st_mode & 0o077 == 0
     settle.cache_clear()  # as another process
     assert settle(wanted, "things", variable="SOME_VARIABLE") == found
     assert len(caplog.records) == 2, "said once a process"
@@ -59,9 +59,9 @@ def test_two_folders_that_cannot_be_made_do_not_become_one(tmp_path) -> None:
     assert one.path != other.path
 
 
-def test_a_temporary_folder_that_is_somebody_else_s_or_a_link_is_not_used(tmp_path, temporary, caplog) -> None:
+def test_a_temporary_folder_that_is_of_another_user_or_a_link_is_not_used(tmp_path, temporary, caplog) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
-    root = temporary / f"fastgen_jax-{os.getuid()}"
+    root = temporary / f"user-cache-{os.getuid()}"
     root.symlink_to(tmp_path / "elsewhere")
     assert settle(blocked(tmp_path), "things", variable="V") is None
     root.unlink()
@@ -79,13 +79,13 @@ def test_without_any_folder_there_is_none(tmp_path, monkeypatch, caplog) -> None
 
 def test_without_a_home_no_folder_called_tilde_is_made(tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.chdir(tmp_path)
-    found = settle(Path("~/.cache/fastgen_jax"), "things", variable="V")
+    found = settle(Path("~/.cache/things"), "things", variable="V")
     assert found is not None
     assert not Path("~").exists()
     assert "has no home folder" in caplog.text
 
 
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch, caplog) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatch, caplog) -> None:
     full = tmp_path / "full"
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
@@ -102,7 +102,7 @@ def test_a_folder_with_files_that_cannot_be_added_to_is_read_if_that_is_wanted(c
     found = settle(Path("/proc/self"), "things", variable="V")
     assert found is not None
     assert (found.path, found.writable) == (Path("/proc/self"), False)
-    assert "what it holds is used, and nothing is added" in caplog.text
+    assert "its files are used, and nothing is added" in caplog.text
     assert settle(Path("/proc/self"), "things", variable="V", reading=False) != found
 
 

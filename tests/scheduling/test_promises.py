@@ -39,12 +39,12 @@ def make_scheduler(clock: Clock, **changes: Any) -> Scheduler:
     return Scheduler(**(arguments | changes))
 
 
-def run_step(scheduler: Scheduler, clock: Clock, seconds_a_token: float = 0.01) -> list[tuple[str, int]]:
+def run_step(scheduler: Scheduler, clock: Clock, seconds_per_token: float = 0.01) -> list[tuple[str, int]]:
     """Runs a step that takes time in proportion to its tokens; returns its chunks as (request id, length)."""
     step = scheduler.schedule()
     if step is None:
         return []
-    clock.now += step.num_tokens * seconds_a_token
+    clock.now += step.num_tokens * seconds_per_token
     scheduler.commit(step, [0] * len(step.sampled))
     return [(chunk.sequence.request_id, chunk.length) for chunk in step.chunks]
 
@@ -107,14 +107,16 @@ def test_requests_that_cannot_be_on_time_are_refused_and_the_others_are_served()
     clock = Clock()
     scheduler = make_scheduler(clock)
     scheduler.add(make_request("warm_up", range(8), 1))
-    run_step(scheduler, clock, seconds_a_token=0.05)
+    run_step(scheduler, clock, seconds_per_token=0.05)
     clock.now = 5.0
     late = scheduler.add(make_request("late", range(20), 4, arrival_time=3.5))  # due at 5.5, 1 s of work left
     fine = scheduler.add(make_request("fine", range(20), 4, arrival_time=5.0))
-    assert run_step(scheduler, clock, seconds_a_token=0.05) == [("fine", 20), ("late", 20)], "late gets the leftover tokens"
+    assert run_step(scheduler, clock, seconds_per_token=0.05) == [("fine", 20), ("late", 20)], (
+        "late gets the leftover tokens"
+    )
     assert scheduler.take_refused() == []
     gone = scheduler.add(make_request("gone", range(20), 4, arrival_time=4.5))  # due at 6.5, and it is 7.0
-    assert run_step(scheduler, clock, seconds_a_token=0.05) == [("late", 1), ("fine", 1)]
+    assert run_step(scheduler, clock, seconds_per_token=0.05) == [("late", 1), ("fine", 1)]
     assert scheduler.take_refused() == [gone]
     assert scheduler.take_refused() == []
     assert (gone.finish_reason, gone.output_token_ids, gone.is_finished) == ("refused", [], True)
@@ -126,11 +128,11 @@ def test_a_late_prompt_takes_no_tokens_from_one_that_is_on_time() -> None:
     clock = Clock()
     scheduler = make_scheduler(clock, promise=Promise(prompt_rate=10.0, generation_rate=2.0, grace=10.0))
     scheduler.add(make_request("warm_up", range(8), 1))
-    run_step(scheduler, clock, seconds_a_token=0.04)
+    run_step(scheduler, clock, seconds_per_token=0.04)
     clock.now = 5.0
     scheduler.add(make_request("late", range(20), 4, arrival_time=3.0))
     scheduler.add(make_request("fine", range(60), 4, arrival_time=5.0))
-    assert run_step(scheduler, clock, seconds_a_token=0.04) == [("fine", 60)], "late would have to be split"
+    assert run_step(scheduler, clock, seconds_per_token=0.04) == [("fine", 60)], "late would have to be split"
 
 
 def test_when_all_requests_are_refused_there_is_no_step_and_the_scheduler_is_idle() -> None:
@@ -147,14 +149,14 @@ def test_if_not_all_prompts_can_be_on_time_most_are() -> None:
     clock = Clock()
     scheduler = make_scheduler(clock, promise=Promise(prompt_rate=25.0, generation_rate=2.0))
     scheduler.add(make_request("warm_up", range(8), 1))
-    run_step(scheduler, clock, seconds_a_token=0.02)
+    run_step(scheduler, clock, seconds_per_token=0.02)
     # At 50 tokens/s: six prompts of 20 tokens, each due after 0.8 s, and one of 100, due after 4 s.
     scheduler.add(make_request("long", range(100), 1, arrival_time=clock.now))
     for i in range(6):
         scheduler.add(make_request(i, range(20), 1, arrival_time=clock.now + 0.3 * i))
     order = []
     while scheduler.has_work:
-        order += [name for name, _ in run_step(scheduler, clock, seconds_a_token=0.02)]
+        order += [name for name, _ in run_step(scheduler, clock, seconds_per_token=0.02)]
     refused = {s.request_id for s in scheduler.take_refused()}
     assert len(refused) <= 2
     assert set(order) | refused == {"long", *map(str, range(6))}

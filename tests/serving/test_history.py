@@ -85,25 +85,25 @@ def test_unparsable_arguments_are_an_error_of_the_client():
 @pytest.mark.parametrize("choice", [None, "required", {"type": "function", "function": {"name": "f"}}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_messages_returned_by_the_sdk_are_accepted_unchanged(url, choice, stream):
-    asked = {"model": MODEL, "max_tokens": 60, "seed": 1}
+    options = {"model": MODEL, "max_tokens": 60, "seed": 1}
     if choice:
-        asked |= {"tools": [WEATHER], "tool_choice": choice}
+        options |= {"tools": [WEATHER], "tool_choice": choice}
     else:  # the SDK refuses a stream that was cut off
-        asked |= {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["ab"]}}}}
+        options |= {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["ab"]}}}}
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk:
         create = sdk.chat.completions.create
         if stream:
-            with sdk.chat.completions.stream(messages=[USER], **asked) as events:
+            with sdk.chat.completions.stream(messages=[USER], **options) as events:
                 message = events.get_final_completion().choices[0].message
         else:
-            message = create(messages=[USER], **asked).choices[0].message
+            message = create(messages=[USER], **options).choices[0].message
         if choice:
             assert json.loads(message.tool_calls[0].function.arguments)["c"] in ("A", "B")
         else:
             assert message.content == '"ab"'
         results = [{**RESULT, "tool_call_id": call.id} for call in message.tool_calls or ()]
         for form in (message, message.model_dump(), message.model_dump(exclude_none=True), message.to_dict()):
-            again = create(messages=[USER, form, *results, USER], **asked | {"max_tokens": 1})
+            again = create(messages=[USER, form, *results, USER], **options | {"max_tokens": 1})
             assert again.usage.completion_tokens == 1
 
 

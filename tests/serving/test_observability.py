@@ -108,7 +108,7 @@ def test_a_request_is_a_span_with_its_tokens_and_times():
         await client.post("/v1/completions", json=BODY, headers={"traceparent": parent})
 
     with_server(scenario)
-    # FastAPI may record spans of its own.
+    # FastAPI may record further spans.
     (span,) = [s for s in exporter.get_finished_spans() if s.instrumentation_scope.name == "fastgen_jax"]
     assert span.name == f"text_completion {MODEL}"
     assert f"{span.context.trace_id:032x}" == parent.split("-")[1]

@@ -117,10 +117,10 @@ def answering(page, url: str, text: str, *, first: str = "0") -> None:
 def test_an_answer_is_shown_as_markdown_and_cannot_run_or_load_anything(browser, url, size):
     width, height = SIZES[size]
     page = browser.new_page(viewport={"width": width, "height": height})
-    errors, asked = [], []
+    errors, requested = [], []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     answering(page, url, ANSWER)
     box = page.locator(".assistant")
     want = {"h1": 1, "strong": 2, "em": 1, "del": 1, "pre": 2, "ol > li": 2, "ul > li": 2, "td": 2, "br": 3}
@@ -147,7 +147,7 @@ def test_an_answer_is_shown_as_markdown_and_cannot_run_or_load_anything(browser,
     links = [entry for entry in allowed if entry.startswith("href=")]
     assert all(link.startswith("href=https://") for link in links)
     assert page.evaluate("window.hacked") is None
-    assert all(request.startswith((url, "data:image/svg+xml")) for request in asked), "the page requested something else"
+    assert all(request.startswith((url, "data:image/svg+xml")) for request in requested), "the page requested something else"
     assert errors == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
     if SCREENSHOTS:

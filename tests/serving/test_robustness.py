@@ -56,7 +56,7 @@ ODD = {
     "a long key": ("completions", {**COMPLETION, "logit_bias": {"9" * 5000: 1}}, "keys must be token ids"),
     "many stops": ("completions", {**COMPLETION, "stop": ["x"] * 10_000}, "at most 16 items"),
     "a long stop": ("completions", {**COMPLETION, "stop": "x" * 10_000}, "at most 1000 characters"),
-    "many stops, MII": ("/mii/here", {"prompts": "Hi", "stop": ["x"] * 10_000}, "stop has 10000 strings and at most 16"),
+    "many stops, MII": ("/mii/here", {"prompts": "Hi", "stop": ["x"] * 10_000}, "stop has 10000 strings but at most 16"),
     "many samples, MII": ("/mii/here", {"prompts": "Hi", "n": 10**30}, "more than the 64 requests that may wait"),
     "NaN, MII": ("/mii/here", b'{"prompts": "Hi", "temperature": NaN}', "temperature is nan; it must be a finite number"),
     "no UTF-8": ("completions", field("user", b'"\xff\xfe"'), "the body is not JSON in UTF-8"),

@@ -162,6 +162,22 @@ def test_a_disconnected_client_aborts_its_request_in_the_replica():
     run(scenario)
 
 
+def test_draining_waits_until_the_last_request_has_ended_or_the_time_is_over():
+    async def scenario():
+        f = Fixture()
+        requests = [f.submit([i])[0] for i in (5, 6)]
+        assert not await f.router.drain(0)
+        with pytest.raises(ClosedError, match="shutting down"):
+            f.submit([7])
+        draining = asyncio.create_task(f.router.drain(3600))
+        for request in requests:
+            assert not draining.done()
+            f.say(f.replica_of(request), request, [1], finished=True)
+        assert await draining
+
+    run(scenario)
+
+
 def test_a_request_that_kills_replicas_fails_and_the_others_beside_it_do_not():
     async def scenario():
         f = Fixture(replicas=1)

@@ -139,7 +139,7 @@ def test_a_fit_finds_the_coefficients_despite_disturbed_steps() -> None:
     assert model["facts"]["num_outliers"] == 30
     for name in ("per_row", "per_decode_attended", "per_prompt_attended"):
         assert model[name] == pytest.approx(asdict(true)[name], rel=0.02)
-    with pytest.raises(ValueError, match="2 steps were measured; 7 unknowns need more"):
+    with pytest.raises(ValueError, match="2 steps were measured, fewer than the 7 unknowns"):
         fit(points[:2], facts)
 
 

@@ -8,7 +8,7 @@ from tests.text.vocabularies import all_tokenizers
 
 
 class Tokenizers(dict[str, Tokenizer]):
-    """hypothesis writes out the arguments of a test, and whole vocabularies are too much for it."""
+    """A dict with a short repr: hypothesis prints the arguments of a failing test."""
 
     def __repr__(self) -> str:
         return f"tokenizers of {', '.join(self)}"
@@ -22,7 +22,7 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
 
 @pytest.fixture(scope="session", params=["json", "spm", "gguf bpe", "gguf spm"])
 def tokenizer(request, tokenizers) -> Tokenizer:
-    """Each of them in turn."""
+    """Each of these tokenizers in turn."""
     return tokenizers[request.param]
 
 
@@ -32,4 +32,4 @@ def smollm2() -> Tokenizer:
     try:
         return load_tokenizer(resolve_model("smollm2-135m-instruct"))
     except ValueError as error:
-        pytest.skip(f"the model file is not here: {error}")
+        pytest.skip(f"the model file is not available: {error}")

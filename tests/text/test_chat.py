@@ -27,7 +27,7 @@ def _render(template, messages=USER, *, tools=None, add_generation_prompt=True, 
     )
 
 
-def test_a_template_sees_messages_special_tokens_and_extra_values():
+def test_a_template_gets_messages_special_tokens_and_extra_variables():
     assert _render(PLAIN) == "<s>user: hi\nassistant:"
     assert _render(PLAIN, add_generation_prompt=False) == "<s>user: hi\n"
     assert _render("{{ enable_thinking }} {{ documents is none }} {{ tools is none }}", enable_thinking=False) == (
@@ -35,7 +35,7 @@ def test_a_template_sees_messages_special_tokens_and_extra_values():
     )
 
 
-def test_blocks_are_trimmed_loops_break_and_generation_marks_vanish():
+def test_blocks_are_trimmed_loops_can_break_and_generation_marks_disappear():
     template = (
         "{% for m in messages %}\n    {% if loop.index == 2 %}\n        {% break %}\n    {% endif %}\n"
         "{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}"
@@ -43,7 +43,7 @@ def test_blocks_are_trimmed_loops_break_and_generation_marks_vanish():
     assert _render(template, USER * 3) == "hi"
 
 
-def test_json_is_written_plainly_and_time_and_refusals_work():
+def test_json_time_and_exceptions_in_templates_work():
     assert _render("{{ tools[0] | tojson }}", tools=[{"b": "<é>", "a": 1}]) == '{"b": "<é>", "a": 1}'
     assert _render("{{ tools | tojson(indent=1) }}", tools=[{"b": 1}]) == '[\n {\n  "b": 1\n }\n]'
     assert _render("{{ strftime_now('%Y') | length }}") == "4"
@@ -60,7 +60,7 @@ def test_text_parts_are_joined_and_arguments_of_tool_calls_become_objects():
         "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
     }
     assert _render("{{ messages[0].tool_calls[0].function.arguments.x + 1 }}", [call]) == "2"
-    assert call["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'  # the caller's own is untouched
+    assert call["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'  # the caller's message is unchanged
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_text_parts_are_joined_and_arguments_of_tool_calls_become_objects():
             [{"role": "assistant", "content": "x", "audio": {"id": "a"}}],
             "has audio dict {'id': 'a'}, which is not supported",
         ),
-        ([{"role": "assistant", "function_call": {"name": "f"}}], "send tool_calls, its newer form"),
+        ([{"role": "assistant", "function_call": {"name": "f"}}], "use tool_calls instead"),
         ([{"role": "assistant", "tool_calls": [{}]}], r"tool_calls\[0\] is dict"),
         ([{"role": "assistant", "tool_calls": "f"}], "must be a list"),
     ],
 )
-def test_malformed_messages_are_refused_with_their_place(messages, message):
+def test_malformed_messages_are_refused_with_their_position(messages, message):
     with pytest.raises(ValueError, match=message):
         _render(PLAIN, messages)
 
@@ -108,7 +108,7 @@ def test_malformed_tools_are_refused():
         _render(PLAIN, tools=["get_weather"])
 
 
-def test_a_tokenizer_without_a_template_says_so(tokenizers):
+def test_a_tokenizer_without_a_chat_template_is_reported(tokenizers):
     with pytest.raises(ValueError, match="no chat template; it belongs to a base model"):
         tokenizers["json"].apply_chat_template(USER)
     only_tools = load_gguf(gguf_metadata("gpt-2", **{"tokenizer.chat_template.rag": PLAIN}))
@@ -116,15 +116,15 @@ def test_a_tokenizer_without_a_template_says_so(tokenizers):
         only_tools.apply_chat_template(USER)
 
 
-def test_beginning_of_sequence_comes_from_the_template_alone():
+def test_only_the_template_adds_the_beginning_of_sequence_token():
     tokenizer = load_gguf(gguf_metadata("llama-bpe", **{"tokenizer.chat_template": PLAIN}))
-    assert tokenizer.encode("x")[0] == tokenizer.bos_token_id  # it adds one to plain text
+    assert tokenizer.encode("x")[0] == tokenizer.bos_token_id  # plain text gets one
     ids = tokenizer.encode_chat(USER)
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[0] == tokenizer.bos_token_id
 
 
-def test_templates_are_found_wherever_a_checkpoint_keeps_them(tmp_path):
+def test_templates_are_found_in_all_files_of_a_checkpoint(tmp_path):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
     tokenizer = load_tokenizer(write_json(tmp_path, chat_template=named))
     assert tokenizer.apply_chat_template(USER) == "plain"

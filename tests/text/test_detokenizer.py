@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastgen_jax.text import IncrementalDetokenizer
 
-IDS = st.lists(st.integers(0, 500), max_size=40)  # byte pieces, special tokens, ids past the vocabulary included
+IDS = st.lists(st.integers(0, 500), max_size=40)  # includes byte pieces, special tokens and ids beyond the vocabulary
 
 
 def _cut(ids, borders):
@@ -17,7 +17,7 @@ def _cut(ids, borders):
 
 
 @given(ids=IDS, borders=st.lists(st.integers(0, 100)), skip=st.booleans())
-def test_deltas_join_to_the_decoded_text_however_tokens_arrive(tokenizers, ids, borders, skip):
+def test_pieces_join_to_the_decoded_text_for_every_division_of_the_tokens(tokenizers, ids, borders, skip):
     for tokenizer in tokenizers.values():
         stream = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
         text = "".join([*map(stream.push, _cut(ids, borders)), stream.flush()])
@@ -25,16 +25,16 @@ def test_deltas_join_to_the_decoded_text_however_tokens_arrive(tokenizers, ids, 
 
 
 @given(prompt=IDS, ids=IDS)
-def test_after_a_prompt_the_deltas_are_what_decoding_adds_to_its_text(tokenizers, prompt, ids):
+def test_after_a_prompt_the_pieces_are_what_decoding_adds_to_its_text(tokenizers, prompt, ids):
     for tokenizer in tokenizers.values():
         stream = IncrementalDetokenizer(tokenizer, prompt_ids=prompt)
         text = "".join([*(stream.push([id]) for id in ids), stream.flush()])
-        before = IncrementalDetokenizer(tokenizer).push(prompt)  # all but an unfinished character
+        before = IncrementalDetokenizer(tokenizer).push(prompt)  # everything except an unfinished character
         assert before + text == tokenizer.decode([*prompt, *ids])
 
 
 @pytest.mark.parametrize("text", ["日本語", "👩‍👩‍👧‍👦🇩🇪", "e\u0301 Grüße", "a😀b"])
-def test_a_character_appears_whole_or_not_yet(tokenizer, text):
+def test_a_character_appears_only_when_it_is_complete(tokenizer, text):
     stream = IncrementalDetokenizer(tokenizer)
     deltas = [stream.push([id]) for id in tokenizer.encode(text, add_special_tokens=False)]
     assert "".join(deltas) == text
@@ -46,8 +46,8 @@ def test_a_character_appears_whole_or_not_yet(tokenizer, text):
     ("data", "shown", "left"),
     [
         (b"\xe6\x97", "", "\ufffd"),  # cut short: one replacement, at the end only
-        (b"\xe6A", "\ufffdA", ""),  # broken off by a letter
-        (b"\x80\xff", "\ufffd\ufffd", ""),  # can begin nothing
+        (b"\xe6A", "\ufffdA", ""),  # interrupted by a letter
+        (b"\x80\xff", "\ufffd\ufffd", ""),  # cannot start a character
         (b"\xf0\x9f\x98", "", "\ufffd"),
         (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd", ""),  # a surrogate
         (b"\xc0\xaf", "\ufffd\ufffd", ""),  # an overlong slash
@@ -62,7 +62,7 @@ def test_invalid_bytes_become_replacement_characters(tokenizers, data, shown, le
     assert tokenizer.decode(ids) == shown + left
 
 
-def test_the_leading_space_of_sentencepiece_is_dropped_at_the_start_and_kept_after_a_prompt(tokenizers):
+def test_sentencepieces_leading_space_is_dropped_at_the_start_and_kept_after_a_prompt(tokenizers):
     tokenizer = tokenizers["spm"]
     ids = tokenizer.encode("the dog", add_special_tokens=False)
     assert IncrementalDetokenizer(tokenizer).push(ids) == "the dog"
@@ -70,13 +70,13 @@ def test_the_leading_space_of_sentencepiece_is_dropped_at_the_start_and_kept_aft
     assert IncrementalDetokenizer(tokenizer, prompt_ids=[1]).push(ids) == "the dog"  # BOS has no text
 
 
-def test_special_tokens_show_only_when_asked_for(tokenizer):
+def test_special_tokens_are_shown_only_on_request(tokenizer):
     end = tokenizer.eos_token_ids[0]
     assert IncrementalDetokenizer(tokenizer).push([end]) == ""
     assert IncrementalDetokenizer(tokenizer, skip_special_tokens=False).push([end]) == "</s>"
 
 
-def test_the_work_of_a_token_does_not_grow_with_the_text(tokenizers):
+def test_the_work_per_token_does_not_grow_with_the_text(tokenizers):
     for name, tokenizer in tokenizers.items():
         calls = 0
 

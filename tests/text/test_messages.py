@@ -1,4 +1,4 @@
-"""Conversations as clients send them, in templates as checkpoints have them."""
+"""Conversations as clients send them, rendered by templates like those of real checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastgen_jax.text.chat import render_chat
 
 USER = {"role": "user", "content": "hi"}
 ANY_ROLE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-# The part of Llama 3.1's that knows calls: it asks whether the field is there, then for its length.
+# The part of Llama 3.1's template for calls: it tests whether the field exists, then its length.
 LLAMA = (
     "{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
     "{{ raise_exception('only single tool-calls') }}{% endif %}"
@@ -18,17 +18,17 @@ LLAMA = (
     "{% elif m.role == 'tool' %}ipython:{{ m.content }}\n{% else %}{{ m.role }}:{{ m.content }}\n{% endif %}"
     "{% endfor %}"
 )
-# Some go through the arguments by name.
+# Some templates iterate over the names of the arguments.
 BY_NAME = (
     "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
     "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}{{ '\n' }}{% endfor %}"
 )
-# DeepSeek's asks whether the content is none.
+# DeepSeek's template tests whether the content is none.
 ASKS_NONE = (
     "{% for m in messages %}{% if m['content'] is none %}calls {{ m.tool_calls[0].function.name }}"
     "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
 )
-# As Gemma's and Mistral's first.
+# Like the first templates of Gemma and Mistral.
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}"
@@ -57,32 +57,32 @@ def call(arguments, **more):
 
 @pytest.mark.parametrize("template", [ANY_ROLE, LLAMA, BY_NAME, ASKS_NONE, NO_SYSTEM, DROPS_OTHERS])
 @pytest.mark.parametrize("calls", [None, []])
-def test_null_fields_and_no_calls_are_as_if_they_were_left_out(template, calls):
+def test_null_fields_and_an_empty_list_of_calls_have_no_effect(template, calls):
     plain = render(template, USER, {"role": "assistant", "content": "yes"}, USER)
     assert render(template, USER, {"role": "assistant", "content": "yes", **EMPTY, "tool_calls": calls}, USER) == plain
 
 
 @pytest.mark.parametrize("template", [ANY_ROLE, LLAMA, BY_NAME, ASKS_NONE, NO_SYSTEM, DROPS_OTHERS])
 @pytest.mark.parametrize("message", [{}, {"content": None}, {"content": None, **EMPTY}, {"content": None, "tool_calls": []}])
-def test_an_assistant_that_said_nothing_has_an_empty_turn(template, message):
+def test_an_assistant_message_without_content_is_an_empty_turn(template, message):
     assert render(template, USER, {"role": "assistant", **message}, USER) == render(
         template, USER, {"role": "assistant", "content": ""}, USER
     )
 
 
-def test_a_refusal_is_what_the_assistant_said():
+def test_a_refusal_counts_as_content():
     for said in ({"content": None, "refusal": "I cannot."}, {"content": [{"type": "refusal", "refusal": "I cannot."}]}):
         assert render(ANY_ROLE, USER, {"role": "assistant", **said}) == "<user>hi\n<assistant>I cannot.\n"
 
 
-def test_null_content_beside_calls_is_shown_as_each_template_expects():
+def test_null_content_with_calls_is_rendered_as_each_template_expects():
     assert render(ASKS_NONE, USER, call("{}")) == "hi\ncalls f\n"
     assert render(BY_NAME, USER, call('{"x": 1}')) == "hi\nf x=1\n"
     assert render(LLAMA, USER, call('{"x": 1}')) == 'user:hi\nf({"x": 1})\n'
 
 
 @pytest.mark.parametrize("arguments", ['{"x": ', "not JSON", "[" * 100_000, "1" * 5000])
-def test_arguments_that_are_not_json_reach_the_template_as_the_model_wrote_them(arguments):
+def test_arguments_that_are_not_json_reach_the_template_unchanged(arguments):
     assert json.loads(render(LLAMA, USER, call(arguments)).split("f(")[1].rstrip(")\n")) == arguments
     assert render(BY_NAME, USER, call(arguments)) == f"hi\nf arguments={arguments}\n"
     assert render(ANY_ROLE, USER, call(arguments)).endswith(
@@ -91,21 +91,21 @@ def test_arguments_that_are_not_json_reach_the_template_as_the_model_wrote_them(
 
 
 @pytest.mark.parametrize("arguments", ["", "null", None])
-def test_a_call_without_arguments_has_an_empty_object(arguments):
+def test_a_call_without_arguments_gets_an_empty_object(arguments):
     assert render(LLAMA, USER, call(arguments)) == "user:hi\nf({})\n"
 
 
-def test_calls_and_results_are_text_for_a_template_that_knows_none():
+def test_calls_and_results_become_text_if_the_template_does_not_support_them():
     result = {"role": "tool", "tool_call_id": "c", "content": "4"}
     assert render(ANY_ROLE, USER, call('{"x": "é"}', content="Let me see."), result, result) == (
         '<user>hi\n<assistant>Let me see.\n<tool_call>{"name": "f", "arguments": {"x": "é"}}</tool_call>\n'
         "<user><tool_response>\n4\n</tool_response>\n<tool_response>\n4\n</tool_response>\n"
     )
     assert "</tool_response>" in render(NO_SYSTEM, USER, call("{}"), result)
-    assert render(LLAMA, USER, call("{}"), result).endswith("ipython:4\n")  # this one does
+    assert render(LLAMA, USER, call("{}"), result).endswith("ipython:4\n")  # this template supports them
 
 
-def test_a_developer_is_the_system_where_the_role_is_unknown():
+def test_a_developer_message_becomes_a_system_message_if_the_role_is_unknown():
     developer, system = {"role": "developer", "content": "Be brief."}, {"role": "system", "content": "You are B."}
     assert render(ANY_ROLE, developer, USER) == "<system>Be brief.\n<user>hi\n"
     assert render(ANY_ROLE, system, developer, USER) == "<system>You are B.\n\nBe brief.\n<user>hi\n"
@@ -114,7 +114,7 @@ def test_a_developer_is_the_system_where_the_role_is_unknown():
 
 
 @pytest.mark.parametrize(("template", "user"), [(NO_SYSTEM, "user"), (DROPS_OTHERS, "u")])
-def test_where_there_is_no_system_either_the_user_says_what_the_developer_wants(template, user):
+def test_without_a_system_role_a_developer_message_becomes_part_of_the_users(template, user):
     developer = {"role": "developer", "content": "Be brief."}
     assert render(template, developer, USER) == f"{user}:Be brief.\n\nhi\n"
     assert render(template, developer) == f"{user}:Be brief.\n"
@@ -122,7 +122,7 @@ def test_where_there_is_no_system_either_the_user_says_what_the_developer_wants(
     later = render(template, USER, answer, developer, USER).splitlines()
     assert later[2:] == [f"{user}:Be brief.", "", "hi"]
     if template is NO_SYSTEM:
-        with pytest.raises(ValueError, match="System role not supported"):  # who names that role is told
+        with pytest.raises(ValueError, match="System role not supported"):  # an explicit system message is refused
             render(template, {"role": "system", "content": "Be brief."}, USER)
 
 
@@ -140,6 +140,6 @@ def test_where_there_is_no_system_either_the_user_says_what_the_developer_wants(
         "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
     ],
 )
-def test_whatever_a_template_does_the_error_says_that_it_was_the_template(template):
+def test_every_exception_of_a_template_is_reported_as_its_refusal(template):
     with pytest.raises(ValueError, match=r"the chat template 'default' (refuses this conversation|does not parse)"):
         render(template, USER)

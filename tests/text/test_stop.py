@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from fastgen_jax.text import IncrementalDetokenizer, StopStrings, stops_with_tokens
 
-LETTERS = st.text("ab\u0301", max_size=12)  # few letters, so that matches, overlaps and near misses abound
+LETTERS = st.text("ab\u0301", max_size=12)  # few letters, so that matches, overlaps and near misses are frequent
 STOPS = st.lists(st.text("ab\u0301", min_size=1, max_size=5), max_size=4)
 
 
 def _first_match(text, stops):
-    """By definition: the earliest start, then the longest."""
+    """The definition: the earliest start, then the longest match."""
     found = [(text.find(stop), -len(stop), stop) for stop in stops if stop in text]
     return (text[: min(found)[0]], min(found)[2]) if found else (text, None)
 
@@ -29,13 +29,13 @@ def _stream(pieces, stops):
 
 
 @given(pieces=st.lists(LETTERS, max_size=8), stops=STOPS)
-def test_the_earliest_and_then_longest_match_wins_however_the_text_is_cut(pieces, stops):
+def test_the_earliest_then_longest_match_wins_for_every_division_into_pieces(pieces, stops):
     assert _stream(pieces, stops) == _first_match("".join(pieces), stops)
     assert _stream(list("".join(pieces)), stops) == _first_match("".join(pieces), stops)
 
 
 @given(text=LETTERS, stops=STOPS)
-def test_no_more_is_held_back_than_could_begin_a_stop_string(text, stops):
+def test_only_text_that_may_begin_a_stop_string_is_held_back(text, stops):
     if any(stop in text for stop in stops):
         return
     shown, _ = StopStrings(stops).push(text)
@@ -60,7 +60,7 @@ def test_a_false_start_is_released():
     assert matcher.push("ual") == ("\nUsual", None)
 
 
-def test_a_longer_stop_string_is_awaited_and_given_up_at_the_end():
+def test_a_longer_stop_string_is_awaited_until_the_end_of_the_text():
     matcher = StopStrings(["\n", "\n\n"])
     assert matcher.push("a\n") == ("a", None)
     assert matcher.flush() == ("", "\n")
@@ -69,18 +69,18 @@ def test_a_longer_stop_string_is_awaited_and_given_up_at_the_end():
     assert matcher.push("\n") == ("", "\n\n")
 
 
-def test_a_shorter_stop_string_inside_a_longer_one_waits_for_its_outcome():
+def test_a_shorter_stop_string_inside_a_longer_one_waits_for_the_longer_one():
     assert _stream(["xab", "c!"], ["abcd", "b"]) == ("xa", "b")
     assert _stream(["xab", "cd"], ["abcd", "b"]) == ("x", "abcd")
 
 
-def test_without_stop_strings_everything_passes_at_once():
+def test_without_stop_strings_text_passes_immediately():
     matcher = StopStrings([])
     assert matcher.push("anything") == ("anything", None)
     assert matcher.flush() == ("", None)
 
 
-def test_many_long_stop_strings_take_time_by_the_character():
+def test_many_long_stop_strings_take_constant_time_per_character():
     stops = ["a" * n + "b" for n in range(1, 300)]
     assert _stream(["a" * 50] * 100, stops) == ("a" * 5000, None)
     assert _stream(["a" * 50] * 100 + ["b"], stops) == ("a" * 4701, "a" * 299 + "b")
@@ -100,15 +100,15 @@ def test_malformed_stop_strings_are_refused(stops, message):
 
 
 @given(pieces=st.lists(st.tuples(LETTERS, st.booleans()), max_size=8), stops=STOPS)
-def test_before_the_border_a_stop_string_may_begin_but_not_end(pieces, stops):
+def test_before_the_boundary_a_stop_string_may_begin_but_not_end(pieces, stops):
     pieces = sorted(pieces, key=lambda piece: piece[1])  # the first ones may not end it
     text = "".join(piece for piece, _ in pieces)
-    border = sum(len(piece) for piece, may_end in pieces if not may_end)
+    boundary = sum(len(piece) for piece, may_end in pieces if not may_end)
     found = [
         (start, -len(stop), stop)
         for stop in stops
         for start in range(len(text))
-        if text.startswith(stop, start) and start + len(stop) > border
+        if text.startswith(stop, start) and start + len(stop) > boundary
     ]
     matcher, shown = StopStrings(stops), ""
     for piece, may_end in pieces:
@@ -117,7 +117,7 @@ def test_before_the_border_a_stop_string_may_begin_but_not_end(pieces, stops):
     assert (shown, matcher.matched) == ((text[: min(found)[0]], min(found)[2]) if found else (text, None))
 
 
-def test_special_tokens_are_found_whole_and_never_shown(tokenizers):
+def test_special_tokens_match_as_a_whole_and_are_never_shown(tokenizers):
     tokenizer = tokenizers["json"]
     user, end = tokenizer.encode("<|user|><|end|>", add_special_tokens=False)
     stops, marks = stops_with_tokens(["\n<|user|>", "s", "|u"], tokenizer)
@@ -132,6 +132,6 @@ def test_special_tokens_are_found_whole_and_never_shown(tokenizers):
         return shown + matcher.flush()[0], matcher.matched is not None
 
     assert read("ab\n", user, "c") == ("ab", True)
-    assert read("ab", user, end, "c") == ("abc", False)  # neither the "s" nor the "|u" of its name is text
+    assert read("ab", user, end, "c") == ("abc", False)  # neither the "s" nor the "|u" in its name is text
     assert read("ab\n", end, "c") == ("ab\nc", False)
     assert read("ab\n<|us", "er|>") == ("ab", True)  # spelled out by the model, it is text

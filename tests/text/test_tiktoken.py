@@ -19,7 +19,7 @@ TEXTS = st.text(st.one_of(st.sampled_from("the dog in 123 qüu\n日 ver"), st.ch
 
 
 def _by_definition(word: bytes, ranked: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule: a word that has a rank is one token; else join the neighbours of the lowest rank, leftmost first."""
+    """tiktoken's rule: a word with a rank is one token, else the neighbors with the lowest rank merge, leftmost first."""
     if word in ranked:
         return [ranked[word]]
     parts = [bytes([byte]) for byte in word]
@@ -32,8 +32,8 @@ def _by_definition(word: bytes, ranked: dict[bytes, int]) -> list[int]:
 
 
 @given(text=TEXTS)
-def test_ids_are_those_of_tiktokens_rule_word_by_word(tokenizers, text):
-    # hypothesis tries what it finds in our source as well, and the text of a special token is that token
+def test_ids_follow_tiktokens_rule_word_by_word(tokenizers, text):
+    # hypothesis also tries literals of our source, and the text of a special token becomes that token
     assume(not any(special in text for special in (*_QWEN_SPECIALS, *_TEKKEN_SPECIALS, "<SPECIAL_")))
     for name, pattern, offset, pieces in (
         ("tiktoken", SPLITS["qwen2"][0], 0, ranks()),
@@ -47,7 +47,7 @@ def test_ids_are_those_of_tiktokens_rule_word_by_word(tokenizers, text):
         assert tokenizers[name].decode(expected) == composed
 
 
-def test_special_tokens_lie_where_their_programs_put_them(tokenizers):
+def test_special_tokens_have_the_ids_of_the_original_programs(tokenizers):
     qwen, tekken = tokenizers["tiktoken"], tokenizers["tekken"]
     size = len(ranks())
     assert qwen.encode("<|im_start|>the<|im_end|>") == [size + 1, ranks().index(b"the"), size + 2]
@@ -60,7 +60,7 @@ def test_special_tokens_lie_where_their_programs_put_them(tokenizers):
 
 
 @pytest.mark.parametrize("name", ["tiktoken", "tekken"])
-def test_text_comes_back(tokenizers, name):
+def test_decoding_reverses_encoding(tokenizers, name):
     for text in TRICKY:
         if "<s>" not in text and "</s>" not in text:
             ids = tokenizers[name].encode(text, add_special_tokens=False)
@@ -68,7 +68,7 @@ def test_text_comes_back(tokenizers, name):
             assert tokenizers[name].decode(ids) == composed
 
 
-def test_the_model_file_of_llama_3_is_told_from_sentencepieces(tmp_path):
+def test_the_model_file_of_llama_3_is_distinguished_from_sentencepieces(tmp_path):
     pieces = [base64.b64encode(bytes([i % 256, i // 256 % 256, i // 65536, 1])) + f" {i}\n".encode() for i in range(128_000)]
     (tmp_path / "tokenizer.model").write_bytes(b"".join(pieces))
     vocabulary = read_tiktoken(tmp_path / "tokenizer.model")
@@ -76,7 +76,7 @@ def test_the_model_file_of_llama_3_is_told_from_sentencepieces(tmp_path):
     assert (vocabulary.specials["<|begin_of_text|>"], vocabulary.specials["<|eot_id|>"]) == (128_000, 128_009)
     assert vocabulary.special_ids.stop == 128_256
     (tmp_path / "tokenizer.model").write_bytes(b"".join(pieces[:1000]))
-    with pytest.raises(ValueError, match="has 1,000 ranks; the special tokens of Llama 3"):
+    with pytest.raises(ValueError, match="has 1,000 ranks; only the special tokens of Llama 3"):
         load_tokenizer(tmp_path)
 
 

@@ -20,7 +20,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size
 
 
 @given(text=TEXTS)
-def test_decoding_what_was_encoded_gives_the_text_back(tokenizers, text):
+def test_decoding_reverses_encoding(tokenizers, text):
     for tokenizer in tokenizers.values():
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -28,7 +28,7 @@ def test_decoding_what_was_encoded_gives_the_text_back(tokenizers, text):
 
 
 @pytest.mark.parametrize("text", TRICKY)
-def test_tokenizer_json_is_encoded_and_decoded_as_by_the_tokenizers_library(tmp_path, tokenizers, text):
+def test_tokenizer_json_encodes_and_decodes_as_the_tokenizers_library_does(tmp_path, tokenizers, text):
     theirs = Backend.from_file(str(write_json(tmp_path) / "tokenizer.json"))
     ids = theirs.encode(text).ids
     assert tokenizers["json"].encode(text) == ids
@@ -36,7 +36,7 @@ def test_tokenizer_json_is_encoded_and_decoded_as_by_the_tokenizers_library(tmp_
 
 
 @given(ids=st.lists(st.integers(0, 404), max_size=20))
-def test_any_ids_decode_as_by_the_tokenizers_library(tmp_path_factory, tokenizers, ids):
+def test_any_ids_decode_as_in_the_tokenizers_library(tmp_path_factory, tokenizers, ids):
     path = tmp_path_factory.getbasetemp() / "tokenizers0" / "json" / "tokenizer.json"
     theirs = Backend.from_file(str(path))
     for skip in (True, False):
@@ -44,7 +44,7 @@ def test_any_ids_decode_as_by_the_tokenizers_library(tmp_path_factory, tokenizer
 
 
 @pytest.mark.parametrize("text", [text for text in TRICKY if "<" not in text])
-def test_a_sentencepiece_vocabulary_from_gguf_encodes_as_the_model_it_was_taken_from(tokenizers, text):
+def test_a_sentencepiece_vocabulary_from_gguf_encodes_as_its_original_model(tokenizers, text):
     model = sentencepiece.SentencePieceProcessor(model_proto=spm_model())
     ids = model.encode(text)
     assert tokenizers["gguf spm"].encode(text, add_special_tokens=False) == ids
@@ -52,7 +52,7 @@ def test_a_sentencepiece_vocabulary_from_gguf_encodes_as_the_model_it_was_taken_
     assert tokenizers["spm"].decode(ids) == tokenizers["gguf spm"].decode(ids) == model.decode(ids)
 
 
-def test_a_byte_level_vocabulary_from_gguf_encodes_as_the_json_it_was_taken_from(tokenizers):
+def test_a_byte_level_vocabulary_from_gguf_encodes_as_its_original_json(tokenizers):
     from_gguf = load_gguf(gguf_metadata("gpt-2"))
     for text in TRICKY:
         assert from_gguf.encode(text) == tokenizers["json"].encode(text)
@@ -70,10 +70,10 @@ def test_a_byte_level_vocabulary_from_gguf_encodes_as_the_json_it_was_taken_from
         ("default", "don't 1234!?", ["don", "'", "t", "Ġ", "123", "4", "!?"]),
     ],
 )
-def test_each_kind_of_pre_tokenizer_cuts_words_its_own_way(kind, text, words):
+def test_each_kind_of_pre_tokenizer_splits_words_correctly(kind, text, words):
     metadata = gguf_metadata(kind)
     known = [*byte_alphabet(), *dict.fromkeys(word for word in words if len(word) > 1)]
-    # Words are built up letter by letter, so a merge that crosses a border would show as a longer token.
+    # Words are merged letter by letter, so a merge across a word boundary would show as a longer token.
     prefixes = dict.fromkeys(word[:n] for word in words for n in range(2, len(word) + 1))
     metadata["tokenizer.ggml.tokens"] = list(dict.fromkeys([*known, *prefixes]))
     metadata["tokenizer.ggml.merges"] = [f"{prefix[:-1]} {prefix[-1]}" for prefix in prefixes]
@@ -89,36 +89,38 @@ def test_special_tokens_are_found_in_text_and_skipped_in_output(tokenizer):
     assert "</s>" in tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def test_tokens_that_are_added_but_not_special_stay_visible(tokenizer):
+def test_added_tokens_that_are_not_special_stay_visible(tokenizer):
     ids = tokenizer.encode("<think>x", add_special_tokens=False)
     assert "<think>" in [tokenizer.token_text(id) for id in ids]
     assert tokenizer.decode(ids) == "<think>x"
 
 
-def test_beginning_of_sequence_is_added_where_the_format_says_so(tokenizers):
+def test_the_beginning_of_sequence_token_is_added_where_the_format_says_so(tokenizers):
     for name, expected in {"spm": [1], "gguf spm": [1], "gguf bpe": [0], "json": []}.items():
         assert tokenizers[name].encode("x")[:-1][: len(expected)] == expected, name
         assert tokenizers[name].encode("x", add_special_tokens=False)[0] != tokenizers[name].bos_token_id
-    told = load_gguf(gguf_metadata("llama", **{"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True}))
-    assert told.encode("x")[0] != 1
-    assert told.encode("x")[-1] == 2
+    configured = load_gguf(
+        gguf_metadata("llama", **{"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True})
+    )
+    assert configured.encode("x")[0] != 1
+    assert configured.encode("x")[-1] == 2
 
 
-def test_only_the_first_part_gets_a_leading_space_unless_the_tokenizer_is_a_legacy_one(tmp_path):
+def test_only_the_first_part_gets_a_leading_space_unless_the_tokenizer_is_legacy(tmp_path):
     for legacy, pieces in ((True, ["▁x", "<|user|>", "▁x"]), (False, ["▁x", "<|user|>", "x"])):
         tokenizer = load_tokenizer(write_spm(tmp_path / str(legacy), legacy=legacy))
         ids = tokenizer.encode("x<|user|>x", add_special_tokens=False)
         assert "".join(map(tokenizer.token_text, ids)) == "".join(pieces)
 
 
-def test_bytes_of_a_token_are_those_of_its_text():
+def test_the_bytes_of_a_token_are_those_of_its_text():
     assert piece_bytes("ĠGrÃ¼ÃŁe", "byte-level") == " Grüße".encode()
     assert piece_bytes("▁日本", "metaspace") == " 日本".encode()
     assert piece_bytes("<0xE6>", "metaspace") == b"\xe6"
     assert sorted(byte_alphabet().values()) == list(range(256))
 
 
-def test_ids_beyond_the_vocabulary_have_no_text_and_negative_ones_are_refused(tokenizer):
+def test_ids_beyond_the_vocabulary_have_no_text_and_negative_ids_are_refused(tokenizer):
     assert tokenizer.decode([tokenizer.vocab_size, tokenizer.vocab_size + 1000]) == ""
     with pytest.raises(ValueError, match="token id -1 is negative"):
         tokenizer.token_bytes(-1)
@@ -126,7 +128,7 @@ def test_ids_beyond_the_vocabulary_have_no_text_and_negative_ones_are_refused(to
         tokenizer.token_text(tokenizer.vocab_size)
 
 
-def test_text_that_is_no_text_is_refused(tokenizer):
+def test_bytes_and_lone_surrogates_are_refused(tokenizer):
     with pytest.raises(ValueError, match="must be a str, got bytes"):
         tokenizer.encode(b"x")
     with pytest.raises(ValueError, match="lone surrogate at character 1"):
@@ -160,7 +162,7 @@ def test_end_of_sequence_ids_of_all_files_are_collected(tmp_path):
         ),
     ],
 )
-def test_decoders_of_tokenizer_json_are_recognised(decoder, expected):
+def test_decoders_of_tokenizer_json_are_recognized(decoder, expected):
     assert scheme_of_decoder(decoder) == expected
 
 
@@ -179,7 +181,7 @@ def test_decoders_of_tokenizer_json_are_recognised(decoder, expected):
         },
     ],
 )
-def test_decoders_that_we_cannot_stream_are_refused(decoder):
+def test_decoders_that_cannot_be_streamed_are_refused(decoder):
     with pytest.raises(ValueError, match="supported"):
         scheme_of_decoder(decoder)
 
@@ -191,10 +193,10 @@ def test_decoders_that_we_cannot_stream_are_refused(decoder):
         ({"tokenizer.ggml.pre": "kimi-k2"}, "pre is 'kimi-k2'; supported: gpt-2, smollm"),
         ({"tokenizer.ggml.tokens": []}, "lack tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": None}, "lack tokenizer.ggml.merges"),
-        ({"tokenizer.ggml.merges": ["no such"]}, "do not fit together"),
+        ({"tokenizer.ggml.merges": ["no such"]}, "do not match"),
         ({"tokenizer.ggml.token_type": [1]}, "has 1 entries for"),
         ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000, outside the vocabulary"),
-        ({"tokenizer.ggml.bos_token_id": None}, "add_bos_token asks for a token"),
+        ({"tokenizer.ggml.bos_token_id": None}, "add_bos_token is set, but"),
     ],
 )
 def test_incomplete_or_unknown_gguf_metadata_are_refused(change, message):
@@ -202,7 +204,7 @@ def test_incomplete_or_unknown_gguf_metadata_are_refused(change, message):
         load_gguf(gguf_metadata("llama-bpe") | change)
 
 
-def test_damaged_or_absent_tokenizer_files_are_refused_by_name(tmp_path):
+def test_damaged_or_missing_tokenizer_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"does not exist"):
@@ -218,7 +220,7 @@ def test_damaged_or_absent_tokenizer_files_are_refused_by_name(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_the_settings_of_training_do_not_cut_or_pad_a_prompt(tmp_path, tokenizers):
+def test_training_settings_do_not_truncate_or_pad_a_prompt(tmp_path, tokenizers):
     path = write_json(tmp_path) / "tokenizer.json"
     backend = Backend.from_file(str(path))
     backend.enable_truncation(3)
@@ -238,7 +240,7 @@ SMOLLM2 = {
 
 
 @pytest.mark.parametrize("text", SMOLLM2)
-def test_smollm2_is_tokenised_as_by_transformers(smollm2, text):
+def test_smollm2_is_tokenized_as_in_transformers(smollm2, text):
     assert smollm2.encode(text) == SMOLLM2[text]
     assert smollm2.decode(SMOLLM2[text]) == text
 

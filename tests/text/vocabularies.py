@@ -1,4 +1,4 @@
-"""Small tokenizers of every format, trained or written in a moment."""
+"""Small tokenizers of every format, trained or written quickly."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def write_json(path: Path, **settings: Any) -> Path:
 
 
 def write_spm(path: Path, **settings: Any) -> Path:
-    """A directory with tokenizer.model and tokenizer_config.json, two tokens added behind the model's."""
+    """A directory with tokenizer.model and tokenizer_config.json, two tokens added after those of the model."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.model").write_bytes(spm_model())
     added = {"420": {"content": "<|user|>", "special": True}, "421": {"content": "<tool>", "special": False}}

@@ -1,1 +1,1 @@
-"""Programs that each measure one engine, in a process of its own: see `protocol`."""
+"""Programs that each measure one engine in its own process: see `protocol`."""

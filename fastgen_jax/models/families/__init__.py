@@ -1,6 +1,6 @@
-"""One small file a family: which config fields it reads, and what its weights are called.
+"""One small file per model family: which config fields it reads, and the names of its weights.
 
-A family module has `ARCHITECTURES`, `FEATURES` (what of it is supported, in a line), `config_from_hf(hf) -> ModelConfig`
+A family module has `ARCHITECTURES`, `FEATURES` (what is supported, in one line), `config_from_hf(hf) -> ModelConfig`
 and `sources(config) -> dict[str, Source]`. See docs/adding-a-model.md.
 """
 
@@ -54,7 +54,7 @@ FAMILIES: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for
 
 
 def family_of(architecture: str) -> ModuleType:
-    """The family module of an architecture name as in config.json; ValueError names the nearest supported one."""
+    """The family module of an architecture, as named in config.json; ValueError names the nearest supported one."""
     for family in FAMILIES.values():
         if architecture in family.ARCHITECTURES:
             return family

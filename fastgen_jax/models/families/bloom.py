@@ -29,12 +29,12 @@ _OF_TRAINING = (
     "offset_alibi",
     "skip_bias_add",
     "slow_but_exact",
-)  # how the original ran, not what it computes
+)  # these affect how the original ran, not its results
 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"apply_residual_connection_post_layernorm": (False,)})
     hf.first(*_OF_TRAINING)
     num_heads, embed_dim = hf.first("n_head", "num_attention_heads"), hf.first("hidden_size", "n_embed")
@@ -65,5 +65,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES, rearrange={"layers.qkv": common.split_kv_groups(config)})

@@ -1,4 +1,4 @@
-"""Cohere's Command R (and Aya): one LayerNorm without bias, parallel attention and MLP, neighbouring pairs turned."""
+"""Cohere's Command R (and Aya): one LayerNorm without bias, parallel attention and MLP, adjacent pairs rotated."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FEATURES = "Command R and R+, Aya; norms on queries and keys; biases"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
     positions = rotary(hf, max_context_len=8192, theta=500_000.0)
-    if hf.get("model_max_length"):  # the released models read on far beyond max_position_embeddings
+    if hf.get("model_max_length"):  # the released models are used far beyond max_position_embeddings
         positions["max_context_len"] = hf["model_max_length"]
     return ModelConfig(
         family="cohere",
@@ -36,13 +36,13 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     d = config.head_dim
     return common.sources_from(
         config,
         common.LLAMA_NAMES,
         rearrange={
-            "layers.qkv": common.neighbours_apart(config),
+            "layers.qkv": common.adjacent_pairs_to_halves(config),
             "layers.q_norm": common.rope_pairs_to_halves(d, 1),  # [H, D]: each row is a head
             "layers.k_norm": common.rope_pairs_to_halves(d, 1),
         },

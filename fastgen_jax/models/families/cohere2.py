@@ -1,4 +1,4 @@
-"""Cohere's Command R7B and Command A: Cohere with windows, and no positions at all in the layers without one."""
+"""Cohere's Command R7B and Command A: Cohere with sliding windows, and no position encoding in the other layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEATURES = "windows in three of four layers, no positions in the fourth; biases"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(
         hf,
         {
@@ -49,5 +49,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return cohere.sources(config)

@@ -1,4 +1,4 @@
-"""What the families share when they read a Hugging Face `config.json` and name its tensors."""
+"""Shared code for reading a Hugging Face `config.json` and naming the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastgen_jax.models.params import all_specs
 
 BFLOAT16 = ml_dtypes.bfloat16
 
-# Fields of config.json that do not change what a forward pass computes: training, generation defaults, file keeping.
+# Fields of config.json that do not change what a forward pass computes: training, generation defaults, bookkeeping.
 _INERT = frozenset(
     {
         "architectures",
@@ -79,7 +79,7 @@ _INERT = frozenset(
         "gradient_checkpointing",
     }
 )
-# Fields around the text part of a model that also sees. Text alone meets none of what they say.
+# Fields of a multimodal model outside its text model. They do not affect text-only input.
 _AROUND_TEXT = frozenset(
     {
         "vision_config",
@@ -101,7 +101,7 @@ _INERT_ENDINGS = ("_dropout", "_pdrop", "dropout")
 
 
 class Fields(Mapping[str, Any]):
-    """A config.json that remembers which of its fields have been read, so that none is ignored by oversight."""
+    """A config.json that records which of its fields have been read, so that none is overlooked."""
 
     def __init__(self, hf: Mapping[str, Any]) -> None:
         self._hf = hf
@@ -121,24 +121,24 @@ class Fields(Mapping[str, Any]):
         return name in self._hf
 
     def first(self, *names: str, default: Any = None) -> Any:
-        """The value of the first of these fields that is there and not null; all count as read."""
+        """The value of the first of these fields that is present and not null; all of them count as read."""
         values = [self[name] for name in names if name in self]
         return next((value for value in values if value is not None), default)
 
     def refuse_unread(self) -> None:
-        """ValueError if a field that nobody has read could change what the model computes."""
+        """Raises ValueError if a field that was not read could change what the model computes."""
         for name in self._hf.keys() - self._read - _INERT:
             value = self._hf[name]
             switched_off = value is None or value is False or value in (0, "", [], {})
             if not (switched_off or name.endswith(_INERT_ENDINGS) or name.startswith("_")):
                 raise ValueError(
-                    f"the field {name}={value!r} is not known to this family, and ignoring it might change the model's "
-                    "output; remove it from config.json if it does not matter"
+                    f"config.json has {name}={value!r}, which this family does not know; ignoring it might change "
+                    "the output; remove the field if it does not matter"
                 )
 
 
 def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[[Mapping[str, Any]], ModelConfig]:
-    """Makes a `config_from_hf` strict: fields that it did not read are refused, see `Fields.refuse_unread`."""
+    """Makes a `config_from_hf` strict: it raises for fields that it did not read, see `Fields.refuse_unread`."""
 
     @functools.wraps(read)
     def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -151,14 +151,14 @@ def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[[Mappin
 
 
 def _text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the text model in a model that also sees; what stands around it counts where it says nothing."""
+    """The fields of the text model of a multimodal checkpoint, with the outer fields as defaults."""
     around = {name: value for name, value in hf.items() if name not in _AROUND_TEXT}
     ends = {name: around[name] for name in ("eos_token_id", "bos_token_id") if around.get(name)}
     return around | hf["text_config"] | ends
 
 
 def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ValueError for a field whose value is not among the supported ones; an absent field is fine."""
+    """Raises ValueError if a field has a value that is not supported; absent fields are accepted."""
     for name, values in supported.items():
         if name in hf and hf[name] not in values:
             raise ValueError(
@@ -167,10 +167,10 @@ def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any,
 
 
 def sizes(hf: Fields, *, head_dim: int | None = None, assumed: Mapping[str, int] = MappingProxyType({})) -> dict[str, Any]:
-    """The fields that every family spells as Llama does, as keyword arguments of `ModelConfig`.
+    """The fields that most families name as Llama does, as keyword arguments of `ModelConfig`.
 
-    `head_dim` is what the family assumes where the file is silent; None: the width of the model over its heads. `assumed`
-    does the same for further fields, by their names in config.json.
+    `head_dim` is the family's default; None: the width of the model divided by the number of heads. `assumed` holds defaults
+    of further fields, by their names in config.json.
     """
     num_heads = _given(hf, "num_attention_heads", assumed)
     return {
@@ -203,7 +203,7 @@ def eos_ids(hf: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def activation(hf: Fields, name: str = "hidden_act", *, default: str) -> Any:
-    """The field `name` as an `activation` of `ModelConfig`; ValueError for one that we lack."""
+    """The field `name` as an `activation` of `ModelConfig`; ValueError if it is not supported."""
     known = {
         "silu": "silu",
         "swish": "silu",
@@ -220,7 +220,7 @@ def activation(hf: Fields, name: str = "hidden_act", *, default: str) -> Any:
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """Press's geometric slopes, with those of twice as many heads filling up what is not a power of two."""
+    """The geometric slopes of ALiBi. If `num_heads` is not a power of two, the rest come from twice as many heads."""
     power = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     between = [2.0 ** (-4.0 * i / power) for i in range(1, 2 * power, 2)]
@@ -228,7 +228,7 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
 
 
 def windows(hf: Fields, size: int | None, is_sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """`layer_windows` of `ModelConfig`: `size` where `layer_types` says so, or `is_sliding(layer)` if it is absent."""
+    """`layer_windows` of `ModelConfig`: `size` for the layers that `layer_types`, or else `is_sliding`, selects."""
     types = hf.get("layer_types")
     count = hf["num_hidden_layers"]
     if size is None:
@@ -248,9 +248,9 @@ def windows(hf: Fields, size: int | None, is_sliding: Callable[[int], bool]) -> 
 class Source:
     """The checkpoint tensors that make one weight.
 
-    They are transposed from [out, in] if asked, joined along the output axis (the last one), and, where the weight is
-    `stacked`, put one above the other along its first axis: names of row 0, then those of row 1, ... `rearrange` gets
-    the whole and reorders its output axis.
+    They are transposed from [out, in] if `transpose`, and concatenated along the output axis (the last one). If `stacked`,
+    the names of row 0 of the first axis come first, then those of row 1, and so on. `rearrange` reorders the output axis of
+    the result.
     """
 
     names: tuple[str, ...]
@@ -273,7 +273,7 @@ LLAMA_NAMES: dict[str, str | Sequence[str]] = {
     "layers.gate_up": ("model.layers.{layer}.mlp.gate_proj", "model.layers.{layer}.mlp.up_proj"),
     "layers.down": "model.layers.{layer}.mlp.down_proj",
 }
-"""The modules of a Llama checkpoint that hold each weight; most families differ from it in a few lines."""
+"""The modules of a Llama checkpoint for each weight; most families differ in a few lines."""
 
 
 def sources_from(
@@ -283,12 +283,12 @@ def sources_from(
     conv1d: Sequence[str] = (),
     rearrange: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
 ) -> dict[str, Source]:
-    """Where each weight of `param_specs(config)` lies; `{layer}` stands for the layer's number.
+    """The source of each weight of `param_specs(config)`; `{layer}` stands for the number of the layer.
 
-    `names` maps a weight's path to the module, or the modules joined, whose `.weight` it is; the module's `.bias` is
-    `<path>_bias`. A `Source` is taken as it is, under the whole path. Matrices are stored [out, in], as
-    `torch.nn.Linear` does, but for those in `conv1d`, which are [in, out] as in GPT-2. `rearrange` reorders the outputs
-    of a weight and of its bias.
+    `names` maps the path of a weight to the module, or the modules to concatenate, whose `.weight` it is; the bias of the
+    weight is the `.bias` of the module. A `Source` is used as it is. Matrices are stored [out, in], as `torch.nn.Linear`
+    does, except those in `conv1d`, which are [in, out] as in GPT-2. `rearrange` reorders the outputs of a weight and of its
+    bias.
     """
     found = {}
     for path, spec in all_specs(config).items():
@@ -310,7 +310,7 @@ def sources_from(
 
 
 def split_kv_groups(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
-    """Reorders a fused [..., K * (G + 2) * D], each KV head's queries, key and value together, to q, then k, then v."""
+    """Reorders a fused [..., K * (G + 2) * D] from the q, k and v of each KV head to all q, then all k, then all v."""
     k, d, group = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
 
     def rearrange(fused: np.ndarray) -> np.ndarray:
@@ -322,24 +322,24 @@ def split_kv_groups(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
     return rearrange
 
 
-def neighbours_apart(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
-    """Reorders the queries and keys of a `qkv` whose pairs (2i, 2i + 1) turn together, as far as they turn at all."""
+def adjacent_pairs_to_halves(config: ModelConfig) -> Callable[[np.ndarray], np.ndarray]:
+    """Reorders the queries and keys of a `qkv` that rotates pairs (2i, 2i + 1); see `rope_pairs_to_halves`."""
     dim = config.ropes[0].dim if config.ropes else None
     return rope_pairs_to_halves(config.head_dim, config.num_heads + config.num_kv_heads, dim=dim)
 
 
 def rope_pairs_to_halves(head_dim: int, num_heads: int, *, dim: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """Reorders the leading `num_heads` heads of an axis so that pairs (2i, 2i + 1) that turn together lie `dim`/2 apart.
+    """Reorders the first `num_heads` heads of an axis so that rotated pairs (2i, 2i + 1) become (i, i + dim/2).
 
-    `dim` leading numbers of a head turn, None: all. Dot products of queries and keys do not change if both are reordered
-    alike, and `rotate` needs one order only.
+    The first `dim` dimensions of a head are rotated; None: all. Dot products do not change if queries and keys are reordered
+    alike, and `rotate` then has to support only one order.
     """
     dim = head_dim if dim is None else dim
 
     def rearrange(x: np.ndarray) -> np.ndarray:
         moved, rest = np.split(x, [num_heads * head_dim], axis=-1)
-        turning, still = np.split(moved.reshape(*x.shape[:-1], num_heads, head_dim), [dim], axis=-1)
-        heads = np.concatenate([turning[..., ::2], turning[..., 1::2], still], axis=-1)
+        rotated, kept = np.split(moved.reshape(*x.shape[:-1], num_heads, head_dim), [dim], axis=-1)
+        heads = np.concatenate([rotated[..., ::2], rotated[..., 1::2], kept], axis=-1)
         return np.concatenate([heads.reshape(moved.shape), rest], axis=-1)
 
     return rearrange

@@ -1,6 +1,6 @@
-"""DeepSeek V2: latent attention, dense layers first, then experts chosen from the best groups of experts.
+"""DeepSeek V2: latent attention, dense layers first, then experts chosen from the best groups.
 
-V3 is read by the same functions, see deepseek_v3.py.
+deepseek_v3.py reads V3 with the same functions.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FEATURES = "latent attention (latents are cached); dense layers first; experts i
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
-    # transformers normalises the weights of the chosen in no case, whatever norm_topk_prob says.
+    """Reads the fields of a Hugging Face `config.json`."""
+    # transformers never normalizes the weights of the chosen experts, whatever norm_topk_prob says.
     common.refuse_unsupported(
         hf,
         {
@@ -49,9 +49,9 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def latent_model(hf: Fields, *, max_context_len: int) -> dict[str, Any]:
-    """Everything but the experts, as keyword arguments of `ModelConfig`."""
+    """Everything except the experts, as keyword arguments of `ModelConfig`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "mlp_bias": (False,), "moe_layer_freq": (1,)})
-    # What the others say follows from the sizes, or concerns training and the layer that predicts a second token.
+    # The others follow from the sizes, or concern training and multi-token prediction.
     hf.first(
         "hidden_act",
         "mlp_bias",
@@ -97,7 +97,7 @@ def latent_model(hf: Fields, *, max_context_len: int) -> dict[str, Any]:
 
 
 def experts(hf: Fields) -> dict[str, Any]:
-    """What V2 and V3 say alike of their experts, as keyword arguments of `MoEConfig`."""
+    """The expert fields that V2 and V3 share, as keyword arguments of `MoEConfig`."""
     return {
         "num_experts": hf["n_routed_experts"],
         "experts_per_token": hf["num_experts_per_tok"],
@@ -109,7 +109,7 @@ def experts(hf: Fields) -> dict[str, Any]:
 
 
 def _attention_scale(qk_dim: int, rope: RopeConfig) -> float:
-    """1 / sqrt(D), sharpened where YaRN's `mscale_all_dim` says so."""
+    """1 / sqrt(D), multiplied by the square of YaRN's mscale if `mscale_all_dim` is set."""
     scale = qk_dim**-0.5
     if rope.kind == "default" or not rope.mscale_all_dim or rope.factor <= 1.0:
         return scale
@@ -117,7 +117,7 @@ def _attention_scale(qk_dim: int, rope: RopeConfig) -> float:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     attention = "model.layers.{layer}.self_attn"
     mla = config.mla
     assert mla is not None, "this family has latent attention"
@@ -125,9 +125,9 @@ def sources(config: ModelConfig) -> dict[str, Source]:
     if mla.rope_interleaved:
         per_head = mla.nope_dim + mla.rope_dim
         paired = {
-            "layers.q": _pairs_apart(config.num_heads, per_head, mla.rope_dim),
-            "layers.q_b": _pairs_apart(config.num_heads, per_head, mla.rope_dim),
-            "layers.kv_a": _pairs_apart(1, mla.kv_rank + mla.rope_dim, mla.rope_dim),
+            "layers.q": _pairs_to_halves(config.num_heads, per_head, mla.rope_dim),
+            "layers.q_b": _pairs_to_halves(config.num_heads, per_head, mla.rope_dim),
+            "layers.kv_a": _pairs_to_halves(1, mla.kv_rank + mla.rope_dim, mla.rope_dim),
         }
     return common.sources_from(
         config,
@@ -147,12 +147,12 @@ def sources(config: ModelConfig) -> dict[str, Source]:
     )
 
 
-def _pairs_apart(heads: int, head_dim: int, rope_dim: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Reorders the last `rope_dim` outputs of each head from x0 y0 x1 y1 ... to x0 x1 ... y0 y1 ..., as `rotate` pairs."""
+def _pairs_to_halves(heads: int, head_dim: int, rope_dim: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Reorders the last `rope_dim` outputs of each head from x0 y0 x1 y1 ... to x0 x1 ... y0 y1 ..., as `rotate` needs."""
 
     def rearrange(x: np.ndarray) -> np.ndarray:
         per_head = x.reshape(*x.shape[:-1], heads, head_dim)
-        still, turning = per_head[..., :-rope_dim], per_head[..., -rope_dim:]
-        return np.concatenate([still, turning[..., ::2], turning[..., 1::2]], axis=-1).reshape(x.shape)
+        kept, rotated = per_head[..., :-rope_dim], per_head[..., -rope_dim:]
+        return np.concatenate([kept, rotated[..., ::2], rotated[..., 1::2]], axis=-1).reshape(x.shape)
 
     return rearrange

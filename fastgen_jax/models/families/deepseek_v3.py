@@ -1,4 +1,4 @@
-"""DeepSeek V3 and R1: as V2, but experts are scored by sigmoids, with a learned bias that balances the choice."""
+"""DeepSeek V3 and R1: V2 with sigmoid scores for experts and a learned bias that balances their choice."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastgen_jax.models.moe_config import MoEConfig
 __all__ = ["ARCHITECTURES", "FEATURES", "config_from_hf", "sources"]
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM",)
-FEATURES = "as DeepSeek V2, with sigmoid scores and a bias of the choice; FP8 as released; no multi-token prediction"
+FEATURES = "as DeepSeek V2, with sigmoid scores and a bias for the choice; FP8 as released; no multi-token prediction"
 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})
     hf.first("topk_method", "scoring_func")
     return ModelConfig(

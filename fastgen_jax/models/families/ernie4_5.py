@@ -1,4 +1,4 @@
-"""ERNIE 4.5, dense: Llama with neighbouring pairs turned, and one switch for all biases."""
+"""ERNIE 4.5, dense: Llama with adjacent pairs rotated, and one switch for all biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEATURES = "0.3B; with or without biases"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("use_bias", False)
     return ModelConfig(
         family="ernie4_5",
@@ -29,5 +29,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
-    return common.sources_from(config, common.LLAMA_NAMES, rearrange={"layers.qkv": common.neighbours_apart(config)})
+    """The checkpoint tensors of each weight of `param_specs`."""
+    return common.sources_from(config, common.LLAMA_NAMES, rearrange={"layers.qkv": common.adjacent_pairs_to_halves(config)})

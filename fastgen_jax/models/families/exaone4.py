@@ -1,4 +1,4 @@
-"""EXAONE 4: norms behind attention and MLP and on each head; if some layers have windows, the others have no positions."""
+"""EXAONE 4: norms after attention and MLP and on each head; if some layers have windows, the others have no positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEATURES = "1.2B and 32B; windows in some layers, no positions in the others"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     period = _period(hf.get("sliding_window_pattern", 4))
     windows = common.windows(hf, hf.get("sliding_window", 4096) or None, lambda layer: (layer + 1) % period != 0)
     positions = rotary(hf, max_context_len=2048)
@@ -32,7 +32,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def _period(pattern: int | str | None) -> int:
-    """How many layers there are to one that sees all, itself included; a pattern may be spelled as well, "LLLG"."""
+    """The period of layers with full attention, which may be given as a pattern such as "LLLG"."""
     if isinstance(pattern, str):
         if pattern != "L" * (len(pattern) - 1) + "G":
             raise ValueError(f"sliding_window_pattern={pattern!r} is not supported; supported: L several times, then G")
@@ -41,5 +41,5 @@ def _period(pattern: int | str | None) -> int:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return olmo2.sources(config)

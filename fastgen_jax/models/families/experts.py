@@ -1,4 +1,4 @@
-"""What the families with experts share when they name their tensors."""
+"""Shared code for naming the tensors of models with experts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def expert_names(
     down: str = "down_proj",
     shared: str = "shared_expert",
 ) -> dict[str, str | Sequence[str]]:
-    """The modules of the router, of every expert and of the shared expert, for `sources_from`.
+    """The modules of the router, the experts and the shared expert, for `sources_from`.
 
-    `block` is the module that holds them; expert 3 is `<block>.experts.3`, with the matrices `gate`, `up` and `down`.
+    They are in the module `block`: expert 3 is `<block>.experts.3`, with the matrices `gate`, `up` and `down`.
     """
-    assert config.moe is not None, "only a family with experts asks for their names"
+    assert config.moe is not None, "only families with experts name them"
     experts = range(config.moe.num_experts)
     return {
         "layers.router": f"{block}.{router}",
@@ -34,5 +34,5 @@ def expert_names(
 
 
 def sparse_layers(num_layers: int, *, step: int, dense: Sequence[int]) -> tuple[int, ...]:
-    """The layers with experts: every `step`th, counted from one, but for those in `dense`."""
+    """The layers with experts: every `step`th, counted from one, except those in `dense`."""
     return tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)

@@ -30,7 +30,7 @@ NAMES = {
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     grouped, parallel = hf.get("new_decoder_architecture", False), hf.get("parallel_attn", True)
     num_norms = hf.first("num_ln_in_parallel_attn", default=2 if grouped else 1)
     common.refuse_unsupported(
@@ -42,7 +42,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     head_dim, bias = embed_dim // num_heads, hf.get("bias", False)
     positions = rotary(hf, max_context_len=2048)
     if hf.get("alibi", False):
-        # Scores and slopes are scaled together; the slopes were in bfloat16 in training.
+        # The slopes are scaled like the scores; training had them in bfloat16.
         slopes = np.asarray(common.alibi_slopes(num_heads), common.BFLOAT16).astype(float) / math.sqrt(head_dim)
         positions |= {"rope": None, "alibi_slopes": tuple(slopes.tolist())}
     return ModelConfig(
@@ -71,7 +71,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     names = dict(NAMES)
     if config.parallel_residual and not config.shared_norm:
         names |= {"layers.attn_norm": f"{_LAYER}ln_attn", "layers.mlp_norm": f"{_LAYER}ln_mlp"}

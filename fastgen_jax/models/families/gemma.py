@@ -15,9 +15,9 @@ FEATURES = "2B and 7B, version 1.1; CodeGemma"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
-    # The first release says "gelu" and means its tanh form.
+    # The first release says "gelu" but uses the tanh approximation.
     common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu", "gelu_pytorch_tanh", None)))
     return ModelConfig(
         family="gemma",
@@ -34,5 +34,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, common.LLAMA_NAMES)

@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and after attention and MLP, soft caps, every other layer with a window."""
+"""Gemma 2: norms before and after attention and MLP, soft caps, a sliding window in every other layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = common.LLAMA_NAMES | {
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
     common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", None)))
     return ModelConfig(
@@ -45,5 +45,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES)

@@ -1,5 +1,5 @@
-"""Gemma 3, text: Gemma 2 with norms on queries and keys instead of soft caps, five windowed layers to one that is not,
-and a rotary embedding of their own for the windowed ones. Of the models that also see, the text part."""
+"""Gemma 3, text: Gemma 2 with norms on queries and keys instead of soft caps; sliding windows in five of six layers,
+which have their own rotary embedding. Multimodal checkpoints are read without their vision part."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastgen_jax.models.families.rope import ropes_by_layer_type
 
 ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
 FEATURES = "270M and 1B; 4B, 12B and 27B without images"
-# The hub's config.json of the models that also see leaves out what is as here.
+# The config.json of multimodal checkpoints leaves out these defaults.
 _SIZES = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
     common.refuse_unsupported(
         hf,
@@ -58,5 +58,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES)

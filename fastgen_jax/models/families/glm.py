@@ -1,4 +1,4 @@
-"""GLM-4 9B of 2024: Llama with biases on queries, keys and values, and neighbouring pairs of half of each head turned."""
+"""GLM-4 9B of 2024: Llama with biases on queries, keys and values, and adjacent pairs of half of each head rotated."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("GlmForCausalLM",)
-FEATURES = "GLM-4 9B, GLM-Edge; part of each head turned; biases"
+FEATURES = "GLM-4 9B, GLM-Edge; part of each head rotated; biases"
 
 NAMES = common.LLAMA_NAMES | {"layers.gate_up": "model.layers.{layer}.mlp.gate_up_proj"}
 
 
 def fields(hf: Fields) -> dict[str, Any]:
-    """What GLM-4 of 2024 and of 2025 say alike, as keyword arguments of `ModelConfig`."""
+    """The fields that GLM-4 of 2024 and of 2025 share, as keyword arguments of `ModelConfig`."""
     sizes = common.sizes(hf, head_dim=128, assumed={"num_key_value_heads": 2})
     return {
         **sizes,
@@ -30,10 +30,10 @@ def fields(hf: Fields) -> dict[str, Any]:
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     return ModelConfig(family="glm", **fields(hf))
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
-    return common.sources_from(config, NAMES, rearrange={"layers.qkv": common.neighbours_apart(config)})
+    """The checkpoint tensors of each weight of `param_specs`."""
+    return common.sources_from(config, NAMES, rearrange={"layers.qkv": common.adjacent_pairs_to_halves(config)})

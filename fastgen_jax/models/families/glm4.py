@@ -1,4 +1,4 @@
-"""GLM-4-0414 (9B, 32B, Z1): GLM with norms behind attention and MLP as well as before them."""
+"""GLM-4-0414 (9B, 32B, Z1): GLM with norms both before and after attention and MLP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastgen_jax.models.families import common, glm
 from fastgen_jax.models.families.common import Fields, Source
 
 ARCHITECTURES = ("Glm4ForCausalLM",)
-FEATURES = "9B and 32B of April 2025, Z1; part of each head turned; biases"
+FEATURES = "9B and 32B of April 2025, Z1; part of each head rotated; biases"
 
 NAMES = glm.NAMES | {
     "layers.post_attn_norm": "model.layers.{layer}.post_self_attn_layernorm",
@@ -17,10 +17,10 @@ NAMES = glm.NAMES | {
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     return ModelConfig(family="glm4", **glm.fields(hf), norm_placement="both")
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
-    return common.sources_from(config, NAMES, rearrange={"layers.qkv": common.neighbours_apart(config)})
+    """The checkpoint tensors of each weight of `param_specs`."""
+    return common.sources_from(config, NAMES, rearrange={"layers.qkv": common.adjacent_pairs_to_halves(config)})

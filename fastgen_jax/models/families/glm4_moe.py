@@ -1,4 +1,4 @@
-"""GLM-4.5, 4.6 and 4.7: grouped attention with half of each head turned, and DeepSeek V3's experts."""
+"""GLM-4.5, 4.6 and 4.7: grouped attention with half of each head rotated, and DeepSeek V3's experts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FEATURES = "GLM-4.5, Air, 4.6, 4.7; norms on queries and keys; experts in groups
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})
-    # What the others say follows, or concerns the layer that predicts a second token.
+    # The others follow from these, or concern multi-token prediction.
     hf.first("hidden_act", "topk_method", "scoring_func", "num_local_experts", "num_nextn_predict_layers", "num_mtp_layers")
     sizes = common.sizes(hf)
     return ModelConfig(
@@ -42,7 +42,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(
         config,
         {

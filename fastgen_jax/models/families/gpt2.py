@@ -26,7 +26,7 @@ NAMES = {
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)})
     # `reorder_and_upcast_attn` guards against overflow in half precision; our scores are in float32 anyway.
     hf.first("reorder_and_upcast_attn", "n_ctx")
@@ -59,5 +59,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES, conv1d=("layers.qkv", "layers.o", "layers.up", "layers.down"))

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: parallel attention and MLP behind a LayerNorm each, part of each head turned."""
+"""GPT-NeoX and Pythia: parallel attention and MLP, each after a LayerNorm; part of each head rotated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = {
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     sizes, bias = common.sizes(hf), hf.get("attention_bias", True)
     theta, part = float(hf.get("rotary_emb_base", 10_000)), hf.get("rotary_pct", 0.25)
     return ModelConfig(
@@ -47,5 +47,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES, rearrange={"layers.qkv": common.split_kv_groups(config)})

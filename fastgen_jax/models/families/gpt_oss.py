@@ -1,4 +1,4 @@
-"""gpt-oss: attention sinks, a window in every other layer, biases everywhere, experts with a clamped SwiGLU."""
+"""gpt-oss: attention sinks, a sliding window in every other layer, biases everywhere, experts with a clamped SwiGLU."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FEATURES = "sinks; alternating windows; biases; YaRN; clamped experts, in bfloat
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "swiglu_alpha": (1.702,)})
-    # The original files say "initial_context_length" beside the rotary fields, and "experts_per_token" beside ours.
+    # The original files also have "initial_context_length" and "experts_per_token", which repeat other fields.
     hf.first("hidden_act", "swiglu_alpha", "initial_context_length", "experts_per_token")
     bias = hf.get("attention_bias", True)
     return ModelConfig(
@@ -45,7 +45,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     experts = "model.layers.{layer}.mlp.experts"
     return common.sources_from(
         config,
@@ -61,5 +61,5 @@ def sources(config: ModelConfig) -> dict[str, Source]:
     )
 
 
-def _gate_then_up(alternating: np.ndarray) -> np.ndarray:
-    return np.concatenate([alternating[..., ::2], alternating[..., 1::2]], axis=-1)
+def _gate_then_up(interleaved: np.ndarray) -> np.ndarray:
+    return np.concatenate([interleaved[..., ::2], interleaved[..., 1::2]], axis=-1)

@@ -1,4 +1,4 @@
-"""Granite 3 MoE: Granite's multipliers, and experts that lie in one tensor a layer."""
+"""Granite 3 MoE: Granite's multipliers, and the experts of a layer in one tensor."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
 ARCHITECTURES = ("GraniteMoeForCausalLM",)
-FEATURES = "experts in one tensor a layer; multipliers; biases"
+FEATURES = "one tensor of experts per layer; multipliers; biases"
 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",)})
     hf.first("hidden_act")
     bias = hf.get("attention_bias", False)
@@ -41,7 +41,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     block = "model.layers.{layer}.block_sparse_moe"
     return common.sources_from(
         config,

@@ -8,7 +8,7 @@ from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("LlamaForCausalLM",)
-FEATURES = "every rotary scaling; biases; head_dim of its own; tied or separate head"
+FEATURES = "every rotary scaling; biases; explicit head_dim; tied or separate head"
 
 
 @common.reads_every_field

@@ -1,4 +1,4 @@
-"""Mistral 7B and its descendants: Llama with a sliding window. Of the models that also see, the text part."""
+"""Mistral 7B and its descendants: Llama with a sliding window. Multimodal checkpoints are read without their vision part."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("MistralForCausalLM", "Mistral3ForConditionalGeneration")
-FEATURES = "sliding window on all or some layers; head_dim of its own; every rotary scaling; Small 3.1/3.2 without images"
+FEATURES = "sliding window on all or some layers; explicit head_dim; every rotary scaling; Small 3.1/3.2 without images"
 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     return ModelConfig(
         family="mistral",
         **common.sizes(hf),
@@ -26,5 +26,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, common.LLAMA_NAMES)

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with eight experts in every layer, two of them for each token."""
+"""Mixtral: Mistral with eight experts in every layer, two per token."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FEATURES = "top-2 of 8 experts in every layer; window; every rotary scaling"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "attention_bias": (False,)})
-    hf.first("hidden_act", "attention_bias", "router_jitter_noise")  # the last: noise while training
+    hf.first("hidden_act", "attention_bias", "router_jitter_noise")  # the last one is noise for training
     return ModelConfig(
         family="mixtral",
         **common.sizes(hf),
@@ -36,7 +36,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     block = "model.layers.{layer}.block_sparse_moe"
     experts = expert_names(config, block=block, gate="w1", up="w3", down="w2")
     return common.sources_from(config, {**common.LLAMA_NAMES, **experts})

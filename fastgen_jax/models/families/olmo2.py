@@ -1,4 +1,4 @@
-"""OLMo 2 (arXiv:2501.00656): norms behind attention and MLP, and over all query and all key heads at once."""
+"""OLMo 2 (arXiv:2501.00656): norms after attention and MLP; query and key norms span all heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = common.LLAMA_NAMES | {
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="olmo2",
@@ -35,5 +35,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES)

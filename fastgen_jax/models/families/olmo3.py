@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with a window in three of four layers, whose rotary embedding is not stretched with that of the others."""
+"""OLMo 3: OLMo 2 with a sliding window in three of four layers; rotary scaling applies only to the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEATURES = "7B and 32B; windows; YaRN in the layers without; biases"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     bias, context = hf.get("attention_bias", False), hf.get("max_position_embeddings", 2048)
     windows = common.windows(hf, hf.get("sliding_window", 4096), lambda layer: (layer + 1) % 4 != 0)
     theta = hf.get("rope_theta") or 500_000.0
@@ -36,5 +36,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return olmo2.sources(config)

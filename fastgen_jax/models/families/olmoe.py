@@ -1,4 +1,4 @@
-"""OLMoE: queries and keys normalised over all heads at once, 64 small experts, none shared."""
+"""OLMoE: query and key norms span all heads; 64 small experts, none shared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEATURES = "experts; norms over all heads; no clipping of q, k and v"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "attention_bias": (False,), "clip_qkv": (None,)})
     hf.first("hidden_act", "attention_bias", "clip_qkv")
     return ModelConfig(
@@ -36,5 +36,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, {**common.LLAMA_NAMES, **expert_names(config)})

@@ -1,4 +1,4 @@
-"""OPT (arXiv:2205.01068): learned positions, LayerNorm and biases throughout; the 350m puts its norms after the sum."""
+"""OPT (arXiv:2205.01068): learned positions, LayerNorm and biases; the 350m has its norms after the residual sum."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NAMES = {
     "layers.up": f"{_LAYER}fc1",
     "layers.down": f"{_LAYER}fc2",
 }
-_POSITION_OFFSET = 2  # the first rows of the table belong to padding
+_POSITION_OFFSET = 2  # the first rows of the table are for padding
 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"layer_norm_elementwise_affine": (True,)})
     num_heads, embed_dim = hf["num_attention_heads"], hf["hidden_size"]
     pre_norm = hf.get("do_layer_norm_before", True)
@@ -65,5 +65,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES)

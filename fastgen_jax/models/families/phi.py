@@ -1,4 +1,4 @@
-"""Phi-1, 1.5 and 2: attention and MLP in parallel behind one LayerNorm, part of each head turned, biases everywhere."""
+"""Phi-1, 1.5 and 2: parallel attention and MLP after one LayerNorm, part of each head rotated, biases everywhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = common.LLAMA_NAMES | {
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     sizes = common.sizes(hf)
     return ModelConfig(
         family="phi",
@@ -47,5 +47,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES)

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4, mini included: Llama with fused projections, LongRoPE and windows."""
+"""Phi-3, Phi-3.5 and Phi-4, mini included: Llama with fused projections, LongRoPE and sliding windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = common.LLAMA_NAMES | {
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     sizes = common.sizes(hf)
     return ModelConfig(
         family="phi3",
@@ -35,7 +35,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def _longrope_by_its_name(hf: Fields) -> Mapping[str, Any]:
-    """Early Phi-3 releases call their LongRoPE "yarn"; its two lists of factors tell it apart."""
+    """Early Phi-3 releases call LongRoPE "yarn"; its two lists of factors identify it."""
     scaling = hf.get("rope_scaling")
     if scaling and scaling.get("type") == "yarn" and "long_factor" in scaling:
         return {name: hf[name] for name in hf} | {"rope_scaling": {**scaling, "type": "longrope"}}
@@ -43,5 +43,5 @@ def _longrope_by_its_name(hf: Fields) -> Mapping[str, Any]:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES)

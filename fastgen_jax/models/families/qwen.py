@@ -1,4 +1,4 @@
-"""Qwen 1 (its own code on the hub): up to seq_length a renamed Qwen2; beyond it logn scaling and stepped NTK."""
+"""Qwen 1 (its own code on the hub): Qwen2 with other names up to seq_length; logn scaling and stepped NTK beyond it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _OF_ITS_CODE = (
     "softmax_in_fp32",
     "attn_dropout_prob",
     "emb_dropout_prob",
-)  # how it runs, not what it computes
+)  # these affect how it runs, not its results
 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)})
     hf.first(*_OF_ITS_CODE)
     num_heads, embed_dim = hf["num_attention_heads"], hf["hidden_size"]
@@ -65,5 +65,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES)

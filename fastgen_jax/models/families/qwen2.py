@@ -1,4 +1,4 @@
-"""Qwen 1.5, 2 and 2.5: Llama with biases on queries, keys and values, and windows in the upper layers."""
+"""Qwen 1.5, 2 and 2.5: Llama with biases on queries, keys and values, and sliding windows in the upper layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ FEATURES = "window from max_window_layers on; YaRN; tied head"
 
 
 def window_layers(hf: Fields) -> tuple[int | None, ...]:
-    """The windows of Qwen2 and Qwen3: switched on by a flag, from a certain layer on."""
+    """The windows of Qwen2 and Qwen3: enabled by a flag, from layer max_window_layers on."""
     size, first = hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
     return common.windows(hf, size if hf.get("use_sliding_window", False) else None, lambda layer: layer >= first)
 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     return ModelConfig(
         family="qwen2",
         **common.sizes(hf),
@@ -33,5 +33,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, common.LLAMA_NAMES)

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B): many small experts beside a shared one that a sigmoid scales."""
+"""Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B): many small experts and a shared one that a sigmoid scales."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FEATURES = "experts and a gated shared one; dense layers among them; biases; no 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "use_sliding_window": (False,)})
-    # With use_sliding_window off, what it would do does not matter.
+    # With use_sliding_window off, the other window fields have no effect.
     hf.first("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
     return ModelConfig(
         family="qwen2_moe",
@@ -43,5 +43,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, {**common.LLAMA_NAMES, **expert_names(config)})

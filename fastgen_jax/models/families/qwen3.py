@@ -14,7 +14,7 @@ FEATURES = "norms on queries and keys; window from max_window_layers on; biases;
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="qwen3",
@@ -31,5 +31,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, common.LLAMA_NAMES)

@@ -1,4 +1,4 @@
-"""Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B): normalised heads, 128 experts, none shared."""
+"""Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B): query and key norms, 128 experts, none shared."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FEATURES = "experts in all or some layers; norms on queries and keys; no window"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "use_sliding_window": (False,)})
-    # With use_sliding_window off, what it would do does not matter.
+    # With use_sliding_window off, the other window fields have no effect.
     hf.first("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers")
     bias = hf.get("attention_bias", False)
     return ModelConfig(
@@ -44,5 +44,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, {**common.LLAMA_NAMES, **expert_names(config)})

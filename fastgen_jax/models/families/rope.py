@@ -1,4 +1,4 @@
-"""Reading the rotary settings of a Hugging Face `config.json`, in their spellings before and since transformers 5."""
+"""The rotary settings of a Hugging Face `config.json`, in the formats before and since transformers 5."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _KNOWN = {
     ),
     "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
 }
-_RENAMED = {"su": "longrope"}  # what LongRoPE was called in the first Phi-3 releases
+_RENAMED = {"su": "longrope"}  # the name of LongRoPE in the first Phi-3 releases
 
 
 def rotary(hf: Mapping[str, Any], *, max_context_len: int, **assumed: Any) -> dict[str, Any]:
     """`rope` and `max_context_len` as keyword arguments of `ModelConfig`; `assumed` as in `rope_from_hf`."""
     max_context_len = hf.get("max_position_embeddings") or max_context_len
     rope = rope_from_hf(hf, max_context_len=max_context_len, **assumed)
-    if rope.kind == "dynamic":  # its whole point is to read on beyond the trained length, up to `factor` times as far
+    if rope.kind == "dynamic":  # it extends the trained length by up to `factor`
         max_context_len = int(max_context_len * rope.factor)
     return {"rope": rope, "max_context_len": max_context_len}
 
@@ -46,8 +46,7 @@ def rope_from_hf(
 ) -> RopeConfig:
     """The rotary settings, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
-    `theta` and `partial`, the part of a head of `head_dim` numbers that turns, are what the family assumes where the
-    file is silent.
+    `theta` and `partial`, the rotated fraction of a head of `head_dim` dimensions, are the family's defaults.
     """
     fields = dict(hf.get("rope_scaling") or {})
     fields.update(hf.get("rope_parameters") or {})
@@ -67,15 +66,15 @@ def rope_from_hf(
 def ropes_by_layer_type(
     hf: Mapping[str, Any], *, max_context_len: int, theta: float, windowed_theta: float
 ) -> tuple[RopeConfig, RopeConfig]:
-    """The rotary settings of layers that see everything, and of those with a window, which `rope_scaling` leaves alone.
+    """The rotary settings of layers with full attention, and of layers with a window, which `rope_scaling` does not affect.
 
-    The thetas are what holds where the file is silent; `rope_parameters` has the settings of both kinds of layers by name.
+    The thetas are defaults; `rope_parameters` holds the settings of both kinds of layers by name.
     """
     given: dict[str, Any] = hf.get("rope_parameters") or {}
     if unknown := given.keys() - {"full_attention", "sliding_attention"}:
         raise ValueError(
             f"rope_parameters has the fields {sorted(unknown)}; supported in this family: 'full_attention' and "
-            "'sliding_attention', each with the settings of such layers"
+            "'sliding_attention', each with the settings of those layers"
         )
     everywhere = {**(hf.get("rope_scaling") or {}), **(given.get("full_attention") or {})}
     windowed = dict(given.get("sliding_attention") or {})
@@ -90,25 +89,27 @@ def ropes_by_layer_type(
 def rope_from_fields(
     fields: Mapping[str, Any], *, max_context_len: int, theta: float, dim: int | None = None, trained_len: int | None = None
 ) -> RopeConfig:
-    """The `RopeConfig` of one set of scaling fields; ValueError for a kind or a field that we do not know."""
+    """The `RopeConfig` of one set of scaling fields; ValueError for an unknown kind or field."""
     fields = dict(fields)
     kind = fields.pop("rope_type", None) or fields.get("type") or "default"
     fields.pop("type", None)
     kind = _RENAMED.get(kind, kind)
     if kind not in _KNOWN:
         raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(_KNOWN)}")
-    # transformers writes this one beside any kind
+    # transformers writes this one with every kind
     unknown = {
         name: value
         for name, value in fields.items()
         if name not in (*_KNOWN[kind], "original_max_position_embeddings") and value is not None
     }
     if unknown:
-        raise ValueError(f"rope_type {kind!r} has fields that we do not know: {unknown}; refusing to ignore them")
+        raise ValueError(
+            f"rope_type {kind!r} has unknown fields {unknown}; remove them if they do not matter"
+        )
     if kind == "default":
         return RopeConfig(theta=theta, dim=dim)
     original = fields.pop("original_max_position_embeddings", None) or trained_len
-    if kind == "dynamic" or not original:  # transformers reads the dynamic kind's threshold from the model's limit
+    if kind == "dynamic" or not original:  # for the dynamic kind, transformers takes the threshold from the model's limit
         original = max_context_len
     if kind == "longrope":
         fields["factor"] = fields.get("factor") or max(max_context_len / original, 1.0)

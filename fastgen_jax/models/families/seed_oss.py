@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama with biases on queries, keys and values, and one of its own for the projection behind attention."""
+"""Seed-OSS: Llama with biases on queries, keys and values, and a separate switch for the bias of the output projection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEATURES = "36B; biases"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     return ModelConfig(
         family="seed_oss",
         **common.sizes(hf, head_dim=128, assumed={"num_key_value_heads": 8}),
@@ -28,5 +28,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, common.LLAMA_NAMES)

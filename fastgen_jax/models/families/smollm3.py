@@ -13,13 +13,15 @@ FEATURES = "layers without positions; windows; biases; YaRN"
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     count, bias = hf["num_hidden_layers"], hf.get("attention_bias", False)
     positions = rotary(hf, max_context_len=32_768, theta=2_000_000.0)
     interval = hf.get("no_rope_layer_interval", 4)
-    turns = hf.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(count)]  # true: with rotation
+    turns = hf.get("no_rope_layers") or [
+        (layer + 1) % interval != 0 for layer in range(count)
+    ]  # true: with rotary embedding
     window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
-    hf.first("max_window_layers")  # written by habit; the windows are where the rotation is not
+    hf.first("max_window_layers")  # unused: windows are in the layers without rotary embedding
     return ModelConfig(
         family="smollm3",
         **common.sizes(hf),
@@ -36,5 +38,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, common.LLAMA_NAMES)

@@ -1,4 +1,4 @@
-"""StableLM 3B, 2-1.6B and 2-12B: Llama with LayerNorm and part of each head turned; the 12B is parallel."""
+"""StableLM 3B, 2-1.6B and 2-12B: Llama with LayerNorm and part of each head rotated; the 12B is parallel."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fastgen_jax.models.families.common import Fields, Source
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("StableLmForCausalLM",)
-FEATURES = "sequential or parallel; norms a head on queries and keys; biases on queries, keys and values"
+FEATURES = "sequential or parallel; per-head norms on queries and keys; biases on queries, keys and values"
 
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     sizes, parallel = common.sizes(hf), hf.get("use_parallel_residual", False)
     return ModelConfig(
         family="stablelm",
@@ -32,7 +32,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     attn = "model.layers.{layer}.self_attn."
     return common.sources_from(
         config,

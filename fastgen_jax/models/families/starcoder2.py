@@ -18,7 +18,7 @@ NAMES = common.LLAMA_NAMES | {
 
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face `config.json`."""
+    """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"norm_type": ("layer_norm",), "mlp_type": ("default",), "scale_attn_weights": (True,)})
     hf.first("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "activation_function")
     bias = hf.get("use_bias", True)
@@ -40,5 +40,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint."""
+    """The checkpoint tensors of each weight of `param_specs`."""
     return common.sources_from(config, NAMES)

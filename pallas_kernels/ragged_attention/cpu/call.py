@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16)
 
 _TARGETS = {
-    jnp.dtype(jnp.float32): "fastgen_ragged_attention_f32",
-    jnp.dtype(jnp.bfloat16): "fastgen_ragged_attention_bf16",
+    jnp.dtype(jnp.float32): "pallas_kernels_ragged_attention_f32",
+    jnp.dtype(jnp.bfloat16): "pallas_kernels_ragged_attention_bf16",
 }
 _NO_WINDOW = np.iinfo(np.int32).max
 
@@ -45,7 +45,7 @@ def ragged_attention_cpu(
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`; float32 and bfloat16 caches.
 
     A row's result depends on its query, its keys and its position, bit for bit: not on the other rows, not on how a
-    prompt was cut into chunks, not on where the blocks lie, not on the number of threads. See `kernel.cc`.
+    prompt was chunked, not on the places of the blocks, not on the number of threads. See `kernel.cc`.
     """
     none = jnp.zeros((0,), jnp.float32)
     call = jax.ffi.ffi_call(
@@ -55,7 +55,7 @@ def ragged_attention_cpu(
             jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype),
             jax.ShapeDtypeStruct(v_cache.shape, v_cache.dtype),
         ),
-        input_output_aliases={3: 1, 4: 2},  # the caches are updated where they lie
+        input_output_aliases={3: 1, 4: 2},  # the caches are updated in place
     )
     out, k_cache, v_cache = call(
         q.astype(jnp.float32),

@@ -1,6 +1,6 @@
 // Ragged attention over a blocked KV cache on the CPU: writes new keys and values in place, then attends.
 //
-// The order of every sum is a function of the query's own position alone:
+// The order of every sum depends only on the query's own position:
 //   - a score adds over the head dimension from 0 to D-1;
 //   - keys are taken in tiles of 64 and tiles in segments of 256, both aligned to position 0 of the sequence;
 //   - within a segment the softmax runs online, tile after tile; a segment's result is then merged into those before.
@@ -11,7 +11,7 @@
 
 #include "worker.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 namespace {
 
 // ---- planning and running --------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ void attend(const Problem<Element>& p, ffi::ThreadPool& pool) {
     const int begin = first_key(item);
     const State state = worker.attend(unit, begin, std::min(unit.key_end, (begin / kSegment + 1) * kSegment), next);
     std::memcpy(partial(item.piece).out, state.out, size * sizeof(float));
-    // Whoever completes the last piece merges them all, in the order of the keys.
+    // The thread that completes the last piece merges them all, in the order of the keys.
     if (num_missing[item.unit].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     for (int piece = 1; piece < unit.num_pieces; ++piece) worker.merge(rows, partial(piece), partial(0));
     worker.finish(unit, partial(0));
@@ -220,11 +220,11 @@ auto binding() {
 }
 
 }  // namespace
-}  // namespace fastgen
+}  // namespace pallas_kernels
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastgen_ragged_attention_f32,
-                              (fastgen::ragged_attention<float, xla::ffi::F32>),
-                              fastgen::binding<xla::ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fastgen_ragged_attention_bf16,
-                              (fastgen::ragged_attention<fastgen::BFloat16, xla::ffi::BF16>),
-                              fastgen::binding<xla::ffi::BF16>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pallas_kernels_ragged_attention_f32,
+                              (pallas_kernels::ragged_attention<float, xla::ffi::F32>),
+                              pallas_kernels::binding<xla::ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pallas_kernels_ragged_attention_bf16,
+                              (pallas_kernels::ragged_attention<pallas_kernels::BFloat16, xla::ffi::BF16>),
+                              pallas_kernels::binding<xla::ffi::BF16>());

@@ -5,7 +5,7 @@
 
 #include "common.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 namespace {
 
 constexpr int kTile = 64;      // keys whose transpose (16 KB at D = 64) shares the L1 cache with the values
@@ -32,15 +32,15 @@ struct BFloat16 {
 
 typedef uint16_t UnalignedHalves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
-FASTGEN_INLINE Vec load_as_float(const float* p) { return load(p); }
-FASTGEN_INLINE Vec load_as_float(const BFloat16* p) {
+KERNEL_INLINE Vec load_as_float(const float* p) { return load(p); }
+KERNEL_INLINE Vec load_as_float(const BFloat16* p) {
   const IntVec wide = __builtin_convertvector(*reinterpret_cast<const UnalignedHalves*>(p), IntVec) << 16;
   Vec v;
   std::memcpy(&v, &wide, sizeof v);
   return v;
 }
-FASTGEN_INLINE float to_float(float x) { return x; }
-FASTGEN_INLINE float to_float(BFloat16 x) {
+KERNEL_INLINE float to_float(float x) { return x; }
+KERNEL_INLINE float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float y;
   std::memcpy(&y, &bits, sizeof y);
@@ -60,11 +60,11 @@ void convert(const float* from, BFloat16* to, int n) {
 // ---- small pieces ----------------------------------------------------------------------------------------------
 
 template <int Step, size_t... I>
-FASTGEN_INLINE Vec swap_lanes(Vec v, std::index_sequence<I...>) {
+KERNEL_INLINE Vec swap_lanes(Vec v, std::index_sequence<I...>) {
   return __builtin_shufflevector(v, v, int(I ^ Step)...);
 }
 
-FASTGEN_INLINE float largest(Vec v) {
+KERNEL_INLINE float largest(Vec v) {
   constexpr auto lanes = std::make_index_sequence<kLanes>();
   if constexpr (kLanes > 8) v = max(v, swap_lanes<8>(v, lanes));
   if constexpr (kLanes > 4) v = max(v, swap_lanes<4>(v, lanes));
@@ -73,16 +73,16 @@ FASTGEN_INLINE float largest(Vec v) {
   return v[0];
 }
 
-FASTGEN_INLINE float exp_of(float x) { return exp(splat(x))[0]; }
+KERNEL_INLINE float exp_of(float x) { return exp(splat(x))[0]; }
 
-FASTGEN_INLINE Vec tanh_of(Vec x) {
+KERNEL_INLINE Vec tanh_of(Vec x) {
   const Vec size = max(x, -x);
   const Vec e = exp(-2.0f * size);
   const Vec y = (1.0f - e) / (1.0f + e);
   return x < Vec{} ? -y : y;
 }
 
-FASTGEN_INLINE Vec lane_numbers() {
+KERNEL_INLINE Vec lane_numbers() {
   Vec v{};
   for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(i);
   return v;
@@ -92,7 +92,7 @@ FASTGEN_INLINE Vec lane_numbers() {
 
 // c[r, :] += sum over i in [begin, end) of a[r, i] * b(i)[:] for R rows and V vectors of columns, i rising.
 template <int R, int V, class RowOfB>
-FASTGEN_INLINE void multiply_add(const float* a, int64_t lda, int begin, int end, RowOfB b, float* c, int64_t ldc,
+KERNEL_INLINE void multiply_add(const float* a, int64_t lda, int begin, int end, RowOfB b, float* c, int64_t ldc,
                                  bool from_zero) {
   Vec sums[R][V];
   for (int r = 0; r < R; ++r) {
@@ -116,7 +116,7 @@ FASTGEN_INLINE void multiply_add(const float* a, int64_t lda, int begin, int end
 
 // Calls f with the compile-time numbers of rows and vectors.
 template <int V, class F>
-FASTGEN_INLINE void with_rows(int num_rows, F&& f) {
+KERNEL_INLINE void with_rows(int num_rows, F&& f) {
   switch (num_rows) {
     case 1: return f(std::integral_constant<int, 1>(), std::integral_constant<int, V>());
     case 2: return f(std::integral_constant<int, 2>(), std::integral_constant<int, V>());
@@ -128,7 +128,7 @@ FASTGEN_INLINE void with_rows(int num_rows, F&& f) {
 }
 
 template <class F>
-FASTGEN_INLINE void with_shape(int num_rows, int num_vecs, F&& f) {
+KERNEL_INLINE void with_shape(int num_rows, int num_vecs, F&& f) {
   if constexpr (kBlockVecs == 4) {
     if (num_vecs == 4) return with_rows<4>(num_rows, f);
     if (num_vecs == 3) return with_rows<3>(num_rows, f);
@@ -138,4 +138,4 @@ FASTGEN_INLINE void with_shape(int num_rows, int num_vecs, F&& f) {
 }
 
 }  // namespace
-}  // namespace fastgen
+}  // namespace pallas_kernels

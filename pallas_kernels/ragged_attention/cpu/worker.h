@@ -6,7 +6,7 @@
 
 #include "tile.h"
 
-namespace fastgen {
+namespace pallas_kernels {
 namespace {
 
 // ---- the problem -----------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class Worker {
     const int64_t head = unit.head * p_.G + r % p_.G;
     const int first = rows.begin / kLanes, last = (rows.end + kLanes - 1) / kLanes;
     float* scores = scores_ + r * kTile;
-    // Visible: begin <= j < end. The window's difference cannot overflow: both lie in [0, 2^31).
+    // Visible: begin <= j < end. The window's difference cannot overflow: both are in [0, 2^31).
     const int begin = std::max(position - p_.window + 1, 0) - tile, end = position + 1 - tile;
     if (std::max(begin, 0) >= std::min(end, kTile)) {
       for (int group = first; group < last; ++group) store(scores + group * kLanes, Vec{});
@@ -314,7 +314,7 @@ class Worker {
   }
 
   // Raises the top score of row r to that of `scores`, sets the factor that its sums so far shrink by; the new top.
-  FASTGEN_INLINE float begin_row(int r, Vec scores, const State& state) {
+  KERNEL_INLINE float begin_row(int r, Vec scores, const State& state) {
     const float old_top = state.top[r];
     const float new_top = std::max(old_top, largest(scores));
     rescale_[r] = old_top == new_top ? 1.0f : exp_of(old_top - new_top);
@@ -369,7 +369,7 @@ class Worker {
 
   // Cuts rows into blocks of at most kBlockRows, as equal as can be.
   template <class F>
-  static FASTGEN_INLINE void for_each_block(int num_rows, F&& f) {
+  static KERNEL_INLINE void for_each_block(int num_rows, F&& f) {
     const int num_blocks = (num_rows + kBlockRows - 1) / kBlockRows;
     for (int i = 0; i < num_blocks; ++i) {
       const int row = num_rows * i / num_blocks;
@@ -390,4 +390,4 @@ class Worker {
 };
 
 }  // namespace
-}  // namespace fastgen
+}  // namespace pallas_kernels

@@ -1,6 +1,6 @@
 """The body of the attention kernel for Ampere and Ada Lovelace: what one thread block does with its share of the tiles.
 
-A thread block is one warpgroup of four warps; several of them share a multiprocessor and hide one another's latency. It
+A thread block is one warpgroup of four warps; several of them share a multiprocessor and hide each other's latency. It
 copies (cp.async) the keys and values of the next step before it computes (mma) on those of this one. Operands of products
 are in registers, and each warp reads what it needs of them from shared memory:
 
@@ -23,14 +23,14 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.ragged_attention.gpu.softmax_tile import (
-    DEQUANTISED_ROWS,
+    DEQUANTIZED_ROWS,
     ROW,
     SEQUENCE,
     Rows,
     Spec,
     Tile,
     blocks_of,
-    dequantise,
+    dequantize,
     for_each_tile,
     over_steps,
 )
@@ -60,7 +60,7 @@ def num_threads(spec: Spec) -> int:
 def shared_bytes(spec: Spec) -> int:
     """Of the buffers; the compiler's scratch comes on top."""
     exchange = 4 * spec.rows * spec.keys if _shares_rows(spec) else 0
-    operands = 2 * 2 * spec.keys * spec.head_dim if spec.quantised else 0
+    operands = 2 * 2 * spec.keys * spec.head_dim if spec.quantized else 0
     buffers = 2 * spec.stages * spec.keys * spec.head_dim * jnp.dtype(spec.cache_dtype).itemsize
     return 2 * spec.head_dim * spec.rows_in + buffers + operands + exchange
 
@@ -86,7 +86,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
     scratch: dict[str, Any] = {"q_buffer": buffer(spec.rows_in, spec.head_dim, dtype=spec.dtype)}
     for kind in ("k", "v"):
         scratch[f"{kind}_buffer"] = buffer(spec.stages, spec.keys, spec.head_dim, dtype=spec.cache_dtype)
-        if spec.quantised:
+        if spec.quantized:
             scratch[f"{kind}_operand"] = buffer(spec.keys, spec.head_dim, dtype=spec.dtype)
     if _shares_rows(spec):
         by_float = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
@@ -188,16 +188,16 @@ class _Block:
         lax.cond(is_followed, lambda: plgpu.wait_gmem_to_smem(following), lambda: plgpu.wait_gmem_to_smem(0))
 
     def operand(self, kind: str, tile: Tile, i: jax.Array, slot: jax.Array) -> Any:
-        """The keys or values of the tile's step i, dequantised where they have 8 bits."""
+        """The keys or values of the tile's step i, dequantized where they have 8 bits."""
         spec, refs = self.spec, self.refs
         numbers = refs[f"{kind}_buffer"].at[slot]
-        if not spec.quantised:
+        if not spec.quantized:
             return numbers
         ((block, offset),) = blocks_of(tile, i, refs, spec)  # a block has all of them
-        for part in range(0, spec.keys, DEQUANTISED_ROWS):
-            rows = pl.ds(part, DEQUANTISED_ROWS)
-            scales = refs[f"{kind}_scales"].at[block, tile.head, pl.ds(offset + part, DEQUANTISED_ROWS)]
-            dequantise(numbers.at[rows], scales, refs[f"{kind}_operand"].at[rows], spec, by_way_of=jnp.float32)
+        for part in range(0, spec.keys, DEQUANTIZED_ROWS):
+            rows = pl.ds(part, DEQUANTIZED_ROWS)
+            scales = refs[f"{kind}_scales"].at[block, tile.head, pl.ds(offset + part, DEQUANTIZED_ROWS)]
+            dequantize(numbers.at[rows], scales, refs[f"{kind}_operand"].at[rows], spec, by_way_of=jnp.float32)
         return refs[f"{kind}_operand"]
 
     # Products.
@@ -231,7 +231,7 @@ class _Block:
         return self.load(self.refs["scores"], self.left, optimized=False)
 
     def add_product(self, acc: jax.Array, weights: jax.Array, values: Any, num_keys: jax.Array | None) -> jax.Array:
-        """acc + weights @ values. What lies behind the first `num_keys` values may be NaN."""
+        """acc + weights @ values. Values after the first `num_keys` may be NaN."""
         spec = self.spec
         if not (spec.interpreted or _shares_rows(spec)):
             weights = self.as_left(weights)

@@ -43,11 +43,11 @@ def ragged_attention_gpu(
     generation: str | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
-    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
+    """See `pallas_kernels.ragged_attention.ragged_attention`.
 
     q is rounded to the dtype of the caches, to bfloat16 where they have 8 bits. `generation` is "hopper" or "ampere"; None
-    takes that of the GPU that is lowered for, and where there is none, Hopper. `tiles` None takes the measured or modelled
-    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError for what `support.unsupported` names.
+    is that of the target GPU, or Hopper if there is none. `tiles` None uses the measured or modeled
+    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError if `support.unsupported` has a reason.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -128,8 +128,10 @@ def ragged_attention_gpu(
         rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
         rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))
         rows = launch_tiles(work, rows, spec)  # [tiles, K, R, D]
-        first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)) * spec.rows + row[:, None]
-        at = first[:, :, None] + jnp.arange(group, dtype=jnp.int32)  # [T, K, G]
+        first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]) * spec.rows + row[
+            :, None
+        ]
+        at = first[:, :, None] + jnp.arange(group, dtype=jnp.int32)[None, None, :]  # [T, K, G]
         chunk = rows.reshape(-1, head_dim)[at].astype(q.dtype)
         out = jnp.where((lengths[sequence] == 1)[:, None, None, None], out, chunk)
     out = jnp.where(in_a_chunk[:, None, None, None], out, jnp.zeros((), q.dtype))

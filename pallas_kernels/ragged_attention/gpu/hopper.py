@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_attention.gpu.softmax_tile import (
-    DEQUANTISED_ROWS,
+    DEQUANTIZED_ROWS,
     GRANULE,
     ROW,
     SEQUENCE,
@@ -26,13 +26,13 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     Spec,
     Tile,
     blocks_of,
-    dequantise,
+    dequantize,
     for_each_tile,
     over_steps,
 )
 
 WARPGROUP_ROWS = 64  # rows of one WGMMA
-# Of a thread where two warpgroups compute and one copies, 504 in all; without and with 8 bits to dequantise.
+# Of a thread where two warpgroups compute and one copies, 504 in all; without and with 8 bits to dequantize.
 COMPUTE_REGISTERS, COPY_REGISTERS = (232, 208), (40, 88)
 
 
@@ -53,7 +53,7 @@ def _warpgroups(spec: Spec) -> int:
     return spec.rows // WARPGROUP_ROWS
 
 
-STAGED = 2  # steps of 8 bits that wait to be dequantised
+STAGED = 2  # steps of 8 bits that wait to be dequantized
 
 
 def _tiled(spec: Spec, itemsize: int) -> tuple[Any, Any]:
@@ -65,7 +65,7 @@ def _tiled(spec: Spec, itemsize: int) -> tuple[Any, Any]:
 def shared_bytes(spec: Spec) -> int:
     """Of the buffers; barriers and the compiler's scratch come on top."""
     results = 4 * spec.rows * (spec.head_dim + 1) if spec.partial else 0
-    staged = 2 * STAGED * spec.keys * (spec.head_dim + 4) if spec.quantised else 0
+    staged = 2 * STAGED * spec.keys * (spec.head_dim + 4) if spec.quantized else 0
     return 2 * spec.head_dim * (spec.rows + 2 * spec.stages * spec.keys) + results + staged
 
 
@@ -74,7 +74,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
     tiled, warpgroups = _tiled(spec, 2), _warpgroups(spec)
     q_shape = (warpgroups, WARPGROUP_ROWS, spec.head_dim)
     ring = (spec.stages, spec.keys, spec.head_dim)
-    arrivals = 1 if spec.quantised else spec.copies  # of who dequantises, or of the copies
+    arrivals = 1 if spec.quantized else spec.copies  # of who dequantizes, or of the copies
     scratch: dict[str, Any] = {
         "q_buffer": plgpu.SMEM(q_shape, spec.dtype, transforms=tiled),
         "k_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
@@ -85,7 +85,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
         "k_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=spec.stages),
         "v_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=spec.stages),
     }
-    if spec.quantised:
+    if spec.quantized:
         for kind in ("k", "v"):
             values = plgpu.SMEM((STAGED, *ring[1:]), spec.cache_dtype, transforms=_tiled(spec, 1))
             scratch |= {f"{kind}_staged": values, f"{kind}_factors": plgpu.SMEM((STAGED, spec.keys), jnp.float32)}
@@ -115,7 +115,7 @@ class _Block:
         @pl.when(self.warpgroup < self.warpgroups)
         def _() -> None:
             if self.warpgroups > 1:
-                plgpu.set_max_registers(COMPUTE_REGISTERS[self.spec.quantised], action="increase")
+                plgpu.set_max_registers(COMPUTE_REGISTERS[self.spec.quantized], action="increase")
                 pl.when(self.warpgroup == 1)(self.take_turn)
             for_each_tile(self.refs, self.spec, self.compute)
             if self.warpgroups > 1:
@@ -124,10 +124,10 @@ class _Block:
         @pl.when(self.warpgroup == self.warpgroups)
         def _() -> None:
             if self.warpgroups > 1:
-                plgpu.set_max_registers(COPY_REGISTERS[self.spec.quantised], action="decrease")
+                plgpu.set_max_registers(COPY_REGISTERS[self.spec.quantized], action="decrease")
             num_steps = for_each_tile(self.refs, self.spec, self.copy)
-            if self.spec.quantised:
-                pl.when(num_steps > 0)(lambda: self.dequantise(num_steps - 1))
+            if self.spec.quantized:
+                pl.when(num_steps > 0)(lambda: self.dequantize(num_steps - 1))
             self.await_last_reads(num_steps)
 
     # The warpgroup that copies. Steps are counted over all tiles of the block: step n uses buffer n % stages.
@@ -141,9 +141,9 @@ class _Block:
         def step(i: jax.Array, _: None) -> None:
             n = steps_before + i
             blocks = blocks_of(tile, i, self.refs, self.spec)
-            if self.spec.quantised:
+            if self.spec.quantized:
                 self.stage(tile, n, blocks)
-                pl.when(n > 0)(lambda: self.dequantise(n - 1))
+                pl.when(n > 0)(lambda: self.dequantize(n - 1))
                 return
             for kind in ("k", "v"):
                 pl.when(n >= self.spec.stages)(lambda kind=kind: self.await_free(n, kind))
@@ -169,7 +169,7 @@ class _Block:
             )
 
     def stage(self, tile: Tile, n: jax.Array, blocks: list[tuple[jax.Array, Any]]) -> None:
-        """Sends for step n in 8 bits, to where step n - 2 was dequantised."""
+        """Sends for step n in 8 bits, to where step n - 2 was dequantized."""
         refs, slot = self.refs, lax.rem(n, jnp.int32(STAGED))
         rows = min(self.spec.keys, self.spec.block_size)
         for j, (block, offset) in enumerate(blocks):
@@ -181,7 +181,7 @@ class _Block:
                         refs["staged"].at[slot],
                     )
 
-    def dequantise(self, n: jax.Array) -> None:
+    def dequantize(self, n: jax.Array) -> None:
         """Fills the buffers of step n while its successor is under way."""
         spec, refs = self.spec, self.refs
         staged, slot = lax.rem(n, jnp.int32(STAGED)), lax.rem(n, jnp.int32(spec.stages))
@@ -189,9 +189,9 @@ class _Block:
         plgpu.barrier_wait(refs["staged"].at[staged])
         for kind in ("k", "v"):
             pl.when(n >= spec.stages)(lambda kind=kind: self.await_free(n, kind))
-            for part in range(0, spec.keys, DEQUANTISED_ROWS):
-                rows = pl.ds(part, DEQUANTISED_ROWS)
-                dequantise(
+            for part in range(0, spec.keys, DEQUANTIZED_ROWS):
+                rows = pl.ds(part, DEQUANTIZED_ROWS)
+                dequantize(
                     refs[f"{kind}_staged"].at[staged, rows],
                     refs[f"{kind}_factors"].at[staged, rows],
                     refs[f"{kind}_buffer"].at[slot, rows],
@@ -209,7 +209,7 @@ class _Block:
         q_buffer, q_full = refs["q_buffer"].at[warpgroup], refs["q_full"].at[warpgroup]
         if spec.partial:
             source, target = refs["q"].at[tile.columns[SEQUENCE], tile.head], q_buffer
-            if spec.rows_out < WARPGROUP_ROWS:  # what lies in the other rows stays there
+            if spec.rows_out < WARPGROUP_ROWS:  # the other rows keep their values
                 target = q_buffer.at[pl.ds(0, spec.rows_out)]
             else:
                 source = source.at[pl.ds(first, WARPGROUP_ROWS)]
@@ -267,7 +267,7 @@ class _Block:
             plgpu.barrier_wait(self.refs["turn"])
 
     def blank_unseen_values(self, rows: Rows, num_keys: jax.Array, slot: jax.Array) -> None:
-        """Zeros in place of the values behind the last key: weights of zero times what lies there may be NaN.
+        """Zeros in place of the values behind the last key: zero weights times uninitialized memory may be NaN.
 
         Warpgroup 0 does it for both: it multiplies before it gives a turn to warpgroup 1.
         """

@@ -1,12 +1,17 @@
-"""How the GPU kernels' work is cut into tiles, and how the results of pieces become those of sequences."""
+"""Divides the GPU kernels' work into tiles, and combines the results of pieces."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, NUM_COLUMNS, Spec
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 
 def _first_key(position: jax.Array, window: jax.Array, spec: Spec) -> jax.Array:
@@ -24,15 +29,15 @@ def _work_list(active: jax.Array, columns: list[jax.Array]) -> jax.Array:
 
 
 def plan_pieces(
-    query_starts: jax.Array,
-    context_lens: jax.Array,
-    first_block: jax.Array,
-    window: jax.Array,
+    query_starts: Int[Array, " starts"],
+    context_lens: Int[Array, " S"],
+    first_block: Int[Array, ""],
+    window: Int[Array, ""],
     *,
     num_kv_heads: int,
     tiles: GpuTiles,
     spec: Spec,
-) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+) -> tuple[Int[Array, "rows columns"], Int[Array, " S"], Int[Array, " S"], int]:
     """Cuts the contexts of single queries into pieces of about the same size, as many as keep the device busy.
 
     Returns:
@@ -74,15 +79,15 @@ def plan_pieces(
 
 
 def plan_chunks(
-    query_starts: jax.Array,
-    context_lens: jax.Array,
-    first_block: jax.Array,
-    window: jax.Array,
+    query_starts: Int[Array, " starts"],
+    context_lens: Int[Array, " S"],
+    first_block: Int[Array, ""],
+    window: Int[Array, ""],
     *,
     num_tokens: int,
-    sequence: jax.Array,
+    sequence: Int[Array, " T"],
     spec: Spec,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Int[Array, "rows columns"], Int[Array, " T"], Int[Array, " T"]]:
     """Cuts chunks of several tokens into tiles of queries; the later ones of a chunk, which see more keys, come first.
 
     Returns:
@@ -117,20 +122,27 @@ def plan_chunks(
     query = jnp.arange(num_tokens, dtype=jnp.int32) - query_starts[sequence]
     tile = jnp.maximum(ends[-1] - 1 - starts[sequence] - query // queries, 0)
     row = query % queries * spec.group
-    # The tile begins at a granule, which may lie before its first query.
+    # The tile begins at a granule, which may be before its first query.
     skipped = (jnp.arange(num_tokens, dtype=jnp.int32) * spec.group - row) % GRANULE
     return work, tile, row + skipped
 
 
-def combine(partial: jax.Array, lse: jax.Array, starts: jax.Array, pieces: jax.Array, *, most: int) -> jax.Array:
+def combine(
+    partial: Float[Array, "tiles K G D"],
+    lse: Float[Array, "tiles K G"],
+    starts: Int[Array, " S"],
+    pieces: Int[Array, " S"],
+    *,
+    most: int,
+) -> Float[Array, "S K G D"]:
     """Softmax-weighted sums over the pieces of each sequence, f32[S, K, G, D]; 0 where there is none.
 
     Args:
-      partial: f32[tiles, K, G, D], each normalised over its own keys.
+      partial: f32[tiles, K, G, D], each normalized over its own keys.
       lse: f32[tiles, K, G], log2 of the sum of exp2 of its scores.
       starts, pieces: i32[S], the first piece of a sequence and how many it has, at most `most`.
     """
-    j = jnp.arange(most, dtype=jnp.int32)
+    j = jnp.arange(most, dtype=jnp.int32)[None, :]
     exists = (j < pieces[:, None])[:, :, None, None]  # [S, J, 1, 1]
     at = jnp.minimum(starts[:, None] + jnp.minimum(j, pieces[:, None] - 1), partial.shape[0] - 1)
     at = jnp.maximum(at, 0)

@@ -1,9 +1,9 @@
-"""What the GPU attention kernels have in common: the list of work, and the online softmax over the rows of a tile.
+"""Shared by the GPU attention kernels: the work list, and the online softmax over the rows of a tile.
 
-A q tile is 16 to 128 rows; a row is one query of one head, and the G heads that share a KV head lie side by side, so that
+A q tile is 16 to 128 rows; a row is one query of one head, and the G heads that share a KV head are adjacent, so that
 keys and values are fetched once for all of them. Both kinds of tile run the same body:
 
-  chunk tiles    Q consecutive queries of one sequence, Q * G rows; normalised results
+  chunk tiles    Q consecutive queries of one sequence, Q * G rows; normalized results
   single tiles   one query, G rows, and a piece of its keys; partial results, to be combined by their log-sum-exp
 """
 
@@ -33,7 +33,7 @@ NUM_COLUMNS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What is static in a kernel."""
+    """The static properties of a kernel."""
 
     group: int  # G
     head_dim: int  # D
@@ -42,7 +42,7 @@ class Spec:
     rows_in: int  # of a tile's queries that are read, at least `rows` or `rows_out`
     rows_out: int  # of a tile that are stored: of a single tile at least those that hold a head
     keys: int  # keys of a step, a power of two
-    stages: int  # steps whose keys and values are in shared memory at once
+    stages: int  # steps whose keys and values are in shared memory at the same time
     blocks: int  # thread blocks that share the tiles
     scale: float
     soft_cap: float | None
@@ -58,21 +58,21 @@ class Spec:
         return (self.rows - (GRANULE - 1 if self.group % GRANULE else 0)) // self.group
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.cache_dtype != self.dtype
 
     @property
     def copies(self) -> int:
-        """Blocks, or parts of one, that the keys of a step lie in."""
+        """Blocks, or parts of one, that hold the keys of a step."""
         return max(1, self.keys // self.block_size)
 
 
 class Tile:
-    """A tile and a head: what the work list says of it."""
+    """A tile and a head: its entry in the work list."""
 
     def __init__(self, refs: dict[str, Any], spec: Spec, ordinal: jax.Array) -> None:
         num_kv_heads = refs["k_cache"].shape[1]
-        # The heads of a tile, whose keys lie side by side, are worked on at the same time.
+        # The heads of a tile, whose keys are adjacent, are processed at the same time.
         self.index = lax.div(ordinal, jnp.int32(num_kv_heads))
         self.head = ordinal - self.index * num_kv_heads
         self.columns = [refs["work"][self.index, column] for column in range(NUM_COLUMNS)]
@@ -211,10 +211,10 @@ def _load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
-DEQUANTISED_ROWS = 64  # at a time
+DEQUANTIZED_ROWS = 64  # at a time
 
 
-def dequantise(values: Any, scales: Any, target: Any, spec: Spec, *, by_way_of: Any) -> None:
+def dequantize(values: Any, scales: Any, target: Any, spec: Spec, *, by_way_of: Any) -> None:
     """Writes numbers of 8 bits [64, D] times their rows' scales f32[64] to shared memory, in `spec.dtype`.
 
     `by_way_of` is a dtype that has all these numbers and that the hardware converts them to.

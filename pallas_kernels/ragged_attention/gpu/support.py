@@ -1,4 +1,4 @@
-"""Where the GPU kernels can be used. Imports nothing of Pallas, whose GPU part takes most of a second to import."""
+"""Conditions for the GPU kernels. Does not import Pallas, whose GPU part takes most of a second to import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
 CACHE_DTYPES = (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn)
-QUANTISED_BLOCK = 64  # tokens, the fewest of a block of 8 bits: rows that are dequantised together
+QUANTIZED_BLOCK = 64  # tokens, the fewest of a block of 8 bits: rows that are dequantized together
 MAX_HEAD_DIM = 256
 MAX_GROUP = 120  # a tile has up to 128 rows, and begins at a multiple of 8
 AMPERE_SHORT = 48  # query heads a KV head, up to which Ampere's tiles have 64 rows; beyond they have 128
@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 
 def generation() -> str | None:
-    """The kernel for the GPU that the program at hand is lowered for: "hopper" or "ampere" (Ada Lovelace among them).
+    """The kernel for the GPU that the program is lowered for: "hopper" or "ampere" (which includes Ada Lovelace).
 
-    That of this machine, or of the abstract mesh. None elsewhere, and for a GPU that has no kernel (a T4, a B200). A
-    program that is exported from elsewhere asks for implementation="gpu".
+    The GPU is that of the abstract mesh, or else this machine's. None without a GPU, and for one without a kernel (T4,
+    B200). To export a program from another machine, pass implementation="gpu".
     """
     capability = compute_capability()
     if capability == "9.0":
@@ -35,12 +35,12 @@ def generation() -> str | None:
 
 
 def compute_capability() -> str | None:
-    """Of the GPU that the program at hand is lowered for, "9.0" say; None where there is none, or it is not known."""
+    """Of the GPU that the program is lowered for, such as "9.0"; None if there is no GPU or it is unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         if device.platform != "gpu":
             return None
-        known = getattr(device, "compute_capability", None)  # of a device that is not there
+        known = getattr(device, "compute_capability", None)  # of a device description without hardware
         if known is not None:
             return known
         if jax.default_backend() != "gpu" or jax.devices()[0].device_kind != device.device_kind:
@@ -49,7 +49,7 @@ def compute_capability() -> str | None:
 
 
 def device_kind() -> str | None:
-    """The name of the GPU that the program at hand is lowered for, "NVIDIA A100-SXM4-80GB" say; None elsewhere."""
+    """Name of the GPU that the program is lowered for, such as "NVIDIA A100-SXM4-80GB"; None without a GPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.device_kind if device.platform == "gpu" else None
@@ -57,7 +57,7 @@ def device_kind() -> str | None:
 
 
 def multiprocessors() -> int | None:
-    """Of that GPU; None where it does not say."""
+    """Number of multiprocessors of that GPU; None if unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.num_cores if device.platform == "gpu" else None
@@ -65,7 +65,7 @@ def multiprocessors() -> int | None:
 
 
 def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted: bool = False) -> str | None:
-    """Why the kernel of a generation cannot take this cache, with the remedy; None if it can.
+    """Why the kernel of a generation does not support this cache, with the remedy; None if it does.
 
     Pallas' interpreter runs it with any version of jax.
     """
@@ -75,36 +75,36 @@ def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted:
         return f"of GPUs of compute capability 8 needs jax {wanted} or newer but this is {jax.__version__}; install that"
     if k_cache.dtype not in CACHE_DTYPES:
         names = "bfloat16, float16, int8 and float8_e4m3fn"
-        return f"takes {names} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
+        return f"supports {names} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         return (
-            f"takes heads of multiples of 16 numbers up to {MAX_HEAD_DIM} but D is {head_dim}; "
+            f"supports heads of multiples of 16 numbers up to {MAX_HEAD_DIM} but D is {head_dim}; "
             "pad q, k, v and the cache with zeros"
         )
     if block_size < 8 or block_size & (block_size - 1):
         return f"needs a block size that is a power of two of at least 8, but it is {block_size}"
     if isinstance(k_cache, QuantizedCache):
-        return _quantised_unsupported(k_cache, num_heads // num_kv_heads, generation)
+        return _quantized_unsupported(k_cache, num_heads // num_kv_heads, generation)
     if generation == "ampere" and copied_bytes(block_size, head_dim, 2) is None:
         needed = next(rows for rows in (16, 32) if copied_bytes(rows, head_dim, 2))
         return f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}"
     most = MAX_GROUP_WIDE[generation] if head_dim > 128 else MAX_GROUP
     if num_heads // num_kv_heads > most:
-        return f"takes up to {most} query heads a KV head where D is {head_dim} but there are {num_heads // num_kv_heads}"
+        return f"supports up to {most} query heads a KV head where D is {head_dim} but there are {num_heads // num_kv_heads}"
     return None
 
 
-def _quantised_unsupported(k_cache: Cache, group: int, generation: str) -> str | None:
+def _quantized_unsupported(k_cache: Cache, group: int, generation: str) -> str | None:
     _, _, block_size, head_dim = k_cache.shape
     most_heads = MAX_GROUP_WIDE[generation]  # the same limits as where D is beyond 128
     if head_dim % 32 or head_dim > 128:
-        return f"takes 8-bit caches of heads of multiples of 32 numbers up to 128 but D is {head_dim}; store bfloat16"
-    if block_size < QUANTISED_BLOCK:
-        return f"takes 8-bit caches in blocks of at least {QUANTISED_BLOCK} tokens but they have {block_size}"
+        return f"supports 8-bit caches of heads of multiples of 32 numbers up to 128 but D is {head_dim}; store bfloat16"
+    if block_size < QUANTIZED_BLOCK:
+        return f"supports 8-bit caches in blocks of at least {QUANTIZED_BLOCK} tokens but they have {block_size}"
     if group > most_heads:
-        return f"takes up to {most_heads} query heads a KV head with an 8-bit cache but there are {group}; store bfloat16"
+        return f"supports up to {most_heads} query heads a KV head with an 8-bit cache but there are {group}; store bfloat16"
     if generation == "ampere" and k_cache.dtype == jnp.float8_e4m3fn:
-        return "of GPUs of compute capability 8 takes int8 caches but no float8_e4m3fn; store int8"
+        return "of GPUs of compute capability 8 supports int8 caches but not float8_e4m3fn; store int8"
     return None
 
 
@@ -122,6 +122,6 @@ def copied_bytes(rows: int, head_dim: int, itemsize: int) -> int | None:
 
 
 @functools.cache
-def say_once(reason: str) -> None:
-    """Why the plain program runs on a GPU that has a kernel."""
+def warn_once(reason: str) -> None:
+    """Logs why plain XLA runs on a GPU that has a kernel."""
     _log.warning("ragged attention runs in plain XLA: the GPU kernel %s", reason)

@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU kernels: measured by `autotune` if it has been run, else modelled for the generation."""
+"""Tile sizes of the GPU kernels: measured by `autotune` if it has been run, else modeled for the generation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GpuTiles:
     """How the GPU kernel cuts its work. Any choice gives the same result; the compiler refuses what does not fit."""
 
     chunk_keys: int  # keys of a step of a chunk tile
-    chunk_stages: int  # steps whose keys and values are in shared memory at once
+    chunk_stages: int  # steps whose keys and values are in shared memory at the same time
     single_keys: int
     single_stages: int
     pieces: int  # that the contexts of all single queries are cut into, over all KV heads
@@ -28,8 +28,8 @@ class GpuTiles:
 class Generation:
     """What the model needs to know about a generation of GPUs."""
 
-    multiprocessors: int  # where the device does not say
-    shared_bytes: int  # that a thread block's buffers may take; barriers and the system take some on top
+    multiprocessors: int  # if the device does not report it
+    shared_bytes: int  # available to a thread block's buffers; barriers and the system use some more
     resident: int  # thread blocks that a multiprocessor is to hold at the same time
 
 
@@ -41,21 +41,21 @@ GENERATIONS = {
 
 
 def choose(shape: Shape, generation: str) -> GpuTiles:
-    """The tiles measured for the GPU that is lowered for and this class of shapes, else the modelled ones."""
+    """The tiles measured for the GPU that is lowered for and this class of shapes, else the modeled ones."""
     kind = support.device_kind()
     group = shape.num_heads // shape.num_kv_heads
     found = measured(shape, kind, GpuTiles) if kind else None
-    return found or modelled(
+    return found or modeled(
         shape.head_dim,
         group,
         generation,
-        quantised=is_quantized(shape.dtype),
+        quantized=is_quantized(shape.dtype),
         multiprocessors=support.multiprocessors(),
     )
 
 
-def modelled(
-    head_dim: int, group: int, generation: str, *, quantised: bool = False, multiprocessors: int | None = None
+def modeled(
+    head_dim: int, group: int, generation: str, *, quantized: bool = False, multiprocessors: int | None = None
 ) -> GpuTiles:
     """Tiles for a head size, query heads a KV head and caches of 16 or 8 bits: as many stages as fit in shared memory."""
     gpu = GENERATIONS[generation]
@@ -69,9 +69,9 @@ def modelled(
         keys = 64 if head_dim <= 128 and group <= AMPERE_SHORT else 32
         return GpuTiles(chunk_keys=keys, chunk_stages=2, single_keys=keys, single_stages=2, **common)
     # Beyond 128 the accumulator takes 128 registers a thread, and fewer scores fit beside it. Two steps of 8 bits wait to be
-    # dequantised beside the stages.
-    keys = 128 if head_dim <= 128 and not quantised else 64
-    staged = 4 * keys * (head_dim + 4) if quantised else 0
+    # dequantized beside the stages.
+    keys = 128 if head_dim <= 128 and not quantized else 64
+    staged = 4 * keys * (head_dim + 4) if quantized else 0
 
     def stages(rows: int) -> int:
         return max(2, min(4, (gpu.shared_bytes - 2 * head_dim * rows - staged) // (4 * head_dim * keys)))

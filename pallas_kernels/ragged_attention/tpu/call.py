@@ -21,7 +21,7 @@ from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 
 def ragged_attention_tpu(
@@ -37,10 +37,10 @@ def ragged_attention_tpu(
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
-    """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`, which describes them.
+    """See `pallas_kernels.ragged_attention.ragged_attention`.
 
-    `tiles` None takes those of the device that is lowered for; `interpret` is that of `pl.pallas_call`.
-    Raises ValueError for what `unsupported` names.
+    `tiles` None uses those of the target device; `interpret` is that of `pl.pallas_call`.
+    Raises ValueError if `unsupported` has a reason.
     """
     reason = unsupported(k_cache, index.block_tables.shape[1])
     if reason:
@@ -115,8 +115,8 @@ def ragged_attention_tpu(
 
 
 def plan_tiles(
-    query_starts: jax.Array, context_lens: jax.Array, *, num_tokens: int, spec: Spec
-) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    query_starts: Int[Array, " starts"], context_lens: Int[Array, " S"], *, num_tokens: int, spec: Spec
+) -> tuple[list[Int[Array, " members"]], Int[Array, ""], Int[Array, ""]]:
     """Deals the chunks out to tiles: single queries by falling context, J a tile; longer chunks Q queries a tile.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a tile of the TPU attention kernel consists of, and the copies that bring it in and out."""
+"""The geometry of a tile of the TPU attention kernel, and the copies that load and store it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TABLE_BITS = 7
 TABLE_PIECE = 1 << TABLE_BITS  # block ids that one copy brings into SMEM
 NO_WINDOW = 2**31 - 1
 
-# Where the scalars of a call stand in `scalars`.
+# Positions of a call's scalars in `scalars`.
 NUM_SINGLE_TILES, NUM_TILES, FIRST_BLOCK, WINDOW = range(4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What is known of a call when it is compiled."""
+    """The static properties of a call."""
 
     num_kv_heads: int  # K
     group: int  # G
@@ -39,7 +39,7 @@ class Spec:
     soft_cap: float | None
     precision: lax.Precision
     product_dtype: Any  # of the operands of matrix products
-    zero_values: bool  # whether values that nobody may see can be NaN
+    zero_values: bool  # whether values outside every context can be NaN
 
     @property
     def share(self) -> int:
@@ -48,7 +48,7 @@ class Spec:
 
     @property
     def block_bits(self) -> int:
-        """Everything is a power of two: a shift is one scalar operation, a division is ten."""
+        """log2(B): a shift is one scalar operation, a division is ten."""
         return self.block_size.bit_length() - 1
 
     @property
@@ -57,7 +57,7 @@ class Spec:
 
     @property
     def slice(self) -> int:
-        """Queries of a chunk tile that are transposed at once."""
+        """Queries of a chunk tile that are transposed together."""
         return min(self.queries, 16)
 
     @property
@@ -130,7 +130,7 @@ class Copies:
         return i < self.refs.scalars[NUM_SINGLE_TILES]
 
     def member(self, i: jax.Array, j: int) -> jax.Array:
-        """Where member j of tile i stands in `sequence`, `token`, `position` and `count`."""
+        """Index of member j of tile i in `sequence`, `token`, `position` and `count`."""
         row = jnp.where(self.is_single(i), i, i - self.refs.scalars[NUM_SINGLE_TILES] + self.spec.max_single_tiles)
         return row * self.spec.sequences + j
 
@@ -152,7 +152,7 @@ class Copies:
         return pieces
 
     def first_block(self, i: jax.Array, r: jax.Array | int, j: int) -> jax.Array:
-        """The block of the sequence that lies first in part j of piece r, whether it is needed or not."""
+        """The sequence's first block in part j of piece r, whether or not it is needed."""
         parts, bits = self.spec.sequences, self.spec.block_bits + self.spec.share_bits
         first, _ = self.key_range(i, j)
         # A chunk tile's piece is J parts in a row; in a single tile part j belongs to member j.
@@ -197,7 +197,7 @@ class Copies:
                 if do == "wait":
                     self._wait_for_blocks(0, buffer=buffer, count=spec.share)
                     return
-                unroll = min(spec.share, 8)  # the scalar unit works on several addresses at once
+                unroll = min(spec.share, 8)  # the scalar unit works on several addresses at the same time
 
                 def some(n: jax.Array, _: None) -> None:
                     for m in range(unroll):

@@ -112,7 +112,7 @@ class _Kernel:
         return buffer
 
     def blank_unseen_values(self, i: jax.Array, r: jax.Array, buffer: jax.Array, *, single: bool) -> None:
-        """Zeros in place of the values that no query of the tile sees but that lie in a fetched block."""
+        """Zeroes the values in fetched blocks that no query of the tile sees."""
         spec, values, scales = self.spec, self.refs.v_buffer, self.refs.v_scale_buffer
         for j in range(spec.sequences if single else 1):
             first, end = self.copies.key_range(i, j)
@@ -133,7 +133,7 @@ class _Kernel:
                         ref[at] = jnp.where(seen, old, 0.0).astype(ref.dtype)
 
     def load_queries(self, *, single: bool) -> None:
-        """Rows of the same KV head come to lie together; the running sums start anew."""
+        """Groups rows by KV head and resets the running sums."""
         refs, spec = self.refs, self.spec
         if single:
             for j in range(spec.sequences):
@@ -320,7 +320,7 @@ class _Kernel:
                 sinks = None
                 if refs.sinks is not None:
                     sinks = jnp.broadcast_to(refs.sinks[h][:g, None], (g, q, LANES)).reshape(g * q, LANES)
-                refs.acc_chunk[heads] = self.normalised(top, total, acc, sinks).reshape(g, q, -1)
+                refs.acc_chunk[heads] = self.normalized(top, total, acc, sinks).reshape(g, q, -1)
 
             lax.fori_loop(0, spec.num_kv_heads, finish_head, None)
 
@@ -335,11 +335,11 @@ class _Kernel:
             for h in range(spec.num_kv_heads):
                 n = j * spec.num_kv_heads + h
                 sinks = None if refs.sinks is None else refs.sinks[h]
-                result = self.normalised(refs.top_single[n], refs.total_single[n], refs.acc_single[n], sinks)
+                result = self.normalized(refs.top_single[n], refs.total_single[n], refs.acc_single[n], sinks)
                 heads.append(result[:g])
             refs.out_buffer[j] = jnp.concatenate(heads, axis=0).astype(refs.out_buffer.dtype)
 
-    def normalised(self, top: jax.Array, total: jax.Array, acc: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    def normalized(self, top: jax.Array, total: jax.Array, acc: jax.Array, sinks: jax.Array | None) -> jax.Array:
         total = jnp.sum(total, axis=1, keepdims=True)  # [R, 1]
         if sinks is not None:
             base = jnp.maximum(top, sinks)[:, :1]

@@ -1,4 +1,4 @@
-"""Where the TPU kernel can be used. Imports nothing of Pallas, whose TPU part takes most of a second to import."""
+"""Conditions for the TPU kernel. Does not import Pallas, whose TPU part takes most of a second to import."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ MAX_TABLE_WORDS = 96 * 1024
 
 
 def unsupported(k_cache: Cache, max_blocks: int) -> str | None:
-    """Why the kernel cannot take this cache, with the remedy; None if it can."""
+    """Why the kernel does not support this cache, with the remedy; None if it does."""
     _, _, block_size, head_dim = k_cache.shape
-    # Scales of a block lie along the lanes.
+    # Scales of a block are along the lanes.
     rows = LANES if isinstance(k_cache, QuantizedCache) else granule_rows(k_cache.dtype)
     if k_cache.dtype not in CACHE_DTYPES:
-        return f"takes {_NAMES} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
+        return f"supports {_NAMES} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
     if head_dim % LANES:
         return f"stores heads in multiples of {LANES} numbers but D is {head_dim}; pad q, k, v and the cache with zeros"
     if block_size < rows or block_size & (block_size - 1):
         return f"needs a block size that is a power of two of at least {rows}, but it is {block_size}"
     if 2 * max_blocks > MAX_TABLE_WORDS:
         return (
-            f"takes up to {MAX_TABLE_WORDS // 2} blocks a sequence but block_tables has {max_blocks}; "
+            f"supports up to {MAX_TABLE_WORDS // 2} blocks a sequence but block_tables has {max_blocks}; "
             f"choose a larger block size than {block_size}"
         )
     return None
 
 
 def may_be_lowered() -> bool:
-    """Whether the program at hand may be one for a TPU: then the kernel is worth the second that tracing it takes.
+    """Whether the program being traced may be for a TPU, so that the kernel is worth a second of tracing.
 
-    True where there is a TPU, and under the abstract mesh of one; a program that is exported for TPUs from elsewhere
-    asks for implementation="tpu".
+    True if this machine has a TPU, or under the abstract mesh of one. To export a program for TPUs from another machine,
+    pass implementation="tpu".
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return getattr(device, "platform", None) == "tpu" or jax.default_backend() == "tpu"

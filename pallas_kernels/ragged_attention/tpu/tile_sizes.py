@@ -1,4 +1,4 @@
-"""Tile sizes of the TPU kernel: measured by `autotune` if it has been run, else modelled for the kind of device."""
+"""Tile sizes of the TPU kernel: measured by `autotune` if it has been run, else modeled for the kind of device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tiles:
     cores: int
     """TensorCores that share the work: 2 where one device has two of them."""
     vmem_limit: int
-    """Bytes of VMEM that the kernel may take."""
+    """Bytes of VMEM that the kernel may use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,22 +64,22 @@ def device_kind() -> str | None:
 
 
 def choose(shape: Shape, kind: str | None = None) -> Tiles:
-    """The tiles measured for this device and shape class, else the modelled ones.
+    """The tiles measured for this device and shape class, else the modeled ones.
 
     An unknown `kind` gets those of the smallest device.
     """
     kind = kind or device_kind() or "v4"
-    return measured(shape, kind, Tiles) or modelled(shape, kind)
+    return measured(shape, kind, Tiles) or modeled(shape, kind)
 
 
-def modelled(shape: Shape, kind: str) -> Tiles:
+def modeled(shape: Shape, kind: str) -> Tiles:
     """The largest tiles that the model of VMEM admits: more queries a tile are fewer fetches of the same keys."""
     device = DEVICES.get(kind, DEVICES["v4"])
     row = shape.num_kv_heads * shape.head_dim * jnp.dtype(shape.dtype).itemsize  # bytes of one key
     keys = max(128, shape.block_size)
     while keys < 1024 and 2 * keys * row * 4 <= device.vmem_limit // 4:  # K and V, two buffers
         keys *= 2
-    # Each KV head of each sequence is a chain of dependent products: eight of them hide one another's latency.
+    # Each KV head of each sequence is a chain of dependent products: eight of them hide each other's latency.
     sequences = 1
     while (
         sequences * shape.num_kv_heads < 8

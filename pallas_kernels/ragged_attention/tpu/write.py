@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,32 +23,35 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 FIRST_BLOCK, NUM_GRANULES = range(2)
 RING = 16  # granules in flight: a copy takes about a microsecond, whatever its size
 LEAD = 8  # of these, granules that are being read
 
 
 def write_kv_tpu(
-    k: jax.Array,
-    v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
+    k_cache: Float[Array, "pool K B D"],
+    v_cache: Float[Array, "pool K B D"],
     *,
-    kv_slots: jax.Array,
+    kv_slots: Int[Array, " T"],
     layer: CacheLayer,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "pool K B D"], Float[Array, "pool K B D"]]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
 
-    Shapes as in `ragged_attention`. The caches are updated in place. Tokens with neighbouring slots are cheapest where
-    they stand side by side, as those of a chunk do; any order is correct.
+    Shapes as in `ragged_attention`. The caches are updated in place. Tokens with neighboring slots are cheapest where
+    they are adjacent, as in a chunk; any order is correct.
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     rows = granule_rows(k_cache.dtype)
     first_token, slot, count, clash, num_granules = split_into_granules(
         kv_slots, rows=rows, num_slots=layer.num_blocks * block_size
     )
-    # A granule's rows are copied as a whole, also where its first tokens lie before this step's.
+    # All rows of a granule are copied, even if its first tokens are from earlier steps.
     pad = ((rows, rows), (0, 0), (0, 0))
     k, v = (jnp.pad(x.astype(k_cache.dtype), pad) for x in (k, v))
     scalars = jnp.stack([layer.first_block, num_granules])
@@ -76,8 +79,8 @@ def write_kv_tpu(
 
 
 def split_into_granules(
-    kv_slots: jax.Array, *, rows: int, num_slots: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    kv_slots: Int[Array, " T"], *, rows: int, num_slots: int
+) -> tuple[Int[Array, " T"], Int[Array, " T"], Int[Array, " T"], Int[Array, " T"], Int[Array, ""]]:
     """Runs of tokens that fill consecutive rows of one granule.
 
     Returns:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,17 @@ UNIT_BITS = 5
 UNIT = 1 << UNIT_BITS
 BUFFER_BYTES = 6 * 2**20  # of VMEM, for all granules in flight
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 
 def write_kv_quantized_tpu(
-    k: jax.Array,
-    v: jax.Array,
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: QuantizedCache,
     v_cache: QuantizedCache,
     *,
-    kv_slots: jax.Array,
+    kv_slots: Int[Array, " T"],
     layer: CacheLayer,
     interpret: Any = False,
 ) -> tuple[QuantizedCache, QuantizedCache]:
@@ -49,7 +52,7 @@ def write_kv_quantized_tpu(
     first_token, slot, count, clash, num_granules = split_into_granules(
         kv_slots, rows=block_size, num_slots=layer.num_blocks * block_size
     )
-    # Whole units are copied, also where their first rows lie before this step's tokens, or their last behind them.
+    # Whole units are copied, even if their first rows are before this step's tokens or their last rows after them.
     pad = ((block_size, block_size), (0, 0), (0, 0))
     wide = jnp.bfloat16 if k.dtype == jnp.bfloat16 else jnp.float32
     k, v = (jnp.pad(x.astype(wide), pad) for x in (k, v))
@@ -177,7 +180,7 @@ def _write(
             copy(stream.scale_buffer.at[b], stream.scales.at[block(i)], write_sem.at[b], do)
 
     def merge(i: jax.Array, stream: _Stream, first: jax.Array) -> None:
-        """Quantises the rows from `first` on that are new, and puts them into the buffers."""
+        """Quantizes the rows from `first` on that are new, and puts them into the buffers."""
         b, rows = i & (ring - 1), pl.ds(first, UNIT)
         begin, end = offset(i), offset(i) + count[i]
         new = jnp.swapaxes(stream.new_buffer[b, rows].astype(jnp.float32), 0, 1)  # [K, UNIT, D]

@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels import native
 from pallas_kernels.matmul import Int8Weight, PackedWeight, linear, prepare, quantize_int8, swiglu
 from tests.pallas_kernels.rounding import met
+from tests.shape_checks import unchecked
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 
@@ -92,14 +93,14 @@ def test_swiglu_equals_numpy_in_every_storage(f: int, platform: str, storage: st
 
 @needs_native
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_the_result_of_a_row_does_not_depend_on_its_companions(storage: str):
+def test_the_result_of_a_row_does_not_depend_on_other_rows(storage: str):
     x = _normal(130, 2050)  # NumPy slices it without compiling a program for each size
     packed = _prepare(_normal(2050, 70, seed=1), storage)
     gated = _prepare(_normal(2050, 140, seed=2), storage, gated=True)
     everything, everything_gated = np.asarray(linear(x, packed)), np.asarray(swiglu(x, gated))
     for i in range(0, 130, 7):
         np.testing.assert_array_equal(linear(x[i : i + 1], packed)[0], everything[i])
-    # The last m rows: each of them stands at another place than before.
+    # The last m rows: each is at another position than before.
     for m in range(1, 130) if storage == "float32" else (2, 13, 14, 15, 28, 29, 64, 65, 129):
         np.testing.assert_array_equal(linear(x[-m:], packed), everything[-m:])
     for m in (1, 2, 14, 15, 64, 129):
@@ -118,7 +119,7 @@ def test_int8_is_off_by_at_most_half_a_scale_for_each_weight(platform: str):
     assert (np.asarray(y)[:, 3] == 0).all()
 
 
-def test_elsewhere_a_weight_stays_a_plain_array_or_becomes_int8():
+def test_on_other_platforms_a_weight_stays_a_plain_array_or_becomes_int8():
     w = _normal(20, 30)
     assert isinstance(prepare(w, platform="tpu"), jax.Array)
     quantized = prepare(w, quantize="int8", platform="cuda")
@@ -160,7 +161,7 @@ def test_plain_weights_are_differentiable():
 
 
 @needs_native
-def test_eight_threads_may_call_at_once():
+def test_eight_threads_may_call_at_the_same_time():
     w = _normal(300, 200, seed=1)
     packed = prepare(w, platform="cpu")
     run = jax.jit(lambda x: linear(linear(x, packed)[:, :100] @ jnp.ones((100, 300)), packed))
@@ -179,12 +180,12 @@ def test_the_compiled_program_does_not_copy_the_weight():
     packed = [prepare(_normal(64, 96, seed=i), quantize=q, platform="cpu") for i, q in enumerate((None, "int8"))]
     program = jax.jit(lambda x, ws: [linear(x, w) for w in ws]).lower(jnp.ones((1, 64)), packed).compile()
     text = program.as_text()
-    assert text.count('custom_call_target="fastgen_matmul"') == 2
+    assert text.count('custom_call_target="pallas_kernels_matmul"') == 2
     for w in packed:
         shape = ",".join(map(str, w.panels.shape))
         uses = [line for line in text.splitlines() if f"[{shape}]" in line and " parameter(" not in line]
         assert uses
-        others = [line for line in uses if not any(word in line for word in ("fastgen_matmul", "ENTRY", "HloModule"))]
+        others = [line for line in uses if not any(word in line for word in ("pallas_kernels_matmul", "ENTRY", "HloModule"))]
         assert others == []
 
 
@@ -219,13 +220,13 @@ def test_linear_and_swiglu_refuse_what_does_not_fit():
     w = _normal(8, 6)
     plain, gated = prepare(w, platform="cpu"), prepare(w, platform="cpu", gated=True)
     x = jnp.ones((2, 8))
-    with pytest.raises(ValueError, match="gated=True"):
+    with unchecked(), pytest.raises(ValueError, match="gated=True"):
         linear(x, gated)
-    with pytest.raises(ValueError, match="gated=False"):
+    with unchecked(), pytest.raises(ValueError, match="gated=False"):
         swiglu(x, plain)
-    with pytest.raises(ValueError, match="does not fit"):
+    with unchecked(), pytest.raises(ValueError, match="does not fit"):
         linear(jnp.ones((2, 7)), plain)
-    with pytest.raises(ValueError, match="residual is"):
+    with unchecked(), pytest.raises(ValueError, match="residual is"):
         linear(x, plain, residual=jnp.ones((2, 5)))
-    with pytest.raises(ValueError, match="a multiple of 2, not 5"):
+    with unchecked(), pytest.raises(ValueError, match="a multiple of 2, not 5"):
         swiglu(x, jnp.ones((8, 5)))

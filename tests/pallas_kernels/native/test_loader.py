@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,41 +12,22 @@ import pytest
 
 from pallas_kernels import native
 from pallas_kernels.native import compiler, loader
+from tests.pallas_kernels.programs.run import run, start
 
-_PROBE = Path(__file__).with_name("probe.cc")
-_SYMBOLS = {"fastgen_probe": "FastgenProbe"}
-_REPOSITORY = Path(__file__).parents[3]
+PROBE = Path(__file__).with_name("probe.cc")
+SYMBOLS = {"pallas_kernels_probe": "PallasKernelsProbe"}
 # One ulp of float32 is 1.2e-7 of the value; exp is within two of them.
 _EXP_TOLERANCE = 2.4e-7
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 
 
-def _python(code: str, **environment: str) -> str:
-    """Standard output of `code` in a fresh interpreter; its errors fail the test."""
-    variables = {**os.environ, "PYTHONPATH": str(_REPOSITORY), "JAX_PLATFORMS": "cpu", **environment}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
-def _load_in_a_process(cache: Path) -> subprocess.Popen[str]:
-    code = f"""
-from pathlib import Path
-from pallas_kernels import native
-print(native.load("probe", Path({str(_PROBE)!r}), {_SYMBOLS!r}))
-"""
-    variables = {**os.environ, "PYTHONPATH": str(_REPOSITORY), "XDG_CACHE_HOME": str(cache)}
-    return subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, text=True)
-
-
 @needs_compiler
 def test_vector_exp_and_silu_agree_with_numpy():
-    assert native.load("probe", _PROBE, _SYMBOLS)
+    assert native.load("probe", PROBE, SYMBOLS)
     x = np.linspace(-87, 88, 16 * 4001, dtype=np.float32)
     like_x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    exps, silus = jax.jit(jax.ffi.ffi_call("fastgen_probe", (like_x, like_x)))(x)
+    exps, silus = jax.jit(jax.ffi.ffi_call("pallas_kernels_probe", (like_x, like_x)))(x)
     wide = x.astype(np.float64)
     np.testing.assert_allclose(exps, np.exp(wide), rtol=_EXP_TOLERANCE)
     np.testing.assert_allclose(silus, wide / (1 + np.exp(-wide)), rtol=4 * _EXP_TOLERANCE, atol=1e-37)
@@ -57,10 +35,10 @@ def test_vector_exp_and_silu_agree_with_numpy():
 
 @needs_compiler
 def test_vector_exp_of_extremes_is_zero_or_huge_and_nan_stays():
-    assert native.load("probe", _PROBE, _SYMBOLS)
+    assert native.load("probe", PROBE, SYMBOLS)
     x = np.tile(np.array([-np.inf, -1e30, -100, 100, 1e30, np.inf, np.nan, 0], np.float32), 2)
     like_x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    exps, _ = jax.jit(jax.ffi.ffi_call("fastgen_probe", (like_x, like_x)))(x)
+    exps, _ = jax.jit(jax.ffi.ffi_call("pallas_kernels_probe", (like_x, like_x)))(x)
     assert (np.asarray(exps)[:3] == 0).all()
     assert (np.asarray(exps)[3:6] > 2e38).all()
     assert np.isnan(exps[6])
@@ -70,37 +48,32 @@ def test_vector_exp_of_extremes_is_zero_or_huge_and_nan_stays():
 @needs_compiler
 @pytest.mark.slow
 def test_several_processes_build_one_library(tmp_path: Path):
-    processes = [_load_in_a_process(tmp_path) for _ in range(3)]
+    processes = [start("load_probe", XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]
     assert [process.communicate()[0].strip() for process in processes] == ["True"] * 3
-    files = {path.suffix for path in (tmp_path / "fastgen_jax" / "native").iterdir()}
-    libraries = list((tmp_path / "fastgen_jax" / "native").glob("*.so"))
+    files = {path.suffix for path in (tmp_path / "pallas_kernels" / "native").iterdir()}
+    libraries = list((tmp_path / "pallas_kernels" / "native").glob("*.so"))
     assert len(libraries) == 1
     assert files == {".so", ".sha256", ".lock"}
 
     built = libraries[0].stat().st_mtime_ns
-    assert _load_in_a_process(tmp_path).communicate()[0].strip() == "True"
+    assert run("load_probe", XDG_CACHE_HOME=str(tmp_path)) == "True"
     assert libraries[0].stat().st_mtime_ns == built, "a cached library is not built again"
 
     # Cut in the middle, as a full disk leaves it, it would end the process that opens it with a bus error.
     contents = libraries[0].read_bytes()
     libraries[0].write_bytes(contents[: len(contents) // 2])
-    assert _load_in_a_process(tmp_path).communicate()[0].strip() == "True", "a broken library is built again"
+    assert run("load_probe", XDG_CACHE_HOME=str(tmp_path)) == "True", "a broken library is built again"
     assert len(libraries[0].read_bytes()) == len(contents)
     libraries[0].write_bytes(b"not a library")
     libraries[0].with_suffix(".sha256").write_text(hashlib.sha256(b"not a library").hexdigest())
-    assert _load_in_a_process(tmp_path).communicate()[0].strip() == "True", "one that does not load is built again"
+    assert run("load_probe", XDG_CACHE_HOME=str(tmp_path)) == "True", "one that does not load is built again"
 
 
 @needs_compiler
 def test_without_a_folder_for_it_the_library_is_built_among_the_temporary_files(tmp_path: Path):
     (tmp_path / "file").write_text("")
     (tmp_path / "temporary").mkdir()
-    code = f"""
-from pathlib import Path
-from pallas_kernels import native
-print(native.load("probe", Path({str(_PROBE)!r}), {_SYMBOLS!r}))
-"""
-    assert _python(code, XDG_CACHE_HOME=str(tmp_path / "file"), TMPDIR=str(tmp_path / "temporary")) == "True"
+    assert run("load_probe", XDG_CACHE_HOME=str(tmp_path / "file"), TMPDIR=str(tmp_path / "temporary")) == "True"
     assert len(list((tmp_path / "temporary").rglob("*.so"))) == 1
 
 
@@ -122,35 +95,23 @@ def test_a_source_that_does_not_compile_is_reported_and_not_raised(
     broken = tmp_path / "broken.cc"
     broken.write_text("this is not C++;")
     with caplog.at_level("INFO", logger=loader.__name__):
-        assert not native.load("broken", broken, {"fastgen_broken": "Broken"})
-        assert not native.load("broken", broken, {"fastgen_broken": "Broken"})
+        assert not native.load("broken", broken, {"pallas_kernels_broken": "Broken"})
+        assert not native.load("broken", broken, {"pallas_kernels_broken": "Broken"})
     reports = [record for record in caplog.records if "not used" in record.message]
     assert len(reports) == 1, "the reason is logged once"
     assert "error" in reports[0].message
 
 
 def test_the_environment_turns_native_kernels_off():
-    code = "from pallas_kernels import native; print(native.available(), native.unavailable_reason())"
-    assert _python(code, FASTGEN_NATIVE="0") == "False FASTGEN_NATIVE=0 turns native kernels off"
+    assert run("native_availability", PALLAS_KERNELS_NATIVE="0") == "False PALLAS_KERNELS_NATIVE=0 turns native kernels off"
 
 
 def test_without_a_compiler_nothing_raises_and_the_reason_names_a_remedy():
-    code = """
-import importlib.util, pallas_kernels.native.compiler as compiler
-compiler._candidates = lambda: []
-from pallas_kernels import native
-print(native.available(), native.unavailable_reason())
-"""
-    output = _python(code)
+    output = run("native_availability", "no-compiler")
     assert output.startswith("False")
     assert "install g++" in output
 
 
 def test_importing_the_kernels_compiles_nothing_and_starts_no_backend(tmp_path: Path):
-    code = """
-import pallas_kernels.matmul, pallas_kernels.native
-from jax._src import xla_bridge
-print(xla_bridge.backends_are_initialized())
-"""
-    assert _python(code, XDG_CACHE_HOME=str(tmp_path)) == "False"
+    assert run("import_only", XDG_CACHE_HOME=str(tmp_path)) == "False"
     assert list(tmp_path.iterdir()) == []

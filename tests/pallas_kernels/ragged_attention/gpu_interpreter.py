@@ -1,4 +1,4 @@
-"""Compares the GPU kernel, run in Pallas' Mosaic-GPU interpreter, with the reference. A process of its own:
+"""Compares the GPU kernel, run in Pallas' Mosaic-GPU interpreter, with the reference, in a separate process:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.pallas_kernels.ragged_attention.gpu_interpreter quick
 
@@ -163,7 +163,7 @@ def check_case(case: Case, *, examples: int) -> None:
 
 
 def compile_once() -> None:
-    """The interpreter compiles its program anew for each warpgroup of each thread block; here they share one."""
+    """Makes all warpgroups and thread blocks share one compiled program; the interpreter compiles one for each."""
     programs: dict[Any, Any] = {}
     lock = threading.Lock()
 

@@ -71,7 +71,7 @@ def make_batch(
     cache_shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
     caches = [np.full(cache_shape, unused_kv, np.float32) for _ in range(2)]
     new = [normal(num_tokens, num_kv_heads, head_dim) for _ in range(2)]
-    # Blocks that do not exist stand where no kernel may look.
+    # Entries that no kernel may follow name blocks that do not exist.
     tables = np.full((len(chunks), max_blocks), 2**30, np.int32)
     slots = np.full(num_tokens, num_blocks * block_size, np.int32)
     slots[1::2] += 12345  # any slot beyond the layer is padding, the next layer's too

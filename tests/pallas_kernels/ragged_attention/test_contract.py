@@ -75,26 +75,26 @@ def test_an_argument_that_does_not_fit_is_named(batch: Batch, changes: dict[str,
 
 def test_the_native_kernel_refuses_a_half_precision_cache_that_it_cannot_read(batch: Batch) -> None:
     caches = {name: jnp.asarray(batch.arrays[name], jnp.float16) for name in ("k_cache", "v_cache")}
-    with pytest.raises(ValueError, match="takes float32 and bfloat16 caches but k_cache has dtype float16"):
+    with pytest.raises(ValueError, match="supports float32 and bfloat16 caches but k_cache has dtype float16"):
         ragged_attention(**batch.arguments(**caches), implementation="cpu")
-    assert "fastgen_ragged_attention" not in lowered(batch, **caches)  # by itself it picks another way
+    assert "pallas_kernels_ragged_attention" not in lowered(batch, **caches)  # the default picks another implementation
 
 
 @needs_native
 def test_by_default_the_native_kernel_runs_on_a_cpu(batch: Batch) -> None:
-    assert "fastgen_ragged_attention_f32" in lowered(batch)
+    assert "pallas_kernels_ragged_attention_f32" in lowered(batch)
     expected = ragged_attention(**batch.arguments(), implementation="cpu")[0]
     np.testing.assert_array_equal(ragged_attention(**batch.arguments())[0], expected)
 
 
-def test_without_a_compiler_xla_serves(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTGEN_NATIVE", "0")
+def test_without_a_compiler_xla_is_used(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PALLAS_KERNELS_NATIVE", "0")
     assert not native.available()
-    assert "fastgen_ragged_attention" not in lowered(batch)
-    with pytest.raises(ValueError, match="needs a native kernel, which cannot be had here"):
+    assert "pallas_kernels_ragged_attention" not in lowered(batch)
+    with pytest.raises(ValueError, match="needs a native kernel, which is not available here"):
         ragged_attention(**batch.arguments(), implementation="cpu")
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_another_platform_gets_plain_xla(batch: Batch, platform: str) -> None:
-    assert "fastgen_ragged_attention" not in lowered(batch, platform)
+    assert "pallas_kernels_ragged_attention" not in lowered(batch, platform)

@@ -1,6 +1,6 @@
-"""The GPU kernel equals the reference in Pallas' Mosaic-GPU interpreter, and what surrounds it holds by itself.
+"""The GPU kernel equals the reference in Pallas' Mosaic-GPU interpreter, and the code around it is tested separately.
 
-The interpreter needs more threads than this machine may have cores, so it runs in a process of its own, `gpu_interpreter`.
+The interpreter needs more threads than this machine may have cores, so it runs in a child process, `gpu_interpreter`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     WINDOW,
     Spec,
 )
-from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, candidates, choose, modelled
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, candidates, choose, modeled
 from pallas_kernels.ragged_attention.measured_tiles import Shape
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
@@ -66,7 +66,7 @@ def test_the_gpu_kernel_equals_the_reference_in_all_shapes(case: int) -> None:
 def spec(
     *, group: int, partial: bool, generation: str = "hopper", head_dim: int = 128, cache_dtype: Any = jnp.bfloat16
 ) -> Spec:
-    tiles = modelled(head_dim, group, generation, quantised=cache_dtype == jnp.int8)
+    tiles = modeled(head_dim, group, generation, quantized=cache_dtype == jnp.int8)
     rows_in, rows, rows_out = BODIES[generation].tile_rows(group, head_dim, partial=partial)
     return Spec(
         group=group,
@@ -105,7 +105,7 @@ def plans(group: int, num_kv_heads: int, generation: str):
         *pieces, most = plan_pieces(
             **index,
             num_kv_heads=num_kv_heads,
-            tiles=modelled(128, group, generation),
+            tiles=modeled(128, group, generation),
             spec=spec(**kind, partial=True),
         )
         tokens = jnp.arange(NUM_TOKENS, dtype=jnp.int32)
@@ -207,7 +207,7 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
         ({"group": 121}, "up to 120 query heads a KV head where D is 16 but there are 121"),
     ],
 )
-def test_what_the_gpu_kernel_cannot_take_is_refused(changes: dict, message: str) -> None:
+def test_what_the_gpu_kernel_does_not_support_is_refused(changes: dict, message: str) -> None:
     arguments = make_batch([(1, 3)], **({"dtype": jnp.bfloat16} | changes)).arguments()
     with pytest.raises(ValueError, match=message):
         ragged_attention_gpu(**arguments)
@@ -234,7 +234,7 @@ def test_ampere_refuses_blocks_that_four_warps_cannot_copy(head_dim: int, block_
         ("hopper", "int8", 128, 32, 4, "blocks of at least 64 tokens but they have 32"),
         ("hopper", "int8", 128, 64, 71, "up to 64 query heads a KV head with an 8-bit cache but there are 71"),
         ("ampere", "int8", 128, 64, 71, "up to 48 query heads a KV head with an 8-bit cache but there are 71"),
-        ("ampere", "float8_e4m3fn", 128, 64, 4, "takes int8 caches but no float8_e4m3fn; store int8"),
+        ("ampere", "float8_e4m3fn", 128, 64, 4, "supports int8 caches but not float8_e4m3fn; store int8"),
     ],
 )
 def test_8_bit_caches_that_do_not_fit_are_refused(
@@ -250,12 +250,12 @@ def test_more_results_than_fit_are_refused(generation: str, most: int) -> None:
     cache = jax.ShapeDtypeStruct((4, 1, 32, 256), jnp.bfloat16)
     assert gpu_support.unsupported(cache, most, generation, interpreted=True) is None
     reason = gpu_support.unsupported(cache, most + 1, generation, interpreted=True)
-    assert reason == f"takes up to {most} query heads a KV head where D is 256 but there are {most + 1}"
+    assert reason == f"supports up to {most} query heads a KV head where D is 256 but there are {most + 1}"
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("group", [1, 4, 71])
-def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
+def test_modeled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
     if (head_dim, group) == (256, 71):
         pytest.skip("refused, see below")
     for partial in (False, True):
@@ -269,7 +269,7 @@ def test_modelled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("group", [1, 48])
-def test_modelled_tiles_of_8_bits_fit_in_shared_memory(head_dim: int, group: int) -> None:
+def test_modeled_tiles_of_8_bits_fit_in_shared_memory(head_dim: int, group: int) -> None:
     for partial in (False, True):
         case: Any = {"group": group, "partial": partial, "head_dim": head_dim, "cache_dtype": jnp.int8}
         assert hopper.shared_bytes(spec(**case)) <= 227 * 1024 - 1024
@@ -298,7 +298,7 @@ def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, mon
     shape = Shape(
         num_heads=32, num_kv_heads=8, head_dim=128, block_size=32, num_tokens=512, num_sequences=64, dtype="bfloat16"
     )
-    first = modelled(128, 4, "ampere", multiprocessors=72)
+    first = modeled(128, 4, "ampere", multiprocessors=72)
 
     def measure(tiles: GpuTiles) -> float:  # a device that has no room for 128 keys, and likes many pieces
         if max(tiles.chunk_keys, tiles.single_keys) > 64:
@@ -315,16 +315,16 @@ def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, mon
             return choose(shape, "ampere")
 
     assert chosen("an A10", 72) == best
-    assert chosen("an L4", 58) == modelled(128, 4, "ampere", multiprocessors=58)
+    assert chosen("an L4", 58) == modeled(128, 4, "ampere", multiprocessors=58)
 
 
-def test_the_command_that_measures_tiles_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_autotune_command_says_which_device_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         autotune_command(["--tokens", "8"])
     assert "measured on a TPU or a GPU of compute capability 8 or 9.0, but JAX runs on 'cpu'" in capsys.readouterr().err
 
 
-def test_what_is_measured_is_a_call_as_others_make_it() -> None:
+def test_autotune_measures_a_valid_call() -> None:
     asked = []
 
     def attention(*arguments: Any, tiles: GpuTiles) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -333,7 +333,7 @@ def test_what_is_measured_is_a_call_as_others_make_it() -> None:
         return arguments[0], arguments[3], arguments[4]
 
     shape = Shape(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, num_tokens=8, num_sequences=3, dtype="bfloat16")
-    choices = list(candidates(modelled(16, 2, "ampere")))
+    choices = list(candidates(modeled(16, 2, "ampere")))
     assert len(set(choices)) == len(choices) > 10
     for choice in choices[:2]:
         assert time_call(functools.partial(attention, tiles=choice), shape, context=20, repeats=1) > 0
@@ -347,11 +347,11 @@ def test_a_gpu_of_unknown_capability_and_a_cpu_have_no_kernel() -> None:
     assert gpu_support.generation() is None
 
 
-def test_an_old_jax_takes_xla_on_an_ampere_and_says_so(
+def test_an_old_jax_uses_xla_on_an_ampere_and_logs_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    gpu_support.say_once.cache_clear()
+    gpu_support.warn_once.cache_clear()
     arguments = make_batch([(1, 3)], dtype=jnp.bfloat16).arguments()
     device = Gpu(device_kind="a GPU", num_cores=1, platform="gpu", compute_capability="8.0")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
@@ -363,13 +363,13 @@ def test_an_old_jax_takes_xla_on_an_ampere_and_says_so(
 
 @pytest.mark.skipif(jax.__version_info__ < gpu_support.AMPERE_JAX, reason="this jax has no layouts for mma")
 @pytest.mark.parametrize("rows", [64, 128])
-def test_a_product_is_the_left_operand_of_the_next_as_it_lies(rows: int) -> None:
+def test_a_product_is_the_left_operand_of_the_next_without_conversion(rows: int) -> None:
     from jax.experimental.mosaic import gpu as mgpu
 
     layouts = mgpu.MMALayouts(jnp.bfloat16)
 
     def elements(layout: Any) -> np.ndarray:
-        """Which element of [rows, 64] lies where: [what distinguishes threads, registers, numbers of a register]."""
+        """The element of [rows, 64] at each place: [threads, registers, numbers of a register]."""
         tiled = layout.tiling.tile_shape((rows, 64))
         numbers = np.arange(rows * 64).reshape(rows, 64)
         for tile in layout.tiling.tiles:  # the last axes become (how many tiles, inside of one)
@@ -388,7 +388,7 @@ def test_a_product_is_the_left_operand_of_the_next_as_it_lies(rows: int) -> None
     np.testing.assert_array_equal(elements(layouts.acc), elements(layouts.lhs))
 
 
-def test_a_program_for_a_gpu_takes_xla_unless_it_is_known_to_be_a_hopper() -> None:
+def test_a_program_for_a_gpu_uses_xla_unless_it_is_known_to_be_a_hopper() -> None:
     arguments = make_batch([(3, 20), (1, 5)], num_tokens=6, head_dim=64, dtype=jnp.bfloat16).arguments()
     program = jax.jit(ragged_attention).trace(**arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" not in program  # this process has no GPU, and no mesh says what it lowers for

@@ -1,4 +1,4 @@
-"""The cache is updated where it lies: no compiled program holds a copy of the pool."""
+"""The cache is updated in place: no compiled program copies the pool."""
 
 from __future__ import annotations
 

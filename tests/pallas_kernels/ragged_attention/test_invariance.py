@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +12,7 @@ import pytest
 
 from pallas_kernels.ragged_attention import ragged_attention
 from pallas_kernels.ragged_attention.cpu import call as cpu
+from tests.pallas_kernels.programs.run import run
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
@@ -64,7 +62,7 @@ def run_in_chunks(lengths: list[int], *, implementation: str, block_size: int = 
 
 @needs_native
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "window", "cap, alibi, sinks"])
-def test_chunking_and_companions_do_not_change_a_bit(options: dict[str, object]) -> None:
+def test_chunking_and_other_sequences_do_not_change_a_bit(options: dict[str, object]) -> None:
     whole = run_in_chunks([350], implementation="cpu", **options)
     assert np.isfinite(whole).all()
     for lengths in ([64, 192, 94], [1, 62, 1, 1, 2, 180, 7, 1, 1, 1, 93], [349, 1]):
@@ -110,12 +108,7 @@ def test_a_context_that_is_split_over_threads_gives_the_same_bits() -> None:
 @needs_native
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs to bind a process to one core")
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
-    program = (
-        "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); sys.path[:0] = sys.argv[1:]\n"
-        "import test_invariance as t; sys.stdout.write(t.mixed_batch_result().tobytes().hex())"
-    )
-    paths = [str(Path(__file__).parent), str(Path(cpu.__file__).parents[2])]
-    alone = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True).stdout
+    alone = run("attention_on_one_core")
     assert bytes.fromhex(alone) == mixed_batch_result().tobytes()
 
 

@@ -24,7 +24,7 @@ from pallas_kernels.ragged_attention.autotune import autotune, candidates
 from pallas_kernels.ragged_attention.measured_tiles import entries
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
-from pallas_kernels.ragged_attention.tpu.tile_sizes import DEVICES, Shape, Tiles, choose, modelled, vmem_bytes
+from pallas_kernels.ragged_attention.tpu.tile_sizes import DEVICES, Shape, Tiles, choose, modeled, vmem_bytes
 from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 from pallas_kernels.ragged_attention.xla import write_kv
@@ -170,13 +170,13 @@ def test_the_tpu_kernel_equals_the_reference_in_all_shapes(case: Case, mode: str
     check_case(case, mode, examples=12)
 
 
-def test_scattered_slots_are_written_wherever_they_lie() -> None:
-    """Tokens of one granule that do not stand side by side: each run must see what the one before it wrote."""
+def test_scattered_slots_are_written_in_any_order() -> None:
+    """Tokens of one granule that are not adjacent: each run must see what the previous one wrote."""
     rng = np.random.default_rng(0)
     shape, num_blocks = (6, 2, 16, 128), 3
-    slots = rng.permutation(num_blocks * 16)[:24].astype(np.int32)
+    slots = rng.permutation(num_blocks * 16)[:20].astype(np.int32)
     slots[5] = num_blocks * 16  # padding
-    k, v = (jnp.asarray(rng.standard_normal((24, 2, 128), dtype=np.float32)) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((20, 2, 128), dtype=np.float32)) for _ in range(2))
     caches = [jnp.full(shape, np.nan, jnp.float32) for _ in range(2)]
     arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
@@ -187,15 +187,15 @@ def test_scattered_slots_are_written_wherever_they_lie() -> None:
         np.testing.assert_array_equal(ours, expected)
 
 
-def test_scattered_slots_of_an_8_bit_cache_are_written_wherever_they_lie() -> None:
+def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     """Runs that share a block of scales, though none of their keys: each must see the scales that the others wrote."""
     rng = np.random.default_rng(1)
     shape, num_blocks = (4, 2, 128, 128), 2
-    run = np.arange(120, 130)  # from one block into the next
-    others = rng.permutation(np.setdiff1d(np.arange(num_blocks * 128), run))[:30]
-    slots = np.concatenate([others[:20], run, others[20:]]).astype(np.int32)
+    run = np.arange(125, 131)  # from one block into the next
+    others = rng.permutation(np.setdiff1d(np.arange(num_blocks * 128), run))[:18]
+    slots = np.concatenate([others[:9], run, others[9:]]).astype(np.int32)
     slots[5] = num_blocks * 128  # padding
-    k, v = (jnp.asarray(rng.standard_normal((40, 2, 128), dtype=np.float32)) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((24, 2, 128), dtype=np.float32)) for _ in range(2))
     caches = [as_cache(np.full(shape, np.nan, np.float32), jnp.int8) for _ in range(2)]
     caches = [jax.tree.map(jnp.asarray, cache) for cache in caches]
     arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
@@ -218,7 +218,7 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_wherever_they_lie() -> No
         ({"max_blocks": 50_000, "head_dim": 128}, "up to 49152 blocks a sequence but block_tables has 50000"),
     ],
 )
-def test_what_the_tpu_kernel_cannot_take_is_refused(changes: dict, message: str) -> None:
+def test_what_the_tpu_kernel_does_not_support_is_refused(changes: dict, message: str) -> None:
     arguments = make_batch([(1, 3)], **changes).arguments()
     with pytest.raises(ValueError, match=message):
         ragged_attention_tpu(**arguments)
@@ -231,10 +231,10 @@ def shape(num_heads: int, num_kv_heads: int, **changes: int) -> Shape:
 
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(8, 1), (32, 8), (32, 32), (71, 1), (128, 8)])
-def test_modelled_tiles_are_powers_of_two_within_vmem(kind: str, num_heads: int, num_kv_heads: int) -> None:
+def test_modeled_tiles_are_powers_of_two_within_vmem(kind: str, num_heads: int, num_kv_heads: int) -> None:
     for num_tokens, num_sequences in ((1, 1), (64, 64), (2048, 64)):
         call = shape(num_heads, num_kv_heads, num_tokens=num_tokens, num_sequences=num_sequences)
-        tiles = modelled(call, kind)
+        tiles = modeled(call, kind)
         for size in (tiles.queries, tiles.keys, tiles.sequences):
             assert size & (size - 1) == 0
         assert tiles.keys // tiles.sequences >= 128
@@ -245,7 +245,7 @@ def test_autotune_writes_the_fastest_tiles_that_work_and_choose_finds_them(tmp_p
     path = tmp_path / "tiles.json"
     monkeypatch.setenv("PALLAS_KERNELS_TILES", str(path))
     call = shape(32, 8)
-    assert choose(call, "v5e") == modelled(call, "v5e")
+    assert choose(call, "v5e") == modeled(call, "v5e")
 
     def measure(tiles: Tiles) -> float:
         if tiles.keys > 512:
@@ -254,10 +254,10 @@ def test_autotune_writes_the_fastest_tiles_that_work_and_choose_finds_them(tmp_p
 
     best = autotune(call, candidates(call, "v5e"), kind="v5e", measure=measure, path=path, report=lambda line: None)
     assert best.keys == 512
-    assert best.queries == modelled(call, "v5e").queries // 2
+    assert best.queries == modeled(call, "v5e").queries // 2
     assert choose(call, "v5e") == best
     assert choose(shape(32, 8, num_tokens=1500), "v5e") == best  # the same class
-    assert choose(shape(32, 4), "v5e") == modelled(shape(32, 4), "v5e")
+    assert choose(shape(32, 4), "v5e") == modeled(shape(32, 4), "v5e")
     entries.cache_clear()
 
 
@@ -273,14 +273,14 @@ def test_autotune_writes_the_fastest_tiles_that_work_and_choose_finds_them(tmp_p
         '{"KEY": {"queries": 0, "keys": 0, "sequences": 0, "cores": 0, "vmem_limit": 0}}',
     ],
 )
-def test_a_damaged_file_of_tiles_costs_a_warning_and_autotune_mends_it(tmp_path, monkeypatch, caplog, text) -> None:
+def test_a_damaged_file_of_tiles_logs_a_warning_and_autotune_fixes_it(tmp_path, monkeypatch, caplog, text) -> None:
     path = tmp_path / "tiles.json"
     monkeypatch.setenv("PALLAS_KERNELS_TILES", str(path))
     call = shape(32, 8)
     path.write_text(text.replace("KEY", call.key("v5e")))
     entries.cache_clear()
     for _ in range(3):
-        assert choose(call, "v5e") == modelled(call, "v5e")
+        assert choose(call, "v5e") == modeled(call, "v5e")
     assert caplog.text.count("does not hold measured tiles") == 1
     best = autotune(
         call, candidates(call, "v5e"), kind="v5e", measure=lambda tiles: 1 / tiles.keys, path=path, report=lambda line: None

@@ -1,0 +1,12 @@
+"""Prints whether native kernels are available and why not; with the argument "no-compiler" as if there were no compiler."""
+
+from __future__ import annotations
+
+import sys
+
+from pallas_kernels import native
+from pallas_kernels.native import compiler
+
+if sys.argv[1:] == ["no-compiler"]:
+    compiler._candidates = list
+print(native.available(), native.unavailable_reason())
