@@ -230,7 +230,7 @@ class AsyncEngine:
             stream.close()
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """Runs `function(engine)` in the engine's thread between two steps; returns its result. ClosedError after the end."""
+        """The result of `function(engine)`, run in the engine's thread between two steps; ClosedError after its end."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
 
