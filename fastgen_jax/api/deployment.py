@@ -232,7 +232,7 @@ def stop_server(deployment: Deployment, *, timeout: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _flags(option: str, value: Any) -> list[str]:
+def _flags(option: str, value: object) -> list[str]:
     flag = f"--{option.replace('_', '-')}"
     if value is None:
         return []
