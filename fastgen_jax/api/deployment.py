@@ -65,9 +65,8 @@ def deployments() -> list[Deployment]:
 def find_deployment(name: str) -> Deployment:
     """The deployment of that name; ValueError, with the running ones, if it does not run."""
     folder = paths.settle_deployments()
-    record = (
-        _read(folder.path / f"{name}.json") if folder else None
-    )  # before `deployments` removes the record of an ended one
+    # Before `deployments` removes the record of one that has ended.
+    record = _read(folder.path / f"{name}.json") if folder else None
     for deployment in deployments():
         if deployment.name == name:
             return deployment
