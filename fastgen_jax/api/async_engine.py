@@ -230,16 +230,17 @@ class AsyncEngine:
             stream.close()
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """Runs `function(engine)` in the engine's thread between two steps and returns its result; ClosedError if it has ended."""
+        """The result of `function(engine)`, run in the engine's thread between two steps; ClosedError after its end."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+        future: asyncio.Future[T] = loop.create_future()
 
         def run(engine: Engine) -> None:
             try:
-                result, error = function(engine), None
-            except Exception as exception:
-                result, error = None, exception
-            loop.call_soon_threadsafe(_settle, future, result, error)
+                result = function(engine)
+            except Exception as error:
+                loop.call_soon_threadsafe(_fail, future, error)
+            else:
+                loop.call_soon_threadsafe(_succeed, future, result)
 
         try:
             self._thread.call(run)
@@ -310,10 +311,11 @@ def _checked(event: Event) -> RequestOutput:
     return event
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-    if future.cancelled():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
+def _succeed(future: asyncio.Future[T], result: T) -> None:
+    if not future.cancelled():
         future.set_result(result)
+
+
+def _fail(future: asyncio.Future[T], error: Exception) -> None:
+    if not future.cancelled():
+        future.set_exception(error)

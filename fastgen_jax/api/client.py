@@ -93,7 +93,8 @@ def heard(deployment: Deployment) -> Iterator[None]:
         raise NoAnswerError(f"no connection to {deployment.url} ({error}): {explain(deployment)}") from error
     except httpx.TransportError as error:
         raise NoAnswerError(
-            f"the connection broke before the answer was complete ({str(error) or type(error).__name__}): {explain(deployment)}"
+            f"the connection broke before the answer was complete ({str(error) or type(error).__name__}): "
+            f"{explain(deployment)}"
         ) from error
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.outputs import Outbox, RequestOutput
@@ -98,7 +98,7 @@ class EngineThread:
         """
         self._inbox.put(lambda: [self.engine.abort(request_id) for request_id in request_ids])
 
-    def call(self, function: Callable[[Engine], Any]) -> None:
+    def call(self, function: Callable[[Engine], object]) -> None:
         """Runs `function` between two steps. Raises RuntimeError if the thread has ended."""
         self._inbox.put(lambda: function(self.engine))
         self._check()

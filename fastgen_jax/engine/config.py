@@ -31,7 +31,7 @@ NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding, so that
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes that a measurement compiles and times
 
 
-def _ladder(value: Any) -> Any:
+def _ladder(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -227,7 +227,7 @@ class ResolvedConfig:
         return min(self.token_budget, self.max_num_seqs)
 
 
-def _shown(config: object, values: Mapping[str, Any]) -> str:
+def _shown(config: object, values: Mapping[str, object]) -> str:
     shown = ", ".join(f"{name}={value!r}" for name, value in values.items() if name != "compile_cache_dir")
     return f"{type(config).__name__}({shown})"
 

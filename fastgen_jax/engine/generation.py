@@ -22,7 +22,7 @@ _NEUTRAL = {"temperature": (1,), "top_k": (0, -1), "top_p": (1,), "min_p": (0,),
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")  # without effect when the most likely token is taken
 
 # Unsupported options that would change the text -> their neutral values.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
@@ -48,7 +48,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 Pairs = tuple[tuple[str, Any], ...]
 
 
-def defaults_of_model(raw: Mapping[str, Any], where: Any) -> Pairs:
+def defaults_of_model(raw: Mapping[str, Any], where: object) -> Pairs:
     """The defaults that a generation_config.json, or its equivalent in another format, sets for requests.
 
     Unsupported options that would change the text are logged. Raises ValueError naming `where` for a value out of range.
@@ -93,7 +93,7 @@ def checked_defaults(defaults: Mapping[str, Any] | Iterable[tuple[str, Any]]) ->
     )
 
 
-def parse_setting(setting: Any) -> str | Pairs:
+def parse_setting(setting: object) -> str | Pairs:
     """`EngineConfig.generation_config` in one of its forms: "auto", "none", or checked pairs; ValueError otherwise."""
     if isinstance(setting, str) and setting.lstrip().startswith("{"):
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any
 
 import jax
 
@@ -17,7 +16,7 @@ _PAGE = 2 << 20
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # <linux/mman.h>; the second moves data out of small pages, from Linux 6.1 on
 
 
-def use_huge_pages(arrays: Any) -> int:
+def use_huge_pages(arrays: object) -> int:
     """Requests 2 MiB pages for every array of a pytree in the host's memory; returns the bytes granted."""
     if sys.platform != "linux":
         return 0

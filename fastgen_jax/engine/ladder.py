@@ -77,7 +77,7 @@ def forget(named: str | None = None) -> int:
     return 0 if folder is None else saved_choices.clear(folder / FILE)
 
 
-def load_choice(path: Path, facts: Any) -> tuple[int, ...] | None:
+def load_choice(path: Path, facts: object) -> tuple[int, ...] | None:
     """The ladder saved for `facts` on this machine with these versions, or None if there is none or it is damaged."""
     entry = saved_choices.load(path, facts)
     measurement = None if entry is None else _measurement(entry)
@@ -92,7 +92,7 @@ def load_choice(path: Path, facts: Any) -> tuple[int, ...] | None:
     return measurement.ladder
 
 
-def save_choice(path: Path, facts: Any, ladder: Sequence[int], seconds: Mapping[int, float], *, model: str) -> None:
+def save_choice(path: Path, facts: object, ladder: Sequence[int], seconds: Mapping[int, float], *, model: str) -> None:
     """Saves a ladder with its measured seconds in a file that holds one entry for each machine and `facts`."""
     saved_choices.save(
         path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
 from fastgen_jax.scheduling import Step
 from pallas_kernels.ragged_attention import RaggedIndex
+
+T = TypeVar("T")
 
 
 class Field(NamedTuple):
@@ -189,6 +191,6 @@ class Packer:
         self._tables.fill(_sampling_part(v), slots=row_slots, positions=positions, writes_token=writes, targets=wanted)
 
 
-def _sampling_part(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _sampling_part(arrays: Mapping[str, T]) -> dict[str, T]:
     prefix = "sampling."
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache, copy_block, stored_head_dim
 from fastgen_jax.engine.config import ResolvedConfig
@@ -50,8 +51,8 @@ class Runner:
         self.params = params
         self.model = model
         self.config = config
-        self._compiled: dict[int, tuple[Bucket, Any]] = {}
-        self._copy_block: Any = None  # compiled by the first fork
+        self._compiled: dict[int, tuple[Bucket, jax.stages.Compiled]] = {}
+        self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
         self._made: list[weakref.ref[jax.Array]] = []
         use_huge_pages(params)
@@ -222,10 +223,10 @@ def step_program(
     bucket: Bucket,
     *,
     attention: str | None = None,
-    activation_dtype: Any = None,
+    activation_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     logits_processor: LogitsProcessor | None = None,
-) -> Any:
+) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`, weights
@@ -249,7 +250,7 @@ def step_program(
     return jit(step, out_shardings=(whole, cache, whole))
 
 
-def memory_shardings(mesh: Mesh, cache: Any, state: Any) -> tuple[Any, Any]:
+def memory_shardings(mesh: Mesh, cache: KVCache, state: SamplerState) -> tuple[KVCache, SamplerState]:
     """Shardings of the KV cache and the sampler's state, arrays or shapes, on the devices of `mesh`."""
     whole = NamedSharding(mesh, PartitionSpec())
     return shardings(mesh, partition_kv_cache(cache)), jax.tree.map(lambda _: whole, state)
@@ -264,7 +265,7 @@ def _step(
     bucket: Bucket,
     config: ModelConfig,
     attention: str | None,
-    activation_dtype: Any,
+    activation_dtype: DTypeLike | None,
     mesh: Mesh | None,
     logits_processor: LogitsProcessor | None,
 ) -> tuple[StepOutput, KVCache, SamplerState]:

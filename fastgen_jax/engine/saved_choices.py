@@ -44,13 +44,13 @@ def versions() -> str:
     return f"fastgen_jax {VERSION}, jax {jax.__version__}, {platform}"
 
 
-def load(path: Path, facts: Any) -> dict[str, Any] | None:
+def load(path: Path, facts: object) -> dict[str, Any] | None:
     """The entry saved for `facts` on this machine with these versions; None if there is none, or the file is damaged."""
     entry = load_all(path).get(_key(facts))
     return entry if entry is not None and entry.get("versions") == versions() else None
 
 
-def save(path: Path, facts: Any, entry: dict[str, Any]) -> None:
+def save(path: Path, facts: object, entry: dict[str, Any]) -> None:
     """Saves an entry, replacing one for the same facts and machine; logs a warning if the file cannot be written."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     complete = {"machine": machine(), "versions": versions(), "when": now, **entry}
@@ -81,5 +81,5 @@ def clear(path: Path) -> int:
     return count
 
 
-def _key(facts: Any) -> str:
+def _key(facts: object) -> str:
     return sha256(repr((machine(), facts)).encode()).hexdigest()[:16]

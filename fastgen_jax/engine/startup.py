@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core.progress import shown
@@ -121,7 +120,7 @@ def _compile(runner: Runner, budgets: Sequence[int], *, progress: bool) -> None:
             runner.compile(missing, on_done=lambda budget: advance())
 
 
-def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]) -> tuple[Any, ...]:
+def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]) -> tuple[object, ...]:
     """What the cost of a step depends on besides machine and versions: the model and the choices that shape a step."""
     return (
         asdict(model),

@@ -55,7 +55,7 @@ class LayerCall:
     first_expert: Int[Array, ""] | int | None = None  # where its experts begin in their stacks; None: it has an MLP
 
 
-def take_rows(x: Float[Array, "T E"], rows: Int[Array, " R"] | None) -> Float[Array, "_ E"]:
+def take_rows(x: Float[Array, "T ..."], rows: Int[Array, " R"] | None) -> Float[Array, "_ ..."]:
     """x[rows], or all of x."""
     return x if rows is None else jnp.take(x, rows, axis=0)
 

@@ -1,4 +1,4 @@
-"""The engine behind asyncio: what one request does to others, and what happens when something breaks."""
+"""The engine for asyncio: effects of one request on others, and behavior after errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_streams_give_the_tokens_of_the_offline_engine():
     assert run(scenario) == offline(PROMPTS)
 
 
-def test_a_reader_who_never_reads_holds_nobody():
+def test_a_stream_that_is_not_read_blocks_no_other_request():
     async def scenario(engine):
         request, answered = engine.intake.request((5, 6), greedy(40)), asyncio.Event()
         stream = engine.submit(request)
@@ -85,7 +85,7 @@ def test_closing_a_stream_frees_its_blocks_before_the_next_step():
     assert run(scenario) == (0, True)
 
 
-def test_a_full_queue_refuses_with_the_time_to_come_back():
+def test_a_full_queue_refuses_with_the_time_of_a_retry():
     async def scenario(engine):
         started, release = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()
@@ -127,7 +127,7 @@ def test_the_estimate_of_the_wait_grows_with_the_queue():
     assert waits[-1] == 0
 
 
-def test_a_request_whose_promise_cannot_be_kept_fails_with_the_reason():
+def test_a_request_that_cannot_meet_its_promise_fails_with_the_reason():
     async def scenario(engine):
         with pytest.raises(RequestFailedError, match="retry when it is less busy") as failed:
             await tokens(engine, [5] * 20)
@@ -192,7 +192,7 @@ def test_a_failed_step_ends_its_requests_and_the_queue_survives(monkeypatch, whe
     assert [r for r, w in zip(results, want, strict=True) if r != w] == failed  # all others are as they should be
 
 
-def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
+def test_an_engine_that_cannot_recover_leaves_no_request_hanging(monkeypatch):
     def breaks(self, *_):
         raise RuntimeError("the device is gone for good")
 
@@ -217,7 +217,7 @@ def test_an_engine_that_cannot_be_recovered_lets_nobody_hang(monkeypatch):
     assert not engine.has_work
 
 
-def test_a_mistake_is_raised_where_it_was_made():
+def test_a_wrong_request_raises_in_its_caller():
     async def scenario(engine):
         with pytest.raises(ValueError, match="prompt is empty"):
             await tokens(engine, [])
@@ -232,7 +232,7 @@ def test_a_mistake_is_raised_where_it_was_made():
     run(scenario)
 
 
-def test_closing_ends_what_runs_with_an_error():
+def test_closing_ends_running_requests_with_an_error():
     async def scenario(engine):
         resume = pause_after_outputs(engine)
         stream = engine.submit(engine.intake.request((5,), greedy(90)))
@@ -258,7 +258,7 @@ def test_closing_ends_what_runs_with_an_error():
     drain(engine)
 
 
-def test_draining_finishes_what_runs_and_refuses_what_comes():
+def test_draining_finishes_running_requests_and_refuses_new_ones():
     async def scenario(engine):
         task = asyncio.create_task(tokens(engine, [5, 6, 7], greedy(60)))
         while not engine.num_unfinished:
@@ -274,7 +274,7 @@ def test_draining_finishes_what_runs_and_refuses_what_comes():
     assert run(scenario) == offline([[5, 6, 7]], greedy(60))[0]
 
 
-def test_the_events_of_a_large_step_arrive_some_at_a_time_and_in_order(monkeypatch):
+def test_the_events_of_a_large_step_arrive_in_batches_and_in_order(monkeypatch):
     monkeypatch.setattr("fastgen_jax.api.async_engine.EVENTS_A_TURN", 3)
 
     async def scenario(engine):

@@ -1,4 +1,4 @@
-"""How a deployment is written down, where that is possible; where it is not, the server runs all the same."""
+"""Records of deployments; a server also runs where its record cannot be written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def no_state(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_without_a_state_folder_deployments_are_found_by_way_of_the_temporary_one(no_state, caplog) -> None:
+def test_without_a_state_folder_deployments_are_found_through_the_temporary_folder(no_state, caplog) -> None:
     with recorded(record()):
         assert find_deployment("one") == record()
         with pytest.raises(ValueError, match="runs already"), recorded(record()):
@@ -41,7 +41,7 @@ def test_without_a_state_folder_deployments_are_found_by_way_of_the_temporary_on
     assert "records of deployments cannot be kept in" in caplog.text
 
 
-def test_without_any_folder_the_server_runs_and_one_in_the_background_says_what_it_needs(
+def test_without_any_folder_a_server_runs_and_a_background_server_reports_what_it_requires(
     no_state, monkeypatch, caplog
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(no_state / "file"))
@@ -53,7 +53,7 @@ def test_without_any_folder_the_server_runs_and_one_in_the_background_says_what_
         start_server("m", deployment_name="one", options={}, timeout=1)
 
 
-def test_a_disk_that_becomes_full_costs_a_warning(tmp_path, monkeypatch, caplog) -> None:
+def test_a_full_disk_causes_a_warning(tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
     def full(*arguments):
@@ -67,7 +67,7 @@ def test_a_disk_that_becomes_full_costs_a_warning(tmp_path, monkeypatch, caplog)
     assert list(paths.deployments_dir().iterdir()) == []
 
 
-def test_a_damaged_record_keeps_nobody_from_the_name(tmp_path, monkeypatch) -> None:
+def test_a_damaged_record_does_not_block_its_name(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     paths.deployments_dir().mkdir(parents=True)
     (paths.deployments_dir() / "one.json").write_text("{")

@@ -1,4 +1,4 @@
-"""Options of calls and engines: where values come from, names from elsewhere, and limits that nobody set."""
+"""Options of calls and engines: sources of values, names from other programs, and default limits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_sampling_params_and_the_same_options_give_the_same_answer(pipe):
     assert several[0].token_ids == by_name.token_ids
 
 
-def test_sampling_params_beside_options_or_of_another_type_are_refused(pipe):
+def test_sampling_params_with_options_or_of_another_type_are_refused(pipe):
     with pytest.raises(ValueError, match=r"both params and options \(temperature\) are given.*dataclasses.replace"):
         pipe([5], SamplingParams(), temperature=1.0)
     with pytest.raises(ValueError, match=r"both params and options \(n\)"):
@@ -62,7 +62,7 @@ def test_sampling_params_beside_options_or_of_another_type_are_refused(pipe):
         ("xyzzy", "unknown option 'xyzzy'; generation options: do_sample"),
     ],
 )
-def test_an_unknown_option_of_a_call_is_refused_with_the_one_that_was_meant(pipe, name, hint):
+def test_an_unknown_option_of_a_call_is_refused_with_a_suggestion(pipe, name, hint):
     with pytest.raises(ValueError, match="unknown option") as refusal:
         pipe([5], **{name: 1})
     assert hint in str(refusal.value)
@@ -83,18 +83,18 @@ def test_an_unknown_option_of_a_call_is_refused_with_the_one_that_was_meant(pipe
         ("temperature", "an option of a call, not of the engine; give it there, pipe(prompt, temperature=...), or"),
     ],
 )
-def test_an_unknown_option_of_an_engine_is_refused_with_the_one_that_was_meant(name, hint):
+def test_an_unknown_option_of_an_engine_is_refused_with_a_suggestion(name, hint):
     with pytest.raises(ValueError, match=name) as refusal:
         EngineConfig.from_options({name: 1})
     assert hint in str(refusal.value)
 
 
-def test_an_option_of_the_engine_in_a_call_is_sent_where_it_belongs(pipe):
+def test_an_engine_option_in_a_call_is_refused_with_the_right_place(pipe):
     with pytest.raises(ValueError, match=r"'max_context_len' is an option of the engine.*pipeline\(model, max_context_len="):
         pipe([5], max_context_len=64)
 
 
-def test_what_other_programs_call_the_options_leads_to_options_that_exist():
+def test_names_from_other_programs_lead_to_existing_options():
     calls = {f.name for f in dataclasses.fields(SamplingParams)} | set(options.CALL_OPTIONS)
     engines = {f.name for f in dataclasses.fields(EngineConfig)}
     for other_names, known in ((options._OTHER_NAMES, calls), (option_names._OTHER_NAMES, engines)):
@@ -102,7 +102,7 @@ def test_what_other_programs_call_the_options_leads_to_options_that_exist():
         assert {target for target in other_names.values() if " " not in target} <= known
 
 
-def test_the_page_about_sampling_has_every_option_and_every_default_of_a_model():
+def test_the_documentation_of_sampling_has_every_option_and_every_model_default():
     page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
     for name in (*(f.name for f in dataclasses.fields(SamplingParams)), *DEFAULTS, "generation_config"):
         assert f"`{name}`" in page, name
@@ -122,7 +122,7 @@ def params_of(given, **defaults):
     return generation_of(intake, None, given).params
 
 
-def test_the_models_defaults_hold_for_options_that_are_left_out_or_none():
+def test_model_defaults_apply_to_options_that_are_left_out_or_none():
     defaults = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
     for given in ({}, {"temperature": None, "top_p": None}):
         params = params_of(given, **defaults)
@@ -132,24 +132,24 @@ def test_the_models_defaults_hold_for_options_that_are_left_out_or_none():
 
 
 @pytest.mark.parametrize("greedy", [{"do_sample": False}, {"temperature": 0}])
-def test_asking_for_the_likeliest_token_overrides_defaults_that_sample(greedy):
+def test_a_greedy_request_overrides_defaults_that_sample(greedy):
     params = params_of(greedy, temperature=0.6, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.1)
     assert params.greedy
     assert (params.top_k, params.repetition_penalty) == (None, 1.1)
 
 
-def test_a_model_that_does_not_sample_by_default_can_be_asked_to():
+def test_a_model_that_is_greedy_by_default_can_sample():
     assert params_of({}, do_sample=False, temperature=0.6, top_p=0.9).greedy
     assert not params_of({"do_sample": True}, do_sample=False).greedy
     assert params_of({"temperature": 0.7}, do_sample=False).temperature == 0.7
 
 
-def test_without_defaults_of_the_model_the_whole_distribution_is_sampled_from():
+def test_without_model_defaults_the_full_distribution_is_sampled():
     assert params_of({}) == SamplingParams()
     assert sampling_params({"temperature": None}) == SamplingParams()
 
 
-def test_an_engine_without_parameters_takes_the_models_and_with_parameters_only_these():
+def test_an_engine_uses_model_defaults_without_parameters_and_only_the_parameters_with_them():
     engine = with_defaults(do_sample=False, max_new_tokens=3)
     plain = tiny_engine()
     for chosen, params in ((engine, None), (plain, SamplingParams(do_sample=False, max_new_tokens=3))):
@@ -176,7 +176,7 @@ def tokens_of_greedy(engine):
         (5, "generation_config is 5; choose"),
     ],
 )
-def test_a_setting_for_the_defaults_that_cannot_be_used_is_refused(setting, message):
+def test_an_invalid_setting_of_the_defaults_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(generation_config=setting)
 
@@ -192,7 +192,7 @@ def test_defaults_can_be_given_as_a_mapping_or_as_json_and_configs_stay_hashable
 # Lengths
 
 
-def test_an_answer_without_a_limit_ends_at_the_default_and_says_so_once(pipe, caplog, monkeypatch):
+def test_an_answer_without_a_limit_ends_at_the_default_with_one_warning(pipe, caplog, monkeypatch):
     assert options.DEFAULT_NEW_TOKENS == 256
     monkeypatch.setattr(options, "DEFAULT_NEW_TOKENS", 9)  # the tiny model's context is shorter
     with caplog.at_level(logging.WARNING, "fastgen_jax"):
@@ -205,7 +205,7 @@ def test_an_answer_without_a_limit_ends_at_the_default_and_says_so_once(pipe, ca
     )
 
 
-def test_the_models_own_limit_comes_before_the_default_and_gives_way_to_every_option(caplog):
+def test_the_model_limit_precedes_the_default_and_yields_to_every_option(caplog):
     pipe = Pipeline(with_defaults(max_new_tokens=5))
     with caplog.at_level(logging.WARNING, "fastgen_jax"):
         assert pipe([5, 6], **GREEDY)[0].generated_length == 5
@@ -217,7 +217,7 @@ def test_the_models_own_limit_comes_before_the_default_and_gives_way_to_every_op
     assert not [record for record in caplog.records if "after 7" in record.getMessage() or "after 4" in record.getMessage()]
 
 
-def test_a_limit_that_was_asked_for_is_nothing_to_warn_of(pipe, caplog):
+def test_a_requested_limit_causes_no_warning(pipe, caplog):
     with caplog.at_level(logging.WARNING, "fastgen_jax"):
         pipe([5, 6], max_new_tokens=3, **GREEDY)
         pipe([5, 6], max_length=6, **GREEDY)
@@ -232,7 +232,7 @@ def test_a_limit_that_was_asked_for_is_nothing_to_warn_of(pipe, caplog):
         ({"num_blocks": 10}, "num_blocks", 38),
     ],
 )
-def test_a_default_limit_gives_way_to_what_fits_and_a_full_context_is_said(settings, name, room, caplog):
+def test_a_default_limit_yields_to_the_room_and_a_full_context_is_reported(settings, name, room, caplog):
     pipe = Pipeline(tiny_engine(**settings))
     with caplog.at_level(logging.WARNING, "fastgen_jax"):
         (response,) = pipe([5, 6], **GREEDY)

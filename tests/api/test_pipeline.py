@@ -1,4 +1,4 @@
-"""The pipeline's own part: forms of prompts, order of responses, options that are refused."""
+"""The pipeline: forms of prompts, order of responses, refused options."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_streams_give_the_tokens_of_the_response_and_leaving_early_frees_the_req
         ([5], {"stream": True, "echo": True}, "belong to whole responses"),
     ],
 )
-def test_a_mistake_is_refused_and_nothing_runs(pipe, prompts, options, message):
+def test_a_wrong_call_is_refused_and_nothing_runs(pipe, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(prompts, **options)
     assert not pipe.engine.has_work

@@ -37,7 +37,7 @@ def output(*token_ids: int, finished: bool = False) -> RequestOutput:
     )
 
 
-def test_the_bar_moves_with_tokens_and_answers_and_an_early_end_takes_the_rest_off(monkeypatch):
+def test_the_bar_counts_tokens_and_answers_and_an_early_end_reduces_the_total(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Progress([10, 20], show=None) as bar:
         assert "answered 0 of 2:   0%" in sys.stderr.getvalue()  # before anything has come
@@ -53,7 +53,7 @@ def test_the_bar_moves_with_tokens_and_answers_and_an_early_end_takes_the_rest_o
     assert "5/5" in sys.stderr.getvalue()
 
 
-def test_the_clock_goes_on_while_a_prompt_is_read(monkeypatch):
+def test_the_clock_advances_while_a_prompt_is_computed(monkeypatch):
     monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.001)
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Progress([10], show=None) as bar:
@@ -65,7 +65,7 @@ def test_the_clock_goes_on_while_a_prompt_is_read(monkeypatch):
 
 
 @pytest.mark.parametrize("num_prompts", [1, 3])
-def test_a_call_shows_its_bar_on_a_terminal_and_not_in_a_pipe_unless_asked(num_prompts, monkeypatch):
+def test_a_call_shows_its_bar_on_a_terminal_and_in_a_pipe_only_on_request(num_prompts, monkeypatch):
     pipe, prompts = Pipeline(tiny_engine()), [[5, 6]] * num_prompts
     options = {"max_new_tokens": 4, "do_sample": False, "ignore_eos": True}
     for stream, asked, shown in (
@@ -81,7 +81,7 @@ def test_a_call_shows_its_bar_on_a_terminal_and_not_in_a_pipe_unless_asked(num_p
         assert (f"{4 * num_prompts}/{4 * num_prompts}" in stream.getvalue()) == stays
 
 
-def test_a_notebook_is_interactive_though_its_standard_error_is_no_terminal(monkeypatch):
+def test_a_notebook_is_interactive_although_its_standard_error_is_not_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     shell = types.SimpleNamespace(config={"IPKernelApp": {}})
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
@@ -90,7 +90,7 @@ def test_a_notebook_is_interactive_though_its_standard_error_is_no_terminal(monk
     assert not progress.is_interactive()
 
 
-def test_what_takes_long_at_the_start_draws_no_bar_into_a_file(capsys, caplog):
+def test_a_long_start_draws_no_bar_into_a_file(capsys, caplog):
     with (
         caplog.at_level(logging.INFO),
         long_tasks.shown(logging.getLogger("fastgen_jax"), "loading", total=2, unit="weight", bar=True) as advance,

@@ -39,7 +39,7 @@ def leave_idle(engine: Engine, *uids: str | int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 22])
-def test_a_fork_and_its_origin_go_on_apart(length):
+def test_a_fork_and_its_origin_continue_independently(length):
     engine = one_program()
     research = Research(engine)
     research.put(["a"], [TEXT[:length]])
@@ -59,7 +59,7 @@ def test_a_fork_and_its_origin_go_on_apart(length):
     leave_idle(engine, "b")
 
 
-def test_a_rolled_back_sequence_goes_on_as_if_nothing_had_been():
+def test_a_rolled_back_sequence_continues_as_if_it_had_not_grown():
     engine = one_program()
     research = Research(engine)
     research.put(["a"], [TEXT[:30]])
@@ -79,7 +79,7 @@ OPERATIONS = st.lists(
 
 @given(operations=OPERATIONS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_course_of_forks_and_rollbacks_gives_the_logits_of_fresh_sequences(operations):
+def test_any_series_of_forks_and_rollbacks_gives_the_logits_of_fresh_sequences(operations):
     engine, texts, last = one_program(), {}, {}
     research = Research(engine)
     for number, (operation, choice, count) in enumerate(operations):
@@ -379,7 +379,7 @@ def test_the_last_hidden_states_are_those_at_the_end_of_all_and_do_not_depend_on
     np.testing.assert_allclose(Research(tiny_engine()).hidden_states(TEXT), whole, atol=1e-5)
 
 
-def test_put_and_requests_do_not_disturb_each_other_while_sequences_fork():
+def test_put_and_requests_do_not_affect_each_other_while_sequences_fork():
     engine = one_program()
     research = Research(engine)
     prompt = TEXT[:20]

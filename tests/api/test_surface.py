@@ -1,4 +1,4 @@
-"""What a person meets first: names, types, and what objects say about themselves."""
+"""The public surface: names, types and reprs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import fastgen_jax
 import pallas_kernels
 from fastgen_jax import EngineConfig, Pipeline, Response, TokenLogprob
-from fastgen_jax.api.deployment import _flags
+from fastgen_jax.flags import flag_arguments
 from tests.checkpoint.tiny_files import write_hf
 from tests.text.vocabularies import write_json
 from tests.tiny import tiny_engine
 
 
-def test_every_public_name_is_there_and_is_the_one_that_type_checkers_see():
+def test_every_public_name_exists_and_matches_what_type_checkers_see():
     for name in fastgen_jax.__all__:
         value = getattr(fastgen_jax, name)
         assert name == "__version__" or value.__module__.startswith("fastgen_jax")
@@ -34,14 +34,14 @@ def test_every_public_name_is_there_and_is_the_one_that_type_checkers_see():
 
 
 @pytest.mark.parametrize("package", [fastgen_jax, pallas_kernels])
-def test_both_packages_say_that_they_are_typed_and_wheels_carry_it(package):
+def test_both_packages_are_marked_as_typed_and_wheels_include_the_marker(package):
     folder = Path(package.__path__[0])
     assert (folder / "py.typed").is_file()
     settings = tomllib.loads((folder.parent / "pyproject.toml").read_text())
     assert "py.typed" in settings["tool"]["setuptools"]["package-data"][package.__name__]
 
 
-def test_an_engine_and_its_pipeline_say_model_formats_devices_and_cache():
+def test_an_engine_and_its_pipeline_show_model_formats_devices_and_cache():
     engine = tiny_engine()
     text = repr(engine)
     assert text.startswith("Engine(llama, ")
@@ -51,7 +51,7 @@ def test_an_engine_and_its_pipeline_say_model_formats_devices_and_cache():
     assert repr(pipe) == f"Pipeline({text.removeprefix('Engine(').removesuffix('; 0 running, 0 waiting)')})"
 
 
-def test_an_engine_by_name_says_it_and_its_defaults_hold_from_the_pipeline_to_the_engine(tmp_path):
+def test_an_engine_shows_its_name_and_its_defaults_apply_in_the_pipeline_and_in_the_engine(tmp_path):
     write_hf(tmp_path / "mine", vocab_size=512)
     write_json(tmp_path / "mine")
     (tmp_path / "mine" / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 3}')
@@ -93,6 +93,6 @@ def test_a_response_shows_the_beginning_of_its_text_and_no_long_lists():
 
 
 def test_defaults_of_generation_travel_to_a_server_that_is_started_by_name():
-    (flag, value) = _flags("generation_config", {"temperature": 0.6})
+    (flag, value) = flag_arguments("generation_config", {"temperature": 0.6})
     assert flag == "--generation-config"
     assert EngineConfig(generation_config=value) == EngineConfig(generation_config={"temperature": 0.6})

@@ -1,5 +1,7 @@
-"""Starting again, as people do: on the same machine with other memory free, in a home that cannot be written, on a full
-disk, with files that were cut short. The second start compiles nothing, and no folder ends a run."""
+"""Second starts: with a different amount of free memory, without a writable folder, on a full disk, with truncated files.
+
+The second start compiles nothing, and no problem with a folder ends a run.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ jax.monitoring.register_event_listener(lambda event, **kwargs: _events.update([e
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """JAX without a persistent cache yet, and temporary files of this test alone."""
+    """JAX without a persistent cache, and a temporary folder for this test."""
     options = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
@@ -51,7 +53,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 def new_process() -> None:
-    """What a new process would find: no folder chosen, nothing read, nothing counted."""
+    """The state of a new process: no folder chosen, nothing read, nothing counted."""
     jax_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", None)
     folders.settle.cache_clear()
@@ -78,7 +80,7 @@ def entries(folder: Path, name: str = "") -> dict[str, int]:
 
 
 def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What a program of tests/engine/programs does in a process of its own, where warnings are errors."""
+    """Runs a program of tests/engine/programs in a new process, with warnings as errors."""
     variables = {name: value for name, value in os.environ.items() if name != "FASTGEN_CACHE_DIR"}
     variables |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", **environment}
     command = [sys.executable, "-W", "error", "-m", f"tests.engine.programs.{program}", *map(str, arguments)]
@@ -92,7 +94,7 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
         pytest.param({}, id="all defaults", marks=pytest.mark.slow),
     ],
 )
-def test_of_two_starts_with_other_memory_free_the_second_compiles_nothing(tmp_path, options) -> None:
+def test_a_second_start_with_less_free_memory_compiles_nothing(tmp_path, options) -> None:
     share = 200e6 / memory.available()
     runs = []
     for factor, megabytes in ((1.0, 0), (0.8, 200)):
@@ -101,7 +103,7 @@ def test_of_two_starts_with_other_memory_free_the_second_compiles_nothing(tmp_pa
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     first, second = runs
     assert second["available"] < 0.9 * first["available"]
-    assert 0 < first["num_blocks"] < 1024, "memory decides, not what 64 sequences can use"
+    assert 0 < first["num_blocks"] < 1024, "memory is the limit, not the need of 64 sequences"
     assert first["hits"] == 0
     assert first["misses"] > 3
     assert second["misses"] == 0
@@ -110,9 +112,7 @@ def test_of_two_starts_with_other_memory_free_the_second_compiles_nothing(tmp_pa
         assert first[same] == second[same]
 
 
-def test_the_number_of_blocks_stays_while_it_suits_what_is_free_and_is_remembered_for_these_options(
-    fresh, monkeypatch
-) -> None:
+def test_the_number_of_blocks_is_kept_for_the_same_options_while_it_fits(fresh, monkeypatch) -> None:
     def blocks(free: int, folder: Path | str = fresh / "cache", **options) -> int:
         monkeypatch.setattr(memory, "available", lambda: free)
         config = EngineConfig(**{"compile_cache_dir": str(folder), "block_size": 4, "max_num_seqs": 4, **options})
@@ -125,7 +125,7 @@ def test_the_number_of_blocks_stays_while_it_suits_what_is_free_and_is_remembere
     assert blocks(free) == 20
     assert blocks(int(0.7 * free)) == blocks(int(1.5 * free)) == 20
     assert blocks(int(0.7 * free), kv_dtype="bfloat16") == 28
-    assert blocks(int(0.7 * free), folder="") == 14, "nothing is remembered"
+    assert blocks(int(0.7 * free), folder="") == 14, "nothing is saved"
     assert blocks(int(0.3 * free)) == 6
     assert blocks(int(0.4 * free)) == 6
     assert blocks(10**9, max_num_seqs=64) == enough
@@ -153,24 +153,24 @@ def test_a_damaged_program_is_compiled_again_once(fresh, caplog) -> None:
     assert "Error" not in caplog.text
 
 
-def test_a_disk_that_becomes_full_costs_a_warning_and_leaves_no_half_programs(fresh, caplog) -> None:
+def test_a_full_disk_causes_a_warning_and_leaves_no_truncated_programs(fresh, caplog) -> None:
     folder = fresh / "cache"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # a write ends there with an error, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # a longer write fails, as on a full disk
     try:
         engine = start(folder)
         expected = answer(engine)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "Error writing persistent compilation cache entry" in caplog.text
-    assert caplog.text.count("Error writing") == 1, "after it nothing is tried any more"
+    assert caplog.text.count("Error writing") == 1, "after the first failure there is no further attempt"
     assert not entries(folder, "jit__step")
     new_process()
     assert answer(start(folder)) == expected
     assert entries(folder, "jit__step")
 
 
-def test_a_folder_in_whose_place_there_is_a_file_costs_a_warning(fresh, caplog) -> None:
+def test_a_file_in_place_of_the_folder_causes_a_warning(fresh, caplog) -> None:
     (fresh / "file").write_text("")
     expected = answer(start(fresh / "file" / "cache", num_blocks=None))
     assert "is used instead" in caplog.text
@@ -180,7 +180,7 @@ def test_a_folder_in_whose_place_there_is_a_file_costs_a_warning(fresh, caplog) 
     assert _events[MISSES] == 0
 
 
-def test_where_nothing_can_be_written_nothing_is_kept(fresh, monkeypatch, caplog) -> None:
+def test_if_no_folder_can_be_written_nothing_is_kept(fresh, monkeypatch, caplog) -> None:
     (fresh / "file").write_text("")
     monkeypatch.setattr(tempfile, "tempdir", str(fresh / "file"))
     assert answer(start(fresh / "file" / "cache", num_blocks=None))
@@ -190,7 +190,7 @@ def test_where_nothing_can_be_written_nothing_is_kept(fresh, monkeypatch, caplog
 
 @pytest.fixture
 def read_only():
-    """Makes folders read-only for everybody, with a mount; skips where this user may not."""
+    """Makes folders read-only for all users by a mount; skips if that is not permitted."""
     mounted: list[Path] = []
 
     def mount(folder: Path) -> None:
@@ -207,7 +207,7 @@ def read_only():
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_read_only_folder_is_read_and_what_it_lacks_is_compiled(fresh, read_only, caplog) -> None:
+def test_a_read_only_folder_is_read_and_missing_programs_are_compiled(fresh, read_only, caplog) -> None:
     folder = fresh / "cache"
     expected = answer(start(folder, num_blocks=None))
     before = sorted(folder.rglob("*"))
@@ -252,20 +252,20 @@ def test_step_sizes_are_measured_once_and_again_on_request_or_when_the_file_is_d
     assert not measures()
     path = folder / ladder.FILE
     path.write_text(json.dumps({key: {**entry, "ladder": [3, 16]} for key, entry in json.loads(path.read_text()).items()}))
-    assert measures(), "3 tokens are no step that is measured"
+    assert measures(), "3 tokens are not a measured step size"
     path.write_text("{")
     assert measures()
     ladder.forget(str(folder))
     assert measures()
 
 
-def test_measuring_again_what_was_given_is_refused() -> None:
+def test_remeasuring_a_given_budget_is_refused() -> None:
     with pytest.raises(ValueError, match=r"remeasure with token_budget=8: .* leave one of them out"):
         EngineConfig(token_budget=8, remeasure=True)
 
 
 @pytest.mark.slow
-def test_a_disk_of_64_kib_costs_a_warning_of_a_real_run(tmp_path) -> None:
+def test_a_disk_of_64_kib_causes_a_warning_in_a_real_run(tmp_path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True)
@@ -288,7 +288,7 @@ def own_memory_group() -> Path | None:
 
 
 @pytest.mark.slow
-def test_in_a_control_group_the_cache_takes_a_quarter_of_what_the_limit_leaves(tmp_path) -> None:
+def test_in_a_control_group_the_cache_takes_a_quarter_of_the_remaining_limit(tmp_path) -> None:
     parent = own_memory_group()
     if parent is None:
         pytest.skip("no control group that limits memory can be made here")

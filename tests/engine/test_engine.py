@@ -1,4 +1,4 @@
-"""The engine on a tiny model: its tokens against the naive loop, whatever else happens around a request."""
+"""The engine on a tiny model: its tokens against a naive loop, under all kinds of load."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_sampled_tokens_depend_on_the_seed_alone():
     assert generate(tiny_engine(), PROMPTS, other) != alone
 
 
-def test_penalised_tokens_survive_a_preemption():
+def test_penalized_tokens_survive_a_preemption():
     params = SamplingParams(
         max_new_tokens=12,
         do_sample=False,
@@ -149,7 +149,7 @@ def test_logprobs_are_those_of_the_reference_logits():
         assert first[0].logprob == pytest.approx(log_softmax[-1].max(), abs=1e-3)
 
 
-def test_an_aborted_request_frees_its_blocks_and_disturbs_nobody(alone):
+def test_an_aborted_request_frees_its_blocks_and_affects_no_other(alone):
     engine = tiny_engine(overlap=False, prefix_caching=False)
     keep = [engine.add(prompt, greedy(12)) for prompt in PROMPTS[:4]]
     drop = [engine.add(prompt, greedy(12)) for prompt in PROMPTS[4:]]

@@ -1,4 +1,4 @@
-"""The engine after a KeyboardInterrupt, or another exception, anywhere inside it: nothing is lost, nothing comes twice."""
+"""The engine after a KeyboardInterrupt or another exception at any point: no output is lost or repeated."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_each_point_of_a_step_may_be_interrupted(expected):
         assert {i: summary(outputs[i]) for i in outputs} == {i: expected[i] for i in ("0", "9", "4")}, point
 
 
-def test_an_interrupted_abort_or_add_leaves_no_half_of_a_request():
+def test_an_interrupted_abort_or_add_leaves_no_partial_request():
     shared, points = engine(), Points()
     for point in range(1, 60, 2):
         keep, drop = add(shared, 0), add(shared, 1)
@@ -157,7 +157,7 @@ def test_sequences_of_put_survive_interrupts_of_steps_and_of_put():
         assert shared.scheduler.num_free_blocks == shared.config.num_blocks
 
 
-def test_after_a_failed_step_its_requests_say_why_and_the_others_go_on(expected, monkeypatch):
+def test_after_a_failed_step_its_requests_report_the_error_and_others_continue(expected, monkeypatch):
     shared = engine()
     for number in range(len(REQUESTS)):
         add(shared, number)
@@ -180,7 +180,7 @@ def test_after_a_failed_step_its_requests_say_why_and_the_others_go_on(expected,
     }
 
 
-def test_an_interrupted_engine_keeps_its_device_memory_unless_a_program_had_it():
+def test_an_interrupted_engine_keeps_its_device_memory_unless_a_program_took_it():
     shared = tiny_engine()
     cache = shared.runner.kv_cache
     shared._journal.is_open = True

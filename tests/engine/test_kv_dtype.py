@@ -1,4 +1,4 @@
-"""An engine whose KV cache has another number format than its weights."""
+"""Engines whose KV cache and weights have different number formats."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_logits_over_a_narrow_cache_are_near_those_over_float32(kv_dtype: str, t
     assert 0 < error < tolerance
 
 
-def test_a_token_takes_the_bytes_that_the_model_tells() -> None:
+def test_a_token_takes_the_bytes_that_the_model_reports() -> None:
     def bytes_a_token(engine: Engine) -> float:
         cache = engine.runner.kv_cache
         return sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) / (engine.config.num_blocks * engine.config.block_size)

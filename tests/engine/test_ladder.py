@@ -1,4 +1,4 @@
-"""Which programs a measured cost curve asks for, and how the choice is kept."""
+"""Which programs are chosen for measured step costs, and how the choice is saved."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fastgen_jax.engine.ladder import choose_budget, choose_ladder, load_choice,
 CURVE = {1: 0.010, 16: 0.012, 64: 0.030, 256: 0.100, 512: 0.198}
 
 
-def test_the_budget_is_the_smallest_that_is_nearly_as_cheap_a_token_as_the_best() -> None:
+def test_the_budget_is_the_smallest_with_nearly_the_best_cost_per_token() -> None:
     assert choose_budget(CURVE, max_num_seqs=4) == 256
 
 
-def test_the_budget_leaves_room_beside_generation() -> None:
+def test_the_budget_leaves_room_for_prompts() -> None:
     assert choose_budget(CURVE, max_num_seqs=100) == 512
     assert choose_budget(CURVE, max_num_seqs=1000) == 512  # the largest there is
 
 
-def test_where_padding_costs_a_full_step_every_clearly_cheaper_program_is_kept() -> None:
+def test_every_clearly_cheaper_program_is_kept_if_padding_costs_a_full_step() -> None:
     # 1 token takes 83 % of what it takes in the program of 16
     assert choose_ladder(CURVE, 256, seconds_within=lambda budget, num_tokens: CURVE[budget]) == (1, 16, 64, 256)
 
 
-def test_where_padding_costs_nothing_one_program_does() -> None:
+def test_one_program_is_enough_if_padding_is_free() -> None:
     assert choose_ladder(CURVE, 256, seconds_within=lambda budget, num_tokens: CURVE[num_tokens] + 1e-4) == (256,)
 
 
-def test_a_choice_is_found_again_shown_and_forgotten(tmp_path, caplog) -> None:
+def test_a_choice_is_found_again_shown_and_removed(tmp_path, caplog) -> None:
     path = tmp_path / ladder.FILE
     assert load_choice(path, "a") is None
     save_choice(path, "a", (16, 256), CURVE, model="one")
@@ -65,7 +65,7 @@ def test_a_choice_is_found_again_shown_and_forgotten(tmp_path, caplog) -> None:
         {"seconds": {"1": None}},
     ],
 )
-def test_a_damaged_entry_is_none(tmp_path, damage) -> None:
+def test_a_damaged_entry_is_ignored(tmp_path, damage) -> None:
     path = tmp_path / ladder.FILE
     save_choice(path, "a", (16, 256), CURVE, model="one")
     entries = json.loads(path.read_text())

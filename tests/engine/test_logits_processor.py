@@ -1,4 +1,4 @@
-"""A function of the user on the logits, inside the step program; and a policy of the user's own."""
+"""User functions: on logits inside the step program, and as a policy."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_processor_decides_what_every_way_of_sampling_sees(counting, sampling)
         assert tokens_of(outputs[request_id]) == counted_up(prompt, seeds[request_id], 9)
 
 
-def test_penalties_and_bias_come_behind_the_processor(counting):
+def test_penalties_and_bias_follow_the_processor(counting):
     biased = greedy(3, logit_bias={7: 100.0})  # of the one token that is left nothing can be taken away
     request_id = counting.add([10], biased)
     assert tokens_of(drain(counting)[request_id]) == [11, 12, 13]
@@ -82,7 +82,7 @@ def last_first(planner):
     return splitfuse(planner)._replace(bypassed=[])
 
 
-def test_an_engine_runs_a_policy_of_ones_own_to_the_same_tokens():
+def test_a_user_policy_gives_the_same_tokens():
     params, model = tiny_model()
     engine = Engine(params, model, EngineConfig(**{**SMALL, "max_num_seqs": 1}, policy=last_first))
     order = []
@@ -112,7 +112,7 @@ def test_an_engine_runs_a_policy_of_ones_own_to_the_same_tokens():
         (lambda logits, rows: None, "makes NoneType of"),
     ],
 )
-def test_what_is_no_processor_is_refused_before_anything_is_loaded(processor, message):
+def test_an_invalid_processor_is_refused_before_weights_are_loaded(processor, message):
     with pytest.raises(ValueError, match=message):
         engine_with(processor)
 
@@ -126,6 +126,6 @@ def test_what_is_no_processor_is_refused_before_anything_is_loaded(processor, me
         ({"policy": last_first, "promise_grace": 1.0}, "makes no promise"),
     ],
 )
-def test_what_is_no_policy_is_refused(options, message):
+def test_an_invalid_policy_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**options)

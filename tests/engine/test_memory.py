@@ -1,4 +1,4 @@
-"""How much memory counts as free, and when an earlier start's KV cache is taken again."""
+"""How much memory counts as free, and when the KV cache size of an earlier start is kept."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_container_with_version_2_may_take_its_limit_less_what_it_uses_and_fil
 
 
 @pytest.mark.parametrize(("outer", "inner", "room"), [(900, "max", 700), (900, 500, 400), (300, 500, 100)])
-def test_of_nested_groups_the_one_with_the_least_room_counts(tmp_path, outer, inner, room) -> None:
+def test_the_nested_group_with_the_least_room_counts(tmp_path, outer, inner, room) -> None:
     limit = inner if inner == "max" else inner * MIB
     root = machine(
         tmp_path,
@@ -114,7 +114,7 @@ def test_without_a_limit_there_is_none(tmp_path, cgroup, mounts, group) -> None:
     assert cgroup_room(machine(tmp_path, cgroup=cgroup, mounts=mounts, groups={"sys/fs/cgroup": group})) is None
 
 
-def test_where_there_is_no_proc_there_is_no_limit(tmp_path) -> None:
+def test_without_proc_there_is_no_limit(tmp_path) -> None:
     assert cgroup_room(tmp_path) is None
 
 

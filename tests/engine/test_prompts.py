@@ -1,4 +1,4 @@
-"""Prompts in every form that people have them in, and those that are refused."""
+"""Prompts in every supported form, and invalid ones."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Shown(str):
         (["Hi", [USER], [5]], ["Hi", [USER], (5,)]),
     ],
 )
-def test_a_prompt_in_any_form_becomes_text_ids_or_messages(prompts, plain):
+def test_a_prompt_in_any_form_becomes_text_token_ids_or_messages(prompts, plain):
     found = [plain_prompt(prompt) for prompt in split_prompts(prompts)]
     assert found == plain
     assert all(type(prompt) is str for prompt in found if isinstance(prompt, str))
@@ -114,7 +114,7 @@ def test_a_prompt_in_any_form_becomes_text_ids_or_messages(prompts, plain):
         (iter(()), "no prompts"),
     ],
 )
-def test_what_is_no_prompt_is_refused_with_a_remedy(prompts, message):
+def test_an_invalid_prompt_is_refused_with_a_remedy(prompts, message):
     with pytest.raises(ValueError, match=message):
         [plain_prompt(prompt) for prompt in split_prompts(prompts)]
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its GGUF: the tokens of transformers, in every way that the engine can run them."""
+"""SmolLM2-135M-Instruct from its GGUF file: the tokens of transformers, in all configurations of the engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def engine() -> Engine:
 
 
 def run(engine: Engine, items, params, *, num_companions: int = 0) -> dict[str, tuple[list[int], np.ndarray]]:
-    """Tokens and log-probabilities of all items, run together and among requests that nobody looks at."""
+    """Tokens and log-probabilities of all items, run together and among other requests."""
     rng = np.random.default_rng(11)
     companions = (rng.integers(0, 49152, int(rng.integers(1, 200))).tolist() for _ in range(num_companions))
     ids = {}

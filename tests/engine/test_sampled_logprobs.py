@@ -16,7 +16,7 @@ TOLERANCE = 2e-5
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_it_is_that_of_what_was_left_after_all_that_precedes_the_draw(seed):
+def test_the_probability_is_that_after_everything_that_precedes_the_draw(seed):
     rng = np.random.default_rng(seed)
     logits = (3 * rng.normal(size=(R, V))).astype(np.float32)
     adjusted = logits.astype(np.float64)
@@ -68,7 +68,7 @@ def test_it_is_that_of_what_was_left_after_all_that_precedes_the_draw(seed):
         assert logprobs[row] == pytest.approx(np.log(share), abs=TOLERANCE + 1e-9 / share)
 
 
-def test_greedy_rows_are_certain_beside_rows_that_sample():
+def test_greedy_rows_are_certain_in_a_batch_that_samples():
     logits = np.random.default_rng(1).normal(size=(R, V)).astype(np.float32)
     batch = sampling_rows(R, temperature=np.where(np.arange(R) % 2, 0, 1))
     logprobs = np.asarray(run(logits, batch)[0].sampled_logprobs)
@@ -77,7 +77,7 @@ def test_greedy_rows_are_certain_beside_rows_that_sample():
     assert (np.asarray(run(logits, batch_of(views_of(R)))[0].sampled_logprobs) == 0).all()
 
 
-def test_requests_that_ask_for_log_probabilities_get_both_and_prompts_one():
+def test_requests_with_logprobs_get_both_log_probabilities_and_prompts_one():
     engine = tiny_engine()
     plain = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=0, prompt_logprobs=0, seed=3)
     sharp = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=0, seed=3, temperature=0.2)

@@ -1,4 +1,4 @@
-"""What the sampler remembers between steps: penalties, bias, bans and masks against a loop over the history."""
+"""The sampler's state between steps: penalties, bias, bans and masks against a loop over the history."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_greedy_continuations_with_penalties_and_bias_agree_with_a_loop_over_the
     np.testing.assert_array_equal(resumed.token_counts[4], state.token_counts[slots[row]])
 
 
-def test_histories_longer_than_a_piece_are_counted_whole_and_a_slot_forgets_its_former_sequence() -> None:
+def test_long_histories_are_counted_completely_and_a_slot_drops_its_earlier_sequence() -> None:
     rng = np.random.default_rng(4)
     prompt, output = (rng.integers(0, V, size).tolist() for size in (2 * HISTORY_PIECE + 5, HISTORY_PIECE + 1))
     state = reset_slot(init_state(S, V), 3, prompt_ids=[1] * 9, output_ids=[199] * 9, logit_bias=((5, 1.0),))
@@ -111,7 +111,7 @@ def test_a_count_stops_at_the_largest_int16_instead_of_wrapping() -> None:
         assert int(state.token_counts[0, token]) == expected
 
 
-def test_a_row_without_bias_ignores_the_bias_that_a_former_sequence_left_in_its_slot() -> None:
+def test_a_row_without_bias_ignores_the_bias_of_the_earlier_sequence_in_its_slot() -> None:
     tables, state = SamplingTables(S, V), init_state(S, V)
     biased, plain = SamplingParams(do_sample=False, logit_bias={8: 50}), SamplingParams(do_sample=False)
     state = admitted(biased, [1], [], state, slot=0, tables=tables)
@@ -203,7 +203,7 @@ def test_a_step_updates_the_state_in_place_and_never_copies_the_counts(num_rows:
     assert re.findall(rf"= s16\[{S},{V}\]\S* copy.*", text) == []
 
 
-def test_logits_of_another_vocabulary_or_type_are_refused_with_the_remedy() -> None:
+def test_logits_of_another_vocabulary_or_dtype_are_refused_with_the_remedy() -> None:
     batch = batch_of(views_of(R))
     for logits in (jnp.zeros((R, V + 1)), jnp.zeros((R, V), jnp.bfloat16), jnp.zeros(V)):
         with shape_checks.unchecked(), pytest.raises(ValueError, match=r"float32\[R, 200\].*convert"):

@@ -52,7 +52,7 @@ def kept_tokens(logits: np.ndarray, *, temperature: float, top_k: int, top_p: fl
 # Greedy
 
 
-def test_without_requests_for_more_the_likeliest_token_is_taken_and_the_lowest_id_wins_a_tie() -> None:
+def test_by_default_the_most_likely_token_is_taken_and_the_lowest_id_wins_a_tie() -> None:
     logits = np.zeros((R, V), np.float32)
     logits[0, [190, 7]] = 5
     logits[1, V - 1] = 1
@@ -76,7 +76,7 @@ def test_a_row_with_nan_still_yields_a_token_of_the_vocabulary() -> None:
         assert ((tokens >= 0) & (tokens < V)).all()
 
 
-def test_a_greedy_row_stays_greedy_beside_rows_that_sample() -> None:
+def test_a_greedy_row_stays_greedy_in_a_batch_that_samples() -> None:
     logits = np.random.default_rng(1).normal(size=(R, V)).astype(np.float32)
     temperature = np.where(np.arange(R) % 2, 0, 5)
     tokens = np.asarray(run(logits, sampling_rows(R, temperature=temperature))[0].tokens)
@@ -147,7 +147,7 @@ def test_logits_that_differ_in_the_last_bit_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("temperature", [np.finfo(np.float32).tiny, 1e-6, np.finfo(np.float32).max])
-def test_extreme_temperatures_neither_overflow_nor_lose_the_likeliest_token(temperature: float) -> None:
+def test_extreme_temperatures_neither_overflow_nor_lose_the_most_likely_token(temperature: float) -> None:
     logits = np.random.default_rng(0).normal(size=(R, V)).astype(np.float32) * 100
     weights = np.asarray(weights_of(logits, sampling_rows(R, temperature=temperature)))
     kept = (weights > 0).sum(axis=1)
@@ -177,7 +177,7 @@ def test_weights_sum_to_less_than_the_largest_int32_even_if_all_tokens_are_equal
         {"temperature": 1.5, "top_k": 9, "top_p": 0.8},
     ],
 )
-def test_tokens_follow_the_renormalised_distribution_of_what_is_kept(columns: dict[str, float]) -> None:
+def test_tokens_follow_the_renormalized_distribution_of_the_kept_tokens(columns: dict[str, float]) -> None:
     logits = np.full(V, -np.inf, np.float32)
     logits[np.arange(12) * 15] = np.random.default_rng(3).normal(size=12) * 1.5
     limits = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **columns}
@@ -230,7 +230,7 @@ def test_the_bits_are_those_of_jax_whatever_its_flags() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, R])
-def test_companions_and_the_place_in_the_batch_do_not_change_a_token(num_rows: int) -> None:
+def test_other_rows_and_the_position_in_the_batch_do_not_change_a_token(num_rows: int) -> None:
     rng = np.random.default_rng(5)
     count = 256
     logits = rng.normal(size=(count, V)).astype(np.float32) * 2

@@ -79,7 +79,7 @@ def test_parameters_reach_the_rows_of_their_sequences_in_any_order() -> None:
         ({"do_sample": False, "min_new_tokens": 5, "ignore_eos": True}, set()),
     ],
 )
-def test_a_flag_is_raised_only_by_a_row_that_needs_it(params, flags) -> None:
+def test_a_flag_is_set_only_by_a_row_that_needs_it(params, flags) -> None:
     tables = SamplingTables(S, V)
     update = admit(tables, 1, **params)
     assert update == bool(flags & {"any_penalties", "any_bias"})
@@ -94,7 +94,7 @@ def test_a_flag_is_raised_only_by_a_row_that_needs_it(params, flags) -> None:
         np.testing.assert_array_equal(views[name], empty[name], err_msg=name)
 
 
-def test_a_row_that_samples_nothing_asks_for_nothing_but_its_target() -> None:
+def test_a_row_that_samples_nothing_is_neutral_except_for_its_target() -> None:
     tables = SamplingTables(S, V)
     admit(tables, 0, repetition_penalty=2, min_new_tokens=50, logprobs=3)
     views = filled(tables, [0, 0], writes=[0, 0], targets={1: 42})

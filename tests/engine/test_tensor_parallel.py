@@ -31,13 +31,13 @@ def test_tokens_of_other_models_do_not_depend_on_the_number_of_devices(program: 
     run(program)
 
 
-def test_more_devices_than_there_are_are_refused_with_the_remedy() -> None:
+def test_too_many_devices_are_refused_with_the_remedy() -> None:
     _, model = tiny_model()
     with pytest.raises(ValueError, match=r"tensor_parallel=2 but this process has 1 cpu device.*device_count=2"):
         resolve(EngineConfig(tensor_parallel=2), model)
 
 
-def test_layers_apart_cannot_be_divided() -> None:
+def test_unstacked_layers_cannot_be_divided() -> None:
     _, model = tiny_model()
     with pytest.raises(ValueError, match="tensor_parallel=1 with stack_layers=False is not supported"):
         resolve(EngineConfig(tensor_parallel=1, stack_layers=False), model)

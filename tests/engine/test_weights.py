@@ -1,4 +1,4 @@
-"""Weights that are replaced in an engine, and prefixes that are forgotten."""
+"""Replacing the weights of an engine, and resetting its prefix cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def other_weights(model: Any, **options: Any) -> Any:
         ("multi_head_tied", {"stack_layers": True, "quantize": "int8"}),
     ],
 )
-def test_new_weights_give_the_answers_of_an_engine_that_began_with_them(variant, options):
+def test_new_weights_give_the_answers_of_an_engine_started_with_them(variant, options):
     params, model = tiny_model(variant)
     engine = Engine(params, model, EngineConfig(**SMALL, **options))
     new = other_weights(model)
@@ -77,7 +77,7 @@ def without(params: Any, *path: Any) -> Any:
         (lambda p, m: jax.eval_shape(lambda: p), r"is a ShapeDtypeStruct, but must be an array"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(change, message):
+def test_weights_of_wrong_shapes_are_refused_and_the_old_ones_stay(change, message):
     engine = tiny_engine()
     _, model = tiny_model()
     before, old = answer(engine), engine.params
@@ -99,7 +99,7 @@ def test_weights_that_were_prepared_for_another_config_are_refused():
     engine.params = prepare_params(params, model, engine.config)
 
 
-def test_weights_are_not_replaced_under_requests_or_sequences():
+def test_weights_are_not_replaced_while_there_are_requests_or_sequences():
     engine = tiny_engine()
     params, _ = tiny_model()
     engine.add(PROMPT, greedy(4), request_id="running")
@@ -136,7 +136,7 @@ def test_a_reset_of_the_prefix_cache_is_seen_by_new_requests_and_not_by_running_
     engine.scheduler.check_integrity()
 
 
-def test_a_measured_step_leaves_no_prefix_that_it_has_overwritten():
+def test_a_measured_step_drops_the_prefixes_that_it_overwrites():
     engine = tiny_engine()
     before = answer(engine)
     engine.measure_step(8)

@@ -103,9 +103,7 @@ def rope_from_fields(
         if name not in (*_KNOWN[kind], "original_max_position_embeddings") and value is not None
     }
     if unknown:
-        raise ValueError(
-            f"rope_type {kind!r} has unknown fields {unknown}; remove them if they do not matter"
-        )
+        raise ValueError(f"rope_type {kind!r} has unknown fields {unknown}; remove them if they do not matter")
     if kind == "default":
         return RopeConfig(theta=theta, dim=dim)
     original = fields.pop("original_max_position_embeddings", None) or trained_len

@@ -1,11 +1,11 @@
-"""A pipeline in a user's hands: interrupted at random moments, shared by many threads, and right all the same.
+"""A pipeline under stress: interrupted at random moments, shared by many threads, with correct answers throughout.
 
-    python -m tests.api.hands --interrupts 200 --threads 8 --calls 50
+    python -m tests.api.stress --interrupts 200 --threads 8 --calls 50
 
-Interrupts come as SIGINT and as asynchronous exceptions, into calls, into streams and into a loop over `Engine.step`; after
-each of them the answers must be those that are given alone, and the outputs of the loop must go on as if nothing had been.
-Threads call, stream, follow several prompts, leave streams early and go through asyncio, all at a time. Prints what was
-done, and ends with status 1 if an answer was wrong.
+Interrupts are SIGINT and asynchronous exceptions, in calls, in streams and in a loop over `Engine.step`. After each of them
+the answers must be those of a single request, and the outputs of the loop must continue as if nothing had happened. Threads
+call, stream, follow several prompts, leave streams early and use asyncio, all at the same time. Prints what was done, and
+ends with status 1 if an answer was wrong.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ PROMPTS = [
     "The men and women who serve this nation in uniform deserve",
     "To keep our people safe we will",
 ]
-WAIT = 60.0  # seconds: an interrupt that has not come by then never will
+WAIT = 60.0  # seconds; an interrupt that has not arrived by then never will
 
 
 @dataclass
-class Hands:
-    """What was done with a pipeline, and what was wrong; `sampled` draws tokens, from seeds, instead of taking the best."""
+class PipelineStress:
+    """Uses of a pipeline and the errors found; `sampled` requests draw tokens from seeds instead of taking the best."""
 
     pipe: Pipeline
     seed: int = 0
@@ -69,7 +69,7 @@ class Hands:
             self.options.append({"max_new_tokens": draw.randint(3, 40), "ignore_eos": True, **how})
         self.alone = [self.pipe(p, **o)[0].token_ids for p, o in zip(PROMPTS, self.options, strict=True)]
 
-    # What people do with a pipeline, for some prompts by number; what comes out is checked
+    # Ways to use a pipeline, for some prompts by number; the results are checked
 
     def call(self, *numbers: int) -> None:
         """One call a prompt."""
@@ -84,7 +84,7 @@ class Hands:
             self._check("batch", number, response.token_ids, self.options[numbers[0]])
 
     def stream(self, *numbers: int) -> None:
-        """Streams that are read in turns, so that each is slow for the others."""
+        """Streams that are read in turns, so that each one waits for the others."""
         streams = [self.pipe.stream(PROMPTS[number], **self.options[number]) for number in numbers]
         tokens: list[list[int]] = [[] for _ in numbers]
         unfinished = list(range(len(numbers)))
@@ -108,7 +108,7 @@ class Hands:
             self._check("followed", number, tuple(given), options)
 
     def leave(self, *numbers: int) -> None:
-        """Streams that are closed, or dropped, when their first token is there."""
+        """Streams that are closed or dropped after their first token."""
         for number in numbers:
             stream = self.pipe.stream(PROMPTS[number], **self.options[number])
             tokens = next(stream).new_token_ids
@@ -127,7 +127,7 @@ class Hands:
         self.seen["through asyncio"] += len(numbers)
 
     def step(self, *numbers: int) -> StepLoop:
-        """A loop over the engine's steps; the one kind that can be gone on with."""
+        """A loop over the engine's steps; the only use that can be resumed."""
         return StepLoop(self, numbers)
 
     def _check(
@@ -140,7 +140,9 @@ class Hands:
     ) -> None:
         self.seen[kind] += 1
         expected = self.alone[number]
-        if options is not None:  # greedy answers of different lengths begin alike; seeds are those of the first prompt
+        if (
+            options is not None
+        ):  # greedy answers of different lengths have a common prefix; seeds are those of the first prompt
             length = min(options["max_new_tokens"], len(expected))
             expected = expected if options.get("seed", number) == number else given
         if given[:length] != expected[:length]:
@@ -149,7 +151,7 @@ class Hands:
     # Interrupts
 
     def interrupt(self, times: int) -> None:
-        """Interrupts each kind of use in each way, in turns, at a random moment of it; an answer follows each time."""
+        """Interrupts each use in each way at a random moment; a call follows each time."""
         draw = random.Random(self.seed + 1)
         ways = {"SIGINT": send_signal, "asynchronous exception": raise_in_thread}
         uses = (self.call, self.together, self.stream, self.follow, self.step)
@@ -165,7 +167,7 @@ class Hands:
             num_early += is_early
             num_late += not is_early
             if num_late > 5 * times + 100:
-                raise RuntimeError(f"{num_late} interrupts came after the end of what was to be interrupted")
+                raise RuntimeError(f"{num_late} interrupts came after the end of the operation")
             self.seen[f"{way} in {uses[which].__name__}" if is_early else "interrupt that came too late"] += 1
             if loop is not None:
                 loop.run()
@@ -173,7 +175,7 @@ class Hands:
         self._check_idle()
 
     def _seconds(self, use: Callable[..., StepLoop | None], numbers: list[int]) -> float:
-        """How long a use takes, the second time."""
+        """Seconds of a use, the second time."""
         for _ in range(2):
             start = time.perf_counter()
             loop = use(*numbers)
@@ -184,7 +186,7 @@ class Hands:
     # Sharing
 
     def share(self, num_threads: int, times: int) -> None:
-        """Uses the pipeline from many threads at a time, `times` times in each."""
+        """Uses the pipeline from many threads, `times` times in each."""
         uses = (self.call, self.together, self.stream, self.follow, self.leave, self.with_asyncio)
 
         def one(seed: int) -> None:
@@ -200,7 +202,7 @@ class Hands:
             thread.start()
         research = Research(self.pipe.engine)
         while any(thread.is_alive() for thread in threads):
-            logits = research.put(["mine"], [[5, 6, 7]])  # beside them all
+            logits = research.put(["mine"], [[5, 6, 7]])  # at the same time
             research.flush("mine")
             self.seen["put beside them" if logits.any() else "put gave nothing"] += 1
             threads[0].join(0.05)
@@ -210,7 +212,7 @@ class Hands:
 
     def _check_idle(self) -> None:
         engine = self.pipe.engine
-        self.call(0)  # its end comes behind that of whatever was left
+        self.call(0)  # it ends after all earlier requests
         end = time.monotonic() + WAIT
         while engine.has_work and time.monotonic() < end:
             time.sleep(0.01)
@@ -220,23 +222,23 @@ class Hands:
 
 
 class StepLoop:
-    """Requests added to an engine and stepped to their end, by whoever calls `run` until it returns."""
+    """Requests added to an engine and stepped to their end; call `run` until it returns."""
 
-    def __init__(self, hands: Hands, numbers: tuple[int, ...]) -> None:
-        self.hands = hands
-        self.engine = hands.pipe.engine
+    def __init__(self, stress: PipelineStress, numbers: tuple[int, ...]) -> None:
+        self.stress = stress
+        self.engine = stress.pipe.engine
         self.numbers = numbers
         self.missing = list(numbers)
         self.outputs: list[RequestOutput] = []
 
     def run(self) -> None:
-        """Adds what is missing, steps to the end, and checks the answers once."""
+        """Adds missing requests, steps to the end, and checks the answers once."""
         engine = self.engine
         while self.missing:
             number = self.missing[-1]
             try:
-                engine.add(PROMPTS[number], SamplingParams(**self.hands.options[number]), request_id=f"step-{number}")
-            except ValueError:  # it was added, and the interrupt came before it was crossed off
+                engine.add(PROMPTS[number], SamplingParams(**self.stress.options[number]), request_id=f"step-{number}")
+            except ValueError:  # it was added, and the interrupt came before `missing.pop`
                 if f"step-{number}" not in engine.request_ids:
                     raise
             self.missing.pop()
@@ -246,12 +248,12 @@ class StepLoop:
         while self.numbers:
             number = self.numbers[0]
             tokens = [t for o in outputs if o.request_id == f"step-{number}" for t in o.new_token_ids]
-            self.hands._check("step loop", number, tuple(tokens))
+            self.stress._check("step loop", number, tuple(tokens))
             self.numbers = self.numbers[1:]
 
 
 def interrupted(operation: Callable[[], Any], interrupt: Callable[[int], None], *, delay: float) -> bool:
-    """Runs an operation that is interrupted after `delay` seconds; whether that came before its end."""
+    """Runs an operation that is interrupted after `delay` seconds; returns whether the interrupt came before its end."""
     thread = threading.get_ident()
     timer = threading.Timer(delay, interrupt, (thread,))
     is_early = True
@@ -289,15 +291,15 @@ def main() -> int:
     parser.add_argument("--sampled", action="store_true", help="draw tokens from seeds instead of taking the best")
     arguments = parser.parse_args()
     with fastgen_jax.pipeline(arguments.model, **ENGINE) as pipe:
-        hands = Hands(pipe, seed=arguments.seed, sampled=arguments.sampled)
-        hands.interrupt(arguments.interrupts)
-        hands.share(arguments.threads, arguments.calls)
-    for kind, count in sorted(hands.seen.items()):
+        stress = PipelineStress(pipe, seed=arguments.seed, sampled=arguments.sampled)
+        stress.interrupt(arguments.interrupts)
+        stress.share(arguments.threads, arguments.calls)
+    for kind, count in sorted(stress.seen.items()):
         print(f"{count:6d}  {kind}")
-    print(f"{len(hands.wrong):6d}  wrong")
-    for line in hands.wrong:
+    print(f"{len(stress.wrong):6d}  wrong")
+    for line in stress.wrong:
         print(line)
-    return bool(hands.wrong)
+    return bool(stress.wrong)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a pipeline takes: interrupts, threads, destruction while it is used, and an engine that is used beside it."""
+"""A pipeline under interrupts, with many threads, destroyed during use, and with direct use of its engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import fastgen_jax
 from fastgen_jax import Engine, EngineConfig, Pipeline, Research
 from fastgen_jax.engine.runner import Runner
-from tests.api.hands import ENGINE, Hands
+from tests.api.stress import ENGINE, PipelineStress
 from tests.interrupts import Points
 from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
 
@@ -35,8 +35,8 @@ def shared() -> Iterator[Pipeline]:
 
 
 @pytest.fixture(params=["greedy", "sampled"])
-def hands(shared, request) -> Hands:
-    return Hands(shared, sampled=request.param == "sampled")
+def stress(shared, request) -> PipelineStress:
+    return PipelineStress(shared, sampled=request.param == "sampled")
 
 
 @pytest.fixture
@@ -76,21 +76,21 @@ def paused(pipe: Pipeline) -> tuple[threading.Event, threading.Event]:
     return stands, resume
 
 
-def test_answers_are_right_after_interrupts_at_random_moments(hands):
-    hands.interrupt(10)
-    assert not hands.wrong
+def test_answers_are_right_after_interrupts_at_random_moments(stress):
+    stress.interrupt(10)
+    assert not stress.wrong
 
 
-def test_threads_share_a_pipeline_and_each_answer_is_the_one_alone(hands):
-    hands.share(4, 5)
-    assert not hands.wrong
+def test_threads_share_a_pipeline_and_each_answer_is_as_if_alone(stress):
+    stress.share(4, 5)
+    assert not stress.wrong
 
 
 @pytest.mark.slow
-def test_two_hundred_interrupts_and_four_hundred_uses_in_eight_threads(hands):
-    hands.interrupt(200)
-    hands.share(8, 50)
-    assert not hands.wrong
+def test_two_hundred_interrupts_and_four_hundred_uses_in_eight_threads(stress):
+    stress.interrupt(200)
+    stress.share(8, 50)
+    assert not stress.wrong
 
 
 def test_an_interrupt_at_any_point_of_a_call_leaves_the_pipeline_usable(pipe):
@@ -108,7 +108,7 @@ def test_an_interrupt_at_any_point_of_a_call_leaves_the_pipeline_usable(pipe):
     assert points.num_raised > 20
 
 
-def test_streams_and_calls_beside_each_other_get_their_own_outputs(pipe):
+def test_concurrent_streams_and_calls_get_their_own_outputs(pipe):
     alone = [pipe([[5 + i]], **OPTIONS)[0].token_ids for i in range(3)]
     first, second = pipe.stream([5], **OPTIONS), pipe.stream([6], **OPTIONS)
     begun = [next(first).new_token_ids, next(second).new_token_ids]
@@ -117,7 +117,7 @@ def test_streams_and_calls_beside_each_other_get_their_own_outputs(pipe):
     assert [a + b for a, b in zip(begun, ends, strict=True)] == alone[:2]
 
 
-def test_a_stream_that_nobody_reads_holds_nobody_up_and_ends_when_it_is_dropped(pipe):
+def test_an_unread_stream_blocks_no_other_and_ends_when_it_is_dropped(pipe):
     stream, pairs = pipe.stream([5], **LONG), pipe([[6], [7]], stream=True, **LONG)
     assert len(pipe([8], **LONG)[0].token_ids) == 100
     ids = {*stream._outputs._unfinished, *pairs._unfinished}
@@ -151,7 +151,7 @@ def test_tasks_of_asyncio_share_a_pipeline(pipe):
     assert [answer[0].token_ids for answer in asyncio.run(scenario())] == alone
 
 
-def test_the_engine_may_be_used_beside_calls(pipe):
+def test_the_engine_may_be_used_during_calls(pipe):
     engine, research = pipe.engine, Research(pipe.engine)
     (alone,) = pipe([5, 6], **LONG)
     whole = research.put(["a"], [[5, 6, 7]])
@@ -178,7 +178,7 @@ def test_the_engine_may_be_used_beside_calls(pipe):
     engine.scheduler.check_integrity()
 
 
-def test_a_step_of_a_users_own_that_fails_is_told_to_whoever_waits(pipe, monkeypatch):
+def test_a_failed_step_of_the_user_is_reported_to_all_waiting_calls(pipe, monkeypatch):
     stands, resume = paused(pipe)
     assert stands.wait(PATIENCE)
     stream = pipe.stream([5], **LONG)
@@ -193,7 +193,7 @@ def test_a_step_of_a_users_own_that_fails_is_told_to_whoever_waits(pipe, monkeyp
     assert "ZeroDivisionError" in str(failed.error)
 
 
-def test_a_failed_step_is_an_error_of_its_calls_and_the_next_is_answered(pipe, monkeypatch):
+def test_a_failed_step_is_an_error_of_its_calls_and_later_calls_work(pipe, monkeypatch):
     original, left = Runner.run, iter([True, True, False])
     monkeypatch.setattr(Runner, "run", lambda self, *args: original(self, *args) if next(left, True) else 1 / 0)
     with pytest.raises(RuntimeError, match=r"the step that computed this request failed \(ZeroDivisionError"):
@@ -201,7 +201,7 @@ def test_a_failed_step_is_an_error_of_its_calls_and_the_next_is_answered(pipe, m
     assert len(pipe([5], **LONG)[0].token_ids) == 100
 
 
-def test_a_thread_that_was_killed_is_told_and_replaced(pipe, monkeypatch):
+def test_a_dead_thread_is_reported_and_replaced(pipe, monkeypatch):
     monkeypatch.setattr(Engine, "recover", lambda *_: 1 / 0)
     monkeypatch.setattr(Runner, "run", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match=r"step that computed this request failed|thread ended because of an error"):
@@ -235,7 +235,7 @@ def test_a_destroyed_pipeline_is_refused_and_so_is_its_engine():
     assert not engine.has_work
 
 
-def test_destroying_ends_those_who_wait_with_an_error(monkeypatch):
+def test_destroying_ends_waiting_calls_with_an_error(monkeypatch):
     pipe = Pipeline(own_engine())
     stands, resume = paused(pipe)
     assert stands.wait(PATIENCE)
@@ -262,7 +262,7 @@ def test_destroying_the_engine_itself_ends_its_requests_too():
     assert not engine.has_work
 
 
-def test_destroying_frees_the_memory_while_others_still_refer_to_it():
+def test_destroying_frees_the_memory_despite_other_references():
     pipe = fastgen_jax.pipeline("sotu-1m", progress=False, **ENGINE)
     try:
         pipe(["A word"], max_new_tokens=2)
@@ -275,13 +275,13 @@ def test_destroying_frees_the_memory_while_others_still_refer_to_it():
     assert all(array.is_deleted() for array in arrays)
 
 
-def test_destroying_keeps_the_weights_that_the_user_gave():
+def test_destroying_keeps_weights_that_the_user_passed():
     params, _ = tiny_model()
     Pipeline(own_engine()).destroy()
     assert not any(array.is_deleted() for array in jax.tree.leaves(params))
 
 
-def test_a_pipeline_that_nobody_holds_lets_go_of_its_engine():
+def test_a_pipeline_without_references_releases_its_engine():
     engine = own_engine()
     pipe, gone = Pipeline(engine), weakref.ref(engine)
     stream = pipe.stream([5], **OPTIONS)
