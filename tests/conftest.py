@@ -1,4 +1,4 @@
-"""Settings of all tests: no network, one compile cache, checked shapes, no promotion of dtypes or ranks, warnings as errors."""
+"""Settings of all tests: no network, one compile cache, checked shapes, no promotion of dtypes or ranks, strict warnings."""
 
 from __future__ import annotations
 
