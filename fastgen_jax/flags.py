@@ -76,6 +76,20 @@ def field_docstrings(cls: type) -> dict[str, str]:
     }
 
 
+def flag_arguments(name: str, value: object) -> list[str]:
+    """The command-line arguments that give the field `name` this value; none for None. The inverse of `add_fields`."""
+    flag = _flag(name)
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list | tuple):
+        return [flag, *map(str, value)]
+    return [flag, str(value)]
+
+
 def given_options(options: Mapping[str, Any], cls: type | None = None) -> dict[str, Any]:
     """The options that were given, lists as tuples; with `cls` only those that are fields of this dataclass."""
     names = options.keys() if cls is None else {field.name for field in fields(cls)}

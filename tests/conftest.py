@@ -1,4 +1,4 @@
-"""Settings for all tests: no network, one persistent compile cache, checked shapes, strict promotion, warnings as errors."""
+"""Settings for all tests: no network, one persistent compile cache, checked shapes, strict promotion of dtypes and no promotion of ranks, warnings as errors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests import shape_checks
 
 shape_checks.install()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fastgen_jax import paths
+from fastgen_jax.flags import flag_arguments
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def start_server(model: str, *, deployment_name: str, options: dict[str, Any], t
         str(log_file),
     ]
     for option, value in options.items():
-        command += _flags(option, value)
+        command += flag_arguments(option, value)
     log_file.write_bytes(b"")
     with log_file.open("ab") as output:
         # In a new session, so that it survives the end of this process and its terminal.
@@ -230,19 +231,6 @@ def stop_server(deployment: Deployment, *, timeout: float) -> None:
                 "its requests may take longer: wait, or kill it"
             )
         time.sleep(POLL_SECONDS)
-
-
-def _flags(option: str, value: object) -> list[str]:
-    flag = f"--{option.replace('_', '-')}"
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    if isinstance(value, Mapping):
-        return [flag, json.dumps(value)]
-    if isinstance(value, list | tuple):
-        return [flag, *map(str, value)]
-    return [flag, str(value)]
 
 
 def _is_ready(deployment: Deployment) -> bool:

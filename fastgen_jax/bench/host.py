@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import argparse
 from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastgen_jax.engine.metrics import StepTimes
 
 PROMPT_LENGTH, WARM_UP_STEPS = 40, 20
 
@@ -28,18 +32,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--sequences is {args.sequences} and --steps {args.steps}; both must be at least 1")
     print(f"{'sequences':>10} {'plan':>8} {'pack':>8} {'commit':>8} {'sum, ms':>8} {'outputs':>8} {'dispatch':>8}")
     for count in args.sequences:
-        times = _measure(count, args.steps)
-        host = [sum(step) for step in zip(*(times[name] for name in ("plan", "pack", "commit")), strict=True)]
-        columns = [
-            1e3 * median(values)
-            for values in (*(times[name] for name in ("plan", "pack", "commit")), host, times["output"], times["dispatch"])
-        ]
-        print(f"{count:10d} " + " ".join(f"{value:8.3f}" for value in columns))
+        steps = _measure(count, args.steps)
+        plan, pack, commit, output, dispatch = (
+            [step.seconds(phase) for step in steps] for phase in ("plan", "pack", "commit", "output", "dispatch")
+        )
+        total = [sum(parts) for parts in zip(plan, pack, commit, strict=True)]
+        medians = (1e3 * median(values) for values in (plan, pack, commit, total, output, dispatch))
+        print(f"{count:10d} " + " ".join(f"{value:8.3f}" for value in medians))
     return 0
 
 
-def _measure(count: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of each part of the last `steps` steps, in which `count` sequences generate one token each."""
+def _measure(count: int, steps: int) -> list[StepTimes]:
+    """The last `steps` steps, in each of which `count` sequences generate one token."""
     import jax
 
     from fastgen_jax.bench.driver import exactly
@@ -78,7 +82,4 @@ def _measure(count: int, steps: int) -> dict[str, list[float]]:
         engine.step()
     for _ in range(WARM_UP_STEPS + steps):
         engine.step()
-    return {
-        name: list(getattr(engine.metrics, f"{name}_seconds"))[-steps:]
-        for name in ("plan", "pack", "commit", "output", "dispatch")
-    }
+    return list(timeline)[-steps:]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, their names and formats, and how they become parameters; strict in both directions."""
+"""Checkpoints on disk: finding, opening, loading and converting them. Missing and unknown tensors are both errors."""
 
 from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.load import check_tensors, load_params

@@ -1,4 +1,4 @@
-"""One view of a checkpoint, whatever its format."""
+"""The interface to a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgen_jax.models.families.common import Source
 
 
 class Checkpoint(Protocol):
-    """A model on disk under the tensor names of Hugging Face; nothing is read before `read` asks for it."""
+    """A model on disk, under the tensor names of Hugging Face. Tensor data is only read by `read`."""
 
     @property
     def path(self) -> Path:
@@ -24,17 +24,17 @@ class Checkpoint(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """What the checkpoint says about its model."""
+        """The architecture of the model."""
         ...
 
     @property
     def config_json(self) -> Mapping[str, Any]:
-        """The same as the fields of a Hugging Face config.json."""
+        """The same in the fields of a Hugging Face config.json."""
         ...
 
     @property
     def generation_config(self) -> Mapping[str, Any]:
-        """The fields of its generation_config.json, or what a GGUF file has in its place; empty if there is none."""
+        """The fields of its generation_config.json, or their equivalents in a GGUF file; empty if there are none."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class Checkpoint(Protocol):
 
     @property
     def sources(self) -> Mapping[str, Source]:
-        """Which tensors make each weight of `param_specs`."""
+        """The tensors of each weight of `param_specs`."""
         ...
 
     @property
@@ -53,20 +53,20 @@ class Checkpoint(Protocol):
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header alone."""
+        """The shape of a tensor, from the header."""
         ...
 
     def dtype(self, name: str) -> str:
-        """How a tensor is stored: "float32", "bfloat16", "float16", "int8", or one of GGUF's names, like "Q4_K"."""
+        """How a tensor is stored: "float32", "bfloat16", "float16", "int8", or a type of GGUF such as "Q4_K"."""
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor: float32, float16 or bfloat16; a quantised one comes as float32. Matrices are [out, in]."""
+        """One tensor: float32, float16 or bfloat16; a quantized one is returned as float32. Matrices are [out, in]."""
         ...
 
 
 def missing_tensor(name: str, path: Path, names: Iterable[str]) -> ValueError:
-    """The error for a tensor that a checkpoint lacks; it names the nearest one that is there."""
+    """The error for a tensor that a checkpoint lacks; it names the nearest existing one."""
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    hint = f"; the nearest name there is {nearest[0]!r}" if nearest else "; it holds no tensors at all"
+    hint = f"; the nearest name is {nearest[0]!r}" if nearest else "; it holds no tensors"
     return ValueError(f"{path} has no tensor {name!r}{hint}")

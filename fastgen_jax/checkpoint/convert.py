@@ -1,4 +1,4 @@
-"""Any checkpoint as an inference snapshot."""
+"""Converts any checkpoint to an inference snapshot."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def convert(
 ) -> None:
     """Writes a snapshot of `checkpoint` into the new directory `out`, local or gs://.
 
-    `prepare(spec, array)` gives each weight the form that it is kept in: a host array or an `Int8Weight` of them. The
-    host holds the whole model in that form. Raises ValueError as `check_target`, `load_params` and `save_snapshot` do,
+    `prepare(spec, array)` returns the form in which a weight is stored: a host array or an `Int8Weight` of host arrays. Host
+    memory must hold the whole model in that form. Raises ValueError as `check_target`, `load_params` and `save_snapshot` do,
     and if there is no tokenizer.
     """
     check_target(out, source=checkpoint.path)
     files = tokenizer_files(checkpoint.tokenizer_source)
     if not files:
         raise ValueError(
-            f"{checkpoint.path} has no tokenizer files; put tokenizer.json or tokenizer.model beside the weights"
+            f"{checkpoint.path} has no tokenizer files; put tokenizer.json or tokenizer.model next to the weights"
         )
     params = load_params(checkpoint, dtype=None, stack_layers=False, prepare=prepare, progress=progress)
     save_snapshot(out, params, checkpoint.config_json, tokenizer_files=files, generation_config=checkpoint.generation_config)
 
 
 def tokenizer_files(source: Path | GGUFFile) -> Mapping[str, bytes]:
-    """The files that `load_tokenizer` reads, by name; of a GGUF file its metadata, without the weights."""
+    """The files that `load_tokenizer` reads, by name; for a GGUF file, its metadata without the weights."""
     if isinstance(source, GGUFFile):
         return {"tokenizer.gguf": vocabulary_file(source)}
     found = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern)})

@@ -23,7 +23,7 @@ from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import all_specs
 from fastgen_jax.models.weight_spec import Kind
 
-# "general.sampling." + these -> the name that Hugging Face's generation_config.json has for it, if it has any
+# keys below "general.sampling." -> names in the generation_config.json of Hugging Face
 _SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -37,10 +37,10 @@ _SAMPLING = {
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a tensor of Hugging Face lies in the file: in a tensor of it, in one entry of a stack, or in several."""
+    """Where a Hugging Face tensor is stored: in one tensor of the file, in one entry of a stack, or in several tensors."""
 
-    names: tuple[str, ...]  # in the file; several are joined along the second axis, behind that of the experts
-    entry: int | None = None  # of the first axis, where experts that are tensors of their own lie in one
+    names: tuple[str, ...]  # in the file; several are concatenated along the second axis, after that of the experts
+    entry: int | None = None  # of the first axis, if a stack in the file holds separate tensors of Hugging Face
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ class GGUFCheckpoint:
     config: ModelConfig
     config_json: Mapping[str, Any]
     architecture: Architecture
-    places: Mapping[str, Place]  # by the name that the tensor has in Hugging Face's files
-    norm_scales: frozenset[str]  # tensors of the file that are scales of norms
+    places: Mapping[str, Place]  # by the Hugging Face name of the tensor
+    norm_scales: frozenset[str]  # tensors of the file that scale norms
 
     @classmethod
     def open(cls, path: Path) -> GGUFCheckpoint:
@@ -89,7 +89,7 @@ class GGUFCheckpoint:
     @property
     def generation_config(self) -> Mapping[str, Any]:
         found = {name: self.file.metadata.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
-        # Numbers of 32 bits, as people wrote them: 0.6, not 0.6000000238418579.
+        # Stored in float32: 0.6, not 0.6000000238418579.
         return {
             name: round(value, 6) if isinstance(value, float) else value
             for name, value in found.items()
@@ -137,7 +137,7 @@ class GGUFCheckpoint:
         return whole.swapaxes(-1, -2) if self._is_transposed(name) else whole
 
     def _values(self, stored: str, entry: int | None) -> np.ndarray:
-        """One tensor of the file, or an entry of its first axis, with its rows in Hugging Face's order."""
+        """One tensor of the file, or an entry of its first axis, with its rows in the order of Hugging Face."""
         tensor, rows, config = self.file.tensors[stored], self.file.rows(stored), self.config
         if entry is not None:
             return dequantize(rows[entry], tensor.type_id, tensor.shape[1:])
@@ -147,7 +147,7 @@ class GGUFCheckpoint:
             reorder = functools.partial(undo_permutation, num_heads=heads)
         elif ".attn_qkv." in stored and self.architecture.qkv_by_kind:
             reorder = functools.partial(head_by_head, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
-        if reorder and len(tensor.shape) == 1:  # a bias is a single row, whose values change places
+        if reorder and len(tensor.shape) == 1:  # in a bias, the values are permuted instead of rows
             return reorder(dequantize(rows, tensor.type_id, tensor.shape))
         values = dequantize(reorder(rows) if reorder else rows, tensor.type_id, tensor.shape)
         if self._is_swapped(stored):
@@ -176,20 +176,20 @@ class GGUFCheckpoint:
 
 
 def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers: int) -> dict[str, Place]:
-    """Where the wanted tensors of Hugging Face that are there lie, by the gguf library's own table of names.
+    """The places of those `wanted` Hugging Face tensors that the file holds, by the name table of the gguf library.
 
-    The other tensors keep the names that they have, so that they are refused when loading.
+    All other tensors keep their names, so that loading reports them as unknown.
     """
     import gguf
 
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     table = gguf.get_tensor_name_map(architecture, num_layers)
 
-    # DeepSeek files from before April 2025 have this projection whole.
+    # In DeepSeek files from before April 2025 this projection is one tensor.
     joined = {} if "blk.0.attn_kv_b.weight" in file.tensors else ARCHITECTURES[kind].joined
 
     def stored(name: str) -> str | None:
-        spellings = (name, name.partition(".")[2])  # the table has some modules without the name of the model before them
+        spellings = (name, name.partition(".")[2])  # the table has some modules without the prefix of the model
         found = next(
             (
                 each
@@ -198,15 +198,17 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
             ),
             None,
         )
-        return f"{found}.weight" if found and f"{found}.weight" in file.tensors else found  # sinks have none in theirs
+        return (
+            f"{found}.weight" if found and f"{found}.weight" in file.tensors else found
+        )  # attention sinks have no ".weight" in their names
 
     def place(name: str) -> Place | None:
-        name = name.replace("e_score_correction_bias", "e_score_correction.bias")  # a bias in the file, a tensor there
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")  # has the suffix ".bias" in GGUF
         for ending, parts in joined.items():
             if name.endswith(ending):
                 layer = re.search(r"\.(\d+)\.", name)
                 return Place(names=tuple(f"blk.{layer.group(1)}.{part}" for part in parts)) if layer else None
-        one_of_many = re.search(r"\.(experts|norms)\.(\d+)\.", name)  # of experts, or of StableLM's norms of single heads
+        one_of_many = re.search(r"\.(experts|norms)\.(\d+)\.", name)  # experts, or StableLM's norms of single heads
         if one_of_many is None:
             found = stored(name)
             return None if found is None else Place(names=(found,))
@@ -222,17 +224,17 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
     for stored_name, count in entries.items():
         if file.tensors[stored_name].shape[0] != count:
             raise ValueError(
-                f"{file.path}: {stored_name!r} holds {file.tensors[stored_name].shape[0]} of a kind, but the "
-                f"metadata announce {count}; the file is corrupt, convert it again"
+                f"{file.path}: {stored_name!r} holds {file.tensors[stored_name].shape[0]} entries, but the "
+                f"metadata says {count}; the file is corrupt, convert it again"
             )
     others = file.tensors.keys() - {stored for where in found.values() for stored in where.names} - ROPE_TENSORS
-    further = file.metadata.get(f"{kind}.nextn_predict_layers", 0)  # layers that guess one more token; not needed
+    further = file.metadata.get(f"{kind}.nextn_predict_layers", 0)  # multi-token prediction, which is not used
     predictors = tuple(f"blk.{layer}." for layer in range(num_layers, num_layers + further))
     return found | {name: Place(names=(name,)) for name in others if not name.startswith(predictors)}
 
 
 def head_by_head(rows: np.ndarray, *, num_heads: int, num_kv_heads: int) -> np.ndarray:
-    """Rows of a fused projection in Hugging Face's order, each KV head's queries, key and value together, from q, k, v."""
+    """Rows of a fused projection [q, k, v] in the order of Hugging Face: q, k and v of each KV head together."""
     d = rows.shape[0] // (num_heads + 2 * num_kv_heads)
     parts = np.split(rows, [num_heads * d, (num_heads + num_kv_heads) * d])
     groups = [part.reshape(num_kv_heads, -1, *rows.shape[1:]) for part in parts]
@@ -240,10 +242,10 @@ def head_by_head(rows: np.ndarray, *, num_heads: int, num_kv_heads: int) -> np.n
 
 
 def undo_permutation(rows: np.ndarray, *, num_heads: int) -> np.ndarray:
-    """Rows of q or k in Hugging Face's order: each head's first half, then its second half.
+    """Rows of q or k in the order of Hugging Face: for each head, the first half and then the second half.
 
-    llama.cpp rotates neighbouring rows (0,1), (2,3), ..., Hugging Face rows i and i + D/2; its converter interleaves
-    the halves for some architectures. Stored bytes can be permuted: a quantised block lies in one row.
+    llama.cpp rotates adjacent rows (0,1), (2,3), ..., Hugging Face rows i and i + D/2, so its converter interleaves the
+    halves for some architectures. The stored bytes can be permuted, because a quantized block is within one row.
     """
     if rows.shape[0] % (2 * num_heads):
         raise ValueError(f"{rows.shape[0]} rows do not divide into {num_heads} heads of even size")

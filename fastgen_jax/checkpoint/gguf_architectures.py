@@ -1,8 +1,7 @@
-"""What each architecture of GGUF is in the words of Hugging Face: the metadata as a config.json, so that one family
-reads both formats.
+"""Translates the metadata of each GGUF architecture to a Hugging Face config.json, so that one family reads both formats.
 
-An entry is here only if the metadata and tensors say all that the model computes, or what they leave out is the same in
-every release.
+An architecture is supported only if the metadata and tensors determine all that the model computes, or if what they leave
+out is the same in every release.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from fastgen_jax.checkpoint.gguf_metadata import (
     rope_parameters,
 )
 
-_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # its attention scale is another, and only its depth shows it
-_NEOX_20B_LAYERS = 44  # its GELU is the approximate one, that of Pythia, Dolly and the others is exact
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # the attention scale of the 27B differs, and only the depth identifies it
+_NEOX_20B_LAYERS = 44  # the 20B has the approximate GELU; Pythia, Dolly and the others have the exact one
 _QWEN_TRAINED_LEN = 2048  # the shortest of any release
 
 
@@ -33,18 +32,22 @@ class Architecture:
     """How one GGUF architecture differs from Llama's metadata and tensors."""
 
     name: str  # in config.json
-    fields: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}  # fields of config.json beyond Llama's, or instead
-    halves_interleaved: bool = False  # rows of q and k lie as llama.cpp's converter permutes them for its own rotation
+    fields: Callable[[Metadata], dict[str, Any]] = (
+        lambda metadata: {}
+    )  # config.json fields that add to or replace those of Llama
+    halves_interleaved: bool = False  # rows of q and k are permuted for llama.cpp's rotation
     stored_norm_offset: float = 0.0  # what the converter added to the weights of norms
-    layer_norm: bool = False  # LayerNorm in place of RMSNorm
-    partial_rotary: bool = False  # `fields` gives the rotary settings
-    own_fields: bool = False  # `fields` gives them all
-    transposed: tuple[str, ...] = ()  # endings of the modules whose matrices Hugging Face keeps [in, out]
-    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # ending of a module -> tensors that make it
-    alternating: bool = False  # the rows of what is joined take turns, instead of following one another
-    qkv_by_kind: bool = False  # rows of a fused attn_qkv lie as all q, all k, all v, not head by head
-    swapped: tuple[str, ...] = ()  # tensors of the file whose last two axes change places, before they are joined
-    flattened: tuple[str, ...] = ()  # endings of the modules whose leading axes become one, after they are joined
+    layer_norm: bool = False  # LayerNorm instead of RMSNorm
+    partial_rotary: bool = False  # `fields` returns the rotary settings
+    own_fields: bool = False  # `fields` returns all fields
+    transposed: tuple[str, ...] = ()  # suffixes of the modules whose matrices are [in, out] in Hugging Face
+    joined: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # suffix of a module -> the tensors that are concatenated to it
+    alternating: bool = False  # the rows of concatenated tensors are interleaved
+    qkv_by_kind: bool = False  # rows of a fused attn_qkv are all q, all k, all v, not head by head
+    swapped: tuple[str, ...] = ()  # tensors of the file whose last two axes are swapped, before they are concatenated
+    flattened: tuple[str, ...] = ()  # suffixes of the modules whose leading axes are merged, after concatenation
 
 
 def _llama(m: Metadata) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def _gemma3(m: Metadata) -> dict[str, Any]:
         raise m.refusal("gemma3.final_logit_softcapping is not supported")
     return _gemma(m) | {
         "sliding_window": m.get("attention.sliding_window"),
-        "sliding_window_pattern": 6,  # every sixth layer sees all; not recorded, the same in every release
+        "sliding_window_pattern": 6,  # every sixth layer has full attention; not recorded, the same in every release
         "query_pre_attn_scalar": _gemma_scale(m),
         "rope_theta": rope.pop("rope_theta"),
         "rope_local_base_freq": local,
@@ -110,12 +113,12 @@ def _cohere(m: Metadata) -> dict[str, Any]:
 
 
 def _cohere2(m: Metadata) -> dict[str, Any]:
-    # Every fourth layer sees all, without positions; not recorded, the same in every release.
+    # Every fourth layer has full attention and no positions; not recorded, the same in every release.
     return {"logit_scale": m.get("logit_scale"), "sliding_window": m.get("attention.sliding_window")}
 
 
 def _stablelm(m: Metadata) -> dict[str, Any]:
-    m.get("use_parallel_residual", False)  # the converter's guess where config.json was silent; the norms tell
+    m.get("use_parallel_residual", False)  # the converter's guess if config.json lacks it; the norms identify it
     return {
         "use_parallel_residual": not m.has("blk.0.ffn_norm.weight"),
         "use_qkv_bias": m.has("blk.0.attn_q.bias"),
@@ -241,7 +244,7 @@ def _exaone4(m: Metadata) -> dict[str, Any]:
 
 
 def _starcoder2(m: Metadata) -> dict[str, Any]:
-    # That the window has 4096 tokens, and the activation, are the same in every release.
+    # The window of 4096 tokens and the activation are not recorded, and the same in every release.
     return {
         "norm_epsilon": m.get("attention.layer_norm_epsilon"),
         "layer_norm_eps": None,
@@ -266,7 +269,7 @@ def _gptneox(m: Metadata) -> dict[str, Any]:
         "use_parallel_residual": m.get("use_parallel_residual"),
         "attention_bias": m.has("blk.0.attn_output.bias"),
         "hidden_act": "gelu_fast" if approximate else "gelu",
-        # The base of the rotation is not recorded, and the same in every release.
+        # The rotary base is not recorded, and the same in every release.
         "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)),
         "rotary_pct": turned / (width // heads),
         "tie_word_embeddings": not m.has("output.weight"),
@@ -274,8 +277,8 @@ def _gptneox(m: Metadata) -> dict[str, Any]:
 
 
 def _qwen(m: Metadata) -> dict[str, Any]:
-    # Beyond its trained length it scales queries and its rotary base. That length is not recorded, and releases differ
-    # in it; up to the shortest all of them compute the same.
+    # Beyond its trained length the model scales queries and its rotary base. That length is not recorded and differs
+    # between releases; up to the shortest, all of them compute the same.
     heads, width = m.get("attention.head_count"), m.get("embedding_length")
     m.only("attention.head_count_kv", heads)
     m.only("rope.dimension_count", width // heads)
@@ -284,7 +287,7 @@ def _qwen(m: Metadata) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon"
         if "attention.layer_norm_rms_epsilon" in m.fields
         else ("attention.layer_norm_epsilon")
-    )  # by the age of the converter
+    )  # depends on the version of the converter
     return {
         "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
@@ -364,11 +367,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         flattened=("kv_b_proj",),
     ),
 }
-"""By general.architecture. Whether we have the family is another matter, and its refusal names the nearest."""
+"""By general.architecture. Whether the family is supported is checked later, by `family_of`."""
 
 
 def config_json(file: GGUFFile) -> dict[str, Any]:
-    """The metadata as the fields of a Hugging Face `config.json`, so that one family reads both."""
+    """The metadata in the fields of a Hugging Face `config.json`."""
     kind = file.metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise ValueError(f"{file.path}: GGUF architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
@@ -377,7 +380,7 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
             raise ValueError(f"{file.path} holds a vocabulary, not a model")
         raise ValueError(f"{file.path} has no tensor 'token_embd.weight'; the file is incomplete, convert it again")
     architecture, m = ARCHITECTURES[kind], Metadata(file)
-    if m.get("block_count") > len(file.tensors):  # before anybody counts to it
+    if m.get("block_count") > len(file.tensors):  # checked before anything loops over it
         raise m.refusal(
             f"{kind}.block_count is {m.get('block_count'):,}, but the file holds only {len(file.tensors)} "
             "tensors; it is corrupt, download it again"

@@ -1,4 +1,4 @@
-"""The metadata of GGUF architectures with experts, as fields of a Hugging Face config.json; see gguf_architectures.py."""
+"""Translates the metadata of GGUF architectures with experts to config.json fields; see gguf_architectures.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from fastgen_jax.checkpoint.gguf_metadata import Metadata, partial_rope, rope_parameters
 
 _SOFTMAX, _SIGMOID = 1, 2  # of expert_gating_func
-# (groups, groups that a token may choose from) by the number of experts; files from before 2025's autumn leave them out.
+# (groups, groups that a token may choose from) by the number of experts; files from before autumn 2025 leave them out.
 _DEEPSEEK_GROUPS = {64: (1, 1), 160: (8, 3), 256: (8, 4)}
 
 
@@ -16,7 +16,7 @@ def experts(m: Metadata, count: str) -> dict[str, Any]:
 
 
 def qwen2moe(m: Metadata) -> dict[str, Any]:
-    # That the chosen scores are not normalised, and that no layer is dense, is the same in every release.
+    # In every release the weights of chosen experts are not normalized, and no layer is dense.
     return experts(m, "num_experts") | {
         "norm_topk_prob": False,
         "use_sliding_window": False,
@@ -26,7 +26,7 @@ def qwen2moe(m: Metadata) -> dict[str, Any]:
 
 
 def qwen3moe(m: Metadata) -> dict[str, Any]:
-    # That the chosen scores are normalised, and that no layer is dense, is the same in every release.
+    # In every release the weights of chosen experts are normalized, and no layer is dense.
     return experts(m, "num_experts") | {
         "norm_topk_prob": True,
         "use_sliding_window": False,
@@ -36,7 +36,7 @@ def qwen3moe(m: Metadata) -> dict[str, Any]:
 
 
 def gpt_oss(m: Metadata) -> dict[str, Any]:
-    # Every other layer has the window, and YaRN's borders are not rounded: not recorded, the same in both releases.
+    # Windows in every other layer, and no rounding of YaRN's ramp: not recorded, the same in both releases.
     rope = rope_parameters(m)
     return experts(m, "num_local_experts") | {
         "intermediate_size": m.get("expert_feed_forward_length"),
@@ -47,12 +47,12 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
 
 
 def deepseek2(m: Metadata) -> dict[str, Any]:
-    gating = m.get("expert_gating_func", _SOFTMAX)  # not written for V2 at first
+    gating = m.get("expert_gating_func", _SOFTMAX)  # early files of V2 lack it
     if gating not in (_SOFTMAX, _SIGMOID):
         raise m.refusal(f"deepseek2.expert_gating_func is {gating}; supported: {_SOFTMAX} (softmax), {_SIGMOID} (sigmoid)")
     v3 = gating == _SIGMOID
     rope_dim, kv_rank = m.get("rope.dimension_count"), m.get("attention.kv_lora_rank")
-    # Since its latent projections are stored in two parts, a head's sizes go by other names.
+    # Files with latent projections in two parts have other names for the sizes of a head.
     split = m.has("blk.0.attn_k_b.weight")
     key_dim = m.get("attention.key_length_mla" if split else "attention.key_length")
     if split:
@@ -62,7 +62,7 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
     else:
         m.only("attention.head_count_kv", m.get("attention.head_count"))
     rope = rope_parameters(m, further=("scaling.yarn_log_multiplier",))
-    if rope["rope_type"] == "yarn":  # mscale is not recorded, and in every release that of all dimensions
+    if rope["rope_type"] == "yarn":  # mscale is not recorded; in every release it equals mscale_all_dim
         mscale = round(10 * m.get("rope.scaling.yarn_log_multiplier"), 6)
         rope |= {"mscale": mscale, "mscale_all_dim": mscale}
     groups, groups_per_token = _deepseek_groups(m)
@@ -96,11 +96,11 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
 
 
 def _deepseek_groups(m: Metadata) -> tuple[int, int]:
-    """In how many groups the experts are, and from how many of them a token may choose."""
+    """The number of groups of experts, and the number of groups that a token may choose from."""
     experts = m.get("expert_count")
     if "expert_group_count" not in m.fields and experts not in _DEEPSEEK_GROUPS:
         raise m.refusal(
-            f"it does not record in how many groups its {experts} experts are; convert it again with a newer "
+            f"the number of groups of its {experts} experts is not recorded; convert it again with a newer "
             "llama.cpp, or use the Hugging Face checkpoint"
         )
     groups, chosen = _DEEPSEEK_GROUPS.get(experts, (1, 1))
@@ -108,7 +108,7 @@ def _deepseek_groups(m: Metadata) -> tuple[int, int]:
 
 
 def glm4moe(m: Metadata) -> dict[str, Any]:
-    """GLM-4.5 and later, whose experts are in one group where the file is silent: so they are in every release."""
+    """GLM-4.5 and later. By default the experts are in one group, as in every release."""
     m.only("expert_gating_func", _SIGMOID)
     return experts(m, "n_routed_experts") | {
         "num_hidden_layers": m.get("block_count") - m.get("nextn_predict_layers", 0),

@@ -1,7 +1,7 @@
-"""The GGUF container: what its header says, and where its tensors lie.
+"""The GGUF container: its header, and the location of its tensors.
 
-Source: the format's description in ggml (docs/gguf.md). The `gguf` library's own reader makes several NumPy objects
-for every string, so a vocabulary of 49,152 takes it seconds; this one reads the same header in a tenth of a second.
+Source: the format's description in ggml (docs/gguf.md). The reader of the `gguf` library makes several NumPy objects
+for every string, so a vocabulary of 49,152 takes seconds; this one reads the same header in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_RANK = 4  # GGML_MAX_DIMS
-_PIECE = 1 << 22  # values dequantised at a time: the temporaries of 4 Mi values stay near 100 MB
-_DEFAULT_ALIGNMENT = 32  # bytes, where general.alignment is absent
+_PIECE = 1 << 22  # values dequantized at a time: the temporaries of 4 Mi values stay near 100 MB
+_DEFAULT_ALIGNMENT = 32  # bytes, if general.alignment is absent
 
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFTensor:
-    """Where one tensor lies. `shape` is in NumPy's order (rows first), the reverse of the file's."""
+    """The location of one tensor. `shape` is in NumPy's order (rows first), the reverse of the file's."""
 
     shape: tuple[int, ...]
     type_id: int  # ggml's number of the storage type, see `gguf.GGMLQuantizationType`
@@ -33,7 +33,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFFile:
-    """The header of a GGUF file; tensor data stay on disk until `rows` is indexed."""
+    """The header of a GGUF file; tensor data stays on disk until `rows` is indexed."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -41,9 +41,9 @@ class GGUFFile:
     metadata_end: int  # bytes from the start of the file: where the list of tensors begins
 
     def rows(self, name: str) -> np.ndarray:
-        """The stored bytes of a tensor, mapped, not read: uint8[..., bytes a row], leading axes as in `shape`.
+        """The stored bytes of a tensor, mapped, not read: uint8[..., bytes per row], leading axes as in `shape`.
 
-        The mapping is the tensor's own, so that its pages are let go with the array.
+        Each tensor has its own mapping, so its pages are released with the array.
         """
         tensor = self.tensors[name]
         shape = (*tensor.shape[:-1], row_size(tensor))
@@ -63,7 +63,7 @@ def row_size(tensor: GGUFTensor) -> int:
 
 
 def dequantize(rows: np.ndarray, type_id: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Values of stored rows: float32, but F16 and BF16 as they are. `rows` is uint8[..., bytes a row]."""
+    """Values of stored rows: float32, or F16 and BF16 unchanged. `rows` is uint8[..., bytes per row]."""
     import gguf
     import ml_dtypes
 
@@ -76,13 +76,13 @@ def dequantize(rows: np.ndarray, type_id: int, shape: tuple[int, ...]) -> np.nda
     step = max(1, _PIECE // shape[-1])
     for start in range(0, len(flat), step):
         try:
-            # A plain array: the library's arithmetic on a memory map would make more maps.
+            # A plain array: arithmetic on a memory map would create more maps.
             piece = np.array(flat[start : start + step], subok=False)
             out[start : start + step] = gguf.quants.dequantize(piece, kind)
         except NotImplementedError as error:
             known = ", ".join(sorted(kind.name for kind in gguf.quants._type_traits))
             raise ValueError(
-                f"storage type {kind.name} cannot be dequantised; requantise the file to one of F32, F16, {known}"
+                f"storage type {kind.name} cannot be dequantized; requantize the file to one of F32, F16, {known}"
             ) from error
     return out.reshape(shape)
 
@@ -94,12 +94,12 @@ def _known_types() -> list[int]:
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Reads the header of a GGUF file (version 2 or 3) and checks that every tensor lies within the file.
+    """Reads the header of a GGUF file (version 2 or 3) and checks that every tensor is within the file.
 
     ValueError names the file and what is wrong with it: not GGUF, truncated, corrupt, big-endian.
     """
     path = Path(path)
-    if path.stat().st_size == 0:  # which cannot be mapped
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
         raise ValueError(f"{path} is empty; download it again")
     data: Any = np.memmap(path, dtype=np.uint8, mode="r")
     try:
@@ -113,10 +113,10 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 
 def vocabulary_file(file: GGUFFile) -> bytes:
-    """A GGUF file of the same metadata and no tensors."""
+    """A GGUF file with the same metadata and no tensors."""
     with file.path.open("rb") as stream:
         header = stream.read(file.metadata_end)
-    return header[:8] + struct.pack("<Q", 0) + header[16:]  # the number of tensors lies between magic and metadata
+    return header[:8] + struct.pack("<Q", 0) + header[16:]  # the number of tensors is between magic and metadata
 
 
 class _Header:
@@ -169,11 +169,11 @@ class _Header:
         return value
 
     def count(self, least_bytes: int) -> int:
-        """A number of things of which each takes at least so many bytes: more than fit in the file is corruption."""
+        """A count of entries of a minimum size in bytes; ValueError if so many cannot fit in the file."""
         number = self.scalar("Q")
         if number * least_bytes > len(self.data) - self.at:
             raise ValueError(
-                f"truncated or corrupt: it announces {number:,} entries at byte {self.at - 8:,}, "
+                f"truncated or corrupt: it declares {number:,} entries at byte {self.at - 8:,}, "
                 "more than the file holds; download it again"
             )
         return number

@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say, in the fields of a Hugging Face config.json that most architectures share."""
+"""The metadata of a GGUF file, and the config.json fields that most architectures share."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _ROPE_KEYS = (
     "scaling.finetuned",
     *_YARN_KEYS,
 )
-_INERT = frozenset({"vocab_size", "tensor_data_layout"})  # what the tensors say as well
+_INERT = frozenset({"vocab_size", "tensor_data_layout"})  # follows from the tensors
 
 
 class Metadata:
-    """The fields of the file's architecture; it remembers which were read, so that none is ignored by oversight."""
+    """The fields of the file's architecture; it records which were read, so that none is overlooked."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -51,20 +51,20 @@ class Metadata:
         self._read.add(name)
         value = self.fields.get(name, default)
         if value is None:
-            raise self.refusal(f"the metadata lack {self.kind}.{name}; the file is incomplete, convert it again")
+            raise self.refusal(f"the metadata lacks {self.kind}.{name}; the file is incomplete, convert it again")
         return value
 
     def only(self, name: str, value: Any) -> None:
-        """ValueError unless the field is absent or has the one value that we compute."""
+        """Raises ValueError unless the field is absent or has the one supported value."""
         if self.get(name, value) != value:
-            raise self.refusal(f"{self.kind}.{name} is {self.get(name)}; only {value} is supported here")
+            raise self.refusal(f"{self.kind}.{name} is {self.get(name)}; only {value} is supported")
 
     def has(self, tensor: str) -> bool:
         """Whether the file holds a tensor."""
         return tensor in self.file.tensors
 
     def refuse_unread(self) -> None:
-        """ValueError if a field that nobody has read could change what the model computes."""
+        """Raises ValueError if a field that was not read could change what the model computes."""
         for name, value in self.fields.items():
             if name not in self._read and value not in (0, False, "", []):
                 raise self.refusal(f"{self.kind}.{name} is {value!r}, which is not supported")
@@ -82,7 +82,7 @@ def _as_written(value: Any) -> Any:
 
 
 def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = False) -> dict[str, Any]:
-    """What most architectures record as Llama does. With `partial_rotary` the rotary settings are the caller's."""
+    """The fields that most architectures record as Llama does. With `partial_rotary` the caller adds the rotary settings."""
     heads, width = m.get("attention.head_count"), m.get("embedding_length")
     head_dim = m.get("attention.key_length", width // heads)
     m.only("attention.value_length", head_dim)
@@ -108,7 +108,7 @@ def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = 
 
 
 def partial_rope(m: Metadata) -> dict[str, Any]:
-    """The rotary settings where a part of each head turns, by the usual base unless another is recorded."""
+    """The rotary settings for partly rotated heads; the default base unless another is recorded."""
     head_dim = m.get("attention.key_length", m.get("embedding_length") // m.get("attention.head_count"))
     return {
         "rope_type": "default",
@@ -118,9 +118,9 @@ def partial_rope(m: Metadata) -> dict[str, Any]:
 
 
 def rope_parameters(m: Metadata, *, further: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling behind its table of frequency factors.
+    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling that its table of frequency factors is from.
 
-    `further` are keys that the caller reads.
+    `further` are keys that the caller handles.
     """
     known = {f"rope.{name}" for name in (*_ROPE_KEYS, *further)}
     unknown = {name for name in m.fields if name.startswith("rope.")} - known
@@ -151,7 +151,7 @@ def factors(m: Metadata, name: str) -> list[float]:
 
 
 def _llama3_rope(m: Metadata, *, theta: float) -> dict[str, Any]:
-    """The llama3 scaling that makes the stored frequency factors; the file keeps the factors, not the settings."""
+    """The llama3 scaling with the stored frequency factors; the file has the factors, not the settings."""
     head_dim = m.get("attention.key_length", m.get("embedding_length") // m.get("attention.head_count"))
     stored = np.array(factors(m, _ROPE_FACTORS))
     if stored.shape == (head_dim // 2,) and np.all(stored > 0):
@@ -165,9 +165,9 @@ def _llama3_rope(m: Metadata, *, theta: float) -> dict[str, Any]:
 
 
 def llama3_factors(*, head_dim: int, rope: Mapping[str, Any]) -> np.ndarray:
-    """By how much Llama 3 divides each of the D/2 rotary frequencies."""
+    """The divisors of the D/2 rotary frequencies in Llama 3."""
     wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
     turns = rope["original_max_position_embeddings"] / wavelength
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)  # share of the frequency that stays as it is
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)  # fraction of the frequency that is not scaled
     return 1.0 / (kept + (1.0 - kept) / rope["factor"])

@@ -1,4 +1,4 @@
-"""Directories as Hugging Face writes them: config.json beside one or several safetensors or .bin files."""
+"""Checkpoint directories of Hugging Face: config.json with one or more safetensors or .bin files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceCheckpoint:
-    """See `Checkpoint`. Tensors are memory-mapped; reading one touches its own pages alone."""
+    """See `Checkpoint`. Tensors are memory-mapped; reading one touches only its own pages."""
 
     path: Path
     config: ModelConfig
@@ -35,9 +35,9 @@ class HuggingFaceCheckpoint:
 
     @classmethod
     def open(cls, path: Path) -> HuggingFaceCheckpoint:
-        """Reads config.json, generation_config.json and the headers of all shards; ValueError names a broken file."""
+        """Reads config.json, generation_config.json and the headers of all shards; ValueError names a damaged file."""
         hf = config_json(path)
-        quantization = hf.pop("quantization_config", None)  # what is read is not quantised
+        quantization = hf.pop("quantization_config", None)  # tensors are dequantized when they are read
         config = model_config(hf, path / "config.json")
         tensors: dict[str, StoredTensor] = {}
         for file, expected in _shards(path).items():
@@ -49,7 +49,7 @@ class HuggingFaceCheckpoint:
                 )
             for name, tensor in found.items():
                 if name in tensors:
-                    raise ValueError(f"the tensor {name!r} lies in two files of {path}; remove the stale one")
+                    raise ValueError(f"the tensor {name!r} is in two files of {path}; remove the stale one")
                 tensors[name] = tensor
         try:
             plain = unpack(tensors, quantization) if quantization else tensors
@@ -58,13 +58,13 @@ class HuggingFaceCheckpoint:
         if "text_config" in hf:
             plain = {inner: tensor for name, tensor in plain.items() if (inner := text_name(name)) is not None}
         extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
-        predictors = tuple(f"model.layers.{layer}." for layer in extra)  # guess a further token; the model is whole without
+        predictors = tuple(f"model.layers.{layer}." for layer in extra)  # multi-token prediction, which is not used
         plain = {name: tensor for name, tensor in plain.items() if not name.startswith(predictors)}
         for name, tensor in plain.items():
             if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not name.endswith(_BUFFER):
                 raise ValueError(
                     f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
-                    f"{', '.join(_FLOATS)}, or a quantization_config in config.json that explains it"
+                    f"{', '.join(_FLOATS)}, or a quantized dtype with its quantization_config in config.json"
                 )
         return cls(path=path, config=config, config_json=hf, tensors=plain)
 
@@ -100,11 +100,11 @@ class HuggingFaceCheckpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError names the file if it is absent, broken or something else."""
+    """The JSON object in a file; ValueError names the file if it is absent, invalid or not an object."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; a Hugging Face checkpoint directory needs it") from None
+        raise ValueError(f"{path} does not exist; a Hugging Face checkpoint directory requires it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
@@ -126,7 +126,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 
 def model_config(hf: Mapping[str, Any], where: Any) -> ModelConfig:
-    """The `ModelConfig` of the fields of a config.json; ValueError that begins with `where` it came from."""
+    """The `ModelConfig` of the fields of a config.json; errors begin with `where` it came from."""
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(f"{where}: 'architectures' must name one architecture, got {architectures!r}")
@@ -139,8 +139,8 @@ def model_config(hf: Mapping[str, Any], where: Any) -> ModelConfig:
 
 
 def text_name(name: str) -> str | None:
-    """What a tensor of a model that also sees is called in its text model alone; None if it is of the part that sees."""
-    name = name.removeprefix("model.")  # since transformers 4.52 all parts but the head lie in "model."
+    """The name in the text model of a tensor of a multimodal model; None if it belongs to the vision part."""
+    name = name.removeprefix("model.")  # since transformers 4.52 all parts except the head are in "model."
     if name.startswith(("vision_tower.", "multi_modal_projector.")):
         return None
     inner = name.removeprefix("language_model.")
@@ -152,7 +152,7 @@ def _as_list(value: Any) -> list[int]:
 
 
 def _shards(path: Path) -> dict[Path, set[str] | None]:
-    """The weight files and, where an index says so, the tensors that each must hold; safetensors go before .bin."""
+    """The weight files and, if there is an index, the tensors that each must hold; safetensors are preferred to .bin."""
     for index in (path / _SAFETENSORS_INDEX, path / _TORCH_INDEX):
         if index.exists():
             return _indexed(index)

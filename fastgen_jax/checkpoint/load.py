@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to the parameters that the model computes with."""
+"""Loads the parameters of a model from a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _IGNORABLE = (  # buffers that old versions of transformers saved: rotary freque
     r".*\.attention\.(masked_)?bias",
 )
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
-_AHEAD = 3  # weights read before they are asked for: host memory beyond the model, a fraction of a layer
+_AHEAD = 3  # weights read in advance: they take host memory beyond the model, a fraction of a layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Weight:
-    """One array to make, that of layer number `layer` if the weight is per layer."""
+    """One array to load: that of layer number `layer` if the weight is per layer."""
 
     spec: WeightSpec
     layer: int | None
     source: Source
-    omitted: str  # what the checkpoint leaves out at the beginning of names
+    omitted: str  # prefix of tensor names that the checkpoint leaves out
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def load_params(
     sharding: Callable[[WeightSpec], Sharding] | None = None,
     progress: bool = False,
 ) -> Params:
-    """All weights of a checkpoint as `Params`; strict: a missing, unknown or misshapen tensor is a ValueError.
+    """All weights of a checkpoint as `Params`. A missing or unknown tensor, or one of another shape, is a ValueError.
 
     `prepare(spec, array)` makes the leaf of one weight (of one layer); it gets its declaration and the array [in, out] as
     stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without it the
@@ -66,7 +66,7 @@ def load_params(
     that is placed already. An int8 snapshot gives `Int8Weight`s instead of matrices. Weights are loaded one after another,
     so that the host never holds more than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
     """
-    from fastgen_jax.core.progress import shown  # `core` needs JAX, and looking at a checkpoint does not
+    from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 
     weights = list(_weights(checkpoint))
     check_tensors(checkpoint)
@@ -97,7 +97,7 @@ def load_params(
 
 
 def _plain(spec: WeightSpec, array: Any, *, dtype: Any) -> Any:
-    """A weight as a JAX array; a CPU device takes a host array over, if it has its dtype, instead of copying it."""
+    """A weight as a JAX array; a CPU device uses a host array of the right dtype without copying it."""
     import jax
     import jax.numpy as jnp
 
@@ -111,9 +111,9 @@ def _plain(spec: WeightSpec, array: Any, *, dtype: Any) -> Any:
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """ValueError unless the checkpoint holds exactly the tensors that its config asks for, in their shapes.
+    """Raises ValueError unless the checkpoint holds exactly the tensors that its config requires, in the right shapes.
 
-    Reads headers alone, but for the head of a tied checkpoint that has one: it must equal the embedding.
+    Reads only headers, except for the head of a checkpoint with tied embeddings, if it has one: it must equal the embedding.
     """
     config, names = checkpoint.config, checkpoint.tensor_names
     expected: dict[str, tuple[int, ...]] = {}
@@ -126,7 +126,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         if checkpoint.shape(name) != shape:
             raise ValueError(
                 f"{checkpoint.path}: tensor {name!r} has shape {checkpoint.shape(name)}, but the config "
-                f"asks for {shape}; the file and its config do not belong together"
+                f"requires {shape}; the file and its config do not match"
             )
     extra = {name for name in names - expected.keys() if not any(re.fullmatch(p, name) for p in _IGNORABLE)}
     if config.tie_embeddings and "lm_head.weight" in extra:
@@ -151,9 +151,9 @@ def _check_tied(checkpoint: Checkpoint) -> None:
 
 
 def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
-    """Every array of the model, layer by layer as they lie in the file."""
+    """Every array of the model, layer by layer, the usual order in files."""
     config, sources = checkpoint.config, checkpoint.sources
-    # A checkpoint of the bare model, like those of GPT-2 and BLOOM, lacks the name of the model before its parts.
+    # Checkpoints of the bare model, such as those of GPT-2 and BLOOM, leave out the prefix of the model.
     model = sources["embed"].names[0].split(".")[0] + "."
     omitted = "" if any(name.startswith(model) for name in checkpoint.tensor_names) else model
     for spec in model_specs(config).values():
@@ -164,7 +164,7 @@ def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
 
 
 def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
-    """The shape of each tensor that makes a weight: the spec's, divided into its parts where several join."""
+    """The shape of each tensor of a weight: that of the spec, or of its parts if they are separate tensors."""
     shape, source = weight.spec.shape, weight.source
     if source.stacked:
         shape = shape[1:]
@@ -178,7 +178,7 @@ def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
 def _read_ahead(
     read: Callable[[_Weight], Any], weights: list[_Weight], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[_Weight, Any]]:
-    """The weights in order, each with its array, a few of them read ahead by the pool."""
+    """The weights in order, each with its array; the pool reads a few ahead."""
     pending: deque[Future[Any]] = deque()
     submitted = iter(weights)
     for weight in weights:
@@ -188,7 +188,7 @@ def _read_ahead(
 
 
 def _read(checkpoint: Checkpoint, weight: _Weight, *, dtype: Any, sharding: Any) -> Any:
-    """One weight in memory of its own, on the host or as `sharding` says."""
+    """One weight in memory, not mapped: on the host, or on devices as `sharding` says."""
     import jax
 
     if sharding is None:
@@ -209,7 +209,7 @@ def _in_memory(mapped: np.ndarray) -> np.ndarray:
 
 
 def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
-    """One weight as its spec says: tensors stacked, joined along the output axis, and matrices turned to [in, out]."""
+    """One weight in the shape of its spec: tensors stacked and concatenated, and matrices transposed to [in, out]."""
     source, shape = weight.source, weight.spec.shape
     if len(weight.names) == 1 and not source.transpose and source.rearrange is None:
         return checkpoint.read(weight.names[0])
@@ -231,7 +231,7 @@ def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
 
 
 def _store(stacked: Any, leaf: Any, row: int, num_rows: int, spec: WeightSpec) -> Any:
-    """`stacked` with `leaf` as a row; the buffer is donated, so that nothing is held twice."""
+    """`stacked` with `leaf` as one row. The buffer is donated, so there is no second copy."""
     import jax
 
     if stacked is None:
@@ -239,14 +239,14 @@ def _store(stacked: Any, leaf: Any, row: int, num_rows: int, spec: WeightSpec) -
     forms = [jax.tree.structure(stacked), *((x.shape[1:], x.dtype) for x in jax.tree.leaves(stacked))]
     if forms != [jax.tree.structure(leaf), *((x.shape, x.dtype) for x in jax.tree.leaves(leaf))]:
         raise ValueError(
-            f"prepare({spec.path!r}) made row {row} in another form than row 0 "
+            f"prepare({spec.path!r}) returned another form for row {row} than for row 0 "
             f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False"
         )
     return _layer_setter()(stacked, leaf, row)
 
 
 def _zeros(shape: tuple[int, ...], layer: Any) -> Any:
-    """Zeros for all layers, each of which lies where `layer` does."""
+    """Zeros for all layers, each with the sharding of `layer`."""
     import jax
     import jax.numpy as jnp
 

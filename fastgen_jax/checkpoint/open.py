@@ -1,4 +1,4 @@
-"""The one place that tells the formats of checkpoints apart."""
+"""Opens a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastgen_jax.checkpoint.snapshot import MARKER, SnapshotCheckpoint, as_path
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a Hugging Face directory, a snapshot or a GGUF file; ValueError if it is none of them or broken.
+    """Opens a Hugging Face directory, a snapshot or a GGUF file; ValueError if it is something else or damaged.
 
-    Reads headers only. For names of models see `resolve_model`.
+    Reads headers only. To open a model by name, see `resolve_model`.
     """
     path = as_path(path)
     if path.is_dir():

@@ -1,7 +1,7 @@
-"""The arrays of an Orbax checkpoint, read through TensorStore, which Orbax itself writes them with.
+"""The arrays of an Orbax checkpoint, read with TensorStore, which Orbax uses to write them.
 
-Orbax's own restore opens the checkpoint anew for each call, which costs more than reading a layer. Here it is opened
-once; after that an array costs its bytes.
+Orbax's restore reopens the checkpoint in each call, which takes longer than reading a layer. Here it is opened once; after
+that the cost of an array is that of reading its bytes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 
 _METADATA_KEY = "/.zarray"  # every array of zarr 2 has one
 _CONTEXT = {
-    "cache_pool": {"total_bytes_limit": 0},  # everything is read once
+    "cache_pool": {"total_bytes_limit": 0},  # every array is read once
     "file_io_mode": {"mode": "memmap"},  # local files are copied once, into the array
 }
 
 
 def open_arrays(folder: str) -> Mapping[str, Any]:
-    """Every array of a checkpoint by its name, as an open `tensorstore.TensorStore`; nothing of its values is read.
+    """Every array of a checkpoint by its name, as an open `tensorstore.TensorStore`; no values are read.
 
-    `folder` is an absolute path, or an address that TensorStore knows, like gs://. ValueError if there are none.
+    `folder` is an absolute path, or a URL that TensorStore supports, such as gs://. ValueError if there are no arrays.
     """
     import tensorstore
 
@@ -43,7 +43,7 @@ def open_arrays(folder: str) -> Mapping[str, Any]:
 def read_array(array: Any, *, dtype: Any = None, sharding: Any = None) -> Any:
     """An open array's values in `dtype` (None: as stored), on the host or, with a `sharding`, on its devices.
 
-    Every device reads its own part, and a part that several devices want is read once.
+    Each device reads its own part. A part that several devices need is read once.
     """
     if sharding is None:
         return _part(array, dtype)
@@ -65,14 +65,14 @@ def _part(array: Any, dtype: Any) -> np.ndarray:
     import tensorstore
 
     values = aligned_empty(tuple(array.shape), array.dtype.numpy_dtype)
-    # A part of an array keeps the coordinates that it has in the whole.
+    # A slice of a TensorStore keeps the coordinates of the whole array.
     target = tensorstore.array(values, copy=False)[tensorstore.d[:].translate_to[array.domain.origin]]
     target.write(array).result()
     return values if dtype is None else values.astype(jnp.dtype(dtype), copy=False)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An uninitialised array that a JAX CPU device takes over instead of copying it."""
+    """An uninitialized array that a JAX CPU device can use without copying it."""
     alignment = 64  # bytes, XLA's for buffers on a CPU
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

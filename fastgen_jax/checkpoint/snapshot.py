@@ -1,13 +1,13 @@
-"""Inference snapshots: weights as the model computes with them, beside their config and tokenizer.
+"""Inference snapshots: weights as the model computes with them, with their config and tokenizer.
 
     config.json             the fields of a Hugging Face config.json
-    generation_config.json  the model's defaults for sampling, if it has any
-    fastgen.json            what this is: format, dtype, quantize
+    generation_config.json  the model's sampling defaults, if any
+    fastgen.json            the format, dtype and quantization of this snapshot
     tokenizer/              the tokenizer's own files
     params/                 an Orbax checkpoint of a flat dict: "embed", "layers.qkv.0", "layers.qkv.1", ...
 
-Nothing has to be joined, turned, decompressed or dequantised when one is loaded: each weight is read straight into the
-sharding and dtype that are asked for, whatever mesh wrote it.
+Loading one does not concatenate, transpose, decompress or dequantize anything: each weight is read directly into the
+requested sharding and dtype, independent of the mesh that wrote it.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from fastgen_jax.models.weight_spec import Params
 FORMAT = 1
 MARKER = "fastgen.json"
 _INT8_FIELDS = ("values", "scales")
-_BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # what etils lists and reads small files of a bucket with
-_CHUNK = 16 << 20  # bytes: what is read and fetched at once, so that a device need not read what another one wants
+_BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # packages with which etils lists and reads small files in a bucket
+_CHUNK = 16 << 20  # bytes of a stored piece; small enough that a device does not read much of what others need
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotCheckpoint:
-    """See `Checkpoint`; its tensors are the weights of `param_specs`, a layer's with the layer's number behind."""
+    """See `Checkpoint`; its tensors are the weights of `param_specs`, those of a layer end with its number."""
 
     path: Path
     config: ModelConfig
     config_json: Mapping[str, Any]
     quantize: str | None
     """"int8" if the matrices are `Int8Weight`s, else None."""
-    arrays: Mapping[str, Any]  # name -> an open array, or the two of an Int8Weight
+    arrays: Mapping[str, Any]  # by name: an open array, or the two of an Int8Weight
 
     @classmethod
     def open(cls, path: Path) -> SnapshotCheckpoint:
@@ -86,7 +86,7 @@ class SnapshotCheckpoint:
 
     @property
     def generation_config(self) -> Mapping[str, Any]:
-        # Older snapshots have the file beside the tokenizer, if at all.
+        # Older snapshots have the file next to the tokenizer, if at all.
         return read_generation_config(self.path) or read_generation_config(self.path / "tokenizer")
 
     @property
@@ -104,7 +104,7 @@ class SnapshotCheckpoint:
         """The tokenizer's files; those of a remote snapshot are copied into a temporary folder."""
         folder = self.path / "tokenizer"
         if not folder.exists():
-            raise ValueError(f"{self.path} has no tokenizer; convert the original again, or work with token ids")
+            raise ValueError(f"{self.path} has no tokenizer; convert the original again, or use token ids")
         return folder if isinstance(folder, Path) and not _is_remote(folder) else _local_copy(folder)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -120,9 +120,9 @@ class SnapshotCheckpoint:
         return self.restore(name)
 
     def restore(self, name: str, *, dtype: Any = None, sharding: Any = None) -> Any:
-        """One weight, in `dtype` (int8 stays what it is) and, with a `sharding`, straight on its devices.
+        """One weight, in `dtype` (int8 is not converted) and, with a `sharding`, directly on its devices.
 
-        Every device reads its own part. The scales of an `Int8Weight` follow the columns of its values.
+        Each device reads its own part. The scales of an `Int8Weight` follow the columns of its values.
         """
         from pallas_kernels.matmul import Int8Weight
 
@@ -153,11 +153,12 @@ def save_snapshot(
     generation_config: Mapping[str, Any] | None = None,
     dtype: Any = None,
 ) -> None:
-    """Writes a snapshot into the new directory `out`, local or gs://; ValueError if there is something already.
+    """Writes a snapshot into the new directory `out`, local or gs://; ValueError if it already has contents.
 
-    `params` may be stacked or not, on the host or on any mesh; matrices may be `Int8Weight`s. `dtype` converts what is
-    floating point (not the scales of int8); None keeps it. `config_json` has the fields of a Hugging Face config.json,
-    `tokenizer_files` what `load_tokenizer` reads in a directory, `generation_config` those of a generation_config.json.
+    `params` may be stacked or not, on the host or on any mesh; matrices may be `Int8Weight`s. `dtype` converts
+    floating-point weights (but not the scales of int8); None keeps them. `config_json` has the fields of a Hugging Face
+    config.json, `generation_config` those of a generation_config.json, and `tokenizer_files` the files that
+    `load_tokenizer` reads from a directory.
     """
     import jax
 
@@ -181,30 +182,30 @@ def save_snapshot(
     _require_orbax()
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each array that it writes
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every array
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Orbax warns about shardings that host arrays do not have
-        # Weights hardly compress (float32 ones that were bfloat16 excepted), and decompressing costs more than a disk.
+        warnings.simplefilter("ignore")  # Orbax warns that host arrays have no sharding
+        # Weights hardly compress (except float32 converted from bfloat16), and decompression is slower than a disk.
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         how = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
         checkpointer.save(_absolute(folder) / "params", args=ocp.args.PyTreeSave(tree, save_args=how))
 
 
 def check_target(out: str | Path, *, source: Path | None = None) -> None:
-    """ValueError where no snapshot can be written: `out` is there already, or is or lies in the checkpoint `source`."""
+    """Raises ValueError if `out` already exists with contents, or is the checkpoint `source` or inside it."""
     folder = as_path(out)
     if source is not None and not _is_remote(folder) and not _is_remote(source):
         real = folder.resolve()
         if source.resolve() in (real, *real.parents):
-            raise ValueError(f"{folder} lies in {source}, which is to be converted; choose another directory, beside it")
+            raise ValueError(f"{folder} is in {source}, the checkpoint to convert; choose a directory outside it")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another name, for a new directory")
+        raise ValueError(f"{folder} is a file; choose the name of a new directory")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another directory, or remove it first")
 
 
 def as_path(path: str | Path) -> Path:
-    """A local path, or one of gs:// and the like, which behaves the same where `etils` supports it."""
+    """A local path, or an `etils` path for URLs such as gs://, which behaves the same."""
     if "://" not in str(path):
         return Path(path)
     _require_orbax()
@@ -212,15 +213,15 @@ def as_path(path: str | Path) -> Path:
 
     backend = _BUCKETS.get(str(path).partition("://")[0])
     if backend and not any(importlib.util.find_spec(module) for module in (backend, "tensorflow")):
-        raise ValueError(f"{path}: reading and writing there needs {backend}, which is not installed; pip install {backend}")
+        raise ValueError(f"{path}: reading and writing it requires {backend}, which is not installed; pip install {backend}")
     try:
         return cast(Path, epath.Path(path))
     except KeyError as error:
-        raise ValueError(f"{path}: this kind of address is not supported; supported: local paths, gs://, s3://") from error
+        raise ValueError(f"{path}: this kind of URL is not supported; supported: local paths, gs://, s3://") from error
 
 
 def _flat(params: Params, dtype: Any) -> Iterator[tuple[str, Any]]:
-    """Every weight under its name in the file: stacked layers are taken apart."""
+    """Every weight under its name in the snapshot, with stacked layers separated."""
     import jax
     import jax.numpy as jnp
 
@@ -231,7 +232,7 @@ def _flat(params: Params, dtype: Any) -> Iterator[tuple[str, Any]]:
             return {field: getattr(leaf, field) for field in _INT8_FIELDS}
         if not isinstance(leaf, jax.Array | np.ndarray):
             raise ValueError(
-                f"a {type(leaf).__name__} cannot be saved: prepared weights belong to one machine; pass the "
+                f"a {type(leaf).__name__} cannot be saved: prepared weights are specific to one machine; pass the "
                 "params of load_params, without prepare"
             )
         return leaf if dtype is None else leaf.astype(jnp.dtype(dtype))
@@ -251,7 +252,7 @@ def _flat(params: Params, dtype: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _of_columns(sharding: Any) -> Any:
-    """The sharding of one number a column, given that of the matrix."""
+    """The sharding of one number per column, given that of the matrix."""
     import jax
 
     if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) > 1:
@@ -265,7 +266,7 @@ def _require_orbax() -> None:
     try:
         import orbax.checkpoint  # noqa: F401
     except ImportError as error:
-        raise ValueError("snapshots need Orbax, which is not installed; pip install orbax-checkpoint") from error
+        raise ValueError("snapshots require Orbax, which is not installed; pip install orbax-checkpoint") from error
 
 
 def _absolute(folder: Path) -> Path:

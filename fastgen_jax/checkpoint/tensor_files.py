@@ -1,6 +1,6 @@
-"""Where tensors lie in safetensors files and in PyTorch's pickled .bin files; neither needs PyTorch.
+"""Locates tensors in safetensors files and in PyTorch's pickled .bin files, without PyTorch.
 
-Both keep each tensor as one run of plain numbers, so reading one maps its own pages and nothing else.
+Both formats store each tensor as one contiguous array, so reading one maps only its own pages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SAFETENSORS_DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E8M0": "float8_e8m0fnu",
     "U8": "uint8",
-    "I32": "int32",  # parts of quantised matrices
+    "I32": "int32",  # parts of quantized matrices
 }
 _TORCH_STORAGES = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
 _ZIP_ENTRY_HEADER = 30  # bytes of a local file header before the name and the extra field
@@ -33,7 +33,7 @@ _OLD_FORMAT = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # torch.save bef
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a file: row-major numbers of `dtype` (a name, or the file's own where we cannot compute with it)."""
+    """One tensor of a file: row-major numbers of `dtype` (a NumPy name, or that of the file if NumPy has none)."""
 
     file: Path
     dtype: str
@@ -41,11 +41,11 @@ class StoredTensor:
     offset: int  # bytes from the start of the file
 
     def map(self) -> np.ndarray:
-        """The tensor, memory-mapped; its pages are let go with the array."""
+        """The tensor, memory-mapped; its pages are released with the array."""
         import ml_dtypes
 
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
-        if not math.prod(self.shape):  # nothing cannot be mapped
+        if not math.prod(self.shape):  # an empty file range cannot be mapped
             return np.zeros(self.shape, dtype)
         return np.memmap(self.file, dtype=dtype, mode="r", offset=self.offset, shape=self.shape)
 
@@ -55,7 +55,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="np"):  # the library checks the header and that every byte is there
+        with safe_open(file, framework="np"):  # the library checks the header and the size of the file
             pass
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or corrupt ({error}); download it again") from error
@@ -75,16 +75,14 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_torch(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a `torch.save`d state dict; ValueError if it is broken or holds anything but tensors.
+    """The tensors of a `torch.save`d state dict; ValueError if it is damaged or holds anything but tensors.
 
-    The pickle is read by an unpickler that knows tensors and nothing else, so no code of the file runs.
+    The unpickler supports only tensors, so no code in the file runs.
     Source: the zip layout of torch.serialization (PyTorch 1.6 and later).
     """
     with file.open("rb") as stream:
         if stream.read(len(_OLD_FORMAT)) == _OLD_FORMAT:
-            raise ValueError(
-                f"{file} is in the format before PyTorch 1.6; load it with torch and save it again, better as safetensors"
-            )
+            raise ValueError(f"{file} is in the format before PyTorch 1.6; load it with torch and save it as safetensors")
     try:
         with zipfile.ZipFile(file) as archive:
             entries = {info.filename: info for info in archive.infolist()}
@@ -101,7 +99,7 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"its entry {other!r} is not a tensor")
         return {name: _place(file, tensor, entries[f"{root}data/{tensor.storage.key}"]) for name, tensor in tensors.items()}
     except (zipfile.BadZipFile, pickle.UnpicklingError, StopIteration, KeyError, EOFError, struct.error) as error:
-        raise ValueError(f"{file} is truncated or no PyTorch file ({error!r}); download it again") from error
+        raise ValueError(f"{file} is truncated or not a PyTorch file ({error!r}); download it again") from error
     except ValueError as error:
         raise ValueError(f"{file} cannot be read ({error}); load it with torch and save it as safetensors") from error
 
@@ -121,7 +119,7 @@ class _Tensor:
 
 
 class _StateDict(pickle.Unpickler):
-    """Reads a state dict with stand-ins for the few names that one refers to; any other name is refused."""
+    """Reads a state dict with replacements for the few names that it may refer to; any other name is an error."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
@@ -135,7 +133,7 @@ class _StateDict(pickle.Unpickler):
             return lambda tensor, requires_grad, hooks: tensor
         if module == "torch" and name.endswith("Storage"):
             return _TORCH_STORAGES.get(name, name)
-        raise ValueError(f"it refers to {module}.{name}, which a dict of weights does not need")
+        raise ValueError(f"it refers to {module}.{name}, which is not part of a dict of tensors")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _device, size = pid

@@ -23,7 +23,7 @@ COMMANDS = {
     "serve": "serve a model over the OpenAI-compatible HTTP API until stopped",
     "deployments": "list or stop the servers on this machine",
     "top": "show what a deployment is doing, live in the terminal",
-    "batch": "answer a file of requests into a file of responses; resumes where it stopped",
+    "batch": "answer a file of requests into a file of responses, resuming where it stopped",
     "bench": "measure throughput and latency of this engine and others",
     "cache": "list cached files and their sizes, or remove them with --clear",
     "plan": "check whether a model fits on devices that are not attached, from its config.json alone",

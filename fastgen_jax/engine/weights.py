@@ -1,4 +1,4 @@
-"""Weights in the form that the device computes with, as their declarations say."""
+"""Prepares weights for computation and for snapshots, as their declarations say."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, Weight, prepare, quantize_int8
 
 HostWeight = np.ndarray | jax.Array | Int8Weight
-"""A weight as a checkpoint gives it: floating point, or int8 if it is from a quantized snapshot."""
+"""A weight as loaded from a checkpoint: floating point, or int8 if it is from a quantized snapshot."""
 
 
 def prepare_leaf(
     spec: WeightSpec, array: HostWeight, model: ModelConfig, config: ResolvedConfig
 ) -> Weight | GroupedWeight | Expansions:
-    """One weight as this platform computes with it: a matrix packed or quantized, anything else as an array.
+    """One weight in the form that this platform computes with: matrices are packed or quantized, the rest are arrays.
 
-    `array` is the weight of one layer, or a stack over layers. A matrix that is an `Int8Weight` already stays int8.
+    `array` is the weight of one layer, or a stack over layers. An `Int8Weight` stays int8.
     """
     if config.tensor_parallel is not None:
         return _divided(spec, array, config)
@@ -54,7 +54,7 @@ def prepare_leaf(
 
 
 def host_leaf(spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize: str | None) -> np.ndarray | Int8Weight:
-    """One weight as a snapshot keeps it, on the host: in `dtype`, or as an `Int8Weight` if it is to be quantized."""
+    """One weight in the form that snapshots store, on the host: in `dtype`, or an `Int8Weight` if it is quantized."""
     if isinstance(array, Int8Weight):
         return array
     if quantize is None or not spec.quantizable:
@@ -64,7 +64,7 @@ def host_leaf(spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize
 
 
 def _expansions(array: np.ndarray | jax.Array, dtype: DTypeLike, model: ModelConfig) -> Expansions:
-    """The matrices of latent attention, packed by head."""
+    """The per-head matrices of latent attention, packed."""
     assert model.mla is not None, "only latent attention has one matrix per head"
     k_up, v_up = split_by_head(np.asarray(array).astype(dtype), model.mla, model.num_heads)
     pack = partial(prepare_groups, platform=jax.default_backend())
@@ -72,7 +72,7 @@ def _expansions(array: np.ndarray | jax.Array, dtype: DTypeLike, model: ModelCon
 
 
 def _divided(spec: WeightSpec, array: HostWeight, config: ResolvedConfig) -> jax.Array | Int8Weight:
-    """One weight as `divide_leaf` divides it over the devices of `config`; what has been divided before stays."""
+    """One weight sharded over the devices of `config`; one that is sharded already is returned as it is."""
     if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
         return array
     host = host_leaf(spec, array, dtype=config.dtype, quantize=config.quantize)
@@ -80,19 +80,19 @@ def _divided(spec: WeightSpec, array: HostWeight, config: ResolvedConfig) -> jax
 
 
 def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:
-    """`params` with all matrices prepared, layers stacked or not as `config` says, and a tied head made explicit.
+    """`params` with all weights prepared, layers stacked or not as `config` says, and a tied head made explicit.
 
-    What is prepared already stays as it is.
+    Weights that are prepared already are returned as they are.
     """
     specs = {head_spec(model).path: head_spec(model)} | all_specs(model)
 
     def prepared(path: str, leaf: Any) -> Any:
         if path not in specs:
-            raise ValueError(f"params hold {path!r}, which is none of the weights of this model; leave it out")
+            raise ValueError(f"params has {path!r}, which is not a weight of this model; leave it out")
         return prepare_leaf(specs[path], leaf, model, config) if isinstance(leaf, jax.Array | np.ndarray) else leaf
 
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    if "lm_head" not in rest and config.tensor_parallel is None and _head_is_stored_apart(config):
+    if "lm_head" not in rest and config.tensor_parallel is None and _needs_separate_head(config):
         rest["lm_head"] = np.asarray(rest["embed"]).T
     rest = {name: prepared(name, leaf) for name, leaf in rest.items()}
     layers = params["layers"]
@@ -106,10 +106,10 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
     return {**rest, "layers": layers}
 
 
-def _head_is_stored_apart(config: ResolvedConfig) -> bool:
-    """Whether a tied head is worth its own memory: where a prepared matrix is not just an array.
+def _needs_separate_head(config: ResolvedConfig) -> bool:
+    """Whether a tied head needs its own memory, because a prepared matrix is not a plain array.
 
-    The embedding itself stays as it is, because it is looked up row by row.
+    The embedding stays an array, because its rows are looked up.
     """
     probe = prepare(np.zeros((8, 8), np.float32), quantize=config.quantize, platform=jax.default_backend())
     return not isinstance(probe, jax.Array)

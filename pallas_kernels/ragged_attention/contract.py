@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -16,22 +15,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dims:
-    """The axis lengths of one call; letters as in the package's docstrings."""
-
-    T: int
-    S: int
-    M: int
-    H: int
-    K: int
-    G: int
-    D: int
-    P: int
-    N: int
-    B: int
 
 
 def _require_shape(name: str, array: jax.Array | QuantizedCache, shape: tuple[int, ...], meaning: str) -> None:
@@ -81,8 +64,8 @@ def check(
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
-) -> Dims:
-    """Returns the axis lengths, or raises a `ValueError` that names the first argument that does not fit.
+) -> None:
+    """Raises a `ValueError` that names the first argument that does not fit.
 
     Uses shapes, dtypes and static values only, so it costs nothing in a compiled program. The contents of the index
     arrays (non-decreasing `query_starts`, block ids below `num_blocks`) are not checked.
@@ -96,7 +79,7 @@ def check(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     pool, _, block_size, _ = k_cache.shape
-    num_sequences, blocks_per_sequence = block_tables.shape
+    num_sequences = block_tables.shape[0]
 
     _require_shape("k", k, (num_tokens, num_kv_heads, head_dim), "[T, K, D], T and D as in q,")
     _require_shape("v", v, tuple(k.shape), "the shape of k")
@@ -136,18 +119,6 @@ def check(
         _require_int32("layer", number)
 
     _check_scoring(scoring, num_heads, head_dim)
-    return Dims(
-        T=num_tokens,
-        S=num_sequences,
-        M=blocks_per_sequence,
-        H=num_heads,
-        K=num_kv_heads,
-        G=num_heads // num_kv_heads,
-        D=head_dim,
-        P=pool,
-        N=num_blocks,
-        B=block_size,
-    )
 
 
 def _check_scoring(scoring: Scoring, num_heads: int, head_dim: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 import fastgen_jax
 import pallas_kernels
 from fastgen_jax import EngineConfig, Pipeline, Response, TokenLogprob
-from fastgen_jax.api.deployment import _flags
+from fastgen_jax.flags import flag_arguments
 from tests.checkpoint.tiny_files import write_hf
 from tests.text.vocabularies import write_json
 from tests.tiny import tiny_engine
@@ -93,6 +93,6 @@ def test_a_response_shows_the_beginning_of_its_text_and_no_long_lists():
 
 
 def test_defaults_of_generation_travel_to_a_server_that_is_started_by_name():
-    (flag, value) = _flags("generation_config", {"temperature": 0.6})
+    (flag, value) = flag_arguments("generation_config", {"temperature": 0.6})
     assert flag == "--generation-config"
     assert EngineConfig(generation_config=value) == EngineConfig(generation_config={"temperature": 0.6})

@@ -1,4 +1,4 @@
-"""Snapshots in a bucket of Google Cloud Storage, as far as an emulator goes: `pip install gcsfs gcp-storage-emulator`."""
+"""Snapshots in a bucket of Google Cloud Storage, tested with an emulator: `pip install gcsfs gcp-storage-emulator`."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ def test_a_snapshot_is_written_to_a_bucket_described_and_loaded_from_it():
     assert "gs://bucket/models/tiny is ready" in done.stdout + done.stderr
     assert "LlamaForCausalLM" in done.stdout
     assert "is not empty; choose another directory" in done.stderr
-    assert "gs://bucket/absent holds no snapshot (no fastgen.json)" in done.stderr
+    assert "gs://bucket/absent is not a snapshot (no fastgen.json)" in done.stderr

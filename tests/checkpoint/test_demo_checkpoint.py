@@ -1,4 +1,4 @@
-"""The checkpoint that lies in this repository: it loads without a download, and the engine computes what was trained."""
+"""The checkpoint in this repository: it loads without a download, and the engine computes what was trained."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_engine_gives_the_logits_that_were_trained(engine):
     assert np.abs(ours - dense).max() <= TOLERANCE * np.abs(dense).max()
 
 
-def test_it_has_learned_how_an_address_reads(engine):
+def test_it_has_learned_the_style_of_the_addresses(engine):
     ids = engine.encode(PASSAGE)
     value, _ = perplexity(engine, ids, window=len(ids))
     assert value < 100  # of 2,048 tokens; before training it is above 2,000

@@ -1,4 +1,4 @@
-"""The defaults for sampling that checkpoints of every format carry, on their way to the engine's config."""
+"""The sampling defaults of checkpoints of every format, and how they reach the config of the engine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def defaults_of(model, **options):
     return startup.load(model, EngineConfig(**SMALL, **options), progress=False)[-1].generation_config
 
 
-def test_a_directory_brings_its_defaults_unless_they_are_turned_off_or_replaced(source):
+def test_a_directory_provides_defaults_unless_they_are_turned_off_or_replaced(source):
     assert defaults_of(source) == DEFAULTS
     assert defaults_of(source, generation_config="none") == "none"
     assert defaults_of(source, generation_config={"temperature": 0.1}) == (("temperature", 0.1),)
@@ -57,17 +57,17 @@ def test_a_directory_brings_its_defaults_unless_they_are_turned_off_or_replaced(
     assert defaults_of(source) == ()
 
 
-def test_a_snapshot_carries_the_defaults_along_also_one_made_of_a_snapshot_and_those_made_before(source, tmp_path):
+def test_a_snapshot_keeps_the_defaults_even_if_made_from_a_snapshot_or_by_an_older_version(source, tmp_path):
     prepare = partial(host_leaf, dtype="float32", quantize=None)
     convert(open_checkpoint(source), tmp_path / "one", prepare=prepare)
     assert defaults_of(tmp_path / "one") == DEFAULTS
     convert(open_checkpoint(tmp_path / "one"), tmp_path / "two", prepare=prepare)
     assert defaults_of(tmp_path / "two") == DEFAULTS
-    (tmp_path / "one" / "generation_config.json").unlink()  # as they were written before: beside the tokenizer alone
+    (tmp_path / "one" / "generation_config.json").unlink()  # as older versions wrote them: only next to the tokenizer
     assert defaults_of(tmp_path / "one") == DEFAULTS
 
 
-def test_a_gguf_file_has_them_under_names_of_its_own_and_so_has_its_snapshot(tmp_path):
+def test_a_gguf_file_and_its_snapshot_have_the_defaults_under_gguf_names(tmp_path):
     sampling = {"temp": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.0, "penalty_repeat": 1.05}
     vocabulary = gguf_metadata("llama")
     write_gguf(
@@ -103,7 +103,7 @@ def test_only_what_changes_the_text_becomes_a_default(raw, defaults, caplog):
     assert not caplog.records
 
 
-def test_what_is_not_supported_is_said(caplog):
+def test_unsupported_defaults_are_logged(caplog):
     with caplog.at_level(logging.WARNING, "fastgen_jax"):
         assert defaults_of_model({"num_beams": 4, "suppress_tokens": [1], "temperature": 0.5}, "there") == (
             ("temperature", 0.5),
@@ -111,7 +111,7 @@ def test_what_is_not_supported_is_said(caplog):
     assert "there has options that are not supported and are ignored: num_beams=4, suppress_tokens=[1]" in caplog.text
 
 
-def test_a_value_out_of_range_is_refused_with_the_way_around_it(source):
+def test_a_value_out_of_range_is_refused_with_the_remedy(source):
     (source / "generation_config.json").write_text('{"top_p": 90}')
     with pytest.raises(ValueError, match=r"source cannot be used: top_p is 90; .* start with generation_config='none'"):
         defaults_of(source)

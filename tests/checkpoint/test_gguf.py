@@ -18,7 +18,7 @@ QUANTIZATION_ERROR = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.6 / 12
 
 
 @pytest.mark.parametrize("kind", QUANTIZATION_ERROR)
-def test_every_tensor_comes_back_under_its_hugging_face_name_with_heads_in_hugging_face_order(tmp_path, kind):
+def test_every_tensor_is_read_under_its_hugging_face_name_with_heads_in_hugging_face_order(tmp_path, kind):
     made = write_gguf(tmp_path / "m.gguf", kind=kind)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     assert checkpoint.tensor_names == made.keys()
@@ -28,7 +28,7 @@ def test_every_tensor_comes_back_under_its_hugging_face_name_with_heads_in_huggi
         assert error <= QUANTIZATION_ERROR[kind] * np.abs(array).max(), name
 
 
-def test_biases_of_q_and_k_are_put_in_order_too(tmp_path):
+def test_biases_of_q_and_k_are_reordered_too(tmp_path):
     made = write_gguf(tmp_path / "m.gguf", kind="Q8_0", attention_bias=True)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     assert checkpoint.config.qkv_bias
@@ -36,14 +36,14 @@ def test_biases_of_q_and_k_are_put_in_order_too(tmp_path):
         np.testing.assert_array_equal(checkpoint.read(name), made[name])
 
 
-def test_a_tensor_larger_than_one_piece_is_dequantised_whole(tmp_path, monkeypatch):
+def test_a_tensor_larger_than_one_piece_is_dequantized_whole(tmp_path, monkeypatch):
     made = write_gguf(tmp_path / "m.gguf", kind="Q8_0")
     monkeypatch.setattr("fastgen_jax.checkpoint.gguf_file._PIECE", 32 * 7)  # 7 rows of 32, which do not divide 96
     read = open_checkpoint(tmp_path / "m.gguf").read("lm_head.weight")
     assert np.abs(read - made["lm_head.weight"]).max() <= QUANTIZATION_ERROR["Q8_0"] * np.abs(read).max()
 
 
-def test_metadata_become_the_model_config(tmp_path):
+def test_metadata_becomes_the_model_config(tmp_path):
     write_gguf(tmp_path / "m.gguf", metadata={"tokenizer.ggml.eot_token_id": 7})
     config = open_checkpoint(tmp_path / "m.gguf").config
     assert (config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads) == (3, 32, 4, 2)
@@ -94,7 +94,7 @@ def test_the_frequency_table_of_llama_3_becomes_its_scaling(tmp_path):
     ("options", "message"),
     [
         ({"architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama"),
-        ({"metadata": {"llama.expert_count": 8}}, "the metadata lack llama.expert_used_count"),
+        ({"metadata": {"llama.expert_count": 8}}, "the metadata lacks llama.expert_used_count"),
         (
             {"metadata": {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}},
             "'longrope'.*linear, yarn",
@@ -103,20 +103,20 @@ def test_the_frequency_table_of_llama_3_becomes_its_scaling(tmp_path):
         ({"extra": {"rope_freqs.weight": np.float32([1, 1, 1, 1, 1, 2, 3, 9])}}, "are not those of Llama 3"),
     ],
 )
-def test_what_we_cannot_compute_is_refused(tmp_path, options, message):
+def test_unsupported_models_are_refused(tmp_path, options, message):
     write_gguf(tmp_path / "m.gguf", **options)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "m.gguf")
 
 
-def test_absent_metadata_are_named(tmp_path):
+def test_missing_metadata_is_named(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"m.gguf: the metadata lack llama.block_count"):
+    with pytest.raises(ValueError, match=r"m.gguf: the metadata lacks llama.block_count"):
         open_checkpoint(tmp_path / "m.gguf")
 
 
@@ -161,9 +161,9 @@ def test_a_file_that_is_not_gguf_is_refused(tmp_path):
         open_checkpoint(tmp_path / "m.gguf")
 
 
-def test_an_unknown_tensor_name_is_answered_with_the_nearest(tmp_path):
+def test_the_error_for_an_unknown_tensor_names_the_nearest_one(tmp_path):
     write_gguf(tmp_path / "m.gguf")
-    with pytest.raises(ValueError, match=r"no tensor 'model.norm.wait'; the nearest name there is 'model.norm.weight'"):
+    with pytest.raises(ValueError, match=r"no tensor 'model.norm.wait'; the nearest name is 'model.norm.weight'"):
         open_checkpoint(tmp_path / "m.gguf").read("model.norm.wait")
 
 
@@ -181,5 +181,5 @@ def test_every_type_that_the_gguf_library_reads_is_among_them():
 
 
 def test_a_block_type_that_the_library_does_not_read_is_refused():
-    with pytest.raises(ValueError, match="storage type Q8_K cannot be dequantised; requantise the file to one of F32, F16"):
+    with pytest.raises(ValueError, match="storage type Q8_K cannot be dequantized; requantize the file to one of F32, F16"):
         dequantize(np.zeros((1, 292), np.uint8), gguf.GGMLQuantizationType.Q8_K.value, (1, 256))

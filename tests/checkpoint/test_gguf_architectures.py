@@ -1,4 +1,4 @@
-"""Every GGUF architecture that we read, as llama.cpp's own converter writes it, beside the checkpoint that it came from."""
+"""Every supported GGUF architecture, as written by llama.cpp's converter, compared with the original checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.models.parity import Runs, error
 from tests.reference.gguf_values import values
 
 HOME = Path(__file__).parents[1] / "reference" / "gguf"
-# Vectors are kept as float32 and matrices as float16, which hold the values exactly; Gemma's norms went through + 1.
+# Vectors are kept as float32 and matrices as float16, which hold the values exactly; Gemma's norms had 1 added.
 TOLERANCE = 1e-6
 OTHERS_OF_THEM = ("mixtral", "olmo3", "deepseek2-lite", "stablelm-12b")  # with the name of another in their files
 WITHOUT_GROUPS = {"expert_group_count": None, "expert_group_used_count": None}
@@ -67,27 +67,27 @@ def _with(source: Path, target: Path, *, tensors=MappingProxyType({}), without=(
     ("name", "changes", "message"),
     [
         ("qwen2", {"attention.clamp_kqv": 8.0}, r"qwen2.attention.clamp_kqv is 8.0, which is not supported"),
-        ("gemma2", {"attn_logit_softcapping": None}, r"the metadata lack gemma2.attn_logit_softcapping"),
-        ("olmo2", {"attention.sliding_window": 64}, r"the metadata lack olmo2.attention.sliding_window_pattern"),
+        ("gemma2", {"attn_logit_softcapping": None}, r"the metadata lacks gemma2.attn_logit_softcapping"),
+        ("olmo2", {"attention.sliding_window": 64}, r"the metadata lacks olmo2.attention.sliding_window_pattern"),
         ("qwen3", {"rope.dimension_count": 8}, r"qwen3.rope.dimension_count is 8; only 16 is supported"),
         ("qwen3", {"block_count": 10**9}, r"qwen3.block_count is 1,000,000,000, but the file holds only"),
         ("granite", {"rope.scaling.type": "longrope"}, r"granite.rope.scaling.type 'longrope' is not supported"),
         ("mixtral", {"expert_gating_func": 2}, r"llama.expert_gating_func is 2, which is not supported"),
-        ("mixtral", {"expert_count": 3}, r"'blk.0.ffn_gate_exps.weight' holds 4 of a kind, but the metadata announce 3"),
-        ("mixtral", {"expert_count": 5}, r"'blk.0.ffn_gate_exps.weight' holds 4 of a kind, but the metadata announce 5"),
+        ("mixtral", {"expert_count": 3}, r"'blk.0.ffn_gate_exps.weight' holds 4 entries, but the metadata says 3"),
+        ("mixtral", {"expert_count": 5}, r"'blk.0.ffn_gate_exps.weight' holds 4 entries, but the metadata says 5"),
         ("olmoe", {"attention.clamp_kqv": 8.0}, r"olmoe.attention.clamp_kqv is 8.0"),
         (
             "deepseek2",
             {"expert_gating_func": 3},
             r"deepseek2.expert_gating_func is 3; supported: 1 \(softmax\), 2 \(sigmoid\)",
         ),
-        ("deepseek2", {"rope.scaling.yarn_log_multiplier": None}, r"lack deepseek2.rope.scaling.yarn_log_multiplier"),
+        ("deepseek2", {"rope.scaling.yarn_log_multiplier": None}, r"lacks deepseek2.rope.scaling.yarn_log_multiplier"),
         ("deepseek2", {"attention.temperature_scale": 0.1}, r"deepseek2.attention.temperature_scale is 0.1, which is not"),
         ("deepseek2", {"attention.key_length": 24}, r"deepseek2.attention.key_length is 24; only 20 is supported"),
         ("qwen", {"attention.head_count_kv": 2}, r"qwen.attention.head_count_kv is 2; only 4 is supported"),
     ],
 )
-def test_metadata_that_would_be_ignored_are_refused(tmp_path, name, changes, message):
+def test_metadata_that_would_be_ignored_is_refused(tmp_path, name, changes, message):
     _with(HOME / f"{name}.gguf", tmp_path / "changed.gguf", **changes)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "changed.gguf")
@@ -95,7 +95,7 @@ def test_metadata_that_would_be_ignored_are_refused(tmp_path, name, changes, mes
 
 @pytest.mark.parametrize("split", [True, False])
 def test_the_groups_of_deepseeks_experts_and_its_latent_projection_are_read_from_old_files_too(tmp_path, split):
-    """Files from before April 2025 have the projection whole, and those from before that autumn no groups."""
+    """Files from before April 2025 have the projection as one tensor, and those from before autumn 2025 have no groups."""
     new = open_checkpoint(HOME / "deepseek2-lite.gguf")
     sizes = (
         {}
@@ -131,14 +131,14 @@ def test_the_groups_of_deepseeks_experts_and_its_latent_projection_are_read_from
 
 def test_the_experts_of_deepseek_v3_are_in_groups_whether_the_file_says_so_or_not(tmp_path):
     _with(HOME / "deepseek2.gguf", tmp_path / "old.gguf", **WITHOUT_GROUPS)
-    with pytest.raises(ValueError, match=r"does not record in how many groups its 8 experts are; convert it again"):
+    with pytest.raises(ValueError, match=r"the number of groups of its 8 experts is not recorded; convert it again"):
         open_checkpoint(tmp_path / "old.gguf")
     _with(HOME / "deepseek2.gguf", tmp_path / "big.gguf", **WITHOUT_GROUPS, expert_count=256)
-    with pytest.raises(ValueError, match=r"'blk.1.ffn_gate_exps.weight' holds 8 of a kind, but the metadata announce 256"):
+    with pytest.raises(ValueError, match=r"'blk.1.ffn_gate_exps.weight' holds 8 entries, but the metadata says 256"):
         open_checkpoint(tmp_path / "big.gguf")
 
 
-def test_layers_that_guess_a_further_token_are_left_out(tmp_path):
+def test_multi_token_prediction_layers_are_left_out(tmp_path):
     third, fourth = ({f"blk.{layer}.nextn.enorm.weight": np.ones(32, np.float32)} for layer in (2, 3))
     _with(HOME / "glm4moe.gguf", tmp_path / "one.gguf", tensors=third)
     checkpoint = open_checkpoint(tmp_path / "one.gguf")
@@ -149,7 +149,7 @@ def test_layers_that_guess_a_further_token_are_left_out(tmp_path):
         check_tensors(open_checkpoint(tmp_path / "two.gguf"))
 
 
-def test_what_the_metadata_leave_out_is_what_the_releases_have(tmp_path):
+def test_values_missing_in_the_metadata_are_those_of_the_releases(tmp_path):
     _with(HOME / "qwen.gguf", tmp_path / "qwen.gguf", context_length=8192)
     assert open_checkpoint(tmp_path / "qwen.gguf").config.max_context_len == 2048  # up to there no release scales anything
     _with(HOME / "starcoder2.gguf", tmp_path / "starcoder2.gguf", context_length=16384)
@@ -158,7 +158,7 @@ def test_what_the_metadata_leave_out_is_what_the_releases_have(tmp_path):
     assert open_checkpoint(HOME / "gptneox.gguf").config.activation == "gelu"
 
 
-def test_a_falcon_that_the_metadata_cannot_describe_is_refused(tmp_path):
+def test_a_falcon_variant_that_gguf_cannot_describe_is_refused(tmp_path):
     """Falcon 11B has groups and one norm, and a rotary base that the converter does not write."""
     reader = gguf.GGUFReader(HOME / "falcon.gguf")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "falcon")
@@ -177,7 +177,7 @@ def test_a_falcon_that_the_metadata_cannot_describe_is_refused(tmp_path):
         open_checkpoint(tmp_path / "m.gguf")
 
 
-def test_a_vocabulary_without_weights_is_no_checkpoint(tmp_path):
+def test_a_vocabulary_without_weights_is_not_a_checkpoint(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -187,7 +187,7 @@ def test_a_vocabulary_without_weights_is_no_checkpoint(tmp_path):
 
 
 LOGITS = dict(np.load(HOME / "logits.npz"))
-# Float32 in another order, amplified by weights of standard deviation 1; ggml looks GELU up in a table of float16.
+# Float32 in another order, amplified by weights of standard deviation 1; ggml computes GELU with a float16 table.
 LOGITS_TOLERANCE, WITH_GELU = 1e-4, 1e-3
 
 
@@ -197,9 +197,9 @@ def test_logits_are_those_of_llama_cpp(name):
     checkpoint = open_checkpoint(HOME / f"{name}.gguf")
     params, config = load_params(checkpoint, dtype="float32", stack_layers=False), checkpoint.config
     tokens, want = LOGITS[f"{name}.tokens"], LOGITS[f"{name}.logits"]
-    if name == "gpt-oss":  # whose config says not to round the borders of YaRN's ramp; llama.cpp always does
+    if name == "gpt-oss":  # its config says not to round the ends of YaRN's ramp; llama.cpp always does
         config = replace(config, rope=replace(config.rope, truncate=True))
-    if name == "exaone4":  # of which llama.cpp gives windows to the model of 64 layers alone
+    if name == "exaone4":  # llama.cpp only gives windows to the model of 64 layers
         config = replace(config, layer_windows=(), layer_ropes=())
     got = Runs(params, config, len(tokens)).logits(tokens, [len(tokens)], prompt_length=len(tokens))[-len(want) :]
     assert error(got, want) < (WITH_GELU if "gelu" in config.activation else LOGITS_TOLERANCE)

@@ -13,7 +13,7 @@ from tests.checkpoint.tiny_files import write_hf
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("shards", [0, 3])
-def test_tensors_come_back_as_they_were_written(tmp_path, dtype, shards):
+def test_tensors_are_read_as_they_were_written(tmp_path, dtype, shards):
     made = write_hf(tmp_path, dtype=dtype, shards=shards)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.tensor_names == made.keys()
@@ -111,11 +111,11 @@ def test_a_damaged_directory_is_refused_with_the_file_and_the_cause(tmp_path, da
     [
         ({"architectures": ["LlamaForCausalLm"]}, "nearest supported: LlamaForCausalLM"),
         ({"hidden_act": "mish"}, r"config.json: config.json has hidden_act='mish'|hidden_act='mish'"),
-        ({"quantization_config": {"quant_method": "hqq"}}, r"quant_method='hqq'; read here: mxfp4, fp8, awq, gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"quant_method is 'hqq'; supported: mxfp4, fp8, awq, gptq"),
         ({"num_attention_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
     ],
 )
-def test_a_config_that_we_cannot_compute_is_refused(tmp_path, overrides, message):
+def test_an_unsupported_config_is_refused(tmp_path, overrides, message):
     write_hf(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | overrides
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -30,7 +30,7 @@ def test_a_directory_is_described_without_reading_a_weight(tmp_path, capsys, mon
     assert lines["num_heads"] == "4"
 
 
-def test_a_gguf_file_shows_its_block_types_and_a_missing_tokenizer_is_no_obstacle(tmp_path, capsys):
+def test_a_gguf_file_shows_its_block_types_even_without_a_tokenizer(tmp_path, capsys):
     write_gguf(tmp_path / "a.gguf", kind="Q8_0", vocab_size=512, arrays=gguf_metadata("qwen2"))
     lines = _lines(capsys, tmp_path / "a.gguf")
     assert lines["stored as"].startswith("Q8_0 99.")
@@ -40,7 +40,7 @@ def test_a_gguf_file_shows_its_block_types_and_a_missing_tokenizer_is_no_obstacl
     assert _lines(capsys, tmp_path / "b.gguf")["tokenizer"].startswith("none: ")
 
 
-def test_the_template_is_printed_when_asked_for(tmp_path, capsys):
+def test_the_template_is_printed_on_request(tmp_path, capsys):
     write_hf(tmp_path, vocab_size=512)
     write_json(tmp_path, chat_template="{{ messages }}")
     assert main(["inspect", str(tmp_path), "--template"]) == 0
@@ -48,7 +48,7 @@ def test_the_template_is_printed_when_asked_for(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, command):
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path, capsys, command):
     arguments = [command, str(tmp_path / "absent"), *([str(tmp_path / "out")] if command == "convert" else [])]
     assert main(arguments) == 2
     assert "it is neither an existing directory" in capsys.readouterr().err

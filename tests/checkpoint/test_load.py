@@ -12,7 +12,7 @@ from fastgen_jax.models.params import param_specs
 from tests.checkpoint.tiny_files import write_gguf, write_hf
 
 
-def test_params_have_the_shapes_of_their_specs_and_join_what_reads_the_same_input(tmp_path):
+def test_params_have_the_shapes_of_their_specs_with_projections_of_one_input_fused(tmp_path):
     made = write_hf(tmp_path, attention_bias=True)
     checkpoint = open_checkpoint(tmp_path)
     params = load_params(checkpoint, dtype=jnp.float32, stack_layers=False)
@@ -99,11 +99,11 @@ def _set(name, value):
         (lambda t: t.pop("lm_head.weight"), r"has no tensor 'lm_head.weight'"),
         (
             _set("model.layers.0.self_attn.k_proj.weight", np.zeros((16, 32), np.float32)),
-            r"'model.layers.0.self_attn.k_proj.weight' has shape \(16, 32\), but the config asks for \(32, 32\)",
+            r"'model.layers.0.self_attn.k_proj.weight' has shape \(16, 32\), but the config requires \(32, 32\)",
         ),
         (
             _set("model.norm.weight", np.zeros((32, 1), np.float32)),
-            r"'model.norm.weight' has shape \(32, 1\), but the config asks for \(32,\)",
+            r"'model.norm.weight' has shape \(32, 1\), but the config requires \(32,\)",
         ),
         (
             _set("model.layers.3.mlp.up_proj.weight", np.zeros((64, 32), np.float32)),
@@ -138,7 +138,7 @@ def test_a_tied_checkpoint_may_repeat_the_embedding_but_not_contradict_it(tmp_pa
         load_params(open_checkpoint(tmp_path / "other"), dtype=jnp.float32)
 
 
-def test_progress_shows_a_bar_only_when_asked(tmp_path, capsys, monkeypatch):
+def test_progress_is_shown_only_on_request(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "is_interactive", lambda: True)
     write_hf(tmp_path)
     load_params(open_checkpoint(tmp_path), dtype=jnp.float32, progress=False)

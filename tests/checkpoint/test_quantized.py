@@ -1,4 +1,4 @@
-"""Quantised safetensors beside what others make of the same numbers; whole models are in tests/models (mxfp4, fp8)."""
+"""Quantized safetensors compared with other implementations; whole models are in tests/models (mxfp4, fp8)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_gptq_gives_the_values_of_autoawq_in_its_layout():
     np.testing.assert_array_equal(got, INT4["values"].T)
 
 
-def test_gptq_with_an_order_of_its_own_takes_the_group_of_each_input():
+def test_gptq_with_g_idx_uses_the_group_of_each_input():
     groups = np.random.default_rng(0).integers(0, 2, 64).astype(np.int32)
     weight, zeros, scales = (INT4[name] for name in ("gptq_weight", "gptq_zeros", "scales"))
     whole = [gptq_values(weight, np.tile(zeros[g], (2, 1)), np.tile(scales[g], (2, 1)), groups, offset=1) for g in (0, 1)]
@@ -62,7 +62,7 @@ def test_fp8_scales_every_block_and_those_at_the_edges():
     np.testing.assert_array_equal(fp8_values(weight, scales, block=(8, 16)), want)
 
 
-def _quantised(path: Path, settings: dict, parts: dict[str, np.ndarray], **overrides) -> Path:
+def _quantized(path: Path, settings: dict, parts: dict[str, np.ndarray], **overrides) -> Path:
     """A directory whose matrix NAME is stored as `parts`."""
 
     def change(tensors):
@@ -81,15 +81,15 @@ FP8_PARTS = {"weight": np.ones((24, 64), ml_dtypes.float8_e4m3fn), "weight_scale
 
 
 @pytest.mark.parametrize(("settings", "parts", "stored"), [(AWQ, AWQ_PARTS, "AWQ4"), (GPTQ, GPTQ_PARTS, "GPTQ4")])
-def test_a_quantised_directory_loads_beside_plain_tensors(tmp_path, settings, parts, stored):
-    checkpoint = open_checkpoint(_quantised(tmp_path, settings, parts))
+def test_a_quantized_directory_loads_beside_plain_tensors(tmp_path, settings, parts, stored):
+    checkpoint = open_checkpoint(_quantized(tmp_path, settings, parts))
     assert checkpoint.dtype(f"{NAME}.weight") == stored
     gate = load_params(checkpoint, dtype="float32", stack_layers=False)["layers"][1]["gate_up"][:, :24]
     np.testing.assert_array_equal(gate, INT4["values"])
 
 
-def test_a_snapshot_of_a_quantised_directory_is_not_quantised(tmp_path):
-    source = write_json(_quantised(tmp_path / "source", AWQ, AWQ_PARTS))
+def test_a_snapshot_of_a_quantized_directory_is_not_quantized(tmp_path):
+    source = write_json(_quantized(tmp_path / "source", AWQ, AWQ_PARTS))
     convert(open_checkpoint(source), tmp_path / "out", prepare=partial(host_leaf, dtype="float32", quantize=None))
     snapshot = open_checkpoint(tmp_path / "out")
     assert "quantization_config" not in snapshot.config_json
@@ -102,20 +102,20 @@ def test_a_snapshot_of_a_quantised_directory_is_not_quantised(tmp_path):
         (
             {"quant_method": "bitsandbytes"},
             AWQ_PARTS,
-            r"quant_method='bitsandbytes'; read here: mxfp4, fp8, awq, gptq; .*GGUF",
+            r"quant_method is 'bitsandbytes'; supported: mxfp4, fp8, awq, gptq; .*GGUF",
         ),
         ({}, AWQ_PARTS, r"'model.layers.1.mlp.gate_proj.qweight' has dtype int32; supported: float32.*quantization_config"),
-        (AWQ | {"bits": 8}, AWQ_PARTS, r"bits=8; read here: 4"),
-        (AWQ | {"version": "gemv"}, AWQ_PARTS, r"version='gemv'; read here: 'gemm'"),
+        (AWQ | {"bits": 8}, AWQ_PARTS, r"bits=8; supported: 4"),
+        (AWQ | {"version": "gemv"}, AWQ_PARTS, r"version='gemv'; supported: 'gemm'"),
         (GPTQ | {"checkpoint_format": "marlin"}, GPTQ_PARTS, r"checkpoint_format='marlin'"),
         (GPTQ, GPTQ_PARTS | {"qzeros": None}, r"a tensor 'model.layers.1.mlp.gate_proj.g_idx', but '.*qzeros' is absent"),
-        (FP8 | {"activation_scheme": "static"}, FP8_PARTS, r"activation_scheme='static'; FP8 is read with"),
+        (FP8 | {"activation_scheme": "static"}, FP8_PARTS, r"activation_scheme='static'; FP8 is supported with"),
         (FP8 | {"weight_block_size": None}, FP8_PARTS, r"weight_block_size=None"),
         (FP8, FP8_PARTS | {"weight_scale_inv": np.ones((2, 3), np.float32)}, r"scales of .* have shape \(2, 3\).*\(2, 4\)"),
         (FP8, FP8_PARTS | {"weight_scale_inv": np.ones((2, 4), np.uint8)}, r"stored as float8_e4m3fn with scales of uint8"),
         (FP8, FP8_PARTS | {"weight_scale_inv": None}, r"'model.layers.1.mlp.gate_proj.weight' has dtype float8_e4m3fn"),
     ],
 )
-def test_what_we_do_not_dequantise_is_refused(tmp_path, settings, parts, message):
+def test_unsupported_quantization_is_refused(tmp_path, settings, parts, message):
     with pytest.raises(ValueError, match=message):
-        open_checkpoint(_quantised(tmp_path, settings, {name: part for name, part in parts.items() if part is not None}))
+        open_checkpoint(_quantized(tmp_path, settings, {name: part for name, part in parts.items() if part is not None}))

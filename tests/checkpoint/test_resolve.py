@@ -13,7 +13,7 @@ from tests.checkpoint.tiny_files import write_gguf, write_hf
 
 @pytest.fixture
 def not_installed(monkeypatch, tmp_path):
-    """As on a machine without the wheel: a fresh cache, and nothing to find."""
+    """A machine without the wheel: an empty cache and no package."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     return tmp_path
@@ -38,13 +38,13 @@ def test_a_directory_without_a_model_or_with_several_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["smollm", "./absent", "/no/such/dir", "org/name/more", "a/b.gguf", ""])
-def test_an_unknown_name_is_answered_with_the_names_there_are(name, tmp_path, monkeypatch):
+def test_the_error_for_an_unknown_name_lists_the_known_ones(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "":
         with pytest.raises(ValueError, match=r"no config\.json"):  # Path("") is the current directory
             resolve_model(name)
         return
-    with pytest.raises(ValueError, match=r"built-in name \(smollm2-135m-instruct, sotu-1m\).*organisation/name"):
+    with pytest.raises(ValueError, match=r"built-in name \(smollm2-135m-instruct, sotu-1m\).*organization/name"):
         resolve_model(name)
 
 
@@ -107,12 +107,12 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(not_installed, mon
     assert list((not_installed / "cache" / "fastgen_jax" / "models").iterdir()) == []
 
 
-def test_a_disk_that_is_full_or_a_folder_that_cannot_be_written_is_told_with_the_remedy(not_installed, monkeypatch):
+def test_a_full_disk_or_a_read_only_folder_is_reported_with_the_remedy(not_installed, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("subprocess.run", full)
-    with pytest.raises(ValueError, match=r"cannot download .*No space left.*make room for 276 MB.*XDG_CACHE_HOME"):
+    with pytest.raises(ValueError, match=r"cannot download .*No space left.*free 276 MB.*XDG_CACHE_HOME"):
         resolve_model("smollm2-135m-instruct")
     (not_installed / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(not_installed / "file"))
@@ -121,7 +121,7 @@ def test_a_disk_that_is_full_or_a_folder_that_cannot_be_written_is_told_with_the
         resolve_model("smollm2-135m-instruct")
 
 
-def test_a_copy_from_the_hub_is_used_where_the_hub_s_cache_cannot_be_written(monkeypatch, tmp_path):
+def test_a_cached_copy_is_used_if_the_cache_of_the_hub_is_read_only(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *arguments, **options: None)
 
@@ -137,5 +137,5 @@ def test_a_copy_from_the_hub_is_used_where_the_hub_s_cache_cannot_be_written(mon
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(hub, "snapshot_download", nothing)
-    with pytest.raises(ValueError, match=r"Read-only file system\); make room, or name a folder .* in HF_HOME"):
+    with pytest.raises(ValueError, match=r"Read-only file system\); free disk space, or set HF_HOME to a writable folder"):
         resolve_model("org/name")

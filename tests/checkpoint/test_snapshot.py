@@ -57,7 +57,7 @@ def int8_snapshot(source, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("stack_layers", [False, True])
-def test_a_snapshot_loads_as_the_checkpoint_that_it_was_made_of(source, snapshot, stack_layers):
+def test_a_snapshot_loads_as_the_checkpoint_that_it_was_made_from(source, snapshot, stack_layers):
     one, other = (
         load_params(open_checkpoint(path), dtype=jnp.float32, stack_layers=stack_layers) for path in (source, snapshot)
     )
@@ -92,7 +92,7 @@ def test_the_command_makes_a_snapshot_that_the_pipeline_runs(source, tmp_path, c
     assert answers[0].generated_text == answers[1].generated_text
 
 
-def test_an_int8_snapshot_runs_as_the_checkpoint_quantised_while_loading(source, int8_snapshot):
+def test_an_int8_snapshot_runs_as_the_checkpoint_quantized_while_loading(source, int8_snapshot):
     checkpoint = open_checkpoint(int8_snapshot)
     assert checkpoint.dtype("layers.o.1") == "int8"
     assert isinstance(load_params(checkpoint, dtype=jnp.float32)["layers"]["qkv"], Int8Weight)
@@ -203,7 +203,7 @@ def _other_config(field, value):
         (_other_config("num_hidden_layers", 1), r"holds 6 tensors that .*'layers.attn_norm.1'"),
         (
             _other_config("intermediate_size", 32),
-            r"'layers.gate_up.0' has shape \(32, 128\), but the config asks for \(32, 64\)",
+            r"'layers.gate_up.0' has shape \(32, 128\), but the config requires \(32, 64\)",
         ),
     ],
 )
@@ -214,7 +214,7 @@ def test_a_damaged_snapshot_is_refused_with_the_cause(snapshot, tmp_path, damage
         load_params(open_checkpoint(tmp_path / "s"), dtype=jnp.float32, stack_layers=False)
 
 
-def test_what_cannot_be_saved_is_refused(source, snapshot, tmp_path):
+def test_weights_that_cannot_be_saved_are_refused(source, snapshot, tmp_path):
     with pytest.raises(ValueError, match="is not empty; choose another directory"):
         _snapshot(source, snapshot)
     write_hf(tmp_path / "bare")
@@ -228,7 +228,7 @@ def test_what_cannot_be_saved_is_refused(source, snapshot, tmp_path):
 def test_a_snapshot_without_a_tokenizer_is_refused_where_one_is_needed(snapshot, tmp_path):
     shutil.copytree(snapshot, tmp_path / "s")
     shutil.rmtree(tmp_path / "s" / "tokenizer")
-    with pytest.raises(ValueError, match="has no tokenizer; convert the original again, or work with token ids"):
+    with pytest.raises(ValueError, match="has no tokenizer; convert the original again, or use token ids"):
         Engine.from_pretrained(tmp_path / "s")
 
 
@@ -266,7 +266,7 @@ class _Ranges(SimpleHTTPRequestHandler):
         pass
 
 
-def test_arrays_are_read_over_a_network_and_only_those_that_are_asked_for(snapshot):
+def test_only_requested_arrays_are_read_over_a_network(snapshot):
     """A bucket is read by the same code; TensorStore knows its protocol."""
     local = open_checkpoint(snapshot)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranges, directory=str(snapshot))) as server:
@@ -284,14 +284,14 @@ def test_arrays_are_read_over_a_network_and_only_those_that_are_asked_for(snapsh
     assert _Ranges.sent - before < 2 * got.nbytes
 
 
-def test_a_bucket_without_what_reads_it_is_refused_with_the_remedy(monkeypatch):
+def test_a_bucket_without_its_client_package_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"gs://bucket/x: .* needs gcsfs, which is not installed; pip install gcsfs"):
+    with pytest.raises(ValueError, match=r"gs://bucket/x: .* requires gcsfs, which is not installed; pip install gcsfs"):
         resolve_model("gs://bucket/x")
 
 
-def test_addresses_of_buckets_are_resolved_to_snapshots_alone(snapshot, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="foo://bucket/x: this kind of address is not supported"):
+def test_bucket_urls_only_resolve_to_snapshots(snapshot, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="foo://bucket/x: this kind of URL is not supported"):
         resolve_model("foo://bucket/x")
     places = {"gs://bucket/full": snapshot, "gs://bucket/empty": tmp_path}
     monkeypatch.setattr("fastgen_jax.checkpoint.resolve.as_path", places.__getitem__)

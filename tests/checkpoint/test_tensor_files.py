@@ -104,7 +104,7 @@ def test_a_directory_of_bin_files_loads_as_the_same_tensors_in_safetensors(tmp_p
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"x": _Global("os", "system", ("true",))}, r"refers to os.system, which a dict of weights does not need"),
+        ({"x": _Global("os", "system", ("true",))}, r"refers to os.system, which is not part of a dict of tensors"),
         ({"x": _Global("builtins", "eval", ("1",))}, r"refers to builtins.eval"),
         ({"epoch": 3}, r"its entry 'epoch' is not a tensor"),
         (
@@ -128,10 +128,10 @@ def test_integers_in_a_bin_file_are_refused(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_a_bin_file_that_is_cut_or_old_is_refused(tmp_path):
+def test_a_truncated_or_old_bin_file_is_refused(tmp_path):
     data = TORCH_FILE.read_bytes()
     (tmp_path / "cut.bin").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cut.bin is truncated or no PyTorch file"):
+    with pytest.raises(ValueError, match=r"cut.bin is truncated or not a PyTorch file"):
         read_torch(tmp_path / "cut.bin")
     (tmp_path / "old.bin").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))
     with pytest.raises(ValueError, match=r"format before PyTorch 1.6; load it with torch"):
@@ -139,7 +139,7 @@ def test_a_bin_file_that_is_cut_or_old_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident set from Linux's /proc")
-def test_loading_takes_the_memory_of_the_model_and_a_few_weights(tmp_path):
+def test_loading_needs_memory_for_the_model_and_a_few_weights(tmp_path):
     config = {
         "num_hidden_layers": 24,
         "hidden_size": 256,

@@ -121,9 +121,9 @@ def write_gguf(
         if heads:  # each head's rows 0, D/2, 1, D/2 + 1, ...
             half = array.shape[0] // heads // 2
             array = array.reshape(heads, 2, half, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        quantised = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        quantized = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
         writer.add_tensor(
-            _gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), quantised), raw_dtype=quantised
+            _gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), quantized), raw_dtype=quantized
         )
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)

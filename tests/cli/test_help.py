@@ -16,7 +16,7 @@ import fastgen_jax
 from fastgen_jax.cli import COMMANDS, main, make_parser
 from fastgen_jax.cli.parser import Parser
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.flags import add_fields, flag_form, given_options, name_value
+from fastgen_jax.flags import add_fields, flag_arguments, flag_form, given_options, name_value
 from fastgen_jax.scheduling import POLICIES, SamplingParams
 from fastgen_jax.serving.settings import ServerConfig
 
@@ -99,6 +99,19 @@ def test_flags_are_parsed_as_their_fields_are_typed() -> None:
     }
     one = given("generate", "--stop-token-ids", "5", "--", "a prompt")
     assert (one["stop_token_ids"], one["prompts"]) == ((5,), ("a prompt",))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop": ("a", "b"), "stop_token_ids": (5,), "overlap": False, "prefix_caching": True, "top_p": 0.5},
+        {"max_new_tokens": 7, "quantize": "int8", "token_budget": None, "budget_ladder": (16, 32)},
+    ],
+)
+def test_flag_arguments_are_parsed_to_the_options_they_were_made_from(options: dict[str, object]) -> None:
+    arguments = [argument for name, value in options.items() for argument in flag_arguments(name, value)]
+    parsed = given("generate", "--chat", *arguments)
+    assert {name: parsed.get(name) for name in options} == options
 
 
 def test_flags_that_were_not_given_are_not_options() -> None:

@@ -1,4 +1,4 @@
-"""Our logits beside those of transformers, for every tiny checkpoint of tests/reference.
+"""Our logits compared with those of transformers, for every tiny checkpoint of tests/reference.
 
 python -m tests.models.parity          # rewrites the tables of docs/models.md, in about two minutes
 """
@@ -37,7 +37,7 @@ def variants() -> list[tuple[str, str]]:
 
 
 def folder(family: str, variant: str) -> Path:
-    """Where the checkpoint and its expected.npz lie."""
+    """The folder of the checkpoint and its expected.npz."""
     return REFERENCE / "tiny" / variant if family == "llama" else REFERENCE / "families" / family / variant
 
 
@@ -50,7 +50,7 @@ def load(family: str, variant: str, *, stack_layers: bool = False) -> tuple[Para
 
 @cache
 def expected(family: str, variant: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Token ids i64[P + N], the logits f32[P + N, V] of transformers, and P, the length of the prompt."""
+    """Token ids i64[P + N], the logits f32[P + N, V] of transformers, and the prompt length P."""
     saved = np.load(folder(family, variant) / "expected.npz")
     tokens, logits = saved["token_ids"], saved["logits"]
     if family == "llama":  # see make_tiny.py, and for the others make_families.py
@@ -60,7 +60,7 @@ def expected(family: str, variant: str) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 class Runs:
-    """One compiled program of a model, on as many tokens as its prompt and answer have, run on any cut of them."""
+    """One compiled program of a model, for the tokens of its prompt and answer, run on any split into chunks."""
 
     def __init__(self, params: Params, config: ModelConfig, num_tokens: int, **options: Any) -> None:
         self.params, self.config, self.num_tokens = params, config, num_tokens

@@ -20,13 +20,13 @@ from tests.tiny import VARIANTS, expected, tiny_model
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 40
-# Two float32 programs that add up in different orders; transformers' own cached decode differs from its full forward
+# Two float32 programs that sum in different orders; transformers' own cached decode differs from its full forward
 # by as much.
 LOGIT_TOLERANCE = 1e-4
 
 
 def run_chunks(params, config: ModelConfig, token_ids, sizes) -> np.ndarray:
-    """Logits of every position, with the prompt cut into chunks of `sizes`."""
+    """Logits of every position, with the prompt split into chunks of `sizes`."""
     cache = KVCache.zeros(
         num_layers=config.num_layers,
         num_blocks=NUM_BLOCKS,

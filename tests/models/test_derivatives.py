@@ -25,7 +25,7 @@ TOKENS = np.random.default_rng(0).integers(3, 60, LENGTH + 1)  # the smallest vo
 
 
 def batch_of(start: int, stop: int) -> RaggedBatch:
-    """Positions [start, stop) of one sequence, whose blocks lie from the last one on."""
+    """Positions [start, stop) of one sequence, whose blocks are allocated from the last one backwards."""
     positions = jnp.arange(start, stop, dtype=jnp.int32)
     table = jnp.arange(NUM_BLOCKS - 1, -1, -1, dtype=jnp.int32)
     count = stop - start
@@ -53,7 +53,7 @@ def cross_entropy(logits: jax.Array) -> jax.Array:
 def loss(
     params: Params, *, config: ModelConfig, attention: str | None = None, cut: int = LENGTH, dtype: str = "float32"
 ) -> jax.Array:
-    """Of a text in two chunks, so that the second one reads the cache that the first has written."""
+    """The loss of a text in two chunks; the second one reads the cache that the first has written."""
     cache = KVCache.zeros(
         num_layers=config.num_layers,
         num_blocks=NUM_BLOCKS,
@@ -77,7 +77,7 @@ def dense_loss(params: Params, *, config: ModelConfig) -> jax.Array:
 
 
 def assert_alike(got: Params, want: Params) -> None:
-    """Within what float32 sums in another order may differ by."""
+    """Asserts equality up to float32 rounding in another order of summation."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max() + 1e-3), err_msg=jax.tree_util.keystr(path))
 
@@ -117,15 +117,15 @@ def test_the_gradient_is_the_slope_of_the_loss():
     def along(step):
         return loss(jax.tree.map(lambda a, b: a + step * b, params, direction), config=config)
 
-    step = 2e-3  # the loss has some 1e-6 of rounding, and a third derivative of order 1
+    step = 2e-3  # the loss has a rounding error near 1e-6, and a third derivative of order 1
     plain = jax.jit(along)
     measured = (plain(step) - plain(-step)) / (2 * step)
-    got = jax.jit(lambda step: jax.jvp(along, (step,), (1.0,))[1])(0.0)  # forwards; the other tests go backwards
+    got = jax.jit(lambda step: jax.jvp(along, (step,), (1.0,))[1])(0.0)  # forward mode; the other tests use reverse mode
     assert float(got) == pytest.approx(float(measured), rel=2e-2)
 
 
 @pytest.mark.slow
-def test_layers_of_their_own_have_the_same_gradient():
+def test_unstacked_layers_have_the_same_gradient():
     params, config = load("llama", "default")
     got = jax.jit(jax.grad(partial(loss, config=config)))(params)
     want = dense_gradient("llama")
@@ -164,7 +164,7 @@ def test_a_cache_of_8_bits_has_no_derivative_rather_than_a_wrong_one():
         jax.grad(partial(loss, config=config, dtype="int8"))(params)
 
 
-def test_int8_weights_pass_gradients_on():
+def test_gradients_pass_through_int8_weights():
     from pallas_kernels.matmul import Int8Weight, linear, quantize_int8
 
     plain = np.random.default_rng(1).normal(size=(8, 6)).astype(np.float32)

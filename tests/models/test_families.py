@@ -1,4 +1,4 @@
-"""Every family and variant against transformers: whole prompt, chunks, generation; what a family cannot do is refused."""
+"""Every family and variant against transformers: whole prompt, chunks, generation; unsupported settings are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastgen_jax.models.params import init_params
 from tests.models import test_moe_families
 from tests.models.parity import DOCUMENT, Runs, error, expected, folder, load, random_cut, variants
 
-# Two float32 programs that add up in different orders; transformers' own cached decode differs from its full forward
+# Two float32 programs that sum in different orders; transformers' own cached decode differs from its full forward
 # by as much. In units of the largest logit.
 TOLERANCE = 1e-4
 # 8 significant bits in weights and activations, two to four layers with weights of standard deviation 0.3.
@@ -30,7 +30,7 @@ BFLOAT16_MEAN_TOLERANCE = 0.02
 WITH_TESTS_OF_THEIR_OWN = ("llama", *test_moe_families.FAMILIES)
 ALL = [pytest.param(*names, id="-".join(names)) for names in variants()]
 OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if names[0] not in WITH_TESTS_OF_THEIR_OWN]
-# Compared in test_decoder.py too, without the answer; and families with nothing that another family does not have.
+# Compared in test_decoder.py too, without the answer; and families without a feature that no other family has.
 IN_SLOW_TESTS = ("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5")
 COMPARED = [
     pytest.param(*names, id="-".join(names), marks=pytest.mark.slow if names[0] in IN_SLOW_TESTS else ())
@@ -140,7 +140,7 @@ def test_scanned_layers_that_differ_look_up_their_own_settings():
     ],
 )
 def test_the_checkpoints_are_sensitive_to_what_sets_a_family_apart(family, variant, changes):
-    """Guards the parity tests: dropping the peculiarity must show, or they could not fail."""
+    """Without its distinguishing setting a family must give other logits; otherwise the parity tests could not fail."""
     params, config = load(family, variant)
     tokens, want, prompt = expected(family, variant)
     got = Runs(params, replace(config, **changes), len(tokens)).logits(tokens, [len(tokens)], prompt_length=prompt)
@@ -186,7 +186,7 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
 def test_a_switch_that_a_family_does_not_know_is_refused(family, variant):
     hf = json.loads((folder(family, variant) / "config.json").read_text())
     read = family_of(hf["architectures"][0]).config_from_hf
-    with pytest.raises(ValueError, match="config.json has use_new_mathematics=True, which this family does not know"):
+    with pytest.raises(ValueError, match=r"config.json has use_new_mathematics=True, which this family does not know"):
         read(hf | {"use_new_mathematics": True})
     assert read(hf | {"use_new_mathematics": False}) == read(hf)
 
@@ -233,7 +233,7 @@ def test_a_switch_that_a_family_does_not_know_is_refused(family, variant):
         ("glm4_moe", "default", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
     ],
 )
-def test_what_a_family_lacks_is_refused_by_name(family, variant, changes, message):
+def test_unsupported_fields_are_refused_by_name(family, variant, changes, message):
     hf = json.loads((folder(family, variant) / "config.json").read_text()) | changes
     with pytest.raises(ValueError, match=message):
         family_of(hf["architectures"][0]).config_from_hf(hf)
@@ -277,18 +277,18 @@ def test_old_and_new_spellings_of_a_config_are_the_same_model():
         assert read(old) == read(hf)
 
 
-def test_a_model_that_also_sees_loads_alike_under_its_old_and_new_names(tmp_path):
-    source = folder("gemma3", "also_sees")
+def test_a_multimodal_checkpoint_loads_alike_under_its_old_and_new_names(tmp_path):
+    source = folder("gemma3", "multimodal")
     tensors = load_file(source / "model.safetensors")
     new = {f"model.{name.replace('language_model.model.', 'language_model.')}": value for name, value in tensors.items()}
     save_file(new, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     params = load_params(open_checkpoint(tmp_path), dtype="float32", stack_layers=False)
-    jax.tree.map(np.testing.assert_array_equal, params, load("gemma3", "also_sees")[0])
+    jax.tree.map(np.testing.assert_array_equal, params, load("gemma3", "multimodal")[0])
 
 
-def test_only_the_named_parts_of_a_model_that_also_sees_are_left_out(tmp_path):
-    source = folder("mistral", "also_sees")
+def test_only_known_parts_of_a_multimodal_checkpoint_are_left_out(tmp_path):
+    source = folder("mistral", "multimodal")
     tensors = load_file(source / "model.safetensors")
     save_file(tensors | {"audio_tower.weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
@@ -301,12 +301,12 @@ def test_a_shape_that_does_not_fit_the_config_is_refused(tmp_path):
     hf = json.loads((source / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(hf | {"num_kv_heads": 4}))
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"query_key_value.weight' has shape \(64, 32\), but .* asks for \(96, 32\)"):
+    with pytest.raises(ValueError, match=r"query_key_value.weight' has shape \(64, 32\), but .* requires \(96, 32\)"):
         load_params(open_checkpoint(tmp_path), dtype="float32")
 
 
 def test_a_checkpoint_of_the_bare_model_with_saved_masks_is_the_same_model(tmp_path):
-    """So are the files of GPT-2 on the hub: no `transformer.` before the names, and the causal mask as a tensor."""
+    """The files of GPT-2 on the hub are like this: names without `transformer.`, and the causal mask as a tensor."""
     source = folder("gpt2", "default")
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(source / "model.safetensors").items()}
     for i in range(2):

@@ -1,4 +1,4 @@
-"""Routing and experts against the same in NumPy, token by token; what padding and companions must not do."""
+"""Routing and experts compared with NumPy, token by token, and independence of padding and other tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _E, _T = 12, 21
 _PLAIN = MoEConfig(num_experts=8, experts_per_token=3, expert_dim=10, layers=(0,))
 _CONFIGS = {
     "plain": _PLAIN,
-    "normalised": replace(_PLAIN, normalize=True, scale=2.5),
+    "normalized": replace(_PLAIN, normalize=True, scale=2.5),
     "softmax_of_chosen": replace(_PLAIN, scores="softmax_of_chosen", router_bias=True),
     "best_of_group": replace(_PLAIN, num_groups=4, groups_per_token=2),
     "two_best_of_group": replace(
@@ -143,13 +143,13 @@ def test_experts_in_bfloat16_stay_near_those_of_numpy(name: str):
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("name", ["shared", "clamped"])
-def test_what_a_token_gets_does_not_depend_on_companions_or_padding(name: str):
+def test_the_result_of_a_token_does_not_depend_on_other_tokens_or_padding(name: str):
     config, x = _CONFIGS[name], _tokens(40)
     w = _prepared(_weights(config), config)
     run = jax.jit(lambda x, num_tokens: moe(x, w, config=config, num_tokens=num_tokens, residual=x))
     together = np.asarray(run(jnp.asarray(x), jnp.int32(40)))
     for mine in ([3], [5, 17, 30], list(range(25))):
-        batch = np.full_like(x, 1e30)  # padding that would overflow if an expert saw it
+        batch = np.full_like(x, 1e30)  # padding that would overflow if an expert computed it
         batch[: len(mine)] = x[mine]
         got = np.asarray(run(jnp.asarray(batch), jnp.int32(len(mine))))
         np.testing.assert_array_equal(got[: len(mine)], together[mine])

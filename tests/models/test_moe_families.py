@@ -1,4 +1,4 @@
-"""Models with experts beside transformers, in the engine, scanned, and refused."""
+"""Models with experts compared with transformers, in the engine, with scanned layers; unsupported ones are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.models.parity import REFERENCE, Runs, error, expected, load, random_c
 from tests.tiny import drain, greedy, tokens_of
 
 HOME = REFERENCE / "families"
-TOLERANCE = 1e-4  # of the largest logit: two float32 programs that add up in different orders
+TOLERANCE = 1e-4  # of the largest logit: two float32 programs that sum in different orders
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
 QUICK = {
     ("mixtral", "window"),
@@ -26,7 +26,7 @@ QUICK = {
     ("deepseek_v3", "default"),
     ("gpt_oss", "mxfp4"),
     ("deepseek_v3", "fp8"),
-}  # together they have every feature but the multipliers
+}  # together they have every feature except the multipliers
 VARIANTS = [
     pytest.param(*names, marks=() if names in QUICK else pytest.mark.slow) for names in variants() if names[0] in FAMILIES
 ]
@@ -49,7 +49,7 @@ def test_logits_equal_those_of_transformers_however_the_tokens_are_cut(family: s
         pytest.param("deepseek_v3", "default", marks=pytest.mark.slow),
     ],
 )
-def test_runs_of_like_layers_are_scanned(family: str, variant: str):
+def test_runs_of_similar_layers_are_scanned(family: str, variant: str):
     params, config = load(family, variant, stack_layers=True)
     assert config.moe is not None
     assert params["layers"]["router"].shape[0] == len(config.moe.layers)
@@ -60,7 +60,7 @@ def test_runs_of_like_layers_are_scanned(family: str, variant: str):
 
 
 @pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
-def test_a_request_gets_the_same_tokens_alone_and_in_company(quantize: str | None):
+def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(quantize: str | None):
     params, config = load("deepseek_v3", "default")
     engine = Engine(
         params,
@@ -87,12 +87,12 @@ def test_a_request_gets_the_same_tokens_alone_and_in_company(quantize: str | Non
     assert [tokens_of(together[request]) for request in ids] == alone
 
 
-def test_what_a_family_lacks_is_refused():
+def test_unsupported_fields_are_refused():
     hf = json.loads((HOME / "deepseek_v3" / "default" / "config.json").read_text())
     for changes, message in [
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ({"topk_method": "greedy"}, "topk_method='greedy'"),
-        ({"index_topk": 2048}, "index_topk=2048 is not known"),
+        ({"index_topk": 2048}, "config.json has index_topk=2048, which this family does not know"),
     ]:
         with pytest.raises(ValueError, match=message):
             deepseek_v3.config_from_hf({**hf, **changes})
@@ -111,7 +111,7 @@ def test_mxfp4_scales_of_another_shape_are_refused(tmp_path: Path):
         open_checkpoint(tmp_path)
 
 
-def test_a_layer_that_guesses_a_further_token_is_left_out_only_if_the_config_announces_it(tmp_path: Path):
+def test_multi_token_prediction_layers_are_left_out_only_if_the_config_declares_them(tmp_path: Path):
     source = HOME / "deepseek_v3" / "fp8"
     hf = json.loads((source / "config.json").read_text())
     del hf["num_nextn_predict_layers"]

@@ -1,4 +1,4 @@
-"""Qwen 1, which transformers does not have: a renamed Qwen2 up to seq_length, and beyond it what its own code does."""
+"""Qwen 1, which transformers lacks: equal to Qwen2 up to seq_length, and to its published code beyond."""
 
 from __future__ import annotations
 

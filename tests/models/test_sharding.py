@@ -47,6 +47,6 @@ def test_a_step_divided_over_two_devices_gives_the_same_logits() -> None:
     assert done.stdout.strip().endswith("equal"), done.stderr
 
 
-def test_a_model_that_cannot_be_divided_is_refused_with_what_works() -> None:
+def test_a_model_that_cannot_be_divided_is_refused_with_the_possible_numbers() -> None:
     with pytest.raises(ValueError, match=r"num_kv_heads=2 cannot be divided over 4 devices; choose .* among 1, 2"):
         check_divisible(TINY, 4)

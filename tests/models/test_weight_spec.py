@@ -1,4 +1,4 @@
-"""What is declared of each weight, and that everything else follows the declaration."""
+"""The declarations of weights, and that everything else follows them."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_each_declaration_is_complete_and_agrees_with_itself(family, variant):
         assert path == spec.path == (f"layers.{spec.name}" if spec.per_layer else spec.name)
         assert len(spec.shape) == len(spec.axes), path
         assert sum(spec.parts) in (0, spec.shape[-1]), path
-        assert (spec.initial is None) == (spec.is_product or spec.kind is Kind.TABLE), "what is random has a fan-in"
-        assert spec.is_product or spec.never_quantized is None, "only of a matrix is it a decision"
+        assert (spec.initial is None) == (spec.is_product or spec.kind is Kind.TABLE), "random weights have a fan-in"
+        assert spec.is_product or spec.never_quantized is None, "only matrices can be quantized at all"
         assert (spec.kind is Kind.BIAS) == (spec.bias_of is not None)
         assert spec.owner_path in specs or spec.owner_path == "lm_head", "a bias belongs to a weight of the model"
         assert not spec.gated or len(spec.parts) == 2, "gate and up"

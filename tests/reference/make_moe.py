@@ -75,7 +75,7 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         },
     ),
     "gpt_oss": ("gpt_oss", {"default": GPT_OSS, "tied_no_bias": GPT_OSS | {"attention_bias": False}}),
-    "olmoe": ("olmoe", {"default": OLMOE, "normalised": OLMOE | {"norm_topk_prob": True}}),
+    "olmoe": ("olmoe", {"default": OLMOE, "normalized": OLMOE | {"norm_topk_prob": True}}),
     "granitemoe": (
         "granitemoe",
         {

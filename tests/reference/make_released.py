@@ -3,7 +3,7 @@
     python tests/reference/make_released.py [FAMILY/VARIANT ...]    # needs torch and transformers; the tests need neither
 
 gpt-oss with its experts in MXFP4 and DeepSeek V3 in blocks of FP8, whose logits are those of the weights as transformers
-dequantises them, and models that also see, under the names that their files on the hub have.
+dequantizes them, and models that also see, under the names that their files on the hub have.
 """
 
 from __future__ import annotations
@@ -145,10 +145,10 @@ def mistral3() -> tuple[Any, dict[str, Any]]:
     }
 
 
-def quantised(
+def quantized(
     model_type: str, fields: dict[str, Any], quantise: Any, settings: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """Writes a quantised checkpoint and gives what transformers computes with its dequantised weights."""
+    """Writes a quantized checkpoint and gives what transformers computes with its dequantized weights."""
     config = AutoConfig.for_model(model_type, **fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     randomise(model)
@@ -188,10 +188,10 @@ DEEPSEEK_RELEASED = (
     }
 )
 VARIANTS = {
-    "gpt_oss/mxfp4": lambda folder: quantised(
+    "gpt_oss/mxfp4": lambda folder: quantized(
         "gpt_oss", GPT_OSS_RELEASED, mxfp4, {"quantization_config": {"quant_method": "mxfp4"}}, folder
     ),
-    "deepseek_v3/fp8": lambda folder: quantised(
+    "deepseek_v3/fp8": lambda folder: quantized(
         "deepseek_v3",
         DEEPSEEK_RELEASED,
         fp8,
@@ -206,8 +206,8 @@ VARIANTS = {
         },
         folder,
     ),
-    "gemma3/also_sees": lambda folder: seeing(gemma3(), folder),
-    "mistral/also_sees": lambda folder: seeing(mistral3(), folder),
+    "gemma3/multimodal": lambda folder: seeing(gemma3(), folder),
+    "mistral/multimodal": lambda folder: seeing(mistral3(), folder),
 }
 
 

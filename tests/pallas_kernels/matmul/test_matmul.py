@@ -97,14 +97,14 @@ def test_the_result_of_a_row_does_not_depend_on_other_rows(storage: str):
     x = _normal(130, 2050)  # NumPy slices it without compiling a program for each size
     packed = _prepare(_normal(2050, 70, seed=1), storage)
     gated = _prepare(_normal(2050, 140, seed=2), storage, gated=True)
-    everything, everything_gated = np.asarray(linear(x, packed)), np.asarray(swiglu(x, gated))
+    everything, everything_gated = np.asarray(linear(jnp.asarray(x), packed)), np.asarray(swiglu(jnp.asarray(x), gated))
     for i in range(0, 130, 7):
-        np.testing.assert_array_equal(linear(x[i : i + 1], packed)[0], everything[i])
+        np.testing.assert_array_equal(linear(jnp.asarray(x[i : i + 1]), packed)[0], everything[i])
     # The last m rows: each is at another position than before.
     for m in range(1, 130) if storage == "float32" else (2, 13, 14, 15, 28, 29, 64, 65, 129):
-        np.testing.assert_array_equal(linear(x[-m:], packed), everything[-m:])
+        np.testing.assert_array_equal(linear(jnp.asarray(x[-m:]), packed), everything[-m:])
     for m in (1, 2, 14, 15, 64, 129):
-        np.testing.assert_array_equal(swiglu(x[-m:], gated), everything_gated[-m:])
+        np.testing.assert_array_equal(swiglu(jnp.asarray(x[-m:]), gated), everything_gated[-m:])
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
