@@ -192,7 +192,7 @@ class ResolvedConfig:
 
     @property
     def max_num_seqs(self) -> int:
-        """Sequences that run at once."""
+        """Sequences that run at the same time."""
         return self.choices.max_num_seqs
 
     @property

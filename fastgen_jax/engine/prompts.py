@@ -59,7 +59,7 @@ def split_prompts(prompts: object) -> list[Prompt]:
         if isinstance(item, Mapping) or is_token(item):
             raise ValueError(
                 f"prompts holds {item!r} among other prompts; put each prompt of token ids, and each "
-                "conversation, into a list of its own"
+                "conversation, into a separate list"
             )
     return items
 
@@ -125,9 +125,11 @@ def is_token(item: object) -> TypeGuard[SupportsIndex]:
     """Whether `item` is a single whole number: an int, or a scalar of an array library, but not a boolean."""
     if isinstance(item, bool | np.bool_) or (is_array(item) and np.asarray(item).dtype.kind not in "iu"):
         return False
+    if not isinstance(item, SupportsIndex):
+        return False
     try:
-        operator.index(item)  # pyright: ignore[reportArgumentType] (the question is whether it can be one)
-    except TypeError:
+        operator.index(item)
+    except TypeError:  # an array with an axis, or of floats
         return False
     return True
 
@@ -178,7 +180,7 @@ def _message(item: object) -> Message:
     if not isinstance(item, Mapping):
         raise ValueError(
             f"the prompt holds {_shown(item)} among chat messages; give only messages, or each conversation "
-            "as a list of its own"
+            "as a separate list"
         )
     keys = ", ".join(map(str, item)) or "(none)"
     for key in ("messages", "input_ids", "prompt"):

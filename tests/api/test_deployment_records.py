@@ -49,7 +49,7 @@ def test_without_any_folder_a_server_runs_and_a_background_server_reports_what_i
     with recorded(record()):
         assert deployments() == []
     assert "nothing is kept after this run" in caplog.text
-    with pytest.raises(ValueError, match=r"needs a folder for its record and log.*XDG_STATE_HOME"):
+    with pytest.raises(ValueError, match=r"requires a folder for its record and log.*XDG_STATE_HOME"):
         start_server("m", deployment_name="one", options={}, timeout=1)
 
 

@@ -41,7 +41,7 @@ def test_sampling_params_with_options_or_of_another_type_are_refused(pipe):
         pipe([5], SamplingParams(), temperature=1.0)
     with pytest.raises(ValueError, match=r"both params and options \(n\)"):
         pipe.stream([5], params=SamplingParams(), n=2)
-    with pytest.raises(ValueError, match=r"params is a dict; give fastgen_jax.SamplingParams, or options by their names"):
+    with pytest.raises(ValueError, match=r"params is a dict; give fastgen_jax.SamplingParams, or options as keywords"):
         pipe([5], {"max_new_tokens": 4})
     assert not pipe.engine.has_work
 

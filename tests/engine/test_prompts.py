@@ -97,7 +97,7 @@ def test_a_prompt_in_any_form_becomes_text_token_ids_or_messages(prompts, plain)
         ([None], "the prompt is None; give text"),
         ([5, "Hi"], "the prompt holds 'Hi'"),
         (["Hi", 5], "prompts holds 5 among other prompts; put each prompt of token ids"),
-        (["Hi", USER], "among other prompts; .* each conversation, into a list of its own"),
+        (["Hi", USER], "among other prompts; .* each conversation, into a separate list"),
         ([USER, "Hi"], "the prompt holds 'Hi' among chat messages"),
         ([5.0, 6.0], "the prompt is 5.0; give text"),
         ([True, False], "the prompt is True; give text"),

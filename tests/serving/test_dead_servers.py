@@ -124,7 +124,7 @@ def test_the_error_for_a_restarted_server_names_its_new_address():
 
 def test_a_process_that_does_not_listen_is_distinguished_from_one_that_has_ended():
     for message in failures(deployment(closed_url())):
-        assert f"the process of deployment 'chat' ({os.getpid()}) is there but does not answer" in message
+        assert f"the process of deployment 'chat' ({os.getpid()}) is alive but does not answer" in message
 
 
 def test_a_connection_that_breaks_during_an_answer_is_an_error():
@@ -189,12 +189,12 @@ def test_a_batch_says_why_its_deployment_does_not_answer(tmp_path, capsys, monke
         assert main(["batch", str(tmp_path / "in.txt"), str(tmp_path / "out.jsonl"), "--deployment", "chat"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("fastgen: no answer from the server")
-    assert "is there but does not answer" in said
+    assert "is alive but does not answer" in said
 
 
 def test_the_error_of_a_timeout_names_the_timeout(url):
     client = Client(deployment(url, name=MODEL), timeout=1e-6)
-    with pytest.raises(NoAnswerError, match="sent nothing for longer than the timeout of this client; raise timeout"):
+    with pytest.raises(NoAnswerError, match="sent nothing within the timeout of this client; raise timeout"):
         client.generate("Once", max_new_tokens=4)
     client.close()
     other = Client(deployment(url, name="other"))
