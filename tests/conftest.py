@@ -1,4 +1,4 @@
-"""Settings for all tests: no network, one persistent compile cache, checked shapes, strict promotion of dtypes and no promotion of ranks, warnings as errors."""
+"""Settings for all tests: no network, one persistent compile cache, checked shapes, strict promotion, warnings as errors."""
 
 from __future__ import annotations
 

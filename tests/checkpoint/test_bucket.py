@@ -23,7 +23,7 @@ def test_a_snapshot_is_written_to_a_bucket_described_and_loaded_from_it():
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "gs://bucket/models/tiny is ready" in done.stdout + done.stderr
+    assert "wrote gs://bucket/models/tiny" in done.stdout + done.stderr
     assert "LlamaForCausalLM" in done.stdout
     assert "is not empty; choose another directory" in done.stderr
     assert "gs://bucket/absent is not a snapshot (no fastgen.json)" in done.stderr

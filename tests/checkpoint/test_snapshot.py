@@ -85,7 +85,7 @@ def test_params_are_saved_alike_stacked_or_not(source, snapshot, tmp_path):
 
 def test_the_command_makes_a_snapshot_that_the_pipeline_runs(source, tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "out"), "--dtype", "float32"]) == 0
-    assert "is ready" in capsys.readouterr().out
+    assert "wrote" in capsys.readouterr().out
     options = {"max_new_tokens": 8, "do_sample": False, "ignore_eos": True}
     answers = [pipeline(path, progress=False, **ENGINE)("The quick", **options)[0] for path in (source, tmp_path / "out")]
     assert answers[0].token_ids == answers[1].token_ids
@@ -296,5 +296,5 @@ def test_bucket_urls_only_resolve_to_snapshots(snapshot, tmp_path, monkeypatch):
     places = {"gs://bucket/full": snapshot, "gs://bucket/empty": tmp_path}
     monkeypatch.setattr("fastgen_jax.checkpoint.resolve.as_path", places.__getitem__)
     assert resolve_model("gs://bucket/full") == snapshot
-    with pytest.raises(ValueError, match=r"holds no snapshot \(no fastgen.json\); copy the checkpoint to a local disk"):
+    with pytest.raises(ValueError, match=r"is not a snapshot \(no fastgen.json\); copy the checkpoint to a local disk"):
         resolve_model("gs://bucket/empty")

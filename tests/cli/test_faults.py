@@ -114,8 +114,8 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
     ("out", "words"),
     [
         (".", "is not empty; choose another directory"),
-        ("inside", "which is to be converted; choose another directory"),
-        ("config.json", "is a file; choose another name"),
+        ("inside", "the checkpoint to convert; choose a directory outside it"),
+        ("config.json", "is a file; choose the name of a new directory"),
     ],
 )
 def test_convert_rejects_its_target_before_it_reads(
