@@ -216,7 +216,7 @@ def test_a_read_only_folder_is_read_and_missing_programs_are_compiled(fresh, rea
     assert answer(start(folder, num_blocks=None)) == expected
     assert _events[HITS] > 0
     assert _events[MISSES] == 0
-    assert caplog.text.count("what it holds is used, and nothing is added") == 1
+    assert caplog.text.count("its files are used, and nothing is added") == 1
     assert answer(start(folder, token_budget=9)) == expected
     assert "Error writing" not in caplog.text
     assert sorted(folder.rglob("*")) == before
