@@ -1,4 +1,4 @@
-"""How much memory a KV cache may take, such that two starts on one machine choose the same size.
+"""How much memory a KV cache may use, chosen so that two starts on one machine get the same size.
 
 The size is part of every compiled program's shape, and free memory differs from start to start. So a new choice is
 rounded down to a few digits, and an earlier choice is kept while it fits the memory that is free now.
@@ -46,7 +46,7 @@ def room_for_cache(platform: str) -> Room:
     stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         usual, least, most = (int(share * stats["bytes_limit"]) - stats.get("bytes_in_use", 0) for share in DEVICE_SHARES)
-        return Room(usual=usual, least=least, most=most, digits=6)  # less than 3 % is lost
+        return Room(usual=usual, least=least, most=most, digits=6)  # less than 3% is lost
     usual, least, most = (int(share * available()) for share in HOST_SHARES)
     return Room(usual=usual, least=least, most=most, digits=3)
 
