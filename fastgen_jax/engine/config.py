@@ -255,22 +255,22 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     max_context_len = config.max_context_len or model.max_context_len
     kv_dtype = config.kv_dtype or dtype
     block_size = config.block_size or (128 if platform in ("tpu", "gpu") and kv_dtype in QUANTIZED_DTYPES else 32)
-    blocks_a_sequence = -(-max_context_len // block_size)
+    blocks_per_sequence = -(-max_context_len // block_size)
     num_blocks = config.num_blocks
     if num_blocks is None:
         head_dim = stored_head_dim(model.head_dim, platform)
-        bytes_a_block = block_size * model.kv_bytes_per_token(
+        bytes_per_block = block_size * model.kv_bytes_per_token(
             jnp.dtype(kv_dtype).itemsize, stored_head_dim=head_dim, scale_bytes=scale_bytes(kv_dtype)
         )
         num_blocks = room_for_cache(platform).num_blocks(
-            bytes_a_block,
-            wanted=config.max_num_seqs * blocks_a_sequence,
+            bytes_per_block,
+            wanted=config.max_num_seqs * blocks_per_sequence,
             earlier=earlier_blocks,
             share=1 if platform == "cpu" else num_devices,  # CPU devices share the memory of one host
         )
         if num_blocks < 1:
             raise ValueError(
-                f"no memory for a single KV block of {bytes_a_block / 2**20:.1f} MiB; free memory, choose a smaller "
+                f"no memory for a single KV block of {bytes_per_block / 2**20:.1f} MiB; free memory, choose a smaller "
                 f"block_size than {block_size}, or a smaller kv_dtype than {kv_dtype}"
             )
     # A key rotated for a prompt of one length is wrong for a longer prompt with the same prefix.

@@ -30,12 +30,12 @@ class Room:
     digits: int
     """Binary digits to which a new choice is rounded down."""
 
-    def num_blocks(self, bytes_a_block: int, *, wanted: int, earlier: int | None = None, share: int = 1) -> int:
+    def num_blocks(self, bytes_per_block: int, *, wanted: int, earlier: int | None = None, share: int = 1) -> int:
         """Blocks of the cache, at most `wanted`: as many as an `earlier` start had if that fits; 0 if there is no room.
 
         `share` is the number of devices over which a block is divided.
         """
-        most, least, usual = (share * room // bytes_a_block for room in (self.most, self.least, self.usual))
+        most, least, usual = (share * room // bytes_per_block for room in (self.most, self.least, self.usual))
         if earlier is not None and min(least, wanted) <= earlier <= min(most, wanted):
             return earlier
         return min(round_down(max(usual, 0), self.digits), wanted)

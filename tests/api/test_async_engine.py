@@ -97,7 +97,7 @@ def test_a_full_queue_refuses_with_the_time_of_a_retry():
         engine._thread.call(hold)
         await started.wait()
         streams = [engine.submit(engine.intake.request((5,), greedy(2))) for _ in range(3)]
-        with pytest.raises(QueueFullError, match="3 requests wait, and the limit is 3; retry in 1 s") as refused:
+        with pytest.raises(QueueFullError, match="3 requests are waiting and the limit is 3; retry in 1 s") as refused:
             engine.submit(engine.intake.request((5,), greedy(2)))
         release.set()
         for stream in streams:
@@ -275,7 +275,7 @@ def test_draining_finishes_running_requests_and_refuses_new_ones():
 
 
 def test_the_events_of_a_large_step_arrive_in_batches_and_in_order(monkeypatch):
-    monkeypatch.setattr("fastgen_jax.api.async_engine.EVENTS_A_TURN", 3)
+    monkeypatch.setattr("fastgen_jax.api.async_engine.EVENTS_PER_TURN", 3)
 
     async def scenario(engine):
         streams = [engine.submit(engine.intake.request((5 + i,), greedy(12))) for i in range(8)]

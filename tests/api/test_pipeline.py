@@ -56,7 +56,7 @@ def test_streams_give_the_tokens_of_the_response_and_leaving_early_frees_the_req
         ([], {}, "no prompts"),
         ([[5], []], {}, "prompt is empty"),
         ([[5], [96]], {}, "token id 96"),
-        ([5], {"stream": True, "echo": True}, "belong to whole responses"),
+        ([5], {"stream": True, "echo": True}, "apply to complete responses"),
     ],
 )
 def test_a_wrong_call_is_refused_and_nothing_runs(pipe, prompts, options, message):

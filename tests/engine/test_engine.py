@@ -174,7 +174,7 @@ def test_an_aborted_request_frees_its_blocks_and_affects_no_other(alone):
     [
         ((), greedy(1), "prompt is empty"),
         ((96,), greedy(1), r"token id 96 is outside the vocabulary, 0\.\.95"),
-        ((1.5,), greedy(1), "prompt holds 1.5"),
+        ((1.5,), greedy(1), "prompt contains 1.5"),
         ((5,) * 200, greedy(1), "200"),
         ("text", greedy(1), "requires a tokenizer"),
         ((5,), greedy(4, stop=("x",)), "require a tokenizer"),
@@ -251,7 +251,7 @@ def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "sla", "promised_prompt_rate": 5.0}, "give both promises with sla, and only there"),
+        ({"policy": "sla", "promised_prompt_rate": 5.0}, "set both rates with policy sla, and with no other"),
         ({"promise_grace": 5.0}, "policy 'splitfuse' makes no promise"),
         ({"promised_generation_rate": 5.0}, "policy is 'splitfuse', promised_prompt_rate None"),
         ({"policy": "sla", "promised_prompt_rate": -5.0, "promised_generation_rate": 1.0}, "prompt_rate is -5.0"),
@@ -260,8 +260,8 @@ def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
         ({"dtype": "int4"}, "dtype is 'int4'; choose one of float32"),
         ({"policy": "fifo"}, "policy is 'fifo'; choose one of 'splitfuse'"),
         ({"budget_ladder": (64,), "token_budget": 32}, "outside 1..32"),
-        ({"budget_ladder": "16,64", "token_budget": 128}, r"budget_ladder is '16,64'; give whole numbers in a list"),
-        ({"budget_ladder": 16, "token_budget": 128}, "budget_ladder is 16; give whole numbers in a list"),
+        ({"budget_ladder": "16,64", "token_budget": 128}, r"budget_ladder is '16,64'; pass a list of integers"),
+        ({"budget_ladder": 16, "token_budget": 128}, "budget_ladder is 16; pass a list of integers"),
         ({"max_context_len": 4096}, "max_context_len=4096 exceeds the model's 128"),
     ],
 )

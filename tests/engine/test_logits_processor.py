@@ -102,7 +102,7 @@ def test_a_user_policy_gives_the_same_tokens():
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
-        ("relu", "logits_processor is 'relu'; give a function f"),
+        ("relu", "logits_processor is 'relu'; pass a function f"),
         (lambda logits: logits, "cannot be compiled: TypeError: .*takes 1 positional argument but 2 were given"),
         (lambda logits, rows: logits[:, 1:], r"makes float32\[3, 95\] of float32\[3, 96\]"),
         (lambda logits, rows: logits.astype(jnp.bfloat16), r"makes bfloat16\[3, 96\] of float32"),
@@ -122,7 +122,7 @@ def test_an_invalid_processor_is_refused_before_weights_are_loaded(processor, me
     [
         ({"policy": lambda running, waiting: None}, "cannot be called with a planner"),
         ({"policy": 3}, "policy is 3; choose one of"),
-        ({"policy": last_first, "promised_prompt_rate": 1.0}, "give both promises"),
+        ({"policy": last_first, "promised_prompt_rate": 1.0}, "set both rates"),
         ({"policy": last_first, "promise_grace": 1.0}, "makes no promise"),
     ],
 )

@@ -91,7 +91,7 @@ def test_weights_that_were_prepared_for_another_config_are_refused():
     engine = tiny_engine()
     params, model = tiny_model()
     other = Engine(params, model, EngineConfig(**SMALL, quantize="int8"))
-    with pytest.raises(ValueError, match=r"is int8.* but the engine computes with float32.*give plain weights"):
+    with pytest.raises(ValueError, match=r"is int8.* but the engine computes with float32.*pass plain weights"):
         engine.params = other.params
     stacked = {**engine.params, "layers": stack(tiny_model()[0]["layers"])}
     engine.params = stacked

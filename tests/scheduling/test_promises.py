@@ -164,7 +164,9 @@ def test_if_not_all_prompts_can_be_on_time_most_are() -> None:
 
 
 def test_a_promise_goes_with_the_policies_that_need_one_and_no_others() -> None:
-    with pytest.raises(ValueError, match="policy is 'sla' and promise is None; give a promise with 'sla', and only there"):
+    with pytest.raises(
+        ValueError, match="policy is 'sla' and promise is None; set a promise with policy 'sla', and with no other"
+    ):
         make_scheduler(Clock(), promise=None)
     with pytest.raises(ValueError, match="policy is 'splitfuse' and promise is Promise"):
         make_scheduler(Clock(), policy="splitfuse")

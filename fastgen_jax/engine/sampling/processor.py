@@ -40,8 +40,7 @@ class LogitsProcessor(Protocol):
 
 
 def check_processor(processor: LogitsProcessor, vocab_size: int) -> None:
-    """ValueError, with the shapes, unless `processor` can be traced and returns logits of the shape and dtype that it
-    was given."""
+    """ValueError, with the shapes, unless `processor` can be traced and preserves the shape and dtype of the logits."""
     given = jax.ShapeDtypeStruct((_ROWS, vocab_size), jnp.float32)
     integers, seeds = (jax.ShapeDtypeStruct((_ROWS,), dtype) for dtype in (jnp.int32, jnp.uint32))
 

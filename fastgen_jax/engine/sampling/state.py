@@ -17,7 +17,7 @@ from pallas_kernels.pytree import pytree
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float32, Int16, Int32
 
-MASKS_A_CALL = 8  # rows of token masks in one call, enough for a typical load
+MASKS_PER_CALL = 8  # rows of token masks in one call, enough for a typical load
 HISTORY_PIECE = 2048  # tokens of a history in one call: one or two calls for most prompts, 0.3 ms each on a CPU
 MAX_TIMES = 2**14 - 1  # counts stop here: 2 * MAX_TIMES + 1 is the largest int16
 
@@ -52,13 +52,13 @@ def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
 def set_masks(state: SamplerState, slots: Sequence[int], masks: Int32[np.ndarray, "n words"]) -> SamplerState:
     """The state with new token masks for n slots; donates `state`.
 
-    They apply until they are set again. One compiled program serves any n, `MASKS_A_CALL` rows per call.
+    They apply until they are set again. One compiled program serves any n, `MASKS_PER_CALL` rows per call.
     """
-    for start in range(0, len(slots), MASKS_A_CALL):
-        rows = np.full(MASKS_A_CALL, state.token_masks.shape[0], np.int32)
-        words = np.zeros((MASKS_A_CALL, state.token_masks.shape[1]), np.int32)
-        part = slots[start : start + MASKS_A_CALL]
-        rows[: len(part)], words[: len(part)] = part, masks[start : start + MASKS_A_CALL]
+    for start in range(0, len(slots), MASKS_PER_CALL):
+        rows = np.full(MASKS_PER_CALL, state.token_masks.shape[0], np.int32)
+        words = np.zeros((MASKS_PER_CALL, state.token_masks.shape[1]), np.int32)
+        part = slots[start : start + MASKS_PER_CALL]
+        rows[: len(part)], words[: len(part)] = part, masks[start : start + MASKS_PER_CALL]
         state = _write_masks(state, rows, words)
     return state
 
