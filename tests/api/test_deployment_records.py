@@ -24,7 +24,7 @@ def record(name: str = "one") -> Deployment:
 
 @pytest.fixture
 def no_state(tmp_path, monkeypatch):
-    """A file in place of the state folder, and temporary files of this test alone."""
+    """A file in place of the state folder, and a separate folder for temporary files."""
     (tmp_path / "file").write_text("")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))

@@ -20,7 +20,7 @@ TEXT = RNG.integers(3, 96, 60).tolist()
 
 
 def one_program() -> Engine:
-    """All steps have the same shape, so that what is equal is equal bit for bit."""
+    """All steps have the same shape, so that equal results are equal bit for bit."""
     return tiny_engine(token_budget=16, budget_ladder=())
 
 
@@ -79,7 +79,7 @@ OPERATIONS = st.lists(
 
 @given(operations=OPERATIONS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_series_of_forks_and_rollbacks_gives_the_logits_of_fresh_sequences(operations):
+def test_any_series_of_forks_and_rollbacks_returns_the_logits_of_fresh_sequences(operations):
     engine, texts, last = one_program(), {}, {}
     research = Research(engine)
     for number, (operation, choice, count) in enumerate(operations):
@@ -109,7 +109,7 @@ def test_any_series_of_forks_and_rollbacks_gives_the_logits_of_fresh_sequences(o
         engine.scheduler.check_integrity()
     for name, logits in last.items():
         np.testing.assert_array_equal(logits, logits_of(engine, texts[name]))
-    for name, text in texts.items():  # what a later write could have spoiled
+    for name, text in texts.items():  # what a later write could have damaged
         (logits,) = research.put([name], [[3]])
         np.testing.assert_array_equal(logits, logits_of(engine, [*text, 3]))
     leave_idle(engine, *texts)
@@ -153,8 +153,8 @@ def test_room_for_the_copy_of_a_shared_block_is_counted():
     leave_idle(engine, "a", "rest", "more")
 
 
-def test_more_sequences_than_run_at_once_can_be_put():
-    engine = one_program()  # 8 sequences at once
+def test_more_sequences_than_run_at_the_same_time_can_be_put():
+    engine = one_program()  # 8 sequences at the same time
     research = Research(engine)
     names = list(range(20))
     logits = research.put(names, [TEXT[i : i + 3] for i in names])
@@ -285,12 +285,12 @@ AFTER = {
 
 
 def interrupt_at(line: int, call: Any) -> bool:
-    """Runs `call`, with an interrupt before the given line of the books' code that it comes to; False if it ended before."""
+    """Runs `call`, with an interrupt before the given executed line of the bookkeeping; False if it ended first."""
     lines = iter(range(100_000))
 
     def trace(frame, event, argument):
         if frame.f_code.co_name in ("settle_blocks", "settle"):
-            return None  # it puts things right: one interrupt at a time
+            return None  # it repairs the state: one interrupt at a time
         if not frame.f_code.co_filename.endswith(("research.py", "manual.py", "scheduler.py", "block_pool.py")):
             return None
         if event == "line" and next(lines) == line:
@@ -342,7 +342,7 @@ def test_when_the_cache_is_lost_in_the_middle_of_put_the_sequences_are_computed_
     def losing(packed, bucket):
         memory = engine.runner.kv_cache, engine.runner.state
         run(packed, bucket)
-        engine.runner.kv_cache, engine.runner.state = memory  # the interrupt came before the new ones were kept
+        engine.runner.kv_cache, engine.runner.state = memory  # the interrupt came before the new ones were stored
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -385,13 +385,13 @@ def test_put_and_requests_do_not_affect_each_other_while_sequences_fork():
     prompt = TEXT[:20]
     engine.add(prompt, greedy(12), request_id="alone")
     alone = tokens_of(drain(engine)["alone"])
-    engine.add(prompt, greedy(12), request_id="beside")
+    engine.add(prompt, greedy(12), request_id="concurrent")
     outputs = []
     research.put(["a"], [TEXT[:6]])
     for i in range(8):
         outputs += engine.step()
         research.fork("a", i)
         research.put([i], [[i + 3]])
-    outputs += drain(engine).get("beside", [])
+    outputs += drain(engine).get("concurrent", [])
     assert tokens_of(outputs) == alone
     leave_idle(engine, "a", *range(8))

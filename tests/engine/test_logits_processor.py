@@ -22,7 +22,7 @@ def engine_with(processor) -> Engine:
 
 
 def counting_up(logits, rows):
-    """Only the token after the last one is left, or at positions that are multiples of 4 what the seed says."""
+    """Allows only the token after the last one or, at positions that are multiples of 4, one that depends on the seed."""
     wanted = jnp.where(rows.positions % 4 == 0, (rows.seeds % 96).astype(jnp.int32), (rows.last_tokens + 1) % 96)
     return jnp.where(jnp.arange(logits.shape[1])[None, :] == wanted[:, None], logits, -jnp.inf)
 
@@ -52,7 +52,7 @@ def test_a_processor_decides_what_every_way_of_sampling_sees(counting, sampling)
 
 
 def test_penalties_and_bias_follow_the_processor(counting):
-    biased = greedy(3, logit_bias={7: 100.0})  # of the one token that is left nothing can be taken away
+    biased = greedy(3, logit_bias={7: 100.0})  # a bias cannot change the choice of the only token allowed
     request_id = counting.add([10], biased)
     assert tokens_of(drain(counting)[request_id]) == [11, 12, 13]
 

@@ -15,7 +15,7 @@ USER = {"role": "user", "content": "Hi"}
 
 
 class OnADevice:
-    """An array of a library whose arrays of this kind NumPy cannot read, as PyTorch's on a GPU."""
+    """An array that NumPy cannot read, such as PyTorch's on a GPU."""
 
     def __array__(self, *args, **kwargs):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -38,7 +38,7 @@ class Tensor:
 
 
 class Shown(str):
-    """A text that is shown as another, as the members of an enum of strings are."""
+    """A text whose str() is different, as for members of a string enum."""
 
     def __str__(self):
         return f"Shown({super().__str__()})"
@@ -119,7 +119,7 @@ def test_an_invalid_prompt_is_refused_with_a_remedy(prompts, message):
         [plain_prompt(prompt) for prompt in split_prompts(prompts)]
 
 
-def test_the_engine_takes_the_same_forms_as_the_pipeline():
+def test_the_engine_accepts_the_same_forms_as_the_pipeline():
     engine = tiny_engine()
     for ids in ([5, 6], np.array([5, 6]), jnp.array([5, 6]), Tensor([5, 6]), iter((5, 6))):
         assert engine.encode(ids) == (5, 6)  # pyright: ignore[reportArgumentType] (an iterator is no Sequence)

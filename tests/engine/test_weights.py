@@ -34,7 +34,7 @@ def other_weights(model: Any, **options: Any) -> Any:
         ("multi_head_tied", {"stack_layers": True, "quantize": "int8"}),
     ],
 )
-def test_new_weights_give_the_answers_of_an_engine_started_with_them(variant, options):
+def test_new_weights_produce_the_answers_of_an_engine_started_with_them(variant, options):
     params, model = tiny_model(variant)
     engine = Engine(params, model, EngineConfig(**SMALL, **options))
     new = other_weights(model)

@@ -56,7 +56,7 @@ def test_a_pace_fits_a_line_to_the_steps() -> None:
     for tokens in (4, 64, 8, 64, 4):
         pace.observe(tokens, 0.05 + 0.002 * tokens)
     assert pace.line() == pytest.approx((0.05, 0.002))
-    # 90 % of a gap of 0.25 s, less 0.05 s, is 0.175 s: 87.5 tokens.
+    # 90% of a gap of 0.25 s, less 0.05 s, is 0.175 s: 87.5 tokens.
     assert pace.tokens_within_a_gap() == pytest.approx(87.5)
 
 
