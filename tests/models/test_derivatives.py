@@ -91,7 +91,7 @@ def dense_gradient(family: str) -> Params:
 @pytest.mark.parametrize(
     ("attention", "cut"),
     [
-        (None, 5),
+        pytest.param(None, 5, marks=pytest.mark.slow),
         pytest.param("xla", LENGTH, marks=pytest.mark.slow),
         ("reference", LENGTH),
     ],

@@ -1,9 +1,13 @@
 """A step divided over the two devices of this process against the same step on one device; prints "equal" at the end.
 
+Its argument is the model, "dense" or "experts".
+
 The number of devices is fixed when JAX starts: XLA_FLAGS=--xla_force_host_platform_device_count=2
 """
 
 from __future__ import annotations
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +78,5 @@ def check(config: ModelConfig, attention: str | None) -> None:
 
 
 assert jax.device_count() == 2
-check(TINY, "xla")
-check(EXPERTS, None)
+check(*{"dense": (TINY, "xla"), "experts": (EXPERTS, None)}[sys.argv[1]])
 print("equal")
