@@ -65,7 +65,7 @@ class EngineConfig:
     """KV blocks per layer. None: as many as fit in free memory, but no more than `max_num_seqs` full contexts need; the
     number from an earlier start is kept while it fits, so that its compiled programs can be reused."""
     prefix_caching: bool = True
-    """Let prompts with a common prefix share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
+    """Share KV blocks among prompts with a common prefix. Off for rope kind "dynamic", whose keys depend on the length."""
     policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = converted(checked_policy, default="splitfuse")
     """How steps are filled; "sla" enforces the promised rates below. In Python, also a function of a `Planner`."""
     promised_prompt_rate: float | None = None

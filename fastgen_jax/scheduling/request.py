@@ -81,23 +81,25 @@ class SamplingParams:
     stop_token_ids: Iterable[int] = converted(_stop_token_ids, default=())
     """Token ids that end the request, in addition to the model's own."""
     do_sample: bool = True
-    """Whether to sample; otherwise the most likely token is chosen, as with temperature 0."""
+    """Sample each token; otherwise the most likely one is chosen, as with temperature 0."""
     temperature: float | None = None
-    """Divides the logits: below 1, likely tokens become more likely; 0 chooses the most likely. None: 1."""
+    """Divisor of the logits: below 1, likely tokens become more likely; 0 chooses the most likely. None: 1."""
     top_k: int | None = converted(_no_limit, default=None)
-    """Sample only from the `top_k` most likely tokens. None, 0 or -1: from all."""
+    """Sample only from this many of the most likely tokens. None: from all, as with 0 or -1."""
     top_p: float | None = None
     """Sample from the fewest tokens whose probabilities add up to this, above 0 and at most 1. None: from all."""
     min_p: float | None = None
     """Sample only from tokens at least this fraction as likely as the most likely one, 0 to 1. None: from all."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that were already generated, -2 to 2."""
+    """Value subtracted from the logits of tokens that were already generated, -2 to 2."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logits of a token once for each time it was generated, -2 to 2."""
+    """Value subtracted from the logits of a token once for each time it was generated, -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or output, above 0 and at most 10."""
+    """Value that divides positive and multiplies negative logits of tokens in the prompt or output, above 0 and at most
+    10."""
     logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = converted(_logit_bias_pairs, default=())
-    """Added to the logits of tokens: a mapping from token id to bias, or pairs, stored in ascending order of token id."""
+    """Values added to the logits of tokens: a mapping from token id to bias, or pairs, stored in ascending order of
+    token id."""
     seed: int | None = None
     """Seed of the random numbers, 0 to 2**32 - 1: the same seed yields the same text. None: a new one each time."""
     n: int = 1

@@ -22,7 +22,7 @@ class ServerConfig:
     served_model_name: str | None = None
     """Name of the model in requests. None: the last part of the model's path or id."""
     host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 accepts connections from other machines; set api_key with it."""
+    """Address to listen on. 0.0.0.0 accepts connections from other machines; set `api_key` with it."""
     port: int = 8000
     """TCP port; 0 chooses a free one."""
     replicas: int = 1
