@@ -137,7 +137,7 @@ class EngineThread:
             log.exception("the engine could not recover; it accepts no more requests")
         finally:
             self.has_ended = True
-            self._take_last_commands()  # commands that arrived meanwhile must fail too
+            self._take_last_commands()  # commands that arrived in the meantime must fail too
             self._fail(self.engine.requests_of(self._box), "shutdown", "the server is shutting down")
             self._events += self._box.outputs  # of requests that ended without a step
             self._box.outputs = []

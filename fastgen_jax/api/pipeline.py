@@ -123,7 +123,7 @@ class Pipeline:
         generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows it on a terminal and in a
         notebook. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive instead. Raises
         ValueError, before anything runs, for an unknown or contradictory option or a prompt that cannot run. Raises
-        RuntimeError if a step of one of the requests failed, and ValueError if the pipeline was destroyed meanwhile.
+        RuntimeError if a step of one of the requests failed, and ValueError if the pipeline was destroyed in the meantime.
         """
         call = generation_of(self.engine.intake, params, options)
         if stream and (return_full_text or echo):

@@ -27,7 +27,7 @@ def checked_policy(policy: str | Policy) -> str | Policy:
     except (TypeError, ValueError) as error:  # ValueError: it has no signature
         raise ValueError(
             f"policy is {policy!r}, which cannot be called with a planner: {error}; "
-            "give it the signature policy(planner) -> StepPlan"
+            "use the signature policy(planner) -> StepPlan"
         ) from None
     return policy
 

@@ -385,7 +385,7 @@ class Scheduler:
     def reset_prefix_cache(self) -> None:
         """Drops every cached prefix: no later request finds one computed before this call. Running sequences continue."""
         self._pool.forget_contents()
-        for sequence in self._state.running:  # its later blocks continue earlier ones that are forgotten
+        for sequence in self._state.running:  # its later blocks continue earlier ones that are dropped
             sequence.next_block_end = sequence.max_total_tokens + 1
 
     def check_integrity(self) -> None:

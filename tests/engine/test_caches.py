@@ -260,7 +260,7 @@ def test_step_sizes_are_measured_once_and_again_on_request_or_when_the_file_is_d
 
 
 def test_remeasuring_a_given_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"remeasure with token_budget=8: .* leave one of them out"):
+    with pytest.raises(ValueError, match=r"remeasure with token_budget=8: .* omit one of them"):
         EngineConfig(token_budget=8, remeasure=True)
 
 

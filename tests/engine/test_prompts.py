@@ -88,7 +88,7 @@ def test_a_prompt_in_any_form_becomes_text_token_ids_or_messages(prompts, plain)
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (b"Hi", r"the prompt is bytes; make text of it with prompt.decode\(\)"),
+        (b"Hi", r"the prompt is bytes; convert it to text with prompt.decode\(\)"),
         ([b"Hi", b"there"], "the prompt is bytes"),
         (bytearray(b"Hi"), "the prompt is bytearray"),
         ({"Hi", "there"}, "a set, which has no order; pass a list"),
@@ -103,7 +103,7 @@ def test_a_prompt_in_any_form_becomes_text_token_ids_or_messages(prompts, plain)
         ([True, False], "the prompt is True; pass text"),
         (np.array([5.0, 6.0]), r"an array of float64; token ids are integers: .* \.astype\('int32'\)"),
         (jnp.array([True, False]), "an array of bool"),
-        ([np.array([[5, 6]])], r"an array of shape \(1, 2\); token ids of one prompt have one axis"),
+        ([np.array([[5, 6]])], r"an array of shape \(1, 2\); token ids of one prompt are one-dimensional"),
         (np.array(5), r"an array of shape \(\); .* one token id is \[id\]"),
         (np.zeros((1, 1, 1), int), r"array of shape \(1, 1, 1\)"),
         (OnADevice(), r"a OnADevice that cannot be read as a NumPy array \(can't convert cuda:0"),

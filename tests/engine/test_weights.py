@@ -104,7 +104,9 @@ def test_weights_are_not_replaced_while_there_are_requests_or_sequences():
     params, _ = tiny_model()
     engine.add(PROMPT, greedy(4), request_id="running")
     engine.step()
-    with pytest.raises(ValueError, match="the engine has 1 requests and 0 sequences of put; weights can be replaced while"):
+    with pytest.raises(
+        ValueError, match="the engine has 1 requests and 0 sequences of put; weights can be replaced only while"
+    ):
         engine.params = params
     drain(engine)
     Research(engine).put(["a"], [[5, 6]])
