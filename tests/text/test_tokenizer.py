@@ -191,15 +191,15 @@ def test_decoders_that_cannot_be_streamed_are_refused(decoder):
     [
         ({"tokenizer.ggml.model": "bert"}, "model is 'bert'; supported: 'gpt2'"),
         ({"tokenizer.ggml.pre": "kimi-k2"}, "pre is 'kimi-k2'; supported: gpt-2, smollm"),
-        ({"tokenizer.ggml.tokens": []}, "lack tokenizer.ggml.tokens"),
-        ({"tokenizer.ggml.merges": None}, "lack tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.tokens": []}, "lacks tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": None}, "lacks tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": ["no such"]}, "do not match"),
         ({"tokenizer.ggml.token_type": [1]}, "has 1 entries for"),
         ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000, outside the vocabulary"),
         ({"tokenizer.ggml.bos_token_id": None}, "add_bos_token is set, but"),
     ],
 )
-def test_incomplete_or_unknown_gguf_metadata_are_refused(change, message):
+def test_incomplete_or_unknown_gguf_metadata_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         load_gguf(gguf_metadata("llama-bpe") | change)
 
