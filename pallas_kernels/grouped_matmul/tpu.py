@@ -15,7 +15,7 @@ Source: MegaBlocks (arXiv:2211.15841).
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def grouped_matmul_tpu(
     first_group: Int[Array, ""],
     *,
     tile_rows: int | None = None,
-    interpret: Any = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "T F"]:
     """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`.
 

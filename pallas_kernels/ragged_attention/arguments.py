@@ -68,8 +68,9 @@ class Scoring:
     """float32; one more logit a head that takes probability and carries no value."""
 
 
-Attention: TypeAlias = Callable[
-    [jax.Array, jax.Array, jax.Array, Cache, Cache, RaggedIndex, CacheLayer, Scoring], tuple[jax.Array, Cache, Cache]
-]
+Results: TypeAlias = tuple[jax.Array, Cache, Cache]
+"""(out, k_cache, v_cache)"""
+
+Attention: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Cache, Cache, RaggedIndex, CacheLayer, Scoring], Results]
 """What `ragged_attention` and each of its implementations is: (q, k, v, k_cache, v_cache, index, layer, scoring) ->
 (out, k_cache, v_cache)."""

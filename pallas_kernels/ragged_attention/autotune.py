@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,8 @@ from pallas_kernels.ragged_attention import measured_tiles
 from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu import tile_sizes as gpu_tiles
-from pallas_kernels.ragged_attention.measured_tiles import Shape
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
+from pallas_kernels.ragged_attention.measured_tiles import Shape, T
 from pallas_kernels.ragged_attention.tpu import tile_sizes
 from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
 
@@ -51,19 +51,19 @@ def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
 
 def autotune(
     shape: Shape,
-    choices: Iterable[Any],
+    choices: Iterable[T],
     *,
-    measure: Callable[[Any], float],
+    measure: Callable[[T], float],
     kind: str,
     path: Path | None = None,
     report: Callable[[str], object] = print,
-) -> Any:
+) -> T:
     """Measures all choices, writes the fastest to the file (or reports why it cannot) and returns it.
 
     `measure` gives the seconds of one call with certain tiles; an exception means that these tiles do not work. Raises
     RuntimeError if none does.
     """
-    times: dict[Any, float] = {}
+    times: dict[T, float] = {}
     for tiles in choices:
         try:
             times[tiles] = measure(tiles)
@@ -110,14 +110,14 @@ def time_call(attention: Attention, shape: Shape, *, context: int, repeats: int 
     return (time.perf_counter() - start) / repeats
 
 
-def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
+def tune(shape: Shape, *, context: int, path: Path | None = None) -> Tiles | GpuTiles:
     """Tunes the kernel of this machine's TPU or GPU; ValueError if there is none."""
     backend = jax.default_backend()
     if backend == "tpu":
         from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu as attention
 
         kind = tile_sizes.device_kind() or jax.devices()[0].device_kind
-        choices: Iterable[Any] = candidates(shape, kind)
+        choices: Iterable[Tiles] | Iterable[GpuTiles] = candidates(shape, kind)
     elif backend == "gpu" and (generation := gpu_support.generation()):
         from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu as attention
 
@@ -134,7 +134,7 @@ def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
         device = jax.devices()[0].device_kind
         raise ValueError(f"tiles are measured on a TPU or a GPU of compute capability 8 or 9.0, but JAX runs on {device!r}")
 
-    def measure(tiles: Any) -> float:
+    def measure(tiles: Tiles | GpuTiles) -> float:
         return time_call(functools.partial(attention, tiles=tiles), shape, context=context)
 
     return autotune(shape, choices, measure=measure, kind=kind, path=path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.ragged_attention.arguments import Attention
+from pallas_kernels.ragged_attention.arguments import Attention, Results
 from pallas_kernels.ragged_attention.quantized import QuantizedCache
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 
@@ -19,7 +19,7 @@ def with_derivative(attention: Attention) -> Attention:
     differentiable = jax.custom_jvp(lambda *arguments: attention(*arguments))
 
     @differentiable.defjvp
-    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Results, Results]:
         if isinstance(primals[3], QuantizedCache):
             raise ValueError(
                 f"a KV cache of {primals[3].dtype} has no derivative, because numbers are rounded on their way into it; "

@@ -8,10 +8,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pallas_kernels.folders import cache_dir, replace_file
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +46,7 @@ def measured_file() -> Path:
     return Path(named) if named else cache_dir() / "tiles.json"
 
 
-def measured(shape: Shape, kind: str, tiles: Any) -> Any:
+def measured(shape: Shape, kind: str, tiles: type[T]) -> T | None:
     """The tiles measured for `shape` on a kind of device, as an instance of the dataclass `tiles`; None if there are none.
 
     A damaged entry is ignored, with a warning in the log.
@@ -78,7 +82,7 @@ def entries(path: Path) -> dict[str, Any]:
     return {}
 
 
-def save(shape: Shape, kind: str, tiles: Any, *, seconds: float, path: Path | None = None) -> None:
+def save(shape: Shape, kind: str, tiles: DataclassInstance, *, seconds: float, path: Path | None = None) -> None:
     """Adds an entry to the file: the tiles and their microseconds. Raises OSError if the file cannot be written."""
     path = path or measured_file()
     entries.cache_clear()

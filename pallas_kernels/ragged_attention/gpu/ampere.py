@@ -21,7 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu
+from jax.typing import DTypeLike
 
+from pallas_kernels.pallas_types import Layout, Ref, Scratch
 from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     DEQUANTIZED_ROWS,
     ROW,
@@ -36,7 +38,7 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
 )
 from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, copied_bytes
 
-plgpu: Any = mosaic_gpu  # the oldest jax that the house runs on lacks some of this
+plgpu: Any = mosaic_gpu  # the oldest supported JAX lacks some of its names
 MMA_ROWS, MMA_KEYS = 16, 16  # of the left operand
 QUERY_ROWS = 32  # the fewest that a copy of four warps takes, whatever D is
 
@@ -70,20 +72,20 @@ def _shares_rows(spec: Spec) -> bool:
     return spec.rows < 4 * MMA_ROWS
 
 
-def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
+def attend_tiles(refs: dict[str, Ref], spec: Spec) -> None:
     """Runs in the warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
     copied = min(spec.keys, spec.block_size)
 
-    def tiled(dtype: Any) -> tuple[Any, Any]:
+    def tiled(dtype: DTypeLike) -> tuple[Any, Any]:
         size = jnp.dtype(dtype).itemsize
         width = copied_bytes(copied, spec.head_dim, size)
         assert width is not None  # support.py refuses it
         return plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width)
 
-    def buffer(*shape: int, dtype: Any) -> Any:
+    def buffer(*shape: int, dtype: DTypeLike) -> Scratch:
         return plgpu.SMEM(shape, dtype, transforms=tiled(dtype))
 
-    scratch: dict[str, Any] = {"q_buffer": buffer(spec.rows_in, spec.head_dim, dtype=spec.dtype)}
+    scratch: dict[str, Scratch] = {"q_buffer": buffer(spec.rows_in, spec.head_dim, dtype=spec.dtype)}
     for kind in ("k", "v"):
         scratch[f"{kind}_buffer"] = buffer(spec.stages, spec.keys, spec.head_dim, dtype=spec.cache_dtype)
         if spec.quantized:
@@ -95,7 +97,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
         scratch["q_full"] = plgpu.Barrier()
         scratch["full"] = plgpu.Barrier(num_arrivals=2 * spec.copies, num_barriers=spec.stages)
 
-    def body(*allocated: Any) -> None:
+    def body(*allocated: Ref) -> None:
         block = _Block(refs | dict(zip(scratch, allocated, strict=True)), spec, columns=tiled(spec.dtype)[0].tiling[1])
         for_each_tile(refs, spec, block.compute)
 
@@ -105,12 +107,12 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
 class _Block:
     """The work of one thread block."""
 
-    def __init__(self, refs: dict[str, Any], spec: Spec, *, columns: int) -> None:
+    def __init__(self, refs: dict[str, Ref], spec: Spec, *, columns: int) -> None:
         self.refs, self.spec = refs, spec
         self.columns = columns  # of D that lie side by side in shared memory
-        self.left: Any = None
-        self.right: Any = None
-        self.result: Any = None
+        self.left: Layout = None
+        self.right: Layout = None
+        self.result: Layout = None
         if not spec.interpreted:
             layouts, warps = plgpu.Layout, min(4, spec.rows // MMA_ROWS)
             self.left, self.right, self.result = (
@@ -171,7 +173,7 @@ class _Block:
                 source = refs[f"{kind}_cache"].at[block, tile.head, pl.ds(offset, rows)]
                 self.copy(source, refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)], "full", slot)
 
-    def copy(self, source: Any, target: Any, barrier: str, slot: jax.Array | None = None) -> None:
+    def copy(self, source: Ref, target: Ref, barrier: str, slot: jax.Array | None = None) -> None:
         if self.spec.interpreted:
             full = self.refs[barrier] if slot is None else self.refs[barrier].at[slot]
             plgpu.copy_gmem_to_smem(source, target, full)
@@ -187,7 +189,7 @@ class _Block:
         following = 2 * self.spec.copies * (self.spec.stages - 1)
         lax.cond(is_followed, lambda: plgpu.wait_gmem_to_smem(following), lambda: plgpu.wait_gmem_to_smem(0))
 
-    def operand(self, kind: str, tile: Tile, i: jax.Array, slot: jax.Array) -> Any:
+    def operand(self, kind: str, tile: Tile, i: jax.Array, slot: jax.Array) -> Ref:
         """The keys or values of the tile's step i, dequantized where they have 8 bits."""
         spec, refs = self.spec, self.refs
         numbers = refs[f"{kind}_buffer"].at[slot]
@@ -211,7 +213,7 @@ class _Block:
     def as_result(self, x: jax.Array) -> jax.Array:
         return x if self.spec.interpreted else plgpu.layout_cast(x, self.result)
 
-    def product_with_keys(self, keys: Any) -> jax.Array:
+    def product_with_keys(self, keys: Ref) -> jax.Array:
         """queries @ keys.T, f32[rows, keys]."""
         spec, queries = self.spec, self.refs["q_buffer"]
         if spec.interpreted:
@@ -230,7 +232,7 @@ class _Block:
         # Two lanes meet in a bank, as when they were stored.
         return self.load(self.refs["scores"], self.left, optimized=False)
 
-    def add_product(self, acc: jax.Array, weights: jax.Array, values: Any, num_keys: jax.Array | None) -> jax.Array:
+    def add_product(self, acc: jax.Array, weights: jax.Array, values: Ref, num_keys: jax.Array | None) -> jax.Array:
         """acc + weights @ values. Values after the first `num_keys` may be NaN."""
         spec = self.spec
         if not (spec.interpreted or _shares_rows(spec)):
@@ -255,16 +257,16 @@ class _Block:
         kind = plgpu.ShapeDtypeStruct(weights.shape, dtype, layout=layout)
 
         @plgpu.inline_mgpu(arg_types=(self.result,), return_type=kind)
-        def relabel(_: Any, x: Any) -> Any:
+        def relabel(_: object, x: Any) -> mgpu.FragmentedArray:
             registers = x.registers.reshape(layout.to_mgpu().registers_shape(x.shape))
             return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
 
         return relabel(weights)
 
-    def load(self, source: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    def load(self, source: Ref, layout: Layout, *, optimized: bool = True) -> jax.Array:
         return source[...] if self.spec.interpreted else plgpu.load(source, layout=layout, optimized=optimized)
 
-    def store(self, target: Any, value: jax.Array) -> None:
+    def store(self, target: Ref, value: jax.Array) -> None:
         if self.spec.interpreted:
             target[...] = value
         else:

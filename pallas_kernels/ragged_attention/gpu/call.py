@@ -7,12 +7,14 @@ results XLA combines. Its body is that of the GPU's generation, `hopper.py` or `
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import ampere, hopper, support
 from pallas_kernels.ragged_attention.gpu.plan import combine, plan_chunks, plan_pieces
@@ -41,7 +43,7 @@ def ragged_attention_gpu(
     *,
     tiles: GpuTiles | None = None,
     generation: str | None = None,
-    interpret: Any = False,
+    interpret: object = False,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """See `pallas_kernels.ragged_attention.ragged_attention`.
 
@@ -106,7 +108,7 @@ def ragged_attention_gpu(
             interpreted=bool(interpret),
         )
 
-    def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Any:
+    def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> list[jax.Array]:
         return launch(body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
 
     spec = spec_for(partial=True, keys=tiles.single_keys, stages=tiles.single_stages)
@@ -127,7 +129,7 @@ def ragged_attention_gpu(
         # Rows of the G heads of a KV head side by side; the last tile reaches beyond T.
         rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
         rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))
-        rows = launch_tiles(work, rows, spec)  # [tiles, K, R, D]
+        (rows,) = launch_tiles(work, rows, spec)  # [tiles, K, R, D]
         first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]) * spec.rows + row[
             :, None
         ]
@@ -144,23 +146,25 @@ def _by_row(of_heads: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:
     return {name: x.reshape(-1, spec.group)[:, head] for name, x in of_heads.items()}
 
 
-def launch(body: Any, work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: Any) -> Any:
+def launch(
+    body: ModuleType, work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: object
+) -> list[jax.Array]:
     """The results of all tiles, [tiles, K, rows, D], and with `spec.partial` their log2-sum-exp, f32[tiles, K, rows]."""
     num_tiles, num_kv_heads = work.shape[0] - 1, operands["k_cache"].shape[1]
     spec = dataclasses.replace(spec, blocks=min(spec.blocks, num_tiles * num_kv_heads))
     names = ["work", *operands, "out"]
     shape = (num_tiles, num_kv_heads, spec.rows_out)
-    out: Any = jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.float32 if spec.partial else spec.dtype)
+    results = [jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.float32 if spec.partial else spec.dtype)]
     if spec.partial:
         names.append("lse")
-        out = (out, jax.ShapeDtypeStruct(shape, jnp.float32))
+        results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: Ref) -> None:
         body.attend_tiles(dict(zip(names, refs, strict=True)), spec)
 
     return plgpu.kernel(
         kernel,
-        out_type=out,
+        out_type=results,
         grid=(spec.blocks,),
         grid_names=("block",),
         num_threads=body.num_threads(spec),

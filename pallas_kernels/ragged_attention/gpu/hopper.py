@@ -9,14 +9,13 @@ them that is never drained at the border from one tile to the next:
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.pallas_types import Ref, Scratch
 from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     DEQUANTIZED_ROWS,
     GRANULE,
@@ -56,7 +55,7 @@ def _warpgroups(spec: Spec) -> int:
 STAGED = 2  # steps of 8 bits that wait to be dequantized
 
 
-def _tiled(spec: Spec, itemsize: int) -> tuple[Any, Any]:
+def _tiled(spec: Spec, itemsize: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The layout in shared memory of rows [D]: the widest pattern of bytes that divides one."""
     swizzle = next(width for width in (128, 64, 32) if (itemsize * spec.head_dim) % width == 0)
     return plgpu.TilingTransform((GRANULE, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
@@ -69,13 +68,13 @@ def shared_bytes(spec: Spec) -> int:
     return 2 * spec.head_dim * (spec.rows + 2 * spec.stages * spec.keys) + results + staged
 
 
-def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
+def attend_tiles(refs: dict[str, Ref], spec: Spec) -> None:
     """Runs in every warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
     tiled, warpgroups = _tiled(spec, 2), _warpgroups(spec)
     q_shape = (warpgroups, WARPGROUP_ROWS, spec.head_dim)
     ring = (spec.stages, spec.keys, spec.head_dim)
     arrivals = 1 if spec.quantized else spec.copies  # of who dequantizes, or of the copies
-    scratch: dict[str, Any] = {
+    scratch: dict[str, Scratch] = {
         "q_buffer": plgpu.SMEM(q_shape, spec.dtype, transforms=tiled),
         "k_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
         "v_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
@@ -98,7 +97,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
             "lse_buffer": plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32),
         }
 
-    def body(*allocated: Any) -> None:
+    def body(*allocated: Ref) -> None:
         _Block(refs | dict(zip(scratch, allocated, strict=True)), spec).run()
 
     pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
@@ -107,7 +106,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
 class _Block:
     """The work of one thread block."""
 
-    def __init__(self, refs: dict[str, Any], spec: Spec) -> None:
+    def __init__(self, refs: dict[str, Ref], spec: Spec) -> None:
         self.refs, self.spec = refs, spec
         self.warpgroup, self.warpgroups = lax.axis_index("warpgroup"), _warpgroups(spec)
 
@@ -158,7 +157,7 @@ class _Block:
 
         lax.fori_loop(jnp.maximum(num_steps - self.spec.stages, 0), num_steps, step, None)
 
-    def fetch(self, tile: Tile, n: jax.Array, kind: str, blocks: list[tuple[jax.Array, Any]]) -> None:
+    def fetch(self, tile: Tile, n: jax.Array, kind: str, blocks: list[tuple[jax.Array, jax.Array | int]]) -> None:
         slot = lax.rem(n, jnp.int32(self.spec.stages))
         rows = min(self.spec.keys, self.spec.block_size)
         for j, (block, offset) in enumerate(blocks):
@@ -168,7 +167,7 @@ class _Block:
                 self.refs[f"{kind}_full"].at[slot],
             )
 
-    def stage(self, tile: Tile, n: jax.Array, blocks: list[tuple[jax.Array, Any]]) -> None:
+    def stage(self, tile: Tile, n: jax.Array, blocks: list[tuple[jax.Array, jax.Array | int]]) -> None:
         """Sends for step n in 8 bits, to where step n - 2 was dequantized."""
         refs, slot = self.refs, lax.rem(n, jnp.int32(STAGED))
         rows = min(self.spec.keys, self.spec.block_size)
@@ -237,7 +236,7 @@ class _Block:
         steps_before: jax.Array,
         state: tuple[jax.Array, ...],
         *,
-        q_buffer: Any,
+        q_buffer: Ref,
         masked: bool,
     ) -> tuple[jax.Array, ...]:
         spec, refs = self.spec, self.refs
@@ -299,7 +298,7 @@ class _Block:
 
     # What the interpreter knows by another name, or not at all.
 
-    def product_with_keys(self, queries: Any, keys: Any) -> jax.Array:
+    def product_with_keys(self, queries: Ref, keys: Ref) -> jax.Array:
         """queries @ keys.T; our turn ends when the tensor cores have all of it."""
         if self.spec.interpreted:  # it cannot transpose an operand
             self.take_turn()
@@ -307,19 +306,19 @@ class _Block:
             plgpu.commit_smem()  # a WGMMA reads as copies do; to plain reads the race detector wants a fence
             return scores
 
-        def multiply(scores: Any) -> jax.Array:
+        def multiply(scores: Ref) -> jax.Array:
             plgpu.wgmma(scores, queries, plgpu.transpose_ref(keys, (1, 0)))
             self.take_turn()
             return scores[...]
 
         return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((queries.shape[0], keys.shape[0]), jnp.float32))
 
-    def add_product(self, acc: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
+    def add_product(self, acc: jax.Array, weights: jax.Array, values: Ref) -> jax.Array:
         """acc + weights @ values, the weights from registers."""
         if self.spec.interpreted:  # it has neither accumulators that start with a value nor operands in registers
             acc = acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()
             return acc
-        accumulator: Any = plgpu.WGMMAAccumulatorRef.init(acc)
-        result: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(accumulator)
+        accumulator: Ref = plgpu.WGMMAAccumulatorRef.init(acc)
+        result: jax.Array = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(accumulator)
         return result

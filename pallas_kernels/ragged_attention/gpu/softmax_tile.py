@@ -13,13 +13,17 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from pallas_kernels.pallas_types import Layout, Ref
 
 GRANULE = 8  # rows: where TMA reads a matrix that is tiled in shared memory, it begins at a multiple of this
 LOG2E = math.log2(math.e)
@@ -29,6 +33,8 @@ NO_KEY = -1e30
 # Columns of the work list, i32[tiles + 1, NUM_COLUMNS]; the last row holds the number of tiles that have work.
 SEQUENCE, ROW, POSITION, FIRST, END, WINDOW, FIRST_BLOCK, HAS_SINK = range(8)
 NUM_COLUMNS = 8
+
+State = TypeVar("State")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,8 @@ class Spec:
     soft_cap: float | None
     has_window: bool
     partial: bool  # float32 results and their log-sum-exp
-    dtype: Any  # of q and the operands of products
-    cache_dtype: Any  # the same, or 8 bits: the kernel rounds number times scale to `dtype` before it multiplies
+    dtype: np.dtype  # of q and the operands of products
+    cache_dtype: np.dtype  # the same, or 8 bits: the kernel rounds number times scale to `dtype` before it multiplies
     interpreted: bool  # runs in Pallas' interpreter, which lacks some constructs
 
     @property
@@ -70,7 +76,7 @@ class Spec:
 class Tile:
     """A tile and a head: its entry in the work list."""
 
-    def __init__(self, refs: dict[str, Any], spec: Spec, ordinal: jax.Array) -> None:
+    def __init__(self, refs: dict[str, Ref], spec: Spec, ordinal: jax.Array) -> None:
         num_kv_heads = refs["k_cache"].shape[1]
         # The heads of a tile, whose keys are adjacent, are processed at the same time.
         self.index = lax.div(ordinal, jnp.int32(num_kv_heads))
@@ -82,7 +88,7 @@ class Tile:
         self.skipped = jnp.int32(0) if spec.partial else lax.rem(self.columns[ROW], jnp.int32(GRANULE))
 
 
-def for_each_tile(refs: dict[str, Any], spec: Spec, work: Callable[[Tile, jax.Array], None]) -> jax.Array:
+def for_each_tile(refs: dict[str, Ref], spec: Spec, work: Callable[[Tile, jax.Array], None]) -> jax.Array:
     """Calls `work` with every tile of this thread block and the number of steps before it; returns that of all.
 
     A block has every `blocks`-th pair of a tile and a head.
@@ -100,7 +106,7 @@ def for_each_tile(refs: dict[str, Any], spec: Spec, work: Callable[[Tile, jax.Ar
     return lax.fori_loop(0, mine, tile, jnp.int32(0))
 
 
-def over_steps(tile: Tile, spec: Spec, step: Callable[[jax.Array, Any, bool], Any], state: Any) -> Any:
+def over_steps(tile: Tile, spec: Spec, step: Callable[[jax.Array, State, bool], State], state: State) -> State:
     """Carries `state` through `step(i, state, masked)`; only the steps at the borders compare positions.
 
     | window | seen by all rows ... | diagonal |
@@ -119,7 +125,7 @@ def over_steps(tile: Tile, spec: Spec, step: Callable[[jax.Array, Any, bool], An
     return state
 
 
-def blocks_of(tile: Tile, i: jax.Array, refs: dict[str, Any], spec: Spec) -> list[tuple[jax.Array, Any]]:
+def blocks_of(tile: Tile, i: jax.Array, refs: dict[str, Ref], spec: Spec) -> list[tuple[jax.Array, jax.Array | int]]:
     """The blocks of the pool, and the first key in them, that hold the keys of the tile's step i."""
     sequence, base = tile.columns[SEQUENCE], tile.columns[FIRST_BLOCK]
     key = tile.first + i * spec.keys
@@ -135,7 +141,9 @@ def blocks_of(tile: Tile, i: jax.Array, refs: dict[str, Any], spec: Spec) -> lis
 class Rows:
     """Some rows of a tile: which keys they see, and the online softmax over them. Scores are in units of log2."""
 
-    def __init__(self, tile: Tile, refs: dict[str, Any], spec: Spec, *, first: Any, count: int, layout: Any) -> None:
+    def __init__(
+        self, tile: Tile, refs: dict[str, Ref], spec: Spec, *, first: jax.Array | int, count: int, layout: Layout
+    ) -> None:
         """`count` rows from row `first` of the tile on; `layout` is that of the scores in registers."""
         self.tile, self.spec, self.count, self._layout = tile, spec, count, layout
         heads = pl.ds(GRANULE - tile.skipped + first, count)
@@ -200,13 +208,13 @@ class Rows:
             return x
         return plgpu.layout_cast(x, self._layout if x.ndim == 2 else self._layout.reduce(1))
 
-    def _row_vector(self, ref: Any) -> jax.Array:
+    def _row_vector(self, ref: Ref) -> jax.Array:
         if self.spec.interpreted:
             return ref[...]
         return _load(ref, self._layout.reduce(1))  # from global memory, a few bytes a thread, once a tile
 
 
-def _load(ref: Any, layout: Any) -> jax.Array:
+def _load(ref: Ref, layout: Layout) -> jax.Array:
     index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # newer versions of JAX take none
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
@@ -214,7 +222,7 @@ def _load(ref: Any, layout: Any) -> jax.Array:
 DEQUANTIZED_ROWS = 64  # at a time
 
 
-def dequantize(values: Any, scales: Any, target: Any, spec: Spec, *, by_way_of: Any) -> None:
+def dequantize(values: Ref, scales: Ref, target: Ref, spec: Spec, *, by_way_of: DTypeLike) -> None:
     """Writes numbers of 8 bits [64, D] times their rows' scales f32[64] to shared memory, in `spec.dtype`.
 
     `by_way_of` is a dtype that has all these numbers and that the hardware converts them to.

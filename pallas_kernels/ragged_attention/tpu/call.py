@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.pallas_types import Ref, Scratch
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tpu import tile_sizes
@@ -35,7 +36,7 @@ def ragged_attention_tpu(
     scoring: Scoring,
     *,
     tiles: Tiles | None = None,
-    interpret: Any = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """See `pallas_kernels.ragged_attention.ragged_attention`.
 
@@ -59,7 +60,7 @@ def ragged_attention_tpu(
             dtype=k_cache.dtype.name,
         )
     )
-    write: Any = write_kv_tpu
+    write: Any = write_kv_tpu  # the types do not say that both caches are of one form
     product_dtype = k_cache.dtype
     if isinstance(k_cache, QuantizedCache):
         # 8 bits are whole in bfloat16, which the MXU multiplies.
@@ -168,7 +169,7 @@ def _attend(
     sinks: jax.Array | None,
     spec: Spec,
     tiles: Tiles,
-    interpret: Any,
+    interpret: bool | pltpu.InterpretParams,
 ) -> jax.Array:
     _, num_heads, head_dim = q.shape
     rows = max(spec.queries, spec.sequences) if spec.has_chunks else spec.sequences
@@ -182,7 +183,7 @@ def _attend(
         caches = {"k_cache": k_cache.values, "v_cache": v_cache.values}
         caches |= {"k_scales": k_cache.scales, "v_scales": v_cache.scales}
         scale_buffers = dict.fromkeys(("k_scale_buffer", "v_scale_buffer"), pltpu.VMEM(buffer.shape[:-1], f32))
-    scratch: dict[str, Any] = {
+    scratch: dict[str, Scratch] = {
         "table_buffer": pltpu.SMEM((2, spec.sequences, *tables.shape[1:]), jnp.int32),
         "q_buffer": pltpu.VMEM((rows, num_heads, head_dim), q.dtype),
         "k_buffer": buffer,
@@ -222,7 +223,7 @@ def _attend(
         )
     )
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: Ref) -> None:
         attend_tiles(Refs(**(none | dict(zip([*names, *scratch], refs, strict=True)))), spec)
 
     hbm = pl.BlockSpec(memory_space=pl.ANY)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.pallas_types import Ref
 
 TABLE_BITS = 7
 TABLE_PIECE = 1 << TABLE_BITS  # block ids that one copy brings into SMEM
@@ -38,7 +41,7 @@ class Spec:
     scale: float
     soft_cap: float | None
     precision: lax.Precision
-    product_dtype: Any  # of the operands of matrix products
+    product_dtype: np.dtype  # of the operands of matrix products
     zero_values: bool  # whether values outside every context can be NaN
 
     @property
@@ -70,39 +73,39 @@ class Spec:
 class Refs:
     """Everything the kernel reads and writes; shapes in brackets."""
 
-    scalars: Any  # SMEM i32[4]
-    sequence: Any  # SMEM i32[tiles * J], these four describe the members of each tile; a chunk tile repeats its one
-    token: Any  # row of q of the first query
-    position: Any  # of the first query in its sequence
-    count: Any  # queries; 0 for a member without work
-    q: Any  # HBM [T, H, D]
-    k_cache: Any  # HBM [L*N, K, B, D]
-    v_cache: Any
-    k_scales: Any  # HBM f32[L*N, K, B] or None: of an 8-bit cache
-    v_scales: Any
-    tables: Any  # HBM i32[S, W, 1, TABLE_PIECE]
-    slopes: Any  # VMEM f32[K, Gp, LANES] or None
-    sinks: Any  # VMEM f32[K, Gp, LANES] or None
-    out: Any  # HBM [T, H, D]
-    table_buffer: Any  # SMEM i32[2, J, W, 1, TABLE_PIECE]
-    q_buffer: Any  # VMEM [max(Q, J), H, D]
-    k_buffer: Any  # VMEM [2, C, K, B, D]
-    v_buffer: Any
-    k_scale_buffer: Any  # VMEM f32[2, C, K, B] or None
-    v_scale_buffer: Any
-    out_buffer: Any  # VMEM [max(Q, J), H, D]
-    q_single: Any  # VMEM f32[J * K, Gp, D]
-    top_single: Any  # VMEM f32[J * K, Gp, LANES], the largest score so far
-    total_single: Any  # VMEM f32[J * K, Gp, LANES], sums of weights, one a lane
-    acc_single: Any  # VMEM f32[J * K, Gp, D]
-    q_chunk: Any  # VMEM [H, Q, D]; these four are None where no chunk fits
-    top_chunk: Any  # VMEM f32[H, Q, LANES]
-    total_chunk: Any
-    acc_chunk: Any  # VMEM f32[H, Q, D]
-    table_sem: Any  # DMA semaphores [2]
-    kv_sem: Any  # [2]
-    q_sem: Any  # [1]
-    out_sem: Any  # [1]
+    scalars: Ref  # SMEM i32[4]
+    sequence: Ref  # SMEM i32[tiles * J], these four describe the members of each tile; a chunk tile repeats its one
+    token: Ref  # row of q of the first query
+    position: Ref  # of the first query in its sequence
+    count: Ref  # queries; 0 for a member without work
+    q: Ref  # HBM [T, H, D]
+    k_cache: Ref  # HBM [L*N, K, B, D]
+    v_cache: Ref
+    k_scales: Ref  # HBM f32[L*N, K, B] or None: of an 8-bit cache
+    v_scales: Ref
+    tables: Ref  # HBM i32[S, W, 1, TABLE_PIECE]
+    slopes: Ref  # VMEM f32[K, Gp, LANES] or None
+    sinks: Ref  # VMEM f32[K, Gp, LANES] or None
+    out: Ref  # HBM [T, H, D]
+    table_buffer: Ref  # SMEM i32[2, J, W, 1, TABLE_PIECE]
+    q_buffer: Ref  # VMEM [max(Q, J), H, D]
+    k_buffer: Ref  # VMEM [2, C, K, B, D]
+    v_buffer: Ref
+    k_scale_buffer: Ref  # VMEM f32[2, C, K, B] or None
+    v_scale_buffer: Ref
+    out_buffer: Ref  # VMEM [max(Q, J), H, D]
+    q_single: Ref  # VMEM f32[J * K, Gp, D]
+    top_single: Ref  # VMEM f32[J * K, Gp, LANES], the largest score so far
+    total_single: Ref  # VMEM f32[J * K, Gp, LANES], sums of weights, one a lane
+    acc_single: Ref  # VMEM f32[J * K, Gp, D]
+    q_chunk: Ref  # VMEM [H, Q, D]; these four are None where no chunk fits
+    top_chunk: Ref  # VMEM f32[H, Q, LANES]
+    total_chunk: Ref
+    acc_chunk: Ref  # VMEM f32[H, Q, D]
+    table_sem: Ref  # DMA semaphores [2]
+    kv_sem: Ref  # [2]
+    q_sem: Ref  # [1]
+    out_sem: Ref  # [1]
 
 
 def _cdiv(n: jax.Array, bits: int) -> jax.Array:
@@ -193,7 +196,7 @@ class Copies:
             if do == "wait":
                 block = functools.partial(self._wait_for_blocks, buffer=buffer, count=1)
 
-            def all_blocks(*, j: int = j, start: jax.Array = start, block: Any = block) -> None:
+            def all_blocks(*, j: int = j, start: jax.Array = start, block: Callable[[jax.Array], None] = block) -> None:
                 if do == "wait":
                     self._wait_for_blocks(0, buffer=buffer, count=spec.share)
                     return
@@ -210,14 +213,16 @@ class Copies:
             stop = jnp.where(complete, begin, stop)
             lax.fori_loop(begin, stop, lambda b, _, block=block: block(b), None)
 
-    def _start_block(self, b: jax.Array, *, tables: Any, buffer: jax.Array | int, offset: jax.Array) -> None:
+    def _start_block(
+        self, b: jax.Array, *, tables: tuple[jax.Array | int, jax.Array | int], buffer: jax.Array | int, offset: jax.Array
+    ) -> None:
         """Starts the copies of K and V of block b of a sequence to place b + offset of the buffer."""
         refs = self.refs
         block = refs.scalars[FIRST_BLOCK] + refs.table_buffer[*tables, b >> TABLE_BITS, 0, b & (TABLE_PIECE - 1)]
         for cache, keys in self.caches:
             pltpu.make_async_copy(cache.at[block], keys.at[buffer, b + offset], refs.kv_sem.at[buffer]).start()
 
-    def _wait_for_blocks(self, _block: Any, *, buffer: jax.Array | int, count: int) -> None:
+    def _wait_for_blocks(self, _block: object, *, buffer: jax.Array | int, count: int) -> None:
         """Waits for any `count` blocks of K and of V: a wait counts bytes, whatever they come from."""
         for _, keys in self.caches:
             some = keys.at[buffer, pl.ds(0, count)]
@@ -245,7 +250,9 @@ class Copies:
             ),
         )
 
-    def _copy_rows(self, i: jax.Array, do: str, ends: Any) -> None:
+    def _copy_rows(
+        self, i: jax.Array, do: str, ends: Callable[[jax.Array, jax.Array | int, int], tuple[Ref, Ref, Ref]]
+    ) -> None:
         """Copies exactly the rows of the tile's queries: `ends(token, row, n)` are source, target and semaphore."""
         refs, spec = self.refs, self.spec
 

@@ -16,14 +16,14 @@ computed the next one is on its way, also across the border to the next tile:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.tpu.copies import NUM_SINGLE_TILES, NUM_TILES, WINDOW, Copies, Refs, Spec
 from pallas_kernels.ragged_attention.tpu.support import LANES
 
@@ -123,7 +123,11 @@ class _Kernel:
 
                 @pl.when((block >= start) & (block < start + blocks) & (offset > 0))
                 def _(
-                    j: int = j, start: jax.Array = start, block: Any = block, offset: Any = offset, kind: str = kind
+                    j: int = j,
+                    start: jax.Array = start,
+                    block: jax.Array | int = block,
+                    offset: jax.Array | int = offset,
+                    kind: str = kind,
                 ) -> None:
                     at = (buffer, j * spec.share + block - start)
                     for ref in ([values] if spec.zero_values else []) + ([] if scales is None else [scales]):
@@ -191,7 +195,7 @@ class _Kernel:
         if spec.has_window:
             all_seen &= first_key > position + q - 1 - refs.scalars[WINDOW]
 
-        def attend_head(h: jax.Array, first: Any, count: int, masked: bool) -> None:
+        def attend_head(h: jax.Array, first: jax.Array | int, count: int, masked: bool) -> None:
             """Of `count` blocks from number `first` of the piece on."""
             heads = pl.ds(h * g, g)
             blocks = pl.ds(first, count)
@@ -241,7 +245,9 @@ class _Kernel:
         """[C, B, D] -> [C*B, D]: blocks are stored head by head, so this moves nothing."""
         return blocks.reshape(-1, self.spec.head_dim).astype(self.spec.product_dtype)
 
-    def scales(self, ref: Any, buffer: jax.Array, first: Any, count: int, h: int | jax.Array) -> jax.Array | None:
+    def scales(
+        self, ref: Ref, buffer: jax.Array, first: jax.Array | int, count: int, h: int | jax.Array
+    ) -> jax.Array | None:
         """[1, C*B], the scales of a head's keys in some blocks, in the order of `keys`; None if there are none."""
         if ref is None:
             return None
@@ -254,7 +260,7 @@ class _Kernel:
         values: jax.Array,
         key_scales: jax.Array | None,
         value_scales: jax.Array | None,
-        state: Any,
+        state: Sequence[jax.Array],
         *,
         query_position: jax.Array,
         first_key: jax.Array,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
@@ -45,6 +44,6 @@ def may_be_lowered() -> bool:
     return getattr(device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
 
 
-def granule_rows(dtype: Any) -> int:
+def granule_rows(dtype: DTypeLike) -> int:
     """Rows of one tile of memory: a block holds a whole number of them."""
     return 32 // jnp.dtype(dtype).itemsize

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
 
@@ -39,7 +40,7 @@ def write_kv_tpu(
     *,
     kv_slots: Int[Array, " T"],
     layer: CacheLayer,
-    interpret: Any = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "pool K B D"], Float[Array, "pool K B D"]]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
 
@@ -108,10 +109,10 @@ def split_into_granules(
 class _Stream:
     """K or V: everything that belongs to one of the two caches."""
 
-    new: Any  # HBM [rows + T + rows, K, D]
-    cache: Any  # HBM [L*N, K, B, D]
-    new_buffer: Any  # VMEM [RING, rows, K, D]
-    buffer: Any  # VMEM [RING, K, rows, D]
+    new: Ref  # HBM [rows + T + rows, K, D]
+    cache: Ref  # HBM [L*N, K, B, D]
+    new_buffer: Ref  # VMEM [RING, rows, K, D]
+    buffer: Ref  # VMEM [RING, K, rows, D]
 
 
 def _write(
@@ -140,7 +141,7 @@ def _write(
     num_granules = scalars[NUM_GRANULES]
     block_bits = block_size.bit_length() - 1  # sizes are powers of two: a shift is one scalar operation, a division ten
 
-    def granule(stream: _Stream, i: jax.Array) -> Any:
+    def granule(stream: _Stream, i: jax.Array) -> Ref:
         block = scalars[FIRST_BLOCK] + (slot[i] >> block_bits)
         first_row = pl.multiple_of(slot[i] & (block_size - 1) & -rows, rows)
         return stream.cache.at[block, :, pl.ds(first_row, rows)]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, scaled
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
@@ -41,7 +43,7 @@ def write_kv_quantized_tpu(
     *,
     kv_slots: Int[Array, " T"],
     layer: CacheLayer,
-    interpret: Any = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[QuantizedCache, QuantizedCache]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
 
@@ -91,12 +93,12 @@ def write_kv_quantized_tpu(
 class _Stream:
     """K or V: everything that belongs to one of the two caches."""
 
-    new: Any  # HBM [B + T + B, K, D]
-    values: Any  # HBM [L*N, K, B, D]
-    scales: Any  # HBM f32[L*N, K, B]
-    new_buffer: Any  # VMEM [ring, B, K, D]
-    value_buffer: Any  # VMEM [ring, K, B, D]
-    scale_buffer: Any  # VMEM f32[ring, K, B]
+    new: Ref  # HBM [B + T + B, K, D]
+    values: Ref  # HBM [L*N, K, B, D]
+    scales: Ref  # HBM f32[L*N, K, B]
+    new_buffer: Ref  # VMEM [ring, B, K, D]
+    value_buffer: Ref  # VMEM [ring, K, B, D]
+    scale_buffer: Ref  # VMEM f32[ring, K, B]
 
 
 def _write(
@@ -141,12 +143,12 @@ def _write(
     def offset(i: jax.Array) -> jax.Array:
         return slot[i] & (block_size - 1)
 
-    def for_units(i: jax.Array, do: Any) -> None:
+    def for_units(i: jax.Array, do: Callable[[jax.Array], None]) -> None:
         """Calls `do` with the first row of each unit that holds a new token."""
         end = (offset(i) + count[i] + UNIT - 1) >> UNIT_BITS
         lax.fori_loop(offset(i) >> UNIT_BITS, end, lambda u, _: do(pl.multiple_of(u * UNIT, UNIT)), None)
 
-    def copy(source: Any, target: Any, semaphore: Any, do: str) -> None:
+    def copy(source: Ref, target: Ref, semaphore: Ref, do: str) -> None:
         getattr(pltpu.make_async_copy(source, target, semaphore), do)()
 
     def read(i: jax.Array, do: str) -> None:
@@ -164,7 +166,7 @@ def _write(
             for_units(i, new)
 
             @pl.when(count[i] < block_size)
-            def _(stream: _Stream = stream, old: Any = old) -> None:
+            def _(stream: _Stream = stream, old: Callable[[jax.Array], None] = old) -> None:
                 for_units(i, old)
                 copy(stream.scales.at[block(i)], stream.scale_buffer.at[b], read_sem.at[b], do)
 
