@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "stepped_ntk"]
 LENGTH_DEPENDENT = ("dynamic", "longrope", "stepped_ntk")  # rotary scalings whose angles depend on the whole sequence
 
@@ -105,7 +106,7 @@ class ModelConfig:
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
 
     # MLP
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     mlp_gated: bool = True  # act(x @ gate) * (x @ up), else act(x @ up)
     mlp_bias: bool = False
     moe: MoEConfig | None = None  # mixture of experts instead of the MLP, in some or all layers

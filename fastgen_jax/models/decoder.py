@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,9 @@ def run_layers(
     having = layers_with(config)
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
 
-        def body(carry: tuple[jax.Array, KVCache], xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        def body(
+            carry: tuple[jax.Array, KVCache], xs: tuple[LayerWeights, jax.Array]
+        ) -> tuple[tuple[jax.Array, KVCache], None]:
             weights, index = xs
             return layer(*carry, weights, LayerCall(index=index)), None
 
@@ -127,7 +129,7 @@ def run_layers(
 
         def some(
             carry: tuple[jax.Array, KVCache], i: jax.Array, start=start, first_row=first_row, expert_row=expert_row
-        ) -> tuple[Any, None]:
+        ) -> tuple[tuple[jax.Array, KVCache], None]:
             # The same as slicing the xs of a scan, but the stacks also hold the layers of other runs.
             weights = {
                 name: jax.tree.map(
@@ -154,7 +156,7 @@ def _runs(having: dict[str, tuple[int, ...]], num_layers: int) -> list[tuple[int
     return list(zip(starts, [*starts[1:], num_layers], strict=True))
 
 
-def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: Any) -> jax.Array:
+def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: DTypeLike | None) -> jax.Array:
     x = jnp.take(params["embed"], batch.token_ids, axis=0)  # [T, E]
     if dtype is not None:
         x = x.astype(dtype)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 DType = str | type | np.dtype
 """A dtype: "bfloat16", jnp.bfloat16 or a NumPy dtype. Like `jax.typing.DTypeLike`, but without importing JAX."""
 
-Params = dict[str, Any]
+Leaf: TypeAlias = Any
+"""A weight: an array on the host or a device, its shape, or the pytree that it was prepared as (see `LayerWeights`)."""
+
+Params = dict[str, Leaf]
 """`{"embed": [V, E], "layers": ..., "final_norm": [E], "lm_head": [E, V], ...}`, as `param_specs` declares them.
 
 `layers` is either one dict of arrays, each stacked over the layers that have it (the form that `lax.scan` walks), or a
 tuple of L dicts (the form whose layers are separate buffers; see `models.decoder.run_layers`).
 """
 
-LayerWeights = Mapping[str, Any]
+LayerWeights = Mapping[str, Leaf]
 """The weights of one layer by name: arrays, or what `matmul`, `grouped_matmul` and `mla` prepare from them."""
 
 
