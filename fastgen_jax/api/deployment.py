@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fastgen_jax import paths
 from fastgen_jax.flags import flag_arguments
@@ -155,7 +156,7 @@ def process_start(pid: int) -> str | None:
     return None if state == "Z" else rest[18]
 
 
-def start_server(model: str, *, deployment_name: str, options: Mapping[str, object], timeout: float) -> Deployment:
+def start_server(model: str, *, deployment_name: str, options: Mapping[str, Any], timeout: float) -> Deployment:
     """Starts `fastgen serve` in a process that outlives this one; returns when it is ready.
 
     Raises ValueError with the end of its log if it ends, or is not ready after `timeout` seconds.

@@ -54,15 +54,15 @@ def dense_forward(params: Params, token_ids: Int[Array, "S P"], *, config: Model
 
 
 def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: Cache,
     v_cache: Cache,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
-) -> tuple[jax.Array, Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """`ragged_attention` for sequences that start in this batch and have the same length; the caches are not changed."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, num_sequences = k.shape[1], index.context_lens.shape[0]

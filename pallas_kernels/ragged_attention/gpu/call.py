@@ -7,6 +7,7 @@ results XLA combines. Its body is that of the GPU's generation, `hopper.py` or `
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,7 @@ def ragged_attention_gpu(
             interpreted=bool(interpret),
         )
 
-    def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> list[jax.Array]:
+    def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Sequence[jax.Array]:
         return launch(body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
 
     spec = spec_for(partial=True, keys=tiles.single_keys, stages=tiles.single_stages)
@@ -148,7 +149,7 @@ def _by_row(of_heads: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:
 
 def launch(
     body: ModuleType, work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: object
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """The results of all tiles, [tiles, K, rows, D], and with `spec.partial` their log2-sum-exp, f32[tiles, K, rows]."""
     num_tiles, num_kv_heads = work.shape[0] - 1, operands["k_cache"].shape[1]
     spec = dataclasses.replace(spec, blocks=min(spec.blocks, num_tiles * num_kv_heads))
