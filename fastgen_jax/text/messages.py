@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
-from fastgen_jax.json_types import JsonFields
+from fastgen_jax.json_types import JsonFields, JsonObject
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # around a call in the format of Hermes, Qwen, SmolLM and many others
 
 _TESTS_FOR_NONE = re.compile(r"\bcontent\b[\"'\]\s]*(?:is\s+(?:not\s+)?|[!=]=\s*)[nN]one\b")
 _NAMES_TOOL_ROLE = re.compile(r"[\"']tool[\"']")
 
-Message = dict[str, Any]  # checked, and adapted to a template
+Message = JsonObject  # checked, and adapted to a template
 
 
 def short(value: object) -> str:
