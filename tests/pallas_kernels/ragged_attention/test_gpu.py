@@ -204,7 +204,7 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
         ({"head_dim": 512}, "up to 256 but D is 512"),
         ({"block_size": 24}, "power of two of at least 8, but it is 24"),
         ({"block_size": 4}, "power of two of at least 8, but it is 4"),
-        ({"group": 121}, "up to 120 query heads a KV head where D is 16 but there are 121"),
+        ({"group": 121}, "up to 120 query heads per KV head where D is 16 but there are 121"),
     ],
 )
 def test_what_the_gpu_kernel_does_not_support_is_refused(changes: dict, message: str) -> None:
@@ -232,8 +232,8 @@ def test_ampere_refuses_blocks_that_four_warps_cannot_copy(head_dim: int, block_
         ("hopper", "int8", 80, 64, 4, "multiples of 32 numbers up to 128 but D is 80"),
         ("ampere", "int8", 256, 64, 4, "multiples of 32 numbers up to 128 but D is 256"),
         ("hopper", "int8", 128, 32, 4, "blocks of at least 64 tokens but they have 32"),
-        ("hopper", "int8", 128, 64, 71, "up to 64 query heads a KV head with an 8-bit cache but there are 71"),
-        ("ampere", "int8", 128, 64, 71, "up to 48 query heads a KV head with an 8-bit cache but there are 71"),
+        ("hopper", "int8", 128, 64, 71, "up to 64 query heads per KV head with an 8-bit cache but there are 71"),
+        ("ampere", "int8", 128, 64, 71, "up to 48 query heads per KV head with an 8-bit cache but there are 71"),
         ("ampere", "float8_e4m3fn", 128, 64, 4, "supports int8 caches but not float8_e4m3fn; store int8"),
     ],
 )
@@ -250,7 +250,7 @@ def test_more_results_than_fit_are_refused(generation: str, most: int) -> None:
     cache = jax.ShapeDtypeStruct((4, 1, 32, 256), jnp.bfloat16)
     assert gpu_support.unsupported(cache, most, generation, interpreted=True) is None
     reason = gpu_support.unsupported(cache, most + 1, generation, interpreted=True)
-    assert reason == f"supports up to {most} query heads a KV head where D is 256 but there are {most + 1}"
+    assert reason == f"supports up to {most} query heads per KV head where D is 256 but there are {most + 1}"
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
