@@ -265,9 +265,7 @@ class Copies:
         def _() -> None:
             e = self.member(i, 0)
             size = spec.queries
-            while (
-                size
-            ):  # copies have static sizes: rows are copied in powers of two, the binary digits of their count
+            while size:  # copies have static sizes: rows are copied in powers of two, the binary digits of their count
 
                 @pl.when((refs.count[e] & size) != 0)
                 def _(size: int = size) -> None:

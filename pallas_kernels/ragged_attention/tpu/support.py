@@ -24,7 +24,7 @@ def unsupported(k_cache: Cache, max_blocks: int) -> str | None:
     if k_cache.dtype not in CACHE_DTYPES:
         return f"supports {_NAMES} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
     if head_dim % LANES:
-        return f"supports head dimensions that are multiples of {LANES} but D is {head_dim}; pad q, k, v and the cache with zeros"
+        return f"supports multiples of {LANES} for D but D is {head_dim}; pad q, k, v and the cache with zeros"
     if block_size < rows or block_size & (block_size - 1):
         return f"needs a block size that is a power of two of at least {rows}, but it is {block_size}"
     if 2 * max_blocks > MAX_TABLE_WORDS:

@@ -1,6 +1,6 @@
-"""The GPU kernel equals the reference in Pallas' Mosaic-GPU interpreter, and the code around it is tested separately.
+"""The GPU kernel equals the reference in the Pallas Mosaic-GPU interpreter; the code around it is tested separately.
 
-The interpreter needs more threads than this machine may have cores, so it runs in a child process, `gpu_interpreter`.
+The interpreter may need more threads than this machine has cores, so it runs in a child process, `gpu_interpreter`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
         "first_block": jnp.int32(0),
         "window": jnp.int32(window),
     }
-    seen: dict[int, np.ndarray] = {}  # by token, the positions that some tile shows it
+    seen: dict[int, np.ndarray] = {}  # token -> the positions made visible to it by some tile
 
     def show(token: int, position: int, first: int, end: int) -> None:
         keys = np.arange(max(first, position - window + 1), min(end, position + 1))
@@ -300,7 +300,7 @@ def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, mon
     )
     first = modeled(128, 4, "ampere", multiprocessors=72)
 
-    def measure(tiles: GpuTiles) -> float:  # a device that has no room for 128 keys, and likes many pieces
+    def measure(tiles: GpuTiles) -> float:  # a device without room for 128 keys, on which many pieces are fast
         if max(tiles.chunk_keys, tiles.single_keys) > 64:
             raise RuntimeError("Shared memory requested exceeds device resources")
         return 1.0 / tiles.pieces + tiles.min_piece * 1e-9
