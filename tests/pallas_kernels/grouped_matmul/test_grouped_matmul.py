@@ -171,7 +171,7 @@ def test_packed_groups_are_refused_for_other_platforms():
     ("arguments", "message"),
     [
         ({"x": (4, 7)}, r"x \[4, 7\] does not fit w \[3, 8, 6\]"),
-        ({"sizes": (4,)}, "4 groups, but w has the weights of 3"),
+        ({"sizes": (4,)}, "4 groups, but must have 1 to 3, the number of weights in w"),
         ({"sizes": (2, 2)}, r"must be int32\[X\]"),
         ({"first_group": 2}, r"must be in \[0, 1\]"),
         ({"implementation": "dense"}, "'dense' but must be one of 'reference'"),

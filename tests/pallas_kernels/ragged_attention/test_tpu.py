@@ -212,7 +212,7 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     ("changes", "message"),
     [
         ({"block_size": 64, "head_dim": 128, "dtype": jnp.int8}, "power of two of at least 128, but it is 64"),
-        ({"head_dim": 64}, "multiples of 128 numbers but D is 64"),
+        ({"head_dim": 64}, "multiples of 128 for D but D is 64"),
         ({"block_size": 24, "head_dim": 128}, "power of two of at least 8, but it is 24"),
         ({"dtype": np.float16, "head_dim": 128}, "dtype float16; store bfloat16"),
         ({"max_blocks": 50_000, "head_dim": 128}, "up to 49152 blocks per sequence but block_tables has 50000"),
