@@ -113,7 +113,7 @@ def test_a_folder_that_others_can_write_to_is_not_used_for_executable_files(tmp_
     found = settle(shared, "things", variable="V", private=True)
     assert found is not None
     assert found.path != shared
-    assert "others may write to it" in caplog.text
+    assert "other users can write to it" in caplog.text
     assert settle(shared, "other things", variable="V") == folders.Folder(path=shared, writable=True)
 
 
