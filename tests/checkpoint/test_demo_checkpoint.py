@@ -46,6 +46,7 @@ def test_it_has_learned_the_style_of_the_addresses(engine):
     assert text.startswith(" States")
 
 
+@pytest.mark.slow
 def test_the_dense_forward_can_be_trained_through(engine):
     params = load_params(open_checkpoint(resolve_model("sotu-1m")), dtype=jnp.float32)
     ids = jnp.asarray([engine.encode(PASSAGE)[:32]], jnp.int32)

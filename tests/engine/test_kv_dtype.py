@@ -22,7 +22,7 @@ def alone() -> list[list[int]]:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"token_budget": 7}, id="prompts split at 7 tokens"),
+        pytest.param({"token_budget": 7}, id="prompts split at 7 tokens", marks=pytest.mark.slow),
         pytest.param({"num_blocks": 18}, id="preempted, with prefix cache"),
     ],
 )
@@ -33,7 +33,9 @@ def test_tokens_over_an_int8_cache_do_not_depend_on_how_the_engine_runs_them(alo
     assert generate(engine, PROMPTS[6:8]) == alone[6:8]  # their prefixes are cached by now
 
 
-@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("int8", 0.06), ("float8_e4m3fn", 0.25)])
+@pytest.mark.parametrize(
+    ("kv_dtype", "tolerance"), [pytest.param("int8", 0.06, marks=pytest.mark.slow), ("float8_e4m3fn", 0.25)]
+)
 def test_logits_over_a_narrow_cache_are_near_those_over_float32(kv_dtype: str, tolerance: float) -> None:
     """Near by the scale of the logits, not equal: an equal result would mean that the option does nothing."""
     token_ids = expected()["token_ids"].tolist()

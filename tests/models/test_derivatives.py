@@ -91,7 +91,7 @@ def dense_gradient(family: str) -> Params:
 @pytest.mark.parametrize(
     ("attention", "cut"),
     [
-        (None, 5),
+        pytest.param(None, 5, marks=pytest.mark.slow),
         pytest.param("xla", LENGTH, marks=pytest.mark.slow),
         ("reference", LENGTH),
     ],
@@ -103,7 +103,9 @@ def test_the_gradient_is_that_of_the_dense_forward_whatever_attention_computes(a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe", "gemma2", "bloom"])
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", "bloom", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_moe", "gemma2"))]
+)
 def test_sinks_experts_windows_caps_and_slopes_have_derivatives_too(family):
     params, config = load(family, "default", stack_layers=True)
     got = jax.jit(jax.grad(partial(loss, config=config)))(params)

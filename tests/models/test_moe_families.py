@@ -59,7 +59,8 @@ def test_runs_of_similar_layers_are_scanned(family: str, variant: str):
     assert error(runs.logits(tokens, [30, len(tokens) - 30], prompt_length=prompt), want) < TOLERANCE
 
 
-@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(quantize: str | None):
     params, config = load("deepseek_v3", "default")
     engine = Engine(

@@ -39,10 +39,11 @@ EXPERTS = dataclasses.replace(
 )
 
 
-def test_a_step_divided_over_two_devices_gives_the_same_logits() -> None:
+@pytest.mark.parametrize("model", [pytest.param("dense", marks=pytest.mark.slow), "experts"])
+def test_a_step_divided_over_two_devices_gives_the_same_logits(model: str) -> None:
     # In another process: the number of devices is fixed when JAX starts.
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.models.programs.divided_step"]
+    command = [sys.executable, "-m", "tests.models.programs.divided_step", model]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.strip().endswith("equal"), done.stderr
 

@@ -109,7 +109,7 @@ def clone(target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("place", "num_cells"), [("notebooks", None), ("..", 2)])
+@pytest.mark.parametrize(("place", "num_cells"), [("notebooks", None), pytest.param("..", 2, marks=pytest.mark.slow)])
 def test_without_the_package_a_notebook_installs_the_clone_around_it_or_next_to_it(
     place: str, num_cells: int | None, fresh: str, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def files(authority, tmp_path_factory):
     return str(certificate), str(key)
 
 
+@pytest.mark.slow
 def test_clients_that_trust_the_certificate_connect_and_others_do_not(authority, files, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     certificate, key = files
