@@ -109,7 +109,7 @@ def over_steps(tile: Tile, spec: Spec, step: Callable[[jax.Array, Any, bool], An
     all_seen = lax.div(position + 1 - tile.first, jnp.int32(spec.keys))
     borders = [jnp.int32(0), jnp.minimum(all_seen, tile.num_steps), tile.num_steps]
     if spec.has_window:
-        # The last query's window starts behind this key; a single tile's query may be beyond the piece of keys.
+        # The last query's window starts after this key; the query of a single tile may be past its piece of keys.
         before = jnp.maximum(tile.end - 1, position) - tile.columns[WINDOW] - tile.first
         inside = jnp.where(before < 0, 0, lax.div(before, jnp.int32(spec.keys)) + 1)
         borders.insert(1, jnp.minimum(inside, borders[1]))
