@@ -87,7 +87,7 @@ def engine_tables(groups: Sequence[EngineRuns]) -> list[str]:
                 "first token s",
                 "gap P50 ms",
                 "P95 ms",
-                f"{here[0].engine} over it",
+                f"{here[0].engine} / this engine",
             ),
             rows,
         )

@@ -78,7 +78,7 @@ class Page:
     def figure(self, name: str, figure: Figure) -> None:
         """Adds a figure and writes it to `name`.png."""
         data = io.BytesIO()
-        # Without date and version, so that the same runs give the same bytes.
+        # Without date and version, so that the same runs produce identical files.
         figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
         (self.folder / f"{name}.png").write_bytes(data.getvalue())
         self.num_figures += 1

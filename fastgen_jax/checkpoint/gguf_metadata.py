@@ -118,7 +118,7 @@ def partial_rope(m: Metadata) -> JsonObject:
 
 
 def rope_parameters(m: Metadata, *, further: tuple[str, ...] = ()) -> JsonObject:
-    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling that its table of frequency factors is from.
+    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling that matches its table of frequency factors.
 
     `further` are keys that the caller handles.
     """

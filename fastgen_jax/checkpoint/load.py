@@ -61,11 +61,12 @@ def load_params(
 ) -> Params:
     """All weights of a checkpoint as `Params`. A missing or unknown tensor, or one of another shape, is a ValueError.
 
-    `prepare(spec, array)` makes the leaf of one weight (of one layer); it gets its declaration and the array [in, out] as
-    stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without it the
-    leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then gets an array
-    that is placed already. An int8 snapshot gives `Int8Weight`s instead of matrices. Weights are loaded one after another,
-    so that the host never holds more than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
+    `prepare(spec, array)` returns the leaf of one weight (of one layer), given its declaration and the array [in, out] as
+    stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without
+    `prepare`, the leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then
+    receives an array that is already on its devices. An int8 snapshot yields `Int8Weight`s instead of matrices. Weights are
+    loaded one after another, so that the host never holds more than a few in addition to what `prepare` returned.
+    `progress` shows a bar on stderr.
     """
     from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 

@@ -141,7 +141,7 @@ def _awq(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str,
 
 
 def awq_values(weight: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32[out, in] of i32[in, out/8], i32[groups, out/8] and f16[groups, out]; eight columns a word, in AWQ order."""
+    """float32[out, in] of i32[in, out/8], i32[groups, out/8] and f16[groups, out]; eight columns per word, in AWQ order."""
 
     def columns(words: np.ndarray) -> np.ndarray:
         return _nibbles(words)[..., _AWQ_ORDER].reshape(len(words), -1)

@@ -41,7 +41,7 @@ def run(options: Options) -> int:
     except ValueError as error:
         if log_file is None:
             raise
-        logging.getLogger(__name__).error("%s", error)  # whoever set a log file looks there
+        logging.getLogger(__name__).error("%s", error)  # users who set a log file look there
         code = 2
     # A thread may still be compiling a model that is no longer needed; it must not delay the exit.
     os._exit(code)

@@ -102,7 +102,7 @@ class ModelConfig:
     layer_ropes: tuple[RopeConfig | None, ...] = ()  # one per layer if layers differ; (): `rope` for all
     layer_windows: tuple[int | None, ...] = ()  # sliding window per layer, in tokens; (): no windows
     mla: MLAConfig | None = None  # multi-head latent attention instead of q, k and v
-    attention_sinks: bool = False  # one learned logit per head that takes probability but has no value
+    attention_sinks: bool = False  # one learned logit per head that receives probability but has no value
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
 
     # MLP

@@ -86,12 +86,12 @@ def run_layers(
     rows: Int[Array, " R"],
     config: ModelConfig,
 ) -> tuple[Float[Array, "R E"], KVCache]:
-    """x[rows] after `layer(x, cache, weights, call)` once per layer, scanned or unrolled as `layers` is given.
+    """x[rows] after applying `layer(x, cache, weights, call)` once per layer; the form of `layers` selects scan or unroll.
 
     One dict of stacked arrays is scanned, so the program does not grow with depth. If layers have different weights
-    (an MLP in some, experts in others), each run of similar layers is one scan. A tuple of L dicts is unrolled: on a CPU
-    the slices that a scan takes are copies, and every step would read and write the whole model once more. The last layer
-    of a tuple is called for `rows` only: after its attention no other row is read.
+    (an MLP in some, experts in others), each run of similar layers is one scan. A tuple of L dicts is unrolled: on a CPU,
+    the slices of a scan are copies, so every step would read and write the whole model once more. The last layer of a
+    tuple is called for `rows` only, because no other row is read after its attention.
     """
     with_experts = () if config.moe is None else tuple(sorted(config.moe.layers))
     if not isinstance(layers, Mapping):

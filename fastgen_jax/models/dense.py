@@ -81,7 +81,7 @@ def causal_attention(
     if scoring.sliding_window is not None:
         is_visible &= distance > -scoring.sliding_window
     scores = jnp.where(is_visible, scores, -jnp.inf)
-    if scoring.sinks is not None:  # one more logit per head that takes probability but has no value
+    if scoring.sinks is not None:  # one additional logit per head that receives probability but has no value
         sink = jnp.broadcast_to(scoring.sinks.reshape(num_kv_heads, -1)[None, :, :, None, None], (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
     else:

@@ -1,4 +1,4 @@
-"""The weights of a model, declared, and random parameters made from the declarations."""
+"""The declarations of a model's weights, and random parameters created from them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def expert_specs(embed_dim: int, moe: MoEConfig) -> dict[str, WeightSpec]:
 
 
 def head_spec(config: ModelConfig) -> WeightSpec:
-    """The spec of the vocabulary head, including one that is tied to the embedding and made from it."""
+    """The spec of the vocabulary head, including one that is tied to the embedding and derived from it."""
     width = config.embed_proj_dim or config.embed_dim
     return matrix("lm_head", (width, config.vocab_size), ("E", "V"))
 

@@ -1,9 +1,9 @@
 """Tensor parallelism: heads, MLP columns and vocabulary are divided over one axis of a device mesh.
 
 The forward pass is the same as on one device: weights and cache carry shardings, and XLA inserts the sums, two per layer.
-It is told two things: the order of fused columns (see `columns`), and, because kernels are opaque to XLA, how attention and
-experts are divided. Each device attends with its own heads and its own part of the cache, and computes its own hidden units
-of every expert.
+Two things are explicit: the order of fused columns (see `columns`) and, because kernels are opaque to XLA, the division of
+attention and experts. Each device computes attention for its own heads with its own part of the cache, and computes its own
+hidden units of every expert.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a weight is, declared once: initialization, loading, sharding, quantization, packing and counts all read it here."""
+"""The declaration of a weight, which initialization, loading, sharding, quantization, packing and counts all read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class WeightSpec:
     initial: float | None = None
     """The value of all its elements after initialization; None: random, scaled by fan-in."""
     gated: bool = False
-    """Whether it is [gate | up] and read by the fused SwiGLU kernels, which have a packing of their own."""
+    """Whether it is [gate | up] and read by the fused SwiGLU kernels, which use a different packing."""
     never_quantized: str | None = None
     """For a matrix: why it stays floating point when matrices are quantized; None: it is quantized."""
     dtype: Literal["weights", "activations", "float32"] = "weights"

@@ -3,7 +3,7 @@
     python -m pallas_kernels.grouped_matmul.bench                   # milliseconds, on a CPU
     python -m pallas_kernels.grouped_matmul.bench --tpu v5e:2x2     # temporaries of compiled programs; needs only libtpu
 
-The second says whether weights are copied or dequantized in memory: then the temporaries are as large as the weights.
+The second form shows whether weights are copied or dequantized in memory: if so, temporaries are as large as the weights.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from pallas_kernels.grouped_matmul import GroupedWeight, grouped_matmul, prepare
 from pallas_kernels.matmul import Int8Weight, linear
 
 MIB = 2**20
-# tokens, experts a token, experts, width, width of an expert
+# tokens, experts per token, experts, width, width of an expert
 CASES = {
     "1 token, 4 of 60 (Qwen1.5-MoE)": (1, 4, 60, 2048, 1408),
     "16 tokens, 4 of 60": (16, 4, 60, 2048, 1408),
     "256 tokens, 4 of 60": (256, 4, 60, 2048, 1408),
     "64 tokens, 2 of 8": (64, 2, 8, 1024, 3584),
 }
-# experts, width, width of an expert, layers: one device's part of four
+# experts, width, width of an expert, layers: the share of one of four devices
 MODELS = {"Mixtral-8x7B": (8, 4096, 3584, 4), "Qwen3-30B-A3B": (128, 2048, 768, 8)}
 
 
 def measure(repeats: int) -> None:
-    """Prints the median milliseconds of one product, of every implementation that supports the weights."""
+    """Prints the median milliseconds per product for every implementation that supports the weights."""
     columns = ("packed", "packed int8", "tiles", "ragged_dot")
     print(f"{'case':34}" + "".join(f"{name:>14}" for name in columns) + f"{'packed GB/s':>14}{'GFLOP/s':>10}")
     for name, (tokens, chosen, experts, width, hidden) in CASES.items():
@@ -136,8 +136,8 @@ def _layers(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="timed calls each (default: %(default)s)")
-    parser.add_argument("--tpu", metavar="TOPOLOGY", help="compile for this topology, like v5e:2x2, instead of running")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls per case (default: %(default)s)")
+    parser.add_argument("--tpu", metavar="TOPOLOGY", help="compile for this topology, such as v5e:2x2, instead of running")
     options = parser.parse_args()
     if options.tpu:
         ask_tpu_compiler(options.tpu)

@@ -1,4 +1,4 @@
-"""Measured tile sizes in a readable file: an entry for each kind of device and class of shapes."""
+"""Measured tile sizes in a JSON file: one entry per kind of device and class of shapes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Shape:
 
 
 def measured_file() -> Path:
-    """Where `autotune` writes: the file that PALLAS_KERNELS_TILES names, else `tiles.json` in the cache folder."""
+    """The file that `autotune` writes: the value of PALLAS_KERNELS_TILES, or `tiles.json` in the cache folder."""
     named = os.environ.get("PALLAS_KERNELS_TILES")
     return Path(named) if named else cache_dir() / "tiles.json"
 
@@ -68,7 +68,7 @@ def measured(shape: Shape, kind: str, tiles: type[T]) -> T | None:
 
 @functools.cache
 def entries(path: Path) -> dict[str, Any]:
-    """Contents of the file, {} if it is missing or damaged, which is logged. Read once per process."""
+    """Contents of the file, read once per process; {} if it is missing or damaged. Damage is logged."""
     try:
         contents = json.loads(path.read_text())
     except FileNotFoundError:

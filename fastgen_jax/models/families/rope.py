@@ -113,7 +113,7 @@ def rope_from_fields(
     if kind == "longrope":
         fields["factor"] = fields.get("factor") or max(max_context_len / original, 1.0)
     if "factor" not in fields:
-        raise ValueError(f"rope_type {kind!r} needs a `factor`; config.json gives only {sorted(fields)}")
+        raise ValueError(f"rope_type {kind!r} needs a `factor`; config.json has only {sorted(fields)}")
     settings = {name: fields[name] for name in _KNOWN[kind] if fields.get(name) is not None}
     for name in ("short_factor", "long_factor"):
         if name in settings:

@@ -1,14 +1,14 @@
-"""The body of the attention kernel for Ampere and Ada Lovelace: what one thread block does with its share of the tiles.
+"""The body of the attention kernel for Ampere and Ada Lovelace: how one thread block processes its share of the tiles.
 
-A thread block is one warpgroup of four warps; several of them share a multiprocessor and hide each other's latency. It
-copies (cp.async) the keys and values of the next step before it computes (mma) on those of this one. Operands of products
-are in registers, and each warp reads what it needs of them from shared memory:
+A thread block is one warpgroup of four warps. Several blocks share a multiprocessor and hide each other's latency. A block
+copies (cp.async) the keys and values of the next step before it computes (mma) on those of the current one. Operands of
+products are in registers; each warp loads the part that it needs from shared memory:
 
-  64 or 128 rows    a warp has 16 or 32 rows and reads all keys; its weights are the left operand of the second product as
-                    they lie
-  16 or 32 rows     several warps have the same rows: each multiplies them with some of the keys, writes its scores to shared
-                    memory, reads those of all keys, and multiplies the weights with some of the columns of the values. Keys
-                    and values, which single queries are bound by, are read once instead of by every warp
+  64 or 128 rows    a warp owns 16 or 32 rows and reads all keys; its weights are in registers in the layout that the left
+                    operand of the second product requires
+  16 or 32 rows     several warps share the same rows: each multiplies them by some of the keys, writes its scores to shared
+                    memory, reads the scores of all keys, and multiplies the weights by some of the columns of the values.
+                    Keys and values, whose loads limit single queries, are read once instead of by every warp
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
 )
 from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, copied_bytes
 
-plgpu: Any = mosaic_gpu  # the oldest supported JAX lacks some of its names
+plgpu: Any = mosaic_gpu  # the oldest supported jax lacks some of its functions
 MMA_ROWS, MMA_KEYS = 16, 16  # of the left operand
-QUERY_ROWS = 32  # the fewest that a copy of four warps takes, whatever D is
+QUERY_ROWS = 32  # the minimum for a copy by four warps, for every D
 
 
 def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, int]:
-    """Rows of a tile that are read, computed and stored."""
+    """The numbers of rows of a tile that are read, computed and stored."""
     if partial:
         # Four warps divide D among them in units of 8 columns, two warps in units of 16.
         fewest = 16 if head_dim % 32 == 0 else 32
@@ -55,12 +55,12 @@ def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, in
 
 
 def num_threads(spec: Spec) -> int:
-    """Warpgroups."""
+    """The number of Pallas threads, i.e. warpgroups."""
     return 1
 
 
 def shared_bytes(spec: Spec) -> int:
-    """Of the buffers; the compiler's scratch comes on top."""
+    """Bytes of the buffers, without the compiler's own scratch memory."""
     exchange = 4 * spec.rows * spec.keys if _shares_rows(spec) else 0
     operands = 2 * 2 * spec.keys * spec.head_dim if spec.quantized else 0
     buffers = 2 * spec.stages * spec.keys * spec.head_dim * jnp.dtype(spec.cache_dtype).itemsize
@@ -68,7 +68,7 @@ def shared_bytes(spec: Spec) -> int:
 
 
 def _shares_rows(spec: Spec) -> bool:
-    """Whether several warps have the same rows."""
+    """Whether several warps share the same rows."""
     return spec.rows < 4 * MMA_ROWS
 
 
@@ -93,7 +93,7 @@ def attend_tiles(refs: dict[str, Ref], spec: Spec) -> None:
     if _shares_rows(spec):
         by_float = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
         scratch["scores"] = plgpu.SMEM((spec.rows, spec.keys), jnp.float32, transforms=by_float)
-    if spec.interpreted:  # it has no cp.async: a barrier for each step instead
+    if spec.interpreted:  # the interpreter has no cp.async, so each step has a barrier instead
         scratch["q_full"] = plgpu.Barrier()
         scratch["full"] = plgpu.Barrier(num_arrivals=2 * spec.copies, num_barriers=spec.stages)
 
@@ -109,7 +109,7 @@ class _Block:
 
     def __init__(self, refs: dict[str, Ref], spec: Spec, *, columns: int) -> None:
         self.refs, self.spec = refs, spec
-        self.columns = columns  # of D that lie side by side in shared memory
+        self.columns = columns  # columns of D that are contiguous in shared memory
         self.left: Layout = None
         self.right: Layout = None
         self.result: Layout = None
@@ -158,13 +158,13 @@ class _Block:
         num_keys = tile.end - tile.first - i * spec.keys if masked else None
         acc = self.add_product(acc * self.along_rows(keep, acc.shape), weights.astype(spec.dtype), values, num_keys)
         if spec.interpreted:
-            plgpu.commit_smem()  # its copies are TMA's, which do not wait for plain reads without a fence; cp.async does
+            plgpu.commit_smem()  # the interpreter copies by TMA, which needs a fence after plain reads; cp.async does not
         return acc, top, total
 
-    # Copies. Each is a group of its own, and groups arrive in the order in which they were sent for.
+    # Copies. Each copy is a separate cp.async group, and groups complete in the order in which they were issued.
 
     def fetch(self, tile: Tile, i: jax.Array, steps_before: jax.Array) -> None:
-        """Sends for the keys and values of the tile's step i. The buffer that it overwrites was read in the step before."""
+        """Starts copying the keys and values of the tile's step i, into a buffer that was last read in step i - stages."""
         spec, refs = self.spec, self.refs
         slot = lax.rem(steps_before + i, jnp.int32(spec.stages))
         rows = min(spec.keys, spec.block_size)
@@ -181,21 +181,21 @@ class _Block:
             plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
     def await_step(self, slot: jax.Array, *, is_followed: jax.Array) -> None:
-        """Waits for the keys and values in a buffer, and for q. The steps behind it may be under way."""
+        """Waits for the keys and values in a buffer, and for q. Copies of later steps may still be in flight."""
         if self.spec.interpreted:
             plgpu.barrier_wait(self.refs["full"].at[slot])
             return
-        # With two stages this is exact; with more, the last steps of a tile wait for one another.
+        # With two stages this is exact; with more, the last steps of a tile also wait for later steps' copies.
         following = 2 * self.spec.copies * (self.spec.stages - 1)
         lax.cond(is_followed, lambda: plgpu.wait_gmem_to_smem(following), lambda: plgpu.wait_gmem_to_smem(0))
 
     def operand(self, kind: str, tile: Tile, i: jax.Array, slot: jax.Array) -> Ref:
-        """The keys or values of the tile's step i, dequantized where they have 8 bits."""
+        """The keys or values of the tile's step i, dequantized if they have 8 bits."""
         spec, refs = self.spec, self.refs
         numbers = refs[f"{kind}_buffer"].at[slot]
         if not spec.quantized:
             return numbers
-        ((block, offset),) = blocks_of(tile, i, refs, spec)  # a block has all of them
+        ((block, offset),) = blocks_of(tile, i, refs, spec)  # all keys of a step are in one block
         for part in range(0, spec.keys, DEQUANTIZED_ROWS):
             rows = pl.ds(part, DEQUANTIZED_ROWS)
             scales = refs[f"{kind}_scales"].at[block, tile.head, pl.ds(offset + part, DEQUANTIZED_ROWS)]
@@ -229,7 +229,7 @@ class _Block:
         if not _shares_rows(spec):
             return scores
         self.store(self.refs["scores"], scores)
-        # Two lanes meet in a bank, as when they were stored.
+        # Not optimized: two lanes access the same bank, as they did in the store.
         return self.load(self.refs["scores"], self.left, optimized=False)
 
     def add_product(self, acc: jax.Array, weights: jax.Array, values: Ref, num_keys: jax.Array | None) -> jax.Array:
@@ -252,7 +252,7 @@ class _Block:
         return acc
 
     def as_left(self, weights: jax.Array) -> jax.Array:
-        """The result of a product as the left operand of the next: each thread has the same numbers in the same order."""
+        """The result of a product as the left operand of the next: each thread holds the same numbers in the same order."""
         dtype, layout = self.spec.dtype, self.left
         kind = plgpu.ShapeDtypeStruct(weights.shape, dtype, layout=layout)
 

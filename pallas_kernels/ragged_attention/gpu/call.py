@@ -1,7 +1,7 @@
-"""Ragged attention on a GPU: XLA writes the step's keys and values in place, one Mosaic-GPU kernel attends.
+"""Ragged attention on a GPU: XLA writes the step's keys and values in place, and a Mosaic-GPU kernel computes attention.
 
 The kernel runs twice: over tiles of several queries, and over pieces of the contexts of single queries, whose partial
-results XLA combines. Its body is that of the GPU's generation, `hopper.py` or `ampere.py`.
+results are then combined by XLA. `hopper.py` and `ampere.py` define its body for each GPU generation.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def ragged_attention_gpu(
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """See `pallas_kernels.ragged_attention.ragged_attention`.
 
-    q is rounded to the dtype of the caches, to bfloat16 where they have 8 bits. `generation` is "hopper" or "ampere"; None
-    is that of the target GPU, or Hopper if there is none. `tiles` None uses the measured or modeled
-    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError if `support.unsupported` has a reason.
+    q is rounded to the dtype of the caches, or to bfloat16 if they have 8 bits. `generation` is "hopper" or "ampere"; None
+    means the generation of the target GPU, or Hopper if there is no GPU. If `tiles` is None, measured or modeled tiles are
+    used. `interpret` is passed to `plgpu.kernel`. Raises ValueError if `support.unsupported` returns a reason.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -127,7 +127,7 @@ def ragged_attention_gpu(
     if num_tokens > 1:
         spec = spec_for(partial=False, keys=tiles.chunk_keys, stages=tiles.chunk_stages)
         work, tile, row = plan_chunks(*planned, num_tokens=num_tokens, sequence=sequence, spec=spec)
-        # Rows of the G heads of a KV head side by side; the last tile reaches beyond T.
+        # Rows of the G heads of a KV head are adjacent; the last tile extends past T.
         rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
         rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))
         (rows,) = launch_tiles(work, rows, spec)  # [tiles, K, R, D]
@@ -142,7 +142,7 @@ def ragged_attention_gpu(
 
 
 def _by_row(of_heads: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:
-    """[H] -> [K, GRANULE + rows]: the number of each row's head, where the first head is that of row GRANULE."""
+    """[H] -> [K, GRANULE + rows]: the value of each row's head, with the first head at row GRANULE."""
     head = jnp.arange(-GRANULE, spec.rows, dtype=jnp.int32) % spec.group
     return {name: x.reshape(-1, spec.group)[:, head] for name, x in of_heads.items()}
 

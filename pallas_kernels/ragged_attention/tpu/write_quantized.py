@@ -1,8 +1,8 @@
-"""Writes a step's keys and values into an 8-bit cache on a TPU, in place, and their scales beside them.
+"""Writes a step's keys, values and scales into an 8-bit cache on a TPU, in place.
 
-As in `write.py`, but a granule is a whole block, because a block's scales are one tile of memory. Of its keys only the
-units are copied that hold a token of this step: 32 rows, the tile of an 8-bit number. A generating sequence reads and
-writes one unit of K and of V, and one tile of scales of each.
+As in `write.py`, but a granule is a whole block, because a block's scales form one memory tile. Only units that hold a
+token of this step are copied; a unit has 32 rows, the height of a tile of 8-bit numbers. A generating sequence reads and
+writes one unit of K and of V, and one tile of scales for each.
 
     tokens          [ a37 | b0 ... b130 ]       blocks of 128, units of 32
     granules          a:0 unit 1, b:0 units 0-3, b:1 unit 0
@@ -54,13 +54,13 @@ def write_kv_quantized_tpu(
     first_token, slot, count, clash, num_granules = split_into_granules(
         kv_slots, rows=block_size, num_slots=layer.num_blocks * block_size
     )
-    # Whole units are copied, even if their first rows are before this step's tokens or their last rows after them.
+    # Whole units are copied, including rows before and after this step's tokens.
     pad = ((block_size, block_size), (0, 0), (0, 0))
     wide = jnp.bfloat16 if k.dtype == jnp.bfloat16 else jnp.float32
     k, v = (jnp.pad(x.astype(wide), pad) for x in (k, v))
-    bytes_a_granule = 2 * num_kv_heads * block_size * (head_dim * (1 + k.dtype.itemsize) + 4)
+    bytes_per_granule = 2 * num_kv_heads * block_size * (head_dim * (1 + k.dtype.itemsize) + 4)
     ring = RING
-    while ring > 2 and ring * bytes_a_granule > BUFFER_BYTES:
+    while ring > 2 and ring * bytes_per_granule > BUFFER_BYTES:
         ring //= 2
     new = pltpu.VMEM((ring, block_size, num_kv_heads, head_dim), k.dtype)
     values = pltpu.VMEM((ring, num_kv_heads, block_size, head_dim), k_cache.dtype)
@@ -182,7 +182,7 @@ def _write(
             copy(stream.scale_buffer.at[b], stream.scales.at[block(i)], write_sem.at[b], do)
 
     def merge(i: jax.Array, stream: _Stream, first: jax.Array) -> None:
-        """Quantizes the rows from `first` on that are new, and puts them into the buffers."""
+        """Quantizes the new rows of the unit that starts at `first`, and merges them into the buffers."""
         b, rows = i & (ring - 1), pl.ds(first, UNIT)
         begin, end = offset(i), offset(i) + count[i]
         new = jnp.swapaxes(stream.new_buffer[b, rows].astype(jnp.float32), 0, 1)  # [K, UNIT, D]
@@ -191,7 +191,7 @@ def _write(
         old = stream.value_buffer[b, :, rows].astype(jnp.float32)
         merged = jnp.where((row >= begin) & (row < end), values, old)
         stream.value_buffer[b, :, rows] = merged.astype(stream.value_buffer.dtype)
-        # Scales come a row each and are stored a lane each: of UNIT x B copies those on the diagonal are taken.
+        # Scales are computed one per row and stored one per lane: the diagonal of UNIT x B copies transposes them.
         square = (values.shape[0], UNIT, block_size)
         lane = lax.broadcasted_iota(jnp.int32, square, 2)
         on_diagonal = first + lax.broadcasted_iota(jnp.int32, square, 1) == lane
@@ -212,7 +212,7 @@ def _write(
     lax.fori_loop(0, lead, lambda i, _: read_ahead(i), None)
 
     def step(i: jax.Array, done: jax.Array) -> jax.Array:
-        # Run i + lead takes the buffer of run i + lead - ring. A run that clashes has not been read ahead.
+        # Run i + lead reuses the buffer of run i + lead - ring. A run that clashes has not been read ahead.
         done = wait_for_writes(done, jnp.where(clash[i] > 0, i, i + lead - ring + 1))
         read_ahead(i + lead)
 
