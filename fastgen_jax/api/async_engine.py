@@ -20,8 +20,8 @@ from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 T = TypeVar("T")
-EVENTS_A_TURN = 32  # a turn of the event loop then takes a few milliseconds
-MAX_QUEUE = 1024  # requests; with more, clients had better retry later
+EVENTS_PER_TURN = 32  # a turn of the event loop then takes a few milliseconds
+MAX_QUEUE = 1024  # requests; beyond that, clients should retry later
 
 
 class QueueFullError(Exception):
@@ -29,7 +29,7 @@ class QueueFullError(Exception):
 
     def __init__(self, num_waiting: int, limit: int, wait_seconds: float) -> None:
         self.retry_after = max(1, math.ceil(wait_seconds))
-        super().__init__(f"{num_waiting} requests wait, and the limit is {limit}; retry in {self.retry_after} s")
+        super().__init__(f"{num_waiting} requests are waiting and the limit is {limit}; retry in {self.retry_after} s")
 
 
 class ClosedError(Exception):
@@ -181,8 +181,8 @@ class AsyncEngine:
     ) -> Stream:
         """Queues a checked request (`intake.request`) and returns its stream.
 
-        `matcher` belongs to `grammar` and is made here by default. `deadline` is in seconds of `time.monotonic`. Raises
-        QueueFullError, ClosedError, and ValueError for an id in use or a grammar that is not supported.
+        `matcher` belongs to `grammar` and is created here by default. `deadline` is in seconds of `time.monotonic`.
+        Raises QueueFullError, ClosedError, and ValueError for an id in use or an unsupported grammar.
         """
         if not self.is_ready:
             raise ClosedError(self.failure or "this server accepts no more requests: it is shutting down")
@@ -190,7 +190,7 @@ class AsyncEngine:
         if num_waiting >= self.max_queue:
             raise QueueFullError(num_waiting, self.max_queue, self.load.wait_seconds)
         if request.request_id in self._streams:
-            raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or leave it out")
+            raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or omit it")
         if grammar is not None and matcher is None:
             matcher = self.intake.matcher(grammar)
         self._loop = asyncio.get_running_loop()
@@ -231,7 +231,7 @@ class AsyncEngine:
             stream.close()
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """The result of `function(engine)`, run in the engine's thread between two steps; ClosedError after its end."""
+        """Returns `function(engine)`, run in the engine's thread between two steps; ClosedError if the thread has ended."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -272,7 +272,7 @@ class AsyncEngine:
             await asyncio.sleep(0)
 
     def _hand_over(self, events: Sequence[Event]) -> None:
-        """Called in the engine's thread: one wake-up of the event loop a step, for any number of requests."""
+        """Called in the engine's thread: one wake-up of the event loop per step, for any number of requests."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, events)
 
@@ -285,7 +285,7 @@ class AsyncEngine:
     def _deliver_some(self) -> None:
         """Each event wakes a task in the next turn of the loop; hundreds in one turn would delay all other tasks."""
         try:
-            for _ in range(min(EVENTS_A_TURN, len(self._undelivered))):
+            for _ in range(min(EVENTS_PER_TURN, len(self._undelivered))):
                 event = self._undelivered.popleft()
                 stream = self._streams.get(event.request_id)
                 if stream is not None:

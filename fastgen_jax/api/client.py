@@ -40,7 +40,7 @@ class NoAnswerError(ServerError):
 
 
 def http_settings(deployment: Deployment, *, api_key: str | None = None, timeout: float | None = None) -> dict[str, Any]:
-    """Arguments of an httpx client for a deployment; `timeout` is in seconds, for each answer or part of a stream."""
+    """Arguments for the httpx client of a deployment; `timeout` is in seconds, for each answer or part of a stream."""
     import httpx
 
     key = api_key or os.environ.get(KEY_VARIABLE)
@@ -54,20 +54,20 @@ def http_settings(deployment: Deployment, *, api_key: str | None = None, timeout
 
 def explain(deployment: Deployment) -> str:
     """Why a deployment does not answer, if that can be found out, and what to do."""
-    who = f"deployment {deployment.name!r}"
+    subject = f"deployment {deployment.name!r}"
     if deployment.is_alive:
         return (
-            f"the process of {who} ({deployment.pid}) is alive but does not answer at {deployment.url}: it may be "
-            f"shutting down, or hang{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`"
+            f"the process of {subject} ({deployment.pid}) is alive but does not answer at {deployment.url}: it may be "
+            f"shutting down or hanging{_log_of(deployment)}; end it with `fastgen deployments --stop {deployment.name}`"
         )
     now = next((d for d in deployments() if d.name == deployment.name), None)
     if now is not None:
         return (
-            f"{who} was started again, as process {now.pid} at {now.url}; make a new client: "
+            f"{subject} was started again, as process {now.pid} at {now.url}; make a new client: "
             f"fastgen_jax.client({deployment.name!r})"
         )
     return (
-        f"{who} has ended (process {deployment.pid}, {deployment.url}){_log_of(deployment)}; start it again with "
+        f"{subject} has ended (process {deployment.pid}, {deployment.url}){_log_of(deployment)}; start it again with "
         f"`fastgen serve {deployment.model} --deployment-name {deployment.name}`"
     )
 
@@ -77,7 +77,7 @@ def _log_of(deployment: Deployment) -> str:
 
 
 @contextlib.contextmanager
-def heard(deployment: Deployment) -> Iterator[None]:
+def explained_errors(deployment: Deployment) -> Iterator[None]:
     """Context that turns connection errors of httpx into NoAnswerError."""
     import httpx
 
@@ -111,7 +111,7 @@ class _Connection:
         return f"/mii/{self.deployment.name}"
 
     def terminate_server(self, *, timeout: float = STOP_SECONDS) -> None:
-        """Ends the deployment after its running requests, without accepting more. Waits up to `timeout` seconds."""
+        """Ends the deployment when its running requests have finished; it accepts no more. Waits up to `timeout` seconds."""
         stop_server(self.deployment, timeout=timeout)
 
     @staticmethod
@@ -155,7 +155,7 @@ class Client(_Connection):
         streaming_fn: Callable[[list[RequestOutput]], object] | None = None,
         **options: Any,
     ) -> list[Response]:
-        """One response a prompt, in order; options are those of the pipeline (`max_new_tokens`, `temperature`, ...).
+        """One response per prompt, in order; options are those of the pipeline (`max_new_tokens`, `temperature`, ...).
 
         With `streaming_fn`, calls it with each new output, in a list of one, and returns an empty list. Raises ServerError,
         or its subclass NoAnswerError if the server is gone.
@@ -164,7 +164,7 @@ class Client(_Connection):
             for _, output in self._stream(prompts, options):
                 streaming_fn([output])
             return []
-        with heard(self.deployment):
+        with explained_errors(self.deployment):
             response = self._http.post(self._path, json=self._body(prompts, options))
         return [self._response(answer) for answer in checked(response)]
 
@@ -184,7 +184,7 @@ class Client(_Connection):
 
         body = self._body(prompts, options, stream=True)
         events = _Events()
-        with heard(self.deployment), self._http.stream("POST", self._path, json=body) as response:
+        with explained_errors(self.deployment), self._http.stream("POST", self._path, json=body) as response:
             if not _is_stream(response):
                 response.read()
                 checked(response)
@@ -209,8 +209,8 @@ class AsyncClient(_Connection):
         self._http = httpx.AsyncClient(**self._settings)
 
     async def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Response]:
-        """One response a prompt, in order; options are those of the pipeline. Raises ServerError."""
-        with heard(self.deployment):
+        """One response per prompt, in order; options are those of the pipeline. Raises ServerError."""
+        with explained_errors(self.deployment):
             response = await self._http.post(self._path, json=self._body(prompts, options))
         return [self._response(answer) for answer in checked(response)]
 
@@ -220,7 +220,7 @@ class AsyncClient(_Connection):
 
         body = self._body([prompt], options, stream=True)
         events = _Events()
-        with heard(self.deployment):
+        with explained_errors(self.deployment):
             async with self._http.stream("POST", self._path, json=body) as response:
                 if not _is_stream(response):
                     await response.aread()
@@ -262,7 +262,7 @@ def serve(
 
 
 def client(name: str, *, api_key: str | None = None, timeout: float | None = None) -> Client:
-    """A client of a deployment on this machine; ValueError if none of that name runs.
+    """A client of a deployment on this machine; ValueError if there is none with that name.
 
     `api_key` is for servers that require one; by default it is read from FASTGEN_API_KEY. `timeout` is in seconds
     for each answer or piece of one.

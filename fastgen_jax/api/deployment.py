@@ -1,4 +1,4 @@
-"""Deployments on this machine: their records, and how one is started, found and stopped."""
+"""Deployments on this machine: starting, finding and stopping them, and their records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SERVER_KEYS_VARIABLE = "FASTGEN_SERVER_KEYS"
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A server that runs or ran, as recorded by itself."""
+    """A current or former server, as it recorded itself."""
 
     name: str
     model: str
@@ -42,7 +42,7 @@ class Deployment:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process that wrote this record still runs."""
+        """Whether the process that wrote this record is still running."""
         return process_start(self.pid) == self.process_start
 
 
@@ -63,7 +63,7 @@ def deployments() -> list[Deployment]:
 
 
 def find_deployment(name: str) -> Deployment:
-    """The deployment of that name; ValueError, with the running ones, if it does not run."""
+    """The deployment with that name; if it is not running, ValueError with a list of those that are."""
     folder = paths.settle_deployments()
     # Before `deployments` removes the record of one that has ended.
     record = _read(folder.path / f"{name}.json") if folder else None
@@ -78,14 +78,14 @@ def find_deployment(name: str) -> Deployment:
         )
     known = ", ".join(d.name for d in deployments()) or "none"
     raise ValueError(
-        f"no deployment {name!r} runs on this machine (running: {known}); start it with `fastgen serve MODEL "
+        f"no deployment {name!r} is running on this machine (running: {known}); start it with `fastgen serve MODEL "
         f"--deployment-name {name}`, or fastgen_jax.serve(model, deployment_name={name!r})"
     )
 
 
 @contextlib.contextmanager
 def recorded(deployment: Deployment) -> Iterator[None]:
-    """Context with the record of a deployment; ValueError if another deployment of that name runs.
+    """Context in which a deployment is recorded; ValueError if another deployment with that name is running.
 
     The file is created exclusively, so that one of two servers that start at the same time fails. If it cannot be written,
     a warning is logged and the server runs; clients then find it by URL and not by name.
@@ -110,13 +110,13 @@ def _write_record(deployment: Deployment) -> Path | None:
         folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             scratch.write_text(json.dumps(asdict(deployment)))
-            os.link(scratch, path)  # unlike a rename it fails if the name is taken, and no reader sees half a file
+            os.link(scratch, path)  # unlike a rename, it fails if the name is taken, and no reader sees half a file
         except FileExistsError:
             other = _read(path)
             if other is not None:
                 raise ValueError(
-                    f"a deployment {deployment.name!r} runs already (process {other.pid}); choose another deployment_name, "
-                    "or end that one with `fastgen deployments --stop NAME`"
+                    f"a deployment {deployment.name!r} is already running (process {other.pid}); choose another "
+                    "deployment_name, or end that one with `fastgen deployments --stop NAME`"
                 ) from None
             scratch.replace(path)  # a damaged record is of no use
         finally:
@@ -163,13 +163,15 @@ def start_server(model: str, *, deployment_name: str, options: Mapping[str, Any]
     """
     name = check_name(deployment_name)
     if any(d.name == name for d in deployments()):
-        raise ValueError(f"a deployment {name!r} runs already; use fastgen_jax.client({name!r}), or choose another name")
+        raise ValueError(
+            f"a deployment {name!r} is already running; use fastgen_jax.client({name!r}), or choose another name"
+        )
     folder = paths.settle_deployments()
     if folder is None:
         raise ValueError(
-            f"a server in the background requires a folder for its record and log, and neither "
-            f"{paths.deployments_dir()} nor the system's temporary folder can be written; set "
-            "XDG_STATE_HOME to one that can"
+            f"a background server requires a folder for its record and log, but neither "
+            f"{paths.deployments_dir()} nor the system's temporary folder is writable; set "
+            "XDG_STATE_HOME to a writable folder"
         )
     folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     log_file = folder.path / f"{name}.log"
@@ -214,10 +216,10 @@ def start_server(model: str, *, deployment_name: str, options: Mapping[str, Any]
 
 
 def stop_server(deployment: Deployment, *, timeout: float) -> None:
-    """Makes a server end after its running requests, and waits; ValueError if it still runs after `timeout` seconds."""
+    """Ends a server after its running requests, and waits; ValueError if it is still running after `timeout` seconds."""
     if not deployment.is_alive:
         return
-    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+    with contextlib.suppress(ProcessLookupError):  # it has already ended
         os.kill(deployment.pid, signal.SIGTERM)
     end = time.monotonic() + timeout
     while True:
@@ -227,7 +229,7 @@ def stop_server(deployment: Deployment, *, timeout: float) -> None:
             return
         if time.monotonic() > end:
             raise ValueError(
-                f"deployment {deployment.name!r} (process {deployment.pid}) still runs after {timeout:g} s; "
+                f"deployment {deployment.name!r} (process {deployment.pid}) is still running after {timeout:g} s; "
                 "its requests may take longer: wait, or kill it"
             )
         time.sleep(POLL_SECONDS)

@@ -60,7 +60,7 @@ class EngineThread:
         self.load = Load()
         self.num_failed_steps = 0
         self.has_ended = False
-        """Whether it accepts no more requests, because it was closed or could not recover from an error."""
+        """Whether no more requests are accepted, because it was closed or could not recover from an error."""
         self._deliver = deliver
         self._box = Outbox()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -75,7 +75,7 @@ class EngineThread:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that do not run yet, including those that the engine has not received."""
+        """Requests that are not running yet, including those that the engine has not received."""
         return self.load.num_waiting + self._inbox.qsize()
 
     def submit(self, request: Request, matcher: GrammarMatcher | None = None, *, deadline: float | None = None) -> None:
@@ -94,7 +94,7 @@ class EngineThread:
     def abort(self, *request_ids: str) -> None:
         """Ends requests before the next step, without further events; unknown ids are ignored.
 
-        It waits for nothing, not even a lock, so that a destructor may call it.
+        Never blocks, not even on a lock, so that a destructor may call it.
         """
         self._inbox.put(lambda: [self.engine.abort(request_id) for request_id in request_ids])
 
@@ -129,7 +129,7 @@ class EngineThread:
                     self._expire()
                     if self._has_work and not self._stopping:
                         self._step()
-                except BaseException as error:  # the thread must live on: without it every client would hang
+                except BaseException as error:  # the thread must survive: without it every client would hang
                     self._recover(error)
                 self._publish()
                 self._hand_over()
@@ -137,7 +137,7 @@ class EngineThread:
             log.exception("the engine could not recover; it accepts no more requests")
         finally:
             self.has_ended = True
-            self._take_last_commands()  # commands that arrived meanwhile must fail too
+            self._take_last_commands()  # commands that arrived in the meantime must fail too
             self._fail(self.engine.requests_of(self._box), "shutdown", "the server is shutting down")
             self._events += self._box.outputs  # of requests that ended without a step
             self._box.outputs = []
@@ -161,7 +161,7 @@ class EngineThread:
                 log.exception("a command failed after the end")
 
     def _check(self) -> None:
-        # After the command was queued: here a command is noticed that came too late for the last look into the inbox.
+        # Checked after the command was queued, to detect a command that came after the inbox was last read.
         if self.has_ended:
             raise RuntimeError("the engine's thread has ended")
 

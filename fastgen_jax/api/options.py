@@ -16,7 +16,7 @@ from fastgen_jax.scheduling import SamplingParams
 
 log = logging.getLogger(__name__)
 
-DEFAULT_NEW_TOKENS = 256  # limit of an answer if neither the caller nor the model has one, as in transformers' pipeline
+DEFAULT_NEW_TOKENS = 256  # limit of an answer if neither the caller nor the model sets one, as in transformers' pipeline
 CALL_OPTIONS = ("echo", "params", "progress", "return_full_text", "stream")
 
 # Names of the options in other programs.
@@ -59,12 +59,12 @@ _OTHER_NAMES = {
     "generation_config": "it belongs to the engine: fastgen_jax.pipeline(model, generation_config=...)",
     "num_beams": "beam search is not supported; use n=... samples and their logprobs",
     "no_repeat_ngram_size": "it is not supported; use repetition_penalty or frequency_penalty",
-    "return_dict_in_generate": "leave it out: results are always `Response` objects",
-    "pad_token_id": "leave it out: nothing is padded",
-    "attention_mask": "leave it out: nothing is padded",
-    "use_cache": "leave it out: there is always a KV cache",
-    "batch_size": "leave it out: the engine forms batches, see max_num_seqs of fastgen_jax.pipeline",
-    "skip_special_tokens": "leave it out: texts have no special tokens, token_ids do",
+    "return_dict_in_generate": "omit it: results are always `Response` objects",
+    "pad_token_id": "omit it: nothing is padded",
+    "attention_mask": "omit it: nothing is padded",
+    "use_cache": "omit it: there is always a KV cache",
+    "batch_size": "omit it: the engine forms batches, see max_num_seqs of fastgen_jax.pipeline",
+    "skip_special_tokens": "omit it: texts have no special tokens, token_ids do",
 }
 
 
@@ -73,10 +73,10 @@ class Generation:
     """The sampling parameters of a call, with the limits of its engine."""
 
     params: SamplingParams
-    """For every prompt; `samples` adds the limit of an answer if the caller sets none."""
+    """For every prompt; `samples` adds a length limit if the caller sets none."""
     intake: Intake
     new_tokens: int | None
-    """Limit of an answer in tokens if the caller sets none; None: as many as fit."""
+    """Maximum length of an answer in tokens if the caller sets none; None: as many as fit."""
 
     def samples(self, num_prompt_tokens: int) -> list[SamplingParams]:
         """The parameters of each of the `n` answers to a prompt of that many tokens."""
@@ -94,8 +94,9 @@ class Generation:
 def generation_of(intake: Intake, params: SamplingParams | None, options: Mapping[str, Any]) -> Generation:
     """The sampling parameters of a call with `params` or `options`.
 
-    `params` are used as they are. With options, the model's defaults apply to those left out, and an answer has at most
-    `DEFAULT_NEW_TOKENS` tokens. Raises ValueError if both are given, for an unknown option, and as `SamplingParams` does.
+    `params` are used as they are. With options, the model's defaults apply to those that are omitted, and an answer has
+    at most `DEFAULT_NEW_TOKENS` tokens. Raises ValueError if both are given, for an unknown option, and as
+    `SamplingParams` does.
     """
     if params is None:
         _check_names(options)
@@ -103,12 +104,12 @@ def generation_of(intake: Intake, params: SamplingParams | None, options: Mappin
         return Generation(params=intake.sampling_params(options), intake=intake, new_tokens=new_tokens)
     if not isinstance(params, SamplingParams):
         raise ValueError(
-            f"params is a {type(params).__name__}; give fastgen_jax.SamplingParams, or options as "
+            f"params is a {type(params).__name__}; pass fastgen_jax.SamplingParams, or options as "
             "keywords: pipe(prompts, max_new_tokens=32)"
         )
     if options:
         raise ValueError(
-            f"both params and options ({', '.join(sorted(options))}) are given; give one of them: "
+            f"both params and options ({', '.join(sorted(options))}) were passed; pass only one of them: "
             "dataclasses.replace(params, ...) changes params"
         )
     return Generation(params=params, intake=intake, new_tokens=None)
@@ -126,7 +127,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
     for name in options:
         if name in engine:
             raise ValueError(
-                f"{name!r} is an option of the engine, not of a call; give it once: fastgen_jax.pipeline(model, {name}=...)"
+                f"{name!r} is an option of the engine, not of a call; set it once: fastgen_jax.pipeline(model, {name}=...)"
             )
         if name not in known:
             raise unknown_option(name, {*known, *CALL_OPTIONS}, _OTHER_NAMES, kind="generation")
@@ -148,20 +149,19 @@ class LimitNotice:
         if num_generated >= call.intake.room(num_prompt):
             config = call.intake.config
             name = "num_blocks" if config.num_blocks * config.block_size < config.max_context_len else "max_context_len"
-            self._say(
+            self._log_once(
                 name,
                 f"an answer was cut off: after a prompt of {num_prompt} tokens there was room for "
-                f"{num_generated}; give a shorter prompt, or start with a larger {name}",
+                f"{num_generated}; shorten the prompt, or start with a larger {name}",
             )
         else:
-            whose = "the model's generation_config" if call.intake.default_new_tokens else "the default"
-            self._say(
+            limit = "limit of the model's generation_config" if call.intake.default_new_tokens else "default limit"
+            self._log_once(
                 "length",
-                f"an answer was cut off after {num_generated} tokens, the limit of {whose}; give "
-                "max_new_tokens=... to change it",
+                f"an answer was cut off after {num_generated} tokens, the {limit}; pass max_new_tokens=... to change it",
             )
 
-    def _say(self, kind: str, text: str) -> None:
+    def _log_once(self, kind: str, text: str) -> None:
         if kind not in self._shown:
             self._shown.add(kind)
             log.warning("%s (shown once)", text)

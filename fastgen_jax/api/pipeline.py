@@ -22,7 +22,7 @@ SHOWN_CHARACTERS = 80  # of a text in the repr of a response
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Response:
-    """The answer to one prompt. Lengths count tokens."""
+    """The answer to one prompt. Lengths are in tokens."""
 
     generated_text: str
     """Empty when the engine has no tokenizer."""
@@ -33,7 +33,7 @@ class Response:
     token_ids: tuple[int, ...]
     """Generated tokens; with `echo`, after those of the prompt."""
     logprobs: tuple[TokenLogprob, ...] | None = None
-    """One entry a generated token, with `logprobs`."""
+    """One entry per generated token, with `logprobs`."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """One entry for each prompt token except the first, with `prompt_logprobs`."""
     cached_length: int = 0
@@ -116,18 +116,18 @@ class Pipeline:
         progress: bool | None = None,
         **options: Any,
     ) -> list[Response] | Outputs:
-        """One response a prompt, in order; with `n`, n consecutive responses a prompt.
+        """One response per prompt, in order; with `n`, n consecutive responses per prompt.
 
         `prompts` is one prompt or several, each as text, token ids or chat messages. Sampling is controlled by `params`,
-        or by `options` and the model's defaults for those left out. `return_full_text` puts the prompt before the
+        or by `options`, with the model's defaults for omitted ones. `return_full_text` puts the prompt before the
         generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows it on a terminal and in a
         notebook. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive instead. Raises
         ValueError, before anything runs, for an unknown or contradictory option or a prompt that cannot run. Raises
-        RuntimeError if a step of one of the requests failed, and ValueError if the pipeline was destroyed meanwhile.
+        RuntimeError if a step of one of the requests failed, and ValueError if the pipeline was destroyed in the meantime.
         """
         call = generation_of(self.engine.intake, params, options)
         if stream and (return_full_text or echo):
-            raise ValueError("return_full_text and echo belong to whole responses; with stream=True leave them out")
+            raise ValueError("return_full_text and echo apply to complete responses; omit them with stream=True")
         items = split_prompts(prompts)
         token_ids = [self.engine.encode(prompt) for prompt in items]
         if stream:
@@ -217,7 +217,7 @@ def pipeline(
     """A pipeline for a model, ready to generate.
 
     `model` is a directory in Hugging Face layout, a GGUF file, "smollm2-135m-instruct", or a repo id on the hub.
-    `options` are fields of `EngineConfig` (`token_budget`, `dtype`, `quantize`, `num_blocks`, ...), or give them as
+    `options` are fields of `EngineConfig` (`token_budget`, `dtype`, `quantize`, `num_blocks`, ...), or pass them as
     `config`. Raises ValueError for an unknown option or a checkpoint that cannot be read.
 
         pipe = fastgen_jax.pipeline("smollm2-135m-instruct")

@@ -18,7 +18,7 @@ REFRESH_SECONDS = 0.5  # so that the elapsed time advances while a long prompt i
 class Progress:
     """The progress bar of one call: a context manager; `add` every output.
 
-    It counts tokens out of the maximum, which `limits` has for each answer; an answer that ends early reduces the total.
+    It counts tokens up to a total, the sum of `limits`, one per answer; an answer that ends early reduces the total.
     `show=None` shows it on a terminal and in a notebook.
     """
 

@@ -33,9 +33,9 @@ class Research:
         logits = research.put(["mine"], [[1, 2, 3]])
         research.flush("mine")
 
-    Its sequences belong to the caller: nothing is sampled, none ends by itself, and `flush` gives its KV blocks back, which
-    sequences and requests share. They belong to the engine too: another `Research(engine)` has the same ones. A call that
-    raises, also by an interrupt, leaves all of them as they were.
+    The caller controls its sequences: nothing is sampled, none ends on its own, and `flush` frees KV blocks, which come
+    from the same pool as those of requests. The engine stores the sequences: another `Research(engine)` has the same
+    ones. A call that raises, for example because of an interrupt, leaves all of them as they were.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -46,13 +46,13 @@ class Research:
     def put(self, uids: Sequence[str | int], tokens: Sequence[TokenIdsInput]) -> np.ndarray:
         """Appends tokens to sequences, new or existing, and returns the logits f32[len(uids), V] after the last of each.
 
-        `tokens` has a list or an integer array of token ids for each sequence. Long inputs are split over several
+        `tokens` contains a list or an integer array of token ids for each sequence. Long inputs are split over several
         steps. Raises ValueError, before anything changes, if an input is empty or not token ids, if a sequence would
         outgrow the context limit, or if there are too few free KV blocks.
         """
         names, vocab_size = _names(uids), self._engine.model.vocab_size
         if isinstance(tokens, str | bytes | Mapping) or len(names) != len(tokens):
-            raise ValueError(f"{len(names)} sequence ids but {len(tokens)} token lists; give one list for each id")
+            raise ValueError(f"{len(names)} sequence ids but {len(tokens)} token lists; pass one list per id")
         new = {
             name: checked_token_ids(ids, f"tokens[{i}]", vocab_size=vocab_size)
             for i, (name, ids) in enumerate(zip(names, tokens, strict=True))
@@ -83,7 +83,7 @@ class Research:
         """
         ids = checked_token_ids(tokens, "tokens", vocab_size=self._engine.model.vocab_size)
         if last is not None and not (_is_count(last) and 1 <= last <= len(ids)):
-            raise ValueError(f"last is {last!r}, but must be a whole number in 1..{len(ids)}, the number of tokens, or None")
+            raise ValueError(f"last is {last!r}, but must be an integer in 1..{len(ids)} (the number of tokens), or None")
         hidden: list[np.ndarray] = []
 
         def compute() -> None:
@@ -108,7 +108,7 @@ class Research:
         self._engine.exclusive(lambda: self._sequences.fork(str(uid), name))
 
     def rollback(self, uid: str | int, num_tokens: int) -> None:
-        """Removes the last `num_tokens` tokens of a sequence, and frees the blocks that held nothing else; no work.
+        """Removes the last `num_tokens` tokens of a sequence and frees the blocks that held only these; computes nothing.
 
         Raises ValueError if there is no sequence `uid`, or if no token would be left.
         """
@@ -117,8 +117,8 @@ class Research:
             length = len(self._sequences.existing(str(uid)).token_ids)
             if not (_is_count(num_tokens) and 0 <= num_tokens < length):
                 raise ValueError(
-                    f"num_tokens is {num_tokens!r}, but sequence {uid!r} can give back 0..{length - 1} tokens; "
-                    "flush it to remove it altogether"
+                    f"num_tokens is {num_tokens!r}, but 0..{length - 1} tokens of sequence {uid!r} can be removed; "
+                    "flush it to remove it completely"
                 )
             self._sequences.truncate(str(uid), length - int(num_tokens))
 
@@ -134,7 +134,7 @@ class Research:
         return self._engine.exclusive(info)
 
     def can_schedule(self, uids: Sequence[str | int], lengths: Sequence[int]) -> bool:
-        """Whether `put` of so many tokens for each of these sequences would be accepted now."""
+        """Whether `put` would now accept these numbers of tokens for these sequences."""
         if len(uids) != len(lengths) or any(length < 1 for length in lengths):
             return False
 
@@ -165,11 +165,11 @@ def _is_count(value: object) -> bool:
 def _names(uids: Sequence[str | int]) -> list[str]:
     """Sequence ids as strings; ValueError unless they are a list of different strings and integers."""
     if isinstance(uids, str | bytes | Mapping):
-        raise ValueError(f"uids is {uids!r}; give the sequence ids in a list")
+        raise ValueError(f"uids is {uids!r}; pass a list of sequence ids")
     for uid in uids:
         if isinstance(uid, bool) or not isinstance(uid, str | int | np.integer) or uid == "":
-            raise ValueError(f"uids holds {uid!r}; a sequence id is a string or an integer")
+            raise ValueError(f"uids contains {uid!r}; a sequence id is a string or an integer")
     names = [str(uid) for uid in uids]
     if len(set(names)) != len(names):
-        raise ValueError(f"sequence ids {names} repeat; give each sequence once, with all its new tokens")
+        raise ValueError(f"sequence ids {names} repeat; pass each sequence once, with all its new tokens")
     return names

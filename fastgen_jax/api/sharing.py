@@ -98,7 +98,7 @@ class Outputs:
     was destroyed, and RuntimeError for a request that failed.
     """
 
-    _thread: EngineThread | None = None  # also if the constructor was interrupted
+    _thread: EngineThread | None = None  # even if the constructor was interrupted
 
     def __init__(
         self, shared: SharedEngine, requests: Sequence[Request], on_finished: Callable[[RequestOutput], object] | None
@@ -118,7 +118,7 @@ class Outputs:
         try:
             thread.submit_all(self._requests)
         except RuntimeError:
-            _ = self._shared.engine  # if it was destroyed, this raises the better error
+            _ = self._shared.engine  # if it was destroyed, this raises a clearer error
             raise
 
     def __iter__(self) -> Outputs:
@@ -194,7 +194,7 @@ class Stream:
 
 
 def _deliver(places: dict[str, _Place], events: Sequence[Event]) -> None:
-    """Delivers events to their readers, in the engine's thread: at most one wake-up of each reader a step."""
+    """Delivers events to their readers, in the engine's thread: at most one wake-up of each reader per step."""
     batches: dict[queue.SimpleQueue[_Batch], _Batch] = {}
     for event in events:
         is_last = isinstance(event, Failure) or event.finished

@@ -25,7 +25,7 @@ def run(options: Options) -> int:
     """Runs the command and returns the exit code."""
     import httpx
 
-    from fastgen_jax.api.client import NoAnswerError, ServerError, checked, heard, http_settings
+    from fastgen_jax.api.client import NoAnswerError, ServerError, checked, explained_errors, http_settings
     from fastgen_jax.api.deployment import deployments, find_deployment
 
     if options["interval"] <= 0:
@@ -40,7 +40,7 @@ def run(options: Options) -> int:
     with httpx.Client(**http_settings(deployment, timeout=30)) as http:
         while True:
             try:
-                with heard(deployment):
+                with explained_errors(deployment):
                     stats = checked(http.get("/stats", params={"since_step": since}))
             except ServerError as error:
                 if isinstance(error, NoAnswerError) or error.status != LOADING or options["once"]:

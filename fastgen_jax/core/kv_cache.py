@@ -30,7 +30,7 @@ class KVCache:
     def zeros(
         *, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: DTypeLike
     ) -> KVCache:
-        """An empty cache of `num_blocks` blocks a layer, `block_size` tokens each; see `stored_head_dim`."""
+        """An empty cache of `num_blocks` blocks per layer, `block_size` tokens each; see `stored_head_dim`."""
         shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
         zeros = QuantizedCache.zeros if is_quantized(dtype) else jnp.zeros
         return KVCache(k=zeros(shape, dtype), v=zeros(shape, dtype))

@@ -1,4 +1,4 @@
-"""JAX's persistent cache of compiled programs: where it lies, and what happens when it fails."""
+"""JAX's persistent cache of compiled programs: where it is, and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def use(named: str | None) -> Folder | None:
     jax.config.update("jax_compilation_cache_dir", str(programs.path))
     # The default skips programs that compile within a second; here each one delays the first token.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # XLA's own files beside the entries: their path would be part of every key, and XLA fails if it cannot write them.
+    # No XLA caches next to the entries: their path would be part of every key, and XLA fails if it cannot write them.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if not programs.writable:
         _write_no_more()
@@ -55,10 +55,11 @@ def use(named: str | None) -> Folder | None:
 
 @contextlib.contextmanager
 def failures_logged() -> Iterator[None]:
-    """Context in which JAX's warnings about its cache are logged, even if warnings are errors, and damaged entries removed.
+    """Context that logs JAX's warnings about its cache, even if warnings are errors, and removes damaged entries.
 
-    JAX never replaces an entry: one that a full disk truncated would be compiled again by every start, so it is removed
-    before JAX writes it again. After a failed write nothing more is written, since other writes would fail too.
+    JAX never replaces an entry: every start would compile a program again if a full disk had truncated its entry. The
+    entry is therefore removed before JAX writes it again. After a failed write, nothing more is written, since other
+    writes would fail too.
     """
     with _lock, warnings.catch_warnings():
         show: Any = warnings.showwarning
@@ -75,7 +76,7 @@ def failures_logged() -> Iterator[None]:
             if failure is None:
                 show(message, category, filename, lineno, file, line)
                 return
-            log.warning("%s (in %s); the program is compiled, and the run goes on", message, _path())
+            log.warning("%s (in %s); the program is compiled and the run continues", message, _path())
             drop_broken(failure[2])
             if failure[1] == "writing":
                 _write_no_more()
@@ -89,7 +90,7 @@ def failures_logged() -> Iterator[None]:
 
 
 def drop_broken(program: str) -> None:
-    """Removes the entries of a program, by its name in JAX, that are truncated or damaged."""
+    """Removes truncated or damaged entries of a program, which is identified by its name in JAX."""
     folder = _path()
     if folder is None or "://" in folder:
         return

@@ -26,8 +26,8 @@ KVDType = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 Quantization = Literal["int8"]
 Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
-BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps below a token budget that comes without a ladder
-NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding, so that few programs serve all sizes
+BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
+NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes that a measurement compiles and times
 
 
@@ -40,61 +40,63 @@ class EngineConfig:
     """How the engine runs a model. `resolve` fills every None from the model and the device."""
 
     dtype: DType | None = None
-    """Number format of weights, and of activations where these are not float32 as on a CPU. None: float32 on a CPU,
-    bfloat16 elsewhere."""
+    """Data type of the weights and activations; native CPU kernels use float32 activations with any type. None: float32
+    on a CPU, bfloat16 elsewhere."""
     quantize: Quantization | None = None
-    """Weight-only quantization, one scale per output channel. None: weights stay in `dtype`."""
+    """Weight-only quantization with one scale per output channel. None: the weights stay in `dtype`."""
     kv_dtype: KVDType | None = None
-    """Number format of the KV cache; 8-bit formats have a scale for each token and KV head. None: `dtype`."""
+    """Data type of the KV cache; 8-bit types have one scale per token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None
-    """Devices of this process over which heads, MLP columns and vocabulary are divided. None: one device, undivided."""
+    """Number of devices over which heads, MLP columns and vocabulary are sharded. None: one device, no sharding."""
     token_budget: int | None = None
-    """Tokens of a full step. None: measured on this device once, then saved."""
+    """Maximum number of tokens per step. None: measured once on this device, then saved."""
     budget_ladder: tuple[int, ...] | None = converted(_ladder, default=None)
-    """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen from the same measurement."""
+    """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen by measurement, like
+    `token_budget`."""
     remeasure: bool = False
-    """Whether to measure the token budget again and replace the saved measurement."""
+    """Measure the token budget again and replace the saved measurement."""
     max_num_seqs: int = 64
-    """Sequences that run at the same time; others wait."""
+    """Maximum number of sequences that run at the same time; others wait."""
     max_context_len: int | None = None
-    """Tokens of a sequence, prompt and generated together. None: the model's own limit."""
+    """Maximum number of tokens per sequence, prompt and generated together. None: the model's own limit."""
     block_size: int | None = None
-    """Tokens of a KV block. None: 32, or 128 for an 8-bit cache on a TPU or GPU, whose kernels read no smaller blocks."""
+    """Tokens per KV block. None: 32, or 128 for an 8-bit cache on a TPU or GPU, where kernels cannot read smaller blocks."""
     num_blocks: int | None = None
-    """KV blocks a layer. None: as many as fit into free memory, at most as many as `max_num_seqs` full contexts need; the
-    number of an earlier start is kept while it fits, so that its compiled programs can be used again."""
+    """KV blocks per layer. None: as many as fit in free memory, but no more than `max_num_seqs` full contexts need; the
+    number from an earlier start is kept while it fits, so that its compiled programs can be reused."""
     prefix_caching: bool = True
-    """Whether prompts with a common prefix share KV blocks. Off for rope kind "dynamic", whose keys depend on the length."""
+    """Share KV blocks among prompts with a common prefix. Off for rope kind "dynamic", whose keys depend on the length."""
     policy: Literal["splitfuse", "prompts_first", "orca", "sla"] | Policy = converted(checked_policy, default="splitfuse")
-    """How a step is filled; "sla" keeps the promises below. In Python also a function of a `Planner`."""
+    """How steps are filled; "sla" enforces the promised rates below. In Python, also a function of a `Planner`."""
     promised_prompt_rate: float | None = None
-    """Policy "sla", tokens a second: the first token is due after the length of the prompt over this rate; a request that
-    cannot meet it is refused."""
+    """Policy "sla", tokens per second: the first token is due after (prompt tokens / this rate) seconds; a request that
+    cannot meet this deadline is refused."""
     promised_generation_rate: float | None = None
-    """Policy "sla", tokens a second: steps are kept short enough for each sequence to generate at this rate."""
+    """Policy "sla", tokens per second: steps are kept short enough for each sequence to generate at this rate."""
     promise_grace: float | None = None
-    """Policy "sla", seconds: how late a first token may be before its request is refused. None: 1."""
+    """Policy "sla", seconds: how late the first token may be before the request is refused. None: 1."""
     overlap: bool = True
-    """Whether a step is dispatched before the tokens of the previous one are read."""
+    """Dispatch each step before the tokens of the previous one are read."""
     stack_layers: bool | None = None
-    """Whether layers are scanned as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
+    """Scan over the layers as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
     logits_processor: LogitsProcessor | None = None
-    """A function of jax.numpy, f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: none."""
+    """A jax.numpy function f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: no processor."""
     attention: Attention | None = None
     """Implementation of ragged attention. None: the best one for the device."""
     generation_config: str | Mapping[str, Any] | tuple[tuple[str, Any], ...] = converted(
         generation.parse_setting, default="auto"
     )
-    """Defaults for options that a request leaves out: "auto" for those of the checkpoint's generation_config.json, "none",
-    or the defaults themselves, such as {"temperature": 0.6}, also as JSON. Stored as pairs."""
+    """Defaults for options that a request omits: "auto" for those in the checkpoint's generation_config.json, "none", or
+    the defaults as a mapping or as JSON, such as {"temperature": 0.6}. Stored as pairs."""
     compile_cache_dir: str | None = None
-    """Folder of compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": none is kept."""
+    """Folder for compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": nothing is
+    saved."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
         choices: dict[str, tuple[str | None, ...]] = {
             "dtype": (*get_args(DType), None),
             "quantize": (*get_args(Quantization), None),
@@ -105,28 +107,26 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
         if self.logits_processor is not None and not callable(self.logits_processor):
-            raise ValueError(f"logits_processor is {self.logits_processor!r}; give a function f(logits, rows) or None")
+            raise ValueError(f"logits_processor is {self.logits_processor!r}; pass a function f(logits, rows) or None")
         promises = (self.promised_prompt_rate, self.promised_generation_rate)
-        gives = [promise is not None for promise in promises]  # for a policy that is a function both are optional
-        if gives[0] != gives[1] or (isinstance(self.policy, str) and gives[0] != (self.policy in NEED_PROMISE)):
+        is_set = [rate is not None for rate in promises]  # optional with a policy that is a function
+        if is_set[0] != is_set[1] or (isinstance(self.policy, str) and is_set[0] != (self.policy in NEED_PROMISE)):
             raise ValueError(
                 f"policy is {self.policy!r}, promised_prompt_rate {promises[0]} and promised_generation_rate {promises[1]}; "
-                f"give both promises with {', '.join(sorted(NEED_PROMISE))}, and only there"
+                f"set both rates with policy {', '.join(sorted(NEED_PROMISE))}, and with no other"
             )
         if self.promise_grace is not None and None in promises:
-            raise ValueError(
-                f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; leave it out"
-            )
+            raise ValueError(f"promise_grace is {self.promise_grace}, but policy {self.policy!r} makes no promise; omit it")
         _ = self.promise  # checks the rates
         if self.remeasure and self.token_budget is not None:
             raise ValueError(
-                f"remeasure with token_budget={self.token_budget}: a given budget is not measured; leave one of them out"
+                f"remeasure with token_budget={self.token_budget}: an explicit budget is not measured; omit one of them"
             )
         if self.budget_ladder is not None:
             if self.token_budget is None:
-                raise ValueError(f"budget_ladder={self.budget_ladder} needs a token_budget, the size of a full step")
+                raise ValueError(f"budget_ladder={self.budget_ladder} requires token_budget, the size of a full step")
             if not isinstance(self.budget_ladder, tuple) or not all(type(b) is int for b in self.budget_ladder):
-                raise ValueError(f"budget_ladder is {self.budget_ladder!r}; give whole numbers in a list, such as [16, 64]")
+                raise ValueError(f"budget_ladder is {self.budget_ladder!r}; pass a list of integers, such as [16, 64]")
             if any(not 1 <= budget <= self.token_budget for budget in self.budget_ladder):
                 raise ValueError(
                     f"budget_ladder={self.budget_ladder} has a step outside 1..{self.token_budget} (token_budget)"
@@ -142,7 +142,7 @@ class EngineConfig:
 
     @property
     def promise(self) -> Promise | None:
-        """The promises of policy "sla", if given; ValueError for a rate that is not above 0 or a negative grace."""
+        """The promises of policy "sla", if set; ValueError for a rate that is not positive or a negative grace."""
         if self.promised_prompt_rate is None or self.promised_generation_rate is None:
             return None
         return Promise(
@@ -163,13 +163,13 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ResolvedConfig:
-    """What an engine runs with: a value for everything that an `EngineConfig` may leave open.
+    """The settings of a running engine: a value for every field that `EngineConfig` may leave open.
 
-    Fields that share a name with one of `EngineConfig` mean the same.
+    Fields with the same name as in `EngineConfig` have the same meaning.
     """
 
     choices: EngineConfig
-    """What the operator asked for. Choices that need no resolving are read from here."""
+    """The operator's config. Settings that need no resolving are read from here."""
     dtype: DType
     kv_dtype: KVDType
     block_size: int
@@ -178,7 +178,7 @@ class ResolvedConfig:
     stack_layers: bool
     prefix_caching: bool
     budget_ladder: tuple[int, ...]
-    """Sizes of steps in tokens, smallest first; the last is the token budget. Candidates until they are measured."""
+    """Step sizes in tokens, smallest first; the last is the token budget. Only candidates until they are measured."""
     generation_config: generation.Pairs
 
     def __repr__(self) -> str:
@@ -187,12 +187,12 @@ class ResolvedConfig:
 
     @property
     def token_budget(self) -> int:
-        """Tokens of a full step."""
+        """Maximum number of tokens per step."""
         return self.budget_ladder[-1]
 
     @property
     def max_num_seqs(self) -> int:
-        """Sequences that run at the same time."""
+        """Maximum number of sequences that run at the same time."""
         return self.choices.max_num_seqs
 
     @property
@@ -202,18 +202,18 @@ class ResolvedConfig:
 
     @property
     def tensor_parallel(self) -> int | None:
-        """Devices that the model is divided over; None: one device has it all."""
+        """Number of devices over which the model is sharded; None: one device, no sharding."""
         return self.choices.tensor_parallel
 
     @property
     def activation_dtype(self) -> DType:
-        """Number format of the residual stream: `dtype`, except float32 where native kernels multiply, which return that."""
+        """Data type of the residual stream: float32 with the native CPU kernels, which return it, otherwise `dtype`."""
         native_kernels = jax.default_backend() == "cpu" and not self.stack_layers and native.available()
         return "float32" if native_kernels else self.dtype
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens that a sequence can really have: the context limit, or the whole KV cache where that holds less."""
+        """Tokens that a sequence can actually have: the context limit, or the whole KV cache if that holds less."""
         return longest_sequence(max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size)
 
     @property
@@ -233,11 +233,11 @@ def _shown(config: object, values: Mapping[str, object]) -> str:
 
 
 def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | None = None) -> ResolvedConfig:
-    """A value for everything that `config` leaves open, chosen for this model and device.
+    """Returns `config` with a value for every open field, chosen for this model and device.
 
-    Without a token budget, `budget_ladder` has the candidates that a measurement chooses from. `earlier_blocks` is the
-    `num_blocks` of an earlier start; it is kept if it suits the memory that is free now. Raises ValueError if the choices
-    contradict the model or the free memory.
+    Without a token budget, `budget_ladder` contains the candidates for a measurement. `earlier_blocks` is the
+    `num_blocks` of an earlier start; it is kept if it suits the memory that is free now. Raises ValueError if the
+    choices are incompatible with the model or the free memory.
     """
     platform = jax.default_backend()
     if config.logits_processor is not None:
@@ -255,22 +255,22 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     max_context_len = config.max_context_len or model.max_context_len
     kv_dtype = config.kv_dtype or dtype
     block_size = config.block_size or (128 if platform in ("tpu", "gpu") and kv_dtype in QUANTIZED_DTYPES else 32)
-    blocks_a_sequence = -(-max_context_len // block_size)
+    blocks_per_sequence = -(-max_context_len // block_size)
     num_blocks = config.num_blocks
     if num_blocks is None:
         head_dim = stored_head_dim(model.head_dim, platform)
-        bytes_a_block = block_size * model.kv_bytes_per_token(
+        bytes_per_block = block_size * model.kv_bytes_per_token(
             jnp.dtype(kv_dtype).itemsize, stored_head_dim=head_dim, scale_bytes=scale_bytes(kv_dtype)
         )
         num_blocks = room_for_cache(platform).num_blocks(
-            bytes_a_block,
-            wanted=config.max_num_seqs * blocks_a_sequence,
+            bytes_per_block,
+            wanted=config.max_num_seqs * blocks_per_sequence,
             earlier=earlier_blocks,
             share=1 if platform == "cpu" else num_devices,  # CPU devices share the memory of one host
         )
         if num_blocks < 1:
             raise ValueError(
-                f"no room for a single KV block of {bytes_a_block / 2**20:.1f} MiB; free memory, choose a smaller "
+                f"no memory for a single KV block of {bytes_per_block / 2**20:.1f} MiB; free memory, choose a smaller "
                 f"block_size than {block_size}, or a smaller kv_dtype than {kv_dtype}"
             )
     # A key rotated for a prompt of one length is wrong for a longer prompt with the same prefix.
@@ -297,7 +297,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
 
 
 def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -> tuple[int, ...]:
-    if config.token_budget is None:  # a measured step is one sequence, so it must fit into the cache
+    if config.token_budget is None:  # a measured step is one sequence, so it must fit in the cache
         return tuple(budget for budget in MEASURED_BUDGETS if budget <= longest)
     smaller = config.budget_ladder
     if smaller is None:
@@ -309,11 +309,11 @@ def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices
     """ValueError if there are too few devices, or the model or another choice is incompatible with them."""
     here = len(jax.local_devices())
     if here < num_devices:
-        remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} divides a CPU into as many"
+        remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} splits a CPU into that many"
         raise ValueError(
             f"tensor_parallel={num_devices} but this process has {here} {platform} device(s); "
             f"choose 1 to {here}" + (remedy if platform == "cpu" else "")
         )
     if config.stack_layers is False:
-        raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; leave stack_layers out")
+        raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; omit stack_layers")
     check_divisible(model, num_devices)

@@ -38,10 +38,10 @@ class Engine:
             for output in engine.step():
                 print(output.text, end="")
 
-    All programs are compiled before the constructor returns. Methods may be called from any thread; calls take turns. An
-    exception may be raised at any point, in particular a KeyboardInterrupt: the next call notices that an operation did not
-    complete and continues with the requests and outputs that there are. Missing results are computed again, and are the
-    same as they would have been.
+    All programs are compiled before the constructor returns. Methods may be called from any thread; calls are
+    serialized. An exception, in particular a KeyboardInterrupt, may be raised at any point: the next call detects that
+    an operation did not complete and continues with the existing requests and outputs. Missing results are computed
+    again and do not differ.
     """
 
     name: str = ""
@@ -58,12 +58,12 @@ class Engine:
     ) -> None:
         """Compiles everything; `params` are plain or prepared weights.
 
-        `progress` shows a bar while programs compile. Raises ValueError if `config` contradicts the model or the
-        memory.
+        `progress` shows a bar while programs compile. Raises ValueError if `config` is incompatible with the model or
+        the free memory.
         """
         self.model = model
         self.config, self.runner = startup.start(params, model, config or EngineConfig(), progress=progress)
-        """What it runs with, and the compiled programs with the device memory; use the latter within `exclusive`."""
+        """The settings in use, and the compiled programs with their device memory; use `runner` only within `exclusive`."""
         choices = self.config.choices
         self.tokenizer = tokenizer
         self.intake = Intake(tokenizer, model, self.config)
@@ -80,9 +80,9 @@ class Engine:
             promise=choices.promise,
             step_sizes=self.config.budget_ladder if choices.promise else (),
         )
-        """Read its statistics, estimates and integrity check; only the engine changes it."""
+        """For its statistics, estimates and integrity check; only the engine changes it."""
         self.manual_sequences = ManualSequences(self.scheduler)
-        """Sequences of `Research`; change them within `exclusive`."""
+        """Sequences of `Research`; change them only within `exclusive`."""
         self._tables = SamplingTables(self.config.max_num_seqs, model.vocab_size)
         self._packer = Packer(self.config, self._tables)
         self._journal = Journal(self.runner, self.scheduler, self.manual_sequences, self.metrics)
@@ -97,7 +97,7 @@ class Engine:
         option, and for a checkpoint that is missing, damaged or of an unsupported architecture.
         """
         if config is not None and options:
-            raise ValueError(f"give either config or options, not both; options were {', '.join(sorted(options))}")
+            raise ValueError(f"pass either config or options, not both; options were {', '.join(sorted(options))}")
         config = config or EngineConfig.from_options(options)
         params, model_config, tokenizer, config = startup.load(model, config, progress=progress)
         engine = cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
@@ -125,9 +125,9 @@ class Engine:
     ) -> str:
         """Queues a request and returns its id.
 
-        A lower `priority` runs first; equal ones run in order of arrival. With `grammar`, only tokens that keep to it
-        are sampled. Raises ValueError, and changes nothing, if the prompt is empty or too long, a token id is not in
-        the vocabulary, the id is taken, or the request could never fit into the cache.
+        A lower `priority` runs first; equal ones run in order of arrival. With `grammar`, only tokens that it allows are
+        sampled. Raises ValueError, and changes nothing, if the prompt is empty or too long, a token id is not in the
+        vocabulary, the id is taken, or the request could never fit into the cache.
         """
         matcher = self.intake.matcher(grammar) if grammar else None
         request = self.intake.request(
@@ -136,9 +136,9 @@ class Engine:
         return self.add_request(request, matcher)
 
     def add_request(self, request: Request, matcher: GrammarMatcher | None = None, *, box: Outbox | None = None) -> str:
-        """Queues a request that `intake` made, with the matcher of its grammar if it has one; see `add`.
+        """Queues a request from `intake.request`, with a matcher if it has a grammar; see `add`.
 
-        Its outputs go to `box` and come from `step(box)`.
+        Its outputs go to `box` and are returned by `step(box)`.
         """
         journal, request_id, state = self._journal, request.request_id, None
         try:
@@ -156,16 +156,16 @@ class Engine:
                 journal.is_open = False
         except BaseException:
             if state is not None and journal.states.get(request_id) is state:
-                self.abort(request_id)  # the caller has not got its id
+                self.abort(request_id)  # the caller does not know its id yet
             raise
         return request_id
 
     def encode(self, prompt: Prompt) -> TokenIds:
-        """Token ids of a prompt in any of its forms; ValueError if it is empty or not one of them."""
+        """Token ids of a prompt in any supported form; ValueError if it is empty or in another form."""
         return self.intake.encode(prompt)
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request and frees its blocks; False if there is none of that id, for example because it has finished."""
+        """Ends a request and frees its blocks; False if there is no such request, for example because it has finished."""
         journal = self._journal
         with journal.turn, journal.lock:
             known = journal.states.pop(request_id, None) is not None
@@ -215,10 +215,10 @@ class Engine:
         """Runs one step and returns the outputs that are ready: with overlap, those of the step before it.
 
         The list is empty if nothing has been computed yet, or nothing is left to do. With `box`, returns the outputs of
-        its requests instead of those that were added without one; the step computes for all requests.
+        its requests; without it, those of requests that have no box. Either way, the step computes for all requests.
 
         After a KeyboardInterrupt the next call continues as if nothing had happened, and returns what this one had
-        computed. After an error, each request of the failed steps ends with an output that has the error, unless
+        computed. After an error, each request of the failed steps ends with an output that contains the error, unless
         `recover` is called first.
         """
         journal = self._journal
@@ -234,7 +234,7 @@ class Engine:
                     journal.failure = f"{type(error).__name__}: {error}"
                     raise
                 journal.is_open = False
-        # No call from here on: an exception from outside comes before all of this, or after the caller has the outputs.
+        # No calls from here on: an exception from outside is raised before all of this, or after the caller has the outputs.
         outputs = box.outputs
         box.outputs = []
         return outputs
@@ -243,16 +243,16 @@ class Engine:
         """Makes the engine usable again after `step` raised; returns the ids of the requests that it ends.
 
         After a KeyboardInterrupt there are none. After an error they are the requests of the steps that were being
-        computed. All other requests keep what they have: waiting ones wait, running ones and manual sequences are computed
-        again. Cached prefixes are forgotten. Without this call the next operation does the same, but the requests end with
-        an output; requests of other boxes than `box` always do.
+        computed. All other requests continue: waiting ones keep waiting, running ones and manual sequences are
+        recomputed. Cached prefixes are dropped. Without this call the next operation does the same, but the requests end
+        with an output, as requests of boxes other than `box` always do.
         """
         return self._journal.recover(box)
 
     def measure_step(self, num_tokens: int) -> float:
         """Seconds of one full step of the bucket for `num_tokens`, measured now; ValueError unless the engine is idle.
 
-        It overwrites the cache, so cached prefixes are forgotten.
+        It overwrites the cache, so cached prefixes are dropped.
         """
         journal = self._journal
         with journal.turn, journal.lock:
@@ -265,7 +265,7 @@ class Engine:
         return seconds
 
     def _step(self) -> None:
-        """Plans, packs and dispatches a step; then commits the one before it, whose tokens have arrived meanwhile."""
+        """Plans, packs and dispatches a step; then commits the one before it, whose tokens have arrived in the meantime."""
         journal, timer, compiles = self._journal, StepTimer(), compile_count()
         with timer("plan"):
             step = journal.dispatching = self.scheduler.schedule()
@@ -293,7 +293,7 @@ class Engine:
         return self._packer.pack(step, bucket)
 
     def _admit(self, sequence: Sequence) -> None:
-        """Gives the slot of a sequence its sampling parameters."""
+        """Writes the sampling parameters of a sequence to its slot."""
         request, slot = sequence.request, sequence.slot
         assert slot is not None  # it was admitted
         needs_history = self._tables.admit(
@@ -314,7 +314,7 @@ class Engine:
             )
 
     def _set_masks(self, step: Step) -> None:
-        """Sends the device the tokens that the grammars allow next."""
+        """Sends the device masks of the tokens that the grammars allow next."""
         slots, matchers = [], []
         for sequence in step.sampled:
             matcher = self._journal.states[sequence.request_id].matcher
@@ -375,21 +375,21 @@ class Engine:
     # Between steps
 
     def exclusive(self, operation: Callable[[], T]) -> T:
-        """What `operation` returns, run between two steps; it may change `manual_sequences` and use `runner`.
+        """Runs `operation` between two steps and returns its result; it may change `manual_sequences` and use `runner`.
 
-        If it raises, by an interrupt or otherwise, `manual_sequences` is left as before or as after the change.
+        If it raises, for example because of an interrupt, `manual_sequences` is left as before or as after the change.
         """
         return self._journal.exclusive(operation)
 
     @property
     def params(self) -> Params:
-        """The weights as the engine computes with them: in its dtype, packed for a CPU or quantized as configured.
+        """The weights in the form that the engine uses: in its dtype, packed for a CPU, or quantized as configured.
 
-        Assign weights of the same model, plain (as `load_params` and `init_params` return them) or prepared, to compute
-        with them from then on. Plain weights are prepared as at the start; the compiled programs stay; cached prefixes are
-        forgotten. For a moment both sets are in memory. Raises ValueError, and changes nothing, if a weight is missing,
-        superfluous or of another shape or kind, and while there are requests or manual sequences, whose keys and values are
-        those of the old weights.
+        Assign weights of the same model, plain (as `load_params` and `init_params` return them) or prepared, to replace
+        them. Plain weights are prepared as at startup; the compiled programs are kept; cached prefixes are dropped. For
+        a moment both sets are in memory. Raises ValueError, and changes nothing, if a weight is missing, unexpected or
+        of another shape or kind, and while there are requests or manual sequences, whose keys and values come from the
+        old weights.
         """
         return self.runner.params
 
@@ -404,7 +404,7 @@ class Engine:
         self.exclusive(replace)
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix: no later request finds one computed before this call. Running requests continue."""
+        """Drops every cached prefix: no later request finds one computed before this call. Running requests continue."""
         self.exclusive(self.scheduler.reset_prefix_cache)
 
     def destroy(self) -> None:
@@ -418,5 +418,5 @@ class Engine:
         if self.has_work or len(self.manual_sequences):
             raise ValueError(
                 f"the engine has {self.num_running + self.num_waiting} requests and {len(self.manual_sequences)} sequences "
-                f"of put; {what} while it is idle: finish or abort the requests, flush the sequences"
+                f"of put; {what} only while it is idle: finish or abort the requests, flush the sequences"
             )

@@ -1,7 +1,7 @@
-"""Defaults for options that a request leaves out: the model's own, from its generation_config.json.
+"""Defaults for options that a request omits: the model's own, from its generation_config.json.
 
-The names are those of the Hugging Face file, which `SamplingParams` shares. Supported are those that vLLM supports, and
-`do_sample`.
+The names are those of the Hugging Face file, which `SamplingParams` shares. The options that vLLM supports, and
+`do_sample`, are supported.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def defaults_of_model(raw: JsonFields, where: object) -> Pairs:
 
 
 def checked_defaults(defaults: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Pairs:
-    """Names and values, without neutral ones; ValueError for an unknown name or a value out of range.
+    """Names and values of the defaults that have an effect; ValueError for an unknown name or a value out of range.
 
     `do_sample=False` becomes a temperature of 0, which a request can override with another temperature.
     """
@@ -106,15 +106,15 @@ def parse_setting(setting: object) -> str | Pairs:
     if isinstance(setting, Mapping | tuple | list):
         return checked_defaults(setting)
     raise ValueError(
-        f"generation_config is {setting!r}; choose 'auto' (the model's own defaults), 'none', or give defaults "
+        f"generation_config is {setting!r}; choose 'auto' (the model's own defaults), 'none', or pass defaults "
         "such as {'temperature': 0.6}"
     )
 
 
 def sampling_params(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
-    """`SamplingParams` from the options of a request and, for those it leaves out, from the model's defaults.
+    """`SamplingParams` from the options of a request and, for omitted ones, from the model's defaults.
 
-    An option that is None counts as left out. A default that contradicts an option is dropped. The default of
+    An option that is None counts as omitted. A default that contradicts an option is dropped. The default of
     `max_new_tokens` is not applied here: see `limited`. Raises ValueError as `SamplingParams` does.
     """
     given = {name: value for name, value in options.items() if value is not None}
@@ -127,9 +127,10 @@ def sampling_params(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 
 def limited(params: SamplingParams, new_tokens: int | None, *, room: int) -> SamplingParams:
-    """`params` with a default limit of the length of the answer, if they have no limit themselves.
+    """`params` with a default limit on the length of the answer, if they have no limit.
 
-    Unlike an explicit limit, the default yields to `min_new_tokens`, and to `room`, the tokens that fit after the prompt.
+    Unlike an explicit limit, the default yields to `min_new_tokens`, and to `room`, the number of tokens that fit after
+    the prompt.
     """
     if new_tokens is None or room < 1 or params.max_new_tokens is not None or params.max_length is not None:
         return params

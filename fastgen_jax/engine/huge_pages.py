@@ -1,8 +1,8 @@
 """Large memory pages for the weights, which every step reads completely.
 
 With pages of 4 KiB the prefetcher of a CPU stops every 4 KiB, and every page needs an address translation. Linux grants
-2 MiB pages on request; on other systems, or if the kernel refuses, nothing changes. The KV cache would gain as well, but
-moving gigabytes of it would delay a start by seconds (2.5 ms a page, measured).
+2 MiB pages on request; on other systems, or if the kernel refuses, nothing changes. The KV cache would benefit too, but
+moving gigabytes of it would delay startup by seconds (2.5 ms per page, measured).
 """
 
 from __future__ import annotations

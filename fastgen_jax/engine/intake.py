@@ -1,4 +1,4 @@
-"""From a prompt and parameters to a checked request. It touches no state of the engine, so any thread may do it."""
+"""Turns prompts and parameters into checked requests, in any thread: it does not touch the state of an engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastgen_jax.text.grammar import Grammar, GrammarCompiler, GrammarMatcher
 
 
 class Intake:
-    """Makes checked requests for an engine of this model and config."""
+    """Builds checked requests for an engine with this model and config."""
 
     def __init__(self, tokenizer: Tokenizer | None, model: ModelConfig, config: ResolvedConfig) -> None:
         self.tokenizer = tokenizer
@@ -38,7 +38,7 @@ class Intake:
         return ids or (self.tokenizer.eos_token_ids if self.tokenizer else ())
 
     def encode(self, prompt: Prompt) -> TokenIds:
-        """Token ids of a prompt in any of its forms; ValueError if it is empty or not one of them."""
+        """Token ids of a prompt in any supported form; ValueError if it is empty or in another form."""
         plain = plain_prompt(prompt)
         if isinstance(plain, str):
             ids = self.need_tokenizer("a prompt of text").encode(plain)
@@ -50,12 +50,12 @@ class Intake:
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """Defaults for options that a request leaves out, see `EngineConfig.generation_config`."""
+        """Defaults for options that a request omits; see `EngineConfig.generation_config`."""
         return dict(self.config.generation_config)
 
     @property
     def default_new_tokens(self) -> int | None:
-        """The model's default limit of the length of an answer, in tokens; None if it has none."""
+        """The model's default limit on the length of an answer, in tokens; None if it has none."""
         return self.defaults.get("max_new_tokens")
 
     def sampling_params(self, options: Mapping[str, Any]) -> SamplingParams:
@@ -63,7 +63,7 @@ class Intake:
         return generation.sampling_params(options, self.defaults)
 
     def limited(self, params: SamplingParams, num_prompt_tokens: int, new_tokens: int | None) -> SamplingParams:
-        """`params` for a prompt of that length: if they have no limit, with `new_tokens`, or as many as fit."""
+        """`params` for a prompt of that length; if they have no limit, it becomes `new_tokens`, or as many as fit."""
         return generation.limited(params, new_tokens, room=self.room(num_prompt_tokens))
 
     def room(self, num_prompt_tokens: int) -> int:
@@ -79,15 +79,15 @@ class Intake:
         priority: int = 0,
         awaits_each_token: bool = False,
     ) -> Request:
-        """A request for a prompt from `encode`; ValueError, with the numbers, if it could never run here.
+        """A request for a prompt from `encode`; ValueError if it could never run, with the numbers that show why.
 
-        Without `params`, the model's defaults hold; `params` are used as they are.
+        Without `params`, the model's defaults apply; `params` are used as they are.
         """
         if params is None:
             params = self.limited(self.sampling_params({}), len(token_ids), self.default_new_tokens)
         if params.n != 1:
             raise ValueError(
-                f"n is {params.n}; the engine runs one sequence a request: add it {params.n} times with "
+                f"n is {params.n}; the engine runs one sequence per request: add it {params.n} times with "
                 "different seeds, or use a pipeline, which does that"
             )
         validate(params, self.model.vocab_size, eos_token_ids=self.eos_token_ids)
@@ -95,11 +95,10 @@ class Intake:
             raise ValueError(f"stop strings {params.stop} require a tokenizer, and this engine has none; use stop_token_ids")
         for stop in params.stop:
             if any("\ud800" <= character <= "\udfff" for character in stop):
-                raise ValueError(f"stop has {stop!r}, with half of a surrogate pair, which matches no text; leave it out")
+                raise ValueError(f"stop has {stop!r}, with half of a surrogate pair, which matches no text; remove it")
         if awaits_each_token and params.min_new_tokens:
             raise ValueError(
-                f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; "
-                "leave min_new_tokens out"
+                f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; omit min_new_tokens"
             )
         request = Request(
             request_id=f"request-{next(self._numbers)}" if request_id is None else request_id,
@@ -124,9 +123,9 @@ class Intake:
         return self._grammars.matcher(grammar)
 
     def need_tokenizer(self, what: str) -> Tokenizer:
-        """The tokenizer; ValueError, naming `what` requires it, if there is none."""
+        """The tokenizer; if there is none, ValueError saying that `what` requires it."""
         if self.tokenizer is None:
-            raise ValueError(f"{what} requires a tokenizer, and this engine has none; give token ids")
+            raise ValueError(f"{what} requires a tokenizer, and this engine has none; pass token ids")
         return self.tokenizer
 
 

@@ -1,4 +1,4 @@
-"""What an exception cannot take from an engine, wherever it is raised, and how the engine continues from there."""
+"""The state of an engine that survives any exception, and how the engine recovers from it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Journal:
         """Outputs of requests that were added without a box."""
         self.in_flight: deque[InFlight] = deque()
         self.dispatching: Step | None = None
-        # A thread that waits for `lock` holds `turn`, and a step waits for `turn` first: so a thread that steps in a loop
-        # gives the other threads their turn.
+        # A thread that waits for `lock` holds `turn`, and a step waits for `turn` first: so a thread that steps in a
+        # loop lets other threads in.
         self.turn, self.lock = threading.RLock(), threading.RLock()
         self.is_open = False
         """Whether an operation has begun and not completed."""
@@ -62,8 +62,8 @@ class Journal:
 
     def has_work_for(self, box: Outbox) -> bool:
         """Whether a step would do something for the requests of `box`, or for a step in flight that no request waits for."""
-        states = [*self.states.values()]  # in one piece: another thread may be stepping
-        # In this order: the last output of a request is in the box before, or at the moment when, the request is removed.
+        states = [*self.states.values()]  # copied by one call: another thread may be stepping
+        # In this order: the last output of a request is in the box no later than the request is removed.
         return any(state.box is box for state in states) or bool(self.in_flight and not states) or bool(box.outputs)
 
     def requests_of(self, box: Outbox) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ class Journal:
             raise ValueError("this engine was destroyed; make a new one with Engine.from_pretrained(model)")
 
     def exclusive(self, operation: Callable[[], T]) -> T:
-        """What `operation` returns, run between two steps; see `Engine.exclusive`."""
+        """Runs `operation` between two steps and returns its result; see `Engine.exclusive`."""
         with self.turn, self.lock:
             self.begin()
             try:
@@ -116,17 +116,17 @@ class Journal:
     def publish(self, output: RequestOutput, state: RequestState) -> None:
         """Puts an output into its box, and counts its tokens as known."""
         num_known = output.num_generated_tokens
-        # No call in these lines: an exception from outside comes before all of them or after.
+        # No calls in these lines: an exception from outside is raised before or after all of them.
         state.box.outputs += [output]
         state.num_known = num_known
         if output.finished:
             del self.states[output.request_id]
 
     def _repair(self, box: Outbox | None) -> list[str]:
-        """Starts over with the requests and the outputs that there are, after an operation that did not complete.
+        """Starts over with the existing requests and outputs after an operation that did not complete.
 
-        If that was a step that failed, its requests end: those of `box` without an output, and their ids are returned.
-        This may be interrupted as well, and is then done again.
+        If the operation was a step that failed, its requests end; those of `box` end without an output, and their ids
+        are returned. An interrupted repair is repeated by the next operation.
         """
         failed, ended = self.failure is not None, []
         for state in self._lost() if failed else ():
@@ -148,7 +148,7 @@ class Journal:
         return ended
 
     def _lost(self) -> list[RequestState]:
-        """The requests of the steps in flight; without such a step, the first of all requests.
+        """The requests of the steps in flight; if no step is in flight, the first of all requests.
 
         In that case planning failed, and would fail again if nothing changed.
         """

@@ -25,8 +25,8 @@ WORTH_A_PROGRAM = 0.9  # of the time that the next larger program takes for the 
 def choose_budget(seconds: Mapping[int, float], *, max_num_seqs: int) -> int:
     """The smallest budget whose cost per token is within 5% of the best, among those with room for prompts.
 
-    `seconds` maps a budget in tokens to the measured seconds of a full step. A step must hold four times as many tokens
-    as sequences may generate, if any measured step does: the tokens of these sequences are not available to prompts.
+    `seconds` maps a budget in tokens to the measured seconds of a full step. A step must hold four tokens per sequence
+    that may generate, if any measured step does: the tokens of generating sequences are not available to prompts.
     """
     roomy = {budget: cost / budget for budget, cost in seconds.items() if budget >= ROOM_FOR_PROMPTS * max_num_seqs}
     per_token = roomy or {max(seconds): seconds[max(seconds)] / max(seconds)}
@@ -106,7 +106,7 @@ def save_choice(path: Path, facts: object, ladder: Sequence[int], seconds: Mappi
 
 
 def describe(model: ModelConfig) -> str:
-    """A model in a few words, for readers of the file: its name is not known here."""
+    """A short description of the model for readers of the file; its name is not known here."""
     return f"{model.family}, {model.num_layers} layers, {count_params(model) / 1e6:,.0f} M parameters"
 
 

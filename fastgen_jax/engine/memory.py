@@ -1,4 +1,4 @@
-"""How much memory a KV cache may take, such that two starts on one machine choose the same size.
+"""How much memory a KV cache may use, chosen so that two starts on one machine get the same size.
 
 The size is part of every compiled program's shape, and free memory differs from start to start. So a new choice is
 rounded down to a few digits, and an earlier choice is kept while it fits the memory that is free now.
@@ -30,12 +30,12 @@ class Room:
     digits: int
     """Binary digits to which a new choice is rounded down."""
 
-    def num_blocks(self, bytes_a_block: int, *, wanted: int, earlier: int | None = None, share: int = 1) -> int:
+    def num_blocks(self, bytes_per_block: int, *, wanted: int, earlier: int | None = None, share: int = 1) -> int:
         """Blocks of the cache, at most `wanted`: as many as an `earlier` start had if that fits; 0 if there is no room.
 
         `share` is the number of devices over which a block is divided.
         """
-        most, least, usual = (share * room // bytes_a_block for room in (self.most, self.least, self.usual))
+        most, least, usual = (share * room // bytes_per_block for room in (self.most, self.least, self.usual))
         if earlier is not None and min(least, wanted) <= earlier <= min(most, wanted):
             return earlier
         return min(round_down(max(usual, 0), self.digits), wanted)
@@ -46,7 +46,7 @@ def room_for_cache(platform: str) -> Room:
     stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         usual, least, most = (int(share * stats["bytes_limit"]) - stats.get("bytes_in_use", 0) for share in DEVICE_SHARES)
-        return Room(usual=usual, least=least, most=most, digits=6)  # less than 3 % is lost
+        return Room(usual=usual, least=least, most=most, digits=6)  # less than 3% is lost
     usual, least, most = (int(share * available()) for share in HOST_SHARES)
     return Room(usual=usual, least=least, most=most, digits=3)
 

@@ -1,4 +1,4 @@
-"""Counters and times of what the engine did."""
+"""Counters and timings of the engine's work."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ class StepTimes(NamedTuple):
     num_tokens: int
     """Tokens of all chunks."""
     num_generating: int
-    """Of these, the last tokens of sequences that generate; the rest are prompts (and tokens that preemption lost)."""
+    """Those that are the last token of a generating sequence; the rest belong to prompts, or are recomputed after a
+    preemption."""
     bucket: int
     num_running: int
     num_waiting: int
@@ -100,7 +101,7 @@ _MARKS: dict[Phase, tuple[str, str]] = {
 
 @dataclass
 class Metrics:
-    """Counters since the engine started, and the timeline of the last steps."""
+    """Counters since the engine started, and a timeline of the latest steps."""
 
     steps: int = 0
     tokens: int = 0

@@ -45,7 +45,7 @@ _OTHER_NAMES = {
     "quantization_mode": "quantize",
     "quantization_config": "quantize",
     "load_in_8bit": "use quantize='int8'",
-    "load_in_4bit": "use quantize='int8'; there are no 4 bits",
+    "load_in_4bit": "use quantize='int8'; 4-bit weights are not supported",
     "gpu_memory_utilization": _MEMORY,
     "mem_fraction_static": _MEMORY,
     "swap_space": _MEMORY,
@@ -53,13 +53,13 @@ _OTHER_NAMES = {
     "device": _PLATFORM,
     "device_map": _PLATFORM,
     "n_gpu_layers": _PLATFORM,
-    "enable_chunked_prefill": "leave it out: prompts are always split, see token_budget",
-    "enforce_eager": "leave it out: programs are compiled before the first request",
-    "trust_remote_code": "leave it out: no code of a checkpoint is run",
+    "enable_chunked_prefill": "omit it: prompts are always split, see token_budget",
+    "enforce_eager": "omit it: programs are compiled before the first request",
+    "trust_remote_code": "omit it: no code from a checkpoint is run",
     "tokenizer": "the tokenizer is read from the checkpoint's folder",
     "data_parallel_size": "replicas belong to a server: fastgen_jax.serve(model, replica_num=...)",
     "replica_num": "replicas belong to a server: fastgen_jax.serve(model, replica_num=...)",
-    "revision": "download the revision, and give its folder as the model",
+    "revision": "download the revision and pass its folder as the model",
 }
 
 
@@ -68,7 +68,7 @@ def unknown_engine_option(name: str, known: Iterable[str]) -> ValueError:
     generation = {f.name for f in fields(SamplingParams)} - {"max_length"}
     if name in generation:
         return ValueError(
-            f"{name!r} is an option of a call, not of the engine; give it there, pipe(prompt, {name}=...), or "
+            f"{name!r} is an option of a call, not of the engine; pass it there, pipe(prompt, {name}=...), or "
             f"as a default for all calls: generation_config={{{name!r}: ...}}"
         )
     return unknown_option(name, known, _OTHER_NAMES, kind="engine")

@@ -26,13 +26,13 @@ class TokenLogprob(NamedTuple):
     top: dict[int, float]
     """The most probable tokens, best first: token id -> log-probability."""
     sampled_logprob: float | None = None
-    """Log-probability with which this token was drawn, after all of these and top-k, top-p and min-p; 0 with greedy
-    decoding. None for a token of the prompt."""
+    """Log-probability with which this token was drawn, after all of the above and top-k, top-p and min-p; 0 for greedy
+    decoding. None for a prompt token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestOutput:
-    """What a request gained in one step."""
+    """What one step added to a request."""
 
     request_id: str
     new_token_ids: tuple[int, ...]
@@ -91,7 +91,7 @@ class RequestState:
             self._stops = StopStrings(stops, unseen=marks.values()) if stops else None
 
     def restarted(self) -> RequestState:
-        """A new state after the tokens of the sequence, whatever state an exception left this one in."""
+        """A new state rebuilt from the tokens of the sequence, whatever state an exception left this one in."""
         matcher = self.matcher.restarted() if self.matcher else None
         state = RequestState(self.sequence, self._tokenizer, matcher, box=self.box)
         for token_id in self.sequence.output_token_ids:

@@ -1,4 +1,4 @@
-"""A scheduled step as one array, which the host sends to the device once a step."""
+"""A scheduled step as one array, which the host sends to the device once per step."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ class Layout:
         self.size = 0
         for field in fields:
             if np.dtype(field.dtype).itemsize != 4:
-                raise ValueError(f"field {field.name!r} has dtype {field.dtype}; a packed field must have 4 bytes a number")
+                raise ValueError(
+                    f"field {field.name!r} has dtype {field.dtype}; a packed field must have 4 bytes per element"
+                )
             self._places[field.name] = (self.size, field)
             self.size += math.prod(field.shape)
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """Writable views of `buffer` i32[size], one a field."""
+        """Writable views of `buffer` i32[size], one per field."""
         return {
             name: buffer[start : start + math.prod(field.shape)].view(field.dtype).reshape(field.shape)
             for name, (start, field) in self._places.items()

@@ -1,4 +1,4 @@
-"""Prompts and token ids in the forms in which callers have them, converted to the few that the engine knows."""
+"""Converts prompts and token ids from the forms that callers use to the few that the engine accepts."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ TokenIdsInput = Sequence[int] | SupportsArray
 Prompt = str | TokenIdsInput | Sequence[Message] | Message
 """Text, token ids (also as an array), or chat messages `[{"role": ..., "content": ...}, ...]`, or a single message."""
 
-_FORMS = "give text, token ids, or chat messages"
+_FORMS = "pass text, token ids, or chat messages"
 
 
 def split_prompts(prompts: object) -> list[Prompt]:
     """A list of prompts from one prompt or several, each still in the caller's form.
 
-    One prompt is a text, token ids (a list, a tuple, an array of one axis), chat messages, or a single message. Several
-    are a list, tuple or iterator of prompts, or an array of two axes with one prompt a row. Raises ValueError if it may be
-    read in two ways or holds no prompt; whether each is a valid prompt is checked by `plain_prompt`.
+    One prompt is a text, token ids (a list, a tuple, a one-dimensional array), chat messages, or a single message.
+    Several are a list, tuple or iterator of prompts, or a two-dimensional array with one prompt per row. Raises
+    ValueError if `prompts` is ambiguous or contains no prompt; `plain_prompt` checks whether each one is valid.
     """
     if isinstance(prompts, str | Mapping):
         return [prompts]
@@ -54,13 +54,13 @@ def split_prompts(prompts: object) -> list[Prompt]:
     else:
         items = _listed(prompts)
     if not items:
-        raise ValueError("no prompts; give at least one")
+        raise ValueError("no prompts; pass at least one")
     if isinstance(items[0], Mapping) or is_token(items[0]):
         return [items]
     for item in items:
         if isinstance(item, Mapping) or is_token(item):
             raise ValueError(
-                f"prompts holds {item!r} among other prompts; put each prompt of token ids, and each "
+                f"prompts contains {item!r} among other prompts; put each prompt of token ids, and each "
                 "conversation, into a separate list"
             )
     return items
@@ -83,7 +83,7 @@ def plain_prompt(prompt: object) -> PlainPrompt:
 
 
 def token_ids(values: object, what: str = "the prompt", *, forms: str = _FORMS) -> tuple[int, ...]:
-    """Ints, from a sequence or iterator of integers of any library, or from a vector of them.
+    """Ints from a sequence, an iterator or a one-dimensional array of integers of any library.
 
     Raises ValueError for anything else; the message calls it `what` and says that `forms` are expected.
     """
@@ -94,12 +94,11 @@ def token_ids(values: object, what: str = "the prompt", *, forms: str = _FORMS) 
         return _ids_of_list(array.tolist(), what, forms=forms)
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(
-            f"{what} is an array of {array.dtype}; token ids are whole numbers: convert it, for example "
-            "with .astype('int32')"
+            f"{what} is an array of {array.dtype}; token ids are integers: convert it, for example with .astype('int32')"
         )
     if array.ndim != 1:
-        remedy = "one token id is [id]" if array.ndim == 0 else "give a row of it, or the array as the list of prompts"
-        raise ValueError(f"{what} is an array of shape {array.shape}; token ids of one prompt have one axis: {remedy}")
+        remedy = "one token id is [id]" if array.ndim == 0 else "pass one row, or the array as the list of prompts"
+        raise ValueError(f"{what} is an array of shape {array.shape}; token ids of one prompt are one-dimensional: {remedy}")
     return tuple(array.tolist())
 
 
@@ -107,7 +106,7 @@ def in_vocabulary(ids: Iterable[int], what: str, *, vocab_size: int) -> TokenIds
     """The ids, checked; ValueError if there is none, or one is outside the vocabulary."""
     checked = tuple(ids)
     if not checked:
-        raise ValueError(f"{what} is empty; give at least one token")
+        raise ValueError(f"{what} is empty; pass at least one token")
     if min(checked) < 0 or max(checked) >= vocab_size:
         wrong = next(token_id for token_id in checked if not 0 <= token_id < vocab_size)
         raise ValueError(f"{what}: token id {wrong} is outside the vocabulary, 0..{vocab_size - 1}")
@@ -117,14 +116,14 @@ def in_vocabulary(ids: Iterable[int], what: str, *, vocab_size: int) -> TokenIds
 def checked_token_ids(values: object, what: str, *, vocab_size: int) -> TokenIds:
     """The ids in `values`, which has any form of integers; ValueError, calling it `what`, for anything else."""
     if isinstance(values, str | bytes | Mapping):
-        raise ValueError(f"{what} is {values!r}; give token ids in a list, for example those of tokenizer.encode(text)")
+        raise ValueError(f"{what} is {values!r}; pass a list of token ids, for example tokenizer.encode(text)")
     return in_vocabulary(
-        token_ids(values, what, forms="give a list of token ids, which are integers"), what, vocab_size=vocab_size
+        token_ids(values, what, forms="pass a list of token ids, which are integers"), what, vocab_size=vocab_size
     )
 
 
 def is_token(item: object) -> TypeGuard[SupportsIndex]:
-    """Whether `item` is a single whole number: an int, or a scalar of an array library, but not a boolean."""
+    """Whether `item` is a single integer: an int, or a scalar of an array library, but not a boolean."""
     if isinstance(item, bool | np.bool_) or (is_array(item) and np.asarray(item).dtype.kind not in "iu"):
         return False
     if not isinstance(item, SupportsIndex):
@@ -147,8 +146,8 @@ def as_array(prompt: SupportsArray, what: str = "the prompt") -> np.ndarray:
         return np.asarray(prompt)
     except Exception as error:  # each library has its own for arrays on a device, deleted arrays, or those with gradients
         raise ValueError(
-            f"{what} is a {type(prompt).__name__} that cannot be read as a NumPy array ({error}); bring it "
-            "to the host, or give a list of token ids"
+            f"{what} is a {type(prompt).__name__} that cannot be read as a NumPy array ({error}); copy it "
+            "to the host, or pass a list of token ids"
         ) from error
 
 
@@ -156,10 +155,10 @@ def _listed(prompt: object, what: str = "the prompt", *, forms: str = _FORMS) ->
     """The items of anything but text and arrays; ValueError for bytes, sets, and objects without items."""
     if isinstance(prompt, bytes | bytearray | memoryview):
         raise ValueError(
-            f"{what} is {type(prompt).__name__}; make text of it with prompt.decode(), or token ids with list(prompt)"
+            f"{what} is {type(prompt).__name__}; convert it to text with prompt.decode(), or to token ids with list(prompt)"
         )
     if isinstance(prompt, set | frozenset):
-        raise ValueError(f"{what} is a set, which has no order; give a list")
+        raise ValueError(f"{what} is a set, which has no order; pass a list")
     if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping):
         one = "; one token id is [id]" if is_token(prompt) else ""
         raise ValueError(f"{what} is {_shown(prompt)}; {forms}{one}")
@@ -171,7 +170,7 @@ def _ids_of_list(items: list[Any], what: str, *, forms: str) -> tuple[int, ...]:
         return tuple(items)
     for item in items:
         if not is_token(item):
-            raise ValueError(f"{what} holds {_shown(item)}; {forms}")
+            raise ValueError(f"{what} contains {_shown(item)}; {forms}")
     return tuple(map(operator.index, items))
 
 
@@ -181,13 +180,13 @@ def _message(item: object) -> Message:
         return item
     if not isinstance(item, Mapping):
         raise ValueError(
-            f"the prompt holds {_shown(item)} among chat messages; give only messages, or each conversation "
+            f"the prompt contains {_shown(item)} among chat messages; pass only messages, or each conversation "
             "as a separate list"
         )
     keys = ", ".join(map(str, item)) or "(none)"
     for key in ("messages", "input_ids", "prompt"):
         if key in item:
-            raise ValueError(f"the prompt is a mapping with the keys {keys}; give only prompt[{key!r}]")
+            raise ValueError(f"the prompt is a mapping with the keys {keys}; pass only prompt[{key!r}]")
     raise ValueError(f"the prompt has a mapping with the keys {keys}; a chat message is {{'role': ..., 'content': ...}}")
 
 

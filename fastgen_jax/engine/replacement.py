@@ -23,7 +23,7 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
     """`params`, plain or prepared, in the form and on the devices of `current`.
 
     Raises:
-        ValueError: a weight is missing, superfluous, of another shape, or prepared for another config.
+        ValueError: a weight is missing, unexpected, of another shape, or prepared for another config.
     """
     _check_shapes(params, current, model)
     prepared = prepare_params(params, model, config)
@@ -31,11 +31,11 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
     for path in [*old, *new]:
         if old.get(path) != new.get(path):
             raise ValueError(
-                f"params{path} is {new.get(path)} but the engine computes with {old.get(path)}; give plain weights, or "
+                f"params{path} is {new.get(path)} but the engine computes with {old.get(path)}; pass plain weights, or "
                 "weights prepared for an engine with the same config"
             )
     if jax.tree.structure(current) != jax.tree.structure(prepared):
-        raise ValueError("params are not prepared as the engine computes with them; give plain weights")
+        raise ValueError("params are not prepared as the engine computes with them; pass plain weights")
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), prepared, current)
 
 
@@ -53,14 +53,14 @@ def _check_shapes(params: Params, current: Params, model: ModelConfig) -> None:
         wanted["params['lm_head']"] = head_spec(model).shape
     for name in wanted.keys() - given.keys():
         if not (model.tie_embeddings and name == "params['lm_head']"):
-            raise ValueError(f"{name} {list(wanted[name])} is missing; give all weights of the model")
+            raise ValueError(f"{name} {list(wanted[name])} is missing; pass all weights of the model")
     for name, leaf in given.items():
         if name not in wanted:
-            raise ValueError(f"{name} is not a weight of this model; leave it out")
+            raise ValueError(f"{name} is not a weight of this model; remove it")
         if not isinstance(leaf, jax.Array | np.ndarray | Int8Weight | PackedWeight | PackedGroups):
             raise ValueError(f"{name} is a {type(leaf).__name__}, but must be an array {list(wanted[name])}")
         if tuple(leaf.shape) != wanted[name]:
-            raise ValueError(f"{name} has shape {list(leaf.shape)}, but this model has {list(wanted[name])} there")
+            raise ValueError(f"{name} has shape {list(leaf.shape)}, but this model has {list(wanted[name])}")
         if isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {leaf.dtype}, but must be floating point")
 
@@ -85,7 +85,7 @@ def _weights_and_shapes(params: Params, model: ModelConfig) -> tuple[dict[str, o
     else:
         raise ValueError(
             f"params must be a dict whose 'layers' are a dict of stacked weights or a tuple of {model.num_layers} dicts, as "
-            "load_params and init_params give them"
+            "load_params and init_params return them"
         )
     add(
         "params",

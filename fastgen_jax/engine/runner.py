@@ -28,24 +28,24 @@ from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, t
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.pytree import pytree
 
-# By device kind. On TPU7x the compiler prefers tiles of 16 x 128 numbers of 16 bits to the 8 x 128 in which arrays arrive,
+# By device kind. On TPU7x the compiler prefers tiles of 16 x 128 16-bit numbers to the 8 x 128 in which arrays arrive,
 # and would copy every stack of weights in every step; the products take the same time with either.
 _COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
 
 
 @pytree
 class StepOutput:
-    """The results of a step on the device, one entry a sampled row."""
+    """The results of a step on the device, one entry per sampled row."""
 
     sampled: SampleOutput
     logits: jax.Array
     """f32[R, V]: raw logits; only the research interface reads them."""
     hidden: jax.Array
-    """[R, E]: the inputs of the head, in the dtype of the activations; likewise."""
+    """[R, E]: the inputs of the head, in the dtype of the activations; also only for the research interface."""
 
 
 class Runner:
-    """Runs steps: one program a bucket, compiled ahead of time; owns the KV cache and the sampler's state."""
+    """Runs steps: one program per bucket, compiled ahead of time; owns the KV cache and the sampler's state."""
 
     def __init__(self, params: Params, model: ModelConfig, config: ResolvedConfig) -> None:
         self.params = params
@@ -59,10 +59,10 @@ class Runner:
         self._allocate()
 
     def reset(self, *, keep: bool = False) -> None:
-        """Gives an engine that starts over an empty cache and sampler state.
+        """Empties the cache and the sampler's state, for an engine that starts over.
 
-        With `keep` the old ones stay, whatever they hold, unless they are lost: an exception came between passing them to
-        a program and storing the new ones.
+        With `keep` they stay as they are, unless they are lost because an exception came between passing them to a
+        program and storing the results.
         """
         if keep and not self.memory_is_lost:
             return
@@ -70,7 +70,7 @@ class Runner:
         self._allocate()
 
     def own_params(self) -> None:
-        """Makes this runner the owner of the weights that it has now: `destroy` deletes them."""
+        """Makes this runner the owner of its current weights: `destroy` deletes them."""
         self._made = [weakref.ref(leaf) for leaf in jax.tree.leaves(self.params) if isinstance(leaf, jax.Array)]
 
     def destroy(self) -> None:
@@ -98,7 +98,7 @@ class Runner:
         self.state: SamplerState
         if self.mesh is None:
             self.kv_cache, self.state = zeros()
-        else:  # each device allocates its own part: the whole may fit on none
+        else:  # each device allocates its own shard: the whole may not fit on any device
             self.kv_cache, self.state = jax.jit(zeros, out_shardings=memory_shardings(self.mesh, *jax.eval_shape(zeros)))()
 
     @property
@@ -181,9 +181,9 @@ class Runner:
     def measure(self, budget: int, *, num_tokens: int | None = None, repeats: int = 5, at_least: float = 0.4) -> float:
         """Seconds of a step of `num_tokens` (default: all) in the program of `budget`.
 
-        The step is one prompt chunk at the start of its sequence. The result is the minimum of `repeats` runs, or of more
-        if these take fewer than `at_least` seconds, because other load on the machine can only add to it.
-        Overwrites the first blocks of the cache.
+        The step is one prompt chunk at the start of its sequence. The result is the minimum of `repeats` runs, or of
+        more if these take less than `at_least` seconds, because other load on the machine can only add to it. Overwrites
+        the first blocks of the cache.
         """
         bucket, _ = self._compiled[budget]
         used = budget if num_tokens is None else num_tokens
@@ -229,8 +229,8 @@ def step_program(
 ) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
-    `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`, weights
-    and cache are divided over it as in `models.sharding`; everything else, including results, is replicated.
+    `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
+    weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
     """
     step = partial(
         _step,
@@ -281,7 +281,7 @@ def _step(
         execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
     )
     logits = head(hidden, params, batch.num_sample_rows, config=config)
-    if mesh is not None:  # every device samples all rows; divided sampling would have a hundred small collectives
+    if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
     process = None
     if logits_processor is not None:

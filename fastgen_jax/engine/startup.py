@@ -28,7 +28,7 @@ BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depe
 def load(
     model: str | os.PathLike[str], config: EngineConfig, *, progress: bool
 ) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig]:
-    """Prepared weights, the model's config, its tokenizer, and `config` with the choices that the checkpoint makes.
+    """Prepared weights, the model's config, its tokenizer, and `config` with the settings that the checkpoint determines.
 
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.

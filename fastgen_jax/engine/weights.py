@@ -87,7 +87,7 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
 
     def prepared(path: str, leaf: Leaf) -> Leaf:
         if path not in specs:
-            raise ValueError(f"params has {path!r}, which is not a weight of this model; leave it out")
+            raise ValueError(f"params has {path!r}, which is not a weight of this model; remove it")
         return prepare_leaf(specs[path], leaf, model, config) if isinstance(leaf, jax.Array | np.ndarray) else leaf
 
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}

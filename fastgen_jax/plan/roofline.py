@@ -1,4 +1,4 @@
-"""The roofline of a step: seconds from the tokens in it, the peak figures of the devices, and the share reached of them.
+"""The roofline of a step: seconds from its tokens, the peak figures of the devices, and the share of them reached.
 
 `fastgen plan` evaluates it at the peak, the simulator at what good kernels reach.
 """
@@ -118,7 +118,7 @@ def roofline(
     """The roofline of tensor parallelism over `num_devices` equal devices, which divide all arithmetic evenly.
 
     A step reads `weight_bytes` on each device, and each device stores `kv_bytes_per_token` for a token. Activations,
-    which the all-reduces sum, take `activation_bytes` a number. With `latency` the all-reduces take at least the
+    which the all-reduces sum, take `activation_bytes` per element. With `latency` the all-reduces take at least the
     device's `all_reduce_latency_s`.
     """
     flops_per_s = num_devices * device.flops_per_s

@@ -49,7 +49,7 @@ def _read_config(file: Path) -> JsonObject:
         config = json.loads(file.read_text())
     except OSError as error:
         raise ValueError(
-            f"cannot read {file}: {error.strerror}; give a model, or a directory that contains a config.json"
+            f"cannot read {file}: {error.strerror}; pass a model, or a directory that contains a config.json"
         ) from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error

@@ -1,4 +1,4 @@
-"""Sequences whose tokens a caller chooses, beside those of requests: no policy plans them and nothing is sampled."""
+"""Sequences whose tokens a caller chooses, in addition to those of requests: no policy plans them, nothing is sampled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ManualRow(NamedTuple):
 
 
 class ManualSequences:
-    """The caller's sequences by name. They take KV blocks from the scheduler's pool and give them back with `free`.
+    """The caller's sequences by name. They take KV blocks from the scheduler's pool; `free` returns them.
 
     To extend sequences, `begin` them, run the steps that `steps` yields, and `keep` them.
 
@@ -42,17 +42,17 @@ class ManualSequences:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self.table: Mapping[str, ManualSequence] = {}
-        """All of them, in order of their beginning; replaced as a whole, never changed."""
+        """All of them, oldest first; replaced as a whole, never modified."""
 
     def __len__(self) -> int:
         return len(self.table)
 
     def get(self, name: str) -> ManualSequence:
-        """The sequence of that name; an empty one if there is none."""
+        """The sequence with that name; an empty one if there is none."""
         return self.table.get(name, ManualSequence())
 
     def existing(self, name: str) -> ManualSequence:
-        """The sequence of that name; ValueError if there is none."""
+        """The sequence with that name; ValueError if there is none."""
         if name not in self.table:
             raise ValueError(f"no sequence {name!r}; known: {', '.join(map(repr, self.table)) or 'none'}")
         return self.table[name]
@@ -65,7 +65,7 @@ class ManualSequences:
         return max(limit - len(sequence.token_ids), 0)
 
     def check_room(self, lengths: Mapping[str, int], *, temporary: bool = False) -> None:
-        """ValueError unless all of these sequences can grow by so many tokens together; `temporary` ones are new."""
+        """ValueError unless all of these sequences together can grow by these lengths; `temporary` ones are new."""
         limit, num_blocks = self._scheduler.max_context_len, 0
         for name, length in lengths.items():
             sequence = ManualSequence() if temporary else self.get(name)
@@ -84,8 +84,8 @@ class ManualSequences:
     ) -> Sequence:
         """The sequence with `token_ids` still to compute and blocks for them; `check_room` first.
 
-        If the next token belongs into a block that a fork shares, `copy_block(source, target)` copies it on the device. A
-        `temporary` sequence is a new one in any case; give its blocks back with `release`.
+        If the next token belongs in a block that a fork shares, `copy_block(source, target)` copies it on the device. A
+        `temporary` sequence is always a new one; return its blocks with `release`.
         """
         before = ManualSequence() if temporary else self.get(name)
         tokens, block_ids = before.token_ids + token_ids, list(before.block_ids)
@@ -148,14 +148,14 @@ class ManualSequences:
             self._scheduler.return_blocks([a for a, b in zip(old.block_ids, new.block_ids, strict=False) if a != b])
 
     def release(self, sequence: Sequence) -> None:
-        """Gives back the blocks of a temporary sequence."""
+        """Returns the blocks of a temporary sequence to the pool."""
         self._scheduler.return_blocks(sequence.block_ids)
 
     def fork(self, name: str, new_name: str) -> None:
         """A new sequence with the tokens and the blocks of another; ValueError if its name is taken."""
         sequence = self.existing(name)
         if new_name in self.table:
-            raise ValueError(f"there is a sequence {new_name!r} already; choose another id, or flush it first")
+            raise ValueError(f"sequence {new_name!r} already exists; choose another id, or flush it first")
         self._scheduler.share_blocks(sequence.block_ids)
         self.table = {**self.table, new_name: sequence}
 
@@ -168,7 +168,7 @@ class ManualSequences:
         self._scheduler.return_blocks(sequence.block_ids[num_blocks:])
 
     def free(self, name: str) -> None:
-        """Removes a sequence and gives back its blocks, except those that a fork shares."""
+        """Removes a sequence and frees its blocks, except those that a fork shares."""
         sequence = self.existing(name)
         self.table = {other: kept for other, kept in self.table.items() if other != name}
         self._scheduler.return_blocks(sequence.block_ids)
@@ -176,7 +176,8 @@ class ManualSequences:
     def settle(self) -> None:
         """After an exception: the sequences own exactly the blocks that the table lists.
 
-        What was written meanwhile is after the tokens of every sequence that has the block, or in a block of none.
+        Anything written in the meantime is after the tokens of every sequence that has the block, or in a block that no
+        sequence has.
         """
         self._scheduler.settle_blocks([block for sequence in self.table.values() for block in sequence.block_ids])
 

@@ -88,7 +88,7 @@ class Pace:
             return 0.0, 0.0
         spread = self._weight * self._squares - self._tokens**2
         per_token = self._seconds / self._tokens
-        # Below a spread of 1 % of the mean square the slope would be noise.
+        # Below a spread of 1% of the mean square, the slope would be noise.
         if spread > 0.01 * self._tokens**2:
             slope = (self._weight * self._products - self._tokens * self._seconds) / spread
             per_token = min(per_token, max(0.0, slope))

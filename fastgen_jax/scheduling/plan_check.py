@@ -27,13 +27,13 @@ def checked_policy(policy: str | Policy) -> str | Policy:
     except (TypeError, ValueError) as error:  # ValueError: it has no signature
         raise ValueError(
             f"policy is {policy!r}, which cannot be called with a planner: {error}; "
-            "give it the signature policy(planner) -> StepPlan"
+            "use the signature policy(planner) -> StepPlan"
         ) from None
     return policy
 
 
 class CheckedPolicy:
-    """A policy from a user. It gets a planner of its own, and its plan is checked before it is executed."""
+    """A policy from a user. It gets a separate planner, and its plan is checked before it is executed."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -88,7 +88,7 @@ def _fault_of_chunks(
     with_chunk: set[Sequence] = set()
     for sequence, start, length, rows, samples in plan.chunks:
         if sequence not in runs or sequence in with_chunk:
-            return f"a chunk is of {sequence}, which does not run in this step or has another chunk"
+            return f"a chunk belongs to {sequence}, which does not run in this step or has another chunk"
         with_chunk.add(sequence)
         cached = admitted.get(sequence)
         first = sequence.num_computed if cached is None else len(cached) * size

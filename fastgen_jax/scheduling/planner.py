@@ -56,7 +56,7 @@ class Planner:
         self.rows_left = self.limits.max_sample_rows
 
     def isolated(self) -> Planner:
-        """A planner for the same step whose queues cannot be changed in place and whose block count is its own."""
+        """A planner for the same step with a separate block count, whose queues cannot be changed in place."""
         return Planner(
             tuple(self.running),
             tuple(self.waiting),
@@ -182,7 +182,7 @@ class Planner:
     def limit_tokens(self, num_tokens: float) -> None:
         """Limits a step that generates to `num_tokens` tokens, but always leaves room for one block of prompt.
 
-        The block lets running prompts advance however many tokens generation needs.
+        The block lets running prompts advance regardless of how many tokens generation needs.
         """
         if self.plan.chunks:
             prompt = max(num_tokens - len(self.plan.chunks), self.limits.block_size)

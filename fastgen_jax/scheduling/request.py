@@ -75,37 +75,40 @@ class SamplingParams:
     min_new_tokens: int = 0
     """Number of tokens generated before an end-of-sequence or stop token can end the request."""
     ignore_eos: bool = False
-    """Whether to ignore the model's end-of-sequence tokens: only stops and length limits end the request."""
+    """Ignore the model's end-of-sequence tokens: only stops and length limits end the request."""
     stop: str | Iterable[str] = converted(_stop_strings, default=())
-    """One or several strings that end the text; they are not part of it."""
+    """One or more strings that end the text; they are not included in it."""
     stop_token_ids: Iterable[int] = converted(_stop_token_ids, default=())
     """Token ids that end the request, in addition to the model's own."""
     do_sample: bool = True
-    """Whether to sample; otherwise the most likely token is chosen, as with temperature 0."""
+    """Sample each token; otherwise the most likely one is chosen, as with temperature 0."""
     temperature: float | None = None
-    """Divides the logits: below 1, likely tokens become more likely; 0 chooses the most likely. None: 1."""
+    """Divisor of the logits: below 1, likely tokens become more likely; 0 chooses the most likely. None: 1."""
     top_k: int | None = converted(_no_limit, default=None)
-    """Samples only from the `top_k` most likely tokens. None, 0 or -1: from all."""
+    """Sample only from this many of the most likely tokens. None: from all, as with 0 or -1."""
     top_p: float | None = None
-    """Samples from the fewest tokens whose probabilities add up to this, above 0 and at most 1. None: from all."""
+    """Sample from the fewest tokens whose probabilities add up to this, above 0 and at most 1. None: from all."""
     min_p: float | None = None
-    """Samples from tokens at least this fraction as likely as the most likely one, 0 to 1. None: from all."""
+    """Sample only from tokens at least this fraction as likely as the most likely one, 0 to 1. None: from all."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that were already generated, -2 to 2."""
+    """Value subtracted from the logits of tokens that were already generated, -2 to 2."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logits of a token once for each time it was generated, -2 to 2."""
+    """Value subtracted from the logits of a token once for each time it was generated, -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or output, above 0 and at most 10."""
+    """Value that divides positive and multiplies negative logits of tokens in the prompt or output, above 0 and at most
+    10."""
     logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = converted(_logit_bias_pairs, default=())
-    """Added to the logits of tokens: a mapping from token id to bias, or pairs, stored in ascending order of token id."""
+    """Values added to the logits of tokens: a mapping from token id to bias, or pairs, stored in ascending order of
+    token id."""
     seed: int | None = None
-    """Seed of the random numbers, 0 to 2**32 - 1: the same seed gives the same text. None: a new one each time."""
+    """Seed of the random numbers, 0 to 2**32 - 1: the same seed yields the same text. None: a new one each time."""
     n: int = 1
     """Number of continuations of the prompt, sampled independently."""
     logprobs: int | None = None
-    """Returns the log-probability of each generated token and of the `logprobs` most likely tokens. None: none."""
+    """Return the log-probability of each generated token and of the `logprobs` most likely tokens. None: no
+    log-probabilities."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt. None: none."""
+    """The same for the prompt tokens. None: no log-probabilities."""
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -173,7 +176,7 @@ class SamplingParams:
                     )
         if self.n > 1 and self.greedy:
             raise ValueError(
-                f"n is {self.n} but greedy decoding gives the same continuation every time; "
+                f"n is {self.n} but greedy decoding returns the same continuation every time; "
                 "use n=1, or sample with a temperature above 0"
             )
 
@@ -182,10 +185,10 @@ class SamplingParams:
 class Request:
     """One prompt, to be continued once.
 
-    `request_id` is unique among unfinished requests. A lower `priority` runs first; `arrival_time`, in seconds on any
-    one clock, orders requests of the same priority, then the order of adding does. `seed` is the seed in use, also
-    if `params.seed` is None. `awaits_each_token`: which token may come next depends on the last one, so none is
-    sampled while one is in flight.
+    `request_id` is unique among unfinished requests. A lower `priority` runs first; requests with the same priority run
+    in order of `arrival_time`, in seconds on any one clock, then in the order in which they were added. `seed` is the
+    seed in use, even if `params.seed` is None. `awaits_each_token` means that the tokens allowed next depend on the last
+    one, so none is sampled while one is in flight.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.

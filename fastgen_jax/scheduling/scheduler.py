@@ -34,13 +34,13 @@ class Scheduler:
 
     Args:
         num_blocks: KV blocks in the pool, of `block_size` tokens each.
-        token_budget: tokens a step can hold.
+        token_budget: maximum number of tokens per step.
         max_num_seqs: sequences that can run at the same time.
         max_context_len: longest sequence in tokens, prompt and generated.
-        max_sample_rows: rows of logits a step can compute.
+        max_sample_rows: maximum number of rows of logits per step.
         policy: a key of `POLICIES`, or a function of a `Planner` that returns a `StepPlan`, whose plans are checked.
         prefix_caching: whether full blocks are kept and shared.
-        watermark_blocks: blocks that stay free when a sequence is admitted; None for 1 % of the pool.
+        watermark_blocks: blocks that stay free when a sequence is admitted; None for 1% of the pool.
         max_bypasses: how many later sequences may overtake one for which there is no room.
         prefix_salt: distinguishes the digests of pools with different contents.
         promise: what a policy in `NEED_PROMISE` promises; None for the others.
@@ -84,8 +84,8 @@ class Scheduler:
         policy = checked_policy(policy)
         if isinstance(policy, str) and (policy in NEED_PROMISE) != (promise is not None):
             raise ValueError(
-                f"policy is {policy!r} and promise is {promise}; give a promise with "
-                f"{', '.join(map(repr, sorted(NEED_PROMISE)))}, and only there"
+                f"policy is {policy!r} and promise is {promise}; set a promise with policy "
+                f"{', '.join(map(repr, sorted(NEED_PROMISE)))}, and with no other"
             )
         self.max_context_len = max_context_len
         self.limits = StepLimits(
@@ -137,7 +137,7 @@ class Scheduler:
             ValueError: it can never run here, or its id is in use. Nothing has changed then.
         """
         if request.request_id in self._state.unfinished:
-            raise ValueError(f"request_id {request.request_id!r} is already in use; give each request its own")
+            raise ValueError(f"request_id {request.request_id!r} is already in use; use a unique id for each request")
         sequence = self._new_sequence(request)
         self._num_added += 1
         self._state.add(sequence)
@@ -300,7 +300,7 @@ class Scheduler:
         if len(token_ids) != len(sampled):
             raise ValueError(
                 f"token_ids has {len(token_ids)} entries but the step samples {len(sampled)} tokens; "
-                "give one for each of step.sampled"
+                "pass one for each of step.sampled"
             )
         self._steps_in_flight.popleft()
         if self._pace:
@@ -338,7 +338,7 @@ class Scheduler:
         return steady_run(running, self.limits, self._pool, in_flight=bool(in_flight))
 
     def skip(self, num_steps: int, token_ids: abc.Iterable[int]) -> Step | None:
-        """Same as `num_steps` times `schedule()` and `commit()`, within `steady_run()`, at the cost of one.
+        """Has the effect of `num_steps` calls of `schedule()` and `commit()`, within `steady_run()`, at the cost of one.
 
         For simulations. Every sequence gets the same `num_steps` token ids. Returns the step that is now in flight, if
         one was before.
@@ -378,18 +378,18 @@ class Scheduler:
         return self._pool.num_owners(block_id)
 
     def settle_blocks(self, borrowed: abc.Iterable[int]) -> None:
-        """After an interrupt: makes exactly these blocks borrowed, however far borrowing or returning had come."""
+        """After an interrupt: makes exactly these blocks borrowed, however far borrowing or returning had progressed."""
         self._borrowed = list(borrowed)
         self._pool.settle([*(sequence.block_ids for sequence in self._state.running), self._borrowed])
 
     def reset_prefix_cache(self) -> None:
-        """Makes later requests find no prefix that was computed before this call. Running sequences continue."""
+        """Drops every cached prefix: no later request finds one computed before this call. Running sequences continue."""
         self._pool.forget_contents()
-        for sequence in self._state.running:  # its later blocks continue earlier ones that are forgotten
+        for sequence in self._state.running:  # its later blocks continue earlier ones that are dropped
             sequence.next_block_end = sequence.max_total_tokens + 1
 
     def check_integrity(self) -> None:
-        """Checks the bookkeeping for contradictions, in time linear in everything there is; for tests.
+        """Checks the bookkeeping for contradictions, in linear time; for tests.
 
         Raises:
             RuntimeError: the first contradiction found.

@@ -18,7 +18,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # 
 
 
 class CompletionLogprobs(TypedDict):
-    """Log-probabilities of a completion: parallel lists with one entry a token."""
+    """Log-probabilities of a completion: parallel lists with one entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]

@@ -32,7 +32,7 @@ from fastgen_jax.serving.sse import ClientDisconnectedError
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.trace import perfetto
 
-# Any: FastAPI declares the descriptions of responses so.
+# Any, as in FastAPI's own annotation for the descriptions of responses.
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": "An error in OpenAI's format."} for status in (400, 401, 404, 408, 413, 429, 500, 503)
 }

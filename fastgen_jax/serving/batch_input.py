@@ -54,7 +54,7 @@ class Line:
     """Why it is not a request."""
 
     def request(self, model: str, options: Mapping[str, object]) -> tuple[str, dict[str, object]]:
-        """Returns URL and body; `model` and `options` fill what the body leaves out. ValueError if it is not a request."""
+        """Returns URL and body; `model` and `options` fill what the body omits. ValueError if it is not a request."""
         if self.fault is not None:
             raise ValueError(self.fault)
         value = self.value

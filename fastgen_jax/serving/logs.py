@@ -36,7 +36,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(BaseJsonFormatter):
-    """One JSON object a line: time, level, source, logger, message, the record's extra fields, and the exception."""
+    """One JSON object per line: time, level, source, logger, message, the record's extra fields, and the exception."""
 
     converter = time.gmtime
     default_time_format = "%Y-%m-%dT%H:%M:%S"

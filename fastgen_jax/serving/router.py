@@ -1,4 +1,4 @@
-"""Several replicas as one backend: each prompt goes to the replica where it is done first."""
+"""Several replicas as one backend: each prompt goes to the replica that will finish it first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from fastgen_jax.api.async_engine import EVENTS_A_TURN, MAX_QUEUE, ClosedError, QueueFullError, Stream
+from fastgen_jax.api.async_engine import EVENTS_PER_TURN, MAX_QUEUE, ClosedError, QueueFullError, Stream
 from fastgen_jax.api.engine_thread import Event, Failure
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig
 from fastgen_jax.engine.intake import Intake
@@ -32,7 +32,7 @@ EXPECTED_OUTPUT = 256  # tokens: upper limit of the estimated output of a reques
 MAX_STARTS = 3  # unsuccessful starts in a row after which a replica is given up
 PAUSE_SECONDS = 2.0  # before the next start, times the number of starts in a row
 HEALTHY_SECONDS = 60.0  # a start is successful if the replica runs for this long, or finishes a request
-SUSPECT_DEATHS = 2  # of replicas while they ran a request: from then on it runs with no other suspect beside it
+SUSPECT_DEATHS = 2  # of replicas while they ran a request: from then on no other suspect runs at the same time
 SNAPSHOT_SECONDS = 5.0
 
 
@@ -309,5 +309,5 @@ def _parts(message: Message) -> Iterator[Message]:
         yield message
         return
     _, events, load = message
-    for start in range(0, max(1, len(events)), EVENTS_A_TURN):
-        yield "events", events[start : start + EVENTS_A_TURN], load
+    for start in range(0, max(1, len(events)), EVENTS_PER_TURN):
+        yield "events", events[start : start + EVENTS_PER_TURN], load

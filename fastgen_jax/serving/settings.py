@@ -22,26 +22,26 @@ class ServerConfig:
     served_model_name: str | None = None
     """Name of the model in requests. None: the last part of the model's path or id."""
     host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 is reachable from other machines; set api_key with it."""
+    """Address to listen on. 0.0.0.0 accepts connections from other machines; set `api_key` with it."""
     port: int = 8000
     """TCP port; 0 chooses a free one."""
     replicas: int = 1
-    """Number of engines; several run in a process each."""
+    """Number of engines; with more than one, each runs in a separate process."""
     api_key: tuple[str, ...] = field(default_factory=_keys_of_environment)
-    """Bearer tokens that requests may use; none: no key is required. Defaults to FASTGEN_SERVER_KEYS, separated by commas,
-    which does not show in the machine's process list."""
+    """Bearer tokens that requests may use; none: no key is required. Defaults to FASTGEN_SERVER_KEYS (comma-separated),
+    which does not appear in the process list."""
     cors_origin: tuple[str, ...] = ()
     """Web origins whose pages may call the server; * allows all."""
     tls_certificate: str | None = None
-    """PEM file with the certificate chain; turns on HTTPS."""
+    """PEM file with the certificate chain; enables HTTPS."""
     tls_key: str | None = None
     """PEM file with the certificate's private key."""
     max_body_mb: float = 16.0
-    """Largest request body, MiB."""
+    """Maximum size of a request body, in MiB."""
     max_queue: int = 1024
-    """Requests that may wait in a replica; further ones get status 429 and a Retry-After header."""
+    """Maximum number of waiting requests per replica; further ones get status 429 and a Retry-After header."""
     drain_seconds: float = 60.0
-    """Seconds that running requests may take to finish after the server is told to stop."""
+    """Seconds that running requests have to finish after the server is told to stop."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log; json writes one object per line."""
 

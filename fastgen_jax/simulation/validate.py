@@ -24,7 +24,7 @@ FIGURES = ("latency", "throughput", "first_token_mean", "token_latency_p50", "to
 
 
 def validate(args: argparse.Namespace, loads: Sequence[Load], results: Path | None) -> int:
-    """Measures step costs, runs the loads on an engine, simulates them, and prints the errors; 1 if one exceeds 10 %.
+    """Measures step costs, runs the loads on an engine, simulates them, and prints the errors; 1 if one exceeds 10%.
 
     The loads are closed loops. Step costs come from batches of other lengths. Costs and loads are measured in turn,
     `args.rounds` times, so that a machine that slows down affects both; the medians of the loads' figures are compared.

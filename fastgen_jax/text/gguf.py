@@ -20,7 +20,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_
 
 
 def load_gguf(metadata: Metadata) -> Tokenizer:
-    """Returns the tokenizer of the metadata; ValueError if they are incomplete or of an unsupported kind."""
+    """Returns the tokenizer of the metadata; ValueError if it is incomplete or of an unsupported kind."""
     model = metadata.get(_PREFIX + "model")
     if model not in _KINDS:
         raise ValueError(
@@ -79,7 +79,7 @@ def _boundary(id: int | None, name: str, *, enabled: bool) -> list[int]:
 def _required(metadata: Metadata, name: str, kind: type) -> Any:
     value = metadata.get(_PREFIX + name)
     if not isinstance(value, kind) or not value:
-        raise ValueError(f"the metadata lack {_PREFIX}{name}: the file is incomplete; convert it again")
+        raise ValueError(f"the metadata lacks {_PREFIX}{name}: the file is incomplete; convert it again")
     return value
 
 

@@ -96,7 +96,7 @@ class Tokenizer:
         tools: Sequence[JsonFields] | None = None,
         **extra: object,
     ) -> str:
-        """Returns the prompt that the model's chat template makes of a conversation.
+        """Returns the prompt that the model's chat template renders for a conversation.
 
         `messages` have a "role" and a "content" (a string, or a list of {"type": "text", "text": ...}, which is joined by
         newlines); `tools` are JSON schemas; `extra` are variables of the template (`enable_thinking=False`, ...). Messages

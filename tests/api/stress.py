@@ -2,10 +2,10 @@
 
     python -m tests.api.stress --interrupts 200 --threads 8 --calls 50
 
-Interrupts are SIGINT and asynchronous exceptions, in calls, in streams and in a loop over `Engine.step`. After each of them
-the answers must be those of a single request, and the outputs of the loop must continue as if nothing had happened. Threads
-call, stream, follow several prompts, leave streams early and use asyncio, all at the same time. Prints what was done, and
-ends with status 1 if an answer was wrong.
+Interrupts are SIGINT and asynchronous exceptions, in calls, in streams and in a loop over `Engine.step`. After each of
+them the answers must be those of a single request, and the outputs of the loop must continue as if nothing had happened.
+Threads make calls, read one or several streams, leave streams early and use asyncio, all at the same time. Prints what was
+done, and exits with status 1 if an answer was wrong.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ PROMPTS = [
     "The men and women who serve this nation in uniform deserve",
     "To keep our people safe we will",
 ]
-WAIT = 60.0  # seconds; an interrupt that has not arrived by then never will
+WAIT = 60.0  # seconds; an interrupt that has not arrived by then will not arrive
 
 
 @dataclass
 class PipelineStress:
-    """Uses of a pipeline and the errors found; `sampled` requests draw tokens from seeds instead of taking the best."""
+    """Uses of a pipeline and the errors found; `sampled` requests draw tokens from seeds instead of being greedy."""
 
     pipe: Pipeline
     seed: int = 0
@@ -72,13 +72,13 @@ class PipelineStress:
     # Ways to use a pipeline, for some prompts by number; the results are checked
 
     def call(self, *numbers: int) -> None:
-        """One call a prompt."""
+        """One call per prompt."""
         for number in numbers:
             (response,) = self.pipe(PROMPTS[number], **self.options[number])
             self._check("call", number, response.token_ids)
 
     def together(self, *numbers: int) -> None:
-        """All prompts in a call, as long as the first."""
+        """All prompts in one call, with the length of the first."""
         responses = self.pipe([PROMPTS[number] for number in numbers], progress=False, **self.options[numbers[0]])
         for number, response in zip(numbers, responses, strict=True):
             self._check("batch", number, response.token_ids, self.options[numbers[0]])
@@ -118,7 +118,7 @@ class PipelineStress:
             self._check("left early", number, tokens, length=1)
 
     def with_asyncio(self, *numbers: int) -> None:
-        """One task a prompt."""
+        """One task per prompt."""
 
         async def ask() -> None:
             await asyncio.gather(*(asyncio.to_thread(self.call, number) for number in numbers))
@@ -151,7 +151,7 @@ class PipelineStress:
     # Interrupts
 
     def interrupt(self, times: int) -> None:
-        """Interrupts each use in each way at a random moment; a call follows each time."""
+        """Interrupts each use in each way at a random moment, and makes a call after each interrupt."""
         draw = random.Random(self.seed + 1)
         ways = {"SIGINT": send_signal, "asynchronous exception": raise_in_thread}
         uses = (self.call, self.together, self.stream, self.follow, self.step)
@@ -175,7 +175,7 @@ class PipelineStress:
         self._check_idle()
 
     def _seconds(self, use: Callable[..., StepLoop | None], numbers: list[int]) -> float:
-        """Seconds of a use, the second time."""
+        """Seconds that a use takes the second time."""
         for _ in range(2):
             start = time.perf_counter()
             loop = use(*numbers)
@@ -204,7 +204,7 @@ class PipelineStress:
         while any(thread.is_alive() for thread in threads):
             logits = research.put(["mine"], [[5, 6, 7]])  # at the same time
             research.flush("mine")
-            self.seen["put beside them" if logits.any() else "put gave nothing"] += 1
+            self.seen["concurrent put" if logits.any() else "put returned zeros"] += 1
             threads[0].join(0.05)
         for thread in threads:
             thread.join()
@@ -238,7 +238,7 @@ class StepLoop:
             number = self.missing[-1]
             try:
                 engine.add(PROMPTS[number], SamplingParams(**self.stress.options[number]), request_id=f"step-{number}")
-            except ValueError:  # it was added, and the interrupt came before `missing.pop`
+            except ValueError:  # it was added, but the interrupt came before `missing.pop`
                 if f"step-{number}" not in engine.request_ids:
                     raise
             self.missing.pop()
@@ -276,12 +276,12 @@ def send_signal(thread: int) -> None:
 
 
 def raise_in_thread(thread: int) -> None:
-    """What a debugger or a notebook's extension may do."""
+    """What a debugger or a notebook extension may do."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
 
 
 def main() -> int:
-    """Runs what the command line asks for; the exit status."""
+    """Runs what the command line selects; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="checkpoints/sotu-1m")
     parser.add_argument("--interrupts", type=int, default=200)

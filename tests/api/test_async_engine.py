@@ -52,7 +52,7 @@ def offline(prompts, params=None) -> list[list[int]]:
 PROMPTS = [[5, 6, 7], [8] * 20, [9, 10], [11] * 33, [12, 13, 14, 15]] * 4
 
 
-def test_streams_give_the_tokens_of_the_offline_engine():
+def test_streams_return_the_tokens_of_the_offline_engine():
     async def scenario(engine):
         return await asyncio.gather(*(tokens(engine, p) for p in PROMPTS))
 
@@ -85,19 +85,19 @@ def test_closing_a_stream_frees_its_blocks_before_the_next_step():
     assert run(scenario) == (0, True)
 
 
-def test_a_full_queue_refuses_with_the_time_of_a_retry():
+def test_a_full_queue_refuses_requests_and_says_when_to_retry():
     async def scenario(engine):
         started, release = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()
 
-        def hold(_):  # the engine's thread stands still until the queue is full
+        def hold(_):  # blocks the engine's thread until the queue is full
             loop.call_soon_threadsafe(started.set)
             release.wait(60)
 
         engine._thread.call(hold)
         await started.wait()
         streams = [engine.submit(engine.intake.request((5,), greedy(2))) for _ in range(3)]
-        with pytest.raises(QueueFullError, match="3 requests wait, and the limit is 3; retry in 1 s") as refused:
+        with pytest.raises(QueueFullError, match="3 requests are waiting and the limit is 3; retry in 1 s") as refused:
             engine.submit(engine.intake.request((5,), greedy(2)))
         release.set()
         for stream in streams:
@@ -161,7 +161,7 @@ def test_a_lower_priority_number_runs_first():
         await asyncio.gather(one("first", -1), *crowd)
         return order
 
-    assert "first" in run(scenario)[:9]  # eight run at once
+    assert "first" in run(scenario)[:9]  # eight run at the same time
 
 
 @pytest.mark.parametrize("where", ["dispatch", "commit"])
@@ -189,7 +189,7 @@ def test_a_failed_step_ends_its_requests_and_the_queue_survives(monkeypatch, whe
     failed = [r for r in results if isinstance(r, RequestFailedError)]
     assert 1 <= len(failed) <= engine.config.max_num_seqs  # those of the step, not the queue
     assert all(r.failure.kind == "step" and "the device is gone" in str(r) for r in failed)
-    assert [r for r, w in zip(results, want, strict=True) if r != w] == failed  # all others are as they should be
+    assert [r for r, w in zip(results, want, strict=True) if r != w] == failed  # all others are unaffected
 
 
 def test_an_engine_that_cannot_recover_leaves_no_request_hanging(monkeypatch):
@@ -213,7 +213,7 @@ def test_an_engine_that_cannot_recover_leaves_no_request_hanging(monkeypatch):
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
     monkeypatch.undo()
-    engine.recover()  # for the tests that come
+    engine.recover()  # for the following tests
     assert not engine.has_work
 
 
@@ -268,14 +268,14 @@ def test_draining_finishes_running_requests_and_refuses_new_ones():
         with pytest.raises(ClosedError):
             await tokens(engine, [5])
         assert await drained
-        engine._closed = False  # `run` looks at the engine once more
+        engine._closed = False  # `run` checks the engine once more
         return await task
 
     assert run(scenario) == offline([[5, 6, 7]], greedy(60))[0]
 
 
 def test_the_events_of_a_large_step_arrive_in_batches_and_in_order(monkeypatch):
-    monkeypatch.setattr("fastgen_jax.api.async_engine.EVENTS_A_TURN", 3)
+    monkeypatch.setattr("fastgen_jax.api.async_engine.EVENTS_PER_TURN", 3)
 
     async def scenario(engine):
         streams = [engine.submit(engine.intake.request((5 + i,), greedy(12))) for i in range(8)]

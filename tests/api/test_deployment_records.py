@@ -24,7 +24,7 @@ def record(name: str = "one") -> Deployment:
 
 @pytest.fixture
 def no_state(tmp_path, monkeypatch):
-    """A file in place of the state folder, and temporary files of this test alone."""
+    """A file in place of the state folder, and a separate folder for temporary files."""
     (tmp_path / "file").write_text("")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
@@ -35,7 +35,7 @@ def no_state(tmp_path, monkeypatch):
 def test_without_a_state_folder_deployments_are_found_through_the_temporary_folder(no_state, caplog) -> None:
     with recorded(record()):
         assert find_deployment("one") == record()
-        with pytest.raises(ValueError, match="runs already"), recorded(record()):
+        with pytest.raises(ValueError, match="is already running"), recorded(record()):
             pass
     assert deployments() == []
     assert "records of deployments cannot be kept in" in caplog.text

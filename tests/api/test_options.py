@@ -37,11 +37,11 @@ def test_sampling_params_and_the_same_options_give_the_same_answer(pipe):
 
 
 def test_sampling_params_with_options_or_of_another_type_are_refused(pipe):
-    with pytest.raises(ValueError, match=r"both params and options \(temperature\) are given.*dataclasses.replace"):
+    with pytest.raises(ValueError, match=r"both params and options \(temperature\) were passed.*dataclasses.replace"):
         pipe([5], SamplingParams(), temperature=1.0)
     with pytest.raises(ValueError, match=r"both params and options \(n\)"):
         pipe.stream([5], params=SamplingParams(), n=2)
-    with pytest.raises(ValueError, match=r"params is a dict; give fastgen_jax.SamplingParams, or options as keywords"):
+    with pytest.raises(ValueError, match=r"params is a dict; pass fastgen_jax.SamplingParams, or options as keywords"):
         pipe([5], {"max_new_tokens": 4})
     assert not pipe.engine.has_work
 
@@ -80,7 +80,7 @@ def test_an_unknown_option_of_a_call_is_refused_with_a_suggestion(pipe, name, hi
         ("device_map", "JAX_PLATFORMS"),
         ("token_buget", "did you mean 'token_budget'?"),
         ("xyzzy", "unknown option 'xyzzy'; engine options: attention"),
-        ("temperature", "an option of a call, not of the engine; give it there, pipe(prompt, temperature=...), or"),
+        ("temperature", "an option of a call, not of the engine; pass it there, pipe(prompt, temperature=...), or"),
     ],
 )
 def test_an_unknown_option_of_an_engine_is_refused_with_a_suggestion(name, hint):
@@ -169,7 +169,7 @@ def tokens_of_greedy(engine):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("vllm", "choose 'auto' .*, 'none', or give defaults"),
+        ("vllm", "choose 'auto' .*, 'none', or pass defaults"),
         ({"temprature": 1}, "has 'temprature', but defaults can be set for .*; did you mean 'temperature'?"),
         ({"top_p": 0}, r"top_p is 0; it must be in \(0, 1\]"),
         ('{"temperature"', "which is not JSON"),
@@ -201,7 +201,7 @@ def test_an_answer_without_a_limit_ends_at_the_default_with_one_warning(pipe, ca
         assert len(list(pipe.stream([5, 6], **GREEDY))) == 9
     (record,) = caplog.records
     assert record.getMessage() == (
-        "an answer was cut off after 9 tokens, the limit of the default; give max_new_tokens=... to change it (shown once)"
+        "an answer was cut off after 9 tokens, the default limit; pass max_new_tokens=... to change it (shown once)"
     )
 
 
@@ -239,6 +239,6 @@ def test_a_default_limit_yields_to_the_room_and_a_full_context_is_reported(setti
     assert response.generated_length == room
     (record,) = caplog.records
     assert (
-        f"after a prompt of 2 tokens there was room for {room}; give a shorter prompt, or start with a larger {name}"
+        f"after a prompt of 2 tokens there was room for {room}; shorten the prompt, or start with a larger {name}"
         in record.getMessage()
     )

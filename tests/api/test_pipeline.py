@@ -15,7 +15,7 @@ def pipe() -> Pipeline:
     return Pipeline(tiny_engine())
 
 
-def test_one_prompt_and_a_list_of_it_give_the_same_response(pipe):
+def test_one_prompt_and_a_list_of_it_return_the_same_response(pipe):
     assert pipe([5, 6, 7], **OPTIONS)[0].token_ids == pipe([[5, 6, 7]], **OPTIONS)[0].token_ids
 
 
@@ -32,7 +32,7 @@ def test_echo_puts_the_prompt_before_the_tokens(pipe):
     assert echoed.generated_length == 4
 
 
-def test_streams_give_the_tokens_of_the_response_and_leaving_early_frees_the_request(pipe):
+def test_streams_return_the_tokens_of_the_response_and_leaving_early_frees_the_request(pipe):
     (whole,) = pipe([5, 6], **OPTIONS)
     assert tuple(t for out in pipe.stream([5, 6], **OPTIONS) for t in out.new_token_ids) == whole.token_ids
     pairs = list(pipe([[5, 6], [7]], stream=True, **OPTIONS))
@@ -56,7 +56,7 @@ def test_streams_give_the_tokens_of_the_response_and_leaving_early_frees_the_req
         ([], {}, "no prompts"),
         ([[5], []], {}, "prompt is empty"),
         ([[5], [96]], {}, "token id 96"),
-        ([5], {"stream": True, "echo": True}, "belong to whole responses"),
+        ([5], {"stream": True, "echo": True}, "apply to complete responses"),
     ],
 )
 def test_a_wrong_call_is_refused_and_nothing_runs(pipe, prompts, options, message):

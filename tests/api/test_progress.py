@@ -40,7 +40,7 @@ def output(*token_ids: int, finished: bool = False) -> RequestOutput:
 def test_the_bar_counts_tokens_and_answers_and_an_early_end_reduces_the_total(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Progress([10, 20], show=None) as bar:
-        assert "answered 0 of 2:   0%" in sys.stderr.getvalue()  # before anything has come
+        assert "answered 0 of 2:   0%" in sys.stderr.getvalue()  # before any output
         assert "computing prompts" in sys.stderr.getvalue()
         bar.add(0, output(5, 6, 7))
         assert (bar._bar.n, bar._bar.total) == (3, 30)
@@ -77,7 +77,7 @@ def test_a_call_shows_its_bar_on_a_terminal_and_in_a_pipe_only_on_request(num_pr
         monkeypatch.setattr(sys, "stderr", stream)
         pipe(prompts, progress=asked, **options)
         assert (f"answered 0 of {num_prompts}" in stream.getvalue()) == shown
-        stays = shown and (asked or num_prompts > 1)  # one that nobody asked for leaves no line behind
+        stays = shown and (asked or num_prompts > 1)  # a bar that was not requested leaves no line behind
         assert (f"{4 * num_prompts}/{4 * num_prompts}" in stream.getvalue()) == stays
 
 

@@ -20,7 +20,7 @@ TEXT = RNG.integers(3, 96, 60).tolist()
 
 
 def one_program() -> Engine:
-    """All steps have the same shape, so that what is equal is equal bit for bit."""
+    """All steps have the same shape, so that equal results are equal bit for bit."""
     return tiny_engine(token_budget=16, budget_ladder=())
 
 
@@ -79,7 +79,7 @@ OPERATIONS = st.lists(
 
 @given(operations=OPERATIONS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_series_of_forks_and_rollbacks_gives_the_logits_of_fresh_sequences(operations):
+def test_any_series_of_forks_and_rollbacks_returns_the_logits_of_fresh_sequences(operations):
     engine, texts, last = one_program(), {}, {}
     research = Research(engine)
     for number, (operation, choice, count) in enumerate(operations):
@@ -109,7 +109,7 @@ def test_any_series_of_forks_and_rollbacks_gives_the_logits_of_fresh_sequences(o
         engine.scheduler.check_integrity()
     for name, logits in last.items():
         np.testing.assert_array_equal(logits, logits_of(engine, texts[name]))
-    for name, text in texts.items():  # what a later write could have spoiled
+    for name, text in texts.items():  # what a later write could have damaged
         (logits,) = research.put([name], [[3]])
         np.testing.assert_array_equal(logits, logits_of(engine, [*text, 3]))
     leave_idle(engine, *texts)
@@ -153,8 +153,8 @@ def test_room_for_the_copy_of_a_shared_block_is_counted():
     leave_idle(engine, "a", "rest", "more")
 
 
-def test_more_sequences_than_run_at_once_can_be_put():
-    engine = one_program()  # 8 sequences at once
+def test_more_sequences_than_run_at_the_same_time_can_be_put():
+    engine = one_program()  # 8 sequences at the same time
     research = Research(engine)
     names = list(range(20))
     logits = research.put(names, [TEXT[i : i + 3] for i in names])
@@ -182,17 +182,17 @@ def test_token_ids_come_in_any_form_of_integers(as_input):
 
 
 WRONG_TOKENS = [
-    ([1.5], r"tokens\[1\] holds 1.5; give a list of token ids, which are integers"),
-    ([True], r"tokens\[1\] holds True"),
-    ([None], r"tokens\[1\] holds None"),
-    (["5"], r"tokens\[1\] holds '5'"),
-    (np.asarray([1.5]), r"tokens\[1\] is an array of float64; token ids are whole numbers"),
+    ([1.5], r"tokens\[1\] contains 1.5; pass a list of token ids, which are integers"),
+    ([True], r"tokens\[1\] contains True"),
+    ([None], r"tokens\[1\] contains None"),
+    (["5"], r"tokens\[1\] contains '5'"),
+    (np.asarray([1.5]), r"tokens\[1\] is an array of float64; token ids are integers"),
     (np.asarray([True]), r"tokens\[1\] is an array of bool"),
     (np.asarray([[1]]), r"tokens\[1\] is an array of shape \(1, 1\)"),
     (jnp.asarray([1.0]), r"tokens\[1\] is an array of float32"),
     ([], r"tokens\[1\] is empty"),
-    (5, r"tokens\[1\] is 5; give a list of token ids"),
-    ("text", r"tokens\[1\] is 'text'; give token ids"),
+    (5, r"tokens\[1\] is 5; pass a list of token ids"),
+    ("text", r"tokens\[1\] is 'text'; pass a list of token ids"),
     (b"ab", r"tokens\[1\] is b'ab'"),
     ([96], r"tokens\[1\]: token id 96 is outside the vocabulary, 0\.\.95"),
     ([-1], r"tokens\[1\]: token id -1 is outside"),
@@ -215,20 +215,20 @@ def test_wrong_tokens_are_refused_before_anything_changes(wrong: Any, message: s
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda r: r.put("ab", [[1], [2]]), "uids is 'ab'; give the sequence ids in a list"),
+        (lambda r: r.put("ab", [[1], [2]]), "uids is 'ab'; pass a list of sequence ids"),
         (lambda r: r.put(["a", "a"], [[1], [2]]), "repeat"),
-        (lambda r: r.put([1.5], [[1]]), "uids holds 1.5; a sequence id is a string or an integer"),
-        (lambda r: r.put([True], [[1]]), "uids holds True"),
+        (lambda r: r.put([1.5], [[1]]), "uids contains 1.5; a sequence id is a string or an integer"),
+        (lambda r: r.put([True], [[1]]), "uids contains True"),
         (lambda r: r.put(["a"], [[1], [2]]), "1 sequence ids but 2 token lists"),
         (lambda r: r.fork("x", "y"), "no sequence 'x'; known: 'a'"),
-        (lambda r: r.fork("a", "a"), "there is a sequence 'a' already"),
+        (lambda r: r.fork("a", "a"), "sequence 'a' already exists"),
         (lambda r: r.rollback("x", 1), "no sequence 'x'"),
-        (lambda r: r.rollback("a", 6), "num_tokens is 6, but sequence 'a' can give back 0..5 tokens; flush it"),
+        (lambda r: r.rollback("a", 6), "num_tokens is 6, but 0..5 tokens of sequence 'a' can be removed; flush it"),
         (lambda r: r.rollback("a", -1), "num_tokens is -1"),
         (lambda r: r.rollback("a", 1.0), "num_tokens is 1.0"),
         (lambda r: r.flush("x"), "no sequence 'x'"),
-        (lambda r: r.hidden_states([1, 2], last=3), r"last is 3, but must be a whole number in 1\.\.2"),
-        (lambda r: r.hidden_states([1.5]), "tokens holds 1.5"),
+        (lambda r: r.hidden_states([1, 2], last=3), r"last is 3, but must be an integer in 1\.\.2"),
+        (lambda r: r.hidden_states([1.5]), "tokens contains 1.5"),
     ],
 )
 def test_wrong_calls_are_refused(call: Any, message: str):
@@ -285,12 +285,12 @@ AFTER = {
 
 
 def interrupt_at(line: int, call: Any) -> bool:
-    """Runs `call`, with an interrupt before the given line of the books' code that it comes to; False if it ended before."""
+    """Runs `call`, with an interrupt before the given executed line of the bookkeeping; False if it ended first."""
     lines = iter(range(100_000))
 
     def trace(frame, event, argument):
         if frame.f_code.co_name in ("settle_blocks", "settle"):
-            return None  # it puts things right: one interrupt at a time
+            return None  # it repairs the state: one interrupt at a time
         if not frame.f_code.co_filename.endswith(("research.py", "manual.py", "scheduler.py", "block_pool.py")):
             return None
         if event == "line" and next(lines) == line:
@@ -342,7 +342,7 @@ def test_when_the_cache_is_lost_in_the_middle_of_put_the_sequences_are_computed_
     def losing(packed, bucket):
         memory = engine.runner.kv_cache, engine.runner.state
         run(packed, bucket)
-        engine.runner.kv_cache, engine.runner.state = memory  # the interrupt came before the new ones were kept
+        engine.runner.kv_cache, engine.runner.state = memory  # the interrupt came before the new ones were stored
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -385,13 +385,13 @@ def test_put_and_requests_do_not_affect_each_other_while_sequences_fork():
     prompt = TEXT[:20]
     engine.add(prompt, greedy(12), request_id="alone")
     alone = tokens_of(drain(engine)["alone"])
-    engine.add(prompt, greedy(12), request_id="beside")
+    engine.add(prompt, greedy(12), request_id="concurrent")
     outputs = []
     research.put(["a"], [TEXT[:6]])
     for i in range(8):
         outputs += engine.step()
         research.fork("a", i)
         research.put([i], [[i + 3]])
-    outputs += drain(engine).get("beside", [])
+    outputs += drain(engine).get("concurrent", [])
     assert tokens_of(outputs) == alone
     leave_idle(engine, "a", *range(8))

@@ -21,11 +21,11 @@ from tests.api.stress import ENGINE, PipelineStress
 from tests.interrupts import Points
 from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
 
-# Python ignores, and reports, an exception that comes while an object ends.
+# Python ignores and reports an exception that is raised while an object is destroyed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "ignore_eos": True}
 LONG = OPTIONS | {"max_new_tokens": 100}
-PATIENCE = 60.0  # seconds: by then it hangs
+PATIENCE = 60.0  # seconds: after that it counts as hanging
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def own_engine() -> Engine:
 
 
 def in_threads(*functions: Callable[[], Any]) -> list[Any]:
-    """What the functions give, each in a thread, all at a time."""
+    """The results of the functions, each run in a thread, all at the same time."""
     results: list[Any] = [None] * len(functions)
 
     def run(i: int) -> None:
@@ -70,10 +70,10 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
 
 
 def paused(pipe: Pipeline) -> tuple[threading.Event, threading.Event]:
-    """Makes the thread that steps stand still; the events say that it does, and let it go on."""
-    stands, resume = threading.Event(), threading.Event()
-    pipe._shared._running_thread().call(lambda _: (stands.set(), resume.wait(PATIENCE)))
-    return stands, resume
+    """Blocks the thread that steps; returns an event that is set when it is blocked, and one that resumes it."""
+    blocked, resume = threading.Event(), threading.Event()
+    pipe._shared._running_thread().call(lambda _: (blocked.set(), resume.wait(PATIENCE)))
+    return blocked, resume
 
 
 def test_answers_are_right_after_interrupts_at_random_moments(stress):
@@ -121,8 +121,8 @@ def test_an_unread_stream_blocks_no_other_and_ends_when_it_is_dropped(pipe):
     stream, pairs = pipe.stream([5], **LONG), pipe([[6], [7]], stream=True, **LONG)
     assert len(pipe([8], **LONG)[0].token_ids) == 100
     ids = {*stream._outputs._unfinished, *pairs._unfinished}
-    stands, resume = paused(pipe)
-    assert stands.wait(PATIENCE)
+    blocked, resume = paused(pipe)
+    assert blocked.wait(PATIENCE)
     del stream, pairs
     resume.set()
     pipe([9], **OPTIONS)
@@ -179,8 +179,8 @@ def test_the_engine_may_be_used_during_calls(pipe):
 
 
 def test_a_failed_step_of_the_user_is_reported_to_all_waiting_calls(pipe, monkeypatch):
-    stands, resume = paused(pipe)
-    assert stands.wait(PATIENCE)
+    blocked, resume = paused(pipe)
+    assert blocked.wait(PATIENCE)
     stream = pipe.stream([5], **LONG)
     pipe.engine.add([6], greedy(3))
     monkeypatch.setattr(Runner, "run", lambda *_: 1 / 0)
@@ -237,8 +237,8 @@ def test_a_destroyed_pipeline_is_refused_and_so_is_its_engine():
 
 def test_destroying_ends_waiting_calls_with_an_error(monkeypatch):
     pipe = Pipeline(own_engine())
-    stands, resume = paused(pipe)
-    assert stands.wait(PATIENCE)
+    blocked, resume = paused(pipe)
+    assert blocked.wait(PATIENCE)
     streams = [pipe.stream([5], **LONG) for _ in range(3)]
     thread = pipe._shared._running_thread()
     stop = thread.stop
@@ -287,7 +287,7 @@ def test_a_pipeline_without_references_releases_its_engine():
     stream = pipe.stream([5], **OPTIONS)
     thread = pipe._shared._running_thread()
     del pipe, engine
-    assert len([*stream]) == 12  # whoever reads a stream holds the pipeline
+    assert len([*stream]) == 12  # a reader of a stream keeps the pipeline alive
     del stream
     thread._thread.join(PATIENCE)
     assert not thread.is_alive

@@ -1,6 +1,6 @@
-"""Same request, same tokens, to the last bit: many seeds, alone and in company, in programs of every shape.
+"""Same request, same tokens, to the last bit: many seeds, alone and in batches, in programs of every shape.
 
-    python -m tests.engine.same_tokens --seeds 3000         # on sotu-1m; prints what differs, of how many
+    python -m tests.engine.same_tokens --seeds 3000         # on sotu-1m; prints how many differ, of how many
 
 On a CPU with native kernels nothing may differ, neither a token nor a bit of its log-probability.
 """
@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
 
 def request(seed: int, vocab_size: int) -> tuple[list[int], SamplingParams]:
-    """A prompt and a way of sampling that only `seed` decides."""
+    """A prompt and sampling parameters that depend only on `seed`."""
     rng = np.random.default_rng(seed)
     prompt = rng.integers(3, vocab_size, int(rng.integers(1, 30))).tolist()
     limits: dict[str, Any] = [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02}, {"repetition_penalty": 1.2}][seed % 5]
@@ -44,12 +44,12 @@ def request(seed: int, vocab_size: int) -> tuple[list[int], SamplingParams]:
     )
 
 
-def answers(engine: Engine, seeds: Sequence[int], *, at_once: int) -> dict[int, Answer]:
-    """The answer for each seed, with so many requests in the engine at once."""
+def answers(engine: Engine, seeds: Sequence[int], *, concurrency: int) -> dict[int, Answer]:
+    """The answer for each seed, with `concurrency` requests in the engine at a time."""
     found: dict[int, Answer] = {}
-    for start in range(0, len(seeds), at_once):
+    for start in range(0, len(seeds), concurrency):
         ids = {}
-        for seed in seeds[start : start + at_once]:
+        for seed in seeds[start : start + concurrency]:
             prompt, params = request(seed, engine.model.vocab_size)
             ids[engine.add(prompt, params)] = seed
         for request_id, outputs in drain(engine).items():
@@ -58,13 +58,13 @@ def answers(engine: Engine, seeds: Sequence[int], *, at_once: int) -> dict[int, 
     return found
 
 
-def scores(engine: Engine, given: dict[int, Answer], *, at_once: int) -> dict[int, Answer]:
+def scores(engine: Engine, given: dict[int, Answer], *, concurrency: int) -> dict[int, Answer]:
     """The answers once more, each read as a prompt whose tokens are scored."""
     found: dict[int, Answer] = {}
     seeds = list(given)
-    for start in range(0, len(seeds), at_once):
+    for start in range(0, len(seeds), concurrency):
         ids = {}
-        for seed in seeds[start : start + at_once]:
+        for seed in seeds[start : start + concurrency]:
             prompt, _ = request(seed, engine.model.vocab_size)
             scored = SamplingParams(max_new_tokens=1, ignore_eos=True, do_sample=False, prompt_logprobs=0)
             ids[engine.add([*prompt, *given[seed].tokens], scored)] = seed
@@ -75,31 +75,31 @@ def scores(engine: Engine, given: dict[int, Answer], *, at_once: int) -> dict[in
 
 
 def different(make: Callable[..., Engine], num_seeds: int, ladders: Sequence[str] = tuple(LADDERS)) -> dict[str, int]:
-    """How many seeds get another answer than alone in the first ladder's programs, for each other way of running them."""
+    """How many seeds get another answer than alone in the first ladder's programs, for each other way to run them."""
     seeds = range(num_seeds)
     first = make(**LADDERS[ladders[0]])
-    alone = answers(first, seeds, at_once=1)
+    alone = answers(first, seeds, concurrency=1)
 
     def count(others: dict[int, Answer]) -> int:
         return sum(others[seed] != alone[seed] for seed in seeds)
 
     found = {
-        "in company": count(answers(first, seeds, at_once=64)),
-        "scored": count(scores(first, alone, at_once=1)),
-        "scored in company": count(scores(first, alone, at_once=16)),
+        "in a batch": count(answers(first, seeds, concurrency=64)),
+        "scored": count(scores(first, alone, concurrency=1)),
+        "scored in a batch": count(scores(first, alone, concurrency=16)),
     }
     for name in ladders[1:]:
         other = make(**LADDERS[name])
-        found[name] = count(answers(other, seeds, at_once=64))
+        found[name] = count(answers(other, seeds, concurrency=64))
         if "preempted" in name and num_seeds > 8:
-            assert other.scheduler.stats.num_preemptions > 0, "nothing was preempted, so nothing was shown"
+            assert other.scheduler.stats.num_preemptions > 0, "nothing was preempted, so nothing was tested"
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sotu-1m", help="a checkpoint (default: sotu-1m)")
-    parser.add_argument("--seeds", type=int, default=3000, help="requests, each with a seed of its own (default: 3000)")
+    parser.add_argument("--seeds", type=int, default=3000, help="number of requests (default: 3000)")
     options = parser.parse_args()
 
     def make(**settings: Any) -> Engine:

@@ -1,4 +1,4 @@
-"""A small sampler to test: its sizes, rows that ask for one thing each, and the compiled program."""
+"""A small sampler to test: its sizes, rows that each use one parameter, and the compiled program."""
 
 from __future__ import annotations
 

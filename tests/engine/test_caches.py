@@ -27,7 +27,7 @@ from tests.tiny import drain, greedy, tiny_model, tokens_of
 
 REPOSITORY = Path(__file__).parents[2]
 ONE_PROGRAM = {"token_budget": 8, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 16}
-THREE_PROGRAMS = {"max_num_seqs": 4, "block_size": 4, "num_blocks": 4}  # of 1, 4 and 16 tokens: no more fit
+THREE_PROGRAMS = {"max_num_seqs": 4, "block_size": 4, "num_blocks": 4}  # of 1, 4 and 16 tokens: larger ones do not fit
 HITS, MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 
 _events: Counter[str] = Counter()
@@ -103,7 +103,7 @@ def test_a_second_start_with_less_free_memory_compiles_nothing(tmp_path, options
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     first, second = runs
     assert second["available"] < 0.9 * first["available"]
-    assert 0 < first["num_blocks"] < 1024, "memory is the limit, not the need of 64 sequences"
+    assert 0 < first["num_blocks"] < 1024, "memory must be the limit, not the need of 64 sequences"
     assert first["hits"] == 0
     assert first["misses"] > 3
     assert second["misses"] == 0
@@ -142,7 +142,7 @@ def test_a_damaged_program_is_compiled_again_once(fresh, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         assert answer(start(folder)) == expected
     assert "Error reading persistent compilation cache entry for 'jit__step'" in caplog.text
-    assert "the run goes on" in caplog.text
+    assert "the run continues" in caplog.text
     assert entries(folder, "jit__step").keys() == whole.keys()
     assert min(entries(folder, "jit__step").values()) > 0.9 * min(whole.values())
     new_process()
@@ -260,7 +260,7 @@ def test_step_sizes_are_measured_once_and_again_on_request_or_when_the_file_is_d
 
 
 def test_remeasuring_a_given_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"remeasure with token_budget=8: .* leave one of them out"):
+    with pytest.raises(ValueError, match=r"remeasure with token_budget=8: .* omit one of them"):
         EngineConfig(token_budget=8, remeasure=True)
 
 
@@ -281,7 +281,7 @@ def test_a_disk_of_64_kib_causes_a_warning_in_a_real_run(tmp_path) -> None:
 
 
 def own_memory_group() -> Path | None:
-    """The folder of the control group of this process that limits memory, if groups can be made in it."""
+    """The folder of this process's memory control group, if groups can be created in it."""
     for group, _ in memory._groups(Path("/")):
         return group if os.access(group, os.W_OK) else None
     return None

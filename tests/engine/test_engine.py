@@ -1,4 +1,4 @@
-"""The engine on a tiny model: its tokens against a naive loop, under all kinds of load."""
+"""The engine on a tiny model: its tokens equal those of a naive loop, under all kinds of load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def generate(engine: Engine, prompts=PROMPTS, params=None) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[int]]:
-    """Each prompt by itself, in an engine that holds nothing else."""
+    """Each prompt alone in an otherwise idle engine."""
     engine = tiny_engine(overlap=False, prefix_caching=False)
     return [generate(engine, [prompt])[0] for prompt in PROMPTS]
 
@@ -87,7 +87,7 @@ def test_penalized_tokens_survive_a_preemption():
 
 
 def test_a_cached_prefix_costs_no_forward_tokens():
-    engine = tiny_engine(num_blocks=65)  # nobody else's: nothing is cached yet
+    engine = tiny_engine(num_blocks=65)  # not shared: nothing is cached yet
     prompt = PROMPTS[7]
     first = generate(engine, [prompt])
     tokens = engine.metrics.tokens
@@ -129,7 +129,7 @@ def test_logprobs_are_those_of_the_reference_logits():
     log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for options in ({}, {"num_blocks": 24}, {"token_budget": 7, "budget_ladder": ()}):
         engine = tiny_engine(**options)
-        engine.add(PROMPTS[5], greedy(8))  # company
+        engine.add(PROMPTS[5], greedy(8))  # other requests
         request_id = engine.add(prompt, greedy(3, logprobs=4, prompt_logprobs=2))
         outputs = drain(engine)[request_id]
         got = outputs[0].prompt_logprobs
@@ -174,7 +174,7 @@ def test_an_aborted_request_frees_its_blocks_and_affects_no_other(alone):
     [
         ((), greedy(1), "prompt is empty"),
         ((96,), greedy(1), r"token id 96 is outside the vocabulary, 0\.\.95"),
-        ((1.5,), greedy(1), "prompt holds 1.5"),
+        ((1.5,), greedy(1), "prompt contains 1.5"),
         ((5,) * 200, greedy(1), "200"),
         ("text", greedy(1), "requires a tokenizer"),
         ((5,), greedy(4, stop=("x",)), "require a tokenizer"),
@@ -201,7 +201,7 @@ def test_a_request_id_in_use_is_refused():
     drain(engine)
 
 
-def test_put_gives_the_reference_logits_and_shares_the_cache_with_requests(alone):
+def test_put_returns_the_reference_logits_and_shares_the_cache_with_requests(alone):
     want = expected()
     tokens, logits = want["token_ids"].tolist(), want["logits"]
     engine = tiny_engine()
@@ -221,7 +221,7 @@ def test_put_gives_the_reference_logits_and_shares_the_cache_with_requests(alone
     assert research.query("a").num_blocks == 19
     assert research.query("unknown").num_tokens == 0
     assert research.can_schedule(["a"], [4])
-    assert not research.can_schedule(["a"], [54])  # 129 tokens, and the model reads 128
+    assert not research.can_schedule(["a"], [54])  # 129 tokens, and the model's limit is 128
     with pytest.raises(ValueError, match="129 tokens but max_context_len is 128"):
         research.put(["a"], [[1] * 54])
     research.flush("a")
@@ -236,7 +236,7 @@ def test_put_gives_the_reference_logits_and_shares_the_cache_with_requests(alone
 
 
 def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
-    # A thousand million prompt tokens a second: whoever is not looked at within nanoseconds is too late.
+    # A billion prompt tokens per second: a request that is not planned within nanoseconds is late.
     engine = tiny_engine(policy="sla", promised_prompt_rate=1e9, promised_generation_rate=1.0, promise_grace=0.0)
     ids = [engine.add(prompt, greedy(4)) for prompt in PROMPTS[:3]]
     outputs = drain(engine)
@@ -251,7 +251,7 @@ def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "sla", "promised_prompt_rate": 5.0}, "give both promises with sla, and only there"),
+        ({"policy": "sla", "promised_prompt_rate": 5.0}, "set both rates with policy sla, and with no other"),
         ({"promise_grace": 5.0}, "policy 'splitfuse' makes no promise"),
         ({"promised_generation_rate": 5.0}, "policy is 'splitfuse', promised_prompt_rate None"),
         ({"policy": "sla", "promised_prompt_rate": -5.0, "promised_generation_rate": 1.0}, "prompt_rate is -5.0"),
@@ -260,8 +260,8 @@ def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
         ({"dtype": "int4"}, "dtype is 'int4'; choose one of float32"),
         ({"policy": "fifo"}, "policy is 'fifo'; choose one of 'splitfuse'"),
         ({"budget_ladder": (64,), "token_budget": 32}, "outside 1..32"),
-        ({"budget_ladder": "16,64", "token_budget": 128}, r"budget_ladder is '16,64'; give whole numbers in a list"),
-        ({"budget_ladder": 16, "token_budget": 128}, "budget_ladder is 16; give whole numbers in a list"),
+        ({"budget_ladder": "16,64", "token_budget": 128}, r"budget_ladder is '16,64'; pass a list of integers"),
+        ({"budget_ladder": 16, "token_budget": 128}, "budget_ladder is 16; pass a list of integers"),
         ({"max_context_len": 4096}, "max_context_len=4096 exceeds the model's 128"),
     ],
 )

@@ -16,7 +16,7 @@ PAGE = 2 << 20
 
 
 def bytes_in_huge_pages(array: jax.Array) -> int:
-    """What Linux reports for the mapping at the array's first whole page; the parts before and after it may be others."""
+    """What Linux reports for the mapping at the array's first whole page; the ends may be in other mappings."""
     address, found = -(-array.unsafe_buffer_pointer() // PAGE) * PAGE, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *rest = line.split()
@@ -28,7 +28,7 @@ def bytes_in_huge_pages(array: jax.Array) -> int:
     return 0
 
 
-def test_a_large_array_lies_in_huge_pages_and_keeps_its_values() -> None:
+def test_a_large_array_is_in_huge_pages_and_keeps_its_values() -> None:
     large = jnp.arange(8 * PAGE // 4, dtype=jnp.float32)
     granted = use_huge_pages({"large": large, "small": jnp.ones(8)})
     np.testing.assert_array_equal(large, np.arange(8 * PAGE // 4, dtype=np.float32))

@@ -18,7 +18,7 @@ from tests.interrupts import Points
 from tests.serving.tiny_server import engine
 from tests.tiny import drain, greedy, tiny_engine, tokens_of
 
-# Python ignores, and reports, an exception that comes while a generator is closed or an object ends.
+# Python ignores and reports an exception that is raised while a generator is closed or an object is destroyed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 LETTERS = Grammar(kind="regex", source="[a-f]{3,12}")
 REQUESTS: list[tuple[list[int], SamplingParams, Grammar | None]] = [
@@ -38,7 +38,7 @@ def add(engine: Engine, number: int) -> str:
 
 
 def summary(outputs: list[RequestOutput]) -> dict[str, Any]:
-    """What a request's outputs say together, and that they fit each other."""
+    """The combined outputs of a request; checks that they are consistent."""
     counts = np.cumsum([len(o.new_token_ids) for o in outputs])
     assert [o.num_generated_tokens for o in outputs] == counts.tolist(), "an output is missing or came twice"
     assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
@@ -54,7 +54,7 @@ def summary(outputs: list[RequestOutput]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, dict[str, Any]]:
-    """What each request gives alone."""
+    """The result of each request alone."""
     alone = {}
     for number in range(len(REQUESTS)):
         request_id = add(engine(), number)
@@ -73,10 +73,10 @@ def insist(operation: Callable[[], Any], points: Points, gap: Callable[[], int])
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_requests_give_the_same_after_interrupts_at_any_point(expected, seed):
+def test_requests_return_the_same_after_interrupts_at_any_point(expected, seed):
     shared, points, draw = engine(), Points(), random.Random(seed)
 
-    def gap() -> int:  # a step has some 300 points, compiling a grammar has thousands: all must end some day
+    def gap() -> int:  # a step has about 300 points, compiling a grammar has thousands: the test must end
         return draw.randint(1, 600) if draw.random() < 0.9 else 5000
 
     points.left = gap()
@@ -169,7 +169,7 @@ def test_after_a_failed_step_its_requests_report_the_error_and_others_continue(e
     with pytest.raises(ZeroDivisionError):
         shared.step()
     monkeypatch.undo()
-    for request_id, rest in drain(shared).items():  # nobody called recover
+    for request_id, rest in drain(shared).items():  # recover was not called
         outputs.setdefault(request_id, []).extend(rest)
     failed = {i for i, rest in outputs.items() if rest[-1].error is not None}
     assert 0 < len(failed) <= shared.config.max_num_seqs

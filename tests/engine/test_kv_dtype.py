@@ -14,7 +14,7 @@ from tests.tiny import expected, tiny_engine
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[int]]:
-    """Each prompt by itself over an int8 cache, in an engine that holds nothing else."""
+    """Each prompt alone over an int8 cache, in an otherwise idle engine."""
     engine = tiny_engine(kv_dtype="int8", overlap=False, prefix_caching=False, budget_ladder=())
     return [generate(engine, [prompt])[0] for prompt in PROMPTS]
 
@@ -37,7 +37,7 @@ def test_tokens_over_an_int8_cache_do_not_depend_on_how_the_engine_runs_them(alo
     ("kv_dtype", "tolerance"), [pytest.param("int8", 0.06, marks=pytest.mark.slow), ("float8_e4m3fn", 0.25)]
 )
 def test_logits_over_a_narrow_cache_are_near_those_over_float32(kv_dtype: str, tolerance: float) -> None:
-    """Near by the scale of the logits, not equal: an equal result would mean that the option does nothing."""
+    """Close, relative to the scale of the logits, but not equal: equality would mean that the option has no effect."""
     token_ids = expected()["token_ids"].tolist()
     narrow = tiny_engine(kv_dtype=kv_dtype, token_budget=7, budget_ladder=())
     exact = tiny_engine(token_budget=7, budget_ladder=())
@@ -49,11 +49,11 @@ def test_logits_over_a_narrow_cache_are_near_those_over_float32(kv_dtype: str, t
 
 
 def test_a_token_takes_the_bytes_that_the_model_reports() -> None:
-    def bytes_a_token(engine: Engine) -> float:
+    def bytes_per_token(engine: Engine) -> float:
         cache = engine.runner.kv_cache
         return sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) / (engine.config.num_blocks * engine.config.block_size)
 
     for kv_dtype, itemsize in (("int8", 1), ("float8_e4m3fn", 1)):
         engine = tiny_engine(kv_dtype=kv_dtype, token_budget=7, budget_ladder=())
         told = engine.model.kv_bytes_per_token(itemsize, scale_bytes=scale_bytes(kv_dtype))
-        assert bytes_a_token(engine) == told
+        assert bytes_per_token(engine) == told

@@ -19,11 +19,11 @@ def test_the_budget_is_the_smallest_with_nearly_the_best_cost_per_token() -> Non
 
 def test_the_budget_leaves_room_for_prompts() -> None:
     assert choose_budget(CURVE, max_num_seqs=100) == 512
-    assert choose_budget(CURVE, max_num_seqs=1000) == 512  # the largest there is
+    assert choose_budget(CURVE, max_num_seqs=1000) == 512  # the largest one measured
 
 
 def test_every_clearly_cheaper_program_is_kept_if_padding_costs_a_full_step() -> None:
-    # 1 token takes 83 % of what it takes in the program of 16
+    # 1 token takes 83% of what it takes in the program of 16
     assert choose_ladder(CURVE, 256, seconds_within=lambda budget, num_tokens: CURVE[budget]) == (1, 16, 64, 256)
 
 

@@ -22,7 +22,7 @@ def engine_with(processor) -> Engine:
 
 
 def counting_up(logits, rows):
-    """Only the token after the last one is left, or at positions that are multiples of 4 what the seed says."""
+    """Allows only the token after the last one or, at positions that are multiples of 4, one that depends on the seed."""
     wanted = jnp.where(rows.positions % 4 == 0, (rows.seeds % 96).astype(jnp.int32), (rows.last_tokens + 1) % 96)
     return jnp.where(jnp.arange(logits.shape[1])[None, :] == wanted[:, None], logits, -jnp.inf)
 
@@ -52,7 +52,7 @@ def test_a_processor_decides_what_every_way_of_sampling_sees(counting, sampling)
 
 
 def test_penalties_and_bias_follow_the_processor(counting):
-    biased = greedy(3, logit_bias={7: 100.0})  # of the one token that is left nothing can be taken away
+    biased = greedy(3, logit_bias={7: 100.0})  # a bias cannot change the choice of the only token allowed
     request_id = counting.add([10], biased)
     assert tokens_of(drain(counting)[request_id]) == [11, 12, 13]
 
@@ -102,7 +102,7 @@ def test_a_user_policy_gives_the_same_tokens():
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
-        ("relu", "logits_processor is 'relu'; give a function f"),
+        ("relu", "logits_processor is 'relu'; pass a function f"),
         (lambda logits: logits, "cannot be compiled: TypeError: .*takes 1 positional argument but 2 were given"),
         (lambda logits, rows: logits[:, 1:], r"makes float32\[3, 95\] of float32\[3, 96\]"),
         (lambda logits, rows: logits.astype(jnp.bfloat16), r"makes bfloat16\[3, 96\] of float32"),
@@ -122,7 +122,7 @@ def test_an_invalid_processor_is_refused_before_weights_are_loaded(processor, me
     [
         ({"policy": lambda running, waiting: None}, "cannot be called with a planner"),
         ({"policy": 3}, "policy is 3; choose one of"),
-        ({"policy": last_first, "promised_prompt_rate": 1.0}, "give both promises"),
+        ({"policy": last_first, "promised_prompt_rate": 1.0}, "set both rates"),
         ({"policy": last_first, "promise_grace": 1.0}, "makes no promise"),
     ],
 )

@@ -19,7 +19,7 @@ V1_MOUNT = (
 
 
 def machine(root: Path, *, cgroup: str, mounts: str, groups: dict[str, dict[str, str | int]]) -> Path:
-    """A tree with what Linux shows of control groups: files by the folder that they are in."""
+    """A tree of control group files as Linux shows them, by folder."""
     for folder, files in {"proc/self": {"cgroup": cgroup, "mountinfo": mounts}, **groups}.items():
         (root / folder).mkdir(parents=True)
         for name, text in files.items():
@@ -70,7 +70,7 @@ def test_a_soft_limit_counts_as_well_since_beyond_it_the_kernel_slows_the_proces
 
 
 def test_version_1_with_the_mount_showing_the_container_s_group_as_its_root(tmp_path) -> None:
-    # docker without a namespace of its own for control groups: the path is the host's, the mount shows its end
+    # docker without a separate control group namespace: the path is the host's, the mount shows its last part
     root = machine(
         tmp_path,
         cgroup="9:name=systemd:/docker/abc\n4:memory:/docker/abc\n0::/",
@@ -119,7 +119,7 @@ def test_without_proc_there_is_no_limit(tmp_path) -> None:
 
 
 def test_available_memory_is_what_the_system_can_give_within_the_limit(monkeypatch) -> None:
-    # MemFree would be less by the files that the system caches.
+    # MemFree would be smaller, because it does not count cached files.
     monkeypatch.setattr(memory, "cgroup_room", lambda: None)
     assert memory.available() > 0.9 * psutil.virtual_memory().available
     monkeypatch.setattr(memory, "cgroup_room", lambda: 12345)
@@ -141,15 +141,15 @@ def test_an_earlier_choice_stays_while_it_takes_between_an_eighth_and_a_half_of_
     assert first == 224
     for free in (1000, 999, 1100, 600, 448, 1792):
         assert room(free).num_blocks(1, wanted=10_000, earlier=first) == first, free
-    assert room(440).num_blocks(1, wanted=10_000, earlier=first) == 96  # it would take more than a half
-    assert room(2000).num_blocks(1, wanted=10_000, earlier=first) == 448  # it would waste what there is
+    assert room(440).num_blocks(1, wanted=10_000, earlier=first) == 96  # it would use more than half
+    assert room(2000).num_blocks(1, wanted=10_000, earlier=first) == 448  # it would waste memory
 
 
 def test_no_more_blocks_are_chosen_than_all_sequences_can_use_and_that_choice_stays_as_well() -> None:
     assert room(10**6).num_blocks(1, wanted=100) == 100
     assert room(10**6).num_blocks(1, wanted=100, earlier=100) == 100
     assert room(300).num_blocks(1, wanted=100, earlier=100) == 100
-    assert room(10**6).num_blocks(1, wanted=100, earlier=500) == 100  # nobody's choice
+    assert room(10**6).num_blocks(1, wanted=100, earlier=500) == 100  # no engine chose this number
     assert room(10**6).num_blocks(1, wanted=100, earlier=-3) == 100
     assert room(3).num_blocks(1, wanted=100, earlier=100) == 0
 

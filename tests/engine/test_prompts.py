@@ -15,7 +15,7 @@ USER = {"role": "user", "content": "Hi"}
 
 
 class OnADevice:
-    """An array of a library whose arrays of this kind NumPy cannot read, as PyTorch's on a GPU."""
+    """An array that NumPy cannot read, such as PyTorch's on a GPU."""
 
     def __array__(self, *args, **kwargs):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -38,7 +38,7 @@ class Tensor:
 
 
 class Shown(str):
-    """A text that is shown as another, as the members of an enum of strings are."""
+    """A text whose str() is different, as for members of a string enum."""
 
     def __str__(self):
         return f"Shown({super().__str__()})"
@@ -88,27 +88,27 @@ def test_a_prompt_in_any_form_becomes_text_token_ids_or_messages(prompts, plain)
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (b"Hi", r"the prompt is bytes; make text of it with prompt.decode\(\)"),
+        (b"Hi", r"the prompt is bytes; convert it to text with prompt.decode\(\)"),
         ([b"Hi", b"there"], "the prompt is bytes"),
         (bytearray(b"Hi"), "the prompt is bytearray"),
-        ({"Hi", "there"}, "a set, which has no order; give a list"),
-        (5, r"the prompt is 5; give text, token ids, or chat messages; one token id is \[id\]"),
-        (None, "the prompt is None; give text"),
-        ([None], "the prompt is None; give text"),
-        ([5, "Hi"], "the prompt holds 'Hi'"),
-        (["Hi", 5], "prompts holds 5 among other prompts; put each prompt of token ids"),
+        ({"Hi", "there"}, "a set, which has no order; pass a list"),
+        (5, r"the prompt is 5; pass text, token ids, or chat messages; one token id is \[id\]"),
+        (None, "the prompt is None; pass text"),
+        ([None], "the prompt is None; pass text"),
+        ([5, "Hi"], "the prompt contains 'Hi'"),
+        (["Hi", 5], "prompts contains 5 among other prompts; put each prompt of token ids"),
         (["Hi", USER], "among other prompts; .* each conversation, into a separate list"),
-        ([USER, "Hi"], "the prompt holds 'Hi' among chat messages"),
-        ([5.0, 6.0], "the prompt is 5.0; give text"),
-        ([True, False], "the prompt is True; give text"),
-        (np.array([5.0, 6.0]), r"an array of float64; token ids are whole numbers: .* \.astype\('int32'\)"),
+        ([USER, "Hi"], "the prompt contains 'Hi' among chat messages"),
+        ([5.0, 6.0], "the prompt is 5.0; pass text"),
+        ([True, False], "the prompt is True; pass text"),
+        (np.array([5.0, 6.0]), r"an array of float64; token ids are integers: .* \.astype\('int32'\)"),
         (jnp.array([True, False]), "an array of bool"),
-        ([np.array([[5, 6]])], r"an array of shape \(1, 2\); token ids of one prompt have one axis"),
+        ([np.array([[5, 6]])], r"an array of shape \(1, 2\); token ids of one prompt are one-dimensional"),
         (np.array(5), r"an array of shape \(\); .* one token id is \[id\]"),
         (np.zeros((1, 1, 1), int), r"array of shape \(1, 1, 1\)"),
         (OnADevice(), r"a OnADevice that cannot be read as a NumPy array \(can't convert cuda:0"),
-        ({"messages": [USER]}, r"the keys messages; give only prompt\['messages'\]"),
-        ({"input_ids": [5], "attention_mask": [1]}, r"keys input_ids, attention_mask; give only prompt\['input_ids'\]"),
+        ({"messages": [USER]}, r"the keys messages; pass only prompt\['messages'\]"),
+        ({"input_ids": [5], "attention_mask": [1]}, r"keys input_ids, attention_mask; pass only prompt\['input_ids'\]"),
         ({"text": "Hi"}, "keys text; a chat message is {'role': ..., 'content': ...}"),
         ([], "no prompts"),
         (iter(()), "no prompts"),
@@ -119,7 +119,7 @@ def test_an_invalid_prompt_is_refused_with_a_remedy(prompts, message):
         [plain_prompt(prompt) for prompt in split_prompts(prompts)]
 
 
-def test_the_engine_takes_the_same_forms_as_the_pipeline():
+def test_the_engine_accepts_the_same_forms_as_the_pipeline():
     engine = tiny_engine()
     for ids in ([5, 6], np.array([5, 6]), jnp.array([5, 6]), Tensor([5, 6]), iter((5, 6))):
         assert engine.encode(ids) == (5, 6)  # pyright: ignore[reportArgumentType] (an iterator is no Sequence)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 REFERENCE = json.loads((Path(__file__).parent.parent / "reference" / "smollm2_greedy.json").read_text())
 GENERATIONS = REFERENCE["generations"]
-# Float32 through 30 layers, added up in another order than torch does; a quarter of what the reference promises.
+# Float32 through 30 layers, summed in another order than in torch; a quarter of the reference's tolerance.
 LOGPROB_TOLERANCE = 1e-3
 
 
@@ -104,7 +104,7 @@ def test_tokens_do_not_depend_on_how_the_engine_runs_them(engine, options, param
         assert other.scheduler.stats.num_preemptions > 0
     for name, (tokens, logprobs) in want.items():
         assert got[name][0] == tokens, name
-        if native.available():  # else XLA picks the order of a sum by the number of rows
+        if native.available():  # otherwise XLA chooses the order of a sum by the number of rows
             np.testing.assert_array_equal(got[name][1], logprobs, err_msg=name)
 
 

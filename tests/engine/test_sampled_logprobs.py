@@ -84,7 +84,7 @@ def test_requests_with_logprobs_get_both_log_probabilities_and_prompts_one():
     ids = [engine.add([5, 6, 7], params) for params in (plain, sharp, greedy(6, logprobs=0))]
     outputs = drain(engine)
     plain, sharp, likeliest = ([entry for output in outputs[i] for entry in output.logprobs] for i in ids)
-    for entry in plain:  # nothing stands between the model and the draw
+    for entry in plain:  # nothing changes the logits before the draw
         assert entry.sampled_logprob == pytest.approx(entry.logprob, abs=TOLERANCE)
     assert any(abs(entry.sampled_logprob - entry.logprob) > 0.1 for entry in sharp)
     assert [entry.sampled_logprob for entry in likeliest] == [0.0] * 6

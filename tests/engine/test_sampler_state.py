@@ -65,7 +65,7 @@ def test_greedy_continuations_with_penalties_and_bias_agree_with_a_loop_over_the
     slots = np.array([6, 1, 0, 7, 3, 2], np.int32)
     prompts = [rng.integers(0, V, 30).tolist() for _ in PARAMS]
     outputs: list[list[int]] = [[] for _ in PARAMS]
-    base = (rng.normal(size=V) * 0.7).astype(np.float32)  # near one another, so that penalties decide
+    base = (rng.normal(size=V) * 0.7).astype(np.float32)  # close to one another, so that penalties decide
     for params, prompt, slot in zip(PARAMS, prompts, slots, strict=True):
         state = admitted(params, prompt, [], state, slot=int(slot), tables=tables)
     for step in range(12):
@@ -81,7 +81,7 @@ def test_greedy_continuations_with_penalties_and_bias_agree_with_a_loop_over_the
         np.testing.assert_array_equal(state.last_tokens[slots], output.tokens[: len(PARAMS)])
     assert max(map(len, map(set, outputs))) > 3
 
-    # A sequence that is preempted now and gets another slot is penalised for what it generated before.
+    # A sequence that is preempted now and gets another slot is penalized for what it generated before.
     resumed = init_state(S, V)
     row = 5
     resumed = admitted(PARAMS[row], prompts[row], outputs[row], resumed, slot=4, tables=tables)
@@ -130,7 +130,7 @@ def test_stop_and_end_tokens_are_banned_until_min_new_tokens_are_generated(tempe
     tables = SamplingTables(S, V)
     params = SamplingParams(temperature=temperature, min_new_tokens=3, stop_token_ids=(5, 199))
     tables.admit(0, params, eos_token_ids=(2,), seed=1, num_prompt_tokens=10)
-    tables.admit(1, params, eos_token_ids=(2,), seed=1, num_prompt_tokens=100)  # banned all the time
+    tables.admit(1, params, eos_token_ids=(2,), seed=1, num_prompt_tokens=100)  # always banned
     for position in range(10, 15):
         views = views_of(R)
         positions, ones = np.array([position, 100], np.int32), np.ones(2, np.int32)
@@ -169,7 +169,7 @@ def test_logprobs_are_those_of_the_raw_logits_whatever_changes_the_token() -> No
         order = np.lexsort((np.arange(V), -logits[row]))[:TOP]
         np.testing.assert_array_equal(output.top_ids[row], order)
         np.testing.assert_allclose(output.top_logprobs[row], expected[row, order], atol=1e-5)
-    # Rows that report a target sample nothing: the state does not hear of them.
+    # Rows that report a target sample nothing, so they do not change the state.
     np.testing.assert_array_equal(state.last_tokens, np.r_[tokens[:5], before[5:]])
     assert not np.asarray(state.token_counts[5:7, 180]).any()
 

@@ -1,4 +1,4 @@
-"""The sampler against a slow one in float64, and what must not change its tokens."""
+"""The sampler compared with a slow one in float64, and what must not change its tokens."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_tokens_follow_the_renormalized_distribution_of_the_kept_tokens(columns:
     expected = p * len(tokens)
     found = np.array([(tokens == token).sum() for token in kept])
     chi_square = ((found - expected) ** 2 / expected).sum()
-    # Mean n, deviation sqrt(2 n) for n degrees of freedom; fixed seeds, so that it passes always or never.
+    # Mean n, deviation sqrt(2 n) for n degrees of freedom; fixed seeds, so that it always passes or never does.
     freedom = max(len(kept) - 1, 1)
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
 
@@ -207,7 +207,7 @@ def test_neither_end_of_the_random_range_draws_a_token_of_probability_zero() -> 
 
 def test_logits_that_differ_in_their_last_bits_draw_the_same_tokens() -> None:
     # What another order of summation in a model does to its logits: 1e-5 of them, in any token. Drawing from a running sum
-    # changed one token in some thousands.
+    # changed one token in a few thousand.
     rng = np.random.default_rng(0)
     count, vocab_size = 64, 4096
     logits = rng.normal(size=(1, vocab_size)).astype(np.float32) * 2
@@ -248,7 +248,7 @@ def test_other_rows_and_the_position_in_the_batch_do_not_change_a_token(num_rows
         rows = order[start : start + num_rows]
         batch = sampling_rows(num_rows, **{name: values[rows] for name, values in columns.items()})
         np.testing.assert_array_equal(run(logits[rows], batch)[0].tokens, together[rows])
-        # Bit by bit, not merely as good as always the same token.
+        # Equal bit for bit, not merely almost always the same token.
         backwards = weights_of(logits[rows[::-1]], flipped(batch))[::-1]
         np.testing.assert_array_equal(weights_of(logits[rows], batch), backwards)
 

@@ -1,4 +1,4 @@
-"""An engine on several devices gives the tokens of an engine on one."""
+"""An engine on several devices generates the tokens of an engine on one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tiny import tiny_model
 
 
 def run(program: str) -> None:
-    """Runs a program of `divided_engine` in a process of its own: the number of devices is fixed when JAX starts."""
+    """Runs a program of `divided_engine` in a separate process: the number of devices is fixed when JAX starts."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.engine.programs.divided_engine", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -34,7 +34,7 @@ def other_weights(model: Any, **options: Any) -> Any:
         ("multi_head_tied", {"stack_layers": True, "quantize": "int8"}),
     ],
 )
-def test_new_weights_give_the_answers_of_an_engine_started_with_them(variant, options):
+def test_new_weights_produce_the_answers_of_an_engine_started_with_them(variant, options):
     params, model = tiny_model(variant)
     engine = Engine(params, model, EngineConfig(**SMALL, **options))
     new = other_weights(model)
@@ -91,7 +91,7 @@ def test_weights_that_were_prepared_for_another_config_are_refused():
     engine = tiny_engine()
     params, model = tiny_model()
     other = Engine(params, model, EngineConfig(**SMALL, quantize="int8"))
-    with pytest.raises(ValueError, match=r"is int8.* but the engine computes with float32.*give plain weights"):
+    with pytest.raises(ValueError, match=r"is int8.* but the engine computes with float32.*pass plain weights"):
         engine.params = other.params
     stacked = {**engine.params, "layers": stack(tiny_model()[0]["layers"])}
     engine.params = stacked
@@ -104,7 +104,9 @@ def test_weights_are_not_replaced_while_there_are_requests_or_sequences():
     params, _ = tiny_model()
     engine.add(PROMPT, greedy(4), request_id="running")
     engine.step()
-    with pytest.raises(ValueError, match="the engine has 1 requests and 0 sequences of put; weights can be replaced while"):
+    with pytest.raises(
+        ValueError, match="the engine has 1 requests and 0 sequences of put; weights can be replaced only while"
+    ):
         engine.params = params
     drain(engine)
     Research(engine).put(["a"], [[5, 6]])

@@ -56,7 +56,7 @@ def test_a_pace_fits_a_line_to_the_steps() -> None:
     for tokens in (4, 64, 8, 64, 4):
         pace.observe(tokens, 0.05 + 0.002 * tokens)
     assert pace.line() == pytest.approx((0.05, 0.002))
-    # 90 % of a gap of 0.25 s, less 0.05 s, is 0.175 s: 87.5 tokens.
+    # 90% of a gap of 0.25 s, less 0.05 s, is 0.175 s: 87.5 tokens.
     assert pace.tokens_within_a_gap() == pytest.approx(87.5)
 
 
@@ -164,7 +164,9 @@ def test_if_not_all_prompts_can_be_on_time_most_are() -> None:
 
 
 def test_a_promise_goes_with_the_policies_that_need_one_and_no_others() -> None:
-    with pytest.raises(ValueError, match="policy is 'sla' and promise is None; give a promise with 'sla', and only there"):
+    with pytest.raises(
+        ValueError, match="policy is 'sla' and promise is None; set a promise with policy 'sla', and with no other"
+    ):
         make_scheduler(Clock(), promise=None)
     with pytest.raises(ValueError, match="policy is 'splitfuse' and promise is Promise"):
         make_scheduler(Clock(), policy="splitfuse")

@@ -55,7 +55,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n is 0; it must be at least 1"),
     (
         {"n": 2, "do_sample": False},
-        "n is 2 but greedy decoding gives the same continuation every time; use n=1",
+        "n is 2 but greedy decoding returns the same continuation every time; use n=1",
     ),
     ({"n": 2, "temperature": 0}, "n is 2 but greedy decoding"),
     ({"logprobs": 21}, "logprobs is 21; it must be in [0, 20]; use None for no log-probabilities"),

@@ -297,7 +297,7 @@ def test_the_command_reports_failures_and_its_exit_code_does_too(deployed, tmp_p
         (("in.jsonl", "no/out.jsonl"), "the folder no of the output does not exist"),
         (("none.jsonl", "out.jsonl"), "none.jsonl is not a file"),
         (("in.jsonl", "in.jsonl"), "in.jsonl is the input itself"),
-        (("in.jsonl", "out.jsonl", "--deployment", "none"), "no deployment 'none' runs on this machine"),
+        (("in.jsonl", "out.jsonl", "--deployment", "none"), "no deployment 'none' is running on this machine"),
     ],
 )
 def test_a_command_that_cannot_start_says_why_in_one_line(deployed, tmp_path, monkeypatch, capsys, arguments, message):

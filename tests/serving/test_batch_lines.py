@@ -13,7 +13,7 @@ from tests.serving.tiny_server import MODEL
 BAD_LINES = {
     "NaN": (b'{"custom_id": "bad", "prompt": "x", "temperature": NaN}', "NaN' is not a number in JSON", "bad"),
     "Infinity": (b'{"custom_id": "bad", "prompt": "x", "a": [-Infinity]}', "-Infinity' is not a number in JSON", "bad"),
-    "a number that no float holds": (b'{"custom_id": "bad", "prompt": "x", "a": 1e999}', "'1e999' is not a number", "bad"),
+    "a number too large for a float": (b'{"custom_id": "bad", "prompt": "x", "a": 1e999}', "'1e999' is not a number", "bad"),
     "an integer of 5000 digits": (b'{"custom_id": "bad", "a": ' + b"1" * 5000 + b"}", "cannot be read", "bad"),
     "not UTF-8": (b'{"custom_id": "bad", "prompt": "caf\xe9"}', "not UTF-8 (byte 0xe9 at", "bad"),
     "not UTF-8 in the id": (b'{"custom_id": "b\xe9d", "prompt": "x"}', "not UTF-8", "b\ufffdd"),

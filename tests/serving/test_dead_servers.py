@@ -169,7 +169,7 @@ def test_a_record_whose_process_is_gone_or_is_another_program_is_reported_and_re
             with pytest.raises(ValueError, match=r"'chat' was killed: its process \d+ is gone; its log is"):
                 fastgen_jax.client("chat")
             assert deployments() == []
-        with pytest.raises(ValueError, match=r"no deployment 'chat' runs on this machine \(running: none\)"):
+        with pytest.raises(ValueError, match=r"no deployment 'chat' is running on this machine \(running: none\)"):
             fastgen_jax.client("chat")
 
 

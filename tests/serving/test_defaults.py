@@ -14,7 +14,7 @@ DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repet
 
 @pytest.fixture
 def with_defaults(monkeypatch):
-    """Gives the shared engine other defaults."""
+    """Sets other defaults on the shared engine."""
     intake = tiny_server.engine().intake
 
     def change(**defaults):

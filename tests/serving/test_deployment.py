@@ -71,7 +71,7 @@ def replicas(client) -> list[psutil.Process]:
 
 
 def test_clients_find_it_by_name_and_get_the_answers_of_the_offline_engine(client):
-    with pytest.raises(ValueError, match=r"no deployment 'other' runs on this machine \(running: two\)"):
+    with pytest.raises(ValueError, match=r"no deployment 'other' is running on this machine \(running: two\)"):
         fastgen_jax.client("other")
     found = fastgen_jax.client("two", api_key=KEY)
     prompts = [f"Prompt {i}" for i in range(6)]
@@ -260,7 +260,7 @@ def test_a_wrong_option_and_a_name_in_use_are_reported_to_the_caller(client, che
         fastgen_jax.serve(checkpoint, deployment_name="bad", bad_option=1, timeout=120)
     with pytest.raises(ValueError, match=r"tensor_parallel=2 but this process has 1 cpu device"):
         fastgen_jax.serve(checkpoint, deployment_name="divided", tensor_parallel=2, timeout=120)
-    with pytest.raises(ValueError, match="'two' runs already"):
+    with pytest.raises(ValueError, match="'two' is already running"):
         fastgen_jax.serve(checkpoint, deployment_name="two")
 
 

@@ -195,7 +195,7 @@ def test_a_port_in_use_and_a_name_in_use_are_refused_with_a_remedy(tmp_path, mon
         started=0.0,
         process_start=process_start(os.getpid()) or "",
     )
-    with recorded(record), pytest.raises(ValueError, match=r"'nowhere' runs already .*choose another deployment_name"):
+    with recorded(record), pytest.raises(ValueError, match=r"'nowhere' is already running .*choose another deployment_name"):
         run_server("nowhere", ServerConfig(port=0), EngineConfig())
 
 

@@ -185,7 +185,7 @@ def metaspace_metadata() -> dict[str, Any]:
 
 
 def gguf_metadata(kind: str, **extra: Any) -> dict[str, Any]:
-    """Metadata as GGUF keeps them: kind "llama" for SentencePiece, else a `tokenizer.ggml.pre` of byte-level BPE."""
+    """Metadata as GGUF stores it: kind "llama" for SentencePiece, else a `tokenizer.ggml.pre` of byte-level BPE."""
     if kind == "llama":
         spm = sentencepiece.SentencePieceProcessor(model_proto=spm_model())
         size = spm.get_piece_size()

@@ -17,7 +17,7 @@ _ROWS = 3  # for the trial call; a program has a row for each token that it may 
 
 @pytree
 class LogitsRows:
-    """The tokens that the rows of logits predict, one entry a row."""
+    """The tokens that the rows of logits predict, one entry per row."""
 
     positions: Int32[Array, " R"]
     """Position, in its sequence, of the token that is being sampled."""
@@ -30,7 +30,7 @@ class LogitsRows:
 class LogitsProcessor(Protocol):
     """Logits in, logits out; compiled into every step, applied before penalties, bias, masks and temperature.
 
-    A pure function of jax.numpy that treats each row by itself: a result must not depend on the other requests in the
+    A pure jax.numpy function that treats each row independently: a result must not depend on the other requests in the
     batch. Unused rows hold arbitrary finite numbers. -inf forbids a token.
     """
 
@@ -40,7 +40,7 @@ class LogitsProcessor(Protocol):
 
 
 def check_processor(processor: LogitsProcessor, vocab_size: int) -> None:
-    """ValueError, with the shapes, unless `processor` can be traced and returns logits of the shape and dtype it got."""
+    """ValueError, with the shapes, unless `processor` can be traced and preserves the shape and dtype of the logits."""
     given = jax.ShapeDtypeStruct((_ROWS, vocab_size), jnp.float32)
     integers, seeds = (jax.ShapeDtypeStruct((_ROWS,), dtype) for dtype in (jnp.int32, jnp.uint32))
 

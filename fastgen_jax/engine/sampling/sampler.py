@@ -3,7 +3,7 @@
 Order: the engine's logits processor; repetition, presence and frequency penalties; logit bias; ban of stop tokens; token
 masks; temperature; top-k; top-p (of what top-k left, renormalized); min-p; a draw from what is left, renormalized. The
 lowest token id wins every tie: of equal logits, greedy decoding takes it, and top-k and top-p keep it first, so that
-`top_k=k` keeps exactly k tokens and `top_k=1` is greedy decoding. A row that holds a NaN yields some token of the
+`top_k=k` keeps exactly k tokens and `top_k=1` is greedy decoding. A row that contains a NaN yields some token of the
 vocabulary.
 
 A token depends on its logits, its request's parameters and `fold_in(key(seed), position)`, and on nothing else in the
@@ -42,7 +42,7 @@ _PIECE_WIDTH = 128  # lanes of a vector register on TPU; a vocabulary then has a
 
 @pytree
 class SampleOutput:
-    """One entry a sampled row. All but the first two are zeros in a step without requests for log-probabilities.
+    """One entry per sampled row. All but the first two are zeros in a step without requests for log-probabilities.
 
     Log-probabilities are those of the model: before the logits processor, penalties, bias and temperature.
     """
@@ -71,7 +71,7 @@ def sample(
 ) -> tuple[SampleOutput, SamplerState]:
     """The next token of every row of `logits`, and the state updated with it.
 
-    `process` changes the logits before anything else does; the log-probabilities of the model are those before it.
+    `process` changes the logits before anything else does; the model's log-probabilities are those of the unchanged logits.
     A step whose rows are all greedy costs an argmax. Donate `state`: it is then updated in place.
 
     Raises:
@@ -80,11 +80,11 @@ def sample(
     vocab_size = state.token_counts.shape[1]
     if logits.ndim != 2 or logits.shape[1] != vocab_size or logits.dtype != jnp.float32:
         raise ValueError(
-            f"logits are {logits.dtype}{list(logits.shape)} but the sampler takes float32[R, {vocab_size}]; "
+            f"logits are {logits.dtype}{list(logits.shape)} but the sampler requires float32[R, {vocab_size}]; "
             "convert them, and initialize the state with the model's vocab_size"
         )
-    # One switch, with loops of zero passes inside, and no nested conditionals: on a CPU with two cores jax 0.10.2 takes
-    # twice as long for passes over the vocabulary inside nested conditionals.
+    # One switch whose branches have loops that may make zero passes, instead of nested conditionals: on a CPU with two
+    # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
     adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
     branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
     branches = (lambda logits, *_: _certain(_argmax(logits)), _adjusted_argmax, _sampled)

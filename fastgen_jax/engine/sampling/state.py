@@ -1,4 +1,4 @@
-"""What the sampler knows of each sequence between steps: on the device, written by a few compiled programs."""
+"""The sampler's state for each sequence between steps, kept on the device and written by a few compiled programs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from pallas_kernels.pytree import pytree
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float32, Int16, Int32
 
-MASKS_A_CALL = 8  # rows of token masks in one call, enough for a typical load
+MASKS_PER_CALL = 8  # rows of token masks in one call, enough for a typical load
 HISTORY_PIECE = 2048  # tokens of a history in one call: one or two calls for most prompts, 0.3 ms each on a CPU
 MAX_TIMES = 2**14 - 1  # counts stop here: 2 * MAX_TIMES + 1 is the largest int16
 
 
 @pytree
 class SamplerState:
-    """What the sampler knows of each sequence, on the device; donated to every step."""
+    """The sampler's state for each sequence, on the device; donated to every step."""
 
     last_tokens: Int32[Array, " S"]
     """The token sampled last."""
     token_counts: Int16[Array, "S V"]
-    """Twice the times a token was generated, plus 1 if the prompt holds it. Kept for rows with penalties."""
+    """Twice the number of times a token was generated, plus 1 if the prompt contains it. Maintained for rows with
+    penalties."""
     bias_ids: Int32[Array, "S 300"]
     """Tokens with a logit bias; V in unused entries."""
     bias_values: Float32[Array, "S 300"]
@@ -51,13 +52,13 @@ def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
 def set_masks(state: SamplerState, slots: Sequence[int], masks: Int32[np.ndarray, "n words"]) -> SamplerState:
     """The state with new token masks for n slots; donates `state`.
 
-    They hold until they are set again. One compiled program serves any n, `MASKS_A_CALL` rows a call.
+    They apply until they are set again. One compiled program serves any n, `MASKS_PER_CALL` rows per call.
     """
-    for start in range(0, len(slots), MASKS_A_CALL):
-        rows = np.full(MASKS_A_CALL, state.token_masks.shape[0], np.int32)
-        words = np.zeros((MASKS_A_CALL, state.token_masks.shape[1]), np.int32)
-        part = slots[start : start + MASKS_A_CALL]
-        rows[: len(part)], words[: len(part)] = part, masks[start : start + MASKS_A_CALL]
+    for start in range(0, len(slots), MASKS_PER_CALL):
+        rows = np.full(MASKS_PER_CALL, state.token_masks.shape[0], np.int32)
+        words = np.zeros((MASKS_PER_CALL, state.token_masks.shape[1]), np.int32)
+        part = slots[start : start + MASKS_PER_CALL]
+        rows[: len(part)], words[: len(part)] = part, masks[start : start + MASKS_PER_CALL]
         state = _write_masks(state, rows, words)
     return state
 
@@ -78,7 +79,7 @@ def reset_slot(
     """The state with the history and the logit bias of the sequence that gets `slot`; donates `state`.
 
     Needed only for a sequence with penalties or bias, each time it gets a slot; `output_ids` are the tokens that it
-    generated before a preemption. One compiled program serves any lengths, `HISTORY_PIECE` tokens a call.
+    generated before a preemption. One compiled program serves any lengths, `HISTORY_PIECE` tokens per call.
     """
     vocab_size = state.token_counts.shape[1]
     bias_ids = np.full(MAX_LOGIT_BIAS_ENTRIES, vocab_size, np.int32)

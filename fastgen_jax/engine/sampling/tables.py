@@ -44,7 +44,7 @@ class SamplingBatch:
     positions: Int32[Array, " R"]
     """Position, in its sequence, of the token being sampled."""
     temperature: Float32[Array, " R"]
-    """0 takes the most likely token."""
+    """0 chooses the most likely token."""
     top_k: Int32[Array, " R"]
     """0 keeps every token."""
     top_p: Float32[Array, " R"]
@@ -143,7 +143,7 @@ class SamplingTables:
         num_prompt_tokens: int,
         has_mask: bool = False,
     ) -> bool:
-        """Gives `slot` the parameters of a sequence; true if the device needs a `reset_slot` before its next step."""
+        """Writes the parameters of a sequence to `slot`; true if the device needs a `reset_slot` before its next step."""
         has_penalties = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
         has_bias = len(_bias_pairs(params)) > 0
         temperature = 1.0 if params.temperature is None else params.temperature

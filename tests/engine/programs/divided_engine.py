@@ -36,12 +36,12 @@ def tokens(params: Any, model: Any, **options: Any) -> list[list[int]]:
     research.put(["a"], [PROMPTS[1]])
     research.fork("a", "b")
     logits = research.put(["a", "b", "as a", "as b"], [[5], [7], [*PROMPTS[1], 5], [*PROMPTS[1], 7]])
-    np.testing.assert_allclose(logits[:2], logits[2:], atol=1e-5)  # one row and six are other tiles of a product
+    np.testing.assert_allclose(logits[:2], logits[2:], atol=1e-5)  # one row and six rows use different tiles of a product
     return [tokens_of(outputs[request_id]) for request_id in ids]
 
 
 def in_8_bits() -> None:
-    """Weights and cache in 8 bits, and weights that are divided while they are loaded.
+    """Weights and cache in 8 bits, and weights that are sharded while they are loaded.
 
     Native kernels may round activations, plain XLA does not: layers are stacked on one device too.
     """

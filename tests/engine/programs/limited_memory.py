@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    (Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))  # before anything takes memory
+    (Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))  # before anything allocates memory
 
     import psutil
 
