@@ -45,7 +45,7 @@ def add_fields(group: argparse._ActionsContainer, cls: type, *, skip: Collection
             group.add_argument(_flag(field.name), dest=field.name, default=None, help=text, **form)
 
 
-def flag_form(hint: Any) -> dict[str, Any] | None:
+def flag_form(hint: object) -> dict[str, Any] | None:
     """The arguments of `add_argument` that parse a value of this type; None if it cannot be written as text."""
     kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]
     for kind in kinds:
@@ -134,7 +134,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
+def _alternatives(hint: object) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 

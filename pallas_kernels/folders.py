@@ -36,13 +36,14 @@ def cache_dir() -> Path:
 def settle(wanted: Path, contents: str, *, variable: str, reading: bool = True, private: bool = False) -> Folder | None:
     """Returns the folder for `contents`: `wanted`, created if necessary, or a fallback if it is not writable.
 
-    With `reading`, the first fallback is `wanted` itself if it has files, read-only. The next is a private folder among
-    the system's temporary files, then None. The fallback is logged once per process, with the environment variable
-    `variable` that sets another folder. `private`: the files are executed, so no other user may be able to write them.
+    With `reading`, the first fallback is `wanted` itself, read-only, if it contains files. The next is a private folder
+    among the system's temporary files, and the last is None. The fallback is logged once per process, together with the
+    environment variable `variable` that selects another folder. `private` means that the files are executed, so no other
+    user may be able to write to the folder.
     """
     problem = _why_not_writable(wanted)
     if problem is None and private and not is_trusted(wanted):
-        problem = "it is not this user's, or others may write to it"
+        problem = "it belongs to another user, or other users can write to it"
     if problem is None:
         return Folder(path=wanted, writable=True)
     if reading and _has_files(wanted) and (is_trusted(wanted) or not private):

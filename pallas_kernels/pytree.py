@@ -1,4 +1,4 @@
-"""Frozen keyword-only dataclasses that JAX can look into."""
+"""Frozen keyword-only dataclasses that are JAX pytrees."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastgen_jax.api.engine_thread import EngineThread, Event, Failure, Load
 from fastgen_jax.api.snapshot import take_snapshot
@@ -15,6 +15,7 @@ from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.engine.prompts import Prompt
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
@@ -248,7 +249,7 @@ class AsyncEngine:
             raise ClosedError(str(error)) from None
         return await future
 
-    async def snapshots(self, *, since_step: int | None = None) -> list[dict[str, Any]]:
+    async def snapshots(self, *, since_step: int | None = None) -> list[JsonObject]:
         """The snapshot of the engine by `take_snapshot`, in a list of one; waits for the current step."""
         snapshot = await self.call(lambda engine: take_snapshot(engine, since_step=since_step))
         snapshot["counters"]["failed_steps"] = self.num_failed_steps

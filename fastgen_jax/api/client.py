@@ -12,6 +12,7 @@ from fastgen_jax.api.deployment import Deployment, default_name, deployments, fi
 from fastgen_jax.api.pipeline import Response
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.engine.prompts import PlainPrompt, Prompt, plain_prompt, split_prompts
+from fastgen_jax.json_types import JsonObject
 
 if TYPE_CHECKING:
     import httpx
@@ -114,11 +115,11 @@ class _Connection:
         stop_server(self.deployment, timeout=timeout)
 
     @staticmethod
-    def _body(prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    def _body(prompts: Prompt | Sequence[Prompt], options: Mapping[str, object], **more: object) -> JsonObject:
         return {"prompts": [_json_prompt(plain_prompt(prompt)) for prompt in split_prompts(prompts)], **options, **more}
 
     @staticmethod
-    def _response(answer: dict[str, Any]) -> Response:
+    def _response(answer: JsonObject) -> Response:
         logprobs = {
             name: tuple(_logprob(entry) for entry in answer[name]) if name in answer else None
             for name in ("logprobs", "prompt_logprobs")
@@ -176,7 +177,9 @@ class Client(_Connection):
         """Closes the connections; the deployment keeps running."""
         self._http.close()
 
-    def _stream(self, prompts: Prompt | Sequence[Prompt], options: Mapping[str, Any]) -> Iterator[tuple[int, RequestOutput]]:
+    def _stream(
+        self, prompts: Prompt | Sequence[Prompt], options: Mapping[str, object]
+    ) -> Iterator[tuple[int, RequestOutput]]:
         from httpx_sse import EventSource
 
         body = self._body(prompts, options, stream=True)
@@ -272,7 +275,7 @@ def async_client(name: str, *, api_key: str | None = None, timeout: float | None
     return AsyncClient(find_deployment(name), api_key=api_key, timeout=timeout)
 
 
-def _json_prompt(prompt: PlainPrompt) -> str | list[int] | list[dict[str, Any]]:
+def _json_prompt(prompt: PlainPrompt) -> str | list[int] | list[JsonObject]:
     if isinstance(prompt, str):
         return prompt
     return [*prompt] if isinstance(prompt, tuple) else [dict(message) for message in prompt]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ def process_start(pid: int) -> str | None:
     return None if state == "Z" else rest[18]
 
 
-def start_server(model: str, *, deployment_name: str, options: dict[str, Any], timeout: float) -> Deployment:
+def start_server(model: str, *, deployment_name: str, options: Mapping[str, Any], timeout: float) -> Deployment:
     """Starts `fastgen serve` in a process that outlives this one; returns when it is ready.
 
     Raises ValueError with the end of its log if it ends, or is not ready after `timeout` seconds.

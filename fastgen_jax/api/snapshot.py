@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from fastgen_jax.engine.engine import Engine
+from fastgen_jax.json_types import JsonObject
 
 
-def take_snapshot(engine: Engine, *, since_step: int | None = None) -> dict[str, Any]:
+def take_snapshot(engine: Engine, *, since_step: int | None = None) -> JsonObject:
     """Gauges and counters of an engine, and with `since_step` the timeline from that step on.
 
     Call it in the engine's thread. A time of the timeline plus `clock_offset` is in seconds since the epoch.

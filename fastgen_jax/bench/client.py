@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgen_jax.bench.loads import Load, LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
+from fastgen_jax.json_types import JsonObject
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -40,7 +41,7 @@ class Target:
     """Address up to and including /v1."""
     model: str
     api_key: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
     """Additional fields of every request, such as ignore_eos."""
     as_text: bool = False
     """Whether prompts are sent as words, for servers that accept no token ids; lengths are then counted by the server."""
@@ -245,7 +246,7 @@ def read_stream(chunks: Sequence[tuple[float, bytes]]) -> tuple[list[float], int
     stream that reports an error or ends without [DONE].
     """
     times: list[float] = []
-    usage: dict[str, Any] = {}
+    usage: JsonObject = {}
     refused = done = False
     rest = b""
     for at, data in chunks:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from fastgen_jax.bench.metrics import Summary, median_summary
 from fastgen_jax.bench.results import read_lines
 from fastgen_jax.bench.tables import milliseconds, table
+from fastgen_jax.json_types import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class EngineRuns:
     source: str
     """The file's name without its suffix."""
     summaries: tuple[Summary, ...]
-    context: dict[str, Any]
+    context: JsonObject
     """Machine, command, and the engine's description of itself."""
 
 
@@ -30,7 +30,7 @@ def read_engine_runs(paths: Sequence[Path]) -> list[EngineRuns]:
 
     Raises ValueError for a file that is not JSON lines.
     """
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str], list[JsonObject]] = {}
     for path in paths:
         for line in read_lines(path):
             if {"engine", "workload", "output_rate"} <= line.keys():
@@ -87,7 +87,7 @@ def engine_tables(groups: Sequence[EngineRuns]) -> list[str]:
                 "first token s",
                 "gap P50 ms",
                 "P95 ms",
-                f"{here[0].engine} over it",
+                f"{here[0].engine} / this engine",
             ),
             rows,
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import colorsys
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgen_jax.bench.curves import Curve
 from fastgen_jax.bench.results import RunRecord
+from fastgen_jax.json_types import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +113,7 @@ def steps(record: RunRecord) -> Figure:
     )
 
 
-def step_costs(models: Sequence[dict[str, Any]]) -> Figure:
+def step_costs(models: Sequence[JsonObject]) -> Figure:
     """The paper's two insights: the time of a step depends on its tokens, and throughput saturates with them."""
     import matplotlib.figure
 

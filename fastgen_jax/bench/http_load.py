@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
 from urllib.parse import urlsplit
+
+from fastgen_jax.json_types import JsonFields, JsonObject
 
 
 class HttpError(Exception):
@@ -22,11 +23,11 @@ class HttpError(Exception):
 async def stream_events(
     url: str,
     path: str,
-    body: Mapping[str, Any] | bytes,
+    body: JsonFields | bytes,
     *,
     headers: Mapping[str, str] | None = None,
     pause: float = 0.0,
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncIterator[JsonObject]:
     """Yields the events of a streamed response; a `pause` in seconds between two reads simulates a slow reader.
 
     Leaving the loop early closes the connection. Raises HttpError, and OSError or asyncio.IncompleteReadError if the

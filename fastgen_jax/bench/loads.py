@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastgen_jax.bench.workloads import SEED, SPREAD, sample_lengths
+from fastgen_jax.json_types import JsonObject
 
 CLIENT_LADDER = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)  # FastGen's numbers of clients
 MAX_PROMPT = 4000  # tokens; FastGen truncates longer prompts
@@ -53,7 +53,7 @@ class Load:
     warmup: tuple[LoadRequest, ...] = ()
     stagger: tuple[float, ...] = ()
     prefix_block_size: int = 0
-    facts: dict[str, Any]
+    facts: JsonObject
     """The arguments that reproduce this load."""
 
     @property
@@ -78,7 +78,7 @@ class Load:
             ids += rng.integers(low, vocab_size, self.prefix_block_size).tolist()
         return tuple(ids[: request.num_prompt_tokens])
 
-    def to_jsonable(self) -> dict[str, Any]:
+    def to_jsonable(self) -> JsonObject:
         """The load as plain dicts and lists."""
         return asdict(self)
 

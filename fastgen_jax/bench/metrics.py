@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import lt
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from fastgen_jax.json_types import JsonFields, JsonObject
 
 PROMPT_TOKENS_PER_SECOND = 512  # FastGen's SLA for the first token: prompt_tokens / 512 seconds
 Variant = Literal["ewm", "cumulative"]
@@ -35,7 +37,7 @@ class RequestTimes:
             raise ValueError(f"request {self.request_id!r} has decreasing token times: {before}")
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> RequestTimes:
+    def from_record(cls, record: JsonFields) -> RequestTimes:
         """From a worker's record; its `events` are pairs of a time and the number of tokens that arrived then."""
         times = tuple(float(at) for at, count in record["events"] for _ in range(count))
         return cls(
@@ -232,7 +234,7 @@ def median_summary(summaries: Sequence[Summary]) -> Summary:
     """The median of each figure over several runs of one workload; None if any run has None."""
     if not summaries:
         raise ValueError("there are 0 runs; a median needs at least 1")
-    figures: dict[str, Any] = {}
+    figures: JsonObject = {}
     for name in Summary.__dataclass_fields__:
         values = [getattr(summary, name) for summary in summaries]
         figures[name] = None if any(value is None for value in values) else float(np.median(values))

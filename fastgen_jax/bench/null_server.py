@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from typing import Any
+
+from fastgen_jax.json_types import JsonObject
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -29,7 +30,7 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ar
         writer.close()
 
 
-async def _stream(request: dict[str, Any], writer: asyncio.StreamWriter, args: argparse.Namespace) -> None:
+async def _stream(request: JsonObject, writer: asyncio.StreamWriter, args: argparse.Namespace) -> None:
     prompt = len(request["prompt"]) if isinstance(request["prompt"], list) else len(request["prompt"].split())
     if args.max_prompt and prompt > args.max_prompt:
         error = json.dumps({"error": {"message": f"the prompt has {prompt} tokens"}}).encode()
@@ -49,7 +50,7 @@ async def _stream(request: dict[str, Any], writer: asyncio.StreamWriter, args: a
     await writer.drain()
 
 
-def _event(writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:
+def _event(writer: asyncio.StreamWriter, event: JsonObject) -> None:
     data = b"data: " + json.dumps(event).encode() + b"\n\n"
     writer.write(b"%x\r\n%s\r\n" % (len(data), data))
 

@@ -33,6 +33,7 @@ from fastgen_jax.bench.results import append_line, measured_context
 from fastgen_jax.bench.tables import milliseconds, table
 from fastgen_jax.bench.workloads import STANDARD, Workload, make_workload, standard_workload, warmup_workload
 from fastgen_jax.flags import name_text
+from fastgen_jax.json_types import JsonObject
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +185,7 @@ def measure(
     peers: Sequence[Peer],
     workloads: Sequence[Workload],
     arguments: argparse.Namespace,
-    context: dict[str, Any],
+    context: JsonObject,
 ) -> Runs:
     """Runs every engine on every workload, interleaved, and returns (engine, workload) -> its runs."""
     lock = arguments.exclusive_lock

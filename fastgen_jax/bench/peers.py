@@ -24,6 +24,7 @@ import fastgen_jax
 from fastgen_jax.bench.machine import ForeignLoad
 from fastgen_jax.bench.metrics import RequestTimes
 from fastgen_jax.bench.workloads import Workload
+from fastgen_jax.json_types import JsonObject
 
 WORKERS = Path(__file__).with_name("workers")
 LOAD_SECONDS = 900.0  # compiling whole models takes minutes on few cores
@@ -147,7 +148,7 @@ class Worker:
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
-        self.description: dict[str, Any] = {}
+        self.description: JsonObject = {}
         """Engine, version and options, reported by the worker once it is loaded."""
 
     def __enter__(self) -> Worker:
@@ -200,7 +201,7 @@ class Worker:
             foreign_cores=foreign_cores,
         )
 
-    def _read(self, seconds: float) -> dict[str, Any]:
+    def _read(self, seconds: float) -> JsonObject:
         """Waits at most `seconds` for the worker's next line."""
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], seconds)

@@ -15,13 +15,14 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgen_jax.bench.curves import Curve, curves
 from fastgen_jax.bench.engine_runs import EngineRuns, engine_tables, read_engine_runs
 from fastgen_jax.bench.options import add_sla_arguments, sla_rates
 from fastgen_jax.bench.results import RunRecord, read
 from fastgen_jax.bench.tables import curve_tables
+from fastgen_jax.json_types import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +78,7 @@ class Page:
     def figure(self, name: str, figure: Figure) -> None:
         """Adds a figure and writes it to `name`.png."""
         data = io.BytesIO()
-        # Without date and version, so that the same runs give the same bytes.
+        # Without date and version, so that the same runs produce identical files.
         figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
         (self.folder / f"{name}.png").write_bytes(data.getvalue())
         self.num_figures += 1
@@ -101,7 +102,7 @@ class Page:
             if line:
                 self._parts.append(f"<p>{html.escape(line)}</p>")
 
-    def commands(self, contexts: Iterable[dict[str, Any]]) -> None:
+    def commands(self, contexts: Iterable[JsonObject]) -> None:
         """Adds the commands, machines and versions of the runs."""
         origins = dict.fromkeys(
             tuple(json.dumps(context.get(name, {})) for name in ("command", "machine", "versions")) for context in contexts
@@ -125,7 +126,7 @@ class Page:
 def build(
     page: Page,
     records: Sequence[RunRecord],
-    models: Sequence[dict[str, Any]],
+    models: Sequence[JsonObject],
     prompt_rate: float,
     generation: Sequence[float],
     engines: Sequence[EngineRuns] = (),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from fastgen_jax.bench import machine
 from fastgen_jax.bench.metrics import RequestTimes
+from fastgen_jax.json_types import JsonFields, JsonObject
 
 DIGITS = 6  # of a second: a microsecond
 PACKAGES = ("fastgen_jax", "jax", "jaxlib", "numpy")
@@ -26,13 +26,13 @@ class RunRecord:
     """The engine and policy, and for a simulation the model and hardware."""
     source: str
     """ "measured" or "simulated"."""
-    load: dict[str, Any]
+    load: JsonObject
     """`Load.facts`."""
     requests: tuple[RequestTimes, ...]
     num_refused: int = 0
     num_failed: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-    context: dict[str, Any] = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
+    context: JsonObject = field(default_factory=dict)
     """Machine, versions and command."""
     steps: tuple[tuple[float, float, int, tuple[tuple[str, int, int], ...]], ...] = ()
     """The first steps: start, end, tokens, and chunks as (request id, start, length)."""
@@ -52,7 +52,7 @@ class RunRecord:
         return f"{facts['mean_prompt']}/{facts['mean_output']}" + (f" x {scale:g}" if scale != 1 else "")
 
 
-def context() -> dict[str, Any]:
+def context() -> JsonObject:
     """Package versions and the command line; equal for equal commands."""
     versions = {}
     for package in PACKAGES:
@@ -63,12 +63,12 @@ def context() -> dict[str, Any]:
     return {"versions": versions, "python": sys.version.split()[0], "command": shlex.join(sys.argv)}
 
 
-def measured_context() -> dict[str, Any]:
+def measured_context() -> JsonObject:
     """`context()` and the machine."""
     return {**context(), "machine": machine.describe()}
 
 
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
+def append_line(path: Path, record: JsonFields) -> None:
     """Appends an object to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, separators=(",", ":")) + "\n")
@@ -80,7 +80,7 @@ def append(path: Path, records: Iterable[RunRecord]) -> None:
         append_line(path, _to_jsonable(record))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[JsonObject]:
     """The JSON objects of a file of JSON lines; raises ValueError for any other file."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -99,7 +99,7 @@ def read(path: Path, *, allow_empty: bool = False) -> list[RunRecord]:
     return records
 
 
-def _to_jsonable(record: RunRecord) -> dict[str, Any]:
+def _to_jsonable(record: RunRecord) -> JsonObject:
     fields = {name: value for name, value in vars(record).items() if name not in ("requests", "steps")}
     requests = [
         [r.request_id, round(r.start, DIGITS), r.num_prompt_tokens, [round(at, DIGITS) for at in r.token_times]]
@@ -109,7 +109,7 @@ def _to_jsonable(record: RunRecord) -> dict[str, Any]:
     return {"kind": "run", **fields, "requests": requests, "steps": steps}
 
 
-def _from_jsonable(line: dict[str, Any]) -> RunRecord:
+def _from_jsonable(line: JsonObject) -> RunRecord:
     requests = tuple(
         RequestTimes(request_id=name, start=start, num_prompt_tokens=prompt, token_times=tuple(times))
         for name, start, prompt, times in line["requests"]

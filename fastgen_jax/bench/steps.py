@@ -15,13 +15,14 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastgen_jax.bench.options import add_engine_arguments, make_engine
 from fastgen_jax.bench.results import measured_context
 from fastgen_jax.bench.tables import table
+from fastgen_jax.json_types import JsonObject
 
 if TYPE_CHECKING:
     from fastgen_jax import Engine
@@ -132,7 +133,7 @@ FEATURES = ("num_sample_rows", "decode_attended", "prompt_attended")
 OUTLIER = 1.5  # times the expected duration: other programs used the CPU
 
 
-def fit(points: Sequence[Point], facts: dict[str, Any]) -> dict[str, Any]:
+def fit(points: Sequence[Point], facts: JsonObject) -> JsonObject:
     """The cost model as a JSON object, fitted by least absolute relative errors with non-negative coefficients.
 
     Absolute rather than squared errors, because a disturbed step is always slower and never faster; a second fit omits
@@ -202,7 +203,7 @@ def _least_absolute(matrix: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return solution
 
 
-def expected(model: dict[str, Any], point: Point) -> float:
+def expected(model: JsonObject, point: Point) -> float:
     """Seconds of a step according to the model."""
     index = model["sizes"].index(point.size)
     seconds = model["base"][index] + model["per_token"][index] * point.num_tokens + model["per_row"] * point.num_sample_rows
@@ -211,7 +212,7 @@ def expected(model: dict[str, Any], point: Point) -> float:
     )
 
 
-def facts_of(engine: Engine, model: str) -> dict[str, Any]:
+def facts_of(engine: Engine, model: str) -> JsonObject:
     """Model, engine settings and machine of the measurement."""
     config, snapshot = engine.config, engine.metrics.snapshot()
     return {
@@ -231,7 +232,7 @@ def facts_of(engine: Engine, model: str) -> dict[str, Any]:
     }
 
 
-def report(points: Sequence[Point], model: dict[str, Any]) -> list[str]:
+def report(points: Sequence[Point], model: JsonObject) -> list[str]:
     """Lines of Markdown: the time of a step against its tokens (FastGen's first insight), the cost model, and its errors."""
     rows = []
     for size, base, per_token in zip(model["sizes"], model["base"], model["per_token"], strict=True):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
+
+from fastgen_jax.json_types import JsonObject
 
 SEED = 42
 SPREAD = 0.3  # standard deviation of a length as a share of its mean, as in FastGen's benchmark
@@ -48,7 +49,7 @@ class Workload:
         """Prompt plus output tokens of the longest request: what `max_context_len` must hold."""
         return max(len(request.prompt_token_ids) + request.max_new_tokens for request in self.requests)
 
-    def to_jsonable(self) -> dict[str, Any]:
+    def to_jsonable(self) -> JsonObject:
         """The workload as plain dicts and lists, for an engine in another process."""
         return asdict(self)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from fastgen_jax.checkpoint.gguf_file import GGUFFile
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
 
@@ -28,12 +29,12 @@ class Checkpoint(Protocol):
         ...
 
     @property
-    def config_json(self) -> Mapping[str, Any]:
+    def config_json(self) -> JsonFields:
         """The same in the fields of a Hugging Face config.json."""
         ...
 
     @property
-    def generation_config(self) -> Mapping[str, Any]:
+    def generation_config(self) -> JsonFields:
         """The fields of its generation_config.json, or their equivalents in a GGUF file; empty if there are none."""
         ...
 

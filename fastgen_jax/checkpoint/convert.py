@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, vocabulary_file
 from fastgen_jax.checkpoint.load import load_params
 from fastgen_jax.checkpoint.snapshot import check_target, save_snapshot
-from fastgen_jax.models.weight_spec import WeightSpec
+from fastgen_jax.models.weight_spec import Leaf, WeightSpec
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,7 +27,7 @@ TOKENIZER_FILES = (
 
 
 def convert(
-    checkpoint: Checkpoint, out: str | Path, *, prepare: Callable[[WeightSpec, Any], Any], progress: bool = False
+    checkpoint: Checkpoint, out: str | Path, *, prepare: Callable[[WeightSpec, Leaf], Leaf], progress: bool = False
 ) -> None:
     """Writes a snapshot of `checkpoint` into the new directory `out`, local or gs://.
 

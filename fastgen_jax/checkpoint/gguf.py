@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from fastgen_jax.checkpoint.base import missing_tensor
 from fastgen_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture, config_json
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, dequantize, read_gguf
 from fastgen_jax.checkpoint.gguf_metadata import ROPE_TENSORS
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
@@ -49,7 +49,7 @@ class GGUFCheckpoint:
 
     file: GGUFFile
     config: ModelConfig
-    config_json: Mapping[str, Any]
+    config_json: JsonFields
     architecture: Architecture
     places: Mapping[str, Place]  # by the Hugging Face name of the tensor
     norm_scales: frozenset[str]  # tensors of the file that scale norms
@@ -87,7 +87,7 @@ class GGUFCheckpoint:
         return self.file.path
 
     @property
-    def generation_config(self) -> Mapping[str, Any]:
+    def generation_config(self) -> JsonFields:
         found = {name: self.file.metadata.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
         # Stored in float32: 0.6, not 0.6000000238418579.
         return {

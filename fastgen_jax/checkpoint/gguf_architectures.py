@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastgen_jax.checkpoint.gguf_experts import deepseek2, experts, glm4moe, gpt_oss, qwen2moe, qwen3moe
 from fastgen_jax.checkpoint.gguf_file import GGUFFile
@@ -21,6 +20,7 @@ from fastgen_jax.checkpoint.gguf_metadata import (
     partial_rope,
     rope_parameters,
 )
+from fastgen_jax.json_types import JsonObject
 
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # the attention scale of the 27B differs, and only the depth identifies it
 _NEOX_20B_LAYERS = 44  # the 20B has the approximate GELU; Pythia, Dolly and the others have the exact one
@@ -32,7 +32,7 @@ class Architecture:
     """How one GGUF architecture differs from Llama's metadata and tensors."""
 
     name: str  # in config.json
-    fields: Callable[[Metadata], dict[str, Any]] = (
+    fields: Callable[[Metadata], JsonObject] = (
         lambda metadata: {}
     )  # config.json fields that add to or replace those of Llama
     halves_interleaved: bool = False  # rows of q and k are permuted for llama.cpp's rotation
@@ -50,18 +50,18 @@ class Architecture:
     flattened: tuple[str, ...] = ()  # suffixes of the modules whose leading axes are merged, after concatenation
 
 
-def _llama(m: Metadata) -> dict[str, Any]:
+def _llama(m: Metadata) -> JsonObject:
     m.only("attention.sliding_window", 0)
     if m.get("expert_count", 0):
         return {"architectures": ["MixtralForCausalLM"], **experts(m, "num_local_experts")}
     return {"attention_bias": m.has("blk.0.attn_output.bias"), "mlp_bias": m.has("blk.0.ffn_down.bias")}
 
 
-def _gemma(m: Metadata) -> dict[str, Any]:
+def _gemma(m: Metadata) -> JsonObject:
     return {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 
 
-def _gemma2(m: Metadata) -> dict[str, Any]:
+def _gemma2(m: Metadata) -> JsonObject:
     return _gemma(m) | {
         "attn_logit_softcapping": m.get("attn_logit_softcapping"),
         "final_logit_softcapping": m.get("final_logit_softcapping"),
@@ -70,7 +70,7 @@ def _gemma2(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _gemma3(m: Metadata) -> dict[str, Any]:
+def _gemma3(m: Metadata) -> JsonObject:
     rope = rope_parameters(m)
     local = float(m.get("rope.freq_base_swa", 10_000.0))
     if m.fields.get("final_logit_softcapping"):
@@ -93,7 +93,7 @@ def _gemma_scale(m: Metadata) -> float:
     return m.get("attention.key_length", m.get("embedding_length") // heads)
 
 
-def _gpt2(m: Metadata) -> dict[str, Any]:
+def _gpt2(m: Metadata) -> JsonObject:
     width = m.get("embedding_length")
     return {
         "n_embd": width,
@@ -108,16 +108,16 @@ def _gpt2(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _cohere(m: Metadata) -> dict[str, Any]:
+def _cohere(m: Metadata) -> JsonObject:
     return {"logit_scale": m.get("logit_scale"), "use_qk_norm": m.has("blk.0.attn_q_norm.weight")}
 
 
-def _cohere2(m: Metadata) -> dict[str, Any]:
+def _cohere2(m: Metadata) -> JsonObject:
     # Every fourth layer has full attention and no positions; not recorded, the same in every release.
     return {"logit_scale": m.get("logit_scale"), "sliding_window": m.get("attention.sliding_window")}
 
 
-def _stablelm(m: Metadata) -> dict[str, Any]:
+def _stablelm(m: Metadata) -> JsonObject:
     m.get("use_parallel_residual", False)  # the converter's guess if config.json lacks it; the norms identify it
     return {
         "use_parallel_residual": not m.has("blk.0.ffn_norm.weight"),
@@ -127,11 +127,11 @@ def _stablelm(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _phi2(m: Metadata) -> dict[str, Any]:
+def _phi2(m: Metadata) -> JsonObject:
     return {"intermediate_size": m.file.tensors["blk.0.ffn_up.weight"].shape[0], "rope_parameters": partial_rope(m)}
 
 
-def _falcon(m: Metadata) -> dict[str, Any]:
+def _falcon(m: Metadata) -> JsonObject:
     width, heads, kv_heads = m.get("embedding_length"), m.get("attention.head_count"), m.get("attention.head_count_kv")
     grouped = m.has("blk.0.attn_norm_2.weight")
     if m.has("blk.0.attn_qkv.bias") or (kv_heads > 1 and not grouped):
@@ -155,7 +155,7 @@ def _falcon(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _bloom(m: Metadata) -> dict[str, Any]:
+def _bloom(m: Metadata) -> JsonObject:
     heads = m.get("attention.head_count")
     m.only("attention.head_count_kv", heads)
     return {
@@ -170,12 +170,12 @@ def _bloom(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _granite(m: Metadata) -> dict[str, Any]:
+def _granite(m: Metadata) -> JsonObject:
     m.only("expert_count", 0)
     return _granite_multipliers(m)
 
 
-def _granite_multipliers(m: Metadata) -> dict[str, Any]:
+def _granite_multipliers(m: Metadata) -> JsonObject:
     return {
         "attention_multiplier": m.get("attention.scale"),
         "embedding_multiplier": m.get("embedding_scale"),
@@ -186,15 +186,15 @@ def _granite_multipliers(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _smollm3(m: Metadata) -> dict[str, Any]:
+def _smollm3(m: Metadata) -> JsonObject:
     # Every fourth layer has no rotary embedding; not recorded, the same in every release.
     return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(m.get("block_count"))], "use_sliding_window": False}
 
 
-def _phi3(m: Metadata) -> dict[str, Any]:
+def _phi3(m: Metadata) -> JsonObject:
     heads, width = m.get("attention.head_count"), m.get("embedding_length")
     window, original = m.get("attention.sliding_window", 0), m.get("rope.scaling.original_context_length", 0)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(m.get("rope.freq_base", 10_000.0))}
+    rope: JsonObject = {"rope_type": "default", "rope_theta": float(m.get("rope.freq_base", 10_000.0))}
     if m.has(LONG_FACTORS):
         rope |= {
             "rope_type": "longrope",
@@ -210,7 +210,7 @@ def _phi3(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _olmo2(m: Metadata) -> dict[str, Any]:
+def _olmo2(m: Metadata) -> JsonObject:
     window = m.get("attention.sliding_window", 0)
     if not window:
         return {}
@@ -230,7 +230,7 @@ def _layer_types(pattern: list[bool]) -> list[str]:
     return ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
 
 
-def _seed_oss(m: Metadata) -> dict[str, Any]:
+def _seed_oss(m: Metadata) -> JsonObject:
     return {
         "attention_bias": m.has("blk.0.attn_q.bias"),
         "attention_out_bias": m.has("blk.0.attn_output.bias"),
@@ -238,12 +238,12 @@ def _seed_oss(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _exaone4(m: Metadata) -> dict[str, Any]:
+def _exaone4(m: Metadata) -> JsonObject:
     pattern = m.get("attention.sliding_window_pattern", [False] * m.get("block_count"))
     return {"sliding_window": m.get("attention.sliding_window", 0), "layer_types": _layer_types(pattern)}
 
 
-def _starcoder2(m: Metadata) -> dict[str, Any]:
+def _starcoder2(m: Metadata) -> JsonObject:
     # The window of 4096 tokens and the activation are not recorded, and the same in every release.
     return {
         "norm_epsilon": m.get("attention.layer_norm_epsilon"),
@@ -254,7 +254,7 @@ def _starcoder2(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _gptneox(m: Metadata) -> dict[str, Any]:
+def _gptneox(m: Metadata) -> JsonObject:
     heads, width = m.get("attention.head_count"), m.get("embedding_length")
     turned = m.get("rope.dimension_count")
     approximate = m.get("block_count") == _NEOX_20B_LAYERS
@@ -276,7 +276,7 @@ def _gptneox(m: Metadata) -> dict[str, Any]:
     }
 
 
-def _qwen(m: Metadata) -> dict[str, Any]:
+def _qwen(m: Metadata) -> JsonObject:
     # Beyond its trained length the model scales queries and its rotary base. That length is not recorded and differs
     # between releases; up to the shortest, all of them compute the same.
     heads, width = m.get("attention.head_count"), m.get("embedding_length")
@@ -370,7 +370,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 """By general.architecture. Whether the family is supported is checked later, by `family_of`."""
 
 
-def config_json(file: GGUFFile) -> dict[str, Any]:
+def config_json(file: GGUFFile) -> JsonObject:
     """The metadata in the fields of a Hugging Face `config.json`."""
     kind = file.metadata.get("general.architecture")
     if kind not in ARCHITECTURES:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastgen_jax.checkpoint.gguf_metadata import Metadata, partial_rope, rope_parameters
+from fastgen_jax.json_types import JsonObject
 
 _SOFTMAX, _SIGMOID = 1, 2  # of expert_gating_func
 # (groups, groups that a token may choose from) by the number of experts; files from before autumn 2025 leave them out.
 _DEEPSEEK_GROUPS = {64: (1, 1), 160: (8, 3), 256: (8, 4)}
 
 
-def experts(m: Metadata, count: str) -> dict[str, Any]:
+def experts(m: Metadata, count: str) -> JsonObject:
     return {count: m.get("expert_count"), "num_experts_per_tok": m.get("expert_used_count")}
 
 
-def qwen2moe(m: Metadata) -> dict[str, Any]:
+def qwen2moe(m: Metadata) -> JsonObject:
     # In every release the weights of chosen experts are not normalized, and no layer is dense.
     return experts(m, "num_experts") | {
         "norm_topk_prob": False,
@@ -25,7 +24,7 @@ def qwen2moe(m: Metadata) -> dict[str, Any]:
     }
 
 
-def qwen3moe(m: Metadata) -> dict[str, Any]:
+def qwen3moe(m: Metadata) -> JsonObject:
     # In every release the weights of chosen experts are normalized, and no layer is dense.
     return experts(m, "num_experts") | {
         "norm_topk_prob": True,
@@ -35,7 +34,7 @@ def qwen3moe(m: Metadata) -> dict[str, Any]:
     }
 
 
-def gpt_oss(m: Metadata) -> dict[str, Any]:
+def gpt_oss(m: Metadata) -> JsonObject:
     # Windows in every other layer, and no rounding of YaRN's ramp: not recorded, the same in both releases.
     rope = rope_parameters(m)
     return experts(m, "num_local_experts") | {
@@ -46,7 +45,7 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
     }
 
 
-def deepseek2(m: Metadata) -> dict[str, Any]:
+def deepseek2(m: Metadata) -> JsonObject:
     gating = m.get("expert_gating_func", _SOFTMAX)  # early files of V2 lack it
     if gating not in (_SOFTMAX, _SIGMOID):
         raise m.refusal(f"deepseek2.expert_gating_func is {gating}; supported: {_SOFTMAX} (softmax), {_SIGMOID} (sigmoid)")
@@ -107,7 +106,7 @@ def _deepseek_groups(m: Metadata) -> tuple[int, int]:
     return m.get("expert_group_count", groups), m.get("expert_group_used_count", chosen)
 
 
-def glm4moe(m: Metadata) -> dict[str, Any]:
+def glm4moe(m: Metadata) -> JsonObject:
     """GLM-4.5 and later. By default the experts are in one group, as in every release."""
     m.only("expert_gating_func", _SIGMOID)
     return experts(m, "n_routed_experts") | {

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from fastgen_jax.json_types import JsonFields
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_RANK = 4  # GGML_MAX_DIMS
@@ -36,7 +38,7 @@ class GGUFFile:
     """The header of a GGUF file; tensor data stays on disk until `rows` is indexed."""
 
     path: Path
-    metadata: Mapping[str, Any]
+    metadata: JsonFields
     tensors: Mapping[str, GGUFTensor]
     metadata_end: int  # bytes from the start of the file: where the list of tensors begins
 
@@ -101,7 +103,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     path = Path(path)
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         raise ValueError(f"{path} is empty; download it again")
-    data: Any = np.memmap(path, dtype=np.uint8, mode="r")
+    data: Any = np.memmap(path, dtype=np.uint8, mode="r")  # a buffer, which NumPy declares for Python 3.12 and later only
     try:
         return _Header(memoryview(data), path).parse()
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:

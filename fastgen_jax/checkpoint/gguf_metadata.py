@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, dequantize
+from fastgen_jax.json_types import JsonFields, JsonObject
 
 _ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -54,7 +54,7 @@ class Metadata:
             raise self.refusal(f"the metadata lacks {self.kind}.{name}; the file is incomplete, convert it again")
         return value
 
-    def only(self, name: str, value: Any) -> None:
+    def only(self, name: str, value: object) -> None:
         """Raises ValueError unless the field is absent or has the one supported value."""
         if self.get(name, value) != value:
             raise self.refusal(f"{self.kind}.{name} is {self.get(name)}; only {value} is supported")
@@ -74,14 +74,14 @@ class Metadata:
         return ValueError(f"{self.file.path}: {what}")
 
 
-def _as_written(value: Any) -> Any:
+def _as_written(value: object) -> object:
     """The shortest decimal of a number that was stored in float32: 1e-06, not 9.999999974752427e-07."""
     if isinstance(value, float) and float(np.float32(value)) == value:
         return float(str(np.float32(value)))
     return value
 
 
-def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = False) -> dict[str, Any]:
+def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = False) -> JsonObject:
     """The fields that most architectures record as Llama does. With `partial_rotary` the caller adds the rotary settings."""
     heads, width = m.get("attention.head_count"), m.get("embedding_length")
     head_dim = m.get("attention.key_length", width // heads)
@@ -107,7 +107,7 @@ def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = 
     }
 
 
-def partial_rope(m: Metadata) -> dict[str, Any]:
+def partial_rope(m: Metadata) -> JsonObject:
     """The rotary settings for partly rotated heads; the default base unless another is recorded."""
     head_dim = m.get("attention.key_length", m.get("embedding_length") // m.get("attention.head_count"))
     return {
@@ -117,8 +117,8 @@ def partial_rope(m: Metadata) -> dict[str, Any]:
     }
 
 
-def rope_parameters(m: Metadata, *, further: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling that its table of frequency factors is from.
+def rope_parameters(m: Metadata, *, further: tuple[str, ...] = ()) -> JsonObject:
+    """`rope_parameters` of the file: its scaling keys, or the llama3 scaling that matches its table of frequency factors.
 
     `further` are keys that the caller handles.
     """
@@ -150,7 +150,7 @@ def factors(m: Metadata, name: str) -> list[float]:
     return [float(x) for x in dequantize(m.file.rows(name), tensor.type_id, tensor.shape)]
 
 
-def _llama3_rope(m: Metadata, *, theta: float) -> dict[str, Any]:
+def _llama3_rope(m: Metadata, *, theta: float) -> JsonObject:
     """The llama3 scaling with the stored frequency factors; the file has the factors, not the settings."""
     head_dim = m.get("attention.key_length", m.get("embedding_length") // m.get("attention.head_count"))
     stored = np.array(factors(m, _ROPE_FACTORS))
@@ -164,7 +164,7 @@ def _llama3_rope(m: Metadata, *, theta: float) -> dict[str, Any]:
     )
 
 
-def llama3_factors(*, head_dim: int, rope: Mapping[str, Any]) -> np.ndarray:
+def llama3_factors(*, head_dim: int, rope: JsonFields) -> np.ndarray:
     """The divisors of the D/2 rotary frequencies in Llama 3."""
     wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
     turns = rope["original_max_position_embeddings"] / wavelength

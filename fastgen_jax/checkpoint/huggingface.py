@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastgen_jax.checkpoint.base import missing_tensor
 from fastgen_jax.checkpoint.quantized import PackedTensor, unpack
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
+from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
@@ -30,7 +30,7 @@ class HuggingFaceCheckpoint:
 
     path: Path
     config: ModelConfig
-    config_json: Mapping[str, Any]
+    config_json: JsonFields
     tensors: Mapping[str, StoredTensor | PackedTensor]
 
     @classmethod
@@ -69,7 +69,7 @@ class HuggingFaceCheckpoint:
         return cls(path=path, config=config, config_json=hf, tensors=plain)
 
     @property
-    def generation_config(self) -> Mapping[str, Any]:
+    def generation_config(self) -> JsonFields:
         return read_generation_config(self.path)
 
     @property
@@ -99,7 +99,7 @@ class HuggingFaceCheckpoint:
         return self.tensors[name]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The JSON object in a file; ValueError names the file if it is absent, invalid or not an object."""
     try:
         value = json.loads(path.read_bytes())
@@ -112,20 +112,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def config_json(path: Path) -> dict[str, Any]:
+def config_json(path: Path) -> JsonObject:
     """config.json, with the end-of-sequence ids of generation_config.json added to its own."""
     hf = read_json(path / "config.json")
     eos = [*_as_list(hf.get("eos_token_id")), *_as_list(read_generation_config(path).get("eos_token_id"))]
     return {**hf, "eos_token_id": list(dict.fromkeys(eos))}
 
 
-def read_generation_config(folder: Path) -> dict[str, Any]:
+def read_generation_config(folder: Path) -> JsonObject:
     """generation_config.json of a folder; empty if it has none."""
     file = folder / GENERATION_FILE
     return read_json(file) if file.exists() else {}
 
 
-def model_config(hf: Mapping[str, Any], where: Any) -> ModelConfig:
+def model_config(hf: JsonFields, where: object) -> ModelConfig:
     """The `ModelConfig` of the fields of a config.json; errors begin with `where` it came from."""
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
@@ -147,7 +147,7 @@ def text_name(name: str) -> str | None:
     return inner if inner.startswith(("model.", "lm_head.")) else f"model.{inner}"
 
 
-def _as_list(value: Any) -> list[int]:
+def _as_list(value: list[int] | int | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,9 +19,10 @@ from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import layer_specs, layers_with, model_specs
-from fastgen_jax.models.weight_spec import Params, WeightSpec
+from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 
 if TYPE_CHECKING:
+    import jax
     from jax.sharding import Sharding
 
 log = logging.getLogger(__name__)
@@ -52,19 +53,20 @@ class _Weight:
 def load_params(
     checkpoint: Checkpoint,
     *,
-    dtype: Any,
+    dtype: DType | None,
     stack_layers: bool = True,
-    prepare: Callable[[WeightSpec, Any], Any] | None = None,
+    prepare: Callable[[WeightSpec, Leaf], Leaf] | None = None,
     sharding: Callable[[WeightSpec], Sharding] | None = None,
     progress: bool = False,
 ) -> Params:
     """All weights of a checkpoint as `Params`. A missing or unknown tensor, or one of another shape, is a ValueError.
 
-    `prepare(spec, array)` makes the leaf of one weight (of one layer); it gets its declaration and the array [in, out] as
-    stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without it the
-    leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then gets an array
-    that is placed already. An int8 snapshot gives `Int8Weight`s instead of matrices. Weights are loaded one after another,
-    so that the host never holds more than a few beyond what `prepare` returned. `progress` shows a bar on stderr.
+    `prepare(spec, array)` returns the leaf of one weight (of one layer), given its declaration and the array [in, out] as
+    stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without
+    `prepare`, the leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then
+    receives an array that is already on its devices. An int8 snapshot yields `Int8Weight`s instead of matrices. Weights are
+    loaded one after another, so that the host never holds more than a few in addition to what `prepare` returned.
+    `progress` shows a bar on stderr.
     """
     from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 
@@ -73,8 +75,8 @@ def load_params(
     make = prepare or functools.partial(_plain, dtype=dtype)
     read = functools.partial(_read, checkpoint, dtype=dtype, sharding=sharding)
     params: Params = {}
-    layers: list[dict[str, Any]] = [{} for _ in range(checkpoint.config.num_layers)]
-    stacked: dict[str, Any] = {}
+    layers: list[dict[str, Leaf]] = [{} for _ in range(checkpoint.config.num_layers)]
+    stacked: dict[str, Leaf] = {}
     having = layers_with(checkpoint.config)
     count = sum(math.prod(weight.spec.shape) // (weight.spec.shape[0] if weight.source.stacked else 1) for weight in weights)
     log.info("loading %s from %s: %s parameters", checkpoint.config.family, checkpoint.path, f"{count:,}")
@@ -96,7 +98,7 @@ def load_params(
     return params
 
 
-def _plain(spec: WeightSpec, array: Any, *, dtype: Any) -> Any:
+def _plain(spec: WeightSpec, array: Leaf, *, dtype: DType | None) -> Leaf:
     """A weight as a JAX array; a CPU device uses a host array of the right dtype without copying it."""
     import jax
     import jax.numpy as jnp
@@ -176,10 +178,10 @@ def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
 
 
 def _read_ahead(
-    read: Callable[[_Weight], Any], weights: list[_Weight], pool: ThreadPoolExecutor
-) -> Iterator[tuple[_Weight, Any]]:
+    read: Callable[[_Weight], Leaf], weights: list[_Weight], pool: ThreadPoolExecutor
+) -> Iterator[tuple[_Weight, Leaf]]:
     """The weights in order, each with its array; the pool reads a few ahead."""
-    pending: deque[Future[Any]] = deque()
+    pending: deque[Future[Leaf]] = deque()
     submitted = iter(weights)
     for weight in weights:
         while len(pending) < _AHEAD and (upcoming := next(submitted, None)) is not None:
@@ -187,7 +189,9 @@ def _read_ahead(
         yield weight, pending.popleft().result()
 
 
-def _read(checkpoint: Checkpoint, weight: _Weight, *, dtype: Any, sharding: Any) -> Any:
+def _read(
+    checkpoint: Checkpoint, weight: _Weight, *, dtype: DType | None, sharding: Callable[[WeightSpec], Sharding] | None
+) -> Leaf:
     """One weight in memory, not mapped: on the host, or on devices as `sharding` says."""
     import jax
 
@@ -230,7 +234,7 @@ def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
     return out if source.rearrange is None else source.rearrange(out)
 
 
-def _store(stacked: Any, leaf: Any, row: int, num_rows: int, spec: WeightSpec) -> Any:
+def _store(stacked: Leaf | None, leaf: Leaf, row: int, num_rows: int, spec: WeightSpec) -> Leaf:
     """`stacked` with `leaf` as one row. The buffer is donated, so there is no second copy."""
     import jax
 
@@ -245,7 +249,7 @@ def _store(stacked: Any, leaf: Any, row: int, num_rows: int, spec: WeightSpec) -
     return _layer_setter()(stacked, leaf, row)
 
 
-def _zeros(shape: tuple[int, ...], layer: Any) -> Any:
+def _zeros(shape: tuple[int, ...], layer: np.ndarray | jax.Array) -> jax.Array:
     """Zeros for all layers, each with the sharding of `layer`."""
     import jax
     import jax.numpy as jnp
@@ -257,10 +261,10 @@ def _zeros(shape: tuple[int, ...], layer: Any) -> Any:
 
 
 @functools.cache
-def _layer_setter() -> Callable[[Any, Any, int], Any]:
+def _layer_setter() -> Callable[[Leaf, Leaf, int], Leaf]:
     import jax
 
-    def set_layer(stacked: Any, leaf: Any, layer: Any) -> Any:
+    def set_layer(stacked: Leaf, leaf: Leaf, layer: jax.Array) -> Leaf:
         return jax.tree.map(lambda whole, part: whole.at[layer].set(part), stacked, leaf)
 
     return jax.jit(set_layer, donate_argnums=0)

@@ -7,9 +7,15 @@ that the cost of an array is that of reading its bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fastgen_jax.models.weight_spec import DType, Leaf
+
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
+    from tensorstore import TensorStore
 
 _METADATA_KEY = "/.zarray"  # every array of zarr 2 has one
 _CONTEXT = {
@@ -18,7 +24,7 @@ _CONTEXT = {
 }
 
 
-def open_arrays(folder: str) -> Mapping[str, Any]:
+def open_arrays(folder: str) -> Mapping[str, TensorStore]:
     """Every array of a checkpoint by its name, as an open `tensorstore.TensorStore`; no values are read.
 
     `folder` is an absolute path, or a URL that TensorStore supports, such as gs://. ValueError if there are no arrays.
@@ -40,7 +46,7 @@ def open_arrays(folder: str) -> Mapping[str, Any]:
     return {name: array.result() for name, array in opened.items()}
 
 
-def read_array(array: Any, *, dtype: Any = None, sharding: Any = None) -> Any:
+def read_array(array: TensorStore, *, dtype: DType | None = None, sharding: Sharding | None = None) -> Leaf:
     """An open array's values in `dtype` (None: as stored), on the host or, with a `sharding`, on its devices.
 
     Each device reads its own part. A part that several devices need is read once.
@@ -60,7 +66,7 @@ def read_array(array: Any, *, dtype: Any = None, sharding: Any = None) -> Any:
     return jax.make_array_from_callback(tuple(array.shape), sharding, part)
 
 
-def _part(array: Any, dtype: Any) -> np.ndarray:
+def _part(array: TensorStore, dtype: DType | None) -> np.ndarray:
     import jax.numpy as jnp
     import tensorstore
 
@@ -71,7 +77,7 @@ def _part(array: Any, dtype: Any) -> np.ndarray:
     return values if dtype is None else values.astype(jnp.dtype(dtype), copy=False)
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
     """An uninitialized array that a JAX CPU device can use without copying it."""
     alignment = 64  # bytes, XLA's for buffers on a CPU
     dtype = np.dtype(dtype)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
+from fastgen_jax.json_types import JsonFields
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values of the low three bits of a 4-bit float; the fourth is the sign
 _E8M0_BIAS = 127
@@ -36,7 +36,7 @@ class PackedTensor:
         return self.values(*(part.map() for part in self.parts))
 
 
-def unpack(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor | PackedTensor]:
+def unpack(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
     """The tensors of a checkpoint with `quantization_config` = `settings` under the names of an unquantized one.
 
     ValueError for a method or setting that is not supported.
@@ -44,7 +44,7 @@ def unpack(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> 
     return _METHODS[quantization_method(settings)](tensors, settings)
 
 
-def quantization_method(settings: Mapping[str, Any]) -> str:
+def quantization_method(settings: JsonFields) -> str:
     """The `quant_method` of a `quantization_config`; ValueError if it is not supported."""
     method = settings.get("quant_method")
     if method not in _METHODS:
@@ -56,7 +56,7 @@ def quantization_method(settings: Mapping[str, Any]) -> str:
     return method
 
 
-def _mxfp4(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor | PackedTensor]:
+def _mxfp4(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
     def packed(name: str, blocks: StoredTensor, scales: StoredTensor) -> PackedTensor:
         *lead, rows, groups, size = blocks.shape
         if scales.shape != blocks.shape[:-1]:
@@ -93,7 +93,7 @@ def _mxfp4_pairs() -> np.ndarray:
         return scaled.astype(ml_dtypes.bfloat16).reshape(-1, 2).view(np.uint32)[:, 0]
 
 
-def _fp8(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor | PackedTensor]:
+def _fp8(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
     block = settings.get("weight_block_size")
     if not block or settings.get("activation_scheme", "dynamic") != "dynamic":
         raise ValueError(
@@ -130,7 +130,7 @@ def fp8_values(weight: np.ndarray, scales: np.ndarray, *, block: tuple[int, int]
     return out
 
 
-def _awq(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor | PackedTensor]:
+def _awq(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
     _only(settings, {"bits": (4,), "version": ("gemm", "GEMM", None), "zero_point": (True, None)})
 
     def packed(name: str, weight: StoredTensor, zeros: StoredTensor, scales: StoredTensor) -> PackedTensor:
@@ -141,7 +141,7 @@ def _awq(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> di
 
 
 def awq_values(weight: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32[out, in] of i32[in, out/8], i32[groups, out/8] and f16[groups, out]; eight columns a word, in AWQ order."""
+    """float32[out, in] of i32[in, out/8], i32[groups, out/8] and f16[groups, out]; eight columns per word, in AWQ order."""
 
     def columns(words: np.ndarray) -> np.ndarray:
         return _nibbles(words)[..., _AWQ_ORDER].reshape(len(words), -1)
@@ -150,7 +150,7 @@ def awq_values(weight: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> np.
     return _affine(columns(weight), columns(zeros), scales, group)
 
 
-def _gptq(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor | PackedTensor]:
+def _gptq(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
     _only(settings, {"bits": (4,), "checkpoint_format": ("gptq", "gptq_v2", None)})
     offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the original format stores zero points minus one
 
@@ -190,7 +190,7 @@ def _nibbles(words: np.ndarray) -> np.ndarray:
     return (words.view(np.uint32)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).astype(np.int8)
 
 
-def _only(settings: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
+def _only(settings: JsonFields, supported: Mapping[str, tuple[object, ...]]) -> None:
     for name, values in supported.items():
         if settings.get(name) not in values:
             known = ", ".join(repr(value) for value in values if value is not None)

@@ -20,17 +20,24 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from fastgen_jax.checkpoint.base import missing_tensor
 from fastgen_jax.checkpoint.huggingface import GENERATION_FILE, model_config, read_generation_config, read_json
 from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import all_specs
-from fastgen_jax.models.weight_spec import Params
+from fastgen_jax.models.weight_spec import DType, Leaf, Params
+
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
+    from tensorstore import TensorStore
+
+    StoredWeight = TensorStore | dict[str, TensorStore]
 
 FORMAT = 1
 MARKER = "fastgen.json"
@@ -45,10 +52,10 @@ class SnapshotCheckpoint:
 
     path: Path
     config: ModelConfig
-    config_json: Mapping[str, Any]
+    config_json: JsonFields
     quantize: str | None
     """"int8" if the matrices are `Int8Weight`s, else None."""
-    arrays: Mapping[str, Any]  # by name: an open array, or the two of an Int8Weight
+    arrays: Mapping[str, StoredWeight]  # by name: an open array, or the two of an Int8Weight
 
     @classmethod
     def open(cls, path: Path) -> SnapshotCheckpoint:
@@ -69,7 +76,7 @@ class SnapshotCheckpoint:
             raise ValueError(
                 f"{path / 'params'} is damaged ({_first_line(error)}); {remedy}convert the original again"
             ) from error
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, StoredWeight] = {}
         for name, array in found.items():
             stem, _, field = name.rpartition(".")
             if field in _INT8_FIELDS:
@@ -85,7 +92,7 @@ class SnapshotCheckpoint:
         )
 
     @property
-    def generation_config(self) -> Mapping[str, Any]:
+    def generation_config(self) -> JsonFields:
         # Older snapshots have the file next to the tokenizer, if at all.
         return read_generation_config(self.path) or read_generation_config(self.path / "tokenizer")
 
@@ -109,17 +116,17 @@ class SnapshotCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored = self._stored(name)
-        return tuple((stored["values"] if isinstance(stored, Mapping) else stored).shape)
+        return tuple((stored["values"] if isinstance(stored, dict) else stored).shape)
 
     def dtype(self, name: str) -> str:
         stored = self._stored(name)
-        return str((stored["values"] if isinstance(stored, Mapping) else stored).dtype.numpy_dtype)
+        return str((stored["values"] if isinstance(stored, dict) else stored).dtype.numpy_dtype)
 
-    def read(self, name: str) -> Any:
+    def read(self, name: str) -> Leaf:
         """One weight on the host, as stored: an array, or an `Int8Weight` of arrays."""
         return self.restore(name)
 
-    def restore(self, name: str, *, dtype: Any = None, sharding: Any = None) -> Any:
+    def restore(self, name: str, *, dtype: DType | None = None, sharding: Sharding | None = None) -> Leaf:
         """One weight, in `dtype` (int8 is not converted) and, with a `sharding`, directly on its devices.
 
         Each device reads its own part. The scales of an `Int8Weight` follow the columns of its values.
@@ -128,7 +135,7 @@ class SnapshotCheckpoint:
 
         stored = self._stored(name)
         try:
-            if not isinstance(stored, Mapping):
+            if not isinstance(stored, dict):
                 return read_array(stored, dtype=dtype, sharding=sharding)
             places = {"values": sharding, "scales": _of_columns(sharding)}
             return Int8Weight(**{field: read_array(stored[field], sharding=place) for field, place in places.items()})
@@ -138,7 +145,7 @@ class SnapshotCheckpoint:
                 "damaged, convert the original again"
             ) from error
 
-    def _stored(self, name: str) -> Any:
+    def _stored(self, name: str) -> StoredWeight:
         if name not in self.arrays:
             raise missing_tensor(name, self.path, self.arrays)
         return self.arrays[name]
@@ -147,11 +154,11 @@ class SnapshotCheckpoint:
 def save_snapshot(
     out: str | Path,
     params: Params,
-    config_json: Mapping[str, Any],
+    config_json: JsonFields,
     *,
     tokenizer_files: Mapping[str, bytes],
-    generation_config: Mapping[str, Any] | None = None,
-    dtype: Any = None,
+    generation_config: JsonFields | None = None,
+    dtype: DType | None = None,
 ) -> None:
     """Writes a snapshot into the new directory `out`, local or gs://; ValueError if it already has contents.
 
@@ -220,14 +227,14 @@ def as_path(path: str | Path) -> Path:
         raise ValueError(f"{path}: this kind of URL is not supported; supported: local paths, gs://, s3://") from error
 
 
-def _flat(params: Params, dtype: Any) -> Iterator[tuple[str, Any]]:
+def _flat(params: Params, dtype: DType | None) -> Iterator[tuple[str, Leaf]]:
     """Every weight under its name in the snapshot, with stacked layers separated."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.matmul import Int8Weight
 
-    def stored(leaf: Any) -> Any:
+    def stored(leaf: Leaf) -> Leaf:
         if isinstance(leaf, Int8Weight):
             return {field: getattr(leaf, field) for field in _INT8_FIELDS}
         if not isinstance(leaf, jax.Array | np.ndarray):
@@ -251,7 +258,7 @@ def _flat(params: Params, dtype: Any) -> Iterator[tuple[str, Any]]:
                 yield f"layers.{name}.{i}", stored(leaf)
 
 
-def _of_columns(sharding: Any) -> Any:
+def _of_columns(sharding: Sharding | None) -> Sharding | None:
     """The sharding of one number per column, given that of the matrix."""
     import jax
 

@@ -124,7 +124,7 @@ class _StateDict(pickle.Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -142,7 +142,7 @@ class _StateDict(pickle.Unpickler):
         return _Storage(dtype, key, size)
 
 
-def _rebuild(storage: _Storage, start: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> _Tensor:
+def _rebuild(storage: _Storage, start: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: object) -> _Tensor:
     row_major = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     if any(size > 1 and ours != theirs for size, ours, theirs in zip(shape, row_major, strides, strict=True)):
         raise ValueError(f"a tensor of shape {shape} is not stored row by row but with strides {strides}")

@@ -9,10 +9,11 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from fastgen_jax.cli.parser import Options
 from fastgen_jax.flags import add_fields, add_model_flag, given_options, name_value
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(parser.add_argument_group("engine"), EngineConfig)
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Runs the command and returns the exit code: 0 if every line was answered, 1 if some failed."""
     from fastgen_jax.serving.batch import Batch
 
@@ -74,7 +75,7 @@ def run(options: dict[str, Any]) -> int:
     return 1 if batch.result.failed else 0
 
 
-async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
+async def _interruptible(work: Coroutine[object, None, None]) -> None:
     """Cancels `work` on the first interrupt; the second one ends the process immediately, with the output still valid."""
     task = asyncio.ensure_future(work)
 
@@ -96,7 +97,7 @@ def _summary(result: BatchResult, output: Path) -> str:
     return f"{result.total} lines: {', '.join(parts)}{end}"
 
 
-async def _run(options: dict[str, Any], batch: Batch) -> None:
+async def _run(options: Options, batch: Batch) -> None:
     import httpx
 
     from fastgen_jax.api.client import explain, http_settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from fastgen_jax.bench import (
     compare,
@@ -19,6 +18,7 @@ from fastgen_jax.bench import (
     steps,
     tokenizers,
 )
+from fastgen_jax.cli.parser import Options
 
 BENCHMARKS = {
     "serve": serve,
@@ -44,6 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         module.add_arguments(commands.add_parser(name, help=line, description=line))
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Runs the named benchmark and returns the exit code."""
     return BENCHMARKS[options.pop("benchmark")].run(argparse.Namespace(**options))

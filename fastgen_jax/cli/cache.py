@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
+
+from fastgen_jax.cli.parser import Options
 
 KINDS = {
     "programs": "compiled programs",
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Prints folders, sizes and measurements, or removes some, and returns the exit code."""
     places = _places()
     if options["clear"] is not None:

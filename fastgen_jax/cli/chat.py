@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgen_jax.cli.options import add_pipeline_arguments, limit_new_tokens, make_pipeline
+from fastgen_jax.cli.parser import Options
 
 if TYPE_CHECKING:
     from fastgen_jax.api.pipeline import Pipeline
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline_arguments(parser)
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Chats until an empty line, the end of the input, or ^C at the prompt; returns 1 if a message got no answer."""
     system = options.pop("system")
     pipe, generation = make_pipeline(options)
@@ -52,7 +53,7 @@ def run(options: dict[str, Any]) -> int:
             conversation += [question, {"role": "assistant", "content": answer}]
 
 
-def _answer(pipe: Pipeline, messages: list[dict[str, str]], generation: dict[str, Any]) -> str:
+def _answer(pipe: Pipeline, messages: list[dict[str, str]], generation: Options) -> str:
     """Prints the answer as it is generated and returns it, or the part generated before ^C."""
     pieces: list[str] = []
     with contextlib.suppress(KeyboardInterrupt), _interrupts() as interrupted:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from typing import Any
 
+from fastgen_jax.cli.parser import Options
 from fastgen_jax.flags import MODEL_HELP
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Runs the command and returns the exit code."""
     from fastgen_jax.checkpoint import open_checkpoint, resolve_model
     from fastgen_jax.checkpoint.convert import convert

@@ -6,9 +6,10 @@ import argparse
 import textwrap
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgen_jax.cli.options import add_pipeline_arguments, limit_new_tokens, make_pipeline
+from fastgen_jax.cli.parser import Options
 from fastgen_jax.cli.terminal import has_colors
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline_arguments(parser)
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Runs the command and returns the exit code."""
     begin = time.perf_counter()
     pipe, generation = make_pipeline(options)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from fastgen_jax.cli.options import add_pipeline_arguments, make_pipeline
+from fastgen_jax.cli.parser import Options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline_arguments(parser)
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Runs the command and returns the exit code."""
     prompts: list[str] = options.pop("prompts") or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     chat = options.pop("chat")

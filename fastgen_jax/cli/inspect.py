@@ -6,8 +6,9 @@ import argparse
 import math
 from collections import Counter
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastgen_jax.cli.parser import Options
 from fastgen_jax.flags import MODEL_HELP
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", action="store_true", help="print the chat template in full")
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Runs the command and returns the exit code."""
     from fastgen_jax.checkpoint import open_checkpoint, resolve_model
     from fastgen_jax.text import load_tokenizer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from types import ModuleType
-from typing import Any
 
+from fastgen_jax.cli.parser import Options
 from fastgen_jax.models.families import FAMILIES
 
 
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the Markdown table of docs/models.md")
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Prints one paragraph or table row per family and returns the exit code."""
     print("\n".join(table() if options["markdown"] else paragraphs()))
     return 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastgen_jax.cli.parser import Options
 from fastgen_jax.flags import add_fields, add_model_flag, given_options
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(parser.add_argument_group("generation"), SamplingParams, skip=("n", "logprobs", "prompt_logprobs"))
 
 
-def make_pipeline(options: dict[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
+def make_pipeline(options: Options) -> tuple[Pipeline, Options]:
     """Returns the pipeline that the options describe, and the generation options among them."""
     from fastgen_jax.api.options import sampling_params
     from fastgen_jax.api.pipeline import pipeline
@@ -36,7 +37,7 @@ def make_pipeline(options: dict[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
     return pipeline(model, **engine), given
 
 
-def limit_new_tokens(generation: dict[str, Any], max_new_tokens: int) -> None:
+def limit_new_tokens(generation: Options, max_new_tokens: int) -> None:
     """Sets this limit in the generation options unless they have one."""
     if generation.get("max_new_tokens") is None and generation.get("max_length") is None:
         generation["max_new_tokens"] = max_new_tokens

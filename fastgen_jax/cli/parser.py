@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from fastgen_jax.flags import in_words
+
+Options: TypeAlias = dict[str, Any]
+"""What a command was called with, by the names of its flags. `Any`: each flag has a type of its own."""
 
 
 class Parser(argparse.ArgumentParser):

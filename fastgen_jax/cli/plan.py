@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import json
 import math
-from typing import Any
 
+from fastgen_jax.cli.parser import Options
 from fastgen_jax.flags import MODEL_HELP
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.plan.devices import DEVICES
 from fastgen_jax.plan.report import Plan, make_plan, table
 from fastgen_jax.plan.source import describe
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Prints the plan; returns 1 if the model does not fit or does not compile."""
     model = describe(options["model"])
     plan = make_plan(
@@ -89,7 +90,7 @@ def run(options: dict[str, Any]) -> int:
     return 0 if plan.fits else 1
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan) -> JsonObject:
     """The plan as plain numbers, including the values its properties derive."""
     steps = [
         dataclasses.asdict(step) | {"seconds": step.seconds, "bound": step.bound, "tokens_per_s": step.tokens / step.seconds}

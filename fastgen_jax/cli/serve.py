@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import Any
 
+from fastgen_jax.cli.parser import Options
 from fastgen_jax.flags import MODEL_HELP, add_fields, given_options
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(parser.add_argument_group("engine"), EngineConfig)
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Runs the command and returns the exit code."""
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.serving.logs import set_up_logging
@@ -41,7 +41,7 @@ def run(options: dict[str, Any]) -> int:
     except ValueError as error:
         if log_file is None:
             raise
-        logging.getLogger(__name__).error("%s", error)  # whoever set a log file looks there
+        logging.getLogger(__name__).error("%s", error)  # users who set a log file look there
         code = 2
     # A thread may still be compiling a model that is no longer needed; it must not delay the exit.
     os._exit(code)

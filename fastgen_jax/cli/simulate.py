@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fastgen_jax.bench.loads import Load
 from fastgen_jax.bench.metrics import effective_throughput, summarize, summarize_closed_loop
@@ -22,6 +21,8 @@ from fastgen_jax.bench.options import (
 from fastgen_jax.bench.results import RunRecord, append, context
 from fastgen_jax.bench.steps import add_measurement_arguments
 from fastgen_jax.bench.tables import milliseconds, table
+from fastgen_jax.cli.parser import Options
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.plan.devices import DEVICES
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
 from fastgen_jax.simulation import MODELS, MeasuredCost, ReplicaConfig, StepCost, load_cost, simulate
@@ -101,7 +102,7 @@ def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Answers the question and returns the exit code."""
     args = argparse.Namespace(**options)
     return {"run": _run, "sla": _sla, "replicas": _replicas, "paper": _paper, "validate": _validate}[args.question](args)
@@ -214,7 +215,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(config: ReplicaConfig, num_replicas: int) -> dict[str, Any]:
+def _settings(config: ReplicaConfig, num_replicas: int) -> JsonObject:
     return {
         **{k: v for k, v in vars(config).items() if k != "promise"},
         "promise": repr(config.promise),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
 
+from fastgen_jax.cli.parser import Options
 from fastgen_jax.cli.terminal import has_colors
+from fastgen_jax.json_types import JsonObject
 
 BAR = 40  # width of a full bar in characters
 STEPS_SHOWN = 12
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="print one update after one interval, then exit")
 
 
-def run(options: dict[str, Any]) -> int:
+def run(options: Options) -> int:
     """Runs the command and returns the exit code."""
     import httpx
 
@@ -57,7 +58,7 @@ def run(options: dict[str, Any]) -> int:
             time.sleep(options["interval"])
 
 
-def render(stats: dict[str, Any], before: dict[str, Any], seconds: float) -> str:
+def render(stats: JsonObject, before: JsonObject, seconds: float) -> str:
     """One screen of text from two responses of /stats, `seconds` apart."""
     lines = [
         f"{stats['deployment']}  {stats['model']}  up {int(stats['uptime'])} s  unfinished {stats['unfinished']}  "

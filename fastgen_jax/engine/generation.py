@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastgen_jax.engine.option_names import nearest
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 Pairs = tuple[tuple[str, Any], ...]
 
 
-def defaults_of_model(raw: Mapping[str, Any], where: object) -> Pairs:
+def defaults_of_model(raw: JsonFields, where: object) -> Pairs:
     """The defaults that a generation_config.json, or its equivalent in another format, sets for requests.
 
     Unsupported options that would change the text are logged. Raises ValueError naming `where` for a value out of range.

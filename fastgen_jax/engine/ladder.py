@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastgen_jax import paths
 from fastgen_jax.engine import saved_choices
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 
@@ -110,7 +110,7 @@ def describe(model: ModelConfig) -> str:
     return f"{model.family}, {model.num_layers} layers, {count_params(model) / 1e6:,.0f} M parameters"
 
 
-def _measurement(entry: Mapping[str, Any]) -> Measurement | None:
+def _measurement(entry: JsonFields) -> Measurement | None:
     """An entry of the file, or None if it is damaged."""
     try:
         ladder = tuple(int(budget) for budget in entry["ladder"])

@@ -6,10 +6,11 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.scheduling import Step
 
 WINDOW = 4096  # steps that the timeline holds
@@ -156,7 +157,7 @@ class Metrics:
         self.wasted_rows += num_sampled - num_advanced
         self.timeline.append(times._replace(waited=waited, read=read, committed=committed, done=done))
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> JsonObject:
         """Plain numbers: the counters, and the times as medians in milliseconds over the last steps.
 
         `host_ms` is plan + pack + commit: the work of the host that a device without overlap would wait for.

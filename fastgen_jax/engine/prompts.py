@@ -8,7 +8,9 @@ from typing import Any, NewType, Protocol, SupportsIndex, TypeGuard
 
 import numpy as np
 
-Message = Mapping[str, Any]
+from fastgen_jax.json_types import JsonFields
+
+Message = JsonFields
 PlainPrompt = str | tuple[int, ...] | list[Message]
 """Text, token ids, or chat messages."""
 
@@ -25,7 +27,7 @@ class SupportsArray(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Any]: ...
+    def __iter__(self) -> Iterator[object]: ...
 
 
 TokenIdsInput = Sequence[int] | SupportsArray

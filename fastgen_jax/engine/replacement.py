@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ def _kinds(tree: Params) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def _check_shapes(params: Any, current: Params, model: ModelConfig) -> None:
+def _check_shapes(params: Params, current: Params, model: ModelConfig) -> None:
     """ValueError unless the tree has the weights of the model; every form of a weight has the shape of the original."""
     given, wanted = _weights_and_shapes(params, model)
     # A tied head may be stored separately; if the new weights lack it, it is made from their embedding.
@@ -66,13 +65,13 @@ def _check_shapes(params: Any, current: Params, model: ModelConfig) -> None:
             raise ValueError(f"{name} has dtype {leaf.dtype}, but must be floating point")
 
 
-def _weights_and_shapes(params: Any, model: ModelConfig) -> tuple[dict[str, Any], dict[str, _Shape]]:
+def _weights_and_shapes(params: Params, model: ModelConfig) -> tuple[dict[str, object], dict[str, _Shape]]:
     """The given weights, and the shapes that the model expects, by the same names."""
     specs = param_specs(model)
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     wanted: dict[str, _Shape] = {}
 
-    def add(place: str, leaves: Mapping[str, Any], shapes: Mapping[str, _Shape]) -> None:
+    def add(place: str, leaves: Mapping[str, object], shapes: Mapping[str, _Shape]) -> None:
         given.update({f"{place}[{name!r}]": leaf for name, leaf in leaves.items()})
         wanted.update({f"{place}[{name!r}]": shape for name, shape in shapes.items()})
 

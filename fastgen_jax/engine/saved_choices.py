@@ -10,11 +10,11 @@ import sys
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import filelock
 import jax
 
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import replace_file
 from pallas_kernels.native.compiler import cpu_description
@@ -44,13 +44,13 @@ def versions() -> str:
     return f"fastgen_jax {VERSION}, jax {jax.__version__}, {platform}"
 
 
-def load(path: Path, facts: object) -> dict[str, Any] | None:
+def load(path: Path, facts: object) -> JsonObject | None:
     """The entry saved for `facts` on this machine with these versions; None if there is none, or the file is damaged."""
     entry = load_all(path).get(_key(facts))
     return entry if entry is not None and entry.get("versions") == versions() else None
 
 
-def save(path: Path, facts: object, entry: dict[str, Any]) -> None:
+def save(path: Path, facts: object, entry: JsonObject) -> None:
     """Saves an entry, replacing one for the same facts and machine; logs a warning if the file cannot be written."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     complete = {"machine": machine(), "versions": versions(), "when": now, **entry}
@@ -65,7 +65,7 @@ def save(path: Path, facts: object, entry: dict[str, Any]) -> None:
         log.warning("%s cannot be written (%s); the next start will measure or choose again", path, error)
 
 
-def load_all(path: Path) -> dict[str, dict[str, Any]]:
+def load_all(path: Path) -> dict[str, JsonObject]:
     """All entries of a file, for any machine and version; {} if there is no file, or it is damaged."""
     try:
         entries = json.loads(path.read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, head_spec, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
-from fastgen_jax.models.weight_spec import Kind, Params, WeightSpec
+from fastgen_jax.models.weight_spec import Kind, Leaf, Params, WeightSpec
 from pallas_kernels import native
 from pallas_kernels.grouped_matmul import GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
@@ -86,7 +85,7 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
     """
     specs = {head_spec(model).path: head_spec(model)} | all_specs(model)
 
-    def prepared(path: str, leaf: Any) -> Any:
+    def prepared(path: str, leaf: Leaf) -> Leaf:
         if path not in specs:
             raise ValueError(f"params has {path!r}, which is not a weight of this model; remove it")
         return prepare_leaf(specs[path], leaf, model, config) if isinstance(leaf, jax.Array | np.ndarray) else leaf

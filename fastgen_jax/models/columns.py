@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Shaped
 
 
-def deal_columns(array: np.ndarray | jax.Array, parts: Sequence[int], num_devices: int) -> np.ndarray:
+def deal_columns(
+    array: Shaped[np.ndarray, "*rows columns"] | Shaped[Array, "*rows columns"], parts: Sequence[int], num_devices: int
+) -> Shaped[np.ndarray, "*rows columns"]:
     """`array` [..., sum(parts)] in the order for `num_devices`, each of which gets its share of every part."""
     pieces = np.split(np.asarray(array), np.cumsum(parts)[:-1], axis=-1)
     shares = [piece.reshape(*piece.shape[:-1], num_devices, -1) for piece in pieces]

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "stepped_ntk"]
 LENGTH_DEPENDENT = ("dynamic", "longrope", "stepped_ntk")  # rotary scalings whose angles depend on the whole sequence
 
@@ -101,11 +102,11 @@ class ModelConfig:
     layer_ropes: tuple[RopeConfig | None, ...] = ()  # one per layer if layers differ; (): `rope` for all
     layer_windows: tuple[int | None, ...] = ()  # sliding window per layer, in tokens; (): no windows
     mla: MLAConfig | None = None  # multi-head latent attention instead of q, k and v
-    attention_sinks: bool = False  # one learned logit per head that takes probability but has no value
+    attention_sinks: bool = False  # one learned logit per head that receives probability but has no value
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
 
     # MLP
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     mlp_gated: bool = True  # act(x @ gate) * (x @ up), else act(x @ up)
     mlp_bias: bool = False
     moe: MoEConfig | None = None  # mixture of experts instead of the MLP, in some or all layers

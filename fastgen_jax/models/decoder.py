@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +86,12 @@ def run_layers(
     rows: Int[Array, " R"],
     config: ModelConfig,
 ) -> tuple[Float[Array, "R E"], KVCache]:
-    """x[rows] after `layer(x, cache, weights, call)` once per layer, scanned or unrolled as `layers` is given.
+    """x[rows] after applying `layer(x, cache, weights, call)` once per layer; the form of `layers` selects scan or unroll.
 
     One dict of stacked arrays is scanned, so the program does not grow with depth. If layers have different weights
-    (an MLP in some, experts in others), each run of similar layers is one scan. A tuple of L dicts is unrolled: on a CPU
-    the slices that a scan takes are copies, and every step would read and write the whole model once more. The last layer
-    of a tuple is called for `rows` only: after its attention no other row is read.
+    (an MLP in some, experts in others), each run of similar layers is one scan. A tuple of L dicts is unrolled: on a CPU,
+    the slices of a scan are copies, so every step would read and write the whole model once more. The last layer of a
+    tuple is called for `rows` only, because no other row is read after its attention.
     """
     with_experts = () if config.moe is None else tuple(sorted(config.moe.layers))
     if not isinstance(layers, Mapping):
@@ -113,7 +113,9 @@ def run_layers(
     having = layers_with(config)
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
 
-        def body(carry: tuple[jax.Array, KVCache], xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        def body(
+            carry: tuple[jax.Array, KVCache], xs: tuple[LayerWeights, jax.Array]
+        ) -> tuple[tuple[jax.Array, KVCache], None]:
             weights, index = xs
             return layer(*carry, weights, LayerCall(index=index)), None
 
@@ -127,7 +129,7 @@ def run_layers(
 
         def some(
             carry: tuple[jax.Array, KVCache], i: jax.Array, start=start, first_row=first_row, expert_row=expert_row
-        ) -> tuple[Any, None]:
+        ) -> tuple[tuple[jax.Array, KVCache], None]:
             # The same as slicing the xs of a scan, but the stacks also hold the layers of other runs.
             weights = {
                 name: jax.tree.map(
@@ -154,7 +156,7 @@ def _runs(having: dict[str, tuple[int, ...]], num_layers: int) -> list[tuple[int
     return list(zip(starts, [*starts[1:], num_layers], strict=True))
 
 
-def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: Any) -> jax.Array:
+def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: DTypeLike | None) -> jax.Array:
     x = jnp.take(params["embed"], batch.token_ids, axis=0)  # [T, E]
     if dtype is not None:
         x = x.astype(dtype)

@@ -54,15 +54,15 @@ def dense_forward(params: Params, token_ids: Int[Array, "S P"], *, config: Model
 
 
 def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "T H D"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
     k_cache: Cache,
     v_cache: Cache,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
-) -> tuple[jax.Array, Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """`ragged_attention` for sequences that start in this batch and have the same length; the caches are not changed."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, num_sequences = k.shape[1], index.context_lens.shape[0]
@@ -81,7 +81,7 @@ def causal_attention(
     if scoring.sliding_window is not None:
         is_visible &= distance > -scoring.sliding_window
     scores = jnp.where(is_visible, scores, -jnp.inf)
-    if scoring.sinks is not None:  # one more logit per head that takes probability but has no value
+    if scoring.sinks is not None:  # one additional logit per head that receives probability but has no value
         sink = jnp.broadcast_to(scoring.sinks.reshape(num_kv_heads, -1)[None, :, :, None, None], (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
     else:

@@ -81,7 +81,7 @@ class Expansions:
     """[H, kv_rank, v_dim], projects values out of it."""
 
 
-def expansions(kv_b: jax.Array | Expansions, config: MLAConfig, num_heads: int) -> Expansions:
+def expansions(kv_b: Float[Array, "rank columns"] | Expansions, config: MLAConfig, num_heads: int) -> Expansions:
     """The expansions in a checkpoint's `kv_b` [kv_rank, H * (nope_dim + v_dim)], or `kv_b` if it is `Expansions` already."""
     if isinstance(kv_b, Expansions):
         return kv_b

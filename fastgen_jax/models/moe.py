@@ -50,7 +50,7 @@ def moe(
     sum over devices follows.
     """
     weights, chosen = route(x, w, config=config, num_tokens=num_tokens)
-    answer: Callable[..., jax.Array] = partial(_answer, config=config)
+    answer: Callable[..., jax.Array] = partial(_weighted_experts, config=config)
     specs = expert_specs(x.shape[1], config)
     if mesh is not None:
         answer = divide_experts(answer, mesh, specs)
@@ -110,7 +110,7 @@ def _within_best_groups(merits: Float[Array, "T X"], config: MoEConfig) -> Float
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(merits.shape)
 
 
-def _answer(
+def _weighted_experts(
     w: LayerWeights,
     x: Float[Array, "T E"],
     weights: Float[Array, "T k"],

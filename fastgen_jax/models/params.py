@@ -1,4 +1,4 @@
-"""The weights of a model, declared, and random parameters made from the declarations."""
+"""The declarations of a model's weights, and random parameters created from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
-from fastgen_jax.models.weight_spec import DType, Kind, Params, WeightSpec, bias, experts, matrix, norm, table, vector
+from fastgen_jax.models.weight_spec import (
+    DType,
+    Kind,
+    LayerWeights,
+    Leaf,
+    Params,
+    WeightSpec,
+    bias,
+    experts,
+    matrix,
+    norm,
+    table,
+    vector,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PRNGKeyArray
@@ -60,7 +73,7 @@ def expert_specs(embed_dim: int, moe: MoEConfig) -> dict[str, WeightSpec]:
 
 
 def head_spec(config: ModelConfig) -> WeightSpec:
-    """The spec of the vocabulary head, including one that is tied to the embedding and made from it."""
+    """The spec of the vocabulary head, including one that is tied to the embedding and derived from it."""
     width = config.embed_proj_dim or config.embed_dim
     return matrix("lm_head", (width, config.vocab_size), ("E", "V"))
 
@@ -235,7 +248,7 @@ def init_params(config: ModelConfig, key: PRNGKeyArray, *, dtype: DType = "float
     return params
 
 
-def stack(layers: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
+def stack(layers: tuple[LayerWeights, ...]) -> dict[str, Leaf]:
     """One dict from L dicts: each weight, an array or a pytree of arrays, is stacked over the layers that have it."""
     import jax
     import jax.numpy as jnp
@@ -247,13 +260,13 @@ def stack(layers: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
     }
 
 
-def unstack(layers: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], ...]:
+def unstack(layers: LayerWeights, config: ModelConfig) -> tuple[dict[str, Leaf], ...]:
     """The inverse of `stack`."""
     import jax
 
     having = layers_with(config)
 
-    def row(name: str, layer: int) -> Any:
+    def row(name: str, layer: int) -> Leaf:
         return jax.tree.map(lambda leaf: leaf[having[name].index(layer)], layers[name])
 
     return tuple({name: row(name, i) for name in layer_specs(config, i)} for i in range(config.num_layers))

@@ -12,13 +12,13 @@ import numpy as np
 from fastgen_jax.models.config import RopeConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float, Float32, Int
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosines and sines f32[T, R/2]."""
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32[np.ndarray, " half"]:
     """Radians per position of each rotated pair, f32[R/2], for every scaling that does not depend on the length.
 
     R is `rope.dim`, or all of `head_dim`. Sources: RoPE (arXiv:2104.09864), position interpolation (arXiv:2306.15595)

@@ -1,16 +1,16 @@
 """Tensor parallelism: heads, MLP columns and vocabulary are divided over one axis of a device mesh.
 
 The forward pass is the same as on one device: weights and cache carry shardings, and XLA inserts the sums, two per layer.
-It is told two things: the order of fused columns (see `columns`), and, because kernels are opaque to XLA, how attention and
-experts are divided. Each device attends with its own heads and its own part of the cache, and computes its own hidden units
-of every expert.
+Two things are explicit: the order of fused columns (see `columns`) and, because kernels are opaque to XLA, the division of
+attention and experts. Each device computes attention for its own heads with its own part of the cache, and computes its own
+hidden units of every expert.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,12 @@ from fastgen_jax.core import KVCache
 from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import param_specs
-from fastgen_jax.models.weight_spec import Kind, Params, WeightSpec
+from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache
+
+T = TypeVar("T")
 
 TENSOR = "tensor"
 """Name of the mesh axis."""
@@ -48,17 +50,17 @@ def check_divisible(config: ModelConfig, num_devices: int) -> None:
             )
 
 
-def tensor_mesh(devices: Sequence[Any]) -> Mesh:
+def tensor_mesh(devices: Sequence[object]) -> Mesh:
     """A mesh with the one axis `TENSOR`."""
     return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
-def partition_params(config: ModelConfig, params: Params) -> Any:
+def partition_params(config: ModelConfig, params: Params) -> Params:
     """A PartitionSpec for each leaf of stacked `params`, arrays or shapes, from the declared logical axes."""
     return jax.tree.map(partition_leaf, param_specs(config), params)
 
 
-def partition_leaf(spec: WeightSpec, leaf: Any) -> Any:
+def partition_leaf(spec: WeightSpec, leaf: Leaf) -> Leaf:
     """The PartitionSpec of a weight, array or shape, of one layer or stacked; an `Int8Weight` gets one for each part."""
     axes = tuple(TENSOR if axis in DIVIDED_AXES else None for axis in spec.axes)
 
@@ -71,10 +73,10 @@ def partition_leaf(spec: WeightSpec, leaf: Any) -> Any:
     return partition(axes, leaf.ndim)
 
 
-def divide_leaf(spec: WeightSpec, leaf: Any, mesh: Mesh) -> Any:
+def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh) -> Leaf:
     """A weight of a checkpoint, plain or `Int8Weight`, sharded over `mesh` with its columns reordered (see `columns`)."""
 
-    def placed(array: Any, partition: PartitionSpec) -> jax.Array:
+    def placed(array: jax.Array | np.ndarray, partition: PartitionSpec) -> jax.Array:
         array = deal_columns(array, spec.parts, mesh.size) if len(spec.parts) > 1 else np.asarray(array)
         return jax.device_put(array, NamedSharding(mesh, partition))
 
@@ -86,7 +88,7 @@ def partition_kv_cache(cache: KVCache) -> KVCache:
     return jax.tree.map(lambda _: PartitionSpec(None, TENSOR), cache)
 
 
-def shardings(mesh: Mesh, specs: Any) -> Any:
+def shardings(mesh: Mesh, specs: T) -> T:
     """`specs` as NamedShardings on `mesh`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
@@ -129,8 +131,8 @@ def divide_experts(
     # A bias after a divided sum is replicated, and must be added once.
     added_once = [name for name, spec in specs.items() if spec.kind is Kind.BIAS and DIVIDED_AXES.isdisjoint(spec.axes)]
 
-    def divided(weights: Mapping[str, Any], *others: jax.Array) -> jax.Array:
-        def local(weights: dict[str, Any], others: tuple[jax.Array, ...]) -> jax.Array:
+    def divided(weights: LayerWeights, *others: jax.Array) -> jax.Array:
+        def local(weights: dict[str, Leaf], others: tuple[jax.Array, ...]) -> jax.Array:
             is_first = jax.lax.axis_index(TENSOR) == 0
             weights = weights | {name: jnp.where(is_first, weights[name], 0) for name in added_once}
             return jax.lax.psum(compute(weights, *others), TENSOR)

@@ -1,25 +1,28 @@
-"""What a weight is, declared once: initialization, loading, sharding, quantization, packing and counts all read it here."""
+"""The declaration of a weight, which initialization, loading, sharding, quantization, packing and counts all read."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 DType = str | type | np.dtype
 """A dtype: "bfloat16", jnp.bfloat16 or a NumPy dtype. Like `jax.typing.DTypeLike`, but without importing JAX."""
 
-Params = dict[str, Any]
+Leaf: TypeAlias = Any
+"""A weight: an array on the host or a device, its shape, or the pytree that it was prepared as (see `LayerWeights`)."""
+
+Params = dict[str, Leaf]
 """`{"embed": [V, E], "layers": ..., "final_norm": [E], "lm_head": [E, V], ...}`, as `param_specs` declares them.
 
 `layers` is either one dict of arrays, each stacked over the layers that have it (the form that `lax.scan` walks), or a
 tuple of L dicts (the form whose layers are separate buffers; see `models.decoder.run_layers`).
 """
 
-LayerWeights = Mapping[str, Any]
+LayerWeights = Mapping[str, Leaf]
 """The weights of one layer by name: arrays, or what `matmul`, `grouped_matmul` and `mla` prepare from them."""
 
 
@@ -53,7 +56,7 @@ class WeightSpec:
     initial: float | None = None
     """The value of all its elements after initialization; None: random, scaled by fan-in."""
     gated: bool = False
-    """Whether it is [gate | up] and read by the fused SwiGLU kernels, which have a packing of their own."""
+    """Whether it is [gate | up] and read by the fused SwiGLU kernels, which use a different packing."""
     never_quantized: str | None = None
     """For a matrix: why it stays floating point when matrices are quantized; None: it is quantized."""
     dtype: Literal["weights", "activations", "float32"] = "weights"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import family_of
@@ -57,7 +57,7 @@ class Plan:
 
 
 def make_plan(
-    config: dict[str, Any],
+    config: JsonObject,
     *,
     topology: str,
     context: int | None,

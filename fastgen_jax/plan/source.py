@@ -7,10 +7,10 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from fastgen_jax.checkpoint.snapshot import MARKER
+from fastgen_jax.json_types import JsonObject
 
 _PLAIN = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
 
@@ -19,7 +19,7 @@ _PLAIN = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
 class Described:
     """A model, described by its config."""
 
-    config: dict[str, Any]  # the fields of a config.json
+    config: JsonObject  # the fields of a config.json
     stored_as: str  # how a GGUF file quantizes most weights, which are dequantized while loading; "" if it does not
     quantize: str | None  # "int8" for a snapshot whose weights are stored as int8
 
@@ -44,7 +44,7 @@ def describe(name: str) -> Described:
     return Described(config=dict(checkpoint.config_json), stored_as="" if kind in _PLAIN else kind, quantize=None)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> JsonObject:
     try:
         config = json.loads(file.read_text())
     except OSError as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from fastgen_jax.api.options import generation_of
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.engine.prompts import split_prompts
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
 from fastgen_jax.serving.errors import context_exceeded
@@ -271,14 +272,14 @@ async def _chat_prompt(
     return await asyncio.to_thread(encode) if is_long else encode()
 
 
-def _template_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+def _template_variables(variables: JsonFields) -> JsonFields:
     taken = {"messages", "tools", "add_generation_prompt"} & set(variables)
     if taken:
         raise ValueError(f"chat_template_kwargs has {sorted(taken)}; pass them as fields of the request instead")
     return variables
 
 
-def _with_token_ids(options: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_token_ids(options: JsonFields) -> JsonFields:
     """Converts the keys of `logit_bias` to numbers: JSON objects have strings as keys."""
     bias = options.get("logit_bias")
     if not isinstance(bias, dict):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fastapi.responses import JSONResponse
 
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError, SamplingParams
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, short
 
@@ -59,7 +59,7 @@ def context_exceeded(error: ContextLengthError, param: str) -> ApiError:
     )
 
 
-def from_validation_errors(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def from_validation_errors(errors: Sequence[JsonFields]) -> ApiError:
     """Returns the error for a body that pydantic refused, with the field, its value and what is expected."""
     # For a field with several forms pydantic reports an error of each. The form that the client meant is the one with the
     # right type, or the one whose error is deepest.

@@ -9,9 +9,11 @@ import sys
 import time
 from logging.handlers import WatchedFileHandler
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 from pythonjsonlogger.json import JsonFormatter as BaseJsonFormatter
+
+from fastgen_jax.json_types import JsonObject
 
 _ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 # Characters that terminals interpret, or that programs take for the end of a line.
@@ -49,11 +51,11 @@ class JsonFormatter(BaseJsonFormatter):
             json_ensure_ascii=False,
         )
 
-    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+    def process_log_record(self, log_data: JsonObject) -> JsonObject:
         """Writes the level in lower case, as most log collectors expect."""
         return {**log_data, "level": log_data["level"].lower()}
 
-    def serialize_log_record(self, log_data: dict[str, Any]) -> str:
+    def serialize_log_record(self, log_data: JsonObject) -> str:
         """Escapes what JSON allows inside a string but terminals and line readers interpret."""
         text = super().serialize_log_record(log_data)
         return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

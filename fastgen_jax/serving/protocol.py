@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.scheduling import SamplingParams
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
 
@@ -17,8 +18,6 @@ MAX_STOPS = 16
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-# Any: a JSON value, or an object whose fields belong to the model's chat template or to a JSON schema.
-JsonObject: TypeAlias = dict[str, Any]
 # Fields with the same names in `SamplingParams`.
 _SAME_NAMES = (
     "temperature",

@@ -12,11 +12,12 @@ import uuid
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.serving.errors import unsupported
 from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar
-from fastgen_jax.text.messages import CALL_CLOSE, CALL_OPEN, JsonObject
+from fastgen_jax.text.messages import CALL_CLOSE, CALL_OPEN
 
 _VALUE_KEYWORDS = frozenset({"const", "default", "enum", "examples"})  # their values are data, not schemas
 
@@ -58,8 +59,8 @@ def grammar_of(body: Sampling) -> Grammar | None:
 
 
 def prepare_messages(
-    tokenizer: Tokenizer, messages: Sequence[JsonObject], tools: Sequence[Tool], *, writes_calls: bool
-) -> tuple[Sequence[JsonObject], Sequence[JsonObject] | None]:
+    tokenizer: Tokenizer, messages: Sequence[JsonFields], tools: Sequence[Tool], *, writes_calls: bool
+) -> tuple[Sequence[JsonFields], Sequence[JsonFields] | None]:
     """Returns the messages, and the tools for the chat template.
 
     If the template has no tools, the messages describe them instead. With `writes_calls` the model may write calls in its

@@ -7,17 +7,18 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypedDict
+from typing import Protocol, TypedDict
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.engine.intake import Intake, samples
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.engine.prompts import Prompt, TokenIds
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 LONG_PROMPT = 4000  # characters, about a millisecond: longer prompts are tokenized in another thread
-Snapshot = dict[str, Any]  # what `take_snapshot` returns
+Snapshot = JsonObject  # what `take_snapshot` returns
 
 
 class TokenUsage(TypedDict):

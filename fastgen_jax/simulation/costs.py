@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.plan.devices import DEVICES, GIB, Device
@@ -68,7 +69,7 @@ class MeasuredCost:
     """Seconds per position that a token of a prompt attends to."""
     host_seconds: float
     """Seconds of host work per step, during which the device may run another one."""
-    facts: dict[str, Any]
+    facts: JsonObject
     """Machine, versions, model and engine settings of the measurement."""
 
     def __call__(self, shape: StepShape) -> float:
@@ -86,7 +87,7 @@ class MeasuredCost:
         )
 
 
-def cost_from(model: dict[str, Any]) -> MeasuredCost:
+def cost_from(model: JsonObject) -> MeasuredCost:
     """The cost model in a JSON object of `fastgen bench steps`; KeyError or TypeError if it contains none."""
     return MeasuredCost(**{**model, **{name: tuple(model[name]) for name in ("sizes", "base", "per_token")}})
 

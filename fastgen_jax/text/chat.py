@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from fastgen_jax.text.messages import JsonObject, checked_messages, instructions, short, versions
+from fastgen_jax.json_types import JsonFields
+from fastgen_jax.text.messages import checked_messages, instructions, short, versions
 
 if TYPE_CHECKING:
     import jinja2
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 def render_chat(
     templates: Mapping[str, str],
-    messages: Sequence[JsonObject],
+    messages: Sequence[JsonFields],
     *,
     add_generation_prompt: bool,
-    tools: Sequence[JsonObject] | None,
+    tools: Sequence[JsonFields] | None,
     named_tokens: Mapping[str, str],
     extra: Mapping[str, object],
 ) -> str:
@@ -67,7 +68,7 @@ def render_chat(
     raise ValueError(f"the chat template {name!r} refuses this conversation: {refusal or 'it renders nothing'}") from refusal
 
 
-def _checked_tools(tools: Sequence[JsonObject] | None) -> list[JsonObject] | None:
+def _checked_tools(tools: Sequence[JsonFields] | None) -> list[JsonFields] | None:
     if not tools:
         return None
     if isinstance(tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in tools):

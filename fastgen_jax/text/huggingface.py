@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.checkpoint.huggingface import read_json
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.text.pieces import piece_bytes, scheme_of_decoder
 from fastgen_jax.text.spm import SentencePieceEncoder, open_model
 from fastgen_jax.text.tiktoken import encoder_backend, find_tiktoken, read_tiktoken
@@ -15,7 +16,7 @@ from fastgen_jax.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-Settings = Mapping[str, Any]  # the JSON of tokenizer_config.json
+Settings = JsonFields  # the JSON of tokenizer_config.json
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+
+from fastgen_jax.json_types import JsonFields, JsonObject
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # around a call in the format of Hermes, Qwen, SmolLM and many others
 
 _TESTS_FOR_NONE = re.compile(r"\bcontent\b[\"'\]\s]*(?:is\s+(?:not\s+)?|[!=]=\s*)[nN]one\b")
 _NAMES_TOOL_ROLE = re.compile(r"[\"']tool[\"']")
 
-JsonObject = Mapping[str, Any]  # from a client: its values are checked where they are used
-Message = dict[str, Any]  # checked, and adapted to a template
+Message = JsonObject  # checked, and adapted to a template
 
 
 def short(value: object) -> str:
@@ -25,7 +25,7 @@ def short(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
-def checked_messages(messages: Sequence[JsonObject]) -> list[Message]:
+def checked_messages(messages: Sequence[JsonFields]) -> list[Message]:
     """Returns the messages without empty fields; ValueError names a malformed message and what is wrong.
 
     Text parts are joined by newlines. Arguments of tool calls are parsed if they are JSON text, because templates expect

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
+
+from fastgen_jax.json_types import JsonFields
 
 Scheme = Literal["byte-level", "metaspace"]
 """How a vocabulary represents bytes: GPT-2's alphabet of 256 printable characters, or SentencePiece's ▁ and <0x0A>."""
@@ -36,7 +38,7 @@ def piece_bytes(piece: str, scheme: Scheme) -> bytes:
         return piece.encode("utf-8", "replace")
 
 
-def scheme_of_decoder(decoder: Mapping[str, Any] | None) -> tuple[Scheme, bool]:
+def scheme_of_decoder(decoder: JsonFields | None) -> tuple[Scheme, bool]:
     """Returns the scheme of a tokenizer.json's `decoder`, and whether it drops one space at the start of the text.
 
     Raises ValueError for a decoder that does not map each token to bytes (WordPiece, CTC, ...).

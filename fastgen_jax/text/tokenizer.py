@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.text.chat import render_chat
-from fastgen_jax.text.messages import JsonObject
 
 
 class Encoder(Protocol):
@@ -89,11 +89,11 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[JsonObject],
+        messages: Sequence[JsonFields],
         /,  # so that `extra` may have any name
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[JsonObject] | None = None,
+        tools: Sequence[JsonFields] | None = None,
         **extra: object,
     ) -> str:
         """Returns the prompt that the model's chat template renders for a conversation.
@@ -115,11 +115,11 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[JsonObject],
+        messages: Sequence[JsonFields],
         /,  # so that `extra` may have any name
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[JsonObject] | None = None,
+        tools: Sequence[JsonFields] | None = None,
         **extra: object,
     ) -> list[int]:
         """Returns the token ids of `apply_chat_template`. Templates write their own special tokens, so none are added."""

@@ -3,7 +3,7 @@
     python -m pallas_kernels.grouped_matmul.bench                   # milliseconds, on a CPU
     python -m pallas_kernels.grouped_matmul.bench --tpu v5e:2x2     # temporaries of compiled programs; needs only libtpu
 
-The second says whether weights are copied or dequantized in memory: then the temporaries are as large as the weights.
+The second form shows whether weights are copied or dequantized in memory: if so, temporaries are as large as the weights.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from pallas_kernels.grouped_matmul import grouped_matmul, prepare
+from pallas_kernels.grouped_matmul import GroupedWeight, grouped_matmul, prepare
 from pallas_kernels.matmul import Int8Weight, linear
 
 MIB = 2**20
-# tokens, experts a token, experts, width, width of an expert
+# tokens, experts per token, experts, width, width of an expert
 CASES = {
     "1 token, 4 of 60 (Qwen1.5-MoE)": (1, 4, 60, 2048, 1408),
     "16 tokens, 4 of 60": (16, 4, 60, 2048, 1408),
     "256 tokens, 4 of 60": (256, 4, 60, 2048, 1408),
     "64 tokens, 2 of 8": (64, 2, 8, 1024, 3584),
 }
-# experts, width, width of an expert, layers: one device's part of four
+# experts, width, width of an expert, layers: the share of one of four devices
 MODELS = {"Mixtral-8x7B": (8, 4096, 3584, 4), "Qwen3-30B-A3B": (128, 2048, 768, 8)}
 
 
 def measure(repeats: int) -> None:
-    """Prints the median milliseconds of one product, of every implementation that supports the weights."""
+    """Prints the median milliseconds per product for every implementation that supports the weights."""
     columns = ("packed", "packed int8", "tiles", "ragged_dot")
     print(f"{'case':34}" + "".join(f"{name:>14}" for name in columns) + f"{'packed GB/s':>14}{'GFLOP/s':>10}")
     for name, (tokens, chosen, experts, width, hidden) in CASES.items():
@@ -45,7 +45,7 @@ def measure(repeats: int) -> None:
         x = jnp.asarray(rng.standard_normal((tokens * chosen, width), np.float32))
         picks = np.stack([rng.permutation(experts)[:chosen] for _ in range(tokens)])
         sizes = jnp.asarray(np.bincount(picks.ravel(), minlength=experts), jnp.int32)
-        forms: dict[str, tuple[Any, str | None]] = {
+        forms: dict[str, tuple[GroupedWeight, str | None]] = {
             "packed": (prepare(w, platform="cpu"), None),
             "packed int8": (prepare(w, platform="cpu", quantize="int8"), None),
             "tiles": (jnp.asarray(w), "tiles"),
@@ -63,7 +63,7 @@ def measure(repeats: int) -> None:
         )
 
 
-def _median(run: Callable[..., jax.Array], arguments: tuple[Any, ...], repeats: int) -> float:
+def _median(run: Callable[..., jax.Array], arguments: tuple[object, ...], repeats: int) -> float:
     run(*arguments).block_until_ready()
     seconds = []
     for _ in range(repeats):
@@ -82,15 +82,15 @@ def ask_tpu_compiler(topology: str) -> None:
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:1])
     mesh = Mesh(devices, ("one",))
 
-    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+    def array(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    def weight(shape: tuple[int, ...], int8: bool) -> Any:
+    def weight(shape: tuple[int, ...], int8: bool) -> jax.ShapeDtypeStruct | Int8Weight:
         if not int8:
             return array(shape, jnp.bfloat16)
         return Int8Weight(values=array(shape, jnp.int8), scales=array((*shape[:-2], shape[-1]), jnp.float32))  # pyright: ignore[reportArgumentType] (shapes in place of arrays)
 
-    def report(name: str, program: Callable[..., Any], *arguments: Any) -> None:
+    def report(name: str, program: Callable[..., object], *arguments: object) -> None:
         start = time.perf_counter()
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             memory = jax.jit(program).lower(*arguments).compile().memory_analysis()
@@ -124,7 +124,9 @@ def ask_tpu_compiler(topology: str) -> None:
                 )
 
 
-def _layers(x: Any, up: Any, down: Any, sizes: jax.Array, *, num_experts: int, implementation: str | None) -> jax.Array:
+def _layers(
+    x: jax.Array, up: GroupedWeight, down: GroupedWeight, sizes: jax.Array, *, num_experts: int, implementation: str | None
+) -> jax.Array:
     def body(x: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
         hidden = grouped_matmul(x, up, sizes, first_group=first, implementation=implementation)
         return x + grouped_matmul(hidden, down, sizes, first_group=first, implementation=implementation), None
@@ -134,8 +136,8 @@ def _layers(x: Any, up: Any, down: Any, sizes: jax.Array, *, num_experts: int, i
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="timed calls each (default: %(default)s)")
-    parser.add_argument("--tpu", metavar="TOPOLOGY", help="compile for this topology, like v5e:2x2, instead of running")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls per case (default: %(default)s)")
+    parser.add_argument("--tpu", metavar="TOPOLOGY", help="compile for this topology, such as v5e:2x2, instead of running")
     options = parser.parse_args()
     if options.tpu:
         ask_tpu_compiler(options.tpu)

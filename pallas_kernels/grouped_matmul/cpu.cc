@@ -1,9 +1,9 @@
-// y[t] = x[t] @ w[g], or silu(x[t] @ gate[g]) * (x[t] @ up[g]), for rows that are sorted by their group g.
+// y[t] = x[t] @ w[g], or silu(x[t] @ gate[g]) * (x[t] @ up[g]), for rows t sorted by their group g.
 //
 //      x [T, K]      | group 0 | group 1 |   | group 3      | no group |     sizes: 2, 2, 0, 3
-//      w panels      [G, ceil(N / kWidth), steps, kWidth, group]: every group's weight as pallas_kernels/matmul stores one
+//      w panels      [G, ceil(N / kWidth), steps, kWidth, group]: each group's weight, laid out as in matmul/cpu.cc
 //
-// Only groups that have rows are read, and rows of no group are set to zero and cost nothing else.
+// Only the weights of groups with rows are read. Rows that belong to no group are set to zero at no further cost.
 #include <vector>
 
 #include "panels.h"
@@ -11,19 +11,20 @@
 namespace pallas_kernels {
 namespace {
 
-// Neighboring rows of one group, at most kMaxRows: those that a tile multiplies together.
+// At most kMaxRows adjacent rows of one group, multiplied together by one tile.
 struct RowBlock {
   int64_t row, rows;
 };
-// Neighboring row blocks of one group: those that an item multiplies by one panel.
+// Adjacent row blocks of one group. One work item multiplies a chunk by one panel.
 struct Chunk {
   int64_t group, first_block, last_block;
 };
 
-// Splits every group into row blocks of nearly equal size (15 rows are 8 + 7, not 14 + 1), and these into chunks.
-void split(const int32_t* sizes, int64_t num_groups, int64_t num_rows, int64_t bytes_a_row,
+// Splits every group into row blocks of nearly equal size (15 rows become 8 + 7, not 14 + 1), and groups the blocks
+// into chunks.
+void split(const int32_t* sizes, int64_t num_groups, int64_t num_rows, int64_t bytes_per_row,
            std::vector<RowBlock>& blocks, std::vector<Chunk>& chunks) {
-  const int64_t blocks_a_chunk = std::max<int64_t>(1, kChunkBytes / (bytes_a_row * kMaxRows));
+  const int64_t blocks_per_chunk = std::max<int64_t>(1, kChunkBytes / (bytes_per_row * kMaxRows));
   int64_t start = 0;
   for (int64_t group = 0; group < num_groups; ++group) {
     const int64_t rows = std::min<int64_t>(std::max(sizes[group], 0), num_rows - start);
@@ -33,7 +34,7 @@ void split(const int32_t* sizes, int64_t num_groups, int64_t num_rows, int64_t b
       const int64_t begin = i * rows / count;
       blocks.push_back({start + begin, (i + 1) * rows / count - begin});
     }
-    const int64_t num_chunks = (count + blocks_a_chunk - 1) / blocks_a_chunk;
+    const int64_t num_chunks = (count + blocks_per_chunk - 1) / blocks_per_chunk;
     for (int64_t i = 0; i < num_chunks; ++i) {
       chunks.push_back({group, first + i * count / num_chunks, first + (i + 1) * count / num_chunks});
     }
@@ -61,7 +62,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t d
   const int64_t num_used = num_blocks ? blocks.back().row + blocks.back().rows : 0;
   std::memset(output.y + num_used * output.n, 0, (num_rows - num_used) * output.n * sizeof(float));
 
-  // Activations are transposed within a row block; a single row of float32 is that already.
+  // Activations are transposed within a row block. A single float32 row already has that layout.
   auto* packed = reinterpret_cast<Factor*>(scratch<PackedRows>(num_used * steps));
   std::atomic<int64_t> num_packed{0};
   const auto packs = [](const RowBlock& block) { return block.rows > 1 || Weight::kGroup > 1; };
@@ -76,7 +77,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t d
       num_packed.fetch_add(1, std::memory_order_release);
       return;
     }
-    // The task that packs has a lower number, so it has begun: see parallel_for.
+    // Packing items have lower numbers than this one, so they have already started (see parallel_for).
     wait_until([&] { return num_packed.load(std::memory_order_acquire) == num_blocks; });
     const Chunk chunk = chunks[(item - num_blocks) / num_panels];
     const int64_t panel = (item - num_blocks) % num_panels, index = chunk.group * num_panels + panel;
@@ -84,7 +85,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t d
     const float* panel_scales = scales ? scales + index * kWidth : nullptr;
     const int64_t first_row = blocks[chunk.first_block].row;
     const RowBlock last = blocks[chunk.last_block - 1];
-    // With many rows it pays to unpack the panel once, with few it is done on the way into the registers.
+    // With several row blocks, unpacking the panel once pays off. With one, elements are widened as they are loaded.
     constexpr bool kNarrow = !std::is_same_v<Weight, Wide>;
     const bool widens = kNarrow && chunk.last_block - chunk.first_block > 1;
     auto* wide = reinterpret_cast<typename Wide::Element*>(
@@ -130,11 +131,12 @@ ffi::Error grouped_matmul(ffi::ThreadPool pool, bool gated, F32 x, ffi::AnyBuffe
     const int64_t columns = gated ? kWidth / 2 : kWidth;
     if (xs.size() != 2 || ws.size() != 5 || ys.size() != 2 || ws[4] != Weight::kGroup || ws[3] != kWidth ||
         ws[2] != num_steps<Weight>(xs[1]) || ys[0] != xs[0] || (ys[1] + columns - 1) / columns != ws[1]) {
-      return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: activations, panels and result do not fit");
+      return ffi::Error::InvalidArgument(
+          "pallas_kernels_grouped_matmul: activations, panels and result have incompatible shapes");
     }
     const bool is_int8 = std::is_same_v<Weight, Int8>;
     if (static_cast<int64_t>(scales.element_count()) != (is_int8 ? ws[0] * ws[1] * kWidth : 0)) {
-      return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: scales do not fit");
+      return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: scales have the wrong size");
     }
     const int64_t num_groups = group_sizes.element_count(), first = first_group.typed_data()[0];
     if (first < 0 || first + num_groups > ws[0]) {

@@ -25,13 +25,13 @@ _TARGET = "pallas_kernels_grouped_matmul"
 def available() -> bool:
     """True when the kernel could be built, or is built now (seconds, once per machine). Never raises."""
     loaded = native.load(_LIBRARY, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsGroupedMatmul"})
-    return loaded and matrix.ensure_loaded()  # which knows the layout of a panel
+    return loaded and matrix.ensure_loaded()  # the matmul library reports the panel layout
 
 
 def pack(w: Num[np.ndarray, "G K N"], *, gated: bool) -> Num[np.ndarray, "G P steps width group"]:
-    """Panels [G, P, steps, width, group] of matrices [G, K, N]: those of `matmul.cpu.pack`, one group after another."""
+    """Panels [G, P, steps, width, group] of matrices [G, K, N]: the panels of `matmul.cpu.pack` for each group."""
     first = matrix.pack(w[0], gated=gated)
-    panels = np.empty((w.shape[0], *first.shape), w.dtype)  # filled in place: experts are most of a model
+    panels = np.empty((w.shape[0], *first.shape), w.dtype)  # filled in place, because experts make up most of a model
     panels[0] = first
     for group in range(1, w.shape[0]):
         panels[group] = matrix.pack(w[group], gated=gated)
@@ -98,6 +98,6 @@ def _multiply(
 @_multiply.defjvp
 def _no_derivative(num_outputs: int, gated: bool, primals: tuple, tangents: tuple) -> NoReturn:
     raise ValueError(
-        "PackedGroups have no derivative, nor has what they are multiplied with; differentiate with the plain array that "
-        "they were prepared from, as load_params(..., prepare=None) gives it"
+        "PackedGroups have no derivative, and neither do products with them; differentiate with the plain array that "
+        "they were prepared from, as load_params(..., prepare=None) returns it"
     )

@@ -41,22 +41,23 @@ def grouped_matmul(
 
         rows of x     | group 0 | group 1 |   | group 3      | no group |      group_sizes: 2, 2, 0, 3
 
-    Work is proportional to the rows that have a group. Rows past the last group are zero in the result. With
-    `PackedGroups` the result of a row is bit-identical whatever the other rows are and however many there are.
+    Work is proportional to the number of rows that have a group. Rows past the last group are zero in the result. With
+    `PackedGroups`, the result of a row is bit-identical regardless of the number and contents of the other rows.
 
     Args:
       x: [T, E], float32, bfloat16 or float16, rows sorted by group.
       w: [G, E, F]. `PackedGroups` must be prepared with gated=False.
-      group_sizes: i32[X], X <= G, rows of each group; their sum is at most T.
-      first_group: weight of group 0, an int or a traced i32: a layer's place in a stack of all layers' weights. It is
-        in [0, G - X].
-      out_dtype: of the result; None: that of x.
-      implementation: a key of `IMPLEMENTATIONS`; None picks the fastest for the platform that the program is lowered
-        for: on TPUs the compiler's grouped kernel, or ours where w is a stack of whole tiles and the program is for one
-        device or in a shard_map; a loop over tiles of rows elsewhere. `PackedGroups` have a single implementation.
+      group_sizes: i32[X], X <= G, the number of rows in each group; their sum is at most T.
+      first_group: index of the weight of group 0, in [0, G - X]; an int or a traced i32. Selects a layer in a stack of
+        all layers' weights.
+      out_dtype: dtype of the result; None means the dtype of x.
+      implementation: a key of `IMPLEMENTATIONS`. None picks the fastest for the platform that the program is lowered
+        for. On TPUs this is the compiler's grouped kernel, or ours if w is a stack of whole tiles and the program is for
+        one device or inside a shard_map; elsewhere it is a loop over tiles of rows. `PackedGroups` have a single
+        implementation.
 
     Raises:
-      ValueError: shapes, dtypes or the implementation do not fit.
+      ValueError: a shape or dtype is invalid, or the implementation is unknown.
     """
     _check(x, w, group_sizes, first_group, implementation)
     if isinstance(w, PackedGroups) and w.gated:
@@ -111,7 +112,7 @@ def _plain_product(
 
 @_plain_product.defjvp
 def _derivative(implementation: str | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    """The derivative of XLA's own grouped product; the loops and kernels have none."""
+    """The derivative of XLA's own grouped product; the loops and kernels do not define one."""
 
     def product(x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first: jax.Array) -> jax.Array:
         if isinstance(w, Int8Weight):
@@ -134,10 +135,12 @@ def _check(
         raise ValueError(f"group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}, but must be int32[X]")
     num_groups, num_weights = group_sizes.shape[0], w.shape[0]
     if not 1 <= num_groups <= num_weights:
-        raise ValueError(f"group_sizes has {num_groups} groups, but w has the weights of {num_weights}; 1 to that many fit")
+        raise ValueError(
+            f"group_sizes has {num_groups} groups, but must have 1 to {num_weights}, the number of weights in w"
+        )
     if isinstance(first_group, int) and not 0 <= first_group <= num_weights - num_groups:
         raise ValueError(
-            f"first_group is {first_group}, but w has {num_weights} weights and {num_groups} groups are asked for; "
+            f"first_group is {first_group}, but w has {num_weights} weights and group_sizes has {num_groups} groups; "
             f"it must be in [0, {num_weights - num_groups}]"
         )
     if implementation is None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def grouped_matmul_reference(
     x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
 ) -> Float[Array, "T F"]:
-    """float32[T, F]: multiplies every row by every weight and selects that of its group. X times the work; for tests."""
+    """float32[T, F]: multiplies every row by every weight and selects its group's result. X times the work; for tests."""
     ends = jnp.cumsum(group_sizes)
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")  # X for rows past the last group
     # Rows past the last group are multiplied too, by the last weight; their results are replaced by zero.

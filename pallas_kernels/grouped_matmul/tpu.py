@@ -1,4 +1,4 @@
-"""Grouped matmul on a TPU, for weights that are a part of a larger stack.
+"""Grouped matmul on a TPU, for weights that are part of a larger stack.
 
 `jax.lax.ragged_dot` is a good kernel of the TPU compiler, but it needs its weights as a separate array: inside a scan over
 layers the compiler copies the layer's experts out of the stack in every step. This kernel reads them in place.
@@ -8,14 +8,14 @@ The work is a list of (group, tile of rows) pairs, computed beforehand and passe
     rows      | a a a a a a a | b b | c c c c c |      groups a, b, c
     tiles     | 0       | 1       | 2       |          work: (a, 0) (a, 1) (b, 1) (c, 1) (c, 2)
 
-A tile that several groups share is computed once for each of them, one after another; each keeps its own rows.
+A tile shared by several groups is computed once per group, in consecutive items; each group writes only its own rows.
 Source: MegaBlocks (arXiv:2211.15841).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 LANES = 128
-_WEIGHT_TILE_BYTES = 2 << 20  # there are two in flight: a copy of a few MiB is near the full rate of the memory
+_WEIGHT_TILE_BYTES = 2 << 20  # two are in flight: copies of a few MiB come close to the full memory bandwidth
 _SUBLANES = 16  # rows of a bfloat16 tile; a float32 tile has 8
 
 
 def may_be_lowered() -> bool:
     """Whether the program being traced may be for a single TPU.
 
-    XLA divides its own kernel over the devices of a mesh, but not this one: there it would have to be inside a shard_map.
+    XLA partitions its own kernel over the devices of a mesh, but not this one, which needs a shard_map there.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
@@ -45,7 +45,7 @@ def may_be_lowered() -> bool:
 
 
 def supports(shape: tuple[int, ...]) -> bool:
-    """Whether weights [G, E, F] are whole tiles. For others the compiler first copies all weights to a new layout."""
+    """Whether weights [G, E, F] consist of whole tiles. If not, the compiler first copies all weights to a new layout."""
     return shape[1] % LANES == 0 and shape[2] % LANES == 0
 
 
@@ -56,11 +56,11 @@ def grouped_matmul_tpu(
     first_group: Int[Array, ""],
     *,
     tile_rows: int | None = None,
-    interpret: Any = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "T F"]:
     """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`.
 
-    `tile_rows` None chooses it from the number of rows; `interpret` is that of `pl.pallas_call`.
+    If `tile_rows` is None, it is chosen from the number of rows. `interpret` is passed to `pl.pallas_call`.
     """
     values = w.values if isinstance(w, Int8Weight) else w
     num_rows, depth = x.shape
@@ -102,13 +102,13 @@ def grouped_matmul_tpu(
         interpret=interpret,
         name="grouped_matmul",
     )(*work, jnp.reshape(first_group, (1,)), x, values)
-    return scaled_rows(out, w, group_sizes, first_group)  # tiles without any row of a group were not written
+    return scaled_rows(out, w, group_sizes, first_group)  # tiles without a row of any group were not written
 
 
 def _plan(
     group_sizes: jax.Array, *, rows: int, row_tiles: int
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """(group and row tile of each item of work; first row and end of each group), and how many items there are."""
+    """(group and row tile of each work item; first row and end of each group), and the number of work items."""
     num_groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
@@ -129,7 +129,7 @@ def _kernel(group, tile, starts, ends, first, x, w, out, sums, *, rows: int, num
     def _() -> None:
         sums[...] = jnp.zeros_like(sums)
 
-    exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; float32 in full takes several passes
+    exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; full float32 precision takes several passes
     sums[...] += jax.lax.dot(
         x[...],
         w[...].astype(x.dtype),
@@ -147,7 +147,7 @@ def _kernel(group, tile, starts, ends, first, x, w, out, sums, *, rows: int, num
 
 
 def _tile_rows(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: about one group's share, so that few rows are wasted, in [16, 512]."""
+    """Rows per tile: about one group's share, so that few rows are wasted; in [16, 512]."""
     share = -(-num_rows // num_groups)
     wanted = min(max(1 << (share - 1).bit_length(), _SUBLANES), 512)
     return min(wanted, -(-num_rows // _SUBLANES) * _SUBLANES)

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @pytree
 class PackedGroups:
-    """Weights [G, K, N] in the layout of this CPU's native kernel; neither saved nor differentiated.
+    """Weights [G, K, N] in the layout of this CPU's native kernel. They cannot be saved or differentiated.
 
     Attributes:
       panels: float32, bfloat16 or int8 [G, P, steps, width, group]; panel p of a group holds output columns
-        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; steps are those of
+        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; a step is defined as in
         `matmul.PackedWeight`.
       scales: float32[G, P, width] when the panels are int8, else float32[0].
       num_inputs: K.
@@ -50,20 +50,20 @@ def prepare(
 ) -> GroupedWeight:
     """The form of `w` that `grouped_matmul` (`grouped_swiglu` when `gated`) multiplies with fastest on `platform`.
 
-    On the CPU, with native kernels, that is `PackedGroups`: in bfloat16 when `w` is, in float32 otherwise. Elsewhere
-    it is the array as it is, or an `Int8Weight`. Int8 is rounded to nearest with one scale per output column of a
-    group.
+    On a CPU with native kernels this is `PackedGroups`, in bfloat16 if `w` is bfloat16 and otherwise in float32.
+    Elsewhere it is the unchanged array, or an `Int8Weight`. Int8 is rounded to nearest, with one scale per group and
+    output column.
 
     Args:
-      w: [G, K, N] floating point, or quantized already; [G, K, 2F], gate columns before up columns, when `gated`.
+      w: [G, K, N], floating point or already quantized; when `gated`, [G, K, 2F] with gate columns before up columns.
       quantize: None or "int8".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
-      gated: the weights of `grouped_swiglu`.
+      gated: the weights are for `grouped_swiglu`.
     """
     if len(w.shape) != 3:
-        raise ValueError(f"w has shape {w.shape}, but must be [G, K, N], one matrix a group")
+        raise ValueError(f"w has shape {w.shape}, but must be [G, K, N], one matrix per group")
     if not isinstance(w, Int8Weight) and not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"w has dtype {w.dtype}, but must be floating point; quantize='int8' makes int8 of that")
+        raise ValueError(f"w has dtype {w.dtype}, but must be floating point; pass quantize='int8' to get int8 weights")
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize is {quantize!r}, but must be None or 'int8'")
     if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):

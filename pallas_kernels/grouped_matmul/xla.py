@@ -1,4 +1,4 @@
-"""Grouped matmuls in plain XLA: XLA's own for TPUs, and a loop over tiles for everything else."""
+"""Grouped matmuls in plain XLA: XLA's own operation for TPUs, and a loop over tiles for all other platforms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def grouped_matmul_ragged_dot(
 ) -> Float[Array, "T F"]:
     """float32[T, F] by `jax.lax.ragged_dot`: a compiler kernel on TPUs; elsewhere every group multiplies all rows.
 
-    On TPUs int8 weights go into the kernel as they are. Where w holds more groups than there are sizes, those in use
+    On TPUs int8 weights are passed to the kernel unchanged. If w holds more groups than `group_sizes`, the weights in use
     are copied out first.
     """
     count = group_sizes.shape[0]
@@ -34,12 +34,12 @@ def grouped_matmul_ragged_dot(
 def grouped_matmul_tiles(
     x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
 ) -> Float[Array, "T F"]:
-    """float32[T, F] by a loop over tiles of rows, each with the weight of its one group.
+    """float32[T, F] by a loop over tiles of rows; each tile belongs to one group.
 
         rows      | a a a a a a a | b b | c c c c c |
-        tiles     | 0     | 1     | 2   | 3     | 4 |      the rows of a tile that are not its group's are left alone
+        tiles     | 0     | 1     | 2   | 3     | 4 |      rows of a tile outside its group are left unchanged
 
-    The loop runs as often as there are tiles in use; only the weights of groups that have rows are read.
+    The loop has one iteration per tile in use, and only the weights of groups with rows are read.
     """
     num_rows, num_groups = x.shape[0], group_sizes.shape[0]
     tile = min(num_rows, _tile_rows(num_rows, num_groups))
@@ -80,6 +80,6 @@ def scaled_rows(
 
 
 def _tile_rows(num_rows: int, num_groups: int) -> int:
-    """The power of two at or above an equal share of the rows: larger tiles would be mostly empty."""
+    """The smallest power of two not below an equal share of the rows: larger tiles would be mostly empty."""
     share = -(-num_rows // num_groups)
     return min(max(1 << (share - 1).bit_length(), _SMALLEST_TILE), _LARGEST_TILE)

@@ -1,7 +1,7 @@
 """Matrix products of activations with weights that are stored the way the platform reads them fastest.
 
 `prepare` turns a checkpoint's weight into a plain array, an `Int8Weight` or, on CPUs with a C++ compiler, a
-`PackedWeight`; `linear` and `swiglu` take any of them.
+`PackedWeight`; `linear` and `swiglu` accept all of them.
 """
 
 from pallas_kernels.matmul.ops import linear, swiglu

@@ -1,10 +1,10 @@
-// y = x @ w (+ residual), or silu(x @ gate) * (x @ up), for weights stored in panels: float32, bfloat16 or int8.
+// y = x @ w (+ residual), or silu(x @ gate) * (x @ up), for float32, bfloat16 or int8 weights stored in panels.
 #include "panels.h"
 
 namespace pallas_kernels {
 namespace {
 
-// Rows are split into blocks of nearly equal size, at most kMaxRows: 15 rows are 8 + 7, not 14 + 1.
+// Splits the rows into blocks of nearly equal size, at most kMaxRows each: 15 rows become 8 + 7, not 14 + 1.
 struct RowBlocks {
   int64_t rows, count, size, num_larger;
 
@@ -31,14 +31,15 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
   if (blocks.count == 0 || num_panels == 0) return;
   const int64_t steps = num_steps<Weight>(depth), panel_size = steps * kStep<Weight>;
 
-  // Activations are transposed within a row block; one row of float32 is that already.
+  // Activations are transposed within a row block. A single float32 row already has that layout.
   const bool packs = m > 1 || Weight::kGroup > 1;
   Factor* packed = packs ? reinterpret_cast<Factor*>(scratch<PackedRows>(m * steps)) : nullptr;
   const Factor* a = packs ? packed : reinterpret_cast<const Factor*>(x);
   const int64_t num_packs = packs ? blocks.count : 0;
   std::atomic<int64_t> num_packed{0};
 
-  // Items are (chunk of row blocks, panel): as few chunks as the cache and the number of threads allow.
+  // A work item is a (chunk of row blocks, panel) pair. There are as few chunks as the cache size and the number of
+  // threads allow.
   const int64_t num_threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t enough_items = 4 * num_threads;
   int64_t num_chunks = std::max((m * steps * static_cast<int64_t>(sizeof(Factor)) + kChunkBytes - 1) / kChunkBytes,
@@ -52,7 +53,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
       num_packed.fetch_add(1, std::memory_order_release);
       return;
     }
-    // The task that packs has a lower number, so it has begun: see parallel_for.
+    // Packing items have lower numbers than this one, so they have already started (see parallel_for).
     wait_until([&] { return num_packed.load(std::memory_order_acquire) == num_packs; });
     const int64_t chunk = (item - num_packs) / num_panels, panel = (item - num_packs) % num_panels;
     const int64_t first_block = chunk * blocks.count / num_chunks;
@@ -60,7 +61,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
     const Element* panel_data = weight + panel * panel_size;
     const float* panel_scales = scales ? scales + panel * kWidth : nullptr;
     const int64_t first_row = blocks.start(first_block);
-    // With many rows it pays to unpack the panel once, with few it is done on the way into the registers.
+    // With several row blocks, unpacking the panel once pays off. With one, elements are widened as they are loaded.
     constexpr bool kNarrow = !std::is_same_v<Weight, Wide>;
     const bool widens = kNarrow && last_block - first_block > 1;
     auto* wide = reinterpret_cast<typename Wide::Element*>(
@@ -73,10 +74,10 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
       if constexpr (kNarrow) {
         if (widens) widen<Weight>(b, part, wide);
       }
-      // A single tile waits for memory, and fetches a little ahead in the stream that it reads. Several tiles find the
-      // panel in the cache after the first; together they fetch what this thread most likely multiplies by next: the
-      // rest of the panel, then, as threads take panels in turn, the one num_threads further on. A wrong guess, or
-      // one past the end, costs time only.
+      // A single tile is bound by memory, so it prefetches a short distance ahead in its own stream. With several
+      // tiles, all but the first find the panel in the cache; together they prefetch what this thread will most likely
+      // need next: the rest of the panel, and then the panel num_threads further on, because threads claim panels in
+      // order. A wrong guess, or an address past the end, costs only time.
       const bool last_part = k + part == steps, single = last_block - first_block == 1;
       const Element* next = last_part ? panel_data + num_threads * panel_size : b + part * kStep<Weight>;
       const char* ahead = single ? reinterpret_cast<const char*>(b) + kNearBytes : reinterpret_cast<const char*>(next);
@@ -103,8 +104,8 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 
-// Rows of x from num_rows on are padding: they cost nothing and come out as zero.
-// Further arguments: float32[num_panels, kWidth] scales if the weight is int8, then the residual if `has_residual`.
+// Rows of x from num_rows on are padding: they are not computed, and their results are zero.
+// Remaining arguments: scales, float32[num_panels, kWidth], if the weight is int8; then the residual if `has_residual`.
 ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ffi::AnyBuffer weight, S32 num_rows,
                   ffi::RemainingArgs others, ffi::ResultBuffer<ffi::F32> y) {
   return with_storage(weight.element_type(), "pallas_kernels_matmul", [&](auto storage) {
@@ -113,7 +114,8 @@ ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ff
     const int64_t columns = gated ? kWidth / 2 : kWidth;
     if (xs.size() != 2 || ws.size() != 4 || ys.size() != 2 || ws[3] != Weight::kGroup || ws[2] != kWidth ||
         ws[1] != num_steps<Weight>(xs[1]) || ys[0] != xs[0] || (ys[1] + columns - 1) / columns != ws[0]) {
-      return ffi::Error::InvalidArgument("pallas_kernels_matmul: activations, panels and result do not fit");
+      return ffi::Error::InvalidArgument(
+          "pallas_kernels_matmul: activations, panels and result have incompatible shapes");
     }
     const bool scaled = std::is_same_v<Weight, Int8>;
     if (others.size() != static_cast<size_t>(scaled) + has_residual) {
@@ -126,7 +128,7 @@ ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ff
       if (!other.has_value()) return other.error();
       const bool is_scales = scaled && i == 0;
       if (static_cast<int64_t>(other->element_count()) != (is_scales ? ws[0] * kWidth : ys[0] * ys[1])) {
-        return ffi::Error::InvalidArgument("pallas_kernels_matmul: scales or residual do not fit");
+        return ffi::Error::InvalidArgument("pallas_kernels_matmul: scales or residual have the wrong size");
       }
       (is_scales ? scales : output.residual) = other->typed_data();
     }
@@ -141,7 +143,7 @@ ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ff
 }  // namespace
 }  // namespace pallas_kernels
 
-// Output columns in a panel, and numbers of a column in one of its steps; the Python side packs accordingly.
+// The number of output columns of a panel, and of values per column in one step. The Python side packs accordingly.
 extern "C" int pallas_kernels_matmul_panel_width() { return pallas_kernels::kWidth; }
 extern "C" int pallas_kernels_matmul_narrow_group() { return pallas_kernels::BFloat16::kGroup; }
 

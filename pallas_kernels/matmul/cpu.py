@@ -35,7 +35,7 @@ def panel_width() -> int:
 
 @functools.cache
 def narrow_group() -> int:
-    """Numbers of a column in one step of a bfloat16 or int8 panel: 2 if the CPU multiplies bfloat16, otherwise 1.
+    """Values per column in one step of a bfloat16 or int8 panel: 2 if the CPU multiplies bfloat16, otherwise 1.
 
     With 2, activations are rounded to bfloat16 before they are multiplied with such a weight. The kernel must be loaded.
     """
@@ -45,9 +45,9 @@ def narrow_group() -> int:
 def pack(w: Num[np.ndarray, "K N"], *, gated: bool) -> Num[np.ndarray, "P steps width group"]:
     """Panels [P, steps, width, group] of a matrix [K, N], padded with zeros.
 
-    Step s of a panel has the rows s * group + (0 .. group - 1) of its columns, see `narrow_group`. With `gated` the matrix
-    is [gate | up], N = 2F, and each panel holds width/2 columns of the gate, then the same columns of up, so that one
-    tile has both factors of its outputs in registers.
+    Step s of a panel holds rows s * group to s * group + group - 1 of its columns, see `narrow_group`. With `gated`, the
+    matrix is [gate | up], N = 2F, and each panel holds width/2 columns of gate followed by the same columns of up, so that
+    one tile has both factors of its outputs in registers.
     """
     group = 1 if w.dtype == np.float32 else narrow_group()
     parts = np.split(w, 2, axis=1) if gated else [w]
@@ -129,6 +129,6 @@ def _multiply(
 @_multiply.defjvp
 def _no_derivative(num_outputs: int, gated: bool, primals: tuple, tangents: tuple) -> NoReturn:
     raise ValueError(
-        "a PackedWeight has no derivative, nor has what it is multiplied with; differentiate with the plain array that it "
-        "was prepared from, as load_params(..., prepare=None) gives it"
+        "a PackedWeight has no derivative, and neither do products with it; differentiate with the plain array that it "
+        "was prepared from, as load_params(..., prepare=None) returns it"
     )

@@ -25,16 +25,15 @@ def linear(
 ) -> Float[Array, "*rows N"]:
     """x @ w (+ residual), [..., N]; products are summed in float32.
 
-    With a `PackedWeight` the result of a row is bit-identical whatever the other rows are and however many
-    there are.
+    With a `PackedWeight`, the result of a row is bit-identical regardless of the number and contents of the other rows.
 
     Args:
       x: [..., K], float32, bfloat16 or float16.
       w: [K, N].
-      residual: [..., N] in the dtype of x; added in float32, before the one rounding of the result.
-      num_rows: i32 scalar; rows of a matrix x from there on are padding, and their results meaningless but finite if
+      residual: [..., N] in the dtype of x; added in float32, before the result is rounded once.
+      num_rows: i32 scalar. Rows of a matrix x from num_rows on are padding: their results are meaningless, but finite if
         x is. A `PackedWeight` does not compute them.
-      out_dtype: of the result; None: that of x.
+      out_dtype: dtype of the result; None means the dtype of x.
     """
     _check(x, w)
     out_dtype = x.dtype if out_dtype is None else out_dtype
@@ -59,25 +58,25 @@ def swiglu(
       x: [..., K], float32, bfloat16 or float16.
       w: [K, 2F]: the columns of gate, then those of up. A `PackedWeight` must be prepared with gated=True.
       num_rows: as for `linear`.
-      shards: w is this many [gate | up] of equal width side by side, one for each device that it is divided over.
+      shards: w consists of this many [gate | up] pairs of equal width, side by side, one per device.
     """
     _check(x, w)
     if isinstance(w, PackedWeight):
         if not w.gated:
             raise ValueError("w was prepared with gated=False; for swiglu, prepare it with gated=True")
         if shards != 1:
-            raise ValueError(f"shards is {shards}, but a PackedWeight is never divided; pass a plain or Int8Weight")
+            raise ValueError(f"shards is {shards}, but a PackedWeight cannot be sharded; pass an array or an Int8Weight")
         return _packed(x, w, None, num_rows).astype(x.dtype)
     return gated(_product(x, w), shards).astype(x.dtype)
 
 
 def gated(y: Float[Array, "*rows columns"], shards: int = 1) -> Float[Array, "*rows F"]:
-    """silu(gate) * up, [..., F], of y [..., 2F]: `shards` times [gate | up], of equal width, side by side."""
+    """silu(gate) * up, [..., F], of y [..., 2F], which is `shards` pairs [gate | up] of equal width, side by side."""
     if shards < 1 or y.shape[-1] % (2 * shards):
         raise ValueError(
-            f"w is [gate | up] {shards} times, so its width must be a multiple of {2 * shards}, not {y.shape[-1]}"
+            f"w holds {shards} pairs [gate | up], so its width must be a multiple of {2 * shards}, not {y.shape[-1]}"
         )
-    # Not as [..., shards, 2, F]: XLA would give the product itself two axes of columns, and on a TPU transpose w for it.
+    # Not as [..., shards, 2, F]: XLA would then split the columns of the product itself and, on a TPU, transpose w.
     gate, up = jnp.split(y.reshape(*y.shape[:-1], shards, -1), 2, axis=-1)
     return (jax.nn.silu(gate) * up).reshape(*y.shape[:-1], -1)
 

@@ -22,7 +22,7 @@ _LARGEST = 127
 class Int8Weight:
     """w[k, n] = values[k, n] * scales[n]; activations stay in floating point.
 
-    Leaves may have a leading layer axis that `lax.scan` or indexing takes away.
+    Both arrays may have a leading layer axis, which `lax.scan` or indexing removes.
 
     Attributes:
       values: int8[..., K, N] in [-127, 127].
@@ -39,12 +39,12 @@ class Int8Weight:
 
 @pytree
 class PackedWeight:
-    """A weight [K, N] in the layout of this CPU's native kernel; neither saved nor differentiated.
+    """A weight [K, N] in the layout of this CPU's native kernel. It cannot be saved or differentiated.
 
     Attributes:
       panels: float32, bfloat16 or int8 [P, steps, width, group]; panel p holds output columns
-        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; a step has one number
-        of each, or two neighbors along K where the CPU multiplies pairs (`cpu.narrow_group`).
+        [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; a step has one value
+        per column, or two adjacent values along K if the CPU multiplies pairs (`cpu.narrow_group`).
       scales: float32[P, width] when the panels are int8, else None.
       num_inputs: K.
       num_outputs: columns of the result: N, or F = N / 2 when gated.
@@ -71,23 +71,23 @@ def prepare(
 ) -> Weight:
     """The form of `w` that `linear` (`swiglu` when `gated`) multiplies with fastest on `platform`.
 
-    On the CPU, with native kernels, that is a `PackedWeight`: in bfloat16 when `w` is, in float32 otherwise. Where the
-    CPU multiplies bfloat16 (AVX512_BF16), activations are rounded to bfloat16 before they are multiplied with a bfloat16
-    or int8 weight. Elsewhere it is the array itself, or an `Int8Weight`. Int8 is rounded to nearest with one scale per
-    output column: the error of a weight is at most half a scale, max|column| / 254.
+    On a CPU with native kernels this is a `PackedWeight`, in bfloat16 if `w` is bfloat16 and otherwise in float32. If the
+    CPU multiplies bfloat16 (AVX512_BF16), activations are rounded to bfloat16 before they are multiplied by a bfloat16
+    or int8 weight. Elsewhere it is the unchanged array, or an `Int8Weight`. Int8 is rounded to nearest, with one scale per
+    output column; the error of a weight is at most half a scale, max|column| / 254.
 
     Args:
-      w: [K, N] floating point, or quantized already; [K, 2F], gate columns before up columns, when `gated`.
+      w: [K, N], floating point or already quantized; when `gated`, [K, 2F] with gate columns before up columns.
       quantize: None or "int8".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
-      gated: the weight of `swiglu`.
+      gated: the weight is for `swiglu`.
     """
     if len(w.shape) != 2:
         raise ValueError(f"w has shape {w.shape}, but must be [K, N]; prepare stacked weights one by one")
     if isinstance(w, Int8Weight):
         quantize = "int8"
     elif not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"w has dtype {w.dtype}, but must be floating point; quantize='int8' makes int8 of that")
+        raise ValueError(f"w has dtype {w.dtype}, but must be floating point; pass quantize='int8' to get int8 weights")
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize is {quantize!r}, but must be None or 'int8'")
     if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):

@@ -1,6 +1,6 @@
-// What every native kernel of this package shares: the vector type of this CPU, a parallel loop, scratch memory.
+// Shared by all native kernels: the vector type of this CPU, a parallel loop, and scratch memory.
 //
-// Portable C++17 with the vector extensions of GCC and Clang; compiled for the machine it runs on.
+// Portable C++17 with the vector extensions of GCC and Clang, compiled for the machine it runs on.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ constexpr int kLanes = 4;  // SSE, NEON
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
-// The same vectors where memory promises no alignment and other types may live.
+// The same vectors for memory that may be unaligned and may hold other types.
 typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int8_t UnalignedBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
@@ -46,10 +46,10 @@ typedef int8_t UnalignedBytes __attribute__((vector_size(kLanes), aligned(1), ma
 
 KERNEL_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 KERNEL_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
-// x - 0 is x for every x, which compilers know; 0 + x is not, for x = -0.
+// Compilers can simplify x - 0 to x for every x, but not 0 + x, which differs for x = -0.
 KERNEL_INLINE Vec splat(float x) { return x - Vec{}; }
 
-// int8[kLanes] -> float[kLanes]; exact. GCC 12 converts the generic form element by element, hence the intrinsics.
+// int8[kLanes] -> float[kLanes], exact. Uses intrinsics because GCC 12 converts the generic form element by element.
 KERNEL_INLINE Vec load_int8(const int8_t* p) {
 #if defined(__AVX512F__)
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -65,7 +65,7 @@ KERNEL_INLINE Vec load_int8(const int8_t* p) {
 #endif
 }
 
-// bfloat16[kLanes] -> float[kLanes]; exact.
+// bfloat16[kLanes] -> float[kLanes], exact.
 KERNEL_INLINE Vec load_bfloat16(const uint16_t* p) {
 #if defined(__AVX512F__)
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -103,7 +103,7 @@ KERNEL_INLINE float max_element(Vec v) {
 
 template <int Step, bool High, size_t... I>
 KERNEL_INLINE Vec exchange(Vec a, Vec b, std::index_sequence<I...>) {
-  // Low: the elements of a and b whose index has no bit `Step`, side by side; High: those that have it.
+  // Interleaves the elements of a and b whose index has bit `Step` clear (Low) or set (High).
   return High ? __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes : int(I) + Step)...)
               : __builtin_shufflevector(a, b, ((I & Step) ? int(I) + kLanes - Step : int(I))...);
 }
@@ -128,9 +128,9 @@ KERNEL_INLINE void transpose(Vec (&rows)[kLanes]) {
   if constexpr (kLanes > 8) transpose_step<8>(rows);
 }
 
-// e^x for x below 88.3, relative error below 2e-7; 0 below -87.3. NaN stays NaN.
+// e^x for x below 88.3, with a relative error below 2e-7; 0 for x below -87.3. NaN stays NaN.
 KERNEL_INLINE Vec exp_below_overflow(Vec x) {
-  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the sum.
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
   const Vec magic = splat(12582912.0f);
   const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec n = shifted - magic;
@@ -151,7 +151,7 @@ KERNEL_INLINE Vec exp_below_overflow(Vec x) {
   return x < splat(-87.33654f) ? Vec{} : p * power;
 }
 
-// e^x, the largest power near 3e38 above 88.
+// e^x, with x clamped at 88.37626 so that the result stays finite (near 2.4e38).
 KERNEL_INLINE Vec exp(Vec x) {
   const Vec largest = splat(88.37626f);
   return exp_below_overflow(x > largest ? largest : x);
@@ -162,7 +162,7 @@ KERNEL_INLINE Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
 
 // ---- scratch memory ------------------------------------------------------------------------------------------
 
-// Memory of the calling thread, 64-byte aligned, kept from call to call; one per `Tag`. Contents are undefined.
+// A thread-local buffer, one per `Tag`, 64-byte aligned and reused by later calls. Its contents are undefined.
 template <class Tag>
 inline float* scratch(size_t num_floats) {
   struct Holder {
@@ -193,7 +193,7 @@ KERNEL_INLINE void pause() {
 #endif
 }
 
-// Spins until `condition()` holds; yields the core when that takes long.
+// Spins until `condition()` holds; after 4096 iterations it yields the core between checks.
 template <class Condition>
 inline void wait_until(Condition&& condition) {
   for (int i = 0; !condition(); ++i) {
@@ -207,10 +207,10 @@ inline void wait_until(Condition&& condition) {
 
 // Calls body(i) once for every i in [0, count), on the calling thread and on threads of XLA's pool.
 //
-// Items are claimed in rising order from one counter, so the calling thread can do all of them by itself: when the pool
-// is busy, nothing waits for it. The caller waits only for items that another thread has begun. A pool task that
-// starts after that finds no item left, and touches nothing but the shared counter, which it keeps alive itself.
-// An item may therefore wait for one with a lower number (it has begun), never for a higher one.
+// Threads claim items in ascending order from one counter, so the calling thread can process all of them by itself and
+// never waits for a busy pool: it waits only for items that another thread has started. A pool task that starts after
+// that finds no items left and touches nothing but the shared counter, which it keeps alive itself.
+// An item may therefore wait for an item with a lower number (which has already started), but never for a higher one.
 // `body` must not throw.
 template <class Body>
 inline void parallel_for(ffi::ThreadPool& pool, int64_t count, Body&& body) {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jaxlib.version
 
-# contract=fast: a * b + c becomes one fused instruction, in every kernel alike. Nothing here reorders sums.
+# contract=fast: a * b + c becomes one fused instruction, in all kernels alike. No flag here lets sums be reordered.
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -38,14 +38,14 @@ class CompilerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiler:
-    """A C++ compiler that works here, and the flags for this machine."""
+    """A working C++ compiler, and the flags for this machine."""
 
     command: tuple[str, ...]
     flags: tuple[str, ...]
     version: str
 
     def key(self, sources: bytes) -> str:
-        """Names everything that decides the machine code: sources, flags, compiler, CPU, jaxlib's headers."""
+        """Digest of everything that determines the machine code: sources, flags, compiler, CPU, jaxlib's headers."""
         parts = (*self.command, *self.flags, self.version, cpu_description(), jaxlib.version.__version__)
         return hashlib.sha256("\0".join(parts).encode() + b"\0" + sources).hexdigest()[:32]
 
@@ -110,8 +110,8 @@ def _machine_flags() -> tuple[tuple[str, ...], ...]:
 
 
 def _try(command: tuple[str, ...], flags: tuple[str, ...]) -> str | None:
-    """None when the compiler accepts the flags and has a C++ standard library, else its complaint."""
-    # Preprocessing takes a few hundredths of a second; a missing linker is only noticed when a kernel is built.
+    """None if the compiler accepts the flags and has a C++ standard library, otherwise its error message."""
+    # Preprocessing takes a few hundredths of a second; a missing linker is noticed only when a kernel is built.
     arguments = [*command, *flags, "-E", "-x", "c++", "-"]
     result = _run(arguments, timeout=_PROBE_TIMEOUT_S, text="#include <atomic>\n")
     if result.returncode == 0:
@@ -120,7 +120,7 @@ def _try(command: tuple[str, ...], flags: tuple[str, ...]) -> str | None:
 
 
 def _run(command: Sequence[str], *, timeout: float, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Output and errors together in `stdout`; a command that cannot start or hangs counts as failed."""
+    """Runs a command, with its output and errors together in `stdout`. One that cannot start or hangs counts as failed."""
     try:
         return subprocess.run(
             command,

@@ -23,12 +23,12 @@ _log = logging.getLogger(__name__)
 _HEADERS = Path(__file__).parent
 
 _lock = threading.RLock()
-_outcomes: dict[str, str | None] = {}  # name of a library -> None when loaded, else the reason why not
+_outcomes: dict[str, str | None] = {}  # name of a library -> None if loaded, otherwise the reason why not
 _loaded: dict[str, ctypes.CDLL] = {}  # keeps the code that XLA points to mapped
 
 
 def available() -> bool:
-    """True when native kernels are not turned off and a C++ compiler is found. Never raises."""
+    """True if native kernels are not turned off and a C++ compiler is found. Never raises."""
     return unavailable_reason() is None
 
 
@@ -41,14 +41,14 @@ def unavailable_reason() -> str | None:
 
 
 def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
-    """Makes the functions of a C++ source callable through `jax.ffi.ffi_call` on the CPU; True when they are.
+    """Makes the functions of a C++ source callable through `jax.ffi.ffi_call` on the CPU; True if it succeeds.
 
     The first call for a `name` compiles (seconds) or opens the cached library (milliseconds); later calls
-    return the outcome of the first. Call it while tracing, before `ffi_call`. Never raises: when it returns
-    False the reason has been logged, and the caller uses plain XLA.
+    return the outcome of the first. Call it while tracing, before `ffi_call`. Never raises: if it returns
+    False, the reason has been logged, and the caller uses plain XLA.
 
     Args:
-      name: of the library; part of its file name.
+      name: name of the library; part of its file name.
       source: the `.cc` file. It may include the headers beside it, those beside this file, and "xla/ffi/api/ffi.h".
       symbols: name of the FFI target -> C symbol of its handler.
     """
@@ -72,7 +72,7 @@ def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
 def function(name: str, symbol: str) -> Any:
     """The C function `symbol` of a library that `load(name, ...)` has loaded, for `ctypes` calls.
 
-    Raises `KeyError` when the library is not loaded.
+    Raises `KeyError` if the library is not loaded.
     """
     return getattr(_loaded[name], symbol)
 
@@ -81,7 +81,7 @@ def function(name: str, symbol: str) -> Any:
 def _log_once(name: str, reason: str) -> None:
     # A failure despite a working compiler deserves a warning; a machine without a compiler does not.
     level = logging.INFO if unavailable_reason() else logging.WARNING
-    _log.log(level, "native kernels of %r are not used, plain XLA is used instead: %s", name, reason)
+    _log.log(level, "native kernels of %r are not used; plain XLA is used instead: %s", name, reason)
 
 
 @functools.cache
@@ -113,7 +113,7 @@ def _open(name: str, source: Path) -> ctypes.CDLL:
 
 
 def _build(name: str, source: Path, *, take_ready: bool = True) -> Path:
-    """Path of the library built from `source`, compiled unless a whole one is there already."""
+    """Path of the library built from `source`, which is compiled unless a complete library exists already."""
     compiler = _compiler()
     assert isinstance(compiler, Compiler)
     headers = sorted({*source.parent.glob("*.h"), *_HEADERS.glob("*.h")})
@@ -167,7 +167,7 @@ def _digest_file(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Holds a lock between processes, so that eight workers compile once; goes on without the lock where locking fails."""
+    """Holds a lock between processes, so that eight workers compile once. Continues without it if locking fails."""
     import fcntl
 
     with open(path, "w") as file:

@@ -1,15 +1,15 @@
-// Products of activations with weights that are stored in panels: what the matmul kernels share.
+// Products of activations and weights stored in panels, shared by the matmul kernels.
 //
-// A panel holds kWidth output columns of a weight, step after step of the contraction axis:
+// A panel holds kWidth output columns of a weight, one step of the contraction axis after another:
 //
 //      w [K, N]                      panels [ceil(N / kWidth), steps, kWidth, group]
 //      |<- kWidth ->|<- kWidth ->|   so that a tile reads one unbroken stream of memory
 //
-// A step is one number of each column, or, where the CPU multiplies pairs of bfloat16 (AVX512_BF16), two: then weights in
-// bfloat16 or int8 meet activations that are rounded to bfloat16, and sums stay in float32.
+// A step holds one value per column. Where the CPU multiplies pairs of bfloat16 values (AVX512_BF16), it holds two for
+// bfloat16 and int8 weights; activations are then rounded to bfloat16, and sums stay in float32.
 //
-// Every output is one chain of multiply-adds over the steps, whatever the tile, the thread and the number of rows: the
-// result of a row does not depend on its companions, to the last bit.
+// Every output is one chain of multiply-adds over the steps, regardless of the tile, the thread and the number of rows.
+// The result of a row is therefore bit-identical whichever rows it is batched with.
 #pragma once
 
 #include <string>
@@ -19,8 +19,7 @@
 namespace pallas_kernels {
 namespace {
 
-// Accumulators are kMaxRows * kVecs of the 32 (AVX-512, NEON) or 16 vector registers; the others hold a row of the
-// panel.
+// Accumulators use kMaxRows * kVecs of the 32 (AVX-512, NEON) or 16 vector registers; the rest hold a row of the panel.
 #if defined(__AVX512F__)
 constexpr int kVecs = 2, kMaxRows = 14;
 #elif defined(__aarch64__)
@@ -29,17 +28,18 @@ constexpr int kVecs = 4, kMaxRows = 6;
 constexpr int kVecs = 2, kMaxRows = 6;
 #endif
 constexpr int kWidth = kVecs * kLanes;
-// Steps of a panel that are worked on at once: 2048 * 32 floats are 256 KB, a part of the L2 cache.
+// Steps of a panel processed in one pass: 2048 * 32 floats are 256 KB, which fits in part of the L2 cache.
 constexpr int64_t kDepth = 2048;
-// Bytes of activations that one item walks through for each panel: they should stay in the L2 or L3 cache.
+// Bytes of activations that one work item reads per panel: they should stay in the L2 or L3 cache.
 constexpr int64_t kChunkBytes = 1 << 20;
-// How far a single tile fetches ahead in its own panel, a memory page: the hardware's prefetcher stops at its end.
+// How far a single tile prefetches in its own panel: one memory page, where the hardware prefetcher stops.
 constexpr int64_t kNearBytes = 4096;
 
-// ---- storages --------------------------------------------------------------------------------------------------
+// ---- storage types ---------------------------------------------------------------------------------------------
 //
-// A storage says how kLanes columns of a step come into a register (`get`), how they meet a factor, the activations of one
-// row and step (`multiply_add`), and what a panel is unpacked to when many rows share it (`Wide`).
+// A storage type defines how kLanes columns of a step are loaded into a register (`get`), how they are multiplied by a
+// factor, i.e. the activations of one row and step (`multiply_add`), and which storage type a panel is unpacked to when
+// several row blocks share it (`Wide`).
 
 struct Float32 {
   using Element = float;
@@ -55,7 +55,7 @@ struct Float32 {
 
 struct BFloat16 {
   using Element = uint16_t;
-  using Factor = uint32_t;  // two neighbors along the contraction axis
+  using Factor = uint32_t;  // two adjacent values along the contraction axis
   using Wide = BFloat16;
   static constexpr int kGroup = 2;
   static KERNEL_INLINE __m512i get(const uint16_t* p) { return _mm512_loadu_si512(p); }
@@ -68,7 +68,7 @@ struct BFloat16 {
 struct Int8 {
   using Element = int8_t;
   using Factor = uint32_t;
-  using Wide = BFloat16;  // exact: int8 has no more digits than bfloat16
+  using Wide = BFloat16;  // exact: int8 has no more significant bits than bfloat16
   static constexpr int kGroup = 2;
   static KERNEL_INLINE __m512i get(const int8_t* p) {
     return (__m512i)_mm512_cvtne2ps_pbh(load_int8(p + kLanes), load_int8(p));
@@ -100,17 +100,17 @@ struct Int8 {
 
 #endif
 
-// Steps of a contraction over `depth` numbers.
+// The number of steps of a contraction over `depth` values.
 template <class Weight>
 constexpr int64_t num_steps(int64_t depth) {
   return (depth + Weight::kGroup - 1) / Weight::kGroup;
 }
 
-// Elements of a panel's step.
+// The number of elements in one step of a panel.
 template <class Weight>
 constexpr int64_t kStep = kWidth * Weight::kGroup;
 
-// `steps` steps of a panel, as `Weight::Wide` stores them.
+// Unpacks `steps` steps of a panel to the storage type `Weight::Wide`.
 template <class Weight>
 void widen(const typename Weight::Element* from, int64_t steps, typename Weight::Wide::Element* to) {
   for (int64_t i = 0; i < steps * kStep<Weight>; i += kLanes * Weight::kGroup) Weight::Wide::put(to + i, Weight::get(from + i));
@@ -118,8 +118,8 @@ void widen(const typename Weight::Element* from, int64_t steps, typename Weight:
 
 // ---- tiles -----------------------------------------------------------------------------------------------------
 
-// sums[Rows][kWidth] (+)= a @ b, with factors a [steps, Rows] and a part b [steps, kWidth] of a panel. `ahead` is memory
-// that will be needed soon: `ahead_step` bytes of it are fetched into the cache for every step.
+// sums[Rows][kWidth] (+)= a @ b, with factors a [steps, Rows] and a part b [steps, kWidth] of a panel. `ahead` points to
+// memory that will be needed soon; each step prefetches `ahead_step` bytes of it into the cache.
 template <int Rows, class Weight>
 void tile(int64_t steps, const typename Weight::Factor* a, const typename Weight::Element* b, float* sums, bool first,
           const char* ahead, int64_t ahead_step) {
@@ -162,7 +162,7 @@ Tile<Weight> tile_among(int64_t rows, std::index_sequence<I...>) {
   return table[rows - 1];
 }
 
-// The tile of 1 to kMaxRows rows.
+// Returns the tile function for `rows` rows, 1 to kMaxRows.
 template <class Weight>
 Tile<Weight> tile_for(int64_t rows) {
   return tile_among<Weight>(rows, std::make_index_sequence<kMaxRows>{});
@@ -170,7 +170,7 @@ Tile<Weight> tile_for(int64_t rows) {
 
 // ---- activations -----------------------------------------------------------------------------------------------
 
-// The factors of kLanes steps from x on, of which `left` numbers are there; what is missing is zero.
+// The factors of kLanes steps starting at x. Only `left` values exist; the rest are zero.
 template <class Weight>
 KERNEL_INLINE Vec factors(const float* x, int64_t left) {
   if constexpr (Weight::kGroup == 1) {
@@ -187,7 +187,7 @@ KERNEL_INLINE Vec factors(const float* x, int64_t left) {
   }
 }
 
-// out[k * rows + r] = the factor of row r and step k, for at most kMaxRows rows of x [rows, depth].
+// out[k * rows + r] = the factor of row r at step k, for at most kMaxRows rows of x [rows, depth].
 template <class Weight>
 void pack_rows(const float* x, int64_t rows, int64_t depth, typename Weight::Factor* out) {
   constexpr int kGroups = (kMaxRows + kLanes - 1) / kLanes;
@@ -212,8 +212,8 @@ void pack_rows(const float* x, int64_t rows, int64_t depth, typename Weight::Fac
     for (int i = 0; i < kLanes; ++i, to += rows) {
       if (i >= count) break;
       for (int g = 0; g * kLanes < rows; ++g) {
-        // A whole vector spills into the next step, which overwrites that; behind the last one another thread may be
-        // writing.
+        // A full vector store spills into the next step, which then overwrites the excess. Past the last step, another
+        // thread may be writing, so only the valid part is stored.
         float* lane = to + g * kLanes;
         if (lane + kLanes <= end) {
           store(lane, columns[g][i]);
@@ -227,14 +227,14 @@ void pack_rows(const float* x, int64_t rows, int64_t depth, typename Weight::Fac
 
 // ---- results ---------------------------------------------------------------------------------------------------
 
-// Where the sums of a tile go: y[row, columns of the panel].
+// Writes the sums of a tile to y[row, columns of the panel].
 struct Output {
   const float* residual;  // like y, or null
   float* y;               // [M, n]
   int64_t n;
-  bool gated;  // a panel is kWidth / 2 gate columns, then the up columns that belong to them
+  bool gated;  // a panel holds kWidth / 2 gate columns, then the matching up columns
 
-  // `scales` are those of the panel's columns, or null.
+  // `scales` holds one scale per column of the panel, or is null.
   void write(int64_t row, int64_t panel, const float* sums, const float* scales) const {
     const int vecs = gated ? kVecs / 2 : kVecs;
     for (int v = 0; v < vecs; ++v) {
@@ -259,7 +259,7 @@ struct Output {
   }
 };
 
-// Calls f with the storage of `type`; an error names `kernel` if there is none.
+// Calls f with the storage type of `type`. Returns an error that names `kernel` if the type is not supported.
 template <class F>
 ffi::Error with_storage(ffi::DataType type, const char* kernel, F&& f) {
   try {
@@ -267,10 +267,10 @@ ffi::Error with_storage(ffi::DataType type, const char* kernel, F&& f) {
       case ffi::F32: return f(Float32{});
       case ffi::BF16: return f(BFloat16{});
       case ffi::S8: return f(Int8{});
-      default: return ffi::Error::InvalidArgument(std::string(kernel) + ": weights are float32, bfloat16 or int8");
+      default: return ffi::Error::InvalidArgument(std::string(kernel) + ": weights must be float32, bfloat16 or int8");
     }
   } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(kernel) + ": no memory for packed activations");
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(kernel) + ": out of memory for packed activations");
   }
 }
 

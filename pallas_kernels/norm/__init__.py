@@ -1,8 +1,8 @@
 """RMSNorm and LayerNorm whose rows do not depend on one another.
 
-On an accelerator a compiler fuses a norm into its neighbors. On a CPU XLA picks the order of a row's sum by the number of
-rows, so that the same row is rounded differently in a step of 4 tokens and in one of 64. The native kernel there adds
-every row up in the same order, and skips rows of padding.
+On an accelerator, the compiler fuses a norm with neighboring operations. On a CPU, XLA chooses the order of a row's sum by
+the number of rows, so the same row is rounded differently in a step of 4 tokens and in one of 64. The native CPU kernel
+sums every row in the same order and skips padding rows.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def rms_norm(
 ) -> Float[Array, "T *shape E"]:
     """`x` over its root mean square along the last axis, times `weight + offset`; in float32 (arXiv:1910.07467).
 
-    With the native CPU kernel the result of a row is bit-identical whatever the other rows are and however many
-    there are.
+    With the native CPU kernel, the result of a row is bit-identical regardless of the number and contents of the other
+    rows.
 
     Args:
       x: [T, ..., E], float32, bfloat16 or float16; the result has its dtype.
       weight: [E], or the shape of some trailing axes of x.
       eps: added to the mean square.
-      num_rows: i32 scalar; entries along the first axis of x from there on are padding, and their results meaningless
+      num_rows: i32 scalar. Entries along the first axis of x from num_rows on are padding: their results are meaningless,
         but finite if x is.
-      implementation: a key of `IMPLEMENTATIONS`; None picks by the platform that the program is lowered for.
+      implementation: a key of `IMPLEMENTATIONS`; None selects one by the platform that the program is lowered for.
 
     Raises:
-      ValueError: a shape does not fit, or the implementation is unknown or not available here.
+      ValueError: a shape is invalid, or the implementation is unknown or not available here.
     """
     return _norm(x, weight, None, num_rows, (eps, offset, False), implementation)
 
@@ -70,7 +70,7 @@ def layer_norm(
     return _norm(x, weight, bias, num_rows, (eps, 0.0, True), implementation)
 
 
-Settings = tuple[float, float, bool]  # eps, offset, whether the mean is taken away
+Settings = tuple[float, float, bool]  # eps, offset, whether the mean is subtracted
 
 
 def _norm_xla(x: jax.Array, weight: jax.Array, bias: jax.Array | None, num_rows: jax.Array, settings: Settings) -> jax.Array:

@@ -1,5 +1,5 @@
-// RMSNorm and LayerNorm of the rows of a matrix. Every row goes through the same instructions, so that its result
-// depends on nothing but the row.
+// RMSNorm and LayerNorm of the rows of a matrix. Every row is computed by the same instructions, so its result depends
+// only on the row itself.
 #include <cmath>
 
 #include "common.h"
@@ -9,7 +9,7 @@ namespace {
 
 using Floats = ffi::Buffer<ffi::F32>;
 
-// The sum of f(x[i], lanes that count) over a row, in an order that only its length decides.
+// The sum of f(x[i]) over a row, in an order that depends only on the length of the row.
 template <class F>
 KERNEL_INLINE float reduce(const float* x, int64_t length, F f) {
   Vec even{}, odd{};
@@ -27,7 +27,7 @@ KERNEL_INLINE float reduce(const float* x, int64_t length, F f) {
   return total;
 }
 
-// weight and bias (which may be null) belong to this row.
+// Normalizes one row with its own weight and bias (which may be null).
 void norm_row(const float* x, int64_t length, const float* weight, const float* bias, float eps, float offset, bool centered,
               float* y) {
   const float mean = centered ? reduce(x, length, [](Vec v) { return v; }) / length : 0.0f;
@@ -47,8 +47,8 @@ void norm_row(const float* x, int64_t length, const float* weight, const float* 
   }
 }
 
-// x and y are [M, E]; rows from num_rows on are padding and come out as zero. Further arguments: the weight f32[P * E],
-// whose part r % P is for row r, then a bias like it if there is one.
+// x and y are [M, E]. Rows from num_rows on are padding; their results are zero. Remaining arguments: the weight
+// f32[P * E], of which part r % P applies to row r, then an optional bias with the same layout.
 ffi::Error norm(ffi::ThreadPool pool, float eps, float offset, bool centered, Floats x, ffi::Buffer<ffi::S32> num_rows,
                 ffi::RemainingArgs others, ffi::ResultBuffer<ffi::F32> y) {
   const int64_t num = x.dimensions()[0], length = x.dimensions()[1];
@@ -59,25 +59,25 @@ ffi::Error norm(ffi::ThreadPool pool, float eps, float offset, bool centered, Fl
     if (!other.has_value()) return other.error();
     const int64_t count = other->element_count();
     if (i > 1 || count % length || (i == 1 && count != period * length)) {
-      return ffi::Error::InvalidArgument("pallas_kernels_norm: rows, weight and bias do not fit");
+      return ffi::Error::InvalidArgument("pallas_kernels_norm: rows, weight and bias have incompatible shapes");
     }
     period = count / length;
     (i == 0 ? weight : bias) = other->typed_data();
   }
   if (!weight || period == 0 || num % period) {
-    return ffi::Error::InvalidArgument("pallas_kernels_norm: rows and weight do not fit");
+    return ffi::Error::InvalidArgument("pallas_kernels_norm: rows and weight have incompatible shapes");
   }
   const int64_t used = std::clamp<int64_t>(num_rows.typed_data()[0], 0, num);
   std::memset(y->typed_data() + used * length, 0, (num - used) * length * sizeof(float));
-  const int64_t rows_a_task = std::max<int64_t>(1, 32768 / length);  // for less, another thread costs more than it brings
+  const int64_t rows_per_task = std::max<int64_t>(1, 32768 / length);  // smaller tasks do not pay for another thread
   const auto run = [&](int64_t task) {
-    for (int64_t r = task * rows_a_task; r < std::min(used, (task + 1) * rows_a_task); ++r) {
+    for (int64_t r = task * rows_per_task; r < std::min(used, (task + 1) * rows_per_task); ++r) {
       const int64_t part = r % period * length;
       norm_row(x.typed_data() + r * length, length, weight + part, bias ? bias + part : nullptr, eps, offset, centered,
                y->typed_data() + r * length);
     }
   };
-  parallel_for(pool, (used + rows_a_task - 1) / rows_a_task, run);
+  parallel_for(pool, (used + rows_per_task - 1) / rows_per_task, run);
   return ffi::Error::Success();
 }
 

@@ -1,4 +1,4 @@
-"""Causal attention of ragged chunks over a blocked KV cache, with the cache written on the way.
+"""Causal attention of ragged chunks over a blocked KV cache, including the cache update.
 
 `ragged_attention` picks the implementation when the program is lowered for its platform. All of them are tested
 against `reference.py`, which defines the semantics in forty lines.
@@ -74,35 +74,35 @@ def ragged_attention(
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
-    """Attention of every token over its own sequence, and the two caches with this step's keys and values in them.
+    """Attention of every token over its own sequence, and the two caches with this step's keys and values written.
 
     Token t of chunk s (`query_starts[s] <= t < query_starts[s+1]`) is at position
-    `context_lens[s] - query_starts[s+1] + t` of its sequence and attends to the keys up to there: those that this call
-    writes and those already in the cache. Key j of sequence s is in block `layer*N + block_tables[s, j // B]` at
-    offset `j % B`. The rest of the caches may hold anything, NaN included.
+    `context_lens[s] - query_starts[s+1] + t` of its sequence and attends to the keys up to and including that position:
+    those written by this call and those already in the cache. Key j of sequence s is in block
+    `layer*N + block_tables[s, j // B]` at offset `j % B`. The rest of the caches may hold anything, including NaN.
 
     Args:
       q: [T, H, D], H a multiple of K; query head h reads KV head h // (H // K).
       k, v: [T, K, D], converted to the dtype of the caches.
       k_cache, v_cache: [L*N, K, B, D], one flat pool; layer l owns blocks [l*N, (l+1)*N). Donate them to the jitted
-        program: they are updated in place. A `QuantizedCache` keeps 8 bits a number, and a scale for each token and head.
+        program: they are updated in place. A `QuantizedCache` keeps 8 bits per number, and one scale per token and head.
       index: which tokens belong to which sequence, and where their keys and values are.
       layer: the layer whose blocks are written and read.
       scoring: scale, window, cap, slopes and sinks.
-      implementation: a key of `IMPLEMENTATIONS`; None chooses the fastest for the platform that the program is lowered
-        for: "cpu" on a CPU where a C++ compiler was found and the cache is float32 or bfloat16; "tpu" on a TPU where
-        the cache fits it (float32, bfloat16 or 8 bits, D a multiple of 128, B a power of two of at least 8, 16 or 128);
-        "gpu" on a GPU of compute capability 9.0, or 8 with a new enough jax (bfloat16, float16 or 8 bits, D a multiple of
-        16 up to 256, B a power of two); else "xla". On such a GPU the log then says why.
+      implementation: a key of `IMPLEMENTATIONS`. None chooses the fastest for the platform that the program is lowered
+        for: "cpu" on a CPU if a C++ compiler was found and the cache is float32 or bfloat16; "tpu" on a TPU if the kernel
+        supports the cache (float32, bfloat16 or 8 bits, D a multiple of 128, B a power of two of at least 8, 16 or 128);
+        "gpu" on a GPU of compute capability 9.0, or 8.x with a new enough jax (bfloat16, float16 or 8 bits, D a multiple
+        of 16 up to 256, B a power of two); otherwise "xla". If "xla" is chosen on such a GPU, the log says why.
 
     Returns:
       out [T, H, D] in the dtype of q, zero in rows that belong to no chunk; k_cache; v_cache. Softmax and sums are in
-      float32. Every implementation has the derivative of "reference", computed as that computes it, unless the cache has
-      8 bits. With "cpu" the bits of a row's result do not depend on the other rows or on how its prompt was chunked.
+      float32. Every implementation has the derivative of "reference", and computes it the same way, unless the cache has
+      8 bits. With "cpu", the bits of a row's result do not depend on the other rows or on how its prompt was chunked.
 
     Raises:
-      ValueError: the shape, dtype or static value of an argument does not fit, or the implementation is not available;
-        a cache of 8 bits is differentiated.
+      ValueError: the shape, dtype or static value of an argument is invalid, the implementation is not available, or an
+        8-bit cache is differentiated.
     """
     contract.check(q, k, v, k_cache, v_cache, index, layer, scoring)
     if implementation is not None and implementation not in IMPLEMENTATIONS:

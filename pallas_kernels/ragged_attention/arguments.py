@@ -1,4 +1,4 @@
-"""The arguments of `ragged_attention` that belong together, as pytrees."""
+"""Pytrees for the arguments of `ragged_attention` that belong together."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 @pytree
 class RaggedIndex:
-    """Which tokens are whose, and where their keys and values are.
+    """Which tokens belong to which sequence, and where their keys and values are.
 
         tokens         [ a5 a6 a7 | b0 b1 b2 b3 | c9 | - - ]        T = 10; two tokens of padding
         query_starts   [ 0          3             7    8   8 ]      S = 4: three chunks and an unused row
         context_lens   [ 8          4            10    0     ]
 
-    The contents are the caller's promise; they are not checked.
+    The caller is responsible for the contents; they are not checked.
     """
 
     kv_slots: Int[Array, " T"]
-    """Where each token is written: block * B + offset, relative to the layer, every slot once. A slot outside [0, N*B)
-    marks padding and is dropped."""
+    """Where each token is written: block * B + offset, relative to the layer. Slots must be unique. A slot outside
+    [0, N*B) marks padding and is dropped."""
     query_starts: Int[Array, " S+1"]
     """Chunk s is the tokens [query_starts[s], query_starts[s+1]). Non-decreasing."""
     context_lens: Int[Array, " S"]
     """Tokens attended to, cached and new; 0 for an unused row, whose chunk is empty."""
     block_tables: Int[Array, "S M"]
-    """The blocks of each sequence, relative to the layer. Entries past the context, or entirely before the window of all
-    queries, are never followed."""
+    """The blocks of each sequence, relative to the layer. Entries past the context, or before the window of every query,
+    are never read."""
 
 
 @pytree
@@ -45,7 +45,7 @@ class CacheLayer:
     number: int | Int[Array, ""]
     """Which layer; may be traced."""
     num_blocks: int = static()
-    """N, blocks of a layer."""
+    """N, blocks per layer."""
 
     @property
     def first_block(self) -> Int[Array, ""]:
@@ -65,11 +65,12 @@ class Scoring:
     alibi_slopes: Float[Array, " H"] | None = None
     """float32; slope * (j - p) is added after the cap."""
     sinks: Float[Array, " H"] | None = None
-    """float32; one more logit a head that takes probability and carries no value."""
+    """float32; one additional logit per head that receives probability but has no value."""
 
 
-Attention: TypeAlias = Callable[
-    [jax.Array, jax.Array, jax.Array, Cache, Cache, RaggedIndex, CacheLayer, Scoring], tuple[jax.Array, Cache, Cache]
-]
-"""What `ragged_attention` and each of its implementations is: (q, k, v, k_cache, v_cache, index, layer, scoring) ->
+Results: TypeAlias = tuple[jax.Array, Cache, Cache]
+"""(out, k_cache, v_cache)"""
+
+Attention: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Cache, Cache, RaggedIndex, CacheLayer, Scoring], Results]
+"""The type of `ragged_attention` and of each implementation: (q, k, v, k_cache, v_cache, index, layer, scoring) ->
 (out, k_cache, v_cache)."""

@@ -1,9 +1,9 @@
-"""Measures tile sizes on this machine's TPU or GPU and keeps them in a readable file.
+"""Measures tile sizes on this machine's TPU or GPU and stores them in a JSON file.
 
     python -m pallas_kernels.ragged_attention.autotune --heads 32 --kv-heads 8 --tokens 2048 --sequences 64
 
-The file, `~/.cache/pallas_kernels/tiles.json` or what PALLAS_KERNELS_TILES names, holds one entry for each device kind
-and shape class; `tpu.tile_sizes.choose` and `gpu.tile_sizes.choose` prefer it to their models of the device.
+The file, `~/.cache/pallas_kernels/tiles.json` or the value of PALLAS_KERNELS_TILES, has one entry per device kind and shape
+class; `tpu.tile_sizes.choose` and `gpu.tile_sizes.choose` prefer it to their models of the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +24,14 @@ from pallas_kernels.ragged_attention import measured_tiles
 from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu import tile_sizes as gpu_tiles
-from pallas_kernels.ragged_attention.measured_tiles import Shape
+from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
+from pallas_kernels.ragged_attention.measured_tiles import Shape, T
 from pallas_kernels.ragged_attention.tpu import tile_sizes
 from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
 
 
 def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
-    """For TPUs: the model's choice first, then half and double each of its sizes if they fit in VMEM."""
+    """For TPUs: the model's choice first, then each of its sizes halved and doubled if the result fits in VMEM."""
     first = tile_sizes.modeled(shape, kind)
     yield first
     for queries, keys, sequences in itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4)):
@@ -51,19 +51,19 @@ def candidates(shape: Shape, kind: str) -> Iterable[Tiles]:
 
 def autotune(
     shape: Shape,
-    choices: Iterable[Any],
+    choices: Iterable[T],
     *,
-    measure: Callable[[Any], float],
+    measure: Callable[[T], float],
     kind: str,
     path: Path | None = None,
     report: Callable[[str], object] = print,
-) -> Any:
+) -> T:
     """Measures all choices, writes the fastest to the file (or reports why it cannot) and returns it.
 
-    `measure` gives the seconds of one call with certain tiles; an exception means that these tiles do not work. Raises
-    RuntimeError if none does.
+    `measure` returns the seconds of one call with the given tiles; an exception means that these tiles do not work.
+    Raises RuntimeError if no tiles work.
     """
-    times: dict[Any, float] = {}
+    times: dict[T, float] = {}
     for tiles in choices:
         try:
             times[tiles] = measure(tiles)
@@ -78,13 +78,13 @@ def autotune(
     try:
         measured_tiles.save(shape, kind, best, seconds=times[best], path=path)
         report(f"{best} written to {path}")
-    except OSError as error:  # measurements are not lost to an unwritable folder
+    except OSError as error:  # an unwritable folder must not discard the measurements
         report(f"{best} is the fastest, but {path} cannot be written ({error}); name another file in PALLAS_KERNELS_TILES")
     return best
 
 
 def time_call(attention: Attention, shape: Shape, *, context: int, repeats: int = 20) -> float:
-    """Seconds of one call on this machine: all sequences with `context` tokens, as many prompt tokens as fit."""
+    """Seconds per call on this machine: all sequences have `context` tokens, with as many prompt tokens as fit."""
     s, b = shape.num_sequences, shape.block_size
     max_blocks = -(-context // b)
     dtype = jnp.dtype(shape.dtype)
@@ -110,14 +110,14 @@ def time_call(attention: Attention, shape: Shape, *, context: int, repeats: int 
     return (time.perf_counter() - start) / repeats
 
 
-def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
+def tune(shape: Shape, *, context: int, path: Path | None = None) -> Tiles | GpuTiles:
     """Tunes the kernel of this machine's TPU or GPU; ValueError if there is none."""
     backend = jax.default_backend()
     if backend == "tpu":
         from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu as attention
 
         kind = tile_sizes.device_kind() or jax.devices()[0].device_kind
-        choices: Iterable[Any] = candidates(shape, kind)
+        choices: Iterable[Tiles] | Iterable[GpuTiles] = candidates(shape, kind)
     elif backend == "gpu" and (generation := gpu_support.generation()):
         from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu as attention
 
@@ -134,7 +134,7 @@ def tune(shape: Shape, *, context: int, path: Path | None = None) -> Any:
         device = jax.devices()[0].device_kind
         raise ValueError(f"tiles are measured on a TPU or a GPU of compute capability 8 or 9.0, but JAX runs on {device!r}")
 
-    def measure(tiles: Any) -> float:
+    def measure(tiles: Tiles | GpuTiles) -> float:
         return time_call(functools.partial(attention, tiles=tiles), shape, context=context)
 
     return autotune(shape, choices, measure=measure, kind=kind, path=path)

@@ -1,9 +1,9 @@
 """Times `ragged_attention`: `python -m pallas_kernels.ragged_attention.bench --implementation cpu xla`.
 
-Each case runs once a layer inside one program, over a pool of many layers, so that the caches of the CPU are cold as
-in a model. Prints the median milliseconds a layer, and what that means in GB/s of keys and values and in GFLOP/s.
+Each case runs once per layer inside one program, over a pool of many layers, so that the CPU caches are cold as in a
+model. Prints the median milliseconds per layer, and the resulting GB/s of keys and values and GFLOP/s.
 
-`--scaling` instead varies pool, contexts and padding: time must grow with the contexts in the batch only.
+`--scaling` varies pool, contexts and padding instead: time must grow only with the contexts in the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Case:
     spare_blocks: int = 0
     spare_tokens: int = 0
     table_width: int = 0
-    """Entries of a block table; 0 for as many as the longest context needs."""
+    """Entries per block table; 0 means as many as the longest context needs."""
 
 
 CASES = {
@@ -55,7 +55,7 @@ CASES = {
 
 DECODE = Case(chunks=((1, 512),) * 32, num_layers=4)
 SCALING = {
-    "blocks in the pool, a layer": {
+    "blocks in the pool, per layer": {
         str(1024 + spare): dataclasses.replace(DECODE, spare_blocks=spare) for spare in (0, 1024, 3072, 7168)
     },
     "context of 32 sequences": {
@@ -71,7 +71,7 @@ SCALING = {
 
 
 def time_case(case: Case, implementation: str, *, repeats: int = 15, dtype: str = "float32") -> float:
-    """Median seconds a layer."""
+    """Median seconds per layer."""
     rng = np.random.default_rng(0)
     starts = np.cumsum([0, *(query for query, _ in case.chunks)])
     num_tokens = int(starts[-1]) + case.spare_tokens
@@ -128,8 +128,8 @@ def time_case(case: Case, implementation: str, *, repeats: int = 15, dtype: str 
 
 
 def print_scaling(implementation: str, *, repeats: int, dtype: str) -> None:
-    """Milliseconds a layer of each series in `SCALING`, and what they are of the series' first."""
-    print(f"{implementation}, decode of 32 sequences at context 512 but for what varies:")
+    """Prints the milliseconds per layer of each series in `SCALING`, and their ratio to the series' first."""
+    print(f"{implementation}, decode of 32 sequences at context 512 except for the quantity that varies:")
     for what, cases in SCALING.items():
         times = [time_case(case, implementation, repeats=repeats, dtype=dtype) for case in cases.values()]
         columns = (f"{label}: {t * 1e3:.3f} ms (x{t / times[0]:.2f})" for label, t in zip(cases, times, strict=True))
@@ -140,9 +140,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--implementation", nargs="+", default=["cpu", "xla"], choices=sorted(IMPLEMENTATIONS))
     parser.add_argument("--case", nargs="+", default=list(CASES), help="names of cases, or parts of them")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the cache")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the cache")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--scaling", action="store_true", help="time against pool, context and padding, not --case")
+    parser.add_argument("--scaling", action="store_true", help="vary pool, context and padding instead of running --case")
     arguments = parser.parse_args()
     if arguments.scaling:
         for implementation in arguments.implementation:

@@ -65,7 +65,7 @@ def check(
     layer: CacheLayer,
     scoring: Scoring,
 ) -> None:
-    """Raises a `ValueError` that names the first argument that does not fit.
+    """Raises a `ValueError` that names the first invalid argument.
 
     Uses shapes, dtypes and static values only, so it costs nothing in a compiled program. The contents of the index
     arrays (non-decreasing `query_starts`, block ids below `num_blocks`) are not checked.
@@ -127,7 +127,7 @@ def _check_scoring(scoring: Scoring, num_heads: int, head_dim: int) -> None:
         raise ValueError(f"scale is {scale} but must be positive and finite, usually D**-0.5 = {head_dim**-0.5:.4g}")
     if isinstance(sliding_window, int):
         if sliding_window < 1:
-            raise ValueError(f"sliding_window is {sliding_window} but must be at least 1; None attends to everything")
+            raise ValueError(f"sliding_window is {sliding_window} but must be at least 1; None means all previous keys")
     elif sliding_window is not None:
         _require_shape("sliding_window", sliding_window, (), "a scalar")
         _require_int32("sliding_window", sliding_window)

@@ -1,4 +1,4 @@
-"""Measured tile sizes in a readable file: an entry for each kind of device and class of shapes."""
+"""Measured tile sizes in a JSON file: one entry per kind of device and class of shapes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pallas_kernels.folders import cache_dir, replace_file
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 _log = logging.getLogger(__name__)
 
 
@@ -37,12 +41,12 @@ class Shape:
 
 
 def measured_file() -> Path:
-    """Where `autotune` writes: the file that PALLAS_KERNELS_TILES names, else `tiles.json` in the cache folder."""
+    """The file that `autotune` writes: the value of PALLAS_KERNELS_TILES, or `tiles.json` in the cache folder."""
     named = os.environ.get("PALLAS_KERNELS_TILES")
     return Path(named) if named else cache_dir() / "tiles.json"
 
 
-def measured(shape: Shape, kind: str, tiles: Any) -> Any:
+def measured(shape: Shape, kind: str, tiles: type[T]) -> T | None:
     """The tiles measured for `shape` on a kind of device, as an instance of the dataclass `tiles`; None if there are none.
 
     A damaged entry is ignored, with a warning in the log.
@@ -64,7 +68,7 @@ def measured(shape: Shape, kind: str, tiles: Any) -> Any:
 
 @functools.cache
 def entries(path: Path) -> dict[str, Any]:
-    """Contents of the file, {} if it is missing or damaged, which is logged. Read once per process."""
+    """Contents of the file, read once per process; {} if it is missing or damaged. Damage is logged."""
     try:
         contents = json.loads(path.read_text())
     except FileNotFoundError:
@@ -78,7 +82,7 @@ def entries(path: Path) -> dict[str, Any]:
     return {}
 
 
-def save(shape: Shape, kind: str, tiles: Any, *, seconds: float, path: Path | None = None) -> None:
+def save(shape: Shape, kind: str, tiles: DataclassInstance, *, seconds: float, path: Path | None = None) -> None:
     """Adds an entry to the file: the tiles and their microseconds. Raises OSError if the file cannot be written."""
     path = path or measured_file()
     entries.cache_clear()

@@ -1,7 +1,7 @@
-"""KV caches in 8 bits: the numbers of one token and head share a scale, so writing a token does not touch others.
+"""8-bit KV caches: the numbers of one token and head share a scale, so writing a token does not affect others.
 
 One scale per token needs no calibration, and a cached token never changes, so prefixes can be shared. The scales
-of a block are one row per head, with keys along the lanes of a TPU: they multiply scores and weights without a transpose.
+of a block form one row per head, with keys along the TPU's lanes: they multiply scores and weights without a transpose.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pallas_kernels.pytree import pytree
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int, Num
 
-# int8 is used symmetrically. 448 is the largest float8_e4m3fn; beyond it there is only NaN.
+# int8 is used symmetrically. 448 is the largest finite float8_e4m3fn.
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 QUANTIZED_DTYPES = tuple(LARGEST)
 
@@ -67,7 +67,7 @@ def quantize(x: Float[Array, "*shape D"], dtype: DTypeLike) -> tuple[Num[Array, 
 
 
 def scaled(x: Float[Array, "*shape D"], dtype: DTypeLike) -> tuple[Float[Array, "*shape D"], Float[Array, "*shape 1"]]:
-    """(f32[..., D] that `dtype` has room for, f32[..., 1] to multiply them with) of `x` f32[..., D]."""
+    """(f32[..., D] scaled to the range of `dtype`, f32[..., 1] factors that restore it) for `x` f32[..., D]."""
     limit = LARGEST[jnp.dtype(dtype).name]
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     scales = jnp.where(largest > 0, largest * (1.0 / limit), 1.0)
@@ -76,7 +76,7 @@ def scaled(x: Float[Array, "*shape D"], dtype: DTypeLike) -> tuple[Float[Array, 
 
 
 def gather_blocks(cache: Cache, blocks: Int[Array, "*blocks"]) -> Float[Array, "*blocks K B D"]:
-    """float32[*blocks.shape, K, B, D], the numbers in some blocks of `cache`."""
+    """float32[*blocks.shape, K, B, D], the contents of the given blocks of `cache`."""
     if isinstance(cache, QuantizedCache):
         return cache.values[blocks].astype(jnp.float32) * cache.scales[blocks][..., None]
     return cache[blocks].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The definition of `ragged_attention`: one query token at a time, nothing clever. Slow; for tests and for reading."""
+"""The definition of `ragged_attention`: one query token at a time, written for clarity. Slow; for tests and readers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def ragged_attention_reference(
         is_visible = key_positions <= position
         if scoring.sliding_window is not None:
             is_visible &= key_positions > position - scoring.sliding_window
-        # Keys outside may hold anything, NaN included: select, never multiply by zero.
+        # Keys outside may hold anything, including NaN: select, never multiply by zero.
         keys = jnp.where(is_visible[None, :, None], keys, 0.0)
         values = jnp.where(is_visible[None, :, None], values, 0.0)
 
@@ -79,7 +79,7 @@ def ragged_attention_reference(
             scores = scores + scoring.alibi_slopes.reshape(num_kv_heads, group)[:, :, None] * distance[None, None, :]
         scores = jnp.where(is_visible, scores, -jnp.inf)
 
-        # A sink is one more logit per head: it takes probability and has no value.
+        # A sink is one additional logit per head: it receives probability but has no value.
         sink = jnp.full((num_heads,), -jnp.inf) if scoring.sinks is None else scoring.sinks
         sink = sink.reshape(num_kv_heads, group, 1)
         top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink)
@@ -88,6 +88,6 @@ def ragged_attention_reference(
         out = jnp.einsum("kgj,kjd->kgd", weights / total, values, precision=HIGHEST)
         return jnp.where(belongs_to_a_chunk, out.reshape(num_heads, head_dim), 0.0).astype(q.dtype)
 
-    # For a derivative, contexts are gathered again rather than kept, one a token.
+    # For a derivative, contexts are gathered again rather than kept: there is one per token.
     out = jax.lax.map(jax.checkpoint(attend), jnp.arange(num_tokens, dtype=jnp.int32))
     return out, k_cache, v_cache

@@ -1,10 +1,10 @@
-"""Ragged attention in plain XLA: the production path where no kernel is available, on any platform.
+"""Ragged attention in plain XLA: the production path on any platform where no kernel is available.
 
 Two loops share one online softmax over tiles of keys:
-  - rows with a single query (sequences that generate) run together, in groups of similar context;
+  - rows with a single query (generating sequences) run together, in groups of similar context length;
   - longer chunks run one tile of queries at a time.
 Trip counts come from the contexts in the batch, so neither the size of the cache nor the width of the block table
-costs time. Keys are fetched a tile at a time: nothing as large as a context is ever materialized.
+costs time. Keys are fetched one tile at a time: nothing as large as a context is ever materialized.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gat
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-# Measured on a 2-core CPU: fewer keys a tile cost loop overhead, more cost the L2 cache.
+# Measured on a 2-core CPU: with fewer keys per tile the loop overhead grows, with more the tile overflows the L2 cache.
 _DECODE_TILE_KEYS = 128
 _PROMPT_TILE_KEYS = 256
 _PROMPT_TILE_QUERIES = 128
-_DECODE_GROUP = 16  # rows that run together, each group as long as its longest context
+_DECODE_GROUP = 16  # rows that run together; a group takes as long as its longest context
 
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Scoring:
-    """What turns a dot product into a score; heads are laid out [K, G]."""
+    """How a dot product becomes a score; heads are laid out as [K, G]."""
 
     window: jax.Array | None  # i32 scalar
     soft_cap: float | None
@@ -87,14 +87,14 @@ def write_kv(
 ) -> tuple[Cache, Cache]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
     pool, num_kv_heads, block_size, head_dim = k_cache.shape
-    # As a scatter of whole rows [D]: a scatter that indexes two axes around the heads makes XLA:TPU transpose the pool.
+    # A scatter of whole rows [D]: one that indexes the axes before and after the heads makes XLA:TPU transpose the pool.
     is_real = (kv_slots >= 0) & (kv_slots < layer.num_blocks * block_size)
     block = layer.first_block + kv_slots // block_size
     first = block * (num_kv_heads * block_size) + kv_slots % block_size  # of the first head; the next is B rows on
     rows = first[:, None] + block_size * jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]
     rows = jnp.where(is_real[:, None], rows, pool * num_kv_heads * block_size).reshape(-1)
     if rows.shape[0] == 1:
-        # XLA:CPU turns a scatter of one row into a form for which it copies the whole cache. A dropped one avoids it.
+        # XLA:CPU rewrites a scatter of one row so that it copies the whole cache. A second, dropped row avoids this.
         rows = jnp.concatenate([rows, jnp.full((1,), pool * num_kv_heads * block_size, jnp.int32)])
         k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
 
@@ -201,7 +201,7 @@ def _attend(
 
     Args:
       queries: f32[W, K, Q, G, D], scaled.
-      positions: i32[W, Q], rising in a row.
+      positions: i32[W, Q], ascending within a row.
       contexts: i32[W], keys that exist for a tile; 0 for a tile without work, whose result is 0.
       tables: i32[W, M], blocks of the flat pool.
     """
@@ -248,7 +248,7 @@ def _attend(
         scores = jnp.where(visible[:, None], scores, -jnp.inf)
 
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))  # [W, K, Q*G]
-        # A row that has seen no key yet keeps -inf; using 0 instead gives weights of exp(-inf) = 0, not NaN.
+        # A row without any visible key so far keeps -inf; subtracting 0 instead makes its weights exp(-inf) = 0, not NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         weights = jnp.exp(scores - base[..., None])
         keep = jnp.exp(top - base)

@@ -1,7 +1,7 @@
-"""Rotary embedding of a fused query-key-value projection, split into its three parts on the way.
+"""Splits a fused query-key-value projection and applies rotary embeddings to the queries and keys.
 
-On an accelerator a compiler fuses the rotation into its neighbors. On a CPU it computes the slices one by one on one
-thread, so there a native kernel does it in one pass.
+On an accelerator, the compiler fuses the rotation with neighboring operations. On a CPU, XLA computes the slices one by one
+on a single thread; a native kernel does it in one pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Parts = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def rotate(x: Float[Array, "T H D"], cos: Float[Array, "T P"], sin: Float[Array, "T P"]) -> Float[Array, "T H D"]:
-    """`x` [T, heads, D] with the pairs (x[i], x[i + P]) turned by angle i, in float32; dimensions from 2P on stay.
+    """`x` [T, heads, D] with each pair (x[i], x[i + P]) rotated by angle i, in float32; dimensions from 2P on are kept.
 
     `cos` and `sin` are f32[T, P], 2P <= D (RoPE, arXiv:2104.09864, in the half-split form of GPT-NeoX and Llama).
     """
@@ -78,10 +78,10 @@ def rotary(
       qkv: [T, H + 2K, D]: query heads, then key heads, then value heads.
       cos, sin: f32[T, P], 2P <= D.
       num_heads: H.
-      implementation: a key of `IMPLEMENTATIONS`; None picks by the platform that the program is lowered for.
+      implementation: a key of `IMPLEMENTATIONS`; None selects one by the platform that the program is lowered for.
 
     Raises:
-      ValueError: a shape does not fit, or the implementation is unknown or not available here.
+      ValueError: a shape is invalid, or the implementation is unknown or not available here.
     """
     if qkv.ndim != 3 or num_heads < 1 or qkv.shape[1] <= num_heads or (qkv.shape[1] - num_heads) % 2:
         raise ValueError(f"qkv is {list(qkv.shape)}, but must be [T, H + 2K, D] with H = {num_heads} and K at least 1")

@@ -1,5 +1,5 @@
-// Splits a fused projection [T, H + 2K, D] into queries, keys and values, and turns queries and keys on the way:
-// one pass over the data, where a compiler would slice, multiply and concatenate.
+// Splits a fused projection [T, H + 2K, D] into queries, keys and values and rotates the queries and keys, in one pass
+// over the data. (Compiled from separate operations, it would slice, multiply and concatenate.)
 #include "common.h"
 
 namespace pallas_kernels {
@@ -7,8 +7,8 @@ namespace {
 
 using Floats = ffi::Buffer<ffi::F32>;
 
-// The pairs (x[i], x[i + pairs]) of one head turned by the angle of pair i; what follows the pairs is unchanged.
-void turn(const float* x, const float* cos, const float* sin, int64_t pairs, int64_t dim, float* y) {
+// Rotates each pair (x[i], x[i + pairs]) of one head by its angle i. Elements after the pairs are copied unchanged.
+void rotate(const float* x, const float* cos, const float* sin, int64_t pairs, int64_t dim, float* y) {
   int64_t i = 0;
   for (; i + kLanes <= pairs; i += kLanes) {
     const Vec first = load(x + i), second = load(x + pairs + i), c = load(cos + i), s = load(sin + i);
@@ -29,19 +29,20 @@ ffi::Error rotary(ffi::ThreadPool pool, Floats qkv, Floats cos, Floats sin, ffi:
   const int64_t num_tokens = dims[0], dim = dims[2], pairs = angles[1];
   const int64_t heads = q->dimensions()[1], kv_heads = k->dimensions()[1];
   if (dims[1] != heads + 2 * kv_heads || angles[0] != num_tokens || 2 * pairs > dim) {
-    return ffi::Error::InvalidArgument("pallas_kernels_rotary: projection, angles and results do not fit");
+    return ffi::Error::InvalidArgument(
+        "pallas_kernels_rotary: projection, angles and results have incompatible shapes");
   }
-  constexpr int64_t kTokens = 16;  // a task: for fewer, another thread costs more than it brings
+  constexpr int64_t kTokens = 16;  // per task: smaller tasks do not pay for another thread
   const auto run = [&](int64_t task) {
     for (int64_t t = task * kTokens; t < std::min(num_tokens, (task + 1) * kTokens); ++t) {
       const float* from = qkv.typed_data() + t * dims[1] * dim;
       const float* c = cos.typed_data() + t * pairs;
       const float* s = sin.typed_data() + t * pairs;
-      const auto turn_heads = [&](float* to, int64_t count) {
-        for (int64_t h = 0; h < count; ++h, from += dim) turn(from, c, s, pairs, dim, to + h * dim);
+      const auto rotate_heads = [&](float* to, int64_t count) {
+        for (int64_t h = 0; h < count; ++h, from += dim) rotate(from, c, s, pairs, dim, to + h * dim);
       };
-      turn_heads(q->typed_data() + t * heads * dim, heads);
-      turn_heads(k->typed_data() + t * kv_heads * dim, kv_heads);
+      rotate_heads(q->typed_data() + t * heads * dim, heads);
+      rotate_heads(k->typed_data() + t * kv_heads * dim, kv_heads);
       std::copy(from, from + kv_heads * dim, v->typed_data() + t * kv_heads * dim);
     }
   };

@@ -64,7 +64,7 @@ def write_hf(
     change: Any = None,
     **overrides: Any,
 ) -> dict[str, np.ndarray]:
-    """Writes a Hugging Face directory and gives its tensors; `change` may edit them first, 0 shards means one file."""
+    """Writes a Hugging Face directory and returns its tensors; `change` may edit them first, 0 shards means one file."""
     config = CONFIG | overrides
     made = tensors(config, dtype)
     if change:
@@ -91,7 +91,7 @@ def write_gguf(
     architecture: str = "llama",
     **overrides: Any,
 ) -> dict[str, np.ndarray]:
-    """Writes a GGUF file as llama.cpp's converter does, q and k interleaved, and gives the Hugging Face tensors."""
+    """Writes a GGUF file as llama.cpp's converter does, q and k interleaved, and returns the Hugging Face tensors."""
     config = CONFIG | overrides
     made = tensors(config)
     writer = gguf.GGUFWriter(path, architecture)

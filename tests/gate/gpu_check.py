@@ -1,9 +1,10 @@
 """Checks that need a GPU: `make gpu-check` on a machine with an H100, an H200 or an A100, under ten minutes.
 
-First every variant of the GPU kernel against the reference, on the device. Then its time: single queries against the memory
-bandwidth that a copy reaches, prompt chunks against the rate that a matrix product reaches, and both against cuDNN through
-`jax.nn.dot_product_attention` and PyTorch's `scaled_dot_product_attention` (where torch with CUDA is installed), which get
-the same keys in dense arrays. With `--tiny` it runs anywhere, in Pallas' interpreter, to see that this script works.
+First compares every variant of the GPU kernel with the reference, on the device. Then measures its time: single queries
+against the memory bandwidth that a copy reaches, prompt chunks against the rate that a matrix product reaches, and both
+against cuDNN through `jax.nn.dot_product_attention` and PyTorch's `scaled_dot_product_attention` (if torch with CUDA is
+installed), which receive the same keys in dense arrays. With `--tiny` it runs anywhere, in the Pallas interpreter, to test
+this script itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Before JAX starts: the interpreter of `--tiny` needs more threads than there may be cores.
+# Before JAX starts: with `--tiny`, the interpreter may need more threads than there are cores.
 if "--tiny" in sys.argv:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -36,12 +37,12 @@ from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.gate.shapes import Call
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
-DECODE_TARGET, PROMPT_TARGET = 0.8, 0.6  # of measured bandwidth, of the measured rate of matrix products
+DECODE_TARGET, PROMPT_TARGET = 0.8, 0.6  # fractions of the measured bandwidth and of the measured matrix-product rate
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 TINY = "--tiny" in sys.argv
 ROUNDS, REPEATS = (1, 1) if TINY else (5, 10)
 
-# Unused rows, chunks of one token, chunks that end at the border of a block, contexts of many steps.
+# Unused rows, chunks of one token, chunks that end at a block boundary, contexts of many steps.
 CHUNKS = [(1, 4000), (0, 0), (40, 200), (1, 5), (3, 3), (32, 64), (1, 1024), (1, 1), (200, 1500), (130, 130)]
 TINY_CHUNKS = [(1, 150), (0, 0), (5, 70), (2, 2)]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ class Kernels:
     interpret: Any  # False on a GPU
 
     def attention(self, head_dim: int, group: int) -> Callable[..., Any]:
-        """The kernel as it is used, or interpreted with few thread blocks."""
+        """The kernel as used in production, or interpreted with few thread blocks."""
         if not self.interpret:
             return ragged_attention_gpu
         tiles = dataclasses.replace(modeled(head_dim, group, self.generation, quantized=True), blocks=2, pieces=4)
@@ -121,14 +122,14 @@ def seconds(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_unti
 
 
 def measured_bandwidth(size: int) -> float:
-    """Bytes a second that reading one array and writing another move."""
+    """Bytes per second moved by reading one array and writing another."""
     x = jnp.ones((size,), jnp.bfloat16)
     add = jax.jit(lambda x: x + jnp.bfloat16(1))
     return 2 * x.nbytes / seconds(lambda: add(x))
 
 
 def measured_peak(n: int) -> float:
-    """Operations a second of a product of bfloat16 matrices."""
+    """Operations per second of a bfloat16 matrix product."""
     key = jax.random.key(0)
     a, b = (jax.random.normal(k, (n, n), jnp.bfloat16) for k in jax.random.split(key))
     multiply = jax.jit(lambda a, b: a @ b)
@@ -137,10 +138,10 @@ def measured_peak(n: int) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """Lower bounds of a call."""
+    """Lower bounds on the work of a call."""
 
     bytes: int  # keys and values
-    flops: int  # both products, only for keys that are seen
+    flops: int  # both products, only for visible keys
 
 
 def work_of(call: Call) -> Work:
@@ -187,7 +188,7 @@ def cudnn(call: Call) -> Callable[[], Any]:
     q = jax.random.normal(key, (s, length, call.num_heads, call.head_dim), dtype)
     k, v = (jax.random.normal(x, (s, call.context, call.num_kv_heads, call.head_dim), dtype) for x in jax.random.split(key))
 
-    # cuDNN's causal mask begins at the first key, so a chunk at the end of a context is given as a bias.
+    # cuDNN's causal mask begins at the first key, so a chunk at the end of a context needs a bias instead.
     causal = jnp.arange(call.context)[None, :] <= (call.context - length + jnp.arange(length))[:, None]
     mask = causal[None, None] if length > 1 else None
     attend = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"))
@@ -199,7 +200,7 @@ def torch_sdpa(call: Call) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     import torch  # pyright: ignore[reportMissingImports]
 
     if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no GPU")
+        raise RuntimeError("torch finds no GPU")
     s, length = call.num_sequences, call.num_tokens // call.num_sequences
     dtype = getattr(torch, call.dtype)
     q = torch.randn(s, call.num_heads, length, call.head_dim, device="cuda", dtype=dtype)
@@ -233,15 +234,15 @@ def other(measure: Callable[[], float]) -> str:
     """Microseconds, or the beginning of the error."""
     try:
         return f"{1e6 * measure():10.0f}"
-    except Exception as error:  # another library's: the table says why and goes on
+    except Exception as error:  # an error in another library is reported in the table
         return f"{type(error).__name__[:10]:>10}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
-    parser.add_argument("--tiny", action="store_true", help="small shapes in the interpreter, to see that this works")
-    parser.add_argument("--generation", default="hopper", choices=("hopper", "ampere"), help="with --tiny; else the GPU's")
-    parser.add_argument("--only", default="", help="run the variants and calls whose name holds this")
+    parser.add_argument("--tiny", action="store_true", help="small shapes in the interpreter, to test this script")
+    parser.add_argument("--generation", default="hopper", choices=("hopper", "ampere"), help="for --tiny only")
+    parser.add_argument("--only", default="", help="run only variants and calls whose name contains this")
     options = parser.parse_args()
     device = jax.devices()[0]
     if options.tiny:
@@ -258,7 +259,7 @@ def main() -> int:
     print(f"{device.device_kind}, jax {jax.__version__}")
 
     failed = 0
-    print("\nagainst the reference, the largest difference over its tolerance")
+    print("\nlargest difference from the reference, divided by its tolerance")
     for name, variant in VARIANTS.items():
         if options.only not in name or (options.tiny and not options.only and name not in ("plain", "int8", "all")):
             continue
@@ -275,7 +276,7 @@ def main() -> int:
 
     bandwidth = measured_bandwidth(2**20 if options.tiny else 2**30)
     peak = measured_peak(256 if options.tiny else 8192)
-    print(f"\nmeasured: {bandwidth / 1e9:,.0f} GB/s of a copy, {peak / 1e12:,.1f} TFLOP/s of a matrix product")
+    print(f"\nmeasured: copy {bandwidth / 1e9:,.0f} GB/s, matrix product {peak / 1e12:,.1f} TFLOP/s")
     print(f"  {'':26} {'us':>10} {'cuDNN us':>10} {'torch us':>10} {'reached':>8} {'target':>7}")
     for call in calls(options.tiny):
         if options.only not in call.name:

@@ -1,8 +1,8 @@
 """Compiles for an H100 and an A100 without a GPU: `make gpu-compile-check`.
 
-A check fails if its program does not compile, copies the KV cache, takes more temporary memory than the bound, if a kernel
-spills more registers than a few or takes more shared memory than a thread block has, or if the assembler had to serialize
-its matrix instructions. What needs a newer jax than there is is named, and is no failure.
+A check fails if its program does not compile, copies the KV cache, or exceeds the bound on temporary memory; or if a kernel
+spills more than a few registers, uses more shared memory than a thread block has, or has matrix instructions that the
+assembler had to serialize. Checks that require a newer jax are listed as skipped, not failed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 from tests.gate.shapes import CALLS, LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B, Call, lower_attention
 
 MIB = 2**20
-KERNEL_TEMPORARIES = 96 * MIB  # results by tile, beside a cache of 500 MiB and more
+KERNEL_TEMPORARIES = 96 * MIB  # results per tile; the cache has 500 MiB or more
 STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
-SPILLED_BYTES = 32  # a thread, where nothing is asked for but attention
-SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks at once, or an accumulator of 256 columns
-SHARED_BYTES = 232448  # what a thread block of an H100 can have
+SPILLED_BYTES = 32  # per thread, for plain attention
+SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks together, or an accumulator of 256 columns
+SHARED_BYTES = 232448  # maximum for a thread block on an H100
 SHARED_BYTES_AMPERE = 99 * 1024  # 163 KiB on an A100, but this on GPUs of compute capability 8.6 and 8.9
 
-# Not for these kernels: the float32 cache, and tables beyond what is worth a check.
+# Without the float32 cache, which these kernels do not support, and without the largest tables.
 GPU_CALLS = (
     *(call for call in CALLS if call.dtype != "float32" and call.context < 2**20),
     Call(name="heads of 64, float16", num_tokens=512, head_dim=64, dtype="float16"),
@@ -50,16 +50,16 @@ class Kernel:
 
     name: str
     registers: int
-    spilled: int  # bytes a thread
+    spilled: int  # bytes per thread
     serialized: bool  # whether matrix instructions wait for one another
-    shared: int | None  # bytes of shared memory; None where this jax does not say
+    shared: int | None  # bytes of shared memory; None if this jax does not report it
 
 
 @contextlib.contextmanager
 def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
     """Collects the assembler's reports on Mosaic-GPU kernels compiled inside the context.
 
-    It says nothing of a kernel that an earlier program of this process had in common with this one.
+    A kernel that an earlier program of this process already compiled is not reported again.
     """
     with tempfile.TemporaryDirectory() as directory:
         os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": directory}
@@ -70,7 +70,7 @@ def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
         for path in sorted(Path(directory).glob("*.ptxas")):
             text = path.read_text()
             (registers,) = re.findall(r"Used (\d+) registers", text)
-            spilled = re.findall(r"(\d+) bytes spill stores", text)[-1]  # a warning, if there is one, comes before
+            spilled = re.findall(r"(\d+) bytes spill stores", text)[-1]  # any warning precedes it
             resources = path.with_suffix(".resources.txt")
             shared = re.findall(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else []
             kernels.append(
@@ -85,7 +85,7 @@ def assembler_reports(kernels: list[Kernel]) -> Iterator[None]:
 
 
 def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list[Kernel], str]:
-    """Compiles one call; returns the bytes of temporaries, its kernels and a complaint, "" if there is none."""
+    """Compiles one call; returns the bytes of temporaries, its kernels, and an error message ("" if it passes)."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -122,9 +122,9 @@ def kernel_complaint(kernels: list[Kernel], spilled: int, mesh: Any) -> str:
     for kernel in kernels:
         limit = SHARED_BYTES if hopper else SHARED_BYTES_AMPERE
         if (kernel.shared or 0) > limit:
-            return f"{kernel.name} takes {kernel.shared} bytes of shared memory, more than {limit}"
+            return f"{kernel.name} uses {kernel.shared} bytes of shared memory, more than {limit}"
         if kernel.spilled > spilled:
-            return f"{kernel.name} spills {kernel.spilled} bytes a thread, more than {spilled}"
+            return f"{kernel.name} spills {kernel.spilled} bytes per thread, more than {spilled}"
         if kernel.serialized:
             return f"the matrix instructions of {kernel.name} are serialized"
     return ""
@@ -148,31 +148,31 @@ def check_step(hf: dict[str, Any], mesh: Any) -> tuple[int, list[Kernel], str]:
 
 
 def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
-    """The gate must be able to fail: a tile beyond shared memory is refused."""
+    """Tests the gate itself: a tile that exceeds shared memory must be refused."""
     from pallas_kernels.ragged_attention.gpu.tile_sizes import modeled
 
     tiles = dataclasses.replace(modeled(128, 4, "hopper"), chunk_stages=6)
     try:
         check_kernel(Call(name="too large", num_tokens=64), mesh, tiles=tiles)
-    except Exception as error:  # of the lowering, before there is a compiler's error to speak of
+    except Exception as error:  # from the lowering, before the compiler runs
         return 0, [], "" if "shared memory" in str(error) else f"refused, but not for shared memory: {error}"
     return 0, [], f"a tile of 400 KiB was accepted in {SHARED_BYTES} bytes of shared memory"
 
 
 def check_spills(mesh: Any) -> tuple[int, list[Kernel], str]:
-    """A tile whose scores do not fit beside the accumulator compiles, slowly: the gate must see its spills."""
+    """Tests the gate itself: a tile with too many scores for the registers compiles, and its spills must be reported."""
     from pallas_kernels.ragged_attention.gpu.tile_sizes import modeled
 
     call = Call(name="spills", num_tokens=64, num_heads=8, num_kv_heads=4, head_dim=256)
     tiles = dataclasses.replace(modeled(256, 2, "hopper"), chunk_keys=128, chunk_stages=1)
     *rest, words = check_kernel(call, mesh, tiles=tiles)
-    return *rest, "" if "spills" in words else f"256 scores and accumulators a thread went unnoticed ({words!r})"
+    return *rest, "" if "spills" in words else f"256 scores and accumulators per thread went unnoticed ({words!r})"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
-    parser.add_argument("--only", default="", help="run the checks whose name holds this")
-    parser.add_argument("--seconds", type=float, default=1800.0, help="time for all; what is not reached is named")
+    parser.add_argument("--only", default="", help="run only checks whose name contains this")
+    parser.add_argument("--seconds", type=float, default=1800.0, help="time limit of all checks; lists those not reached")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
@@ -192,7 +192,7 @@ def main() -> int:
         f"H100 attention: {call.name}": functools.partial(check_kernel, call, h100) for call in GPU_CALLS
     }
     checks["H100 a too large tile is refused"] = functools.partial(check_refusal, h100)
-    checks["H100 spilled registers are seen"] = functools.partial(check_spills, h100)
+    checks["H100 spilled registers are detected"] = functools.partial(check_spills, h100)
     checks["H100 step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, h100)
     checks["H100 step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight_h100)
     checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(check_step, MIXTRAL_8X7B, eight_h100)
@@ -219,7 +219,7 @@ def main() -> int:
         temporaries, kernels, words = 0, [], ""
         try:
             temporaries, kernels, words = check()
-        except Exception as error:  # whatever the compiler or the lowering says, the next check is independent of it
+        except Exception as error:  # any error of the compiler or the lowering; the next check is independent of it
             words = f"{type(error).__name__}: {error}"[:600]
         failed += bool(words)
         figures = ", ".join(f"{k.name.removeprefix('ragged_attention_')} {k.registers}/{k.spilled}" for k in kernels)

@@ -1,11 +1,11 @@
-"""Compares our TPU attention with JAX's `ragged_paged_attention` by the schedules that the compiler makes for both.
+"""Compares our TPU attention with JAX's `ragged_paged_attention` by the schedules that the compiler produces.
 
     python -m tests.gate.schedule --kinds v5e v6e tpu7x
 
-With tpu-inference's own kernel as well, where that package is found (see `tests.gate.tpu_inference_v3`).
+If the package tpu-inference is found, its kernel is included (see `tests.gate.tpu_inference_v3`).
 
-Nothing runs. The compiler writes every kernel as VLIW bundles, one a cycle if nothing stalls, so bundles are a lower
-bound on cycles. Loops whose trip count depends on data are multiplied out here, by `Work`, from the shape of the call:
+Nothing is executed. The compiler schedules every kernel as VLIW bundles, one per cycle without stalls, so the number of
+bundles is a lower bound on cycles. Loops whose trip count depends on data are expanded here from the shape of the call:
 both kernels fetch keys in pieces and spend almost all of their time in the loop over pieces.
 """
 
@@ -33,7 +33,7 @@ SHAPES = {
     "decode": Call(name="decode", num_tokens=64, num_sequences=64),  # 64 x 1 token, context 4096
     "prompt": Call(name="prompt", num_tokens=2048, num_sequences=1, context=2048),  # one chunk from the start
     "mixed": Call(name="mixed", num_tokens=2048, num_sequences=64),  # 63 x 1 token and a chunk of 1985 after 2111
-    # Blocks as large as a cache of 8 bits needs, and such a cache; ours alone.
+    # The block size that an 8-bit cache requires, and such a cache; only our kernel.
     "decode-128": Call(name="decode", num_tokens=64, num_sequences=64, block_size=128),
     "decode-int8": Call(name="decode", num_tokens=64, num_sequences=64, block_size=128, kv_dtype="int8"),
     "prompt-128": Call(name="prompt", num_tokens=2048, num_sequences=1, context=2048, block_size=128),
@@ -53,7 +53,7 @@ def chunks_of(shape: str) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass
 class Loop:
-    """A loop of a schedule: addresses of its first and last bundle, and the loops inside."""
+    """A loop of a schedule: addresses of its first and last bundle, and its inner loops."""
 
     start: int
     end: int
@@ -61,12 +61,12 @@ class Loop:
 
     @property
     def own(self) -> int:
-        """Bundles outside the loops inside."""
+        """Bundles outside the inner loops."""
         return self.end - self.start + 1 - sum(loop.end - loop.start + 1 for loop in self.inside)
 
     @property
     def once(self) -> int:
-        """Bundles if every loop inside runs once."""
+        """Bundles if every inner loop runs once."""
         return self.end - self.start + 1
 
 
@@ -96,12 +96,12 @@ def read_schedule(path: Path) -> Loop:
 
 
 def vmem_of(path: Path) -> int:
-    """Bytes of VMEM that a kernel allocates, scratch and the compiler's own, from its `pre-finalize` dump."""
+    """Bytes of VMEM that a kernel allocates, including the compiler's own, from its `pre-finalize` dump."""
     sizes = re.findall(r"#allocation\d+ \[.*space=vmem, size = (0x[0-9a-f]+)", path.read_text())
     return sum(int(size, 16) for size in sizes)
 
 
-# --- what each kernel does with a shape ----------------------------------------------------------------------------
+# --- bundles of each kernel for a shape ----------------------------------------------------------------------------
 
 
 def count_ours(shape: str, root: Loop, tiles: Any, call: Call) -> dict[str, float]:
@@ -133,7 +133,7 @@ def count_ours(shape: str, root: Loop, tiles: Any, call: Call) -> dict[str, floa
             continue
         assert chunk is not None
         piece = piece_of(chunk)
-        # A loop over heads for a piece that is seen whole, and one over halves of a piece > over heads.
+        # A loop over heads for a fully visible piece, and a loop over halves of a piece > over heads.
         seen, part = [loop for loop in piece.inside if loop.once >= 400][-2:]
         masked = max(part.inside, key=lambda loop: loop.once)
         for first in range(0, queries, tiles.queries):
@@ -162,7 +162,7 @@ def count_upstream(shape: str, root: Loop, pages: int, queries: int, call: Call)
     row_bytes = 2 * call.num_kv_heads * call.head_dim * 2
     start, passes, fetched = 0, 0, 0
     for length, context in chunks_of(shape):
-        blocks = (start + length - 1) // queries - start // queries + 1  # q blocks that hold a part of the chunk
+        blocks = (start + length - 1) // queries - start // queries + 1  # q blocks that contain part of the chunk
         passes += blocks * math.ceil(context / keys)
         fetched += blocks * math.ceil(context / keys) * keys * row_bytes
         start += length
@@ -170,7 +170,7 @@ def count_upstream(shape: str, root: Loop, pages: int, queries: int, call: Call)
     return {"bundles": passes * keys_loop.once + math.ceil(start / queries) * outside, "bytes": fetched}
 
 
-# --- compiling, one program a process, because dumps are switched on when the compiler is loaded ---------------------
+# --- compiling, one program per process, because dumps are enabled when the compiler is loaded -----------------------
 
 
 def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
         else:
             from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention, tuned_block_sizes
 
-            # Its table asks the process's own device what it is: tell it what is compiled for.
+            # Its table queries the process's own device, so it is given the target device instead.
             version = {"v4": 4, "v5e": 5, "v5p": 5, "v6e": 6, "tpu7x": 7}[kind]
             tuned_block_sizes.get_tpu_version = lambda: version
             tuned_block_sizes.get_device_name = lambda: "TPU7x" if version == 7 else f"TPU v{version}"
@@ -239,7 +239,7 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
                     vmem_limit_bytes=64 * MIB if kind != "v4" else None,
                 )
             ).lower(q, pages, index[0], index[1], index[2], array(1))
-        start = time.process_time()  # other processes do not count
+        start = time.process_time()  # excludes other processes
         program.compile()
     return facts | {"seconds": time.process_time() - start}
 
@@ -308,16 +308,16 @@ def main() -> int:
         "--jax-keys",
         type=int,
         default=1024,
-        help="most keys a piece of JAX's kernel; its own table says up to 4096, which takes minutes to "
-        "compile and does not change the bundles a key (default: 1024, as ours)",
+        help="maximum keys per piece of JAX's kernel; its own table has up to 4096, which takes minutes to "
+        "compile and does not change the bundles per key (default: 1024, as in our kernel)",
     )
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds a compilation")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds per compilation")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(compile_one(*options.one, jax_keys=options.jax_keys)))
         return 0
-    print("| device | shape | kernel | tiles | compile, CPU | VMEM | bundles a token | KV bytes a token |")
+    print("| device | shape | kernel | tiles | compile, CPU | VMEM | bundles per token | KV bytes per token |")
     print("|---|---|---|---|---|---|---|---|")
     for kind in options.kinds:
         for shape in options.shapes:

@@ -92,7 +92,7 @@ def lower_attention(
 ) -> tuple[Any, int]:
     """`attention` lowered for `call` over a donated cache of `num_blocks` blocks, and the bytes of that cache.
 
-    `array(shape, dtype)` makes an abstract argument.
+    `array(shape, dtype)` creates an abstract argument.
     """
     import jax
     import jax.numpy as jnp

@@ -1,9 +1,9 @@
 """Compiles for TPU v4, v5e, v5p, v6e and TPU7x without a TPU: `make tpu-check`.
 
-Each kind of TPU has its own process, since the compiler may abort; the parent prints the table. A check fails if
-its program does not compile, copies the KV cache, takes more temporary memory than the bound, if VMEM overflows, or if a
-layer has more collectives than it needs or copies a weight. To run out of `--seconds` is no failure: what was not
-reached is said.
+Each kind of TPU has its own process, because the compiler may abort; the parent prints the table. A check fails if
+its program does not compile, copies the KV cache, exceeds the bound on temporary memory, or overflows VMEM; or if a layer
+has more collectives than necessary or copies a weight. Running out of `--seconds` is not a failure: checks that were not
+reached are listed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Eight devices each; a chip of TPU7x is two.
+# Eight devices each; a TPU7x chip has two.
 TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v4": "v4:2x2x2", "tpu7x": "tpu7x:2x2x1"}
 MIB = 2**20
-KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and values; the cache is 1000 MiB and more
+KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and values; the cache has 1000 MiB or more
 STEP_TEMPORARIES = 640 * MIB  # activations of 512 tokens and their logits
-SECONDS_A_PROGRAM = 180  # of processor time
-COLLECTIVES_A_LAYER = 2
-COPY_A_LAYER = 24 * MIB  # activations, in float32; the largest weight of a layer is more in each of the models
-# What CI has time for: that the gate can fail, the kernels in both kinds of cache, and one whole step.
+SECONDS_PER_PROGRAM = 180  # of processor time
+COLLECTIVES_PER_LAYER = 2
+COPY_PER_LAYER = 24 * MIB  # float32 activations; in each of the models, the largest weight of a layer is larger
+# The checks that CI has time for: a test of the gate itself, the kernels with both kinds of cache, and one whole step.
 QUICK = (
     "a too large tile is refused",
     "attention: 70B on 8 devices, B=128",
@@ -47,7 +47,7 @@ class Result:
 
 
 def check_kernel(call: Any, mesh: Any, *, tiles: Any = None) -> tuple[int, str]:
-    """Compiles one call; returns the bytes of temporaries and a complaint, "" if there is none."""
+    """Compiles one call; returns the bytes of temporaries and an error message ("" if it passes)."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -77,7 +77,7 @@ def complaint(memory: Any, cache_bytes: int, bound: int) -> str:
 
 
 def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> tuple[int, str]:
-    """Compiles a whole step, tensor-parallel; the least collectives that a layer needs are a sum behind each half."""
+    """Compiles a whole tensor-parallel step. The minimum of collectives per layer is one sum after each half."""
     import jax.numpy as jnp
 
     from fastgen_jax.models.families import family_of
@@ -95,15 +95,15 @@ def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> 
         kv_dtype=jnp.dtype(kv_dtype),
     )
     words = complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
-    if program.collectives != COLLECTIVES_A_LAYER:
-        words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_A_LAYER}"
-    if program.copied > COPY_A_LAYER:
+    if program.collectives != COLLECTIVES_PER_LAYER:
+        words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_PER_LAYER}"
+    if program.copied > COPY_PER_LAYER:
         words = words or f"every layer copies {program.copied / MIB:.0f} MiB, so a weight"
     return program.temporaries, words
 
 
 def check_step_refused(hf: dict[str, Any], mesh: Any) -> tuple[int, str]:
-    """Weights beyond a device's memory: the compiler must report it, not the first run."""
+    """Weights that exceed a device's memory: the compiler must report this, not the first run."""
     from fastgen_jax.plan.program import DoesNotCompile
 
     try:
@@ -114,7 +114,7 @@ def check_step_refused(hf: dict[str, Any], mesh: Any) -> tuple[int, str]:
 
 
 def check_refusal(mesh: Any) -> tuple[int, str]:
-    """The gate must be able to fail: a tile beyond VMEM is refused by the compiler."""
+    """Tests the gate itself: the compiler must refuse a tile that exceeds VMEM."""
     from fastgen_jax.plan.program import DoesNotCompile
     from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
     from tests.gate.shapes import Call
@@ -158,15 +158,15 @@ def run_kind(kind: str, only: str, *, quick: bool, kv_dtypes: Sequence[str]) -> 
     for name, check in checks_of(kind, mesh, small, kv_dtypes=kv_dtypes).items():
         if only not in name or (quick and name not in QUICK):
             continue
-        start = time.process_time()  # other processes do not count
+        start = time.process_time()  # excludes other processes
         temporaries = 0
         try:
             temporaries, words = check()
         except (DoesNotCompile, ValueError, NotImplementedError) as error:
             words = f"{type(error).__name__}: {error}"
         seconds = time.process_time() - start
-        if seconds > SECONDS_A_PROGRAM and not words:
-            words = f"took more than {SECONDS_A_PROGRAM} processor seconds"
+        if seconds > SECONDS_PER_PROGRAM and not words:
+            words = f"took more than {SECONDS_PER_PROGRAM} processor seconds"
         result = Result(kind=kind, check=name, passed=not words, seconds=seconds, temporaries=temporaries, words=words)
         print(json.dumps(dataclasses.asdict(result)), flush=True)
 
@@ -174,15 +174,15 @@ def run_kind(kind: str, only: str, *, quick: bool, kv_dtypes: Sequence[str]) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--kinds", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
-    parser.add_argument("--only", default="", help="run the checks whose name holds this")
-    parser.add_argument("--seconds", type=float, default=1500.0, help="time for all; what is not reached is named")
+    parser.add_argument("--only", default="", help="run only checks whose name contains this")
+    parser.add_argument("--seconds", type=float, default=1500.0, help="time limit of all checks; lists those not reached")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument(
         "--kv-dtypes",
         nargs="+",
         choices=("bfloat16", "int8", "float8_e4m3fn"),
         default=["bfloat16", "int8"],
-        help="the caches that steps are compiled over",
+        help="dtypes of the caches that steps are compiled with",
     )
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -194,7 +194,7 @@ def main() -> int:
     failed = passed = unreached = 0
     print(f"{'':6} {'check':42} {'CPU':>8} {'temporaries':>12}")
     for i, kind in enumerate(options.kinds):
-        # What is left is divided among the kinds that are left: a slow one does not starve the others.
+        # The remaining time is divided among the remaining kinds, so that a slow one does not starve the others.
         share = max(1.0, (deadline - time.monotonic()) / (len(options.kinds) - i))
         command = [sys.executable, "-m", "tests.gate.tpu_check", "--in-this-process", "--kinds", kind]
         command += ["--only", options.only] + ["--quick"] * options.quick + ["--kv-dtypes", *options.kv_dtypes]

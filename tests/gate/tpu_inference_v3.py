@@ -1,7 +1,7 @@
-"""The ragged paged attention of vLLM's tpu-inference, third version, as a peer of `tests.gate.schedule`.
+"""The third version of ragged paged attention in vLLM's tpu-inference, for comparison in `tests.gate.schedule`.
 
-None of its code is here. It is imported from the PyPI package if that is installed; only the kernel's module is needed,
-since the rest requires vLLM and a TPU:
+This file contains none of its code. The kernel is imported from the PyPI package if that is installed; only the kernel's
+module is needed, because the rest requires vLLM and a TPU:
 
     pip download --no-deps tpu-inference && python -m zipfile -e tpu_inference-*.whl DIR    (then DIR in PYTHONPATH)
 """
@@ -18,8 +18,8 @@ from typing import Any
 
 from tests.gate.shapes import Call
 
-SCHEDULES = {"DECODE": "RPAd-", "MIXED": "RPAm-"}  # how the names of its two kernels begin
-VERSIONS = {"v5e": 5, "v5p": 5, "v6e": 6, "tpu7x": 7}  # as the kernel counts generations; it has no tiles for v4
+SCHEDULES = {"DECODE": "RPAd-", "MIXED": "RPAm-"}  # prefixes of the names of its two kernels
+VERSIONS = {"v5e": 5, "v5p": 5, "v6e": 6, "tpu7x": 7}  # the kernel's generation numbers; it has no tiles for v4
 
 
 def is_here() -> bool:
@@ -28,12 +28,12 @@ def is_here() -> bool:
 
 
 def load(kind: str) -> Any:
-    """The kernel's module, which is told the target device instead of asking the process's own."""
+    """The kernel's module, patched to use the target device instead of the process's own."""
     if kind not in VERSIONS:
         raise NotImplementedError(f"tpu-inference has no tiles for {kind}, only for {', '.join(VERSIONS)}")
     found = importlib.util.find_spec("tpu_inference")
-    assert found is not None, "call this where `is_here`"
-    # A package without its `__init__`, which imports vLLM.
+    assert found is not None, "call this only if `is_here`"
+    # Skips the package's `__init__`, which imports vLLM.
     package = types.ModuleType("tpu_inference")
     package.__path__ = list(found.submodule_search_locations or ())
     sys.modules["tpu_inference"] = package
@@ -82,10 +82,10 @@ def lower(call: Call, kind: str, array: Callable[..., Any], *, num_blocks: int, 
 def count(
     chunks: Sequence[tuple[int, int]], schedules: dict[str, Any], sizes: dict[str, dict[str, int]], call: Call
 ) -> dict[str, float]:
-    """Bundles and bytes of KV for `chunks`, (query length, context) each, by the schedules that they use.
+    """Bundles and bytes of KV for `chunks` of (query length, context), according to the schedules that they use.
 
-    Each is a loop over sequences > (over pieces of queries, if there can be several >) over fetched keys > over the keys
-    that are computed together; copies are written out.
+    Each schedule is a loop over sequences > (over pieces of queries, if there can be several >) over fetched keys > over
+    the keys that are computed together; copies are unrolled.
     """
     row_bytes = 2 * call.num_kv_heads * call.head_dim * 2
     bundles, fetched = 0.0, 0
@@ -107,7 +107,7 @@ def count(
 
 
 def _path_to_largest(root: Any) -> list[Any]:
-    """From the root down to the largest loop that has none inside: the one that multiplies."""
+    """The loops from the root to the largest innermost loop, which multiplies."""
 
     def paths(loop: Any) -> list[list[Any]]:
         return [[loop, *rest] for inside in loop.inside for rest in paths(inside)] or [[loop]]

@@ -1,4 +1,4 @@
-"""A step divided over devices gives the logits of a step on one."""
+"""A step divided over several devices computes the same logits as on one device."""
 
 from __future__ import annotations
 

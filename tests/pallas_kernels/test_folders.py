@@ -1,4 +1,4 @@
-"""Folders that cannot be written, by root either: a file in their place, a disk without room, a mount that is read-only."""
+"""Folders that not even root can write to: a file in their place, a full disk, a read-only mount."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def blocked(tmp_path: Path) -> Path:
     return tmp_path / "file" / "cache"
 
 
-def test_a_folder_is_made_and_can_be_written(tmp_path, caplog) -> None:
+def test_a_folder_is_created_and_writable(tmp_path, caplog) -> None:
     found = settle(tmp_path / "a" / "b", "things", variable="V")
     assert found is not None
     assert (found.path, found.writable) == (tmp_path / "a" / "b", True)
@@ -37,7 +37,7 @@ def test_a_folder_is_made_and_can_be_written(tmp_path, caplog) -> None:
     assert caplog.text == ""
 
 
-def test_all_processes_use_the_same_private_folder_if_one_cannot_be_made(tmp_path, temporary, caplog) -> None:
+def test_all_processes_use_the_same_private_folder_if_one_cannot_be_created(tmp_path, temporary, caplog) -> None:
     wanted = blocked(tmp_path)
     for _ in range(3):
         found = settle(wanted, "things", variable="SOME_VARIABLE")
@@ -51,7 +51,7 @@ def test_all_processes_use_the_same_private_folder_if_one_cannot_be_made(tmp_pat
     assert all(word in caplog.text for word in ("things", str(wanted), "Not a directory", "SOME_VARIABLE", str(found.path)))
 
 
-def test_two_folders_that_cannot_be_made_do_not_become_one(tmp_path) -> None:
+def test_two_folders_that_cannot_be_created_get_separate_replacements(tmp_path) -> None:
     wanted = blocked(tmp_path)
     one, other = (settle(wanted / name / "xla", "things", variable="V") for name in ("a", "b"))
     assert one is not None
@@ -59,7 +59,7 @@ def test_two_folders_that_cannot_be_made_do_not_become_one(tmp_path) -> None:
     assert one.path != other.path
 
 
-def test_a_temporary_folder_that_is_of_another_user_or_a_link_is_not_used(tmp_path, temporary, caplog) -> None:
+def test_a_temporary_folder_of_another_user_or_a_link_is_not_used(tmp_path, temporary, caplog) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     root = temporary / f"user-cache-{os.getuid()}"
     root.symlink_to(tmp_path / "elsewhere")
@@ -77,7 +77,7 @@ def test_without_any_folder_there_is_none(tmp_path, monkeypatch, caplog) -> None
     assert "nothing is kept after this run" in caplog.text
 
 
-def test_without_a_home_no_folder_called_tilde_is_made(tmp_path, monkeypatch, caplog) -> None:
+def test_without_a_home_no_folder_named_tilde_is_created(tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.chdir(tmp_path)
     found = settle(Path("~/.cache/things"), "things", variable="V")
     assert found is not None
@@ -97,8 +97,8 @@ def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatc
     assert "full: 0.0 MiB are free" in caplog.text
 
 
-@pytest.mark.skipif(not os.path.ismount("/proc"), reason="needs a file system that takes no files")
-def test_a_folder_with_files_that_cannot_be_added_to_is_read_if_that_is_wanted(caplog) -> None:
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="needs a file system without writable folders")
+def test_a_read_only_folder_with_files_is_used_for_reading_if_requested(caplog) -> None:
     found = settle(Path("/proc/self"), "things", variable="V")
     assert found is not None
     assert (found.path, found.writable) == (Path("/proc/self"), False)
@@ -106,14 +106,14 @@ def test_a_folder_with_files_that_cannot_be_added_to_is_read_if_that_is_wanted(c
     assert settle(Path("/proc/self"), "things", variable="V", reading=False) != found
 
 
-def test_where_files_are_executed_a_folder_that_others_can_write_is_not_used(tmp_path, caplog) -> None:
+def test_a_folder_that_others_can_write_to_is_not_used_for_executable_files(tmp_path, caplog) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
     found = settle(shared, "things", variable="V", private=True)
     assert found is not None
     assert found.path != shared
-    assert "others may write to it" in caplog.text
+    assert "other users can write to it" in caplog.text
     assert settle(shared, "other things", variable="V") == folders.Folder(path=shared, writable=True)
 
 

@@ -1,8 +1,9 @@
-"""llama.cpp's converter, for tokenizers that it does not know and fields that transformers 5 renames: argv as its own.
+"""Runs llama.cpp's converter with patches for unknown tokenizers and for fields that transformers 5 renames.
 
-Run by make_gguf.py, with llama.cpp and its gguf-py on the path. The converter recognizes byte-level vocabularies by a hash
-of what they do to a text; ours need none. It reads config.json through transformers, whose version 5 drops the old names of
-some fields. And it returns the stacked norms of StableLM's heads where it should yield them.
+Accepts the converter's arguments. Run by make_gguf.py, with llama.cpp and its gguf-py on the path. The patches: the
+converter identifies byte-level vocabularies by a hash of their output for a text, which our files do not need; it reads
+config.json through transformers, whose version 5 drops the old names of some fields; and it returns the stacked norms of
+StableLM's heads although it should yield them.
 """
 
 from __future__ import annotations

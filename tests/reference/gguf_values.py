@@ -1,4 +1,4 @@
-"""The numbers in the tiny GGUF files, which are a function of a tensor's Hugging Face name."""
+"""The values in the tiny GGUF files, a function of each tensor's Hugging Face name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import numpy as np
 
 
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers that float16 can hold, as float32."""
+    """Normally distributed numbers that are exact in float16, as float32."""
     generator = np.random.default_rng(zlib.crc32(name.encode()))
     return generator.standard_normal(shape).astype(np.float16).astype(np.float32)

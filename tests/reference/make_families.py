@@ -1,12 +1,12 @@
-"""Remakes the tiny random checkpoints under `families/` and the logits that transformers computes for them.
+"""Regenerates the tiny random checkpoints under `families/` and the logits that transformers computes for them.
 
     python tests/reference/make_families.py [FAMILY ...]        # needs torch and transformers; the tests need neither
 
-Each `families/FAMILY/VARIANT` has config.json and model.safetensors as `save_pretrained` writes them (bfloat16, so that
-they stay small) and expected.npz, computed in float32 from the same rounded weights: `token_ids` i64[P + N], a random
-prompt of P tokens and the N that greedy decoding appends, and `logits` f32[P + N, V], the first P rows from the whole
-prompt in one pass, the others from decoding token by token with transformers' cache. Norms and biases are random too, so
-that one that is dropped or mixed up shows. The prompt is longer than every window and every rotary threshold.
+Each `families/FAMILY/VARIANT` has config.json and model.safetensors as written by `save_pretrained` (bfloat16, to keep
+them small) and expected.npz, computed in float32 from the same rounded weights: `token_ids` i64[P + N], a random
+prompt of P tokens and the N tokens that greedy decoding appends, and `logits` f32[P + N, V], the first P rows from the
+whole prompt in one pass, the others from decoding token by token with transformers' cache. Norms and biases are random
+too, so that a missing or swapped one is detected. The prompt is longer than every window and every rotary threshold.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LLAMA_LIKE = {
 
 
 def without(*names: str, **changes: Any) -> dict[str, Any]:
-    """The Llama-like fields without some, with others changed."""
+    """The Llama-like fields without `names` and with `changes`."""
     return {name: value for name, value in LLAMA_LIKE.items() if name not in names} | changes
 
 
@@ -340,18 +340,18 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Random weights in bfloat16 steps: matrices that keep activations alive, norms and biases that matter."""
+    """Sets random weights rounded to bfloat16, large enough for norms, biases and errors to affect the logits."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm_weight = name.endswith("weight") and any(word in name for word in ("norm", "ln_"))
-            noise = torch.randn_like(parameter) * 0.3  # the default 0.02 leaves logits so flat that errors would not show
+            noise = torch.randn_like(parameter) * 0.3  # with the default 0.02, logits would be too flat to reveal errors
             if is_norm_weight and float(parameter.detach().mean()) != 0.0:  # Gemma's start at 0 and count from 1
                 noise += 1.0
             parameter.copy_(noise.bfloat16().float())
 
 
 def compute(model: Any, prompt: torch.Tensor) -> dict[str, np.ndarray]:
-    """What `expected.npz` holds."""
+    """The contents of `expected.npz`."""
     with torch.no_grad():
         rows = [model(prompt[None]).logits[0]]
         out = model(prompt[None], use_cache=True)
@@ -365,7 +365,7 @@ def compute(model: Any, prompt: torch.Tensor) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Writes the variants of the families named on the command line, or of all."""
+    """Writes the variants of the families named on the command line, or of all families."""
     home = Path(__file__).parent / "families"
     for family in sys.argv[1:] or FAMILIES:
         model_type, variants = FAMILIES[family]

@@ -1,8 +1,8 @@
-"""Remakes `ggml_blocks.npz`: a row of every GGUF storage type that ggml can make, and the values that ggml reads from it.
+"""Regenerates `ggml_blocks.npz`: a row of every GGUF storage type that ggml can quantize, and the values it reads back.
 
     python tests/reference/make_ggml_blocks.py .../libggml-base.so      # a build of llama.cpp
 
-The tests need the arrays alone: `TYPE.rows` u8[1, bytes] and `TYPE.values` f32[1, 512].
+The tests need only the arrays: `TYPE.rows` u8[1, bytes] and `TYPE.values` f32[1, 512].
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TypeTraits(ctypes.Structure):
 
 
 def main() -> None:
-    """Quantises one row of normal numbers with every type."""
+    """Quantizes one row of normally distributed numbers with every type."""
     ggml = ctypes.CDLL(sys.argv[1])
     ggml.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t

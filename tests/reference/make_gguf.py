@@ -1,9 +1,9 @@
-"""Remakes `gguf/`: a tiny model of every GGUF architecture that we read, as llama.cpp's own converter writes it.
+"""Regenerates `gguf/`: a tiny model of every supported GGUF architecture, written by llama.cpp's own converter.
 
     python tests/reference/make_gguf.py .../llama.cpp [ARCH ...]   # needs torch, transformers and llama.cpp's scripts
 
-Each architecture has ARCH.gguf (float16, no tokenizer worth the name) and ARCH.json, the config.json that it came from. The
-weights are those of `gguf_values.py`.
+Each architecture has ARCH.gguf (float16, with a minimal tokenizer) and ARCH.json, the original config.json. The weights are
+those of `gguf_values.py`.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ CONFIGS = {
         **LATENT, q_lora_rank=None, n_routed_experts=64, n_group=1, topk_group=1, topk_method="greedy", norm_topk_prob=False
     ),
 }
-# Fields that only the converter reads, or that releases say and transformers does not write.
+# Fields that only the converter reads, or that the releases contain but transformers does not write.
 FURTHER = {
     "gpt2": {"n_ctx": 128},
     "cohere2": {"rotary_pct": 1.0},
@@ -229,7 +229,7 @@ QWEN_1_SHAPES = {
 
 
 def main() -> None:
-    """Writes every architecture, or those that are named."""
+    """Writes the architectures named on the command line, or all."""
     converter = Path(sys.argv[1]) / "convert_hf_to_gguf.py"
     home = Path(__file__).with_name("gguf")
     home.mkdir(exist_ok=True)
@@ -259,15 +259,15 @@ def main() -> None:
 
 
 def made(config: hf.PretrainedConfig, file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """The fields of config.json and the shapes of the tensors of a model, as transformers saves them beside `file`."""
+    """The config.json fields and tensor shapes of a model, as transformers saves them beside `file`."""
     hf.AutoModelForCausalLM.from_config(config).float().save_pretrained(file.parent)
-    with safe_open(file, "pt") as saved:  # by the names in the file, which are not always those in memory
+    with safe_open(file, "pt") as saved:  # names in the file can differ from those in memory
         shapes = {key: tuple(saved.get_slice(key).get_shape()) for key in list(saved.keys())}
     return json.loads(file.with_name("config.json").read_text()), shapes
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Something that the converter accepts: the files of both kinds of tokenizer."""
+    """Writes the files of both kinds of tokenizer, as minimal input for the converter."""
     out = io.BytesIO()
     lines = ["one two three four five six seven", "eight nine ten eleven twelve"]
     sentencepiece.SentencePieceTrainer.train(

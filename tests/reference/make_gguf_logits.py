@@ -1,11 +1,11 @@
-"""Remakes `gguf/logits.npz`: what llama.cpp computes with the tiny GGUF files.
+"""Regenerates `gguf/logits.npz`: the logits that llama.cpp computes for the tiny GGUF files.
 
     python tests/reference/make_gguf_logits.py      # needs llama-cpp-python; the tests do not
 
-For each file "NAME.tokens" i32[T] and "NAME.logits" f32[R, V], those of the last R tokens of a prompt of T, weights and
-cache in float32: with float16 weights llama.cpp rounds the activations too. What its converter leaves out and it asks for
-is filled in. Not run, for what it cannot load: command-r with norms on heads, OLMoE with grouped heads, Phi-2 with an MLP
-that is not four times as wide, DeepSeek V2 Lite with fewer layers than the release.
+For each file: "NAME.tokens" i32[T] and "NAME.logits" f32[R, V], for the last R tokens of a prompt of T tokens. Weights and
+cache are float32, because llama.cpp rounds the activations too if the weights are float16. Metadata that llama.cpp requires
+but its converter omits is added. Models that llama.cpp cannot load are skipped: command-r with norms on heads, OLMoE with
+grouped heads, Phi-2 with an MLP that is not four times as wide, DeepSeek V2 Lite with fewer layers than the release.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 
 VOCABULARY = 280
-NUM_TOKENS, NUM_ROWS = 48, 8  # longer than the windows (32), not than the trained lengths of what YaRN stretches four times
+NUM_TOKENS, NUM_ROWS = 48, 8  # longer than the windows (32), shorter than the trained lengths that YaRN extends
 
 
 def widened(source: Path, target: Path) -> None:
-    """A copy of a GGUF file with all tensors in float32 and what llama.cpp does not run without."""
+    """Writes a copy of a GGUF file with all tensors in float32 and the metadata that llama.cpp requires."""
     reader = gguf.GGUFReader(source)
     kind = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(target, kind)
@@ -73,7 +73,7 @@ def logits(file: Path, tokens: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Runs every file that llama.cpp loads, and says which it does not."""
+    """Runs every file that llama.cpp can load, and prints the others."""
     home = Path(__file__).with_name("gguf")
     saved = {}
     for file in sorted(home.glob("*.gguf")):

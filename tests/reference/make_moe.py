@@ -1,4 +1,4 @@
-"""Remakes the tiny random checkpoints of the families with experts; see make_families.py, whose rules hold here too.
+"""Regenerates the tiny random checkpoints of the families with experts, in the format described in make_families.py.
 
 python tests/reference/make_moe.py [FAMILY ...]        # needs torch and transformers; the tests need neither
 """
@@ -142,7 +142,7 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 
 
 def main() -> None:
-    """Writes the variants of the families named on the command line, or of all."""
+    """Writes the variants of the families named on the command line, or of all families."""
     home = Path(__file__).parent / "families"
     for family in sys.argv[1:] or FAMILIES:
         model_type, variants = FAMILIES[family]

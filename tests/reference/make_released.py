@@ -1,9 +1,9 @@
-"""Remakes the tiny checkpoints in the forms in which some models are released; see make_families.py, whose rules hold too.
+"""Regenerates tiny checkpoints in the formats in which some models are released; see also make_families.py.
 
     python tests/reference/make_released.py [FAMILY/VARIANT ...]    # needs torch and transformers; the tests need neither
 
-gpt-oss with its experts in MXFP4 and DeepSeek V3 in blocks of FP8, whose logits are those of the weights as transformers
-dequantizes them, and models that also see, under the names that their files on the hub have.
+These are gpt-oss with its experts in MXFP4, DeepSeek V3 in blocks of FP8, and multimodal models with the tensor names of
+their files on the hub. The logits of quantized models are computed from the weights as dequantized by transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EYES = {
 
 
 def mxfp4(model: Any) -> dict[str, torch.Tensor]:
-    """Puts random MXFP4 numbers into the experts of gpt-oss and gives them as they are stored."""
+    """Sets the experts of gpt-oss to random MXFP4 numbers and returns them as stored."""
     stored = {}
     for name, parameter in model.named_parameters():
         if name.endswith(("gate_up_proj", "down_proj")):
@@ -47,7 +47,7 @@ def mxfp4(model: Any) -> dict[str, torch.Tensor]:
 
 
 def fp8(model: Any) -> dict[str, torch.Tensor]:
-    """Rounds the matrices of the layers of a DeepSeek model to blocks of FP8 and gives them as they are stored."""
+    """Rounds the layer matrices of a DeepSeek model to blocks of FP8 and returns them as stored."""
     stored = {}
     for name, parameter in model.named_parameters():
         if "layers." not in name or "gate.weight" in name or parameter.dim() < 2:
@@ -60,18 +60,18 @@ def fp8(model: Any) -> dict[str, torch.Tensor]:
             matrix.copy_(Fp8Dequantize(None)._dequantize_one(narrow, scales))
             if expert is None:
                 stored |= {name: narrow, f"{name}_scale_inv": scales}
-            else:  # the layer's experts in one tensor, as transformers has them: gate above up
+            else:  # transformers keeps a layer's experts in one tensor, gate above up
                 parts = ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
                 stem = name.rsplit(".", 1)[0]
                 for part, values, of in zip(parts, narrow.chunk(len(parts)), scales.chunk(len(parts)), strict=True):
                     module = f"{stem}.{expert}.{part}.weight"
                     stored |= {module: values.contiguous(), f"{module}_scale_inv": of.contiguous()}
-    # A layer behind the last guesses the token after the next; who does not speculate leaves it out.
+    # The additional layer predicts the token after the next one; it is ignored without speculative decoding.
     return stored | {f"model.layers.{model.config.num_hidden_layers}.enorm.weight": torch.ones(32)}
 
 
 def as_on_the_hub(folder: Path, config: dict[str, Any]) -> None:
-    """The files of a model that also sees as they were before transformers 4.52: names, and a config with gaps."""
+    """Rewrites a multimodal model as before transformers 4.52: old tensor names, and a config without some fields."""
 
     def name(new: str) -> str:
         if new.startswith("lm_head"):
@@ -148,7 +148,7 @@ def mistral3() -> tuple[Any, dict[str, Any]]:
 def quantized(
     model_type: str, fields: dict[str, Any], quantise: Any, settings: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """Writes a quantized checkpoint and gives what transformers computes with its dequantized weights."""
+    """Writes a quantized checkpoint and returns what transformers computes with its dequantized weights."""
     config = AutoConfig.for_model(model_type, **fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     randomise(model)
@@ -163,8 +163,8 @@ def quantized(
     return expected
 
 
-def seeing(made: tuple[Any, dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Writes a model that also sees and gives what transformers computes from text."""
+def multimodal(made: tuple[Any, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Writes a multimodal model and returns what transformers computes from text."""
     config, hub = made
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval()
     randomise(model)
@@ -206,8 +206,8 @@ VARIANTS = {
         },
         folder,
     ),
-    "gemma3/multimodal": lambda folder: seeing(gemma3(), folder),
-    "mistral/multimodal": lambda folder: seeing(mistral3(), folder),
+    "gemma3/multimodal": lambda folder: multimodal(gemma3(), folder),
+    "mistral/multimodal": lambda folder: multimodal(mistral3(), folder),
 }
 
 

@@ -1,11 +1,11 @@
-"""Remakes the tiny random Llama checkpoints under `tiny/` and the logits that transformers computes for them.
+"""Regenerates the tiny random Llama checkpoints under `tiny/` and the logits that transformers computes for them.
 
     python tests/reference/make_tiny.py        # needs torch and transformers; the tests need neither
 
-Each variant has a config.json and model.safetensors as `save_pretrained` writes them, and expected.npz with
+Each variant has a config.json and model.safetensors as written by `save_pretrained`, and expected.npz with
 `token_ids` i64[P], `logits` f32[P, V] of the whole prompt in one pass, `greedy` i64[N], the tokens that follow, and
-`greedy_logits` f32[N - 1, V], behind all of them but the last, with transformers' cache.
-The prompt is longer than the `original_max_position_embeddings` of the scaled variants, so scaling matters.
+`greedy_logits` f32[N - 1, V], the logits after each of these except the last, computed with transformers' cache.
+The prompt is longer than the `original_max_position_embeddings` of the scaled variants, so that scaling has an effect.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
         config._attn_implementation = "eager"
         model = LlamaForCausalLM(config).float().eval()
         with torch.no_grad():
-            for parameter in model.parameters():  # the default 0.02 leaves logits so flat that errors would not show
+            for parameter in model.parameters():  # with the default 0.02, logits would be too flat to reveal errors
                 parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 2 else 0.1))
                 if parameter.ndim == 1:
                     parameter += 1.0

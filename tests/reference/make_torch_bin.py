@@ -1,8 +1,8 @@
-"""Remakes `torch.bin`: a state dict as PyTorch pickles it, with every number format, a shared storage and a parameter.
+"""Regenerates `torch.bin`: a state dict pickled by PyTorch, with every number format, a shared storage and a parameter.
 
     python tests/reference/make_torch_bin.py       # needs torch; the tests do not
 
-Every tensor counts up from 0, but for `view`, which counts from 4.
+Every tensor counts up from 0, except `view`, which counts from 4.
 """
 
 from __future__ import annotations

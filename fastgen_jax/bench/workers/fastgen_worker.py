@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-from fastgen_jax.bench.workers.protocol import Request, Run, Timeline, serve
+from fastgen_jax.bench.workers.protocol import JsonObject, Request, Run, Timeline, serve
 
 
-def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
+def load(options: JsonObject) -> tuple[JsonObject, Run]:
     import jax
 
     import fastgen_jax
@@ -30,7 +29,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
         head = flops_per_token(engine.model, sampled=True) - flops_per_token(engine.model, sampled=False)
         return num_computed * body + num_output * head
 
-    def run(requests: list[Request]) -> dict[str, Any]:
+    def run(requests: list[Request]) -> JsonObject:
         timeline = Timeline(requests)
         before = engine.metrics.snapshot()
         begin = time.perf_counter()

@@ -14,9 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
 
-from protocol import Request, Run, Timeline, serve
+from protocol import JsonObject, Request, Run, Timeline, serve
 
 START_SECONDS = 120  # a server that is not healthy after this has failed to load
 HOST = "127.0.0.1"
@@ -79,7 +78,7 @@ def complete(port: int, request: Request, begin: float, timeline: Timeline, fail
         failures.append(f"{request['request_id']}: {error!r}")
 
 
-def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
+def load(options: JsonObject) -> tuple[JsonObject, Run]:
     port = free_port()
     slots = options["slots"]
     command = [
@@ -107,7 +106,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
     atexit.register(process.terminate)
     wait_until_healthy(process, port)
 
-    def run(requests: list[Request]) -> dict[str, Any]:
+    def run(requests: list[Request]) -> JsonObject:
         timeline = Timeline(requests)
         failures: list[str] = []
         begin = time.perf_counter()

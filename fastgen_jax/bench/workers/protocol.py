@@ -18,6 +18,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypedDict
 
+JsonObject = dict[str, Any]
+"""A JSON object; its values are what the engine in question has to say."""
+
 
 class Request(TypedDict):
     """One request of a command; exactly `max_new_tokens` tokens are generated."""
@@ -27,7 +30,7 @@ class Request(TypedDict):
     max_new_tokens: int
 
 
-Run = Callable[[list[Request]], dict[str, Any]]
+Run = Callable[[list[Request]], JsonObject]
 """Runs the requests and returns `Timeline.result()`, with any further figures of the engine."""
 
 
@@ -35,7 +38,7 @@ class Timeline:
     """Records a run: when each request started, and when how many of its tokens arrived."""
 
     def __init__(self, requests: list[Request], start: float = 0.0) -> None:
-        self._by_id: dict[str, dict[str, Any]] = {
+        self._by_id: dict[str, JsonObject] = {
             request["request_id"]: {
                 "request_id": request["request_id"],
                 "prompt_tokens": len(request["prompt_token_ids"]),
@@ -57,12 +60,12 @@ class Timeline:
         """Like `add`, for an engine that reports all tokens of a request so far."""
         self.add(request_id, at, all_token_ids[len(self._by_id[request_id]["token_ids"]) :])
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> JsonObject:
         """The run in the form that `serve` sends."""
         return {"requests": list(self._by_id.values())}
 
 
-def serve(load: Callable[[dict[str, Any]], tuple[dict[str, Any], Run]]) -> None:
+def serve(load: Callable[[JsonObject], tuple[JsonObject, Run]]) -> None:
     """Runs a worker: calls `load(options)` -> (description, run), then `run(requests)` for every command line.
 
     `options` is the JSON object in the first argument. Whatever the engine prints goes to standard error.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from protocol import Request, Run, Timeline, serve
+from protocol import JsonObject, Request, Run, Timeline, serve
 
 
 class Clock:
@@ -33,7 +33,7 @@ class Clock:
         pass
 
 
-def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
+def load(options: JsonObject) -> tuple[JsonObject, Run]:
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, GenerationConfig  # pyright: ignore[reportMissingImports]
@@ -43,7 +43,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
     # Without an end-of-text token every request runs to its full length.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
 
-    def run_static(requests: list[Request]) -> dict[str, Any]:
+    def run_static(requests: list[Request]) -> JsonObject:
         timeline = Timeline(requests)
         begin = time.perf_counter()
         for first in range(0, len(requests), options["batch_size"]):
@@ -64,7 +64,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
                 )
         return timeline.result()
 
-    def run_continuous(requests: list[Request]) -> dict[str, Any]:
+    def run_continuous(requests: list[Request]) -> JsonObject:
         timeline = Timeline(requests)
         begin = time.perf_counter()
         with model.continuous_batching_context_manager(warmup=False) as manager:

@@ -9,10 +9,10 @@ import os
 import time
 from typing import Any
 
-from protocol import Request, Run, Timeline, serve
+from protocol import JsonObject, Request, Run, Timeline, serve
 
 
-def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
+def load(options: JsonObject) -> tuple[JsonObject, Run]:
     # vLLM reads these when it is imported.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{options['threads'] - 1}"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options["kv_gb"])
@@ -35,7 +35,7 @@ def load(options: dict[str, Any]) -> tuple[dict[str, Any], Run]:
     }
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
 
-    def run(requests: list[Request]) -> dict[str, Any]:
+    def run(requests: list[Request]) -> JsonObject:
         timeline = Timeline(requests)
         begin = time.perf_counter()
         for request in requests:

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
-from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.json_types import JsonFields, JsonObject
+from fastgen_jax.models.config import Activation, ModelConfig
 from fastgen_jax.models.params import all_specs
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -100,10 +101,14 @@ _AROUND_TEXT = frozenset(
 _INERT_ENDINGS = ("_dropout", "_pdrop", "dropout")
 
 
+ModelFields: TypeAlias = dict[str, Any]
+"""Keyword arguments of `ModelConfig`."""
+
+
 class Fields(Mapping[str, Any]):
     """A config.json that records which of its fields have been read, so that none is overlooked."""
 
-    def __init__(self, hf: Mapping[str, Any]) -> None:
+    def __init__(self, hf: JsonFields) -> None:
         self._hf = hf
         self._read: set[str] = set()
 
@@ -137,11 +142,11 @@ class Fields(Mapping[str, Any]):
                 )
 
 
-def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[[Mapping[str, Any]], ModelConfig]:
+def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[[JsonFields], ModelConfig]:
     """Makes a `config_from_hf` strict: it raises for fields that it did not read, see `Fields.refuse_unread`."""
 
     @functools.wraps(read)
-    def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    def config_from_hf(hf: JsonFields) -> ModelConfig:
         fields = Fields(_text_part(hf) if "text_config" in hf else hf)
         config = read(fields)
         fields.refuse_unread()
@@ -150,14 +155,14 @@ def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[[Mappin
     return config_from_hf
 
 
-def _text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _text_part(hf: JsonFields) -> JsonObject:
     """The fields of the text model of a multimodal checkpoint, with the outer fields as defaults."""
     around = {name: value for name, value in hf.items() if name not in _AROUND_TEXT}
     ends = {name: around[name] for name in ("eos_token_id", "bos_token_id") if around.get(name)}
     return around | hf["text_config"] | ends
 
 
-def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
+def refuse_unsupported(hf: JsonFields, supported: Mapping[str, tuple[object, ...]]) -> None:
     """Raises ValueError if a field has a value that is not supported; absent fields are accepted."""
     for name, values in supported.items():
         if name in hf and hf[name] not in values:
@@ -166,7 +171,7 @@ def refuse_unsupported(hf: Mapping[str, Any], supported: Mapping[str, tuple[Any,
             )
 
 
-def sizes(hf: Fields, *, head_dim: int | None = None, assumed: Mapping[str, int] = MappingProxyType({})) -> dict[str, Any]:
+def sizes(hf: Fields, *, head_dim: int | None = None, assumed: Mapping[str, int] = MappingProxyType({})) -> ModelFields:
     """The fields that most families name as Llama does, as keyword arguments of `ModelConfig`.
 
     `head_dim` is the family's default; None: the width of the model divided by the number of heads. `assumed` holds defaults
@@ -189,12 +194,12 @@ def _given(hf: Fields, name: str, assumed: Mapping[str, int]) -> int:
     return hf[name] if name in hf or name not in assumed else assumed[name]
 
 
-def special_tokens(hf: Mapping[str, Any]) -> dict[str, Any]:
+def special_tokens(hf: JsonFields) -> ModelFields:
     """`bos_token_id` and `eos_token_ids` as keyword arguments of `ModelConfig`."""
     return {"bos_token_id": hf.get("bos_token_id"), "eos_token_ids": eos_ids(hf)}
 
 
-def eos_ids(hf: Mapping[str, Any]) -> tuple[int, ...]:
+def eos_ids(hf: JsonFields) -> tuple[int, ...]:
     """End-of-sequence ids: none, one or several."""
     eos = hf.get("eos_token_id")
     if eos is None:
@@ -202,9 +207,9 @@ def eos_ids(hf: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
 
-def activation(hf: Fields, name: str = "hidden_act", *, default: str) -> Any:
+def activation(hf: Fields, name: str = "hidden_act", *, default: str) -> Activation:
     """The field `name` as an `activation` of `ModelConfig`; ValueError if it is not supported."""
-    known = {
+    known: dict[str, Activation] = {
         "silu": "silu",
         "swish": "silu",
         "gelu": "gelu",

@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Fields, ModelFields, Source
 from fastgen_jax.models.families.experts import expert_names
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
@@ -48,7 +47,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     )
 
 
-def latent_model(hf: Fields, *, max_context_len: int) -> dict[str, Any]:
+def latent_model(hf: Fields, *, max_context_len: int) -> ModelFields:
     """Everything except the experts, as keyword arguments of `ModelConfig`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "mlp_bias": (False,), "moe_layer_freq": (1,)})
     # The others follow from the sizes, or concern training and multi-token prediction.
@@ -96,7 +95,7 @@ def latent_model(hf: Fields, *, max_context_len: int) -> dict[str, Any]:
     }
 
 
-def experts(hf: Fields) -> dict[str, Any]:
+def experts(hf: Fields) -> ModelFields:
     """The expert fields that V2 and V3 share, as keyword arguments of `MoEConfig`."""
     return {
         "num_experts": hf["n_routed_experts"],

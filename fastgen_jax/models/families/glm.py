@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Fields, ModelFields, Source
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("GlmForCausalLM",)
@@ -15,7 +13,7 @@ FEATURES = "GLM-4 9B, GLM-Edge; part of each head rotated; biases"
 NAMES = common.LLAMA_NAMES | {"layers.gate_up": "model.layers.{layer}.mlp.gate_up_proj"}
 
 
-def fields(hf: Fields) -> dict[str, Any]:
+def fields(hf: Fields) -> ModelFields:
     """The fields that GLM-4 of 2024 and of 2025 share, as keyword arguments of `ModelConfig`."""
     sizes = common.sizes(hf, head_dim=128, assumed={"num_key_value_heads": 2})
     return {

@@ -30,5 +30,5 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each weight of `param_specs` lies in the checkpoint; `{layer}` stands for the layer's number."""
+    """The checkpoint tensors of each weight of `param_specs`; `{layer}` stands for the number of the layer."""
     return common.sources_from(config, common.LLAMA_NAMES)

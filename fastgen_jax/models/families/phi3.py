@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
 from fastgen_jax.models.families.common import Fields, Source
@@ -34,7 +32,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     )
 
 
-def _longrope_by_its_name(hf: Fields) -> Mapping[str, Any]:
+def _longrope_by_its_name(hf: Fields) -> JsonFields:
     """Early Phi-3 releases call LongRoPE "yarn"; its two lists of factors identify it."""
     scaling = hf.get("rope_scaling")
     if scaling and scaling.get("type") == "yarn" and "long_factor" in scaling:

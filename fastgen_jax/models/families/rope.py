@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
+from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import RopeConfig, RopeKind
+from fastgen_jax.models.families.common import ModelFields
 
 _KNOWN = {
     "default": (),
@@ -27,7 +28,7 @@ _KNOWN = {
 _RENAMED = {"su": "longrope"}  # the name of LongRoPE in the first Phi-3 releases
 
 
-def rotary(hf: Mapping[str, Any], *, max_context_len: int, **assumed: Any) -> dict[str, Any]:
+def rotary(hf: JsonFields, *, max_context_len: int, **assumed: Any) -> ModelFields:
     """`rope` and `max_context_len` as keyword arguments of `ModelConfig`; `assumed` as in `rope_from_hf`."""
     max_context_len = hf.get("max_position_embeddings") or max_context_len
     rope = rope_from_hf(hf, max_context_len=max_context_len, **assumed)
@@ -37,7 +38,7 @@ def rotary(hf: Mapping[str, Any], *, max_context_len: int, **assumed: Any) -> di
 
 
 def rope_from_hf(
-    hf: Mapping[str, Any],
+    hf: JsonFields,
     *,
     max_context_len: int,
     head_dim: int | None = None,
@@ -64,13 +65,13 @@ def rope_from_hf(
 
 
 def ropes_by_layer_type(
-    hf: Mapping[str, Any], *, max_context_len: int, theta: float, windowed_theta: float
+    hf: JsonFields, *, max_context_len: int, theta: float, windowed_theta: float
 ) -> tuple[RopeConfig, RopeConfig]:
     """The rotary settings of layers with full attention, and of layers with a window, which `rope_scaling` does not affect.
 
     The thetas are defaults; `rope_parameters` holds the settings of both kinds of layers by name.
     """
-    given: dict[str, Any] = hf.get("rope_parameters") or {}
+    given: JsonObject = hf.get("rope_parameters") or {}
     if unknown := given.keys() - {"full_attention", "sliding_attention"}:
         raise ValueError(
             f"rope_parameters has the fields {sorted(unknown)}; supported in this family: 'full_attention' and "
@@ -87,7 +88,7 @@ def ropes_by_layer_type(
 
 
 def rope_from_fields(
-    fields: Mapping[str, Any], *, max_context_len: int, theta: float, dim: int | None = None, trained_len: int | None = None
+    fields: JsonFields, *, max_context_len: int, theta: float, dim: int | None = None, trained_len: int | None = None
 ) -> RopeConfig:
     """The `RopeConfig` of one set of scaling fields; ValueError for an unknown kind or field."""
     fields = dict(fields)
@@ -112,7 +113,7 @@ def rope_from_fields(
     if kind == "longrope":
         fields["factor"] = fields.get("factor") or max(max_context_len / original, 1.0)
     if "factor" not in fields:
-        raise ValueError(f"rope_type {kind!r} needs a `factor`; config.json gives only {sorted(fields)}")
+        raise ValueError(f"rope_type {kind!r} needs a `factor`; config.json has only {sorted(fields)}")
     settings = {name: fields[name] for name in _KNOWN[kind] if fields.get(name) is not None}
     for name in ("short_factor", "long_factor"):
         if name in settings:

@@ -1,4 +1,4 @@
-"""Ragged attention on the CPU by the native kernel of `kernel.cc`."""
+"""Ragged attention on the CPU, by the native kernel in `kernel.cc`."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def ragged_attention_cpu(
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`; float32 and bfloat16 caches.
 
-    A row's result depends on its query, its keys and its position, bit for bit: not on the other rows, not on how a
-    prompt was chunked, not on the places of the blocks, not on the number of threads. See `kernel.cc`.
+    Every bit of a row's result depends only on its query, its keys and its position: not on the other rows, on how the
+    prompt was chunked, on the placement of the blocks, or on the number of threads. See `kernel.cc`.
     """
     none = jnp.zeros((0,), jnp.float32)
     call = jax.ffi.ffi_call(

@@ -1,11 +1,12 @@
-// Ragged attention over a blocked KV cache on the CPU: writes new keys and values in place, then attends.
+// Ragged attention over a blocked KV cache on the CPU: writes the new keys and values in place, then attends.
 //
 // The order of every sum depends only on the query's own position:
-//   - a score adds over the head dimension from 0 to D-1;
-//   - keys are taken in tiles of 64 and tiles in segments of 256, both aligned to position 0 of the sequence;
-//   - within a segment the softmax runs online, tile after tile; a segment's result is then merged into those before.
-// So neither the companions of a row, nor how its prompt was cut into chunks, nor the number of threads changes a bit
-// of it: rows share tiles of work, never a sum. Masked keys add an exact zero; keys of no row are never read.
+//   - a score sums over the head dimension from 0 to D-1;
+//   - keys are processed in tiles of 64, and tiles in segments of 256, both aligned to position 0 of the sequence;
+//   - within a segment the softmax is computed online, tile by tile; a segment is then merged into the previous ones.
+// A row's result is therefore bit-identical regardless of the other rows in the batch, of how its prompt was split into
+// chunks, and of the number of threads: rows share tiles but never a sum. Masked keys add an exact zero, and keys that
+// are visible to no row are never read.
 #include <algorithm>
 #include <vector>
 
@@ -18,7 +19,7 @@ namespace {
 
 template <class Element>
 void write(const Problem<Element>& p, ffi::ThreadPool& pool) {
-  constexpr int64_t kTokens = 16;  // a task; fewer tokens than two tasks are not worth another thread
+  constexpr int64_t kTokens = 16;  // per task; four tasks or fewer are not worth another thread
   auto write_some = [&](int64_t task) {
     for (int64_t t = task * kTokens; t < std::min(p.T, (task + 1) * kTokens); ++t) {
       const int64_t slot = p.kv_slots[t];
@@ -48,7 +49,7 @@ std::vector<Unit> find_units(const Problem<Element>& p) {
     if (begin < end) std::memset(p.out + begin * p.H * p.D, 0, (end - begin) * p.H * p.D * sizeof(float));
   };
   for (int64_t s = 0; s < p.S; ++s) {
-    // The clamps change nothing in a well-formed batch; they keep a malformed one inside the arrays.
+    // The clamps have no effect on a well-formed batch; they keep a malformed one within the arrays.
     const int64_t start = std::clamp<int64_t>(p.query_starts[s], end_of_last, p.T);
     const int64_t end = std::clamp<int64_t>(p.query_starts[s + 1], start, p.T);
     const int64_t context = std::min<int64_t>(p.context_lens[s], p.M * p.B);
@@ -80,12 +81,12 @@ template <class Element>
 void attend(const Problem<Element>& p, ffi::ThreadPool& pool) {
   std::vector<Unit> units = find_units(p);
   if (units.empty()) return;
-  // In units of one row of scores; moving and transposing a key costs about as much as four rows do.
+  // In units of one score: loading and transposing a key costs about as much as four rows of scores.
   auto cost_of = [&](const Unit& unit, int keys) { return static_cast<float>(keys) * (unit.num_tokens * p.G + 4); };
   float total_cost = 0;
   for (const Unit& unit : units) total_cost += cost_of(unit, unit.key_end - unit.key_begin);
   const float largest_item = total_cost / (4 * std::max<int64_t>(1, pool.num_threads()));
-  constexpr float kWorthAThread = 200e3;  // multiply-adds: about 10 us, what waking a thread costs
+  constexpr float kWorthAThread = 200e3;  // multiply-adds: about 10 us, the cost of waking a thread
   const bool alone = total_cost * p.D < kWorthAThread;
 
   struct Partials {};
@@ -132,7 +133,7 @@ void attend(const Problem<Element>& p, ffi::ThreadPool& pool) {
     const int begin = first_key(item);
     const State state = worker.attend(unit, begin, std::min(unit.key_end, (begin / kSegment + 1) * kSegment), next);
     std::memcpy(partial(item.piece).out, state.out, size * sizeof(float));
-    // The thread that completes the last piece merges them all, in the order of the keys.
+    // The thread that completes the last piece merges all pieces, in key order.
     if (num_missing[item.unit].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     for (int piece = 1; piece < unit.num_pieces; ++piece) worker.merge(rows, partial(piece), partial(0));
     worker.finish(unit, partial(0));
@@ -141,7 +142,7 @@ void attend(const Problem<Element>& p, ffi::ThreadPool& pool) {
     for (size_t i = 0; i < items.size(); ++i) run(i);
     return;
   }
-  // The longest first, so that the threads finish together.
+  // The most expensive items come first, so that the threads finish at about the same time.
   std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
   parallel_for(pool, static_cast<int64_t>(items.size()), run);
 }

@@ -1,4 +1,4 @@
-// What attention on the CPU computes with: sizes of its tiles, number formats of the cache, and the micro-kernel.
+// Building blocks of CPU attention: tile sizes, element types of the cache, and the micro-kernel.
 #pragma once
 
 #include <limits>
@@ -8,19 +8,19 @@
 namespace pallas_kernels {
 namespace {
 
-constexpr int kTile = 64;      // keys whose transpose (16 KB at D = 64) shares the L1 cache with the values
-constexpr int kSegment = 256;  // the least piece of a context that threads share
-constexpr int kMaxRows = 192;  // query rows of a unit: enough to pay for the transpose, and still in the L2 cache
+constexpr int kTile = 64;      // keys per tile; their transpose (16 KB at D = 64) shares the L1 cache with the values
+constexpr int kSegment = 256;  // keys per segment, the smallest part of a context that one thread processes
+constexpr int kMaxRows = 192;  // query rows per unit: enough to amortize the transpose, few enough for the L2 cache
 constexpr int kGroups = kTile / kLanes;
 
-// Accumulators of a micro-kernel: kBlockRows x kBlockVecs vectors, which leaves registers for the operands.
+// A micro-kernel has kBlockRows x kBlockVecs vector accumulators, which leaves registers for the operands.
 constexpr int kBlockRows = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kBlockVecs = 4;  // of 32 registers
+constexpr int kBlockVecs = 4;  // 32 registers
 #else
-constexpr int kBlockVecs = 2;  // of 16
+constexpr int kBlockVecs = 2;  // 16 registers
 #endif
-static_assert(kGroups % kBlockVecs == 0, "a tile is whole micro-kernels");
+static_assert(kGroups % kBlockVecs == 0, "a tile must be a whole number of micro-kernels");
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -51,13 +51,13 @@ void convert(const float* from, BFloat16* to, int n) {
   for (int i = 0; i < n; ++i) {
     uint32_t bits;
     std::memcpy(&bits, from + i, sizeof bits);
-    // To the nearest, ties to even; a NaN keeps its sign and becomes quiet.
+    // Rounds to nearest, ties to even. A NaN keeps its sign and becomes quiet.
     const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
     to[i].bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 }
 
-// ---- small pieces ----------------------------------------------------------------------------------------------
+// ---- vector helpers --------------------------------------------------------------------------------------------
 
 template <int Step, size_t... I>
 KERNEL_INLINE Vec swap_lanes(Vec v, std::index_sequence<I...>) {
@@ -90,7 +90,7 @@ KERNEL_INLINE Vec lane_numbers() {
 
 // ---- micro-kernel ----------------------------------------------------------------------------------------------
 
-// c[r, :] += sum over i in [begin, end) of a[r, i] * b(i)[:] for R rows and V vectors of columns, i rising.
+// c[r, :] += sum over i in [begin, end), in ascending order, of a[r, i] * b(i)[:], for R rows and V vectors of columns.
 template <int R, int V, class RowOfB>
 KERNEL_INLINE void multiply_add(const float* a, int64_t lda, int begin, int end, RowOfB b, float* c, int64_t ldc,
                                  bool from_zero) {
@@ -114,7 +114,7 @@ KERNEL_INLINE void multiply_add(const float* a, int64_t lda, int begin, int end,
   }
 }
 
-// Calls f with the compile-time numbers of rows and vectors.
+// Calls f with the numbers of rows and vectors as compile-time constants.
 template <int V, class F>
 KERNEL_INLINE void with_rows(int num_rows, F&& f) {
   switch (num_rows) {

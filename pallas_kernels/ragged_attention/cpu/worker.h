@@ -1,4 +1,4 @@
-// Attention of the rows of a unit: the queries of one sequence and KV head that share tiles of keys and values.
+// Attention for the rows of a unit: queries of one sequence and KV head that share tiles of keys and values.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ struct Problem {
   const float* sinks;           // [H] or null
   float* out;                   // [T, H, D]
   int64_t T, S, M, H, K, G, D, N, B;
-  int32_t window;  // keys that a query sees, its own included
+  int32_t window;  // keys visible to a query, including its own
   float scale;
   float soft_cap;  // 0: none
 
@@ -40,7 +40,7 @@ struct Unit {
   int32_t num_tokens;
   int32_t first_position;  // of first_token in its sequence
   int32_t key_begin, key_end;  // keys visible to any row
-  int32_t num_pieces;          // 1: one item does it all; else one item a segment
+  int32_t num_pieces;          // 1: one item processes the whole unit; otherwise one item per segment
   int64_t partials;            // index of the first piece's result
 };
 
@@ -50,10 +50,10 @@ struct Item {
   float cost;
 };
 
-// Softmax state of the rows of a unit: top score, sum of exponentials, weighted values.
+// Softmax state of the rows of a unit: maximum score, sum of exponentials, weighted values.
 struct State {
   float* top;   // [rows]
-  float* sum;   // [rows, kLanes] while a segment runs, then [rows] in the first of them
+  float* sum;   // [rows, kLanes]: partial sums during a segment; afterwards the total is in lane 0
   float* out;   // [rows, padded D]
   static int64_t size(int64_t rows, int64_t dim) { return rows * (1 + kLanes + dim) + kLanes; }
   static State at(float* memory, int64_t rows, int64_t dim) {
@@ -66,13 +66,14 @@ class Worker {
  public:
   explicit Worker(const Problem<Element>& problem) : p_(problem), dim_(problem.padded_dim()) {}
 
-  // The keys that this thread will probably want next.
+  // The keys that this thread will probably need next.
   struct Start {
     const Unit* unit;  // null: unknown
     int begin;
   };
 
-  // Attends from `unit` to the keys of [begin, end); begin and end are clipped segment borders. Returns the state.
+  // Attends from `unit` to the keys in [begin, end), which are segment bounds clipped to the visible keys. Returns the
+  // softmax state.
   State attend(const Unit& unit, int begin, int end, Start next) {
     next_ = next;
     end_ = end;
@@ -90,7 +91,7 @@ class Worker {
     return total_;
   }
 
-  // Adds the keys behind those of `total`. An empty side changes nothing.
+  // Merges `part`, whose keys follow those of `total`, into `total`. Either may be empty.
   void merge(int rows, const State& part, const State& total) {
     for (int r = 0; r < rows; ++r) {
       if (part.top[r] == -kInfinity) continue;
@@ -111,7 +112,7 @@ class Worker {
     }
   }
 
-  // Divides by the sum of exponentials, a sink's included, and writes the rows to `out`.
+  // Divides by the sum of exponentials, including a sink's if there is one, and writes the rows to `out`.
   void finish(const Unit& unit, const State& total) {
     for (int i = 0, r = 0; i < unit.num_tokens; ++i) {
       for (int g = 0; g < p_.G; ++g, ++r) {
@@ -132,14 +133,14 @@ class Worker {
   }
 
  private:
-  // The element rows of one tile; those of no visible key repeat a visible one.
+  // The key and value rows of one tile. Entries for invisible keys repeat a visible one.
   struct Rows {
     const Element* keys[kTile];
     const Element* values[kTile];
     int begin, end;  // visible to any row, relative to the tile
   };
 
-  // The part of [keys.begin, keys.end) that any of `count` rows from `row` on sees; empty when begin >= end.
+  // The part of [keys.begin, keys.end) visible to any of the `count` rows starting at `row`; empty if begin >= end.
   struct Range {
     int begin, end;
   };
@@ -203,7 +204,7 @@ class Worker {
     find_rows(unit, first_tile, begin, end, buffers[0]);
     for (int tile = first_tile, i = 0; tile < end; tile += kTile, ++i) {
       const Rows& rows = buffers[i & 1];
-      // While this tile is worked on, the next one comes into the cache, be it of another item.
+      // While this tile is processed, the next one is prefetched, even if it belongs to another item.
       Rows* ahead = &buffers[(i + 1) & 1];
       if (tile + kTile < end) {
         find_rows(unit, tile + kTile, begin, end, *ahead);
@@ -225,7 +226,7 @@ class Worker {
     }
   }
 
-  // scores_[row, j] = q[row] . key[j] for the groups of kLanes keys that hold a visible one; the rest is undefined.
+  // scores_[row, j] = q[row] . key[j] for groups of kLanes keys that contain a visible key; the rest is undefined.
   void score(const Unit& unit, int num_rows, int tile, const Rows& rows, const Rows* ahead) {
     const int first = rows.begin / kLanes, last = (rows.end + kLanes - 1) / kLanes;
     for (int group = first; group < last; ++group) {
@@ -263,13 +264,14 @@ class Worker {
     });
   }
 
-  // Turns the scores of row r into weights and carries its top and sum on. Not inlined: one compiled form for all.
+  // Turns the scores of row r into weights and updates its maximum and sum. Not inlined, so that every row is computed
+  // by the same machine code.
   __attribute__((noinline)) void softmax(const Unit& unit, int r, int tile, const Rows& rows, const State& state) {
     const int position = unit.first_position + r / static_cast<int>(p_.G);
     const int64_t head = unit.head * p_.G + r % p_.G;
     const int first = rows.begin / kLanes, last = (rows.end + kLanes - 1) / kLanes;
     float* scores = scores_ + r * kTile;
-    // Visible: begin <= j < end. The window's difference cannot overflow: both are in [0, 2^31).
+    // Key j is visible if begin <= j < end. position - window cannot overflow: both are in [0, 2^31).
     const int begin = std::max(position - p_.window + 1, 0) - tile, end = position + 1 - tile;
     if (std::max(begin, 0) >= std::min(end, kTile)) {
       for (int group = first; group < last; ++group) store(scores + group * kLanes, Vec{});
@@ -277,7 +279,7 @@ class Worker {
       return;
     }
     const bool plain = p_.soft_cap == 0 && p_.alibi_slopes == nullptr && begin <= 0 && end >= kTile;
-    if (plain && first == 0 && last == kGroups) {  // the usual case stays in registers
+    if (plain && first == 0 && last == kGroups) {  // the common case stays in registers
       Vec x[kGroups];
       for (int group = 0; group < kGroups; ++group) x[group] = load(scores + group * kLanes);
       Vec top = x[0];
@@ -313,7 +315,8 @@ class Worker {
     store(state.sum + r * kLanes, sum);
   }
 
-  // Raises the top score of row r to that of `scores`, sets the factor that its sums so far shrink by; the new top.
+  // Raises the maximum of row r to that of `scores`, sets the factor that rescales its previous sums, and returns the
+  // new maximum.
   KERNEL_INLINE float begin_row(int r, Vec scores, const State& state) {
     const float old_top = state.top[r];
     const float new_top = std::max(old_top, largest(scores));
@@ -322,7 +325,7 @@ class Worker {
     return new_top;
   }
 
-  // out[row] = out[row] * rescale[row] + sum over j of weight[row, j] * value[j], j rising.
+  // out[row] = out[row] * rescale[row] + sum over j of weight[row, j] * value[j], in ascending order of j.
   void add_values(const Unit& unit, int num_rows, int tile, const Rows& rows, const Rows* ahead, bool is_first,
                   const State& state) {
     const float* values[kTile];
@@ -367,7 +370,7 @@ class Worker {
     });
   }
 
-  // Cuts rows into blocks of at most kBlockRows, as equal as can be.
+  // Splits the rows into blocks of nearly equal size, at most kBlockRows each.
   template <class F>
   static KERNEL_INLINE void for_each_block(int num_rows, F&& f) {
     const int num_blocks = (num_rows + kBlockRows - 1) / kBlockRows;
@@ -386,7 +389,7 @@ class Worker {
   float* rescale_ = nullptr;  // [rows]
   State total_{}, part_{};
   Start next_{};
-  int end_ = 0;  // of the keys of this item
+  int end_ = 0;  // end of this item's keys
 };
 
 }  // namespace

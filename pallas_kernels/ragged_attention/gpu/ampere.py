@@ -1,14 +1,14 @@
-"""The body of the attention kernel for Ampere and Ada Lovelace: what one thread block does with its share of the tiles.
+"""The body of the attention kernel for Ampere and Ada Lovelace: how one thread block processes its share of the tiles.
 
-A thread block is one warpgroup of four warps; several of them share a multiprocessor and hide each other's latency. It
-copies (cp.async) the keys and values of the next step before it computes (mma) on those of this one. Operands of products
-are in registers, and each warp reads what it needs of them from shared memory:
+A thread block is one warpgroup of four warps. Several blocks share a multiprocessor and hide each other's latency. A block
+copies (cp.async) the keys and values of the next step before it computes (mma) on those of the current one. Operands of
+products are in registers; each warp loads the part that it needs from shared memory:
 
-  64 or 128 rows    a warp has 16 or 32 rows and reads all keys; its weights are the left operand of the second product as
-                    they lie
-  16 or 32 rows     several warps have the same rows: each multiplies them with some of the keys, writes its scores to shared
-                    memory, reads those of all keys, and multiplies the weights with some of the columns of the values. Keys
-                    and values, which single queries are bound by, are read once instead of by every warp
+  64 or 128 rows    a warp owns 16 or 32 rows and reads all keys; its weights are in registers in the layout that the left
+                    operand of the second product requires
+  16 or 32 rows     several warps share the same rows: each multiplies them by some of the keys, writes its scores to shared
+                    memory, reads the scores of all keys, and multiplies the weights by some of the columns of the values.
+                    Keys and values, whose loads limit single queries, are read once instead of by every warp
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu
+from jax.typing import DTypeLike
 
+from pallas_kernels.pallas_types import Layout, Ref, Scratch
 from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     DEQUANTIZED_ROWS,
     ROW,
@@ -36,13 +38,13 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
 )
 from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, copied_bytes
 
-plgpu: Any = mosaic_gpu  # the oldest jax that the house runs on lacks some of this
+plgpu: Any = mosaic_gpu  # the oldest supported jax lacks some of its functions
 MMA_ROWS, MMA_KEYS = 16, 16  # of the left operand
-QUERY_ROWS = 32  # the fewest that a copy of four warps takes, whatever D is
+QUERY_ROWS = 32  # the minimum for a copy by four warps, for every D
 
 
 def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, int]:
-    """Rows of a tile that are read, computed and stored."""
+    """The numbers of rows of a tile that are read, computed and stored."""
     if partial:
         # Four warps divide D among them in units of 8 columns, two warps in units of 16.
         fewest = 16 if head_dim % 32 == 0 else 32
@@ -53,12 +55,12 @@ def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, in
 
 
 def num_threads(spec: Spec) -> int:
-    """Warpgroups."""
+    """The number of Pallas threads, i.e. warpgroups."""
     return 1
 
 
 def shared_bytes(spec: Spec) -> int:
-    """Of the buffers; the compiler's scratch comes on top."""
+    """Bytes of the buffers, without the compiler's own scratch memory."""
     exchange = 4 * spec.rows * spec.keys if _shares_rows(spec) else 0
     operands = 2 * 2 * spec.keys * spec.head_dim if spec.quantized else 0
     buffers = 2 * spec.stages * spec.keys * spec.head_dim * jnp.dtype(spec.cache_dtype).itemsize
@@ -66,24 +68,24 @@ def shared_bytes(spec: Spec) -> int:
 
 
 def _shares_rows(spec: Spec) -> bool:
-    """Whether several warps have the same rows."""
+    """Whether several warps share the same rows."""
     return spec.rows < 4 * MMA_ROWS
 
 
-def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
+def attend_tiles(refs: dict[str, Ref], spec: Spec) -> None:
     """Runs in the warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
     copied = min(spec.keys, spec.block_size)
 
-    def tiled(dtype: Any) -> tuple[Any, Any]:
+    def tiled(dtype: DTypeLike) -> tuple[Any, Any]:
         size = jnp.dtype(dtype).itemsize
         width = copied_bytes(copied, spec.head_dim, size)
         assert width is not None  # support.py refuses it
         return plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width)
 
-    def buffer(*shape: int, dtype: Any) -> Any:
+    def buffer(*shape: int, dtype: DTypeLike) -> Scratch:
         return plgpu.SMEM(shape, dtype, transforms=tiled(dtype))
 
-    scratch: dict[str, Any] = {"q_buffer": buffer(spec.rows_in, spec.head_dim, dtype=spec.dtype)}
+    scratch: dict[str, Scratch] = {"q_buffer": buffer(spec.rows_in, spec.head_dim, dtype=spec.dtype)}
     for kind in ("k", "v"):
         scratch[f"{kind}_buffer"] = buffer(spec.stages, spec.keys, spec.head_dim, dtype=spec.cache_dtype)
         if spec.quantized:
@@ -91,11 +93,11 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
     if _shares_rows(spec):
         by_float = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
         scratch["scores"] = plgpu.SMEM((spec.rows, spec.keys), jnp.float32, transforms=by_float)
-    if spec.interpreted:  # it has no cp.async: a barrier for each step instead
+    if spec.interpreted:  # the interpreter has no cp.async, so each step has a barrier instead
         scratch["q_full"] = plgpu.Barrier()
         scratch["full"] = plgpu.Barrier(num_arrivals=2 * spec.copies, num_barriers=spec.stages)
 
-    def body(*allocated: Any) -> None:
+    def body(*allocated: Ref) -> None:
         block = _Block(refs | dict(zip(scratch, allocated, strict=True)), spec, columns=tiled(spec.dtype)[0].tiling[1])
         for_each_tile(refs, spec, block.compute)
 
@@ -105,12 +107,12 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
 class _Block:
     """The work of one thread block."""
 
-    def __init__(self, refs: dict[str, Any], spec: Spec, *, columns: int) -> None:
+    def __init__(self, refs: dict[str, Ref], spec: Spec, *, columns: int) -> None:
         self.refs, self.spec = refs, spec
-        self.columns = columns  # of D that lie side by side in shared memory
-        self.left: Any = None
-        self.right: Any = None
-        self.result: Any = None
+        self.columns = columns  # columns of D that are contiguous in shared memory
+        self.left: Layout = None
+        self.right: Layout = None
+        self.result: Layout = None
         if not spec.interpreted:
             layouts, warps = plgpu.Layout, min(4, spec.rows // MMA_ROWS)
             self.left, self.right, self.result = (
@@ -156,13 +158,13 @@ class _Block:
         num_keys = tile.end - tile.first - i * spec.keys if masked else None
         acc = self.add_product(acc * self.along_rows(keep, acc.shape), weights.astype(spec.dtype), values, num_keys)
         if spec.interpreted:
-            plgpu.commit_smem()  # its copies are TMA's, which do not wait for plain reads without a fence; cp.async does
+            plgpu.commit_smem()  # the interpreter copies by TMA, which needs a fence after plain reads; cp.async does not
         return acc, top, total
 
-    # Copies. Each is a group of its own, and groups arrive in the order in which they were sent for.
+    # Copies. Each copy is a separate cp.async group, and groups complete in the order in which they were issued.
 
     def fetch(self, tile: Tile, i: jax.Array, steps_before: jax.Array) -> None:
-        """Sends for the keys and values of the tile's step i. The buffer that it overwrites was read in the step before."""
+        """Starts copying the keys and values of the tile's step i, into a buffer that was last read in step i - stages."""
         spec, refs = self.spec, self.refs
         slot = lax.rem(steps_before + i, jnp.int32(spec.stages))
         rows = min(spec.keys, spec.block_size)
@@ -171,7 +173,7 @@ class _Block:
                 source = refs[f"{kind}_cache"].at[block, tile.head, pl.ds(offset, rows)]
                 self.copy(source, refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)], "full", slot)
 
-    def copy(self, source: Any, target: Any, barrier: str, slot: jax.Array | None = None) -> None:
+    def copy(self, source: Ref, target: Ref, barrier: str, slot: jax.Array | None = None) -> None:
         if self.spec.interpreted:
             full = self.refs[barrier] if slot is None else self.refs[barrier].at[slot]
             plgpu.copy_gmem_to_smem(source, target, full)
@@ -179,21 +181,21 @@ class _Block:
             plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
     def await_step(self, slot: jax.Array, *, is_followed: jax.Array) -> None:
-        """Waits for the keys and values in a buffer, and for q. The steps behind it may be under way."""
+        """Waits for the keys and values in a buffer, and for q. Copies of later steps may still be in flight."""
         if self.spec.interpreted:
             plgpu.barrier_wait(self.refs["full"].at[slot])
             return
-        # With two stages this is exact; with more, the last steps of a tile wait for one another.
+        # With two stages this is exact; with more, the last steps of a tile also wait for later steps' copies.
         following = 2 * self.spec.copies * (self.spec.stages - 1)
         lax.cond(is_followed, lambda: plgpu.wait_gmem_to_smem(following), lambda: plgpu.wait_gmem_to_smem(0))
 
-    def operand(self, kind: str, tile: Tile, i: jax.Array, slot: jax.Array) -> Any:
-        """The keys or values of the tile's step i, dequantized where they have 8 bits."""
+    def operand(self, kind: str, tile: Tile, i: jax.Array, slot: jax.Array) -> Ref:
+        """The keys or values of the tile's step i, dequantized if they have 8 bits."""
         spec, refs = self.spec, self.refs
         numbers = refs[f"{kind}_buffer"].at[slot]
         if not spec.quantized:
             return numbers
-        ((block, offset),) = blocks_of(tile, i, refs, spec)  # a block has all of them
+        ((block, offset),) = blocks_of(tile, i, refs, spec)  # all keys of a step are in one block
         for part in range(0, spec.keys, DEQUANTIZED_ROWS):
             rows = pl.ds(part, DEQUANTIZED_ROWS)
             scales = refs[f"{kind}_scales"].at[block, tile.head, pl.ds(offset + part, DEQUANTIZED_ROWS)]
@@ -211,7 +213,7 @@ class _Block:
     def as_result(self, x: jax.Array) -> jax.Array:
         return x if self.spec.interpreted else plgpu.layout_cast(x, self.result)
 
-    def product_with_keys(self, keys: Any) -> jax.Array:
+    def product_with_keys(self, keys: Ref) -> jax.Array:
         """queries @ keys.T, f32[rows, keys]."""
         spec, queries = self.spec, self.refs["q_buffer"]
         if spec.interpreted:
@@ -227,10 +229,10 @@ class _Block:
         if not _shares_rows(spec):
             return scores
         self.store(self.refs["scores"], scores)
-        # Two lanes meet in a bank, as when they were stored.
+        # Not optimized: two lanes access the same bank, as they did in the store.
         return self.load(self.refs["scores"], self.left, optimized=False)
 
-    def add_product(self, acc: jax.Array, weights: jax.Array, values: Any, num_keys: jax.Array | None) -> jax.Array:
+    def add_product(self, acc: jax.Array, weights: jax.Array, values: Ref, num_keys: jax.Array | None) -> jax.Array:
         """acc + weights @ values. Values after the first `num_keys` may be NaN."""
         spec = self.spec
         if not (spec.interpreted or _shares_rows(spec)):
@@ -250,21 +252,21 @@ class _Block:
         return acc
 
     def as_left(self, weights: jax.Array) -> jax.Array:
-        """The result of a product as the left operand of the next: each thread has the same numbers in the same order."""
+        """The result of a product as the left operand of the next: each thread holds the same numbers in the same order."""
         dtype, layout = self.spec.dtype, self.left
         kind = plgpu.ShapeDtypeStruct(weights.shape, dtype, layout=layout)
 
         @plgpu.inline_mgpu(arg_types=(self.result,), return_type=kind)
-        def relabel(_: Any, x: Any) -> Any:
+        def relabel(_: object, x: Any) -> mgpu.FragmentedArray:
             registers = x.registers.reshape(layout.to_mgpu().registers_shape(x.shape))
             return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
 
         return relabel(weights)
 
-    def load(self, source: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    def load(self, source: Ref, layout: Layout, *, optimized: bool = True) -> jax.Array:
         return source[...] if self.spec.interpreted else plgpu.load(source, layout=layout, optimized=optimized)
 
-    def store(self, target: Any, value: jax.Array) -> None:
+    def store(self, target: Ref, value: jax.Array) -> None:
         if self.spec.interpreted:
             target[...] = value
         else:

@@ -1,18 +1,21 @@
-"""Ragged attention on a GPU: XLA writes the step's keys and values in place, one Mosaic-GPU kernel attends.
+"""Ragged attention on a GPU: XLA writes the step's keys and values in place, and a Mosaic-GPU kernel computes attention.
 
 The kernel runs twice: over tiles of several queries, and over pieces of the contexts of single queries, whose partial
-results XLA combines. Its body is that of the GPU's generation, `hopper.py` or `ampere.py`.
+results are then combined by XLA. `hopper.py` and `ampere.py` define its body for each GPU generation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import ampere, hopper, support
 from pallas_kernels.ragged_attention.gpu.plan import combine, plan_chunks, plan_pieces
@@ -41,13 +44,13 @@ def ragged_attention_gpu(
     *,
     tiles: GpuTiles | None = None,
     generation: str | None = None,
-    interpret: Any = False,
+    interpret: object = False,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """See `pallas_kernels.ragged_attention.ragged_attention`.
 
-    q is rounded to the dtype of the caches, to bfloat16 where they have 8 bits. `generation` is "hopper" or "ampere"; None
-    is that of the target GPU, or Hopper if there is none. `tiles` None uses the measured or modeled
-    ones; `interpret` is that of `plgpu.kernel`. Raises ValueError if `support.unsupported` has a reason.
+    q is rounded to the dtype of the caches, or to bfloat16 if they have 8 bits. `generation` is "hopper" or "ampere"; None
+    means the generation of the target GPU, or Hopper if there is no GPU. If `tiles` is None, measured or modeled tiles are
+    used. `interpret` is passed to `plgpu.kernel`. Raises ValueError if `support.unsupported` returns a reason.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -106,7 +109,7 @@ def ragged_attention_gpu(
             interpreted=bool(interpret),
         )
 
-    def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Any:
+    def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Sequence[jax.Array]:
         return launch(body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
 
     spec = spec_for(partial=True, keys=tiles.single_keys, stages=tiles.single_stages)
@@ -124,10 +127,10 @@ def ragged_attention_gpu(
     if num_tokens > 1:
         spec = spec_for(partial=False, keys=tiles.chunk_keys, stages=tiles.chunk_stages)
         work, tile, row = plan_chunks(*planned, num_tokens=num_tokens, sequence=sequence, spec=spec)
-        # Rows of the G heads of a KV head side by side; the last tile reaches beyond T.
+        # Rows of the G heads of a KV head are adjacent; the last tile extends past T.
         rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
         rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))
-        rows = launch_tiles(work, rows, spec)  # [tiles, K, R, D]
+        (rows,) = launch_tiles(work, rows, spec)  # [tiles, K, R, D]
         first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]) * spec.rows + row[
             :, None
         ]
@@ -139,28 +142,30 @@ def ragged_attention_gpu(
 
 
 def _by_row(of_heads: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:
-    """[H] -> [K, GRANULE + rows]: the number of each row's head, where the first head is that of row GRANULE."""
+    """[H] -> [K, GRANULE + rows]: the value of each row's head, with the first head at row GRANULE."""
     head = jnp.arange(-GRANULE, spec.rows, dtype=jnp.int32) % spec.group
     return {name: x.reshape(-1, spec.group)[:, head] for name, x in of_heads.items()}
 
 
-def launch(body: Any, work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: Any) -> Any:
+def launch(
+    body: ModuleType, work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: object
+) -> Sequence[jax.Array]:
     """The results of all tiles, [tiles, K, rows, D], and with `spec.partial` their log2-sum-exp, f32[tiles, K, rows]."""
     num_tiles, num_kv_heads = work.shape[0] - 1, operands["k_cache"].shape[1]
     spec = dataclasses.replace(spec, blocks=min(spec.blocks, num_tiles * num_kv_heads))
     names = ["work", *operands, "out"]
     shape = (num_tiles, num_kv_heads, spec.rows_out)
-    out: Any = jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.float32 if spec.partial else spec.dtype)
+    results = [jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.float32 if spec.partial else spec.dtype)]
     if spec.partial:
         names.append("lse")
-        out = (out, jax.ShapeDtypeStruct(shape, jnp.float32))
+        results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: Ref) -> None:
         body.attend_tiles(dict(zip(names, refs, strict=True)), spec)
 
     return plgpu.kernel(
         kernel,
-        out_type=out,
+        out_type=results,
         grid=(spec.blocks,),
         grid_names=("block",),
         num_threads=body.num_threads(spec),

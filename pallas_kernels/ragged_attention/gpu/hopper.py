@@ -1,15 +1,13 @@
-"""The body of the attention kernel for Hopper: what one thread block does with its share of q tiles and KV heads.
+"""The body of the attention kernel for Hopper: how one thread block processes its share of q tiles and KV heads.
 
-A warpgroup has 64 rows of a tile. One warpgroup copies (TMA), the others compute (WGMMA), with a ring of buffers between
-them that is never drained at the border from one tile to the next:
+A warpgroup handles 64 rows of a tile. One warpgroup copies (TMA) and the others compute (WGMMA), with a ring of buffers
+between them that is not drained between tiles:
 
-  copy      | K0 V0 | K1 V1 | K2 V2 | K0 V0 | ...       waits until the buffer that it overwrites was read
+  copy      | K0 V0 | K1 V1 | K2 V2 | K0 V0 | ...       waits until the buffer to overwrite has been read
   compute   |       | K0 V0 | K1 V1 | K2 V2 | K0 ...    waits until the buffer is full
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.pallas_types import Ref, Scratch
 from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     DEQUANTIZED_ROWS,
     GRANULE,
@@ -32,12 +31,12 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
 )
 
 WARPGROUP_ROWS = 64  # rows of one WGMMA
-# Of a thread where two warpgroups compute and one copies, 504 in all; without and with 8 bits to dequantize.
+# Registers per thread when two warpgroups compute and one copies (504 in total), for 16-bit and for 8-bit caches.
 COMPUTE_REGISTERS, COPY_REGISTERS = (232, 208), (40, 88)
 
 
 def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, int]:
-    """Rows of a tile that are read, computed and stored, whatever D is."""
+    """The numbers of rows of a tile that are read, computed and stored, for every D."""
     if partial and group <= WARPGROUP_ROWS:
         with_heads = -(-group // GRANULE) * GRANULE
         return with_heads, WARPGROUP_ROWS, with_heads
@@ -45,7 +44,7 @@ def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, in
 
 
 def num_threads(spec: Spec) -> int:
-    """Warpgroups: those that compute and the one that copies."""
+    """The number of Pallas threads, i.e. warpgroups: the computing ones and the copying one."""
     return _warpgroups(spec) + 1
 
 
@@ -53,29 +52,29 @@ def _warpgroups(spec: Spec) -> int:
     return spec.rows // WARPGROUP_ROWS
 
 
-STAGED = 2  # steps of 8 bits that wait to be dequantized
+STAGED = 2  # 8-bit steps in shared memory that have not been dequantized yet
 
 
-def _tiled(spec: Spec, itemsize: int) -> tuple[Any, Any]:
-    """The layout in shared memory of rows [D]: the widest pattern of bytes that divides one."""
+def _tiled(spec: Spec, itemsize: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """The shared-memory layout of rows [D], with the widest swizzle that divides a row."""
     swizzle = next(width for width in (128, 64, 32) if (itemsize * spec.head_dim) % width == 0)
     return plgpu.TilingTransform((GRANULE, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
 def shared_bytes(spec: Spec) -> int:
-    """Of the buffers; barriers and the compiler's scratch come on top."""
+    """Bytes of the buffers, without barriers and the compiler's own scratch memory."""
     results = 4 * spec.rows * (spec.head_dim + 1) if spec.partial else 0
     staged = 2 * STAGED * spec.keys * (spec.head_dim + 4) if spec.quantized else 0
     return 2 * spec.head_dim * (spec.rows + 2 * spec.stages * spec.keys) + results + staged
 
 
-def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
+def attend_tiles(refs: dict[str, Ref], spec: Spec) -> None:
     """Runs in every warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
     tiled, warpgroups = _tiled(spec, 2), _warpgroups(spec)
     q_shape = (warpgroups, WARPGROUP_ROWS, spec.head_dim)
     ring = (spec.stages, spec.keys, spec.head_dim)
-    arrivals = 1 if spec.quantized else spec.copies  # of who dequantizes, or of the copies
-    scratch: dict[str, Any] = {
+    arrivals = 1 if spec.quantized else spec.copies  # the dequantizing warpgroup arrives once, or each copy does
+    scratch: dict[str, Scratch] = {
         "q_buffer": plgpu.SMEM(q_shape, spec.dtype, transforms=tiled),
         "k_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
         "v_buffer": plgpu.SMEM(ring, spec.dtype, transforms=tiled),
@@ -98,7 +97,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
             "lse_buffer": plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32),
         }
 
-    def body(*allocated: Any) -> None:
+    def body(*allocated: Ref) -> None:
         _Block(refs | dict(zip(scratch, allocated, strict=True)), spec).run()
 
     pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
@@ -107,7 +106,7 @@ def attend_tiles(refs: dict[str, Any], spec: Spec) -> None:
 class _Block:
     """The work of one thread block."""
 
-    def __init__(self, refs: dict[str, Any], spec: Spec) -> None:
+    def __init__(self, refs: dict[str, Ref], spec: Spec) -> None:
         self.refs, self.spec = refs, spec
         self.warpgroup, self.warpgroups = lax.axis_index("warpgroup"), _warpgroups(spec)
 
@@ -130,7 +129,7 @@ class _Block:
                 pl.when(num_steps > 0)(lambda: self.dequantize(num_steps - 1))
             self.await_last_reads(num_steps)
 
-    # The warpgroup that copies. Steps are counted over all tiles of the block: step n uses buffer n % stages.
+    # The copying warpgroup. Steps are counted over all tiles of the block: step n uses buffer n % stages.
 
     def await_free(self, n: jax.Array, kind: str) -> None:
         plgpu.barrier_wait(self.refs[f"{kind}_free"].at[lax.rem(n, jnp.int32(self.spec.stages))])
@@ -158,7 +157,7 @@ class _Block:
 
         lax.fori_loop(jnp.maximum(num_steps - self.spec.stages, 0), num_steps, step, None)
 
-    def fetch(self, tile: Tile, n: jax.Array, kind: str, blocks: list[tuple[jax.Array, Any]]) -> None:
+    def fetch(self, tile: Tile, n: jax.Array, kind: str, blocks: list[tuple[jax.Array, jax.Array | int]]) -> None:
         slot = lax.rem(n, jnp.int32(self.spec.stages))
         rows = min(self.spec.keys, self.spec.block_size)
         for j, (block, offset) in enumerate(blocks):
@@ -168,8 +167,8 @@ class _Block:
                 self.refs[f"{kind}_full"].at[slot],
             )
 
-    def stage(self, tile: Tile, n: jax.Array, blocks: list[tuple[jax.Array, Any]]) -> None:
-        """Sends for step n in 8 bits, to where step n - 2 was dequantized."""
+    def stage(self, tile: Tile, n: jax.Array, blocks: list[tuple[jax.Array, jax.Array | int]]) -> None:
+        """Starts copying the 8-bit keys and values of step n, into the buffer from which step n - 2 was dequantized."""
         refs, slot = self.refs, lax.rem(n, jnp.int32(STAGED))
         rows = min(self.spec.keys, self.spec.block_size)
         for j, (block, offset) in enumerate(blocks):
@@ -182,7 +181,7 @@ class _Block:
                     )
 
     def dequantize(self, n: jax.Array) -> None:
-        """Fills the buffers of step n while its successor is under way."""
+        """Fills the buffers of step n while the copies of the next step are in flight."""
         spec, refs = self.spec, self.refs
         staged, slot = lax.rem(n, jnp.int32(STAGED)), lax.rem(n, jnp.int32(spec.stages))
         by_way_of = jnp.bfloat16 if spec.cache_dtype == jnp.int8 else jnp.float16
@@ -198,10 +197,10 @@ class _Block:
                     spec,
                     by_way_of=by_way_of,
                 )
-            plgpu.commit_smem()  # before WGMMA reads these, and before the next copy overwrites what they were made from
+            plgpu.commit_smem()  # before WGMMA reads the result, and before the next copy overwrites its source
             plgpu.barrier_arrive(refs[f"{kind}_full"].at[slot])
 
-    # The warpgroups that compute.
+    # The computing warpgroups.
 
     def compute(self, tile: Tile, steps_before: jax.Array) -> None:
         spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
@@ -209,7 +208,7 @@ class _Block:
         q_buffer, q_full = refs["q_buffer"].at[warpgroup], refs["q_full"].at[warpgroup]
         if spec.partial:
             source, target = refs["q"].at[tile.columns[SEQUENCE], tile.head], q_buffer
-            if spec.rows_out < WARPGROUP_ROWS:  # the other rows keep their values
+            if spec.rows_out < WARPGROUP_ROWS:  # the other rows are left unchanged
                 target = q_buffer.at[pl.ds(0, spec.rows_out)]
             else:
                 source = source.at[pl.ds(first, WARPGROUP_ROWS)]
@@ -237,7 +236,7 @@ class _Block:
         steps_before: jax.Array,
         state: tuple[jax.Array, ...],
         *,
-        q_buffer: Any,
+        q_buffer: Ref,
         masked: bool,
     ) -> tuple[jax.Array, ...]:
         spec, refs = self.spec, self.refs
@@ -250,7 +249,7 @@ class _Block:
         acc = acc * rows.along_rows(keep, acc.shape)
         weights = weights.astype(spec.dtype)
         if self.warpgroups > 1:
-            plgpu.barrier_arrive(refs["turn"])  # the other one may use the tensor cores, and we wait for it
+            plgpu.barrier_arrive(refs["turn"])  # hand the tensor cores to the other warpgroup, then wait for it below
         plgpu.barrier_wait(refs["v_full"].at[slot])
         if self.warpgroups > 1:
             plgpu.barrier_wait(refs["turn"])
@@ -267,9 +266,9 @@ class _Block:
             plgpu.barrier_wait(self.refs["turn"])
 
     def blank_unseen_values(self, rows: Rows, num_keys: jax.Array, slot: jax.Array) -> None:
-        """Zeros in place of the values behind the last key: zero weights times uninitialized memory may be NaN.
+        """Zeroes the values after the last key: weights of zero times uninitialized memory may be NaN.
 
-        Warpgroup 0 does it for both: it multiplies before it gives a turn to warpgroup 1.
+        Warpgroup 0 does this for both, because it multiplies before warpgroup 1 gets its turn.
         """
         spec = self.spec
 
@@ -297,29 +296,29 @@ class _Block:
         plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, rows)], refs["out"].at[tile.index, tile.head, target])
         plgpu.wait_smem_to_gmem(0)
 
-    # What the interpreter knows by another name, or not at all.
+    # Operations for which the interpreter needs a substitute.
 
-    def product_with_keys(self, queries: Any, keys: Any) -> jax.Array:
-        """queries @ keys.T; our turn ends when the tensor cores have all of it."""
-        if self.spec.interpreted:  # it cannot transpose an operand
+    def product_with_keys(self, queries: Ref, keys: Ref) -> jax.Array:
+        """queries @ keys.T; this warpgroup's turn ends when all of it has been issued to the tensor cores."""
+        if self.spec.interpreted:  # the interpreter cannot transpose an operand
             self.take_turn()
             scores = lax.dot_general(queries[...], keys[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            plgpu.commit_smem()  # a WGMMA reads as copies do; to plain reads the race detector wants a fence
+            plgpu.commit_smem()  # WGMMA needs no fence here, but the race detector requires one for plain reads
             return scores
 
-        def multiply(scores: Any) -> jax.Array:
+        def multiply(scores: Ref) -> jax.Array:
             plgpu.wgmma(scores, queries, plgpu.transpose_ref(keys, (1, 0)))
             self.take_turn()
             return scores[...]
 
         return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((queries.shape[0], keys.shape[0]), jnp.float32))
 
-    def add_product(self, acc: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
+    def add_product(self, acc: jax.Array, weights: jax.Array, values: Ref) -> jax.Array:
         """acc + weights @ values, the weights from registers."""
-        if self.spec.interpreted:  # it has neither accumulators that start with a value nor operands in registers
+        if self.spec.interpreted:  # the interpreter supports neither initialized accumulators nor operands in registers
             acc = acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()
             return acc
-        accumulator: Any = plgpu.WGMMAAccumulatorRef.init(acc)
-        result: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(accumulator)
+        accumulator: Ref = plgpu.WGMMAAccumulatorRef.init(acc)
+        result: jax.Array = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(accumulator)
         return result

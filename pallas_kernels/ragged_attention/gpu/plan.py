@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _first_key(position: jax.Array, window: jax.Array, spec: Spec) -> jax.Array:
-    """Where a query's keys begin: before its window by less than what one copy fetches."""
+    """The first key to fetch for a query: the start of its window, rounded down to the unit of one copy."""
     unit = min(spec.keys, spec.block_size)
     return jnp.maximum(position - window + 1, 0) // unit * unit
 
@@ -38,22 +38,22 @@ def plan_pieces(
     tiles: GpuTiles,
     spec: Spec,
 ) -> tuple[Int[Array, "rows columns"], Int[Array, " S"], Int[Array, " S"], int]:
-    """Cuts the contexts of single queries into pieces of about the same size, as many as keep the device busy.
+    """Splits the contexts of single queries into pieces of about the same size, enough to keep the device busy.
 
     Returns:
-      the work list; the first piece of each sequence and the number of its pieces, i32[S]; the most that one can have.
+      the work list; the first piece and the number of pieces of each sequence, i32[S]; the maximum number of pieces.
     """
     num_sequences = context_lens.shape[0]
     wanted = max(1, tiles.pieces // num_kv_heads)
-    # What the results of a sequence are combined from is bounded, so that it can be gathered.
+    # The number of pieces per sequence is bounded, so that their results can be gathered and combined.
     most = max(1, min(wanted, max(8, 1024 // num_sequences)))
     lengths = query_starts[1:] - query_starts[:-1]
     first = _first_key(context_lens - 1, window, spec)
     steps = jnp.where((lengths == 1) & (context_lens > 0), -(-(context_lens - first) // spec.keys), 0)
     share = jnp.maximum(max(1, tiles.min_piece // spec.keys), -(-jnp.sum(steps, dtype=jnp.int32) // wanted))
-    share = jnp.maximum(share, -(-steps // most))  # steps of a piece, i32[S]
+    share = jnp.maximum(share, -(-steps // most))  # steps per piece, i32[S]
     pieces = -(-steps // share)
-    share = -(-steps // jnp.maximum(pieces, 1))  # pieces of a sequence are of one size
+    share = -(-steps // jnp.maximum(pieces, 1))  # all pieces of a sequence have the same size
     ends = jnp.cumsum(pieces, dtype=jnp.int32)
     starts = ends - pieces
 
@@ -88,10 +88,10 @@ def plan_chunks(
     sequence: Int[Array, " T"],
     spec: Spec,
 ) -> tuple[Int[Array, "rows columns"], Int[Array, " T"], Int[Array, " T"]]:
-    """Cuts chunks of several tokens into tiles of queries; the later ones of a chunk, which see more keys, come first.
+    """Splits chunks of several tokens into tiles of queries. Later tiles of a chunk, which see more keys, come first.
 
     Returns:
-      the work list; for each token its tile and the row of its first head in it, i32[T].
+      the work list; for each token its tile and the row of its first head in that tile, i32[T] each.
     """
     num_sequences = context_lens.shape[0]
     queries = spec.queries
@@ -103,7 +103,7 @@ def plan_chunks(
     i = jnp.arange(max(1, num_tokens // queries + min(num_sequences, num_tokens // 2)), dtype=jnp.int32)
     j = ends[-1] - 1 - i
     s = jnp.minimum(jnp.sum(ends[None, :] <= j[:, None], axis=1, dtype=jnp.int32), num_sequences - 1)
-    query = (j - starts[s]) * queries  # the tile's first one, counted in its chunk
+    query = (j - starts[s]) * queries  # the tile's first query, relative to its chunk
     position = context_lens[s] - lengths[s] + query
     end = position + jnp.minimum(lengths[s] - query, queries)
     work = _work_list(
@@ -122,7 +122,7 @@ def plan_chunks(
     query = jnp.arange(num_tokens, dtype=jnp.int32) - query_starts[sequence]
     tile = jnp.maximum(ends[-1] - 1 - starts[sequence] - query // queries, 0)
     row = query % queries * spec.group
-    # The tile begins at a granule, which may be before its first query.
+    # A tile begins at a granule boundary, which may be before its first query.
     skipped = (jnp.arange(num_tokens, dtype=jnp.int32) * spec.group - row) % GRANULE
     return work, tile, row + skipped
 
@@ -135,12 +135,12 @@ def combine(
     *,
     most: int,
 ) -> Float[Array, "S K G D"]:
-    """Softmax-weighted sums over the pieces of each sequence, f32[S, K, G, D]; 0 where there is none.
+    """Softmax-weighted sums over the pieces of each sequence, f32[S, K, G, D]; 0 for sequences without pieces.
 
     Args:
       partial: f32[tiles, K, G, D], each normalized over its own keys.
-      lse: f32[tiles, K, G], log2 of the sum of exp2 of its scores.
-      starts, pieces: i32[S], the first piece of a sequence and how many it has, at most `most`.
+      lse: f32[tiles, K, G], log2 of the sum of exp2 of each tile's scores.
+      starts, pieces: i32[S], the first piece of each sequence and its number of pieces, at most `most`.
     """
     j = jnp.arange(most, dtype=jnp.int32)[None, :]
     exists = (j < pieces[:, None])[:, :, None, None]  # [S, J, 1, 1]
@@ -150,7 +150,7 @@ def combine(
     top = jnp.max(scores, axis=1, keepdims=True)
     weights = jnp.where(exists, jnp.exp2(scores - top), 0.0)
     total = jnp.sum(weights, axis=1)
-    # Select: where no tile ran, memory may hold NaN.
+    # Select, because memory that no tile has written may hold NaN.
     values = jnp.where(exists[..., None], partial[at], 0.0)
     result = jnp.sum(weights[..., None] * values, axis=1)
     return result / jnp.where(total == 0.0, 1.0, total)[..., None]

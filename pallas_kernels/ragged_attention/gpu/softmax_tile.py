@@ -1,7 +1,7 @@
 """Shared by the GPU attention kernels: the work list, and the online softmax over the rows of a tile.
 
-A q tile is 16 to 128 rows; a row is one query of one head, and the G heads that share a KV head are adjacent, so that
-keys and values are fetched once for all of them. Both kinds of tile run the same body:
+A q tile has 16 to 128 rows. A row is one query of one head; the G heads that share a KV head are adjacent, so that keys
+and values are fetched once for all of them. Both kinds of tile run the same body:
 
   chunk tiles    Q consecutive queries of one sequence, Q * G rows; normalized results
   single tiles   one query, G rows, and a piece of its keys; partial results, to be combined by their log-sum-exp
@@ -13,22 +13,28 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
-GRANULE = 8  # rows: where TMA reads a matrix that is tiled in shared memory, it begins at a multiple of this
+from pallas_kernels.pallas_types import Layout, Ref
+
+GRANULE = 8  # rows: a TMA read of a matrix that is tiled in shared memory begins at a multiple of this
 LOG2E = math.log2(math.e)
-# Finite, so that a row that has seen no key yet gives weights of exp2(-inf) = 0, not NaN.
+# Finite, so that a row without any visible key so far gets weights of exp2(-inf) = 0, not NaN.
 NO_KEY = -1e30
 
 # Columns of the work list, i32[tiles + 1, NUM_COLUMNS]; the last row holds the number of tiles that have work.
 SEQUENCE, ROW, POSITION, FIRST, END, WINDOW, FIRST_BLOCK, HAS_SINK = range(8)
 NUM_COLUMNS = 8
+
+State = TypeVar("State")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,23 +44,23 @@ class Spec:
     group: int  # G
     head_dim: int  # D
     block_size: int  # B, a power of two
-    rows: int  # of a tile
-    rows_in: int  # of a tile's queries that are read, at least `rows` or `rows_out`
-    rows_out: int  # of a tile that are stored: of a single tile at least those that hold a head
-    keys: int  # keys of a step, a power of two
+    rows: int  # rows of a tile
+    rows_in: int  # rows of queries that are read, at least `rows` or `rows_out`
+    rows_out: int  # rows that are stored; for a single tile, at least the rows that hold a head
+    keys: int  # keys per step, a power of two
     stages: int  # steps whose keys and values are in shared memory at the same time
     blocks: int  # thread blocks that share the tiles
     scale: float
     soft_cap: float | None
     has_window: bool
-    partial: bool  # float32 results and their log-sum-exp
-    dtype: Any  # of q and the operands of products
-    cache_dtype: Any  # the same, or 8 bits: the kernel rounds number times scale to `dtype` before it multiplies
-    interpreted: bool  # runs in Pallas' interpreter, which lacks some constructs
+    partial: bool  # produces float32 results and their log-sum-exp
+    dtype: np.dtype  # dtype of q and of the operands of products
+    cache_dtype: np.dtype  # `dtype`, or 8 bits: the kernel then rounds number times scale to `dtype` before it multiplies
+    interpreted: bool  # runs in the Pallas interpreter, which lacks some constructs
 
     @property
     def queries(self) -> int:
-        """Queries of a chunk tile. It begins at a granule, so that rows of the query before may come first."""
+        """Queries per chunk tile. A tile begins at a granule boundary, so rows of the previous query may come first."""
         return (self.rows - (GRANULE - 1 if self.group % GRANULE else 0)) // self.group
 
     @property
@@ -63,14 +69,14 @@ class Spec:
 
     @property
     def copies(self) -> int:
-        """Blocks, or parts of one, that hold the keys of a step."""
+        """Blocks (or parts of a block) that hold the keys of one step."""
         return max(1, self.keys // self.block_size)
 
 
 class Tile:
-    """A tile and a head: its entry in the work list."""
+    """A tile and a head, with the tile's entry in the work list."""
 
-    def __init__(self, refs: dict[str, Any], spec: Spec, ordinal: jax.Array) -> None:
+    def __init__(self, refs: dict[str, Ref], spec: Spec, ordinal: jax.Array) -> None:
         num_kv_heads = refs["k_cache"].shape[1]
         # The heads of a tile, whose keys are adjacent, are processed at the same time.
         self.index = lax.div(ordinal, jnp.int32(num_kv_heads))
@@ -78,14 +84,14 @@ class Tile:
         self.columns = [refs["work"][self.index, column] for column in range(NUM_COLUMNS)]
         self.first, self.end = self.columns[FIRST], self.columns[END]
         self.num_steps = lax.div(self.end - self.first + (spec.keys - 1), jnp.int32(spec.keys))
-        # A chunk tile begins at a granule, its own first row may come later.
+        # A chunk tile begins at a granule boundary, so its own first row may come later.
         self.skipped = jnp.int32(0) if spec.partial else lax.rem(self.columns[ROW], jnp.int32(GRANULE))
 
 
-def for_each_tile(refs: dict[str, Any], spec: Spec, work: Callable[[Tile, jax.Array], None]) -> jax.Array:
-    """Calls `work` with every tile of this thread block and the number of steps before it; returns that of all.
+def for_each_tile(refs: dict[str, Ref], spec: Spec, work: Callable[[Tile, jax.Array], None]) -> jax.Array:
+    """Calls `work` with every tile of this thread block and the number of steps before it; returns the number of all steps.
 
-    A block has every `blocks`-th pair of a tile and a head.
+    A thread block processes every `blocks`-th pair of a tile and a head.
     """
     block, blocks = lax.axis_index("block"), spec.blocks
     num_tiles = refs["work"][refs["work"].shape[0] - 1, 0]
@@ -100,16 +106,16 @@ def for_each_tile(refs: dict[str, Any], spec: Spec, work: Callable[[Tile, jax.Ar
     return lax.fori_loop(0, mine, tile, jnp.int32(0))
 
 
-def over_steps(tile: Tile, spec: Spec, step: Callable[[jax.Array, Any, bool], Any], state: Any) -> Any:
-    """Carries `state` through `step(i, state, masked)`; only the steps at the borders compare positions.
+def over_steps(tile: Tile, spec: Spec, step: Callable[[jax.Array, State, bool], State], state: State) -> State:
+    """Carries `state` through `step(i, state, masked)`. Only steps at the window's start and at the diagonal are masked.
 
-    | window | seen by all rows ... | diagonal |
+    | window | visible to all rows ... | diagonal |
     """
     position = tile.columns[POSITION]
     all_seen = lax.div(position + 1 - tile.first, jnp.int32(spec.keys))
     borders = [jnp.int32(0), jnp.minimum(all_seen, tile.num_steps), tile.num_steps]
     if spec.has_window:
-        # The last query's window starts behind this key; a single tile's query may be beyond the piece of keys.
+        # The last query's window starts after this key; the query of a single tile may be past its piece of keys.
         before = jnp.maximum(tile.end - 1, position) - tile.columns[WINDOW] - tile.first
         inside = jnp.where(before < 0, 0, lax.div(before, jnp.int32(spec.keys)) + 1)
         borders.insert(1, jnp.minimum(inside, borders[1]))
@@ -119,14 +125,14 @@ def over_steps(tile: Tile, spec: Spec, step: Callable[[jax.Array, Any, bool], An
     return state
 
 
-def blocks_of(tile: Tile, i: jax.Array, refs: dict[str, Any], spec: Spec) -> list[tuple[jax.Array, Any]]:
+def blocks_of(tile: Tile, i: jax.Array, refs: dict[str, Ref], spec: Spec) -> list[tuple[jax.Array, jax.Array | int]]:
     """The blocks of the pool, and the first key in them, that hold the keys of the tile's step i."""
     sequence, base = tile.columns[SEQUENCE], tile.columns[FIRST_BLOCK]
     key = tile.first + i * spec.keys
     block = lax.div(key, jnp.int32(spec.block_size))
     if spec.keys <= spec.block_size:
         return [(base + refs["tables"][sequence, block], key - block * spec.block_size)]
-    # What comes after the last block is not there: the last one is fetched again, from cache, and not looked at.
+    # There are no blocks after the last one: it is fetched again, from the L2 cache, and those keys are masked.
     last = lax.div(tile.end - 1, jnp.int32(spec.block_size))
     entries = [jnp.minimum(block + j, last) for j in range(spec.copies)]
     return [(base + refs["tables"][sequence, entry], 0) for entry in entries]
@@ -135,15 +141,17 @@ def blocks_of(tile: Tile, i: jax.Array, refs: dict[str, Any], spec: Spec) -> lis
 class Rows:
     """Some rows of a tile: which keys they see, and the online softmax over them. Scores are in units of log2."""
 
-    def __init__(self, tile: Tile, refs: dict[str, Any], spec: Spec, *, first: Any, count: int, layout: Any) -> None:
-        """`count` rows from row `first` of the tile on; `layout` is that of the scores in registers."""
+    def __init__(
+        self, tile: Tile, refs: dict[str, Ref], spec: Spec, *, first: jax.Array | int, count: int, layout: Layout
+    ) -> None:
+        """`count` rows of the tile, starting at row `first`; `layout` is the register layout of the scores."""
         self.tile, self.spec, self.count, self._layout = tile, spec, count, layout
         heads = pl.ds(GRANULE - tile.skipped + first, count)
 
         def of_heads(name: str) -> jax.Array | None:
             return self._row_vector(refs[name].at[tile.head, heads]) * LOG2E if name in refs else None
 
-        # The last key that a row sees, counted from the first key of the tile.
+        # The last key visible to a row, relative to the first key of the tile.
         row = self.iota((count,), 0) + (first - tile.skipped)
         self.last_seen = lax.div(row, jnp.int32(spec.group)) + (tile.columns[POSITION] - tile.first)
         self.slope, self.sink = of_heads("slopes"), of_heads("sinks")
@@ -151,7 +159,7 @@ class Rows:
     def start(self) -> tuple[jax.Array, jax.Array]:
         """(largest score, sum of weights), f32[count] each, before any key."""
         top, total = self.full((self.count,), NO_KEY), self.full((self.count,), 0.0)
-        if self.sink is not None:  # one more logit, which the first piece of a context counts
+        if self.sink is not None:  # one additional logit, included in the first piece of a context
             has_sink = self.tile.columns[HAS_SINK] > 0
             top, total = jnp.where(has_sink, self.sink, top), jnp.where(has_sink, total + 1.0, total)
         return top, total
@@ -159,15 +167,15 @@ class Rows:
     def weigh(
         self, scores: jax.Array, i: jax.Array, top: jax.Array, total: jax.Array, *, masked: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """The weights f32[count, keys] of step i, what earlier results have to be multiplied with, top and total.
+        """The weights f32[count, keys] of step i, the factor for rescaling earlier results, and the new top and total.
 
-        `scores` are products of queries and keys. Weights are in units of the largest score so far.
+        `scores` are products of queries and keys. Weights are relative to the largest score so far.
         """
         spec, shape = self.spec, scores.shape
         factor = spec.scale * LOG2E
-        last_seen = self.last_seen - i * spec.keys  # counted from the first key of the step
+        last_seen = self.last_seen - i * spec.keys  # relative to the first key of the step
         if spec.soft_cap is not None:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1): the hardware's own tanh is off by 5e-4, times the cap.
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1): the hardware's tanh has an error of 5e-4, times the cap.
             power = jnp.exp2(scores * (2.0 * LOG2E * spec.scale / spec.soft_cap))
             scores, factor = (1.0 - 2.0 / (power + 1.0)) * (spec.soft_cap * LOG2E), 1.0
         if self.slope is not None:
@@ -196,33 +204,33 @@ class Rows:
         return self._cast(jnp.full(shape, value, jnp.float32))
 
     def _cast(self, x: jax.Array) -> jax.Array:
-        if self.spec.interpreted:  # it knows no layouts
+        if self.spec.interpreted:  # the interpreter has no layouts
             return x
         return plgpu.layout_cast(x, self._layout if x.ndim == 2 else self._layout.reduce(1))
 
-    def _row_vector(self, ref: Any) -> jax.Array:
+    def _row_vector(self, ref: Ref) -> jax.Array:
         if self.spec.interpreted:
             return ref[...]
-        return _load(ref, self._layout.reduce(1))  # from global memory, a few bytes a thread, once a tile
+        return _load(ref, self._layout.reduce(1))  # from global memory, a few bytes per thread, once per tile
 
 
-def _load(ref: Any, layout: Any) -> jax.Array:
-    index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # newer versions of JAX take none
+def _load(ref: Ref, layout: Layout) -> jax.Array:
+    index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # newer versions of JAX have no such parameter
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
-DEQUANTIZED_ROWS = 64  # at a time
+DEQUANTIZED_ROWS = 64  # rows per call of `dequantize`
 
 
-def dequantize(values: Any, scales: Any, target: Any, spec: Spec, *, by_way_of: Any) -> None:
-    """Writes numbers of 8 bits [64, D] times their rows' scales f32[64] to shared memory, in `spec.dtype`.
+def dequantize(values: Ref, scales: Ref, target: Ref, spec: Spec, *, by_way_of: DTypeLike) -> None:
+    """Writes 8-bit numbers [64, D] times their rows' scales f32[64] to shared memory, in `spec.dtype`.
 
-    `by_way_of` is a dtype that has all these numbers and that the hardware converts them to.
+    `by_way_of` is an intermediate dtype that represents all these numbers and to which the hardware can convert them.
     """
     if spec.interpreted:
         target[...] = (values[...].astype(jnp.float32) * scales[...][:, None]).astype(spec.dtype)
         return
-    layout = plgpu.Layout.WGMMA_UPCAST_2X  # four numbers of a row to a thread
+    layout = plgpu.Layout.WGMMA_UPCAST_2X  # four numbers of a row per thread
     numbers = _load(values, layout).astype(by_way_of).astype(jnp.float32)
     factors = lax.broadcast_in_dim(_load(scales, layout.reduce(1)), numbers.shape, [0])
     target[...] = (numbers * plgpu.layout_cast(factors, layout)).astype(spec.dtype)

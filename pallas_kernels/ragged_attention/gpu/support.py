@@ -1,4 +1,4 @@
-"""Conditions for the GPU kernels. Does not import Pallas, whose GPU part takes most of a second to import."""
+"""Conditions for using the GPU kernels. Does not import Pallas, whose GPU part takes most of a second to import."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
 CACHE_DTYPES = (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn)
-QUANTIZED_BLOCK = 64  # tokens, the fewest of a block of 8 bits: rows that are dequantized together
+QUANTIZED_BLOCK = 64  # minimum tokens per block of an 8-bit cache: the number of rows that are dequantized together
 MAX_HEAD_DIM = 256
 MAX_GROUP = 120  # a tile has up to 128 rows, and begins at a multiple of 8
-AMPERE_SHORT = 48  # query heads a KV head, up to which Ampere's tiles have 64 rows; beyond they have 128
-# Where D is beyond 128, for 128 rows: Hopper's shared memory does not hold their float32 results, nor Ampere's registers.
+AMPERE_SHORT = 48  # Ampere's tiles have 64 rows for up to this many query heads per KV head, otherwise 128
+# If D is above 128, the float32 results of 128 rows exceed Hopper's shared memory and Ampere's registers.
 MAX_GROUP_WIDE = {"hopper": 64, "ampere": AMPERE_SHORT}
 AMPERE_JAX = (0, 12)  # older ones lack mma, cp.async (0.10) or stores from any layout of registers (0.11)
 
@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 def generation() -> str | None:
     """The kernel for the GPU that the program is lowered for: "hopper" or "ampere" (which includes Ada Lovelace).
 
-    The GPU is that of the abstract mesh, or else this machine's. None without a GPU, and for one without a kernel (T4,
-    B200). To export a program from another machine, pass implementation="gpu".
+    The GPU is that of the abstract mesh, or this machine's if there is no such mesh. None without a GPU, and for GPUs
+    without a kernel (T4, B200). To export a program from another machine, pass implementation="gpu".
     """
     capability = compute_capability()
     if capability == "9.0":
@@ -35,12 +35,12 @@ def generation() -> str | None:
 
 
 def compute_capability() -> str | None:
-    """Of the GPU that the program is lowered for, such as "9.0"; None if there is no GPU or it is unknown."""
+    """Compute capability of the GPU that the program is lowered for, such as "9.0"; None without a GPU or if unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         if device.platform != "gpu":
             return None
-        known = getattr(device, "compute_capability", None)  # of a device description without hardware
+        known = getattr(device, "compute_capability", None)  # if the device is a description without hardware
         if known is not None:
             return known
         if jax.default_backend() != "gpu" or jax.devices()[0].device_kind != device.device_kind:
@@ -67,7 +67,7 @@ def multiprocessors() -> int | None:
 def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted: bool = False) -> str | None:
     """Why the kernel of a generation does not support this cache, with the remedy; None if it does.
 
-    Pallas' interpreter runs it with any version of jax.
+    The Pallas interpreter can run the kernel with any version of jax.
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     if generation == "ampere" and not interpreted and jax.__version_info__ < AMPERE_JAX:
@@ -78,7 +78,7 @@ def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted:
         return f"supports {names} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         return (
-            f"supports heads of multiples of 16 numbers up to {MAX_HEAD_DIM} but D is {head_dim}; "
+            f"supports head dimensions that are multiples of 16 up to {MAX_HEAD_DIM} but D is {head_dim}; "
             "pad q, k, v and the cache with zeros"
         )
     if block_size < 8 or block_size & (block_size - 1):
@@ -90,28 +90,32 @@ def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted:
         return f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}"
     most = MAX_GROUP_WIDE[generation] if head_dim > 128 else MAX_GROUP
     if num_heads // num_kv_heads > most:
-        return f"supports up to {most} query heads a KV head where D is {head_dim} but there are {num_heads // num_kv_heads}"
+        return (
+            f"supports up to {most} query heads per KV head where D is {head_dim} but there are {num_heads // num_kv_heads}"
+        )
     return None
 
 
 def _quantized_unsupported(k_cache: Cache, group: int, generation: str) -> str | None:
     _, _, block_size, head_dim = k_cache.shape
-    most_heads = MAX_GROUP_WIDE[generation]  # the same limits as where D is beyond 128
+    most_heads = MAX_GROUP_WIDE[generation]  # the same limits as for D above 128
     if head_dim % 32 or head_dim > 128:
-        return f"supports 8-bit caches of heads of multiples of 32 numbers up to 128 but D is {head_dim}; store bfloat16"
+        return f"supports 8-bit caches if D is a multiple of 32 up to 128 but D is {head_dim}; store bfloat16"
     if block_size < QUANTIZED_BLOCK:
         return f"supports 8-bit caches in blocks of at least {QUANTIZED_BLOCK} tokens but they have {block_size}"
     if group > most_heads:
-        return f"supports up to {most_heads} query heads a KV head with an 8-bit cache but there are {group}; store bfloat16"
+        return (
+            f"supports up to {most_heads} query heads per KV head with an 8-bit cache but there are {group}; store bfloat16"
+        )
     if generation == "ampere" and k_cache.dtype == jnp.float8_e4m3fn:
         return "of GPUs of compute capability 8 supports int8 caches but not float8_e4m3fn; store int8"
     return None
 
 
 def copied_bytes(rows: int, head_dim: int, itemsize: int) -> int | None:
-    """On Ampere: the width of the widest tiles that `rows` rows can be copied in; None if there is none.
+    """On Ampere: the width in bytes of the widest tiles in which `rows` rows can be copied; None if there are none.
 
-    A tile is 8 rows of so many bytes. The four warps that copy together share the tiles in a grid of 4 x 1, 2 x 2 or 1 x 4.
+    A tile is 8 rows of this width. The four warps that copy together divide the tiles in a grid of 4 x 1, 2 x 2 or 1 x 4.
     """
     for width in (128, 64, 32):
         high, wide = rows // 8, itemsize * head_dim // width

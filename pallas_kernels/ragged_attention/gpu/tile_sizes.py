@@ -13,14 +13,14 @@ from pallas_kernels.ragged_attention.quantized import is_quantized
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuTiles:
-    """How the GPU kernel cuts its work. Any choice gives the same result; the compiler refuses what does not fit."""
+    """How the GPU kernel divides its work. All choices give the same result; the compiler rejects sizes that do not fit."""
 
-    chunk_keys: int  # keys of a step of a chunk tile
+    chunk_keys: int  # keys per step of a chunk tile
     chunk_stages: int  # steps whose keys and values are in shared memory at the same time
     single_keys: int
     single_stages: int
-    pieces: int  # that the contexts of all single queries are cut into, over all KV heads
-    min_piece: int  # keys below which cutting costs more than it gives
+    pieces: int  # pieces into which the contexts of all single queries are split, over all KV heads
+    min_piece: int  # minimum keys per piece: splitting further costs more than it gains
     blocks: int  # thread blocks that share the tiles
 
 
@@ -30,18 +30,18 @@ class Generation:
 
     multiprocessors: int  # if the device does not report it
     shared_bytes: int  # available to a thread block's buffers; barriers and the system use some more
-    resident: int  # thread blocks that a multiprocessor is to hold at the same time
+    resident: int  # intended number of thread blocks that a multiprocessor holds at the same time
 
 
 GENERATIONS = {
-    "hopper": Generation(multiprocessors=132, shared_bytes=225 * 1024, resident=1),  # H100 SXM: 227 KiB a block
-    # A100: 163 KiB a block, 164 KiB in all, 1 KiB of which goes to each block. 8.6 and 8.9: 99 and 100 KiB.
+    "hopper": Generation(multiprocessors=132, shared_bytes=225 * 1024, resident=1),  # H100 SXM: 227 KiB per block
+    # A100: 163 KiB per block, 164 KiB in total, of which each block reserves 1 KiB. 8.6 and 8.9: 99 and 100 KiB.
     "ampere": Generation(multiprocessors=108, shared_bytes=81 * 1024, resident=2),
 }
 
 
 def choose(shape: Shape, generation: str) -> GpuTiles:
-    """The tiles measured for the GPU that is lowered for and this class of shapes, else the modeled ones."""
+    """The tiles measured for the target GPU and this class of shapes, or modeled tiles if there are none."""
     kind = support.device_kind()
     group = shape.num_heads // shape.num_kv_heads
     found = measured(shape, kind, GpuTiles) if kind else None
@@ -57,31 +57,31 @@ def choose(shape: Shape, generation: str) -> GpuTiles:
 def modeled(
     head_dim: int, group: int, generation: str, *, quantized: bool = False, multiprocessors: int | None = None
 ) -> GpuTiles:
-    """Tiles for a head size, query heads a KV head and caches of 16 or 8 bits: as many stages as fit in shared memory."""
+    """Tiles for a head size, query heads per KV head and caches of 16 or 8 bits: as many stages as fit in shared memory."""
     gpu = GENERATIONS[generation]
     multiprocessors = multiprocessors or gpu.multiprocessors
     blocks = gpu.resident * multiprocessors
-    # Eight for each multiprocessor, so that one that got one more than others runs an eighth longer at most.
+    # Eight per multiprocessor, so that one with an additional piece runs at most an eighth longer than the others.
     common = {"pieces": 8 * multiprocessors, "min_piece": 256, "blocks": blocks}
     if generation == "ampere":
-        # Two steps of 64 keys fit beside the queries up to D=128. Where a thread holds twice the results (D of 256, or tiles
-        # of 128 rows), registers would not suffice for more than 32.
+        # Two steps of 64 keys fit beside the queries up to D=128. If a thread holds twice the results (D of 256, or tiles
+        # of 128 rows), there are registers for only 32 keys.
         keys = 64 if head_dim <= 128 and group <= AMPERE_SHORT else 32
         return GpuTiles(chunk_keys=keys, chunk_stages=2, single_keys=keys, single_stages=2, **common)
-    # Beyond 128 the accumulator takes 128 registers a thread, and fewer scores fit beside it. Two steps of 8 bits wait to be
-    # dequantized beside the stages.
+    # With D above 128 the accumulator takes 128 registers per thread, which leaves room for fewer scores. With 8 bits, two
+    # staged steps share the memory with the stages.
     keys = 128 if head_dim <= 128 and not quantized else 64
     staged = 4 * keys * (head_dim + 4) if quantized else 0
 
     def stages(rows: int) -> int:
         return max(2, min(4, (gpu.shared_bytes - 2 * head_dim * rows - staged) // (4 * head_dim * keys)))
 
-    # Two warpgroups of 64 rows; of single queries one, whose float32 results take as much as two tiles of queries.
+    # Two warpgroups of 64 rows; for single queries one, whose float32 results take as much memory as two tiles of queries.
     return GpuTiles(chunk_keys=keys, chunk_stages=stages(128), single_keys=keys, single_stages=stages(192), **common)
 
 
 def candidates(first: GpuTiles) -> Iterable[GpuTiles]:
-    """`first`, then tiles that differ from it in one respect. What does not fit, the compiler refuses."""
+    """`first`, then tiles that differ from it in one respect. The compiler rejects sizes that do not fit."""
     yield first
     changes = [
         {f"{kind}_keys": keys, f"{kind}_stages": stages}

@@ -1,4 +1,4 @@
-"""Ragged attention on a TPU: one kernel writes the step's keys and values, one attends."""
+"""Ragged attention on a TPU: one kernel writes the step's keys and values, and another computes attention."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.pallas_types import Ref, Scratch
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tpu import tile_sizes
@@ -35,12 +36,12 @@ def ragged_attention_tpu(
     scoring: Scoring,
     *,
     tiles: Tiles | None = None,
-    interpret: Any = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
     """See `pallas_kernels.ragged_attention.ragged_attention`.
 
-    `tiles` None uses those of the target device; `interpret` is that of `pl.pallas_call`.
-    Raises ValueError if `unsupported` has a reason.
+    If `tiles` is None, the tiles of the target device are used. `interpret` is passed to `pl.pallas_call`.
+    Raises ValueError if `unsupported` returns a reason.
     """
     reason = unsupported(k_cache, index.block_tables.shape[1])
     if reason:
@@ -59,10 +60,10 @@ def ragged_attention_tpu(
             dtype=k_cache.dtype.name,
         )
     )
-    write: Any = write_kv_tpu
+    write: Any = write_kv_tpu  # the types do not say that both caches are of one form
     product_dtype = k_cache.dtype
     if isinstance(k_cache, QuantizedCache):
-        # 8 bits are whole in bfloat16, which the MXU multiplies.
+        # 8-bit numbers are exact in bfloat16, which the MXU multiplies.
         write, product_dtype = write_kv_quantized_tpu, q.dtype if q.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
     k_cache, v_cache = write(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer, interpret=interpret)
 
@@ -85,7 +86,7 @@ def ragged_attention_tpu(
         cores=tiles.cores,
         scale=scoring.scale,
         soft_cap=scoring.soft_cap,
-        # The MXU multiplies bfloat16; float32 in full takes several passes.
+        # The MXU multiplies bfloat16; full float32 precision takes several passes.
         precision=lax.Precision.HIGHEST if product_dtype == jnp.float32 else lax.Precision.DEFAULT,
         product_dtype=product_dtype,
         zero_values=k_cache.dtype != jnp.int8,
@@ -117,18 +118,18 @@ def ragged_attention_tpu(
 def plan_tiles(
     query_starts: Int[Array, " starts"], context_lens: Int[Array, " S"], *, num_tokens: int, spec: Spec
 ) -> tuple[list[Int[Array, " members"]], Int[Array, ""], Int[Array, ""]]:
-    """Deals the chunks out to tiles: single queries by falling context, J a tile; longer chunks Q queries a tile.
+    """Assigns chunks to tiles: J single queries per tile, by descending context; longer chunks, Q queries per tile.
 
     Returns:
-      sequence, token, position and count of each member, i32[tiles * J] each (see `Refs`): room for all single tiles
-      comes first, then the chunk tiles; the number of single tiles; the number of tiles.
+      sequence, token, position and count of each member, i32[tiles * J] each (see `Refs`), with entries for the maximum
+      number of single tiles before the chunk tiles; the number of single tiles; the number of tiles.
     """
     num_sequences = context_lens.shape[0]
     lengths = query_starts[1:] - query_starts[:-1]
     j, q = spec.sequences, spec.queries
 
     single = (lengths == 1) & (context_lens > 0)
-    # Sequences of one tile run until the longest is done, so those of similar length belong together.
+    # A tile takes as long as its longest sequence, so sequences of similar length are grouped.
     order = jnp.argsort(jnp.where(single, -context_lens, 1)).astype(jnp.int32)
     order = jnp.pad(order, (0, spec.max_single_tiles * j - num_sequences))
     used = jnp.arange(order.shape[0], dtype=jnp.int32) < jnp.sum(single)
@@ -148,7 +149,7 @@ def plan_tiles(
 
 
 def _by_kv_head(of_head: jax.Array | None, spec: Spec) -> jax.Array | None:
-    """[H] -> [K, Gp, LANES], the same number in all lanes."""
+    """[H] -> [K, Gp, LANES], with each value repeated in all lanes."""
     if of_head is None:
         return None
     rows = of_head.reshape(spec.num_kv_heads, spec.group)
@@ -168,7 +169,7 @@ def _attend(
     sinks: jax.Array | None,
     spec: Spec,
     tiles: Tiles,
-    interpret: Any,
+    interpret: bool | pltpu.InterpretParams,
 ) -> jax.Array:
     _, num_heads, head_dim = q.shape
     rows = max(spec.queries, spec.sequences) if spec.has_chunks else spec.sequences
@@ -182,7 +183,7 @@ def _attend(
         caches = {"k_cache": k_cache.values, "v_cache": v_cache.values}
         caches |= {"k_scales": k_cache.scales, "v_scales": v_cache.scales}
         scale_buffers = dict.fromkeys(("k_scale_buffer", "v_scale_buffer"), pltpu.VMEM(buffer.shape[:-1], f32))
-    scratch: dict[str, Any] = {
+    scratch: dict[str, Scratch] = {
         "table_buffer": pltpu.SMEM((2, spec.sequences, *tables.shape[1:]), jnp.int32),
         "q_buffer": pltpu.VMEM((rows, num_heads, head_dim), q.dtype),
         "k_buffer": buffer,
@@ -222,7 +223,7 @@ def _attend(
         )
     )
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: Ref) -> None:
         attend_tiles(Refs(**(none | dict(zip([*names, *scratch], refs, strict=True)))), spec)
 
     hbm = pl.BlockSpec(memory_space=pl.ANY)
@@ -240,7 +241,7 @@ def _attend(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
             vmem_limit_bytes=tiles.vmem_limit,
-            disable_bounds_checks=True,  # twenty scalar instructions for each block that is fetched
+            disable_bounds_checks=True,  # checks would cost twenty scalar instructions per fetched block
         ),
         cost_estimate=_cost(q, k_cache, tables, spec),
         interpret=interpret,
@@ -249,7 +250,7 @@ def _attend(
 
 
 def _cost(q: jax.Array, k_cache: Cache, tables: jax.Array, spec: Spec) -> pl.CostEstimate:
-    """For XLA's scheduler: half of what full block tables would cost. The contexts are not known here."""
+    """Cost estimate for XLA's scheduler: half the cost of full block tables, because the contexts are not known here."""
     num_tokens, num_heads, head_dim = q.shape
     keys = tables.shape[1] * TABLE_PIECE * spec.block_size // 2
     tiles = tables.shape[0] + num_tokens // spec.queries

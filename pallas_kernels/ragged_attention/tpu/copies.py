@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.pallas_types import Ref
+
 TABLE_BITS = 7
-TABLE_PIECE = 1 << TABLE_BITS  # block ids that one copy brings into SMEM
+TABLE_PIECE = 1 << TABLE_BITS  # block ids that one copy loads into SMEM
 NO_WINDOW = 2**31 - 1
 
 # Positions of a call's scalars in `scalars`.
@@ -29,8 +32,8 @@ class Spec:
     head_dim: int  # D
     block_size: int  # B
     piece: int  # C, blocks that are fetched together
-    sequences: int  # J, sequences of a single tile
-    queries: int  # Q, queries of a chunk tile; a power of two
+    sequences: int  # J, sequences per single tile
+    queries: int  # Q, queries per chunk tile; a power of two
     max_single_tiles: int
     has_chunks: bool
     has_window: bool
@@ -38,7 +41,7 @@ class Spec:
     scale: float
     soft_cap: float | None
     precision: lax.Precision
-    product_dtype: Any  # of the operands of matrix products
+    product_dtype: np.dtype  # dtype of the operands of matrix products
     zero_values: bool  # whether values outside every context can be NaN
 
     @property
@@ -68,41 +71,41 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refs:
-    """Everything the kernel reads and writes; shapes in brackets."""
+    """Everything that the kernel reads and writes; shapes in brackets."""
 
-    scalars: Any  # SMEM i32[4]
-    sequence: Any  # SMEM i32[tiles * J], these four describe the members of each tile; a chunk tile repeats its one
-    token: Any  # row of q of the first query
-    position: Any  # of the first query in its sequence
-    count: Any  # queries; 0 for a member without work
-    q: Any  # HBM [T, H, D]
-    k_cache: Any  # HBM [L*N, K, B, D]
-    v_cache: Any
-    k_scales: Any  # HBM f32[L*N, K, B] or None: of an 8-bit cache
-    v_scales: Any
-    tables: Any  # HBM i32[S, W, 1, TABLE_PIECE]
-    slopes: Any  # VMEM f32[K, Gp, LANES] or None
-    sinks: Any  # VMEM f32[K, Gp, LANES] or None
-    out: Any  # HBM [T, H, D]
-    table_buffer: Any  # SMEM i32[2, J, W, 1, TABLE_PIECE]
-    q_buffer: Any  # VMEM [max(Q, J), H, D]
-    k_buffer: Any  # VMEM [2, C, K, B, D]
-    v_buffer: Any
-    k_scale_buffer: Any  # VMEM f32[2, C, K, B] or None
-    v_scale_buffer: Any
-    out_buffer: Any  # VMEM [max(Q, J), H, D]
-    q_single: Any  # VMEM f32[J * K, Gp, D]
-    top_single: Any  # VMEM f32[J * K, Gp, LANES], the largest score so far
-    total_single: Any  # VMEM f32[J * K, Gp, LANES], sums of weights, one a lane
-    acc_single: Any  # VMEM f32[J * K, Gp, D]
-    q_chunk: Any  # VMEM [H, Q, D]; these four are None where no chunk fits
-    top_chunk: Any  # VMEM f32[H, Q, LANES]
-    total_chunk: Any
-    acc_chunk: Any  # VMEM f32[H, Q, D]
-    table_sem: Any  # DMA semaphores [2]
-    kv_sem: Any  # [2]
-    q_sem: Any  # [1]
-    out_sem: Any  # [1]
+    scalars: Ref  # SMEM i32[4]
+    sequence: Ref  # SMEM i32[tiles * J]; these four describe each tile's members; a chunk tile repeats its single member
+    token: Ref  # row of the first query in q
+    position: Ref  # position of the first query in its sequence
+    count: Ref  # number of queries; 0 for a member without work
+    q: Ref  # HBM [T, H, D]
+    k_cache: Ref  # HBM [L*N, K, B, D]
+    v_cache: Ref
+    k_scales: Ref  # HBM f32[L*N, K, B] for an 8-bit cache, otherwise None
+    v_scales: Ref
+    tables: Ref  # HBM i32[S, W, 1, TABLE_PIECE]
+    slopes: Ref  # VMEM f32[K, Gp, LANES] or None
+    sinks: Ref  # VMEM f32[K, Gp, LANES] or None
+    out: Ref  # HBM [T, H, D]
+    table_buffer: Ref  # SMEM i32[2, J, W, 1, TABLE_PIECE]
+    q_buffer: Ref  # VMEM [max(Q, J), H, D]
+    k_buffer: Ref  # VMEM [2, C, K, B, D]
+    v_buffer: Ref
+    k_scale_buffer: Ref  # VMEM f32[2, C, K, B] or None
+    v_scale_buffer: Ref
+    out_buffer: Ref  # VMEM [max(Q, J), H, D]
+    q_single: Ref  # VMEM f32[J * K, Gp, D]
+    top_single: Ref  # VMEM f32[J * K, Gp, LANES], the largest score so far
+    total_single: Ref  # VMEM f32[J * K, Gp, LANES], sums of weights, one per lane
+    acc_single: Ref  # VMEM f32[J * K, Gp, D]
+    q_chunk: Ref  # VMEM [H, Q, D]; these four are None if no chunk fits
+    top_chunk: Ref  # VMEM f32[H, Q, LANES]
+    total_chunk: Ref
+    acc_chunk: Ref  # VMEM f32[H, Q, D]
+    table_sem: Ref  # DMA semaphores [2]
+    kv_sem: Ref  # [2]
+    q_sem: Ref  # [1]
+    out_sem: Ref  # [1]
 
 
 def _cdiv(n: jax.Array, bits: int) -> jax.Array:
@@ -111,9 +114,9 @@ def _cdiv(n: jax.Array, bits: int) -> jax.Array:
 
 
 class Copies:
-    """Geometry and copies. `i` is a tile, `r` the number of a piece within it, `j` a member of a single tile.
+    """Geometry and copies. `i` is a tile, `r` the index of a piece within it, `j` a member of a single tile.
 
-    Every copy is named twice, once to "start" it and once to "wait" for it.
+    Every copy method is called twice: with do="start" to start the copy, and with do="wait" to wait for it.
     """
 
     def __init__(self, refs: Refs, spec: Spec) -> None:
@@ -135,7 +138,7 @@ class Copies:
         return row * self.spec.sequences + j
 
     def key_range(self, i: jax.Array, j: int) -> tuple[jax.Array | int, jax.Array]:
-        """The first key that any query of the member sees, and the one behind the last."""
+        """The first key visible to any query of the member, and the end of the range (exclusive)."""
         e = self.member(i, j)
         end = self.refs.position[e] + self.refs.count[e]
         if not self.spec.has_window:
@@ -152,16 +155,16 @@ class Copies:
         return pieces
 
     def first_block(self, i: jax.Array, r: jax.Array | int, j: int) -> jax.Array:
-        """The sequence's first block in part j of piece r, whether or not it is needed."""
+        """The sequence's first block in part j of piece r, even if it is not needed."""
         parts, bits = self.spec.sequences, self.spec.block_bits + self.spec.share_bits
         first, _ = self.key_range(i, j)
-        # A chunk tile's piece is J parts in a row; in a single tile part j belongs to member j.
+        # A piece of a chunk tile is J consecutive parts; in a single tile, part j belongs to member j.
         of_single = (first >> bits) + r
         of_chunk = ((first >> (bits + parts.bit_length() - 1)) + r) * parts + j
         return jnp.where(self.is_single(i), of_single, of_chunk) << self.spec.share_bits
 
     def copy_tables(self, i: jax.Array, buffer: jax.Array | int, do: str) -> None:
-        """The pieces of the members' block tables that hold needed blocks."""
+        """Copies the pieces of the members' block tables that contain needed blocks."""
         refs, bits = self.refs, TABLE_BITS + self.spec.block_bits
         for j in range(self.spec.sequences):
             first, end = self.key_range(i, j)
@@ -179,7 +182,7 @@ class Copies:
             lax.fori_loop(begin, stop, piece, None)
 
     def copy_keys(self, i: jax.Array, r: jax.Array | int, buffer: jax.Array | int, tables: jax.Array | int, do: str) -> None:
-        """The blocks of piece r that hold keys which some query of the tile sees; no others."""
+        """Copies the blocks of piece r that hold keys visible to some query of the tile, and no others."""
         spec = self.spec
         for j in range(spec.sequences):
             first, end = self.key_range(i, j)
@@ -193,7 +196,7 @@ class Copies:
             if do == "wait":
                 block = functools.partial(self._wait_for_blocks, buffer=buffer, count=1)
 
-            def all_blocks(*, j: int = j, start: jax.Array = start, block: Any = block) -> None:
+            def all_blocks(*, j: int = j, start: jax.Array = start, block: Callable[[jax.Array], None] = block) -> None:
                 if do == "wait":
                     self._wait_for_blocks(0, buffer=buffer, count=spec.share)
                     return
@@ -210,15 +213,17 @@ class Copies:
             stop = jnp.where(complete, begin, stop)
             lax.fori_loop(begin, stop, lambda b, _, block=block: block(b), None)
 
-    def _start_block(self, b: jax.Array, *, tables: Any, buffer: jax.Array | int, offset: jax.Array) -> None:
-        """Starts the copies of K and V of block b of a sequence to place b + offset of the buffer."""
+    def _start_block(
+        self, b: jax.Array, *, tables: tuple[jax.Array | int, jax.Array | int], buffer: jax.Array | int, offset: jax.Array
+    ) -> None:
+        """Starts copying K and V of block b of a sequence to index b + offset of the buffer."""
         refs = self.refs
         block = refs.scalars[FIRST_BLOCK] + refs.table_buffer[*tables, b >> TABLE_BITS, 0, b & (TABLE_PIECE - 1)]
         for cache, keys in self.caches:
             pltpu.make_async_copy(cache.at[block], keys.at[buffer, b + offset], refs.kv_sem.at[buffer]).start()
 
-    def _wait_for_blocks(self, _block: Any, *, buffer: jax.Array | int, count: int) -> None:
-        """Waits for any `count` blocks of K and of V: a wait counts bytes, whatever they come from."""
+    def _wait_for_blocks(self, _block: object, *, buffer: jax.Array | int, count: int) -> None:
+        """Waits for any `count` blocks of K and of V: a wait counts bytes, regardless of their source."""
         for _, keys in self.caches:
             some = keys.at[buffer, pl.ds(0, count)]
             pltpu.make_async_copy(some, some, self.refs.kv_sem.at[buffer]).wait()
@@ -245,8 +250,10 @@ class Copies:
             ),
         )
 
-    def _copy_rows(self, i: jax.Array, do: str, ends: Any) -> None:
-        """Copies exactly the rows of the tile's queries: `ends(token, row, n)` are source, target and semaphore."""
+    def _copy_rows(
+        self, i: jax.Array, do: str, ends: Callable[[jax.Array, jax.Array | int, int], tuple[Ref, Ref, Ref]]
+    ) -> None:
+        """Copies exactly the rows of the tile's queries; `ends(token, row, n)` returns source, target and semaphore."""
         refs, spec = self.refs, self.spec
 
         @pl.when(self.is_single(i))
@@ -265,7 +272,7 @@ class Copies:
         def _() -> None:
             e = self.member(i, 0)
             size = spec.queries
-            while size:  # a copy has a fixed size, so a count of rows is copied by its binary digits
+            while size:  # copies have static sizes: rows are copied in powers of two, the binary digits of their count
 
                 @pl.when((refs.count[e] & size) != 0)
                 def _(size: int = size) -> None:

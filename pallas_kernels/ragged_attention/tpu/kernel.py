@@ -1,12 +1,12 @@
-"""The body of the TPU attention kernel: what one core does with its share of the q tiles.
+"""The body of the TPU attention kernel: how one core processes its share of the q tiles.
 
-A q tile is a piece of work with its own queries, running sums and result. There are two kinds:
+A q tile is a unit of work with its own queries, running sums and result. There are two kinds:
 
   single tiles   J sequences with one query each, side by side:  J x K independent products keep the MXU busy
   chunk tiles    Q consecutive queries of one sequence
 
-Both walk over their keys in pieces of C blocks; a single tile gives each sequence C/J of them. While a piece is
-computed the next one is on its way, also across the border to the next tile:
+Both process their keys in pieces of C blocks; in a single tile, C/J of them belong to each sequence. While one piece is
+computed, the next one is being copied, also across tile boundaries:
 
   tables   | row of tile i+1 ............ |                     HBM -> SMEM
   queries  |   | rows of tile i+1 ....... |                     HBM -> VMEM
@@ -16,23 +16,24 @@ computed the next one is on its way, also across the border to the next tile:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.tpu.copies import NUM_SINGLE_TILES, NUM_TILES, WINDOW, Copies, Refs, Spec
 from pallas_kernels.ragged_attention.tpu.support import LANES
 
-# Finite, so that a row that has seen no key yet gives weights of exp(0), not NaN; the first real key makes them 0.
+# Finite, so that a row without any visible key so far gets weights of exp(0), not NaN. The first visible key rescales
+# them to 0.
 MASKED = -1e30
 
 
 def attend_tiles(refs: Refs, spec: Spec) -> None:
-    """Walks over the tiles core, core + cores, core + 2*cores, ...: single tiles first, then chunk tiles."""
+    """Processes tiles core, core + cores, core + 2*cores, ...: single tiles first, then chunk tiles."""
     copies = Copies(refs, spec)
     kernel = _Kernel(refs, spec, copies)
     core = pl.program_id(0)
@@ -42,7 +43,7 @@ def attend_tiles(refs: Refs, spec: Spec) -> None:
 
     @pl.when(num_mine > 0)
     def _() -> None:
-        # Keys that are not fetched meet weights of zero, but zero times what memory held before may be NaN.
+        # Values that are not fetched get weights of zero, but zero times previous memory contents may be NaN.
         def blank(c: jax.Array, _: None) -> None:
             for buffer in range(2):
                 for ref in (refs.v_buffer, refs.v_scale_buffer):
@@ -72,7 +73,7 @@ class _Kernel:
         self.refs, self.spec, self.copies = refs, spec, copies
 
     def attend_tile(self, i: jax.Array, tables: jax.Array, buffer: jax.Array, *, single: bool) -> jax.Array:
-        """Computes tile i, whose block tables and first piece are there or on their way; returns the next buffer."""
+        """Computes tile i, whose block tables and first piece have been requested; returns the next buffer."""
         refs, spec = self.refs, self.spec
         following = i + spec.cores
         has_following = following < refs.scalars[NUM_TILES]
@@ -112,7 +113,7 @@ class _Kernel:
         return buffer
 
     def blank_unseen_values(self, i: jax.Array, r: jax.Array, buffer: jax.Array, *, single: bool) -> None:
-        """Zeroes the values in fetched blocks that no query of the tile sees."""
+        """Zeroes values in fetched blocks that are visible to no query of the tile."""
         spec, values, scales = self.spec, self.refs.v_buffer, self.refs.v_scale_buffer
         for j in range(spec.sequences if single else 1):
             first, end = self.copies.key_range(i, j)
@@ -123,7 +124,11 @@ class _Kernel:
 
                 @pl.when((block >= start) & (block < start + blocks) & (offset > 0))
                 def _(
-                    j: int = j, start: jax.Array = start, block: Any = block, offset: Any = offset, kind: str = kind
+                    j: int = j,
+                    start: jax.Array = start,
+                    block: jax.Array | int = block,
+                    offset: jax.Array | int = offset,
+                    kind: str = kind,
                 ) -> None:
                     at = (buffer, j * spec.share + block - start)
                     for ref in ([values] if spec.zero_values else []) + ([] if scales is None else [scales]):
@@ -153,7 +158,7 @@ class _Kernel:
             ref[...] = jnp.full_like(ref, start)
 
     def for_slices(self, do: Callable[[jax.Array], None]) -> None:
-        """Calls `do` with the first query of each slice of a chunk tile: a transposition in one go is all code."""
+        """Calls `do` with the first query of each slice of a chunk tile. Slices keep the unrolled transposition small."""
         size = self.spec.slice
         lax.fori_loop(0, self.spec.queries // size, lambda n, _: do(pl.multiple_of(n * size, size)), None)
 
@@ -186,13 +191,13 @@ class _Kernel:
         position = refs.position[e]
         first_key = self.copies.first_block(i, r, 0) * spec.block_size
         last_key = first_key + spec.piece * spec.block_size - 1
-        # Every query sees every key: nothing to compare.
+        # If every query sees every key, no positions are compared.
         all_seen = last_key <= position
         if spec.has_window:
             all_seen &= first_key > position + q - 1 - refs.scalars[WINDOW]
 
-        def attend_head(h: jax.Array, first: Any, count: int, masked: bool) -> None:
-            """Of `count` blocks from number `first` of the piece on."""
+        def attend_head(h: jax.Array, first: jax.Array | int, count: int, masked: bool) -> None:
+            """Attends to `count` blocks of the piece, starting at block `first`."""
             heads = pl.ds(h * g, g)
             blocks = pl.ds(first, count)
             query_position = position + lax.broadcasted_iota(jnp.int32, (g, q, 1), 1).reshape(g * q, 1)
@@ -221,7 +226,7 @@ class _Kernel:
 
         @pl.when(jnp.logical_not(all_seen))
         def _() -> None:
-            # In halves, of which the diagonal may leave one out.
+            # In halves, because the diagonal may make one of them unnecessary.
             count = spec.piece // 2 if spec.piece * spec.block_size >= 2 * LANES and spec.piece > 1 else spec.piece
 
             def attend_part(n: jax.Array, _: None) -> None:
@@ -241,7 +246,9 @@ class _Kernel:
         """[C, B, D] -> [C*B, D]: blocks are stored head by head, so this moves nothing."""
         return blocks.reshape(-1, self.spec.head_dim).astype(self.spec.product_dtype)
 
-    def scales(self, ref: Any, buffer: jax.Array, first: Any, count: int, h: int | jax.Array) -> jax.Array | None:
+    def scales(
+        self, ref: Ref, buffer: jax.Array, first: jax.Array | int, count: int, h: int | jax.Array
+    ) -> jax.Array | None:
         """[1, C*B], the scales of a head's keys in some blocks, in the order of `keys`; None if there are none."""
         if ref is None:
             return None
@@ -254,7 +261,7 @@ class _Kernel:
         values: jax.Array,
         key_scales: jax.Array | None,
         value_scales: jax.Array | None,
-        state: Any,
+        state: Sequence[jax.Array],
         *,
         query_position: jax.Array,
         first_key: jax.Array,
@@ -291,7 +298,7 @@ class _Kernel:
         new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))  # [R, LANES]
         weights = jnp.exp(scores - new_top[:, :1])
         keep = jnp.exp(top - new_top)
-        # One sum a lane: they meet once, when the tile is finished.
+        # One sum per lane: they are added up once, when the tile is finished.
         total = total * keep
         for start in range(0, num_keys, LANES):
             total = total + weights[:, start : start + LANES]
@@ -303,11 +310,11 @@ class _Kernel:
         return new_top, total, acc * self.across(keep, acc.shape[1]) + weighted
 
     def across(self, rows: jax.Array, width: int) -> jax.Array:
-        """[R, LANES], equal along a row -> [R, width]."""
+        """[R, LANES], constant along each row -> [R, width]."""
         return jnp.concatenate([rows] * (width // LANES), axis=1)
 
     def store_results(self, *, single: bool) -> None:
-        """acc / total, with the sinks' share in the total, laid out as [queries, H, D]."""
+        """Stores acc / total, with the sinks included in the total, as [queries, H, D]."""
         refs, spec = self.refs, self.spec
         g, q = spec.group, spec.queries
         if not single:

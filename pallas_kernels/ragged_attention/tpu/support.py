@@ -1,35 +1,34 @@
-"""Conditions for the TPU kernel. Does not import Pallas, whose TPU part takes most of a second to import."""
+"""Conditions for using the TPU kernel. Does not import Pallas, whose TPU part takes most of a second to import."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
 LANES = 128
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn)
 _NAMES = ", ".join(jnp.dtype(dtype).name for dtype in CACHE_DTYPES)
-# SMEM holds the block tables of the sequences that are being worked on, not all of them: 2 * J rows of M entries.
+# SMEM holds only the block tables of the sequences being processed: 2 * J rows of M entries.
 MAX_TABLE_WORDS = 96 * 1024
 
 
 def unsupported(k_cache: Cache, max_blocks: int) -> str | None:
     """Why the kernel does not support this cache, with the remedy; None if it does."""
     _, _, block_size, head_dim = k_cache.shape
-    # Scales of a block are along the lanes.
+    # The scales of a block are laid out along the lanes.
     rows = LANES if isinstance(k_cache, QuantizedCache) else granule_rows(k_cache.dtype)
     if k_cache.dtype not in CACHE_DTYPES:
         return f"supports {_NAMES} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
     if head_dim % LANES:
-        return f"stores heads in multiples of {LANES} numbers but D is {head_dim}; pad q, k, v and the cache with zeros"
+        return f"supports multiples of {LANES} for D but D is {head_dim}; pad q, k, v and the cache with zeros"
     if block_size < rows or block_size & (block_size - 1):
         return f"needs a block size that is a power of two of at least {rows}, but it is {block_size}"
     if 2 * max_blocks > MAX_TABLE_WORDS:
         return (
-            f"supports up to {MAX_TABLE_WORDS // 2} blocks a sequence but block_tables has {max_blocks}; "
+            f"supports up to {MAX_TABLE_WORDS // 2} blocks per sequence but block_tables has {max_blocks}; "
             f"choose a larger block size than {block_size}"
         )
     return None
@@ -38,13 +37,13 @@ def unsupported(k_cache: Cache, max_blocks: int) -> str | None:
 def may_be_lowered() -> bool:
     """Whether the program being traced may be for a TPU, so that the kernel is worth a second of tracing.
 
-    True if this machine has a TPU, or under the abstract mesh of one. To export a program for TPUs from another machine,
+    True if this machine has a TPU, or under an abstract mesh of TPUs. To export a program for TPUs from another machine,
     pass implementation="tpu".
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return getattr(device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
 
 
-def granule_rows(dtype: Any) -> int:
-    """Rows of one tile of memory: a block holds a whole number of them."""
+def granule_rows(dtype: DTypeLike) -> int:
+    """Rows per memory tile. A block consists of a whole number of tiles."""
     return 32 // jnp.dtype(dtype).itemsize

@@ -14,16 +14,16 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How the TPU kernel cuts its work. Any choice gives the same result; the compiler refuses what does not fit."""
+    """How the TPU kernel divides its work. All choices give the same result; the compiler rejects sizes that do not fit."""
 
     queries: int
-    """Queries of one sequence that share a fetch of its keys. A power of two."""
+    """Queries of one sequence that share each fetch of its keys. A power of two."""
     keys: int
-    """Keys that are fetched together, of all sequences of a tile. A power of two."""
+    """Keys that are fetched together, over all sequences of a tile. A power of two."""
     sequences: int
-    """Sequences with a single query that run side by side. A power of two."""
+    """Sequences with a single query that share a tile. A power of two."""
     cores: int
-    """TensorCores that share the work: 2 where one device has two of them."""
+    """TensorCores that share the work: 2 if a device has two of them."""
     vmem_limit: int
     """Bytes of VMEM that the kernel may use."""
 
@@ -33,10 +33,10 @@ class Device:
     """What the model needs to know about a kind of TPU."""
 
     vmem_limit: int  # bytes
-    cores: int  # TensorCores of one JAX device
+    cores: int  # TensorCores per JAX device
 
 
-# VMEM: 16 MiB a core on v4, 64 on TPU7x, 128 and about 96 on the others, of which XLA wants some for itself.
+# VMEM per core: 16 MiB on v4, 64 on TPU7x, 128 and about 96 on the others. XLA needs part of it.
 DEVICES = {
     "v4": Device(vmem_limit=15 * MIB, cores=2),
     "v5e": Device(vmem_limit=48 * MIB, cores=1),
@@ -57,23 +57,23 @@ _KINDS = {
 
 
 def device_kind() -> str | None:
-    """The key of `DEVICES` for the TPU that is being lowered for; None where that is unknown."""
+    """The key in `DEVICES` of the TPU that the program is lowered for; None if it is unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = getattr(device, "device_kind", None) or jax.devices()[0].device_kind
     return _KINDS.get(kind)
 
 
 def choose(shape: Shape, kind: str | None = None) -> Tiles:
-    """The tiles measured for this device and shape class, else the modeled ones.
+    """The tiles measured for this device and shape class, or modeled tiles if there are none.
 
-    An unknown `kind` gets those of the smallest device.
+    An unknown `kind` gets the tiles of the smallest device.
     """
     kind = kind or device_kind() or "v4"
     return measured(shape, kind, Tiles) or modeled(shape, kind)
 
 
 def modeled(shape: Shape, kind: str) -> Tiles:
-    """The largest tiles that the model of VMEM admits: more queries a tile are fewer fetches of the same keys."""
+    """The largest tiles that fit in the modeled VMEM: with more queries per tile, the same keys are fetched less often."""
     device = DEVICES.get(kind, DEVICES["v4"])
     row = shape.num_kv_heads * shape.head_dim * jnp.dtype(shape.dtype).itemsize  # bytes of one key
     keys = max(128, shape.block_size)
@@ -94,7 +94,7 @@ def modeled(shape: Shape, kind: str) -> Tiles:
 
 
 def vmem_bytes(queries: int, keys: int, shape: Shape) -> int:
-    """Bytes of VMEM that a chunk tile needs, the compiler's own temporaries included."""
+    """Bytes of VMEM that a chunk tile needs, including the compiler's own temporaries."""
     item = jnp.dtype(shape.dtype).itemsize
     wide = max(item, 2)  # queries and results are not stored in 8 bits
     rows = queries * shape.num_heads

@@ -1,8 +1,8 @@
 """Writes a step's keys and values into the cache on a TPU, in place.
 
-A row of one token and one head is half a word of a (16, 128) tile of memory: it cannot be copied alone. So the unit is
-a granule, the rows of one tile in all heads of a block. A granule that is covered whole is written; of one that is
-covered in part, the rest is read first. A sequence that generates touches one granule of K and one of V a step.
+A row of one token and one head is half a word of a (16, 128) memory tile, so it cannot be copied on its own. The unit is
+therefore a granule: the rows of one tile in all heads of a block. A granule that the step fills completely is only written;
+one that it fills partly is read first. A generating sequence accesses one granule of K and one of V per step.
 
     tokens          [ a5 a6 a7 | b0 ... b19 | c9 ]      granules of 16
     granules          a:0-15     b:0-15 b:16-31  c:0-15
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 FIRST_BLOCK, NUM_GRANULES = range(2)
-RING = 16  # granules in flight: a copy takes about a microsecond, whatever its size
+RING = 16  # granules in flight: a copy takes about a microsecond, regardless of its size
 LEAD = 8  # of these, granules that are being read
 
 
@@ -39,12 +40,12 @@ def write_kv_tpu(
     *,
     kv_slots: Int[Array, " T"],
     layer: CacheLayer,
-    interpret: Any = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "pool K B D"], Float[Array, "pool K B D"]]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
 
-    Shapes as in `ragged_attention`. The caches are updated in place. Tokens with neighboring slots are cheapest where
-    they are adjacent, as in a chunk; any order is correct.
+    Shapes as in `ragged_attention`. The caches are updated in place. Any order of tokens is correct; it is fastest if
+    tokens with adjacent slots are adjacent, as in a chunk.
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     rows = granule_rows(k_cache.dtype)
@@ -84,8 +85,8 @@ def split_into_granules(
     """Runs of tokens that fill consecutive rows of one granule.
 
     Returns:
-      i32[T] each: the first token of a run, its slot, the number of its tokens, whether a run shortly before fills the
-      same granule; and how many runs there are.
+      i32[T] each: the first token of a run, its slot, its number of tokens, and whether one of the preceding runs fills
+      the same granule (a clash); and the number of runs.
     """
     num_tokens = kv_slots.shape[0]
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -93,7 +94,7 @@ def split_into_granules(
     before = jnp.concatenate([jnp.full((1,), -2, jnp.int32), jnp.where(real, kv_slots, -2)[:-1]])
     begins = real & ((kv_slots != before + 1) | (kv_slots % rows == 0))
     ends = real & jnp.concatenate([(begins | ~real)[1:], jnp.ones((1,), bool)])
-    # Sorting is the quick way to compact on a TPU.
+    # Sorting is a fast way to compact an array on a TPU.
     first = jnp.sort(jnp.where(begins, token, num_tokens))
     last = jnp.sort(jnp.where(ends, token, num_tokens))
     slot = kv_slots[jnp.minimum(first, num_tokens - 1)]
@@ -108,10 +109,10 @@ def split_into_granules(
 class _Stream:
     """K or V: everything that belongs to one of the two caches."""
 
-    new: Any  # HBM [rows + T + rows, K, D]
-    cache: Any  # HBM [L*N, K, B, D]
-    new_buffer: Any  # VMEM [RING, rows, K, D]
-    buffer: Any  # VMEM [RING, K, rows, D]
+    new: Ref  # HBM [rows + T + rows, K, D]
+    cache: Ref  # HBM [L*N, K, B, D]
+    new_buffer: Ref  # VMEM [RING, rows, K, D]
+    buffer: Ref  # VMEM [RING, K, rows, D]
 
 
 def _write(
@@ -140,7 +141,7 @@ def _write(
     num_granules = scalars[NUM_GRANULES]
     block_bits = block_size.bit_length() - 1  # sizes are powers of two: a shift is one scalar operation, a division ten
 
-    def granule(stream: _Stream, i: jax.Array) -> Any:
+    def granule(stream: _Stream, i: jax.Array) -> Ref:
         block = scalars[FIRST_BLOCK] + (slot[i] >> block_bits)
         first_row = pl.multiple_of(slot[i] & (block_size - 1) & -rows, rows)
         return stream.cache.at[block, :, pl.ds(first_row, rows)]
@@ -174,7 +175,7 @@ def _write(
     lax.fori_loop(0, LEAD, lambda i, _: read_ahead(i), None)
 
     def step(i: jax.Array, done: jax.Array) -> jax.Array:
-        # Run i + LEAD takes the buffer of run i + LEAD - RING. A run that clashes has not been read ahead.
+        # Run i + LEAD reuses the buffer of run i + LEAD - RING. A run that clashes has not been read ahead.
         done = wait_for_writes(done, jnp.where(clash[i] > 0, i, i + LEAD - RING + 1))
         read_ahead(i + LEAD)
 

@@ -1,8 +1,8 @@
-"""Writes a step's keys and values into an 8-bit cache on a TPU, in place, and their scales beside them.
+"""Writes a step's keys, values and scales into an 8-bit cache on a TPU, in place.
 
-As in `write.py`, but a granule is a whole block, because a block's scales are one tile of memory. Of its keys only the
-units are copied that hold a token of this step: 32 rows, the tile of an 8-bit number. A generating sequence reads and
-writes one unit of K and of V, and one tile of scales of each.
+As in `write.py`, but a granule is a whole block, because a block's scales form one memory tile. Only units that hold a
+token of this step are copied; a unit has 32 rows, the height of a tile of 8-bit numbers. A generating sequence reads and
+writes one unit of K and of V, and one tile of scales for each.
 
     tokens          [ a37 | b0 ... b130 ]       blocks of 128, units of 32
     granules          a:0 unit 1, b:0 units 0-3, b:1 unit 0
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, scaled
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
@@ -41,7 +43,7 @@ def write_kv_quantized_tpu(
     *,
     kv_slots: Int[Array, " T"],
     layer: CacheLayer,
-    interpret: Any = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[QuantizedCache, QuantizedCache]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
 
@@ -52,13 +54,13 @@ def write_kv_quantized_tpu(
     first_token, slot, count, clash, num_granules = split_into_granules(
         kv_slots, rows=block_size, num_slots=layer.num_blocks * block_size
     )
-    # Whole units are copied, even if their first rows are before this step's tokens or their last rows after them.
+    # Whole units are copied, including rows before and after this step's tokens.
     pad = ((block_size, block_size), (0, 0), (0, 0))
     wide = jnp.bfloat16 if k.dtype == jnp.bfloat16 else jnp.float32
     k, v = (jnp.pad(x.astype(wide), pad) for x in (k, v))
-    bytes_a_granule = 2 * num_kv_heads * block_size * (head_dim * (1 + k.dtype.itemsize) + 4)
+    bytes_per_granule = 2 * num_kv_heads * block_size * (head_dim * (1 + k.dtype.itemsize) + 4)
     ring = RING
-    while ring > 2 and ring * bytes_a_granule > BUFFER_BYTES:
+    while ring > 2 and ring * bytes_per_granule > BUFFER_BYTES:
         ring //= 2
     new = pltpu.VMEM((ring, block_size, num_kv_heads, head_dim), k.dtype)
     values = pltpu.VMEM((ring, num_kv_heads, block_size, head_dim), k_cache.dtype)
@@ -91,12 +93,12 @@ def write_kv_quantized_tpu(
 class _Stream:
     """K or V: everything that belongs to one of the two caches."""
 
-    new: Any  # HBM [B + T + B, K, D]
-    values: Any  # HBM [L*N, K, B, D]
-    scales: Any  # HBM f32[L*N, K, B]
-    new_buffer: Any  # VMEM [ring, B, K, D]
-    value_buffer: Any  # VMEM [ring, K, B, D]
-    scale_buffer: Any  # VMEM f32[ring, K, B]
+    new: Ref  # HBM [B + T + B, K, D]
+    values: Ref  # HBM [L*N, K, B, D]
+    scales: Ref  # HBM f32[L*N, K, B]
+    new_buffer: Ref  # VMEM [ring, B, K, D]
+    value_buffer: Ref  # VMEM [ring, K, B, D]
+    scale_buffer: Ref  # VMEM f32[ring, K, B]
 
 
 def _write(
@@ -141,12 +143,12 @@ def _write(
     def offset(i: jax.Array) -> jax.Array:
         return slot[i] & (block_size - 1)
 
-    def for_units(i: jax.Array, do: Any) -> None:
+    def for_units(i: jax.Array, do: Callable[[jax.Array], None]) -> None:
         """Calls `do` with the first row of each unit that holds a new token."""
         end = (offset(i) + count[i] + UNIT - 1) >> UNIT_BITS
         lax.fori_loop(offset(i) >> UNIT_BITS, end, lambda u, _: do(pl.multiple_of(u * UNIT, UNIT)), None)
 
-    def copy(source: Any, target: Any, semaphore: Any, do: str) -> None:
+    def copy(source: Ref, target: Ref, semaphore: Ref, do: str) -> None:
         getattr(pltpu.make_async_copy(source, target, semaphore), do)()
 
     def read(i: jax.Array, do: str) -> None:
@@ -164,7 +166,7 @@ def _write(
             for_units(i, new)
 
             @pl.when(count[i] < block_size)
-            def _(stream: _Stream = stream, old: Any = old) -> None:
+            def _(stream: _Stream = stream, old: Callable[[jax.Array], None] = old) -> None:
                 for_units(i, old)
                 copy(stream.scales.at[block(i)], stream.scale_buffer.at[b], read_sem.at[b], do)
 
@@ -180,7 +182,7 @@ def _write(
             copy(stream.scale_buffer.at[b], stream.scales.at[block(i)], write_sem.at[b], do)
 
     def merge(i: jax.Array, stream: _Stream, first: jax.Array) -> None:
-        """Quantizes the rows from `first` on that are new, and puts them into the buffers."""
+        """Quantizes the new rows of the unit that starts at `first`, and merges them into the buffers."""
         b, rows = i & (ring - 1), pl.ds(first, UNIT)
         begin, end = offset(i), offset(i) + count[i]
         new = jnp.swapaxes(stream.new_buffer[b, rows].astype(jnp.float32), 0, 1)  # [K, UNIT, D]
@@ -189,7 +191,7 @@ def _write(
         old = stream.value_buffer[b, :, rows].astype(jnp.float32)
         merged = jnp.where((row >= begin) & (row < end), values, old)
         stream.value_buffer[b, :, rows] = merged.astype(stream.value_buffer.dtype)
-        # Scales come a row each and are stored a lane each: of UNIT x B copies those on the diagonal are taken.
+        # Scales are computed one per row and stored one per lane: the diagonal of UNIT x B copies transposes them.
         square = (values.shape[0], UNIT, block_size)
         lane = lax.broadcasted_iota(jnp.int32, square, 2)
         on_diagonal = first + lax.broadcasted_iota(jnp.int32, square, 1) == lane
@@ -210,7 +212,7 @@ def _write(
     lax.fori_loop(0, lead, lambda i, _: read_ahead(i), None)
 
     def step(i: jax.Array, done: jax.Array) -> jax.Array:
-        # Run i + lead takes the buffer of run i + lead - ring. A run that clashes has not been read ahead.
+        # Run i + lead reuses the buffer of run i + lead - ring. A run that clashes has not been read ahead.
         done = wait_for_writes(done, jnp.where(clash[i] > 0, i, i + lead - ring + 1))
         read_ahead(i + lead)
 

@@ -1,4 +1,4 @@
-"""Loads the checkpoint argv[1] and prints every module that is then loaded, one a line."""
+"""Loads the checkpoint argv[1] and prints every module that is then loaded, one per line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Prints by how many bytes the resident memory of this process grows at most while it loads the checkpoint argv[1]."""
+"""Prints the largest growth of this process's resident memory, in bytes, while it loads the checkpoint argv[1]."""
 
 import sys
 from pathlib import Path

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import native
 from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, PackedGroups, grouped_matmul, grouped_swiglu, prepare
 from pallas_kernels.matmul import Int8Weight
-from tests.pallas_kernels.rounding import met
+from tests.pallas_kernels.rounding import rounded
 from tests.shape_checks import unchecked
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -64,7 +64,7 @@ def test_packed_groups_equal_numpy(sizes: list[int], storage: str):
     packed = _weights(w, storage)
     assert isinstance(packed, PackedGroups)
     assert packed.shape == w.shape
-    expected = _numpy(met(x, storage), _exact(w, storage), sizes)
+    expected = _numpy(rounded(x, storage), _exact(w, storage), sizes)
     _close(grouped_matmul(jnp.asarray(x), packed, jnp.asarray(sizes, jnp.int32)), expected)
 
 
@@ -109,7 +109,7 @@ def test_first_group_names_a_layer_of_a_stack(platform: str, implementation: str
             jnp.asarray(x), weights, jnp.asarray(sizes, jnp.int32), first_group=first, implementation=implementation
         )
     )
-    rows = met(x, "int8" if platform == "cpu" else "float32")
+    rows = rounded(x, "int8" if platform == "cpu" else "float32")
     for first in (0, 3, 9):
         _close(run(jnp.int32(first)), _numpy(rows, _exact(w, "int8"), sizes, first))
 
@@ -119,10 +119,10 @@ def test_first_group_names_a_layer_of_a_stack(platform: str, implementation: str
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_grouped_swiglu_equals_numpy(platform: str, storage: str):
     x, w, sizes = _normal(20, _K), _normal(3, _K, 50, seed=1) / 4, [5, 0, 15]
-    rows = met(x, storage if platform == "cpu" else "float32")
+    rows = rounded(x, storage if platform == "cpu" else "float32")
     gate, up = np.split(_numpy(rows, _exact(w, storage), sizes), 2, axis=1)
     weights = _weights(w, storage, platform=platform, gated=True)
-    if isinstance(weights, jax.Array):  # on a TPU bfloat16 weights meet bfloat16 activations
+    if isinstance(weights, jax.Array):  # on a TPU, bfloat16 weights are multiplied by bfloat16 activations
         weights = weights.astype(jnp.float32)
     _close(grouped_swiglu(jnp.asarray(x), weights, jnp.asarray(sizes, jnp.int32)), gate / (1 + np.exp(-gate)) * up)
 
@@ -130,11 +130,11 @@ def test_grouped_swiglu_equals_numpy(platform: str, storage: str):
 @needs_native
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 def test_the_result_of_a_row_does_not_depend_on_other_rows(storage: str):
-    depth = 2050  # longer than the depth that is worked on at once
+    depth = 2050  # more than the kernel processes in one pass
     x, w = jnp.asarray(_normal(60, depth)), _weights(_normal(2, depth, 70, seed=1), storage)
     run = jax.jit(lambda x, sizes: grouped_matmul(x, w, sizes))
     everything = np.asarray(run(x, jnp.asarray([0, 60], jnp.int32)))
-    for alone in (1, 13, 14, 15, 31):  # the last rows: at another place, in another tile, with other companions
+    for alone in (1, 13, 14, 15, 31):  # the last rows: at another position, in another tile, with other rows
         mine = x[60 - alone :]
         padded = jnp.concatenate([mine, jnp.full((60 - alone, depth), 7.0)])
         for sizes in ([0, alone], [0, min(alone + 9, 60)]):
@@ -171,13 +171,13 @@ def test_packed_groups_are_refused_for_other_platforms():
     ("arguments", "message"),
     [
         ({"x": (4, 7)}, r"x \[4, 7\] does not fit w \[3, 8, 6\]"),
-        ({"sizes": (4,)}, "4 groups, but w has the weights of 3"),
+        ({"sizes": (4,)}, "4 groups, but must have 1 to 3, the number of weights in w"),
         ({"sizes": (2, 2)}, r"must be int32\[X\]"),
         ({"first_group": 2}, r"must be in \[0, 1\]"),
         ({"implementation": "dense"}, "'dense' but must be one of 'reference'"),
     ],
 )
-def test_grouped_matmul_refuses_what_does_not_fit(arguments: dict, message: str):
+def test_grouped_matmul_refuses_invalid_arguments(arguments: dict, message: str):
     shapes = {"x": (4, 8), "sizes": (2,), **arguments}
     options = {name: value for name, value in arguments.items() if name not in ("x", "sizes")}
     with unchecked(), pytest.raises(ValueError, match=message):

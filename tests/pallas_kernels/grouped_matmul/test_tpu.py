@@ -1,7 +1,7 @@
-"""The TPU kernel equals the reference in Pallas' TPU interpreter, and compiles where the TPU compiler is installed.
+"""The TPU kernel equals the reference in the Pallas TPU interpreter, and compiles if the TPU compiler is installed.
 
-Copies run in two ways: "eager", where the race detector sees every access, and "on_wait", where what was not waited for
-is not there.
+Copies run in two modes: "eager", in which the race detector sees every access, and "on_wait", in which data arrives only
+when the kernel waits for it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _normal(*shape: int, seed: int) -> np.ndarray:
     ],
 )
 def test_the_kernel_equals_the_reference_in_the_interpreter(storage: str, mode: str, tile_rows: int | None):
-    # Rows and columns that no tile divides.
+    # Numbers of rows and columns that are no multiples of a tile.
     dtype = jnp.bfloat16 if storage == "bfloat16" else jnp.float32
     x = jnp.asarray(_normal(40, 128, seed=0), dtype)
     weights = jnp.asarray(_normal(12, 128, 160, seed=1), dtype)

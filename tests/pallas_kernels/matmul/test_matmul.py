@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import native
 from pallas_kernels.matmul import Int8Weight, PackedWeight, linear, prepare, quantize_int8, swiglu
-from tests.pallas_kernels.rounding import met
+from tests.pallas_kernels.rounding import rounded
 from tests.shape_checks import unchecked
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
@@ -62,7 +62,7 @@ def test_packed_linear_equals_numpy(m: int, k: int, n: int, storage: str):
     packed = _prepare(w, storage)
     assert isinstance(packed, PackedWeight)
     assert packed.shape == (k, n)
-    expected = met(x, storage) @ _exact(w, storage)
+    expected = rounded(x, storage) @ _exact(w, storage)
     _close(linear(jnp.asarray(x), packed), expected, k)
     _close(linear(jnp.asarray(x), packed, residual=jnp.asarray(residual)), expected + residual, k)
 
@@ -74,7 +74,7 @@ def test_packed_linear_equals_numpy_for_every_small_number_of_rows(storage: str)
     packed, exact = _prepare(w, storage), _exact(w, storage)
     for m in range(1, 71):
         x = _normal(m, 37, seed=m)
-        _close(linear(jnp.asarray(x), packed), met(x, storage) @ exact, 37)
+        _close(linear(jnp.asarray(x), packed), rounded(x, storage) @ exact, 37)
 
 
 @needs_native
@@ -83,9 +83,9 @@ def test_packed_linear_equals_numpy_for_every_small_number_of_rows(storage: str)
 @pytest.mark.parametrize("f", [1, 16, 50])
 def test_swiglu_equals_numpy_in_every_storage(f: int, platform: str, storage: str):
     x, w = _normal(17, 65), _normal(65, 2 * f, seed=1) / 8
-    gate, up = np.split(met(x, storage if platform == "cpu" else "float32") @ _exact(w, storage), 2, axis=1)
+    gate, up = np.split(rounded(x, storage if platform == "cpu" else "float32") @ _exact(w, storage), 2, axis=1)
     prepared = _prepare(w, storage, platform=platform, gated=True)
-    # On a TPU bfloat16 weights meet bfloat16 activations; here only the storage is looked at.
+    # On a TPU, bfloat16 weights are multiplied by bfloat16 activations; this test covers only the storage.
     if isinstance(prepared, jax.Array):
         prepared = prepared.astype(jnp.float32)
     _close(swiglu(jnp.asarray(x), prepared), gate / (1 + np.exp(-gate)) * up, 65)
@@ -100,7 +100,7 @@ def test_the_result_of_a_row_does_not_depend_on_other_rows(storage: str):
     everything, everything_gated = np.asarray(linear(jnp.asarray(x), packed)), np.asarray(swiglu(jnp.asarray(x), gated))
     for i in range(0, 130, 7):
         np.testing.assert_array_equal(linear(jnp.asarray(x[i : i + 1]), packed)[0], everything[i])
-    # The last m rows: each is at another position than before.
+    # The last m rows: each is now at a different position.
     for m in (1, 2, 3, 5, 8, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 64, 65, 127, 128, 129):
         np.testing.assert_array_equal(linear(jnp.asarray(x[-m:]), packed), everything[-m:])
     for m in (1, 2, 14, 15, 64, 129):
@@ -114,7 +114,7 @@ def test_int8_is_off_by_at_most_half_a_scale_for_each_weight(platform: str):
     half_a_scale = np.abs(w).max(axis=0) / 254
     bound = np.abs(x).sum(axis=1)[:, None] * half_a_scale
     y = linear(jnp.asarray(x), prepare(w, quantize="int8", platform=platform))
-    error = np.abs(np.asarray(y) - met(x, "int8" if platform == "cpu" else "float32") @ w)
+    error = np.abs(np.asarray(y) - rounded(x, "int8" if platform == "cpu" else "float32") @ w)
     assert (error <= bound * 1.001 + 1e-5).all()
     assert (np.asarray(y)[:, 3] == 0).all()
 
@@ -216,7 +216,7 @@ def test_prepare_refuses_what_it_cannot_store(arguments: dict, message: str):
 
 
 @needs_native
-def test_linear_and_swiglu_refuse_what_does_not_fit():
+def test_linear_and_swiglu_refuse_invalid_arguments():
     w = _normal(8, 6)
     plain, gated = prepare(w, platform="cpu"), prepare(w, platform="cpu", gated=True)
     x = jnp.ones((2, 8))

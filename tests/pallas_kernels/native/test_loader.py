@@ -59,7 +59,7 @@ def test_several_processes_build_one_library(tmp_path: Path):
     assert run("load_probe", XDG_CACHE_HOME=str(tmp_path)) == "True"
     assert libraries[0].stat().st_mtime_ns == built, "a cached library is not built again"
 
-    # Cut in the middle, as a full disk leaves it, it would end the process that opens it with a bus error.
+    # A library truncated by a full disk would end the process that opens it with a bus error.
     contents = libraries[0].read_bytes()
     libraries[0].write_bytes(contents[: len(contents) // 2])
     assert run("load_probe", XDG_CACHE_HOME=str(tmp_path)) == "True", "a broken library is built again"

@@ -106,7 +106,7 @@ def test_the_native_norm_has_the_derivative_of_the_other() -> None:
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_invalid_arguments_are_refused_by_name() -> None:
     x, weight, bias = map(jnp.asarray, example((4, 20)))
     with unchecked(), pytest.raises(ValueError, match=r"weight is \[19\]"):
         rms_norm(x, weight[1:], eps=1e-6)

@@ -6,7 +6,7 @@ import os
 
 
 def main() -> None:
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX makes its threads
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX creates its threads
     from tests.pallas_kernels.ragged_attention.test_invariance import mixed_batch_result
 
     print(mixed_batch_result().tobytes().hex())

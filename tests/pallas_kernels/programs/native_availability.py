@@ -1,4 +1,4 @@
-"""Prints whether native kernels are available and why not; with the argument "no-compiler" as if there were no compiler."""
+"""Prints whether native kernels are available, or why not. The argument "no-compiler" simulates a missing compiler."""
 
 from __future__ import annotations
 

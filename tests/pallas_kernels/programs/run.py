@@ -11,7 +11,7 @@ _REPOSITORY = Path(__file__).parents[3]
 
 
 def start(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """A process that runs `program`, a module of this folder, with more environment variables."""
+    """Starts a process that runs `program`, a module of this folder, with additional environment variables."""
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     command = [sys.executable, "-m", f"{__package__}.{program}", *arguments]
     return subprocess.Popen(
@@ -20,7 +20,7 @@ def start(program: str, *arguments: str, **environment: str) -> subprocess.Popen
 
 
 def run(program: str, *arguments: str, **environment: str) -> str:
-    """What the program prints; its errors fail the test."""
+    """Returns the program's output; the test fails if the program does."""
     process = start(program, *arguments, **environment)
     output, errors = process.communicate()
     assert process.returncode == 0, errors

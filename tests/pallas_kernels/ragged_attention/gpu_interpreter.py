@@ -1,9 +1,9 @@
-"""Compares the GPU kernel, run in Pallas' Mosaic-GPU interpreter, with the reference, in a separate process:
+"""Compares the GPU kernel, run in the Pallas Mosaic-GPU interpreter, with the reference, in a separate process:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.pallas_kernels.ragged_attention.gpu_interpreter quick
 
-The interpreter runs every warpgroup in a thread that waits inside a callback, so XLA's pool, which has as many threads as
-there are cores or devices, must have more than two.
+The interpreter runs every warpgroup in a thread that waits inside a callback. XLA's pool has as many threads as there are
+cores or devices, and must have more than two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 330  # contexts of three steps and more
-# Weights are rounded to the dtype of the cache before they meet the values, and so are the results.
+# Weights are rounded to the dtype of the cache before they are multiplied by the values, and so are the results.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 NO_WINDOW = 2**31 - 1
 
@@ -173,7 +173,7 @@ def compile_once() -> None:
 
         key = (id(jaxpr), *((x.shape, str(x.dtype)) for x in jax.tree.leaves((consts, args))))
         with lock:
-            if key not in programs:  # with the jaxpr, so that no other gets its id
+            if key not in programs:  # keeps the jaxpr alive, so that its id is not reused
                 programs[key] = (jaxpr, jax.jit(evaluate).lower(consts, *args).compile())
         programs[key][1](consts, *args)
 

@@ -1,4 +1,4 @@
-"""Ragged batches for tests: sequences with a history in the cache, chunks of new tokens, NaN in all the rest."""
+"""Ragged batches for tests: sequences with a history in the cache, chunks of new tokens, and NaN everywhere else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallas_kernels.ragged_attention.quantized import is_quantized, quantize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Arguments of `ragged_attention`, as NumPy arrays, and what is needed to read its results."""
+    """Arguments of `ragged_attention` as NumPy arrays, and the data needed to check its results."""
 
     arrays: dict[str, Any]  # q, k, v, caches and index arrays, by name
     num_blocks: int
@@ -53,7 +53,7 @@ def make_batch(
 ) -> Batch:
     """A batch of `chunks`, each (query length, context length): (0, 0) is an unused row.
 
-    Blocks are dealt out in random order. Whatever no sequence owns holds `unused_kv`, other layers included.
+    Blocks are assigned in random order. Memory that belongs to no sequence, including other layers, holds `unused_kv`.
     `num_tokens`, `num_blocks` and `max_blocks` fix the shapes; by default two, two and one more than needed.
     """
     rng = np.random.default_rng(seed)
@@ -71,10 +71,10 @@ def make_batch(
     cache_shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
     caches = [np.full(cache_shape, unused_kv, np.float32) for _ in range(2)]
     new = [normal(num_tokens, num_kv_heads, head_dim) for _ in range(2)]
-    # Entries that no kernel may follow name blocks that do not exist.
+    # Entries that no kernel may read refer to nonexistent blocks.
     tables = np.full((len(chunks), max_blocks), 2**30, np.int32)
     slots = np.full(num_tokens, num_blocks * block_size, np.int32)
-    slots[1::2] += 12345  # any slot beyond the layer is padding, the next layer's too
+    slots[1::2] += 12345  # any slot outside the layer is padding, even if it is in the next layer
     starts, histories = [0], []
     for s, (query, context) in enumerate(chunks):
         blocks = np.array([free.pop() for _ in range(needed[s])], np.int64)
@@ -106,7 +106,7 @@ def make_batch(
 
 
 def as_cache(cache: np.ndarray, dtype: Any) -> np.ndarray | QuantizedCache:
-    """`cache` [L*N, K, B, D] in `dtype`. Where it is NaN, an 8-bit one has scales of NaN, and values of NaN if there are."""
+    """`cache` [L*N, K, B, D] in `dtype`. In an 8-bit cache, NaN becomes NaN scales, and NaN values if the dtype has NaN."""
     if not is_quantized(dtype):
         return cache.astype(dtype)
     values, scales = (np.array(x) for x in quantize(jnp.asarray(cache), dtype))

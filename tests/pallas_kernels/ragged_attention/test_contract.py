@@ -1,4 +1,4 @@
-"""What does not fit is refused with a message that names it."""
+"""Invalid arguments are refused with a message that names them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def lowered(batch: Batch, platform: str = "cpu", **changes: object) -> str:
         ({"implementation": "triton"}, r"implementation is 'triton' but must be one of 'reference', 'xla', 'cpu'"),
     ],
 )
-def test_an_argument_that_does_not_fit_is_named(batch: Batch, changes: dict[str, object], message: str) -> None:
+def test_an_invalid_argument_is_named(batch: Batch, changes: dict[str, object], message: str) -> None:
     with unchecked(), pytest.raises(ValueError, match=message):
         ragged_attention(**batch.arguments(**changes))
 

@@ -1,6 +1,6 @@
-"""The GPU kernel equals the reference in Pallas' Mosaic-GPU interpreter, and the code around it is tested separately.
+"""The GPU kernel equals the reference in the Pallas Mosaic-GPU interpreter; the code around it is tested separately.
 
-The interpreter needs more threads than this machine may have cores, so it runs in a child process, `gpu_interpreter`.
+The interpreter may need more threads than this machine has cores, so it runs in a child process, `gpu_interpreter`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
         "first_block": jnp.int32(0),
         "window": jnp.int32(window),
     }
-    seen: dict[int, np.ndarray] = {}  # by token, the positions that some tile shows it
+    seen: dict[int, np.ndarray] = {}  # token -> the positions made visible to it by some tile
 
     def show(token: int, position: int, first: int, end: int) -> None:
         keys = np.arange(max(first, position - window + 1), min(end, position + 1))
@@ -200,11 +200,11 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
     ("changes", "message"),
     [
         ({"dtype": np.float32, "head_dim": 128}, "float16, int8 and float8_e4m3fn caches but k_cache has dtype float32"),
-        ({"head_dim": 72}, "multiples of 16 numbers up to 256 but D is 72"),
+        ({"head_dim": 72}, "multiples of 16 up to 256 but D is 72"),
         ({"head_dim": 512}, "up to 256 but D is 512"),
         ({"block_size": 24}, "power of two of at least 8, but it is 24"),
         ({"block_size": 4}, "power of two of at least 8, but it is 4"),
-        ({"group": 121}, "up to 120 query heads a KV head where D is 16 but there are 121"),
+        ({"group": 121}, "up to 120 query heads per KV head where D is 16 but there are 121"),
     ],
 )
 def test_what_the_gpu_kernel_does_not_support_is_refused(changes: dict, message: str) -> None:
@@ -229,11 +229,11 @@ def test_ampere_refuses_blocks_that_four_warps_cannot_copy(head_dim: int, block_
         ("hopper", "int8", 128, 64, 64, None),
         ("ampere", "int8", 128, 64, 48, None),
         ("hopper", "float8_e4m3fn", 64, 128, 1, None),
-        ("hopper", "int8", 80, 64, 4, "multiples of 32 numbers up to 128 but D is 80"),
-        ("ampere", "int8", 256, 64, 4, "multiples of 32 numbers up to 128 but D is 256"),
+        ("hopper", "int8", 80, 64, 4, "a multiple of 32 up to 128 but D is 80"),
+        ("ampere", "int8", 256, 64, 4, "a multiple of 32 up to 128 but D is 256"),
         ("hopper", "int8", 128, 32, 4, "blocks of at least 64 tokens but they have 32"),
-        ("hopper", "int8", 128, 64, 71, "up to 64 query heads a KV head with an 8-bit cache but there are 71"),
-        ("ampere", "int8", 128, 64, 71, "up to 48 query heads a KV head with an 8-bit cache but there are 71"),
+        ("hopper", "int8", 128, 64, 71, "up to 64 query heads per KV head with an 8-bit cache but there are 71"),
+        ("ampere", "int8", 128, 64, 71, "up to 48 query heads per KV head with an 8-bit cache but there are 71"),
         ("ampere", "float8_e4m3fn", 128, 64, 4, "supports int8 caches but not float8_e4m3fn; store int8"),
     ],
 )
@@ -250,7 +250,7 @@ def test_more_results_than_fit_are_refused(generation: str, most: int) -> None:
     cache = jax.ShapeDtypeStruct((4, 1, 32, 256), jnp.bfloat16)
     assert gpu_support.unsupported(cache, most, generation, interpreted=True) is None
     reason = gpu_support.unsupported(cache, most + 1, generation, interpreted=True)
-    assert reason == f"supports up to {most} query heads a KV head where D is 256 but there are {most + 1}"
+    assert reason == f"supports up to {most} query heads per KV head where D is 256 but there are {most + 1}"
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
@@ -300,7 +300,7 @@ def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, mon
     )
     first = modeled(128, 4, "ampere", multiprocessors=72)
 
-    def measure(tiles: GpuTiles) -> float:  # a device that has no room for 128 keys, and likes many pieces
+    def measure(tiles: GpuTiles) -> float:  # a device without room for 128 keys, on which many pieces are fast
         if max(tiles.chunk_keys, tiles.single_keys) > 64:
             raise RuntimeError("Shared memory requested exceeds device resources")
         return 1.0 / tiles.pieces + tiles.min_piece * 1e-9

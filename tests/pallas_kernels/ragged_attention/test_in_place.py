@@ -65,7 +65,7 @@ def compile_step(
 
 
 def copies_of_the_pool(compiled: jax.stages.Compiled, dtype: str = "f32", pool: tuple[int, ...] = POOL) -> list[str]:
-    """Instructions that copy, start a copy of, or rearrange an array with as many elements as the pool."""
+    """Instructions that copy, start to copy, or rearrange an array with as many elements as the pool."""
     flat = f"{dtype}[{math.prod(pool)}]"
     shapes = [f"{dtype}[{','.join(map(str, pool))}]", flat]
     pattern = re.compile(

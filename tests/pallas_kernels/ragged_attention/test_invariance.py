@@ -1,4 +1,4 @@
-"""Same request, same bits: what must not change a row of the native kernel's result, and that XLA's stays close."""
+"""Same request, same bits: a row of the native kernel's result depends on nothing else, and XLA's result stays close."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEADS = {"num_kv_heads": 2, "group": 3, "head_dim": 64}
 
 
 def run_in_chunks(lengths: list[int], *, implementation: str, block_size: int = 16, seed: int = 0, **options) -> np.ndarray:
-    """Results of all tokens of one sequence, fed in chunks of these lengths, each call with other companions."""
+    """Results of all tokens of one sequence, computed in chunks of these lengths, in each call with other sequences."""
     total = sum(lengths)
     rng = np.random.default_rng(1)  # the sequence itself is the same for every seed
     q = rng.standard_normal((total, 6, 64), dtype=np.float32)
@@ -33,7 +33,7 @@ def run_in_chunks(lengths: list[int], *, implementation: str, block_size: int = 
     caches, own, rows, done = None, None, [], 0
     for length in lengths:
         companions = [(1, 70), (9, 9)] if done % 2 else []
-        # The last row is ours; make_batch deals it blocks for its whole life.
+        # The last row is the sequence under test; make_batch assigns it blocks for all its tokens.
         batch = make_batch([*companions, (total, total)], block_size=block_size, seed=seed, num_blocks=200, **HEADS)
         arrays = batch.arrays
         start = int(arrays["query_starts"][-2])
@@ -45,7 +45,7 @@ def run_in_chunks(lengths: list[int], *, implementation: str, block_size: int = 
             arrays[name][start:] = fresh[done : done + length]
         positions = np.arange(done, done + length)
         arrays["kv_slots"] = arrays["kv_slots"][: start + length]
-        arrays["kv_slots"][:start] = 2**30  # companions are there for their load, not for their blocks
+        arrays["kv_slots"][:start] = 2**30  # the other sequences only add load; their keys are not written
         arrays["kv_slots"][start:] = own[positions // block_size] * block_size + positions % block_size
         arrays["query_starts"][-1] = start + length
         arrays["context_lens"][-1] = done + length
@@ -85,7 +85,7 @@ def test_chunking_hardly_changes_the_result_of_xla() -> None:
 
 
 def last_row(chunks: list[tuple[int, int]]) -> np.ndarray:
-    """The result of a row with 2000 keys behind the given companions."""
+    """The result of a row with 2000 keys, after the given chunks in the batch."""
     alone = make_batch([(1, 2000)], **HEADS, seed=3)
     keys, values = alone.histories[0]
     batch = make_batch([*chunks, (1, 2000)], **HEADS, seed=4)
@@ -100,7 +100,7 @@ def last_row(chunks: list[tuple[int, int]]) -> np.ndarray:
 
 @needs_native
 def test_a_context_that_is_split_over_threads_gives_the_same_bits() -> None:
-    alone = last_row([])  # the only work there is: split
+    alone = last_row([])  # the only work: split
     np.testing.assert_array_equal(last_row([(1, 2000)] * 16), alone)  # a sixteenth of the work: not split
     np.testing.assert_array_equal(last_row([(64, 300), (0, 0), (1, 1)]), alone)
 

@@ -17,7 +17,7 @@ from pallas_kernels.ragged_attention.cpu import call as cpu
 from pallas_kernels.ragged_attention.quantized import gather_blocks, is_quantized, quantize
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
 
-NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 72, 330  # beyond one segment (256 keys) of the native kernel
+NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 72, 330  # more than one segment (256 keys) of the native kernel
 # Scores are sums of D products of float32: a few units in the last place of values near 1, more for a long head.
 TOLERANCE = 2e-5
 
@@ -202,7 +202,7 @@ def test_padding_is_dropped_and_its_rows_are_zero(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_blocks_before_the_window_are_never_followed(implementation: str) -> None:
+def test_blocks_before_the_window_are_never_read(implementation: str) -> None:
     batch = small_batch([(1, 200), (4, 100), (40, 300)])
     expected = run_small(batch, "reference", window=20)
     tables = batch.arrays["block_tables"]
@@ -221,7 +221,7 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(implementation: str) -
     batch.arrays["q"] *= 300.0  # scores of several hundred: exp of them is infinite in float32
     expected = run_small(batch, "reference")[0]
     assert np.isfinite(expected).all()
-    # The scores themselves carry an error of 1e-4 here, which the softmax passes on.
+    # The scores themselves have an error of 1e-4 here, which the softmax propagates.
     np.testing.assert_allclose(run_small(batch, implementation)[0], expected, atol=2e-3, rtol=0)
 
 

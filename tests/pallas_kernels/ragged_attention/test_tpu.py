@@ -1,7 +1,7 @@
-"""The TPU kernels equal the reference in Pallas' TPU interpreter, which models memories, copies and semaphores.
+"""The TPU kernels equal the reference in the Pallas TPU interpreter, which models memories, copies and semaphores.
 
-Copies run in two ways: "eager", where the race detector sees every access, and "on_wait", where what was not waited for
-is not there. Neither is a TPU: `make tpu-check` asks the compiler.
+Copies run in two modes: "eager", in which the race detector sees every access, and "on_wait", in which data arrives only
+when the kernel waits for it. Neither replaces the compiler: see `make tpu-check`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pallas_kernels.ragged_attention.xla import write_kv
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, as_cache, make_batch
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 300  # contexts of three pieces
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}  # bfloat16: weights are rounded to 8 bits before they meet the values
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}  # bfloat16: weights are rounded to 8 bits before the product with the values
 NO_WINDOW = 2**31 - 1
 
 
@@ -44,8 +44,8 @@ class Case:
     soft_cap: float | None = None
     alibi: bool = False
     sinks: bool = False
-    dtype: str = "float32"  # of the cache
-    q_dtype: str | None = None  # of q, k and v; None: bfloat16 with a bfloat16 cache, else float32
+    dtype: str = "float32"  # dtype of the cache
+    q_dtype: str | None = None  # dtype of q, k and v; None: bfloat16 with a bfloat16 cache, otherwise float32
     queries: int = 8
     sequences: int = 2
     cores: int = 1
@@ -97,7 +97,7 @@ def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
 
 
 def pad_heads(arguments: dict[str, object], head_dim: int) -> dict[str, object]:
-    """As the decoder does it: zeros behind each head, up to what the cache stores on a TPU."""
+    """Pads each head with zeros to the width of the TPU cache, as the decoder does."""
     more = stored_head_dim(head_dim, "tpu") - head_dim
 
     def pad(x: jax.Array) -> jax.Array:
@@ -188,7 +188,7 @@ def test_scattered_slots_are_written_in_any_order() -> None:
 
 
 def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
-    """Runs that share a block of scales, though none of their keys: each must see the scales that the others wrote."""
+    """Runs that share a block of scales but no keys: each must see the scales that the others wrote."""
     rng = np.random.default_rng(1)
     shape, num_blocks = (4, 2, 128, 128), 2
     run = np.arange(125, 131)  # from one block into the next
@@ -212,10 +212,10 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     ("changes", "message"),
     [
         ({"block_size": 64, "head_dim": 128, "dtype": jnp.int8}, "power of two of at least 128, but it is 64"),
-        ({"head_dim": 64}, "multiples of 128 numbers but D is 64"),
+        ({"head_dim": 64}, "multiples of 128 for D but D is 64"),
         ({"block_size": 24, "head_dim": 128}, "power of two of at least 8, but it is 24"),
         ({"dtype": np.float16, "head_dim": 128}, "dtype float16; store bfloat16"),
-        ({"max_blocks": 50_000, "head_dim": 128}, "up to 49152 blocks a sequence but block_tables has 50000"),
+        ({"max_blocks": 50_000, "head_dim": 128}, "up to 49152 blocks per sequence but block_tables has 50000"),
     ],
 )
 def test_what_the_tpu_kernel_does_not_support_is_refused(changes: dict, message: str) -> None:

@@ -49,7 +49,7 @@ def test_the_dtype_of_the_projection_is_kept(implementation) -> None:
     assert [part.dtype for part in parts] == [jnp.bfloat16] * 3
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_invalid_arguments_are_refused_by_name() -> None:
     qkv, cos, sin = map(jnp.asarray, example())
     with unchecked(), pytest.raises(ValueError, match="qkv is"):
         rotary(qkv, cos, sin, num_heads=4)
