@@ -10,10 +10,10 @@ demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
 
 test: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --run-slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --run-slow
 
 # A server under 200 clients, well-behaved and not, for a few minutes.
 soak: $(VENV)/.demo $(VENV)/.dev
