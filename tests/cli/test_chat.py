@@ -41,8 +41,6 @@ class Terminal(Pipeline):
 @pytest.fixture
 def talk(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     """Runs the command on lines of standard input; returns its exit code and the pipeline that answered."""
-    # A background job of a shell is started with SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(lines: io.StringIO, *flags: str, pressed: dict[int, tuple[int, ...]] | None = None) -> tuple[int, Terminal]:
         pipe = Terminal(engine, pressed or {})
@@ -53,8 +51,7 @@ def talk(engine: Engine, monkeypatch: pytest.MonkeyPatch):
         assert not pipe.engine.has_work
         return code, pipe
 
-    yield run
-    signal.signal(signal.SIGINT, before)
+    return run
 
 
 def test_piped_lines_are_answered_one_by_one_without_a_prompt(talk, capsys) -> None:
