@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+import jax
+
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core.progress import shown
 from fastgen_jax.engine import compile_cache, ladder, saved_choices
@@ -39,6 +41,8 @@ def load(
     if config.generation_config == "auto":
         config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
     resolved = resolve(config, checkpoint.config)  # first, so that mistakes are reported before the weights are loaded
+    if jax.default_backend() == "cpu":
+        _prefetch_kernels(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(
@@ -56,6 +60,12 @@ def load(
             progress=progress,
         )
     return params, checkpoint.config, tokenizer, config
+
+
+def _prefetch_kernels(model: ModelConfig) -> None:
+    """Starts to compile the C++ kernels that a model needs, if they have to be, while its weights are being read."""
+    experts = ("grouped_matmul",) if model.moe is not None else ()
+    native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary"))
 
 
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
@@ -134,5 +144,5 @@ def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]
         config.stack_layers,
         config.max_context_len,
         list(candidates),
-        native.available(),
+        native.origin(),
     )
