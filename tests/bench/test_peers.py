@@ -70,7 +70,7 @@ def test_engines_are_interleaved_and_every_run_is_recorded(tmp_path: Path) -> No
     arguments = parser.parse_args(["--rounds", "2", "--results", str(results), "--exclusive-lock", str(tmp_path / "l")])
     runs = offline.measure([fake("A"), fake("B")], [WORKLOAD], arguments, {"machine": describe(), "command": "test"})
     records = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [(record["round"], record["engine"]) for record in records] == [(1, "A"), (1, "B"), (2, "A"), (2, "B")]
+    assert [(record["round"], record["engine"]) for record in records] == [(1, "A"), (1, "B"), (2, "B"), (2, "A")]
     assert {record["output_rate"] for record in records} == {15 / 1.25}
     table = offline.comparison(WORKLOAD, {name: runs[name, "tiny"] for name in ("A", "B")})
     rows = [line for line in table if line.startswith(("| A", "| B"))]
