@@ -7,10 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+import jax
+
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core.progress import shown
-from fastgen_jax.engine import compile_cache, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, resolve
+from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
+from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
@@ -38,7 +40,9 @@ def load(
         config = replace(config, quantize="int8")
     if config.generation_config == "auto":
         config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
-    resolved = resolve(config, checkpoint.config)  # first, so that mistakes are reported before the weights are loaded
+    # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
+    config = fit.with_formats(config, checkpoint.config, compile_cache.use(config.compile_cache_dir))
+    resolved = resolve(config, checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(
@@ -46,7 +50,6 @@ def load(
             f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
             "that the model was not trained with: use the tokenizer of this checkpoint"
         )
-    compile_cache.use(config.compile_cache_dir)
     with compile_cache.failures_logged():
         params = load_params(
             checkpoint,
@@ -69,6 +72,8 @@ def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress
         _compile(runner, config.budget_ladder, progress=progress)
         runner.keep_only(config.budget_ladder)
         runner.warm_up()
+    if config.fitted:
+        log.info("fit: %s", config.fitted)
     log.info("engine ready: %s", config)
     return config, runner
 
@@ -84,6 +89,7 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
             getattr(choices, name)
             for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
         ],
+        formats_of(choices, jax.default_backend()),
     )
     earlier = (saved_choices.load(path, facts) or {}).get("num_blocks")
     config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
