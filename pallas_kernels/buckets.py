@@ -40,6 +40,7 @@ class Bucket:
     def names(self) -> list[str]:
         """The names of all objects, relative to `url`."""
         with self._requests() as (store, deadline):
+            store.read("no-such-object").result(deadline=deadline)  # raises if access is denied, where `list` finds nothing
             return [name.decode() for name in store.list().result(deadline=deadline)]
 
     def read(self, names: Iterable[str]) -> dict[str, bytes]:

@@ -64,7 +64,7 @@ def key(arguments: Any, *facts: object, devices: Sequence[Any]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def load(folder: Folder, name: str, *, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+def load(folder: Folder, name: str, *, devices: Sequence[Any]) -> jax.stages.Compiled | None:
     """The program called `name` that an earlier process saved, ready to run on `devices`; None if there is none.
 
     The log says why a program that exists is not loaded.
@@ -96,7 +96,7 @@ def compile_and_save(lowered: jax.stages.Lowered, folder: Folder, name: str) -> 
     """Compiles a program and saves it for `load`. If it cannot be saved, the log says why."""
     hits = _hits.count
     program = lowered.compile()
-    if hits == _hits.count or program.runtime_executable().client.platform != "cpu":
+    if hits == _hits.count or jax.default_backend() != "cpu":
         save(folder, name, program)
     return program
 
