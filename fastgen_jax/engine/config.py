@@ -78,7 +78,10 @@ class EngineConfig:
     overlap: bool = True
     """Dispatch each step before the tokens of the previous one are read."""
     stack_layers: bool | None = None
-    """Scan over the layers as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
+    """Scan over the layers as one stacked array, so that compile time does not grow with depth.
+
+    None: yes, except on a CPU without native kernels, where a scan copies the weights.
+    """
     logits_processor: LogitsProcessor | None = None
     """A jax.numpy function f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: no processor."""
     attention: Attention | None = None
@@ -206,10 +209,14 @@ class ResolvedConfig:
         return self.choices.tensor_parallel
 
     @property
+    def packed_weights(self) -> bool:
+        """Whether matrices are packed for the native CPU kernels."""
+        return _packs_weights(self.choices)
+
+    @property
     def activation_dtype(self) -> DType:
         """Data type of the residual stream: float32 with the native CPU kernels, which return it, otherwise `dtype`."""
-        native_kernels = jax.default_backend() == "cpu" and not self.stack_layers and native.available()
-        return "float32" if native_kernels else self.dtype
+        return "float32" if self.packed_weights else self.dtype
 
     @property
     def longest_sequence(self) -> int:
@@ -277,7 +284,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length
     stack_layers = config.stack_layers
     if stack_layers is None:
-        stack_layers = platform != "cpu" or config.tensor_parallel is not None
+        stack_layers = platform != "cpu" or config.tensor_parallel is not None or _packs_weights(config)
     return ResolvedConfig(
         choices=config,
         dtype=dtype,
@@ -290,10 +297,15 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         budget_ladder=_step_sizes(
             config,
             longest=longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size),
-            padding_is_cheap=platform == "cpu" and not stack_layers and native.available(),
+            padding_is_cheap=_packs_weights(config),
         ),
         generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
     )
+
+
+def _packs_weights(config: EngineConfig) -> bool:
+    """A weight that is divided over CPU devices stays a plain array."""
+    return jax.default_backend() == "cpu" and config.tensor_parallel is None and native.available()
 
 
 def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -> tuple[int, ...]:
