@@ -90,6 +90,8 @@ def _group(choices: EngineConfig, model: ModelConfig) -> str:
         "compile_cache_dir",
         "remeasure",
         "logits_processor",
+        "formats",
+        "strict_config",
     )
     shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
     return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())))}"
