@@ -33,7 +33,7 @@ def load(
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
-    checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
+    checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
     if config.generation_config == "auto":

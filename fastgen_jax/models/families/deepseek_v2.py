@@ -13,8 +13,9 @@ import numpy as np
 
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, ModelFields, Source
+from fastgen_jax.models.families.common import ModelFields, Source
 from fastgen_jax.models.families.experts import expert_names
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 
@@ -22,7 +23,7 @@ ARCHITECTURES = ("DeepseekV2ForCausalLM",)
 FEATURES = "latent attention (latents are cached); dense layers first; experts in groups; shared experts; YaRN"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     # transformers never normalizes the weights of the chosen experts, whatever norm_topk_prob says.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields
 from fastgen_jax.models.families.deepseek_v2 import experts, latent_model, sources
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.moe_config import MoEConfig
 
 __all__ = ["ARCHITECTURES", "FEATURES", "config_from_hf", "sources"]
@@ -14,7 +14,7 @@ ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 FEATURES = "as DeepSeek V2, with sigmoid scores and a bias for the choice; FP8 as released; no multi-token prediction"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})

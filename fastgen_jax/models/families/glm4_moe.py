@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.deepseek_v2 import experts
 from fastgen_jax.models.families.experts import expert_names
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
@@ -14,7 +15,7 @@ ARCHITECTURES = ("Glm4MoeForCausalLM",)
 FEATURES = "GLM-4.5, Air, 4.6, 4.7; norms on queries and keys; experts in groups; no multi-token prediction"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})

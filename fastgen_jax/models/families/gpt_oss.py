@@ -6,7 +6,8 @@ import numpy as np
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
@@ -14,7 +15,7 @@ ARCHITECTURES = ("GptOssForCausalLM",)
 FEATURES = "sinks; alternating windows; biases; YaRN; clamped experts, in bfloat16 or in MXFP4 as released"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "swiglu_alpha": (1.702,)})
