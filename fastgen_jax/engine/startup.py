@@ -40,11 +40,12 @@ def load(
         config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
     resolved = resolve(config, checkpoint.config)  # first, so that mistakes are reported before the weights are loaded
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise ValueError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
-            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
-            "that the model was not trained with: use the tokenizer of this checkpoint"
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
+        log.warning(
+            "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
+            checkpoint.path,
+            f"{tokenizer.vocab_size:,}",
+            f"{checkpoint.config.vocab_size:,}",
         )
     compile_cache.use(config.compile_cache_dir)
     with compile_cache.failures_logged():

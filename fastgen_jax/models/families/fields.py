@@ -6,7 +6,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
@@ -273,15 +273,8 @@ def _shown(values: Mapping[str, object], names: list[str]) -> str:
     return " and ".join(texts)
 
 
-class ReadConfig(Protocol):
-    """A family's `config_from_hf`."""
-
-    def __call__(self, hf: JsonFields, *, strict: bool = False) -> ModelConfig:
-        """The config of the fields of a config.json; with `strict`, unknown fields are an error, not a warning."""
-
-
-def reads_every_field(read: Callable[[Fields], ModelConfig]) -> ReadConfig:
-    """Makes a `config_from_hf` check the fields that it did not read, see `Fields.check_unread`."""
+def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[..., ModelConfig]:
+    """`config_from_hf(hf, *, strict=False)`, which checks the fields that `read` did not read; see `Fields.check_unread`."""
 
     @functools.wraps(read)
     def config_from_hf(hf: JsonFields, *, strict: bool = False) -> ModelConfig:
