@@ -48,12 +48,12 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
     """A field that is neither would be ignored, with a warning, by a family that does not read it."""
     # Sizes, which the shapes of the tensors must match; settings that all families read or that mean nothing alone.
     alone = {
-        *("attention_softmax_in_fp32", "do_layer_norm_before", "ffn_dim", "ffn_hidden_size", "full_attn_mod", "hidden_act"),
+        *("do_layer_norm_before", "ffn_dim", "ffn_hidden_size"),
         *("hidden_size", "intermediate_size", "kv_channels", "layer_norm_eps", "layer_norm_epsilon", "v_head_dim"),
         *("max_position_embeddings", "max_window_layers", "model_max_length", "n_embd", "n_head", "n_inner", "n_layer"),
         *("n_positions", "norm_epsilon", "num_attention_heads", "num_hidden_layers", "num_kv_heads", "seq_length"),
-        *("num_ln_in_parallel_attn", "qk_nope_head_dim", "qk_rope_head_dim", "reorder_and_upcast_attn", "rms_norm_eps"),
-        *("scale_attn_weights", "sliding_window_pattern", "sliding_window_size", "tie_word_embeddings", "vocab_size"),
+        *("num_ln_in_parallel_attn", "qk_nope_head_dim", "qk_rope_head_dim", "rms_norm_eps"),
+        *("scale_attn_weights", "sliding_window_pattern", "tie_word_embeddings", "vocab_size"),
         "word_embed_proj_dim",
     }
     read = set()
@@ -109,3 +109,24 @@ def test_a_field_that_says_what_is_computed_anyway_is_read(family, usual, other)
     read(hf | usual, strict=True)
     with pytest.raises(ValueError, match="which is not supported"):
         read(hf | usual | other)
+
+
+DEFAULTS = json.loads((Path(__file__).parent.parent / "reference" / "config_defaults.json").read_text())
+# What the default configs of transformers leave open, or set to a value that no model can have.
+SIZES = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
+
+
+@pytest.mark.parametrize("family", sorted(DEFAULTS))
+def test_omitted_fields_have_the_defaults_of_transformers(family):
+    read = FAMILIES[family].config_from_hf
+    sizes = SIZES.get(family, {})
+    complete = DEFAULTS[family] | sizes
+    expected = read(complete)
+    required = []
+    for name in sorted(complete.keys() - {"bos_token_id", "eos_token_id"} - sizes.keys()):
+        without = {key: value for key, value in complete.items() if key != name}
+        try:
+            assert read(without) == expected, name
+        except KeyError as error:  # "config.json lacks the field": a checkpoint always has it
+            required.append(error.args[0])
+    assert len(required) <= 12

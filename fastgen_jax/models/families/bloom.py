@@ -37,7 +37,7 @@ _OF_TRAINING = (
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"apply_residual_connection_post_layernorm": (False,)})
-    hf.first(*_OF_TRAINING)
+    hf.ignore(*_OF_TRAINING)
     num_heads, embed_dim = hf.first("n_head", "num_attention_heads"), hf.first("hidden_size", "n_embed")
     return ModelConfig(
         family="bloom",

@@ -42,7 +42,7 @@ def sizes(hf: Fields, *, head_dim: int | None = None, assumed: Mapping[str, int]
         "num_layers": hf["num_hidden_layers"],
         "embed_dim": hf["hidden_size"],
         "num_heads": num_heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or assumed.get("num_key_value_heads") or num_heads,
+        "num_kv_heads": hf.get("num_key_value_heads", assumed.get("num_key_value_heads")) or num_heads,
         "head_dim": hf.get("head_dim") or head_dim or hf["hidden_size"] // num_heads,
         "mlp_dim": hf["intermediate_size"],
         **special_tokens(hf),

@@ -18,17 +18,17 @@ FEATURES = "as DeepSeek V2, with sigmoid scores and a bias for the choice; FP8 a
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})
-    hf.first("topk_method", "scoring_func")
+    hf.ignore("topk_method", "scoring_func")
     return ModelConfig(
         family="deepseek_v3",
         **latent_model(hf, max_context_len=4096),
         moe=MoEConfig(
-            **experts(hf),
+            **experts(hf, num_dense=3, num_shared=1, scale=2.5),
             scores="sigmoid",
             choice_bias=True,
             normalize=hf.get("norm_topk_prob", True),
-            num_groups=hf.get("n_group", 1),
-            groups_per_token=hf.get("topk_group", 1),
+            num_groups=hf.get("n_group", 8) or 1,
+            groups_per_token=hf.get("topk_group", 4) or 1,
             group_score="two_best",
         ),
     )

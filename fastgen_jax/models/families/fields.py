@@ -220,9 +220,19 @@ class Fields(Mapping[str, Any]):
         return name in self._hf
 
     def first(self, *names: str, default: Any = None) -> Any:
-        """The value of the first of these fields that is present and not null; all of them count as read."""
-        values = [self[name] for name in names if name in self]
-        return next((value for value in values if value is not None), default)
+        """The value of the first of these fields that is present and not null, else `default`; all of them count as read.
+
+        Raises KeyError if there is neither.
+        """
+        self.ignore(*names)
+        value = next((self._hf[name] for name in names if self._hf.get(name) is not None), default)
+        if value is None:
+            raise KeyError(names[0])
+        return value
+
+    def ignore(self, *names: str) -> None:
+        """Counts these fields as read, because they have no effect in this family or were checked elsewhere."""
+        self._read.update(names)
 
     def check_unread(self, *, strict: bool) -> None:
         """Checks the fields that were not read: harmless or unset ones are ignored, others refused or named in a warning.

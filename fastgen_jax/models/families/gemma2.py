@@ -28,10 +28,10 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", None)))
     window = hf.get("sliding_window", 4096)
     common.refuse_unsupported(hf, {"sliding_window_size": (window, None)})  # an older name, written beside the newer
-    hf.first("sliding_window_size")
+    hf.ignore("sliding_window_size")
     return ModelConfig(
         family="gemma2",
-        **common.sizes(hf, head_dim=256),
+        **common.sizes(hf, head_dim=256, assumed={"num_key_value_heads": 4}),
         **rotary(hf, max_context_len=8192),
         layer_windows=common.windows(hf, window, lambda layer: layer % 2 == 0),
         norm_eps=hf.get("rms_norm_eps", 1e-6),

@@ -20,8 +20,8 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})
     # The others follow from these, or concern multi-token prediction.
-    hf.first("hidden_act", "topk_method", "scoring_func", "num_local_experts", "num_nextn_predict_layers", "num_mtp_layers")
-    sizes = common.sizes(hf)
+    hf.ignore("hidden_act", "topk_method", "scoring_func", "num_local_experts", "num_nextn_predict_layers", "num_mtp_layers")
+    sizes = common.sizes(hf, assumed={"num_key_value_heads": 8})
     return ModelConfig(
         family="glm4_moe",
         **sizes,
@@ -31,12 +31,12 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         qkv_bias=hf.get("attention_bias", False),
         qk_norm="head" if hf.get("use_qk_norm", False) else None,
         moe=MoEConfig(
-            **experts(hf),
+            **experts(hf, num_dense=1, num_shared=1, scale=1.0),
             scores="sigmoid",
             choice_bias=True,
             normalize=hf.get("norm_topk_prob", True),
-            num_groups=hf.get("n_group", 1),
-            groups_per_token=hf.get("topk_group", 1),
+            num_groups=hf.get("n_group", 1) or 1,
+            groups_per_token=hf.get("topk_group", 1) or 1,
             group_score="two_best",
         ),
     )

@@ -17,7 +17,7 @@ FEATURES = "one tensor of experts per layer; multipliers; biases"
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",)})
-    hf.first("hidden_act")
+    hf.ignore("hidden_act")
     bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="granitemoe",

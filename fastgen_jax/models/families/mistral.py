@@ -17,7 +17,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     return ModelConfig(
         family="mistral",
-        **common.sizes(hf),
+        **common.sizes(hf, assumed={"num_key_value_heads": 8}),
         **rotary(hf, max_context_len=131_072),
         layer_windows=common.windows(hf, hf.get("sliding_window", 4096), lambda layer: True),
         norm_eps=hf.get("rms_norm_eps", 1e-6),

@@ -18,7 +18,7 @@ FEATURES = "experts; norms over all heads; no clipping of q, k and v"
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "attention_bias": (False,), "clip_qkv": (None,)})
-    hf.first("hidden_act", "attention_bias", "clip_qkv")
+    hf.ignore("hidden_act", "attention_bias", "clip_qkv")
     return ModelConfig(
         family="olmoe",
         **common.sizes(hf),

@@ -23,7 +23,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     # Settings of a block-sparse relative: 1 is what this model computes.
     common.refuse_unsupported(hf, {"full_attn_mod": (1,), "interpolate_factor": (1,)})
-    hf.first("full_attn_mod", "interpolate_factor")
+    hf.ignore("full_attn_mod", "interpolate_factor")
     sizes = common.sizes(hf)
     return ModelConfig(
         family="phi3",

@@ -40,7 +40,7 @@ _OF_ITS_CODE = (
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)})
-    hf.first(*_OF_ITS_CODE)
+    hf.ignore(*_OF_ITS_CODE)
     num_heads, embed_dim = hf["num_attention_heads"], hf["hidden_size"]
     trained = hf.get("seq_length", 2048)
     ntk, logn = hf.get("use_dynamic_ntk", True), hf.get("use_logn_attn", True)

@@ -19,7 +19,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "use_sliding_window": (False,)})
     # With use_sliding_window off, the other window fields have no effect.
-    hf.first("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    hf.ignore("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
     return ModelConfig(
         family="qwen2_moe",
         **common.sizes(hf),

@@ -20,11 +20,11 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     supported = {"hidden_act": ("silu",), "use_sliding_window": (False,), "use_qk_norm": (True,), "qkv_bias": (False,)}
     common.refuse_unsupported(hf, supported)
     # With use_sliding_window off, the other window fields have no effect.
-    hf.first(*supported, "sliding_window", "max_window_layers")
+    hf.ignore(*supported, "sliding_window", "max_window_layers")
     bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="qwen3_moe",
-        **common.sizes(hf),
+        **common.sizes(hf, assumed={"num_key_value_heads": 4}),
         **rotary(hf, max_context_len=32_768),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         qkv_bias=bias,

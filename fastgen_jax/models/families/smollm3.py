@@ -22,10 +22,10 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         (layer + 1) % interval != 0 for layer in range(count)
     ]  # true: with rotary embedding
     window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
-    hf.first("max_window_layers")  # unused: windows are in the layers without rotary embedding
+    hf.ignore("max_window_layers")  # unused: windows are in the layers without rotary embedding
     return ModelConfig(
         family="smollm3",
-        **common.sizes(hf),
+        **common.sizes(hf, assumed={"num_key_value_heads": 4}),
         **positions,
         layer_ropes=tuple(positions["rope"] if turn else None for turn in turns),
         layer_windows=common.windows(hf, window, lambda layer: not turns[layer]),
