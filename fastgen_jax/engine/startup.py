@@ -35,7 +35,7 @@ def load(
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
-    checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
+    checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
     if config.generation_config == "auto":
@@ -45,11 +45,12 @@ def load(
     config = fit.with_formats(config, checkpoint.config, folder)
     resolved = resolve(config, checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise ValueError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
-            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
-            "that the model was not trained with: use the tokenizer of this checkpoint"
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
+        log.warning(
+            "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
+            checkpoint.path,
+            f"{tokenizer.vocab_size:,}",
+            f"{checkpoint.config.vocab_size:,}",
         )
     with compile_cache.failures_logged():
         params = load_params(
