@@ -9,6 +9,6 @@ Environment: `PALLAS_KERNELS_NATIVE=0` turns native kernels off, `PALLAS_KERNELS
 names the compiler, `XDG_CACHE_HOME` moves the cache.
 """
 
-from pallas_kernels.native.loader import Build, available, function, load, origin, prefetch, unavailable_reason
+from pallas_kernels.native.loader import Build, available, function, load, origin, prefetch, requests, unavailable_reason
 
-__all__ = ["Build", "available", "function", "load", "origin", "prefetch", "unavailable_reason"]
+__all__ = ["Build", "available", "function", "load", "origin", "prefetch", "requests", "unavailable_reason"]

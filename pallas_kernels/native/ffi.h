@@ -333,7 +333,7 @@ struct Binding {
 
   template <class Function>
   XLA_FFI_Error* call(XLA_FFI_CallFrame* frame, Function function) const {
-    for (XLA_FFI_Extension_Base* extension = frame->extension_start; extension; extension = extension->next) {
+    for (auto* extension = frame->extension_start; extension; extension = extension->next) {
       if (extension->type != XLA_FFI_Extension_Metadata) continue;
       // XLA asks which version of its interface the handler was compiled with.
       XLA_FFI_Metadata* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(extension)->metadata;

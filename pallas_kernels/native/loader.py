@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 _outcomes: dict[str, str | None] = {}  # name of a library -> None if loaded, otherwise the reason why not
 _loaded: dict[str, ctypes.CDLL] = {}  # keeps the code that XLA points to mapped
+_symbols: dict[str, dict[str, str]] = {}  # name of a loaded library -> its symbols, as given to `load`
 _builds: dict[str, Build] = {}
 _compilers = threading.BoundedSemaphore(max(1, os.cpu_count() or 1))  # how many run at the same time
 
@@ -133,6 +134,7 @@ def load(name: str, symbols: Mapping[str, str], *, source: Path | None = None) -
                     if library is not None:
                         _register(library, symbols)
                         _loaded[name] = library
+                        _symbols[name] = dict(symbols)
                 except Exception as error:
                     outcome = str(error)
                 _outcomes[name] = outcome
@@ -141,6 +143,12 @@ def load(name: str, symbols: Mapping[str, str], *, source: Path | None = None) -
     if reason is not None:
         _log_once(name, reason)
     return reason is None
+
+
+def requests() -> dict[str, dict[str, str]]:
+    """The name and the symbols of each library that this process has loaded, as given to `load`."""
+    with _lock:
+        return dict(_symbols)
 
 
 def function(name: str, symbol: str) -> Any:
