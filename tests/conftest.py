@@ -40,7 +40,7 @@ def pytest_collection() -> None:
     """Programs are kept from the beginning, and not from the first engine on. (The controller of xdist collects nothing.)"""
     from fastgen_jax.engine import compile_cache
 
-    compile_cache.use(None)
+    compile_cache.use(None, "tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
