@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache, copy_block, stored_head_dim
+from fastgen_jax.engine import executables
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
@@ -26,6 +27,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.folders import Folder
 from pallas_kernels.pytree import pytree
 
 # By device kind. On TPU7x the compiler prefers tiles of 16 x 128 16-bit numbers to the 8 x 128 in which arrays arrive,
@@ -53,7 +55,8 @@ class Runner:
         self.config = config
         self._compiled: dict[int, tuple[Bucket, jax.stages.Compiled]] = {}
         self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
-        self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
+        self.devices = jax.local_devices()[: config.tensor_parallel or 1]
+        self.mesh = tensor_mesh(self.devices) if config.tensor_parallel else None
         self._made: list[weakref.ref[jax.Array]] = []
         use_huge_pages(params)
         self._allocate()
@@ -113,18 +116,33 @@ class Runner:
                 return self._compiled[budget][0]
         raise ValueError(f"a step of {num_tokens} tokens exceeds the largest compiled budget {max(self.budgets)}")
 
-    def compile(self, budgets: Sequence[int], *, on_done: Callable[[int], object] = lambda budget: None) -> None:
-        """Compiles a program for each budget that has none yet; calls `on_done(budget)` after each."""
+    def compile(
+        self,
+        budgets: Sequence[int],
+        *,
+        saved: Folder | None = None,
+        on_done: Callable[[int], object] = lambda budget: None,
+    ) -> None:
+        """Makes a program for each budget that has none yet; calls `on_done(budget)` after each.
+
+        A program in the folder `saved` is loaded, any other is compiled and saved there.
+        """
         for budget in budgets:
             if budget not in self._compiled:
                 bucket = self._new_bucket(budget)
-                program = self.lower(bucket).compile()
-                self._compiled[budget] = (bucket, program)
+                self._compiled[budget] = (bucket, self._program(bucket, saved))
             on_done(budget)
+
+    def _program(self, bucket: Bucket, saved: Folder | None) -> jax.stages.Compiled:
+        if saved is None or self.config.choices.logits_processor is not None:  # which has no name that could be looked up
+            return self.lower(bucket).compile()
+        devices = self.devices
+        name = program_name(self._arguments(bucket), self.model, self.config, bucket.num_tokens, devices=devices)
+        program = executables.load(saved, name, devices=devices)
+        return program or executables.compile_and_save(self.lower(bucket), saved, name)
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The lowered step program of `bucket` for the current device."""
-        packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
         program = step_program(
             self.model,
             bucket,
@@ -133,7 +151,10 @@ class Runner:
             mesh=self.mesh,
             logits_processor=self.config.choices.logits_processor,
         )
-        return program.lower(self.params, self.kv_cache, self.state, packed)
+        return program.lower(*self._arguments(bucket))
+
+    def _arguments(self, bucket: Bucket) -> tuple[Params, KVCache, SamplerState, jax.ShapeDtypeStruct]:
+        return self.params, self.kv_cache, self.state, jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
 
     def keep_only(self, budgets: Sequence[int]) -> None:
         """Drops the programs of all other budgets."""
@@ -211,6 +232,15 @@ class Runner:
             num_slots=config.num_blocks * config.block_size,
             vocab_size=self.model.vocab_size,
         )
+
+
+def program_name(
+    arguments: object, model: ModelConfig, config: ResolvedConfig, budget: int, *, devices: Sequence[Any]
+) -> str:
+    """The name under which a step's program is saved; the last parameters are those of `executables.key`."""
+    shape = (budget, config.max_num_seqs, config.max_blocks, config.num_blocks, config.block_size)
+    form = (config.choices.attention, config.activation_dtype, config.tensor_parallel)
+    return executables.key(arguments, asdict(model), shape, form, devices=devices)
 
 
 def _delete(arrays: Sequence[jax.Array]) -> None:

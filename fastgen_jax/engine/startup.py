@@ -7,10 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+import jax
+
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core.progress import shown
-from fastgen_jax.engine import compile_cache, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, resolve
+from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
+from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
@@ -33,20 +35,23 @@ def load(
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
-    checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
+    checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
     if config.generation_config == "auto":
         config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
-    resolved = resolve(config, checkpoint.config)  # first, so that mistakes are reported before the weights are loaded
+    # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
+    folder = compile_cache.use(config.compile_cache_dir, _group(config, checkpoint.config))
+    config = fit.with_formats(config, checkpoint.config, folder)
+    resolved = resolve(config, checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise ValueError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
-            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
-            "that the model was not trained with: use the tokenizer of this checkpoint"
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
+        log.warning(
+            "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
+            checkpoint.path,
+            f"{tokenizer.vocab_size:,}",
+            f"{checkpoint.config.vocab_size:,}",
         )
-    compile_cache.use(config.compile_cache_dir)
     with compile_cache.failures_logged():
         params = load_params(
             checkpoint,
@@ -60,17 +65,37 @@ def load(
 
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
     """The resolved config, and a runner whose programs are compiled and warm."""
-    folder = compile_cache.use(choices.compile_cache_dir)
+    folder = compile_cache.use(choices.compile_cache_dir, _group(choices, model))
     with compile_cache.failures_logged():
         config = _resolve_as_before(choices, model, folder)
         runner = Runner(prepare_params(params, model, config), model, config)
         if choices.token_budget is None:
             config = _choose_budgets(runner, config, model, folder, progress=progress)
-        _compile(runner, config.budget_ladder, progress=progress)
+        _compile(runner, config.budget_ladder, folder, progress=progress)
         runner.keep_only(config.budget_ladder)
         runner.warm_up()
+    compile_cache.send_soon(folder)
+    if config.fitted:
+        log.info("fit: %s", config.fitted)
     log.info("engine ready: %s", config)
     return config, runner
+
+
+def _group(choices: EngineConfig, model: ModelConfig) -> str:
+    """A name for the starts that run the same programs: those with equal choices, except for these, which shape none."""
+    other = (
+        "policy",
+        "overlap",
+        "prefix_caching",
+        "generation_config",
+        "compile_cache_dir",
+        "remeasure",
+        "logits_processor",
+        "formats",
+        "strict_config",
+    )
+    shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
+    return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())))}"
 
 
 def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
@@ -84,6 +109,7 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
             getattr(choices, name)
             for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
         ],
+        formats_of(choices, jax.default_backend()),
     )
     earlier = (saved_choices.load(path, facts) or {}).get("num_blocks")
     config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
@@ -100,7 +126,7 @@ def _choose_budgets(
     facts = _facts(config, model, candidates)
     chosen = ladder.load_choice(path, facts) if path and not config.choices.remeasure else None
     if chosen is None or not set(chosen) <= set(candidates):
-        _compile(runner, candidates, progress=progress)
+        _compile(runner, candidates, folder, progress=progress)
         costs = {budget: runner.measure(budget) for budget in candidates}
         log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
         chosen = ladder.choose_ladder(
@@ -113,11 +139,12 @@ def _choose_budgets(
     return replace(config, budget_ladder=chosen)
 
 
-def _compile(runner: Runner, budgets: Sequence[int], *, progress: bool) -> None:
+def _compile(runner: Runner, budgets: Sequence[int], folder: Folder | None, *, progress: bool) -> None:
     missing = [budget for budget in budgets if budget not in runner.budgets]
+    saved = None if folder is None else Folder(path=folder.path / "executables", writable=folder.writable)
     if missing:
         with shown(log, "compiling", total=len(missing), unit="program", bar=progress) as advance:
-            runner.compile(missing, on_done=lambda budget: advance())
+            runner.compile(missing, saved=saved, on_done=lambda budget: advance())
 
 
 def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]) -> tuple[object, ...]:
