@@ -44,6 +44,8 @@ def load(
     folder = compile_cache.use(config.compile_cache_dir, _group(config, checkpoint.config))
     config = fit.with_formats(config, checkpoint.config, folder)
     resolved = resolve(config, checkpoint.config)
+    if jax.default_backend() == "cpu":
+        _prefetch_kernels(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
         log.warning(
@@ -61,6 +63,12 @@ def load(
             progress=progress,
         )
     return params, checkpoint.config, tokenizer, config
+
+
+def _prefetch_kernels(model: ModelConfig) -> None:
+    """Starts to compile the C++ kernels that a model needs, if they have to be, while its weights are being read."""
+    experts = ("grouped_matmul",) if model.moe is not None else ()
+    native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary"))
 
 
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
@@ -161,5 +169,5 @@ def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]
         config.stack_layers,
         config.max_context_len,
         list(candidates),
-        native.available(),
+        native.origin(),
     )
