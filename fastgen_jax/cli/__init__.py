@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "measure throughput and latency of this engine and others",
     "cache": "list cached files and their sizes, or remove them with --clear",
     "plan": "check whether a model fits on devices that are not attached, from its config.json alone",
+    "compile": "compile an engine's programs before its first start, also for TPUs that are not attached",
     "simulate": "predict how an engine performs on hardware that is not available here",
 }
 

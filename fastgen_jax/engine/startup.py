@@ -22,6 +22,7 @@ from pallas_kernels.folders import Folder
 
 log = logging.getLogger(__name__)
 
+PROGRAMS = "executables"  # a folder
 BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depend on it
 
 
@@ -46,7 +47,7 @@ def load(
             f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
             "that the model was not trained with: use the tokenizer of this checkpoint"
         )
-    compile_cache.use(config.compile_cache_dir, _group(config, checkpoint.config))
+    compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
     with compile_cache.failures_logged():
         params = load_params(
             checkpoint,
@@ -60,7 +61,7 @@ def load(
 
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
     """The resolved config, and a runner whose programs are compiled and warm."""
-    folder = compile_cache.use(choices.compile_cache_dir, _group(choices, model))
+    folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
     with compile_cache.failures_logged():
         config = _resolve_as_before(choices, model, folder)
         runner = Runner(prepare_params(params, model, config), model, config)
@@ -74,8 +75,11 @@ def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress
     return config, runner
 
 
-def _group(choices: EngineConfig, model: ModelConfig) -> str:
-    """A name for the starts that run the same programs: those with equal choices, except for these, which shape none."""
+def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place | None = None) -> str:
+    """A name for the starts that run the same programs: those with equal choices, except for these, which shape none.
+
+    `place` is where the engine runs; None: here.
+    """
     other = (
         "policy",
         "overlap",
@@ -86,7 +90,13 @@ def _group(choices: EngineConfig, model: ModelConfig) -> str:
         "logits_processor",
     )
     shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
-    return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())))}"
+    return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())), place)}"
+
+
+def facts_of_cache(choices: EngineConfig, model: ModelConfig) -> tuple[object, ...]:
+    """What the size of the KV cache depends on besides the machine's memory."""
+    names = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
+    return (asdict(model), [getattr(choices, name) for name in names])
 
 
 def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
@@ -94,13 +104,7 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
     if choices.num_blocks is not None or folder is None:
         return resolve(choices, model)
     path = folder.path / BLOCKS_FILE
-    facts = (
-        asdict(model),
-        [
-            getattr(choices, name)
-            for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
-        ],
-    )
+    facts = facts_of_cache(choices, model)
     earlier = (saved_choices.load(path, facts) or {}).get("num_blocks")
     config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
     if config.num_blocks != earlier and folder.writable:
@@ -131,7 +135,7 @@ def _choose_budgets(
 
 def _compile(runner: Runner, budgets: Sequence[int], folder: Folder | None, *, progress: bool) -> None:
     missing = [budget for budget in budgets if budget not in runner.budgets]
-    saved = None if folder is None else Folder(path=folder.path / "executables", writable=folder.writable)
+    saved = None if folder is None else Folder(path=folder.path / PROGRAMS, writable=folder.writable)
     if missing:
         with shown(log, "compiling", total=len(missing), unit="program", bar=progress) as advance:
             runner.compile(missing, saved=saved, on_done=lambda budget: advance())
