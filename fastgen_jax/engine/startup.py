@@ -24,6 +24,7 @@ from pallas_kernels.folders import Folder
 
 log = logging.getLogger(__name__)
 
+PROGRAMS = "executables"  # a folder
 BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depend on it
 
 
@@ -41,7 +42,7 @@ def load(
     if config.generation_config == "auto":
         config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
     # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
-    folder = compile_cache.use(config.compile_cache_dir, _group(config, checkpoint.config))
+    folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
     config = fit.with_formats(config, checkpoint.config, folder)
     resolved = resolve(config, checkpoint.config)
     if jax.default_backend() == "cpu":
@@ -73,7 +74,7 @@ def _prefetch_kernels(model: ModelConfig) -> None:
 
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
     """The resolved config, and a runner whose programs are compiled and warm."""
-    folder = compile_cache.use(choices.compile_cache_dir, _group(choices, model))
+    folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
     with compile_cache.failures_logged():
         config = _resolve_as_before(choices, model, folder)
         runner = Runner(prepare_params(params, model, config), model, config)
@@ -89,8 +90,11 @@ def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress
     return config, runner
 
 
-def _group(choices: EngineConfig, model: ModelConfig) -> str:
-    """A name for the starts that run the same programs: those with equal choices, except for these, which shape none."""
+def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place | None = None) -> str:
+    """A name for the starts that run the same programs: those with equal choices, except for these, which shape none.
+
+    `place` is where the engine runs; None: here.
+    """
     other = (
         "policy",
         "overlap",
@@ -103,7 +107,13 @@ def _group(choices: EngineConfig, model: ModelConfig) -> str:
         "strict_config",
     )
     shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
-    return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())))}"
+    return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())), place)}"
+
+
+def facts_of_cache(choices: EngineConfig, model: ModelConfig, formats: tuple[str | None, ...]) -> tuple[object, ...]:
+    """What the size of the KV cache depends on besides the machine's memory; `formats` as `formats_of`."""
+    names = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
+    return asdict(model), [getattr(choices, name) for name in names], formats
 
 
 def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
@@ -111,14 +121,7 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
     if choices.num_blocks is not None or folder is None:
         return resolve(choices, model)
     path = folder.path / BLOCKS_FILE
-    facts = (
-        asdict(model),
-        [
-            getattr(choices, name)
-            for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
-        ],
-        formats_of(choices, jax.default_backend()),
-    )
+    facts = facts_of_cache(choices, model, formats_of(choices, jax.default_backend()))
     earlier = (saved_choices.load(path, facts) or {}).get("num_blocks")
     config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
     if config.num_blocks != earlier and folder.writable:
@@ -149,7 +152,7 @@ def _choose_budgets(
 
 def _compile(runner: Runner, budgets: Sequence[int], folder: Folder | None, *, progress: bool) -> None:
     missing = [budget for budget in budgets if budget not in runner.budgets]
-    saved = None if folder is None else Folder(path=folder.path / "executables", writable=folder.writable)
+    saved = None if folder is None else Folder(path=folder.path / PROGRAMS, writable=folder.writable)
     if missing:
         with shown(log, "compiling", total=len(missing), unit="program", bar=progress) as advance:
             runner.compile(missing, saved=saved, on_done=lambda budget: advance())
