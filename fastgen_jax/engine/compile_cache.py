@@ -9,10 +9,8 @@ import logging
 import math
 import re
 import sys
-import threading
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,14 +24,13 @@ log = logging.getLogger(__name__)
 FAILURE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'")
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of its output; JAX uses it if it is installed, else zlib
 
-_lock = threading.RLock()  # `warnings.showwarning` is shared by all threads
-
 
 def use(named: str | None) -> Folder | None:
     """The folder for compiled programs and measurements, which becomes JAX's cache unless the user has set one.
 
     `named` as in `EngineConfig.compile_cache_dir`. None: nothing is kept.
     """
+    _log_failures()
     wanted = paths.engine_dir(named)
     folder = None if wanted is None else paths.settle_engine(wanted)
     if folder is None or _path() is not None:
@@ -53,40 +50,38 @@ def use(named: str | None) -> Folder | None:
     return folder
 
 
-@contextlib.contextmanager
-def failures_logged() -> Iterator[None]:
-    """Context that logs JAX's warnings about its cache, even if warnings are errors, and removes damaged entries.
+def _log_failures() -> None:
+    """Logs JAX's warnings about its cache from now on, even if warnings are errors, and removes damaged entries.
 
     JAX never replaces an entry: every start would compile a program again if a full disk had truncated its entry. The
     entry is therefore removed before JAX writes it again. After a failed write, nothing more is written, since other
-    writes would fail too.
+    writes would fail too. Set for the whole process, since programs are compiled in several threads, and a context that
+    changes warnings is not safe there.
     """
-    with _lock, warnings.catch_warnings():
-        show: Any = warnings.showwarning
+    warnings.filterwarnings("always", message=FAILURE.pattern)
+    show: Any = warnings.showwarning
+    if getattr(show, "logs_cache_failures", False):
+        return
 
-        def note(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            failure = FAILURE.match(str(message))
-            if failure is None:
-                show(message, category, filename, lineno, file, line)
-                return
-            log.warning("%s (in %s); the program is compiled and the run continues", message, _path())
-            drop_broken(failure[2])
-            if failure[1] == "writing":
-                _write_no_more()
+    def note(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        failure = FAILURE.match(str(message))
+        if failure is None:
+            show(message, category, filename, lineno, file, line)
+            return
+        log.warning("%s (in %s); the program is compiled and the run continues", message, _path())
+        drop_broken(failure[2])
+        if failure[1] == "writing":
+            _write_no_more()
 
-        warnings.filterwarnings("always", message=FAILURE.pattern)
-        warnings.showwarning = note
-        try:
-            yield
-        finally:
-            warnings.showwarning = show
+    vars(note)["logs_cache_failures"] = True
+    warnings.showwarning = note
 
 
 def drop_broken(program: str) -> None:

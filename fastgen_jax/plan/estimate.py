@@ -8,11 +8,11 @@ import math
 import numpy as np
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.devices import Topology
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
 from fastgen_jax.models.weight_spec import DType, WeightSpec
-from fastgen_jax.plan.devices import Topology
 from fastgen_jax.plan.roofline import StepShape, roofline
 
 RESERVED_SHARE = 0.06  # of a device's memory: the runtime, programs, and gaps between buffers

@@ -177,7 +177,7 @@ def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
-    from fastgen_jax.plan.devices import NoCompiler, parse_topology
+    from fastgen_jax.devices import NoCompiler, parse_topology
     from fastgen_jax.plan.program import deviceless_mesh
     from pallas_kernels.ragged_attention.gpu import support as gpu_support
 
