@@ -27,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests that take minutes")
 
 
+def pytest_collection() -> None:
+    """Programs are kept from the beginning, and not from the first engine on. (The controller of xdist collects nothing.)"""
+    from fastgen_jax.engine import compile_cache
+
+    compile_cache.use(None, "tests")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--run-slow"):
         for item in items:

@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import sys
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, TextIO
 import jax
 
 from fastgen_jax import paths
+from fastgen_jax.engine.mirror import Mirror
+from pallas_kernels.buckets import Bucket
 from pallas_kernels.folders import Folder
 
 log = logging.getLogger(__name__)
@@ -24,15 +27,25 @@ log = logging.getLogger(__name__)
 FAILURE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'")
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of its output; JAX uses it if it is installed, else zlib
 
+_mirrors: dict[Path, Mirror] = {}  # by folder
 
-def use(named: str | None) -> Folder | None:
+
+def use(named: str | None, group: str) -> Folder | None:
     """The folder for compiled programs and measurements, which becomes JAX's cache unless the user has set one.
 
-    `named` as in `EngineConfig.compile_cache_dir`. None: nothing is kept.
+    `named` as in `EngineConfig.compile_cache_dir`. None: nothing is kept. Of a bucket only the files of `group` are used,
+    a name for what can be shared; they are fetched first, once per process.
     """
     _log_failures()
-    wanted = paths.engine_dir(named)
+    wanted, url = paths.engine_dir(named), paths.engine_bucket(named)
+    if wanted is not None and url is not None:
+        wanted /= group
     folder = None if wanted is None else paths.settle_engine(wanted)
+    if folder is not None and url is not None and folder.writable and folder.path not in _mirrors:
+        mirror = _mirrors[folder.path] = Mirror(
+            bucket=Bucket(f"{url.rstrip('/')}/{group}"), folder=folder.path, is_whole=_can_send
+        )
+        mirror.fetch()
     if folder is None or _path() is not None:
         return folder
     programs = Folder(path=folder.path / "xla", writable=False)
@@ -48,6 +61,24 @@ def use(named: str | None) -> Folder | None:
     if not programs.writable:
         _write_no_more()
     return folder
+
+
+def send(folder: Folder | None) -> None:
+    """Sends what is new in `folder` to its bucket, if it has one."""
+    mirror = None if folder is None else _mirrors.get(folder.path)
+    if mirror is not None:
+        mirror.send()
+
+
+def send_soon(folder: Folder | None) -> None:
+    """Does `send` in a thread that Python waits for before it exits."""
+    if folder is not None and folder.path in _mirrors:
+        threading.Thread(target=send, args=(folder,), name="fastgen-cache").start()
+
+
+def _can_send(path: Path, contents: bytes) -> bool:
+    """Whether a file is complete: JAX writes its entries in place."""
+    return not path.name.endswith("-cache") or _is_whole(contents)
 
 
 def _log_failures() -> None:

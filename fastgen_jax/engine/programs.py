@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.engine import executables
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
@@ -21,6 +23,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
 from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.folders import Folder
 from pallas_kernels.pytree import pytree
 
 # By device kind. On TPU7x the compiler prefers tiles of 16 x 128 16-bit numbers to the 8 x 128 in which arrays arrive,
@@ -55,6 +58,8 @@ class Programs:
     mesh: Mesh | None
     params: Any
     """The weights as a pytree of `jax.ShapeDtypeStruct`."""
+    folder: Folder | None
+    """The cache folder with programs of earlier starts; None: nothing is kept."""
 
     def bucket(self, budget: int) -> Bucket:
         """The shape of a step of `budget` tokens."""
@@ -87,7 +92,6 @@ class Programs:
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The lowered step program of `bucket` for the current device."""
-        packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
         program = step_program(
             self.model,
             bucket,
@@ -96,12 +100,30 @@ class Programs:
             mesh=self.mesh,
             logits_processor=self.config.choices.logits_processor,
         )
-        return program.lower(self.params, *self.memory(), packed)
+        return program.lower(*self._arguments(bucket))
 
     def compile(self, budget: int) -> Program:
-        """The program for steps of `budget` tokens."""
+        """The program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved."""
         bucket = self.bucket(budget)
-        return Program(bucket, self.lower(bucket).compile())
+        if self.folder is None or self.config.choices.logits_processor is not None:  # which has no name to look up
+            return Program(bucket, self.lower(bucket).compile())
+        saved = Folder(path=self.folder.path / "executables", writable=self.folder.writable)
+        devices = jax.local_devices()[: self.config.tensor_parallel or 1]
+        name = program_name(self._arguments(bucket), self.model, self.config, budget, devices=devices)
+        program = executables.load(saved, name, devices=devices)
+        return Program(bucket, program or executables.compile_and_save(self.lower(bucket), saved, name))
+
+    def _arguments(self, bucket: Bucket) -> tuple[Any, KVCache, SamplerState, jax.ShapeDtypeStruct]:
+        return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+
+
+def program_name(
+    arguments: object, model: ModelConfig, config: ResolvedConfig, budget: int, *, devices: Sequence[Any]
+) -> str:
+    """The name under which a step's program is saved; the last parameters are those of `executables.key`."""
+    shape = (budget, config.max_num_seqs, config.max_blocks, config.num_blocks, config.block_size)
+    form = (config.choices.attention, config.activation_dtype, config.tensor_parallel)
+    return executables.key(arguments, asdict(model), shape, form, devices=devices)
 
 
 def abstract(arrays: Any, places: Any = None) -> Any:

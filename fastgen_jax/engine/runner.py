@@ -20,17 +20,19 @@ from fastgen_jax.engine.sampling.state import SamplerState, reset_slot, set_mask
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import tensor_mesh
 from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.folders import Folder
 
 
 class Runner:
     """Runs steps: one program per bucket, compiled ahead of time; owns the KV cache and the sampler's state."""
 
-    def __init__(self, params: Params, model: ModelConfig, config: ResolvedConfig) -> None:
+    def __init__(self, params: Params, model: ModelConfig, config: ResolvedConfig, *, folder: Folder | None = None) -> None:
+        """Allocates the memory; `folder` is that of `Programs`."""
         self.params = params
         self.model = model
         self.config = config
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
-        self.programs = Programs(model=model, config=config, mesh=self.mesh, params=abstract(params))
+        self.programs = Programs(model=model, config=config, mesh=self.mesh, params=abstract(params), folder=folder)
         self._compiled: dict[int, Program] = {}  # replaced, never changed: another thread may add a program during a step
         self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self._made: list[weakref.ref[jax.Array]] = []

@@ -44,6 +44,11 @@ def versions() -> str:
     return f"fastgen_jax {VERSION}, jax {jax.__version__}, {platform}"
 
 
+def group(facts: object) -> str:
+    """A name for what starts with equal `facts` on machines and versions like these can share."""
+    return sha256(repr((machine(), versions(), facts)).encode()).hexdigest()[:16]
+
+
 def load(path: Path, facts: object) -> JsonObject | None:
     """The entry saved for `facts` on this machine with these versions; None if there is none, or the file is damaged."""
     entry = load_all(path).get(_key(facts))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core.progress import shown
-from fastgen_jax.engine import compile_cache, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, resolve
+from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
+from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
@@ -41,7 +41,10 @@ def load(
         config = replace(config, quantize="int8")
     if config.generation_config == "auto":
         config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
-    resolved = resolve(config, checkpoint.config)  # first, so that mistakes are reported before the weights are loaded
+    # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
+    folder = compile_cache.use(config.compile_cache_dir, _group(config, checkpoint.config))
+    config = fit.with_formats(config, checkpoint.config, folder)
+    resolved = resolve(config, checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(
@@ -49,7 +52,6 @@ def load(
             f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
             "that the model was not trained with: use the tokenizer of this checkpoint"
         )
-    compile_cache.use(config.compile_cache_dir)
     params = load_params(
         checkpoint,
         dtype=resolved.dtype,
@@ -62,18 +64,37 @@ def load(
 
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
     """The resolved config, and a runner with warm programs: all, or with `background_compile` that of a full step."""
-    folder = compile_cache.use(choices.compile_cache_dir)
+    folder = compile_cache.use(choices.compile_cache_dir, _group(choices, model))
     config = _resolve_as_before(choices, model, folder)
     if choices.token_budget is None and not choices.remeasure:
         config = replace(config, budget_ladder=_ladder(config, model, folder))
-    runner = Runner(prepare_params(params, model, config), model, config)
+    runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
     if choices.remeasure:
         config = replace(config, budget_ladder=_measured_ladder(runner, config, model, folder, progress=progress))
     largest_first = config.budget_ladder[::-1]
     _compile(runner, largest_first[:1] if choices.background_compile else largest_first, progress=progress)
     runner.warm_up()
+    compile_cache.send_soon(folder)
+    if config.fitted:
+        log.info("fit: %s", config.fitted)
     log.info("engine ready: %s", config)
     return config, runner
+
+
+def _group(choices: EngineConfig, model: ModelConfig) -> str:
+    """A name for the starts that run the same programs: those with equal choices, except for these, which shape none."""
+    other = (
+        "policy",
+        "overlap",
+        "background_compile",
+        "prefix_caching",
+        "generation_config",
+        "compile_cache_dir",
+        "remeasure",
+        "logits_processor",
+    )
+    shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
+    return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())))}"
 
 
 def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
@@ -87,6 +108,7 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
             getattr(choices, name)
             for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
         ],
+        formats_of(choices, jax.default_backend()),
     )
     earlier = (saved_choices.load(path, facts) or {}).get("num_blocks")
     config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)

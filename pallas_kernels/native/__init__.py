@@ -8,6 +8,6 @@ Environment: `PALLAS_KERNELS_NATIVE=0` turns native kernels off, `CXX` names the
 cache.
 """
 
-from pallas_kernels.native.loader import available, function, load, unavailable_reason
+from pallas_kernels.native.loader import available, function, load, requests, unavailable_reason
 
-__all__ = ["available", "function", "load", "unavailable_reason"]
+__all__ = ["available", "function", "load", "requests", "unavailable_reason"]

@@ -25,6 +25,7 @@ _HEADERS = Path(__file__).parent
 _lock = threading.RLock()
 _outcomes: dict[str, str | None] = {}  # name of a library -> None if loaded, otherwise the reason why not
 _loaded: dict[str, ctypes.CDLL] = {}  # keeps the code that XLA points to mapped
+_requests: list[tuple[str, Path, dict[str, str]]] = []  # the arguments of successful calls of `load`
 
 
 def available() -> bool:
@@ -59,6 +60,7 @@ def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
                 library = _open(name, source)
                 _register(library, symbols)
                 _loaded[name] = library
+                _requests.append((name, source, dict(symbols)))
                 _outcomes[name] = None
             except Exception as error:  # a missing kernel must not stop the caller
                 _outcomes[name] = str(error)
@@ -67,6 +69,12 @@ def load(name: str, source: Path, symbols: Mapping[str, str]) -> bool:
         if reason is not None:
             _log_once(name, reason)
         return reason is None
+
+
+def requests() -> list[tuple[str, Path, dict[str, str]]]:
+    """The arguments of `load` for each library that this process has loaded."""
+    with _lock:
+        return list(_requests)
 
 
 def function(name: str, symbol: str) -> Any:

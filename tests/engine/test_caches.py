@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,11 @@ def entries(folder: Path, name: str = "") -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.rglob(f"{name}*-cache")}
 
 
+def forget_executables(folder: Path) -> None:
+    """Makes the next start trace its programs and look for them in JAX's cache."""
+    shutil.rmtree(folder / "executables")
+
+
 def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a program of tests/engine/programs in a new process, with warnings as errors."""
     variables = {name: value for name, value in os.environ.items() if name != "FASTGEN_CACHE_DIR"}
@@ -116,7 +122,7 @@ def test_the_number_of_blocks_is_kept_for_the_same_options_while_it_fits(fresh, 
     def blocks(free: int, folder: Path | str = fresh / "cache", **options) -> int:
         monkeypatch.setattr(memory, "available", lambda: free)
         config = EngineConfig(**{"compile_cache_dir": str(folder), "block_size": 4, "max_num_seqs": 4, **options})
-        settled = startup.compile_cache.use(config.compile_cache_dir)
+        settled = startup.compile_cache.use(config.compile_cache_dir, "group")
         return startup._resolve_as_before(config, tiny_model()[1], settled).num_blocks
 
     enough = blocks(10**9, max_num_seqs=64)
@@ -138,6 +144,7 @@ def test_a_damaged_program_is_compiled_again_once(fresh, caplog) -> None:
     assert whole
     for name, size in whole.items():
         os.truncate(folder / "xla" / name, size // 2)
+    forget_executables(folder)
     new_process()
     with caplog.at_level(logging.WARNING):
         assert answer(start(folder)) == expected
@@ -145,6 +152,7 @@ def test_a_damaged_program_is_compiled_again_once(fresh, caplog) -> None:
     assert "the run continues" in caplog.text
     assert entries(folder, "jit__step").keys() == whole.keys()
     assert min(entries(folder, "jit__step").values()) > 0.9 * min(whole.values())
+    forget_executables(folder)
     new_process()
     caplog.clear()
     assert answer(start(folder)) == expected
@@ -228,6 +236,7 @@ def read_only():
 def test_a_read_only_folder_is_read_and_missing_programs_are_compiled(fresh, read_only, caplog) -> None:
     folder = fresh / "cache"
     expected = answer(start(folder, num_blocks=None))
+    forget_executables(folder)
     before = sorted(folder.rglob("*"))
     read_only(folder)
     new_process()

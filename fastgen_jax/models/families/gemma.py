@@ -21,6 +21,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu", "gelu_pytorch_tanh", None)))
     return ModelConfig(
         family="gemma",
+        exceeds_float16=True,
         **common.sizes(hf, head_dim=256),
         **rotary(hf, max_context_len=8192),
         norm_eps=hf.get("rms_norm_eps", 1e-6),

@@ -27,6 +27,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", None)))
     return ModelConfig(
         family="gemma2",
+        exceeds_float16=True,
         **common.sizes(hf, head_dim=256),
         **rotary(hf, max_context_len=8192),
         layer_windows=common.windows(hf, hf.get("sliding_window", 4096), lambda layer: layer % 2 == 0),

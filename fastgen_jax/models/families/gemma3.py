@@ -38,6 +38,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     )
     return ModelConfig(
         family="gemma3",
+        exceeds_float16=True,
         **common.sizes(hf, head_dim=256, assumed=_SIZES),
         max_context_len=context,
         rope=everywhere,

@@ -18,7 +18,7 @@ NAMES = glm.NAMES | {
 @common.reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    return ModelConfig(family="glm4", **glm.fields(hf), norm_placement="both")
+    return ModelConfig(family="glm4", exceeds_float16=True, **glm.fields(hf), norm_placement="both")
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:

@@ -23,6 +23,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     bias = hf.get("attention_bias", True)
     return ModelConfig(
         family="gpt_oss",
+        exceeds_float16=True,
         **common.sizes(hf),
         **rotary(hf, max_context_len=131_072, theta=150_000.0),
         norm_eps=hf.get("rms_norm_eps", 1e-5),
