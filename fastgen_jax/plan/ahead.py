@@ -13,15 +13,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.devices import Topology, parse_topology
 from fastgen_jax.engine import executables, ladder, saved_choices, startup
 from fastgen_jax.engine.config import BUDGETS, MEASURED_BUDGETS, EngineConfig, ResolvedConfig
 from fastgen_jax.engine.memory import round_down
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.runner import program_name, step_program
+from fastgen_jax.engine.programs import FOLDER, program_name, step_program
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
-from fastgen_jax.plan.devices import Topology, parse_topology
 from fastgen_jax.plan.estimate import weight_bytes
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
@@ -173,7 +173,7 @@ def _compile(model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int,
     size = 0
     if folder is not None:
         name = program_name(arguments[:3], model, config, tokens, devices=devices)
-        saved = Folder(path=folder / startup.PROGRAMS, writable=True)
+        saved = Folder(path=folder / FOLDER, writable=True)
         if executables.save(saved, name, program):
             size = (saved.path / (name + executables.SUFFIX)).stat().st_size
     return ProgramAhead(
