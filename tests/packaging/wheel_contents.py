@@ -13,7 +13,7 @@ from pallas_kernels.native.sources import SOURCES
 
 PREBUILT = PurePosixPath("pallas_kernels/native/prebuilt")
 # Kinds of files that belong into the packages; anything else would be there by mistake.
-SUFFIXES = {".py", ".typed", ".cc", ".h", ".html", ".css", ".js", ".LICENSE", ".txtpb"}
+SUFFIXES = {".py", ".typed", ".cc", ".h", ".html", ".css", ".js", ".LICENSE", ".md", ".txtpb"}
 
 
 def problems(wheel: Path) -> list[str]:
