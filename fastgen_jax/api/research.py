@@ -9,8 +9,8 @@ import numpy as np
 
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.packing import Packer
+from fastgen_jax.engine.programs import StepOutput
 from fastgen_jax.engine.prompts import TokenIdsInput, checked_token_ids
-from fastgen_jax.engine.runner import StepOutput
 from fastgen_jax.engine.sampling.tables import SamplingTables
 from fastgen_jax.scheduling import Sequence as HostSequence
 from fastgen_jax.scheduling.manual import ManualRow

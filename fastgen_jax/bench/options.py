@@ -47,10 +47,13 @@ def engine_option(pair: str) -> tuple[str, Any]:
 
 
 def make_engine(args: argparse.Namespace, **overrides: Any) -> Engine:
-    """The engine that the flags describe. Prefix caching is off by default: random prompts share nothing."""
+    """The engine that the flags describe, completely compiled, and without prefix caching: random prompts share nothing.
+
+    Both are defaults that `--option` can change.
+    """
     from fastgen_jax import Engine
 
-    options = {"prefix_caching": False, **dict(args.option), **overrides}
+    options = {"prefix_caching": False, "background_compile": False, **dict(args.option), **overrides}
     return Engine.from_pretrained(args.model, progress=True, **options)
 
 

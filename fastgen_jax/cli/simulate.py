@@ -22,8 +22,8 @@ from fastgen_jax.bench.results import RunRecord, append, context
 from fastgen_jax.bench.steps import add_measurement_arguments
 from fastgen_jax.bench.tables import milliseconds, table
 from fastgen_jax.cli.parser import Options
+from fastgen_jax.devices import DEVICES
 from fastgen_jax.json_types import JsonObject
-from fastgen_jax.plan.devices import DEVICES
 from fastgen_jax.scheduling import NEED_PROMISE, POLICIES, Promise
 from fastgen_jax.simulation import MODELS, MeasuredCost, ReplicaConfig, StepCost, load_cost, simulate
 from fastgen_jax.simulation.costs import roofline_cost

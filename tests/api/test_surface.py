@@ -57,7 +57,7 @@ def test_an_engine_and_its_pipeline_show_model_formats_devices_and_cache():
 
 
 def test_an_engine_shows_its_name_and_its_defaults_apply_in_the_pipeline_and_in_the_engine(tmp_path):
-    write_hf(tmp_path / "mine", vocab_size=512)
+    write_hf(tmp_path / "mine", vocab_size=512, num_hidden_layers=2)  # as in the tests of snapshots: compiled once
     write_json(tmp_path / "mine")
     (tmp_path / "mine" / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 3}')
     options = {"token_budget": 16, "budget_ladder": (16,), "max_num_seqs": 2, "block_size": 4, "num_blocks": 32}
