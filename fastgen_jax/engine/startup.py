@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
+from fastgen_jax.core import environment
 from fastgen_jax.core.progress import shown
 from fastgen_jax.engine import compile_cache, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, resolve
@@ -33,6 +34,7 @@ def load(
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
+    environment.warn_about_accelerators()
     checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
