@@ -7,10 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+import jax
+
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core.progress import shown
-from fastgen_jax.engine import compile_cache, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, resolve
+from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
+from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
@@ -34,20 +36,23 @@ def load(
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
-    checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
+    checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
     if config.generation_config == "auto":
         config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
-    resolved = resolve(config, checkpoint.config)  # first, so that mistakes are reported before the weights are loaded
+    # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
+    folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
+    config = fit.with_formats(config, checkpoint.config, folder)
+    resolved = resolve(config, checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise ValueError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
-            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
-            "that the model was not trained with: use the tokenizer of this checkpoint"
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
+        log.warning(
+            "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
+            checkpoint.path,
+            f"{tokenizer.vocab_size:,}",
+            f"{checkpoint.config.vocab_size:,}",
         )
-    compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
     with compile_cache.failures_logged():
         params = load_params(
             checkpoint,
@@ -71,6 +76,8 @@ def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress
         runner.keep_only(config.budget_ladder)
         runner.warm_up()
     compile_cache.send_soon(folder)
+    if config.fitted:
+        log.info("fit: %s", config.fitted)
     log.info("engine ready: %s", config)
     return config, runner
 
@@ -88,15 +95,17 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
         "compile_cache_dir",
         "remeasure",
         "logits_processor",
+        "formats",
+        "strict_config",
     )
     shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
     return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())), place)}"
 
 
-def facts_of_cache(choices: EngineConfig, model: ModelConfig) -> tuple[object, ...]:
-    """What the size of the KV cache depends on besides the machine's memory."""
+def facts_of_cache(choices: EngineConfig, model: ModelConfig, formats: tuple[str | None, ...]) -> tuple[object, ...]:
+    """What the size of the KV cache depends on besides the machine's memory; `formats` as from `formats_of`."""
     names = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
-    return (asdict(model), [getattr(choices, name) for name in names])
+    return (asdict(model), [getattr(choices, name) for name in names], formats)
 
 
 def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
@@ -104,7 +113,7 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
     if choices.num_blocks is not None or folder is None:
         return resolve(choices, model)
     path = folder.path / BLOCKS_FILE
-    facts = facts_of_cache(choices, model)
+    facts = facts_of_cache(choices, model, formats_of(choices, jax.default_backend()))
     earlier = (saved_choices.load(path, facts) or {}).get("num_blocks")
     config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
     if config.num_blocks != earlier and folder.writable:

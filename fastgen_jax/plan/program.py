@@ -27,6 +27,7 @@ from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
 from fastgen_jax.plan.devices import NoCompiler, Topology
+from pallas_kernels.jax_versions import AbstractGpu
 from pallas_kernels.matmul import Int8Weight
 
 # An asynchronous collective is counted where it starts.
@@ -74,23 +75,16 @@ def deviceless_mesh(topology: Topology, num_devices: int | None = None, *, compu
     mesh = tensor_mesh(devices[:num_devices])
     if topology.device.platform == "cuda":
         seen = mesh.abstract_mesh.abstract_device
-        # A mesh caches the description of its devices; this replaces it with one that has what Pallas needs.
+        # A mesh caches the description of its devices; this replaces it with one that has the compute capability, without
+        # which Pallas would compile for 9.0.
         mesh.__dict__["abstract_mesh"] = mesh.abstract_mesh.update(
-            abstract_device=_AbstractGpu(
+            abstract_device=AbstractGpu(
                 device_kind=seen.device_kind,
                 num_cores=seen.num_cores,
-                platform=seen.platform,
                 compute_capability=devices[0].compute_capability,
             )
         )
     return mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class _AbstractGpu(jax.sharding.AbstractDevice):
-    """An abstract device with a compute capability; JAX's has none, and Pallas would compile for 9.0."""
-
-    compute_capability: str = ""
 
 
 def _tpus(topology: Topology) -> list[Any]:  # of jax.Device, which type checkers do not accept as a type

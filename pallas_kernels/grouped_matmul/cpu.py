@@ -64,14 +64,17 @@ mlir.register_lowering(_cpu_only_p, _refuse)
 def multiply(
     x: Float[Array, "T K"],
     panels: Num[Array, "G P steps width group"],
-    scales: Float[Array, "G P width"] | Float[Array, " none"],
+    scales: Float[Array, "*groups"],
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
     *,
     num_outputs: int,
     gated: bool,
 ) -> Float[Array, "T N"]:
-    """float32[T, num_outputs]; x is float32[T, K]. Layout of the weights: see `PackedGroups`."""
+    """float32[T, num_outputs]; x is float32[T, K]. Layout of the weights: see `PackedGroups`.
+
+    The groups may be those of several layers; `scales` then keeps its layer axis.
+    """
     return _multiply(x, panels, scales, group_sizes, first_group, num_outputs, gated)
 
 
@@ -79,7 +82,7 @@ def multiply(
 def _multiply(
     x: Float[Array, "T K"],
     panels: Num[Array, "G P steps width group"],
-    scales: Float[Array, "G P width"] | Float[Array, " none"],
+    scales: Float[Array, "*groups"],
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
     num_outputs: int,

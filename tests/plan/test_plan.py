@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fastgen_jax.cli import main
+from fastgen_jax.engine.footprint import weight_bytes
 from fastgen_jax.plan.devices import DEVICES, GIB, parse_topology
-from fastgen_jax.plan.estimate import read_weight_bytes, weight_bytes
+from fastgen_jax.plan.estimate import read_weight_bytes
 from fastgen_jax.plan.program import copied_in_loops, count_in_loops
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.checkpoint.tiny_files import write_gguf

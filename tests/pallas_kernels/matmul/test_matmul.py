@@ -189,6 +189,42 @@ def test_the_compiled_program_does_not_copy_the_weight():
         assert others == []
 
 
+def _packed_stack(w: np.ndarray, storage: str, *, gated: bool = False) -> PackedWeight:
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *(_prepare(layer, storage, gated=gated) for layer in w))
+
+
+@needs_native
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_a_layer_of_a_stack_multiplies_as_if_it_were_alone(storage: str):
+    w = _normal(3, 37, 50, seed=1)
+    stacks = {gated: _packed_stack(w, storage, gated=gated) for gated in (False, True)}
+    assert stacks[False].shape == (3, 37, 50)
+    assert stacks[False].at_layer(1).shape == (37, 50)
+    with unchecked(), pytest.raises(ValueError, match="does not fit"):
+        linear(jnp.ones((1, 37)), stacks[False])
+    for m in (1, 17):
+        x, residual = jnp.asarray(_normal(m, 37)), jnp.asarray(_normal(m, 50, seed=2))
+
+        def of_layer(_, layer, x=x, residual=residual):
+            y = linear(x, stacks[False].at_layer(layer), residual=residual)
+            return None, (y, swiglu(x, stacks[True].at_layer(layer)))
+
+        _, (plain, gated) = jax.lax.scan(of_layer, None, jnp.arange(3, dtype=jnp.int32))
+        for layer in range(3):
+            alone = linear(x, _prepare(w[layer], storage), residual=residual)
+            np.testing.assert_array_equal(plain[layer], alone)
+            np.testing.assert_array_equal(linear(x, stacks[False].at_layer(layer), residual=residual), alone)
+            np.testing.assert_array_equal(gated[layer], swiglu(x, _prepare(w[layer], storage, gated=True)))
+
+
+@needs_native
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_outside_the_stack_is_an_error(layer: int):
+    stack = _packed_stack(_normal(3, 8, 8), "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"layer {layer} of a weight with 3 layers"):
+        jax.block_until_ready(linear(jnp.ones((1, 8)), stack.at_layer(layer)))
+
+
 @needs_native
 def test_a_packed_weight_is_refused_for_other_platforms():
     packed = prepare(_normal(8, 8), platform="cpu")

@@ -21,6 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels import jax_versions
+from pallas_kernels.jax_versions import AbstractGpu
 from pallas_kernels.ragged_attention import QuantizedCache, contract, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, time_call
 from pallas_kernels.ragged_attention.autotune import main as autotune_command
@@ -277,17 +279,12 @@ def test_modeled_tiles_of_8_bits_fit_in_shared_memory(head_dim: int, group: int)
         assert 2 * (taken + 1024) <= 164 * 1024
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu(jax.sharding.AbstractDevice):
-    compute_capability: str = ""
-
-
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [("9.0", "hopper"), ("8.0", "ampere"), ("8.6", "ampere"), ("8.9", "ampere"), ("7.5", None), ("10.0", None)],
 )
 def test_the_compute_capability_chooses_the_kernel(capability: str, expected: str | None) -> None:
-    device = Gpu(device_kind="a GPU", num_cores=1, platform="gpu", compute_capability=capability)
+    device = AbstractGpu(device_kind="a GPU", num_cores=1, compute_capability=capability)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         assert gpu_support.generation() == expected
 
@@ -310,7 +307,7 @@ def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, mon
     assert json.loads(path.read_text())[shape.key("an A10")]["pieces"] == 4 * 8 * 72
 
     def chosen(kind: str, cores: int) -> GpuTiles:
-        device = Gpu(device_kind=kind, num_cores=cores, platform="gpu", compute_capability="8.6")
+        device = AbstractGpu(device_kind=kind, num_cores=cores, compute_capability="8.6")
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
             return choose(shape, "ampere")
 
@@ -341,7 +338,7 @@ def test_autotune_measures_a_valid_call() -> None:
 
 
 def test_a_gpu_of_unknown_capability_and_a_cpu_have_no_kernel() -> None:
-    device = jax.sharding.AbstractDevice(device_kind="another GPU", num_cores=1, platform="gpu")
+    device = AbstractGpu(device_kind="another GPU", num_cores=1)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         assert gpu_support.generation() is None
     assert gpu_support.generation() is None
@@ -353,7 +350,7 @@ def test_an_old_jax_uses_xla_on_an_ampere_and_logs_it(
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     gpu_support.warn_once.cache_clear()
     arguments = make_batch([(1, 3)], dtype=jnp.bfloat16).arguments()
-    device = Gpu(device_kind="a GPU", num_cores=1, platform="gpu", compute_capability="8.0")
+    device = AbstractGpu(device_kind="a GPU", num_cores=1, compute_capability="8.0")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         ragged_attention(**arguments)
     assert "runs in plain XLA: the GPU kernel of GPUs of compute capability 8 needs jax 0.12" in caplog.text
@@ -361,7 +358,7 @@ def test_an_old_jax_uses_xla_on_an_ampere_and_logs_it(
         ragged_attention_gpu(**arguments, generation="ampere")
 
 
-@pytest.mark.skipif(jax.__version_info__ < gpu_support.AMPERE_JAX, reason="this jax has no layouts for mma")
+@pytest.mark.skipif(jax.__version_info__ < jax_versions.AMPERE_KERNEL, reason="this jax has no layouts for mma")
 @pytest.mark.parametrize("rows", [64, 128])
 def test_a_product_is_the_left_operand_of_the_next_without_conversion(rows: int) -> None:
     from jax.experimental.mosaic import gpu as mgpu
