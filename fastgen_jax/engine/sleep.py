@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from fastgen_jax.engine.footprint import size
-from fastgen_jax.engine.memory import available
+from fastgen_jax.engine.memory import available, give_back
 from fastgen_jax.engine.metrics import Metrics
 from fastgen_jax.engine.replacement import replacement_params
 from fastgen_jax.engine.runner import Runner
@@ -64,6 +64,7 @@ class Sleep:
         self._scheduler.reset_prefix_cache()
         self._form, self._kept = form, kept
         runner.release(delete_params=not (keep_weights and on_host))
+        give_back()
         self._metrics.sleeps += 1
         log.info("asleep: %s freed", size(freed))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from tests.tiny import drain, greedy, tiny_model, tokens_of
 SETTINGS = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64}
 PROMPTS = [[5 + i, 6, 7 + i, *range(3, 3 + 5 * i)] for i in range(8)]
 TIMEOUT = 120  # seconds; a test that reaches it has failed
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -289,3 +293,13 @@ def test_a_request_that_cannot_wake_the_engine_fails_and_the_next_one_tries_agai
         outputs.append(events.get(timeout=TIMEOUT))
     assert tokens_of(outputs) == expected[5]
     thread.close(TIMEOUT)
+
+
+@pytest.mark.slow  # a real model, in a process whose memory is measured
+def test_the_memory_really_goes_back_to_the_system() -> None:
+    command = [sys.executable, "-m", "tests.engine.programs.asleep"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True).stdout
+    measured = json.loads(told.splitlines()[-1])
+    assert measured["same"]
+    assert measured["awake"] - measured["asleep"] > 0.8 * measured["held"]
+    assert measured["again"] < 1.1 * measured["awake"]
