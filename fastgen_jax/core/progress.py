@@ -96,6 +96,7 @@ class Phases:
         ) as bar:
             self._bar = bar
             self._tell_time(name)
+            bar.refresh()
             try:
                 yield bar.update
             finally:
