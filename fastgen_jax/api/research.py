@@ -43,6 +43,9 @@ class Research:
         self._sequences = engine.manual_sequences
         self._packer = Packer(engine.config, SamplingTables(engine.config.max_num_seqs, engine.model.vocab_size))
 
+    def __repr__(self) -> str:
+        return f"Research({self._engine.describe()}; {len(self._sequences)} sequences)"
+
     def put(self, uids: Sequence[str | int], tokens: Sequence[TokenIdsInput]) -> np.ndarray:
         """Appends tokens to sequences, new or existing, and returns the logits f32[len(uids), V] after the last of each.
 

@@ -138,7 +138,7 @@ def loads_of(args: argparse.Namespace, *, warmup: int = 1, max_context_len: int 
     }
     trace, arrival_rates = getattr(args, "trace", None), getattr(args, "rate", None)
     if trace and arrival_rates:
-        raise ValueError("--trace and --rate are both given; arrivals are either recorded or drawn, so give only one")
+        raise ValueError("--trace and --rate are both set; arrivals are either recorded or drawn, so set only one")
     if trace:
         return [
             read_trace(trace, speed=speed, length_scale=args.length_scale, first=args.first, max_context_len=max_context_len)

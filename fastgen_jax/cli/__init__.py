@@ -31,6 +31,7 @@ GROUPS = {
         "inspect": "show what a checkpoint contains: config, parameters, number formats, tokenizer",
         "convert": "convert a checkpoint to a snapshot, which loads at disk speed onto any mesh",
         "plan": "check whether a model fits on devices that are not attached, from its config.json alone",
+        "compile": "compile an engine's programs before its first start, also for TPUs that are not attached",
     },
     "measure": {
         "bench": "measure throughput and latency of this engine and others",

@@ -38,7 +38,8 @@ class Phases:
         """How long each phase took, in order."""
         self.expected = dict(expected or {})
         self._log = log
-        self._names = list(names)
+        self.names = list(names)
+        """All phases, in order."""
         self._bar: Any = None
         self._interactive = bar and is_interactive()
         self._over = threading.Event()
@@ -76,7 +77,7 @@ class Phases:
 
     def left(self, name: str) -> float | None:
         """Seconds until the last phase is usually over, while `name` runs; None if nothing is known about them."""
-        later = self._names[self._names.index(name) + 1 :] if name in self._names else []
+        later = self.names[self.names.index(name) + 1 :] if name in self.names else []
         if name not in self.expected:
             return None
         elapsed = time.monotonic() - self._began
@@ -86,12 +87,12 @@ class Phases:
     def _shown(self, name: str, total: int | None, unit: str) -> Iterator[Callable[[], object]]:
         from tqdm import tqdm
 
-        place = f"[{self._names.index(name) + 1}/{len(self._names)}] " if name in self._names else ""
+        place = f"[{self.names.index(name) + 1}/{len(self.names)}] " if name in self.names else ""
         with tqdm(
             total=total,
             desc=place + name,
             unit=unit,
-            leave=not self._names,
+            leave=not self.names,
             bar_format=None if total else "{desc} {elapsed}{postfix}",
         ) as bar:
             self._bar = bar

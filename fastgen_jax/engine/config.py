@@ -98,7 +98,10 @@ class EngineConfig:
     overlap: bool = True
     """Dispatch each step before the tokens of the previous one are read."""
     stack_layers: bool | None = None
-    """Scan over the layers as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
+    """Scan over the layers as one stacked array, so that compile time does not grow with depth.
+
+    None: yes, except on a CPU without native kernels, where a scan copies the weights.
+    """
     logits_processor: LogitsProcessor | None = None
     """A jax.numpy function f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: no processor."""
     attention: Attention | None = None
@@ -108,6 +111,8 @@ class EngineConfig:
     )
     """Defaults for options that a request omits: "auto" for those in the checkpoint's generation_config.json, "none", or
     the defaults as a mapping or as JSON, such as {"temperature": 0.6}. Stored as pairs."""
+    strict_config: bool = False
+    """Refuse a checkpoint whose config.json has fields that are unknown for its architecture, instead of warning."""
     compile_cache_dir: str | None = None
     """Folder for compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": nothing is
     saved."""
@@ -229,6 +234,11 @@ class ResolvedConfig:
         return self.choices.tensor_parallel
 
     @property
+    def packed_weights(self) -> bool:
+        """Whether matrices are packed for the native CPU kernels."""
+        return _packs_weights(self.choices)
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens that a sequence can actually have: the context limit, or the whole KV cache if that holds less."""
         return longest_sequence(max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size)
@@ -296,8 +306,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length
     stack_layers = config.stack_layers
     if stack_layers is None:
-        stack_layers = platform != "cpu" or config.tensor_parallel is not None
-    native_kernels = platform == "cpu" and not stack_layers and native.available()
+        stack_layers = platform != "cpu" or config.tensor_parallel is not None or _packs_weights(config)
     return ResolvedConfig(
         choices=config,
         dtype=dtype,
@@ -307,12 +316,12 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         max_context_len=max_context_len,
         num_blocks=num_blocks,
         stack_layers=stack_layers,
-        activation_dtype="float32" if native_kernels or (dtype == "float16" and model.exceeds_float16) else dtype,
+        activation_dtype="float32" if _packs_weights(config) or (dtype == "float16" and model.exceeds_float16) else dtype,
         prefix_caching=prefix_caching,
         budget_ladder=_step_sizes(
             config,
             longest=longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size),
-            padding_is_cheap=native_kernels,
+            padding_is_cheap=_packs_weights(config),
         ),
         generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
         fitted=_fitted(config, model, platform, dtype, quantize, kv_dtype, max_context_len, num_blocks * block_size),
@@ -359,6 +368,11 @@ def _fitted(
     if longest < wanted:
         line += f" of {wanted:,} tokens because no more fit"
     return f"{line}; {config.formats.why}" if config.formats is not None and config.formats.why else line
+
+
+def _packs_weights(config: EngineConfig) -> bool:
+    """A weight that is divided over CPU devices stays a plain array."""
+    return jax.default_backend() == "cpu" and config.tensor_parallel is None and native.available()
 
 
 def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -> tuple[int, ...]:

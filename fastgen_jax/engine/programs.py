@@ -26,6 +26,8 @@ from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.folders import Folder
 from pallas_kernels.pytree import pytree
 
+FOLDER = "executables"  # within the cache folder
+
 # By device kind. On TPU7x the compiler prefers tiles of 16 x 128 16-bit numbers to the 8 x 128 in which arrays arrive,
 # and would copy every stack of weights in every step; the products take the same time with either.
 _COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
@@ -107,9 +109,9 @@ class Programs:
         bucket = self.bucket(budget)
         if self.folder is None or self.config.choices.logits_processor is not None:  # which has no name to look up
             return Program(bucket, self.lower(bucket).compile())
-        saved = Folder(path=self.folder.path / "executables", writable=self.folder.writable)
+        saved = Folder(path=self.folder.path / FOLDER, writable=self.folder.writable)
         devices = jax.local_devices()[: self.config.tensor_parallel or 1]
-        name = program_name(self._arguments(bucket), self.model, self.config, budget, devices=devices)
+        name = program_name(self._arguments(bucket)[:3], self.model, self.config, budget, devices=devices)
         program = executables.load(saved, name, devices=devices)
         return Program(bucket, program or executables.compile_and_save(self.lower(bucket), saved, name))
 
@@ -120,7 +122,7 @@ class Programs:
 def program_name(
     arguments: object, model: ModelConfig, config: ResolvedConfig, budget: int, *, devices: Sequence[Any]
 ) -> str:
-    """The name under which a step's program is saved; the last parameters are those of `executables.key`."""
+    """The name under which a step's program is saved; `arguments` are weights, KV cache and state, arrays or shapes."""
     shape = (budget, config.max_num_seqs, config.max_blocks, config.num_blocks, config.block_size)
     form = (config.choices.attention, config.activation_dtype, config.tensor_parallel)
     return executables.key(arguments, asdict(model), shape, form, devices=devices)
@@ -146,11 +148,13 @@ def step_program(
     activation_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     logits_processor: LogitsProcessor | None = None,
+    device_kind: str | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
     weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
+    `device_kind` is that of the devices to compile for; None: those of the mesh, or of this process.
     """
     step = partial(
         _step,
@@ -162,7 +166,7 @@ def step_program(
         logits_processor=logits_processor,
     )
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device.device_kind))
+    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device_kind or device.device_kind))
     if mesh is None:
         return jit(step)
     whole = NamedSharding(mesh, PartitionSpec())

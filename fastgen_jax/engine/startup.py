@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from pallas_kernels.folders import Folder
 
 log = logging.getLogger(__name__)
 
-PHASES = ("opening the model", "loading weights", "allocating memory", "compiling")
+BUILDING = "building C++ kernels"  # those that are not ready when the weights are loaded, once per machine
+PHASES = ("opening the model", "loading weights", BUILDING, "allocating memory", "compiling")
 SECONDS_FILE = "starts.json"  # how long they took
 BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depend on it
 
@@ -39,21 +41,25 @@ def load(
     checkpoint is missing, damaged or unsupported.
     """
     with phases.phase(PHASES[0]):
-        checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
+        checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
         if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
             config = replace(config, quantize="int8")
         if config.generation_config == "auto":
             config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
         # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
-        folder = compile_cache.use(config.compile_cache_dir, _group(config, checkpoint.config))
+        folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
         config = fit.with_formats(config, checkpoint.config, folder)
         resolved = resolve(config, checkpoint.config)
+        builds = _prefetch_kernels(checkpoint.config) if jax.default_backend() == "cpu" else ()
+        if not builds:
+            phases.names = [name for name in PHASES if name != BUILDING]
         tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-        if tokenizer.vocab_size > checkpoint.config.vocab_size:
-            raise ValueError(
-                f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
-                f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
-                "that the model was not trained with: use the tokenizer of this checkpoint"
+        if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
+            log.warning(
+                "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
+                checkpoint.path,
+                f"{tokenizer.vocab_size:,}",
+                f"{checkpoint.config.vocab_size:,}",
             )
         _expect_seconds(phases, folder, checkpoint.config, resolved)
     params = load_params(
@@ -63,12 +69,23 @@ def load(
         prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, resolved),
         progress=phases,
     )
+    if builds:
+        with phases.phase(BUILDING, total=len(builds), unit="kernel") as advance:
+            for build in builds:
+                concurrent.futures.wait([build.path])
+                advance()
     return params, checkpoint.config, tokenizer, config
+
+
+def _prefetch_kernels(model: ModelConfig) -> Sequence[native.Build]:
+    """Starts to compile the C++ kernels that a model needs, if they have to be, while its weights are being read."""
+    experts = ("grouped_matmul",) if model.moe is not None else ()
+    return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary"))
 
 
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases) -> tuple[ResolvedConfig, Runner]:
     """The resolved config, and a runner with warm programs: all, or with `background_compile` that of a full step."""
-    folder = compile_cache.use(choices.compile_cache_dir, _group(choices, model))
+    folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
     config = _resolve_as_before(choices, model, folder)
     if choices.token_budget is None and not choices.remeasure:
         config = replace(config, budget_ladder=_ladder(config, model, folder))
@@ -87,8 +104,11 @@ def start(params: Params, model: ModelConfig, choices: EngineConfig, *, phases: 
     return config, runner
 
 
-def _group(choices: EngineConfig, model: ModelConfig) -> str:
-    """A name for the starts that run the same programs: those with equal choices, except for these, which shape none."""
+def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place | None = None) -> str:
+    """A name for the starts that run the same programs: those with equal choices, except for these, which shape none.
+
+    `place` is where the engine runs; None: here.
+    """
     other = (
         "policy",
         "overlap",
@@ -98,9 +118,17 @@ def _group(choices: EngineConfig, model: ModelConfig) -> str:
         "compile_cache_dir",
         "remeasure",
         "logits_processor",
+        "formats",
+        "strict_config",
     )
     shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
-    return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())))}"
+    return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())), place)}"
+
+
+def facts_of_cache(choices: EngineConfig, model: ModelConfig, formats: tuple[str | None, ...]) -> tuple[object, ...]:
+    """What the size of the KV cache depends on besides the machine's memory; `formats` as `formats_of`."""
+    names = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
+    return asdict(model), [getattr(choices, name) for name in names], formats
 
 
 def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
@@ -108,14 +136,7 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
     if choices.num_blocks is not None or folder is None:
         return resolve(choices, model)
     path = folder.path / BLOCKS_FILE
-    facts = (
-        asdict(model),
-        [
-            getattr(choices, name)
-            for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
-        ],
-        formats_of(choices, jax.default_backend()),
-    )
+    facts = facts_of_cache(choices, model, formats_of(choices, jax.default_backend()))
     earlier = (saved_choices.load(path, facts) or {}).get("num_blocks")
     config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
     if config.num_blocks != earlier and folder.writable:
@@ -134,7 +155,7 @@ def _ladder(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -
         model,
         bytes_per_weight=1 if config.quantize else jnp.dtype(config.dtype).itemsize,
         device_kind=None if device.platform == "cpu" else device.device_kind,
-        skips_padding=device.platform == "cpu" and not config.stack_layers and native.available(),
+        skips_padding=config.packed_weights,
     )
     return ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
 
@@ -199,5 +220,5 @@ def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]
         config.stack_layers,
         config.max_context_len,
         list(candidates),
-        native.available(),
+        native.origin(),
     )

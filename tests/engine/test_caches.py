@@ -36,7 +36,7 @@ jax.monitoring.register_event_listener(lambda event, **kwargs: _events.update([e
 
 
 @pytest.fixture
-def fresh(tmp_path, monkeypatch):
+def fresh(tmp_path, monkeypatch, fast_compilation):
     """JAX without a persistent cache, and a temporary folder for this test."""
     options = (
         "jax_compilation_cache_dir",
@@ -88,7 +88,8 @@ def forget_executables(folder: Path) -> None:
 def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a program of tests/engine/programs in a new process, with warnings as errors."""
     variables = {name: value for name, value in os.environ.items() if name != "FASTGEN_CACHE_DIR"}
-    variables |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", **environment}
+    variables |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    variables |= environment
     command = [sys.executable, "-W", "error", "-m", f"tests.engine.programs.{program}", *map(str, arguments)]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
