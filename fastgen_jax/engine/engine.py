@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 
+from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.background import BackgroundCompiler
 from fastgen_jax.engine.config import EngineConfig
@@ -32,6 +36,7 @@ from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -51,6 +56,8 @@ class Engine:
 
     name: str = ""
     """The argument of `from_pretrained`; empty for an engine made from weights."""
+    startup_seconds: Mapping[str, float] = MappingProxyType({})
+    """How long each phase of `from_pretrained` took."""
 
     def __init__(
         self,
@@ -59,15 +66,17 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        progress: bool = False,
+        progress: bool | Phases = False,
     ) -> None:
         """Compiles everything, or with `background_compile` the program of a full step; `params` are plain or prepared.
 
-        `progress` shows a bar while programs compile. Raises ValueError if `config` is incompatible with the model or
-        the free memory.
+        `progress` shows a bar while programs compile, or is the display of a longer start. Raises ValueError if `config`
+        is incompatible with the model or the free memory.
         """
         self.model = model
-        self.config, self.runner = startup.start(params, model, config or EngineConfig(), progress=progress)
+        phases = progress if isinstance(progress, Phases) else Phases(log, bar=progress)
+        with contextlib.nullcontext() if phases is progress else phases:
+            self.config, self.runner = startup.start(params, model, config or EngineConfig(), phases=phases)
         """The settings in use, and the compiled programs with their device memory; use `runner` only within `exclusive`."""
         choices = self.config.choices
         self.tokenizer = tokenizer
@@ -111,8 +120,15 @@ class Engine:
         config = config or EngineConfig.from_options(options)
         if config.background_compile is None and config.promise is None:
             config = replace(config, background_compile=True)
-        params, model_config, tokenizer, config, path = startup.load(model, config, progress=progress)
-        engine = cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
+        with Phases(log, names=startup.PHASES, bar=progress) as phases:
+            params, model_config, tokenizer, config, path = startup.load(model, config, phases=phases)
+            engine = cls(params, model_config, config, tokenizer=tokenizer, progress=phases)
+            compiled, all_sizes = len(engine.runner.budgets), len(engine.config.budget_ladder)
+            rest = (
+                f"; compiled {compiled} of {all_sizes} programs, the rest in the background" if compiled < all_sizes else ""
+            )
+            phases.say(f"ready in {sum(phases.seconds.values()):.1f} s{rest}")
+        engine.startup_seconds = phases.seconds
         engine.runner.own_params()
         engine._sleep.reload = partial(startup.reload, path, model_config, engine.config)
         engine.name = os.fspath(model)
