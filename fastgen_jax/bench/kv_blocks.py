@@ -42,7 +42,9 @@ def _measured(model: str, blocks: Sequence[int], budgets: Sequence[int], repeats
     from fastgen_jax.engine import Engine
 
     engines = {
-        n: Engine.from_pretrained(model, token_budget=max(budgets), budget_ladder=tuple(budgets), num_blocks=n)
+        n: Engine.from_pretrained(
+            model, token_budget=max(budgets), budget_ladder=tuple(budgets), num_blocks=n, background_compile=False
+        )
         for n in blocks
     }
     times: dict[tuple[int, int], list[float]] = {(n, t): [] for n in blocks for t in budgets}
@@ -67,7 +69,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
 
     from fastgen_jax.core import KVCache, stored_head_dim
     from fastgen_jax.engine.packing import Bucket
-    from fastgen_jax.engine.runner import step_program
+    from fastgen_jax.engine.programs import step_program
     from fastgen_jax.engine.sampling.state import init_state
     from fastgen_jax.models.config import ModelConfig
     from fastgen_jax.models.counts import count_params
@@ -120,7 +122,8 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
             )
             packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32, sharding=place)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                lowered = step_program(model, bucket).lower(params, cache, state, packed)
+                program = step_program(model, bucket, device_kind=device.device_kind)
+                lowered = program.lower(params, cache, state, packed)
             memory = lowered.compile().memory_analysis()
             assert memory is not None  # the TPU compiler always reports it
             size = 2 * cache.k.size * 2

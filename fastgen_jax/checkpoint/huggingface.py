@@ -34,11 +34,11 @@ class HuggingFaceCheckpoint:
     tensors: Mapping[str, StoredTensor | PackedTensor]
 
     @classmethod
-    def open(cls, path: Path) -> HuggingFaceCheckpoint:
+    def open(cls, path: Path, *, strict_config: bool = False) -> HuggingFaceCheckpoint:
         """Reads config.json, generation_config.json and the headers of all shards; ValueError names a damaged file."""
         hf = config_json(path)
         quantization = hf.pop("quantization_config", None)  # tensors are dequantized when they are read
-        config = model_config(hf, path / "config.json")
+        config = model_config(hf, path / "config.json", strict=strict_config)
         tensors: dict[str, StoredTensor] = {}
         for file, expected in _shards(path).items():
             found = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
@@ -125,13 +125,13 @@ def read_generation_config(folder: Path) -> JsonObject:
     return read_json(file) if file.exists() else {}
 
 
-def model_config(hf: JsonFields, where: object) -> ModelConfig:
+def model_config(hf: JsonFields, where: object, *, strict: bool = False) -> ModelConfig:
     """The `ModelConfig` of the fields of a config.json; errors begin with `where` it came from."""
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(f"{where}: 'architectures' must name one architecture, got {architectures!r}")
     try:
-        return family_of(architectures[0]).config_from_hf(hf)
+        return family_of(architectures[0]).config_from_hf(hf, strict=strict)
     except KeyError as error:
         raise ValueError(f"{where} lacks the field {error}") from error
     except (ValueError, TypeError) as error:

