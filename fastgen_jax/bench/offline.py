@@ -1,7 +1,7 @@
 """Throughput on a fixed set of requests, of this engine alone or interleaved with other engines.
 
 Every engine runs in its own process, is warmed up with the same lengths (but other token ids), and then runs in turn:
-A B C A B C ... Medians over the rounds are compared, and every run is appended to a file as one JSON line.
+A B C, C B A, ... Medians over the rounds are compared, and every run is appended to a file as one JSON line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import shlex
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -47,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="'NAME=VALUE ...'",
         help="run this engine once more with these additional options, e.g. dtype=bfloat16; may be repeated",
+    )
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="CHECKOUT",
+        help="also run the version of this engine in another source tree, e.g. from `git worktree add`",
     )
     parser.add_argument(
         "--workload",
@@ -109,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     threads = arguments.threads or machine.usable_cores()
     peers = choose_peers(arguments, workloads, threads=threads)
     if not peers and not arguments.llama_bench:
-        raise ValueError("there is nothing to measure; give --model, --vllm-python, --hf-python or --llama-server")
+        raise ValueError("there is nothing to measure; pass --model, --vllm-python, --hf-python or --llama-server")
     context = measured_context()
     print(json.dumps(context["machine"]))
     for name, path in ggufs.items() if arguments.llama_bench else ():
@@ -136,11 +143,15 @@ def choose_peers(arguments: argparse.Namespace, workloads: Sequence[Workload], *
     if arguments.llama_server and not ggufs:
         raise ValueError("--llama-server needs at least one --gguf NAME=PATH")
     peers = []
-    if arguments.also and not arguments.model:
-        raise ValueError("--also needs --model, the checkpoint for this engine")
+    for flag, value in (("--also", arguments.also), ("--baseline", arguments.baseline)):
+        if value and not arguments.model:
+            raise ValueError(f"{flag} needs --model, the checkpoint for this engine")
     for text, options in [("", {}), *arguments.also] if arguments.model else ():
         values = {"max_context_len": longest, "max_num_seqs": slots, **dict(arguments.option), **options}
         peers.append(fastgen_peer(arguments.model, config=values, name=f"fastgen_jax {text}".strip()))
+    if arguments.baseline:
+        values = {"max_context_len": longest, "max_num_seqs": slots, **dict(arguments.option)}
+        peers.append(fastgen_peer(arguments.model, config=values, name="baseline", checkout=arguments.baseline))
     if arguments.vllm_python:
         peers.append(
             vllm_peer(
@@ -202,7 +213,8 @@ def measure(
             workers.append(worker)
         for round_number in range(arguments.rounds):
             for workload in workloads:
-                for worker in workers:
+                # Forwards and backwards in turn, so that no engine always runs first.
+                for worker in workers if round_number % 2 == 0 else reversed(workers):
                     with machine.machine_lock(lock, mode="exclusive"):
                         result = worker.run(workload)
                     summary = summarize(result.times)
@@ -250,14 +262,16 @@ HEADINGS = (
 def comparison(workload: Workload, runs: dict[str, list[tuple[Summary, RunResult]]]) -> list[str]:
     """Lines of a Markdown table of medians, then what our engine reports about itself.
 
-    "of ours" is the output rate relative to the first engine; "same text" counts the requests with the same tokens as there.
+    "of ours" is the output rate relative to the first engine in the same round (median); "same text" counts the requests
+    with the same tokens as there.
     """
     first = next(iter(runs.values()))
-    ours = median_summary([summary for summary, _ in first])
     rows = []
     for name, results in runs.items():
         median = median_summary([summary for summary, _ in results])
         rates = [summary.output_rate for summary, _ in results]
+        # Runs of one round are close in time, so a drift of the machine's speed cancels in their ratio.
+        ratios = [rate / summary.output_rate for rate, (summary, _) in zip(rates, first, strict=True)]
         expected, got = first[0][1].token_ids, results[0][1].token_ids
         same = sum(got[request_id] == tokens for request_id, tokens in expected.items())
         rows.append(
@@ -270,7 +284,7 @@ def comparison(workload: Workload, runs: dict[str, list[tuple[Summary, RunResult
                 milliseconds(median.token_latency_p50, digits=1),
                 milliseconds(median.token_latency_p95, digits=1),
                 "-" if median.decode_rate_p50 is None else f"{median.decode_rate_p50:.1f}",
-                f"{median.output_rate / ours.output_rate:.2f}",
+                f"{statistics.median(ratios):.2f}",
                 f"{same}/{len(expected)}",
             )
         )

@@ -49,14 +49,20 @@ class Peer:
         return [self.python, str(self.script), json.dumps(self.options)]
 
 
-def fastgen_peer(model: str, *, config: Mapping[str, Any], name: str = "fastgen_jax") -> Peer:
-    """This engine. Prefix caching is off unless `config` enables it, because rounds repeat the same prompts."""
-    package_root = str(Path(fastgen_jax.__file__).parent.parent)
-    path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+def fastgen_peer(model: str, *, config: Mapping[str, Any], name: str = "fastgen_jax", checkout: Path | None = None) -> Peer:
+    """This engine. Prefix caching is off unless `config` enables it, because rounds repeat the same prompts.
+
+    `checkout` is the root of another version's source tree, to compare with; ValueError if it has no such worker.
+    """
+    root = Path(fastgen_jax.__file__).parent.parent if checkout is None else checkout.absolute()
+    script = root / WORKERS.relative_to(Path(fastgen_jax.__file__).parent.parent) / "fastgen_worker.py"
+    if not script.is_file():
+        raise ValueError(f"{checkout} is not a source tree of fastgen_jax: it has no {script.relative_to(root)}")
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     return Peer(
         name=name,
         python=sys.executable,
-        script=WORKERS / "fastgen_worker.py",
+        script=script,
         options={"model": model, "config": {"prefix_caching": False, **config}},
         environment={"PYTHONPATH": path},
     )

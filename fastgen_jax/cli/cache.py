@@ -10,7 +10,7 @@ from fastgen_jax.cli.parser import Options
 
 KINDS = {
     "programs": "compiled programs",
-    "measurements": "measured step sizes and KV cache sizes",
+    "measurements": "measured step sizes, KV cache sizes and number formats",
     "native": "C++ kernels built for this CPU",
     "models": "downloaded models",
 }
@@ -57,7 +57,7 @@ def run(options: Options) -> int:
 def _places() -> dict[str, list[Path]]:
     """The paths of each kind; none where FASTGEN_CACHE_DIR disables the cache."""
     from fastgen_jax import paths
-    from fastgen_jax.engine import ladder, startup
+    from fastgen_jax.engine import fit, ladder, startup
     from pallas_kernels.native.loader import library_folder
 
     wanted = paths.engine_dir()
@@ -65,7 +65,7 @@ def _places() -> dict[str, list[Path]]:
     engine = [] if settled is None else [settled.path]
     return {
         "programs": [folder / "xla" for folder in engine],
-        "measurements": [folder / name for folder in engine for name in (ladder.FILE, startup.BLOCKS_FILE)],
+        "measurements": [folder / name for folder in engine for name in (ladder.FILE, startup.BLOCKS_FILE, fit.FILE)],
         "native": [library_folder()],
         "models": [paths.models_dir()],
     }

@@ -7,11 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
-from fastgen_jax.core import scale_bytes, stored_head_dim
-from fastgen_jax.engine import generation
-from fastgen_jax.engine.memory import room_for_cache
+from fastgen_jax.core.devices import supports_bfloat16
+from fastgen_jax.engine import footprint, generation
+from fastgen_jax.engine.memory import memory_now
 from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, check_processor
 from fastgen_jax.models.config import ModelConfig
@@ -28,20 +27,36 @@ Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
-MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes that a measurement compiles and times
+MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes among which a model or a measurement chooses
 
 
 def _ladder(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+@dataclass(frozen=True, kw_only=True)
+class Formats:
+    """Number formats for a model on a device; see `fit.choose_formats`."""
+
+    dtype: DType
+    quantize: Quantization | None
+    kv_dtype: KVDType
+    why: str = ""
+    """Why they differ from the defaults, for the log; empty if they do not."""
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:
     """How the engine runs a model. `resolve` fills every None from the model and the device."""
 
+    fit: bool = True
+    """Make a model fit the free memory by what is left open here: fewer KV blocks, then a shorter context, then smaller
+    number formats for a checkpoint; one line of the log says what was chosen. Off: the defaults below, whatever is free."""
+    formats: Formats | None = None
+    """The number formats that `fit` chose for a checkpoint before its weights were loaded; set by `from_pretrained`."""
     dtype: DType | None = None
     """Data type of the weights and activations; native CPU kernels use float32 activations with any type. None: float32
-    on a CPU, bfloat16 elsewhere."""
+    on a CPU, float16 on a GPU without bfloat16 (T4, V100), bfloat16 elsewhere."""
     quantize: Quantization | None = None
     """Weight-only quantization with one scale per output channel. None: the weights stay in `dtype`."""
     kv_dtype: KVDType | None = None
@@ -49,16 +64,21 @@ class EngineConfig:
     tensor_parallel: int | None = None
     """Number of devices over which heads, MLP columns and vocabulary are sharded. None: one device, no sharding."""
     token_budget: int | None = None
-    """Maximum number of tokens per step. None: measured once on this device, then saved."""
+    """Maximum number of tokens per step. None: derived from the device's ratio of arithmetic to memory bandwidth, or the
+    result of a measurement with `remeasure` on this device."""
     budget_ladder: tuple[int, ...] | None = converted(_ladder, default=None)
-    """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen by measurement, like
-    `token_budget`."""
+    """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen like `token_budget`."""
     remeasure: bool = False
-    """Measure the token budget again and replace the saved measurement."""
+    """Compile and time seven step sizes before the first request, choose token budget and ladder by the results, and save
+    them for later starts on this device."""
+    background_compile: bool | None = None
+    """Start with the program of a full step, and compile those of smaller steps while it serves. None: yes in
+    `from_pretrained`, unless policy "sla" needs to know how long steps take; no for an engine made from weights."""
     max_num_seqs: int = 64
     """Maximum number of sequences that run at the same time; others wait."""
     max_context_len: int | None = None
-    """Maximum number of tokens per sequence, prompt and generated together. None: the model's own limit."""
+    """Maximum number of tokens per sequence, prompt and generated together. None: the model's own limit, or with `fit`
+    what the KV cache holds if that is less."""
     block_size: int | None = None
     """Tokens per KV block. None: 32, or 128 for an 8-bit cache on a TPU or GPU, where kernels cannot read smaller blocks."""
     num_blocks: int | None = None
@@ -78,7 +98,10 @@ class EngineConfig:
     overlap: bool = True
     """Dispatch each step before the tokens of the previous one are read."""
     stack_layers: bool | None = None
-    """Scan over the layers as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
+    """Scan over the layers as one stacked array, so that compile time does not grow with depth.
+
+    None: yes, except on a CPU without native kernels, where a scan copies the weights.
+    """
     logits_processor: LogitsProcessor | None = None
     """A jax.numpy function f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: no processor."""
     attention: Attention | None = None
@@ -88,6 +111,8 @@ class EngineConfig:
     )
     """Defaults for options that a request omits: "auto" for those in the checkpoint's generation_config.json, "none", or
     the defaults as a mapping or as JSON, such as {"temperature": 0.6}. Stored as pairs."""
+    strict_config: bool = False
+    """Refuse a checkpoint whose config.json has fields that are unknown for its architecture, instead of warning."""
     compile_cache_dir: str | None = None
     """Folder for compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": nothing is
     saved."""
@@ -171,19 +196,27 @@ class ResolvedConfig:
     choices: EngineConfig
     """The operator's config. Settings that need no resolving are read from here."""
     dtype: DType
+    quantize: Quantization | None
     kv_dtype: KVDType
     block_size: int
     max_context_len: int
     num_blocks: int
     stack_layers: bool
+    activation_dtype: DType
+    """Data type of the residual stream: float32 with the native CPU kernels, which return it, and in float16 for a model
+    whose activations exceed its range; otherwise `dtype`."""
     prefix_caching: bool
     budget_ladder: tuple[int, ...]
-    """Step sizes in tokens, smallest first; the last is the token budget. Only candidates until they are measured."""
+    """Step sizes in tokens, smallest first; the last is the token budget. Only candidates until some are chosen."""
     generation_config: generation.Pairs
+    fitted: str
+    """What `fit` chose and why, in one line; empty without it."""
 
     def __repr__(self) -> str:
         resolved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "choices"}
-        return _shown(self, {**resolved, **{k: v for k, v in self.choices.changed.items() if k not in resolved}})
+        return _shown(
+            self, {**resolved, **{k: v for k, v in self.choices.changed.items() if k not in resolved and k != "formats"}}
+        )
 
     @property
     def token_budget(self) -> int:
@@ -196,20 +229,14 @@ class ResolvedConfig:
         return self.choices.max_num_seqs
 
     @property
-    def quantize(self) -> Quantization | None:
-        """Weight-only quantization; None: none."""
-        return self.choices.quantize
-
-    @property
     def tensor_parallel(self) -> int | None:
         """Number of devices over which the model is sharded; None: one device, no sharding."""
         return self.choices.tensor_parallel
 
     @property
-    def activation_dtype(self) -> DType:
-        """Data type of the residual stream: float32 with the native CPU kernels, which return it, otherwise `dtype`."""
-        native_kernels = jax.default_backend() == "cpu" and not self.stack_layers and native.available()
-        return "float32" if native_kernels else self.dtype
+    def packed_weights(self) -> bool:
+        """Whether matrices are packed for the native CPU kernels."""
+        return _packs_weights(self.choices)
 
     @property
     def longest_sequence(self) -> int:
@@ -235,7 +262,7 @@ def _shown(config: object, values: Mapping[str, object]) -> str:
 def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | None = None) -> ResolvedConfig:
     """Returns `config` with a value for every open field, chosen for this model and device.
 
-    Without a token budget, `budget_ladder` contains the candidates for a measurement. `earlier_blocks` is the
+    Without a token budget, `budget_ladder` contains the candidates among which to choose. `earlier_blocks` is the
     `num_blocks` of an earlier start; it is kept if it suits the memory that is free now. Raises ValueError if the
     choices are incompatible with the model or the free memory.
     """
@@ -244,7 +271,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         check_processor(config.logits_processor, model.vocab_size)
     if config.quantize and platform not in ("cpu", "tpu", "gpu"):
         raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
-    dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    dtype, quantize, kv_dtype = formats_of(config, platform)
     num_devices = config.tensor_parallel or 1
     if config.tensor_parallel is not None:
         _check_tensor_parallel(config, model, config.tensor_parallel, platform)
@@ -253,51 +280,103 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
             f"max_context_len={config.max_context_len} exceeds the model's {model.max_context_len}; choose at most that"
         )
     max_context_len = config.max_context_len or model.max_context_len
-    kv_dtype = config.kv_dtype or dtype
-    block_size = config.block_size or (128 if platform in ("tpu", "gpu") and kv_dtype in QUANTIZED_DTYPES else 32)
+    block_size = config.block_size or default_block_size(platform, kv_dtype)
     blocks_per_sequence = -(-max_context_len // block_size)
     num_blocks = config.num_blocks
     if num_blocks is None:
-        head_dim = stored_head_dim(model.head_dim, platform)
-        bytes_per_block = block_size * model.kv_bytes_per_token(
-            jnp.dtype(kv_dtype).itemsize, stored_head_dim=head_dim, scale_bytes=scale_bytes(kv_dtype)
-        )
-        num_blocks = room_for_cache(platform).num_blocks(
-            bytes_per_block,
-            wanted=config.max_num_seqs * blocks_per_sequence,
-            earlier=earlier_blocks,
-            share=1 if platform == "cpu" else num_devices,  # CPU devices share the memory of one host
+        bytes_per_block = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=block_size)
+        num_blocks = (
+            memory_now(platform)
+            .room()
+            .num_blocks(
+                bytes_per_block,
+                wanted=config.max_num_seqs * blocks_per_sequence,
+                earlier=earlier_blocks,
+                share=1 if platform == "cpu" else num_devices,  # CPU devices share the memory of one host
+            )
         )
         if num_blocks < 1:
             raise ValueError(
                 f"no memory for a single KV block of {bytes_per_block / 2**20:.1f} MiB; free memory, choose a smaller "
                 f"block_size than {block_size}, or a smaller kv_dtype than {kv_dtype}"
             )
+        if config.fit and config.max_context_len is None:
+            max_context_len = max(min(max_context_len, num_blocks * block_size), 2)  # a prompt and a generated token
     # A key rotated for a prompt of one length is wrong for a longer prompt with the same prefix.
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length
     stack_layers = config.stack_layers
     if stack_layers is None:
-        stack_layers = platform != "cpu" or config.tensor_parallel is not None
+        stack_layers = platform != "cpu" or config.tensor_parallel is not None or _packs_weights(config)
     return ResolvedConfig(
         choices=config,
         dtype=dtype,
+        quantize=quantize,
         kv_dtype=kv_dtype,
         block_size=block_size,
         max_context_len=max_context_len,
         num_blocks=num_blocks,
         stack_layers=stack_layers,
+        activation_dtype="float32" if _packs_weights(config) or (dtype == "float16" and model.exceeds_float16) else dtype,
         prefix_caching=prefix_caching,
         budget_ladder=_step_sizes(
             config,
             longest=longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size),
-            padding_is_cheap=platform == "cpu" and not stack_layers and native.available(),
+            padding_is_cheap=_packs_weights(config),
         ),
         generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
+        fitted=_fitted(config, model, platform, dtype, quantize, kv_dtype, max_context_len, num_blocks * block_size),
     )
 
 
+def formats_of(config: EngineConfig, platform: str) -> tuple[DType, Quantization | None, KVDType]:
+    """dtype, quantization and KV dtype: those of `config`, those that `fit` chose, or the defaults for this device."""
+    if config.formats is not None:
+        return config.formats.dtype, config.formats.quantize, config.formats.kv_dtype
+    dtype = config.dtype or default_dtype(platform, bfloat16=supports_bfloat16(jax.local_devices()[0]))
+    return dtype, config.quantize, config.kv_dtype or dtype
+
+
+def default_dtype(platform: str, *, bfloat16: bool) -> DType:
+    """The data type of weights that nobody chose, on a device that computes in bfloat16 or does not."""
+    return "float32" if platform == "cpu" else "bfloat16" if bfloat16 else "float16"
+
+
+def default_block_size(platform: str, kv_dtype: KVDType) -> int:
+    """Tokens per KV block: kernels cannot read smaller blocks of an 8-bit cache than these."""
+    return 128 if platform in ("tpu", "gpu") and kv_dtype in QUANTIZED_DTYPES else 32
+
+
+def _fitted(
+    config: EngineConfig,
+    model: ModelConfig,
+    platform: str,
+    dtype: DType,
+    quantize: Quantization | None,
+    kv_dtype: KVDType,
+    max_context_len: int,
+    cache_tokens: int,
+) -> str:
+    """What was chosen to fit the memory, and why, in one line; empty without `fit`."""
+    if not config.fit:
+        return ""
+    cache = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=1) * cache_tokens
+    longest, wanted = min(max_context_len, cache_tokens), config.max_context_len or model.max_context_len
+    line = (
+        f"{quantize or dtype} weights, {footprint.size(cache)} of {kv_dtype} KV cache for {cache_tokens:,} tokens, "
+        f"context {longest:,}"
+    )
+    if longest < wanted:
+        line += f" of {wanted:,} tokens because no more fit"
+    return f"{line}; {config.formats.why}" if config.formats is not None and config.formats.why else line
+
+
+def _packs_weights(config: EngineConfig) -> bool:
+    """A weight that is divided over CPU devices stays a plain array."""
+    return jax.default_backend() == "cpu" and config.tensor_parallel is None and native.available()
+
+
 def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -> tuple[int, ...]:
-    if config.token_budget is None:  # a measured step is one sequence, so it must fit in the cache
+    if config.token_budget is None:  # a step that is measured is one sequence, so it must fit in the cache
         return tuple(budget for budget in MEASURED_BUDGETS if budget <= longest)
     smaller = config.budget_ladder
     if smaller is None:

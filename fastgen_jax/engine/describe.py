@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 
 import jax
-import jax.numpy as jnp
 
-from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.engine import footprint
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
@@ -19,19 +18,12 @@ def describe(name: str, model: ModelConfig, config: ResolvedConfig) -> str:
     weights = f"{config.dtype}, {config.quantize} weights" if config.quantize else config.dtype
     devices = jax.local_devices()[: config.tensor_parallel or 1]
     on = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
-    platform = jax.default_backend()
-    cache_bytes = (
-        config.num_blocks
-        * config.block_size
-        * model.kv_bytes_per_token(
-            jnp.dtype(config.kv_dtype).itemsize,
-            stored_head_dim=stored_head_dim(model.head_dim, platform),
-            scale_bytes=scale_bytes(config.kv_dtype),
-        )
+    cache_bytes = config.num_blocks * footprint.block_bytes(
+        model, jax.default_backend(), kv_dtype=config.kv_dtype, block_size=config.block_size
     )
     return (
         f"{name}{model.family}, {_count(count_params(model))} parameters, {weights}, on {on}; "
-        f"KV cache of {config.num_blocks * config.block_size:,} tokens, {config.kv_dtype}, {_size(cache_bytes)}; "
+        f"KV cache of {config.num_blocks * config.block_size:,} tokens, {config.kv_dtype}, {footprint.size(cache_bytes)}; "
         f"context {config.max_context_len:,}"
     )
 
@@ -41,10 +33,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return str(number)
-
-
-def _size(num_bytes: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20)):
-        if num_bytes >= 1 << power:
-            return f"{num_bytes / (1 << power):.1f} {unit}"
-    return f"{num_bytes / 1024:.1f} KiB"

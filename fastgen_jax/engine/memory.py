@@ -41,14 +41,35 @@ class Room:
         return min(round_down(max(usual, 0), self.digits), wanted)
 
 
-def room_for_cache(platform: str) -> Room:
-    """The room now: of a device's memory if the device reports its size, else of the host's free memory."""
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """The memory of an accelerator, or of the host that CPU devices share, in bytes."""
+
+    limit: int
+    """All that the device has, or all that this process can still allocate on the host."""
+    in_use: int = 0
+    """Of a device; 0 for a host."""
+    is_host: bool = False
+
+    def free(self, weights: int = 0) -> int:
+        """Bytes that are left after `weights` more bytes are loaded; negative if they exceed it."""
+        return self.limit - self.in_use - weights
+
+    def room(self, weights: int = 0) -> Room:
+        """Room for the cache after `weights` more bytes are loaded."""
+        if self.is_host:
+            usual, least, most = (int(share * self.free(weights)) for share in HOST_SHARES)
+            return Room(usual=usual, least=least, most=most, digits=3)
+        usual, least, most = (int(share * self.limit) - self.in_use - weights for share in DEVICE_SHARES)
+        return Room(usual=usual, least=least, most=most, digits=6)  # less than 3% is lost
+
+
+def memory_now(platform: str) -> Memory:
+    """The memory of the first device if it reports its size, else of the host."""
     stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
     if stats and "bytes_limit" in stats:
-        usual, least, most = (int(share * stats["bytes_limit"]) - stats.get("bytes_in_use", 0) for share in DEVICE_SHARES)
-        return Room(usual=usual, least=least, most=most, digits=6)  # less than 3% is lost
-    usual, least, most = (int(share * available()) for share in HOST_SHARES)
-    return Room(usual=usual, least=least, most=most, digits=3)
+        return Memory(limit=stats["bytes_limit"], in_use=stats.get("bytes_in_use", 0))
+    return Memory(limit=available(), is_host=True)
 
 
 def round_down(number: int, digits: int) -> int:

@@ -89,6 +89,7 @@ class ModelConfig:
     logits_multiplier: float = 1.0
     logits_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     residual_multiplier: float = 1.0  # scales what attention and MLP add to x
+    exceeds_float16: bool = False  # activations grow beyond 65,504: the residual stream needs a wider dtype
 
     # attention
     qkv_bias: bool = False

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method
+from fastgen_jax.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
+from fastgen_jax.engine import footprint
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.plan import estimate
-from fastgen_jax.plan.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
 from fastgen_jax.plan.estimate import Memory, PlannedStep
 
 
@@ -96,9 +97,9 @@ def make_plan(
     memory = Memory(
         total=devices.device.memory_bytes,
         reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
-        weights=estimate.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize),
-        state=estimate.sampler_bytes(model, max_num_seqs),
-        temporaries=estimate.temporary_bytes(
+        weights=footprint.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize),
+        state=footprint.sampler_bytes(model, max_num_seqs),
+        temporaries=footprint.temporary_bytes(
             model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
         ),
         block=estimate.block_bytes(model, devices, block_size=block_size, kv_dtype=jnp.dtype(kv_dtype)),
@@ -234,13 +235,13 @@ def _advice(
             advice.append(f"a context of at most {left} tokens: --context {left}")
         sizes = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n > topology.num_devices and model.num_kv_heads % n == 0]
         for n in sizes:
-            weights = estimate.weight_bytes(model, n, itemsize, quantize=quantize)
+            weights = footprint.weight_bytes(model, n, itemsize, quantize=quantize)
             cache = -(-context // block_size) * memory.block * topology.num_devices // n
             if weights + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
                 advice.append(f"{n} devices of {kind.kind} instead of {topology.num_devices}")
                 break
         if quantize is None:
-            int8 = estimate.weight_bytes(model, topology.num_devices, itemsize, quantize="int8")
+            int8 = footprint.weight_bytes(model, topology.num_devices, itemsize, quantize="int8")
             cache = -(-context // block_size) * memory.block
             if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
                 advice.append("8-bit weights: --quantize int8")

@@ -70,7 +70,7 @@ def test_engines_are_interleaved_and_every_run_is_recorded(tmp_path: Path) -> No
     arguments = parser.parse_args(["--rounds", "2", "--results", str(results), "--exclusive-lock", str(tmp_path / "l")])
     runs = offline.measure([fake("A"), fake("B")], [WORKLOAD], arguments, {"machine": describe(), "command": "test"})
     records = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [(record["round"], record["engine"]) for record in records] == [(1, "A"), (1, "B"), (2, "A"), (2, "B")]
+    assert [(record["round"], record["engine"]) for record in records] == [(1, "A"), (1, "B"), (2, "B"), (2, "A")]
     assert {record["output_rate"] for record in records} == {15 / 1.25}
     table = offline.comparison(WORKLOAD, {name: runs[name, "tiny"] for name in ("A", "B")})
     rows = [line for line in table if line.startswith(("| A", "| B"))]
@@ -134,6 +134,8 @@ def test_an_exclusive_lock_excludes_others_and_a_shared_one_does_not(tmp_path: P
         (["--hf-python", "p"], "need --hf-model"),
         (["--llama-server", "s"], "at least one --gguf NAME=PATH"),
         (["--also", "dtype=bfloat16", "--vllm-python", "p", "--hf-model", "f"], "--also needs --model"),
+        (["--baseline", "/nowhere", "--vllm-python", "p", "--hf-model", "f"], "--baseline needs --model"),
+        (["--baseline", "/nowhere", "--model", "m"], "/nowhere is not a source tree of fastgen_jax"),
         (["--workload", "custom", "--requests", "0"], "num_requests is 0"),
     ],
 )
@@ -205,3 +207,16 @@ def test_this_engine_can_be_measured_with_several_sets_of_options() -> None:
         "fastgen_jax dtype=bfloat16": {"dtype": "bfloat16", "quantize": None, "token_budget": 256},
         "fastgen_jax quantize=int8 token_budget=128": {"dtype": None, "quantize": "int8", "token_budget": 128},
     }
+
+
+def test_another_version_runs_its_own_source(tmp_path) -> None:
+    worker = tmp_path / "fastgen_jax/bench/workers/fastgen_worker.py"
+    worker.parent.mkdir(parents=True)
+    worker.touch()
+    parser = argparse.ArgumentParser()
+    offline.add_arguments(parser)
+    arguments = parser.parse_args(["--model", "m", "--option", "dtype=bfloat16", "--baseline", str(tmp_path)])
+    ours, baseline = offline.choose_peers(arguments, [WORKLOAD], threads=2)
+    assert baseline.script == worker
+    assert baseline.environment["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+    assert baseline.options == ours.options

@@ -162,12 +162,12 @@ def test_an_accelerator_s_choice_survives_a_little_more_or_less_in_use(monkeypat
             return {"bytes_limit": 100_000, "bytes_in_use": self.in_use}
 
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device()])
-    first = memory.room_for_cache("tpu").num_blocks(1, wanted=10**6)
+    first = memory.memory_now("tpu").room().num_blocks(1, wanted=10**6)
     assert 0.96 * 83_000 < first <= 83_000
     for in_use in (0, 1_999, 2_001, 5_000, 7_000):
         monkeypatch.setattr(Device, "in_use", in_use)
-        assert memory.room_for_cache("tpu").num_blocks(1, wanted=10**6, earlier=first) == first, in_use
+        assert memory.memory_now("tpu").room().num_blocks(1, wanted=10**6, earlier=first) == first, in_use
     monkeypatch.setattr(Device, "in_use", 40_000)
-    assert memory.room_for_cache("tpu").num_blocks(1, wanted=10**6, earlier=first) < 45_001
+    assert memory.memory_now("tpu").room().num_blocks(1, wanted=10**6, earlier=first) < 45_001
     monkeypatch.setattr(Device, "in_use", 0)
-    assert memory.room_for_cache("tpu").num_blocks(1, wanted=10**6, share=2) > 0.96 * 170_000
+    assert memory.memory_now("tpu").room().num_blocks(1, wanted=10**6, share=2) > 0.96 * 170_000

@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from fastgen_jax.cli import main
-from fastgen_jax.plan.devices import DEVICES, GIB, parse_topology
-from fastgen_jax.plan.estimate import read_weight_bytes, weight_bytes
+from fastgen_jax.devices import DEVICES, GIB, parse_topology
+from fastgen_jax.engine.footprint import weight_bytes
+from fastgen_jax.plan.estimate import read_weight_bytes
 from fastgen_jax.plan.program import copied_in_loops, count_in_loops
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.checkpoint.tiny_files import write_gguf
@@ -166,8 +167,8 @@ def test_a_step_reads_the_experts_that_its_tokens_choose() -> None:
 
 
 def test_without_a_cuda_compiler_gpus_are_planned_by_the_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen_jax.devices import NoCompiler
     from fastgen_jax.plan import program
-    from fastgen_jax.plan.devices import NoCompiler
 
     def missing(*arguments: object, **options: object) -> None:
         raise NoCompiler("no CUDA compiler here (topology not implemented for cuda); pip install 'fastgen_jax[cuda]'")
@@ -375,7 +376,7 @@ def test_a_step_with_int8_weights_is_compiled_for_the_local_device() -> None:
 
 
 def test_an_old_jax_does_not_compile_for_devices_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgen_jax.plan.devices import NoCompiler
+    from fastgen_jax.devices import NoCompiler
     from fastgen_jax.plan.program import deviceless_mesh
 
     monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))

@@ -6,14 +6,15 @@ import math
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("GemmaForCausalLM",)
 FEATURES = "2B and 7B, version 1.1; CodeGemma"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
@@ -21,6 +22,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu", "gelu_pytorch_tanh", None)))
     return ModelConfig(
         family="gemma",
+        exceeds_float16=True,
         **common.sizes(hf, head_dim=256),
         **rotary(hf, max_context_len=8192),
         norm_eps=hf.get("rms_norm_eps", 1e-6),

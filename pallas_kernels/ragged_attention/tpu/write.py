@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -138,7 +139,6 @@ def _write(
     block_size: int,
 ) -> None:
     streams = (_Stream(k, k_cache, k_new, k_buffer), _Stream(v, v_cache, v_new, v_buffer))
-    num_granules = scalars[NUM_GRANULES]
     block_bits = block_size.bit_length() - 1  # sizes are powers of two: a shift is one scalar operation, a division ten
 
     def granule(stream: _Stream, i: jax.Array) -> Ref:
@@ -163,6 +163,38 @@ def _write(
             copy = pltpu.make_async_copy(stream.buffer.at[i & (RING - 1)], granule(stream, i), write_sem.at[i & (RING - 1)])
             getattr(copy, do)()
 
+    def merge(i: jax.Array) -> None:
+        offset = slot[i] & (rows - 1)
+        for stream in streams:
+            row = lax.broadcasted_iota(jnp.int32, stream.buffer.shape[1:], 1)
+            is_new = (row >= offset) & (row < offset + count[i])
+            new = jnp.swapaxes(stream.new_buffer[i & (RING - 1)].astype(jnp.float32), 0, 1)
+            old = stream.buffer[i & (RING - 1)].astype(jnp.float32)
+            stream.buffer[i & (RING - 1)] = jnp.where(is_new, new, old).astype(stream.buffer.dtype)
+
+    pipeline_granules(scalars[NUM_GRANULES], clash, read=read, merge=merge, write=write, ring=RING, lead=LEAD)
+
+
+def pipeline_granules(
+    num_granules: jax.Array,
+    clash: Ref,
+    *,
+    read: Callable[[jax.Array, str], None],
+    merge: Callable[[jax.Array], None],
+    write: Callable[[jax.Array, str], None],
+    ring: int,
+    lead: int,
+) -> None:
+    """Reads, merges and writes every granule, with up to `ring` in flight, of which `lead` are being read.
+
+    Args:
+      clash: i32[T], nonzero for a run that fills the granule of one of the `ring` runs before it. It is read only after
+        that run has been written.
+      read: `read(i, "start")` starts the copies of run i into buffer i % ring; `read(i, "wait")` waits for them.
+      merge: `merge(i)` puts the new rows of run i into its buffer.
+      write: `write(i, "start")` starts the copies from buffer i % ring to the cache; `write(i, "wait")` waits for them.
+    """
+
     def wait_for_writes(done: jax.Array, below: jax.Array) -> jax.Array:
         lax.fori_loop(done, below, lambda i, _: write(i, "wait"), None)
         return jnp.maximum(done, below)
@@ -172,25 +204,19 @@ def _write(
         def _() -> None:
             read(i, "start")
 
-    lax.fori_loop(0, LEAD, lambda i, _: read_ahead(i), None)
+    lax.fori_loop(0, lead, lambda i, _: read_ahead(i), None)
 
     def step(i: jax.Array, done: jax.Array) -> jax.Array:
-        # Run i + LEAD reuses the buffer of run i + LEAD - RING. A run that clashes has not been read ahead.
-        done = wait_for_writes(done, jnp.where(clash[i] > 0, i, i + LEAD - RING + 1))
-        read_ahead(i + LEAD)
+        # Run i + lead reuses the buffer of run i + lead - ring. A run that clashes has not been read ahead.
+        done = wait_for_writes(done, jnp.where(clash[i] > 0, i, i + lead - ring + 1))
+        read_ahead(i + lead)
 
         @pl.when(clash[i] > 0)
         def _() -> None:
             read(i, "start")
 
         read(i, "wait")
-        offset = slot[i] & (rows - 1)
-        for stream in streams:
-            row = lax.broadcasted_iota(jnp.int32, stream.buffer.shape[1:], 1)
-            is_new = (row >= offset) & (row < offset + count[i])
-            new = jnp.swapaxes(stream.new_buffer[i & (RING - 1)].astype(jnp.float32), 0, 1)
-            old = stream.buffer[i & (RING - 1)].astype(jnp.float32)
-            stream.buffer[i & (RING - 1)] = jnp.where(is_new, new, old).astype(stream.buffer.dtype)
+        merge(i)
         write(i, "start")
         return done
 

@@ -25,7 +25,13 @@ from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, scaled
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
-from pallas_kernels.ragged_attention.tpu.write import FIRST_BLOCK, NUM_GRANULES, RING, split_into_granules
+from pallas_kernels.ragged_attention.tpu.write import (
+    FIRST_BLOCK,
+    NUM_GRANULES,
+    RING,
+    pipeline_granules,
+    split_into_granules,
+)
 
 UNIT_BITS = 5
 UNIT = 1 << UNIT_BITS
@@ -133,9 +139,7 @@ def _write(
         _Stream(k, k_values, k_scales, k_new, k_buffer, k_scale_buffer),
         _Stream(v, v_values, v_scales, v_new, v_buffer, v_scale_buffer),
     )
-    num_granules = scalars[NUM_GRANULES]
     block_bits = block_size.bit_length() - 1
-    lead = ring // 2  # granules that are being read
 
     def block(i: jax.Array) -> jax.Array:
         return scalars[FIRST_BLOCK] + (slot[i] >> block_bits)
@@ -200,31 +204,8 @@ def _write(
         is_new = (lane >= jnp.maximum(begin, first)) & (lane < jnp.minimum(end, first + UNIT))
         stream.scale_buffer[b] = jnp.where(is_new, across, stream.scale_buffer[b])
 
-    def wait_for_writes(done: jax.Array, below: jax.Array) -> jax.Array:
-        lax.fori_loop(done, below, lambda i, _: write(i, "wait"), None)
-        return jnp.maximum(done, below)
-
-    def read_ahead(i: jax.Array) -> None:
-        @pl.when((i < num_granules) & (clash[jnp.minimum(i, num_granules - 1)] == 0))
-        def _() -> None:
-            read(i, "start")
-
-    lax.fori_loop(0, lead, lambda i, _: read_ahead(i), None)
-
-    def step(i: jax.Array, done: jax.Array) -> jax.Array:
-        # Run i + lead reuses the buffer of run i + lead - ring. A run that clashes has not been read ahead.
-        done = wait_for_writes(done, jnp.where(clash[i] > 0, i, i + lead - ring + 1))
-        read_ahead(i + lead)
-
-        @pl.when(clash[i] > 0)
-        def _() -> None:
-            read(i, "start")
-
-        read(i, "wait")
+    def merge_all(i: jax.Array) -> None:
         for stream in streams:
             for_units(i, functools.partial(merge, i, stream))
-        write(i, "start")
-        return done
 
-    done = lax.fori_loop(0, num_granules, step, jnp.int32(0))
-    wait_for_writes(done, num_granules)
+    pipeline_granules(scalars[NUM_GRANULES], clash, read=read, merge=merge_all, write=write, ring=ring, lead=ring // 2)

@@ -52,7 +52,11 @@ NEEDS_KERNELS = pytest.mark.skipif(TOO_OLD is not None, reason=f"the GPU kernel 
 
 
 def run_interpreter(which: str, examples: int) -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time is compilation, and the host's code is not what is tested
+    }
     command = [sys.executable, "-m", "tests.pallas_kernels.ragged_attention.gpu_interpreter", which, str(examples)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -198,7 +202,7 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
         partial[1 + i, 0] = weights @ values[keys] / weights.sum(1, keepdims=True)
         lse[1 + i, 0] = np.log2(weights.sum(1))
     starts, pieces = jnp.asarray([1, 1, 4], jnp.int32), jnp.asarray([0, 3, 0], jnp.int32)
-    out = combine(jnp.asarray(partial), jnp.asarray(lse), starts, pieces, most=4)
+    out = jax.jit(functools.partial(combine, most=4))(partial, lse, starts, pieces)
     np.testing.assert_allclose(out[1, 0], expected, atol=1e-5)
     np.testing.assert_array_equal(out[0], 0.0)
     np.testing.assert_array_equal(out[2], 0.0)

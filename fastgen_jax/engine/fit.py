@@ -1,0 +1,265 @@
+"""Number formats with which a model fits the free memory, chosen before its weights are loaded.
+
+Quality comes first. The KV cache gets what the weights leave; if that is little, the cache holds fewer sequences, then a
+shorter context. Only if fewer than `USABLE_CONTEXT` tokens would fit (or the model's own limit, if that is less) are
+smaller number formats tried, in the order of `candidates`. A context below that is the last resort. What the operator
+chose is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fastgen_jax.core.devices import supports_bfloat16
+from fastgen_jax.engine import footprint, ladder, saved_choices
+from fastgen_jax.engine.config import EngineConfig, Formats, default_block_size, default_dtype
+from fastgen_jax.engine.memory import Memory, memory_now
+from fastgen_jax.models.config import ModelConfig
+from pallas_kernels import native
+from pallas_kernels.folders import Folder
+
+FILE = "formats.json"  # with the compiled programs, which are made for these formats
+USABLE_CONTEXT = 4096  # tokens: formats are not changed while a context of this length fits
+LEAST_CONTEXT = 256  # tokens: a model for which fewer fit is refused
+# Of the host's free memory, at most, for the weights and what is read ahead of them: for a new choice, or to replace one.
+HOST_WEIGHTS = {"usual": 0.9, "least": 0.85, "most": 0.95}
+WEIGHTS_AHEAD = 2  # weights of the largest kind that the host holds while loading, besides the model
+DEVICE_REST = 0.1  # of an accelerator's memory, which no cache takes: temporaries and sampler tables of usual sizes
+USUAL_BUDGET = 512  # tokens: the largest step, where it is measured later
+
+_Share = Literal["usual", "least", "most"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the choice depends on, besides the model and the options."""
+
+    platform: str
+    kind: str
+    """Name of the device."""
+    memory: Memory
+    bfloat16: bool = True
+    """Whether it computes in bfloat16."""
+    packs: bool = False
+    """Whether matrices are packed for native CPU kernels."""
+    num_devices: int = 1
+
+    @staticmethod
+    def here() -> Machine:
+        """This machine, with the memory that is free now."""
+        platform, device = jax.default_backend(), jax.local_devices()[0]
+        return Machine(
+            platform=platform,
+            kind=device.device_kind,
+            memory=memory_now(platform),
+            bfloat16=supports_bfloat16(device),
+            packs=platform == "cpu" and native.available(),
+            num_devices=len(jax.local_devices()),
+        )
+
+
+def with_formats(config: EngineConfig, model: ModelConfig, folder: Folder | None) -> EngineConfig:
+    """`config` with the formats for a checkpoint of `model` on this machine; unchanged without `fit`.
+
+    The formats of an earlier start are kept while they suit what is free now: `folder` remembers them. Raises ValueError
+    if the model fits in no format.
+    """
+    if not config.fit:
+        return config
+    options = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
+    facts = (asdict(model), [getattr(config, name) for name in (*options, "num_blocks", "token_budget")])
+    path = folder.path / FILE if folder else None
+    earlier = (saved_choices.load(path, facts) if path else None) or {}
+    formats = choose_formats(config, model, Machine.here(), earlier=earlier.get("formats"))
+    chosen = _names(formats)
+    if path and folder and folder.writable and earlier.get("formats") != chosen:
+        saved_choices.save(path, facts, {"model": ladder.describe(model), "formats": chosen})
+    return replace(config, formats=formats)
+
+
+def choose_formats(config: EngineConfig, model: ModelConfig, machine: Machine, *, earlier: object = None) -> Formats:
+    """The first of `candidates` in which a usable context fits, else the smallest if any context does.
+
+    `earlier` are the names of the formats of an earlier start; they are kept while more memory than they need is free, and
+    not so much that better ones clearly fit. Raises ValueError, with the numbers, if nothing fits.
+    """
+    options = candidates(config, machine, model)
+    best, least, most = (_first(options, config, model, machine, share) for share in ("usual", "least", "most"))
+    kept = [i for i, formats in enumerate(options) if _names(formats) == earlier]
+    if kept and most is not None and most <= kept[0] <= (len(options) if least is None else least):
+        best = kept[0]
+    elif best is None:
+        best = most
+    if best is None:
+        raise ValueError(_refusal(options, config, model, machine))
+    if best == 0:
+        return options[0]
+    return replace(options[best], why=_reason(options[0], config, model, machine))
+
+
+def candidates(config: EngineConfig, machine: Machine, model: ModelConfig) -> list[Formats]:
+    """The formats that may be used, best first: those that were chosen or are the default, then
+
+    1. bfloat16 weights and cache instead of float32, on a CPU
+    2. an int8 KV cache, on a TPU or GPU, whose kernels read it
+    3. int8 weights
+    4. both
+    """
+    dtype = config.dtype or default_dtype(machine.platform, bfloat16=machine.bfloat16)
+    options = [Formats(dtype=dtype, quantize=config.quantize, kv_dtype=config.kv_dtype or dtype)]
+    if machine.platform == "cpu" and config.dtype is None:
+        options.append(Formats(dtype="bfloat16", quantize=config.quantize, kv_dtype=config.kv_dtype or "bfloat16"))
+    narrow_cache = (
+        machine.platform in ("tpu", "gpu")
+        and config.kv_dtype is None
+        and config.num_blocks is None  # blocks of an 8-bit cache have another size
+        and config.attention is None
+        and model.mla is None
+    )
+    wide = options[-1]
+    if narrow_cache:
+        options.append(replace(wide, kv_dtype="int8"))
+    if config.quantize is None:
+        options.append(replace(wide, quantize="int8"))
+        if narrow_cache:
+            options.append(replace(wide, quantize="int8", kv_dtype="int8"))
+    return options
+
+
+def tokens_that_fit(
+    formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine, *, share: _Share = "usual"
+) -> int:
+    """Tokens of KV cache that fit with the weights in these formats, at most those that all sequences can use."""
+    divided = config.tensor_parallel or 1
+    memory, limit = machine.memory, config.max_context_len or model.max_context_len
+    weights = _weight_bytes(formats, config, model, machine)
+    if memory.is_host and weights + _loading_bytes(formats, model) > HOST_WEIGHTS[share] * memory.limit:
+        return 0
+    block_size = config.block_size or default_block_size(machine.platform, formats.kv_dtype)
+    block = footprint.block_bytes(model, machine.platform, kv_dtype=formats.kv_dtype, block_size=block_size)
+    held = weights + _excess_bytes(formats, config, model, machine)
+    sharing = 1 if machine.platform == "cpu" else divided
+    if config.num_blocks is not None:  # the cache has this size, so the question is whether it fits
+        room = HOST_WEIGHTS[share] * memory.free(held) if memory.is_host else getattr(memory.room(held), share)
+        return config.num_blocks * block_size if config.num_blocks * block <= sharing * room else 0
+    room = getattr(memory.room(held), share)
+    return min(max(sharing * room, 0) // block, config.max_num_seqs * -(-limit // block_size)) * block_size
+
+
+def _first(
+    options: Sequence[Formats], config: EngineConfig, model: ModelConfig, machine: Machine, share: _Share
+) -> int | None:
+    """The first option in which a usable context fits, else the last one if some context does; None if nothing fits."""
+    tokens = [tokens_that_fit(formats, config, model, machine, share=share) for formats in options]
+    usable, least = (_needed(config, model, tokens) for tokens in (USABLE_CONTEXT, LEAST_CONTEXT))
+    enough = [i for i, fitting in enumerate(tokens) if fitting >= usable]
+    if enough:
+        return enough[0]
+    return len(options) - 1 if tokens[-1] >= least else None
+
+
+def _needed(config: EngineConfig, model: ModelConfig, tokens: int) -> int:
+    """`tokens`, or fewer if no sequence, or the cache that the operator chose, has so many."""
+    limit = min(tokens, config.max_context_len or model.max_context_len)
+    return limit if config.num_blocks is None else 1
+
+
+def _weight_bytes(formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine) -> int:
+    itemsize = jnp.dtype(formats.dtype).itemsize
+    packed = machine.packs and config.tensor_parallel is None
+    if packed and formats.dtype == "float16":
+        itemsize = 4  # packed matrices are bfloat16 or float32
+    divided = config.tensor_parallel or 1
+    weights = footprint.weight_bytes(model, divided, itemsize, quantize=formats.quantize, packed=packed)
+    return weights * divided if machine.platform == "cpu" else weights  # CPU devices share the memory of one host
+
+
+def _loading_bytes(formats: Formats, model: ModelConfig) -> int:
+    return WEIGHTS_AHEAD * footprint.largest_weight(model) * jnp.dtype(formats.dtype).itemsize
+
+
+def _excess_bytes(formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine) -> int:
+    """What temporaries and sampler tables take of an accelerator beyond the share that is always left to them."""
+    if machine.memory.is_host:
+        return 0
+    rest = footprint.sampler_bytes(model, config.max_num_seqs) + footprint.temporary_bytes(
+        model,
+        config.tensor_parallel or 1,
+        token_budget=config.token_budget or USUAL_BUDGET,
+        max_num_seqs=config.max_num_seqs,
+        itemsize=jnp.dtype(formats.dtype).itemsize,
+    )
+    return max(0, rest - int(DEVICE_REST * machine.memory.limit))
+
+
+def _names(formats: Formats) -> list[str | None]:
+    return [formats.dtype, formats.quantize, formats.kv_dtype]
+
+
+def _reason(formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine) -> str:
+    """Why these formats do not fit."""
+    weights = footprint.size(_weight_bytes(formats, config, model, machine))
+    needed = (
+        f"smaller formats because {formats.quantize or formats.dtype} weights of {weights} leave too little of "
+        f"{_memory(machine)}"
+    )
+    if config.num_blocks is not None:
+        return f"{needed} for {config.num_blocks} KV blocks"
+    tokens = _needed(config, model, USABLE_CONTEXT)
+    cache = footprint.block_bytes(model, machine.platform, kv_dtype=formats.kv_dtype, block_size=tokens)
+    return f"{needed} for {tokens:,} tokens of {formats.kv_dtype} KV cache ({footprint.size(cache)})"
+
+
+def _memory(machine: Machine) -> str:
+    memory = machine.memory
+    if memory.is_host:
+        return f"the {footprint.size(memory.limit)} that are free"
+    return f"the {footprint.size(memory.free())} that are free on {machine.kind}"
+
+
+def _refusal(options: Sequence[Formats], config: EngineConfig, model: ModelConfig, machine: Machine) -> str:
+    smallest, memory = options[-1], machine.memory
+    weights = _weight_bytes(smallest, config, model, machine)
+    tokens = _needed(config, model, LEAST_CONTEXT)
+    cache_tokens = tokens
+    if config.num_blocks is not None:
+        cache_tokens = config.num_blocks * (config.block_size or default_block_size(machine.platform, smallest.kv_dtype))
+    cache = footprint.block_bytes(model, machine.platform, kv_dtype=smallest.kv_dtype, block_size=cache_tokens)
+    if machine.platform != "cpu":
+        cache //= config.tensor_parallel or 1
+    if memory.is_host:
+        needed, usable = weights + _loading_bytes(smallest, model) + cache, int(HOST_WEIGHTS["most"] * memory.limit)
+    else:
+        needed = weights + cache + _excess_bytes(smallest, config, model, machine)
+        usable = memory.room().most
+    return (
+        f"the model does not fit: {smallest.quantize or smallest.dtype} weights take {footprint.size(weights)} and "
+        f"{cache_tokens:,} tokens of {smallest.kv_dtype} KV cache {footprint.size(cache)}, together "
+        f"{footprint.size(needed)} with what else is needed, but of {_memory(machine)} "
+        f"{footprint.size(max(usable, 0))} can be used; " + ", ".join(_remedies(needed, config, model, machine))
+    )
+
+
+def _remedies(needed: int, config: EngineConfig, model: ModelConfig, machine: Machine) -> list[str]:
+    chosen = [
+        f"omit {name}={getattr(config, name)}"
+        for name in ("dtype", "kv_dtype", "num_blocks", "token_budget")
+        if getattr(config, name) is not None
+    ]
+    remedies = [*chosen, "free memory", "choose a smaller model"]
+    divided = config.tensor_parallel or 1
+    for more in (2, 4, 8, 16, 32, 64):
+        if more > divided and not machine.memory.is_host and model.num_kv_heads % more == 0:
+            wider = replace(config, tensor_parallel=more)
+            if _first(candidates(wider, machine, model), wider, model, machine, "usual") is not None:
+                have = f" (this machine has {machine.num_devices})" if machine.num_devices < more else ""
+                remedies.insert(len(chosen), f"tensor_parallel={more} with {more} such devices{have}")
+                break
+    if machine.platform == "gpu":
+        remedies.append("give JAX more than its 75 % of the GPU with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9")
+    return remedies

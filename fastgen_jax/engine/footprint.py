@@ -1,0 +1,85 @@
+"""Bytes that a model needs on a device, from the declarations of its weights."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fastgen_jax.core import scale_bytes, stored_head_dim
+from fastgen_jax.engine.sampling.state import init_state
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import head_spec, layers_with, param_specs
+from fastgen_jax.models.sharding import DIVIDED_AXES
+from fastgen_jax.models.weight_spec import DType, WeightSpec
+
+SAMPLER_COPIES = 4  # f32[R, V] arrays that the sampler holds at the same time: logits, their order, probabilities, noise
+
+
+@functools.lru_cache(maxsize=64)
+def weight_bytes(
+    model: ModelConfig, num_devices: int, itemsize: float, *, quantize: str | None = None, packed: bool = False
+) -> int:
+    """Bytes of the weights on one device: weights with a divided axis are divided, the others are on every device.
+
+    `packed`: matrices are stored for the native CPU kernels, so that a tied head cannot share the embedding's memory.
+    """
+    specs, having = param_specs(model), layers_with(model)
+
+    def held(spec: WeightSpec, copies: int = 1) -> float:
+        divided = num_devices if DIVIDED_AXES & set(spec.axes) else 1
+        if quantize is None or not spec.quantizable:
+            return copies * math.prod(spec.shape) * itemsize / divided
+        scales = 4 * math.prod(spec.shape) / spec.shape[-2] / (num_devices if spec.axes[-1] in DIVIDED_AXES else 1)
+        return copies * (math.prod(spec.shape) / divided + scales)
+
+    layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
+    rest = sum(held(spec) for name, spec in specs.items() if name != "layers")
+    if "lm_head" not in specs and num_devices == 1 and (quantize is not None or packed):
+        rest += held(head_spec(model))  # a tied head is stored separately
+    return math.ceil(layer + rest)
+
+
+@functools.lru_cache(maxsize=64)
+def largest_weight(model: ModelConfig) -> int:
+    """Number of elements of the largest weight that is loaded at once."""
+    specs = param_specs(model)
+    return max(
+        math.prod(spec.shape) for spec in (*specs["layers"].values(), *(s for n, s in specs.items() if n != "layers"))
+    )
+
+
+def block_bytes(model: ModelConfig, platform: str, *, kv_dtype: DType, block_size: int) -> int:
+    """Bytes of a KV block: keys and values of all heads and layers."""
+    return block_size * model.kv_bytes_per_token(
+        jnp.dtype(kv_dtype).itemsize,
+        stored_head_dim=stored_head_dim(model.head_dim, platform),
+        scale_bytes=scale_bytes(kv_dtype),
+    )
+
+
+def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, max_num_seqs: int, itemsize: int) -> int:
+    """An estimate of the bytes that a step needs besides its arguments; the compile check knows the real number."""
+    h, k, d = model.num_heads, model.num_kv_heads, model.head_dim
+    bytes_per_token = (
+        itemsize * (4 * model.embed_dim + (2 * h + 4 * k) * d / num_devices) + 4 * 3 * model.mlp_dim / num_devices
+    )
+    rows = min(token_budget, max_num_seqs)
+    return math.ceil(token_budget * bytes_per_token + SAMPLER_COPIES * 4 * rows * model.vocab_size)
+
+
+@functools.lru_cache(maxsize=64)
+def sampler_bytes(model: ModelConfig, max_num_seqs: int) -> int:
+    """Bytes of the tables that the sampler keeps for each sequence, on every device."""
+    state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes for people."""
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if num_bytes >= 1 << power:
+            return f"{num_bytes / (1 << power):.1f} {unit}"
+    return f"{num_bytes / 1024:.1f} KiB"
