@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fastgen_jax.plan.devices import parse_topology
 
 from fastgen_jax import Engine, EngineConfig, cli
+from fastgen_jax.devices import parse_topology
 from fastgen_jax.engine import executables
 from fastgen_jax.engine.config import MEASURED_BUDGETS
 from fastgen_jax.plan.ahead import resolve_for
