@@ -15,6 +15,8 @@ from pathlib import Path
 
 from fastgen_jax import paths
 from fastgen_jax.checkpoint.built_in import BUILT_IN, PackagedModel, file_name, find_packaged
+from fastgen_jax.checkpoint.gguf_file import parts_of
+from fastgen_jax.checkpoint.hub_files import files_of_model
 from fastgen_jax.checkpoint.local import nearest_name
 from fastgen_jax.checkpoint.snapshot import MARKER, as_path
 
@@ -22,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0
 _DOWNLOAD_SECONDS = 900
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken")
 
 
-def resolve_model(name_or_path: str | Path, *, files: Sequence[str] = _HUB_FILES) -> Path:
+def resolve_model(name_or_path: str | Path, *, files: Sequence[str] | None = None) -> Path:
     """The checkpoint directory or GGUF file of a model, downloaded if necessary.
 
     Accepts a directory in Hugging Face's layout, a snapshot (local or gs://), a .gguf file (or a directory with exactly
-    one), a name in `BUILT_IN`, or the id of a repository on the Hugging Face hub (`organization/name`), of which
-    `files` (names or patterns) are downloaded. Raises ValueError with a remedy otherwise.
+    one), a name in `BUILT_IN`, or the id of a repository on the Hugging Face hub: `organization/name`, or
+    `organization/name:Q4_K_M` for one of its GGUF files. Only `files` of it are downloaded; None: those of the model, see
+    `files_of_model`. Raises ValueError with a remedy otherwise.
     """
     if "://" in str(name_or_path):
         return _remote(str(name_or_path))
@@ -44,20 +46,23 @@ def resolve_model(name_or_path: str | Path, *, files: Sequence[str] = _HUB_FILES
         model = BUILT_IN[name]
         return _packaged(name, model) if isinstance(model, PackagedModel) else _in_repository(name, model)
     looks_local = name.startswith((".", "~", os.sep)) or path.suffix in (".gguf", ".safetensors")
-    if not looks_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return _from_hub(name, files)
+    if not looks_local and (match := re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", name)):
+        return _from_hub(match[1], match[2], files)
     near = nearest_name(name)
     raise ValueError(
         f"no model {name!r}: it is neither an existing directory or .gguf file, nor a built-in name "
-        f"({', '.join(BUILT_IN)}), nor a hub id of the form organization/name{f'; did you mean {near}?' if near else ''}"
+        f"({', '.join(BUILT_IN)}), nor a hub id of the form organization/name or organization/name:Q4_K_M"
+        + (f"; did you mean {near}?" if near else "")
     )
 
 
 def _in_directory(path: Path) -> Path:
     if (path / "config.json").exists():
         return path
+    if (path / "adapter_config.json").exists():
+        raise ValueError(f"{path} is a LoRA adapter, not a model; merge it into its base model, and pass the result")
     found = sorted(path.glob("*.gguf"))
-    if len(found) == 1:
+    if found and found == parts_of(found[0]):  # one file, or all parts of one
         return found[0]
     names = ", ".join(file.name for file in found)
     raise ValueError(
@@ -158,8 +163,8 @@ def _installer(requirement: str, folder: str) -> list[str]:
     return [sys.executable, "-m", "pip", "install", *quiet, *connection, *into]
 
 
-def _from_hub(repo: str, files: Sequence[str]) -> Path:
-    """A repository of the hub, from its local cache if there is no network."""
+def _from_hub(repo: str, variant: str | None, files: Sequence[str] | None) -> Path:
+    """A model of the hub, from its local cache if there is no network: its folder, or one of its GGUF files."""
     try:
         import huggingface_hub
     except ImportError:
@@ -170,7 +175,7 @@ def _from_hub(repo: str, files: Sequence[str]) -> Path:
     reasons: list[Exception] = []
     try:
         # This request comes first because it has a timeout: without network it fails within seconds.
-        huggingface_hub.HfApi().model_info(repo, timeout=_CONNECT_SECONDS)
+        info = huggingface_hub.HfApi().model_info(repo, timeout=_CONNECT_SECONDS)
         online = True
     except huggingface_hub.errors.RepositoryNotFoundError as error:
         raise ValueError(
@@ -179,15 +184,23 @@ def _from_hub(repo: str, files: Sequence[str]) -> Path:
         ) from error
     except Exception as error:  # from httpx or requests, or an OSError, by version of the library; the hub is not reachable
         online, reasons = False, [error]
+    wanted = None if files is None else list(files)
+    if online and wanted is None:
+        wanted = _files_of_model(repo, [file.rfilename for file in info.siblings or ()], variant)
     for local in (False, True) if online else (True,):  # a complete copy is enough if the cache of the hub is not writable
         try:
-            return Path(
+            folder = Path(
                 huggingface_hub.snapshot_download(
-                    repo, allow_patterns=list(files), etag_timeout=_CONNECT_SECONDS, local_files_only=local
+                    repo, allow_patterns=wanted, etag_timeout=_CONNECT_SECONDS, local_files_only=local
                 )
             )
         except Exception as error:  # as above
             reasons.append(error)
+            continue
+        if wanted is None:
+            present = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            wanted = _files_of_model(f"the downloaded part of {repo}", present, variant)
+        return folder / wanted[0] if wanted[0].endswith(".gguf") else folder
     remedy = "download it on a machine with network and pass the local directory"
     if isinstance(reasons[0], OSError) and online:
         remedy = "free disk space, or set HF_HOME to a writable folder"
@@ -195,3 +208,10 @@ def _from_hub(repo: str, files: Sequence[str]) -> Path:
         f"cannot download {repo!r} from the Hugging Face hub ({type(reasons[0]).__name__}: {reasons[0]}); "
         f"{remedy}, or use a built-in model: {', '.join(BUILT_IN)}"
     ) from reasons[0]
+
+
+def _files_of_model(repo: str, names: Sequence[str], variant: str | None) -> list[str]:
+    try:
+        return files_of_model(names, variant=variant)
+    except ValueError as error:
+        raise ValueError(f"{repo}: {error}") from error

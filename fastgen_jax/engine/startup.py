@@ -6,11 +6,13 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
+from fastgen_jax.checkpoint import Checkpoint, SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
+from fastgen_jax.core import environment
 from fastgen_jax.core.progress import shown
 from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
@@ -30,12 +32,14 @@ BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depe
 
 def load(
     model: str | os.PathLike[str], config: EngineConfig, *, progress: bool
-) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig]:
-    """Prepared weights, the model's config, its tokenizer, and `config` with the settings that the checkpoint determines.
+) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig, Path]:
+    """Prepared weights, the model's config, its tokenizer, `config` with the settings that the checkpoint determines, and
+    where the checkpoint is.
 
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
+    environment.warn_about_accelerators()
     checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
@@ -55,14 +59,29 @@ def load(
             f"{tokenizer.vocab_size:,}",
             f"{checkpoint.config.vocab_size:,}",
         )
-    params = load_params(
+    params = _read_weights(checkpoint, resolved, progress=progress)
+    return params, checkpoint.config, tokenizer, config, checkpoint.path
+
+
+def reload(path: Path, model: ModelConfig, config: ResolvedConfig) -> Params:
+    """The weights of a checkpoint that was loaded before, in the form that its engine computes with.
+
+    Raises ValueError if it is gone, or no longer a checkpoint of this model.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.config != model:
+        raise ValueError(f"{path} now holds another model than the one that was loaded from it")
+    return prepare_params(_read_weights(checkpoint, config, progress=False), model, config)
+
+
+def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: bool) -> Params:
+    return load_params(
         checkpoint,
-        dtype=resolved.dtype,
-        stack_layers=resolved.stack_layers,
-        prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, resolved),
+        dtype=config.dtype,
+        stack_layers=config.stack_layers,
+        prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, config),
         progress=progress,
     )
-    return params, checkpoint.config, tokenizer, config
 
 
 def _prefetch_kernels(model: ModelConfig) -> None:

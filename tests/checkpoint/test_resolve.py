@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,7 +147,8 @@ def test_a_full_disk_or_a_read_only_folder_is_reported_with_the_remedy(not_insta
 
 def test_a_cached_copy_is_used_if_the_cache_of_the_hub_is_read_only(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.HfApi, "model_info", lambda *arguments, **options: None)
+    siblings = [SimpleNamespace(rfilename=name) for name in ("config.json", "model.safetensors")]
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *arguments, **options: SimpleNamespace(siblings=siblings))
 
     def download(repo, *, local_files_only, **options):
         if not local_files_only:
@@ -162,3 +164,31 @@ def test_a_cached_copy_is_used_if_the_cache_of_the_hub_is_read_only(monkeypatch,
     monkeypatch.setattr(hub, "snapshot_download", nothing)
     with pytest.raises(ValueError, match=r"Read-only file system\); free disk space, or set HF_HOME to a writable folder"):
         resolve_model("org/name")
+
+
+def test_one_gguf_file_of_a_repository_is_chosen_by_its_variant(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    names = ["README.md", "m-Q4_K_M.gguf", "m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]
+    wanted = []
+
+    def download(repo, *, allow_patterns, local_files_only, **options):
+        wanted.append((local_files_only, allow_patterns))
+        return str(tmp_path)
+
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    siblings = [SimpleNamespace(rfilename=name) for name in names]
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *arguments, **options: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert resolve_model("org/name:q8_0") == tmp_path / names[2]
+    assert resolve_model("org/name:Q4_K_M") == tmp_path / names[1]
+    with pytest.raises(ValueError, match="org/name: it has 2 GGUF files; append one of their names after a colon"):
+        resolve_model("org/name")
+    assert wanted == [(False, names[2:]), (False, names[1:2])]
+
+    monkeypatch.setattr(hub.HfApi, "model_info", offline)
+    (tmp_path / names[1]).write_text("")
+    assert resolve_model("org/name") == tmp_path / names[1]
+    with pytest.raises(ValueError, match="the downloaded part of org/name: 0 of its GGUF files are called 'Q8_0'"):
+        resolve_model("org/name:Q8_0")

@@ -41,7 +41,7 @@ def kernels() -> dict[str, Any]:
     from pallas_kernels.native.loader import library_folder
 
     built = sorted({path.name.rpartition("-")[0] for path in library_folder().glob("*.so")})
-    return {"unavailable": native.unavailable_reason(), "built": built}
+    return {"unavailable": native.unavailable_reason(), "built": built, "origin": native.origin()}
 
 
 def main(name: str) -> None:
