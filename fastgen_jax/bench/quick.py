@@ -202,8 +202,8 @@ def _roofline(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
     import jax.numpy as jnp
 
     from fastgen_jax.core import scale_bytes, stored_head_dim
+    from fastgen_jax.devices import Device
     from fastgen_jax.models.params import param_specs
-    from fastgen_jax.plan.devices import Device
     from fastgen_jax.plan.estimate import read_weight_bytes
     from fastgen_jax.plan.roofline import roofline
 
@@ -222,6 +222,7 @@ def _roofline(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
     here = Device(
         kind="this machine",
         platform=platform,
+        reported_as=(),
         memory_bytes=0,
         memory_bytes_per_s=peaks.bytes_per_s,
         flops_per_s=peaks.flops_per_s,

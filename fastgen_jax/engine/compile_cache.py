@@ -12,7 +12,6 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,7 +28,6 @@ FAILURE = re.compile(r"Error (reading|writing) persistent compilation cache entr
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of its output; JAX uses it if it is installed, else zlib
 
 _mirrors: dict[Path, Mirror] = {}  # by folder
-_lock = threading.RLock()  # `warnings.showwarning` is shared by all threads
 
 
 def use(named: str | None, group: str) -> Folder | None:
@@ -38,6 +36,7 @@ def use(named: str | None, group: str) -> Folder | None:
     `named` as in `EngineConfig.compile_cache_dir`. None: nothing is kept. Of a bucket only the files of `group` are used,
     a name for what can be shared; they are fetched first, once per process.
     """
+    _log_failures()
     wanted, url = paths.engine_dir(named), paths.engine_bucket(named)
     if wanted is not None and url is not None:
         wanted /= group
@@ -64,11 +63,17 @@ def use(named: str | None, group: str) -> Folder | None:
     return folder
 
 
-def send_soon(folder: Folder | None) -> None:
-    """Sends what is new in `folder` to its bucket, if it has one, in a thread that Python waits for before it exits."""
+def send(folder: Folder | None) -> None:
+    """Sends what is new in `folder` to its bucket, if it has one."""
     mirror = None if folder is None else _mirrors.get(folder.path)
     if mirror is not None:
-        threading.Thread(target=mirror.send, name="fastgen-cache").start()
+        mirror.send()
+
+
+def send_soon(folder: Folder | None) -> None:
+    """Does `send` in a thread that Python waits for before it exits."""
+    if folder is not None and folder.path in _mirrors:
+        threading.Thread(target=send, args=(folder,), name="fastgen-cache").start()
 
 
 def _can_send(path: Path, contents: bytes) -> bool:
@@ -76,40 +81,38 @@ def _can_send(path: Path, contents: bytes) -> bool:
     return not path.name.endswith("-cache") or _is_whole(contents)
 
 
-@contextlib.contextmanager
-def failures_logged() -> Iterator[None]:
-    """Context that logs JAX's warnings about its cache, even if warnings are errors, and removes damaged entries.
+def _log_failures() -> None:
+    """Logs JAX's warnings about its cache from now on, even if warnings are errors, and removes damaged entries.
 
     JAX never replaces an entry: every start would compile a program again if a full disk had truncated its entry. The
     entry is therefore removed before JAX writes it again. After a failed write, nothing more is written, since other
-    writes would fail too.
+    writes would fail too. Set for the whole process, since programs are compiled in several threads, and a context that
+    changes warnings is not safe there.
     """
-    with _lock, warnings.catch_warnings():
-        show: Any = warnings.showwarning
+    warnings.filterwarnings("always", message=FAILURE.pattern)
+    show: Any = warnings.showwarning
+    if getattr(show, "logs_cache_failures", False):
+        return
 
-        def note(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            failure = FAILURE.match(str(message))
-            if failure is None:
-                show(message, category, filename, lineno, file, line)
-                return
-            log.warning("%s (in %s); the program is compiled and the run continues", message, _path())
-            drop_broken(failure[2])
-            if failure[1] == "writing":
-                _write_no_more()
+    def note(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        failure = FAILURE.match(str(message))
+        if failure is None:
+            show(message, category, filename, lineno, file, line)
+            return
+        log.warning("%s (in %s); the program is compiled and the run continues", message, _path())
+        drop_broken(failure[2])
+        if failure[1] == "writing":
+            _write_no_more()
 
-        warnings.filterwarnings("always", message=FAILURE.pattern)
-        warnings.showwarning = note
-        try:
-            yield
-        finally:
-            warnings.showwarning = show
+    vars(note)["logs_cache_failures"] = True
+    warnings.showwarning = note
 
 
 def drop_broken(program: str) -> None:

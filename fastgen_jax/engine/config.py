@@ -27,7 +27,7 @@ Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
-MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes that a measurement compiles and times
+MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes among which a model or a measurement chooses
 
 
 def _ladder(value: object) -> object:
@@ -64,12 +64,16 @@ class EngineConfig:
     tensor_parallel: int | None = None
     """Number of devices over which heads, MLP columns and vocabulary are sharded. None: one device, no sharding."""
     token_budget: int | None = None
-    """Maximum number of tokens per step. None: measured once on this device, then saved."""
+    """Maximum number of tokens per step. None: derived from the device's ratio of arithmetic to memory bandwidth, or the
+    result of a measurement with `remeasure` on this device."""
     budget_ladder: tuple[int, ...] | None = converted(_ladder, default=None)
-    """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen by measurement, like
-    `token_budget`."""
+    """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen like `token_budget`."""
     remeasure: bool = False
-    """Measure the token budget again and replace the saved measurement."""
+    """Compile and time seven step sizes before the first request, choose token budget and ladder by the results, and save
+    them for later starts on this device."""
+    background_compile: bool | None = None
+    """Start with the program of a full step, and compile those of smaller steps while it serves. None: yes in
+    `from_pretrained`, unless policy "sla" needs to know how long steps take; no for an engine made from weights."""
     max_num_seqs: int = 64
     """Maximum number of sequences that run at the same time; others wait."""
     max_context_len: int | None = None
@@ -203,7 +207,7 @@ class ResolvedConfig:
     whose activations exceed its range; otherwise `dtype`."""
     prefix_caching: bool
     budget_ladder: tuple[int, ...]
-    """Step sizes in tokens, smallest first; the last is the token budget. Only candidates until they are measured."""
+    """Step sizes in tokens, smallest first; the last is the token budget. Only candidates until some are chosen."""
     generation_config: generation.Pairs
     fitted: str
     """What `fit` chose and why, in one line; empty without it."""
@@ -258,7 +262,7 @@ def _shown(config: object, values: Mapping[str, object]) -> str:
 def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | None = None) -> ResolvedConfig:
     """Returns `config` with a value for every open field, chosen for this model and device.
 
-    Without a token budget, `budget_ladder` contains the candidates for a measurement. `earlier_blocks` is the
+    Without a token budget, `budget_ladder` contains the candidates among which to choose. `earlier_blocks` is the
     `num_blocks` of an earlier start; it is kept if it suits the memory that is free now. Raises ValueError if the
     choices are incompatible with the model or the free memory.
     """
@@ -372,7 +376,7 @@ def _packs_weights(config: EngineConfig) -> bool:
 
 
 def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -> tuple[int, ...]:
-    if config.token_budget is None:  # a measured step is one sequence, so it must fit in the cache
+    if config.token_budget is None:  # a step that is measured is one sequence, so it must fit in the cache
         return tuple(budget for budget in MEASURED_BUDGETS if budget <= longest)
     smaller = config.budget_ladder
     if smaller is None:

@@ -82,8 +82,8 @@ def load(folder: Folder, name: str, *, devices: Sequence[Any]) -> jax.stages.Com
     try:
         with _marked(marker if folder.writable else None):
             payload, in_tree, out_tree, kernels = pickle.loads(zlib.decompress(path.read_bytes()))
-            for library, source, symbols in kernels:  # which tracing would have loaded
-                native.load(library, _KERNELS / source, symbols)
+            for library, symbols in kernels:  # which tracing would have loaded
+                native.load(library, symbols)
             return serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
             )
@@ -122,12 +122,12 @@ def save(folder: Folder, name: str, program: jax.stages.Compiled) -> bool:
     return True
 
 
-def _kernels(program: jax.stages.Compiled) -> list[tuple[str, str, dict[str, str]]]:
-    """The arguments of `native.load` for the libraries that a program calls; their sources are relative to the package."""
+def _kernels(program: jax.stages.Compiled) -> list[tuple[str, dict[str, str]]]:
+    """The arguments of `native.load` for the libraries that a program calls."""
     text = program.as_text() or ""
     return [
-        (library, source.relative_to(_KERNELS).as_posix(), symbols)
-        for library, source, symbols in native.requests()
+        (library, symbols)
+        for library, symbols in native.requests().items()
         if any(f'"{target}"' in text for target in symbols)
     ]
 
@@ -159,7 +159,7 @@ def _surroundings(device: Any) -> tuple[object, ...]:
         sorted(options.items()),
         os.environ.get("XLA_FLAGS", ""),
         os.environ.get("LIBTPU_INIT_ARGS", ""),
-        device.platform == "cpu" and native.available(),
+        device.platform == "cpu" and native.origin(),
         device.platform != "cpu" and measured_tiles.entries(measured_tiles.measured_file()),
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import jax
+import jax.numpy as jnp
 
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core.progress import shown
@@ -24,7 +25,6 @@ from pallas_kernels.folders import Folder
 
 log = logging.getLogger(__name__)
 
-PROGRAMS = "executables"  # a folder
 BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depend on it
 
 
@@ -45,6 +45,8 @@ def load(
     folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
     config = fit.with_formats(config, checkpoint.config, folder)
     resolved = resolve(config, checkpoint.config)
+    if jax.default_backend() == "cpu":
+        _prefetch_kernels(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
         log.warning(
@@ -53,28 +55,34 @@ def load(
             f"{tokenizer.vocab_size:,}",
             f"{checkpoint.config.vocab_size:,}",
         )
-    with compile_cache.failures_logged():
-        params = load_params(
-            checkpoint,
-            dtype=resolved.dtype,
-            stack_layers=resolved.stack_layers,
-            prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, resolved),
-            progress=progress,
-        )
+    params = load_params(
+        checkpoint,
+        dtype=resolved.dtype,
+        stack_layers=resolved.stack_layers,
+        prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, resolved),
+        progress=progress,
+    )
     return params, checkpoint.config, tokenizer, config
 
 
+def _prefetch_kernels(model: ModelConfig) -> None:
+    """Starts to compile the C++ kernels that a model needs, if they have to be, while its weights are being read."""
+    experts = ("grouped_matmul",) if model.moe is not None else ()
+    native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary"))
+
+
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
-    """The resolved config, and a runner whose programs are compiled and warm."""
+    """The resolved config, and a runner with warm programs: all, or with `background_compile` that of a full step."""
     folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
-    with compile_cache.failures_logged():
-        config = _resolve_as_before(choices, model, folder)
-        runner = Runner(prepare_params(params, model, config), model, config)
-        if choices.token_budget is None:
-            config = _choose_budgets(runner, config, model, folder, progress=progress)
-        _compile(runner, config.budget_ladder, folder, progress=progress)
-        runner.keep_only(config.budget_ladder)
-        runner.warm_up()
+    config = _resolve_as_before(choices, model, folder)
+    if choices.token_budget is None and not choices.remeasure:
+        config = replace(config, budget_ladder=_ladder(config, model, folder))
+    runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
+    if choices.remeasure:
+        config = replace(config, budget_ladder=_measured_ladder(runner, config, model, folder, progress=progress))
+    largest_first = config.budget_ladder[::-1]
+    _compile(runner, largest_first[:1] if choices.background_compile else largest_first, progress=progress)
+    runner.warm_up()
     compile_cache.send_soon(folder)
     if config.fitted:
         log.info("fit: %s", config.fitted)
@@ -90,6 +98,7 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
     other = (
         "policy",
         "overlap",
+        "background_compile",
         "prefix_caching",
         "generation_config",
         "compile_cache_dir",
@@ -103,9 +112,9 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
 
 
 def facts_of_cache(choices: EngineConfig, model: ModelConfig, formats: tuple[str | None, ...]) -> tuple[object, ...]:
-    """What the size of the KV cache depends on besides the machine's memory; `formats` as from `formats_of`."""
+    """What the size of the KV cache depends on besides the machine's memory; `formats` as `formats_of`."""
     names = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
-    return (asdict(model), [getattr(choices, name) for name in names], formats)
+    return asdict(model), [getattr(choices, name) for name in names], formats
 
 
 def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
@@ -121,33 +130,47 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
     return config
 
 
-def _choose_budgets(
-    runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Folder | None, *, progress: bool
-) -> ResolvedConfig:
+def _ladder(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -> tuple[int, ...]:
+    """The step sizes that were measured here for such a model and config; those of the cost model if none were."""
     candidates = config.budget_ladder
-    path = folder.path / ladder.FILE if folder else None
-    facts = _facts(config, model, candidates)
-    chosen = ladder.load_choice(path, facts) if path and not config.choices.remeasure else None
-    if chosen is None or not set(chosen) <= set(candidates):
-        _compile(runner, candidates, folder, progress=progress)
-        costs = {budget: runner.measure(budget) for budget in candidates}
-        log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
-        chosen = ladder.choose_ladder(
-            costs,
-            ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
-            seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
-        )
-        if path and folder and folder.writable:
-            ladder.save_choice(path, facts, chosen, costs, model=ladder.describe(model))
-    return replace(config, budget_ladder=chosen)
+    measured = ladder.load_choice(folder.path / ladder.FILE, _facts(config, model, candidates)) if folder else None
+    if measured is not None and set(measured) <= set(candidates):
+        return measured
+    device = jax.devices()[0]
+    cost = ladder.cost_model(
+        model,
+        bytes_per_weight=1 if config.quantize else jnp.dtype(config.dtype).itemsize,
+        device_kind=None if device.platform == "cpu" else device.device_kind,
+        skips_padding=config.packed_weights,
+    )
+    return ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
 
 
-def _compile(runner: Runner, budgets: Sequence[int], folder: Folder | None, *, progress: bool) -> None:
+def _measured_ladder(
+    runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Folder | None, *, progress: bool
+) -> tuple[int, ...]:
+    """Compiles and times every candidate; only the programs of the chosen sizes are kept."""
+    candidates = config.budget_ladder
+    _compile(runner, candidates, progress=progress)
+    costs = {budget: runner.measure(budget) for budget in candidates}
+    log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
+    chosen = ladder.choose_ladder(
+        costs,
+        ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
+        seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
+    )
+    runner.keep_only(chosen)
+    if folder and folder.writable:
+        path, facts = folder.path / ladder.FILE, _facts(config, model, candidates)
+        ladder.save_choice(path, facts, chosen, costs, model=ladder.describe(model))
+    return chosen
+
+
+def _compile(runner: Runner, budgets: Sequence[int], *, progress: bool) -> None:
     missing = [budget for budget in budgets if budget not in runner.budgets]
-    saved = None if folder is None else Folder(path=folder.path / PROGRAMS, writable=folder.writable)
     if missing:
         with shown(log, "compiling", total=len(missing), unit="program", bar=progress) as advance:
-            runner.compile(missing, saved=saved, on_done=lambda budget: advance())
+            runner.compile(missing, on_done=lambda budget: advance())
 
 
 def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]) -> tuple[object, ...]:
@@ -164,5 +187,5 @@ def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]
         config.stack_layers,
         config.max_context_len,
         list(candidates),
-        native.available(),
+        native.origin(),
     )

@@ -12,15 +12,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fastgen_jax.devices import Topology, parse_topology
 from fastgen_jax.engine import executables, fit, footprint, ladder, saved_choices, startup
 from fastgen_jax.engine.config import BUDGETS, MEASURED_BUDGETS, EngineConfig, ResolvedConfig, default_block_size
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.runner import program_name, step_program
+from fastgen_jax.engine.programs import FOLDER, program_name, step_program
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
-from fastgen_jax.plan.devices import Topology, parse_topology
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
 from pallas_kernels.buckets import Bucket as RemoteFolder
@@ -108,7 +108,14 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         if choices.fit and choices.max_context_len is None:
             context = min(context, num_blocks * block_size)
     if choices.token_budget is None:
-        budgets: tuple[int, ...] = MEASURED_BUDGETS
+        cost = ladder.cost_model(
+            model,
+            bytes_per_weight=1 if formats.quantize else jnp.dtype(formats.dtype).itemsize,
+            device_kind=target.device.reported_as[0],
+            skips_padding=False,
+        )
+        candidates = [budget for budget in MEASURED_BUDGETS if budget <= min(context, num_blocks * block_size)]
+        budgets = ladder.modeled_ladder(cost, candidates, max_num_seqs=choices.max_num_seqs)
     else:
         smaller = BUDGETS if choices.budget_ladder is None else choices.budget_ladder
         budgets = (*(budget for budget in smaller if budget < choices.token_budget), choices.token_budget)
@@ -121,7 +128,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         max_context_len=context,
         num_blocks=num_blocks,
         stack_layers=True,
-        activation_dtype=formats.dtype,
+        activation_dtype="float32" if formats.dtype == "float16" and model.exceeds_float16 else formats.dtype,
         prefix_caching=choices.prefix_caching and not model.rope_depends_on_length,
         budget_ladder=tuple(sorted(set(budgets))),
         generation_config=(),
@@ -169,7 +176,7 @@ def _compile(model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int,
     size = 0
     if folder is not None:
         name = program_name(arguments[:3], model, config, tokens, devices=devices)
-        saved = Folder(path=folder / startup.PROGRAMS, writable=True)
+        saved = Folder(path=folder / FOLDER, writable=True)
         if executables.save(saved, name, program):
             size = (saved.path / (name + executables.SUFFIX)).stat().st_size
     return ProgramAhead(

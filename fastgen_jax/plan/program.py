@@ -19,14 +19,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.devices import NoCompiler, Topology
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.runner import memory_shardings, step_program
+from fastgen_jax.engine.programs import memory_shardings, step_program
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
-from fastgen_jax.plan.devices import NoCompiler, Topology
 from pallas_kernels.jax_versions import AbstractGpu
 from pallas_kernels.matmul import Int8Weight
 

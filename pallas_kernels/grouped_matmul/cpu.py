@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import jax
@@ -23,8 +22,8 @@ _TARGET = "pallas_kernels_grouped_matmul"
 
 
 def available() -> bool:
-    """True when the kernel could be built, or is built now (seconds, once per machine). Never raises."""
-    loaded = native.load(_LIBRARY, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsGroupedMatmul"})
+    """True when the kernel can be called; compiles it if necessary (seconds, once per machine)."""
+    loaded = native.load(_LIBRARY, {_TARGET: "PallasKernelsGroupedMatmul"})
     return loaded and matrix.ensure_loaded()  # the matmul library reports the panel layout
 
 

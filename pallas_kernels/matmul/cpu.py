@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import jax
@@ -18,13 +17,12 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Num
 
 _LIBRARY = "matmul"
-_SOURCE = Path(__file__).with_name("cpu.cc")
 _TARGET = "pallas_kernels_matmul"
 
 
 def ensure_loaded() -> bool:
     """Compiles and registers the kernel the first time; True when it can be called."""
-    return native.load(_LIBRARY, _SOURCE, {_TARGET: "PallasKernelsMatmul"})
+    return native.load(_LIBRARY, {_TARGET: "PallasKernelsMatmul"})
 
 
 @functools.cache

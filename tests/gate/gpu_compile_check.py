@@ -176,7 +176,7 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-    from fastgen_jax.plan.devices import NoCompiler, parse_topology
+    from fastgen_jax.devices import NoCompiler, parse_topology
     from fastgen_jax.plan.program import deviceless_mesh
     from pallas_kernels import jax_versions
 

@@ -150,7 +150,7 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
 
 def run_kind(kind: str, only: str, *, quick: bool, kv_dtypes: Sequence[str]) -> None:
     """Runs the checks of a kind and prints one JSON line each; the process that `main` starts."""
-    from fastgen_jax.plan.devices import parse_topology
+    from fastgen_jax.devices import parse_topology
     from fastgen_jax.plan.program import DoesNotCompile, deviceless_mesh
 
     topology = parse_topology(TOPOLOGIES[kind])

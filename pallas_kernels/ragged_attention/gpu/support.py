@@ -66,15 +66,20 @@ def multiprocessors() -> int | None:
 
 
 def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted: bool = False) -> str | None:
-    """Why the kernel of a generation does not support this cache, with the remedy; None if it does.
+    """Why the kernel of a generation does not support this jax or this cache, with the remedy; None if it does.
 
-    The Pallas interpreter can run both kernels with every jax that can run one of them.
+    The Pallas interpreter can run both kernels with every jax that can compile one of them.
     """
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
-    if reason := jax_versions.too_old(jax_versions.GPU_KERNELS):
+    if reason := beyond_limits(k_cache, num_heads, generation) or jax_versions.too_old(jax_versions.GPU_KERNELS):
         return reason
     if generation == "ampere" and not interpreted and (reason := jax_versions.too_old(jax_versions.AMPERE_KERNEL)):
         return f"of GPUs of compute capability 8 {reason}"
+    return None
+
+
+def beyond_limits(k_cache: Cache, num_heads: int, generation: str) -> str | None:
+    """Why the kernel of a generation does not support this cache, with the remedy; None if it does."""
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
     if k_cache.dtype not in CACHE_DTYPES:
         names = "bfloat16, float16, int8 and float8_e4m3fn"
         return f"supports {names} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"

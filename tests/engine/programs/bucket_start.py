@@ -37,6 +37,7 @@ def main(options: dict[str, object]) -> None:
 
     executables.load, Runner.measure = counted_load, counted_measure
     pipe = fastgen_jax.pipeline("sotu-1m", **options)
+    pipe.engine.wait_until_compiled()
     found = {
         "ladder": pipe.engine.config.budget_ladder,
         "text": pipe("The state of", max_new_tokens=5, do_sample=False)[0].generated_text,

@@ -37,6 +37,7 @@ def _normal(*shape: int, seed: int) -> np.ndarray:
         pytest.param("int8", "eager", 16, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("fast_compilation")
 def test_the_kernel_equals_the_reference_in_the_interpreter(storage: str, mode: str, tile_rows: int | None):
     # Numbers of rows and columns that are no multiples of a tile.
     dtype = jnp.bfloat16 if storage == "bfloat16" else jnp.float32
@@ -56,6 +57,7 @@ def test_the_kernel_equals_the_reference_in_the_interpreter(storage: str, mode: 
         assert races_found() is False
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_a_weight_that_is_wider_than_a_tile_is_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch):
     from pallas_kernels.grouped_matmul import tpu
 

@@ -49,6 +49,12 @@ def _prepare(w: np.ndarray, storage: str, *, platform: str = "cpu", gated: bool 
     return prepare(w, quantize="int8" if storage == "int8" else None, platform=platform, gated=gated)
 
 
+@jax.jit
+def linear_each(inputs: list[jax.Array], w: PackedWeight) -> list[jax.Array]:
+    """All products in one program, since each number of rows alone would be a program."""
+    return [linear(x, w) for x in inputs]
+
+
 def _close(actual: jax.Array, expected: np.ndarray, depth: int) -> None:
     scale = np.abs(expected).max() + np.sqrt(depth)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=4 * _ULP * scale * np.sqrt(depth))
@@ -63,8 +69,9 @@ def test_packed_linear_equals_numpy(m: int, k: int, n: int, storage: str):
     assert isinstance(packed, PackedWeight)
     assert packed.shape == (k, n)
     expected = rounded(x, storage) @ _exact(w, storage)
-    _close(linear(jnp.asarray(x), packed), expected, k)
-    _close(linear(jnp.asarray(x), packed, residual=jnp.asarray(residual)), expected + residual, k)
+    plain, added = jax.jit(lambda x, w, residual: (linear(x, w), linear(x, w, residual=residual)))(x, packed, residual)
+    _close(plain, expected, k)
+    _close(added, expected + residual, k)
 
 
 @needs_native
@@ -72,9 +79,9 @@ def test_packed_linear_equals_numpy(m: int, k: int, n: int, storage: str):
 def test_packed_linear_equals_numpy_for_every_small_number_of_rows(storage: str):
     w = _normal(37, 45, seed=1)
     packed, exact = _prepare(w, storage), _exact(w, storage)
-    for m in range(1, 71):
-        x = _normal(m, 37, seed=m)
-        _close(linear(jnp.asarray(x), packed), rounded(x, storage) @ exact, 37)
+    inputs = [_normal(m, 37, seed=m) for m in range(1, 71)]
+    for x, y in zip(inputs, linear_each(inputs, packed), strict=True):
+        _close(y, rounded(x, storage) @ exact, 37)
 
 
 @needs_native
@@ -94,17 +101,21 @@ def test_swiglu_equals_numpy_in_every_storage(f: int, platform: str, storage: st
 @needs_native
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 def test_the_result_of_a_row_does_not_depend_on_other_rows(storage: str):
-    x = _normal(130, 2050)  # NumPy slices it without compiling a program for each size
+    x = _normal(130, 2050)
     packed = _prepare(_normal(2050, 70, seed=1), storage)
     gated = _prepare(_normal(2050, 140, seed=2), storage, gated=True)
     everything, everything_gated = np.asarray(linear(jnp.asarray(x), packed)), np.asarray(swiglu(jnp.asarray(x), gated))
-    for i in range(0, 130, 7):
-        np.testing.assert_array_equal(linear(jnp.asarray(x[i : i + 1]), packed)[0], everything[i])
+    rows = range(0, 130, 7)
+    for i, y in zip(rows, linear_each([x[i : i + 1] for i in rows], packed), strict=True):
+        np.testing.assert_array_equal(y[0], everything[i])
     # The last m rows: each is now at a different position.
-    for m in (1, 2, 3, 5, 8, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 64, 65, 127, 128, 129):
-        np.testing.assert_array_equal(linear(jnp.asarray(x[-m:]), packed), everything[-m:])
-    for m in (1, 2, 14, 15, 64, 129):
-        np.testing.assert_array_equal(swiglu(jnp.asarray(x[-m:]), gated), everything_gated[-m:])
+    counts = (1, 2, 3, 5, 8, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 64, 65, 127, 128, 129)
+    for m, y in zip(counts, linear_each([x[-m:] for m in counts], packed), strict=True):
+        np.testing.assert_array_equal(y, everything[-m:])
+    counts = (1, 2, 14, 15, 64, 129)
+    gated_each = jax.jit(lambda inputs, w: [swiglu(x, w) for x in inputs])
+    for m, y in zip(counts, gated_each([x[-m:] for m in counts], gated), strict=True):
+        np.testing.assert_array_equal(y, everything_gated[-m:])
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

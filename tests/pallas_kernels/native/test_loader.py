@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(not native.available(), reason=str(native.un
 
 @needs_compiler
 def test_vector_exp_and_silu_agree_with_numpy():
-    assert native.load("probe", PROBE, SYMBOLS)
+    assert native.load("probe", SYMBOLS, source=PROBE)
     x = np.linspace(-87, 88, 16 * 4001, dtype=np.float32)
     like_x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     exps, silus = jax.jit(jax.ffi.ffi_call("pallas_kernels_probe", (like_x, like_x)))(x)
@@ -35,7 +35,7 @@ def test_vector_exp_and_silu_agree_with_numpy():
 
 @needs_compiler
 def test_vector_exp_of_extremes_is_zero_or_huge_and_nan_stays():
-    assert native.load("probe", PROBE, SYMBOLS)
+    assert native.load("probe", SYMBOLS, source=PROBE)
     x = np.tile(np.array([-np.inf, -1e30, -100, 100, 1e30, np.inf, np.nan, 0], np.float32), 2)
     like_x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     exps, _ = jax.jit(jax.ffi.ffi_call("pallas_kernels_probe", (like_x, like_x)))(x)
@@ -95,8 +95,8 @@ def test_a_source_that_does_not_compile_is_reported_and_not_raised(
     broken = tmp_path / "broken.cc"
     broken.write_text("this is not C++;")
     with caplog.at_level("INFO", logger=loader.__name__):
-        assert not native.load("broken", broken, {"pallas_kernels_broken": "Broken"})
-        assert not native.load("broken", broken, {"pallas_kernels_broken": "Broken"})
+        assert not native.load("broken", {"pallas_kernels_broken": "Broken"}, source=broken)
+        assert not native.load("broken", {"pallas_kernels_broken": "Broken"}, source=broken)
     reports = [record for record in caplog.records if "not used" in record.message]
     assert len(reports) == 1, "the reason is logged once"
     assert "error" in reports[0].message

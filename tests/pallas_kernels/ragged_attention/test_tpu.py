@@ -158,6 +158,7 @@ def check_case(case: Case, mode: str, *, examples: int) -> None:
 
 
 @pytest.mark.parametrize(("case", "mode"), QUICK, ids=str)
+@pytest.mark.usefixtures("fast_compilation")
 def test_the_tpu_kernel_equals_the_reference(case: Case, mode: str) -> None:
     check_case(case, mode, examples=2)
 
@@ -165,10 +166,12 @@ def test_the_tpu_kernel_equals_the_reference(case: Case, mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
 @pytest.mark.parametrize("case", [case for case, _ in QUICK] + CASES, ids=str)
+@pytest.mark.usefixtures("fast_compilation")
 def test_the_tpu_kernel_equals_the_reference_in_all_shapes(case: Case, mode: str) -> None:
     check_case(case, mode, examples=12)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_scattered_slots_are_written_in_any_order() -> None:
     """Tokens of one granule that are not adjacent: each run must see what the previous one wrote."""
     rng = np.random.default_rng(0)
@@ -186,6 +189,7 @@ def test_scattered_slots_are_written_in_any_order() -> None:
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     """Runs that share a block of scales but no keys: each must see the scales that the others wrote."""
     rng = np.random.default_rng(1)
