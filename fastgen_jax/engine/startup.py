@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
+from fastgen_jax.core import environment
 from fastgen_jax.core.progress import shown
 from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
@@ -36,6 +37,7 @@ def load(
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
+    environment.warn_about_accelerators()
     checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
