@@ -1,10 +1,23 @@
-"""fastgen_jax: high-throughput text generation with JAX.
+"""High-throughput generation of text with large language models, in JAX, on TPUs, GPUs and CPUs.
 
     import fastgen_jax
-    pipe = fastgen_jax.pipeline("smollm2-135m-instruct")
-    print(pipe("DeepSpeed is", max_new_tokens=32)[0])
 
-Importing this package is cheap: JAX is imported with the first name that needs it.
+    pipe = fastgen_jax.pipeline("smollm2-135m-instruct")  # or a directory, a .gguf file, a Hugging Face repo id
+    print(pipe("The three primary colors are", max_new_tokens=32)[0])
+    for output in pipe.stream("Once upon a time", temperature=0.7):
+        print(output.text, end="")
+
+Where to start:
+
+    pipeline, Pipeline      prompts in, responses out; help(fastgen_jax.Pipeline)
+    SamplingParams          how a prompt is continued: lengths, temperature, stops, seed
+    EngineConfig            how a model runs: data types, devices, KV cache, steps
+    serve, client           a server that outlives the program, and its clients
+    Engine, AsyncEngine     the engine itself, one step at a time or for asyncio
+    Research                logits, forks, hidden states
+
+In a terminal: `fastgen --help`, and `fastgen doctor` if something does not work. Importing this package is cheap: JAX is
+imported with the first name that needs it.
 """
 
 from __future__ import annotations

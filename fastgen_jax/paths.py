@@ -7,10 +7,13 @@ the state folder.
 from __future__ import annotations
 
 import os
+import re
+from hashlib import sha256
 from pathlib import Path
 
 import platformdirs
 
+from pallas_kernels.buckets import is_url
 from pallas_kernels.folders import Folder, settle
 
 CACHE_VARIABLE = "FASTGEN_CACHE_DIR"
@@ -24,13 +27,32 @@ def cache_dir() -> Path:
 def engine_dir(named: str | os.PathLike[str] | None = None) -> Path | None:
     """Returns the folder of compiled programs and measurements: `named`, else FASTGEN_CACHE_DIR, else `cache_dir`.
 
-    Returns None if the one that applies is an empty string, which turns the cache off.
+    For the URL of a bucket, it is the folder of its local copy. Returns None if the name that applies is an empty string,
+    which turns the cache off.
     """
-    if named is None:
-        named = os.environ.get(CACHE_VARIABLE)
-    if named is None:
+    url = engine_bucket(named)
+    if url is not None:
+        return cache_dir() / "buckets" / _folder_name(url)
+    name = _engine_name(named)
+    if name is None:
         return cache_dir()
-    return Path(os.path.expanduser(named)) if os.fspath(named) else None
+    return Path(os.path.expanduser(name)) if name else None
+
+
+def engine_bucket(named: str | os.PathLike[str] | None = None) -> str | None:
+    """Returns the URL of the bucket for compiled programs and measurements; None if `engine_dir` is not a copy of one."""
+    name = _engine_name(named)
+    return name if name is not None and is_url(name) else None
+
+
+def _engine_name(named: str | os.PathLike[str] | None) -> str | None:
+    return os.environ.get(CACHE_VARIABLE) if named is None else os.fspath(named)
+
+
+def _folder_name(url: str) -> str:
+    """A readable name, different for each URL."""
+    readable = re.sub(r"[^\w.-]+", "-", url.partition("://")[2]).strip("-")[:60]
+    return f"{readable}-{sha256(url.encode()).hexdigest()[:8]}"
 
 
 def models_dir() -> Path:

@@ -7,12 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax import Engine, EngineConfig, RequestOutput, SamplingParams
 from fastgen_jax.api.async_engine import AsyncEngine
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import init_params
 from fastgen_jax.models.weight_spec import Params
 
 HOME = Path(__file__).parent / "reference" / "tiny"
@@ -25,6 +28,12 @@ def tiny_model(variant: str = "default", *, stack_layers: bool = False) -> tuple
     checkpoint = open_checkpoint(HOME / variant)
     params = load_params(checkpoint, dtype="float32", stack_layers=stack_layers, prepare=None, progress=False)
     return params, checkpoint.config
+
+
+def random_params(config: ModelConfig, *, seed: int = 0) -> Params:
+    """Random weights in the stacked form; biases and norms are random too. NumPy makes them, so that nothing is compiled."""
+    rng, shapes = np.random.default_rng(seed), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
 
 
 def expected(variant: str = "default") -> dict[str, np.ndarray]:

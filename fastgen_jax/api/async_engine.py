@@ -139,6 +139,10 @@ class AsyncEngine:
         self._closed = False
         self._thread = EngineThread(engine, self._hand_over, sleep_idle=sleep_idle)
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.num_unfinished} unfinished requests, at most {self.max_queue} waiting"
+        return f"AsyncEngine({self.intake.config}; {state})"
+
     async def __aenter__(self) -> AsyncEngine:
         return self
 

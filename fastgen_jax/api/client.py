@@ -106,6 +106,11 @@ class _Connection:
         self.deployment = deployment
         self._settings = http_settings(deployment, api_key=api_key, timeout=timeout)
 
+    def __repr__(self) -> str:
+        there = self.deployment
+        state = "" if there.is_alive else ", ended"
+        return f"{type(self).__name__}({there.name!r}, {there.model} at {there.url}{state})"
+
     @property
     def _path(self) -> str:
         return f"/mii/{self.deployment.name}"

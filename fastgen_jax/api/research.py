@@ -9,8 +9,8 @@ import numpy as np
 
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.packing import Packer
+from fastgen_jax.engine.programs import StepOutput
 from fastgen_jax.engine.prompts import TokenIdsInput, checked_token_ids
-from fastgen_jax.engine.runner import StepOutput
 from fastgen_jax.engine.sampling.tables import SamplingTables
 from fastgen_jax.scheduling import Sequence as HostSequence
 from fastgen_jax.scheduling.manual import ManualRow
@@ -42,6 +42,9 @@ class Research:
         self._engine = engine
         self._sequences = engine.manual_sequences
         self._packer = Packer(engine.config, SamplingTables(engine.config.max_num_seqs, engine.model.vocab_size))
+
+    def __repr__(self) -> str:
+        return f"Research({self._engine.describe()}; {len(self._sequences)} sequences)"
 
     def put(self, uids: Sequence[str | int], tokens: Sequence[TokenIdsInput]) -> np.ndarray:
         """Appends tokens to sequences, new or existing, and returns the logits f32[len(uids), V] after the last of each.

@@ -51,7 +51,7 @@ def find(arguments: argparse.Namespace, pythons: Sequence[str]) -> list[str]:
         if path and not arguments.hf_model:
             lines.append(f"{name} in {path}: skipped, it needs --hf-model")
         else:
-            lines.append(f"{name} in {path}" if path else f"{name}: not found; give a Python that has it with --python")
+            lines.append(f"{name} in {path}" if path else f"{name}: not found; pass a Python that has it with --python")
     if not arguments.hf_model:
         arguments.vllm_python = arguments.hf_python = None
     if arguments.llama_server and not arguments.gguf:

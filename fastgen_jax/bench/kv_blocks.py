@@ -42,7 +42,9 @@ def _measured(model: str, blocks: Sequence[int], budgets: Sequence[int], repeats
     from fastgen_jax.engine import Engine
 
     engines = {
-        n: Engine.from_pretrained(model, token_budget=max(budgets), budget_ladder=tuple(budgets), num_blocks=n)
+        n: Engine.from_pretrained(
+            model, token_budget=max(budgets), budget_ladder=tuple(budgets), num_blocks=n, background_compile=False
+        )
         for n in blocks
     }
     times: dict[tuple[int, int], list[float]] = {(n, t): [] for n in blocks for t in budgets}
@@ -67,7 +69,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
 
     from fastgen_jax.core import KVCache, stored_head_dim
     from fastgen_jax.engine.packing import Bucket
-    from fastgen_jax.engine.runner import step_program
+    from fastgen_jax.engine.programs import step_program
     from fastgen_jax.engine.sampling.state import init_state
     from fastgen_jax.models.config import ModelConfig
     from fastgen_jax.models.counts import count_params

@@ -207,7 +207,7 @@ def read_trace(
         rows = _azure_rows(path) if path.suffix == ".csv" else _mooncake_rows(path)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a trace: {error!r}; give a .csv with TIMESTAMP, ContextTokens, GeneratedTokens, or a .jsonl "
+            f"{path} is not a trace: {error!r}; pass a .csv with TIMESTAMP, ContextTokens, GeneratedTokens, or a .jsonl "
             "with timestamp, input_length, output_length, hash_ids"
         ) from error
     requests = []
@@ -219,7 +219,7 @@ def read_trace(
             prompt = min(prompt, max_context_len - output)
         requests.append(replace(row, num_prompt_tokens=prompt, max_new_tokens=output, arrival=row.arrival / speed))
     if not requests:
-        raise ValueError(f"{path} has 0 requests; give a trace with at least 1")
+        raise ValueError(f"{path} has 0 requests; pass a trace with at least 1")
     return Load(
         name=path.stem,
         requests=tuple(requests),

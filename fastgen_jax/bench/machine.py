@@ -1,4 +1,4 @@
-"""What this machine is, how fast it multiplies, and whether other programs disturb a measurement."""
+"""What this machine is, how fast it multiplies and reads memory, and whether other programs disturb a measurement."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Literal
 
 PEAK_SECONDS = 0.6  # spent on each way to multiply; the best repetition counts
 PEAK_SIZE = 1024  # rows and columns: 2.1 GFLOP per product, large enough for full speed and small enough for a cache
+READ_SIZE = 8192  # rows and columns of the matrix that is read on a CPU: 256 MiB
+ACCELERATOR_BYTES = 2**29  # of the array that is read and written on an accelerator
 DISTURBED_CORES = 0.15  # above this, other programs used enough of the machine to change a figure
 
 
@@ -62,6 +64,31 @@ def matmul_peak(dtype: str = "float32") -> dict[str, float]:
         b = np.ones((size, size), np.float32)
         peaks["numpy"] = flops / _best_seconds(lambda: b @ b)
     return peaks
+
+
+def memory_peak() -> dict[str, float]:
+    """Measured bytes per second from memory, by library; loads JAX.
+
+    On a CPU a matrix that no cache holds is multiplied by a vector, which reads it once, as the generation of one token
+    reads the weights; the rate to compare with is the largest. On an accelerator an array is read and written.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    if jax.default_backend() != "cpu":
+        ones = jnp.ones(ACCELERATOR_BYTES // 4, jnp.float32)
+        add = jax.jit(lambda x: x + 1)
+        add(ones).block_until_ready()
+        return {"jax": 2 * ones.nbytes / _best_seconds(lambda: add(ones).block_until_ready())}
+    matrix, vector = np.ones((READ_SIZE, READ_SIZE), np.float32), np.ones(READ_SIZE, np.float32)
+    a, x = jnp.asarray(matrix), jnp.asarray(vector)
+    multiply = jax.jit(jnp.matmul)
+    multiply(a, x).block_until_ready()
+    return {
+        "jax": matrix.nbytes / _best_seconds(lambda: multiply(a, x).block_until_ready()),
+        "numpy": matrix.nbytes / _best_seconds(lambda: matrix @ vector),
+    }
 
 
 def _best_seconds(work: Callable[[], object]) -> float:

@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     threads = arguments.threads or machine.usable_cores()
     peers = choose_peers(arguments, workloads, threads=threads)
     if not peers and not arguments.llama_bench:
-        raise ValueError("there is nothing to measure; give --model, --vllm-python, --hf-python or --llama-server")
+        raise ValueError("there is nothing to measure; pass --model, --vllm-python, --hf-python or --llama-server")
     context = measured_context()
     print(json.dumps(context["machine"]))
     for name, path in ggufs.items() if arguments.llama_bench else ():

@@ -47,10 +47,13 @@ def engine_option(pair: str) -> tuple[str, Any]:
 
 
 def make_engine(args: argparse.Namespace, **overrides: Any) -> Engine:
-    """The engine that the flags describe. Prefix caching is off by default: random prompts share nothing."""
+    """The engine that the flags describe, completely compiled, and without prefix caching: random prompts share nothing.
+
+    Both are defaults that `--option` can change.
+    """
     from fastgen_jax import Engine
 
-    options = {"prefix_caching": False, **dict(args.option), **overrides}
+    options = {"prefix_caching": False, "background_compile": False, **dict(args.option), **overrides}
     return Engine.from_pretrained(args.model, progress=True, **options)
 
 
@@ -135,7 +138,7 @@ def loads_of(args: argparse.Namespace, *, warmup: int = 1, max_context_len: int 
     }
     trace, arrival_rates = getattr(args, "trace", None), getattr(args, "rate", None)
     if trace and arrival_rates:
-        raise ValueError("--trace and --rate are both given; arrivals are either recorded or drawn, so give only one")
+        raise ValueError("--trace and --rate are both set; arrivals are either recorded or drawn, so set only one")
     if trace:
         return [
             read_trace(trace, speed=speed, length_scale=args.length_scale, first=args.first, max_context_len=max_context_len)

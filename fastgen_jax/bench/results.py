@@ -85,7 +85,7 @@ def read_lines(path: Path) -> list[JsonObject]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} contains no runs: {error}; give a file written by a benchmark") from error
+        raise ValueError(f"{path} contains no runs: {error}; pass a file written by a benchmark") from error
     return [line for line in lines if isinstance(line, dict)]
 
 
@@ -94,7 +94,7 @@ def read(path: Path, *, allow_empty: bool = False) -> list[RunRecord]:
     records = [_from_jsonable(line) for line in read_lines(path) if line.get("kind") == "run"]
     if not records and not allow_empty:
         raise ValueError(
-            f"{path} contains no runs; give a file written by bench serve, policies, offline or compare, or by simulate"
+            f"{path} contains no runs; pass a file written by bench serve, policies, offline or compare, or by simulate"
         )
     return records
 

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.null:
         return _null(args)
     if not args.url:
-        raise ValueError("--url is missing; give the server's address up to and including /v1, or --null")
+        raise ValueError("--url is missing; pass the server's address up to and including /v1, or --null")
     target = Target(
         url=args.url.rstrip("/"),
         model=args.model,

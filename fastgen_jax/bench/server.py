@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from fastgen_jax import Engine
     from fastgen_jax.api.client import serve
 
-    options = dict(args.option)
+    options = {"background_compile": False, **dict(args.option)}
     engine = Engine.from_pretrained(args.model, progress=True, **options)
     vocab_size = engine.model.vocab_size
     workload = standard_workload(args.workload, vocab_size=vocab_size)

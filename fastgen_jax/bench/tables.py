@@ -52,51 +52,51 @@ def curve_tables(curves: Sequence[Curve], prompt_rate: float, generation_rates: 
                 for i, s in enumerate(curve.summaries)
             ],
         )
-    for rival in curves[1:]:
-        if rival.workload == curves[0].workload:
-            lines += ["", f"{curves[0].label} against {rival.label}", ""]
+    for other in curves[1:]:
+        if other.workload == curves[0].workload:
+            lines += ["", f"{curves[0].label} against {other.label}", ""]
             lines += table(
-                ("figure", "ours", "theirs", "ratio"), comparison(curves[0], rival, prompt_rate, generation_rates)
+                ("figure", "ours", "theirs", "ratio"), comparison(curves[0], other, prompt_rate, generation_rates)
             )
     return lines
 
 
 def comparison(
-    ours: Curve, rival: Curve, prompt_rate: float, generation_rates: Sequence[float]
+    ours: Curve, other: Curve, prompt_rate: float, generation_rates: Sequence[float]
 ) -> list[tuple[str, str, str, str]]:
     """Rows of (figure, ours, theirs, ratio); a ratio above 1 means that ours is better."""
     rows = []
     for rate in generation_rates:
-        a, b = (max(curve.effective(rate, prompt_rate=prompt_rate)) for curve in (ours, rival))
+        a, b = (max(curve.effective(rate, prompt_rate=prompt_rate)) for curve in (ours, other))
         rows.append((f"effective throughput at {rate:g} tokens/s", f"{a:.2f}/s", f"{b:.2f}/s", f"{a / b:.2f}" if b else "-"))
     for s in ours.summaries:
-        other = next((o for o in rival.summaries if o.num_clients == s.num_clients), None)
-        if other and s.token_latency_p95 and other.token_latency_p95:
+        theirs = next((o for o in other.summaries if o.num_clients == s.num_clients), None)
+        if theirs and s.token_latency_p95 and theirs.token_latency_p95:
             rows.append(
                 (
                     f"P95 token latency, {s.num_clients} clients",
                     f"{milliseconds(s.token_latency_p95)} ms",
-                    f"{milliseconds(other.token_latency_p95)} ms",
-                    f"{other.token_latency_p95 / s.token_latency_p95:.2f}",
+                    f"{milliseconds(theirs.token_latency_p95)} ms",
+                    f"{theirs.token_latency_p95 / s.token_latency_p95:.2f}",
                 )
             )
-    # At the latency of our best point short of saturation, and at the throughput that the rival has there.
+    # At the latency of our best point short of saturation, and at the throughput that the other has there.
     best = max(ours.summaries, key=lambda s: s.throughput)
-    theirs = rival.throughput_at(best.latency)
-    if theirs:
+    reached = other.throughput_at(best.latency)
+    if reached:
         rows.append(
             (
                 f"throughput at a latency of {best.latency:.1f} s",
                 f"{best.throughput:.2f}/s",
-                f"{theirs:.2f}/s",
-                f"{best.throughput / theirs:.2f}",
+                f"{reached:.2f}/s",
+                f"{best.throughput / reached:.2f}",
             )
         )
-        latency = ours.latency_at(theirs)
+        latency = ours.latency_at(reached)
         if latency:
             rows.append(
                 (
-                    f"latency at {theirs:.2f} requests/s",
+                    f"latency at {reached:.2f} requests/s",
                     f"{latency:.1f} s",
                     f"{best.latency:.1f} s",
                     f"{best.latency / latency:.2f}",

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     with _folder(args.folder, args.sdist) as folder:
         files = sorted(folder.glob("ggml-vocab-*.gguf"))
         if not files:
-            raise ValueError(f"{folder} has no ggml-vocab-*.gguf; give the folder models/ of llama.cpp")
+            raise ValueError(f"{folder} has no ggml-vocab-*.gguf; pass the folder models/ of llama.cpp")
         print(f"{'vocabulary':<20} {'strings':>7} {'identical':>9}  different strings")
         for file in files:
             name = file.stem.removeprefix("ggml-vocab-")

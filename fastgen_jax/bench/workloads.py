@@ -167,7 +167,7 @@ def with_text(workload: Workload, *, prompt_ids: Sequence[int], seed: int = SEED
     rng = np.random.default_rng(seed)
     longest = max(len(request.prompt_token_ids) for request in workload.requests)
     if len(prompt_ids) < longest:
-        raise ValueError(f"the text has {len(prompt_ids)} tokens but the longest prompt has {longest}; give a longer text")
+        raise ValueError(f"the text has {len(prompt_ids)} tokens but the longest prompt has {longest}; pass a longer text")
     requests = []
     for request in workload.requests:
         length = len(request.prompt_token_ids)

@@ -1,9 +1,10 @@
 """Checkpoints on disk: finding, opening, loading and converting them. Missing and unknown tensors are both errors."""
 
 from fastgen_jax.checkpoint.base import Checkpoint
+from fastgen_jax.checkpoint.built_in import BUILT_IN
 from fastgen_jax.checkpoint.load import check_tensors, load_params
 from fastgen_jax.checkpoint.open import open_checkpoint
-from fastgen_jax.checkpoint.resolve import BUILT_IN, resolve_model
+from fastgen_jax.checkpoint.resolve import resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
 
 __all__ = [

@@ -61,7 +61,7 @@ class GGUFCheckpoint:
         hf = config_json(file)
         kind = file.metadata["general.architecture"]
         try:
-            config = family_of(hf["architectures"][0]).config_from_hf(hf)
+            config = family_of(hf["architectures"][0]).config_from_hf(hf, strict=True)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         sources = FAMILIES[config.family].sources(config)

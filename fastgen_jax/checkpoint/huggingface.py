@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import missing_tensor
+from fastgen_jax.checkpoint.base import is_buffer, missing_tensor
+from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES, is_of_model
 from fastgen_jax.checkpoint.quantized import PackedTensor, unpack
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
 from fastgen_jax.json_types import JsonFields, JsonObject
@@ -18,7 +19,6 @@ from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
 
 _FLOATS = ("float32", "float16", "bfloat16")
-_BUFFER = ".inv_freq"  # saved by old versions of transformers, in any format
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -34,11 +34,11 @@ class HuggingFaceCheckpoint:
     tensors: Mapping[str, StoredTensor | PackedTensor]
 
     @classmethod
-    def open(cls, path: Path) -> HuggingFaceCheckpoint:
+    def open(cls, path: Path, *, strict_config: bool = False) -> HuggingFaceCheckpoint:
         """Reads config.json, generation_config.json and the headers of all shards; ValueError names a damaged file."""
         hf = config_json(path)
         quantization = hf.pop("quantization_config", None)  # tensors are dequantized when they are read
-        config = model_config(hf, path / "config.json")
+        config = model_config(hf, path / "config.json", strict=strict_config)
         tensors: dict[str, StoredTensor] = {}
         for file, expected in _shards(path).items():
             found = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
@@ -61,7 +61,7 @@ class HuggingFaceCheckpoint:
         predictors = tuple(f"model.layers.{layer}." for layer in extra)  # multi-token prediction, which is not used
         plain = {name: tensor for name, tensor in plain.items() if not name.startswith(predictors)}
         for name, tensor in plain.items():
-            if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not name.endswith(_BUFFER):
+            if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not is_buffer(name):
                 raise ValueError(
                     f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
                     f"{', '.join(_FLOATS)}, or a quantized dtype with its quantization_config in config.json"
@@ -125,13 +125,13 @@ def read_generation_config(folder: Path) -> JsonObject:
     return read_json(file) if file.exists() else {}
 
 
-def model_config(hf: JsonFields, where: object) -> ModelConfig:
+def model_config(hf: JsonFields, where: object, *, strict: bool = False) -> ModelConfig:
     """The `ModelConfig` of the fields of a config.json; errors begin with `where` it came from."""
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(f"{where}: 'architectures' must name one architecture, got {architectures!r}")
     try:
-        return family_of(architectures[0]).config_from_hf(hf)
+        return family_of(architectures[0]).config_from_hf(hf, strict=strict)
     except KeyError as error:
         raise ValueError(f"{where} lacks the field {error}") from error
     except (ValueError, TypeError) as error:
@@ -156,8 +156,9 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
     for index in (path / _SAFETENSORS_INDEX, path / _TORCH_INDEX):
         if index.exists():
             return _indexed(index)
-    for pattern, index in (("*.safetensors", _SAFETENSORS_INDEX), ("pytorch_model*.bin", _TORCH_INDEX)):
-        found = sorted(path.glob(pattern))
+    for pattern in WEIGHT_FILES:
+        found = [file for file in sorted(path.glob(pattern)) if is_of_model(file.name)]
+        index = _SAFETENSORS_INDEX if pattern.endswith(".safetensors") else _TORCH_INDEX
         if len(found) == 1:
             return {found[0]: None}
         if found:

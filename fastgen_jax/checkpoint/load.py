@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
+from fastgen_jax.checkpoint.base import Checkpoint, is_buffer, missing_tensor
+from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
@@ -22,16 +22,10 @@ from fastgen_jax.models.params import layer_specs, layers_with, model_specs
 from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 
 if TYPE_CHECKING:
-    import jax
     from jax.sharding import Sharding
 
 log = logging.getLogger(__name__)
 
-_IGNORABLE = (  # buffers that old versions of transformers saved: rotary frequencies and causal masks
-    r".*\.rotary_emb\.inv_freq",
-    r".*\.attn\.(masked_)?bias",
-    r".*\.attention\.(masked_)?bias",
-)
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
 _AHEAD = 3  # weights read in advance: they take host memory beyond the model, a fraction of a layer
 
@@ -76,8 +70,8 @@ def load_params(
     read = functools.partial(_read, checkpoint, dtype=dtype, sharding=sharding)
     params: Params = {}
     layers: list[dict[str, Leaf]] = [{} for _ in range(checkpoint.config.num_layers)]
-    stacked: dict[str, Leaf] = {}
     having = layers_with(checkpoint.config)
+    stacks = {name: LayerStack(f"layers.{name}", len(rows)) for name, rows in having.items()}
     count = sum(math.prod(weight.spec.shape) // (weight.spec.shape[0] if weight.source.stacked else 1) for weight in weights)
     log.info("loading %s from %s: %s parameters", checkpoint.config.family, checkpoint.path, f"{count:,}")
     progressing = shown(log, f"loading {checkpoint.path.name}", total=len(weights), unit="weight", bar=progress)
@@ -89,12 +83,11 @@ def load_params(
             if weight.layer is None:
                 params[name] = leaf
             elif stack_layers:
-                rows = having[name]
-                stacked[name] = _store(stacked.get(name), leaf, rows.index(weight.layer), len(rows), weight.spec)
+                stacks[name].set_row(having[name].index(weight.layer), leaf)
             else:
                 layers[weight.layer][name] = leaf
             advance()
-    params["layers"] = stacked if stack_layers else tuple(layers)
+    params["layers"] = {name: stack.leaf() for name, stack in stacks.items()} if stack_layers else tuple(layers)
     return params
 
 
@@ -130,7 +123,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: tensor {name!r} has shape {checkpoint.shape(name)}, but the config "
                 f"requires {shape}; the file and its config do not match"
             )
-    extra = {name for name in names - expected.keys() if not any(re.fullmatch(p, name) for p in _IGNORABLE)}
+    extra = {name for name in names - expected.keys() if not is_buffer(name)}
     if config.tie_embeddings and "lm_head.weight" in extra:
         _check_tied(checkpoint)
         extra.remove("lm_head.weight")
@@ -232,39 +225,3 @@ def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
         start += piece.shape[-1]
     assert out is not None, "every weight has a source"
     return out if source.rearrange is None else source.rearrange(out)
-
-
-def _store(stacked: Leaf | None, leaf: Leaf, row: int, num_rows: int, spec: WeightSpec) -> Leaf:
-    """`stacked` with `leaf` as one row. The buffer is donated, so there is no second copy."""
-    import jax
-
-    if stacked is None:
-        stacked = jax.tree.map(lambda x: _zeros((num_rows, *x.shape), x), leaf)
-    forms = [jax.tree.structure(stacked), *((x.shape[1:], x.dtype) for x in jax.tree.leaves(stacked))]
-    if forms != [jax.tree.structure(leaf), *((x.shape, x.dtype) for x in jax.tree.leaves(leaf))]:
-        raise ValueError(
-            f"prepare({spec.path!r}) returned another form for row {row} than for row 0 "
-            f"({jax.tree.structure(leaf)}); layers that differ cannot be stacked, use stack_layers=False"
-        )
-    return _layer_setter()(stacked, leaf, row)
-
-
-def _zeros(shape: tuple[int, ...], layer: np.ndarray | jax.Array) -> jax.Array:
-    """Zeros for all layers, each with the sharding of `layer`."""
-    import jax
-    import jax.numpy as jnp
-
-    place = getattr(layer, "sharding", None)
-    if isinstance(place, jax.sharding.NamedSharding):
-        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(None, *place.spec))
-    return jnp.zeros(shape, layer.dtype, device=place)
-
-
-@functools.cache
-def _layer_setter() -> Callable[[Leaf, Leaf, int], Leaf]:
-    import jax
-
-    def set_layer(stacked: Leaf, leaf: Leaf, layer: jax.Array) -> Leaf:
-        return jax.tree.map(lambda whole, part: whole.at[layer].set(part), stacked, leaf)
-
-    return jax.jit(set_layer, donate_argnums=0)

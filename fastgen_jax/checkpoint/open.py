@@ -10,14 +10,17 @@ from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 from fastgen_jax.checkpoint.snapshot import MARKER, SnapshotCheckpoint, as_path
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, strict_config: bool = False) -> Checkpoint:
     """Opens a Hugging Face directory, a snapshot or a GGUF file; ValueError if it is something else or damaged.
 
-    Reads headers only. To open a model by name, see `resolve_model`.
+    Reads headers only. With `strict_config`, fields of config.json that are unknown for the architecture are a ValueError
+    instead of a warning. To open a model by name, see `resolve_model`.
     """
     path = as_path(path)
     if path.is_dir():
-        return SnapshotCheckpoint.open(path) if (path / MARKER).exists() else HuggingFaceCheckpoint.open(path)
+        if (path / MARKER).exists():
+            return SnapshotCheckpoint.open(path)
+        return HuggingFaceCheckpoint.open(path, strict_config=strict_config)
     if not path.exists():
         raise ValueError(f"{path} does not exist; pass a checkpoint directory or a .gguf file")
     return GGUFCheckpoint.open(path)

@@ -7,28 +7,43 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module, metadata
 
 import fastgen_jax
 from fastgen_jax.cli.parser import Parser
 
-COMMANDS = {
-    "generate": "answer prompts given as arguments or on standard input, one per line",
-    "chat": "chat with a model; an empty line quits",
-    "demo": "answer a few prompts in one batch and summarize how the engine ran them",
-    "models": "list the supported model families and what is supported of each",
-    "convert": "convert a checkpoint to a snapshot, which loads at disk speed onto any mesh",
-    "inspect": "show what a checkpoint contains: config, parameters, number formats, tokenizer",
-    "serve": "serve a model over the OpenAI-compatible HTTP API until stopped",
-    "deployments": "list or stop the servers on this machine",
-    "top": "show what a deployment is doing, live in the terminal",
-    "batch": "answer a file of requests into a file of responses, resuming where it stopped",
-    "bench": "measure throughput and latency of this engine and others",
-    "cache": "list cached files and their sizes, or remove them with --clear",
-    "plan": "check whether a model fits on devices that are not attached, from its config.json alone",
-    "simulate": "predict how an engine performs on hardware that is not available here",
+GROUPS = {
+    "use a model": {
+        "run": "chat with a model in the browser, or answer one prompt",
+        "chat": "chat with a model in the terminal; an empty line quits",
+        "generate": "continue prompts given as arguments or on standard input, one per line",
+        "demo": "answer a few prompts in one batch and summarize how the engine ran them",
+        "batch": "answer a file of requests into a file of responses, resuming where it stopped",
+    },
+    "serve a model": {
+        "serve": "serve a model over the OpenAI-compatible HTTP API until stopped",
+        "deployments": "list or stop the servers on this machine",
+        "top": "show what a deployment is doing, live in the terminal",
+    },
+    "prepare a model": {
+        "models": "list the supported model families and what is supported of each",
+        "inspect": "show what a checkpoint contains: config, parameters, number formats, tokenizer",
+        "convert": "convert a checkpoint to a snapshot, which loads at disk speed onto any mesh",
+        "plan": "check whether a model fits on devices that are not attached, from its config.json alone",
+        "compile": "compile an engine's programs before its first start, also for TPUs that are not attached",
+    },
+    "measure": {
+        "bench": "measure throughput and latency of this engine and others",
+        "simulate": "predict how an engine performs on hardware that is not available here",
+    },
+    "look after the installation": {
+        "doctor": "check versions, devices, compilers and caches, and say what to do about problems",
+        "cache": "list cached files and their sizes, or remove them with --clear",
+        "completion": "print the script that completes commands and flags in bash, zsh or fish",
+    },
 }
+COMMANDS = {name: help_line for group in GROUPS.values() for name, help_line in group.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            options = vars(make_parser(argv).parse_args(argv))
+            parser = make_parser(argv[:1])
+            if not argv:
+                parser.print_help()
+                return 2
+            options = vars(parser.parse_args(argv))
             run = options.pop("run")
             del options["command"]
             return run(options)
@@ -59,17 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def make_parser(argv: Sequence[str]) -> Parser:
-    """Returns the parser with the flags of the command that `argv` starts with; other commands get their help line only."""
-    parser = Parser(prog="fastgen", description="High-throughput text generation with JAX.")
+def make_parser(called: Collection[str]) -> Parser:
+    """Returns the parser with the flags of the commands in `called`; other commands get their help line only."""
+    parser = Parser(prog="fastgen", description="High-throughput text generation with JAX.", groups=GROUPS)
     parser.add_argument(
         "--version", action="version", version=f"fastgen_jax {fastgen_jax.__version__}", help="print the version and exit"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_line in COMMANDS.items():
-        # Only the called command is imported: some commands need packages that others do not.
+        # Only called commands are imported: some commands need packages that others do not.
         command = commands.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
-        if list(argv[:1]) == [name]:
+        if name in called:
             module = import_module(f"fastgen_jax.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)

@@ -12,6 +12,7 @@ from fastgen_jax.bench import (
     offline,
     perplexity,
     policies,
+    quick,
     report,
     serve,
     server,
@@ -21,6 +22,7 @@ from fastgen_jax.bench import (
 from fastgen_jax.cli.parser import Options
 
 BENCHMARKS = {
+    "quick": quick,
     "serve": serve,
     "policies": policies,
     "steps": steps,

@@ -24,7 +24,7 @@ def run(options: Options) -> int:
     prompts: list[str] = options.pop("prompts") or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     chat = options.pop("chat")
     if not prompts:
-        raise ValueError("no prompts; give them as arguments, or on standard input, one per line")
+        raise ValueError("no prompts; pass them as arguments, or on standard input, one per line")
     pipe, generation = make_pipeline(options)
     items: Sequence[str | list[dict[str, str]]] = (
         [[{"role": "user", "content": text}] for text in prompts] if chat else prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from fastgen_jax.flags import in_words
@@ -16,8 +16,29 @@ Options: TypeAlias = dict[str, Any]
 class Parser(argparse.ArgumentParser):
     """An argparse parser with its own error messages and defaults in the help; subcommands use this class too."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, groups: Mapping[str, Collection[str]] | None = None, **options: Any) -> None:
+        """`groups` are headings for the help, with the subcommands under each."""
         super().__init__(**{"formatter_class": _Formatter, **options})
+        self._groups = groups or {}
+
+    def format_help(self) -> str:
+        """The help text, with the subcommands under their headings."""
+        commands = self.commands()
+        if commands is None or not self._groups:
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        by_name = {entry.dest: entry for entry in commands._choices_actions}
+        for heading, names in self._groups.items():
+            formatter.start_section(heading)
+            formatter.add_arguments([by_name[name] for name in names])
+            formatter.end_section()
+        formatter.start_section("options")
+        formatter.add_arguments([action for action in self._actions if action is not commands])
+        formatter.end_section()
+        formatter.add_text(f"Flags of a command: {self.prog} COMMAND --help")
+        return formatter.format_help()
 
     # argparse declares this method as overloads on the type of `namespace`, hence the two Any.
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -38,6 +59,14 @@ class Parser(argparse.ArgumentParser):
     def commands(self) -> argparse._SubParsersAction[Parser] | None:
         """The action that selects a subcommand; its `choices` are their parsers."""
         return next((action for action in self._actions if isinstance(action, argparse._SubParsersAction)), None)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's check of choices; a misspelled command is answered with the nearest instead of with the list of all."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(value, action.choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentError(None, f"unknown {str(action.metavar).lower()} {value!r}{hint}")
+        super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         """Prints one line instead of the usage, which fills a screen for most commands, and exits with 2."""

@@ -8,9 +8,9 @@ import json
 import math
 
 from fastgen_jax.cli.parser import Options
+from fastgen_jax.devices import DEVICES
 from fastgen_jax.flags import MODEL_HELP
 from fastgen_jax.json_types import JsonObject
-from fastgen_jax.plan.devices import DEVICES
 from fastgen_jax.plan.report import Plan, make_plan, table
 from fastgen_jax.plan.source import describe
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES

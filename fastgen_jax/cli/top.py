@@ -33,7 +33,7 @@ def run(options: Options) -> int:
     running = deployments()
     if options["name"] is None and len(running) != 1:
         names = ", ".join(d.name for d in running) or "none"
-        raise ValueError(f"give the name of the deployment to watch (running: {names})")
+        raise ValueError(f"choose the deployment to watch (running: {names})")
     deployment = find_deployment(options["name"]) if options["name"] else running[0]
     before, since = None, 0
     clear = "\x1b[H\x1b[2J" if has_colors() and not options["once"] else ""

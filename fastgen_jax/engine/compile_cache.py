@@ -12,13 +12,14 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
 from fastgen_jax import paths
+from fastgen_jax.engine.mirror import Mirror
+from pallas_kernels.buckets import Bucket
 from pallas_kernels.folders import Folder
 
 log = logging.getLogger(__name__)
@@ -26,16 +27,25 @@ log = logging.getLogger(__name__)
 FAILURE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'")
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of its output; JAX uses it if it is installed, else zlib
 
-_lock = threading.RLock()  # `warnings.showwarning` is shared by all threads
+_mirrors: dict[Path, Mirror] = {}  # by folder
 
 
-def use(named: str | None) -> Folder | None:
+def use(named: str | None, group: str) -> Folder | None:
     """The folder for compiled programs and measurements, which becomes JAX's cache unless the user has set one.
 
-    `named` as in `EngineConfig.compile_cache_dir`. None: nothing is kept.
+    `named` as in `EngineConfig.compile_cache_dir`. None: nothing is kept. Of a bucket only the files of `group` are used,
+    a name for what can be shared; they are fetched first, once per process.
     """
-    wanted = paths.engine_dir(named)
+    _log_failures()
+    wanted, url = paths.engine_dir(named), paths.engine_bucket(named)
+    if wanted is not None and url is not None:
+        wanted /= group
     folder = None if wanted is None else paths.settle_engine(wanted)
+    if folder is not None and url is not None and folder.writable and folder.path not in _mirrors:
+        mirror = _mirrors[folder.path] = Mirror(
+            bucket=Bucket(f"{url.rstrip('/')}/{group}"), folder=folder.path, is_whole=_can_send
+        )
+        mirror.fetch()
     if folder is None or _path() is not None:
         return folder
     programs = Folder(path=folder.path / "xla", writable=False)
@@ -53,40 +63,56 @@ def use(named: str | None) -> Folder | None:
     return folder
 
 
-@contextlib.contextmanager
-def failures_logged() -> Iterator[None]:
-    """Context that logs JAX's warnings about its cache, even if warnings are errors, and removes damaged entries.
+def send(folder: Folder | None) -> None:
+    """Sends what is new in `folder` to its bucket, if it has one."""
+    mirror = None if folder is None else _mirrors.get(folder.path)
+    if mirror is not None:
+        mirror.send()
+
+
+def send_soon(folder: Folder | None) -> None:
+    """Does `send` in a thread that Python waits for before it exits."""
+    if folder is not None and folder.path in _mirrors:
+        threading.Thread(target=send, args=(folder,), name="fastgen-cache").start()
+
+
+def _can_send(path: Path, contents: bytes) -> bool:
+    """Whether a file is complete: JAX writes its entries in place."""
+    return not path.name.endswith("-cache") or _is_whole(contents)
+
+
+def _log_failures() -> None:
+    """Logs JAX's warnings about its cache from now on, even if warnings are errors, and removes damaged entries.
 
     JAX never replaces an entry: every start would compile a program again if a full disk had truncated its entry. The
     entry is therefore removed before JAX writes it again. After a failed write, nothing more is written, since other
-    writes would fail too.
+    writes would fail too. Set for the whole process, since programs are compiled in several threads, and a context that
+    changes warnings is not safe there.
     """
-    with _lock, warnings.catch_warnings():
-        show: Any = warnings.showwarning
+    warnings.filterwarnings("always", message=FAILURE.pattern)
+    show: Any = warnings.showwarning
+    if getattr(show, "logs_cache_failures", False):
+        return
 
-        def note(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            failure = FAILURE.match(str(message))
-            if failure is None:
-                show(message, category, filename, lineno, file, line)
-                return
-            log.warning("%s (in %s); the program is compiled and the run continues", message, _path())
-            drop_broken(failure[2])
-            if failure[1] == "writing":
-                _write_no_more()
+    def note(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        failure = FAILURE.match(str(message))
+        if failure is None:
+            show(message, category, filename, lineno, file, line)
+            return
+        log.warning("%s (in %s); the program is compiled and the run continues", message, _path())
+        drop_broken(failure[2])
+        if failure[1] == "writing":
+            _write_no_more()
 
-        warnings.filterwarnings("always", message=FAILURE.pattern)
-        warnings.showwarning = note
-        try:
-            yield
-        finally:
-            warnings.showwarning = show
+    vars(note)["logs_cache_failures"] = True
+    warnings.showwarning = note
 
 
 def drop_broken(program: str) -> None:

@@ -27,7 +27,7 @@ Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
-MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes that a measurement compiles and times
+MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes among which a model or a measurement chooses
 
 
 def _ladder(value: object) -> object:
@@ -64,12 +64,16 @@ class EngineConfig:
     tensor_parallel: int | None = None
     """Number of devices over which heads, MLP columns and vocabulary are sharded. None: one device, no sharding."""
     token_budget: int | None = None
-    """Maximum number of tokens per step. None: measured once on this device, then saved."""
+    """Maximum number of tokens per step. None: derived from the device's ratio of arithmetic to memory bandwidth, or the
+    result of a measurement with `remeasure` on this device."""
     budget_ladder: tuple[int, ...] | None = converted(_ladder, default=None)
-    """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen by measurement, like
-    `token_budget`."""
+    """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen like `token_budget`."""
     remeasure: bool = False
-    """Measure the token budget again and replace the saved measurement."""
+    """Compile and time seven step sizes before the first request, choose token budget and ladder by the results, and save
+    them for later starts on this device."""
+    background_compile: bool | None = None
+    """Start with the program of a full step, and compile those of smaller steps while it serves. None: yes in
+    `from_pretrained`, unless policy "sla" needs to know how long steps take; no for an engine made from weights."""
     max_num_seqs: int = 64
     """Maximum number of sequences that run at the same time; others wait."""
     max_context_len: int | None = None
@@ -94,7 +98,10 @@ class EngineConfig:
     overlap: bool = True
     """Dispatch each step before the tokens of the previous one are read."""
     stack_layers: bool | None = None
-    """Scan over the layers as one stacked array. None: yes, except on a CPU, where a scan copies the weights."""
+    """Scan over the layers as one stacked array, so that compile time does not grow with depth.
+
+    None: yes, except on a CPU without native kernels, where a scan copies the weights.
+    """
     logits_processor: LogitsProcessor | None = None
     """A jax.numpy function f(logits f32[R, V], rows) -> f32[R, V], compiled into every step. None: no processor."""
     attention: Attention | None = None
@@ -104,6 +111,8 @@ class EngineConfig:
     )
     """Defaults for options that a request omits: "auto" for those in the checkpoint's generation_config.json, "none", or
     the defaults as a mapping or as JSON, such as {"temperature": 0.6}. Stored as pairs."""
+    strict_config: bool = False
+    """Refuse a checkpoint whose config.json has fields that are unknown for its architecture, instead of warning."""
     compile_cache_dir: str | None = None
     """Folder for compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": nothing is
     saved."""
@@ -198,7 +207,7 @@ class ResolvedConfig:
     whose activations exceed its range; otherwise `dtype`."""
     prefix_caching: bool
     budget_ladder: tuple[int, ...]
-    """Step sizes in tokens, smallest first; the last is the token budget. Only candidates until they are measured."""
+    """Step sizes in tokens, smallest first; the last is the token budget. Only candidates until some are chosen."""
     generation_config: generation.Pairs
     fitted: str
     """What `fit` chose and why, in one line; empty without it."""
@@ -225,6 +234,11 @@ class ResolvedConfig:
         return self.choices.tensor_parallel
 
     @property
+    def packed_weights(self) -> bool:
+        """Whether matrices are packed for the native CPU kernels."""
+        return _packs_weights(self.choices)
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens that a sequence can actually have: the context limit, or the whole KV cache if that holds less."""
         return longest_sequence(max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size)
@@ -248,7 +262,7 @@ def _shown(config: object, values: Mapping[str, object]) -> str:
 def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | None = None) -> ResolvedConfig:
     """Returns `config` with a value for every open field, chosen for this model and device.
 
-    Without a token budget, `budget_ladder` contains the candidates for a measurement. `earlier_blocks` is the
+    Without a token budget, `budget_ladder` contains the candidates among which to choose. `earlier_blocks` is the
     `num_blocks` of an earlier start; it is kept if it suits the memory that is free now. Raises ValueError if the
     choices are incompatible with the model or the free memory.
     """
@@ -292,8 +306,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length
     stack_layers = config.stack_layers
     if stack_layers is None:
-        stack_layers = platform != "cpu" or config.tensor_parallel is not None
-    native_kernels = platform == "cpu" and not stack_layers and native.available()
+        stack_layers = platform != "cpu" or config.tensor_parallel is not None or _packs_weights(config)
     return ResolvedConfig(
         choices=config,
         dtype=dtype,
@@ -303,12 +316,12 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         max_context_len=max_context_len,
         num_blocks=num_blocks,
         stack_layers=stack_layers,
-        activation_dtype="float32" if native_kernels or (dtype == "float16" and model.exceeds_float16) else dtype,
+        activation_dtype="float32" if _packs_weights(config) or (dtype == "float16" and model.exceeds_float16) else dtype,
         prefix_caching=prefix_caching,
         budget_ladder=_step_sizes(
             config,
             longest=longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size),
-            padding_is_cheap=native_kernels,
+            padding_is_cheap=_packs_weights(config),
         ),
         generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
         fitted=_fitted(config, model, platform, dtype, quantize, kv_dtype, max_context_len, num_blocks * block_size),
@@ -357,8 +370,13 @@ def _fitted(
     return f"{line}; {config.formats.why}" if config.formats is not None and config.formats.why else line
 
 
+def _packs_weights(config: EngineConfig) -> bool:
+    """A weight that is divided over CPU devices stays a plain array."""
+    return jax.default_backend() == "cpu" and config.tensor_parallel is None and native.available()
+
+
 def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -> tuple[int, ...]:
-    if config.token_budget is None:  # a measured step is one sequence, so it must fit in the cache
+    if config.token_budget is None:  # a step that is measured is one sequence, so it must fit in the cache
         return tuple(budget for budget in MEASURED_BUDGETS if budget <= longest)
     smaller = config.budget_ladder
     if smaller is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fastgen_jax.engine import startup
+from fastgen_jax.engine.background import BackgroundCompiler
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.intake import Intake
@@ -17,6 +19,7 @@ from fastgen_jax.engine.journal import InFlight, Journal
 from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes, compile_count
 from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState, SampledRows
 from fastgen_jax.engine.packing import Bucket, Packer
+from fastgen_jax.engine.programs import Program
 from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.engine.replacement import replacement_params
 from fastgen_jax.engine.sampling.tables import SamplingTables
@@ -40,10 +43,10 @@ class Engine:
             for output in engine.step():
                 print(output.text, end="")
 
-    All programs are compiled before the constructor returns. Methods may be called from any thread; calls are
-    serialized. An exception, in particular a KeyboardInterrupt, may be raised at any point: the next call detects that
-    an operation did not complete and continues with the existing requests and outputs. Missing results are computed
-    again and do not differ.
+    `from_pretrained` returns when the program of a full step is ready, and compiles those of smaller steps in the
+    background. Methods may be called from any thread; calls are serialized. An exception, in particular a
+    KeyboardInterrupt, may be raised at any point: the next call detects that an operation did not complete and continues
+    with the existing requests and outputs. Missing results are computed again and do not differ.
     """
 
     name: str = ""
@@ -58,7 +61,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         progress: bool = False,
     ) -> None:
-        """Compiles everything; `params` are plain or prepared weights.
+        """Compiles everything, or with `background_compile` the program of a full step; `params` are plain or prepared.
 
         `progress` shows a bar while programs compile. Raises ValueError if `config` is incompatible with the model or
         the free memory.
@@ -89,6 +92,10 @@ class Engine:
         self._packer = Packer(self.config, self._tables)
         self._journal = Journal(self.runner, self.scheduler, self.manual_sequences, self.metrics)
         self._sleep = Sleep(self.runner, self.scheduler, self.metrics)
+        missing = [budget for budget in self.config.budget_ladder if budget not in self.runner.budgets]
+        self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)
+        if missing:
+            self._compiler.start()
 
     @classmethod
     def from_pretrained(
@@ -102,6 +109,8 @@ class Engine:
         if config is not None and options:
             raise ValueError(f"pass either config or options, not both; options were {', '.join(sorted(options))}")
         config = config or EngineConfig.from_options(options)
+        if config.background_compile is None and config.promise is None:
+            config = replace(config, background_compile=True)
         params, model_config, tokenizer, config, path = startup.load(model, config, progress=progress)
         engine = cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
         engine.runner.own_params()
@@ -380,6 +389,23 @@ class Engine:
 
     # Between steps
 
+    def _add_program(self, program: Program) -> bool:
+        """Makes a program that another thread compiled available to the next step; False if the engine is destroyed."""
+        journal = self._journal
+        with journal.turn, journal.lock:
+            if journal.is_destroyed:
+                return False
+            # Interrupted, whoever uses the engine repairs it; asleep, there is no memory to run it with.
+            if journal.is_open or self.runner.is_asleep:
+                self.runner.add(program, warm=False)
+            else:
+                journal.exclusive(lambda: self.runner.add(program))
+        return True
+
+    def wait_until_compiled(self) -> None:
+        """Returns when no program is being compiled in the background; a failure is in the log."""
+        self._compiler.wait()
+
     def exclusive(self, operation: Callable[[], T]) -> T:
         """Runs `operation` between two steps and returns its result; it may change `manual_sequences` and use `runner`.
 
@@ -461,10 +487,13 @@ class Engine:
     def destroy(self) -> None:
         """Frees the cache, and the weights if the engine loaded them; any later use raises ValueError.
 
-        Unfinished requests end with an output that says so.
+        Unfinished requests end with an output that says so. A program that is being compiled in the background is
+        completed, which this waits for, and dropped.
         """
+        self._compiler.stop()
         self._journal.destroy()
         self._sleep.forget()
+        self._compiler.wait()
 
     def _refuse_while_busy(self, what: str) -> None:
         if self.has_work or len(self.manual_sequences):

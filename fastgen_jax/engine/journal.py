@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes
 from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState
-from fastgen_jax.engine.runner import Runner, StepOutput
+from fastgen_jax.engine.programs import StepOutput
+from fastgen_jax.engine.runner import Runner
 from fastgen_jax.scheduling import Scheduler, Step
 from fastgen_jax.scheduling.manual import ManualSequences
 

@@ -1,17 +1,18 @@
-"""Which step sizes are worth a program, by the measured cost of a step against its tokens."""
+"""Which step sizes are worth a program, by the cost of a step against its tokens: modeled, or measured on request."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgen_jax import paths
+from fastgen_jax import devices, paths
 from fastgen_jax.engine import saved_choices
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.counts import count_params
+from fastgen_jax.models.counts import count_params, flops_per_token
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +22,60 @@ GOOD_ENOUGH = 1.05  # cost per token relative to the best; a larger budget would
 ROOM_FOR_PROMPTS = 4  # tokens in a step for each sequence that may generate
 WORTH_A_PROGRAM = 0.9  # of the time that the next larger program takes for the same tokens
 
+# Operations of matrix products in the time in which one byte of weights is read. Measured with two cores: 8 (Zen 4, 219
+# GFLOP/s and 26 GB/s) and 13 (Zen 5). More precision is not needed: the sizes chosen for 6 and for 24 are the same.
+CPU_FLOPS_PER_BYTE = 12.0
+FEW_ROWS = 16  # tokens: there is always a program for a lightly loaded engine, which samples few rows of logits
+PADDED_ROW = 0.01  # cost of a row that native kernels skip, relative to a computed one: what is left to XLA
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """The time of a step in units of the time in which the weights are read once."""
+
+    knee: float
+    """Tokens whose matrix products take as long as reading the weights."""
+    skips_padding: bool
+    """Whether the kernels compute only the rows in use, as native CPU kernels do."""
+
+    def __call__(self, num_tokens: int, *, within: int) -> float:
+        """The time of a step of `num_tokens` in a program for `within`.
+
+        Reading and multiplying overlap in part: the hypotenuse is between the longer of the two and their sum.
+        """
+        padding = within - num_tokens
+        if self.skips_padding:
+            return math.hypot(num_tokens / self.knee, 1.0) + PADDED_ROW * padding / self.knee
+        return math.hypot(within / self.knee, 1.0)
+
+
+def cost_model(model: ModelConfig, *, bytes_per_weight: float, device_kind: str | None, skips_padding: bool) -> CostModel:
+    """The cost of steps on a device, by its data sheet; an unknown accelerator counts as an A100, None is a CPU.
+
+    Devices of a tensor-parallel mesh divide both the products and the weights, so their number does not matter.
+    """
+    if device_kind is None:
+        flops_per_byte = CPU_FLOPS_PER_BYTE
+    else:
+        device = devices.reported(device_kind) or devices.DEVICES["a100"]
+        flops_per_byte = device.flops_per_s / device.memory_bytes_per_s
+    operations = bytes_per_weight * count_params(model) * flops_per_byte  # while the weights are read
+    return CostModel(knee=operations / flops_per_token(model, sampled=False), skips_padding=skips_padding)
+
+
+def modeled_ladder(cost: CostModel, candidates: Sequence[int], *, max_num_seqs: int) -> tuple[int, ...]:
+    """The step sizes among `candidates` that are worth a program, smallest first; the last is the token budget."""
+    full = {budget: cost(budget, within=budget) for budget in candidates}
+    budget = choose_budget(full, max_num_seqs=max_num_seqs)
+    chosen = choose_ladder(full, budget, seconds_within=lambda budget, num_tokens: cost(num_tokens, within=budget))
+    few = max((budget for budget in candidates if budget <= FEW_ROWS), default=budget)
+    return tuple(sorted({few, *chosen}))
+
 
 def choose_budget(seconds: Mapping[int, float], *, max_num_seqs: int) -> int:
     """The smallest budget whose cost per token is within 5% of the best, among those with room for prompts.
 
-    `seconds` maps a budget in tokens to the measured seconds of a full step. A step must hold four tokens per sequence
+    `seconds` maps a budget in tokens to the time of a full step, in any unit. A step must hold four tokens per sequence
     that may generate, if any measured step does: the tokens of generating sequences are not available to prompts.
     """
     roomy = {budget: cost / budget for budget, cost in seconds.items() if budget >= ROOM_FOR_PROMPTS * max_num_seqs}
@@ -39,7 +89,7 @@ def choose_ladder(
 ) -> tuple[int, ...]:
     """The budgets up to `token_budget` whose full step is clearly cheaper than the same step in the next larger program.
 
-    `seconds_within(budget, num_tokens)` measures a step of `num_tokens` in the program of `budget`: where padding is
+    `seconds_within(budget, num_tokens)` is the time of a step of `num_tokens` in the program of `budget`: where padding is
     cheap, as with the CPU kernels, few programs are worth compiling.
     """
     kept = [token_budget]
@@ -72,7 +122,7 @@ def known(named: str | None = None) -> list[Measurement]:
 
 
 def forget(named: str | None = None) -> int:
-    """Removes all measurements, so that the next start of each model measures; returns how many there were."""
+    """Removes all measurements, so that starts use the modeled step sizes; returns how many there were."""
     folder = paths.engine_dir(named)
     return 0 if folder is None else saved_choices.clear(folder / FILE)
 

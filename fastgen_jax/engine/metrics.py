@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,21 +16,20 @@ from fastgen_jax.scheduling import Step
 
 WINDOW = 4096  # steps that the timeline holds
 
-_compiles = 0
+_in_this_thread = threading.local()  # JAX reports a compilation in the thread that needs its result
 
 
 def _count_compiles(event: str, duration_secs: float, **kwargs: str | int) -> None:
-    global _compiles
     if event == "/jax/core/compile/backend_compile_duration":
-        _compiles += 1
+        _in_this_thread.compiles = compile_count() + 1
 
 
 jax.monitoring.register_event_duration_secs_listener(_count_compiles)
 
 
 def compile_count() -> int:
-    """XLA compilations in this process so far."""
-    return _compiles
+    """XLA compilations by this thread so far."""
+    return getattr(_in_this_thread, "compiles", 0)
 
 
 Phase = Literal["plan", "pack", "dispatch", "wait", "commit", "output"]
@@ -124,7 +124,7 @@ class Metrics:
     refused: int = 0
     """Requests that policy "sla" could not serve in time."""
     compiles_while_serving: int = 0
-    """Compilations during `Engine.step`: each is a bug, unless another thread of the program compiles."""
+    """Compilations that `Engine.step` waited for: each is a bug. Those of other threads do not count."""
     steps_by_budget: dict[int, int] = field(default_factory=dict)
     timeline: deque[StepTimes] = field(default_factory=lambda: deque(maxlen=WINDOW))
     """The last steps, oldest first."""

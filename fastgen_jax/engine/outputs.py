@@ -30,7 +30,7 @@ class TokenLogprob(NamedTuple):
     decoding. None for a prompt token."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class RequestOutput:
     """What one step added to a request."""
 
@@ -53,6 +53,11 @@ class RequestOutput:
     """From the request's arrival to the first step that computed for it."""
     error: str | None = None
     """Why the request ended with "abort" without being aborted: its grammar could not be continued, or a step failed."""
+
+    def __repr__(self) -> str:
+        end = f", finish_reason={self.finish_reason!r}" if self.finished else ""
+        error = f", error={self.error!r}" if self.error else ""
+        return f"RequestOutput({self.request_id!r}, {self.text!r}, new_token_ids={self.new_token_ids}{end}{error})"
 
 
 class Outbox:

@@ -11,6 +11,7 @@ import numpy as np
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.mla import Expansions
 from fastgen_jax.models.params import head_spec, layer_specs, layers_with, param_specs
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.grouped_matmul import PackedGroups
@@ -57,7 +58,7 @@ def _check_shapes(params: Params, current: Params, model: ModelConfig) -> None:
     for name, leaf in given.items():
         if name not in wanted:
             raise ValueError(f"{name} is not a weight of this model; remove it")
-        if not isinstance(leaf, jax.Array | np.ndarray | Int8Weight | PackedWeight | PackedGroups):
+        if not isinstance(leaf, jax.Array | np.ndarray | Int8Weight | PackedWeight | PackedGroups | Expansions):
             raise ValueError(f"{name} is a {type(leaf).__name__}, but must be an array {list(wanted[name])}")
         if tuple(leaf.shape) != wanted[name]:
             raise ValueError(f"{name} has shape {list(leaf.shape)}, but this model has {list(wanted[name])}")

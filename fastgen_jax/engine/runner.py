@@ -5,55 +5,36 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
-from fastgen_jax.core import KVCache, copy_block, stored_head_dim
+from fastgen_jax.core import KVCache, copy_block
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
-from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, sample
-from fastgen_jax.engine.sampling.state import SamplerState, init_state, reset_slot, set_masks
+from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, memory_shardings
+from fastgen_jax.engine.sampling.state import SamplerState, reset_slot, set_masks
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import Execution, head, hidden_rows
-from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings, tensor_mesh
+from fastgen_jax.models.sharding import tensor_mesh
 from fastgen_jax.models.weight_spec import Params
-from pallas_kernels.pytree import pytree
-
-# By device kind. On TPU7x the compiler prefers tiles of 16 x 128 16-bit numbers to the 8 x 128 in which arrays arrive,
-# and would copy every stack of weights in every step; the products take the same time with either.
-_COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
-
-
-@pytree
-class StepOutput:
-    """The results of a step on the device, one entry per sampled row."""
-
-    sampled: SampleOutput
-    logits: jax.Array
-    """f32[R, V]: raw logits; only the research interface reads them."""
-    hidden: jax.Array
-    """[R, E]: the inputs of the head, in the dtype of the activations; also only for the research interface."""
+from pallas_kernels.folders import Folder
 
 
 class Runner:
     """Runs steps: one program per bucket, compiled ahead of time; owns the KV cache and the sampler's state."""
 
-    def __init__(self, params: Params, model: ModelConfig, config: ResolvedConfig) -> None:
+    def __init__(self, params: Params, model: ModelConfig, config: ResolvedConfig, *, folder: Folder | None = None) -> None:
+        """Allocates the memory; `folder` is that of `Programs`."""
         self.params = params
         self.model = model
         self.config = config
-        self._compiled: dict[int, tuple[Bucket, jax.stages.Compiled]] = {}
-        self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
+        self.programs = Programs(model=model, config=config, mesh=self.mesh, params=abstract(params), folder=folder)
+        self._compiled: dict[int, Program] = {}  # replaced, never changed: another thread may add a program during a step
+        self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self._made: list[weakref.ref[jax.Array]] = []
         self.is_asleep = False
         """Whether cache, state and weights have been released."""
@@ -105,21 +86,9 @@ class Runner:
         self.params = {}
 
     def _allocate(self) -> None:
-        model, config = self.model, self.config
-
-        def zeros() -> tuple[KVCache, SamplerState]:
-            cache = KVCache.zeros(
-                num_layers=model.num_layers,
-                num_blocks=config.num_blocks,
-                num_kv_heads=model.num_kv_heads,
-                block_size=config.block_size,
-                dtype=jnp.dtype(config.kv_dtype),
-                head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
-            )
-            return cache, init_state(config.max_num_seqs, model.vocab_size)
-
         self.kv_cache: KVCache
         self.state: SamplerState
+        zeros = self.programs.zeros
         if self.mesh is None:
             self.kv_cache, self.state = zeros()
         else:  # each device allocates its own shard: the whole may not fit on any device
@@ -132,32 +101,25 @@ class Runner:
 
     def bucket(self, num_tokens: int) -> Bucket:
         """The smallest compiled shape for `num_tokens`."""
-        for budget in self.budgets:
-            if budget >= num_tokens:
-                return self._compiled[budget][0]
-        raise ValueError(f"a step of {num_tokens} tokens exceeds the largest compiled budget {max(self.budgets)}")
+        compiled = self._compiled
+        fitting = [budget for budget in compiled if budget >= num_tokens]
+        if not fitting:
+            raise ValueError(f"a step of {num_tokens} tokens exceeds the largest compiled budget {max(compiled)}")
+        return compiled[min(fitting)].bucket
 
     def compile(self, budgets: Sequence[int], *, on_done: Callable[[int], object] = lambda budget: None) -> None:
-        """Compiles a program for each budget that has none yet; calls `on_done(budget)` after each."""
+        """Compiles and warms a program for each budget that has none yet; calls `on_done(budget)` after each."""
         for budget in budgets:
             if budget not in self._compiled:
-                bucket = self._new_bucket(budget)
-                program = self.lower(bucket).compile()
-                self._compiled[budget] = (bucket, program)
+                self.add(self.programs.compile(budget))
             on_done(budget)
 
-    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        """The lowered step program of `bucket` for the current device."""
-        packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
-        program = step_program(
-            self.model,
-            bucket,
-            attention=self.config.choices.attention,
-            activation_dtype=self.config.activation_dtype,
-            mesh=self.mesh,
-            logits_processor=self.config.choices.logits_processor,
-        )
-        return program.lower(self.params, self.kv_cache, self.state, packed)
+    def add(self, program: Program, *, warm: bool = True) -> None:
+        """Makes a program available to the next step; with `warm` after one empty run, so that its first step is fast."""
+        if warm:
+            self._run(program, program.bucket.new_buffer()[0])
+            jax.block_until_ready(self.kv_cache)
+        self._compiled = {**self._compiled, program.bucket.num_tokens: program}
 
     def keep_only(self, budgets: Sequence[int]) -> None:
         """Drops the programs of all other budgets."""
@@ -165,8 +127,10 @@ class Runner:
 
     def run(self, packed: np.ndarray, bucket: Bucket) -> StepOutput:
         """Dispatches a step and returns immediately; reading the output waits for it."""
-        program = self._compiled[bucket.num_tokens][1]
-        output, self.kv_cache, self.state = program(self.params, self.kv_cache, self.state, packed)
+        return self._run(self._compiled[bucket.num_tokens], packed)
+
+    def _run(self, program: Program, packed: np.ndarray) -> StepOutput:
+        output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed)
         return output
 
     @property
@@ -200,9 +164,7 @@ class Runner:
         self.state = set_masks(self.state, slots, masks)
 
     def warm_up(self) -> None:
-        """Runs every program once, so that no first call delays the first request."""
-        for bucket, _ in self._compiled.values():
-            jax.block_until_ready(self.run(bucket.new_buffer()[0], bucket))
+        """Compiles and runs the small programs that change a slot, so that no first call delays a request."""
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
         self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
 
@@ -213,7 +175,7 @@ class Runner:
         more if these take less than `at_least` seconds, because other load on the machine can only add to it. Overwrites
         the first blocks of the cache.
         """
-        bucket, _ = self._compiled[budget]
+        bucket = self._compiled[budget].bucket
         used = budget if num_tokens is None else num_tokens
         times: list[float] = []
         while len(times) <= repeats or sum(times[1:]) < at_least:  # the first run pays for page faults
@@ -230,91 +192,7 @@ class Runner:
             times.append(time.perf_counter() - start)
         return min(times[1:])
 
-    def _new_bucket(self, budget: int) -> Bucket:
-        config = self.config
-        return Bucket(
-            budget,
-            max_num_seqs=config.max_num_seqs,
-            max_blocks=config.max_blocks,
-            num_slots=config.num_blocks * config.block_size,
-            vocab_size=self.model.vocab_size,
-        )
-
 
 def _delete(arrays: Sequence[jax.Array]) -> None:
     for array in arrays:
         array.delete()  # no effect if it was deleted before
-
-
-def step_program(
-    model: ModelConfig,
-    bucket: Bucket,
-    *,
-    attention: str | None = None,
-    activation_dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
-    logits_processor: LogitsProcessor | None = None,
-) -> jax.stages.Wrapped:
-    """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
-
-    `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
-    weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
-    """
-    step = partial(
-        _step,
-        bucket=bucket,
-        config=model,
-        attention=attention,
-        activation_dtype=activation_dtype,
-        mesh=mesh,
-        logits_processor=logits_processor,
-    )
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device.device_kind))
-    if mesh is None:
-        return jit(step)
-    whole = NamedSharding(mesh, PartitionSpec())
-    cache = NamedSharding(mesh, PartitionSpec(None, TENSOR))
-    return jit(step, out_shardings=(whole, cache, whole))
-
-
-def memory_shardings(mesh: Mesh, cache: KVCache, state: SamplerState) -> tuple[KVCache, SamplerState]:
-    """Shardings of the KV cache and the sampler's state, arrays or shapes, on the devices of `mesh`."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return shardings(mesh, partition_kv_cache(cache)), jax.tree.map(lambda _: whole, state)
-
-
-def _step(
-    params: Params,
-    kv_cache: KVCache,
-    state: SamplerState,
-    packed: jax.Array,
-    *,
-    bucket: Bucket,
-    config: ModelConfig,
-    attention: str | None,
-    activation_dtype: DTypeLike | None,
-    mesh: Mesh | None,
-    logits_processor: LogitsProcessor | None,
-) -> tuple[StepOutput, KVCache, SamplerState]:
-    batch, sampling = bucket.unpack(packed)
-    last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
-    on_device = batch.token_slots < state.last_tokens.shape[0]
-    batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
-    hidden, kv_cache = hidden_rows(
-        params,
-        kv_cache,
-        batch,
-        config=config,
-        execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
-    )
-    logits = head(hidden, params, batch.num_sample_rows, config=config)
-    if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
-        logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
-    process = None
-    if logits_processor is not None:
-        last_tokens = jnp.take(batch.token_ids, batch.sample_rows)
-        rows = LogitsRows(positions=sampling.positions, last_tokens=last_tokens, seeds=sampling.seeds)
-        process = lambda logits: logits_processor(logits, rows)  # noqa: E731
-    sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS, process=process)
-    return StepOutput(sampled=sampled, logits=logits, hidden=hidden), kv_cache, state

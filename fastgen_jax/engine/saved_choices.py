@@ -7,9 +7,12 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import filelock
 import jax
@@ -23,6 +26,24 @@ log = logging.getLogger(__name__)
 
 MAX_ENTRIES = 200  # of a file; the oldest are dropped first
 LOCK_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a saved choice is valid for."""
+
+    machine: str
+    versions: str
+
+
+def here() -> Place:
+    """This machine, and the software in use."""
+    return Place(machine=machine(), versions=versions())
+
+
+def elsewhere(devices: Sequence[Any]) -> Place:
+    """A host with these devices, descriptions by their compiler, and the same software as here."""
+    return Place(machine=f"{len(devices)} x {devices[0].device_kind}", versions=_versions(devices[0].client))
 
 
 @functools.cache
@@ -40,24 +61,38 @@ def machine() -> str:
 
 def versions() -> str:
     """The software versions for which an entry is valid."""
-    platform = " ".join(jax.devices()[0].client.platform_version.split())
+    return _versions(jax.devices()[0].client)
+
+
+def _versions(client: Any) -> str:
+    platform = " ".join(client.platform_version.split())
     return f"fastgen_jax {VERSION}, jax {jax.__version__}, {platform}"
+
+
+def group(facts: object, place: Place | None = None) -> str:
+    """A name for what starts with equal `facts` in such a place (None: here) can share."""
+    place = place or here()
+    return sha256(repr((place.machine, place.versions, facts)).encode()).hexdigest()[:16]
 
 
 def load(path: Path, facts: object) -> JsonObject | None:
     """The entry saved for `facts` on this machine with these versions; None if there is none, or the file is damaged."""
-    entry = load_all(path).get(_key(facts))
+    entry = load_all(path).get(_key(facts, machine()))
     return entry if entry is not None and entry.get("versions") == versions() else None
 
 
-def save(path: Path, facts: object, entry: JsonObject) -> None:
-    """Saves an entry, replacing one for the same facts and machine; logs a warning if the file cannot be written."""
+def save(path: Path, facts: object, entry: JsonObject, place: Place | None = None) -> None:
+    """Saves an entry, replacing one for the same facts and machine; logs a warning if the file cannot be written.
+
+    `place` is where it is valid; None: here.
+    """
+    place = place or here()
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    complete = {"machine": machine(), "versions": versions(), "when": now, **entry}
+    complete = {"machine": place.machine, "versions": place.versions, "when": now, **entry}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
-            entries = {**load_all(path), _key(facts): complete}
+            entries = {**load_all(path), _key(facts, place.machine): complete}
             newest = sorted(entries, key=lambda key: str(entries[key].get("when")))[-MAX_ENTRIES:]
             text = json.dumps({key: entries[key] for key in newest}, indent=1)
             replace_file(path, text.encode())
@@ -81,5 +116,5 @@ def clear(path: Path) -> int:
     return count
 
 
-def _key(facts: object) -> str:
-    return sha256(repr((machine(), facts)).encode()).hexdigest()[:16]
+def _key(facts: object, machine: str) -> str:
+    return sha256(repr((machine, facts)).encode()).hexdigest()[:16]

@@ -9,8 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from fastgen_jax.checkpoint import Checkpoint, SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
+from fastgen_jax.core import environment
 from fastgen_jax.core.progress import shown
 from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
@@ -37,23 +39,27 @@ def load(
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
-    checkpoint = open_checkpoint(resolve_model(os.fspath(model)))
+    environment.warn_about_accelerators()
+    checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
     if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
         config = replace(config, quantize="int8")
     if config.generation_config == "auto":
         config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
     # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
-    config = fit.with_formats(config, checkpoint.config, compile_cache.use(config.compile_cache_dir))
+    folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
+    config = fit.with_formats(config, checkpoint.config, folder)
     resolved = resolve(config, checkpoint.config)
+    if jax.default_backend() == "cpu":
+        _prefetch_kernels(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise ValueError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size:,} tokens but the embedding only "
-            f"{checkpoint.config.vocab_size:,} rows; they do not belong together, or tokens were added to the tokenizer "
-            "that the model was not trained with: use the tokenizer of this checkpoint"
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
+        log.warning(
+            "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
+            checkpoint.path,
+            f"{tokenizer.vocab_size:,}",
+            f"{checkpoint.config.vocab_size:,}",
         )
-    with compile_cache.failures_logged():
-        params = _read_weights(checkpoint, resolved, progress=progress)
+    params = _read_weights(checkpoint, resolved, progress=progress)
     return params, checkpoint.config, tokenizer, config, checkpoint.path
 
 
@@ -78,21 +84,56 @@ def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: b
     )
 
 
+def _prefetch_kernels(model: ModelConfig) -> None:
+    """Starts to compile the C++ kernels that a model needs, if they have to be, while its weights are being read."""
+    experts = ("grouped_matmul",) if model.moe is not None else ()
+    native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary"))
+
+
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
-    """The resolved config, and a runner whose programs are compiled and warm."""
-    folder = compile_cache.use(choices.compile_cache_dir)
-    with compile_cache.failures_logged():
-        config = _resolve_as_before(choices, model, folder)
-        runner = Runner(prepare_params(params, model, config), model, config)
-        if choices.token_budget is None:
-            config = _choose_budgets(runner, config, model, folder, progress=progress)
-        _compile(runner, config.budget_ladder, progress=progress)
-        runner.keep_only(config.budget_ladder)
-        runner.warm_up()
+    """The resolved config, and a runner with warm programs: all, or with `background_compile` that of a full step."""
+    folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
+    config = _resolve_as_before(choices, model, folder)
+    if choices.token_budget is None and not choices.remeasure:
+        config = replace(config, budget_ladder=_ladder(config, model, folder))
+    runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
+    if choices.remeasure:
+        config = replace(config, budget_ladder=_measured_ladder(runner, config, model, folder, progress=progress))
+    largest_first = config.budget_ladder[::-1]
+    _compile(runner, largest_first[:1] if choices.background_compile else largest_first, progress=progress)
+    runner.warm_up()
+    compile_cache.send_soon(folder)
     if config.fitted:
         log.info("fit: %s", config.fitted)
     log.info("engine ready: %s", config)
     return config, runner
+
+
+def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place | None = None) -> str:
+    """A name for the starts that run the same programs: those with equal choices, except for these, which shape none.
+
+    `place` is where the engine runs; None: here.
+    """
+    other = (
+        "policy",
+        "overlap",
+        "background_compile",
+        "prefix_caching",
+        "generation_config",
+        "compile_cache_dir",
+        "remeasure",
+        "logits_processor",
+        "formats",
+        "strict_config",
+    )
+    shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
+    return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())), place)}"
+
+
+def facts_of_cache(choices: EngineConfig, model: ModelConfig, formats: tuple[str | None, ...]) -> tuple[object, ...]:
+    """What the size of the KV cache depends on besides the machine's memory; `formats` as `formats_of`."""
+    names = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
+    return asdict(model), [getattr(choices, name) for name in names], formats
 
 
 def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
@@ -100,14 +141,7 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
     if choices.num_blocks is not None or folder is None:
         return resolve(choices, model)
     path = folder.path / BLOCKS_FILE
-    facts = (
-        asdict(model),
-        [
-            getattr(choices, name)
-            for name in ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
-        ],
-        formats_of(choices, jax.default_backend()),
-    )
+    facts = facts_of_cache(choices, model, formats_of(choices, jax.default_backend()))
     earlier = (saved_choices.load(path, facts) or {}).get("num_blocks")
     config = resolve(choices, model, earlier_blocks=earlier if isinstance(earlier, int) else None)
     if config.num_blocks != earlier and folder.writable:
@@ -115,25 +149,40 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
     return config
 
 
-def _choose_budgets(
-    runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Folder | None, *, progress: bool
-) -> ResolvedConfig:
+def _ladder(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -> tuple[int, ...]:
+    """The step sizes that were measured here for such a model and config; those of the cost model if none were."""
     candidates = config.budget_ladder
-    path = folder.path / ladder.FILE if folder else None
-    facts = _facts(config, model, candidates)
-    chosen = ladder.load_choice(path, facts) if path and not config.choices.remeasure else None
-    if chosen is None or not set(chosen) <= set(candidates):
-        _compile(runner, candidates, progress=progress)
-        costs = {budget: runner.measure(budget) for budget in candidates}
-        log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
-        chosen = ladder.choose_ladder(
-            costs,
-            ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
-            seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
-        )
-        if path and folder and folder.writable:
-            ladder.save_choice(path, facts, chosen, costs, model=ladder.describe(model))
-    return replace(config, budget_ladder=chosen)
+    measured = ladder.load_choice(folder.path / ladder.FILE, _facts(config, model, candidates)) if folder else None
+    if measured is not None and set(measured) <= set(candidates):
+        return measured
+    device = jax.devices()[0]
+    cost = ladder.cost_model(
+        model,
+        bytes_per_weight=1 if config.quantize else jnp.dtype(config.dtype).itemsize,
+        device_kind=None if device.platform == "cpu" else device.device_kind,
+        skips_padding=config.packed_weights,
+    )
+    return ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
+
+
+def _measured_ladder(
+    runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Folder | None, *, progress: bool
+) -> tuple[int, ...]:
+    """Compiles and times every candidate; only the programs of the chosen sizes are kept."""
+    candidates = config.budget_ladder
+    _compile(runner, candidates, progress=progress)
+    costs = {budget: runner.measure(budget) for budget in candidates}
+    log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
+    chosen = ladder.choose_ladder(
+        costs,
+        ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
+        seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
+    )
+    runner.keep_only(chosen)
+    if folder and folder.writable:
+        path, facts = folder.path / ladder.FILE, _facts(config, model, candidates)
+        ladder.save_choice(path, facts, chosen, costs, model=ladder.describe(model))
+    return chosen
 
 
 def _compile(runner: Runner, budgets: Sequence[int], *, progress: bool) -> None:
@@ -157,5 +206,5 @@ def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]
         config.stack_layers,
         config.max_context_len,
         list(candidates),
-        native.available(),
+        native.origin(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,13 +11,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, head_spec, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
-from fastgen_jax.models.weight_spec import Kind, Leaf, Params, WeightSpec
-from pallas_kernels import native
+from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels.grouped_matmul import GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import Int8Weight, Weight, prepare, quantize_int8
@@ -30,26 +31,23 @@ def prepare_leaf(
 ) -> Weight | GroupedWeight | Expansions:
     """One weight in the form that this platform computes with: matrices are packed or quantized, the rest are arrays.
 
-    `array` is the weight of one layer, or a stack over layers. An `Int8Weight` stays int8.
+    `array` is the weight of one layer; unless it is to be packed, it may also be a stack over layers. An `Int8Weight` stays
+    int8.
     """
     dtype = {"weights": config.dtype, "activations": config.activation_dtype, "float32": "float32"}[spec.dtype]
     if config.tensor_parallel is not None:
         return _divided(spec, array, config, dtype)
     quantize = config.quantize if spec.quantizable else None
-    scanned = spec.per_layer and config.stack_layers  # a packed weight cannot be sliced by a scan
-    if isinstance(array, Int8Weight):
-        if scanned:
-            return jax.tree.map(jnp.asarray, array)
-    elif spec.kind is Kind.HEADS and not scanned and native.available():
-        return _expansions(array, dtype, model)
-    elif spec.kind not in (Kind.MATRIX, Kind.EXPERTS) or (scanned and quantize is None):
-        return jnp.asarray(array, dtype)
-    elif scanned:
+    if not (config.packed_weights and spec.is_product):
+        if quantize is None and not isinstance(array, Int8Weight):
+            return jnp.asarray(array, dtype)
         return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize))
-    else:
-        array = np.asarray(array).astype(dtype)
+    if not isinstance(array, Int8Weight):
+        array = np.asarray(array).astype(dtype, copy=False)
+        if spec.kind is Kind.HEADS:
+            return _expansions(array, model)
     make = prepare_groups if spec.kind is Kind.EXPERTS else prepare
-    return make(array, quantize=quantize, platform=jax.default_backend(), gated=spec.gated)
+    return make(array, quantize=quantize, platform="cpu", gated=spec.gated)
 
 
 def host_leaf(spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize: str | None) -> np.ndarray | Int8Weight:
@@ -62,11 +60,11 @@ def host_leaf(spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize
     return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)
 
 
-def _expansions(array: np.ndarray | jax.Array, dtype: DTypeLike, model: ModelConfig) -> Expansions:
+def _expansions(array: np.ndarray, model: ModelConfig) -> Expansions:
     """The per-head matrices of latent attention, packed."""
     assert model.mla is not None, "only latent attention has one matrix per head"
-    k_up, v_up = split_by_head(np.asarray(array).astype(dtype), model.mla, model.num_heads)
-    pack = partial(prepare_groups, platform=jax.default_backend())
+    k_up, v_up = split_by_head(array, model.mla, model.num_heads)
+    pack = partial(prepare_groups, platform="cpu")
     return Expansions(k_up=pack(np.ascontiguousarray(k_up)), v_up=pack(np.ascontiguousarray(v_up)))
 
 
@@ -88,21 +86,39 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
     def prepared(path: str, leaf: Leaf) -> Leaf:
         if path not in specs:
             raise ValueError(f"params has {path!r}, which is not a weight of this model; remove it")
-        return prepare_leaf(specs[path], leaf, model, config) if isinstance(leaf, jax.Array | np.ndarray) else leaf
+        plain = isinstance(leaf, jax.Array | np.ndarray) or (config.packed_weights and isinstance(leaf, Int8Weight))
+        return prepare_leaf(specs[path], leaf, model, config) if plain else leaf
 
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     if "lm_head" not in rest and config.tensor_parallel is None and _needs_separate_head(config):
         rest["lm_head"] = np.asarray(rest["embed"]).T
     rest = {name: prepared(name, leaf) for name, leaf in rest.items()}
     layers = params["layers"]
-    if isinstance(layers, dict) and not config.stack_layers:
-        layers = unstack(layers, model)
-    elif not isinstance(layers, dict) and config.stack_layers:
-        layers = stack(layers)
-    if isinstance(layers, dict):
-        return {**rest, "layers": {name: prepared(f"layers.{name}", leaf) for name, leaf in layers.items()}}
-    layers = tuple({name: prepared(f"layers.{name}", leaf) for name, leaf in layer.items()} for layer in layers)
-    return {**rest, "layers": layers}
+    if not config.stack_layers:
+        layers = unstack(layers, model) if isinstance(layers, dict) else layers
+        layers = tuple({name: prepared(f"layers.{name}", leaf) for name, leaf in layer.items()} for layer in layers)
+        return {**rest, "layers": layers}
+    if not isinstance(layers, dict):
+        layers = _rows_by_name(layers) if config.packed_weights else stack(layers)
+
+    def prepared_stack(path: str, leaf: Leaf | list[Leaf]) -> Leaf:
+        packs = config.packed_weights and path in specs and specs[path].is_product
+        if packs and isinstance(leaf, jax.Array | np.ndarray | Int8Weight):
+            leaf = [jax.tree.map(lambda x, row=row: np.asarray(x)[row], leaf) for row in range(leaf.shape[0])]
+        if not isinstance(leaf, list):
+            return prepared(path, leaf)
+        whole = LayerStack(path, len(leaf))
+        for row, array in enumerate(leaf):
+            whole.set_row(row, prepared(path, array))
+        return whole.leaf()
+
+    return {**rest, "layers": {name: prepared_stack(f"layers.{name}", leaf) for name, leaf in layers.items()}}
+
+
+def _rows_by_name(layers: Sequence[LayerWeights]) -> dict[str, list[Leaf]]:
+    """For each weight, those of the layers that have it."""
+    names = dict.fromkeys(name for layer in layers for name in layer)
+    return {name: [layer[name] for layer in layers if name in layer] for name in names}
 
 
 def _needs_separate_head(config: ResolvedConfig) -> bool:

@@ -27,8 +27,9 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
-from fastgen_jax.models.weight_spec import Kind, LayerWeights, Params
-from pallas_kernels.matmul import linear
+from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params
+from pallas_kernels.grouped_matmul import PackedGroups
+from pallas_kernels.matmul import PackedWeight, linear
 from pallas_kernels.ragged_attention import Attention
 
 if TYPE_CHECKING:
@@ -90,10 +91,13 @@ def run_layers(
 
     One dict of stacked arrays is scanned, so the program does not grow with depth. If layers have different weights
     (an MLP in some, experts in others), each run of similar layers is one scan. A tuple of L dicts is unrolled: on a CPU,
-    the slices of a scan are copies, so every step would read and write the whole model once more. The last layer of a
-    tuple is called for `rows` only, because no other row is read after its attention.
+    the slices of a scan are copies, so every step would read and write the whole model once more. Only packed stacks are
+    scanned there, whose kernels read a layer in place. With packed stacks and tuples the last layer is called for `rows`
+    only, because no other row is read after its attention.
     """
     with_experts = () if config.moe is None else tuple(sorted(config.moe.layers))
+    if isinstance(layers, Mapping) and any(map(_is_packed, jax.tree.leaves(layers, is_leaf=_is_packed))):
+        return _run_packed(layer, layers, x, kv_cache, rows=rows, config=config)
     if not isinstance(layers, Mapping):
         for index, weights in enumerate(layers):
             call = LayerCall(
@@ -147,6 +151,54 @@ def run_layers(
 
         carry, _ = jax.lax.scan(some, carry, jnp.arange(stop - start, dtype=jnp.int32))
     return jnp.take(carry[0], rows, axis=0), carry[1]
+
+
+def _run_packed(
+    layer: Layer,
+    layers: LayerWeights,
+    x: Float[Array, "T E"],
+    kv_cache: KVCache,
+    *,
+    rows: Int[Array, " R"],
+    config: ModelConfig,
+) -> tuple[Float[Array, "R E"], KVCache]:
+    """`run_layers` for stacks of packed weights: a scan over each run of similar layers, and the last layer by itself."""
+    having, last = layers_with(config), config.num_layers - 1
+
+    def one(
+        carry: tuple[jax.Array, KVCache], start: int, index: int | jax.Array, rows: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Layer `index` of the run that begins with layer `start`."""
+        weights = {
+            name: jax.tree.map(partial(_at_row, row=having[name].index(start) + index - start), leaf, is_leaf=_is_packed)
+            for name, leaf in layers.items()
+            if start in having[name]
+        }
+        has_experts = config.moe is not None and start in config.moe.layers
+        return layer(*carry, weights, LayerCall(index=index, rows=rows, first_expert=0 if has_experts else None))
+
+    carry = (x, kv_cache)
+    for start, stop in _runs(having, config.num_layers):
+        end = min(stop, last)
+        if end - start == 1:
+            carry = one(carry, start, start)
+        elif end > start:
+            indices = jnp.arange(start, end, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(lambda carry, i, start=start: (one(carry, start, i), None), carry, indices)
+        if stop > last:
+            carry = one(carry, start, last, rows)
+    return carry
+
+
+def _is_packed(leaf: Leaf) -> bool:
+    return isinstance(leaf, PackedWeight | PackedGroups)
+
+
+def _at_row(leaf: Leaf, row: int | jax.Array) -> Leaf:
+    """One row of a stack: in place if it is packed, otherwise a slice, which is a copy but small: a norm or a bias."""
+    if isinstance(leaf, PackedWeight | PackedGroups):
+        return leaf.at_layer(row)
+    return jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False)
 
 
 def _runs(having: dict[str, tuple[int, ...]], num_layers: int) -> list[tuple[int, int]]:

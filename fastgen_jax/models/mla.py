@@ -80,6 +80,12 @@ class Expansions:
     v_up: GroupedWeight
     """[H, kv_rank, v_dim], projects values out of it."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the `kv_b` that they were made from: [kv_rank, H * (nope_dim + v_dim)], or a stack over layers."""
+        *layers, heads, nope_dim, kv_rank = self.k_up.shape
+        return *layers, kv_rank, heads * (nope_dim + self.v_up.shape[-1])
+
 
 def expansions(kv_b: Float[Array, "rank columns"] | Expansions, config: MLAConfig, num_heads: int) -> Expansions:
     """The expansions in a checkpoint's `kv_b` [kv_rank, H * (nope_dim + v_dim)], or `kv_b` if it is `Expansions` already."""

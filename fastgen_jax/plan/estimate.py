@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from fastgen_jax.devices import Topology
 from fastgen_jax.engine import footprint
 from fastgen_jax.engine.footprint import temporary_bytes, weight_bytes
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import DType
-from fastgen_jax.plan.devices import Topology
 from fastgen_jax.plan.roofline import StepShape, roofline
 
 RESERVED_SHARE = 0.06  # of a device's memory: the runtime, programs, and gaps between buffers

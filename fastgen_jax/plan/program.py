@@ -16,17 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.devices import NoCompiler, Topology
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.runner import memory_shardings, step_program
-from fastgen_jax.engine.sampling.state import init_state
+from fastgen_jax.engine.programs import memory_shardings, step_program
+from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import init_params, param_specs
+from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
-from fastgen_jax.models.weight_spec import DType, WeightSpec
-from fastgen_jax.plan.devices import NoCompiler, Topology
+from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
+from pallas_kernels.jax_versions import AbstractGpu
 from pallas_kernels.matmul import Int8Weight
 
 # An asynchronous collective is counted where it starts.
@@ -74,23 +75,16 @@ def deviceless_mesh(topology: Topology, num_devices: int | None = None, *, compu
     mesh = tensor_mesh(devices[:num_devices])
     if topology.device.platform == "cuda":
         seen = mesh.abstract_mesh.abstract_device
-        # A mesh caches the description of its devices; this replaces it with one that has what Pallas needs.
+        # A mesh caches the description of its devices; this replaces it with one that has the compute capability, without
+        # which Pallas would compile for 9.0.
         mesh.__dict__["abstract_mesh"] = mesh.abstract_mesh.update(
-            abstract_device=_AbstractGpu(
+            abstract_device=AbstractGpu(
                 device_kind=seen.device_kind,
                 num_cores=seen.num_cores,
-                platform=seen.platform,
                 compute_capability=devices[0].compute_capability,
             )
         )
     return mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class _AbstractGpu(jax.sharding.AbstractDevice):
-    """An abstract device with a compute capability; JAX's has none, and Pallas would compile for 9.0."""
-
-    compute_capability: str = ""
 
 
 def _tpus(topology: Topology) -> list[Any]:  # of jax.Device, which type checkers do not accept as a type
@@ -161,31 +155,18 @@ def compile_step(
         num_slots=num_blocks * block_size,
         vocab_size=model.vocab_size,
     )
-    params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
-    params = jax.tree.map(functools.partial(_as_stored, quantize=quantize), param_specs(model), params)
-    cache = jax.eval_shape(
-        lambda: KVCache.zeros(
-            num_layers=model.num_layers,
-            num_blocks=num_blocks,
-            num_kv_heads=model.num_kv_heads,
-            block_size=block_size,
-            head_dim=stored_head_dim(model.head_dim, mesh.devices.flat[0].platform),
-            dtype=kv_dtype or dtype,
-        )
+    arguments = step_arguments(
+        model,
+        bucket,
+        mesh,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        dtype=dtype,
+        kv_dtype=kv_dtype or dtype,
+        quantize=quantize,
     )
-    state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
-    packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
-
-    kinds = (
-        shardings(mesh, partition_params(model, params)),
-        *memory_shardings(mesh, cache, state),
-        NamedSharding(mesh, PartitionSpec()),
-    )
-    arguments = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        (params, cache, state, packed),
-        kinds,
-    )
+    cache = arguments[1]
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
     step = step_program(model, bucket, attention=attention, mesh=mesh)
     start = time.perf_counter()
@@ -205,6 +186,47 @@ def compile_step(
         copied=copied_in_loops(hlo),
         compiled=compiled,
     )
+
+
+def step_arguments(
+    model: ModelConfig,
+    bucket: Bucket,
+    place: Any,  # a Mesh, or a jax.Device, which type checkers do not accept as a type
+    *,
+    num_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    dtype: DType,
+    kv_dtype: DType,
+    quantize: str | None,
+) -> tuple[Params, KVCache, SamplerState, jax.ShapeDtypeStruct]:
+    """Shapes of what an engine passes to `step_program`: divided over a mesh as it divides them, or on one device."""
+    params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
+    params = jax.tree.map(functools.partial(_as_stored, quantize=quantize), param_specs(model), params)
+    mesh, device = (place, place.devices.flat[0]) if isinstance(place, Mesh) else (None, place)
+    if quantize is not None and mesh is None and "lm_head" not in params:  # a tied head is stored separately
+        head = head_spec(model)
+        tied = jax.ShapeDtypeStruct(head.shape, params["embed"].dtype)
+        params = {**params, "lm_head": _as_stored(head, tied, quantize=quantize)}
+    cache = jax.eval_shape(
+        lambda: KVCache.zeros(
+            num_layers=model.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=model.num_kv_heads,
+            block_size=block_size,
+            head_dim=stored_head_dim(model.head_dim, device.platform),
+            dtype=kv_dtype,
+        )
+    )
+    state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
+    packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+    arguments = (params, cache, state, packed)
+    if mesh is None:
+        kinds = jax.tree.map(lambda _: SingleDeviceSharding(device), arguments)
+    else:
+        parts = shardings(mesh, partition_params(model, params))
+        kinds = (parts, *memory_shardings(mesh, cache, state), NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments, kinds)
 
 
 def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> jax.ShapeDtypeStruct | Int8Weight:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method
+from fastgen_jax.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
 from fastgen_jax.engine import footprint
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.config import ModelConfig
@@ -15,7 +16,6 @@ from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.plan import estimate
-from fastgen_jax.plan.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
 from fastgen_jax.plan.estimate import Memory, PlannedStep
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from fastgen_jax.devices import Device
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import flops_per_token
-from fastgen_jax.plan.devices import Device
 
 
 class StepShape(NamedTuple):

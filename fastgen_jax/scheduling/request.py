@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fastgen_jax.scheduling.checks import as_tuple, check_float, check_int, check_token_ids
@@ -58,7 +58,7 @@ def _logit_bias_pairs(logit_bias: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((token_id, float(bias)) for token_id, bias in biases.items()))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SamplingParams:
     """How a prompt is continued. Checked when constructed; lengths are in tokens.
 
@@ -114,6 +114,10 @@ class SamplingParams:
         self._check_lengths()
         self._check_distribution()
         self._check_contradictions()
+
+    def __repr__(self) -> str:
+        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
     @property
     def greedy(self) -> bool:

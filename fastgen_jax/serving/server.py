@@ -37,9 +37,18 @@ CLOSE_SECONDS = 5  # to send finished answers to slow clients
 LOADING_LOG_SECONDS = 10.0  # between two log entries while the model loads
 
 
-def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *, log_file: str | None = None) -> int:
+def run_server(
+    model: str,
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    *,
+    log_file: str | None = None,
+    progress: bool = False,
+    on_ready: Callable[[str], object] = lambda url: None,
+) -> int:
     """Serves `model` until a signal stops it; returns the exit code, 2 if the model could not be loaded.
 
+    `progress` shows progress bars while it loads. `on_ready` is called with the base URL when requests are accepted.
     Raises ValueError if the port is in use or a deployment of that name is running.
     """
     _check_tls(config)
@@ -65,10 +74,17 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
 
         async def serve() -> None:
             loading = asyncio.create_task(
-                load_backend(model, config, engine_config, log_format=config.log_format, log_file=log_file)
+                load_backend(
+                    model,
+                    config,
+                    engine_config,
+                    log_format=None if progress else config.log_format,
+                    log_file=log_file,
+                    progress=progress,
+                )
             )
             progress_log = asyncio.create_task(_log_progress(loading))
-            await _serve(server, listener, loading)
+            await _serve(server, listener, loading, on_ready=lambda: on_ready(record.url))
             await progress_log
 
         with asyncio.Runner(loop_factory=_fast_loop()) as runner:
@@ -79,7 +95,9 @@ def run_server(model: str, config: ServerConfig, engine_config: EngineConfig, *,
     return 0
 
 
-async def _serve(server: ServerState, listener: socket.socket, loading: asyncio.Task[Backend]) -> None:
+async def _serve(
+    server: ServerState, listener: socket.socket, loading: asyncio.Task[Backend], *, on_ready: Callable[[], object]
+) -> None:
     config = server.model.config
     http = _Uvicorn(
         uvicorn.Config(
@@ -131,6 +149,7 @@ async def _serve(server: ServerState, listener: socket.socket, loading: asyncio.
                 resolved.block_size,
                 resolved.longest_sequence,
             )
+            on_ready()
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             log.info("shutting down: finishing %d requests within %g s", backend.num_unfinished, config.drain_seconds)
             draining = asyncio.create_task(backend.drain(config.drain_seconds))

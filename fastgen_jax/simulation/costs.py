@@ -14,10 +14,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
+from fastgen_jax.devices import DEVICES, GIB, Device
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
-from fastgen_jax.plan.devices import DEVICES, GIB, Device
 from fastgen_jax.plan.roofline import Efficiency, Roofline, StepShape, roofline
 from fastgen_jax.scheduling import Chunk, Step
 from fastgen_jax.simulation.models import MODELS

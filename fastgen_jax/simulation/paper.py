@@ -4,7 +4,7 @@ Llama-2-70B on four A100 80 GB. All policies use one roofline, the same kernels 
 which tokens share a step. SplitFuse uses FastGen's step of 768 tokens; the others need steps that hold whole prompts and
 use 4096 tokens, the model's context and the limit of vLLM in 2023. FastGen in 2023 did not overlap host and device.
 
-One more rival differs in the server, not the policy: prompts-first with the longest pause between steps that vLLM's
+One more server differs in the server, not the policy: prompts-first with the longest pause between steps that vLLM's
 developers reported for their engine (5 to 13 ms in which the GPU waits, vllm-project/vllm issue 6854, July 2024; nothing
 was found for 2023). It shows how much of the paper's ratios such pauses can explain.
 """
@@ -96,21 +96,21 @@ def paper_table(records: Sequence[RunRecord]) -> list[str]:
     by_name = {(curve.label.split(",")[0], curve.workload): curve for curve in curves(records)}
     lines = []
     for workload in dict.fromkeys(curve.workload for curve in by_name.values()):
-        ours, *rivals = (by_name[name, workload] for name in SERVERS)
+        ours, *others = (by_name[name, workload] for name in SERVERS)
         lines += ["", f"### {workload}, {len(ours.runs[0].requests)} requests", ""]
         lines += table(
-            ("SplitFuse against", "figure", "SplitFuse", "rival", "ratio", "paper"),
-            [row for rival in rivals for row in _rows(ours, rival)],
+            ("SplitFuse against", "figure", "SplitFuse", "other policy", "ratio", "paper"),
+            [row for other in others for row in _rows(ours, other)],
         )
     return lines
 
 
-def _rows(ours: Curve, rival: Curve) -> list[tuple[str, ...]]:
+def _rows(ours: Curve, other: Curve) -> list[tuple[str, ...]]:
     prompt, output = map(int, ours.workload.split("/"))
-    name = rival.label.split(",")[0]
+    name = other.label.split(",")[0]
     rows = []
     for rate in RATES:
-        a, b = max(ours.effective(rate)), max(rival.effective(rate))
+        a, b = max(ours.effective(rate)), max(other.effective(rate))
         claim = CLAIMED_EFFECTIVE.get((prompt, output, rate)) if name == "prompts_first" else None
         rows.append(
             (
@@ -122,12 +122,12 @@ def _rows(ours: Curve, rival: Curve) -> list[tuple[str, ...]]:
                 f"{claim:.1f}" if claim else "-",
             )
         )
-    a, b = ours.summary(16).token_latency_p95, rival.summary(16).token_latency_p95
+    a, b = ours.summary(16).token_latency_p95, other.summary(16).token_latency_p95
     if a and b:
         claim = "3.7" if (prompt, output, name) == (2600, 128, "prompts_first") else "-"
         rows.append((name, "P95 token latency, 16 clients", f"{1e3 * a:.0f} ms", f"{1e3 * b:.0f} ms", _ratio(b, a), claim))
     at = {2600: 9.0, 1200: 5.0}.get(prompt, 5.0)
-    a, b = ours.throughput_at(at), rival.throughput_at(at)
+    a, b = ours.throughput_at(at), other.throughput_at(at)
     if a and b:
         claim = "2.0" if (prompt, output, name) == (2600, 60, "prompts_first") else "-"
         rows.append((name, f"throughput at a latency of {at:g} s", f"{a:.2f}/s", f"{b:.2f}/s", _ratio(a, b), claim))
@@ -149,7 +149,7 @@ def replica_table(*, num_requests: int = 256, clients: int = 16, replicas: Seque
         rate = len(result.requests) / (result.seconds - min(r.start for r in result.requests))
         base = base or rate / n
         rows.append((n, clients * n, f"{rate:.2f}/s", f"{rate / base:.1f}"))
-    return table(("replicas", "clients", "throughput", "times one"), rows)
+    return table(("replicas", "clients", "throughput", "throughput relative to one replica"), rows)
 
 
 def _ratio(a: float, b: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import jax
@@ -23,8 +22,8 @@ _TARGET = "pallas_kernels_grouped_matmul"
 
 
 def available() -> bool:
-    """True when the kernel could be built, or is built now (seconds, once per machine). Never raises."""
-    loaded = native.load(_LIBRARY, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsGroupedMatmul"})
+    """True when the kernel can be called; compiles it if necessary (seconds, once per machine)."""
+    loaded = native.load(_LIBRARY, {_TARGET: "PallasKernelsGroupedMatmul"})
     return loaded and matrix.ensure_loaded()  # the matmul library reports the panel layout
 
 
@@ -64,14 +63,17 @@ mlir.register_lowering(_cpu_only_p, _refuse)
 def multiply(
     x: Float[Array, "T K"],
     panels: Num[Array, "G P steps width group"],
-    scales: Float[Array, "G P width"] | Float[Array, " none"],
+    scales: Float[Array, "*groups"],
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
     *,
     num_outputs: int,
     gated: bool,
 ) -> Float[Array, "T N"]:
-    """float32[T, num_outputs]; x is float32[T, K]. Layout of the weights: see `PackedGroups`."""
+    """float32[T, num_outputs]; x is float32[T, K]. Layout of the weights: see `PackedGroups`.
+
+    The groups may be those of several layers; `scales` then keeps its layer axis.
+    """
     return _multiply(x, panels, scales, group_sizes, first_group, num_outputs, gated)
 
 
@@ -79,7 +81,7 @@ def multiply(
 def _multiply(
     x: Float[Array, "T K"],
     panels: Num[Array, "G P steps width group"],
-    scales: Float[Array, "G P width"] | Float[Array, " none"],
+    scales: Float[Array, "*groups"],
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
     num_outputs: int,

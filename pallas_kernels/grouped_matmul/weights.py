@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -13,33 +14,42 @@ from pallas_kernels.matmul import Int8Weight, quantize_int8
 from pallas_kernels.pytree import pytree, static
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float32, Num
+    from jaxtyping import Array, Float32, Int, Num
 
 
 @pytree
 class PackedGroups:
     """Weights [G, K, N] in the layout of this CPU's native kernel. They cannot be saved or differentiated.
 
+    Their arrays may have a leading layer axis; see `matmul.PackedWeight`.
+
     Attributes:
-      panels: float32, bfloat16 or int8 [G, P, steps, width, group]; panel p of a group holds output columns
+      panels: float32, bfloat16 or int8 [..., G, P, steps, width, group]; panel p of a group holds output columns
         [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; a step is defined as in
         `matmul.PackedWeight`.
-      scales: float32[G, P, width] when the panels are int8, else float32[0].
+      scales: float32[..., G, P, width] when the panels are int8, else float32[..., 0].
       num_inputs: K.
       num_outputs: columns of the result: N, or F = N / 2 when gated.
       gated: made for `grouped_swiglu`, not for `grouped_matmul`.
+      layer: i32 scalar, the selected layer; None: the weights of all layers, or weights without a layer axis.
     """
 
-    panels: Num[Array, "G P steps width group"]
-    scales: Float32[Array, "G P width"] | Float32[Array, 0]
+    panels: Num[Array, "*layers G P steps width group"]
+    scales: Float32[Array, "*layers G P width"] | Float32[Array, "*layers 0"]
     num_inputs: int = static()
     num_outputs: int = static()
     gated: bool = static()
+    layer: Int[Array, ""] | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(G, K, N) of the weights that were packed."""
-        return self.panels.shape[0], self.num_inputs, self.num_outputs * (1 + self.gated)
+    def shape(self) -> tuple[int, ...]:
+        """(G, K, N) of the weights that were packed, or (L, G, K, N) of those of all layers."""
+        layers = () if self.layer is not None else self.panels.shape[:-5]
+        return *layers, self.panels.shape[-5], self.num_inputs, self.num_outputs * (1 + self.gated)
+
+    def at_layer(self, layer: int | jax.Array) -> PackedGroups:
+        """The weights [G, K, N] of one layer, in the same memory; see `matmul.PackedWeight.at_layer`."""
+        return replace(self, layer=jnp.asarray(layer, jnp.int32))
 
 
 GroupedWeight = jax.Array | Int8Weight | PackedGroups

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import jax
@@ -18,13 +17,12 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Num
 
 _LIBRARY = "matmul"
-_SOURCE = Path(__file__).with_name("cpu.cc")
 _TARGET = "pallas_kernels_matmul"
 
 
 def ensure_loaded() -> bool:
     """Compiles and registers the kernel the first time; True when it can be called."""
-    return native.load(_LIBRARY, _SOURCE, {_TARGET: "PallasKernelsMatmul"})
+    return native.load(_LIBRARY, {_TARGET: "PallasKernelsMatmul"})
 
 
 @functools.cache
@@ -88,8 +86,9 @@ mlir.register_lowering(_cpu_only_p, _refuse)
 @functools.partial(jax.jit, static_argnames=("num_outputs", "gated"))
 def multiply(
     x: Float[Array, "M K"],
-    panels: Num[Array, "P steps width group"],
-    scales: Float[Array, "P width"] | None,
+    panels: Num[Array, "*layers P steps width group"],
+    scales: Float[Array, "*layers P width"] | None,
+    layer: Int[Array, ""] | None,
     residual: Float[Array, "M N"] | None,
     num_rows: Int[Array, ""] | None,
     *,
@@ -98,16 +97,17 @@ def multiply(
 ) -> Float[Array, "M N"]:
     """float32[M, num_outputs] = x[M, K] @ panels (* scales) (+ residual), zero from row `num_rows` on.
 
-    The layout of the panels is that of `PackedWeight`.
+    The layout of the panels is that of `PackedWeight`; `layer` selects those of one layer, if they are those of several.
     """
-    return _multiply(x, panels, scales, residual, num_rows, num_outputs, gated)
+    return _multiply(x, panels, scales, layer, residual, num_rows, num_outputs, gated)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7))
 def _multiply(
     x: Float[Array, "M K"],
-    panels: Num[Array, "P steps width group"],
-    scales: Float[Array, "P width"] | None,
+    panels: Num[Array, "*layers P steps width group"],
+    scales: Float[Array, "*layers P width"] | None,
+    layer: Int[Array, ""] | None,
     residual: Float[Array, "M N"] | None,
     num_rows: Int[Array, ""] | None,
     num_outputs: int,
@@ -119,11 +119,13 @@ def _multiply(
             f"({native.unavailable_reason() or 'the log has the reason'}); "
             f"call prepare(w, ...) in this process to get a weight that plain XLA can use"
         )
+    stack = panels.reshape(-1, *panels.shape[-4:])  # [L, P, steps, width, group]
+    index = jnp.asarray(0 if layer is None else layer, jnp.int32)
     rows = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
     others = [array for array in (scales, residual) if array is not None]
     result = jax.ShapeDtypeStruct((x.shape[0], num_outputs), jnp.float32)
     call = jax.ffi.ffi_call(_TARGET, result)
-    return call(_cpu_only_p.bind(x), panels, rows, *others, gated=gated, has_residual=residual is not None)
+    return call(_cpu_only_p.bind(x), stack, index, rows, *others, gated=gated, has_residual=residual is not None)
 
 
 @_multiply.defjvp

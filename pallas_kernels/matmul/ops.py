@@ -106,6 +106,7 @@ def _packed(x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows:
         rows(x),
         w.panels,
         w.scales,
+        w.layer,
         None if residual is None else rows(residual),
         num_rows,
         num_outputs=w.num_outputs,

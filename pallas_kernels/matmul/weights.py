@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,7 +13,7 @@ from pallas_kernels.matmul import cpu
 from pallas_kernels.pytree import pytree, static
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Float32, Int8, Num
+    from jaxtyping import Array, Float, Float32, Int, Int8, Num
 
 # int8 is used symmetrically, so that w and -w become q and -q.
 _LARGEST = 127
@@ -41,26 +42,36 @@ class Int8Weight:
 class PackedWeight:
     """A weight [K, N] in the layout of this CPU's native kernel. It cannot be saved or differentiated.
 
+    Its arrays may have a leading layer axis. `at_layer` then selects the weight of one layer without copying it; indexing
+    and `lax.scan` remove the axis by a copy.
+
     Attributes:
-      panels: float32, bfloat16 or int8 [P, steps, width, group]; panel p holds output columns
+      panels: float32, bfloat16 or int8 [..., P, steps, width, group]; panel p holds output columns
         [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; a step has one value
         per column, or two adjacent values along K if the CPU multiplies pairs (`cpu.narrow_group`).
-      scales: float32[P, width] when the panels are int8, else None.
+      scales: float32[..., P, width] when the panels are int8, else None.
       num_inputs: K.
       num_outputs: columns of the result: N, or F = N / 2 when gated.
       gated: made for `swiglu`, not for `linear`.
+      layer: i32 scalar, the selected layer; None: the weights of all layers, or a weight without a layer axis.
     """
 
-    panels: Num[Array, "P steps width group"]
-    scales: Float32[Array, "P width"] | None
+    panels: Num[Array, "*layers P steps width group"]
+    scales: Float32[Array, "*layers P width"] | None
     num_inputs: int = static()
     num_outputs: int = static()
     gated: bool = static()
+    layer: Int[Array, ""] | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(K, N) of the weight that was packed."""
-        return self.num_inputs, self.num_outputs * (1 + self.gated)
+    def shape(self) -> tuple[int, ...]:
+        """(K, N) of the weight that was packed, or (L, K, N) of those of all layers."""
+        layers = () if self.layer is not None else self.panels.shape[:-4]
+        return *layers, self.num_inputs, self.num_outputs * (1 + self.gated)
+
+    def at_layer(self, layer: int | jax.Array) -> PackedWeight:
+        """The weight [K, N] of one layer, in the same memory. A program that reads a layer outside [0, L) fails."""
+        return replace(self, layer=jnp.asarray(layer, jnp.int32))
 
 
 Weight = jax.Array | Int8Weight | PackedWeight

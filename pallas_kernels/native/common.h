@@ -20,7 +20,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "xla/ffi/api/ffi.h"
+#include "ffi.h"
 
 namespace pallas_kernels {
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -9,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,8 +18,10 @@ from pathlib import Path
 
 import jaxlib.version
 
+from pallas_kernels.native import isa
+
 # contract=fast: a * b + c becomes one fused instruction, in all kernels alike. No flag here lets sums be reordered.
-_FLAGS = (
+FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
@@ -30,6 +34,8 @@ _FLAGS = (
 )
 _PROBE_TIMEOUT_S = 60
 _COMPILE_TIMEOUT_S = 600
+
+_running: set[subprocess.Popen[str]] = set()
 
 
 class CompilerError(RuntimeError):
@@ -53,22 +59,51 @@ class Compiler:
         """Writes the shared library `output`. Raises `CompilerError` with the end of the compiler's output."""
         directories = [f"-I{directory}" for directory in include]
         command = [*self.command, *self.flags, *directories, str(source), "-o", str(output)]
-        result = _run(command, timeout=_COMPILE_TIMEOUT_S)
-        if result.returncode != 0:
-            raise CompilerError(f"{shlex.join(command)} failed:\n{result.stdout[-2000:]}")
+        # In a session of its own, with the processes that it starts, so that all of them can be ended together.
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        _running.add(process)
+        try:
+            printed, _ = process.communicate(timeout=_COMPILE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            raise CompilerError(f"{shlex.join(command)} took more than {_COMPILE_TIMEOUT_S} s") from None
+        finally:
+            _running.discard(process)
+        if process.returncode != 0:
+            raise CompilerError(f"{shlex.join(command)} failed:\n{printed[-2000:]}")
+
+
+def end_all() -> None:
+    """Ends the compilers that are running; `compile` then raises `CompilerError`."""
+    for process in tuple(_running):
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def find_compiler() -> Compiler:
     """The first of $CXX, c++, g++, clang++ and `python -m ziglang c++` that builds a library for this CPU.
 
-    Raises `CompilerError` when there is none.
+    The environment variable PALLAS_KERNELS_ISA selects another instruction set than the best. Raises `CompilerError` when
+    there is no compiler, and `ValueError` if the variable does not fit the CPU.
     """
     if sys.platform not in ("linux", "darwin"):
         raise CompilerError(f"native kernels are built on Linux and macOS, not on {sys.platform!r}")
     tried = []
     for command in _candidates():
         for machine_flags in _machine_flags():
-            flags = (*_FLAGS, *machine_flags)
+            flags = (*FLAGS, *machine_flags)
             problem = _try(command, flags)
             if problem is None:
                 version = _run([*command, "--version"], timeout=_PROBE_TIMEOUT_S).stdout
@@ -101,7 +136,10 @@ def _candidates() -> list[tuple[str, ...]]:
 
 
 def _machine_flags() -> tuple[tuple[str, ...], ...]:
-    """Flags that select this CPU's instruction set, best first."""
+    """Flags that select this CPU's instruction set, or the one that the user wants, best first."""
+    name = isa.chosen() if isa.wanted() else None
+    if name is not None:
+        return (isa.ISAS[name].flags,)
     if platform.machine() in ("x86_64", "AMD64"):
         # Clang would split 64-byte vectors in two on some CPUs, and then run out of registers.
         return ("-march=native", "-mprefer-vector-width=512"), ("-march=native",)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -121,9 +120,7 @@ def _norm(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
-    native_kernel = implementation != "xla" and native.load(
-        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsNorm"}
-    )
+    native_kernel = implementation != "xla" and native.load("norm", {_TARGET: "PallasKernelsNorm"})
     if implementation == "cpu" and not native_kernel:
         raise ValueError(
             f"implementation='cpu' needs a native kernel, which is not available here: "

@@ -2,8 +2,9 @@
 
     python -m pallas_kernels.ragged_attention.autotune --heads 32 --kv-heads 8 --tokens 2048 --sequences 64
 
-The file, `~/.cache/pallas_kernels/tiles.json` or the value of PALLAS_KERNELS_TILES, has one entry per device kind and shape
-class; `tpu.tile_sizes.choose` and `gpu.tile_sizes.choose` prefer it to their models of the device.
+The file, `~/.cache/pallas_kernels/tiles.json` or the value of PALLAS_KERNELS_TILES (a file, or an object such as
+gs://bucket/tiles.json), has one entry per device kind and shape class; `tpu.tile_sizes.choose` and
+`gpu.tile_sizes.choose` prefer it to their models of the device.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def autotune(
     *,
     measure: Callable[[T], float],
     kind: str,
-    path: Path | None = None,
+    path: Path | str | None = None,
     report: Callable[[str], object] = print,
 ) -> T:
     """Measures all choices, writes the fastest to the file (or reports why it cannot) and returns it.
@@ -110,7 +111,7 @@ def time_call(attention: Attention, shape: Shape, *, context: int, repeats: int 
     return (time.perf_counter() - start) / repeats
 
 
-def tune(shape: Shape, *, context: int, path: Path | None = None) -> Tiles | GpuTiles:
+def tune(shape: Shape, *, context: int, path: Path | str | None = None) -> Tiles | GpuTiles:
     """Tunes the kernel of this machine's TPU or GPU; ValueError if there is none."""
     backend = jax.default_backend()
     if backend == "tpu":

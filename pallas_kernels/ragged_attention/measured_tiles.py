@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pallas_kernels.buckets import Bucket, BucketError, is_url
 from pallas_kernels.folders import cache_dir, replace_file
 
 if TYPE_CHECKING:
@@ -40,9 +41,14 @@ class Shape:
         )
 
 
-def measured_file() -> Path:
-    """The file that `autotune` writes: the value of PALLAS_KERNELS_TILES, or `tiles.json` in the cache folder."""
+def measured_file() -> Path | str:
+    """The file that `autotune` writes: the value of PALLAS_KERNELS_TILES, or `tiles.json` in the cache folder.
+
+    A string is the URL of an object in a bucket.
+    """
     named = os.environ.get("PALLAS_KERNELS_TILES")
+    if named and is_url(named):
+        return named
     return Path(named) if named else cache_dir() / "tiles.json"
 
 
@@ -67,13 +73,41 @@ def measured(shape: Shape, kind: str, tiles: type[T]) -> T | None:
 
 
 @functools.cache
-def entries(path: Path) -> dict[str, Any]:
+def entries(path: Path | str) -> dict[str, Any]:
     """Contents of the file, read once per process; {} if it is missing or damaged. Damage is logged."""
     try:
-        contents = json.loads(path.read_text())
+        text = path.read_bytes() if isinstance(path, Path) else _read_object(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        _complain(path, str(error) if isinstance(error, BucketError) else repr(error))
+        return {}
+    return _parsed(path, text)
+
+
+def save(shape: Shape, kind: str, tiles: DataclassInstance, *, seconds: float, path: Path | str | None = None) -> None:
+    """Adds an entry to the file: the tiles and their microseconds. Raises OSError if the file cannot be written."""
+    path = path or measured_file()
+    entry = {shape.key(kind): dataclasses.asdict(tiles) | {"microseconds": round(1e6 * seconds, 1)}}
+    entries.cache_clear()
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, _text(entries(path) | entry))
+    else:
+        folder, _, name = path.rpartition("/")
+        Bucket(folder).update(name, lambda text: _text(_parsed(path, text) | entry))
+    entries.cache_clear()
+
+
+def _read_object(url: str) -> bytes | None:
+    folder, _, name = url.rpartition("/")
+    return Bucket(folder).read([name]).get(name)
+
+
+def _parsed(path: Path | str, text: bytes | None) -> dict[str, Any]:
+    try:
+        contents = {} if text is None else json.loads(text)
+    except ValueError as error:
         _complain(path, repr(error))
         return {}
     if isinstance(contents, dict):
@@ -82,19 +116,12 @@ def entries(path: Path) -> dict[str, Any]:
     return {}
 
 
-def save(shape: Shape, kind: str, tiles: DataclassInstance, *, seconds: float, path: Path | None = None) -> None:
-    """Adds an entry to the file: the tiles and their microseconds. Raises OSError if the file cannot be written."""
-    path = path or measured_file()
-    entries.cache_clear()
-    contents = dict(entries(path))
-    contents[shape.key(kind)] = dataclasses.asdict(tiles) | {"microseconds": round(1e6 * seconds, 1)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(contents, indent=1, sort_keys=True) + "\n").encode())
-    entries.cache_clear()
+def _text(contents: dict[str, Any]) -> bytes:
+    return (json.dumps(contents, indent=1, sort_keys=True) + "\n").encode()
 
 
 @functools.cache
-def _complain(path: Path, problem: str) -> None:
+def _complain(path: Path | str, problem: str) -> None:
     _log.warning(
         "%s does not hold measured tiles (%s), so modeled ones are used; delete it, or run autotune again", path, problem
     )

@@ -7,7 +7,6 @@ on a single thread; a native kernel does it in one pass.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -93,9 +92,7 @@ def rotary(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
-    native_kernel = implementation != "xla" and native.load(
-        _TARGET, Path(__file__).with_name("cpu.cc"), {_TARGET: "PallasKernelsRotary"}
-    )
+    native_kernel = implementation != "xla" and native.load("rotary", {_TARGET: "PallasKernelsRotary"})
     if implementation == "cpu" and not native_kernel:
         raise ValueError(
             f"implementation='cpu' needs a native kernel, which is not available here: "

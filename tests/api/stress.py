@@ -33,6 +33,7 @@ ENGINE: dict[str, Any] = {
     "block_size": 8,
     "num_blocks": 96,
     "max_context_len": 128,
+    "background_compile": False,
 }
 PROMPTS = [
     "Mr. Speaker",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgen_jax import Engine, EngineConfig, Research
+from fastgen_jax import Engine, Research
 from fastgen_jax.models.decoder import head
 from tests.tiny import drain, expected, greedy, tiny_engine, tiny_model, tokens_of
 
@@ -117,7 +117,7 @@ def test_any_series_of_forks_and_rollbacks_returns_the_logits_of_fresh_sequences
 
 @pytest.mark.parametrize("options", [{"kv_dtype": "int8"}, {"stack_layers": True}])
 def test_a_block_is_copied_in_every_form_of_cache(options):
-    engine = tiny_engine(token_budget=16, budget_ladder=(), **options)
+    engine = tiny_engine(budget_ladder=(), **options)
     research = Research(engine)
     research.put(["a"], [TEXT[:6]])
     research.fork("a", "b")
@@ -333,7 +333,7 @@ def test_an_interrupt_at_any_line_leaves_all_sequences_as_before_or_as_after(ope
 
 def test_when_the_cache_is_lost_in_the_middle_of_put_the_sequences_are_computed_again(monkeypatch):
     params, model = tiny_model()
-    engine = Engine(params, model, EngineConfig(token_budget=16, budget_ladder=(), num_blocks=32, block_size=4))
+    engine = Engine(params, model, one_program().config.choices)  # not shared: its memory is cleared
     research = Research(engine)
     research.put(["a"], [TEXT[:26]])
     research.fork("a", "b")

@@ -47,7 +47,8 @@ def pipe() -> Pipeline:
 def own_engine() -> Engine:
     """An engine that may be destroyed."""
     params, model = tiny_model()
-    return Engine(params, model, EngineConfig(token_budget=8, max_num_seqs=4, block_size=4, num_blocks=64))
+    sizes = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 64}
+    return Engine(params, model, EngineConfig(**sizes))
 
 
 def in_threads(*functions: Callable[[], Any]) -> list[Any]:

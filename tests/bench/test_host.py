@@ -5,7 +5,9 @@ import pytest
 from fastgen_jax.cli import main
 
 
-def test_host_time_is_printed_for_each_number_of_sequences(capsys: pytest.CaptureFixture[str]) -> None:
+def test_host_time_is_printed_for_each_number_of_sequences(
+    capsys: pytest.CaptureFixture[str], fast_compilation: None
+) -> None:
     assert main(["bench", "host", "--sequences", "2", "--steps", "3"]) == 0
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split()[:4] == ["sequences", "plan", "pack", "commit"]

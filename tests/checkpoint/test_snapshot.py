@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastgen_jax import Engine, Research, pipeline
+from fastgen_jax import Engine, Research, SamplingParams, pipeline
 from fastgen_jax.checkpoint import load_params, open_checkpoint, resolve_model, save_snapshot
 from fastgen_jax.checkpoint.convert import convert
 from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
@@ -232,11 +232,19 @@ def test_a_snapshot_without_a_tokenizer_is_refused_where_one_is_needed(snapshot,
         Engine.from_pretrained(tmp_path / "s")
 
 
-def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(tmp_path):
+def test_tokens_that_the_embedding_has_no_rows_for_are_refused_in_prompts_only(tmp_path, caplog):
     write_hf(tmp_path, vocab_size=96)
     write_json(tmp_path)
-    with pytest.raises(ValueError, match=r"the tokenizer has 380 tokens but the embedding only 96 rows"):
-        Engine.from_pretrained(tmp_path)
+    engine = Engine.from_pretrained(tmp_path, token_budget=8, max_num_seqs=2, max_context_len=16)
+    assert any("the tokenizer has 380 tokens but the embedding only 96 rows" in message for message in caplog.messages)
+    assert engine.tokenizer is not None
+    outside = next(id for id in range(96, 380) if engine.tokenizer.decode([id]).isalpha())
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    engine.add([5, 95], params)
+    with pytest.raises(ValueError, match=r"outside the vocabulary, 0..95"):
+        engine.add(engine.tokenizer.decode([outside]), params)
+    outputs = [output for _ in range(5) for output in engine.step()]
+    assert sum(len(output.new_token_ids) for output in outputs) == 3
 
 
 class _Ranges(SimpleHTTPRequestHandler):

@@ -14,5 +14,5 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """The tiny model with the sizes of `test_faults.SMALL`, so that its programs are compiled once."""
     path = write_checkpoint(tmp_path_factory.mktemp("engine") / "tiny")
     return fastgen_jax.pipeline(
-        path, token_budget=16, budget_ladder=(8,), max_num_seqs=4, block_size=4, num_blocks=64, progress=False
+        path, token_budget=32, budget_ladder=(8,), max_num_seqs=8, block_size=4, num_blocks=64, progress=False
     ).engine

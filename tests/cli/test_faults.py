@@ -17,7 +17,8 @@ from fastgen_jax.cli.terminal import has_colors
 from tests.serving.checkpoint import write_checkpoint
 
 WITHOUT_MODULE = Path(__file__).parent / "programs" / "without_module.py"
-SMALL = ["--token-budget", "16", "--budget-ladder", "8", "--max-num-seqs", "4", "--block-size", "4", "--num-blocks", "64"]
+# The sizes of `tiny_engine`, whose programs are in the compile cache.
+SMALL = ["--token-budget", "32", "--budget-ladder", "8", "--max-num-seqs", "8", "--block-size", "4", "--num-blocks", "64"]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Literal, get_type_hints
 import pytest
 
 import fastgen_jax
-from fastgen_jax.cli import COMMANDS, main, make_parser
+from fastgen_jax.cli import COMMANDS, GROUPS, main, make_parser
 from fastgen_jax.cli.parser import Parser
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.flags import add_fields, flag_arguments, flag_form, given_options, name_value
@@ -198,9 +199,9 @@ def test_flags_come_from_annotations_and_docstrings() -> None:
         ),
         (["bench", "serve", "--urls", "x"], "fastgen bench serve: unknown argument '--urls'; did you mean --url?"),
         (["models", "llama"], "fastgen models: unknown argument 'llama' ("),
-        (["generat"], "fastgen: argument COMMAND: invalid choice: 'generat'"),
+        (["generat"], "fastgen: unknown command 'generat'; did you mean generate?"),
+        (["bench", "ofline"], "fastgen bench: unknown benchmark 'ofline'; did you mean offline?"),
         (["serve"], "fastgen serve: the following arguments are required: MODEL"),
-        ([], "fastgen: the following arguments are required: COMMAND"),
     ],
 )
 def test_a_misspelled_command_line_is_one_line_that_names_the_nearest(
@@ -212,3 +213,43 @@ def test_a_misspelled_command_line_is_one_line_that_names_the_nearest(
     error = capsys.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+def test_without_a_command_the_help_is_printed_and_every_command_is_under_one_heading(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr().out
+    for heading, commands in GROUPS.items():
+        section = printed.split(f"\n{heading}:\n")[1].split("\n\n")[0]
+        assert [line.split()[0] for line in section.splitlines() if line[2] != " "] == list(commands)
+    assert len(printed.splitlines()) < 60
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_knows_every_command_and_flag(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)
+    for parser in leaves(parser_of("run")):
+        assert all(flag.lstrip("-") in script for flag in parser.flags())
+    assert "smollm2-135m-instruct" in script
+
+
+def test_bash_completes_commands_flags_choices_and_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("bash is not installed")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "fastgen"
+    script.write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> list[str]:
+        command = [bash, Path(__file__).parent / "programs" / "complete.bash", script, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
+
+    assert completed("fastgen", "ru") == ["run"]
+    assert completed("fastgen", "run", "smo") == ["smollm2-135m-instruct"]
+    assert completed("fastgen", "run", "--max-num") == ["--max-num-seqs"]
+    assert completed("fastgen", "serve", "m", "--dtype", "b") == ["bfloat16"]
+    assert completed("fastgen", "bench", "off") == ["offline"]

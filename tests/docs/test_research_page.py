@@ -10,7 +10,7 @@ import numpy as np
 PAGE = Path(__file__).parents[2] / "docs" / "research.md"
 
 
-def test_every_snippet_of_the_page_on_research_runs():
+def test_every_snippet_of_the_page_on_research_runs(fast_compilation):
     text = PAGE.read_text()
     snippets = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(snippets) == text.count("```") // 2, "every snippet is Python"

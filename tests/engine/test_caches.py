@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ jax.monitoring.register_event_listener(lambda event, **kwargs: _events.update([e
 
 
 @pytest.fixture
-def fresh(tmp_path, monkeypatch):
+def fresh(tmp_path, monkeypatch, fast_compilation):
     """JAX without a persistent cache, and a temporary folder for this test."""
     options = (
         "jax_compilation_cache_dir",
@@ -79,10 +80,16 @@ def entries(folder: Path, name: str = "") -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.rglob(f"{name}*-cache")}
 
 
+def forget_executables(folder: Path) -> None:
+    """Makes the next start trace its programs and look for them in JAX's cache."""
+    shutil.rmtree(folder / "executables")
+
+
 def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a program of tests/engine/programs in a new process, with warnings as errors."""
     variables = {name: value for name, value in os.environ.items() if name != "FASTGEN_CACHE_DIR"}
-    variables |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", **environment}
+    variables |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    variables |= environment
     command = [sys.executable, "-W", "error", "-m", f"tests.engine.programs.{program}", *map(str, arguments)]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
@@ -116,7 +123,7 @@ def test_the_number_of_blocks_is_kept_for_the_same_options_while_it_fits(fresh, 
     def blocks(free: int, folder: Path | str = fresh / "cache", **options) -> int:
         monkeypatch.setattr(memory, "available", lambda: free)
         config = EngineConfig(**{"compile_cache_dir": str(folder), "block_size": 4, "max_num_seqs": 4, **options})
-        settled = startup.compile_cache.use(config.compile_cache_dir)
+        settled = startup.compile_cache.use(config.compile_cache_dir, "group")
         return startup._resolve_as_before(config, tiny_model()[1], settled).num_blocks
 
     enough = blocks(10**9, max_num_seqs=64)
@@ -138,6 +145,7 @@ def test_a_damaged_program_is_compiled_again_once(fresh, caplog) -> None:
     assert whole
     for name, size in whole.items():
         os.truncate(folder / "xla" / name, size // 2)
+    forget_executables(folder)
     new_process()
     with caplog.at_level(logging.WARNING):
         assert answer(start(folder)) == expected
@@ -145,6 +153,7 @@ def test_a_damaged_program_is_compiled_again_once(fresh, caplog) -> None:
     assert "the run continues" in caplog.text
     assert entries(folder, "jit__step").keys() == whole.keys()
     assert min(entries(folder, "jit__step").values()) > 0.9 * min(whole.values())
+    forget_executables(folder)
     new_process()
     caplog.clear()
     assert answer(start(folder)) == expected
@@ -168,6 +177,24 @@ def test_a_full_disk_causes_a_warning_and_leaves_no_truncated_programs(fresh, ca
     new_process()
     assert answer(start(folder)) == expected
     assert entries(folder, "jit__step")
+
+
+def test_a_disk_that_is_full_in_the_background_causes_the_same_warning(fresh, caplog) -> None:
+    folder = fresh / "cache"
+    expected = answer(start(folder))
+    before = entries(folder)
+    new_process()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        engine = start(folder, budget_ladder=(4,), background_compile=True)  # that of 8 tokens is in the cache
+        engine.wait_until_compiled()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert engine.runner.budgets == (4, 8)
+    assert caplog.text.count("Error writing") == 1
+    assert entries(folder) == before
+    assert answer(engine) == expected
 
 
 def test_a_file_in_place_of_the_folder_causes_a_warning(fresh, caplog) -> None:
@@ -210,6 +237,7 @@ def read_only():
 def test_a_read_only_folder_is_read_and_missing_programs_are_compiled(fresh, read_only, caplog) -> None:
     folder = fresh / "cache"
     expected = answer(start(folder, num_blocks=None))
+    forget_executables(folder)
     before = sorted(folder.rglob("*"))
     read_only(folder)
     new_process()
@@ -223,7 +251,7 @@ def test_a_read_only_folder_is_read_and_missing_programs_are_compiled(fresh, rea
 
 
 @pytest.mark.slow
-def test_step_sizes_are_measured_once_and_again_on_request_or_when_the_file_is_damaged(fresh, monkeypatch, caplog) -> None:
+def test_step_sizes_are_measured_on_request_and_later_starts_use_the_result(fresh, monkeypatch, caplog) -> None:
     measured: list[int] = []
     measure = Runner.measure
     monkeypatch.setattr(
@@ -236,27 +264,36 @@ def test_step_sizes_are_measured_once_and_again_on_request_or_when_the_file_is_d
     )
     folder = fresh / "cache"
 
-    def measures(**options) -> bool:
+    def ladder_of(**options) -> tuple[int, ...]:
         measured.clear()
         with caplog.at_level(logging.INFO):
-            config = start(folder, **{**THREE_PROGRAMS, "token_budget": None, "budget_ladder": None, **options}).config
-        (known,) = ladder.known(str(folder))
-        assert known.ladder == config.budget_ladder
-        assert set(known.seconds) == {1, 4, 16}
-        return bool(measured)
+            return start(
+                folder, **{**THREE_PROGRAMS, "token_budget": None, "budget_ladder": None, **options}
+            ).config.budget_ladder
 
-    assert measures()
-    assert not measures()
-    assert "remeasure=True measures again" in caplog.text
-    assert measures(remeasure=True)
-    assert not measures()
+    modeled = ladder_of()
+    assert not measured
+    assert not ladder.known(str(folder))
+    chosen = ladder_of(remeasure=True)
+    assert set(measured) == {1, 4, 16}
+    (known,) = ladder.known(str(folder))
+    assert known.ladder == chosen
+    assert set(known.seconds) == {1, 4, 16}
     path = folder / ladder.FILE
-    path.write_text(json.dumps({key: {**entry, "ladder": [3, 16]} for key, entry in json.loads(path.read_text()).items()}))
-    assert measures(), "3 tokens are not a measured step size"
+    saved = json.loads(path.read_text())
+
+    def saved_as(*sizes: int) -> None:
+        path.write_text(json.dumps({key: {**entry, "ladder": sizes} for key, entry in saved.items()}))
+
+    for sizes in ((16,), (1, 16)):  # at least one differs from what the model chooses
+        saved_as(*sizes)
+        assert ladder_of() == sizes
+    assert "remeasure=True measures again" in caplog.text
+    saved_as(3, 16)
+    assert ladder_of() == modeled, "3 tokens are not a candidate"
     path.write_text("{")
-    assert measures()
-    ladder.forget(str(folder))
-    assert measures()
+    assert ladder_of() == modeled
+    assert not measured
 
 
 def test_remeasuring_a_given_budget_is_refused() -> None:

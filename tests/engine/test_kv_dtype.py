@@ -53,7 +53,9 @@ def test_a_token_takes_the_bytes_that_the_model_reports() -> None:
         cache = engine.runner.kv_cache
         return sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) / (engine.config.num_blocks * engine.config.block_size)
 
-    for kv_dtype, itemsize in (("int8", 1), ("float8_e4m3fn", 1)):
-        engine = tiny_engine(kv_dtype=kv_dtype, token_budget=7, budget_ladder=())
-        told = engine.model.kv_bytes_per_token(itemsize, scale_bytes=scale_bytes(kv_dtype))
+    for engine in (
+        tiny_engine(kv_dtype="int8", overlap=False, prefix_caching=False, budget_ladder=()),
+        tiny_engine(kv_dtype="float8_e4m3fn", token_budget=7, budget_ladder=()),
+    ):
+        told = engine.model.kv_bytes_per_token(1, scale_bytes=scale_bytes(engine.config.kv_dtype))
         assert bytes_per_token(engine) == told

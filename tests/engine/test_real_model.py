@@ -25,7 +25,12 @@ LOGPROB_TOLERANCE = 1e-3
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine.from_pretrained(
-        "smollm2-135m-instruct", token_budget=128, budget_ladder=(1, 32), num_blocks=600, max_context_len=2048
+        "smollm2-135m-instruct",
+        token_budget=128,
+        budget_ladder=(1, 32),
+        num_blocks=600,
+        max_context_len=2048,
+        background_compile=False,
     )
 
 
@@ -98,7 +103,7 @@ def test_prompt_logprobs_equal_those_of_transformers(engine):
 def test_tokens_do_not_depend_on_how_the_engine_runs_them(engine, options, params):
     want = run(engine, GENERATIONS, params, num_companions=64 - len(GENERATIONS))  # each among 63 others
     settings = {"token_budget": 128, "budget_ladder": (1, 32), "num_blocks": 600, "max_context_len": 2048, **options}
-    other = Engine.from_pretrained("smollm2-135m-instruct", **settings)
+    other = Engine.from_pretrained("smollm2-135m-instruct", background_compile=False, **settings)
     got = run(other, GENERATIONS, params)
     if settings["num_blocks"] == 60:
         assert other.scheduler.stats.num_preemptions > 0

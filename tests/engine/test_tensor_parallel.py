@@ -13,16 +13,18 @@ from fastgen_jax.engine.config import resolve
 from tests.tiny import tiny_model
 
 
-def run(program: str) -> None:
+def run(program: str, **variables: str) -> None:
     """Runs a program of `divided_engine` in a separate process: the number of devices is fixed when JAX starts."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | devices | variables
     command = [sys.executable, "-m", "tests.engine.programs.divided_engine", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.strip().endswith("equal"), done.stderr
 
 
 def test_tokens_do_not_depend_on_the_number_of_devices() -> None:
-    run("in_8_bits")
+    # Native kernels may round activations that are multiplied by int8, plain XLA does not.
+    run("in_8_bits", PALLAS_KERNELS_NATIVE="0")
 
 
 @pytest.mark.slow

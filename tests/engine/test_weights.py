@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from fastgen_jax import Engine, EngineConfig, Research
+from fastgen_jax.engine.config import resolve
 from fastgen_jax.engine.weights import prepare_params
-from fastgen_jax.models.params import init_params, stack
-from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
+from fastgen_jax.models.params import stack, unstack
+from tests.tiny import drain, greedy, random_params, tiny_engine, tiny_model, tokens_of
 
 SMALL = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 64}
 PROMPT = np.random.default_rng(5).integers(3, 96, 21).tolist()
@@ -21,10 +22,6 @@ PROMPT = np.random.default_rng(5).integers(3, 96, 21).tolist()
 def answer(engine: Engine) -> list[int]:
     request_id = engine.add(PROMPT, greedy(8))
     return tokens_of(drain(engine)[request_id])
-
-
-def other_weights(model: Any, **options: Any) -> Any:
-    return init_params(model, jax.random.key(1), **options)
 
 
 @pytest.mark.parametrize(
@@ -37,14 +34,15 @@ def other_weights(model: Any, **options: Any) -> Any:
 def test_new_weights_produce_the_answers_of_an_engine_started_with_them(variant, options):
     params, model = tiny_model(variant)
     engine = Engine(params, model, EngineConfig(**SMALL, **options))
-    new = other_weights(model)
+    new = random_params(model)
     want = Engine(new, model, EngineConfig(**SMALL, **options))
     programs = dict(engine.runner._compiled)
     old_answer, new_answer = answer(engine), answer(want)
     assert old_answer != new_answer
     engine.params = new
     assert answer(engine) == new_answer, "and no prefix of the old weights was found"
-    engine.params = jax.tree.map(np.asarray, other_weights(model, stack_layers=False))
+    on_host = jax.tree.map(np.asarray, new)
+    engine.params = {**on_host, "layers": unstack(on_host["layers"], model)}
     assert answer(engine) == new_answer
     engine.params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     engine.params = params
@@ -82,7 +80,7 @@ def test_weights_of_wrong_shapes_are_refused_and_the_old_ones_stay(change, messa
     _, model = tiny_model()
     before, old = answer(engine), engine.params
     with pytest.raises(ValueError, match=message):
-        engine.params = change(other_weights(model), model)
+        engine.params = change(random_params(model), model)
     assert engine.params is old
     assert answer(engine) == before
 
@@ -90,12 +88,12 @@ def test_weights_of_wrong_shapes_are_refused_and_the_old_ones_stay(change, messa
 def test_weights_that_were_prepared_for_another_config_are_refused():
     engine = tiny_engine()
     params, model = tiny_model()
-    other = Engine(params, model, EngineConfig(**SMALL, quantize="int8"))
+    quantized = prepare_params(params, model, resolve(EngineConfig(**SMALL, quantize="int8"), model))
     with pytest.raises(ValueError, match=r"is int8.* but the engine computes with float32.*pass plain weights"):
-        engine.params = other.params
+        engine.params = quantized
     stacked = {**engine.params, "layers": stack(tiny_model()[0]["layers"])}
     engine.params = stacked
-    assert engine.params["layers"][0].keys() == engine.runner.params["layers"][0].keys()
+    assert engine.params["layers"].keys() == engine.runner.params["layers"].keys()
     engine.params = prepare_params(params, model, engine.config)
 
 

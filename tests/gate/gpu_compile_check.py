@@ -175,11 +175,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800.0, help="time limit of all checks; lists those not reached")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    import jax
 
-    from fastgen_jax.plan.devices import NoCompiler, parse_topology
+    from fastgen_jax.devices import NoCompiler, parse_topology
     from fastgen_jax.plan.program import deviceless_mesh
-    from pallas_kernels.ragged_attention.gpu import support as gpu_support
+    from pallas_kernels import jax_versions
 
     try:
         h100, eight_h100 = (deviceless_mesh(parse_topology(name)) for name in ("h100:1", "h100:8"))
@@ -196,14 +195,14 @@ def main() -> int:
     checks["H100 step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, h100)
     checks["H100 step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight_h100)
     checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(check_step, MIXTRAL_8X7B, eight_h100)
-    if jax.__version_info__ >= gpu_support.AMPERE_JAX:
+    too_old = jax_versions.too_old(jax_versions.AMPERE_KERNEL)
+    if too_old is None:
         checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in AMPERE_CALLS}
         checks["8.9 attention: mixed"] = functools.partial(check_kernel, MIXED, ada)
         checks["A100 step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, a100)
         checks["A100 step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight_a100)
     else:
-        needed = ".".join(map(str, gpu_support.AMPERE_JAX))
-        print(f"A100 and compute capability 8.9 SKIPPED: they need jax {needed}, this is {jax.__version__}")
+        print(f"A100 and compute capability 8.9 SKIPPED: the kernel {too_old}")
 
     deadline = time.monotonic() + options.seconds
     failed = 0

@@ -178,7 +178,7 @@ def compile_one(which: str, shape: str, kind: str, *, jax_keys: int) -> dict[str
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from fastgen_jax.plan.devices import parse_topology
+    from fastgen_jax.devices import parse_topology
     from fastgen_jax.plan.program import deviceless_mesh, lowering_for
     from pallas_kernels.ragged_attention.tpu import tile_sizes
     from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu

@@ -13,12 +13,12 @@ from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.dense import dense_forward
-from fastgen_jax.models.params import init_params, unstack
+from fastgen_jax.models.params import unstack
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels import native
 from pallas_kernels.ragged_attention import RaggedIndex
 from tests.models.parity import load
-from tests.tiny import tiny_engine, tiny_model
+from tests.tiny import random_params, tiny_engine, tiny_model
 
 LENGTH, BLOCK, NUM_BLOCKS = 9, 4, 5
 TOKENS = np.random.default_rng(0).integers(3, 60, LENGTH + 1)  # the smallest vocabulary has 64
@@ -114,7 +114,7 @@ def test_sinks_experts_windows_caps_and_slopes_have_derivatives_too(family):
 
 def test_the_gradient_is_the_slope_of_the_loss():
     params, config = load("llama", "default", stack_layers=True)
-    direction = init_params(config, jax.random.key(2))
+    direction = random_params(config)
 
     def along(step):
         return loss(jax.tree.map(lambda a, b: a + step * b, params, direction), config=config)

@@ -182,15 +182,6 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
     assert len(unrolled["layers"]) == config.num_layers
 
 
-@pytest.mark.parametrize(("family", "variant"), OTHERS)
-def test_a_switch_that_a_family_does_not_know_is_refused(family, variant):
-    hf = json.loads((folder(family, variant) / "config.json").read_text())
-    read = family_of(hf["architectures"][0]).config_from_hf
-    with pytest.raises(ValueError, match=r"config.json has use_new_mathematics=True, which this family does not know"):
-        read(hf | {"use_new_mathematics": True})
-    assert read(hf | {"use_new_mathematics": False}) == read(hf)
-
-
 @pytest.mark.parametrize(
     ("family", "variant", "changes", "message"),
     [

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import site
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +25,9 @@ from tests.serving.checkpoint import write_checkpoint
 HOME = Path(__file__).parents[2] / "notebooks"
 WITHOUT_MODEL = HOME / "a_model_family_in_an_hour.ipynb"
 NOTEBOOKS = sorted(HOME.glob("*.ipynb"))
+EXECUTE = "tests.notebooks.execute"  # writes the outputs
+OWNER = re.compile(r"(?:github\.com|colab\.research\.google\.com/github)/([\w-]+)/fastgen_jax")
+ADDRESS = "https://github.com/REPOSITORY_OWNER/fastgen_jax"
 # The kernel's client is asynchronous internally and leaves its event loop and sockets to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
@@ -36,12 +39,25 @@ def code_cells(path: Path) -> list[nbformat.NotebookNode]:
 
 
 def execute(
-    path: Path, folder: Path, *, kernel: str = "python3", num_cells: int | None = None, first: Path | None = None
+    path: Path,
+    folder: Path,
+    *,
+    kernel: str = "python3",
+    num_cells: int | None = None,
+    first: Path | None = None,
+    repository: str | None = None,
 ) -> None:
-    """Runs a notebook, or its first code cells, as if it were in `folder`; a program in `first` runs before them."""
+    """Runs a notebook, or its first code cells, as if it were in `folder`; a program in `first` runs before them.
+
+    `repository` replaces the address that the first cell clones.
+    """
     notebook = nbformat.read(path, as_version=4)
     if num_cells is not None:
         notebook.cells = code_cells(path)[:num_cells]
+    if repository is not None:
+        install = next(cell for cell in notebook.cells if cell.cell_type == "code")
+        assert ADDRESS in install.source
+        install.source = install.source.replace(ADDRESS, repository)
     if first is not None:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(first.read_text()))
     NotebookClient(notebook, timeout=900, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}).execute()
@@ -76,28 +92,35 @@ def test_a_notebook_runs_from_top_to_bottom_with_a_tiny_model(
     path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINY_CHECKPOINT", str(tiny_checkpoint))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of the time is compilation
     execute(path, HOME, first=Path(__file__).parent / "programs" / "tiny_models.py")
+
+
+def kernel_beside(python: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A kernel in an environment of its own that has the packages of the one of `python`, but not fastgen_jax."""
+    environment = folder / "environment"
+    subprocess.run([python, "-m", "venv", "--without-pip", environment], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    command = [python, "-c", "import site; print(*site.getsitepackages(), sep='\\n')"]
+    # Folders in a .pth file are searched, but their own .pth files are not read, so an editable install is not found.
+    (packages / "parent.pth").write_text(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    kernel = folder / "jupyter" / "kernels" / "fresh"
+    kernel.mkdir(parents=True)
+    argv = [str(environment / "bin" / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "fresh", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    return "fresh"
 
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A kernel in an environment that has the dependencies of the package but not the package; pip works offline there."""
-    environment = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    (packages,) = environment.glob("lib/python*/site-packages")
-    # Folders in a .pth file are searched, but their own .pth files are not read, so an editable install is not found.
-    (packages / "parent.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    kernel = tmp_path / "jupyter" / "kernels" / "fresh"
-    kernel.mkdir(parents=True)
-    argv = [str(environment / "bin" / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "fresh", "language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.setenv("MPLBACKEND", "agg")
     for option in ("NO_DEPS", "NO_INDEX", "DISABLE_PIP_VERSION_CHECK"):
         monkeypatch.setenv(f"PIP_{option}", "1")
     monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip inverts this variable: 0 disables isolation
-    return "fresh"
+    return kernel_beside(Path(sys.executable), tmp_path, monkeypatch)
 
 
 def clone(target: Path) -> Path:
@@ -125,16 +148,48 @@ def test_without_the_package_a_notebook_installs_the_wheel_next_to_it(fresh: str
     execute(WITHOUT_MODEL, folder, kernel=fresh, num_cells=2)
 
 
+def test_without_the_package_a_notebook_clones_its_repository(fresh: str, tmp_path: Path) -> None:
+    repository, folder = clone(tmp_path / "repository"), tmp_path / "content"
+    folder.mkdir()
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+    execute(WITHOUT_MODEL, folder, kernel=fresh, num_cells=2, repository=repository.as_uri())
+    assert (folder / "fastgen_jax" / "pyproject.toml").exists()
+
+
 def test_without_anything_to_install_the_first_cell_explains_what_to_do(fresh: str, tmp_path: Path) -> None:
-    with pytest.raises(CellExecutionError, match="put its wheel there, or clone its repository there with git"):
-        execute(HOME / "quick_start.ipynb", tmp_path, kernel=fresh, num_cells=1)
+    nowhere = (tmp_path / "nowhere").as_uri()
+    with pytest.raises(CellExecutionError, match="nowhere: put its wheel or a clone there"):
+        execute(HOME / "quick_start.ipynb", tmp_path, kernel=fresh, num_cells=1, repository=nowhere)
 
 
-def test_notebooks_are_kept_without_outputs_and_install_the_package_first() -> None:
+def test_notebooks_install_the_package_first_and_have_a_badge() -> None:
     assert len(NOTEBOOKS) == 4
     for path in NOTEBOOKS:
         cells = code_cells(path)
-        assert all(not cell.outputs and cell.execution_count is None for cell in cells), f"clear the outputs of {path.name}"
         assert cells[0].source == code_cells(NOTEBOOKS[0])[0].source  # tested in a fresh environment
         assert "%pip install" in cells[0].source
         assert "install" in cells[0].metadata.tags
+        badge = f"https://colab.research.google.com/github/REPOSITORY_OWNER/fastgen_jax/blob/main/notebooks/{path.name}"
+        assert f"({badge})" in nbformat.read(path, as_version=4).cells[0].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_kept_with_the_outputs_of_one_run_and_a_plot(path: Path) -> None:
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), f"run python -m {EXECUTE}"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
+    assert path.stat().st_size < 200_000
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere() -> None:
+    files = [
+        *NOTEBOOKS,
+        *(HOME.parent / "docs").glob("*.md"),
+        *(HOME.parent / name for name in ("README.md", "pyproject.toml")),
+    ]
+    owners = {owner for file in files for owner in OWNER.findall(file.read_text())}
+    assert owners == {"REPOSITORY_OWNER"}, "replace REPOSITORY_OWNER in all of them"

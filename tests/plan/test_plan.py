@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastgen_jax.cli import main
+from fastgen_jax.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.engine.footprint import weight_bytes
-from fastgen_jax.plan.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.plan.estimate import read_weight_bytes
 from fastgen_jax.plan.program import copied_in_loops, count_in_loops
 from fastgen_jax.plan.report import Plan, make_plan, table
@@ -166,8 +166,8 @@ def test_a_step_reads_the_experts_that_its_tokens_choose() -> None:
 
 
 def test_without_a_cuda_compiler_gpus_are_planned_by_the_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen_jax.devices import NoCompiler
     from fastgen_jax.plan import program
-    from fastgen_jax.plan.devices import NoCompiler
 
     def missing(*arguments: object, **options: object) -> None:
         raise NoCompiler("no CUDA compiler here (topology not implemented for cuda); pip install 'fastgen_jax[cuda]'")

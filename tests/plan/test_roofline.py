@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fastgen_jax.devices import DEVICES, parse_topology
 from fastgen_jax.models.counts import count_params
-from fastgen_jax.plan.devices import DEVICES, parse_topology
 from fastgen_jax.plan.estimate import planned_step
 from fastgen_jax.plan.roofline import PEAK, Efficiency, StepShape, roofline
 from fastgen_jax.simulation import MODELS, RooflineCost

@@ -25,7 +25,8 @@ from tests.serving.tiny_server import eventually, offline
 
 GREEDY = {"do_sample": False, "ignore_eos": True}
 KEY = "secret"
-ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 256}
+# The sizes of `tiny_server.engine`, whose programs are in the compile cache.
+ENGINE = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64}
 
 
 @pytest.fixture(scope="module")

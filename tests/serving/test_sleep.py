@@ -22,9 +22,11 @@ TIMEOUT = 120  # seconds; a test that reaches it has failed
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory) -> Engine:
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-    return Engine.from_pretrained(
+    engine = Engine.from_pretrained(
         checkpoint, token_budget=32, budget_ladder=(8,), max_num_seqs=8, block_size=4, num_blocks=64
     )
+    engine.wait_until_compiled()
+    return engine
 
 
 async def status_becomes(client: httpx.AsyncClient, status: str) -> None:

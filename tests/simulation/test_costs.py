@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fastgen_jax.devices import DEVICES, GIB
 from fastgen_jax.models.counts import count_params, flops_per_token
-from fastgen_jax.plan.devices import DEVICES, GIB
 from fastgen_jax.scheduling import Request, SamplingParams, Scheduler
 from fastgen_jax.simulation import MODELS, Efficiency, MeasuredCost, RooflineCost, StepShape, load_cost
 from fastgen_jax.simulation.costs import roofline_cost, shape_of

@@ -18,6 +18,7 @@ def load(options: JsonObject) -> tuple[JsonObject, Run]:
 
     config = EngineConfig.from_options(options["config"])
     engine = Engine.from_pretrained(options["model"], config=config)
+    engine.wait_until_compiled()
     dtype = engine.config.dtype or "float32"
 
     def flops_of(request: Request) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 
 ARCHITECTURES = ("BloomForCausalLM",)
 FEATURES = "all sizes, BLOOMZ"
@@ -32,11 +33,11 @@ _OF_TRAINING = (
 )  # these affect how the original ran, not its results
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"apply_residual_connection_post_layernorm": (False,)})
-    hf.first(*_OF_TRAINING)
+    hf.ignore(*_OF_TRAINING)
     num_heads, embed_dim = hf.first("n_head", "num_attention_heads"), hf.first("hidden_size", "n_embed")
     return ModelConfig(
         family="bloom",

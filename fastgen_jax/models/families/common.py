@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -11,155 +10,15 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from fastgen_jax.json_types import JsonFields, JsonObject
+from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import Activation, ModelConfig
+from fastgen_jax.models.families.fields import Fields
 from fastgen_jax.models.params import all_specs
 
 BFLOAT16 = ml_dtypes.bfloat16
 
-# Fields of config.json that do not change what a forward pass computes: training, generation defaults, bookkeeping.
-_INERT = frozenset(
-    {
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "auto_map",
-        "_name_or_path",
-        "name_or_path",
-        "use_cache",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "sep_token_id",
-        "cls_token_id",
-        "unk_token_id",
-        "decoder_start_token_id",
-        "forced_eos_token_id",
-        "tokenizer_class",
-        "initializer_range",
-        "init_std",
-        "initializer_factor",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "num_labels",
-        "task_specific_params",
-        "pretraining_tp",
-        "vocab_file",
-        "_attn_implementation_autoset",
-        "attn_implementation",
-        "transformers.js_config",
-        "is_llama_config",
-        "unsloth_version",
-        "unsloth_fixed",
-        "max_length",
-        "min_length",
-        "temperature",
-        "top_k",
-        "top_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "do_sample",
-        "num_beams",
-        "chunk_size_feed_forward",
-        "return_dict",
-        "prefix",
-        "layerdrop",
-        "cache_implementation",
-        "summary_type",
-        "summary_use_proj",
-        "summary_activation",
-        "summary_proj_to_labels",
-        "summary_first_dropout",
-        "summary_last_dropout",
-        "gradient_checkpointing",
-    }
-)
-# Fields of a multimodal model outside its text model. They do not affect text-only input.
-_AROUND_TEXT = frozenset(
-    {
-        "vision_config",
-        "text_config",
-        "image_token_index",
-        "image_token_id",
-        "boi_token_index",
-        "boi_token_id",
-        "eoi_token_index",
-        "eoi_token_id",
-        "mm_tokens_per_image",
-        "multimodal_projector_bias",
-        "projector_hidden_act",
-        "spatial_merge_size",
-        "vision_feature_layer",
-    }
-)
-_INERT_ENDINGS = ("_dropout", "_pdrop", "dropout")
-
-
 ModelFields: TypeAlias = dict[str, Any]
 """Keyword arguments of `ModelConfig`."""
-
-
-class Fields(Mapping[str, Any]):
-    """A config.json that records which of its fields have been read, so that none is overlooked."""
-
-    def __init__(self, hf: JsonFields) -> None:
-        self._hf = hf
-        self._read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self._read.add(name)
-        return self._hf[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._hf)
-
-    def __len__(self) -> int:
-        return len(self._hf)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._hf
-
-    def first(self, *names: str, default: Any = None) -> Any:
-        """The value of the first of these fields that is present and not null; all of them count as read."""
-        values = [self[name] for name in names if name in self]
-        return next((value for value in values if value is not None), default)
-
-    def refuse_unread(self) -> None:
-        """Raises ValueError if a field that was not read could change what the model computes."""
-        for name in self._hf.keys() - self._read - _INERT:
-            value = self._hf[name]
-            switched_off = value is None or value is False or value in (0, "", [], {})
-            if not (switched_off or name.endswith(_INERT_ENDINGS) or name.startswith("_")):
-                raise ValueError(
-                    f"config.json has {name}={value!r}, which this family does not know; ignoring it might change "
-                    "the output; remove the field if it does not matter"
-                )
-
-
-def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[[JsonFields], ModelConfig]:
-    """Makes a `config_from_hf` strict: it raises for fields that it did not read, see `Fields.refuse_unread`."""
-
-    @functools.wraps(read)
-    def config_from_hf(hf: JsonFields) -> ModelConfig:
-        fields = Fields(_text_part(hf) if "text_config" in hf else hf)
-        config = read(fields)
-        fields.refuse_unread()
-        return config
-
-    return config_from_hf
-
-
-def _text_part(hf: JsonFields) -> JsonObject:
-    """The fields of the text model of a multimodal checkpoint, with the outer fields as defaults."""
-    around = {name: value for name, value in hf.items() if name not in _AROUND_TEXT}
-    ends = {name: around[name] for name in ("eos_token_id", "bos_token_id") if around.get(name)}
-    return around | hf["text_config"] | ends
 
 
 def refuse_unsupported(hf: JsonFields, supported: Mapping[str, tuple[object, ...]]) -> None:
@@ -183,7 +42,7 @@ def sizes(hf: Fields, *, head_dim: int | None = None, assumed: Mapping[str, int]
         "num_layers": hf["num_hidden_layers"],
         "embed_dim": hf["hidden_size"],
         "num_heads": num_heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or assumed.get("num_key_value_heads") or num_heads,
+        "num_kv_heads": hf.get("num_key_value_heads", assumed.get("num_key_value_heads")) or num_heads,
         "head_dim": hf.get("head_dim") or head_dim or hf["hidden_size"] // num_heads,
         "mlp_dim": hf["intermediate_size"],
         **special_tokens(hf),

@@ -13,8 +13,9 @@ import numpy as np
 
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, ModelFields, Source
+from fastgen_jax.models.families.common import ModelFields, Source
 from fastgen_jax.models.families.experts import expert_names
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 
@@ -22,7 +23,7 @@ ARCHITECTURES = ("DeepseekV2ForCausalLM",)
 FEATURES = "latent attention (latents are cached); dense layers first; experts in groups; shared experts; YaRN"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     # transformers never normalizes the weights of the chosen experts, whatever norm_topk_prob says.
@@ -40,7 +41,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         family="deepseek_v2",
         **latent_model(hf, max_context_len=2048),
         moe=MoEConfig(
-            **experts(hf),
+            **experts(hf, num_dense=0, num_shared=2, scale=1.0),
             num_groups=num_groups if in_groups else 1,
             groups_per_token=groups_per_token if in_groups else 1,
         ),
@@ -51,7 +52,7 @@ def latent_model(hf: Fields, *, max_context_len: int) -> ModelFields:
     """Everything except the experts, as keyword arguments of `ModelConfig`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "mlp_bias": (False,), "moe_layer_freq": (1,)})
     # The others follow from the sizes, or concern training and multi-token prediction.
-    hf.first(
+    hf.ignore(
         "hidden_act",
         "mlp_bias",
         "moe_layer_freq",
@@ -86,7 +87,7 @@ def latent_model(hf: Fields, *, max_context_len: int) -> ModelFields:
             rope_dim=rope_dim,
             nope_dim=nope_dim,
             v_dim=hf["v_head_dim"],
-            q_rank=hf.get("q_lora_rank"),
+            q_rank=hf.get("q_lora_rank", 1536),
             rope_interleaved=hf.get("rope_interleave", True),
             kv_bias=bias,
         ),
@@ -95,15 +96,15 @@ def latent_model(hf: Fields, *, max_context_len: int) -> ModelFields:
     }
 
 
-def experts(hf: Fields) -> ModelFields:
-    """The expert fields that V2 and V3 share, as keyword arguments of `MoEConfig`."""
+def experts(hf: Fields, *, num_dense: int, num_shared: int, scale: float) -> ModelFields:
+    """The expert fields that V2 and V3 share, as keyword arguments of `MoEConfig`; the arguments are defaults."""
     return {
         "num_experts": hf["n_routed_experts"],
         "experts_per_token": hf["num_experts_per_tok"],
         "expert_dim": hf["moe_intermediate_size"],
-        "layers": tuple(range(hf.get("first_k_dense_replace", 0), hf["num_hidden_layers"])),
-        "scale": hf.get("routed_scaling_factor", 1.0),
-        "shared_dim": hf["moe_intermediate_size"] * (hf.get("n_shared_experts") or 0),
+        "layers": tuple(range(hf.get("first_k_dense_replace", num_dense), hf["num_hidden_layers"])),
+        "scale": hf.get("routed_scaling_factor", scale),
+        "shared_dim": hf["moe_intermediate_size"] * (hf.get("n_shared_experts", num_shared) or 0),
     }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common, olmo2
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("Exaone4ForCausalLM",)
 FEATURES = "1.2B and 32B; windows in some layers, no positions in the others"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     period = _period(hf.get("sliding_window_pattern", 4))

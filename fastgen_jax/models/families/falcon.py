@@ -8,7 +8,8 @@ import numpy as np
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("FalconForCausalLM", "RWForCausalLM")
@@ -28,7 +29,7 @@ NAMES = {
 }
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     grouped, parallel = hf.get("new_decoder_architecture", False), hf.get("parallel_attn", True)

@@ -6,14 +6,15 @@ import math
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("GemmaForCausalLM",)
 FEATURES = "2B and 7B, version 1.1; CodeGemma"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)

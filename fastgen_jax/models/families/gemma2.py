@@ -6,7 +6,8 @@ import math
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("Gemma2ForCausalLM",)
@@ -20,17 +21,20 @@ NAMES = common.LLAMA_NAMES | {
 }
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
     common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", None)))
+    window = hf.get("sliding_window", 4096)
+    common.refuse_unsupported(hf, {"sliding_window_size": (window, None)})  # an older name, written beside the newer
+    hf.ignore("sliding_window_size")
     return ModelConfig(
         family="gemma2",
         exceeds_float16=True,
-        **common.sizes(hf, head_dim=256),
+        **common.sizes(hf, head_dim=256, assumed={"num_key_value_heads": 4}),
         **rotary(hf, max_context_len=8192),
-        layer_windows=common.windows(hf, hf.get("sliding_window", 4096), lambda layer: layer % 2 == 0),
+        layer_windows=common.windows(hf, window, lambda layer: layer % 2 == 0),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         norm_offset=1.0,
         norm_placement="both",

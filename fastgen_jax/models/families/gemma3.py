@@ -7,7 +7,8 @@ import math
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.gemma2 import NAMES
 from fastgen_jax.models.families.rope import ropes_by_layer_type
 
@@ -17,7 +18,7 @@ FEATURES = "270M and 1B; 4B, 12B and 27B without images"
 _SIZES = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)

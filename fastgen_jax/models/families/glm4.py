@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common, glm
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 
 ARCHITECTURES = ("Glm4ForCausalLM",)
 FEATURES = "9B and 32B of April 2025, Z1; part of each head rotated; biases"
@@ -15,7 +16,7 @@ NAMES = glm.NAMES | {
 }
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     return ModelConfig(family="glm4", exceeds_float16=True, **glm.fields(hf), norm_placement="both")

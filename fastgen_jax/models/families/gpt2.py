@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
 FEATURES = "all sizes, DistilGPT-2; n_inner; unscaled attention"
@@ -24,12 +25,12 @@ NAMES = {
 }
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)})
     # `reorder_and_upcast_attn` guards against overflow in half precision; our scores are in float32 anyway.
-    hf.first("reorder_and_upcast_attn", "n_ctx")
+    hf.ignore("reorder_and_upcast_attn", "n_ctx")
     num_heads, embed_dim = hf["n_head"], hf["n_embd"]
     context = hf.get("n_positions", 1024)
     return ModelConfig(

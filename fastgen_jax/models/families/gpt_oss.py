@@ -6,26 +6,39 @@ import numpy as np
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
 ARCHITECTURES = ("GptOssForCausalLM",)
 FEATURES = "sinks; alternating windows; biases; YaRN; clamped experts, in bfloat16 or in MXFP4 as released"
 
+_YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    }
+}
 
-@common.reads_every_field
+
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "swiglu_alpha": (1.702,)})
     # The original files also have "initial_context_length" and "experts_per_token", which repeat other fields.
-    hf.first("hidden_act", "swiglu_alpha", "initial_context_length", "experts_per_token")
+    hf.ignore("hidden_act", "swiglu_alpha", "initial_context_length", "experts_per_token")
     bias = hf.get("attention_bias", True)
+    rope = hf if "rope_parameters" in hf or "rope_scaling" in hf else {**hf, **_YARN}
     return ModelConfig(
         family="gpt_oss",
         exceeds_float16=True,
-        **common.sizes(hf),
-        **rotary(hf, max_context_len=131_072, theta=150_000.0),
+        **common.sizes(hf, head_dim=64, assumed={"num_key_value_heads": 8}),
+        **rotary(rope, max_context_len=131_072, theta=150_000.0),
         norm_eps=hf.get("rms_norm_eps", 1e-5),
         layer_windows=common.windows(hf, hf.get("sliding_window", 128), lambda layer: layer % 2 == 0),
         qkv_bias=bias,

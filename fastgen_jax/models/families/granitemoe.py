@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
@@ -12,11 +13,11 @@ ARCHITECTURES = ("GraniteMoeForCausalLM",)
 FEATURES = "one tensor of experts per layer; multipliers; biases"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",)})
-    hf.first("hidden_act")
+    hf.ignore("hidden_act")
     bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="granitemoe",

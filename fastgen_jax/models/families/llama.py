@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 FEATURES = "every rotary scaling; biases; explicit head_dim; tied or separate head"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face `config.json`, written by transformers 4 or 5."""
     common.refuse_unsupported(hf, {"rope_interleaved": (False,)})

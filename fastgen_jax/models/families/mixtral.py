@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.experts import expert_names
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
@@ -13,14 +14,14 @@ ARCHITECTURES = ("MixtralForCausalLM",)
 FEATURES = "top-2 of 8 experts in every layer; window; every rotary scaling"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "attention_bias": (False,)})
-    hf.first("hidden_act", "attention_bias", "router_jitter_noise")  # the last one is noise for training
+    hf.ignore("hidden_act", "attention_bias", "router_jitter_noise")  # the last one is noise for training
     return ModelConfig(
         family="mixtral",
-        **common.sizes(hf),
+        **common.sizes(hf, assumed={"num_key_value_heads": 8}),
         **rotary(hf, max_context_len=131_072, theta=1e6),
         norm_eps=hf.get("rms_norm_eps", 1e-5),
         layer_windows=common.windows(hf, hf.get("sliding_window"), lambda layer: True),

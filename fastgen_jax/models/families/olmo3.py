@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common, olmo2
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import ropes_by_layer_type
 
 ARCHITECTURES = ("Olmo3ForCausalLM",)
 FEATURES = "7B and 32B; windows; YaRN in the layers without; biases"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     bias, context = hf.get("attention_bias", False), hf.get("max_position_embeddings", 2048)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.experts import expert_names
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
@@ -13,11 +14,11 @@ ARCHITECTURES = ("OlmoeForCausalLM",)
 FEATURES = "experts; norms over all heads; no clipping of q, k and v"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "attention_bias": (False,), "clip_qkv": (None,)})
-    hf.first("hidden_act", "attention_bias", "clip_qkv")
+    hf.ignore("hidden_act", "attention_bias", "clip_qkv")
     return ModelConfig(
         family="olmoe",
         **common.sizes(hf),

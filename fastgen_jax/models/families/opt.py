@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 
 ARCHITECTURES = ("OPTForCausalLM",)
 FEATURES = "all sizes, 350m included (post-norm, projected embedding); without biases; without final norm"
@@ -27,7 +28,7 @@ NAMES = {
 _POSITION_OFFSET = 2  # the first rows of the table are for padding
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"layer_norm_elementwise_affine": (True,)})

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("Phi3ForCausalLM",)
@@ -17,9 +18,12 @@ NAMES = common.LLAMA_NAMES | {
 }
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
+    # Settings of a block-sparse relative: 1 is what this model computes.
+    common.refuse_unsupported(hf, {"full_attn_mod": (1,), "interpolate_factor": (1,)})
+    hf.ignore("full_attn_mod", "interpolate_factor")
     sizes = common.sizes(hf)
     return ModelConfig(
         family="phi3",

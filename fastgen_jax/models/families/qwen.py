@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 
 ARCHITECTURES = ("QWenLMHeadModel",)
 FEATURES = "1.8B to 72B; beyond seq_length logn scaling of queries and dynamic NTK"
@@ -35,11 +36,11 @@ _OF_ITS_CODE = (
 )  # these affect how it runs, not its results
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)})
-    hf.first(*_OF_ITS_CODE)
+    hf.ignore(*_OF_ITS_CODE)
     num_heads, embed_dim = hf["num_attention_heads"], hf["hidden_size"]
     trained = hf.get("seq_length", 2048)
     ntk, logn = hf.get("use_dynamic_ntk", True), hf.get("use_logn_attn", True)

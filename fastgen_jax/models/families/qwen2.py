@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
@@ -17,13 +18,16 @@ def window_layers(hf: Fields) -> tuple[int | None, ...]:
     return common.windows(hf, size if hf.get("use_sliding_window", False) else None, lambda layer: layer >= first)
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
+    settings = rotary(hf, max_context_len=32_768)
+    if chunks := hf.get("dual_chunk_attention_config"):  # it changes nothing within the first chunk
+        settings["max_context_len"] = min(settings["max_context_len"], chunks["chunk_size"])
     return ModelConfig(
         family="qwen2",
         **common.sizes(hf),
-        **rotary(hf, max_context_len=32_768),
+        **settings,
         layer_windows=window_layers(hf),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=hf.get("tie_word_embeddings", False),

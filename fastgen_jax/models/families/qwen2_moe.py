@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.experts import expert_names, sparse_layers
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
@@ -13,12 +14,12 @@ ARCHITECTURES = ("Qwen2MoeForCausalLM",)
 FEATURES = "experts and a gated shared one; dense layers among them; biases; no window"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"hidden_act": ("silu",), "use_sliding_window": (False,)})
     # With use_sliding_window off, the other window fields have no effect.
-    hf.first("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    hf.ignore("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
     return ModelConfig(
         family="qwen2_moe",
         **common.sizes(hf),

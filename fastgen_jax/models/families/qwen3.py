@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.qwen2 import window_layers
 from fastgen_jax.models.families.rope import rotary
 
@@ -12,7 +13,7 @@ ARCHITECTURES = ("Qwen3ForCausalLM",)
 FEATURES = "norms on queries and keys; window from max_window_layers on; biases; YaRN; tied head"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.experts import expert_names, sparse_layers
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
@@ -13,16 +14,17 @@ ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 FEATURES = "experts in all or some layers; norms on queries and keys; no window"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "use_sliding_window": (False,)})
+    supported = {"hidden_act": ("silu",), "use_sliding_window": (False,), "use_qk_norm": (True,), "qkv_bias": (False,)}
+    common.refuse_unsupported(hf, supported)
     # With use_sliding_window off, the other window fields have no effect.
-    hf.first("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers")
+    hf.ignore(*supported, "sliding_window", "max_window_layers")
     bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="qwen3_moe",
-        **common.sizes(hf),
+        **common.sizes(hf, assumed={"num_key_value_heads": 4}),
         **rotary(hf, max_context_len=32_768),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         qkv_bias=bias,

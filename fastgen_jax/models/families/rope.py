@@ -32,8 +32,9 @@ def rotary(hf: JsonFields, *, max_context_len: int, **assumed: Any) -> ModelFiel
     """`rope` and `max_context_len` as keyword arguments of `ModelConfig`; `assumed` as in `rope_from_hf`."""
     max_context_len = hf.get("max_position_embeddings") or max_context_len
     rope = rope_from_hf(hf, max_context_len=max_context_len, **assumed)
-    if rope.kind == "dynamic":  # it extends the trained length by up to `factor`
-        max_context_len = int(max_context_len * rope.factor)
+    # These extend the trained length by `factor`; for the other kinds the field already is the extended length.
+    if rope.kind in ("dynamic", "linear", "yarn"):
+        max_context_len = max(max_context_len, int((rope.original_max_position or max_context_len) * rope.factor))
     return {"rope": rope, "max_context_len": max_context_len}
 
 

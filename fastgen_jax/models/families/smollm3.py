@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("SmolLM3ForCausalLM",)
 FEATURES = "layers without positions; windows; biases; YaRN"
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     count, bias = hf["num_hidden_layers"], hf.get("attention_bias", False)
@@ -21,10 +22,10 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         (layer + 1) % interval != 0 for layer in range(count)
     ]  # true: with rotary embedding
     window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
-    hf.first("max_window_layers")  # unused: windows are in the layers without rotary embedding
+    hf.ignore("max_window_layers")  # unused: windows are in the layers without rotary embedding
     return ModelConfig(
         family="smollm3",
-        **common.sizes(hf),
+        **common.sizes(hf, assumed={"num_key_value_heads": 4}),
         **positions,
         layer_ropes=tuple(positions["rope"] if turn else None for turn in turns),
         layer_windows=common.windows(hf, window, lambda layer: not turns[layer]),

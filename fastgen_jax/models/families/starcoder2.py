@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Fields, Source
+from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
 ARCHITECTURES = ("Starcoder2ForCausalLM",)
@@ -16,15 +17,15 @@ NAMES = common.LLAMA_NAMES | {
 }
 
 
-@common.reads_every_field
+@reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"norm_type": ("layer_norm",), "mlp_type": ("default",), "scale_attn_weights": (True,)})
-    hf.first("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "activation_function")
+    hf.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "activation_function")
     bias = hf.get("use_bias", True)
     return ModelConfig(
         family="starcoder2",
-        **common.sizes(hf),
+        **common.sizes(hf, assumed={"num_key_value_heads": 2}),
         **rotary(hf, max_context_len=4096),
         layer_windows=common.windows(hf, hf.get("sliding_window"), lambda layer: True),
         norm="layer",

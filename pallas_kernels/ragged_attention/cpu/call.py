@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -26,10 +25,8 @@ _NO_WINDOW = np.iinfo(np.int32).max
 
 
 def available() -> bool:
-    """True when the kernel could be built, or is built now (seconds, once per machine). Never raises."""
-    return native.load(
-        "ragged_attention", Path(__file__).with_name("kernel.cc"), {target: target for target in _TARGETS.values()}
-    )
+    """True when the kernel can be called; compiles it if necessary (seconds, once per machine)."""
+    return native.load("ragged_attention", {target: target for target in _TARGETS.values()})
 
 
 def ragged_attention_cpu(

@@ -90,16 +90,43 @@ KERNEL_INLINE Vec lane_numbers() {
 
 // ---- micro-kernel ----------------------------------------------------------------------------------------------
 
-// c[r, :] += sum over i in [begin, end), in ascending order, of a[r, i] * b(i)[:], for R rows and V vectors of columns.
-template <int R, int V, class RowOfB>
-KERNEL_INLINE void multiply_add(const float* a, int64_t lda, int begin, int end, RowOfB b, float* c, int64_t ldc,
-                                 bool from_zero) {
+// Rows of b at a constant distance.
+struct Strided {
+  const float* start;
+  int64_t stride;
+
+  const float* row(int i) const { return start + i * stride; }
+  template <int V>
+  KERNEL_INLINE void prefetch(int) const {}
+};
+
+// Rows of b anywhere in memory, from column `offset` on. Row i of `ahead` is prefetched while row i is multiplied.
+struct Scattered {
+  const float* const* rows;
+  int64_t offset;
+  const void* const* ahead;
+  int64_t ahead_offset, ahead_step;  // in bytes: of the first column, and of one vector
+
+  const float* row(int i) const { return rows[i] + offset; }
+  template <int V>
+  KERNEL_INLINE void prefetch(int i) const {
+    const char* from = static_cast<const char*>(ahead[i]) + ahead_offset;
+    for (int v = 0; v < V; ++v) __builtin_prefetch(from + v * ahead_step, 0, 2);
+  }
+};
+
+// c[r, :] += sum over i in [begin, end), in ascending order, of a[r, i] * b.row(i)[:], for R rows and V vectors of
+// columns. Not inlined: each shape is compiled once, whatever the cache holds.
+template <int R, int V, class Rows>
+__attribute__((noinline)) void multiply_add(const float* a, int64_t lda, int begin, int end, Rows b, float* c, int64_t ldc,
+                                            bool from_zero) {
   Vec sums[R][V];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) sums[r][v] = from_zero ? Vec{} : load(c + r * ldc + v * kLanes);
   }
   for (int i = begin; i < end; ++i) {
-    const float* row = b(i);
+    b.template prefetch<V>(i);
+    const float* row = b.row(i);
     Vec columns[V];
     for (int v = 0; v < V; ++v) columns[v] = load(row + v * kLanes);
 #pragma GCC unroll 6

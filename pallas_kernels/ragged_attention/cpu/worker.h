@@ -256,9 +256,8 @@ class Worker {
       for (int group = range.begin / kLanes; group < end; group += kBlockVecs) {
         const float* keys = keys_ + group * kLanes;
         with_shape(count, std::min(kBlockVecs, end - group), [&](auto R, auto V) {
-          multiply_add<R(), V()>(
-              q_ + row * p_.D, p_.D, 0, dim, [&](int d) { return keys + d * kTile; },
-              scores_ + row * kTile + group * kLanes, kTile, true);
+          multiply_add<R(), V()>(q_ + row * p_.D, p_.D, 0, dim, Strided{keys, kTile},
+                                 scores_ + row * kTile + group * kLanes, kTile, true);
         });
       }
     });
@@ -346,27 +345,27 @@ class Worker {
         for (int64_t d = 0; d < dim_; d += kLanes) store(out + d, load(out + d) * rescale_[r]);
       }
     }
-    bool prefetch = ahead != nullptr;
+    // The first block of rows prefetches. A prefetch of what is being read, as by the others, has no effect.
+    const void* const* prefetched = nullptr;
+    const void* next[kTile];
+    if (ahead != nullptr) {
+      std::copy(ahead->values, ahead->values + kTile, next);
+      prefetched = next;
+    }
+    const void* current[kTile];
+    std::copy(values + rows.begin, values + rows.end, current + rows.begin);
     for_each_block(num_rows, [&](int row, int count) {
       const Range range = visible(unit, row, count, tile, rows);
       for (int64_t d = 0; d < dim_; d += kBlockVecs * kLanes) {
         const int num_vecs = static_cast<int>(std::min<int64_t>(kBlockVecs, (dim_ - d) / kLanes));
+        const int64_t size = prefetched == nullptr ? sizeof(float) : sizeof(Element);
+        const Scattered from{values, d, prefetched == nullptr ? current : prefetched, d * size, kLanes * size};
         with_shape(count, num_vecs, [&](auto R, auto V) {
-          auto run = [&](auto row_of) {
-            multiply_add<R(), V()>(scores_ + row * kTile, kTile, range.begin, range.end, row_of,
-                                   state.out + row * dim_ + d, dim_, is_first);
-          };
-          if (prefetch) {
-            run([&](int j) {
-              for (int i = 0; i < V() * kLanes; i += kLanes) __builtin_prefetch(ahead->values[j] + d + i, 0, 2);
-              return values[j] + d;
-            });
-          } else {
-            run([&](int j) { return values[j] + d; });
-          }
+          multiply_add<R(), V()>(scores_ + row * kTile, kTile, range.begin, range.end, from, state.out + row * dim_ + d,
+                                 dim_, is_first);
         });
       }
-      prefetch = false;
+      prefetched = nullptr;
     });
   }
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import jax_versions
+from pallas_kernels.jax_versions import platform_of
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
 CACHE_DTYPES = (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn)
@@ -17,9 +16,6 @@ MAX_GROUP = 120  # a tile has up to 128 rows, and begins at a multiple of 8
 AMPERE_SHORT = 48  # Ampere's tiles have 64 rows for up to this many query heads per KV head, otherwise 128
 # If D is above 128, the float32 results of 128 rows exceed Hopper's shared memory and Ampere's registers.
 MAX_GROUP_WIDE = {"hopper": 64, "ampere": AMPERE_SHORT}
-AMPERE_JAX = (0, 12)  # older ones lack mma, cp.async (0.10) or stores from any layout of registers (0.11)
-
-_log = logging.getLogger(__name__)
 
 
 def generation() -> str | None:
@@ -38,7 +34,7 @@ def compute_capability() -> str | None:
     """Compute capability of the GPU that the program is lowered for, such as "9.0"; None without a GPU or if unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        if device.platform != "gpu":
+        if platform_of(device) != "gpu":
             return None
         known = getattr(device, "compute_capability", None)  # if the device is a description without hardware
         if known is not None:
@@ -52,7 +48,7 @@ def device_kind() -> str | None:
     """Name of the GPU that the program is lowered for, such as "NVIDIA A100-SXM4-80GB"; None without a GPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        return device.device_kind if device.platform == "gpu" else None
+        return device.device_kind if platform_of(device) == "gpu" else None
     return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
 
 
@@ -60,19 +56,25 @@ def multiprocessors() -> int | None:
     """Number of multiprocessors of that GPU; None if unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        return device.num_cores if device.platform == "gpu" else None
+        return device.num_cores if platform_of(device) == "gpu" else None
     return getattr(jax.devices()[0], "core_count", None) if jax.default_backend() == "gpu" else None
 
 
 def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted: bool = False) -> str | None:
-    """Why the kernel of a generation does not support this cache, with the remedy; None if it does.
+    """Why the kernel of a generation does not support this jax or this cache, with the remedy; None if it does.
 
-    The Pallas interpreter can run the kernel with any version of jax.
+    The Pallas interpreter can run both kernels with every jax that can compile one of them.
     """
+    if reason := beyond_limits(k_cache, num_heads, generation) or jax_versions.too_old(jax_versions.GPU_KERNELS):
+        return reason
+    if generation == "ampere" and not interpreted and (reason := jax_versions.too_old(jax_versions.AMPERE_KERNEL)):
+        return f"of GPUs of compute capability 8 {reason}"
+    return None
+
+
+def beyond_limits(k_cache: Cache, num_heads: int, generation: str) -> str | None:
+    """Why the kernel of a generation does not support this cache, with the remedy; None if it does."""
     _, num_kv_heads, block_size, head_dim = k_cache.shape
-    if generation == "ampere" and not interpreted and jax.__version_info__ < AMPERE_JAX:
-        wanted = ".".join(map(str, AMPERE_JAX))
-        return f"of GPUs of compute capability 8 needs jax {wanted} or newer but this is {jax.__version__}; install that"
     if k_cache.dtype not in CACHE_DTYPES:
         names = "bfloat16, float16, int8 and float8_e4m3fn"
         return f"supports {names} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
@@ -123,9 +125,3 @@ def copied_bytes(rows: int, head_dim: int, itemsize: int) -> int | None:
         if itemsize * head_dim % width == 0 and shared_out:
             return width
     return None
-
-
-@functools.cache
-def warn_once(reason: str) -> None:
-    """Logs why plain XLA runs on a GPU that has a kernel."""
-    _log.warning("ragged attention runs in plain XLA: the GPU kernel %s", reason)

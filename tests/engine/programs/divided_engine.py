@@ -41,10 +41,7 @@ def tokens(params: Any, model: Any, **options: Any) -> list[list[int]]:
 
 
 def in_8_bits() -> None:
-    """Weights and cache in 8 bits, and weights that are sharded while they are loaded.
-
-    Native kernels may round activations, plain XLA does not: layers are stacked on one device too.
-    """
+    """Weights and cache in 8 bits, and weights that are sharded while they are loaded."""
     params, model = tiny_model("default")
     options: dict[str, Any] = {"quantize": "int8", "kv_dtype": "int8"}
     resolved = resolve(EngineConfig(**SMALL, **options, tensor_parallel=2), model)

@@ -26,6 +26,7 @@ def main(share: float, mebibytes: int, options: dict[str, object]) -> None:
     system = memory.available
     memory.available = lambda: int(system() * share)
     pipe = fastgen_jax.pipeline("sotu-1m", **options)
+    pipe.engine.wait_until_compiled()
     found = {
         "available": memory.available(),
         "num_blocks": pipe.engine.config.num_blocks,

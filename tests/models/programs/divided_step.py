@@ -16,11 +16,12 @@ import numpy as np
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
-from fastgen_jax.models.params import init_params, param_specs
+from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.sharding import TENSOR, divide_leaf, partition_kv_cache, partition_params, shardings, tensor_mesh
 from fastgen_jax.plan.program import count_in_loops
 from pallas_kernels.ragged_attention import RaggedIndex
 from tests.models.test_sharding import EXPERTS, TINY
+from tests.tiny import random_params
 
 
 def zeros() -> KVCache:
@@ -56,9 +57,7 @@ BATCH = RaggedBatch(
 
 def check(config: ModelConfig, attention: str | None) -> None:
     mesh = tensor_mesh(jax.devices())
-    # Not `init_params`: its biases are zeros, which could be added any number of times. NumPy has nothing to compile.
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
+    params = random_params(config)  # not `init_params`: its biases are zeros, which could be added any number of times
 
     def step(params, cache, mesh=None):
         return forward(params, cache, BATCH, config=config, execution=Execution(attention=attention, mesh=mesh))

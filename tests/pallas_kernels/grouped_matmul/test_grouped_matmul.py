@@ -143,6 +143,26 @@ def test_the_result_of_a_row_does_not_depend_on_other_rows(storage: str):
 
 
 @needs_native
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_a_layer_of_a_stack_multiplies_as_if_it_were_alone(storage: str):
+    w = _normal(3, 4, 37, 50, seed=1)
+    layers = [_weights(layer, storage) for layer in w]
+    stack = jax.tree.map(lambda *rows: jnp.stack(rows), *layers)
+    assert isinstance(stack, PackedGroups)
+    assert (stack.shape, stack.at_layer(1).shape) == ((3, 4, 37, 50), (4, 37, 50))
+    x, sizes = jnp.asarray(_normal(20, 37)), jnp.asarray([3, 9, 6], jnp.int32)
+
+    def of_layer(_, layer):
+        return None, grouped_matmul(x, stack.at_layer(layer), sizes, first_group=1)
+
+    _, scanned = jax.lax.scan(of_layer, None, jnp.arange(3, dtype=jnp.int32))
+    for layer in range(3):
+        np.testing.assert_array_equal(scanned[layer], grouped_matmul(x, layers[layer], sizes, first_group=1))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="first_group is out of range"):
+        jax.block_until_ready(grouped_matmul(x, stack.at_layer(3), sizes))
+
+
+@needs_native
 def test_the_compiled_program_does_not_copy_the_weights():
     w = _weights(_normal(4, 64, 96), "float32")
     assert isinstance(w, PackedGroups)

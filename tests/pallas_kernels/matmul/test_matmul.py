@@ -49,6 +49,12 @@ def _prepare(w: np.ndarray, storage: str, *, platform: str = "cpu", gated: bool 
     return prepare(w, quantize="int8" if storage == "int8" else None, platform=platform, gated=gated)
 
 
+@jax.jit
+def linear_each(inputs: list[jax.Array], w: PackedWeight) -> list[jax.Array]:
+    """All products in one program, since each number of rows alone would be a program."""
+    return [linear(x, w) for x in inputs]
+
+
 def _close(actual: jax.Array, expected: np.ndarray, depth: int) -> None:
     scale = np.abs(expected).max() + np.sqrt(depth)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=4 * _ULP * scale * np.sqrt(depth))
@@ -63,8 +69,9 @@ def test_packed_linear_equals_numpy(m: int, k: int, n: int, storage: str):
     assert isinstance(packed, PackedWeight)
     assert packed.shape == (k, n)
     expected = rounded(x, storage) @ _exact(w, storage)
-    _close(linear(jnp.asarray(x), packed), expected, k)
-    _close(linear(jnp.asarray(x), packed, residual=jnp.asarray(residual)), expected + residual, k)
+    plain, added = jax.jit(lambda x, w, residual: (linear(x, w), linear(x, w, residual=residual)))(x, packed, residual)
+    _close(plain, expected, k)
+    _close(added, expected + residual, k)
 
 
 @needs_native
@@ -72,9 +79,9 @@ def test_packed_linear_equals_numpy(m: int, k: int, n: int, storage: str):
 def test_packed_linear_equals_numpy_for_every_small_number_of_rows(storage: str):
     w = _normal(37, 45, seed=1)
     packed, exact = _prepare(w, storage), _exact(w, storage)
-    for m in range(1, 71):
-        x = _normal(m, 37, seed=m)
-        _close(linear(jnp.asarray(x), packed), rounded(x, storage) @ exact, 37)
+    inputs = [_normal(m, 37, seed=m) for m in range(1, 71)]
+    for x, y in zip(inputs, linear_each(inputs, packed), strict=True):
+        _close(y, rounded(x, storage) @ exact, 37)
 
 
 @needs_native
@@ -94,17 +101,21 @@ def test_swiglu_equals_numpy_in_every_storage(f: int, platform: str, storage: st
 @needs_native
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 def test_the_result_of_a_row_does_not_depend_on_other_rows(storage: str):
-    x = _normal(130, 2050)  # NumPy slices it without compiling a program for each size
+    x = _normal(130, 2050)
     packed = _prepare(_normal(2050, 70, seed=1), storage)
     gated = _prepare(_normal(2050, 140, seed=2), storage, gated=True)
     everything, everything_gated = np.asarray(linear(jnp.asarray(x), packed)), np.asarray(swiglu(jnp.asarray(x), gated))
-    for i in range(0, 130, 7):
-        np.testing.assert_array_equal(linear(jnp.asarray(x[i : i + 1]), packed)[0], everything[i])
+    rows = range(0, 130, 7)
+    for i, y in zip(rows, linear_each([x[i : i + 1] for i in rows], packed), strict=True):
+        np.testing.assert_array_equal(y[0], everything[i])
     # The last m rows: each is now at a different position.
-    for m in (1, 2, 3, 5, 8, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 64, 65, 127, 128, 129):
-        np.testing.assert_array_equal(linear(jnp.asarray(x[-m:]), packed), everything[-m:])
-    for m in (1, 2, 14, 15, 64, 129):
-        np.testing.assert_array_equal(swiglu(jnp.asarray(x[-m:]), gated), everything_gated[-m:])
+    counts = (1, 2, 3, 5, 8, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 64, 65, 127, 128, 129)
+    for m, y in zip(counts, linear_each([x[-m:] for m in counts], packed), strict=True):
+        np.testing.assert_array_equal(y, everything[-m:])
+    counts = (1, 2, 14, 15, 64, 129)
+    gated_each = jax.jit(lambda inputs, w: [swiglu(x, w) for x in inputs])
+    for m, y in zip(counts, gated_each([x[-m:] for m in counts], gated), strict=True):
+        np.testing.assert_array_equal(y, everything_gated[-m:])
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -187,6 +198,42 @@ def test_the_compiled_program_does_not_copy_the_weight():
         assert uses
         others = [line for line in uses if not any(word in line for word in ("pallas_kernels_matmul", "ENTRY", "HloModule"))]
         assert others == []
+
+
+def _packed_stack(w: np.ndarray, storage: str, *, gated: bool = False) -> PackedWeight:
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *(_prepare(layer, storage, gated=gated) for layer in w))
+
+
+@needs_native
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_a_layer_of_a_stack_multiplies_as_if_it_were_alone(storage: str):
+    w = _normal(3, 37, 50, seed=1)
+    stacks = {gated: _packed_stack(w, storage, gated=gated) for gated in (False, True)}
+    assert stacks[False].shape == (3, 37, 50)
+    assert stacks[False].at_layer(1).shape == (37, 50)
+    with unchecked(), pytest.raises(ValueError, match="does not fit"):
+        linear(jnp.ones((1, 37)), stacks[False])
+    for m in (1, 17):
+        x, residual = jnp.asarray(_normal(m, 37)), jnp.asarray(_normal(m, 50, seed=2))
+
+        def of_layer(_, layer, x=x, residual=residual):
+            y = linear(x, stacks[False].at_layer(layer), residual=residual)
+            return None, (y, swiglu(x, stacks[True].at_layer(layer)))
+
+        _, (plain, gated) = jax.lax.scan(of_layer, None, jnp.arange(3, dtype=jnp.int32))
+        for layer in range(3):
+            alone = linear(x, _prepare(w[layer], storage), residual=residual)
+            np.testing.assert_array_equal(plain[layer], alone)
+            np.testing.assert_array_equal(linear(x, stacks[False].at_layer(layer), residual=residual), alone)
+            np.testing.assert_array_equal(gated[layer], swiglu(x, _prepare(w[layer], storage, gated=True)))
+
+
+@needs_native
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_outside_the_stack_is_an_error(layer: int):
+    stack = _packed_stack(_normal(3, 8, 8), "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"layer {layer} of a weight with 3 layers"):
+        jax.block_until_ready(linear(jnp.ones((1, 8)), stack.at_layer(layer)))
 
 
 @needs_native

@@ -46,19 +46,19 @@ def example(shape, weight_axes=1, seed=0):
 )
 def test_norms_equal_their_definitions(implementation, shape, weight_axes) -> None:
     x, weight, bias = example(shape, weight_axes)
-    for offset in (0.0, 1.0):
-        got = rms_norm(jnp.asarray(x), jnp.asarray(weight), eps=1e-5, offset=offset, implementation=implementation)
+    offsets, biases = (0.0, 1.0), (None, bias)
+
+    @jax.jit  # one program for the four norms
+    def norms(x, weight, biases):
+        plain = [rms_norm(x, weight, eps=1e-5, offset=offset, implementation=implementation) for offset in offsets]
+        return plain, [layer_norm(x, weight, bias, eps=1e-5, implementation=implementation) for bias in biases]
+
+    plain, centered = norms(x, weight, biases)
+    for got, offset in zip(plain, offsets, strict=True):
         np.testing.assert_allclose(
             got, expected(x, weight, None, eps=1e-5, offset=offset, centered=False), atol=ROUNDING, rtol=ROUNDING
         )
-    for some_bias in (None, bias):
-        got = layer_norm(
-            jnp.asarray(x),
-            jnp.asarray(weight),
-            None if some_bias is None else jnp.asarray(bias),
-            eps=1e-5,
-            implementation=implementation,
-        )
+    for got, some_bias in zip(centered, biases, strict=True):
         np.testing.assert_allclose(
             got, expected(x, weight, some_bias, eps=1e-5, offset=0, centered=True), atol=5 * ROUNDING, rtol=ROUNDING
         )
@@ -68,11 +68,13 @@ def test_norms_equal_their_definitions(implementation, shape, weight_axes) -> No
 @pytest.mark.parametrize("width", [576, 100, 1024, 7])
 def test_a_row_is_rounded_the_same_for_any_number_of_rows(width: int) -> None:
     x, weight, bias = example((400, width), seed=width)
+    counts = (400, 1, 2, 3, 4, 8, 33, 399)
     for run in (partial(rms_norm, eps=1e-6), lambda x, w: layer_norm(x, w, jnp.asarray(bias), eps=1e-6)):
-        whole = np.asarray(jax.jit(run)(jnp.asarray(x), jnp.asarray(weight)))
-        for num_rows in (1, 2, 3, 4, 8, 33, 399):
-            some = np.asarray(jax.jit(run)(jnp.asarray(x[-num_rows:]), jnp.asarray(weight)))
-            np.testing.assert_array_equal(some, whole[-num_rows:])
+        # One program for all of them; the kernel is called for each.
+        norms = jax.jit(lambda inputs, w, run=run: [run(x, w) for x in inputs])
+        whole, *parts = norms([x[-count:] for count in counts], jnp.asarray(weight))
+        for count, some in zip(counts[1:], parts, strict=True):
+            np.testing.assert_array_equal(some, whole[-count:])
 
 
 @pytest.mark.parametrize("implementation", NAMES)
@@ -101,7 +103,8 @@ def test_the_native_norm_has_the_derivative_of_the_other() -> None:
     def loss(x, weight, bias, implementation):
         return jnp.sum(jnp.sin(layer_norm(x, weight, bias, eps=1e-3, implementation=implementation)))
 
-    got, want = (jax.grad(loss, (0, 1, 2))(x, weight, bias, name) for name in ("cpu", "xla"))
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnames="implementation")
+    got, want = (gradient(x, weight, bias, name) for name in ("cpu", "xla"))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 

@@ -5,4 +5,4 @@ from __future__ import annotations
 from pallas_kernels import native
 from tests.pallas_kernels.native.test_loader import PROBE, SYMBOLS
 
-print(native.load("probe", PROBE, SYMBOLS))
+print(native.load("probe", SYMBOLS, source=PROBE))

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the race detector's verdict has no public name
 from jax.experimental.pallas import tpu as pltpu
 
 from fastgen_jax.core import stored_head_dim
-from pallas_kernels.ragged_attention import CacheLayer
+from pallas_kernels import ragged_attention as ragged_attention_room
+from pallas_kernels.ragged_attention import CacheLayer, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, candidates
 from pallas_kernels.ragged_attention.measured_tiles import entries
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
@@ -28,6 +28,7 @@ from pallas_kernels.ragged_attention.tpu.tile_sizes import DEVICES, Shape, Tiles
 from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 from pallas_kernels.ragged_attention.xla import write_kv
+from tests.pallas_kernels.races import races_found
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, as_cache, make_batch
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 300  # contexts of three pieces
@@ -149,8 +150,7 @@ def check_case(case: Case, mode: str, *, examples: int) -> None:
         expected = run("reference", batch, case, mode, sliding_window=window_array)
         pltpu.reset_tpu_interpret_mode_state()
         out, *caches = run("tpu", batch, case, mode, sliding_window=window_array)
-        races = interpret_pallas_call.races
-        assert races is None or not races.races_found
+        assert not races_found()
         np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[q_dtype], rtol=0)
         for cache, expected_cache in zip(caches, expected[1:], strict=True):
             np.testing.assert_array_equal(cache, expected_cache)
@@ -159,6 +159,7 @@ def check_case(case: Case, mode: str, *, examples: int) -> None:
 
 
 @pytest.mark.parametrize(("case", "mode"), QUICK, ids=str)
+@pytest.mark.usefixtures("fast_compilation")
 def test_the_tpu_kernel_equals_the_reference(case: Case, mode: str) -> None:
     check_case(case, mode, examples=2)
 
@@ -166,10 +167,12 @@ def test_the_tpu_kernel_equals_the_reference(case: Case, mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
 @pytest.mark.parametrize("case", [case for case, _ in QUICK] + CASES, ids=str)
+@pytest.mark.usefixtures("fast_compilation")
 def test_the_tpu_kernel_equals_the_reference_in_all_shapes(case: Case, mode: str) -> None:
     check_case(case, mode, examples=12)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_scattered_slots_are_written_in_any_order() -> None:
     """Tokens of one granule that are not adjacent: each run must see what the previous one wrote."""
     rng = np.random.default_rng(0)
@@ -182,11 +185,12 @@ def test_scattered_slots_are_written_in_any_order() -> None:
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
     written = write_kv_tpu(k, v, *caches, **arguments, interpret=interpret)
-    assert not interpret_pallas_call.races.races_found
+    assert races_found() is False
     for ours, expected in zip(written, write_kv(k, v, *caches, **arguments), strict=True):
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     """Runs that share a block of scales but no keys: each must see the scales that the others wrote."""
     rng = np.random.default_rng(1)
@@ -202,7 +206,7 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
     written = write_kv_quantized_tpu(k, v, *caches, **arguments, interpret=interpret)
-    assert not interpret_pallas_call.races.races_found
+    assert races_found() is False
     expected = write_kv(k, v, *caches, **arguments)
     for ours, other in zip(jax.tree.leaves(written), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, other)
@@ -221,6 +225,23 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
 def test_what_the_tpu_kernel_does_not_support_is_refused(changes: dict, message: str) -> None:
     arguments = make_batch([(1, 3)], **changes).arguments()
     with pytest.raises(ValueError, match=message):
+        ragged_attention_tpu(**arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractTpu(jax.sharding.AbstractDevice):
+    platform: str = "tpu"
+
+
+def test_an_old_jax_uses_xla_on_a_tpu_and_logs_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+    ragged_attention_room._warn_once.cache_clear()
+    arguments = make_batch([(1, 3)], head_dim=128, dtype=jnp.int8, block_size=128).arguments()
+    device = AbstractTpu(device_kind="TPU v5 lite", num_cores=1)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        ragged_attention(**arguments)
+    assert "runs in plain XLA: the TPU kernel needs jax 0.10.2 or newer" in caplog.text
+    with pytest.raises(ValueError, match=r"needs jax 0\.10\.2 or newer .* use implementation='xla'"):
         ragged_attention_tpu(**arguments)
 
 

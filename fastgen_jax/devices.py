@@ -19,6 +19,8 @@ class Device:
     kind: str
     platform: str
     """ "tpu" or "cuda"."""
+    reported_as: tuple[str, ...]
+    """What JAX calls it: its `device_kind`, or the first words of it."""
     memory_bytes: int
     memory_bytes_per_s: float
     flops_per_s: float
@@ -43,6 +45,7 @@ DEVICES = {
         Device(
             kind="v4",
             platform="tpu",
+            reported_as=("TPU v4",),
             memory_bytes=32 * GIB,
             memory_bytes_per_s=1.2e12,
             flops_per_s=275e12,
@@ -53,6 +56,7 @@ DEVICES = {
         Device(
             kind="v5e",
             platform="tpu",
+            reported_as=("TPU v5 lite", "TPU v5e"),
             memory_bytes=16 * GIB,
             memory_bytes_per_s=819e9,
             flops_per_s=197e12,
@@ -63,6 +67,7 @@ DEVICES = {
         Device(
             kind="v5p",
             platform="tpu",
+            reported_as=("TPU v5",),
             memory_bytes=95 * GIB,
             memory_bytes_per_s=2765e9,
             flops_per_s=459e12,
@@ -73,6 +78,7 @@ DEVICES = {
         Device(
             kind="v6e",
             platform="tpu",
+            reported_as=("TPU v6 lite", "TPU v6e"),
             memory_bytes=32 * GIB,
             memory_bytes_per_s=1638e9,
             flops_per_s=918e12,
@@ -83,6 +89,7 @@ DEVICES = {
         Device(
             kind="tpu7x",
             platform="tpu",
+            reported_as=("TPU7x",),
             memory_bytes=96 * GIB,
             memory_bytes_per_s=7380e9 / 2,
             flops_per_s=2307e12 / 2,
@@ -93,6 +100,7 @@ DEVICES = {
         Device(
             kind="h200",
             platform="cuda",
+            reported_as=("NVIDIA H200",),
             memory_bytes=141 * GIB,
             memory_bytes_per_s=4.8e12,
             flops_per_s=989e12,
@@ -103,6 +111,7 @@ DEVICES = {
         Device(
             kind="h100",
             platform="cuda",
+            reported_as=("NVIDIA H100",),
             memory_bytes=80 * GIB,
             memory_bytes_per_s=3.35e12,
             flops_per_s=989e12,
@@ -113,6 +122,7 @@ DEVICES = {
         Device(
             kind="a100",
             platform="cuda",
+            reported_as=("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"),
             memory_bytes=80 * GIB,
             memory_bytes_per_s=2039e9,
             flops_per_s=312e12,
@@ -123,6 +133,7 @@ DEVICES = {
         Device(
             kind="a100-40gb",
             platform="cuda",
+            reported_as=("NVIDIA A100",),
             memory_bytes=40 * GIB,
             memory_bytes_per_s=1555e9,
             flops_per_s=312e12,
@@ -133,6 +144,7 @@ DEVICES = {
         Device(
             kind="l4",
             platform="cuda",
+            reported_as=("NVIDIA L4",),
             memory_bytes=24 * GIB * 15 // 16,
             memory_bytes_per_s=300e9,
             flops_per_s=121e12,  # half of the figure with sparsity
@@ -143,6 +155,7 @@ DEVICES = {
         Device(
             kind="t4",
             platform="cuda",
+            reported_as=("Tesla T4", "NVIDIA T4"),
             memory_bytes=16 * GIB * 15 // 16,
             memory_bytes_per_s=320e9,
             # Of float16. A T4 computes bfloat16 as float32, at an eighth of this rate.
@@ -154,6 +167,17 @@ DEVICES = {
     )
 }
 ALIASES = {"a100-80gb": "a100"}
+
+
+def reported(device_kind: str) -> Device | None:
+    """The row of the device that JAX calls `device_kind`, by the longest name that fits; None if the table lacks it."""
+    fitting = [
+        (len(name), row.kind)
+        for row in DEVICES.values()
+        for name in row.reported_as
+        if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))  # an L40S is not an L4
+    ]
+    return DEVICES[max(fitting)[1]] if fitting else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,74 @@
+"""Compiles the smaller step programs in a thread, while the engine answers with those that it has."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+from fastgen_jax.engine.programs import Program, Programs
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundCompiler:
+    """Compiles `programs` of several budgets in a thread and passes each to `add`, which makes it available.
+
+    The thread holds no reference to the engine: `add` is looked up again for each program, and the thread ends if its
+    object is gone. It also ends after the program that it is compiling when `stop` is called or the main thread ends,
+    which waits for it; XLA cannot be interrupted. If a compilation fails, a warning is logged, and the engine goes on
+    with the programs that it has.
+    """
+
+    def __init__(self, programs: Programs, budgets: Sequence[int], add: Callable[[Program], bool]) -> None:
+        """`add` is a bound method; it returns False if no more programs are wanted."""
+        self._stopping = threading.Event()
+        self.failure: str | None = None
+        """The error that ended the compilation early."""
+        self._thread = threading.Thread(
+            target=self._run, args=(programs, tuple(budgets), weakref.WeakMethod(add)), name="fastgen-compiler"
+        )
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is being compiled, and nothing will be."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Returns when the thread has ended."""
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def stop(self) -> None:
+        """Makes the thread end after the program that it is compiling, without waiting for it."""
+        self._stopping.set()
+
+    def _run(self, programs: Programs, budgets: Sequence[int], add: weakref.WeakMethod[Callable[[Program], bool]]) -> None:
+        start = time.monotonic()
+        for done, budget in enumerate(budgets):
+            if self._stopping.is_set() or not threading.main_thread().is_alive():
+                return
+            try:
+                program = programs.compile(budget)
+                use = add()
+                if use is None or self._stopping.is_set() or not use(program):
+                    return
+                del use, program
+            except Exception as error:
+                self.failure = f"{type(error).__name__}: {error}"
+                log.warning(
+                    "compiling the program for steps of %d tokens failed (%s); the engine goes on with its larger programs, "
+                    "smaller steps take longer. To see the failure at the start, set background_compile=False",
+                    budget,
+                    self.failure,
+                )
+                return
+            log.info(
+                "compiled %d of %d programs in the background in %.1f s", done + 1, len(budgets), time.monotonic() - start
+            )

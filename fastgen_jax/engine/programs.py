@@ -1,0 +1,216 @@
+"""The step programs: what they compute, and how they are compiled, without the memory that they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.engine import executables
+from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.packing import Bucket
+from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
+from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, sample
+from fastgen_jax.engine.sampling.state import SamplerState, init_state
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.decoder import Execution, head, hidden_rows
+from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
+from fastgen_jax.models.weight_spec import Params
+from pallas_kernels.folders import Folder
+from pallas_kernels.pytree import pytree
+
+FOLDER = "executables"  # within the cache folder
+
+# By device kind. On TPU7x the compiler prefers tiles of 16 x 128 16-bit numbers to the 8 x 128 in which arrays arrive,
+# and would copy every stack of weights in every step; the products take the same time with either.
+_COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
+
+
+@pytree
+class StepOutput:
+    """The results of a step on the device, one entry per sampled row."""
+
+    sampled: SampleOutput
+    logits: jax.Array
+    """f32[R, V]: raw logits; only the research interface reads them."""
+    hidden: jax.Array
+    """[R, E]: the inputs of the head, in the dtype of the activations; also only for the research interface."""
+
+
+class Program(NamedTuple):
+    """A compiled step."""
+
+    bucket: Bucket
+    run: jax.stages.Compiled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """Everything that determines the step programs of an engine. Holds shapes, not arrays: any thread may compile."""
+
+    model: ModelConfig
+    config: ResolvedConfig
+    mesh: Mesh | None
+    params: Any
+    """The weights as a pytree of `jax.ShapeDtypeStruct`."""
+    folder: Folder | None
+    """The cache folder with programs of earlier starts; None: nothing is kept."""
+
+    def bucket(self, budget: int) -> Bucket:
+        """The shape of a step of `budget` tokens."""
+        config = self.config
+        return Bucket(
+            budget,
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=config.max_blocks,
+            num_slots=config.num_blocks * config.block_size,
+            vocab_size=self.model.vocab_size,
+        )
+
+    def zeros(self) -> tuple[KVCache, SamplerState]:
+        """An empty cache and the state of idle slots."""
+        model, config = self.model, self.config
+        cache = KVCache.zeros(
+            num_layers=model.num_layers,
+            num_blocks=config.num_blocks,
+            num_kv_heads=model.num_kv_heads,
+            block_size=config.block_size,
+            dtype=jnp.dtype(config.kv_dtype),
+            head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
+        )
+        return cache, init_state(config.max_num_seqs, model.vocab_size)
+
+    def memory(self) -> tuple[KVCache, SamplerState]:
+        """The shapes of `zeros`, with their shardings if there is a mesh."""
+        shapes = jax.eval_shape(self.zeros)
+        return shapes if self.mesh is None else abstract(shapes, memory_shardings(self.mesh, *shapes))
+
+    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
+        """The lowered step program of `bucket` for the current device."""
+        program = step_program(
+            self.model,
+            bucket,
+            attention=self.config.choices.attention,
+            activation_dtype=self.config.activation_dtype,
+            mesh=self.mesh,
+            logits_processor=self.config.choices.logits_processor,
+        )
+        return program.lower(*self._arguments(bucket))
+
+    def compile(self, budget: int) -> Program:
+        """The program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved."""
+        bucket = self.bucket(budget)
+        if self.folder is None or self.config.choices.logits_processor is not None:  # which has no name to look up
+            return Program(bucket, self.lower(bucket).compile())
+        saved = Folder(path=self.folder.path / FOLDER, writable=self.folder.writable)
+        devices = jax.local_devices()[: self.config.tensor_parallel or 1]
+        name = program_name(self._arguments(bucket)[:3], self.model, self.config, budget, devices=devices)
+        program = executables.load(saved, name, devices=devices)
+        return Program(bucket, program or executables.compile_and_save(self.lower(bucket), saved, name))
+
+    def _arguments(self, bucket: Bucket) -> tuple[Any, KVCache, SamplerState, jax.ShapeDtypeStruct]:
+        return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+
+
+def program_name(
+    arguments: object, model: ModelConfig, config: ResolvedConfig, budget: int, *, devices: Sequence[Any]
+) -> str:
+    """The name under which a step's program is saved; `arguments` are weights, KV cache and state, arrays or shapes."""
+    shape = (budget, config.max_num_seqs, config.max_blocks, config.num_blocks, config.block_size)
+    form = (config.choices.attention, config.activation_dtype, config.tensor_parallel)
+    return executables.key(arguments, asdict(model), shape, form, devices=devices)
+
+
+def abstract(arrays: Any, places: Any = None) -> Any:
+    """The shapes and dtypes of a pytree of arrays; with their shardings if they are on a mesh, or with those given."""
+    if places is not None:
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, places)
+
+    def of(x: jax.Array) -> jax.ShapeDtypeStruct:
+        place = x.sharding if isinstance(x.sharding, NamedSharding) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(of, arrays)
+
+
+def step_program(
+    model: ModelConfig,
+    bucket: Bucket,
+    *,
+    attention: str | None = None,
+    activation_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    logits_processor: LogitsProcessor | None = None,
+    device_kind: str | None = None,
+) -> jax.stages.Wrapped:
+    """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
+
+    `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
+    weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
+    `device_kind` is that of the devices to compile for; None: those of the mesh, or of this process.
+    """
+    step = partial(
+        _step,
+        bucket=bucket,
+        config=model,
+        attention=attention,
+        activation_dtype=activation_dtype,
+        mesh=mesh,
+        logits_processor=logits_processor,
+    )
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device_kind or device.device_kind))
+    if mesh is None:
+        return jit(step)
+    whole = NamedSharding(mesh, PartitionSpec())
+    cache = NamedSharding(mesh, PartitionSpec(None, TENSOR))
+    return jit(step, out_shardings=(whole, cache, whole))
+
+
+def memory_shardings(mesh: Mesh, cache: KVCache, state: SamplerState) -> tuple[KVCache, SamplerState]:
+    """Shardings of the KV cache and the sampler's state, arrays or shapes, on the devices of `mesh`."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return shardings(mesh, partition_kv_cache(cache)), jax.tree.map(lambda _: whole, state)
+
+
+def _step(
+    params: Params,
+    kv_cache: KVCache,
+    state: SamplerState,
+    packed: jax.Array,
+    *,
+    bucket: Bucket,
+    config: ModelConfig,
+    attention: str | None,
+    activation_dtype: DTypeLike | None,
+    mesh: Mesh | None,
+    logits_processor: LogitsProcessor | None,
+) -> tuple[StepOutput, KVCache, SamplerState]:
+    batch, sampling = bucket.unpack(packed)
+    last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
+    on_device = batch.token_slots < state.last_tokens.shape[0]
+    batch = replace(batch, token_ids=jnp.where(on_device, last_tokens, batch.token_ids))
+    hidden, kv_cache = hidden_rows(
+        params,
+        kv_cache,
+        batch,
+        config=config,
+        execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
+    )
+    logits = head(hidden, params, batch.num_sample_rows, config=config)
+    if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
+        logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
+    process = None
+    if logits_processor is not None:
+        last_tokens = jnp.take(batch.token_ids, batch.sample_rows)
+        rows = LogitsRows(positions=sampling.positions, last_tokens=last_tokens, seeds=sampling.seeds)
+        process = lambda logits: logits_processor(logits, rows)  # noqa: E731
+    sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS, process=process)
+    return StepOutput(sampled=sampled, logits=logits, hidden=hidden), kv_cache, state

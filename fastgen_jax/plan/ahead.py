@@ -1,0 +1,199 @@
+"""The programs of an engine, compiled for devices that are not here, and saved where that engine looks for them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from fastgen_jax.devices import Topology, parse_topology
+from fastgen_jax.engine import executables, fit, footprint, ladder, saved_choices, startup
+from fastgen_jax.engine.config import BUDGETS, MEASURED_BUDGETS, EngineConfig, ResolvedConfig, default_block_size
+from fastgen_jax.engine.memory import Memory
+from fastgen_jax.engine.packing import Bucket
+from fastgen_jax.engine.programs import FOLDER, program_name, step_program
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families import family_of
+from fastgen_jax.models.sharding import check_divisible
+from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
+from fastgen_jax.plan.source import Described
+from pallas_kernels.buckets import Bucket as RemoteFolder
+from pallas_kernels.buckets import is_url
+from pallas_kernels.folders import Folder
+
+# Of the memory in a data sheet, what a runtime reports: between 96 and 99 %. A start keeps a saved size of the cache if it
+# uses 75 to 90 % of what is reported, so the exact share does not matter.
+RUNTIME_SHARE = 0.97
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramAhead:
+    """One compiled program; bytes are per device."""
+
+    tokens: int
+    lower_seconds: float
+    compile_seconds: float
+    arguments: int
+    temporaries: int
+    saved: int
+    """Bytes of the file; 0 if it was not saved."""
+
+
+def compile_ahead(
+    described: Described, choices: EngineConfig, topology: str, *, out: str | None, report: Callable[[ProgramAhead], object]
+) -> tuple[ResolvedConfig, str]:
+    """Compiles all programs of an engine with these choices on `topology`; returns its config and where they are saved.
+
+    `report` is called after each program. `out` is what `compile_cache_dir` of that engine will be; with None, and for
+    GPUs, nothing is saved and the place is "". Raises ValueError if model, choices and topology do not fit together, or
+    there is no compiler, and DoesNotCompile.
+    """
+    target = parse_topology(topology)
+    if described.quantize is not None:
+        choices = replace(choices, quantize="int8")
+    model: ModelConfig = family_of(described.config["architectures"][0]).config_from_hf(described.config)
+    config = resolve_for(choices, model, target)
+    all_devices = list(deviceless_mesh(target).devices.flat)
+    mesh = deviceless_mesh(target, config.tensor_parallel or 1)
+    # A GPU's own compiler chooses among matmul kernels by timing them, so programs made without the GPU are slower ones.
+    saves = out is not None and target.device.platform == "tpu"
+    place = saved_choices.elsewhere(all_devices)
+    with _place_for(out if saves else None, startup.group(choices, model, place)) as folder:
+        for tokens in config.budget_ladder:
+            report(_compile(model, config, mesh, tokens, folder))
+        if folder is not None and choices.num_blocks is None:
+            entry = {"model": ladder.describe(model), "num_blocks": config.num_blocks}
+            facts = startup.facts_of_cache(choices, model, (config.dtype, config.quantize, config.kv_dtype))
+            saved_choices.save(folder / startup.BLOCKS_FILE, facts, entry, place)
+    return config, out or "" if saves else ""
+
+
+def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> ResolvedConfig:
+    """What `resolve` chooses on an accelerator; ValueError if the model does not fit or cannot be divided."""
+    platform = "tpu" if target.device.platform == "tpu" else "gpu"
+    num_devices = choices.tensor_parallel or 1
+    if num_devices > target.num_devices:
+        raise ValueError(
+            f"tensor_parallel={num_devices} but {target.name} has {target.num_devices} devices; choose at most that"
+        )
+    if choices.stack_layers is False or choices.logits_processor is not None:
+        raise ValueError(
+            "stack_layers=False and logits_processor are not supported for devices that are not here; omit them"
+        )
+    check_divisible(model, num_devices)
+    memory = Memory(limit=int(RUNTIME_SHARE * target.device.memory_bytes))
+    machine = fit.Machine(platform=platform, kind=target.device.kind, memory=memory, num_devices=target.num_devices)
+    formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
+    block_size = choices.block_size or default_block_size(platform, formats.kv_dtype)
+    context = choices.max_context_len or model.max_context_len
+    num_blocks = choices.num_blocks
+    if num_blocks is None:
+        weights = footprint.weight_bytes(model, num_devices, jnp.dtype(formats.dtype).itemsize, quantize=formats.quantize)
+        num_blocks = memory.room(weights).num_blocks(
+            footprint.block_bytes(model, platform, kv_dtype=formats.kv_dtype, block_size=block_size),
+            wanted=choices.max_num_seqs * -(-context // block_size),
+            share=num_devices,
+        )
+        if num_blocks < 1:
+            raise ValueError(
+                f"no memory for a single KV block: the weights take {footprint.size(weights)} of each device, which has "
+                f"{footprint.size(memory.limit)}; choose a larger tensor_parallel than {num_devices}, or quantize='int8'"
+            )
+        if choices.fit and choices.max_context_len is None:
+            context = min(context, num_blocks * block_size)
+    if choices.token_budget is None:
+        budgets: tuple[int, ...] = MEASURED_BUDGETS
+    else:
+        smaller = BUDGETS if choices.budget_ladder is None else choices.budget_ladder
+        budgets = (*(budget for budget in smaller if budget < choices.token_budget), choices.token_budget)
+    return ResolvedConfig(
+        choices=choices,
+        dtype=formats.dtype,
+        quantize=formats.quantize,
+        kv_dtype=formats.kv_dtype,
+        block_size=block_size,
+        max_context_len=context,
+        num_blocks=num_blocks,
+        stack_layers=True,
+        activation_dtype="float32" if formats.dtype == "float16" and model.exceeds_float16 else formats.dtype,
+        prefix_caching=choices.prefix_caching and not model.rope_depends_on_length,
+        budget_ladder=tuple(sorted(set(budgets))),
+        generation_config=(),
+        fitted=formats.why,
+    )
+
+
+def _compile(model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int, folder: Path | None) -> ProgramAhead:
+    divided = config.tensor_parallel is not None
+    devices = list(mesh.devices.flat)
+    bucket = Bucket(
+        tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_blocks=config.max_blocks,
+        num_slots=config.num_blocks * config.block_size,
+        vocab_size=model.vocab_size,
+    )
+    arguments = step_arguments(
+        model,
+        bucket,
+        mesh if divided else devices[0],
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        dtype=jnp.dtype(config.dtype),
+        kv_dtype=jnp.dtype(config.kv_dtype),
+        quantize=config.quantize,
+    )
+    step = step_program(
+        model,
+        bucket,
+        attention=config.choices.attention,
+        activation_dtype=config.activation_dtype,
+        mesh=mesh if divided else None,
+        device_kind=devices[0].device_kind,
+    )
+    start = time.perf_counter()
+    with lowering_for(mesh):
+        lowered = step.lower(*arguments)
+        lowered_at = time.perf_counter()
+        program = compile_lowered(lowered)
+    done = time.perf_counter()
+    memory = program.memory_analysis()
+    assert memory is not None, "the compiler has no memory analysis"
+    size = 0
+    if folder is not None:
+        name = program_name(arguments[:3], model, config, tokens, devices=devices)
+        saved = Folder(path=folder / FOLDER, writable=True)
+        if executables.save(saved, name, program):
+            size = (saved.path / (name + executables.SUFFIX)).stat().st_size
+    return ProgramAhead(
+        tokens=tokens,
+        lower_seconds=lowered_at - start,
+        compile_seconds=done - lowered_at,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        saved=size,
+    )
+
+
+@contextmanager
+def _place_for(out: str | None, group: str) -> Iterator[Path | None]:
+    """The folder to save in; for a bucket one whose files are sent at the end. None if nothing is saved."""
+    if out is None:
+        yield None
+    elif not is_url(out):
+        folder = Path(out).expanduser()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+            files = [path for path in Path(name).rglob("*") if path.suffix in (executables.SUFFIX, ".json")]
+            contents = {path.relative_to(name).as_posix(): path.read_bytes() for path in files}
+            RemoteFolder(f"{out.rstrip('/')}/{group}").write(contents)

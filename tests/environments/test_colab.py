@@ -1,0 +1,83 @@
+"""In Colab, the first cell of the notebooks adds packages and changes none: with a CPU, a GPU and a TPU.
+
+`make compat` makes the environment: the packages that Colab lists, without those that only a GPU or a TPU needs. For
+these, pip resolves the cell's requirements against the list but installs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.notebooks.test_notebooks import HOME, WITHOUT_MODEL, execute, kernel_beside
+
+HERE = Path(__file__).parent
+COLAB = HOME.parent / ".venv-colab"
+NEW = {"fastgen-jax", "gguf", "httpx-sse", "llguidance"}  # the others are there
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COLAB.exists(), reason="no environment with Colab's packages; `make compat` makes one"),
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
+    ),
+]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def resolved(report: Path) -> dict[str, str]:
+    """Version of each package that pip chose."""
+    packages = [package["metadata"] for package in json.loads(report.read_text())["install"]]
+    return {canonical(package["name"]): package["version"] for package in packages}
+
+
+def check_unchanged(chosen: dict[str, str], listed: str) -> None:
+    lines = [line.split("==") for line in (HERE / listed).read_text().splitlines() if not line.startswith("#")]
+    there = {canonical(name): version for name, version in lines}
+    assert {name: version for name, version in chosen.items() if name not in NEW} == {
+        name: version for name, version in there.items() if name in chosen
+    }
+
+
+def options(report: Path, listed: str) -> dict[str, str]:
+    """Options of pip, by environment variable: it resolves against a list of versions and installs nothing."""
+    values = {"DRY_RUN": "1", "IGNORE_INSTALLED": "1", "REPORT": report, "CONSTRAINT": HERE / listed}
+    return {f"PIP_{name}": str(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "listed"),
+    [(None, "colab.txt"), ("jax_cuda12_plugin", "colab_gpu.txt"), ("libtpu", "colab_tpu.txt")],
+    ids=["CPU", "GPU", "TPU"],
+)
+def test_the_first_cell_changes_no_package(
+    module: str | None, listed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = kernel_beside(COLAB / "bin" / "python", tmp_path, monkeypatch)
+    if module is not None:  # what the cell looks for
+        (tmp_path / "modules" / module).mkdir(parents=True)
+        (tmp_path / "modules" / module / "__init__.py").touch()
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    report = tmp_path / "report.json"
+    for name, value in options(report, listed).items():
+        monkeypatch.setenv(name, value)
+    execute(WITHOUT_MODEL, HOME, kernel=kernel, num_cells=1)
+    chosen = resolved(report)
+    assert chosen["jax"] == "0.7.2"
+    check_unchanged(chosen, listed)
+
+
+def test_the_extra_for_cuda_12_changes_no_package_of_the_gpu_runtime(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [COLAB / "bin" / "python", "-m", "pip", "install", "--quiet", f"{HOME.parent}[cuda12,serve]"]
+    subprocess.run(command, check=True, env=os.environ | options(report, "colab_gpu.txt"))
+    chosen = resolved(report)
+    assert {"jax-cuda12-plugin", "nvidia-cudnn-cu12", "fastapi"} <= chosen.keys()
+    check_unchanged(chosen, "colab_gpu.txt")

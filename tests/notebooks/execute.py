@@ -1,0 +1,35 @@
+"""Runs the notebooks and keeps their outputs: `python -m tests.notebooks.execute [quick_start ...]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HOME = Path(__file__).parents[2] / "notebooks"
+
+
+def run(path: Path) -> None:
+    """Executes a notebook in its folder and writes it back with its outputs, without metadata of the run."""
+    notebook = nbformat.read(path, as_version=4)
+    start = time.monotonic()
+    NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(HOME)}}, record_timing=False
+    ).execute()
+    notebook.metadata.language_info = {"name": "python"}  # without the version of the Python that ran it
+    nbformat.write(notebook, path)
+    print(f"{path.name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main(names: list[str]) -> None:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HOME.parent), os.environ.get("PYTHONPATH"))))
+    for name in names or sorted(path.stem for path in HOME.glob("*.ipynb")):
+        run(HOME / f"{name}.ipynb")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
