@@ -80,7 +80,7 @@ def load(
 def _prefetch_kernels(model: ModelConfig) -> Sequence[native.Build]:
     """Starts to compile the C++ kernels that a model needs, if they have to be, while its weights are being read."""
     experts = ("grouped_matmul",) if model.moe is not None else ()
-    return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary"))
+    return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary", "unfilled"))
 
 
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases) -> tuple[ResolvedConfig, Runner]:
