@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
+from fastgen_jax.checkpoint.base import Checkpoint, is_buffer, missing_tensor
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
@@ -29,11 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_IGNORABLE = (  # buffers that old versions of transformers saved: rotary frequencies and causal masks
-    r".*\.rotary_emb\.inv_freq",
-    r".*\.attn\.(masked_)?bias",
-    r".*\.attention\.(masked_)?bias",
-)
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
 _AHEAD = 3  # weights read in advance: they take host memory beyond the model, a fraction of a layer
 
@@ -131,7 +125,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: tensor {name!r} has shape {checkpoint.shape(name)}, but the config "
                 f"requires {shape}; the file and its config do not match"
             )
-    extra = {name for name in names - expected.keys() if not any(re.fullmatch(p, name) for p in _IGNORABLE)}
+    extra = {name for name in names - expected.keys() if not is_buffer(name)}
     if config.tie_embeddings and "lm_head.weight" in extra:
         _check_tied(checkpoint)
         extra.remove("lm_head.weight")

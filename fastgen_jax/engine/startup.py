@@ -7,11 +7,13 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.checkpoint import SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
+from fastgen_jax.checkpoint import Checkpoint, SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
+from fastgen_jax.core import environment
 from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
@@ -34,13 +36,15 @@ BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depe
 
 def load(
     model: str | os.PathLike[str], config: EngineConfig, *, phases: Phases
-) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig]:
-    """Prepared weights, the model's config, its tokenizer, and `config` with the settings that the checkpoint determines.
+) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig, Path]:
+    """Prepared weights, the model's config, its tokenizer, `config` with the settings that the checkpoint determines, and
+    where the checkpoint is.
 
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
     with phases.phase(PHASES[0]):
+        environment.warn_about_accelerators()
         checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
         if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
             config = replace(config, quantize="int8")
@@ -62,19 +66,34 @@ def load(
                 f"{checkpoint.config.vocab_size:,}",
             )
         _expect_seconds(phases, folder, checkpoint.config, resolved)
-    params = load_params(
-        checkpoint,
-        dtype=resolved.dtype,
-        stack_layers=resolved.stack_layers,
-        prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, resolved),
-        progress=phases,
-    )
+    params = _read_weights(checkpoint, resolved, progress=phases)
     if builds:
         with phases.phase(BUILDING, total=len(builds), unit="kernel") as advance:
             for build in builds:
                 concurrent.futures.wait([build.path])
                 advance()
-    return params, checkpoint.config, tokenizer, config
+    return params, checkpoint.config, tokenizer, config, checkpoint.path
+
+
+def reload(path: Path, model: ModelConfig, config: ResolvedConfig) -> Params:
+    """The weights of a checkpoint that was loaded before, in the form that its engine computes with.
+
+    Raises ValueError if it is gone, or no longer a checkpoint of this model.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.config != model:
+        raise ValueError(f"{path} now holds another model than the one that was loaded from it")
+    return prepare_params(_read_weights(checkpoint, config, progress=False), model, config)
+
+
+def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: bool | Phases) -> Params:
+    return load_params(
+        checkpoint,
+        dtype=config.dtype,
+        stack_layers=config.stack_layers,
+        prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, config),
+        progress=progress,
+    )
 
 
 def _prefetch_kernels(model: ModelConfig) -> Sequence[native.Build]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.jax_versions import platform_of
+from pallas_kernels.jax_versions import TPU_KERNELS, platform_of, too_old
 
 LANES = 128
 
 
 def may_be_lowered() -> bool:
-    """Whether the program being traced may be for a single TPU.
+    """Whether the program being traced may be for a single TPU, and this jax is new enough for the kernel.
 
     XLA partitions its own kernel over the devices of a mesh, but not this one, which needs a shard_map there.
     """
+    if too_old(TPU_KERNELS):
+        return False
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
         return False

@@ -53,6 +53,7 @@ def build(machine: str, out: Path) -> list[Path]:
             _zig(machine, ISAS[name].zig, "-shared", "-s", *(str(part.result()) for part in parts), "-o", libraries[name])
     manifest = {
         "system": f"linux {machine}",
+        "tag": f"manylinux_{GLIBC.replace('.', '_')}_{machine}",
         "ffi": ffi_version(include),
         "sources": digest(),
         "sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in libraries.items()},

@@ -21,9 +21,8 @@ X = jnp.arange(4.0)
 
 
 @pytest.fixture(autouse=True)
-def no_cache_of_jax(monkeypatch):
-    """Programs from JAX's cache are not saved."""
-    monkeypatch.setattr(executables._hits, "listen", lambda *args: None)
+def compiled(without_jax_cache):
+    """Every program is compiled."""
 
 
 @pytest.fixture
