@@ -123,10 +123,8 @@ class Engine:
         with Phases(log, names=startup.PHASES, bar=progress) as phases:
             params, model_config, tokenizer, config, path = startup.load(model, config, phases=phases)
             engine = cls(params, model_config, config, tokenizer=tokenizer, progress=phases)
-            compiled, all_sizes = len(engine.runner.budgets), len(engine.config.budget_ladder)
-            rest = (
-                f"; compiled {compiled} of {all_sizes} programs, the rest in the background" if compiled < all_sizes else ""
-            )
+            compiled, wanted = len(engine.runner.budgets), len(engine.config.budget_ladder)
+            rest = f"; compiled {compiled} of {wanted} programs, the rest in the background" if compiled < wanted else ""
             phases.say(f"ready in {sum(phases.seconds.values()):.1f} s{rest}")
         engine.startup_seconds = phases.seconds
         engine.runner.own_params()

@@ -43,8 +43,8 @@ def load(
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
-    environment.warn_about_accelerators()
     with phases.phase(PHASES[0]):
+        environment.warn_about_accelerators()
         checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
         if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
             config = replace(config, quantize="int8")
@@ -99,7 +99,7 @@ def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: b
 def _prefetch_kernels(model: ModelConfig) -> Sequence[native.Build]:
     """Starts to compile the C++ kernels that a model needs, if they have to be, while its weights are being read."""
     experts = ("grouped_matmul",) if model.moe is not None else ()
-    return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary"))
+    return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary", "unfilled"))
 
 
 def start(params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases) -> tuple[ResolvedConfig, Runner]:
