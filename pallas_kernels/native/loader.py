@@ -225,8 +225,9 @@ def _registered(name: str, symbols: Mapping[str, str], source: Path | None) -> c
 def _open(name: str, source: Path) -> ctypes.CDLL:
     with _lock:
         ready = _ready(name, source)
-        build = None if ready else _start(name, source)
-    path = ready or build.path.result()
+        started = None if ready else _start(name, source).path
+    path = started.result() if started else ready
+    assert path is not None
     try:
         return ctypes.CDLL(str(path))
     except OSError:
