@@ -106,7 +106,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 
-// weight is [L, num_panels, steps, kWidth, group]. Rows of x from num_rows on are padding: they are not computed, and their
+// weight is [L, num_panels, steps, kWidth, group], or one layer without the axis L. Rows of x from num_rows on are padding: they are not computed, and their
 // results are zero. Remaining arguments: scales, float32[L, num_panels, kWidth], if the weight is int8; then the residual if
 // `has_residual`.
 ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ffi::AnyBuffer weight, S32 layer, S32 num_rows,
@@ -115,15 +115,18 @@ ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ff
     using Weight = decltype(storage);
     const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
     const int64_t columns = gated ? kWidth / 2 : kWidth;
-    if (xs.size() != 2 || ws.size() != 5 || ys.size() != 2 || ws[4] != Weight::kGroup || ws[3] != kWidth ||
-        ws[2] != num_steps<Weight>(xs[1]) || ys[0] != xs[0] || (ys[1] + columns - 1) / columns != ws[1]) {
+    const size_t axis = ws.size() == 5;  // that of the panels
+    const int64_t num_layers = axis ? ws[0] : 1, num_panels = ws[axis], steps = ws[axis + 1];
+    if (xs.size() != 2 || ws.size() != 4 + axis || ys.size() != 2 || ws[axis + 3] != Weight::kGroup ||
+        ws[axis + 2] != kWidth || steps != num_steps<Weight>(xs[1]) || ys[0] != xs[0] ||
+        (ys[1] + columns - 1) / columns != num_panels) {
       return ffi::Error::InvalidArgument(
           "pallas_kernels_matmul: activations, panels and result have incompatible shapes");
     }
     const int64_t index = layer.typed_data()[0];
-    if (index < 0 || index >= ws[0]) {
+    if (index < 0 || index >= num_layers) {
       return ffi::Error::InvalidArgument("pallas_kernels_matmul: layer " + std::to_string(index) + " of a weight with " +
-                                         std::to_string(ws[0]) + " layers");
+                                         std::to_string(num_layers) + " layers");
     }
     const bool scaled = std::is_same_v<Weight, Int8>;
     if (others.size() != static_cast<size_t>(scaled) + has_residual) {
@@ -135,15 +138,16 @@ ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ff
       const ffi::ErrorOr<F32> other = others.get<F32>(i);
       if (!other.has_value()) return other.error();
       const bool is_scales = scaled && i == 0;
-      if (static_cast<int64_t>(other->element_count()) != (is_scales ? ws[0] * ws[1] * kWidth : ys[0] * ys[1])) {
+      if (static_cast<int64_t>(other->element_count()) != (is_scales ? num_layers * num_panels * kWidth : ys[0] * ys[1])) {
         return ffi::Error::InvalidArgument("pallas_kernels_matmul: scales or residual have the wrong size");
       }
-      (is_scales ? scales : output.residual) = other->typed_data() + (is_scales ? index * ws[1] * kWidth : 0);
+      (is_scales ? scales : output.residual) = other->typed_data() + (is_scales ? index * num_panels * kWidth : 0);
     }
     const int64_t rows = std::clamp<int64_t>(num_rows.typed_data()[0], 0, xs[0]);
     std::memset(y->typed_data() + rows * ys[1], 0, (xs[0] - rows) * ys[1] * sizeof(float));
     const auto* panels = static_cast<const typename Weight::Element*>(weight.untyped_data());
-    multiply<Weight>(pool, x.typed_data(), rows, xs[1], panels + index * ws[1] * ws[2] * kStep<Weight>, scales, ws[1], output);
+    multiply<Weight>(pool, x.typed_data(), rows, xs[1], panels + index * num_panels * steps * kStep<Weight>, scales, num_panels,
+                     output);
     return ffi::Error::Success();
   });
 }

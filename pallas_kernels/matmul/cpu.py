@@ -119,13 +119,12 @@ def _multiply(
             f"({native.unavailable_reason() or 'the log has the reason'}); "
             f"call prepare(w, ...) in this process to get a weight that plain XLA can use"
         )
-    stack = panels.reshape(-1, *panels.shape[-4:])  # [L, P, steps, width, group]
     index = jnp.asarray(0 if layer is None else layer, jnp.int32)
     rows = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
     others = [array for array in (scales, residual) if array is not None]
     result = jax.ShapeDtypeStruct((x.shape[0], num_outputs), jnp.float32)
     call = jax.ffi.ffi_call(_TARGET, result)
-    return call(_cpu_only_p.bind(x), stack, index, rows, *others, gated=gated, has_residual=residual is not None)
+    return call(_cpu_only_p.bind(x), panels, index, rows, *others, gated=gated, has_residual=residual is not None)
 
 
 @_multiply.defjvp

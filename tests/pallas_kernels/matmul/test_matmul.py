@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.matmul import Int8Weight, PackedWeight, linear, prepare, quantize_int8, swiglu
+from pallas_kernels.matmul import Int8Weight, PackedWeight, cpu, linear, prepare, quantize_int8, swiglu
 from tests.pallas_kernels.rounding import rounded
 from tests.shape_checks import unchecked
 
@@ -277,3 +277,16 @@ def test_linear_and_swiglu_refuse_invalid_arguments():
         linear(x, plain, residual=jnp.ones((2, 5)))
     with unchecked(), pytest.raises(ValueError, match="a multiple of 2, not 5"):
         swiglu(x, jnp.ones((8, 5)))
+
+
+@needs_native
+@pytest.mark.parametrize("layers", [(), (3,)], ids=["one", "stacked"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_a_call_copies_no_weight(dtype: jnp.dtype, layers: tuple[int, ...]):
+    # With one value per column and step, as on CPUs without bfloat16: reshaping such an array, XLA may copy it.
+    panels = jax.ShapeDtypeStruct((*layers, 6, 48, 16, 1), dtype)
+    scales = jax.ShapeDtypeStruct((*layers, 6, 16), jnp.float32) if dtype == jnp.int8 else None
+    x = jax.ShapeDtypeStruct((8, 48), jnp.float32)
+    layer = jax.ShapeDtypeStruct((), jnp.int32) if layers else None
+    lowered = cpu.multiply.lower(x, panels, scales, layer, None, None, num_outputs=96, gated=False)
+    assert "copy" not in lowered.compile().as_text()
