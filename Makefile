@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all compat soak check format docs tpu-check gpu-compile-check gpu-check clean
+.PHONY: demo test test-all compat soak check format docs wheels wheels-check tpu-check gpu-compile-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
@@ -110,5 +110,34 @@ $(VENV)/.dev: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+# What is published: an sdist, a wheel for every platform, and one for each platform whose C++ kernels can be compiled here.
+# These are compiled with the oldest jaxlib, because XLA accepts kernels that were compiled with an older one than it is.
+WHEELS_VENV ?= .venv-wheels
+WHEELS_BIN  := $(WHEELS_VENV)/bin
+MACHINES    ?= x86_64 aarch64
+OLDEST_JAX  := $(shell sed -n 's/^ *"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+wheels: $(WHEELS_VENV)/.installed
+	rm -rf dist build/prebuilt
+	$(WHEELS_BIN)/python -m build --no-isolation --sdist
+	$(WHEELS_BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir -w dist dist/*.tar.gz
+	for machine in $(MACHINES); do \
+	  $(WHEELS_BIN)/python -m pallas_kernels.native.prebuild --machine $$machine --out build/prebuilt/$$machine && \
+	  PALLAS_KERNELS_PREBUILT="$(CURDIR)/build/prebuilt/$$machine" \
+	    $(WHEELS_BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir -w dist dist/*.tar.gz || exit 1; \
+	done
+	$(WHEELS_BIN)/twine check --strict dist/*
+	for wheel in dist/*linux*.whl; do $(WHEELS_BIN)/auditwheel show $$wheel || exit 1; done
+	$(WHEELS_BIN)/python -m tests.packaging.wheel_contents dist
+
+# In a new virtual environment for each installed version of Python: one line of pip, a generation, a short test.
+wheels-check:
+	$(PYTHON) -m tests.packaging.install_check dist
+
+$(WHEELS_VENV)/.installed: pyproject.toml
+	test -x $(WHEELS_BIN)/python || $(PYTHON) -m venv $(WHEELS_VENV)
+	$(WHEELS_BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' build twine auditwheel 'ziglang>=0.13' \
+	  'jax==$(OLDEST_JAX)' platformdirs
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TPU_DIR) $(GPU_VENV) $(COLAB_VENV) site
+	rm -rf $(VENV) $(TPU_DIR) $(GPU_VENV) $(COLAB_VENV) $(WHEELS_VENV) build dist site

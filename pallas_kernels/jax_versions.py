@@ -13,6 +13,16 @@ from jax.sharding import AbstractDevice
 GPU_KERNELS = (0, 10, 2)
 """From here on, `plgpu.kernel` takes the types of results as `out_type`, and the kernels have been compiled and tested."""
 
+TPU_KERNELS = (0, 10, 2)
+"""The compilers that belong to older ones (tried: libtpu 0.0.21.1, which Colab has) do not accept the kernels.
+
+Theirs cannot swap the axes of tiles with fewer than 8 heads. jax 0.7.2 also takes 0.0.21.1 for a newer version, by the
+date of its build, and writes kernels in a format that it cannot read.
+"""
+
+COMPILE_WITHOUT_DEVICE = (0, 10, 2)
+"""Tried: 0.7.2 ends in a segmentation fault when it asks a client without devices for its default layouts."""
+
 AMPERE_KERNEL = (0, 12)
 """The kernel for Ampere needs mma and cp.async (0.10), and stores from any layout of registers (0.11)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,9 @@ from fastgen_jax.checkpoint.gguf_file import GGUFFile
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
+
+# Saved by old versions of transformers, in any number format: rotary frequencies and causal masks.
+_BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
 
 
 class Checkpoint(Protocol):
@@ -71,3 +75,8 @@ def missing_tensor(name: str, path: Path, names: Iterable[str]) -> ValueError:
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     hint = f"; the nearest name is {nearest[0]!r}" if nearest else "; it holds no tensors"
     return ValueError(f"{path} has no tensor {name!r}{hint}")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is no weight, but was computed from the config."""
+    return _BUFFER.fullmatch(name) is not None

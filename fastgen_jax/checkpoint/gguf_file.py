@@ -7,9 +7,10 @@ for every string, so a vocabulary of 49,152 takes seconds; this one reads the sa
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_RANK = 4  # GGML_MAX_DIMS
 _PIECE = 1 << 22  # values dequantized at a time: the temporaries of 4 Mi values stay near 100 MB
 _DEFAULT_ALIGNMENT = 32  # bytes, if general.alignment is absent
+PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +33,12 @@ class GGUFTensor:
     shape: tuple[int, ...]
     type_id: int  # ggml's number of the storage type, see `gguf.GGMLQuantizationType`
     offset: int  # bytes from the start of the file
+    file: Path  # that holds it: `GGUFFile.path`, or another part of a split file
 
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFFile:
-    """The header of a GGUF file; tensor data stays on disk until `rows` is indexed."""
+    """The header of a GGUF file, or of the parts of a split one; tensor data stays on disk until `rows` is indexed."""
 
     path: Path
     metadata: JsonFields
@@ -49,7 +52,7 @@ class GGUFFile:
         """
         tensor = self.tensors[name]
         shape = (*tensor.shape[:-1], row_size(tensor))
-        return np.memmap(self.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=shape)
+        return np.memmap(tensor.file, dtype=np.uint8, mode="r", offset=tensor.offset, shape=shape)
 
 
 def row_size(tensor: GGUFTensor) -> int:
@@ -98,9 +101,51 @@ def _known_types() -> list[int]:
 def read_gguf(path: str | Path) -> GGUFFile:
     """Reads the header of a GGUF file (version 2 or 3) and checks that every tensor is within the file.
 
-    ValueError names the file and what is wrong with it: not GGUF, truncated, corrupt, big-endian.
+    Of a file in several parts (NAME-00001-of-00003.gguf) any may be passed: all are read. ValueError names the file and what
+    is wrong with it: not GGUF, truncated, corrupt, big-endian, or a part that is absent or belongs to another file.
     """
     path = Path(path)
+    file = read_header(path)
+    if file.metadata.get("split.count", 1) == 1:
+        return file
+    parts = [read_header(part) for part in parts_of(path, file.metadata["split.count"])]
+    tensors: dict[str, GGUFTensor] = {}
+    for number, part in enumerate(parts):
+        expected = (number, len(parts))
+        if (part.metadata.get("split.no"), part.metadata.get("split.count")) != expected:
+            raise ValueError(f"{part.path} is not part {number + 1} of {len(parts)}, as its name says; download it again")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise ValueError(f"{part.path}: the tensor {min(twice)!r} is in another part too; download all parts again")
+        tensors |= part.tensors
+    total = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if len(tensors) != total:
+        raise ValueError(f"{parts[0].path}: the parts hold {len(tensors)} of {total} tensors; download all of them again")
+    return replace(parts[0], tensors=tensors)
+
+
+def parts_of(path: Path, count: int | None = None) -> list[Path]:
+    """All parts of a split file, in order, from the name of any; ValueError if one is absent.
+
+    `count` is their number according to the metadata. A name of another form is a file that is not split.
+    """
+    match = PART.fullmatch(path.name)
+    if match is None:
+        if count is None:
+            return [path]
+        raise ValueError(
+            f"{path} is one of {count} parts, but its name does not say which; rename the parts to "
+            f"NAME-00001-of-{count:05}.gguf and so on"
+        )
+    if count is None:
+        count = int(match["count"])
+    parts = [path.with_name(f"{match['name']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    if absent := [part.name for part in parts if not part.exists()]:
+        raise ValueError(f"{path} is one of {count} parts, of which {', '.join(absent)} is absent; download it too")
+    return parts
+
+
+def read_header(path: Path) -> GGUFFile:
+    """The header of one file; see `read_gguf`. Of a split file this is one part, and only the first has all metadata."""
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         raise ValueError(f"{path} is empty; download it again")
     data: Any = np.memmap(path, dtype=np.uint8, mode="r")  # a buffer, which NumPy declares for Python 3.12 and later only
@@ -147,10 +192,7 @@ class _Header:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}; it must be an integer of at least 1")
         start = -(-self.at // alignment) * alignment
-        tensors = {
-            name: GGUFTensor(shape=tensor.shape, type_id=tensor.type_id, offset=start + tensor.offset)
-            for name, tensor in found
-        }
+        tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in found}
         if len(tensors) != num_tensors:
             names = [name for name, _ in found]
             raise ValueError(f"the tensor {next(n for n in names if names.count(n) > 1)!r} occurs twice")
@@ -208,4 +250,4 @@ class _Header:
         shape = tuple(self.scalar("Q") for _ in range(rank))[::-1]
         if math.prod(shape) < 1:
             raise ValueError(f"corrupt: tensor {name!r} is empty, its shape is {shape}")
-        return name, GGUFTensor(shape=shape, type_id=self.scalar("I"), offset=self.scalar("Q"))
+        return name, GGUFTensor(shape=shape, type_id=self.scalar("I"), offset=self.scalar("Q"), file=self.path)

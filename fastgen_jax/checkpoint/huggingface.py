@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import missing_tensor
+from fastgen_jax.checkpoint.base import is_buffer, missing_tensor
+from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES, is_of_model
 from fastgen_jax.checkpoint.quantized import PackedTensor, unpack
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
 from fastgen_jax.json_types import JsonFields, JsonObject
@@ -18,7 +19,6 @@ from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
 
 _FLOATS = ("float32", "float16", "bfloat16")
-_BUFFER = ".inv_freq"  # saved by old versions of transformers, in any format
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -61,7 +61,7 @@ class HuggingFaceCheckpoint:
         predictors = tuple(f"model.layers.{layer}." for layer in extra)  # multi-token prediction, which is not used
         plain = {name: tensor for name, tensor in plain.items() if not name.startswith(predictors)}
         for name, tensor in plain.items():
-            if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not name.endswith(_BUFFER):
+            if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not is_buffer(name):
                 raise ValueError(
                     f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
                     f"{', '.join(_FLOATS)}, or a quantized dtype with its quantization_config in config.json"
@@ -156,8 +156,9 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
     for index in (path / _SAFETENSORS_INDEX, path / _TORCH_INDEX):
         if index.exists():
             return _indexed(index)
-    for pattern, index in (("*.safetensors", _SAFETENSORS_INDEX), ("pytorch_model*.bin", _TORCH_INDEX)):
-        found = sorted(path.glob(pattern))
+    for pattern in WEIGHT_FILES:
+        found = [file for file in sorted(path.glob(pattern)) if is_of_model(file.name)]
+        index = _SAFETENSORS_INDEX if pattern.endswith(".safetensors") else _TORCH_INDEX
         if len(found) == 1:
             return {found[0]: None}
         if found:

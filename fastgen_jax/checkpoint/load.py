@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
+from fastgen_jax.checkpoint.base import Checkpoint, is_buffer, missing_tensor
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
@@ -25,13 +24,10 @@ from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 if TYPE_CHECKING:
     from jax.sharding import Sharding
 
+    from fastgen_jax.core.progress import Phases
+
 log = logging.getLogger(__name__)
 
-_IGNORABLE = (  # buffers that old versions of transformers saved: rotary frequencies and causal masks
-    r".*\.rotary_emb\.inv_freq",
-    r".*\.attn\.(masked_)?bias",
-    r".*\.attention\.(masked_)?bias",
-)
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
 _AHEAD = 3  # weights read in advance: they take host memory beyond the model, a fraction of a layer
 
@@ -57,7 +53,7 @@ def load_params(
     stack_layers: bool = True,
     prepare: Callable[[WeightSpec, Leaf], Leaf] | None = None,
     sharding: Callable[[WeightSpec], Sharding] | None = None,
-    progress: bool = False,
+    progress: bool | Phases = False,
 ) -> Params:
     """All weights of a checkpoint as `Params`. A missing or unknown tensor, or one of another shape, is a ValueError.
 
@@ -66,7 +62,7 @@ def load_params(
     `prepare`, the leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then
     receives an array that is already on its devices. An int8 snapshot yields `Int8Weight`s instead of matrices. Weights are
     loaded one after another, so that the host never holds more than a few in addition to what `prepare` returned.
-    `progress` shows a bar on stderr.
+    `progress` shows a bar on stderr, or is the display of a start of which this is a phase.
     """
     from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 
@@ -80,7 +76,7 @@ def load_params(
     stacks = {name: LayerStack(f"layers.{name}", len(rows)) for name, rows in having.items()}
     count = sum(math.prod(weight.spec.shape) // (weight.spec.shape[0] if weight.source.stacked else 1) for weight in weights)
     log.info("loading %s from %s: %s parameters", checkpoint.config.family, checkpoint.path, f"{count:,}")
-    progressing = shown(log, f"loading {checkpoint.path.name}", total=len(weights), unit="weight", bar=progress)
+    progressing = shown(log, "loading weights", total=len(weights), unit="weight", bar=progress)
     with ThreadPoolExecutor(_THREADS) as pool, progressing as advance:
         for weight, array in _read_ahead(read, weights, pool):
             leaf = make(weight.spec, array)
@@ -129,7 +125,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: tensor {name!r} has shape {checkpoint.shape(name)}, but the config "
                 f"requires {shape}; the file and its config do not match"
             )
-    extra = {name for name in names - expected.keys() if not any(re.fullmatch(p, name) for p in _IGNORABLE)}
+    extra = {name for name in names - expected.keys() if not is_buffer(name)}
     if config.tie_embeddings and "lm_head.weight" in extra:
         _check_tied(checkpoint)
         extra.remove("lm_head.weight")

@@ -118,6 +118,10 @@ class _Tensor:
     shape: tuple[int, ...]
 
 
+class _Dict(dict):
+    """In the place of an OrderedDict; unlike a plain dict, it may have attributes, such as a state dict's `_metadata`."""
+
+
 class _StateDict(pickle.Unpickler):
     """Reads a state dict with replacements for the few names that it may refer to; any other name is an error."""
 
@@ -126,7 +130,7 @@ class _StateDict(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return _Dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _rebuild
         if (module, name) == ("torch._utils", "_rebuild_parameter"):

@@ -6,6 +6,8 @@ runs on the CPU. A notebook in which jax was replaced goes on with the old one u
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,7 +15,10 @@ from pathlib import Path
 
 import jax
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+
+log = logging.getLogger(__name__)
 
 ACCELERATORS = ("tpu", "cuda12", "cuda13")
 """Extras of jax, and of this package, that install what JAX needs for an accelerator."""
@@ -43,6 +48,11 @@ class Environment:
     has_tpu: bool
     """Whether this machine has a TPU."""
 
+    @property
+    def jax(self) -> str:
+        """Version of the installed jax."""
+        return self.installed.get("jax", self.loaded_jax)
+
 
 def environment_problems() -> list[str]:
     """What is wrong with the installed packages, each with its remedy; empty if nothing is. Starts no devices."""
@@ -66,15 +76,35 @@ def this_environment() -> Environment:
     )
 
 
+@functools.cache
+def warn_about_accelerators() -> None:
+    """Logs, once, why JAX runs on the CPU of a machine that has an accelerator, unless JAX was told to use the CPU."""
+    if jax.default_backend() == "cpu" and not jax.config.jax_platforms:
+        for problem in accelerator_problems(this_environment()):
+            log.warning("%s", problem)
+
+
 def problems_of(environment: Environment) -> list[str]:
     """The problems of an environment, each with its remedy."""
-    installed = environment.installed
-    jax_version = installed.get("jax", environment.loaded_jax)
+    jax_version, flax_version = environment.jax, environment.installed.get("flax")
     if jax_version != environment.loaded_jax:
         return [
             f"this process has loaded jax {environment.loaded_jax} but jax {jax_version} is installed now: "
             "restart the session (in Colab: Runtime > Restart session)"
         ]
+    problems = accelerator_problems(environment)
+    new_jax, new_flax = _FLAX_FOR_NEW_JAX
+    if flax_version is not None and Version(jax_version) >= new_jax and Version(flax_version) < new_flax:
+        problems.append(
+            f"flax.nnx of flax {flax_version} cannot be imported with jax {jax_version}: "
+            f"pip install 'flax>={new_flax}', then restart the session"
+        )
+    return problems
+
+
+def accelerator_problems(environment: Environment) -> list[str]:
+    """Why JAX cannot use an accelerator or its plugin, each with its remedy."""
+    installed, jax_version = environment.installed, environment.jax
     problems = []
     for extra in ACCELERATORS:
         problems += _plugin_problems(environment, extra, jax_version)
@@ -86,12 +116,6 @@ def problems_of(environment: Environment) -> list[str]:
         )
     if environment.has_tpu and "libtpu" not in installed:
         problems.append(f"this machine has a TPU but libtpu is not installed: {_install('tpu', jax_version)}")
-    new_jax, new_flax = _FLAX_FOR_NEW_JAX
-    if "flax" in installed and Version(jax_version) >= new_jax and Version(installed["flax"]) < new_flax:
-        problems.append(
-            f"flax.nnx of flax {installed['flax']} cannot be imported with jax {jax_version}: "
-            f"pip install 'flax>={new_flax}', then restart the session"
-        )
     return problems
 
 
@@ -101,7 +125,7 @@ def _plugin_problems(environment: Environment, extra: str, jax_version: str) -> 
         return []
     problems = []
     wanted = _required(environment.required, package, extra)
-    if wanted is not None and not wanted.specifier.contains(installed[package], prereleases=True):
+    if wanted is not None and not _fits(installed[package], wanted.specifier):
         problems.append(
             f"{package} {installed[package]} does not fit jax {jax_version}, which needs {wanted.specifier}; JAX may ignore "
             f"it and run on the CPU: {_install(extra, jax_version)}"
@@ -116,6 +140,16 @@ def _plugin_problems(environment: Environment, extra: str, jax_version: str) -> 
         remedy = f"{other}{_install('cuda12', jax_version)}" if extra == "cuda13" else "install a newer driver"
         problems.append(f"{package} needs an NVIDIA driver {minimum} or newer but this is {driver}: {remedy}")
     return problems
+
+
+def _fits(version: str, wanted: SpecifierSet) -> bool:
+    """Whether the version is one that jax asks for, or of libtpu one that is up to two releases older.
+
+    Colab has libtpu 0.0.21.1 beside jax 0.7.2, which asks for 0.0.23.
+    """
+    *most, last = Version(version).release[:3]
+    newer = [".".join(map(str, (*most, last + more))) for more in range(3 if most == [0, 0] else 1)]
+    return any(wanted.contains(candidate, prereleases=True) for candidate in (version, *newer))
 
 
 def _required(required: tuple[str, ...], package: str, extra: str) -> Requirement | None:

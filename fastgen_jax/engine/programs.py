@@ -80,7 +80,7 @@ class Programs:
         )
 
     def zeros(self) -> tuple[KVCache, SamplerState]:
-        """An empty cache and the state of idle slots."""
+        """A cache of zeros and the state of idle slots."""
         model, config = self.model, self.config
         cache = KVCache.zeros(
             num_layers=model.num_layers,
@@ -90,7 +90,11 @@ class Programs:
             dtype=jnp.dtype(config.kv_dtype),
             head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
         )
-        return cache, init_state(config.max_num_seqs, model.vocab_size)
+        return cache, self.idle_state()
+
+    def idle_state(self) -> SamplerState:
+        """The state of idle slots."""
+        return init_state(self.config.max_num_seqs, self.model.vocab_size)
 
     def memory(self) -> tuple[KVCache, SamplerState]:
         """The shapes of `zeros`, with their shardings if there is a mesh."""

@@ -12,27 +12,24 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.devices import Topology, parse_topology
-from fastgen_jax.engine import executables, ladder, saved_choices, startup
-from fastgen_jax.engine.config import BUDGETS, MEASURED_BUDGETS, EngineConfig, ResolvedConfig
-from fastgen_jax.engine.memory import round_down
+from fastgen_jax.engine import executables, fit, footprint, ladder, saved_choices, startup
+from fastgen_jax.engine.config import BUDGETS, MEASURED_BUDGETS, EngineConfig, ResolvedConfig, default_block_size
+from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import FOLDER, program_name, step_program
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.sharding import check_divisible
-from fastgen_jax.plan.estimate import weight_bytes
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
 from pallas_kernels.buckets import Bucket as RemoteFolder
 from pallas_kernels.buckets import is_url
 from pallas_kernels.folders import Folder
-from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
-# Of a device's memory, for weights and KV cache. A start keeps a saved size of the cache if 75 to 90 % of what the runtime
-# reports are in use with it, and runtimes report up to 4 % less than data sheets.
-MEMORY_SHARE = 0.81
+# Of the memory in a data sheet, what a runtime reports: between 96 and 99 %. A start keeps a saved size of the cache if it
+# uses 75 to 90 % of what is reported, so the exact share does not matter.
+RUNTIME_SHARE = 0.97
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +76,7 @@ def compile_ahead(
 
 def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> ResolvedConfig:
     """What `resolve` chooses on an accelerator; ValueError if the model does not fit or cannot be divided."""
+    platform = "tpu" if target.device.platform == "tpu" else "gpu"
     num_devices = choices.tensor_parallel or 1
     if num_devices > target.num_devices:
         raise ValueError(
@@ -86,50 +84,55 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         )
     if choices.stack_layers is False or choices.logits_processor is not None:
         raise ValueError(
-            "stack_layers=False and logits_processor are not supported when compiling for other devices; omit them"
+            "stack_layers=False and logits_processor are not supported for devices that are not here; omit them"
         )
     check_divisible(model, num_devices)
-    dtype = choices.dtype or "bfloat16"
-    kv_dtype = choices.kv_dtype or dtype
-    block_size = choices.block_size or (128 if kv_dtype in QUANTIZED_DTYPES else 32)
+    memory = Memory(limit=int(RUNTIME_SHARE * target.device.memory_bytes))
+    machine = fit.Machine(platform=platform, kind=target.device.kind, memory=memory, num_devices=target.num_devices)
+    formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
+    block_size = choices.block_size or default_block_size(platform, formats.kv_dtype)
     context = choices.max_context_len or model.max_context_len
     num_blocks = choices.num_blocks
     if num_blocks is None:
-        weights = weight_bytes(model, num_devices, jnp.dtype(dtype).itemsize, quantize=choices.quantize)
-        room = int(MEMORY_SHARE * target.device.memory_bytes) - weights
-        block = block_size * model.kv_bytes_per_token(
-            jnp.dtype(kv_dtype).itemsize,
-            stored_head_dim=stored_head_dim(model.head_dim, "tpu" if target.device.platform == "tpu" else "gpu"),
-            scale_bytes=scale_bytes(kv_dtype),
-        )
-        num_blocks = min(
-            round_down(max(room * num_devices // block, 0), 6), choices.max_num_seqs * -(-context // block_size)
+        weights = footprint.weight_bytes(model, num_devices, jnp.dtype(formats.dtype).itemsize, quantize=formats.quantize)
+        num_blocks = memory.room(weights).num_blocks(
+            footprint.block_bytes(model, platform, kv_dtype=formats.kv_dtype, block_size=block_size),
+            wanted=choices.max_num_seqs * -(-context // block_size),
+            share=num_devices,
         )
         if num_blocks < 1:
             raise ValueError(
-                f"no memory for a single KV block: the weights take {weights / 2**30:.1f} GiB of each device, which has "
-                f"{target.device.memory_bytes / 2**30:.0f} GiB; choose a larger tensor_parallel than {num_devices}, or "
-                "quantize='int8'"
+                f"no memory for a single KV block: the weights take {footprint.size(weights)} of each device, which has "
+                f"{footprint.size(memory.limit)}; choose a larger tensor_parallel than {num_devices}, or quantize='int8'"
             )
+        if choices.fit and choices.max_context_len is None:
+            context = min(context, num_blocks * block_size)
     if choices.token_budget is None:
-        budgets: tuple[int, ...] = MEASURED_BUDGETS
+        cost = ladder.cost_model(
+            model,
+            bytes_per_weight=1 if formats.quantize else jnp.dtype(formats.dtype).itemsize,
+            device_kind=target.device.reported_as[0],
+            skips_padding=False,
+        )
+        candidates = [budget for budget in MEASURED_BUDGETS if budget <= min(context, num_blocks * block_size)]
+        budgets = ladder.modeled_ladder(cost, candidates, max_num_seqs=choices.max_num_seqs)
     else:
         smaller = BUDGETS if choices.budget_ladder is None else choices.budget_ladder
         budgets = (*(budget for budget in smaller if budget < choices.token_budget), choices.token_budget)
     return ResolvedConfig(
         choices=choices,
-        dtype=dtype,
-        quantize=choices.quantize,
-        kv_dtype=kv_dtype,
+        dtype=formats.dtype,
+        quantize=formats.quantize,
+        kv_dtype=formats.kv_dtype,
         block_size=block_size,
         max_context_len=context,
         num_blocks=num_blocks,
         stack_layers=True,
-        activation_dtype="float32" if dtype == "float16" and model.exceeds_float16 else dtype,
+        activation_dtype="float32" if formats.dtype == "float16" and model.exceeds_float16 else formats.dtype,
         prefix_caching=choices.prefix_caching and not model.rope_depends_on_length,
         budget_ladder=tuple(sorted(set(budgets))),
         generation_config=(),
-        fitted="",
+        fitted=formats.why,
     )
 
 

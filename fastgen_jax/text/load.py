@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastgen_jax.checkpoint.gguf_file import GGUFFile, read_gguf
+from fastgen_jax.checkpoint.gguf_file import GGUFFile, read_header
 from fastgen_jax.text.gguf import load_gguf
 from fastgen_jax.text.huggingface import load_directory
 from fastgen_jax.text.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ def load_tokenizer(source: str | Path | GGUFFile) -> Tokenizer:
             return load_directory(path)
         if not path.exists():
             raise ValueError(f"{path} does not exist; pass a checkpoint directory or a .gguf file")
-        source = read_gguf(path)
+        source = read_header(path)
     try:
         return load_gguf(source.metadata)
     except ValueError as error:

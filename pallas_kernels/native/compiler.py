@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -81,9 +80,8 @@ class Compiler:
             raise CompilerError(f"{shlex.join(command)} failed:\n{printed[-2000:]}")
 
 
-@atexit.register
-def _end_all() -> None:
-    """A process that ends does not leave compilers behind."""
+def end_all() -> None:
+    """Ends the compilers that are running; `compile` then raises `CompilerError`."""
     for process in tuple(_running):
         _end(process)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax
 
 from pallas_kernels import folders
 from pallas_kernels.native import prebuilt, sources
-from pallas_kernels.native.compiler import Compiler, CompilerError, find_compiler
+from pallas_kernels.native.compiler import Compiler, CompilerError, end_all, find_compiler
 from pallas_kernels.native.prebuilt import Prebuilt, Refusal
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ _loaded: dict[str, ctypes.CDLL] = {}  # keeps the code that XLA points to mapped
 _symbols: dict[str, dict[str, str]] = {}  # name of a loaded library -> its symbols, as given to `load`
 _builds: dict[str, Build] = {}
 _compilers = threading.BoundedSemaphore(max(1, os.cpu_count() or 1))  # how many run at the same time
+_ending = threading.Event()
+_END_TIMEOUT_S = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +235,8 @@ def _start(name: str, source: Path) -> Build:
         def run() -> None:
             try:
                 with _compilers:
+                    if _ending.is_set():
+                        raise CompilerError("the process is ending")
                     path.set_result(_build(name, source))
             except BaseException as error:  # whoever waits for the library gets it
                 path.set_exception(error)
@@ -240,6 +245,14 @@ def _start(name: str, source: Path) -> Build:
         # A daemon, so that the process can end without waiting for the compiler, which is then ended too.
         threading.Thread(target=run, name=f"compile {name}", daemon=True).start()
     return _builds[name]
+
+
+@atexit.register
+def _end_builds() -> None:
+    """A process that ends leaves neither compilers nor incomplete libraries behind."""
+    _ending.set()
+    end_all()
+    wait([build.path for build in _builds.values()], timeout=_END_TIMEOUT_S)
 
 
 def _file_name(name: str, source: Path) -> str:

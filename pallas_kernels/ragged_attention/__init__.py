@@ -7,6 +7,8 @@ against `reference.py`, which defines the semantics in forty lines.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,9 @@ __all__ = [
     "Scoring",
     "ragged_attention",
 ]
+
+
+_log = logging.getLogger(__name__)
 
 
 def _ragged_attention_tpu(*arguments: Any) -> tuple[jax.Array, Cache, Cache]:
@@ -92,8 +97,8 @@ def ragged_attention(
       implementation: a key of `IMPLEMENTATIONS`. None chooses the fastest for the platform that the program is lowered
         for: "cpu" on a CPU if a C++ compiler was found and the cache is float32 or bfloat16; "tpu" on a TPU if the kernel
         supports the cache (float32, bfloat16 or 8 bits, D a multiple of 128, B a power of two of at least 8, 16 or 128);
-        "gpu" on a GPU of compute capability 9.0, or 8.x with a new enough jax (bfloat16, float16 or 8 bits, D a multiple
-        of 16 up to 256, B a power of two); otherwise "xla". If "xla" is chosen on such a GPU, the log says why.
+        "gpu" on a GPU of compute capability 9.0 or 8.x (bfloat16, float16 or 8 bits, D a multiple of 16 up to 256, B a
+        power of two); both with a new enough jax; otherwise "xla". If "xla" is chosen on such a device, the log says why.
 
     Returns:
       out [T, H, D] in the dtype of q, zero in rows that belong to no chunk; k_cache; v_cache. Softmax and sums are in
@@ -119,16 +124,26 @@ def ragged_attention(
     kernels: dict[str, Attention] = {}
     if k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
         kernels["cpu"] = ragged_attention_cpu
-    if tpu_support.may_be_lowered() and tpu_support.unsupported(k_cache, index.block_tables.shape[1]) is None:
-        kernels["tpu"] = _ragged_attention_tpu
+    if tpu_support.may_be_lowered():
+        reason = tpu_support.unsupported(k_cache, index.block_tables.shape[1])
+        if reason is None:
+            kernels["tpu"] = _ragged_attention_tpu
+        else:
+            _warn_once("TPU", reason)
     if generation := gpu_support.generation():
         reason = gpu_support.unsupported(k_cache, q.shape[1], generation)
         if reason is None:
             kernels["cuda"] = _ragged_attention_gpu
         else:
-            gpu_support.warn_once(reason)
+            _warn_once("GPU", reason)
     best = partial(jax.lax.platform_dependent, **kernels, default=ragged_attention_xla)
     return with_derivative(best)(*operands)
+
+
+@functools.cache
+def _warn_once(platform: str, reason: str) -> None:
+    """Logs why plain XLA runs on a device that has a kernel."""
+    _log.warning("ragged attention runs in plain XLA: the %s kernel %s", platform, reason)
 
 
 def _require_cpu(k_cache: Cache) -> None:

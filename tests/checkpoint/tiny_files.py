@@ -89,12 +89,14 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     arrays: dict[str, Any] | None = None,
     architecture: str = "llama",
+    tensors_per_part: int = 0,
     **overrides: Any,
 ) -> dict[str, np.ndarray]:
     """Writes a GGUF file as llama.cpp's converter does, q and k interleaved, and returns the Hugging Face tensors."""
     config = CONFIG | overrides
     made = tensors(config)
-    writer = gguf.GGUFWriter(path, architecture)
+    path.parent.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])

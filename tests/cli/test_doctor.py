@@ -202,17 +202,25 @@ def test_little_free_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> Non
     assert any("only 256.0 MiB of memory are free" in problem.what for problem in system.machine().problems)
 
 
-def test_packages_that_are_missing_too_old_or_of_another_jax_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {**packages.installed(), "numpy": "1.26.4", "jaxlib": "0.12.0", "jax": "0.12.0", "jax-cuda12-plugin": "0.7.2"}
+def test_packages_that_are_missing_or_too_old_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {**packages.installed(), "numpy": "1.26.4"}
     del found["tqdm"], found["uvicorn"]
     monkeypatch.setattr(packages, "installed", lambda: found)
     problems = {problem.what: problem.remedy for problem in packages.versions().problems}
     assert any(what.startswith("numpy 1.26.4 is installed, but fastgen_jax requires numpy>=") for what in problems)
     assert any(what.startswith("tqdm is not installed, but") for what in problems)
-    (remedy,) = (remedy for what, remedy in problems.items() if "jax-cuda12-plugin 0.7.2 does not belong" in what)
-    assert "'jax[cuda12]==0.12.0'" in remedy
     assert packages.extras().facts["serve"] == ["uvicorn"]
-    assert "jax-cuda13-plugin" in packages.extras().facts["cuda"] or "jax-cuda13-plugin" in found
+    assert ("jax-cuda13-plugin" in packages.extras().facts["cuda"]) != ("jax-cuda13-plugin" in found)
+
+
+def test_parts_of_jax_that_do_not_fit_are_reported_with_the_remedy_and_as_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(system, "gpus", lambda: ["Tesla T4, 550.54.15, 15360 MiB"])
+    monkeypatch.delenv("JAX_PLATFORMS")
+    text = "jax-cuda12-plugin 0.7.2 does not fit jax 0.12.0: pip install 'jax[cuda12]==0.12.0'"
+    (problem,) = jax_process._device_problems({**ONE_CPU, "package_problems": [text]}, "")
+    assert problem == Problem("jax-cuda12-plugin 0.7.2 does not fit jax 0.12.0", "pip install 'jax[cuda12]==0.12.0'")
 
 
 def test_keys_and_tokens_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,8 @@ X = jnp.arange(4.0)
 
 
 @pytest.fixture(autouse=True)
-def no_cache_of_jax(monkeypatch):
-    """Programs from JAX's cache are not saved."""
-    monkeypatch.setattr(executables._hits, "listen", lambda *args: None)
+def compiled(without_jax_cache):
+    """Every program is compiled."""
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_a_program_that_a_process_did_not_survive_is_not_tried_again_until_it_is
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
     marker = folder.path / f"{saved}.loading"
-    marker.write_text(f"{child.pid} 1.0")
+    marker.write_text(f"{int(child.stdout)} 1.0")
     assert load(folder, saved) is None
     assert "did not survive" in caplog.text
     save(folder)

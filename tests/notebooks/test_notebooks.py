@@ -92,6 +92,7 @@ def test_a_notebook_runs_from_top_to_bottom_with_a_tiny_model(
     path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINY_CHECKPOINT", str(tiny_checkpoint))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of the time is compilation
     execute(path, HOME, first=Path(__file__).parent / "programs" / "tiny_models.py")
 
 

@@ -49,6 +49,8 @@ def caches() -> Finding:
         lines.append(("compiled programs", f"not kept: {paths.CACHE_VARIABLE} is empty"))
         what = f"{paths.CACHE_VARIABLE} is empty, so every start compiles its programs again"
         problems.append(Problem(what, f"unset {paths.CACHE_VARIABLE}, or set it to a folder"))
+    if bucket := paths.engine_bucket():
+        lines.append(("compiled programs", f"copied from and to {bucket}"))
     return Finding(facts=facts, lines=lines, problems=[*problems, *_full_disks()])
 
 

@@ -83,6 +83,9 @@ def _device_problems(found: dict[str, Any], errors: str) -> Iterator[Problem]:
     chosen = os.environ.get("JAX_PLATFORMS", "")
     if error := found.get("error"):
         yield Problem(f"JAX does not start: {error}", _remedy_of_start(found, users))
+    for text in found.get("package_problems", ()):
+        what, _, remedy = text.partition(": ")
+        yield Problem(what, remedy)
     for device in found.get("devices", ()):
         if not device["works"]:
             yield Problem(f"{device['kind']} computes a wrong product", "restart the machine, or use another device")
@@ -91,6 +94,8 @@ def _device_problems(found: dict[str, Any], errors: str) -> Iterator[Problem]:
             continue
         if chosen and not any(name in chosen.split(",") for name in platform):
             yield Problem(f"this machine has a {kind}, but JAX_PLATFORMS={chosen} hides it", "unset JAX_PLATFORMS")
+        elif found.get("package_problems"):
+            continue  # they say why
         elif kind == "GPU":
             yield Problem(
                 f"this machine has a GPU ({present[0]}), but JAX does not use it{_last_line(errors)}", _gpu_remedy(gpus)

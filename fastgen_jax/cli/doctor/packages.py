@@ -36,7 +36,7 @@ def versions() -> Finding:
         if name in found:
             shown[name] = found[name]
     lines = list(shown.items())
-    return Finding(facts=shown, lines=lines, problems=[*_unmet(found), *mismatches(found)])
+    return Finding(facts=shown, lines=lines, problems=list(_unmet(found)))
 
 
 def extras() -> Finding:
@@ -76,26 +76,6 @@ def _requirements(package: str, extra: str) -> Iterator[Requirement]:
             yield requirement
         for other in sorted(requirement.extras):
             yield from _requirements(requirement.name, other)
-
-
-def mismatches(found: dict[str, str]) -> Iterator[Problem]:
-    """Parts of JAX that do not belong together: pip leaves the plugin behind if only jax is upgraded."""
-    jaxlib = found.get("jaxlib")
-    if jaxlib is None:
-        return
-    for name, version in found.items():
-        if name == "libtpu" or not PLUGINS.match(name) or release(version) == release(jaxlib):
-            continue
-        extra = re.sub(r"^jax-(cuda\d+|rocm\d*).*", r"\1", name)
-        yield Problem(
-            f"{name} {version} does not belong to jaxlib {jaxlib}, so JAX may not use the accelerator",
-            f"pip install -U 'jax[{extra}]=={found.get('jax', jaxlib)}', and restart Python",
-        )
-
-
-def release(version: str) -> tuple[str, ...]:
-    """The first three numbers of a version."""
-    return tuple(version.split("+")[0].split(".")[:3])
 
 
 def _unmet(found: dict[str, str]) -> Iterator[Problem]:

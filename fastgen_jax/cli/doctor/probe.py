@@ -9,15 +9,16 @@ from typing import Any
 
 
 def devices() -> dict[str, Any]:
-    """The devices that JAX uses by default, with their memory, after a computation on each."""
+    """The devices that JAX uses by default, with their memory, after a computation on each; packages that do not fit."""
     # Only in this process: JAX would reserve most of a GPU's memory, which another program may be using.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     import jax.numpy as jnp
 
+    from fastgen_jax.core.environment import environment_problems
     from fastgen_jax.engine.memory import available
 
-    found = []
+    found, problems = [], environment_problems()
     for device in jax.local_devices():
         stats = (device.memory_stats() or {}) if device.platform != "cpu" else {}
         ones = jax.device_put(jnp.ones((128, 128), jnp.float32), device)
@@ -31,7 +32,7 @@ def devices() -> dict[str, Any]:
                 "works": works,
             }
         )
-    return {"backend": jax.default_backend(), "devices": found, "free_host_bytes": available()}
+    return {"backend": jax.default_backend(), "devices": found, "free_host_bytes": available(), "package_problems": problems}
 
 
 def kernels() -> dict[str, Any]:
@@ -40,7 +41,7 @@ def kernels() -> dict[str, Any]:
     from pallas_kernels.native.loader import library_folder
 
     built = sorted({path.name.rpartition("-")[0] for path in library_folder().glob("*.so")})
-    return {"unavailable": native.unavailable_reason(), "built": built}
+    return {"unavailable": native.unavailable_reason(), "built": built, "origin": native.origin()}
 
 
 def main(name: str) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 
@@ -19,8 +16,6 @@ MAX_GROUP = 120  # a tile has up to 128 rows, and begins at a multiple of 8
 AMPERE_SHORT = 48  # Ampere's tiles have 64 rows for up to this many query heads per KV head, otherwise 128
 # If D is above 128, the float32 results of 128 rows exceed Hopper's shared memory and Ampere's registers.
 MAX_GROUP_WIDE = {"hopper": 64, "ampere": AMPERE_SHORT}
-
-_log = logging.getLogger(__name__)
 
 
 def generation() -> str | None:
@@ -130,9 +125,3 @@ def copied_bytes(rows: int, head_dim: int, itemsize: int) -> int | None:
         if itemsize * head_dim % width == 0 and shared_out:
             return width
     return None
-
-
-@functools.cache
-def warn_once(reason: str) -> None:
-    """Logs why plain XLA runs on a GPU that has a kernel."""
-    _log.warning("ragged attention runs in plain XLA: the GPU kernel %s", reason)

@@ -43,7 +43,7 @@ def ragged_attention_tpu(
     If `tiles` is None, the tiles of the target device are used. `interpret` is passed to `pl.pallas_call`.
     Raises ValueError if `unsupported` returns a reason.
     """
-    reason = unsupported(k_cache, index.block_tables.shape[1])
+    reason = unsupported(k_cache, index.block_tables.shape[1], interpreted=bool(interpret))
     if reason:
         raise ValueError(f"implementation='tpu' {reason}, or use implementation='xla'")
     num_tokens, num_heads, head_dim = q.shape

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.jax_versions import platform_of
+from pallas_kernels.jax_versions import TPU_KERNELS, platform_of, too_old
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
 LANES = 128
@@ -16,8 +16,11 @@ _NAMES = ", ".join(jnp.dtype(dtype).name for dtype in CACHE_DTYPES)
 MAX_TABLE_WORDS = 96 * 1024
 
 
-def unsupported(k_cache: Cache, max_blocks: int) -> str | None:
-    """Why the kernel does not support this cache, with the remedy; None if it does."""
+def unsupported(k_cache: Cache, max_blocks: int, *, interpreted: bool = False) -> str | None:
+    """Why the kernel does not support this cache or this jax, with the remedy; None if it does.
+
+    The Pallas interpreter can run it with any version of jax.
+    """
     _, _, block_size, head_dim = k_cache.shape
     # The scales of a block are laid out along the lanes.
     rows = LANES if isinstance(k_cache, QuantizedCache) else granule_rows(k_cache.dtype)
@@ -32,7 +35,7 @@ def unsupported(k_cache: Cache, max_blocks: int) -> str | None:
             f"supports up to {MAX_TABLE_WORDS // 2} blocks per sequence but block_tables has {max_blocks}; "
             f"choose a larger block size than {block_size}"
         )
-    return None
+    return None if interpreted else too_old(TPU_KERNELS)
 
 
 def may_be_lowered() -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.native import compiler, loader
+from pallas_kernels.native import compiler, isa, loader, sources
 from tests.pallas_kernels.programs.run import run, start
 
 PROBE = Path(__file__).with_name("probe.cc")
@@ -115,3 +115,28 @@ def test_without_a_compiler_nothing_raises_and_the_reason_names_a_remedy():
 def test_importing_the_kernels_compiles_nothing_and_starts_no_backend(tmp_path: Path):
     assert run("import_only", XDG_CACHE_HOME=str(tmp_path)) == "False"
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+def test_prefetched_kernels_are_compiled_once_and_load_waits_for_them(tmp_path: Path):
+    variables = {"XDG_CACHE_HOME": str(tmp_path), "PALLAS_KERNELS_ISA": "native"}
+    assert run("prefetch", **variables) == "['norm', 'rotary'] ['norm', 'rotary'] ()"
+    assert run("prefetch", **variables) == "[] [] ()", "cached libraries are not compiled again"
+
+
+@needs_compiler
+def test_a_process_that_ends_leaves_neither_compilers_nor_incomplete_libraries(tmp_path: Path):
+    assert run("prefetch", "exit", XDG_CACHE_HOME=str(tmp_path), PALLAS_KERNELS_ISA="native") == ""
+    files = list((tmp_path / "pallas_kernels" / "native").iterdir())
+    assert {path.suffix for path in files} <= {".lock"}
+
+
+def test_every_cpp_source_of_the_package_is_listed():
+    package = sources.HEADERS.parent
+    assert sorted(sources.SOURCES.values()) == sorted(package.rglob("*.cc"))
+
+
+def test_an_instruction_set_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PALLAS_KERNELS_ISA", "sse9")
+    with pytest.raises(ValueError, match="PALLAS_KERNELS_ISA is 'sse9'"):
+        isa.chosen()

@@ -109,7 +109,7 @@ def as_cache(cache: np.ndarray, dtype: Any) -> np.ndarray | QuantizedCache:
     """`cache` [L*N, K, B, D] in `dtype`. In an 8-bit cache, NaN becomes NaN scales, and NaN values if the dtype has NaN."""
     if not is_quantized(dtype):
         return cache.astype(dtype)
-    values, scales = (np.array(x) for x in quantize(jnp.asarray(cache), dtype))
+    values, scales = (np.array(x) for x in jax.jit(quantize, static_argnums=1)(cache, dtype))
     unused = np.isnan(cache).any(axis=-1)
     values[unused] = 99 if dtype == jnp.int8 else np.nan
     scales[unused] = np.nan

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import jax_versions
+from pallas_kernels import ragged_attention as ragged_attention_room
 from pallas_kernels.jax_versions import AbstractGpu
 from pallas_kernels.ragged_attention import QuantizedCache, contract, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, time_call
@@ -370,7 +371,7 @@ def test_an_old_jax_uses_xla_on_a_gpu_and_logs_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(jax, "__version_info__", version)
-    gpu_support.warn_once.cache_clear()
+    ragged_attention_room._warn_once.cache_clear()
     arguments = make_batch([(1, 3)], head_dim=64, dtype=jnp.bfloat16).arguments()
     device = AbstractGpu(device_kind="a GPU", num_cores=1, compute_capability=capability)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from fastgen_jax.core import stored_head_dim
-from pallas_kernels.ragged_attention import CacheLayer
+from pallas_kernels import ragged_attention as ragged_attention_room
+from pallas_kernels.ragged_attention import CacheLayer, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, candidates
 from pallas_kernels.ragged_attention.measured_tiles import entries
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
@@ -224,6 +225,23 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
 def test_what_the_tpu_kernel_does_not_support_is_refused(changes: dict, message: str) -> None:
     arguments = make_batch([(1, 3)], **changes).arguments()
     with pytest.raises(ValueError, match=message):
+        ragged_attention_tpu(**arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractTpu(jax.sharding.AbstractDevice):
+    platform: str = "tpu"
+
+
+def test_an_old_jax_uses_xla_on_a_tpu_and_logs_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+    ragged_attention_room._warn_once.cache_clear()
+    arguments = make_batch([(1, 3)], head_dim=128, dtype=jnp.int8, block_size=128).arguments()
+    device = AbstractTpu(device_kind="TPU v5 lite", num_cores=1)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        ragged_attention(**arguments)
+    assert "runs in plain XLA: the TPU kernel needs jax 0.10.2 or newer" in caplog.text
+    with pytest.raises(ValueError, match=r"needs jax 0\.10\.2 or newer .* use implementation='xla'"):
         ragged_attention_tpu(**arguments)
 
 

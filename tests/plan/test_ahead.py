@@ -1,0 +1,74 @@
+"""Programs compiled ahead have the names that the engine will look for, and the config that it will resolve."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgen_jax import Engine, EngineConfig, cli
+from fastgen_jax.devices import parse_topology
+from fastgen_jax.engine import executables
+from fastgen_jax.plan.ahead import resolve_for
+from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def llama(config=LLAMA_3_8B):
+    from fastgen_jax.models.families import family_of
+
+    return family_of(config["architectures"][0]).config_from_hf(config)
+
+
+def test_the_name_of_a_program_follows_from_shapes_alone() -> None:
+    flags = "--xla_force_host_platform_device_count=2"
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags, "PALLAS_KERNELS_NATIVE": "0"}
+    command = [sys.executable, "-m", "tests.plan.programs.program_names"]
+    done = subprocess.run(command, env=variables, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    names = json.loads(done.stdout.splitlines()[-1])
+    assert len(names) == len({engine for engine, _ in names.values()}) == 10
+    for case, (engine, ahead) in names.items():
+        assert engine == ahead, case
+
+
+def test_a_model_fills_the_memory_of_its_devices() -> None:
+    config = resolve_for(EngineConfig(tensor_parallel=4), llama(), parse_topology("v5e:2x2"))
+    assert (config.dtype, config.kv_dtype, config.block_size) == ("bfloat16", "bfloat16", 32)
+    assert config.budget_ladder == (16, 128, 256, 512)
+    weights, block = 16.06e9 / 4, 2 * 32 * 8 * 128 * 32 * 2 / 4  # bytes of a device
+    for reported in (0.96, 0.99):  # a start keeps a number of blocks in this range
+        limit = reported * 16 * 2**30
+        assert 0.75 * limit < weights + config.num_blocks * block < 0.9 * limit
+    few = resolve_for(EngineConfig(tensor_parallel=4, max_num_seqs=1, token_budget=6), llama(), parse_topology("v5e:2x2"))
+    assert few.num_blocks == 8192 // 32
+    assert few.budget_ladder == (1, 2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "message"),
+    [
+        ({"tensor_parallel": 8}, LLAMA_3_8B, "tensor_parallel=8 but v5e:2x2 has 4 devices; choose at most that"),
+        ({"tensor_parallel": 3}, LLAMA_3_8B, "cannot be divided over 3 devices"),
+        ({"fit": False}, LLAMA_3_70B, "no memory for a single KV block: the weights take 131.4 GiB of each device"),
+        ({"stack_layers": False}, LLAMA_3_8B, "stack_layers=False and logits_processor are not supported"),
+    ],
+)
+def test_impossible_options_are_refused(options, model, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_for(EngineConfig(**options), llama(model), parse_topology("v5e:2x2"))
+
+
+def test_programs_compiled_here_are_loaded_by_the_next_start(tmp_path, monkeypatch, capsys, without_jax_cache) -> None:
+    options = {"token_budget": 8, "max_num_seqs": 4, "block_size": 4, "num_blocks": 16}
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    model, out = "sotu-1m", str(tmp_path / "programs")
+    assert cli.main(["compile", model, *flags, "--budget-ladder", "4", "--out", out]) == 0
+    assert "2 programs are ready" in capsys.readouterr().out
+    monkeypatch.setattr(executables, "compile_and_save", lambda *args: pytest.fail("it compiles"))
+    Engine.from_pretrained(model, **options, budget_ladder=(4,), compile_cache_dir=out)
