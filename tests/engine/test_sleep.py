@@ -35,7 +35,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(checkpoint: Path) -> Engine:
-    return Engine.from_pretrained(checkpoint, **SETTINGS)
+    engine = Engine.from_pretrained(checkpoint, **SETTINGS)
+    engine.wait_until_compiled()
+    return engine
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+import fastgen_jax
 from fastgen_jax import Engine
 from fastgen_jax.serving.settings import ServerConfig
 from tests.serving.checkpoint import write_checkpoint
-from tests.serving.tiny_server import MODEL, with_server
+from tests.serving.tiny_server import MODEL, eventually, with_server
 
 BODY = {"model": MODEL, "prompt": "ab", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 TIMEOUT = 120  # seconds; a test that reaches it has failed
@@ -21,9 +22,11 @@ TIMEOUT = 120  # seconds; a test that reaches it has failed
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory) -> Engine:
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-    return Engine.from_pretrained(
+    engine = Engine.from_pretrained(
         checkpoint, token_budget=32, budget_ladder=(8,), max_num_seqs=8, block_size=4, num_blocks=64
     )
+    engine.wait_until_compiled()
+    return engine
 
 
 async def status_becomes(client: httpx.AsyncClient, status: str) -> None:
@@ -100,3 +103,29 @@ def test_the_idle_time_must_be_positive() -> None:
     for value in (0, -1.0):
         with pytest.raises(ValueError, match=f"sleep_idle is {value}; it must be a positive number"):
             ServerConfig(sleep_idle=value)
+
+
+@pytest.mark.slow  # processes that load and compile
+def test_replicas_of_a_real_server_fall_asleep_by_themselves_and_wake(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    small = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64}
+    client = fastgen_jax.serve(checkpoint, deployment_name="idle", replica_num=2, timeout=300, sleep_idle=0.2, **small)
+    try:
+        url = client.deployment.url
+
+        def status() -> str:
+            return httpx.get(f"{url}/health").json()["status"]
+
+        answers = []
+        for _ in range(2):
+            answers.append(
+                [r.generated_text for r in client.generate(["ab", "cd", "ef", "gh"], max_new_tokens=8, do_sample=False)]
+            )
+            eventually(lambda: status() == "sleeping", "both replicas sleep")
+            metrics = httpx.get(f"{url}/metrics").text
+            assert re.findall(r"^fastgen:asleep{.*} (\S+)$", metrics, re.MULTILINE) == ["1.0", "1.0"]
+        assert answers[0] == answers[1]
+    finally:
+        client.terminate_server()
+        client.close()
