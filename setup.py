@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -24,15 +24,21 @@ class BuildWithKernels(build_py):
         shutil.copytree(FOLDER, Path(self.build_lib) / "pallas_kernels" / "native" / "prebuilt")
 
 
+class PlatformDistribution(Distribution):
+    """Installed where platform-specific packages are."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
 class PlatformWheel(bdist_wheel):
     """A wheel for one platform and any version of Python 3."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", json.loads((Path(FOLDER) / "manifest.json").read_text())["tag"]
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel} if FOLDER else {})
+if FOLDER:
+    setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})
+else:
+    setup()

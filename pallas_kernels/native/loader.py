@@ -128,18 +128,14 @@ def load(name: str, symbols: Mapping[str, str], *, source: Path | None = None) -
     if reason is None and name not in _outcomes:
         outcome = None
         try:
-            library = _open(name, source)
+            library = _registered(name, symbols, source)
         except Exception as error:  # a missing kernel must not stop the caller
             library, outcome = None, str(error)
         with _lock:
             if name not in _outcomes:
-                try:
-                    if library is not None:
-                        _register(library, symbols)
-                        _loaded[name] = library
-                        _symbols[name] = dict(symbols)
-                except Exception as error:
-                    outcome = str(error)
+                if library is not None:
+                    _loaded[name] = library
+                    _symbols[name] = dict(symbols)
                 _outcomes[name] = outcome
     if reason is None:
         reason = _outcomes[name]
@@ -209,11 +205,24 @@ def _register(library: ctypes.CDLL, symbols: Mapping[str, str]) -> None:
         jax.ffi.register_ffi_target(target, handler, platform="cpu", api_version=1)
 
 
-def _open(name: str, source: Path | None) -> ctypes.CDLL:
+def _registered(name: str, symbols: Mapping[str, str], source: Path | None) -> ctypes.CDLL:
+    """The library, after XLA has been told of its functions."""
     found = _prebuilt()
     if source is None and isinstance(found, Prebuilt):
-        return ctypes.CDLL(str(found.path))
-    source = sources.SOURCES[name] if source is None else source
+        library = ctypes.CDLL(str(found.path))
+        try:
+            _register(library, symbols)
+            return library
+        except Exception as error:  # an XLA that no longer accepts what the wheel was made for, or a symbol is missing
+            _log.warning("XLA refuses the prebuilt kernel %r, which is compiled instead: %s", name, error)
+    library = _open(name, sources.SOURCES[name] if source is None else source)
+    with _lock:
+        if name not in _outcomes:
+            _register(library, symbols)
+    return library
+
+
+def _open(name: str, source: Path) -> ctypes.CDLL:
     with _lock:
         ready = _ready(name, source)
         build = None if ready else _start(name, source)

@@ -73,7 +73,7 @@ def _problem(manifest: dict, folder: Path, name: str, installed: tuple[int, int]
     if manifest["system"] != system:
         return f"the prebuilt kernels are for {manifest['system']}, but this is {system}"
     major, minor = manifest["ffi"]
-    # XLA accepts handlers of earlier minor versions. It would ignore others without an error, and fail when they are called.
+    # XLA accepts handlers of earlier minor versions, for at least a year, and not those of later ones.
     if major != installed[0] or minor > installed[1]:
         installed_name = ".".join(map(str, installed))
         return f"the prebuilt kernels require XLA FFI {major}.{minor}, but this jaxlib has {installed_name}"

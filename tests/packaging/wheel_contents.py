@@ -13,7 +13,7 @@ from pallas_kernels.native.sources import SOURCES
 
 PREBUILT = PurePosixPath("pallas_kernels/native/prebuilt")
 # Kinds of files that belong into the packages; anything else would be there by mistake.
-SUFFIXES = {".py", ".typed", ".cc", ".h", ".html", ".css", ".js", ".LICENSE", ".txtpb"}
+SUFFIXES = {".py", ".typed", ".cc", ".h", ".html", ".css", ".js", ".LICENSE", ".md", ".txtpb"}
 
 
 def problems(wheel: Path) -> list[str]:
@@ -24,6 +24,7 @@ def problems(wheel: Path) -> list[str]:
         packages = {name.parts[0] for name in names if not name.parts[0].endswith(".dist-info")}
         if packages != {"fastgen_jax", "pallas_kernels"}:
             found.append(f"top-level names are {sorted(packages)}")
+        found += [f"{name} is not where a wheel's tag says" for name in names if name.parts[0].endswith(".data")][:1]
         prebuilt = [name for name in names if name.is_relative_to(PREBUILT)]
         rest = [name for name in names if name.parts[0] in packages and name not in prebuilt]
         found += [f"unexpected file {name}" for name in rest if name.suffix not in SUFFIXES]

@@ -142,3 +142,12 @@ def test_without_a_fitting_library_and_a_compiler_xla_is_used(folder: Path):
     warning, origin = run("norm_origin", str(folder), "no-compiler").splitlines()
     assert "require XLA FFI 99.0" in warning
     assert origin.startswith("none: no C++ compiler works")
+
+
+def test_a_kernel_that_xla_refuses_is_replaced_by_a_compiled_one_with_a_warning(folder: Path):
+    library = folder / f"{BEST}.so"
+    compiler.find_compiler().compile(Path(__file__).with_name("refused.cc"), library, include=(INCLUDE,))
+    change(folder, sha256={BEST: hashlib.sha256(library.read_bytes()).hexdigest()})
+    printed = run("norm_origin", str(folder)).splitlines()
+    assert printed[0].startswith("XLA refuses the prebuilt kernel 'norm', which is compiled instead:")
+    assert "not used" not in "".join(printed)
