@@ -126,17 +126,18 @@ class AsyncEngine:
             async for output in engine.generate("Once upon a time", SamplingParams(max_new_tokens=16)):
                 print(output.text, end="")
 
-    At most `max_queue` requests wait; further ones are refused.
+    At most `max_queue` requests wait; further ones are refused. After `sleep_idle` seconds without a request the engine
+    gives its memory back (`Engine.sleep`), and the next request wakes it.
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int = MAX_QUEUE) -> None:
+    def __init__(self, engine: Engine, *, max_queue: int = MAX_QUEUE, sleep_idle: float | None = None) -> None:
         self.intake: Intake = engine.intake
         self.max_queue = max_queue
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, Stream] = {}
         self._undelivered: deque[Event] = deque()
         self._closed = False
-        self._thread = EngineThread(engine, self._hand_over)
+        self._thread = EngineThread(engine, self._hand_over, sleep_idle=sleep_idle)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.num_unfinished} unfinished requests, at most {self.max_queue} waiting"
@@ -174,6 +175,11 @@ class AsyncEngine:
     def is_ready(self) -> bool:
         """Whether the engine accepts requests."""
         return not self._thread.has_ended and not self._closed
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the engine has given its memory back; the next request wakes it."""
+        return self.load.is_asleep
 
     def submit(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import queue
@@ -46,22 +47,29 @@ class Load:
     num_free_blocks: int = 0
     wait_seconds: float = 0.0
     """Estimated time until a request that arrived now would have its first token."""
+    is_asleep: bool = False
+    """Whether the engine has given its memory back; the next request wakes it."""
 
 
 class EngineThread:
     """Runs `engine` until `close`. All methods may be called from any thread; none of them waits for a step.
 
     It steps while requests that were submitted to it are unfinished; other threads may use the engine too.
-    `deliver` gets the events of each step, in the engine's thread, and must return quickly.
+    `deliver` gets the events of each step, in the engine's thread, and must return quickly; it gets no events when only
+    `load` has changed. After `sleep_idle` seconds without a request the engine sleeps; the next one wakes it.
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[Sequence[Event]], object]) -> None:
+    def __init__(
+        self, engine: Engine, deliver: Callable[[Sequence[Event]], object], *, sleep_idle: float | None = None
+    ) -> None:
         self.engine = engine
         self.load = Load()
         self.num_failed_steps = 0
         self.has_ended = False
         """Whether no more requests are accepted, because it was closed or could not recover from an error."""
         self._deliver = deliver
+        self._sleep_idle = sleep_idle
+        self._last_work = time.monotonic()
         self._box = Outbox()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._deadlines: list[tuple[float, str]] = []
@@ -126,13 +134,15 @@ class EngineThread:
             while not self._stopping:
                 try:
                     self._take_commands(wait=not self._has_work)
+                    self._sleep_if_idle()
                     self._expire()
                     if self._has_work and not self._stopping:
                         self._step()
                 except BaseException as error:  # the thread must survive: without it every client would hang
                     self._recover(error)
+                was_asleep = self.load.is_asleep
                 self._publish()
-                self._hand_over()
+                self._hand_over(even_nothing=self.load.is_asleep != was_asleep)
         except Exception:
             log.exception("the engine could not recover; it accepts no more requests")
         finally:
@@ -147,7 +157,7 @@ class EngineThread:
     def _take_commands(self, *, wait: bool) -> None:
         while True:
             try:
-                command = self._inbox.get(block=wait)
+                command = self._inbox.get(block=wait, timeout=self._seconds_awake if wait else None)
             except queue.Empty:
                 return
             command()
@@ -168,7 +178,24 @@ class EngineThread:
     def _stop(self) -> None:
         self._stopping = True
 
+    @property
+    def _seconds_awake(self) -> float | None:
+        """Seconds until the engine sleeps if nothing happens; None: it does not."""
+        if self._sleep_idle is None or self.engine.is_asleep:
+            return None
+        return max(0.0, self._last_work + self._sleep_idle - time.monotonic())
+
+    def _sleep_if_idle(self) -> None:
+        if self._has_work:
+            self._last_work = time.monotonic()
+        elif self._seconds_awake == 0.0:
+            self._last_work = time.monotonic()  # if it is busy with the requests of others, try again later
+            if not self.engine.has_work:
+                with contextlib.suppress(ValueError):
+                    self.engine.sleep(keep_weights=None)
+
     def _add(self, request: Request, matcher: GrammarMatcher | None, deadline: float | None) -> None:
+        self._last_work = time.monotonic()
         try:
             self.engine.add_request(request, matcher, box=self._box)
         except Exception as error:  # a ValueError, or an error of the device
@@ -205,8 +232,8 @@ class EngineThread:
     def _fail(self, request_ids: Sequence[str], kind: Literal["deadline", "shutdown"], message: str) -> None:
         self._events += [Failure(i, kind, message) for i in request_ids if self.engine.abort(i)]
 
-    def _hand_over(self) -> None:
-        if self._events:
+    def _hand_over(self, *, even_nothing: bool = False) -> None:
+        if self._events or even_nothing:
             events, self._events = self._events, []
             try:
                 self._deliver(events)
@@ -223,5 +250,10 @@ class EngineThread:
             wait = engine.scheduler.estimate_wait(probe) * self._step_seconds
             self._next_estimate = now + ESTIMATE_EVERY
         self.load = Load(
-            engine.num_running, engine.num_waiting, engine.config.num_blocks, engine.scheduler.num_free_blocks, wait
+            engine.num_running,
+            engine.num_waiting,
+            engine.config.num_blocks,
+            engine.scheduler.num_free_blocks,
+            wait,
+            engine.is_asleep,
         )

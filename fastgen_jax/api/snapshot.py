@@ -21,6 +21,7 @@ def take_snapshot(engine: Engine, *, since_step: int | None = None) -> JsonObjec
     if since_step is not None:
         steps = [tuple(step) for step in metrics.timeline if step.number >= since_step]
     return {
+        "asleep": engine.is_asleep,
         "running": engine.num_running,
         "waiting": engine.num_waiting,
         "blocks": engine.config.num_blocks,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 
+from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.background import BackgroundCompiler
 from fastgen_jax.engine.config import EngineConfig
@@ -22,6 +27,7 @@ from fastgen_jax.engine.programs import Program
 from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.engine.replacement import replacement_params
 from fastgen_jax.engine.sampling.tables import SamplingTables
+from fastgen_jax.engine.sleep import Sleep
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import Request, SamplingParams, Scheduler, Sequence, Step
@@ -30,6 +36,7 @@ from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -49,6 +56,8 @@ class Engine:
 
     name: str = ""
     """The argument of `from_pretrained`; empty for an engine made from weights."""
+    startup_seconds: Mapping[str, float] = MappingProxyType({})
+    """How long each phase of `from_pretrained` took."""
 
     def __init__(
         self,
@@ -57,15 +66,17 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        progress: bool = False,
+        progress: bool | Phases = False,
     ) -> None:
         """Compiles everything, or with `background_compile` the program of a full step; `params` are plain or prepared.
 
-        `progress` shows a bar while programs compile. Raises ValueError if `config` is incompatible with the model or
-        the free memory.
+        `progress` shows a bar while programs compile, or is the display of a longer start. Raises ValueError if `config`
+        is incompatible with the model or the free memory.
         """
         self.model = model
-        self.config, self.runner = startup.start(params, model, config or EngineConfig(), progress=progress)
+        phases = progress if isinstance(progress, Phases) else Phases(log, bar=progress)
+        with contextlib.nullcontext() if phases is progress else phases:
+            self.config, self.runner = startup.start(params, model, config or EngineConfig(), phases=phases)
         """The settings in use, and the compiled programs with their device memory; use `runner` only within `exclusive`."""
         choices = self.config.choices
         self.tokenizer = tokenizer
@@ -89,6 +100,7 @@ class Engine:
         self._tables = SamplingTables(self.config.max_num_seqs, model.vocab_size)
         self._packer = Packer(self.config, self._tables)
         self._journal = Journal(self.runner, self.scheduler, self.manual_sequences, self.metrics)
+        self._sleep = Sleep(self.runner, self.scheduler, self.metrics)
         missing = [budget for budget in self.config.budget_ladder if budget not in self.runner.budgets]
         self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)
         if missing:
@@ -108,9 +120,15 @@ class Engine:
         config = config or EngineConfig.from_options(options)
         if config.background_compile is None and config.promise is None:
             config = replace(config, background_compile=True)
-        params, model_config, tokenizer, config = startup.load(model, config, progress=progress)
-        engine = cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
+        with Phases(log, names=startup.PHASES, bar=progress) as phases:
+            params, model_config, tokenizer, config, path = startup.load(model, config, phases=phases)
+            engine = cls(params, model_config, config, tokenizer=tokenizer, progress=phases)
+            compiled, wanted = len(engine.runner.budgets), len(engine.config.budget_ladder)
+            rest = f"; compiled {compiled} of {wanted} programs, the rest in the background" if compiled < wanted else ""
+            phases.say(f"ready in {sum(phases.seconds.values()):.1f} s{rest}")
+        engine.startup_seconds = phases.seconds
         engine.runner.own_params()
+        engine._sleep.reload = partial(startup.reload, path, model_config, engine.config)
         engine.name = os.fspath(model)
         return engine
 
@@ -152,6 +170,7 @@ class Engine:
         journal, request_id, state = self._journal, request.request_id, None
         try:
             with journal.turn, journal.lock:
+                self._wake_if_asleep()
                 journal.begin()
                 try:
                     sequence = self.scheduler.add(request)
@@ -267,6 +286,7 @@ class Engine:
         with journal.turn, journal.lock:
             journal.check()
             self._refuse_while_busy("a step can be measured")
+            self._wake_if_asleep()
             journal.begin()
             self.scheduler.start_over(())
             seconds = self.runner.measure(self.runner.bucket(num_tokens).num_tokens, repeats=1)
@@ -389,7 +409,7 @@ class Engine:
         with journal.turn, journal.lock:
             if journal.is_destroyed:
                 return False
-            if journal.is_open:  # interrupted: whoever uses the engine repairs it
+            if journal.is_open or self.runner.is_asleep:  # interrupted, and the next user repairs it; or without memory
                 self.runner.add(program, warm=False)
             else:
                 journal.exclusive(lambda: self.runner.add(program))
@@ -404,33 +424,78 @@ class Engine:
 
         If it raises, for example because of an interrupt, `manual_sequences` is left as before or as after the change.
         """
-        return self._journal.exclusive(operation)
+        journal = self._journal
+        with journal.turn, journal.lock:
+            self._wake_if_asleep()
+            return journal.exclusive(operation)
 
     @property
     def params(self) -> Params:
         """The weights in the form that the engine uses: in its dtype, packed for a CPU, or quantized as configured.
 
         Assign weights of the same model, plain (as `load_params` and `init_params` return them) or prepared, to replace
-        them. Plain weights are prepared as at startup; the compiled programs are kept; cached prefixes are dropped. For
-        a moment both sets are in memory. Raises ValueError, and changes nothing, if a weight is missing, unexpected or
-        of another shape or kind, and while there are requests or manual sequences, whose keys and values come from the
-        old weights.
+        them; an engine that is asleep wakes with them. Plain weights are prepared as at startup; the compiled programs
+        are kept; cached prefixes are dropped. For a moment both sets are in memory. Raises ValueError, and changes
+        nothing, if a weight is missing, unexpected or of another shape or kind, and while there are requests or manual
+        sequences, whose keys and values come from the old weights.
         """
+        if self.is_asleep:
+            raise ValueError("the engine is asleep; call engine.wake() before its weights are read")
         return self.runner.params
 
     @params.setter
     def params(self, params: Params) -> None:
         def replace() -> None:
+            if self.is_asleep:
+                return self._sleep.wake(params)
             self._refuse_while_busy("weights can be replaced")
             prepared = replacement_params(params, self.runner.params, self.model, self.config)
             self.scheduler.reset_prefix_cache()  # first: an interrupt between the two then costs no more than the prefixes
+            self._sleep.reload = None
             self.runner.replace_params(prepared)
+            return None
 
-        self.exclusive(replace)
+        self._journal.exclusive(replace)
 
     def reset_prefix_cache(self) -> None:
         """Drops every cached prefix: no later request finds one computed before this call. Running requests continue."""
-        self.exclusive(self.scheduler.reset_prefix_cache)
+        self._journal.exclusive(self.scheduler.reset_prefix_cache)
+
+    # Sleep
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the memory of cache and weights has been given back; see `sleep`."""
+        return self.runner.is_asleep
+
+    def sleep(self, *, keep_weights: bool | None = False) -> None:
+        """Gives the memory of the KV cache and the weights back until `wake`, or until the next request; programs stay.
+
+        `keep_weights` keeps a copy of the weights in host memory, so that waking does not read them; on a CPU only the
+        cache is freed then. Without it, an engine wakes with the weights of its checkpoint; one that was made from
+        weights in memory, or whose `params` were replaced, wakes only with new ones: `wake(params)`. None: keep them if
+        they cannot be read again, or if an accelerator's fit easily on the host. Cached prefixes are dropped. Raises
+        ValueError while there are requests or manual sequences.
+        """
+
+        def fall_asleep() -> None:
+            self._refuse_while_busy("it can sleep")
+            self._sleep.fall_asleep(keep_weights=self._sleep.keeps_weights if keep_weights is None else keep_weights)
+
+        self._journal.exclusive(fall_asleep)
+
+    def wake(self, params: Params | None = None) -> None:
+        """Takes the memory again after `sleep`, with `params` if given; does nothing if the engine is awake.
+
+        `params` are new weights of the same model, as for `params`. A request does the same without arguments. An exception
+        leaves the engine asleep, and the next call tries again. Raises ValueError if there are no weights to wake with, or
+        the checkpoint is gone.
+        """
+        self._journal.exclusive(lambda: self._sleep.wake(params))
+
+    def _wake_if_asleep(self) -> None:
+        if self.runner.is_asleep:
+            self.wake()
 
     def destroy(self) -> None:
         """Frees the cache, and the weights if the engine loaded them; any later use raises ValueError.
@@ -441,6 +506,7 @@ class Engine:
         self._compiler.stop()
         self._journal.destroy()
         self._compiler.wait()
+        self._sleep.forget()
 
     def _refuse_while_busy(self, what: str) -> None:
         if self.has_work or len(self.manual_sequences):

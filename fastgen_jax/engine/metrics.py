@@ -106,6 +106,9 @@ class Metrics:
     steps: int = 0
     tokens: int = 0
     """Tokens computed, prompt and generated."""
+    sleeps: int = 0
+    """Times that the engine gave its memory back."""
+    wakes: int = 0
     padded_tokens: int = 0
     """Tokens of the buckets that ran, filled or not."""
     full_steps: int = 0

@@ -21,6 +21,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import tensor_mesh
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.folders import Folder
+from pallas_kernels.unfilled import unfilled
 
 
 class Runner:
@@ -36,6 +37,8 @@ class Runner:
         self._compiled: dict[int, Program] = {}  # replaced, never changed: another thread may add a program during a step
         self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self._made: list[weakref.ref[jax.Array]] = []
+        self.is_asleep = False
+        """Whether cache, state and weights have been released."""
         use_huge_pages(params)
         self._allocate()
 
@@ -45,7 +48,7 @@ class Runner:
         With `keep` they stay as they are, unless they are lost because an exception came between passing them to a
         program and storing the results.
         """
-        if keep and not self.memory_is_lost:
+        if self.is_asleep or (keep and not self.memory_is_lost):
             return
         _delete(jax.tree.leaves((self.kv_cache, self.state)))  # before allocating: there may be no room for two
         self._allocate()
@@ -53,6 +56,28 @@ class Runner:
     def own_params(self) -> None:
         """Makes this runner the owner of its current weights: `destroy` deletes them."""
         self._made = [weakref.ref(leaf) for leaf in jax.tree.leaves(self.params) if isinstance(leaf, jax.Array)]
+
+    @property
+    def owned_params(self) -> bool:
+        """Whether this runner owns its weights; see `own_params`."""
+        return bool(self._made)
+
+    def release(self, *, delete_params: bool) -> None:
+        """Frees the cache and the sampler's state and forgets the weights; with `delete_params` deletes those it owns."""
+        self.is_asleep = True  # first: after an interrupt, `restore` completes what is missing
+        _delete(jax.tree.leaves((self.kv_cache, self.state)))
+        if delete_params:
+            _delete([array for ref in self._made if (array := ref()) is not None])
+        self.params = {}
+
+    def restore(self, params: Params, *, own: bool) -> None:
+        """Undoes `release`, with weights as before and an empty cache; with `own` it becomes the owner of the weights."""
+        _delete(jax.tree.leaves((self.kv_cache, self.state)))
+        self._allocate()
+        self.replace_params(params)
+        if own:
+            self.own_params()
+        self.is_asleep = False
 
     def destroy(self) -> None:
         """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
@@ -66,7 +91,9 @@ class Runner:
         self.state: SamplerState
         zeros = self.programs.zeros
         if self.mesh is None:
-            self.kv_cache, self.state = zeros()
+            leaves, structure = jax.tree.flatten(jax.eval_shape(zeros)[0])
+            self.kv_cache = jax.tree.unflatten(structure, unfilled(leaves))  # no step reads what none has written
+            self.state = self.programs.idle_state()
         else:  # each device allocates its own shard: the whole may not fit on any device
             self.kv_cache, self.state = jax.jit(zeros, out_shardings=memory_shardings(self.mesh, *jax.eval_shape(zeros)))()
 
@@ -112,11 +139,15 @@ class Runner:
     @property
     def memory_is_lost(self) -> bool:
         """Whether a step took the KV cache or the sampler's state and its results were lost, so that a `reset` is needed."""
-        return any(leaf.is_deleted() for leaf in jax.tree.leaves((self.kv_cache, self.state)))
+        return not self.is_asleep and any(leaf.is_deleted() for leaf in jax.tree.leaves((self.kv_cache, self.state)))
 
     def replace_params(self, params: Params) -> None:
-        """Computes with `params` from the next step on; they must have the shapes and dtypes that the programs expect."""
+        """Computes with `params` from the next step on; they must have the shapes and dtypes that the programs expect.
+
+        It does not own them: they may share arrays with weights of the caller.
+        """
         use_huge_pages(params)
+        self._made = []
         self.params = params
 
     def copy_block(self, source: int, target: int) -> None:

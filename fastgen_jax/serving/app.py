@@ -142,7 +142,10 @@ def _add_operations(app: FastAPI, server: ServerState) -> None:
         backend = server.backend
         ready = backend is not None and backend.is_ready
         failure = server.failure or (backend.failure if backend is not None else None)
-        status = "ready" if ready else "failed" if failure else "loading" if backend is None else "ending"
+        if backend is not None and ready:
+            status = "sleeping" if backend.is_asleep else "ready"
+        else:
+            status = "failed" if failure else "loading" if backend is None else "ending"
         return JSONResponse(
             {"status": status, "model": server.model.name, "deployment": server.model.deployment, "failure": failure},
             200 if ready else 503,

@@ -25,6 +25,7 @@ LAG_INTERVAL = 0.05  # seconds between two measurements of the event loop
 _GAUGES = {
     "vllm:num_requests_running": ("Requests with KV blocks.", "running"),
     "vllm:num_requests_waiting": ("Requests waiting to run.", "waiting"),
+    "fastgen:asleep": ("1 if the engine has given its memory back until the next request, else 0.", "asleep"),
     "fastgen:kv_blocks": ("All KV blocks.", "blocks"),
     "fastgen:kv_blocks_free": ("KV blocks that are free.", "free_blocks"),
 }

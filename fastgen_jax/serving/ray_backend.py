@@ -100,6 +100,11 @@ class RayBackend:
         return not self._closed
 
     @property
+    def is_asleep(self) -> bool:
+        """Always False: the cluster, not an engine, decides what memory is for."""
+        return False
+
+    @property
     def num_unfinished(self) -> int:
         """Number of requests that have not ended."""
         return len(self._running)

@@ -125,6 +125,8 @@ class ReplicaHandle:
 
     def update_load(self, load: Load) -> None:
         """Records the load that the replica reports."""
+        if load.is_asleep:
+            self._prefixes.clear()
         self.load = load
         self._new = 0
 

@@ -31,6 +31,8 @@ class ReplicaPlan:
     """Variables that choose its accelerator."""
     cpus: tuple[int, ...] | None = None
     """CPUs that it may use; None: all."""
+    sleep_idle: float | None = None
+    """Seconds without a request after which it gives its memory back; None: never."""
     name: str = "replica"
     """Its name in the log."""
     log_format: Literal["text", "json"] | None = None
@@ -90,7 +92,7 @@ def main(descriptor: int) -> None:
     def deliver(events: Sequence[Event]) -> None:
         outbox.put(pack(("events", list(events), thread.load)))
 
-    thread = EngineThread(engine, deliver)
+    thread = EngineThread(engine, deliver, sleep_idle=plan.sleep_idle)
     # If the engine cannot recover, the process ends and the router starts another replica.
     threading.Thread(target=lambda: (thread.wait(), os._exit(3)), daemon=True).start()
     outbox.put(pack(("ready", engine.config)))

@@ -53,6 +53,7 @@ class Router:
         *,
         replicas: int,
         max_queue: int = MAX_QUEUE,
+        sleep_idle: float | None = None,
         log_format: Literal["text", "json"] | None = None,
         log_file: str | None = None,
     ) -> None:
@@ -65,6 +66,7 @@ class Router:
                 engine=asdict(engine),
                 environment=environment,
                 cpus=cpus,
+                sleep_idle=sleep_idle,
                 name=f"replica {number}",
                 log_format=log_format,
                 log_file=log_file,
@@ -110,6 +112,12 @@ class Router:
     def is_ready(self) -> bool:
         """Whether requests are accepted."""
         return not self._closed and any(replica.is_ready for replica in self.replicas)
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether every replica that is ready has given its memory back; the next request wakes one."""
+        ready = [replica for replica in self.replicas if replica.is_ready]
+        return bool(ready) and all(replica.load.is_asleep for replica in ready)
 
     @property
     def failure(self) -> str | None:
@@ -250,7 +258,7 @@ class Router:
                 self._suspects.append(routed)
                 return
             self._suspect = routed
-        min(ready, key=lambda replica: replica.cost(routed)).send(routed)
+        min(ready, key=lambda replica: (replica.cost(routed), replica.load.is_asleep)).send(routed)
 
     def _reroute(self, routed: RoutedRequest) -> None:
         """Runs a request whose replica died on another one, unless it has probably caused too many deaths."""

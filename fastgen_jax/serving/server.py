@@ -195,7 +195,7 @@ def _loader(
         engine = Engine.from_pretrained(model, engine_config, progress=progress)
 
         async def backend() -> Backend:
-            return AsyncEngine(engine, max_queue=config.max_queue)
+            return AsyncEngine(engine, max_queue=config.max_queue, sleep_idle=config.sleep_idle)
 
         return backend
 
@@ -210,6 +210,7 @@ def _loader(
             checkpoint.config,
             replicas=config.replicas,
             max_queue=config.max_queue,
+            sleep_idle=config.sleep_idle,
             log_format=log_format,
             log_file=log_file,
         )

@@ -42,6 +42,9 @@ class ServerConfig:
     """Maximum number of waiting requests per replica; further ones get status 429 and a Retry-After header."""
     drain_seconds: float = 60.0
     """Seconds that running requests have to finish after the server is told to stop."""
+    sleep_idle: float | None = None
+    """Seconds without a request after which an engine gives the memory of its weights and KV cache back; the next request
+    wakes it. None: never."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log; json writes one object per line."""
 
@@ -49,6 +52,8 @@ class ServerConfig:
         for name, lowest in (("port", 0), ("replicas", 1), ("max_queue", 1), ("drain_seconds", 0), ("max_body_mb", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        if self.sleep_idle is not None and self.sleep_idle <= 0:
+            raise ValueError(f"sleep_idle is {self.sleep_idle}; it must be a positive number of seconds, or None")
         if self.port > 65535:
             raise ValueError(f"port is {self.port}; it must be at most 65535")
         if (self.tls_certificate is None) != (self.tls_key is None):

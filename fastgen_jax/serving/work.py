@@ -71,6 +71,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def is_asleep(self) -> bool:
+        """Whether every engine has given its memory back; the next request wakes one."""
+        ...
+
+    @property
     def failure(self) -> str | None:
         """Why no request can be answered anymore; None if one can."""
         ...

@@ -45,7 +45,7 @@ def source(tmp_path):
 
 def defaults_of(model, **options):
     """What an engine for this model is started with."""
-    return startup.load(model, EngineConfig(**SMALL, **options), progress=False)[-1].generation_config
+    return startup.load(model, EngineConfig(**SMALL, **options), progress=False)[3].generation_config
 
 
 def test_a_directory_provides_defaults_unless_they_are_turned_off_or_replaced(source):

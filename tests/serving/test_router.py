@@ -65,6 +65,9 @@ class Fixture:
     def live(self, number):
         self.router._handle(self.router.replicas[number], ("ready", engine().config), asyncio.Event())
 
+    def report(self, number, load):
+        self.router._handle(self.router.replicas[number], ("events", [], load), asyncio.Event())
+
 
 def run(scenario):
     return asyncio.run(asyncio.wait_for(scenario(), 60))
@@ -242,3 +245,32 @@ def test_a_model_that_no_replica_can_load_is_reported():
         assert all(replica.process is None for replica in router.replicas)
 
     run(scenario)
+
+
+def test_replicas_sleep_on_their_own_and_one_that_is_awake_is_preferred():
+    async def scenario():
+        fixture = Fixture()
+        router, prompt = fixture.router, [7] * (PIECE + 1)
+        first, _ = fixture.submit(prompt)
+        number = fixture.replica_of(first)
+        fixture.say(number, first, [1], finished=True)
+        fixture.report(number, Load(is_asleep=True))
+        assert not router.is_asleep
+        second, _ = fixture.submit(prompt)
+        assert fixture.replica_of(second) == 1 - number, "the prefix is no longer cached where it was"
+        fixture.say(1 - number, second, [1], finished=True)
+        fixture.report(1 - number, Load(is_asleep=True))
+        assert router.is_asleep
+        assert router.is_ready
+        fixture.replica_of(fixture.submit(prompt)[0])
+        fixture.report(number, Load())
+        assert not router.is_asleep
+
+    run(scenario)
+
+
+def test_each_replica_is_told_when_to_sleep():
+    async def scenario():
+        return [replica.plan.sleep_idle for replica in Fixture(sleep_idle=2.5).router.replicas]
+
+    assert run(scenario) == [2.5, 2.5]
