@@ -161,6 +161,11 @@ def test_weights_in_memory_are_kept_or_given_again(expected, monkeypatch) -> Non
 
 def test_replaced_weights_are_never_exchanged_for_those_of_the_checkpoint(checkpoint: Path, expected) -> None:
     engine = Engine.from_pretrained(checkpoint, **SETTINGS)
+    engine.sleep()
+    engine.wait_until_compiled()  # programs that are ready while it sleeps do not wake it
+    assert engine.is_asleep
+    assert engine.runner.budgets == engine.config.budget_ladder
+    assert answer(engine, PROMPTS[2]) == expected[2]
     params, _ = tiny_model()
     other = {**params, "final_norm": params["final_norm"] * jax.random.normal(jax.random.key(0), params["final_norm"].shape)}
     engine.params = other
