@@ -45,6 +45,14 @@ def engine_bucket(named: str | os.PathLike[str] | None = None) -> str | None:
     return name if name is not None and is_url(name) else None
 
 
+def engine_dirs(named: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Returns the folders that hold programs and measurements: `engine_dir`, or the folders in the copy of a bucket."""
+    folder = engine_dir(named)
+    if folder is None:
+        return []
+    return [folder] if engine_bucket(named) is None else sorted(path for path in folder.glob("*") if path.is_dir())
+
+
 def _engine_name(named: str | os.PathLike[str] | None) -> str | None:
     return os.environ.get(CACHE_VARIABLE) if named is None else os.fspath(named)
 

@@ -20,6 +20,9 @@ Theirs cannot swap the axes of tiles with fewer than 8 heads. jax 0.7.2 also tak
 date of its build, and writes kernels in a format that it cannot read.
 """
 
+COMPILE_WITHOUT_DEVICE = (0, 10, 2)
+"""Tried: 0.7.2 ends in a segmentation fault when it asks a client without devices for its default layouts."""
+
 AMPERE_KERNEL = (0, 12)
 """The kernel for Ampere needs mma and cp.async (0.10), and stores from any layout of registers (0.11)."""
 

@@ -79,3 +79,18 @@ def test_fastgen_cache_with_the_cache_turned_off(kept, capsys, monkeypatch) -> N
     assert "not kept" in capsys.readouterr().out
     assert cli.main(["cache", "--clear", "measurements"]) == 0
     assert json.loads((kept / ladder.FILE).read_text())
+
+
+def test_a_bucket_has_a_local_copy_with_a_folder_per_group(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = paths.engine_dir("gs://bucket/some prefix/x")
+    assert folder is not None
+    assert folder.parent == paths.cache_dir() / "buckets"
+    assert folder.name.startswith("bucket-some-prefix-x-")
+    assert folder != paths.engine_dir("gs://bucket/some-prefix/x")
+    assert paths.engine_bucket("gs://bucket/x") == "gs://bucket/x"
+    assert paths.engine_bucket("/there") is None
+    assert paths.engine_dirs("/there") == [Path("/there")]
+    assert paths.engine_dirs("gs://bucket/x") == paths.engine_dirs("") == []
+    (folder / "llama-1").mkdir(parents=True)
+    assert paths.engine_dirs("gs://bucket/some prefix/x") == [folder / "llama-1"]

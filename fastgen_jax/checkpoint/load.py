@@ -24,6 +24,8 @@ from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 if TYPE_CHECKING:
     from jax.sharding import Sharding
 
+    from fastgen_jax.core.progress import Phases
+
 log = logging.getLogger(__name__)
 
 _THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
@@ -51,7 +53,7 @@ def load_params(
     stack_layers: bool = True,
     prepare: Callable[[WeightSpec, Leaf], Leaf] | None = None,
     sharding: Callable[[WeightSpec], Sharding] | None = None,
-    progress: bool = False,
+    progress: bool | Phases = False,
 ) -> Params:
     """All weights of a checkpoint as `Params`. A missing or unknown tensor, or one of another shape, is a ValueError.
 
@@ -60,7 +62,7 @@ def load_params(
     `prepare`, the leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then
     receives an array that is already on its devices. An int8 snapshot yields `Int8Weight`s instead of matrices. Weights are
     loaded one after another, so that the host never holds more than a few in addition to what `prepare` returned.
-    `progress` shows a bar on stderr.
+    `progress` shows a bar on stderr, or is the display of a start of which this is a phase.
     """
     from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 
@@ -74,7 +76,7 @@ def load_params(
     stacks = {name: LayerStack(f"layers.{name}", len(rows)) for name, rows in having.items()}
     count = sum(math.prod(weight.spec.shape) // (weight.spec.shape[0] if weight.source.stacked else 1) for weight in weights)
     log.info("loading %s from %s: %s parameters", checkpoint.config.family, checkpoint.path, f"{count:,}")
-    progressing = shown(log, f"loading {checkpoint.path.name}", total=len(weights), unit="weight", bar=progress)
+    progressing = shown(log, "loading weights", total=len(weights), unit="weight", bar=progress)
     with ThreadPoolExecutor(_THREADS) as pool, progressing as advance:
         for weight, array in _read_ahead(read, weights, pool):
             leaf = make(weight.spec, array)

@@ -16,6 +16,7 @@ from fastgen_jax.bench import (
     report,
     serve,
     server,
+    start,
     steps,
     tokenizers,
 )
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "host": host,
     "kv-blocks": kv_blocks,
     "loading": loading,
+    "start": start,
     "perplexity": perplexity,
     "tokenizers": tokenizers,
 }

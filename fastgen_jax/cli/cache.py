@@ -57,14 +57,12 @@ def run(options: Options) -> int:
 def _places() -> dict[str, list[Path]]:
     """The paths of each kind; none where FASTGEN_CACHE_DIR disables the cache."""
     from fastgen_jax import paths
-    from fastgen_jax.engine import fit, ladder, startup
+    from fastgen_jax.engine import fit, ladder, programs, startup
     from pallas_kernels.native.loader import library_folder
 
-    wanted = paths.engine_dir()
-    settled = None if wanted is None else paths.settle_engine(wanted)
-    engine = [] if settled is None else [settled.path]
+    engine = [settled.path for folder in paths.engine_dirs() if (settled := paths.settle_engine(folder)) is not None]
     return {
-        "programs": [folder / "xla" for folder in engine],
+        "programs": [folder / name for folder in engine for name in ("xla", programs.FOLDER)],
         "measurements": [folder / name for folder in engine for name in (ladder.FILE, startup.BLOCKS_FILE, fit.FILE)],
         "native": [library_folder()],
         "models": [paths.models_dir()],

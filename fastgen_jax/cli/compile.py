@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or gs://bucket/prefix for the programs, the --compile-cache-dir of later starts (default: with "
         "--topology, nothing is saved; otherwise the usual cache)",
     )
-    add_fields(parser.add_argument_group("engine"), EngineConfig, skip=("compile_cache_dir",))
+    add_fields(parser.add_argument_group("engine"), EngineConfig, skip=("compile_cache_dir", "background_compile"))
 
 
 def run(options: Options) -> int:
@@ -43,7 +43,7 @@ def run(options: Options) -> int:
 def _compile_here(model: str, choices: Any, out: str | None) -> int:
     from fastgen_jax import Engine
 
-    engine = Engine.from_pretrained(model, replace(choices, compile_cache_dir=out), progress=True)
+    engine = Engine.from_pretrained(model, replace(choices, compile_cache_dir=out, background_compile=False), progress=True)
     print(f"{len(engine.config.budget_ladder)} programs are ready for starts with the same options: {engine.describe()}")
     return 0
 

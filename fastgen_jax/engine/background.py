@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
+from fastgen_jax.engine import compile_cache
 from fastgen_jax.engine.programs import Program, Programs
 
 log = logging.getLogger(__name__)
@@ -72,3 +73,4 @@ class BackgroundCompiler:
             log.info(
                 "compiled %d of %d programs in the background in %.1f s", done + 1, len(budgets), time.monotonic() - start
             )
+        compile_cache.send(programs.folder)

@@ -114,8 +114,8 @@ class EngineConfig:
     strict_config: bool = False
     """Refuse a checkpoint whose config.json has fields that are unknown for its architecture, instead of warning."""
     compile_cache_dir: str | None = None
-    """Folder for compiled programs and measurements. None: FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": nothing is
-    saved."""
+    """Folder for compiled programs and measurements, or gs://bucket/prefix, which several machines can share. None:
+    FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": nothing is saved."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-import numpy as np
-
+from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.background import BackgroundCompiler
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.describe import describe
 from fastgen_jax.engine.intake import Intake
-from fastgen_jax.engine.journal import InFlight, Journal
-from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes, compile_count
-from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState, SampledRows
-from fastgen_jax.engine.packing import Bucket, Packer
+from fastgen_jax.engine.journal import Journal
+from fastgen_jax.engine.metrics import Metrics
+from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState
 from fastgen_jax.engine.programs import Program
 from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.engine.replacement import replacement_params
-from fastgen_jax.engine.sampling.tables import SamplingTables
 from fastgen_jax.engine.sleep import Sleep
+from fastgen_jax.engine.stepper import Stepper
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
-from fastgen_jax.scheduling import Request, SamplingParams, Scheduler, Sequence, Step
+from fastgen_jax.scheduling import Request, SamplingParams, Scheduler
 from fastgen_jax.scheduling.manual import ManualSequences
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -51,6 +53,8 @@ class Engine:
 
     name: str = ""
     """The argument of `from_pretrained`; empty for an engine made from weights."""
+    startup_seconds: Mapping[str, float] = MappingProxyType({})
+    """How long each phase of `from_pretrained` took."""
 
     def __init__(
         self,
@@ -59,15 +63,17 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        progress: bool = False,
+        progress: bool | Phases = False,
     ) -> None:
         """Compiles everything, or with `background_compile` the program of a full step; `params` are plain or prepared.
 
-        `progress` shows a bar while programs compile. Raises ValueError if `config` is incompatible with the model or
-        the free memory.
+        `progress` shows a bar while programs compile, or is the display of a longer start. Raises ValueError if `config`
+        is incompatible with the model or the free memory.
         """
         self.model = model
-        self.config, self.runner = startup.start(params, model, config or EngineConfig(), progress=progress)
+        phases = progress if isinstance(progress, Phases) else Phases(log, bar=progress)
+        with contextlib.nullcontext() if phases is progress else phases:
+            self.config, self.runner = startup.start(params, model, config or EngineConfig(), phases=phases)
         """The settings in use, and the compiled programs with their device memory; use `runner` only within `exclusive`."""
         choices = self.config.choices
         self.tokenizer = tokenizer
@@ -88,9 +94,8 @@ class Engine:
         """For its statistics, estimates and integrity check; only the engine changes it."""
         self.manual_sequences = ManualSequences(self.scheduler)
         """Sequences of `Research`; change them only within `exclusive`."""
-        self._tables = SamplingTables(self.config.max_num_seqs, model.vocab_size)
-        self._packer = Packer(self.config, self._tables)
         self._journal = Journal(self.runner, self.scheduler, self.manual_sequences, self.metrics)
+        self._stepper = Stepper(self.config, self.runner, self.scheduler, self._journal, self.metrics)
         self._sleep = Sleep(self.runner, self.scheduler, self.metrics)
         missing = [budget for budget in self.config.budget_ladder if budget not in self.runner.budgets]
         self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)
@@ -111,8 +116,13 @@ class Engine:
         config = config or EngineConfig.from_options(options)
         if config.background_compile is None and config.promise is None:
             config = replace(config, background_compile=True)
-        params, model_config, tokenizer, config, path = startup.load(model, config, progress=progress)
-        engine = cls(params, model_config, config, tokenizer=tokenizer, progress=progress)
+        with Phases(log, names=startup.PHASES, bar=progress) as phases:
+            params, model_config, tokenizer, config, path = startup.load(model, config, phases=phases)
+            engine = cls(params, model_config, config, tokenizer=tokenizer, progress=phases)
+            compiled, wanted = len(engine.runner.budgets), len(engine.config.budget_ladder)
+            rest = f"; compiled {compiled} of {wanted} programs, the rest in the background" if compiled < wanted else ""
+            phases.say(f"ready in {sum(phases.seconds.values()):.1f} s{rest}")
+        engine.startup_seconds = phases.seconds
         engine.runner.own_params()
         engine._sleep.reload = partial(startup.reload, path, model_config, engine.config)
         engine.name = os.fspath(model)
@@ -243,7 +253,7 @@ class Engine:
             if not (journal.is_destroyed and box.outputs):
                 journal.begin()
                 try:
-                    self._step()
+                    self._stepper.step()
                 except Exception as error:
                     journal.failure = f"{type(error).__name__}: {error}"
                     raise
@@ -279,114 +289,6 @@ class Engine:
             journal.is_open = False
         return seconds
 
-    def _step(self) -> None:
-        """Plans, packs and dispatches a step; then commits the one before it, whose tokens have arrived in the meantime."""
-        journal, timer, compiles = self._journal, StepTimer(), compile_count()
-        with timer("plan"):
-            step = journal.dispatching = self.scheduler.schedule()
-        if step is not None:
-            with timer("pack"):
-                bucket = self.runner.bucket(step.num_tokens)
-                packed = self._pack(step, bucket)
-            with timer("dispatch"):
-                output = self.runner.run(packed, bucket)
-            journal.in_flight.append(InFlight(step, output, timer, self._count(step, bucket, timer)))
-            journal.dispatching = None
-        self._end_refused()
-        # With overlap one step stays in flight while the host works, unless no step was dispatched after it.
-        num_kept = 1 if step is not None and self.config.choices.overlap else 0
-        while len(journal.in_flight) > num_kept:
-            self._commit(journal.in_flight[0])
-            journal.in_flight.popleft()
-        self.metrics.compiles_while_serving += compile_count() - compiles
-
-    def _pack(self, step: Step, bucket: Bucket) -> np.ndarray:
-        for sequence in step.admitted:
-            self._admit(sequence)
-        if any(sequence.awaits_each_token for sequence in step.sampled):
-            self._set_masks(step)
-        return self._packer.pack(step, bucket)
-
-    def _admit(self, sequence: Sequence) -> None:
-        """Writes the sampling parameters of a sequence to its slot."""
-        request, slot = sequence.request, sequence.slot
-        assert slot is not None  # it was admitted
-        needs_history = self._tables.admit(
-            slot,
-            request.params,
-            eos_token_ids=request.eos_token_ids,
-            seed=request.seed,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            has_mask=sequence.awaits_each_token,
-        )
-        self._journal.states[request.request_id].note_start()
-        if needs_history:
-            self.runner.reset_slot(
-                slot,
-                prompt_ids=request.prompt_token_ids,
-                output_ids=sequence.output_token_ids,
-                logit_bias=request.params.logit_bias,
-            )
-
-    def _set_masks(self, step: Step) -> None:
-        """Sends the device masks of the tokens that the grammars allow next."""
-        slots, matchers = [], []
-        for sequence in step.sampled:
-            matcher = self._journal.states[sequence.request_id].matcher
-            if matcher is not None:
-                slots.append(sequence.slot)
-                matchers.append(matcher)
-        masks = np.zeros((len(slots), -(-self.model.vocab_size // 32)), np.int32)
-        for row, matcher in zip(masks, matchers, strict=True):
-            matcher.fill_mask(row)
-        self.runner.set_masks(slots, masks)
-
-    def _count(self, step: Step, bucket: Bucket, timer: StepTimer) -> StepTimes:
-        return self.metrics.count_dispatch(
-            step,
-            timer,
-            bucket=bucket.num_tokens,
-            token_budget=self.config.token_budget,
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
-        )
-
-    def _end_refused(self) -> None:
-        for sequence in self.scheduler.take_refused():
-            self.metrics.refused += 1
-            state = self._journal.states[sequence.request_id]
-            self._journal.publish(state.advance([], []), state)
-
-    def _commit(self, entry: InFlight) -> None:
-        step, output, timer, times = entry
-        with timer("wait"):
-            rows = SampledRows(step, output.sampled)
-        with timer("commit"):
-            advanced = self.scheduler.commit(step, rows.new_tokens)
-        with timer("output"):
-            self._publish_outputs(rows, set(advanced))
-        self.metrics.count_commit(times, timer, num_sampled=len(step.sampled), num_advanced=len(advanced))
-
-    def _publish_outputs(self, rows: SampledRows, advanced: set[Sequence]) -> None:
-        for end, chunk in rows.chunks:
-            sequence = chunk.sequence
-            state = self._journal.states.get(sequence.request_id)
-            if state is None or state.sequence is not sequence:
-                continue  # aborted, or finished by an earlier step
-            params = sequence.request.params
-            if params.prompt_logprobs is not None:
-                for position, logprob in rows.prompt_logprobs(end, chunk, params.prompt_logprobs):
-                    state.add_prompt_logprob(position, logprob)
-            if not chunk.samples or sequence not in advanced:
-                continue
-            token_id = rows.tokens[end - 1]
-            logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs, sampled=True)]
-            output = state.advance([token_id], logprobs)
-            if output.finished and sequence.finish_reason is None:
-                self.scheduler.finish(sequence, "abort" if output.error else "stop")
-            self.metrics.finished += output.finished
-            self._journal.publish(output, state)
-
     # Between steps
 
     def _add_program(self, program: Program) -> bool:
@@ -395,8 +297,7 @@ class Engine:
         with journal.turn, journal.lock:
             if journal.is_destroyed:
                 return False
-            # Interrupted, whoever uses the engine repairs it; asleep, there is no memory to run it with.
-            if journal.is_open or self.runner.is_asleep:
+            if journal.is_open or self.runner.is_asleep:  # interrupted, and the next user repairs it; or without memory
                 self.runner.add(program, warm=False)
             else:
                 journal.exclusive(lambda: self.runner.add(program))
@@ -492,8 +393,8 @@ class Engine:
         """
         self._compiler.stop()
         self._journal.destroy()
-        self._sleep.forget()
         self._compiler.wait()
+        self._sleep.forget()
 
     def _refuse_while_busy(self, what: str) -> None:
         if self.has_work or len(self.manual_sequences):

@@ -116,15 +116,13 @@ class Measurement:
 
 def known(named: str | None = None) -> list[Measurement]:
     """The saved measurements of all models and machines; `named` as `compile_cache_dir`."""
-    folder = paths.engine_dir(named)
-    entries = {} if folder is None else saved_choices.load_all(folder / FILE)
-    return [measurement for entry in entries.values() if (measurement := _measurement(entry)) is not None]
+    entries = [entry for folder in paths.engine_dirs(named) for entry in saved_choices.load_all(folder / FILE).values()]
+    return [measurement for entry in entries if (measurement := _measurement(entry)) is not None]
 
 
 def forget(named: str | None = None) -> int:
     """Removes all measurements, so that starts use the modeled step sizes; returns how many there were."""
-    folder = paths.engine_dir(named)
-    return 0 if folder is None else saved_choices.clear(folder / FILE)
+    return sum(saved_choices.clear(folder / FILE) for folder in paths.engine_dirs(named))
 
 
 def load_choice(path: Path, facts: object) -> tuple[int, ...] | None:

@@ -29,8 +29,13 @@ from pallas_kernels.pytree import pytree
 FOLDER = "executables"  # within the cache folder
 
 # By device kind. On TPU7x the compiler prefers tiles of 16 x 128 16-bit numbers to the 8 x 128 in which arrays arrive,
-# and would copy every stack of weights in every step; the products take the same time with either.
-_COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
+# and would copy every stack of weights in every step; the products take the same time with either. On a CPU it would
+# compute each sum over the vocabulary as a tree of four kernels, after one that writes all summands to memory: sampling
+# would take up to twice the time, and its compilation a third more.
+_COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
+    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False},
+    "cpu": {"xla_disable_hlo_passes": "tree_reduction_rewriter"},
+}
 
 
 @pytree
@@ -75,7 +80,7 @@ class Programs:
         )
 
     def zeros(self) -> tuple[KVCache, SamplerState]:
-        """An empty cache and the state of idle slots."""
+        """A cache of zeros and the state of idle slots."""
         model, config = self.model, self.config
         cache = KVCache.zeros(
             num_layers=model.num_layers,
@@ -85,7 +90,11 @@ class Programs:
             dtype=jnp.dtype(config.kv_dtype),
             head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
         )
-        return cache, init_state(config.max_num_seqs, model.vocab_size)
+        return cache, self.idle_state()
+
+    def idle_state(self) -> SamplerState:
+        """The state of idle slots."""
+        return init_state(self.config.max_num_seqs, self.model.vocab_size)
 
     def memory(self) -> tuple[KVCache, SamplerState]:
         """The shapes of `zeros`, with their shardings if there is a mesh."""

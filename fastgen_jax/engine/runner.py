@@ -21,6 +21,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import tensor_mesh
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.folders import Folder
+from pallas_kernels.unfilled import unfilled
 
 
 class Runner:
@@ -90,7 +91,9 @@ class Runner:
         self.state: SamplerState
         zeros = self.programs.zeros
         if self.mesh is None:
-            self.kv_cache, self.state = zeros()
+            leaves, structure = jax.tree.flatten(jax.eval_shape(zeros)[0])
+            self.kv_cache = jax.tree.unflatten(structure, unfilled(leaves))  # no step reads what none has written
+            self.state = self.programs.idle_state()
         else:  # each device allocates its own shard: the whole may not fit on any device
             self.kv_cache, self.state = jax.jit(zeros, out_shardings=memory_shardings(self.mesh, *jax.eval_shape(zeros)))()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.checkpoint import Checkpoint, SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
 from fastgen_jax.core import environment
-from fastgen_jax.core.progress import shown
+from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
 from fastgen_jax.engine.generation import defaults_of_model
@@ -27,11 +28,14 @@ from pallas_kernels.folders import Folder
 
 log = logging.getLogger(__name__)
 
+BUILDING = "building C++ kernels"  # those that are not ready when the weights are loaded, once per machine
+PHASES = ("opening the model", "loading weights", BUILDING, "allocating memory", "compiling")
+SECONDS_FILE = "starts.json"  # how long they took
 BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depend on it
 
 
 def load(
-    model: str | os.PathLike[str], config: EngineConfig, *, progress: bool
+    model: str | os.PathLike[str], config: EngineConfig, *, phases: Phases
 ) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig, Path]:
     """Prepared weights, the model's config, its tokenizer, `config` with the settings that the checkpoint determines, and
     where the checkpoint is.
@@ -39,27 +43,35 @@ def load(
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
-    environment.warn_about_accelerators()
-    checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
-    if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
-        config = replace(config, quantize="int8")
-    if config.generation_config == "auto":
-        config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
-    # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
-    folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
-    config = fit.with_formats(config, checkpoint.config, folder)
-    resolved = resolve(config, checkpoint.config)
-    if jax.default_backend() == "cpu":
-        _prefetch_kernels(checkpoint.config)
-    tokenizer = load_tokenizer(checkpoint.tokenizer_source)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
-        log.warning(
-            "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
-            checkpoint.path,
-            f"{tokenizer.vocab_size:,}",
-            f"{checkpoint.config.vocab_size:,}",
-        )
-    params = _read_weights(checkpoint, resolved, progress=progress)
+    with phases.phase(PHASES[0]):
+        environment.warn_about_accelerators()
+        checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
+        if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
+            config = replace(config, quantize="int8")
+        if config.generation_config == "auto":
+            config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
+        # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
+        folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
+        config = fit.with_formats(config, checkpoint.config, folder)
+        resolved = resolve(config, checkpoint.config)
+        builds = _prefetch_kernels(checkpoint.config) if jax.default_backend() == "cpu" else ()
+        if not builds:
+            phases.names = [name for name in PHASES if name != BUILDING]
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+        if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
+            log.warning(
+                "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
+                checkpoint.path,
+                f"{tokenizer.vocab_size:,}",
+                f"{checkpoint.config.vocab_size:,}",
+            )
+        _expect_seconds(phases, folder, checkpoint.config, resolved)
+    params = _read_weights(checkpoint, resolved, progress=phases)
+    if builds:
+        with phases.phase(BUILDING, total=len(builds), unit="kernel") as advance:
+            for build in builds:
+                concurrent.futures.wait([build.path])
+                advance()
     return params, checkpoint.config, tokenizer, config, checkpoint.path
 
 
@@ -74,7 +86,7 @@ def reload(path: Path, model: ModelConfig, config: ResolvedConfig) -> Params:
     return prepare_params(_read_weights(checkpoint, config, progress=False), model, config)
 
 
-def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: bool) -> Params:
+def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: bool | Phases) -> Params:
     return load_params(
         checkpoint,
         dtype=config.dtype,
@@ -84,24 +96,26 @@ def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: b
     )
 
 
-def _prefetch_kernels(model: ModelConfig) -> None:
+def _prefetch_kernels(model: ModelConfig) -> Sequence[native.Build]:
     """Starts to compile the C++ kernels that a model needs, if they have to be, while its weights are being read."""
     experts = ("grouped_matmul",) if model.moe is not None else ()
-    native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary"))
+    return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary", "unfilled"))
 
 
-def start(params: Params, model: ModelConfig, choices: EngineConfig, *, progress: bool) -> tuple[ResolvedConfig, Runner]:
+def start(params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases) -> tuple[ResolvedConfig, Runner]:
     """The resolved config, and a runner with warm programs: all, or with `background_compile` that of a full step."""
     folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
     config = _resolve_as_before(choices, model, folder)
     if choices.token_budget is None and not choices.remeasure:
         config = replace(config, budget_ladder=_ladder(config, model, folder))
-    runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
+    with phases.phase("allocating memory"):
+        runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
     if choices.remeasure:
-        config = replace(config, budget_ladder=_measured_ladder(runner, config, model, folder, progress=progress))
+        config = replace(config, budget_ladder=_measured_ladder(runner, config, model, folder, phases=phases))
     largest_first = config.budget_ladder[::-1]
-    _compile(runner, largest_first[:1] if choices.background_compile else largest_first, progress=progress)
+    _compile(runner, largest_first[:1] if choices.background_compile else largest_first, phases=phases)
     runner.warm_up()
+    _save_seconds(phases, folder, model, config)
     compile_cache.send_soon(folder)
     if config.fitted:
         log.info("fit: %s", config.fitted)
@@ -166,11 +180,11 @@ def _ladder(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -
 
 
 def _measured_ladder(
-    runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Folder | None, *, progress: bool
+    runner: Runner, config: ResolvedConfig, model: ModelConfig, folder: Folder | None, *, phases: Phases
 ) -> tuple[int, ...]:
     """Compiles and times every candidate; only the programs of the chosen sizes are kept."""
     candidates = config.budget_ladder
-    _compile(runner, candidates, progress=progress)
+    _compile(runner, candidates, phases=phases)
     costs = {budget: runner.measure(budget) for budget in candidates}
     log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
     chosen = ladder.choose_ladder(
@@ -185,10 +199,29 @@ def _measured_ladder(
     return chosen
 
 
-def _compile(runner: Runner, budgets: Sequence[int], *, progress: bool) -> None:
+def _expect_seconds(phases: Phases, folder: Folder | None, model: ModelConfig, config: ResolvedConfig) -> None:
+    """Tells the display how long the phases of the last start of such a model took on this machine."""
+    saved = saved_choices.load(folder.path / SECONDS_FILE, _start_facts(model, config)) if folder else None
+    seconds = saved.get("seconds") if saved else None
+    if isinstance(seconds, dict):
+        phases.expected = {name: float(took) for name, took in seconds.items() if isinstance(took, int | float)}
+
+
+def _save_seconds(phases: Phases, folder: Folder | None, model: ModelConfig, config: ResolvedConfig) -> None:
+    if folder and folder.writable and "loading weights" in phases.seconds:
+        seconds = {name: round(took, 3) for name, took in phases.seconds.items()}
+        entry = {"model": ladder.describe(model), "seconds": seconds}
+        saved_choices.save(folder.path / SECONDS_FILE, _start_facts(model, config), entry)
+
+
+def _start_facts(model: ModelConfig, config: ResolvedConfig) -> object:
+    return asdict(model), config.dtype, config.quantize, config.tensor_parallel
+
+
+def _compile(runner: Runner, budgets: Sequence[int], *, phases: Phases) -> None:
     missing = [budget for budget in budgets if budget not in runner.budgets]
     if missing:
-        with shown(log, "compiling", total=len(missing), unit="program", bar=progress) as advance:
+        with phases.phase("compiling", total=len(missing), unit="program") as advance:
             runner.compile(missing, on_done=lambda budget: advance())
 
 

@@ -108,7 +108,14 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         if choices.fit and choices.max_context_len is None:
             context = min(context, num_blocks * block_size)
     if choices.token_budget is None:
-        budgets: tuple[int, ...] = MEASURED_BUDGETS
+        cost = ladder.cost_model(
+            model,
+            bytes_per_weight=1 if formats.quantize else jnp.dtype(formats.dtype).itemsize,
+            device_kind=target.device.reported_as[0],
+            skips_padding=False,
+        )
+        candidates = [budget for budget in MEASURED_BUDGETS if budget <= min(context, num_blocks * block_size)]
+        budgets = ladder.modeled_ladder(cost, candidates, max_num_seqs=choices.max_num_seqs)
     else:
         smaller = BUDGETS if choices.budget_ladder is None else choices.budget_ladder
         budgets = (*(budget for budget in smaller if budget < choices.token_budget), choices.token_budget)

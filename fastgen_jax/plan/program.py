@@ -27,7 +27,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
-from pallas_kernels.jax_versions import AbstractGpu
+from pallas_kernels.jax_versions import COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
 from pallas_kernels.matmul import Int8Weight
 
 # An asynchronous collective is counted where it starts.
@@ -62,8 +62,10 @@ class DoesNotCompile(Exception):  # noqa: N818 (a result, not a defect)
 def deviceless_mesh(topology: Topology, num_devices: int | None = None, *, compute_capability: str | None = None) -> Mesh:
     """A mesh of devices that exist only for a compiler; `compute_capability` replaces that of the GPUs.
 
-    Raises NoCompiler if that compiler is not installed, ValueError if it does not know the topology.
+    Raises NoCompiler if that compiler is not installed or this jax is too old, ValueError if it does not know the topology.
     """
+    if reason := too_old(COMPILE_WITHOUT_DEVICE):
+        raise NoCompiler(f"compiling for devices that are not here {reason}, or skip it with --no-compile")
     # Lets two processes compile at the same time: without these libtpu holds a lock, and queries the network for the
     # type of the machine.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.grouped_matmul import cpu, tpu
+from pallas_kernels.grouped_matmul import cpu, tpu_support
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
-from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
 from pallas_kernels.matmul import Int8Weight
@@ -20,11 +19,19 @@ from pallas_kernels.matmul.ops import gated
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
+
+def _grouped_matmul_tpu(*arguments: Any) -> jax.Array:
+    """`grouped_matmul_tpu`, imported on first use: it loads Pallas."""
+    from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
+
+    return grouped_matmul_tpu(*arguments)
+
+
 IMPLEMENTATIONS = {
     "reference": grouped_matmul_reference,
     "ragged_dot": grouped_matmul_ragged_dot,
     "tiles": grouped_matmul_tiles,
-    "tpu": grouped_matmul_tpu,
+    "tpu": _grouped_matmul_tpu,
 }
 
 
@@ -108,8 +115,8 @@ def _plain_product(
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](x, w, group_sizes, first)
     on_tpu = grouped_matmul_ragged_dot
-    if w.shape[0] != group_sizes.shape[0] and tpu.supports(w.shape) and tpu.may_be_lowered():
-        on_tpu = grouped_matmul_tpu
+    if w.shape[0] != group_sizes.shape[0] and tpu_support.supports(w.shape) and tpu_support.may_be_lowered():
+        on_tpu = _grouped_matmul_tpu
     return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, default=grouped_matmul_tiles)
 
 

@@ -22,34 +22,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.grouped_matmul.tpu_support import LANES
 from pallas_kernels.grouped_matmul.xla import scaled_rows
-from pallas_kernels.jax_versions import TPU_KERNELS, platform_of, too_old
 from pallas_kernels.matmul import Int8Weight
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-LANES = 128
 _WEIGHT_TILE_BYTES = 2 << 20  # two are in flight: copies of a few MiB come close to the full memory bandwidth
 _SUBLANES = 16  # rows of a bfloat16 tile; a float32 tile has 8
-
-
-def may_be_lowered() -> bool:
-    """Whether the program being traced may be for a single TPU, and this jax is new enough for the kernel.
-
-    XLA partitions its own kernel over the devices of a mesh, but not this one, which needs a shard_map there.
-    """
-    if too_old(TPU_KERNELS):
-        return False
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
-        return False
-    return platform_of(mesh.abstract_device) == "tpu" or jax.default_backend() == "tpu"
-
-
-def supports(shape: tuple[int, ...]) -> bool:
-    """Whether weights [G, E, F] consist of whole tiles. If not, the compiler first copies all weights to a new layout."""
-    return shape[1] % LANES == 0 and shape[2] % LANES == 0
 
 
 def grouped_matmul_tpu(

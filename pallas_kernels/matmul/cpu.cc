@@ -152,8 +152,8 @@ ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ff
 }  // namespace pallas_kernels
 
 // The number of output columns of a panel, and of values per column in one step. The Python side packs accordingly.
-extern "C" int pallas_kernels_matmul_panel_width() { return pallas_kernels::kWidth; }
-extern "C" int pallas_kernels_matmul_narrow_group() { return pallas_kernels::BFloat16::kGroup; }
+KERNEL_EXPORT int pallas_kernels_matmul_panel_width() { return pallas_kernels::kWidth; }
+KERNEL_EXPORT int pallas_kernels_matmul_narrow_group() { return pallas_kernels::BFloat16::kGroup; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasKernelsMatmul, pallas_kernels::matmul,
                               xla::ffi::Ffi::Bind()

@@ -43,6 +43,8 @@ typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), m
 typedef int8_t UnalignedBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 #define KERNEL_INLINE inline __attribute__((always_inline))
+// Visible in a library that hides everything else.
+#define KERNEL_EXPORT extern "C" __attribute__((visibility("default")))
 
 KERNEL_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 KERNEL_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }

@@ -50,7 +50,8 @@ def build(machine: str, out: Path) -> list[Path]:
         }
         libraries = {name: out / f"{name}.so" for name in names}
         for name, parts in objects.items():
-            _zig(machine, ISAS[name].zig, "-shared", "-s", *(str(part.result()) for part in parts), "-o", libraries[name])
+            # Without a CPU: the C++ library, which Zig compiles the first time, is then the same for all of them.
+            _zig(machine, "-O3", "-shared", "-s", *(part.result() for part in parts), "-o", libraries[name])
     manifest = {
         "system": f"linux {machine}",
         "tag": f"manylinux_{GLIBC.replace('.', '_')}_{machine}",
@@ -64,24 +65,15 @@ def build(machine: str, out: Path) -> list[Path]:
 
 def _compile(machine: str, cpu: str, source: Path, output: Path, include: Path) -> Path:
     flags = [flag for flag in FLAGS if flag != "-shared"]
-    hidden = ("-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-rtti", "-mprefer-vector-width=512")
-    _zig(
-        machine,
-        cpu,
-        *flags,
-        *hidden[: 4 if machine == "x86_64" else 3],
-        f"-I{HEADERS}",
-        f"-I{include}",
-        "-c",
-        source,
-        "-o",
-        output,
-    )
+    if machine == "x86_64":
+        flags.append("-mprefer-vector-width=512")
+    hidden = ("-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-rtti")
+    _zig(machine, cpu, *flags, *hidden, f"-I{HEADERS}", f"-I{include}", "-c", source, "-o", output)
     return output
 
 
-def _zig(machine: str, cpu: str, *arguments: str | Path) -> None:
-    command = [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.{GLIBC}", cpu, *map(str, arguments)]
+def _zig(machine: str, *arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.{GLIBC}", *map(str, arguments)]
     print(shlex.join(command[2:]), file=sys.stderr)
     subprocess.run(command, check=True)
 

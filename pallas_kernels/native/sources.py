@@ -15,6 +15,7 @@ SOURCES = {
     "grouped_matmul": _PACKAGE / "grouped_matmul" / "cpu.cc",
     "norm": _PACKAGE / "norm" / "cpu.cc",
     "rotary": _PACKAGE / "rotary" / "cpu.cc",
+    "unfilled": _PACKAGE / "unfilled" / "cpu.cc",
 }
 
 

@@ -291,6 +291,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampled", action="store_true", help="draw tokens from seeds instead of taking the best")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with fastgen_jax.pipeline(arguments.model, **ENGINE) as pipe:
         stress = PipelineStress(pipe, seed=arguments.seed, sampled=arguments.sampled)
         stress.interrupt(arguments.interrupts)

@@ -221,3 +221,15 @@ def test_ctrl_c_during_a_compilation_in_the_background_ends_the_process() -> Non
     assert process.returncode in (1, 130, -signal.SIGINT)
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
     assert output.splitlines() == ["compiled 4"]
+
+
+def test_a_program_that_is_ready_while_the_engine_sleeps_is_there_when_it_wakes(gate) -> None:
+    engine = start()
+    expected = answer(engine)
+    engine.sleep()
+    gate.open()
+    engine.wait_until_compiled()
+    assert engine.runner.budgets == (4, 8, 32)
+    engine.wake()
+    assert answer(engine) == expected
+    engine.destroy()

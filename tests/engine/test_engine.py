@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -278,3 +280,22 @@ def test_an_impossible_engine_config_is_refused(options, message):
 def test_an_unknown_engine_option_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown option 'tensor_paralel'; did you mean 'tensor_parallel'"):
         EngineConfig.from_options({"tensor_paralel": 2})
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "float16", "int8"])
+def test_no_answer_depends_on_what_the_cache_contained_before(kv_dtype) -> None:
+    """Its memory is not written when it is allocated."""
+    engine = tiny_engine(kv_dtype=kv_dtype)
+    answers = []
+    for value in (0, jnp.nan):
+        engine.reset_prefix_cache()
+
+        def fill(value=value) -> None:
+            cache = engine.runner.kv_cache
+            filled = jax.tree.map(lambda x: jnp.full_like(x, -128 if x.dtype == jnp.int8 and value else value), cache)
+            engine.runner.kv_cache = filled
+
+        engine.exclusive(fill)
+        request_id = engine.add([5, 6, 7], greedy(6, logprobs=1))
+        answers.append([(output.new_token_ids, output.logprobs) for output in drain(engine)[request_id]])
+    assert answers[0] == answers[1]

@@ -103,7 +103,7 @@ def test_a_program_that_a_process_did_not_survive_is_not_tried_again_until_it_is
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
     marker = folder.path / f"{saved}.loading"
-    marker.write_text(f"{child.pid} 1.0")
+    marker.write_text(f"{int(child.stdout)} 1.0")
     assert load(folder, saved) is None
     assert "did not survive" in caplog.text
     save(folder)

@@ -20,9 +20,25 @@ def run(path: Path) -> None:
     NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(HOME)}}, record_timing=False
     ).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = kept(cell.outputs)
     notebook.metadata.language_info = {"name": "python"}  # without the version of the Python that ran it
     nbformat.write(notebook, path)
     print(f"{path.name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The outputs without progress bars, which go to stderr, and with each text in one piece."""
+    result: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            continue
+        if output.output_type == "stream" and result and result[-1].get("name") == output.name:
+            result[-1].text += output.text
+        else:
+            result.append(output)
+    return result
 
 
 def main(names: list[str]) -> None:

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fastgen_jax.plan.devices import parse_topology
 
 from fastgen_jax import Engine, EngineConfig, cli
+from fastgen_jax.devices import parse_topology
 from fastgen_jax.engine import executables
-from fastgen_jax.engine.config import MEASURED_BUDGETS
 from fastgen_jax.plan.ahead import resolve_for
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
 
@@ -41,7 +40,7 @@ def test_the_name_of_a_program_follows_from_shapes_alone() -> None:
 def test_a_model_fills_the_memory_of_its_devices() -> None:
     config = resolve_for(EngineConfig(tensor_parallel=4), llama(), parse_topology("v5e:2x2"))
     assert (config.dtype, config.kv_dtype, config.block_size) == ("bfloat16", "bfloat16", 32)
-    assert config.budget_ladder == MEASURED_BUDGETS
+    assert config.budget_ladder == (16, 128, 256, 512)
     weights, block = 16.06e9 / 4, 2 * 32 * 8 * 128 * 32 * 2 / 4  # bytes of a device
     for reported in (0.96, 0.99):  # a start keeps a number of blocks in this range
         limit = reported * 16 * 2**30

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from fastgen_jax.cli import main
@@ -372,3 +373,12 @@ def test_a_step_with_int8_weights_is_compiled_for_the_local_device() -> None:
         quantize="int8",
     )
     assert program.arguments - program.cache < 0.7 * weight_bytes(model, 1, 4)
+
+
+def test_an_old_jax_does_not_compile_for_devices_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen_jax.devices import NoCompiler
+    from fastgen_jax.plan.program import deviceless_mesh
+
+    monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+    with pytest.raises(NoCompiler, match=r"needs jax 0\.10\.2 or newer .* skip it with --no-compile"):
+        deviceless_mesh(parse_topology("v5e:1x1"))

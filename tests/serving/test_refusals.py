@@ -179,13 +179,13 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event():
         return await task
 
     def _fail(engine):
-        pack = engine._packer.pack
+        pack = engine._stepper._packer.pack
 
         def broken(*_):
-            engine._packer.pack = pack
+            engine._stepper._packer.pack = pack
             raise RuntimeError("broken on purpose")
 
-        engine._packer.pack = broken  # in the next step
+        engine._stepper._packer.pack = broken  # in the next step
 
     last = events(with_server(scenario))[-1]
     assert "broken on purpose" in last["error"]["message"]

@@ -42,7 +42,7 @@ class VirtualTime:
 @contextmanager
 def timed_device(engine: Engine) -> Iterator[None]:
     """Delays results as a device would that runs one step after another, each in a known time."""
-    run, commit, clock = engine.runner.run, engine._commit, VirtualTime()
+    run, commit, clock = engine.runner.run, engine._stepper._commit, VirtualTime()
     ready: list[float] = []
 
     def timed_run(packed, bucket):
@@ -59,13 +59,13 @@ def timed_device(engine: Engine) -> Iterator[None]:
         clock.now = max(clock.now, next(ends))
         commit(entry)
 
-    vars(engine.runner)["run"], vars(engine)["_commit"] = timed_run, timed_commit
+    vars(engine.runner)["run"], vars(engine._stepper)["_commit"] = timed_run, timed_commit
     driver.time, real = clock, driver.time
     try:
         yield
     finally:
         driver.time = real
-        del vars(engine.runner)["run"], vars(engine)["_commit"]
+        del vars(engine.runner)["run"], vars(engine._stepper)["_commit"]
 
 
 @pytest.mark.parametrize("overlap", [True, False])

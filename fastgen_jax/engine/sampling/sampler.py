@@ -177,15 +177,16 @@ def _sampled(
 ) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
     logits = _adjusted(logits, state, batch)
     weights = _weights(logits, batch)
-    drawn = _draw(weights, random_bits(batch.seeds, batch.positions, logits.shape[1]))
     is_drawn = batch.temperature > 0
-    return jnp.where(is_drawn, drawn, _argmax(logits)), jnp.where(is_drawn, _log_share(weights, drawn), 0.0)
+    speeds = _speeds(weights, random_bits(batch.seeds, batch.positions, logits.shape[1]))
+    tokens = _argmax(jnp.where(is_drawn[:, None], speeds, logits))
+    return tokens, jnp.where(is_drawn, _log_share(weights, tokens), 0.0)
 
 
 def _log_share(weights: Int32[Array, "R V"], tokens: Int32[Array, " R"]) -> Float32[Array, " R"]:
     """The logarithm of the share of the weight of each row's token in the sum of the row's weights."""
     weight = jnp.take_along_axis(weights, tokens[:, None], axis=1, mode="clip")[:, 0]
-    # Both are at least 1. log1p, unlike log, rounds alike in full vectors and in the remainder.
+    # For a token that was drawn both are at least 1. log1p, unlike log, rounds alike in full vectors and in the remainder.
     of_weight, of_sum = (jnp.log1p((x - 1).astype(jnp.float32)) for x in (weight, _sum(weights)))
     return of_weight - of_sum
 
@@ -235,16 +236,16 @@ def _masked(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingB
     return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
 
-def _draw(weights: Int32[Array, "R V"], bits: UInt32[Array, "R V"]) -> Int32[Array, " R"]:
-    """Indices drawn with probabilities in proportion to their `weights`, by 32 random bits for each.
+def _speeds(weights: Int32[Array, "R V"], bits: UInt32[Array, "R V"]) -> Float32[Array, "R V"]:
+    """Numbers whose largest is at each index with a probability in proportion to its weight, by 32 random bits for each.
 
-    Each token finishes after an exponentially distributed time, with its weight as the rate, and the first to finish is
-    drawn: the Gumbel-max trick without its second logarithm. A draw from a running sum over the vocabulary needs one random
-    number instead of V, but a change of any weight would move the borders of all later tokens.
+    Each token finishes after an exponentially distributed time, with its weight as the rate, and the fastest is drawn: the
+    Gumbel-max trick without its second logarithm. A draw from a running sum over the vocabulary needs one random number
+    instead of V, but a change of any weight would move the borders of all later tokens.
     """
     uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32  # finely spaced near 0, where the first ones finish
     seconds = -jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24))
-    return _argmax(jnp.where(weights > 0, weights.astype(jnp.float32) / seconds, -1))
+    return jnp.where(weights > 0, weights.astype(jnp.float32) / seconds, -1)
 
 
 def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Int32[Array, "R V"]:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from fastgen_jax import EngineConfig
 from fastgen_jax.engine.config import resolve
-from fastgen_jax.engine.runner import Runner, program_name
+from fastgen_jax.engine.programs import program_name
+from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.sharding import tensor_mesh
 from fastgen_jax.plan.program import step_arguments
@@ -33,13 +34,13 @@ def names(variant: str, **options) -> tuple[str, str]:
     params, model = tiny_model(variant, stack_layers=True)
     choices = EngineConfig(token_budget=8, max_num_seqs=4, block_size=4, num_blocks=16, stack_layers=True, **options)
     config = resolve(choices, model)
-    runner = Runner(prepare_params(params, model, config), model, config)
-    bucket = runner._new_bucket(8)
-    real = program_name(runner._arguments(bucket)[:3], model, config, 8, devices=runner.devices)
+    programs = Runner(prepare_params(params, model, config), model, config).programs
+    devices, bucket = jax.devices()[: config.tensor_parallel or 1], programs.bucket(8)
+    real = program_name(programs._arguments(bucket)[:3], model, config, 8, devices=devices)
     shapes = step_arguments(
         model,
         bucket,
-        tensor_mesh(runner.devices) if config.tensor_parallel else jax.devices()[0],
+        tensor_mesh(devices) if config.tensor_parallel else jax.devices()[0],
         num_blocks=config.num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
@@ -47,7 +48,7 @@ def names(variant: str, **options) -> tuple[str, str]:
         kv_dtype=jnp.dtype(config.kv_dtype),
         quantize=config.quantize,
     )
-    return real, program_name(shapes[:3], model, config, 8, devices=runner.devices)
+    return real, program_name(shapes[:3], model, config, 8, devices=devices)
 
 
 if __name__ == "__main__":

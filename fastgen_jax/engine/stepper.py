@@ -1,0 +1,137 @@
+"""One step of the engine: plan, pack, dispatch, and commit the step before it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.journal import InFlight, Journal
+from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes, compile_count
+from fastgen_jax.engine.outputs import SampledRows
+from fastgen_jax.engine.packing import Bucket, Packer
+from fastgen_jax.engine.runner import Runner
+from fastgen_jax.engine.sampling.tables import SamplingTables
+from fastgen_jax.scheduling import Scheduler, Sequence, Step
+
+
+class Stepper:
+    """Runs steps for the requests of a journal. The caller holds the engine's locks and notes what fails."""
+
+    def __init__(
+        self, config: ResolvedConfig, runner: Runner, scheduler: Scheduler, journal: Journal, metrics: Metrics
+    ) -> None:
+        self._config = config
+        self._runner = runner
+        self._scheduler = scheduler
+        self._journal = journal
+        self._metrics = metrics
+        self._tables = SamplingTables(config.max_num_seqs, runner.model.vocab_size)
+        self._packer = Packer(config, self._tables)
+
+    def step(self) -> None:
+        """Plans, packs and dispatches a step; then commits the one before it, whose tokens have arrived in the meantime."""
+        journal, timer, compiles = self._journal, StepTimer(), compile_count()
+        with timer("plan"):
+            step = journal.dispatching = self._scheduler.schedule()
+        if step is not None:
+            with timer("pack"):
+                bucket = self._runner.bucket(step.num_tokens)
+                packed = self._pack(step, bucket)
+            with timer("dispatch"):
+                output = self._runner.run(packed, bucket)
+            journal.in_flight.append(InFlight(step, output, timer, self._count(step, bucket, timer)))
+            journal.dispatching = None
+        self._end_refused()
+        # With overlap one step stays in flight while the host works, unless no step was dispatched after it.
+        num_kept = 1 if step is not None and self._config.choices.overlap else 0
+        while len(journal.in_flight) > num_kept:
+            self._commit(journal.in_flight[0])
+            journal.in_flight.popleft()
+        self._metrics.compiles_while_serving += compile_count() - compiles
+
+    def _pack(self, step: Step, bucket: Bucket) -> np.ndarray:
+        for sequence in step.admitted:
+            self._admit(sequence)
+        if any(sequence.awaits_each_token for sequence in step.sampled):
+            self._set_masks(step)
+        return self._packer.pack(step, bucket)
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Writes the sampling parameters of a sequence to its slot."""
+        request, slot = sequence.request, sequence.slot
+        assert slot is not None  # it was admitted
+        needs_history = self._tables.admit(
+            slot,
+            request.params,
+            eos_token_ids=request.eos_token_ids,
+            seed=request.seed,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            has_mask=sequence.awaits_each_token,
+        )
+        self._journal.states[request.request_id].note_start()
+        if needs_history:
+            self._runner.reset_slot(
+                slot,
+                prompt_ids=request.prompt_token_ids,
+                output_ids=sequence.output_token_ids,
+                logit_bias=request.params.logit_bias,
+            )
+
+    def _set_masks(self, step: Step) -> None:
+        """Sends the device masks of the tokens that the grammars allow next."""
+        slots, matchers = [], []
+        for sequence in step.sampled:
+            matcher = self._journal.states[sequence.request_id].matcher
+            if matcher is not None:
+                slots.append(sequence.slot)
+                matchers.append(matcher)
+        masks = np.zeros((len(slots), -(-self._runner.model.vocab_size // 32)), np.int32)
+        for row, matcher in zip(masks, matchers, strict=True):
+            matcher.fill_mask(row)
+        self._runner.set_masks(slots, masks)
+
+    def _count(self, step: Step, bucket: Bucket, timer: StepTimer) -> StepTimes:
+        return self._metrics.count_dispatch(
+            step,
+            timer,
+            bucket=bucket.num_tokens,
+            token_budget=self._config.token_budget,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+        )
+
+    def _end_refused(self) -> None:
+        for sequence in self._scheduler.take_refused():
+            self._metrics.refused += 1
+            state = self._journal.states[sequence.request_id]
+            self._journal.publish(state.advance([], []), state)
+
+    def _commit(self, entry: InFlight) -> None:
+        step, output, timer, times = entry
+        with timer("wait"):
+            rows = SampledRows(step, output.sampled)
+        with timer("commit"):
+            advanced = self._scheduler.commit(step, rows.new_tokens)
+        with timer("output"):
+            self._publish_outputs(rows, set(advanced))
+        self._metrics.count_commit(times, timer, num_sampled=len(step.sampled), num_advanced=len(advanced))
+
+    def _publish_outputs(self, rows: SampledRows, advanced: set[Sequence]) -> None:
+        for end, chunk in rows.chunks:
+            sequence = chunk.sequence
+            state = self._journal.states.get(sequence.request_id)
+            if state is None or state.sequence is not sequence:
+                continue  # aborted, or finished by an earlier step
+            params = sequence.request.params
+            if params.prompt_logprobs is not None:
+                for position, logprob in rows.prompt_logprobs(end, chunk, params.prompt_logprobs):
+                    state.add_prompt_logprob(position, logprob)
+            if not chunk.samples or sequence not in advanced:
+                continue
+            token_id = rows.tokens[end - 1]
+            logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs, sampled=True)]
+            output = state.advance([token_id], logprobs)
+            if output.finished and sequence.finish_reason is None:
+                self._scheduler.finish(sequence, "abort" if output.error else "stop")
+            self._metrics.finished += output.finished
+            self._journal.publish(output, state)
