@@ -226,7 +226,7 @@ def _open(name: str, source: Path) -> ctypes.CDLL:
     with _lock:
         ready = _ready(name, source)
         build = None if ready else _start(name, source)
-    path = ready or build.path.result()
+    path = ready if build is None else build.path.result()
     try:
         return ctypes.CDLL(str(path))
     except OSError:
