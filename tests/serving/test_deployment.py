@@ -218,7 +218,7 @@ def test_the_command_line_lists_it_and_shows_its_state(client):
     said = [(entry.get("source"), entry["message"]) for entry in entries]
     for source in ("replica 0", "replica 1"):
         mine = " ".join(message for who, message in said if who == source)
-        for part in ("opening the model: done in ", "loading llama from ", "engine ready in "):
+        for part in ("opening the model: done in ", "loading llama from ", "ready in "):
             assert part in mine
     assert len(set(log)) == len(log), "an entry was logged twice"
     assert any(message.startswith("loaded and compiled in ") for _, message in said)
