@@ -246,6 +246,7 @@ struct Pool {};
 template <class T>
 struct Attribute {};
 struct Remaining {};
+struct RemainingResults {};
 
 // One overload for each kind of operand; the first argument only selects it.
 template <DataType type>
@@ -269,6 +270,9 @@ inline ThreadPool decode(Pool*, Decoder& d) { return ThreadPool(d.frame->api, d.
 
 }  // namespace internal
 
+// The results that follow those of the binding; no kernel looks at them.
+class RemainingRets {};
+
 // The arguments that follow those of the binding.
 class RemainingArgs {
  public:
@@ -290,6 +294,10 @@ class RemainingArgs {
 
 namespace internal {
 
+inline RemainingRets decode(RemainingResults*, Decoder& d) {
+  d.result = d.frame->rets.size;
+  return RemainingRets();
+}
 inline RemainingArgs decode(Remaining*, Decoder& d) {
   const int64_t first = d.argument;
   d.argument = d.frame->args.size;
@@ -324,6 +332,7 @@ struct Binding {
   template <class T>
   auto Ret() const { return add<Result<T>>(); }
   auto RemainingArgs() const { return add<internal::Remaining>(); }
+  auto RemainingRets() const { return add<internal::RemainingResults>(); }
   template <class T>
   auto Attr(const char* name) const {
     auto next = add<internal::Attribute<T>>();

@@ -1,6 +1,6 @@
 // Results that are allocated and not written: Linux provides a page of a large array when it is first used.
 
-#include "xla/ffi/api/ffi.h"
+#include "ffi.h"
 
 namespace pallas_kernels {
 

@@ -127,8 +127,8 @@ def test_prefetched_kernels_are_compiled_once_and_load_waits_for_them(tmp_path: 
 @needs_compiler
 def test_a_process_that_ends_leaves_neither_compilers_nor_incomplete_libraries(tmp_path: Path):
     assert run("prefetch", "exit", XDG_CACHE_HOME=str(tmp_path), PALLAS_KERNELS_ISA="native") == ""
-    files = list((tmp_path / "pallas_kernels" / "native").iterdir())
-    assert {path.suffix for path in files} <= {".lock"}
+    left = {path.suffix for path in (tmp_path / "pallas_kernels" / "native").iterdir()}
+    assert left <= {".lock", ".so", ".sha256"}, "one that was complete before the end may stay"
 
 
 def test_every_cpp_source_of_the_package_is_listed():
