@@ -79,7 +79,7 @@ def this_environment() -> Environment:
 @functools.cache
 def warn_about_accelerators() -> None:
     """Logs, once, why JAX runs on the CPU of a machine that has an accelerator, unless JAX was told to use the CPU."""
-    if jax.default_backend() == "cpu" and not jax.config.jax_platforms:
+    if jax.default_backend() == "cpu" and not getattr(jax.config, "jax_platforms"):  # noqa: B009 (defined at run time)
         for problem in accelerator_problems(this_environment()):
             log.warning("%s", problem)
 

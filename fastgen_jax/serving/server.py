@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 CLOSE_SECONDS = 5  # to send finished answers to slow clients
 LOADING_LOG_SECONDS = 10.0  # between two log entries while the model loads
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_server(
@@ -68,7 +69,7 @@ def run_server(
         log=log_file,
         replicas=config.replicas,
     )
-    with listener, recorded(record):
+    with listener, recorded(record), _noted_signals() as early:
         log.info("deployment %s listens on %s and is loading %s", record.name, record.url, model)
         server = ServerState(served)
 
@@ -84,7 +85,7 @@ def run_server(
                 )
             )
             progress_log = asyncio.create_task(_log_progress(loading))
-            await _serve(server, listener, loading, on_ready=lambda: on_ready(record.url))
+            await _serve(server, listener, loading, early, on_ready=lambda: on_ready(record.url))
             await progress_log
 
         with asyncio.Runner(loop_factory=_fast_loop()) as runner:
@@ -96,7 +97,12 @@ def run_server(
 
 
 async def _serve(
-    server: ServerState, listener: socket.socket, loading: asyncio.Task[Backend], *, on_ready: Callable[[], object]
+    server: ServerState,
+    listener: socket.socket,
+    loading: asyncio.Task[Backend],
+    early_signals: list[int],
+    *,
+    on_ready: Callable[[], object],
 ) -> None:
     config = server.model.config
     http = _Uvicorn(
@@ -122,8 +128,10 @@ async def _serve(
             stop_now.set()
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPPING:
         loop.add_signal_handler(number, on_signal)
+    if early_signals:
+        on_signal()
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     stopping, stopping_now = asyncio.create_task(stop.wait()), asyncio.create_task(stop_now.wait())
     await asyncio.wait({serving, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -161,6 +169,21 @@ async def _serve(
     await serving
     stopping.cancel()
     stopping_now.cancel()
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Notes the signals that arrive before the event loop handles them.
+
+    A KeyboardInterrupt could be lost instead: Python ignores exceptions in finalizers and callbacks, where it may arise.
+    """
+    received: list[int] = []
+    usual = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in _STOPPING}
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

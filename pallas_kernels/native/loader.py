@@ -224,10 +224,11 @@ def _registered(name: str, symbols: Mapping[str, str], source: Path | None) -> c
 
 def _open(name: str, source: Path) -> ctypes.CDLL:
     with _lock:
-        ready = _ready(name, source)
-        started = None if ready else _start(name, source).path
-    path = started.result() if started else ready
-    assert path is not None
+        path = _ready(name, source)
+        build = _start(name, source) if path is None else None
+    if build is not None:
+        path = build.path.result()
+    assert path is not None, "a library is ready or being built"
     try:
         return ctypes.CDLL(str(path))
     except OSError:

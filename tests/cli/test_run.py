@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,15 @@ def seen() -> Iterator[socket.socket]:
         yield listener
 
 
-def start(checkpoint: Path, state: Path, *flags: str, **variables: str) -> subprocess.Popen[str]:
+@contextmanager
+def start(checkpoint: Path, state: Path, *flags: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "XDG_STATE_HOME": str(state), **variables}
     command = [sys.executable, "-m", "fastgen_jax.cli", "run", str(checkpoint), *SMALL, *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # a test that fails does not wait for the server
 
 
 def test_the_page_opens_in_the_browser_when_it_is_ready_and_an_interrupt_stops_the_server(

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -161,6 +162,11 @@ def test_weights_in_memory_are_kept_or_given_again(expected, monkeypatch) -> Non
 
 def test_replaced_weights_are_never_exchanged_for_those_of_the_checkpoint(checkpoint: Path, expected) -> None:
     engine = Engine.from_pretrained(checkpoint, **SETTINGS)
+    engine.sleep()
+    engine.wait_until_compiled()  # programs that are ready while it sleeps do not wake it
+    assert engine.is_asleep
+    assert engine.runner.budgets == engine.config.budget_ladder
+    assert answer(engine, PROMPTS[2]) == expected[2]
     params, _ = tiny_model()
     other = {**params, "final_norm": params["final_norm"] * jax.random.normal(jax.random.key(0), params["final_norm"].shape)}
     engine.params = other
@@ -240,7 +246,8 @@ def test_requests_of_eight_threads_survive_an_engine_that_falls_asleep_whenever_
         with fell_asleep:
             fell_asleep.notify_all()
 
-    sleeps, problems = engine.metrics.sleeps, []
+    sleeps = engine.metrics.sleeps
+    problems: list[BaseException] = []
     thread = EngineThread(engine, deliver, sleep_idle=1e-3)
 
     def client(number: int) -> None:
@@ -249,7 +256,7 @@ def test_requests_of_eight_threads_survive_an_engine_that_falls_asleep_whenever_
                 request_id = f"{number}-{round_}"
                 boxes[request_id] = box = queue.SimpleQueue()
                 thread.submit(engine.intake.request(tuple(PROMPTS[number]), greedy(12), request_id=request_id))
-                events: list[Event] = []
+                events: list[Any] = []
                 while not (events and events[-1].finished):
                     events.append(box.get(timeout=TIMEOUT))
                     assert not isinstance(events[-1], Failure), events[-1]
@@ -290,7 +297,7 @@ def test_a_request_that_cannot_wake_the_engine_fails_and_the_next_one_tries_agai
     finally:
         moved.rename(checkpoint)
     thread.submit(engine.intake.request(tuple(PROMPTS[5]), greedy(12), request_id="second"))
-    outputs: list[Event] = []
+    outputs: list[Any] = []
     while not (outputs and outputs[-1].finished):
         outputs.append(events.get(timeout=TIMEOUT))
     assert tokens_of(outputs) == expected[5]

@@ -124,15 +124,15 @@ def test_a_number_format_follows_the_rule_of_the_declaration():
     model = open_checkpoint(folder("deepseek_v3", "default")).config
     config = resolve(EngineConfig(num_blocks=8, dtype="bfloat16", stack_layers=True), model)
     specs = all_specs(model)
-    for path, dtype in {
-        "embed": "bfloat16",
-        "layers.attn_norm": config.activation_dtype,
-        "layers.choice_bias": "float32",
-    }.items():
+    for path, dtype, in_snapshots in (
+        ("embed", "bfloat16", "bfloat16"),
+        ("layers.attn_norm", config.activation_dtype, "bfloat16"),
+        ("layers.choice_bias", "float32", "float32"),
+    ):
         array = np.zeros(specs[path].shape, np.float32)
         assert prepare_leaf(specs[path], array, model, config).dtype == jnp.dtype(dtype)
         stored = host_leaf(specs[path], array, dtype="bfloat16", quantize=None)
-        assert stored.dtype == jnp.dtype("float32" if dtype == "float32" else "bfloat16")
+        assert stored.dtype == jnp.dtype(in_snapshots)
 
 
 def test_a_sharding_follows_the_logical_axes_and_scales_follow_the_columns():

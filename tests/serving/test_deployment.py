@@ -20,6 +20,7 @@ import pytest
 import fastgen_jax
 from fastgen_jax.api.client import ServerError
 from fastgen_jax.api.deployment import deployments
+from fastgen_jax.serving import server
 from tests.serving.checkpoint import write_checkpoint
 from tests.serving.tiny_server import eventually, offline
 
@@ -218,7 +219,7 @@ def test_the_command_line_lists_it_and_shows_its_state(client):
     said = [(entry.get("source"), entry["message"]) for entry in entries]
     for source in ("replica 0", "replica 1"):
         mine = " ".join(message for who, message in said if who == source)
-        for part in ("loading tiny: ", "compiling: 2 programs", "compiling: done in ", "engine ready: "):
+        for part in ("opening the model: done in ", "loading llama from ", "ready in "):
             assert part in mine
     assert len(set(log)) == len(log), "an entry was logged twice"
     assert any(message.startswith("loaded and compiled in ") for _, message in said)
@@ -285,3 +286,12 @@ def test_an_engine_may_use_several_devices(checkpoint, state, monkeypatch):
     client.terminate_server()
     client.close()
     assert [a.generated_text for a in answers] == [offline(p, max_new_tokens=12, **GREEDY) for p in prompts]
+
+
+def test_a_signal_before_the_event_loop_runs_is_noted_not_raised() -> None:
+    usual = signal.getsignal(signal.SIGINT)
+    with server._noted_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert received == [signal.SIGINT, signal.SIGTERM]
+    assert signal.getsignal(signal.SIGINT) is usual

@@ -231,7 +231,7 @@ def test_a_second_signal_stops_a_server_without_waiting_for_running_requests():
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             loading = asyncio.create_task(load())
-            serving = asyncio.create_task(_serve(server, listener, loading))
+            serving = asyncio.create_task(_serve(server, listener, loading, [], on_ready=lambda: None))
             await backend.in_use.wait()
             os.kill(os.getpid(), signal.SIGTERM)
             await backend.draining.wait()

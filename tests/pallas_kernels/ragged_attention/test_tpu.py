@@ -184,9 +184,9 @@ def test_scattered_slots_are_written_in_any_order() -> None:
     arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
-    written = write_kv_tpu(k, v, *caches, **arguments, interpret=interpret)
+    written = jax.jit(lambda *arrays: write_kv_tpu(*arrays, **arguments, interpret=interpret))(k, v, *caches)
     assert races_found() is False
-    for ours, expected in zip(written, write_kv(k, v, *caches, **arguments), strict=True):
+    for ours, expected in zip(written, jax.jit(lambda *arrays: write_kv(*arrays, **arguments))(k, v, *caches), strict=True):
         np.testing.assert_array_equal(ours, expected)
 
 
@@ -205,9 +205,9 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
-    written = write_kv_quantized_tpu(k, v, *caches, **arguments, interpret=interpret)
+    written = jax.jit(lambda *arrays: write_kv_quantized_tpu(*arrays, **arguments, interpret=interpret))(k, v, *caches)
     assert races_found() is False
-    expected = write_kv(k, v, *caches, **arguments)
+    expected = jax.jit(lambda *arrays: write_kv(*arrays, **arguments))(k, v, *caches)
     for ours, other in zip(jax.tree.leaves(written), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, other)
 
