@@ -76,7 +76,7 @@ def deepseek2(m: Metadata) -> JsonObject:
         "rms_norm_eps": m.get("attention.layer_norm_rms_epsilon"),
         "rope_parameters": rope,
         "kv_lora_rank": kv_rank,
-        "q_lora_rank": m.get("attention.q_lora_rank", 0) or None,
+        "q_lora_rank": m.get("attention.q_lora_rank", 0),  # an absent one would be the default
         "qk_rope_head_dim": rope_dim,
         "qk_nope_head_dim": key_dim - rope_dim,
         "v_head_dim": m.get("attention.value_length_mla" if split else "attention.value_length"),

@@ -136,7 +136,7 @@ def test_the_command_measures_several_numbers_of_clients_and_writes_the_runs(tmp
             ["--url", "http://127.0.0.1:9/v1", "--clients", "1", "--requests", "1", "--prompt", "8"],
             "answered no request",
         ),
-        (["--url", "u", "--sla-scale", "0", "--trace", "x.csv", "--rate", "1"], "--trace and --rate are both given"),
+        (["--url", "u", "--sla-scale", "0", "--trace", "x.csv", "--rate", "1"], "--trace and --rate are both set"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_reported(argv: list[str], message: str, capsys) -> None:

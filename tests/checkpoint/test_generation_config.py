@@ -11,6 +11,7 @@ import pytest
 from fastgen_jax import EngineConfig
 from fastgen_jax.checkpoint import open_checkpoint
 from fastgen_jax.checkpoint.convert import convert
+from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.weights import host_leaf
@@ -45,7 +46,9 @@ def source(tmp_path):
 
 def defaults_of(model, **options):
     """What an engine for this model is started with."""
-    return startup.load(model, EngineConfig(**SMALL, **options), progress=False)[3].generation_config
+    return startup.load(model, EngineConfig(**SMALL, **options), phases=Phases(logging.getLogger(__name__), bar=False))[
+        3
+    ].generation_config
 
 
 def test_a_directory_provides_defaults_unless_they_are_turned_off_or_replaced(source):

@@ -87,7 +87,7 @@ def latent_model(hf: Fields, *, max_context_len: int) -> ModelFields:
             rope_dim=rope_dim,
             nope_dim=nope_dim,
             v_dim=hf["v_head_dim"],
-            q_rank=hf.get("q_lora_rank", 1536),
+            q_rank=hf.get("q_lora_rank", 1536) or None,
             rope_interleaved=hf.get("rope_interleave", True),
             kv_bias=bias,
         ),
