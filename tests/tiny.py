@@ -48,7 +48,8 @@ def tiny_engine(variant: str = "default", **options: Any) -> Engine:
     """
     settings = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64, **options}
     engine = _tiny_engine(variant, tuple(sorted(settings.items())))
-    assert not engine.has_work and not len(engine.manual_sequences), "another test left requests or sequences behind"
+    assert not engine.has_work, "another test left requests behind"
+    assert not len(engine.manual_sequences), "another test left sequences of put behind"
     return engine
 
 
