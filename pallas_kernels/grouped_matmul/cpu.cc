@@ -121,7 +121,8 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t d
 
 using F32 = ffi::Buffer<ffi::F32>;
 
-// `scales` is float32[G, num_panels, kWidth] if the weight is int8, else empty.
+// weight is [G, num_panels, steps, kWidth, group], or [L, G, ...] with the groups of all layers, one after another. `scales` is
+// float32[G, num_panels, kWidth], or [L, G, ...], if the weight is int8, else empty.
 ffi::Error grouped_matmul(ffi::ThreadPool pool, bool gated, F32 x, ffi::AnyBuffer weight, F32 scales,
                           ffi::Buffer<ffi::S32> group_sizes, ffi::Buffer<ffi::S32> first_group,
                           ffi::ResultBuffer<ffi::F32> y) {
@@ -129,23 +130,26 @@ ffi::Error grouped_matmul(ffi::ThreadPool pool, bool gated, F32 x, ffi::AnyBuffe
     using Weight = decltype(storage);
     const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
     const int64_t columns = gated ? kWidth / 2 : kWidth;
-    if (xs.size() != 2 || ws.size() != 5 || ys.size() != 2 || ws[4] != Weight::kGroup || ws[3] != kWidth ||
-        ws[2] != num_steps<Weight>(xs[1]) || ys[0] != xs[0] || (ys[1] + columns - 1) / columns != ws[1]) {
+    const size_t axis = ws.size() == 6;  // the number of layer axes
+    if (xs.size() != 2 || ws.size() != 5 + axis || ys.size() != 2 || ws[axis + 4] != Weight::kGroup ||
+        ws[axis + 3] != kWidth || ws[axis + 2] != num_steps<Weight>(xs[1]) || ys[0] != xs[0] ||
+        (ys[1] + columns - 1) / columns != ws[axis + 1]) {
       return ffi::Error::InvalidArgument(
           "pallas_kernels_grouped_matmul: activations, panels and result have incompatible shapes");
     }
+    const int64_t num_weights = axis ? ws[0] * ws[1] : ws[0], num_panels = ws[axis + 1], steps = ws[axis + 2];
     const bool is_int8 = std::is_same_v<Weight, Int8>;
-    if (static_cast<int64_t>(scales.element_count()) != (is_int8 ? ws[0] * ws[1] * kWidth : 0)) {
+    if (static_cast<int64_t>(scales.element_count()) != (is_int8 ? num_weights * num_panels * kWidth : 0)) {
       return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: scales have the wrong size");
     }
     const int64_t num_groups = group_sizes.element_count(), first = first_group.typed_data()[0];
-    if (first < 0 || first + num_groups > ws[0]) {
+    if (first < 0 || first + num_groups > num_weights) {
       return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: first_group is out of range");
     }
     const auto* panels = static_cast<const typename Weight::Element*>(weight.untyped_data());
     multiply<Weight>(pool, x.typed_data(), xs[0], xs[1], group_sizes.typed_data(), num_groups,
-                     panels + first * ws[1] * ws[2] * kStep<Weight>,
-                     is_int8 ? scales.typed_data() + first * ws[1] * kWidth : nullptr, ws[1],
+                     panels + first * num_panels * steps * kStep<Weight>,
+                     is_int8 ? scales.typed_data() + first * num_panels * kWidth : nullptr, num_panels,
                      Output{nullptr, y->typed_data(), ys[1], gated});
     return ffi::Error::Success();
   });

@@ -62,7 +62,7 @@ mlir.register_lowering(_cpu_only_p, _refuse)
 @partial(jax.jit, static_argnames=("num_outputs", "gated"))
 def multiply(
     x: Float[Array, "T K"],
-    panels: Num[Array, "G P steps width group"],
+    panels: Num[Array, "*layers G P steps width group"],
     scales: Float[Array, "*groups"],
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
@@ -80,7 +80,7 @@ def multiply(
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _multiply(
     x: Float[Array, "T K"],
-    panels: Num[Array, "G P steps width group"],
+    panels: Num[Array, "*layers G P steps width group"],
     scales: Float[Array, "*groups"],
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],

@@ -101,9 +101,8 @@ def _product(
     if isinstance(w, PackedGroups):
         if w.layer is not None:  # the groups of all layers, one after another
             first = w.layer * w.shape[0] + first
-        panels = w.panels.reshape(-1, *w.panels.shape[-4:])
         return cpu.multiply(
-            x.astype(jnp.float32), panels, w.scales, group_sizes, first, num_outputs=w.num_outputs, gated=w.gated
+            x.astype(jnp.float32), w.panels, w.scales, group_sizes, first, num_outputs=w.num_outputs, gated=w.gated
         )
     return _plain_product(x, w, group_sizes, first, implementation)
 

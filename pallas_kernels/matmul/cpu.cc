@@ -106,23 +106,23 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 
-// weight is [L, num_panels, steps, kWidth, group], or one layer without the axis L. Rows of x from num_rows on are padding: they are not computed, and their
-// results are zero. Remaining arguments: scales, float32[L, num_panels, kWidth], if the weight is int8; then the residual if
-// `has_residual`.
+// weight is [L, num_panels, steps, kWidth, group], or one layer without the axis L. Rows of x from num_rows on are padding: they
+// are not computed, and their results are zero. Remaining arguments: scales, float32[L, num_panels, kWidth], if the weight is
+// int8; then the residual if `has_residual`.
 ffi::Error matmul(ffi::ThreadPool pool, bool gated, bool has_residual, F32 x, ffi::AnyBuffer weight, S32 layer, S32 num_rows,
                   ffi::RemainingArgs others, ffi::ResultBuffer<ffi::F32> y) {
   return with_storage(weight.element_type(), "pallas_kernels_matmul", [&](auto storage) {
     using Weight = decltype(storage);
     const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
     const int64_t columns = gated ? kWidth / 2 : kWidth;
-    const size_t axis = ws.size() == 5;  // that of the panels
-    const int64_t num_layers = axis ? ws[0] : 1, num_panels = ws[axis], steps = ws[axis + 1];
+    const size_t axis = ws.size() == 5;  // the number of layer axes
     if (xs.size() != 2 || ws.size() != 4 + axis || ys.size() != 2 || ws[axis + 3] != Weight::kGroup ||
-        ws[axis + 2] != kWidth || steps != num_steps<Weight>(xs[1]) || ys[0] != xs[0] ||
-        (ys[1] + columns - 1) / columns != num_panels) {
+        ws[axis + 2] != kWidth || ws[axis + 1] != num_steps<Weight>(xs[1]) || ys[0] != xs[0] ||
+        (ys[1] + columns - 1) / columns != ws[axis]) {
       return ffi::Error::InvalidArgument(
           "pallas_kernels_matmul: activations, panels and result have incompatible shapes");
     }
+    const int64_t num_layers = axis ? ws[0] : 1, num_panels = ws[axis], steps = ws[axis + 1];
     const int64_t index = layer.typed_data()[0];
     if (index < 0 || index >= num_layers) {
       return ffi::Error::InvalidArgument("pallas_kernels_matmul: layer " + std::to_string(index) + " of a weight with " +

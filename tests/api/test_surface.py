@@ -125,6 +125,8 @@ def test_clients_and_the_research_interface_show_what_they_are_connected_to():
     research = Research(engine)
     research.put(["a", "b"], [[1], [2]])
     assert repr(research) == f"Research({engine.describe()}; 2 sequences)"
+    for uid in ("a", "b"):
+        research.flush(uid)
 
 
 def test_an_async_engine_shows_its_settings_and_its_load():

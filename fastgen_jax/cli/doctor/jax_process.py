@@ -44,7 +44,7 @@ def kernels(timeout: float) -> Finding:
     compilers = dict(_compilers())
     built = found.get("built") or []
     lines = [
-        ("in use", "no: " + " ".join(reason.split()) if reason else "yes"),
+        ("in use", "no: " + " ".join(reason.split()) if reason else f"yes, {found.get('origin', '')}".rstrip(", ")),
         ("built", ", ".join(built) or "none yet; they are built at the first start"),
         *(compilers.items() or [("compilers", "none")]),
     ]

@@ -228,3 +228,25 @@ def test_a_weight_is_refused_by_the_function_that_it_was_not_prepared_for():
         grouped_swiglu(x, prepare(_normal(2, 8, 6), platform="cpu"), sizes)
     with pytest.raises(ValueError, match="have a single implementation"):
         grouped_matmul(x, prepare(_normal(2, 8, 6), platform="cpu"), sizes, implementation="tiles")
+
+
+@needs_native
+@pytest.mark.parametrize("layers", [(), (3,)], ids=["one", "stacked"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_a_call_copies_no_weight(dtype: jnp.dtype, layers: tuple[int, ...]):
+    # With one value per column and step, as on CPUs without bfloat16: reshaping such an array, XLA may copy it.
+    groups, panels, steps, width = 4, 6, 48, 16
+    scales = (*layers, groups, panels, width) if dtype == jnp.int8 else (0,)
+    lowered = jax.jit(grouped_matmul).lower(
+        jax.ShapeDtypeStruct((8, steps), jnp.float32),
+        PackedGroups(
+            panels=jax.ShapeDtypeStruct((*layers, groups, panels, steps, width, 1), dtype),
+            scales=jax.ShapeDtypeStruct(scales, jnp.float32),
+            num_inputs=steps,
+            num_outputs=panels * width,
+            gated=False,
+            layer=jax.ShapeDtypeStruct((), jnp.int32) if layers else None,
+        ),
+        jax.ShapeDtypeStruct((groups,), jnp.int32),
+    )
+    assert "copy" not in lowered.compile().as_text()
