@@ -229,7 +229,7 @@ def test_a_requested_limit_causes_no_warning(pipe, caplog):
     ("settings", "name", "room"),
     [
         ({}, "max_context_len", 126),
-        ({"num_blocks": 18}, "num_blocks", 70),
+        pytest.param({"num_blocks": 18}, "num_blocks", 70, marks=pytest.mark.slow),
     ],
 )
 def test_a_default_limit_yields_to_the_room_and_a_full_context_is_reported(settings, name, room, caplog):

@@ -118,6 +118,7 @@ def test_a_gguf_file_keeps_its_tokenizer_in_the_snapshot(tmp_path):
     assert (out / "tokenizer" / "tokenizer.gguf").stat().st_size < (tmp_path / "m.gguf").stat().st_size / 4
 
 
+@pytest.mark.slow
 def test_a_snapshot_does_not_depend_on_the_mesh_that_wrote_it(source, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.programs.meshes", str(source), str(tmp_path / "out")],

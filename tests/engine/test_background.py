@@ -186,6 +186,7 @@ def test_a_program_that_is_ready_after_an_interrupt_does_not_repair_the_engine(g
     engine.destroy()
 
 
+@pytest.mark.slow
 def test_two_engines_compile_at_the_same_time() -> None:
     engines = [start(), start(num_blocks=48)]
     answers = [answer(engine) for engine in engines]
@@ -203,6 +204,7 @@ def run(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_process_ends_after_the_program_that_is_being_compiled() -> None:
     process = run()
     output, errors = process.communicate(timeout=120)

@@ -61,6 +61,7 @@ def test_a_second_machine_compiles_and_measures_nothing(server, tmp_path) -> Non
     assert {name.split("/")[1].partition("-")[0] for name in server.names("bucket")} == {"llama"}
 
 
+@pytest.mark.slow
 def test_without_access_an_engine_runs_with_a_warning(server, tmp_path) -> None:
     server.refuse.update(list=100, read=100)
     found = machine(tmp_path / "anna", {"token_budget": 4, "budget_ladder": [], "max_num_seqs": 2, "num_blocks": 8})
@@ -129,7 +130,7 @@ def test_a_bucket_that_can_only_be_read_causes_one_warning(server: BucketServer,
     assert caplog.text.count("nothing more is added to the cache in the bucket") == 1
 
 
-def test_a_slow_bucket_does_not_delay_an_engine(server: BucketServer, tmp_path, monkeypatch) -> None:
+def test_a_slow_bucket_does_not_delay_an_engine(server: BucketServer, tmp_path, monkeypatch, without_jax_cache) -> None:
     """The engine answers while its files wait for the server."""
     from fastgen_jax import Engine, EngineConfig
     from tests.tiny import drain, greedy, tiny_model, tokens_of

@@ -179,6 +179,7 @@ def test_a_full_disk_causes_a_warning_and_leaves_no_truncated_programs(fresh, ca
     assert entries(folder, "jit__step")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_the_background_causes_the_same_warning(fresh, caplog) -> None:
     folder = fresh / "cache"
     expected = answer(start(folder))

@@ -282,7 +282,9 @@ def test_an_unknown_engine_option_is_refused_by_name():
         EngineConfig.from_options({"tensor_paralel": 2})
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "float16", "int8"])
+@pytest.mark.parametrize(
+    "kv_dtype", [None, pytest.param("float16", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow)]
+)
 def test_no_answer_depends_on_what_the_cache_contained_before(kv_dtype) -> None:
     """Its memory is not written when it is allocated."""
     engine = tiny_engine(kv_dtype=kv_dtype)

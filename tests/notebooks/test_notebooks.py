@@ -132,7 +132,8 @@ def clone(target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("place", "num_cells"), [("notebooks", None), pytest.param("..", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "num_cells"), [("notebooks", None), ("..", 2)])
 def test_without_the_package_a_notebook_installs_the_clone_around_it_or_next_to_it(
     place: str, num_cells: int | None, fresh: str, tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_without_the_package_a_notebook_installs_the_wheel_next_to_it(fresh: str
     execute(WITHOUT_MODEL, folder, kernel=fresh, num_cells=2)
 
 
+@pytest.mark.slow
 def test_without_the_package_a_notebook_clones_its_repository(fresh: str, tmp_path: Path) -> None:
     repository, folder = clone(tmp_path / "repository"), tmp_path / "content"
     folder.mkdir()

@@ -64,6 +64,7 @@ def test_impossible_options_are_refused(options, model, message) -> None:
         resolve_for(EngineConfig(**options), llama(model), parse_topology("v5e:2x2"))
 
 
+@pytest.mark.slow
 def test_programs_compiled_here_are_loaded_by_the_next_start(tmp_path, monkeypatch, capsys, without_jax_cache) -> None:
     options = {"token_budget": 8, "max_num_seqs": 4, "block_size": 4, "num_blocks": 16}
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]

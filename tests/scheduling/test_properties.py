@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastgen_jax.scheduling import POLICIES, Request, Scheduler
 from tests.scheduling.fake_device import EOS, VOCAB, drive, make_request, naive_tokens, with_promise
 
-ANY_WORKLOAD = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+ANY_WORKLOAD = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Workload(NamedTuple):
