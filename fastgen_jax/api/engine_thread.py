@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import heapq
 import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +23,23 @@ log = logging.getLogger(__name__)
 
 ESTIMATE_EVERY = 0.25  # seconds; an estimate replays the queue, which takes a millisecond for a thousand waiting requests
 STEP_TIME_DECAY = 0.9  # weight of the old value in the moving average of the step time
+EXIT_TIMEOUT = 10.0  # seconds allowed for the current steps when the program ends
+
+_living: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Ends all threads: a program that ends while a thread is in JAX crashes.
+
+    Waits for the threads themselves, because one that has no `EngineThread` anymore may still be freeing its engine.
+    """
+    deadline = time.monotonic() + EXIT_TIMEOUT
+    for engine_thread in [*_living]:
+        engine_thread.stop()
+    for thread in [*_threads]:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +98,8 @@ class EngineThread:
         self._next_estimate = 0.0
         self._publish()
         self._thread = threading.Thread(target=self._run, name="fastgen-engine", daemon=True)
+        _living.add(self)
+        _threads.add(self._thread)
         self._thread.start()
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import queue
 import threading
 import weakref
@@ -16,19 +15,9 @@ from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.scheduling import Request
 
 POLL_SECONDS = 1.0  # how often a waiting reader checks for signals and whether the thread is still alive
-_EXIT_TIMEOUT = 10.0  # seconds allowed for the current step when the program ends
 
 _Batch = list[tuple[int, Event]]
 _Place = tuple["queue.SimpleQueue[_Batch]", int]
-
-_threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_threads() -> None:
-    """Ends all threads: a program that ends while a thread computes would crash."""
-    for thread in [*_threads]:
-        thread.close(_EXIT_TIMEOUT)
 
 
 class DestroyedError(ValueError):
@@ -85,7 +74,6 @@ class SharedEngine:
         with self._starting:
             if self._thread is None or self._thread.has_ended:
                 self._thread = EngineThread(self.engine, partial(_deliver, self._places))
-                _threads.add(self._thread)
                 weakref.finalize(self, self._thread.stop).atexit = False
             return self._thread
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +28,7 @@ from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "ignore_eos": True}
 LONG = OPTIONS | {"max_new_tokens": 100}
+REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 60.0  # seconds: after that it counts as hanging
 
 
@@ -295,3 +299,9 @@ def test_a_pipeline_without_references_releases_its_engine():
     del thread
     gc.collect()
     assert gone() is None
+
+
+def test_a_program_that_ends_while_a_thread_frees_the_engine_waits_for_it():
+    command = [sys.executable, "-W", "error", "-m", "tests.api.programs.ending"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "freed by fastgen-engine\n", "")
