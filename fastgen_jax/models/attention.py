@@ -108,6 +108,8 @@ def attention(
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
+    if config.attention_scale_by_layer:
+        q = (q.astype(jnp.float32) / (jnp.asarray(index, jnp.float32) + 1.0)).astype(q.dtype)
     if cache.k.shape[-1] != d:  # heads are zero-padded in the cache, which does not change a dot product
         q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))) for part in (q, key, value))
     out, k_cache, v_cache = step.attend(
@@ -143,12 +145,14 @@ def _heads(
         )
         if config.qk_norm is not None:
             q, key = (_qk_norm(part, w, name, step, config) for part, name in ((q, "q_norm"), (key, "k_norm")))
+        q, key, value = (_clipped(part, config) for part in (q, key, value))
         return (q, key, value) if turn is None else (rotate(q, *turn), rotate(key, *turn), value)
     qkv = qkv.reshape(-1, h + 2 * k, d)
     if config.qk_norm is not None:
         parts = ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm"))
         q, key = (_qk_norm(part, w, name, step, config) for part, name in parts)
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
+    qkv = _clipped(qkv, config)
     if turn is None:
         return qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
     return rotary(qkv, *turn, num_heads=h)
@@ -159,6 +163,11 @@ def _qk_norm(x: jax.Array, w: LayerWeights, name: str, step: Step, config: Model
     if config.qk_norm == "row":
         return norm(x.reshape(x.shape[0], -1), w, name, config=config, num_rows=step.num_tokens).reshape(x.shape)
     return norm(x, w, name, config=config, num_rows=step.num_tokens)
+
+
+def _clipped(x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Queries, keys or values within the limits of the model."""
+    return x if config.clip_qkv is None else jnp.clip(x, -config.clip_qkv, config.clip_qkv)
 
 
 def _rotation_of(step: Step, config: ModelConfig, index: Int[Array, ""] | int) -> Rotation | None:
