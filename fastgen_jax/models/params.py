@@ -146,11 +146,11 @@ def _attention_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     if config.attention_sinks:
         yield vector("sinks", h, "H")
     if config.qk_norm is not None:
-        for name, heads in {"q_norm": h, "k_norm": k}.items():
+        for name, heads, letter in (("q_norm", h, "H"), ("k_norm", k, "K")):
             shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
                 "head": ((d,), ("D",)),
-                "per_head": ((heads, d), ("H", "D")),
-                "row": ((heads * d,), ("HD",)),
+                "per_head": ((heads, d), (letter, "D")),
+                "row": ((heads * d,), (f"{letter}D",)),
             }
             shape, axes = shapes[config.qk_norm]
             scale = norm(name, shape, axes, initial=_neutral_scale(config))
