@@ -112,6 +112,30 @@ def test_a_field_that_says_what_is_computed_anyway_is_read(family, usual, other)
         read(hf | usual | other)
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("qwen2", {"attention_bias": True}),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
+        ("qwen2_moe", {"use_sliding_window": False, "sliding_window": 32_768, "max_window_layers": 21, "layer_types": None}),
+        ("qwen3_moe", {"use_sliding_window": False, "sliding_window": 32_768, "max_window_layers": 48}),
+        ("smollm3", {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}),
+    ],
+)
+def test_fields_of_releases_that_change_nothing_are_read(family, fields):
+    hf, read = hf_config(family), FAMILIES[family].config_from_hf
+    assert read(hf | fields, strict=True) == read(hf)
+
+
+def test_remarks_within_the_rotary_settings_are_read():
+    hf = {name: value for name, value in hf_config("llama").items() if not name.startswith("rope_")}
+    read, yarn = FAMILIES["llama"].config_from_hf, {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16}
+    published = yarn | {"finetuned": True, "extrapolation_factor": 1.0, "attn_factor": 1}
+    assert read(hf | {"rope_scaling": published}, strict=True) == read(hf | {"rope_scaling": yarn})
+    with pytest.raises(ValueError, match=r"unknown fields {'attn_factor': 0.8}; remove them"):
+        read(hf | {"rope_scaling": yarn | {"attn_factor": 0.8}})
+
+
 WITHOUT_EFFECT = [
     ("deepseek_v2", "lite", {"norm_topk_prob": True}),
     ("llama", "default", {"partial_rotary_factor": 0.5}),

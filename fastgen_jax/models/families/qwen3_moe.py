@@ -21,12 +21,13 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     common.refuse_unsupported(hf, supported)
     hf.ignore(*supported, "max_window_layers")  # a window applies to all layers, unlike in Qwen3
     bias, activation = hf.get("attention_bias", False), common.activation(hf, default="silu")
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+    window = hf.get("sliding_window", 4096)
+    has_window = hf.get("use_sliding_window", False) and window is not None
     return ModelConfig(
         family="qwen3_moe",
         **common.sizes(hf, assumed={"num_key_value_heads": 4}),
         **rotary(hf, max_context_len=32_768),
-        layer_windows=() if window is None else (window,) * hf["num_hidden_layers"],
+        layer_windows=(window,) * hf["num_hidden_layers"] if has_window else (),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         qkv_bias=bias,
         o_bias=bias,

@@ -26,6 +26,12 @@ _KNOWN = {
     ),
     "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
 }
+# Fields of other implementations, with the values that change nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "finetuned": (True, False),  # a remark of the first YaRN releases
+    "attn_factor": (1,),
+    "extrapolation_factor": (1,),
+}
 _RENAMED = {"su": "longrope"}  # the name of LongRoPE in the first Phi-3 releases
 
 
@@ -109,7 +115,9 @@ def rope_from_fields(
     unknown = {
         name: value
         for name, value in fields.items()
-        if name not in (*_KNOWN[kind], "original_max_position_embeddings") and value is not None
+        if name not in (*_KNOWN[kind], "original_max_position_embeddings")
+        and value is not None
+        and value not in _NEUTRAL.get(name, ())
     }
     if unknown:
         raise ValueError(f"rope_type {kind!r} has unknown fields {unknown}; remove them if they do not matter")
