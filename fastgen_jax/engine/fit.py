@@ -100,9 +100,9 @@ def choose_formats(
     """
     options = candidates(config, machine, model, kept=kept)
     best, least, most = (_first(options, config, model, machine, share) for share in ("usual", "least", "most"))
-    kept = [i for i, formats in enumerate(options) if _names(formats) == earlier]
-    if kept and most is not None and most <= kept[0] <= (len(options) if least is None else least):
-        best = kept[0]
+    unchanged = [i for i, formats in enumerate(options) if _names(formats) == earlier]
+    if unchanged and most is not None and most <= unchanged[0] <= (len(options) if least is None else least):
+        best = unchanged[0]
     elif best is None:
         best = most
     if best is None:
