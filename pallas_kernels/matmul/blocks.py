@@ -98,7 +98,8 @@ class BlockWeight:
         """The matrix that the blocks stand for."""
         n, k = self.values.shape
         scales = self.scales.astype(np.float32)
-        values = self.values.reshape(n, scales.shape[1], -1).astype(np.float32) * scales[..., None]
+        values = self.values.reshape(n, scales.shape[1], -1).astype(np.float32)
+        values *= scales[..., None]
         if self.offsets is not None:
             values += self.offsets.astype(np.float32)[..., None]
         elif self.format.bits == 4:
