@@ -93,9 +93,9 @@ class Programs:
         )
         return cache, self.idle_state()
 
-    def idle_state(self) -> SamplerState:
-        """The state of idle slots."""
-        return init_state(self.config.max_num_seqs, self.model.vocab_size)
+    def idle_state(self, *, on_host: bool = False) -> SamplerState:
+        """The state of idle slots; see `init_state`."""
+        return init_state(self.config.max_num_seqs, self.model.vocab_size, on_host=on_host)
 
     def memory(self) -> tuple[KVCache, SamplerState]:
         """The shapes of `zeros`, with their shardings if there is a mesh."""
