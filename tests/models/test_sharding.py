@@ -27,19 +27,17 @@ TINY = ModelConfig(
     mlp_dim=48,
     max_context_len=64,
 )
-EXPERTS = dataclasses.replace(
-    TINY,
-    moe=MoEConfig(
-        num_experts=4,
-        experts_per_token=2,
-        expert_dim=24,
-        layers=(0, 1),
-        shared_dim=16,
-        shared_gate=True,
-        expert_bias=True,
-        swiglu_limit=3.0,
-    ),
+MOE = MoEConfig(
+    num_experts=4,
+    experts_per_token=2,
+    expert_dim=24,
+    layers=(0, 1),
+    shared_dim=16,
+    shared_gate=True,
+    expert_bias=True,
+    swiglu_limit=3.0,
 )
+EXPERTS = dataclasses.replace(TINY, moe=MOE)
 
 
 # Nothing divides evenly: 6 query heads and 3 KV heads, an MLP of 47, 61 tokens.
@@ -57,7 +55,7 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         dataclasses.replace(
             EXPERTS,
             vocab_size=63,
-            moe=dataclasses.replace(EXPERTS.moe, expert_dim=23, shared_dim=15, activation="gelu", swiglu_limit=None),
+            moe=dataclasses.replace(MOE, expert_dim=23, shared_dim=15, activation="gelu", swiglu_limit=None),
         ),
         4,
         None,
