@@ -1,0 +1,68 @@
+"""Quantized safetensors as plain tensors, in the formats in which models are published.
+
+`unpack` presents the tensors of one matrix under the name that the unquantized checkpoint has; its values are computed when
+it is read. Activations and caches are not quantized, whatever the checkpoint says about them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fastgen_jax.checkpoint.quantized.bitsandbytes import read_bitsandbytes
+from fastgen_jax.checkpoint.quantized.compressed_tensors import read_compressed_tensors
+from fastgen_jax.checkpoint.quantized.floats import read_fp8, read_modelopt, read_mxfp4
+from fastgen_jax.checkpoint.quantized.integers import read_auto_round, read_awq, read_gptq, read_marlin
+from fastgen_jax.checkpoint.quantized.mlx import read_mlx
+from fastgen_jax.checkpoint.quantized.packed import REMEDY, PackedTensor
+from fastgen_jax.checkpoint.tensor_files import StoredTensor
+from fastgen_jax.json_types import JsonFields, JsonObject
+
+__all__ = ["PackedTensor", "quantization_method", "split_settings", "unpack"]
+
+_METHODS: dict[str, Callable[[Mapping[str, StoredTensor], JsonFields], dict[str, StoredTensor | PackedTensor]]] = {
+    "mxfp4": read_mxfp4,
+    "fp8": read_fp8,
+    "fbgemm_fp8": read_fp8,
+    "compressed-tensors": read_compressed_tensors,
+    "awq": read_awq,
+    "gptq": read_gptq,
+    "marlin": read_marlin,
+    "auto-round": read_auto_round,
+    "bitsandbytes": read_bitsandbytes,
+    "modelopt": read_modelopt,
+    "mlx": read_mlx,
+}
+_FIELDS = ("quantization_config", "compression_config", "quantization")
+_OTHER_NAMES = {"compressed_tensors": "compressed-tensors", "intel/auto-round": "auto-round", "modelopt_fp4": "modelopt"}
+
+
+def unpack(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
+    """The tensors of a checkpoint with the settings of `split_settings` under the names of an unquantized one.
+
+    ValueError for a method or setting that is not supported.
+    """
+    return _METHODS[quantization_method(settings)](tensors, settings)
+
+
+def quantization_method(settings: JsonFields) -> str:
+    """The `quant_method` of a `quantization_config`; ValueError if it is not supported."""
+    method = settings.get("quant_method")
+    method = _OTHER_NAMES.get(str(method), method)
+    if method not in _METHODS:
+        raise ValueError(f"quantization_config.quant_method is {method!r}; supported: {', '.join(_METHODS)}; {REMEDY}")
+    return method
+
+
+def split_settings(config: JsonFields) -> tuple[JsonObject | None, JsonObject]:
+    """The fields of a config.json that say how the weights are quantized, with a `quant_method`, and the other fields.
+
+    The first are None if the weights are not quantized.
+    """
+    found: JsonObject | None = None
+    rest = {name: value for name, value in config.items() if name not in _FIELDS}
+    if isinstance(rest.get("text_config"), dict):
+        found, rest["text_config"] = split_settings(rest["text_config"])
+    mlx = config.get("quantization")
+    if isinstance(mlx, dict) and "group_size" in mlx:  # mlx-lm writes a copy as quantization_config
+        return {"quant_method": "mlx", **mlx}, rest
+    return config.get("quantization_config") or config.get("compression_config") or found, rest

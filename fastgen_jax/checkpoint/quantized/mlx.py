@@ -1,0 +1,70 @@
+"""What mlx-lm writes: integers of 2 to 8 bits in groups with a scale and a bias, or MXFP4, MXFP8 and NVFP4."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+
+from fastgen_jax.checkpoint.quantized.numbers import e8m0, fp4, grouped, unpack_bits
+from fastgen_jax.checkpoint.quantized.packed import Format, PackedTensor, Parts, assemble, expect_shape, only
+from fastgen_jax.checkpoint.tensor_files import StoredTensor
+from fastgen_jax.json_types import JsonFields
+
+_BITS = (2, 3, 4, 5, 6, 8)
+_FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, and inputs in a group
+
+
+def read_mlx(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
+    """`settings` are the `quantization` of config.json, which may have other settings for single modules."""
+
+    def weight(module: str, parts: Parts) -> PackedTensor:
+        own = settings.get(module)
+        of_module = {**settings, **own} if isinstance(own, dict) else settings
+        mode = of_module.get("mode") or "affine"
+        only(of_module, {"mode": ("affine", *_FLOATS, None), "bits": _BITS})
+        bits, size = _FLOATS.get(mode) or (of_module["bits"], of_module["group_size"])
+        packed, scales, biases = parts[".weight"], parts[".scales"], parts.get(".biases")
+        outputs, words = packed.shape
+        inputs = 32 * words // bits
+        for ending in (".scales", ".biases"):
+            if ending in parts:
+                expect_shape(module, ending, parts[ending], (outputs, inputs // size))
+        values = functools.partial(affine_values, bits=bits) if mode == "affine" else _float_values[mode]
+        name = f"MLX{bits}" if mode == "affine" else mode.upper()
+        return PackedTensor(dtype=name, shape=(outputs, inputs), parts=(packed, scales, biases), values=values)
+
+    needs = (".weight", ".scales")
+    return assemble(tensors, [Format(needs=needs, may_have=(".biases",), dtypes=("uint32",), weight=weight)])
+
+
+def affine_values(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, *, bits: int) -> np.ndarray:
+    """float32[out, in] of u32[out, in * bits/32], and scales and biases [out, groups]."""
+    inputs = 32 * packed.shape[1] // bits
+    return grouped((len(packed), inputs), lambda some: unpack_bits(packed[some], bits, inputs), scales=scales, biases=biases)
+
+
+def _mxfp4(packed: np.ndarray, scales: np.ndarray, _biases: None) -> np.ndarray:
+    return grouped((len(packed), 8 * packed.shape[1]), lambda some: fp4(_bytes(packed[some])), scales=e8m0(scales))
+
+
+def _mxfp8(packed: np.ndarray, scales: np.ndarray, _biases: None) -> np.ndarray:
+    return grouped((len(packed), 4 * packed.shape[1]), lambda some: _fp8(_bytes(packed[some])), scales=e8m0(scales))
+
+
+def _nvfp4(packed: np.ndarray, scales: np.ndarray, _biases: None) -> np.ndarray:
+    return grouped((len(packed), 8 * packed.shape[1]), lambda some: fp4(_bytes(packed[some])), scales=_fp8(scales))
+
+
+def _bytes(words: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(words).view(np.uint8)
+
+
+def _fp8(codes: np.ndarray) -> np.ndarray:
+    import ml_dtypes
+
+    return codes.view(ml_dtypes.float8_e4m3fn)
+
+
+_float_values = {"mxfp4": _mxfp4, "mxfp8": _mxfp8, "nvfp4": _nvfp4}
