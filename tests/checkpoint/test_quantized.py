@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.checkpoint.convert import convert
@@ -21,6 +21,7 @@ from fastgen_jax.checkpoint.quantized.integers import awq_values, gptq_values
 from fastgen_jax.checkpoint.quantized.numbers import unpack_bits
 from fastgen_jax.checkpoint.tensor_files import read_safetensors
 from fastgen_jax.engine.weights import host_leaf
+from tests.checkpoint.test_tensor_files import write_torch
 from tests.checkpoint.tiny_files import write_hf
 from tests.text.vocabularies import write_json
 
@@ -144,6 +145,7 @@ def test_each_module_has_the_bits_that_its_rule_says():
     extra = {
         "quant_method": "auto-round",
         "bits": 2,
+        "group_size": 32,
         "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 4}, ".*1": {"bits": 8}},
     }
     got = unpack(both, extra)
@@ -301,6 +303,13 @@ def test_biases_of_zeros_that_gptq_tools_add_are_dropped_and_others_refused(tmp_
     zeros[".bias"][3] = 1
     with pytest.raises(ValueError, match=rf"1 tensors .*'{NAME}.bias'"):
         _gate(_quantized(tmp_path / "b", GPTQ, GPTQ_PARTS | zeros))
+
+
+def test_a_quantized_matrix_may_be_in_a_bin_file(tmp_path):
+    path = _quantized(tmp_path, GPTQ, GPTQ_PARTS)
+    write_torch(path / "pytorch_model.bin", load_file(path / "model.safetensors"))
+    (path / "model.safetensors").unlink()
+    np.testing.assert_array_equal(_gate(path), INT4["values"])
 
 
 def test_a_snapshot_of_a_quantized_directory_is_not_quantized(tmp_path):
