@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import is_buffer, missing_tensor
+from fastgen_jax.checkpoint.base import BlockKind, is_buffer, missing_tensor
 from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES, is_of_model
 from fastgen_jax.checkpoint.quantized import PackedTensor, split_settings, unpack
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
@@ -17,6 +18,9 @@ from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import BlockWeight, Int8Weight
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -27,7 +31,7 @@ _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceCheckpoint:
-    """See `Checkpoint`. Tensors are memory-mapped; reading one touches only its own pages."""
+    """See `Checkpoint` and `HoldsBlocks`. Tensors are memory-mapped; reading one touches only its own pages."""
 
     path: Path
     config: ModelConfig
@@ -95,6 +99,15 @@ class HuggingFaceCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         return self._stored(name).map()
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        stored = self.tensors.get(name)
+        return stored.block_kind() if isinstance(stored, PackedTensor) else None
+
+    def read_blocks(self, name: str) -> BlockWeight | Int8Weight:
+        stored = self._stored(name)
+        assert isinstance(stored, PackedTensor), "it has a block_kind"
+        return stored.blocks()
 
     def _stored(self, name: str) -> StoredTensor | PackedTensor:
         if name not in self.tensors:

@@ -21,6 +21,7 @@ from fastgen_jax.checkpoint.quantized.integers import awq_values, gptq_values
 from fastgen_jax.checkpoint.quantized.numbers import unpack_bits
 from fastgen_jax.checkpoint.tensor_files import read_safetensors
 from fastgen_jax.engine.weights import host_leaf
+from pallas_kernels.matmul import Int8Weight
 from tests.checkpoint.test_tensor_files import write_torch
 from tests.checkpoint.tiny_files import write_hf
 from tests.text.vocabularies import write_json
@@ -66,13 +67,39 @@ ROUNDED = {"nvfp4": 2.0**-8, "gemv_fast": 2.0**-11, "bnb_int8": 2.0**-23}
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_matrix_has_the_values_that_the_library_of_its_format_gives_it(case):
-    want = np.float32(read_safetensors(MATRICES)[f"{case}/="].map())
+    want = read_safetensors(MATRICES)[f"{case}/="].map()
     found = unpack(tensors_of(case, "m"), settings_of(case))
     assert found.keys() == {"m.weight"}
     assert found["m.weight"].shape == want.shape
-    np.testing.assert_allclose(
-        np.float32(found["m.weight"].map()), want, rtol=0, atol=ROUNDED.get(case, 0) * abs(want).max()
-    )
+    got = np.float32(found["m.weight"].map().astype(want.dtype))
+    np.testing.assert_allclose(got, np.float32(want), rtol=0, atol=ROUNDED.get(case, 0) * float(abs(want).max()))
+
+
+# In the bits of the file, with the values that it stands for; float32 scales would be rounded, except those of columns.
+KEPT = {
+    **dict.fromkeys(["int8_packed", "int8_channels", "int8_tensor", "bnb_int8"], "8 bits in columns"),
+    **dict.fromkeys([f"gptq4{form}" for form in ("", "_v2")], "4 bits and wide offsets in 32"),
+    "gptq4_symmetric": "4 bits in 32",
+    "gptq8_symmetric": "8 bits in 32",
+    "int4_bfloat16": "4 bits and wide offsets in 32",
+    "int4_float16": "4 bits in 32",
+    "mlx4_float16": "4 bits and offsets in 32",
+    "gemv": "4 bits and wide offsets in 64",
+    "gemv_fast": "4 bits and offsets in 64",
+    "marlin": "4 bits in 128",
+    "marlin_one_group": "4 bits in 256",
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_matrix_of_4_or_8_bits_is_kept_in_its_bits_if_that_rounds_nothing(case):
+    stored = unpack(tensors_of(case, "m"), settings_of(case))["m.weight"]
+    kind = stored.block_kind()
+    assert (kind and kind.name) == KEPT.get(case)
+    if kind is not None:
+        kept = stored.blocks()
+        values = kept.values * kept.scales if isinstance(kept, Int8Weight) else kept.dequantize()
+        np.testing.assert_array_equal(values, stored.map().T)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -85,17 +112,20 @@ def test_numbers_of_any_size_are_unpacked_across_words(bits):
 
 
 def test_awq_gives_the_values_of_autoawq():
-    np.testing.assert_array_equal(awq_values(INT4["awq_weight"], INT4["awq_zeros"], INT4["scales"]), INT4["values"].T)
+    got = awq_values(INT4["awq_weight"], INT4["awq_zeros"], INT4["scales"])
+    np.testing.assert_array_equal(got.values(), INT4["values"].T)
+    np.testing.assert_array_equal(got.blocks().dequantize(), INT4["values"])
 
 
 def test_gptq_gives_the_values_of_autoawq_in_its_layout():
     got = gptq_values(INT4["gptq_weight"], INT4["gptq_zeros"], INT4["scales"], GROUPS, bits=4, offset=1, inputs=64)
-    np.testing.assert_array_equal(got, INT4["values"].T)
+    np.testing.assert_array_equal(got.values(), INT4["values"].T)
 
 
 def test_gptq_without_g_idx_has_consecutive_groups():
     parts = [INT4[name] for name in ("gptq_weight", "gptq_zeros", "scales")]
-    np.testing.assert_array_equal(gptq_values(*parts, None, bits=4, offset=1, inputs=64), INT4["values"].T)
+    got = gptq_values(*parts, None, bits=4, offset=1, inputs=64)
+    np.testing.assert_array_equal(got.values(), INT4["values"].T)
 
 
 @pytest.mark.parametrize("packed_zeros", [True, False])
@@ -111,7 +141,7 @@ def test_older_compressed_tensors_pack_whole_numbers_into_words_and_order_inputs
         return (padded.reshape(len(rows), -1, 10) << (3 * np.arange(10))).sum(-1).astype(np.int32)
 
     stored = np.ascontiguousarray(words(zeros.T).T) if packed_zeros else (zeros - 4).astype(np.int8)
-    got = integer_values(words(numbers), scales, stored, group, bits=3, shape=(20, 64))
+    got = integer_values(words(numbers), scales, stored, group, bits=3, shape=(20, 64)).values()
     want = [[np.float32(numbers[i, j] - zeros[i, group[j]]) * scales[i, group[j]] for j in range(64)] for i in range(20)]
     np.testing.assert_array_equal(got, want)
 

@@ -62,12 +62,14 @@ def compressed_tensors(form: str, *, scale_dtype: torch.dtype = torch.float32, *
     return settings, {f".{name}": tensor for name, tensor in stored.items()}, values
 
 
-def auto_round(packing: str, bits: int, *, in_order: bool = True) -> Case:
+def auto_round(packing: str, bits: int, *, in_order: bool = True, symmetric: bool = False) -> Case:
     """As GPTQ stores matrices, with zero points as they are or minus one."""
     module = qlinear_torch_zp if packing == "auto_round:auto_gptq" else qlinear_torch
     layer = module.QuantLinear(bits, GROUP, INPUTS, OUTPUTS, bias=False, g_idx=not in_order)
     scales = (torch.rand(OUTPUTS, INPUTS // GROUP) * 0.1 + 0.01).half().float()
     zeros = torch.randint(1, 2**bits, scales.shape).float()
+    if symmetric:
+        zeros = torch.full_like(zeros, 2.0 ** (bits - 1))
     spread = [values.repeat_interleave(GROUP, 1) for values in (scales, zeros)]
     linear = torch.nn.Linear(INPUTS, OUTPUTS, bias=False)
     linear.weight.data = (torch.randint(0, 2**bits, (OUTPUTS, INPUTS)).float() - spread[1]) * spread[0]
@@ -83,7 +85,7 @@ def auto_round(packing: str, bits: int, *, in_order: bool = True) -> Case:
         "packing_format": packing,
         "bits": bits,
         "group_size": GROUP,
-        "sym": False,
+        "sym": symmetric,
         "data_type": "int",
     }
     if not in_order:
@@ -162,11 +164,14 @@ def model_opt() -> Case:
     return {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ", "group_size": 16}, stored, values * factors
 
 
-def mlx(mode: str, bits: int, size: int) -> Case:
+def mlx(mode: str, bits: int, size: int, *, dtype: mx.Dtype = mx.float32) -> Case:
     """Computed by MLX on its CPU backend."""
-    weight = mx.array(np.random.default_rng(bits).standard_normal((OUTPUTS, INPUTS)).astype(np.float32))
+    weight = mx.array(np.random.default_rng(bits).standard_normal((OUTPUTS, INPUTS)).astype(np.float32)).astype(dtype)
     parts = mx.quantize(weight, group_size=size, bits=bits, mode=mode)
-    values = mx.dequantize(*parts, group_size=size, bits=bits, mode=mode, dtype=mx.float32)
+    if mode == "affine":  # so that the values are not rounded to the dtype of the scales
+        values = mx.dequantize(parts[0], *(part.astype(mx.float32) for part in parts[1:]), group_size=size, bits=bits)
+    else:
+        values = mx.dequantize(*parts, group_size=size, bits=bits, mode=mode, dtype=mx.float32)
     stored = {
         ending: torch.from_numpy(np.array(part))
         for ending, part in zip((".weight", ".scales", ".biases"), parts, strict=False)
@@ -176,6 +181,12 @@ def mlx(mode: str, bits: int, size: int) -> Case:
 
 CASES: dict[str, Callable[[], Case]] = {
     "int4_groups": lambda: compressed_tensors("pack-quantized", num_bits=4, group_size=GROUP, strategy="group"),
+    "int4_float16": lambda: compressed_tensors(
+        "pack-quantized", scale_dtype=torch.float16, num_bits=4, group_size=GROUP, strategy="group"
+    ),
+    "int4_bfloat16": lambda: compressed_tensors(
+        "pack-quantized", scale_dtype=torch.bfloat16, num_bits=4, group_size=GROUP, strategy="group"
+    ),
     "int4_zeros": lambda: compressed_tensors(
         "pack-quantized", num_bits=4, group_size=GROUP, strategy="group", symmetric=False
     ),
@@ -205,6 +216,10 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"gptq{bits}_v2": lambda bits=bits: auto_round("auto_round", bits) for bits in (2, 3, 4, 8)},
     "gptq4_order": lambda: auto_round("auto_round:auto_gptq", 4, in_order=False),
     "gptq3_order": lambda: auto_round("auto_round:auto_gptq", 3, in_order=False),
+    **{
+        f"gptq{bits}_symmetric": lambda bits=bits: auto_round("auto_round:auto_gptq", bits, symmetric=True)
+        for bits in (4, 8)
+    },
     "gemv": lambda: auto_awq("gemv", 64),
     "gemv_fast": lambda: auto_awq("gemv_fast", 64),
     "marlin": lambda: auto_awq("marlin", 128),
@@ -215,6 +230,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "bnb_int8": lambda: bits_and_bytes("int8"),
     "modelopt_nvfp4": model_opt,
     **{f"mlx{bits}": lambda bits=bits: mlx("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)},
+    "mlx4_float16": lambda: mlx("affine", 4, 32, dtype=mx.float16),
     "mlx_mxfp4": lambda: mlx("mxfp4", 4, 32),
     "mlx_mxfp8": lambda: mlx("mxfp8", 8, 32),
     "mlx_nvfp4": lambda: mlx("nvfp4", 4, 16),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fastgen_jax.checkpoint.quantized.floats import channel_values
+from fastgen_jax.checkpoint.quantized.numbers import Groups
 from fastgen_jax.checkpoint.quantized.packed import Format, PackedTensor, Parts, assemble, expect_shape
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields
@@ -46,8 +47,8 @@ def _int8(module: str, parts: Parts) -> PackedTensor:
     return PackedTensor(dtype="int8", shape=weight.shape, parts=(weight, largest), values=int8_values)
 
 
-def int8_values(weight: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """float32[out, in] of i8[out, in] and the largest magnitude of each output, which 127 stands for."""
+def int8_values(weight: np.ndarray, largest: np.ndarray) -> Groups:
+    """[out, in] of i8[out, in] and the largest magnitude of each output, which 127 stands for."""
     return channel_values(weight, largest.astype(np.float32) / 127)
 
 

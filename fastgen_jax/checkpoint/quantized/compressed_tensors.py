@@ -21,7 +21,7 @@ from fastgen_jax.checkpoint.quantized.floats import (
     mxfp8_values,
     nvfp4_weight,
 )
-from fastgen_jax.checkpoint.quantized.numbers import grouped, unpack_bits, unpack_sequential
+from fastgen_jax.checkpoint.quantized.numbers import Groups, unpack_bits, unpack_sequential
 from fastgen_jax.checkpoint.quantized.packed import REMEDY, Format, PackedTensor, Parts, assemble, expect_shape
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields
@@ -158,8 +158,8 @@ def integer_values(
     *,
     bits: int,
     shape: tuple[int, int],
-) -> np.ndarray:
-    """float32[out, in] of i32[out, words], scales [out, groups] and zero points, packed along the outputs or int8.
+) -> Groups:
+    """[out, in] of i32[out, words], scales [out, groups] and zero points, packed along the outputs or int8.
 
     A word holds whole numbers only (until version 0.13 of the library), or numbers continue in the next word.
     """
@@ -172,12 +172,19 @@ def integer_values(
 
     scales = scales.reshape(-1, scales.shape[-1]) if scales.ndim == 2 else scales.reshape(-1, 1)
     scales = np.broadcast_to(scales, (outputs, scales.shape[1]))
-    offsets = np.full(scales.shape, middle, np.float32)
+    offsets = float(middle)
     if zeros is not None and zeros.dtype == np.int32:
         offsets = unpacked(np.ascontiguousarray(zeros.T), outputs).T
     elif zeros is not None:
         offsets = offsets + zeros.astype(np.float32).reshape(-1, scales.shape[1])
-    return grouped(shape, lambda some: unpacked(packed[some], inputs), scales=scales, zeros=offsets, group=group)
+    return Groups(
+        shape=shape,
+        rows=lambda some: unpacked(packed[some], inputs),
+        scales=scales,
+        zeros=offsets,
+        group=group,
+        bits=bits,
+    )
 
 
 def _naive(module: str, parts: Parts, weights: JsonFields) -> PackedTensor:
@@ -203,8 +210,15 @@ def _naive(module: str, parts: Parts, weights: JsonFields) -> PackedTensor:
     return PackedTensor(dtype=weight.dtype, shape=weight.shape, parts=(weight, scales, zeros, group), values=_naive_values)
 
 
-def _naive_values(weight: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, group: np.ndarray | None) -> np.ndarray:
-    return grouped(weight.shape, lambda some: weight[some], scales=scales, zeros=zeros, group=group)
+def _naive_values(weight: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, group: np.ndarray | None) -> Groups:
+    return Groups(
+        shape=(len(weight), weight.shape[1]),
+        rows=lambda some: weight[some],
+        scales=scales,
+        zeros=zeros,
+        group=group,
+        bits=8 if weight.dtype == np.int8 else None,
+    )
 
 
 def _four_bit_floats(module: str, parts: Parts) -> PackedTensor:

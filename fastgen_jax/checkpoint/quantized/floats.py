@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from fastgen_jax.checkpoint.quantized.numbers import E2M1, E8M0_BIAS, e8m0, fp4, grouped
+from fastgen_jax.checkpoint.quantized.numbers import E2M1, E8M0_BIAS, Groups, e8m0, fp4
 from fastgen_jax.checkpoint.quantized.packed import REMEDY, Format, PackedTensor, Parts, assemble, expect_shape, only
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields
@@ -111,13 +111,20 @@ def fp8_values(weight: np.ndarray, scales: np.ndarray, *, block: tuple[int, int]
     return out
 
 
-def channel_values(weight: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> np.ndarray:
-    """float32[out, in] of 8-bit numbers with one scale (and zero point) for each output, or one for all."""
-    out = weight.astype(np.float32)
-    if zeros is not None:
-        out -= zeros.astype(np.float32).reshape(-1, 1)
-    out *= scales.astype(np.float32).reshape(-1, 1)
-    return out
+def channel_values(weight: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> Groups:
+    """[out, in] of 8-bit numbers with one scale (and zero point) for each output, or one for all."""
+    outputs = len(weight)
+
+    def of_outputs(values: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(values.reshape(-1, 1), (outputs, 1))
+
+    return Groups(
+        shape=(outputs, weight.shape[1]),
+        rows=lambda some: weight[some],
+        scales=of_outputs(scales),
+        zeros=None if zeros is None else of_outputs(zeros),
+        bits=8 if weight.dtype == np.int8 else None,
+    )
 
 
 _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4")
@@ -196,17 +203,19 @@ def nvfp4_values(
     """float32[out, in] of u8[out, in/2], fp8[out, in/16], f32[] or f32[1], and, if any, factors of the inputs [in]."""
     factor = whole.astype(np.float32).reshape(())
     of_groups = scales.astype(np.float32) / factor if divides else scales.astype(np.float32) * factor
-    out = grouped((len(packed), 2 * packed.shape[1]), lambda some: fp4(packed[some]), scales=of_groups)
+    shape = (len(packed), 2 * packed.shape[1])
+    out = Groups(shape=shape, rows=lambda some: fp4(packed[some]), scales=of_groups).values()
     if inputs is not None:
         out *= inputs.astype(np.float32).reshape(1, -1)
     return out
 
 
-def mxfp8_values(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32[out, in] of fp8[out, in] and exponents u8[out, in/32]."""
-    return grouped((len(weight), weight.shape[1]), lambda some: weight[some], scales=e8m0(scales))
+def mxfp8_values(weight: np.ndarray, scales: np.ndarray) -> Groups:
+    """[out, in] of fp8[out, in] and exponents u8[out, in/32]."""
+    return Groups(shape=(len(weight), weight.shape[1]), rows=lambda some: weight[some], scales=e8m0(scales))
 
 
-def mxfp4_rows(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32[out, in] of u8[out, in/2] and exponents u8[out, in/32]."""
-    return grouped((len(packed), 2 * packed.shape[1]), lambda some: fp4(packed[some]), scales=e8m0(scales))
+def mxfp4_rows(packed: np.ndarray, scales: np.ndarray) -> Groups:
+    """[out, in] of u8[out, in/2] and exponents u8[out, in/32]."""
+    shape = (len(packed), 2 * packed.shape[1])
+    return Groups(shape=shape, rows=lambda some: fp4(packed[some]), scales=e8m0(scales))

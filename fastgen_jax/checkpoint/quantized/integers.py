@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fastgen_jax.checkpoint.quantized.numbers import grouped, unpack_bits
+from fastgen_jax.checkpoint.quantized.numbers import Groups, unpack_bits
 from fastgen_jax.checkpoint.quantized.packed import REMEDY, Format, PackedTensor, Parts, assemble, expect_shape, only
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields
@@ -71,20 +71,28 @@ def gptq_values(
     bits: int,
     offset: int,
     inputs: int,
-) -> np.ndarray:
-    """float32[out, in] of i32[words of in, out], i32[groups, words of out], f16[groups, out] and the groups of inputs.
+) -> Groups:
+    """[out, in] of i32[words of in, out], i32[groups, words of out], f16[groups, out] and the groups of inputs.
 
     `offset` is added to the zero points.
     """
-    outputs = packed.shape[1]
-    points = unpack_bits(zeros, bits, outputs).T.astype(np.float32) + offset
-    return grouped(
-        (outputs, inputs),
-        lambda some: unpack_bits(packed[:, some].T, bits, inputs),
+    outputs, groups = packed.shape[1], len(scales)
+    if group is not None and np.array_equal(group, np.arange(inputs) * groups // inputs):
+        group = None
+    return Groups(
+        shape=(outputs, inputs),
+        rows=lambda some: unpack_bits(packed[:, some].T, bits, inputs),
         scales=scales.T,
-        zeros=points,
+        zeros=_one_for_all(unpack_bits(zeros, bits, outputs).T.astype(np.float32) + offset, bits),
         group=group,
+        bits=bits,
     )
+
+
+def _one_for_all(zeros: np.ndarray, bits: int) -> np.ndarray | float:
+    """The zero points, as one number if all are in the middle."""
+    middle = float(2 ** (bits - 1))
+    return middle if (zeros == middle).all() else zeros
 
 
 def _settings_of(module: str, settings: JsonFields) -> JsonFields:
@@ -133,19 +141,20 @@ def _awq_gemm(module: str, parts: Parts, *, size: int) -> PackedTensor:
     return PackedTensor(dtype="AWQ4", shape=(8 * words, inputs), parts=(packed, zeros, scales), values=awq_values)
 
 
-def awq_values(packed: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32[out, in] of i32[in, out/8], i32[groups, out/8] and f16[groups, out]; eight columns per word, in AWQ order."""
+def awq_values(packed: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Groups:
+    """[out, in] of i32[in, out/8], i32[groups, out/8] and f16[groups, out]; eight columns per word, in AWQ order."""
 
     def outputs_of(words: np.ndarray, some: slice) -> np.ndarray:
         numbers = unpack_bits(words[:, some.start // 8 : -(-some.stop // 8)], 4, some.stop - some.start)
         return numbers.reshape(len(words), -1, 8)[..., _AWQ_ORDER].reshape(len(words), -1).T
 
     outputs = 8 * packed.shape[1]
-    return grouped(
-        (outputs, len(packed)),
-        lambda some: outputs_of(packed, some),
+    return Groups(
+        shape=(outputs, len(packed)),
+        rows=lambda some: outputs_of(packed, some),
         scales=scales.T,
-        zeros=outputs_of(zeros, slice(0, outputs)),
+        zeros=_one_for_all(outputs_of(zeros, slice(0, outputs)), 4),
+        bits=4,
     )
 
 
@@ -160,14 +169,15 @@ def _awq_gemv(module: str, parts: Parts, *, size: int) -> PackedTensor:
     return PackedTensor(dtype="AWQ4", shape=(outputs, 8 * words), parts=(packed, zeros, scales), values=values)
 
 
-def gemv_values(packed: np.ndarray, zeros: np.ndarray, scales: np.ndarray, *, groups: int) -> np.ndarray:
-    """float32[out, in] of i32[out, in/8], i32[out, groups/8] and f16[out, groups], with padding after the groups."""
+def gemv_values(packed: np.ndarray, zeros: np.ndarray, scales: np.ndarray, *, groups: int) -> Groups:
+    """[out, in] of i32[out, in/8], i32[out, groups/8] and f16[out, groups], with padding after the groups."""
     inputs = 8 * packed.shape[1]
-    return grouped(
-        (len(packed), inputs),
-        lambda some: unpack_bits(packed[some], 4, inputs),
+    return Groups(
+        shape=(len(packed), inputs),
+        rows=lambda some: unpack_bits(packed[some], 4, inputs),
         scales=scales[:, :groups],
-        zeros=unpack_bits(zeros, 4, groups),
+        zeros=_one_for_all(unpack_bits(zeros, 4, groups), 4),
+        bits=4,
     )
 
 
@@ -181,8 +191,8 @@ def _awq_gemv_fast(module: str, parts: Parts, *, size: int) -> PackedTensor:
     return PackedTensor(dtype="AWQ4", shape=(outputs, inputs), parts=(packed, zeros, scales), values=values)
 
 
-def gemv_fast_values(packed: np.ndarray, zeros: np.ndarray, scales: np.ndarray, *, groups: int) -> np.ndarray:
-    """float32[out, in] of i16[out/4, in], and scales and minus zeros times scales, f16[padded groups, out].
+def gemv_fast_values(packed: np.ndarray, zeros: np.ndarray, scales: np.ndarray, *, groups: int) -> Groups:
+    """[out, in] of i16[out/4, in], and scales and minus zeros times scales, f16[padded groups, out].
 
     Four outputs are interleaved in pieces of 64 inputs; within 32 inputs, pairs are stored in another order.
     """
@@ -195,7 +205,7 @@ def gemv_fast_values(packed: np.ndarray, zeros: np.ndarray, scales: np.ndarray, 
         pairs = of_outputs.swapaxes(-1, -2)  # [..., 4, 4, 2]
         return pairs.swapaxes(2, 3).reshape(count, inputs)
 
-    return grouped((outputs, inputs), rows, scales=scales[:groups].T, biases=zeros[:groups].T)
+    return Groups(shape=(outputs, inputs), rows=rows, scales=scales[:groups].T, biases=zeros[:groups].T, bits=4)
 
 
 def read_marlin(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
@@ -212,8 +222,8 @@ def read_marlin(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> di
     return assemble(tensors, [Format(needs=names, dtypes=("int32",), weight=weight)], unused=(".workspace",))
 
 
-def marlin_values(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32[out, in] of i32[in/16, 2 out] and f16[groups, out], both permuted.
+def marlin_values(packed: np.ndarray, scales: np.ndarray) -> Groups:
+    """[out, in] of i32[in/16, 2 out] and f16[groups, out], both permuted.
 
     Tiles of 16 x 16 lie beside each other; four of them, 1,024 numbers, are in the order in which a warp's threads use them.
     Source: the layout of IST-DASLab's Marlin.
@@ -234,7 +244,7 @@ def marlin_values(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
     def rows(some: slice) -> np.ndarray:
         return tiles[:, some.start // 16 : some.stop // 16].transpose(1, 3, 0, 2).reshape(-1, inputs)
 
-    return grouped((outputs, inputs), rows, scales=plain.T, zeros=np.full((outputs, len(scales)), 8.0, np.float32))
+    return Groups(shape=(outputs, inputs), rows=rows, scales=plain.T, zeros=8.0, bits=4)
 
 
 def read_auto_round(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fastgen_jax.checkpoint.quantized.numbers import e8m0, fp4, grouped, unpack_bits
+from fastgen_jax.checkpoint.quantized.numbers import Groups, e8m0, fp4, unpack_bits
 from fastgen_jax.checkpoint.quantized.packed import Format, PackedTensor, Parts, assemble, expect_shape, only
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields
@@ -39,22 +39,29 @@ def read_mlx(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[
     return assemble(tensors, [Format(needs=needs, may_have=(".biases",), dtypes=("uint32",), weight=weight)])
 
 
-def affine_values(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, *, bits: int) -> np.ndarray:
-    """float32[out, in] of u32[out, in * bits/32], and scales and biases [out, groups]."""
+def affine_values(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, *, bits: int) -> Groups:
+    """[out, in] of u32[out, in * bits/32], and scales and biases [out, groups]."""
     inputs = 32 * packed.shape[1] // bits
-    return grouped((len(packed), inputs), lambda some: unpack_bits(packed[some], bits, inputs), scales=scales, biases=biases)
+    rows = functools.partial(_integers, packed, bits=bits, inputs=inputs)
+    return Groups(shape=(len(packed), inputs), rows=rows, scales=scales, biases=biases, bits=bits)
 
 
-def _mxfp4(packed: np.ndarray, scales: np.ndarray, _biases: None) -> np.ndarray:
-    return grouped((len(packed), 8 * packed.shape[1]), lambda some: fp4(_bytes(packed[some])), scales=e8m0(scales))
+def _integers(packed: np.ndarray, some: slice, *, bits: int, inputs: int) -> np.ndarray:
+    return unpack_bits(packed[some], bits, inputs)
 
 
-def _mxfp8(packed: np.ndarray, scales: np.ndarray, _biases: None) -> np.ndarray:
-    return grouped((len(packed), 4 * packed.shape[1]), lambda some: _fp8(_bytes(packed[some])), scales=e8m0(scales))
+def _mxfp4(packed: np.ndarray, scales: np.ndarray, _biases: None) -> Groups:
+    return Groups(shape=(len(packed), 8 * packed.shape[1]), rows=lambda some: fp4(_bytes(packed[some])), scales=e8m0(scales))
 
 
-def _nvfp4(packed: np.ndarray, scales: np.ndarray, _biases: None) -> np.ndarray:
-    return grouped((len(packed), 8 * packed.shape[1]), lambda some: fp4(_bytes(packed[some])), scales=_fp8(scales))
+def _mxfp8(packed: np.ndarray, scales: np.ndarray, _biases: None) -> Groups:
+    return Groups(
+        shape=(len(packed), 4 * packed.shape[1]), rows=lambda some: _fp8(_bytes(packed[some])), scales=e8m0(scales)
+    )
+
+
+def _nvfp4(packed: np.ndarray, scales: np.ndarray, _biases: None) -> Groups:
+    return Groups(shape=(len(packed), 8 * packed.shape[1]), rows=lambda some: fp4(_bytes(packed[some])), scales=_fp8(scales))
 
 
 def _bytes(words: np.ndarray) -> np.ndarray:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from fastgen_jax.checkpoint.base import BlockKind
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import BlockWeight, Int8Weight
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values of the low three bits of a 4-bit float; the fourth is the sign
 E8M0_BIAS = 127
@@ -63,35 +70,87 @@ def e8m0(exponents: np.ndarray) -> np.ndarray:
     return np.ldexp(np.float32(1), exponents.astype(np.int32) - E8M0_BIAS)
 
 
-def grouped(
-    shape: tuple[int, int],
-    rows: Callable[[slice], np.ndarray],
-    *,
-    scales: np.ndarray,
-    zeros: np.ndarray | None = None,
-    biases: np.ndarray | None = None,
-    group: np.ndarray | None = None,
-) -> np.ndarray:
-    """float32[out, in] of quantized numbers: (number - zero) * scale + bias.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Groups:
+    """A matrix [out, in] of quantized numbers in groups of inputs: (number - zero) * scale + bias."""
 
-    `rows(outputs)` returns some rows of the numbers. Scales, zeros and biases are [out, groups]; `group` is the group of
-    each input, i32[in], by default consecutive groups of equal size.
-    """
-    out = np.empty(shape, np.float32)
-    for start in range(0, shape[0], _ROWS):
-        some = slice(start, min(start + _ROWS, shape[0]))
-        count = some.stop - start
-        numbers = rows(some).astype(np.float32)
-        numbers = numbers.reshape(count, *((scales.shape[1], -1) if group is None else (-1,)))
+    shape: tuple[int, int]
+    rows: Callable[[slice], np.ndarray]
+    """The numbers of some outputs, [some, in]."""
+    scales: np.ndarray
+    """[out, groups]."""
+    zeros: np.ndarray | float | None = None
+    """[out, groups], or one for all."""
+    biases: np.ndarray | None = None
+    """[out, groups]."""
+    group: np.ndarray | None = None
+    """i32[in]: the group of each input. None: consecutive groups of equal size."""
+    bits: int | None = None
+    """Of unsigned numbers, or of signed ones if there are no zeros. None: the numbers are floats."""
 
-        def spread(values: np.ndarray, some: slice = some) -> np.ndarray:
-            of_rows = values[some].astype(np.float32)
-            return of_rows[:, :, None] if group is None else of_rows[:, group]
+    def values(self) -> np.ndarray:
+        """float32[out, in]."""
+        out = np.empty(self.shape, np.float32)
+        for start in range(0, self.shape[0], _ROWS):
+            some = slice(start, min(start + _ROWS, self.shape[0]))
+            numbers = self.rows(some).astype(np.float32)
+            if self.group is None:
+                numbers = numbers.reshape(len(numbers), self.scales.shape[1], -1)
+            if self.zeros is not None:
+                numbers -= self._spread(self.zeros, some) if isinstance(self.zeros, np.ndarray) else np.float32(self.zeros)
+            numbers *= self._spread(self.scales, some)
+            if self.biases is not None:
+                numbers += self._spread(self.biases, some)
+            out[some] = numbers.reshape(some.stop - start, -1)
+        return out
 
-        if zeros is not None:
-            numbers -= spread(zeros)
-        numbers *= spread(scales)
-        if biases is not None:
-            numbers += spread(biases)
-        out[some] = numbers.reshape(count, -1)
-    return out
+    def _spread(self, of_groups: np.ndarray, some: slice) -> np.ndarray:
+        wide = of_groups[some].astype(np.float32)
+        return wide[:, :, None] if self.group is None else wide[:, self.group]
+
+    def block_kind(self) -> BlockKind | None:
+        """How `blocks` stores the matrix; None if no kernel multiplies it without rounding its values."""
+        from pallas_kernels.matmul import BLOCK_SIZES
+
+        size, rest = divmod(self.shape[1], self.scales.shape[1])
+        scale = self.scales.dtype.name
+        is_even = not isinstance(self.zeros, np.ndarray)
+        if self.group is not None or rest:
+            return None
+        if self.bits == 8 and is_even and self.biases is None:
+            if scale == "float16" and size in BLOCK_SIZES:
+                return BlockKind(f"8 bits in {size}", 8 + 16 / size)
+            return BlockKind("8 bits in columns", 8) if self.scales.shape[1] == 1 else None
+        if self.bits != 4 or size not in BLOCK_SIZES or scale not in ("float16", "bfloat16"):
+            return None
+        if self.biases is None and is_even and scale == "float16":
+            return BlockKind(f"4 bits in {size}", 4 + 16 / size)
+        if self.biases is not None and scale == self.biases.dtype.name == "float16":
+            return BlockKind(f"4 bits and offsets in {size}", 4 + 32 / size)
+        return BlockKind(f"4 bits and wide offsets in {size}", 4 + 64 / size)
+
+    def blocks(self) -> BlockWeight | Int8Weight:
+        """The matrix [in, out] in its bits; ValueError if it has no `block_kind`."""
+        from pallas_kernels.matmul import BlockWeight, Int8Weight
+
+        kind = self.block_kind()
+        if kind is None:
+            raise ValueError(
+                f"a matrix {self.shape} of {self.bits} bits with scales {self.scales.shape} is not kept in blocks"
+            )
+        numbers = self.rows(slice(0, self.shape[0]))
+        if self.bits == 8:
+            signed = numbers.astype(np.int8, copy=False) if self.zeros is None else (numbers ^ 128).view(np.int8)
+            if kind.name == "8 bits in columns":
+                return Int8Weight(values=signed.T, scales=self.scales[:, 0].astype(np.float32))  # pyright: ignore[reportArgumentType] (host arrays, to be packed)
+            return BlockWeight(values=signed, scales=self.scales)
+        if "offsets" not in kind.name:
+            return BlockWeight(values=numbers, scales=self.scales)
+        if "wide" not in kind.name:
+            return BlockWeight(values=numbers, scales=self.scales, offsets=self.biases)
+        scales = self.scales.astype(np.float32)
+        if self.biases is not None:
+            offsets = self.biases.astype(np.float32)
+        else:
+            offsets = -scales * np.asarray(self.zeros, np.float32)
+        return BlockWeight(values=numbers, scales=scales, offsets=offsets)

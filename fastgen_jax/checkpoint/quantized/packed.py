@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastgen_jax.checkpoint.base import BlockKind
+from fastgen_jax.checkpoint.quantized.numbers import Groups
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import BlockWeight, Int8Weight
 
 REMEDY = "otherwise pass the original checkpoint (quantize='int8' applies while loading) or a GGUF file"
 
@@ -23,10 +29,25 @@ class PackedTensor:
     dtype: str
     shape: tuple[int, ...]
     parts: tuple[StoredTensor | None, ...]  # the arguments of `values`
-    values: Callable[..., np.ndarray]
+    values: Callable[..., np.ndarray | Groups]
 
     def map(self) -> np.ndarray:
         """The values, float32 or bfloat16."""
+        found = self._found()
+        return found.values() if isinstance(found, Groups) else found
+
+    def block_kind(self) -> BlockKind | None:
+        """How `blocks` stores the matrix; None if it cannot be kept in its bits."""
+        found = self._found()
+        return found.block_kind() if isinstance(found, Groups) else None
+
+    def blocks(self) -> BlockWeight | Int8Weight:
+        """The matrix [in, out] in its bits, if it has a `block_kind`."""
+        found = self._found()
+        assert isinstance(found, Groups), "it has a block_kind"
+        return found.blocks()
+
+    def _found(self) -> np.ndarray | Groups:
         return self.values(*(None if part is None else part.map() for part in self.parts))
 
 
