@@ -12,7 +12,7 @@ import numpy as np
 
 from fastgen_jax.checkpoint.base import BlockKind, is_buffer, missing_tensor
 from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES, is_of_model
-from fastgen_jax.checkpoint.quantized import PackedTensor, split_settings, unpack
+from fastgen_jax.checkpoint.quantized import PackedTensor, shown, split_settings, unpack
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
@@ -37,6 +37,7 @@ class HuggingFaceCheckpoint:
     config: ModelConfig
     config_json: JsonFields
     tensors: Mapping[str, StoredTensor | PackedTensor]
+    quantization: str
 
     @classmethod
     def open(cls, path: Path, *, strict_config: bool = False) -> HuggingFaceCheckpoint:
@@ -73,7 +74,8 @@ class HuggingFaceCheckpoint:
                     f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
                     f"{', '.join(_FLOATS)}, or a quantized dtype with its quantization_config in config.json"
                 )
-        return cls(path=path, config=config, config_json=hf, tensors=plain)
+        said = shown(quantization) if quantization else ""
+        return cls(path=path, config=config, config_json=hf, tensors=plain, quantization=said)
 
     @property
     def generation_config(self) -> JsonFields:

@@ -20,10 +20,12 @@ from fastgen_jax.checkpoint.quantized.floats import fp8_values, mxfp4_values
 from fastgen_jax.checkpoint.quantized.integers import awq_values, gptq_values
 from fastgen_jax.checkpoint.quantized.numbers import unpack_bits
 from fastgen_jax.checkpoint.tensor_files import read_safetensors
-from fastgen_jax.engine.weights import host_leaf
-from pallas_kernels.matmul import Int8Weight
+from fastgen_jax.engine.config import EngineConfig, resolve
+from fastgen_jax.engine.weights import host_leaf, prepare_leaf
+from pallas_kernels.matmul import Int8Weight, PackedWeight
 from tests.checkpoint.test_tensor_files import write_torch
 from tests.checkpoint.tiny_files import write_hf
+from tests.models import parity
 from tests.text.vocabularies import write_json
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -77,17 +79,17 @@ def test_a_matrix_has_the_values_that_the_library_of_its_format_gives_it(case):
 
 # In the bits of the file, with the values that it stands for; float32 scales would be rounded, except those of columns.
 KEPT = {
-    **dict.fromkeys(["int8_packed", "int8_channels", "int8_tensor", "bnb_int8"], "8 bits in columns"),
-    **dict.fromkeys([f"gptq4{form}" for form in ("", "_v2")], "4 bits and wide offsets in 32"),
-    "gptq4_symmetric": "4 bits in 32",
-    "gptq8_symmetric": "8 bits in 32",
-    "int4_bfloat16": "4 bits and wide offsets in 32",
-    "int4_float16": "4 bits in 32",
-    "mlx4_float16": "4 bits and offsets in 32",
-    "gemv": "4 bits and wide offsets in 64",
-    "gemv_fast": "4 bits and offsets in 64",
-    "marlin": "4 bits in 128",
-    "marlin_one_group": "4 bits in 256",
+    **dict.fromkeys(["int8_packed", "int8_channels", "int8_tensor", "bnb_int8"], "8 bits per output"),
+    **dict.fromkeys([f"gptq4{form}" for form in ("", "_v2")], "4 bits and float32 offsets in groups of 32"),
+    "gptq4_symmetric": "4 bits in groups of 32",
+    "gptq8_symmetric": "8 bits in groups of 32",
+    "int4_bfloat16": "4 bits and float32 offsets in groups of 32",
+    "int4_float16": "4 bits in groups of 32",
+    "mlx4_float16": "4 bits and offsets in groups of 32",
+    "gemv": "4 bits and float32 offsets in groups of 64",
+    "gemv_fast": "4 bits and offsets in groups of 64",
+    "marlin": "4 bits in groups of 128",
+    "marlin_one_group": "4 bits in groups of 256",
 }
 
 
@@ -100,6 +102,33 @@ def test_a_matrix_of_4_or_8_bits_is_kept_in_its_bits_if_that_rounds_nothing(case
         kept = stored.blocks()
         values = kept.values * kept.scales if isinstance(kept, Int8Weight) else kept.dequantize()
         np.testing.assert_array_equal(values, stored.map().T)
+
+
+@pytest.mark.parametrize("stack_layers", [False, True])
+def test_a_model_in_the_bits_of_the_file_has_the_logits_of_transformers(stack_layers):
+    # int8 per output, int4 in groups with zero points, and FP8, which is dequantized
+    checkpoint = open_checkpoint(parity.folder("qwen3", "compressed"))
+    config = resolve(EngineConfig(dtype="float32", num_blocks=8, stack_layers=stack_layers), checkpoint.config)
+    if not config.keeps_blocks:
+        pytest.skip("needs the native kernels of a CPU")
+    params = load_params(
+        checkpoint,
+        dtype="float32",
+        stack_layers=stack_layers,
+        prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, config),
+        keep_blocks=True,
+    )
+    layer = params["layers"] if stack_layers else params["layers"][0]
+    assert {name: leaf.panels.dtype for name, leaf in layer.items() if isinstance(leaf, PackedWeight)} == {
+        "qkv": "int8",
+        "o": "int8",
+        "gate_up": "uint8",
+        "down": "float32",
+    }
+    tokens, want, prompt = parity.expected("qwen3", "compressed")
+    runs = parity.Runs(params, checkpoint.config, len(tokens))
+    got = runs.logits(tokens, parity.random_cut(len(tokens), seed=0), prompt_length=prompt)
+    assert parity.error(got, want) < 1e-4
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

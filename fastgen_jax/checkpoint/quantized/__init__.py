@@ -17,7 +17,7 @@ from fastgen_jax.checkpoint.quantized.packed import REMEDY, PackedTensor
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields, JsonObject
 
-__all__ = ["PackedTensor", "quantization_method", "split_settings", "unpack"]
+__all__ = ["PackedTensor", "quantization_method", "shown", "split_settings", "unpack"]
 
 _METHODS: dict[str, Callable[[Mapping[str, StoredTensor], JsonFields], dict[str, StoredTensor | PackedTensor]]] = {
     "mxfp4": read_mxfp4,
@@ -33,6 +33,10 @@ _METHODS: dict[str, Callable[[Mapping[str, StoredTensor], JsonFields], dict[str,
     "mlx": read_mlx,
 }
 _FIELDS = ("quantization_config", "compression_config", "quantization")
+_SHOWN = (
+    *("format", "version", "checkpoint_format", "packing_format", "quant_algo", "mode", "bits", "group_size", "desc_act"),
+    *("weight_block_size", "activation_scheme", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"),
+)
 _OTHER_NAMES = {"compressed_tensors": "compressed-tensors", "intel/auto-round": "auto-round", "modelopt_fp4": "modelopt"}
 
 
@@ -51,6 +55,13 @@ def quantization_method(settings: JsonFields) -> str:
     if method not in _METHODS:
         raise ValueError(f"quantization_config.quant_method is {method!r}; supported: {', '.join(_METHODS)}; {REMEDY}")
     return method
+
+
+def shown(settings: JsonFields) -> str:
+    """The method and its main settings in one line."""
+    settings = {**settings, **(settings.get("quantization") or {})}  # as in hf_quant_config.json
+    values = ", ".join(f"{name}={settings[name]}" for name in _SHOWN if settings.get(name) is not None)
+    return f"{quantization_method(settings)} ({values})" if values else quantization_method(settings)
 
 
 def split_settings(config: JsonFields) -> tuple[JsonObject | None, JsonObject]:

@@ -119,15 +119,15 @@ class Groups:
             return None
         if self.bits == 8 and is_even and self.biases is None:
             if scale == "float16" and size in BLOCK_SIZES:
-                return BlockKind(f"8 bits in {size}", 8 + 16 / size)
-            return BlockKind("8 bits in columns", 8) if self.scales.shape[1] == 1 else None
+                return BlockKind(f"8 bits in groups of {size}", 8 + 16 / size)
+            return BlockKind("8 bits per output", 8) if self.scales.shape[1] == 1 else None
         if self.bits != 4 or size not in BLOCK_SIZES or scale not in ("float16", "bfloat16"):
             return None
         if self.biases is None and is_even and scale == "float16":
-            return BlockKind(f"4 bits in {size}", 4 + 16 / size)
+            return BlockKind(f"4 bits in groups of {size}", 4 + 16 / size)
         if self.biases is not None and scale == self.biases.dtype.name == "float16":
-            return BlockKind(f"4 bits and offsets in {size}", 4 + 32 / size)
-        return BlockKind(f"4 bits and wide offsets in {size}", 4 + 64 / size)
+            return BlockKind(f"4 bits and offsets in groups of {size}", 4 + 32 / size)
+        return BlockKind(f"4 bits and float32 offsets in groups of {size}", 4 + 64 / size)
 
     def blocks(self) -> BlockWeight | Int8Weight:
         """The matrix [in, out] in its bits; ValueError if it has no `block_kind`."""
@@ -141,12 +141,12 @@ class Groups:
         numbers = self.rows(slice(0, self.shape[0]))
         if self.bits == 8:
             signed = numbers.astype(np.int8, copy=False) if self.zeros is None else (numbers ^ 128).view(np.int8)
-            if kind.name == "8 bits in columns":
+            if kind.name == "8 bits per output":
                 return Int8Weight(values=signed.T, scales=self.scales[:, 0].astype(np.float32))  # pyright: ignore[reportArgumentType] (host arrays, to be packed)
             return BlockWeight(values=signed, scales=self.scales)
         if "offsets" not in kind.name:
             return BlockWeight(values=numbers, scales=self.scales)
-        if "wide" not in kind.name:
+        if "float32" not in kind.name:
             return BlockWeight(values=numbers, scales=self.scales, offsets=self.biases)
         scales = self.scales.astype(np.float32)
         if self.biases is not None:
