@@ -31,7 +31,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
   using Wide = typename Weight::Wide;
   const RowBlocks blocks(m);
   if (blocks.count == 0 || num_panels == 0) return;
-  const int64_t steps = num_steps<Weight>(depth);
+  const int64_t steps = num_steps<Wide>(depth);
 
   // Activations are transposed within a row block. A single float32 row already has that layout.
   const bool packs = m > 1 || Weight::kGroup > 1;
@@ -51,7 +51,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
   parallel_for(pool, num_packs + num_chunks * num_panels, [&](int64_t item) {
     if (item < num_packs) {
       const int64_t start = blocks.start(item);
-      pack_rows<Weight>(x + start * depth, blocks.length(item), depth, packed + start * steps);
+      pack_rows<Wide>(x + start * depth, blocks.length(item), depth, packed + start * steps);
       num_packed.fetch_add(1, std::memory_order_release);
       return;
     }
@@ -103,33 +103,18 @@ using S32 = ffi::Buffer<ffi::S32>;
 
 ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("pallas_kernels_matmul: " + what); }
 
-// Calls f with a null pointer to the type of blocks with number `format`; the same numbers are in blocks.py.
-template <class Arithmetic, class F>
-ffi::Error with_blocks(int64_t format, F&& f) {
-  switch (format) {
-    case 0: return f(static_cast<Blocks<4, false, Half, Arithmetic>*>(nullptr));
-    case 1: return f(static_cast<Blocks<4, true, Half, Arithmetic>*>(nullptr));
-    case 2: return f(static_cast<Blocks<4, true, float, Arithmetic>*>(nullptr));
-    case 3: return f(static_cast<Blocks<8, false, Half, Arithmetic>*>(nullptr));
-    default: return wrong("there are no blocks of format " + std::to_string(format));
-  }
-}
-
 template <class Arithmetic>
 ffi::Error matmul_blocks(ffi::ThreadPool& pool, int64_t format, int64_t size, F32 x, int64_t rows, ffi::AnyBuffer weight,
                          int64_t axis, int64_t layer, const Output& output) {
   const auto xs = x.dimensions(), ws = weight.dimensions();
-  return with_blocks<Arithmetic>(format, [&](auto* type) {
-    using Weight = std::remove_pointer_t<decltype(type)>;
-    Weight blocks{static_cast<const char*>(weight.untyped_data()), size, xs[1]};
-    if (size <= 0 || size % Weight::kPerWord || kDepth % size || xs[1] % size || ws[axis + 1] != xs[1] / size ||
-        ws[axis + 2] != blocks.block_bytes() || ws[axis + 3] != 1) {
-      return wrong("activations and blocks have incompatible shapes");
-    }
-    blocks.data += layer * ws[axis] * blocks.panel_bytes();
-    multiply(pool, x.typed_data(), rows, xs[1], blocks, nullptr, ws[axis], output);
-    return ffi::Error::Success();
-  });
+  Blocks<Arithmetic> blocks(format, weight.untyped_data(), size, xs[1]);
+  if (!blocks.block_bytes || xs[1] % size || ws[axis + 1] != xs[1] / size || ws[axis + 2] != blocks.block_bytes ||
+      ws[axis + 3] != 1) {
+    return wrong("activations and blocks have incompatible shapes");
+  }
+  blocks.data += layer * ws[axis] * blocks.panel_bytes();
+  multiply(pool, x.typed_data(), rows, xs[1], blocks, nullptr, ws[axis], output);
+  return ffi::Error::Success();
 }
 
 // weight is [L, num_panels, steps, kWidth, group], or one layer without the axis L; in blocks, of type uint8, it is

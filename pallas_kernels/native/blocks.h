@@ -72,9 +72,9 @@ KERNEL_INLINE __m512i as_step(BFloat16, const Vec* inputs) {
 }
 #endif
 
-// Weights with the interface of `Dense` in panels.h. `Arithmetic` is the storage type whose products they take.
+// How blocks are read. `Arithmetic` is the storage type whose products they take.
 template <int Bits, bool Offsets, class Scale, class Arithmetic>
-struct Blocks {
+struct BlockFormat {
   using Wide = Arithmetic;
   using Factor = typename Wide::Factor;
   static constexpr int kGroup = Wide::kGroup;
@@ -82,24 +82,12 @@ struct Blocks {
   static constexpr int64_t kScaleBytes = kWidth * static_cast<int64_t>(sizeof(Scale)) * (1 + Offsets);
   static constexpr int64_t kWordBytes = kWidth * 4;
 
-  const char* data;
-  int64_t size;   // inputs of a block
-  int64_t depth;  // inputs of a panel, a multiple of `size`
+  static int64_t block_bytes(int64_t size) { return kScaleBytes + size / kPerWord * kWordBytes; }
 
-  int64_t block_bytes() const { return kScaleBytes + size / kPerWord * kWordBytes; }
-  int64_t panel_bytes() const { return depth / size * block_bytes(); }
-  int64_t step_bytes() const { return block_bytes() * kGroup / size; }
-  const char* part(int64_t panel, int64_t step) const {
-    return data + panel * panel_bytes() + step * kGroup / size * block_bytes();
-  }
-
-  // Unpacking costs more than reading, so with more than two rows it is done once for all of them.
-  static constexpr int kDirectRows = 2;
-  bool widens(int64_t num_blocks, int64_t rows) const { return num_blocks > 1 || rows > kDirectRows; }
-
-  // Calls f(v, row) for each step and vector v of columns with the values as `Wide` has them; next() after each word.
+  // Calls f(j, v, row) for each step j of a word and vector v of columns, with the values as `Wide` has them, and next()
+  // after each word.
   template <class F, class Next>
-  KERNEL_INLINE void for_each_step(int64_t steps, const char* from, F&& f, Next&& next) const {
+  static KERNEL_INLINE void for_each_step(int64_t size, int64_t steps, const char* from, F&& f, Next&& next) {
     for (int64_t block = 0; block < steps * kGroup / size; ++block) {
       Vec scale[kVecs], offset[kVecs];
       const Scale* scales = reinterpret_cast<const Scale*>(from);
@@ -130,27 +118,27 @@ struct Blocks {
     }
   }
 
-  void widen(const char* from, int64_t steps, typename Wide::Element* to) const {
+  static void widen(int64_t size, int64_t steps, const char* from, typename Wide::Element* to) {
     for_each_step(
-        steps, from, [&](int j, int v, auto row) { Wide::put(to + (j * kVecs + v) * kLanes * kGroup, row); },
+        size, steps, from, [&](int j, int v, auto row) { Wide::put(to + (j * kVecs + v) * kLanes * kGroup, row); },
         [&] { to += kPerWord / kGroup * kStep<Wide>; });
   }
 
   // As `tile` in panels.h.
   template <int Rows>
-  void direct(int64_t steps, const Factor* a, const char* b, float* sums, bool first, const char* ahead,
-              int64_t ahead_step) const {
+  static void tile(int64_t size, int64_t steps, const Factor* a, const char* b, float* sums, bool first, const char* ahead,
+                   int64_t ahead_step) {
     Vec acc[Rows][kVecs];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) acc[r][v] = first ? Vec{} : load(sums + r * kWidth + v * kLanes);
     }
     ahead_step *= kPerWord / kGroup;
     for_each_step(
-        steps, b,
+        size, steps, b,
         [&](int j, int v, auto row) __attribute__((always_inline)) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int r = 0; r < Rows; ++r) acc[r][v] = Wide::multiply_add(acc[r][v], a[j * Rows + r], row);
         },
         [&]() __attribute__((always_inline)) {
@@ -159,17 +147,61 @@ struct Blocks {
           ahead += ahead_step;
           a += kPerWord / kGroup * Rows;
         });
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) store(sums + r * kWidth + v * kLanes, acc[r][v]);
     }
   }
+};
 
+// Weights with the interface of `Dense` in panels.h, in blocks of any format.
+template <class Arithmetic>
+struct Blocks {
+  using Wide = Arithmetic;
+  using Factor = typename Wide::Factor;
+  static constexpr int kGroup = Wide::kGroup;
+  // Unpacking costs more than reading, so with more rows it is done once for all of them.
+  static constexpr int kDirectRows = 2;
+
+  const char* data;
+  int64_t size;         // inputs of a block
+  int64_t depth;        // inputs of a panel, a multiple of `size`
+  int64_t block_bytes;  // 0: there are no blocks of this format and size
+  void (*widen_panel)(int64_t, int64_t, const char*, typename Wide::Element*);
+  void (*tiles[kDirectRows])(int64_t, int64_t, const Factor*, const char*, float*, bool, const char*, int64_t);
+
+  // The numbers of the formats are also in blocks.py.
+  Blocks(int64_t format, const void* data, int64_t size, int64_t depth)
+      : data(static_cast<const char*>(data)), size(size), depth(depth), block_bytes(0) {
+    if (size <= 0 || kDepth % size) return;
+    switch (format) {
+      case 0: use<BlockFormat<4, false, Half, Wide>>(); break;
+      case 1: use<BlockFormat<4, true, Half, Wide>>(); break;
+      case 2: use<BlockFormat<4, true, float, Wide>>(); break;
+      case 3: use<BlockFormat<8, false, Half, Wide>>(); break;
+    }
+  }
+
+  template <class Format>
+  void use() {
+    if (size % Format::kPerWord) return;
+    block_bytes = Format::block_bytes(size);
+    widen_panel = Format::widen;
+    tiles[0] = Format::template tile<1>;
+    tiles[1] = Format::template tile<2>;
+  }
+
+  int64_t panel_bytes() const { return depth / size * block_bytes; }
+  int64_t step_bytes() const { return block_bytes * kGroup / size; }
+  const char* part(int64_t panel, int64_t step) const {
+    return data + panel * panel_bytes() + step * kGroup / size * block_bytes;
+  }
+  bool widens(int64_t num_blocks, int64_t rows) const { return num_blocks > 1 || rows > kDirectRows; }
+  void widen(const char* from, int64_t steps, typename Wide::Element* to) const { widen_panel(size, steps, from, to); }
   void multiply(int64_t rows, int64_t steps, const Factor* a, const char* b, float* sums, bool first, const char* ahead,
                 int64_t ahead_step) const {
-    if (rows == 1) return direct<1>(steps, a, b, sums, first, ahead, ahead_step);
-    direct<2>(steps, a, b, sums, first, ahead, ahead_step);
+    tiles[rows - 1](size, steps, a, b, sums, first, ahead, ahead_step);
   }
 };
 
