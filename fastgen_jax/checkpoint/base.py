@@ -16,7 +16,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
 
 if TYPE_CHECKING:
-    from pallas_kernels.matmul import BlockWeight, Int8Weight
+    from pallas_kernels.matmul import BlockWeight
 
 # Saved by old versions of transformers, in any number format: rotary frequencies and causal masks.
 _BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
@@ -94,11 +94,8 @@ class HoldsBlocks(Protocol):
         """How `read_blocks` stores the matrix of a tensor; None if it cannot read it."""
         ...
 
-    def read_blocks(self, name: str) -> BlockWeight | Int8Weight:
-        """The matrix [in, out] of a quantized tensor [out, in] in the bits of the file; `read` returns its values.
-
-        Of one kind, all are `BlockWeight`s or all are `Int8Weight`s.
-        """
+    def read_blocks(self, name: str) -> BlockWeight:
+        """The matrix [in, out] of a quantized tensor [out, in] in the bits of the file; `read` returns its values."""
         ...
 
 

@@ -20,7 +20,7 @@ from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
 
 if TYPE_CHECKING:
-    from pallas_kernels.matmul import BlockWeight, Int8Weight
+    from pallas_kernels.matmul import BlockWeight
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -106,7 +106,7 @@ class HuggingFaceCheckpoint:
         stored = self.tensors.get(name)
         return stored.block_kind() if isinstance(stored, PackedTensor) else None
 
-    def read_blocks(self, name: str) -> BlockWeight | Int8Weight:
+    def read_blocks(self, name: str) -> BlockWeight:
         stored = self._stored(name)
         assert isinstance(stored, PackedTensor), "it has a block_kind"
         return stored.blocks()

@@ -224,7 +224,9 @@ def _read(
     import jax
 
     if weight.spec.path in kept and isinstance(checkpoint, HoldsBlocks):
-        return _side_by_side([checkpoint.read_blocks(name) for name in weight.names])
+        from pallas_kernels.matmul import concatenate
+
+        return concatenate([checkpoint.read_blocks(name) for name in weight.names])
     if sharding is None:
         array = _assemble(checkpoint, weight)
         return _in_memory(array) if isinstance(array, np.memmap) else array
@@ -234,16 +236,6 @@ def _read(
         return checkpoint.restore(name, dtype=dtype, sharding=place)
     whole = _assemble(checkpoint, weight)
     return jax.make_array_from_callback(whole.shape, place, lambda index: np.asarray(whole[index], dtype))
-
-
-def _side_by_side(parts: list[Leaf]) -> Leaf:
-    """The columns of several weights of one kind as one weight."""
-    from pallas_kernels.matmul import Int8Weight, concatenate
-
-    if not isinstance(parts[0], Int8Weight):
-        return concatenate(parts)
-    values, scales = (np.concatenate([getattr(part, field) for part in parts], axis=-1) for field in ("values", "scales"))
-    return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be packed)
 
 
 def _in_memory(mapped: np.ndarray) -> np.ndarray:

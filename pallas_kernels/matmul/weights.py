@@ -28,7 +28,7 @@ class Int8Weight:
     Both arrays may have a leading layer axis, which `lax.scan` or indexing removes.
 
     Attributes:
-      values: int8[..., K, N]; `quantize_int8` leaves out -128.
+      values: int8[..., K, N] in [-127, 127].
       scales: float32[..., N], positive.
     """
 

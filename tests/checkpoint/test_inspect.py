@@ -49,7 +49,7 @@ def test_a_quantized_directory_shows_its_format_and_what_it_becomes(tmp_path, ca
     assert lines["quantization"] == "compressed-tensors (format=mixed-precision)"
     assert lines["stored as"] == "int8 33.9 %, INT4 28.3 %, bfloat16 23.7 %, float8_e4m3fn 14.1 %"
     assert lines["loaded as"] == (
-        "CPUs with native kernels: 33.9 % in 8 bits per output (8.00 bits each), "
+        "CPUs with native kernels: 33.9 % in 8 bits in groups of 32, float32 scales (9.00 bits each), "
         "28.3 % in 4 bits and float32 offsets in groups of 32 (6.00 bits each); else dequantized"
     )
     lines = _lines(capsys, REFERENCE / "qwen2" / "nf4")

@@ -22,7 +22,7 @@ from fastgen_jax.checkpoint.quantized.numbers import unpack_bits
 from fastgen_jax.checkpoint.tensor_files import read_safetensors
 from fastgen_jax.engine.config import EngineConfig, resolve
 from fastgen_jax.engine.weights import host_leaf, prepare_leaf
-from pallas_kernels.matmul import Int8Weight, PackedWeight
+from pallas_kernels.matmul import PackedWeight
 from tests.checkpoint.test_tensor_files import write_torch
 from tests.checkpoint.tiny_files import write_hf
 from tests.models import parity
@@ -77,9 +77,10 @@ def test_a_matrix_has_the_values_that_the_library_of_its_format_gives_it(case):
     np.testing.assert_allclose(got, np.float32(want), rtol=0, atol=ROUNDED.get(case, 0) * float(abs(want).max()))
 
 
-# In the bits of the file, with the values that it stands for; float32 scales would be rounded, except those of columns.
+# In the bits of the file, if the products with its scales are those of its values.
 KEPT = {
-    **dict.fromkeys(["int8_packed", "int8_channels", "int8_tensor", "bnb_int8"], "8 bits per output"),
+    **dict.fromkeys(["int8_packed", "int8_channels", "int8_tensor", "bnb_int8"], "8 bits in groups of 64, float32 scales"),
+    "int8_groups": "8 bits in groups of 32, float32 scales",
     **dict.fromkeys([f"gptq4{form}" for form in ("", "_v2")], "4 bits and float32 offsets in groups of 32"),
     "gptq4_symmetric": "4 bits in groups of 32",
     "gptq8_symmetric": "8 bits in groups of 32",
@@ -99,14 +100,12 @@ def test_a_matrix_of_4_or_8_bits_is_kept_in_its_bits_if_that_rounds_nothing(case
     kind = stored.block_kind()
     assert (kind and kind.name) == KEPT.get(case)
     if kind is not None:
-        kept = stored.blocks()
-        values = kept.values * kept.scales if isinstance(kept, Int8Weight) else kept.dequantize()
-        np.testing.assert_array_equal(values, stored.map().T)
+        np.testing.assert_array_equal(stored.blocks().dequantize(), stored.map().T)
 
 
 @pytest.mark.parametrize("stack_layers", [False, True])
 def test_a_model_in_the_bits_of_the_file_has_the_logits_of_transformers(stack_layers):
-    # int8 per output, int4 in groups with zero points, and FP8, which is dequantized
+    # attention in int8, gate and up in int4 with zero points; FP8 is dequantized
     checkpoint = open_checkpoint(parity.folder("qwen3", "compressed"))
     config = resolve(EngineConfig(dtype="float32", num_blocks=8, stack_layers=stack_layers), checkpoint.config)
     if not config.keeps_blocks:
@@ -120,8 +119,8 @@ def test_a_model_in_the_bits_of_the_file_has_the_logits_of_transformers(stack_la
     )
     layer = params["layers"] if stack_layers else params["layers"][0]
     assert {name: leaf.panels.dtype for name, leaf in layer.items() if isinstance(leaf, PackedWeight)} == {
-        "qkv": "int8",
-        "o": "int8",
+        "qkv": "uint8",
+        "o": "uint8",
         "gate_up": "uint8",
         "down": "float32",
     }

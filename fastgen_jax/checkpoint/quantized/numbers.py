@@ -12,7 +12,7 @@ import numpy as np
 from fastgen_jax.checkpoint.base import BlockKind
 
 if TYPE_CHECKING:
-    from pallas_kernels.matmul import BlockWeight, Int8Weight
+    from pallas_kernels.matmul import BlockWeight
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values of the low three bits of a 4-bit float; the fourth is the sign
 E8M0_BIAS = 127
@@ -118,9 +118,13 @@ class Groups:
         if self.group is not None or rest:
             return None
         if self.bits == 8 and is_even and self.biases is None:
-            if scale == "float16" and size in BLOCK_SIZES:
-                return BlockKind(f"8 bits in groups of {size}", 8 + 16 / size)
-            return BlockKind("8 bits per output", 8) if self.scales.shape[1] == 1 else None
+            size = max((each for each in BLOCK_SIZES if size % each == 0), default=0)
+            wide = scale != "float16"
+            return (
+                BlockKind(f"8 bits in groups of {size}{', float32 scales' * wide}", 8 + 16 * (1 + wide) / size)
+                if size
+                else None
+            )
         if self.bits != 4 or size not in BLOCK_SIZES or scale not in ("float16", "bfloat16"):
             return None
         if self.biases is None and is_even and scale == "float16":
@@ -129,9 +133,16 @@ class Groups:
             return BlockKind(f"4 bits and offsets in groups of {size}", 4 + 32 / size)
         return BlockKind(f"4 bits and float32 offsets in groups of {size}", 4 + 64 / size)
 
-    def blocks(self) -> BlockWeight | Int8Weight:
+    def _blocks_in_group(self) -> int:
+        """Into how many blocks a group of 8 bits is divided, because the kernels know no block of its size."""
+        from pallas_kernels.matmul import BLOCK_SIZES
+
+        size = self.shape[1] // self.scales.shape[1]
+        return size // max(each for each in BLOCK_SIZES if size % each == 0)
+
+    def blocks(self) -> BlockWeight:
         """The matrix [in, out] in its bits; ValueError if it has no `block_kind`."""
-        from pallas_kernels.matmul import BlockWeight, Int8Weight
+        from pallas_kernels.matmul import BlockWeight
 
         kind = self.block_kind()
         if kind is None:
@@ -140,10 +151,9 @@ class Groups:
             )
         numbers = self.rows(slice(0, self.shape[0]))
         if self.bits == 8:
-            signed = numbers.astype(np.int8, copy=False) if self.zeros is None else (numbers ^ 128).view(np.int8)
-            if kind.name == "8 bits per output":
-                return Int8Weight(values=signed.T, scales=self.scales[:, 0].astype(np.float32))  # pyright: ignore[reportArgumentType] (host arrays, to be packed)
-            return BlockWeight(values=signed, scales=self.scales)
+            signed = numbers if self.zeros is None else (numbers ^ 128).view(np.int8)
+            scales = self.scales.astype(np.float32) if "float32" in kind.name else self.scales
+            return BlockWeight(values=signed, scales=np.repeat(scales, self._blocks_in_group(), axis=1))
         if "offsets" not in kind.name:
             return BlockWeight(values=numbers, scales=self.scales)
         if "float32" not in kind.name:

@@ -14,7 +14,7 @@ from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields
 
 if TYPE_CHECKING:
-    from pallas_kernels.matmul import BlockWeight, Int8Weight
+    from pallas_kernels.matmul import BlockWeight
 
 REMEDY = "otherwise pass the original checkpoint (quantize='int8' applies while loading) or a GGUF file"
 
@@ -41,7 +41,7 @@ class PackedTensor:
         found = self._found()
         return found.block_kind() if isinstance(found, Groups) else None
 
-    def blocks(self) -> BlockWeight | Int8Weight:
+    def blocks(self) -> BlockWeight:
         """The matrix [in, out] in its bits, if it has a `block_kind`."""
         found = self._found()
         assert isinstance(found, Groups), "it has a block_kind"
