@@ -12,7 +12,7 @@ import numpy as np
 
 from fastgen_jax.checkpoint.base import BlockKind, is_buffer, missing_tensor
 from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES, is_of_model
-from fastgen_jax.checkpoint.quantized import PackedTensor, shown, split_settings, unpack
+from fastgen_jax.checkpoint.quantized import PackedTensor, settings_beside, shown, split_settings, unpack
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _FLOATS = ("float32", "float16", "bfloat16")
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
-_MODELOPT = "hf_quant_config.json"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
@@ -44,8 +43,7 @@ class HuggingFaceCheckpoint:
         """Reads config.json, generation_config.json and the headers of all shards; ValueError names a damaged file."""
         hf = config_json(path)
         quantization, hf = split_settings(hf)  # tensors are dequantized when they are read
-        if quantization is None and (path / _MODELOPT).exists():  # all that older versions of modelopt write
-            quantization = {"quant_method": "modelopt", **read_json(path / _MODELOPT)}
+        quantization = quantization or settings_beside(path)
         config = model_config(hf, path / "config.json", strict=strict_config)
         tensors: dict[str, StoredTensor] = {}
         for file, expected in _shards(path).items():

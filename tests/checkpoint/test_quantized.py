@@ -240,6 +240,25 @@ def test_mlx_has_settings_of_single_modules():
     assert [got[f"model.{name}.weight"].dtype for name in "ab"] == ["MLX4", "MLX6"]
 
 
+@pytest.mark.parametrize(("layer", "name"), [("mlp", "up_proj"), ("block_sparse_moe", "w3")])
+def test_mlx_stacks_experts(tmp_path, layer, name):
+    first = {end: np.array(tensor.map()) for end, tensor in tensors_of("mlx4", "").items()}
+    experts = [first, {end: array[::-1] for end, array in first.items()}]
+    stacked = {f"a.{layer}.switch_mlp.up_proj{end}": np.stack([each[end] for each in experts]) for end in first}
+    save_file(stacked, tmp_path / "a.safetensors")
+    settings = {
+        "quant_method": "mlx",
+        "group_size": 64,
+        "bits": 8,
+        f"a.{layer}.switch_mlp.up_proj": {"bits": 4, "group_size": 32},
+    }
+    got = unpack(read_safetensors(tmp_path / "a.safetensors"), settings)
+    want = read_safetensors(MATRICES)["mlx4/="].map()
+    assert got.keys() == {f"a.{layer}.experts.{expert}.{name}.weight" for expert in range(2)}
+    np.testing.assert_array_equal(got[f"a.{layer}.experts.0.{name}.weight"].map(), want)
+    np.testing.assert_array_equal(got[f"a.{layer}.experts.1.{name}.weight"].map(), want[::-1])
+
+
 def test_scales_of_activations_and_caches_are_not_used():
     extra = {f"m.{name}": tensor for name, tensor in read_safetensors(MATRICES).items() if name == "nvfp4/="}
     stored = tensors_of("fp8_tensor", "m")
@@ -336,14 +355,26 @@ def test_fp8_may_have_one_scale_for_a_matrix_or_a_row_and_static_ones_for_activa
     np.testing.assert_array_equal(got, (np.float32(weight) * SCALARS[form].reshape(-1, 1)).T)
 
 
-def test_the_settings_of_modelopt_may_be_in_a_file_of_their_own(tmp_path):
-    weight = np.random.default_rng(0).standard_normal((24, 64)).astype(ml_dtypes.float8_e4m3fn)
-    parts = {".weight": weight, ".weight_scale": np.array(0.5, np.float32), ".input_scale": np.array(3, np.float32)}
+MODELOPT_PARTS = {
+    ".weight": np.ones((24, 64), ml_dtypes.float8_e4m3fn),
+    ".weight_scale": np.array(0.5, np.float32),
+    ".input_scale": np.array(3, np.float32),
+}
+BESIDE = [
+    ("hf_quant_config.json", {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}, MODELOPT_PARTS),
+    ("quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False}, GPTQ_PARTS),
+    ("quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}, AWQ_PARTS),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "parts"), BESIDE)
+def test_the_settings_of_older_tools_are_in_a_file_of_their_own(tmp_path, name, settings, parts):
     path = _quantized(tmp_path, {}, parts)
-    (path / "hf_quant_config.json").write_text(
-        json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}})
-    )
-    np.testing.assert_array_equal(_gate(path), np.float32(weight).T / 2)
+    (path / name).write_text(json.dumps(settings))
+    np.testing.assert_array_equal(_gate(path), np.full((64, 24), 0.5) if "hf" in name else INT4["values"])
+    (path / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"{name} is not valid JSON"):
+        open_checkpoint(path)
 
 
 def test_modelopt_has_fp8_in_blocks_and_mixed_algorithms(tmp_path):

@@ -6,7 +6,9 @@ it is read. Activations and caches are not quantized, whatever the checkpoint sa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from fastgen_jax.checkpoint.quantized.bitsandbytes import read_bitsandbytes
 from fastgen_jax.checkpoint.quantized.compressed_tensors import read_compressed_tensors
@@ -17,7 +19,7 @@ from fastgen_jax.checkpoint.quantized.packed import REMEDY, PackedTensor
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields, JsonObject
 
-__all__ = ["PackedTensor", "quantization_method", "shown", "split_settings", "unpack"]
+__all__ = ["PackedTensor", "quantization_method", "settings_beside", "shown", "split_settings", "unpack"]
 
 _METHODS: dict[str, Callable[[Mapping[str, StoredTensor], JsonFields], dict[str, StoredTensor | PackedTensor]]] = {
     "mxfp4": read_mxfp4,
@@ -33,6 +35,8 @@ _METHODS: dict[str, Callable[[Mapping[str, StoredTensor], JsonFields], dict[str,
     "mlx": read_mlx,
 }
 _FIELDS = ("quantization_config", "compression_config", "quantization")
+_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+_AWQ_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
 _SHOWN = (
     *("format", "version", "checkpoint_format", "packing_format", "quant_algo", "mode", "bits", "group_size", "desc_act"),
     *("weight_block_size", "activation_scheme", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"),
@@ -55,6 +59,20 @@ def quantization_method(settings: JsonFields) -> str:
     if method not in _METHODS:
         raise ValueError(f"quantization_config.quant_method is {method!r}; supported: {', '.join(_METHODS)}; {REMEDY}")
     return method
+
+
+def settings_beside(folder: Path) -> JsonObject | None:
+    """The settings in a file of their own, which older tools wrote instead of a field of config.json; None without one."""
+    for name, method in _FILES.items():
+        if (folder / name).exists():
+            found: JsonObject
+            try:
+                found = json.loads((folder / name).read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{folder / name} is not valid JSON ({error}); download it again") from error
+            renamed = {_AWQ_NAMES.get(field, field): value for field, value in found.items()}
+            return {"quant_method": method, **renamed}
+    return None
 
 
 def shown(settings: JsonFields) -> str:

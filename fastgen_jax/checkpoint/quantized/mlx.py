@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from fastgen_jax.checkpoint.quantized.numbers import Groups, e8m0, fp4, unpack_bits
 from fastgen_jax.checkpoint.quantized.packed import Format, PackedTensor, Parts, assemble, expect_shape, only
-from fastgen_jax.checkpoint.tensor_files import StoredTensor
+from fastgen_jax.checkpoint.tensor_files import StoredTensor, number_type
 from fastgen_jax.json_types import JsonFields
 
 _BITS = (2, 3, 4, 5, 6, 8)
+_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, and inputs in a group
 
 
 def read_mlx(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
-    """`settings` are the `quantization` of config.json, which may have other settings for single modules."""
+    """`settings` are the `quantization` of config.json, which may have other settings for single modules.
+
+    Of experts, which are stacked, all have those of their stack.
+    """
+
+    apart, stacks = _experts_apart(tensors)
 
     def weight(module: str, parts: Parts) -> PackedTensor:
-        own = settings.get(module)
+        own = settings.get(stacks.get(module, module))
         of_module = {**settings, **own} if isinstance(own, dict) else settings
         mode = of_module.get("mode") or "affine"
         only(of_module, {"mode": ("affine", *_FLOATS, None), "bits": _BITS})
@@ -36,7 +44,29 @@ def read_mlx(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[
         return PackedTensor(dtype=name, shape=(outputs, inputs), parts=(packed, scales, biases), values=values)
 
     needs = (".weight", ".scales")
-    return assemble(tensors, [Format(needs=needs, may_have=(".biases",), dtypes=("uint32",), weight=weight)])
+    form = Format(needs=needs, may_have=(".biases",), dtypes=("uint32",), weight=weight)
+    return assemble(apart, [form])
+
+
+def _experts_apart(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors with stacks over experts divided under the names of Hugging Face, and the stack of each such module."""
+    apart, stacks = {}, {}
+    for name, tensor in tensors.items():
+        layer, found, rest = name.partition(".switch_mlp.")
+        if not found:
+            apart[name] = tensor
+            continue
+        projection, _, ending = rest.partition(".")
+        count, *shape = tensor.shape
+        size = math.prod(shape) * number_type(tensor.dtype).itemsize
+        own_name = _MIXTRAL[projection] if layer.endswith("block_sparse_moe") else projection
+        for expert in range(count):
+            module = f"{layer}.experts.{expert}.{own_name}"
+            apart[f"{module}.{ending}"] = dataclasses.replace(
+                tensor, shape=tuple(shape), offset=tensor.offset + expert * size
+            )
+            stacks[module] = f"{layer}.switch_mlp.{projection}"
+    return apart, stacks
 
 
 def affine_values(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, *, bits: int) -> Groups:
