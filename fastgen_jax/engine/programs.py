@@ -21,6 +21,7 @@ from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, samp
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
+from fastgen_jax.models.division import divided
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
@@ -86,7 +87,7 @@ class Programs:
         cache = KVCache.zeros(
             num_layers=model.num_layers,
             num_blocks=config.num_blocks,
-            num_kv_heads=model.num_kv_heads,
+            num_kv_heads=divided(model, config.tensor_parallel or 1).num_kv_heads,
             block_size=config.block_size,
             dtype=jnp.dtype(config.kv_dtype),
             head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
@@ -221,6 +222,7 @@ def _step(
     logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
+        logits = logits[:, : config.vocab_size]
     process = None
     if logits_processor is not None:
         last_tokens = jnp.take(batch.token_ids, batch.sample_rows)
