@@ -48,8 +48,8 @@ def run(options: Options) -> int:
     )
     print(f"chat templates  {', '.join(tokenizer.templates) or 'none'}")
     if options["template"]:
-        for name, text in tokenizer.templates.items():
-            print(f"--- {name}\n{text}")
+        for name, template in tokenizer.templates.items():
+            print(f"--- {name}\n{template.text}")
     return 0
 
 
@@ -77,4 +77,15 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "stored as": shares,
         "weight bytes": weights,  # weights that are quantized in the file are dequantized when loaded
         "KV bytes/token": kv,
+        "sampling": _sampling(checkpoint),
     }
+
+
+def _sampling(checkpoint: Checkpoint) -> str:
+    from fastgen_jax.engine.generation import defaults_of_model
+
+    try:
+        defaults = defaults_of_model(checkpoint.generation_config, checkpoint.path)
+    except ValueError as error:
+        return f"none: {error}"
+    return ", ".join(f"{name} {value}" for name, value in defaults) or "no defaults: temperature 1, all tokens kept"

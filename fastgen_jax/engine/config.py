@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -32,6 +33,15 @@ MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes among which a mode
 
 def _ladder(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _checked_template(value: object) -> object:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(
+            f"chat_template is {value!r}; pass a file, the text of a template, or the name of one of the model's"
+        )
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,9 @@ class EngineConfig:
     )
     """Defaults for options that a request omits: "auto" for those in the checkpoint's generation_config.json, "none", or
     the defaults as a mapping or as JSON, such as {"temperature": 0.6}. Stored as pairs."""
+    chat_template: str | None = converted(_checked_template, default=None)
+    """Chat template for all conversations: a file (.jinja, or .json with the field "chat_template"), the text of a template,
+    or the name of one of the model's templates, such as "rag". None: the model's own, "tool_use" if there are tools."""
     strict_config: bool = False
     """Refuse a checkpoint whose config.json has fields that are unknown for its architecture, instead of warning."""
     compile_cache_dir: str | None = None

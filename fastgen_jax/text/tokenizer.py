@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.text.chat import render_chat
+from fastgen_jax.text.chat import ChatTemplate, find_template, render_chat
 
 
 class Encoder(Protocol):
@@ -30,7 +30,8 @@ class Tokenizer:
     drops_leading_space: bool  # SentencePiece adds a space before the text; decoding removes it
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    templates: Mapping[str, str] = field(default_factory=dict)  # chat templates by name; the main one is "default"
+    templates: Mapping[str, ChatTemplate] = field(default_factory=dict)  # by name; the main one is "default"
+    given_template: ChatTemplate | None = None  # a user's choice, for all conversations
     named_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... for the templates
 
     def __repr__(self) -> str:
@@ -87,6 +88,21 @@ class Tokenizer:
             raise ValueError(f"token id {id} has no entry in the vocabulary; ids are 0 to {self.vocab_size - 1}")
         return text
 
+    def with_template(self, given: str | None) -> Self:
+        """Returns this tokenizer with the user's template; None changes nothing.
+
+        `given` is the path of a file, the text of a template, or the name of one of `templates`. ValueError if it is none of
+        these, or does not parse.
+        """
+        return self if given is None else replace(self, given_template=find_template(given, self.templates))
+
+    def template(self, *, with_tools: bool = False) -> ChatTemplate | None:
+        """The template of a conversation: the user's, else "tool_use" with tools, else "default"; None if there is none."""
+        if self.given_template is not None:
+            return self.given_template
+        name = "tool_use" if with_tools and "tool_use" in self.templates else "default"
+        return self.templates.get(name)
+
     def apply_chat_template(
         self,
         messages: Sequence[JsonFields],
@@ -94,18 +110,27 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[JsonFields] | None = None,
+        chat_template: str | None = None,
         **extra: object,
     ) -> str:
-        """Returns the prompt that the model's chat template renders for a conversation.
+        """Returns the prompt that a chat template renders for a conversation.
 
         `messages` have a "role" and a "content" (a string, or a list of {"type": "text", "text": ...}, which is joined by
-        newlines); `tools` are JSON schemas; `extra` are variables of the template (`enable_thinking=False`, ...). Messages
-        may have the form in which servers return them, with null fields and arguments of tool calls as text. Developer
-        messages, tool calls and their results that a template does not support are converted to roles that it does. Raises
-        ValueError if there is no template, a message is malformed, or the template refuses it.
+        newlines unless the template loops over it); `tools` are JSON schemas; `chat_template` as in `with_template`; `extra`
+        are variables of the template (`enable_thinking=False`, `documents=[...]`, ...). Messages may have the form in which
+        servers return them, with null fields, arguments of tool calls as text, and reasoning under any of its names.
+        Developer messages, tool calls and their results that a template does not support are converted to roles that it
+        does. Raises ValueError if there is no template, a message is malformed, or the template refuses it.
         """
+        template = self.with_template(chat_template).template(with_tools=bool(tools))
+        if template is None:
+            named = f" named 'default'; it has {', '.join(map(repr, self.templates))}" if self.templates else ""
+            raise ValueError(
+                f"this tokenizer has no chat template{named}; pass one as chat_template (a file, a text or a name). The "
+                "tokenizer of a base model has none: pass a plain prompt, or use an instruction-tuned checkpoint"
+            )
         return render_chat(
-            self.templates,
+            template,
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
@@ -120,8 +145,11 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[JsonFields] | None = None,
+        chat_template: str | None = None,
         **extra: object,
     ) -> list[int]:
         """Returns the token ids of `apply_chat_template`. Templates write their own special tokens, so none are added."""
-        text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tools=tools, **extra)
+        text = self.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, chat_template=chat_template, **extra
+        )
         return self.encode(text, add_special_tokens=False)

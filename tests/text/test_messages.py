@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastgen_jax.text.chat import render_chat
+from fastgen_jax.text.chat import ChatTemplate, render_chat
 
 USER = {"role": "user", "content": "hi"}
 ANY_ROLE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -43,7 +43,14 @@ EMPTY = {"tool_calls": None, "refusal": None, "function_call": None, "audio": No
 
 
 def render(template, *messages):
-    return render_chat({"default": template}, messages, add_generation_prompt=False, tools=None, named_tokens={}, extra={})
+    return render_chat(
+        ChatTemplate(name="default", text=template),
+        messages,
+        add_generation_prompt=False,
+        tools=None,
+        named_tokens={},
+        extra={},
+    )
 
 
 def call(arguments, **more):
