@@ -63,7 +63,7 @@ def family_of(folder: Path, settings: JsonFields) -> Family:
 def read_backend(
     folder: Path, family: Family, added: Mapping[int, tuple[str, Mapping[str, bool]]], *, prefix_space: bool
 ) -> tokenizers.Tokenizer:
-    """The tokenizer, in which added tokens have their ids already; ValueError if one of the two files is missing or broken."""
+    """The tokenizer, in which added tokens already have their ids; ValueError if a file is missing or broken."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
