@@ -25,9 +25,10 @@ def versions(messages: Sequence[Message], template: str, traits: Traits) -> Iter
     that are not objects are wrapped in one.
     """
     joined = [{**message, "content": _joined(message["content"])} for message in messages]
-    for form in (messages, joined) if traits.iterates_content and joined != messages else (joined,):
-        for version in _of_roles(_with_contents(_with_calls_as_text(form, template), template), template):
-            yield [_fitted(message, traits) for message in version]
+    for parts in (True, False) if traits.iterates_content else (False,):
+        form = _with_contents(_with_calls_as_text(messages if parts else joined, template), template)
+        for version in _of_roles(form, template):
+            yield [_fitted(message, traits, parts=parts) for message in version]
 
 
 def instructions(messages: Sequence[Message]) -> list[str]:
@@ -51,16 +52,16 @@ def _of_roles(messages: list[Message], template: str) -> Iterator[list[Message]]
             return
 
 
-def _fitted(message: Message, traits: Traits) -> Message:
-    """The message with its reasoning, and its content as parts, where the template reads them so."""
+def _fitted(message: Message, traits: Traits, *, parts: bool) -> Message:
+    """The message with its reasoning where the template reads it; with `parts`, its content is a list if need be."""
     fitted = dict(message)
     thought = next((fitted[name] for name in REASONING if isinstance(fitted.get(name), str)), "")
     read = [name for name in REASONING if name in traits.fields]
-    as_part = bool(thought) and traits.iterates_content and "thinking" in traits.part_types
+    as_part = bool(thought) and parts and "thinking" in traits.part_types
     if thought and read and not as_part and not any(name in fitted for name in read):
         fitted[read[0]] = thought
     content = fitted["content"]
-    if isinstance(content, str) and (as_part or (traits.iterates_content and not traits.tests_for_text)):
+    if isinstance(content, str) and (as_part or (parts and not traits.tests_for_text)):
         fitted["content"] = [{"type": "text", "text": content}] if content else []
     if as_part:
         fitted["content"] = [{"type": "thinking", "thinking": thought}, *(fitted["content"] or ())]

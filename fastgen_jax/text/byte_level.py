@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 Family = Literal["GPT-2", "GPT-NeoX", "Qwen2", "Qwen3.5"]
 
-END = "<|endoftext|>"
-"""The token that all these classes use for each of `NAMED` that is not set, if the vocabulary has it."""
-NAMED = ("unk_token", "bos_token", "eos_token")
+_END = "<|endoftext|>"  # the token that all these classes use for those that are not set
 
 # Classes of transformers 5.15 without "Fast"; older ones that it replaces by one of these are included.
 _CLASSES: dict[str, Family] = {
@@ -58,6 +56,14 @@ def family_of(folder: Path, settings: JsonFields) -> Family:
             f"{', '.join(_CLASSES)}, or add a tokenizer.json"
         )
     return family
+
+
+def default_tokens(family: Family, settings: JsonFields, backend: tokenizers.Tokenizer) -> dict[str, str]:
+    """The named tokens that the settings leave open, if the vocabulary has the one of the class."""
+    if backend.token_to_id(_END) is None:
+        return {}
+    names = ("unk_token", "eos_token", "pad_token" if family.startswith("Qwen") else "bos_token")
+    return {name: _END for name in names if name not in settings}
 
 
 def read_backend(

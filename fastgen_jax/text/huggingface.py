@@ -73,7 +73,7 @@ def _from_merges(path: Path, settings: Settings) -> Tokenizer:
     added, names = added_tokens(path, settings), named_tokens(settings)
     family = byte_level.family_of(path, settings)
     backend = byte_level.read_backend(path, family, added, prefix_space=bool(settings.get("add_prefix_space")))
-    names = {name: text for name in byte_level.NAMED if backend.token_to_id(text := byte_level.END) is not None} | names
+    names = byte_level.default_tokens(family, settings, backend) | names
     _add_tokens(backend, added, [*names.values(), *special_texts(settings)])
     ends = {}
     for name in ("bos", "eos"):

@@ -1,6 +1,6 @@
 """Regenerates `mistral.json`: conversations as mistral-common encodes them, with a small vocabulary in each version.
 
-    python tests/reference/make_mistral.py      # needs mistral-common 1.13
+python tests/reference/make_mistral.py      # needs mistral-common 1.13
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
             said("user", "And now?\n"),
         ]
     },
-    "users in a row": {"messages": [said("user", "one"), said("user", "two"), said("assistant", "x"), said("user", "three")]},
+    "users in a row": {
+        "messages": [said("user", "one"), said("user", "two"), said("assistant", "x"), said("user", "three")]
+    },
     "parts": {"messages": [said("system", parts("a", "b")), said("user", parts("one", "", "two"))]},
     "tools": {"messages": [said("user", "a"), said("assistant", "b"), said("user", "c")], "tools": [WEATHER, BARE]},
     "result": {"messages": [*ASKED, result("4 °C")], "tools": [WEATHER]},
@@ -104,7 +106,8 @@ def tekken(version: str) -> dict[str, Any]:
             "version": version,
         },
         "vocab": [
-            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None} for rank, word in enumerate(words)
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None}
+            for rank, word in enumerate(words)
         ],
     }
     if version not in ("v3", "v7"):

@@ -20,9 +20,10 @@ def _reference() -> dict[str, Any]:
     return json.loads(REFERENCE.read_text(encoding="utf-8"))
 
 
-def _write(folder: Path, version: str, **config: Any) -> Path:
-    content = {**_reference()["v3"]["tekken"], **_reference()[version]["tekken"]}
-    content["config"] = {**content["config"], **config}
+def _write(folder: Path, version: str) -> Path:
+    known = version if version in VERSIONS else "v7"
+    content = {**_reference()["v3"]["tekken"], **_reference()[known]["tekken"]}
+    content["config"] = {**content["config"], "version": version}
     (folder / "tekken.json").write_text(json.dumps(content))
     return folder
 
@@ -40,7 +41,7 @@ def test_a_tekken_file_without_a_template_has_the_format_of_its_version(tmp_path
 def test_a_template_beside_the_file_replaces_its_format_and_unknown_versions_have_none(tmp_path):
     user = [{"role": "user", "content": "hi"}]
     assert load_tokenizer(_write(tmp_path, "v7")).apply_chat_template(user) == "<s>[INST]hi[/INST]"
-    assert load_tokenizer(_write(tmp_path, "v7", version="v99")).template() is None
+    assert load_tokenizer(_write(tmp_path, "v99")).template() is None
     (tmp_path / "chat_template.jinja").write_text("own {{ messages[0].content }}")
     assert load_tokenizer(_write(tmp_path, "v7")).apply_chat_template(user) == "own hi"
 
