@@ -24,16 +24,40 @@ def versions(messages: Sequence[Message], template: str, traits: Traits) -> Iter
     version part of the user's next message, for models without system messages. In the last versions, arguments of calls
     that are not objects are wrapped in one.
     """
+    tried: list[list[Message]] = []
+    for version in _versions(messages, template, traits):
+        if version not in tried:
+            tried.append(version)
+            yield version
+
+
+def _versions(messages: Sequence[Message], template: str, traits: Traits) -> Iterator[list[Message]]:
     joined = [{**message, "content": _joined(message["content"])} for message in messages]
     for parts in (True, False) if traits.iterates_content else (False,):
-        form = _with_contents(_with_calls_as_text(messages if parts else joined, template), template)
-        for version in _of_roles(form, template):
-            yield [_fitted(message, traits, parts=parts) for message in version]
+        given = messages if parts else joined
+        calls = list(given) if "tool_calls" in template else [_calls_as_text(message) for message in given]
+        forms = [calls] if _knows_results(template) else [_results_as_text(calls)]
+        forms = [calls, *forms] if _may_know_results(template) else forms
+        # Null content comes with tool calls. A template that does not test for it would print it as None.
+        forms = [*(forms if _TESTS_FOR_NONE.search(template) else ()), *map(_without_null_contents, forms)]
+        for form in forms:
+            for version in _of_roles(form, template):
+                yield [_fitted(message, traits, parts=parts) for message in version]
 
 
-def instructions(messages: Sequence[Message]) -> list[str]:
-    """Returns the texts of developer messages, which the prompt must contain."""
-    return [text.strip() for message in messages if message["role"] == "developer" for text in _texts(message["content"])]
+def required_texts(messages: Sequence[Message], template: str) -> list[str]:
+    """Returns the texts that the prompt must contain: developer messages, and results if they may be left out."""
+    roles = {"developer", "tool"} if _may_know_results(template) else {"developer"}
+    return [text.strip() for message in messages if message["role"] in roles for text in _texts(message["content"])]
+
+
+def _knows_results(template: str) -> bool:
+    return _NAMES_TOOL_ROLE.search(template) is not None
+
+
+def _may_know_results(template: str) -> bool:
+    """Whether a template describes tools, but does not name the role of their results: it may print any role."""
+    return "tools" in template and not _knows_results(template)
 
 
 def shows_parts(text: str) -> bool:
@@ -43,7 +67,7 @@ def shows_parts(text: str) -> bool:
 
 def _of_roles(messages: list[Message], template: str) -> Iterator[list[Message]]:
     forms: list[Callable[[list[Message]], list[Message]]] = [lambda same: same]
-    if "developer" not in template and instructions(messages):
+    if "developer" not in template and any(message["role"] == "developer" for message in messages):
         forms = [_developer_as_system, _developer_in_user]
     for arguments in (lambda same: same, _wrapped_arguments):
         for form in forms:
@@ -87,21 +111,13 @@ def _merged(separator: str, *contents: Content) -> Content:
     return parts
 
 
-def _with_contents(messages: list[Message], template: str) -> list[Message]:
-    """Replaces null content, which comes with tool calls, by "" for a template that would print it as None."""
-    if _TESTS_FOR_NONE.search(template):
-        return messages
+def _without_null_contents(messages: list[Message]) -> list[Message]:
     return [{**message, "content": "" if message["content"] is None else message["content"]} for message in messages]
 
 
-def _with_calls_as_text(messages: Sequence[Message], template: str) -> list[Message]:
-    converted = list(messages)
-    if "tool_calls" not in template:
-        converted = [_calls_as_text(message) if "tool_calls" in message else message for message in converted]
-    if _NAMES_TOOL_ROLE.search(template):
-        return converted
+def _results_as_text(messages: Sequence[Message]) -> list[Message]:
     result: list[Message] = []
-    for message in converted:
+    for message in messages:
         if message["role"] != "tool":
             result.append(message)
             continue
@@ -115,6 +131,8 @@ def _with_calls_as_text(messages: Sequence[Message], template: str) -> list[Mess
 
 
 def _calls_as_text(message: Message) -> Message:
+    if "tool_calls" not in message:
+        return message
     texts = [text_of(message["content"])] if message["content"] else []
     for call in message["tool_calls"]:
         name, arguments = call["function"]["name"], call["function"]["arguments"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.text.adapt import instructions, shows_parts, versions
+from fastgen_jax.text.adapt import required_texts, shows_parts, versions
 from fastgen_jax.text.messages import checked_messages, short
 from fastgen_jax.text.template_traits import traits_of
 
@@ -84,8 +84,8 @@ def render_chat(
 ) -> str:
     """Returns the rendered prompt; see `Tokenizer.apply_chat_template`.
 
-    A template may accept several versions of a conversation. The first one it renders without losing a developer's
-    instructions is used.
+    A template may accept several versions of a conversation. The first one is used that it renders without losing a
+    developer's instructions, or the result of a tool.
     """
     checked = checked_messages(messages)
     variables = {
@@ -96,7 +96,7 @@ def render_chat(
         "add_generation_prompt": add_generation_prompt,
     }
     compiled = _compile(template)
-    required = instructions(checked)
+    required = required_texts(checked, template.text)
     rendered, refusal = None, None
     for version in versions(checked, template.text, traits_of(template.text, _environment())):
         try:
@@ -104,7 +104,7 @@ def render_chat(
         except Exception as error:  # a template is a program: any exception means that it refuses this conversation
             refusal = refusal or error
             continue
-        if all(instruction in text for instruction in required) and not shows_parts(text):
+        if all(part in text for part in required) and not shows_parts(text):
             return text
         rendered = rendered or text
     if rendered is not None:

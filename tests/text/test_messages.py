@@ -112,6 +112,24 @@ def test_calls_and_results_become_text_if_the_template_does_not_support_them():
     assert render(LLAMA, USER, call("{}"), result).endswith("ipython:4\n")  # this template supports them
 
 
+def test_results_keep_their_role_if_a_template_with_tools_prints_any_role():
+    result = {"role": "tool", "tool_call_id": "c", "content": "4"}
+    with_tools = "{% if tools %}{{ tools }}{% endif %}"
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    any_role = f"{with_tools}{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content }}}}{calls}\n{{% endfor %}}"
+    assert render(any_role, USER, call("{}"), result) == "<user>hi\n<assistant>f\n<tool>4\n"
+    assert "<tool_response>\n4\n</tool_response>" in render(with_tools + DROPS_OTHERS, USER, call("{}"), result)
+    assert "<tool_response>\n4\n</tool_response>" in render(with_tools + NO_SYSTEM, USER, call("{}"), result)
+
+
+def test_null_content_becomes_empty_if_the_test_for_it_does_not_help():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' and m.content is none %}{% elif m.content | length > 1 %}"
+        "{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor %}"
+    )
+    assert render(template, USER, call("{}")) == "hif"
+
+
 def test_a_developer_message_becomes_a_system_message_if_the_role_is_unknown():
     developer, system = {"role": "developer", "content": "Be brief."}, {"role": "system", "content": "You are B."}
     assert render(ANY_ROLE, developer, USER) == "<system>Be brief.\n<user>hi\n"
