@@ -116,8 +116,8 @@ def test_results_keep_their_role_if_a_template_with_tools_prints_any_role():
     result = {"role": "tool", "tool_call_id": "c", "content": "4"}
     with_tools = "{% if tools %}{{ tools }}{% endif %}"
     calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
-    any_role = f"{with_tools}{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content }}}}{calls}\n{{% endfor %}}"
-    assert render(any_role, USER, call("{}"), result) == "<user>hi\n<assistant>f\n<tool>4\n"
+    any_role = f"{with_tools}{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content }}}}{calls}{{% endfor %}}"
+    assert render(any_role, USER, call("{}"), result) == "<user>hi<assistant>f<tool>4"
     assert "<tool_response>\n4\n</tool_response>" in render(with_tools + DROPS_OTHERS, USER, call("{}"), result)
     assert "<tool_response>\n4\n</tool_response>" in render(with_tools + NO_SYSTEM, USER, call("{}"), result)
 
