@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from fastgen_jax.checkpoint.gguf_file import GGUFFile
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import BlockWeight
 
 # Saved by old versions of transformers, in any number format: rotary frequencies and causal masks.
 _BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
@@ -67,6 +70,27 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """One tensor: float32, float16 or bfloat16; a quantized one is returned as float32. Matrices are [out, in]."""
+        ...
+
+
+class BlockKind(NamedTuple):
+    """How a matrix in blocks is stored in memory. Matrices of equal kinds, side by side, are one `BlockWeight`."""
+
+    name: str
+    bits: float
+    """Bits of memory per weight, scales included."""
+
+
+@runtime_checkable
+class HoldsBlocks(Protocol):
+    """A checkpoint some of whose quantized matrices the native CPU kernels multiply as they are stored."""
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        """How `read_blocks` stores the matrix of a tensor; None if it cannot read it."""
+        ...
+
+    def read_blocks(self, name: str) -> BlockWeight:
+        """The matrix [in, out] of a quantized tensor [out, in] in the bits of the file; `read` returns its values."""
         ...
 
 

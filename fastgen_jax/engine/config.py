@@ -23,7 +23,7 @@ from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
 DType = Literal["float32", "bfloat16", "float16"]
 KVDType = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
-Quantization = Literal["int8"]
+Quantization = Literal["int8", "int4"]
 Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
@@ -51,6 +51,8 @@ class Formats:
     dtype: DType
     quantize: Quantization | None
     kv_dtype: KVDType
+    kept: tuple[tuple[str, float], ...] = ()
+    """The weights, by path, that stay in the blocks of the checkpoint, with their bits per value."""
     why: str = ""
     """Why they differ from the defaults, for the log; empty if they do not."""
 
@@ -67,8 +69,11 @@ class EngineConfig:
     dtype: DType | None = None
     """Data type of the weights and activations; native CPU kernels use float32 activations with any type. None: float32
     on a CPU, float16 on a GPU without bfloat16 (T4, V100), bfloat16 elsewhere."""
-    quantize: Quantization | None = None
-    """Weight-only quantization with one scale per output channel. None: the weights stay in `dtype`."""
+    quantize: Quantization | Literal["none"] | None = None
+    """Weight-only quantization: "int8" with one scale per output channel; "int4", on CPUs with native kernels, with one
+    per 32 inputs, and int8 for the head and experts. None: as in the checkpoint where the kernels multiply its format
+    (GGUF's Q4_0, Q4_1, Q4_K and Q8_0 on CPUs), with exactly the values that it stands for, else `dtype`. "none": `dtype`
+    in any case."""
     kv_dtype: KVDType | None = None
     """Data type of the KV cache; 8-bit types have one scale per token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None
@@ -137,7 +142,7 @@ class EngineConfig:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
         choices: dict[str, tuple[str | None, ...]] = {
             "dtype": (*get_args(DType), None),
-            "quantize": (*get_args(Quantization), None),
+            "quantize": (*get_args(Quantization), "none", None),
             "kv_dtype": (*get_args(KVDType), None),
             "attention": (*get_args(Attention), None),
         }
@@ -252,6 +257,11 @@ class ResolvedConfig:
         return _packs_weights(self.choices)
 
     @property
+    def keeps_blocks(self) -> bool:
+        """Whether matrices that a checkpoint holds in blocks of 4 or 8 bits stay in them."""
+        return self.choices.quantize is None and self.quantize is None and self.packed_weights
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens that a sequence can actually have: the context limit, or the whole KV cache if that holds less."""
         return longest_sequence(max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size)
@@ -282,8 +292,13 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     platform = jax.default_backend()
     if config.logits_processor is not None:
         check_processor(config.logits_processor, model.vocab_size)
-    if config.quantize and platform not in ("cpu", "tpu", "gpu"):
+    if config.quantize in get_args(Quantization) and platform not in ("cpu", "tpu", "gpu"):
         raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
+    if config.quantize == "int4" and not _packs_weights(config):
+        raise ValueError(
+            f"quantize='int4' needs the native kernels of a CPU and a single device, but this is {platform} "
+            f"{'without them' if config.tensor_parallel is None else 'with tensor_parallel'}; use quantize='int8'"
+        )
     dtype, quantize, kv_dtype = formats_of(config, platform)
     num_devices = config.tensor_parallel or 1
     if config.tensor_parallel is not None:
@@ -346,7 +361,12 @@ def formats_of(config: EngineConfig, platform: str) -> tuple[DType, Quantization
     if config.formats is not None:
         return config.formats.dtype, config.formats.quantize, config.formats.kv_dtype
     dtype = config.dtype or default_dtype(platform, bfloat16=supports_bfloat16(jax.local_devices()[0]))
-    return dtype, config.quantize, config.kv_dtype or dtype
+    return dtype, quantization(config), config.kv_dtype or dtype
+
+
+def quantization(config: EngineConfig) -> Quantization | None:
+    """How the engine itself quantizes weights."""
+    return None if config.quantize == "none" else config.quantize
 
 
 def default_dtype(platform: str, *, bfloat16: bool) -> DType:

@@ -13,25 +13,50 @@ from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import head_spec, layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
-from fastgen_jax.models.weight_spec import DType, WeightSpec
+from fastgen_jax.models.weight_spec import DType, Kind, WeightSpec
+from pallas_kernels.matmul import INT4_BLOCK
 
+INT4_BITS = 4 + 16 / INT4_BLOCK  # of a value, with its share of the scale
 SAMPLER_COPIES = 4  # f32[R, V] arrays that the sampler holds at the same time: logits, their order, probabilities, noise
+
+
+def quantization_of(spec: WeightSpec, quantize: str | None) -> str | None:
+    """The format of a weight in an engine with this `quantize`.
+
+    With "int4", what has no kernel for 4 bits, and the head, which is sensitive, has 8.
+    """
+    if quantize is None or not spec.quantizable:
+        return None
+    narrow = spec.kind is Kind.MATRIX and spec.per_layer and spec.shape[0] % INT4_BLOCK == 0
+    return "int8" if quantize == "int4" and not narrow else quantize
 
 
 @functools.lru_cache(maxsize=64)
 def weight_bytes(
-    model: ModelConfig, num_devices: int, itemsize: float, *, quantize: str | None = None, packed: bool = False
+    model: ModelConfig,
+    num_devices: int,
+    itemsize: float,
+    *,
+    quantize: str | None = None,
+    packed: bool = False,
+    kept: tuple[tuple[str, float], ...] = (),
 ) -> int:
     """Bytes of the weights on one device: weights with a divided axis are divided, the others are on every device.
 
-    `packed`: matrices are stored for the native CPU kernels, so that a tied head cannot share the embedding's memory.
+    `kept`: weights, by path, that have another number of bits per value, scales included. `packed`: matrices are stored for
+    the native CPU kernels, so that a tied head cannot share the embedding's memory.
     """
     specs, having = param_specs(model), layers_with(model)
 
     def held(spec: WeightSpec, copies: int = 1) -> float:
         divided = num_devices if DIVIDED_AXES & set(spec.axes) else 1
-        if quantize is None or not spec.quantizable:
+        if bits := dict(kept).get(spec.path):
+            return copies * math.prod(spec.shape) * bits / 8 / divided
+        form = quantization_of(spec, quantize)
+        if form is None:
             return copies * math.prod(spec.shape) * itemsize / divided
+        if form == "int4":
+            return copies * math.prod(spec.shape) * INT4_BITS / 8 / divided
         scales = 4 * math.prod(spec.shape) / spec.shape[-2] / (num_devices if spec.axes[-1] in DIVIDED_AXES else 1)
         return copies * (math.prod(spec.shape) / divided + scales)
 

@@ -27,6 +27,11 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
         ValueError: a weight is missing, unexpected, of another shape, or prepared for another config.
     """
     _check_shapes(params, current, model)
+    if config.keeps_blocks and any(kind.startswith("uint8") for kind in _kinds(current).values()):
+        raise ValueError(
+            "the engine computes with weights in the quantized blocks of its checkpoint, which no others can replace; "
+            "load it with quantize='none'"
+        )
     prepared = prepare_params(params, model, config)
     old, new = (_kinds(tree) for tree in (current, prepared))
     for path in [*old, *new]:
