@@ -26,6 +26,7 @@ KVDType = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 Quantization = Literal["int8", "int4"]
 Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
+SHOWN = 500  # characters of a value in a repr, which the log has: a chat template can be long
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes among which a model or a measurement chooses
@@ -278,7 +279,8 @@ class ResolvedConfig:
 
 
 def _shown(config: object, values: Mapping[str, object]) -> str:
-    shown = ", ".join(f"{name}={value!r}" for name, value in values.items() if name != "compile_cache_dir")
+    texts = {name: repr(value) for name, value in values.items() if name != "compile_cache_dir"}
+    shown = ", ".join(f"{name}={text if len(text) <= SHOWN else text[:SHOWN] + '...'}" for name, text in texts.items())
     return f"{type(config).__name__}({shown})"
 
 

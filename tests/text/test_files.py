@@ -225,6 +225,7 @@ def test_the_template_is_an_option_of_an_engine(tmp_path):
     for given in (file, str(file), "own {{ messages[0].content }}"):
         config = EngineConfig(num_blocks=64, chat_template=given)
         assert Intake(tokenizer, model, resolve(config, model)).tokenizer.apply_chat_template(USER) == "own hi"
+    assert len(repr(EngineConfig(chat_template="{{ 1 }}" * 5000))) < 600
     for wrong in ("", 3):
         with pytest.raises(ValueError, match=r"chat_template is .*; pass a file, the text of a template, or the name"):
             EngineConfig(chat_template=wrong)
