@@ -48,8 +48,8 @@ def run(options: Options) -> int:
     )
     print(f"chat templates  {', '.join(tokenizer.templates) or 'none'}")
     if options["template"]:
-        for name, template in tokenizer.templates.items():
-            print(f"--- {name}\n{template.text}")
+        for name, text in tokenizer.templates.items():
+            print(f"--- {name}\n{text}")
     return 0
 
 

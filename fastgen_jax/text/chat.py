@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.text.adapt import required_texts, shows_parts, versions
@@ -37,6 +37,14 @@ class ChatTemplate:
 
     def __str__(self) -> str:
         return f"{self.name!r}" + (f" of {self.origin}" if self.origin else "")
+
+
+def template_fields(templates: Mapping[str, ChatTemplate]) -> dict[str, Any]:
+    """The fields of a `Tokenizer` with these templates."""
+    return {
+        "templates": {name: template.text for name, template in templates.items()},
+        "template_origins": {name: template.origin for name, template in templates.items() if template.origin is not None},
+    }
 
 
 def find_template(given: str, templates: Mapping[str, ChatTemplate]) -> ChatTemplate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastgen_jax.text.chat import ChatTemplate
+from fastgen_jax.text.chat import ChatTemplate, template_fields
 from fastgen_jax.text.pieces import piece_bytes
 from fastgen_jax.text.splits import ADDS_BOS, COMPOSES, IGNORES_MERGES, SPLITS, SYNONYMS
 from fastgen_jax.text.spm import SentencePieceEncoder, build_model
@@ -63,7 +63,7 @@ def load_gguf(metadata: Metadata) -> Tokenizer:
         drops_leading_space=drops_space,
         bos_token_id=ids["bos"],
         eos_token_ids=tuple(dict.fromkeys(id for id in ends if id is not None)),
-        templates=_templates(metadata),
+        **template_fields(_templates(metadata)),
         named_tokens={new: texts[id] for name, new in names.items() if (id := ids[name]) is not None},
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastgen_jax.checkpoint.huggingface import read_json
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.text import byte_level
-from fastgen_jax.text.chat import ChatTemplate
+from fastgen_jax.text.chat import ChatTemplate, template_fields
 from fastgen_jax.text.pieces import Scheme, piece_bytes, scheme_of_decoder
 from fastgen_jax.text.settings import added_tokens, named_tokens, read_settings, read_templates, special_texts
 from fastgen_jax.text.spm import SentencePieceEncoder, open_model
@@ -143,7 +143,7 @@ def _from_tiktoken(path: Path, settings: Settings, file: Path) -> Tokenizer:
         drops_leading_space=False,
         bos_token_id=first[0] if first else None,
         eos_token_ids=tuple(specials[text] for text in vocabulary.eos),
-        templates=templates,
+        **template_fields(templates),
         named_tokens={"eos_token": vocabulary.eos[0]} | ({"bos_token": vocabulary.bos} if vocabulary.bos else {}),
     )
 
@@ -215,7 +215,7 @@ def _assemble(path: Path, settings: Settings, names: dict[str, str], *, ids: Map
     return Tokenizer(
         bos_token_id=ids[names["bos_token"]] if "bos_token" in names else None,
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        templates=read_templates(path, settings),
+        **template_fields(read_templates(path, settings)),
         named_tokens=names,
         **rest,
     )

@@ -30,7 +30,8 @@ class Tokenizer:
     drops_leading_space: bool  # SentencePiece adds a space before the text; decoding removes it
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    templates: Mapping[str, ChatTemplate] = field(default_factory=dict)  # by name; the main one is "default"
+    templates: Mapping[str, str] = field(default_factory=dict)  # chat templates by name; the main one is "default"
+    template_origins: Mapping[str, str] = field(default_factory=dict)  # where they come from, by name, for messages
     given_template: ChatTemplate | None = None  # a user's choice, for all conversations
     named_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... for the templates
 
@@ -94,14 +95,20 @@ class Tokenizer:
         `given` is the path of a file, the text of a template, or the name of one of `templates`. ValueError if it is none of
         these, or does not parse.
         """
-        return self if given is None else replace(self, given_template=find_template(given, self.templates))
+        if given is None:
+            return self
+        named = {name: self._named_template(name) for name in self.templates}
+        return replace(self, given_template=find_template(given, named))
 
     def template(self, *, with_tools: bool = False) -> ChatTemplate | None:
         """The template of a conversation: the user's, else "tool_use" with tools, else "default"; None if there is none."""
         if self.given_template is not None:
             return self.given_template
         name = "tool_use" if with_tools and "tool_use" in self.templates else "default"
-        return self.templates.get(name)
+        return self._named_template(name) if name in self.templates else None
+
+    def _named_template(self, name: str) -> ChatTemplate:
+        return ChatTemplate(name=name, text=self.templates[name], origin=self.template_origins.get(name))
 
     def apply_chat_template(
         self,

@@ -18,7 +18,6 @@ from fastgen_jax.serving.app import create_app
 from fastgen_jax.serving.settings import ServedModel, ServerConfig
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.text import Tokenizer
-from fastgen_jax.text.chat import ChatTemplate
 from tests.tiny import drain, tiny_model
 
 SPECIALS = ("<unk>", "<s>", "</s>")
@@ -51,7 +50,7 @@ def tokenizer(*, template: str = TEMPLATE) -> Tokenizer:
         drops_leading_space=False,
         bos_token_id=1,
         eos_token_ids=(2,),
-        templates={"default": ChatTemplate(name="default", text=template)},
+        templates={"default": template},
     )
 
 

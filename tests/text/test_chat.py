@@ -137,5 +137,6 @@ def test_templates_are_found_in_all_files_of_a_checkpoint(tmp_path):
     assert tokenizer.apply_chat_template(USER, tools=[{"type": "function"}]) == "tools from a file"
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert isinstance(settings["chat_template"], list)
-    in_gguf = load_gguf(gguf_metadata("gpt-2", **{"tokenizer.chat_template": "d", "tokenizer.chat_template.tool_use": "t"}))
-    assert {name: template.text for name, template in in_gguf.templates.items()} == {"default": "d", "tool_use": "t"}
+    assert load_gguf(
+        gguf_metadata("gpt-2", **{"tokenizer.chat_template": "d", "tokenizer.chat_template.tool_use": "t"})
+    ).templates == {"default": "d", "tool_use": "t"}
