@@ -28,7 +28,7 @@ compat:
 	@if $(MAKE) --silent $(COLAB_VENV)/.installed; \
 	then $(COLAB_VENV)/bin/python -m tests.environments.add_package '.[serve,bench]' && \
 	  $(COLAB_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/environments/colab.txt \
-	    'pytest>=8' 'hypothesis>=6.100' 'jaxtyping>=0.3' 'beartype>=0.20' 'pandas>=2.2' && \
+	    'pytest>=8' 'hypothesis>=6.100' 'jaxtyping>=0.3' 'beartype>=0.20' 'pandas>=2.2' 'openai>=1.60' && \
 	  $(COLAB_VENV)/bin/python -m pytest -p no:anyio -W ignore::DeprecationWarning:matplotlib._fontconfig_pattern \
 	    -W ignore::DeprecationWarning:matplotlib._mathtext $(COMPAT_TESTS); \
 	else echo 'compat SKIPPED: the packages of Colab cannot be installed here'; fi
