@@ -47,6 +47,11 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def quantization(self) -> str:
+        """The method and the settings with which the checkpoint says that it is quantized; empty if it does not."""
+        ...
+
+    @property
     def tensor_names(self) -> frozenset[str]:
         """All tensors, by their Hugging Face names."""
         ...

@@ -103,6 +103,10 @@ class GGUFCheckpoint:
         }
 
     @property
+    def quantization(self) -> str:
+        return ""
+
+    @property
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self.places)
 

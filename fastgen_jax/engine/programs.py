@@ -24,6 +24,7 @@ from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.division import divided
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
 from fastgen_jax.models.weight_spec import Params
+from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
 from pallas_kernels.pytree import pytree
 
@@ -176,6 +177,10 @@ def step_program(
         logits_processor=logits_processor,
     )
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if (device_kind or device.device_kind) == "cpu":
+        # JAX's own cache goes by the name, too. What it has from an older version would load, but could not be saved as an
+        # executable, so that every later start would trace this program again.
+        step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device_kind or device.device_kind))
     if mesh is None:
         return jit(step)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from fastgen_jax.checkpoint.quantized import quantization_method
+from fastgen_jax.checkpoint.quantized import quantization_method, split_settings
 from fastgen_jax.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
 from fastgen_jax.engine import footprint
 from fastgen_jax.json_types import JsonObject
@@ -78,11 +78,9 @@ def make_plan(
     beyond the model's limit, and if the model cannot be divided over the devices.
     """
     devices = parse_topology(topology)
-    quantization = config.get("quantization_config")
+    quantization, config = split_settings(config)
     stored_as = quantization_method(quantization) if quantization else stored_as
-    model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(
-        {name: value for name, value in config.items() if name != "quantization_config"}
-    )
+    model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(config)
     check_num_devices(model, devices.num_devices)
     context = model.max_context_len if context is None else context
     if context > model.max_context_len:

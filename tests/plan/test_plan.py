@@ -230,7 +230,7 @@ def test_quantized_weights_are_planned_as_they_are_loaded(family: str, settings:
 
 
 def test_a_quantization_that_cannot_be_loaded_cannot_be_planned() -> None:
-    with pytest.raises(ValueError, match=r"quant_method is 'hqq'; supported: mxfp4, fp8, awq, gptq"):
+    with pytest.raises(ValueError, match=r"quant_method is 'hqq'; supported: mxfp4, fp8, "):
         plan(LLAMA_3_8B | {"quantization_config": {"quant_method": "hqq"}}, "v5e:2x4")
 
 
