@@ -11,10 +11,18 @@ import numpy as np
 import pytest
 
 from fastgen_jax.models.config import ModelConfig, RopeConfig
-from fastgen_jax.models.division import Heads, check_num_devices, divided, divided_array, divided_heads
+from fastgen_jax.models.division import (
+    Heads,
+    check_num_devices,
+    divided,
+    divided_array,
+    divided_heads,
+    divided_parts,
+    divided_shape,
+)
 from fastgen_jax.models.families.common import alibi_slopes
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
-from fastgen_jax.models.params import layer_specs
+from fastgen_jax.models.params import all_specs, layer_specs
 
 TINY = ModelConfig(
     family="llama",
@@ -116,6 +124,18 @@ def test_every_query_head_is_on_the_device_of_its_kv_head(num_kv_heads: int, num
     assert sorted(head for head in heads.query if head is not None) == list(range(12))
     for place, head in enumerate(heads.query):
         assert head is None or heads.kv[place // share] == head // group
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_divided_weights_have_the_shapes_of_the_divided_model(name: str) -> None:
+    config, num_devices, _ = MODELS[name]
+    wide = all_specs(divided(config, num_devices))
+    for path, spec in all_specs(config).items():
+        assert divided_shape(spec, config, num_devices) == wide[path].shape
+        assert divided_parts(spec, config, num_devices) == wide[path].parts
+        array = divided_array(spec, np.ones(spec.shape), config, num_devices, axes=range(-len(spec.shape), 0), fill=0)
+        assert array.shape == wide[path].shape
+        assert array.sum() >= np.prod(spec.shape)
 
 
 def test_a_model_that_devices_divide_as_it_is_stays_the_same() -> None:
