@@ -51,7 +51,7 @@ def test_added_tokens_keep_the_ids_that_their_file_states(tmp_path):
         ("vocab.json", "{", r"vocab\.json is not valid JSON .*download it again"),
         ("vocab.json", "{}", r"vocab\.json has no tokens"),
         ("vocab.json", '{"a": "b"}', r"vocab\.json: 'a' has the id 'b', which is not"),
-        ("vocab.json", '{"a": 0}', r"merges\.txt does not match vocab\.json \(.*download both again"),
+        ("vocab.json", '{"a": 0}', r"merges\.txt does not match vocab\.json \(.*download it again"),
         ("merges.txt", "#version: 0.2\nt h\nt h e\n", r"merges\.txt, line 3: expected two pieces .* got 't h e'"),
         ("merges.txt", "\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin-1"), r"merges\.txt is not text in UTF-8"),
         (
@@ -95,6 +95,14 @@ def test_a_damaged_file_is_named_with_a_remedy(tmp_path, file, content, message)
     if content is not None:
         (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"])
+def test_a_clone_without_its_large_files_is_recognized(tmp_path, file):
+    write(tmp_path, OPT)
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1\n")
+    with pytest.raises(ValueError, match=rf"{file}.*it is a pointer of Git LFS: run `git lfs pull`"):
         load_tokenizer(tmp_path)
 
 
