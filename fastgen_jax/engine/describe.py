@@ -21,7 +21,11 @@ def describe(name: str, model: ModelConfig, config: ResolvedConfig) -> str:
     devices = jax.local_devices()[: config.tensor_parallel or 1]
     on = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
     cache_bytes = config.num_blocks * footprint.block_bytes(
-        model, jax.default_backend(), kv_dtype=config.kv_dtype, block_size=config.block_size
+        model,
+        jax.default_backend(),
+        kv_dtype=config.kv_dtype,
+        block_size=config.block_size,
+        num_devices=config.tensor_parallel or 1,
     )
     return (
         f"{name}{model.family}, {_count(count_params(model))} parameters, {weights}, on {on}; "

@@ -19,17 +19,18 @@ from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import FOLDER, program_name, step_program
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
-from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
 from pallas_kernels.buckets import Bucket as RemoteFolder
 from pallas_kernels.buckets import is_url
 from pallas_kernels.folders import Folder
 
-# Of the memory in a data sheet, what a runtime reports: between 96 and 99 %. A start keeps a saved size of the cache if it
-# uses 75 to 90 % of what is reported, so the exact share does not matter.
-RUNTIME_SHARE = 0.97
+# Of the memory in a data sheet, what JAX reports: 96 to 99 % on a TPU, and by default three quarters of what a GPU has
+# (99 % of the data sheet). A start keeps a saved size of the cache if it uses 75 to 90 % of what is reported, so the exact
+# share does not matter.
+REPORTED_SHARE = {"tpu": 0.97, "gpu": 0.74}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class ProgramAhead:
     """One compiled program; bytes are per device."""
 
     tokens: int
+    trace_seconds: float
     lower_seconds: float
     compile_seconds: float
     arguments: int
@@ -86,8 +88,8 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         raise ValueError(
             "stack_layers=False and logits_processor are not supported for devices that are not here; omit them"
         )
-    check_divisible(model, num_devices)
-    memory = Memory(limit=int(RUNTIME_SHARE * target.device.memory_bytes))
+    check_num_devices(model, num_devices)
+    memory = Memory(limit=int(REPORTED_SHARE[platform] * target.device.memory_bytes))
     machine = fit.Machine(platform=platform, kind=target.device.kind, memory=memory, num_devices=target.num_devices)
     formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
     block_size = choices.block_size or default_block_size(platform, formats.kv_dtype)
@@ -96,7 +98,9 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
     if num_blocks is None:
         weights = footprint.weight_bytes(model, num_devices, jnp.dtype(formats.dtype).itemsize, quantize=formats.quantize)
         num_blocks = memory.room(weights).num_blocks(
-            footprint.block_bytes(model, platform, kv_dtype=formats.kv_dtype, block_size=block_size),
+            footprint.block_bytes(
+                model, platform, kv_dtype=formats.kv_dtype, block_size=block_size, num_devices=num_devices
+            ),
             wanted=choices.max_num_seqs * -(-context // block_size),
             share=num_devices,
         )
@@ -167,7 +171,9 @@ def _compile(model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int,
     )
     start = time.perf_counter()
     with lowering_for(mesh):
-        lowered = step.lower(*arguments)
+        traced = step.trace(*arguments)
+        traced_at = time.perf_counter()
+        lowered = traced.lower()
         lowered_at = time.perf_counter()
         program = compile_lowered(lowered)
     done = time.perf_counter()
@@ -181,7 +187,8 @@ def _compile(model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int,
             size = (saved.path / (name + executables.SUFFIX)).stat().st_size
     return ProgramAhead(
         tokens=tokens,
-        lower_seconds=lowered_at - start,
+        trace_seconds=traced_at - start,
+        lower_seconds=lowered_at - traced_at,
         compile_seconds=done - lowered_at,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

@@ -5,11 +5,12 @@
 scale for every few inputs.
 """
 
-from pallas_kernels.matmul.blocks import INT4_BLOCK, BlockWeight, concatenate, quantize_int4
+from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockWeight, concatenate, quantize_int4
 from pallas_kernels.matmul.ops import linear, swiglu
 from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight, prepare, quantize_int8
 
 __all__ = [
+    "BLOCK_SIZES",
     "INT4_BLOCK",
     "BlockWeight",
     "Int8Weight",

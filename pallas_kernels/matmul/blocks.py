@@ -40,14 +40,21 @@ class BlockFormat(NamedTuple):
 
 
 # The same numbers are in cpu.cc.
-_NUMBERS = {(4, False, "float16"): 0, (4, True, "float16"): 1, (4, True, "float32"): 2, (8, False, "float16"): 3}
+_NUMBERS = {
+    (4, False, "float16"): 0,
+    (4, True, "float16"): 1,
+    (4, True, "float32"): 2,
+    (8, False, "float16"): 3,
+    (8, False, "float32"): 4,
+}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BlockWeight:
     """A weight [K, N] on the host: w[k, n] = scales[n, k // size] * values[n, k] + offsets[n, k // size].
 
-    In float32; the products are exact in all formats that are known, whose scales have at most 20 significant bits.
+    In float32; with offsets, the products are exact in all formats that are known, whose scales have at most 20 significant
+    bits.
 
     Attributes:
       values: [N, K]: 0 to 15 in uint8 for 4 bits, int8 for 8 bits.
@@ -98,7 +105,8 @@ class BlockWeight:
         """The matrix that the blocks stand for."""
         n, k = self.values.shape
         scales = self.scales.astype(np.float32)
-        values = self.values.reshape(n, scales.shape[1], -1).astype(np.float32) * scales[..., None]
+        values = self.values.reshape(n, scales.shape[1], -1).astype(np.float32)
+        values *= scales[..., None]
         if self.offsets is not None:
             values += self.offsets.astype(np.float32)[..., None]
         elif self.format.bits == 4:

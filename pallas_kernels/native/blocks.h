@@ -180,6 +180,7 @@ struct Blocks {
       case 1: use<BlockFormat<4, true, Half, Wide>>(); break;
       case 2: use<BlockFormat<4, true, float, Wide>>(); break;
       case 3: use<BlockFormat<8, false, Half, Wide>>(); break;
+      case 4: use<BlockFormat<8, false, float, Wide>>(); break;
     }
   }
 

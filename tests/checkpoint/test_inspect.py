@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastgen_jax.cli import main
 from tests.checkpoint.tiny_files import write_gguf, write_hf
 from tests.text.vocabularies import gguf_metadata, write_json
+
+REFERENCE = Path(__file__).parents[1] / "reference" / "families"
 
 
 def _lines(capsys, *arguments) -> dict[str, str]:
@@ -43,6 +47,24 @@ def test_a_gguf_file_shows_its_block_types_even_without_a_tokenizer(tmp_path, ca
     assert lines["chat templates"] == "none"
     write_gguf(tmp_path / "b.gguf")
     assert _lines(capsys, tmp_path / "b.gguf")["tokenizer"].startswith("none: ")
+
+
+def test_a_quantized_directory_shows_its_format_and_what_it_becomes(tmp_path, capsys):
+    lines = _lines(capsys, REFERENCE / "qwen3" / "compressed")
+    assert lines["quantization"] == "compressed-tensors (format=mixed-precision)"
+    assert lines["stored as"] == "int8 33.9 %, INT4 28.3 %, bfloat16 23.7 %, float8_e4m3fn 14.1 %"
+    assert lines["loaded as"] == (
+        "CPUs with native kernels: 33.9 % in 8 bits in groups of 32, float32 scales (9.00 bits each), "
+        "28.3 % in 4 bits and float32 offsets in groups of 32 (6.00 bits each); else dequantized"
+    )
+    lines = _lines(capsys, REFERENCE / "qwen2" / "nf4")
+    assert lines["quantization"].startswith("bitsandbytes (load_in_4bit=True, ")
+    assert lines["stored as"] == "NF4 89.4 %, float32 10.6 %"
+    assert lines["loaded as"] == "dequantized"
+    write_gguf(tmp_path / "a.gguf", kind="Q8_0", vocab_size=512)
+    lines = _lines(capsys, tmp_path / "a.gguf")
+    assert "quantization" not in lines
+    assert lines["loaded as"].startswith("CPUs with native kernels: ")
 
 
 def test_the_template_is_printed_on_request(tmp_path, capsys):

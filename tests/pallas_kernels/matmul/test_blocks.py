@@ -12,7 +12,7 @@ from pallas_kernels.matmul import BlockWeight, PackedWeight, concatenate, linear
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 
-FORMATS = [(4, False, "float16"), (4, True, "float16"), (4, True, "float32"), (8, False, "float16")]
+FORMATS = [(4, False, "float16"), (4, True, "float16"), (4, True, "float32"), (8, False, "float16"), (8, False, "float32")]
 ROWS = (1, 2, 3, 14, 15, 40)
 # [K, N] and the size of a block; 4096 is more than one part of the contraction axis.
 SHAPES = [(32, 7, 32), (64, 95, 32), (512, 33, 128), (4096, 40, 64)]
