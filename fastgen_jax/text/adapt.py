@@ -91,7 +91,7 @@ def _fitted(message: Message, traits: Traits, *, parts: bool) -> Message:
         fitted[read[0]] = thought
     content = fitted["content"]
     if isinstance(content, str) and (as_part or (parts and not traits.tests_for_text)):
-        fitted["content"] = [{"type": "text", "text": content}] if content else []
+        fitted["content"] = [{"type": "text", "text": content}] if content or not as_part else []
     if as_part:
         fitted["content"] = [{"type": "thinking", "thinking": thought}, *(fitted["content"] or ())]
     return fitted
