@@ -140,6 +140,14 @@ def test_special_tokens_that_a_sentencepiece_model_lacks_are_added(tmp_path):
     assert tokenizer.decode([422, 423]) == ""
 
 
+def test_a_named_token_without_a_text_is_none(tmp_path):
+    for folder in (write_json(tmp_path / "json", bos_token=""), write_spm(tmp_path / "spm", pad_token="", sep_token=None)):
+        tokenizer = load_tokenizer(folder)
+        assert not {"pad_token", "sep_token"} & tokenizer.named_tokens.keys()
+        assert tokenizer.encode("x")
+    assert load_tokenizer(tmp_path / "json").bos_token_id is None
+
+
 # Templates of the user
 
 
