@@ -158,7 +158,7 @@ def test_gptq_without_g_idx_has_consecutive_groups():
 
 @pytest.mark.parametrize("packed_zeros", [True, False])
 def test_older_compressed_tensors_pack_whole_numbers_into_words_and_order_inputs(packed_zeros):
-    # Until 0.13, ten 3-bit numbers in each word; `weight_g_idx` is the group of each input.
+    # Ten 3-bit numbers in each word; `weight_g_idx` is the group of each input.
     rng = np.random.default_rng(0)
     numbers, zeros = rng.integers(0, 8, (20, 64)), rng.integers(0, 8, (20, 2))
     scales, group = rng.random((20, 2)).astype(np.float32), rng.permutation(GROUPS)
