@@ -6,10 +6,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.gguf_file import GGUFFile
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
@@ -76,14 +77,6 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> np.ndarray:
         """One tensor: float32, float16 or bfloat16; a quantized one is returned as float32. Matrices are [out, in]."""
         ...
-
-
-class BlockKind(NamedTuple):
-    """How a matrix in blocks is stored in memory. Matrices of equal kinds, side by side, are one `BlockWeight`."""
-
-    name: str
-    bits: float
-    """Bits of memory per weight, scales included."""
 
 
 @runtime_checkable

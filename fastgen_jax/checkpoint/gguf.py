@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastgen_jax.checkpoint import gguf_blocks
-from fastgen_jax.checkpoint.base import BlockKind, missing_tensor
+from fastgen_jax.checkpoint.base import missing_tensor
+from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture, config_json
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, dequantize, read_gguf
 from fastgen_jax.checkpoint.gguf_metadata import ROPE_TENSORS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import BlockKind
+from fastgen_jax.checkpoint.block_kind import BlockKind
 
 if TYPE_CHECKING:
     from pallas_kernels.matmul import BlockWeight

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import BlockKind, Checkpoint, HoldsBlocks, is_buffer, missing_tensor
+from fastgen_jax.checkpoint.base import Checkpoint, HoldsBlocks, is_buffer, missing_tensor
+from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint

@@ -14,7 +14,7 @@ from fastgen_jax.engine.memory import memory_now
 from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, check_processor
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.sharding import check_divisible
+from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.scheduling import NEED_PROMISE, Policy, Promise, checked_policy, longest_sequence
 from fastgen_jax.scheduling.converted import converted
 from pallas_kernels import native
@@ -299,7 +299,9 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     blocks_per_sequence = -(-max_context_len // block_size)
     num_blocks = config.num_blocks
     if num_blocks is None:
-        bytes_per_block = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=block_size)
+        bytes_per_block = footprint.block_bytes(
+            model, platform, kv_dtype=kv_dtype, block_size=block_size, num_devices=num_devices
+        )
         num_blocks = (
             memory_now(platform)
             .room()
@@ -379,7 +381,9 @@ def _fitted(
     """What was chosen to fit the memory, and why, in one line; empty without `fit`."""
     if not config.fit:
         return ""
-    cache = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=1) * cache_tokens
+    num_devices = config.tensor_parallel or 1
+    a_token = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=1, num_devices=num_devices)
+    cache = a_token * cache_tokens
     longest, wanted = min(max_context_len, cache_tokens), config.max_context_len or model.max_context_len
     line = (
         f"{quantize or dtype} weights, {footprint.size(cache)} of {kv_dtype} KV cache for {cache_tokens:,} tokens, "
@@ -415,4 +419,4 @@ def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices
         )
     if config.stack_layers is False:
         raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; omit stack_layers")
-    check_divisible(model, num_devices)
+    check_num_devices(model, num_devices)

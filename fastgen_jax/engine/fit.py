@@ -100,9 +100,9 @@ def choose_formats(
     """
     options = candidates(config, machine, model, kept=kept)
     best, least, most = (_first(options, config, model, machine, share) for share in ("usual", "least", "most"))
-    kept = [i for i, formats in enumerate(options) if _names(formats) == earlier]
-    if kept and most is not None and most <= kept[0] <= (len(options) if least is None else least):
-        best = kept[0]
+    unchanged = [i for i, formats in enumerate(options) if _names(formats) == earlier]
+    if unchanged and most is not None and most <= unchanged[0] <= (len(options) if least is None else least):
+        best = unchanged[0]
     elif best is None:
         best = most
     if best is None:
@@ -155,7 +155,9 @@ def tokens_that_fit(
     if memory.is_host and weights + _loading_bytes(formats, model) > HOST_WEIGHTS[share] * memory.limit:
         return 0
     block_size = config.block_size or default_block_size(machine.platform, formats.kv_dtype)
-    block = footprint.block_bytes(model, machine.platform, kv_dtype=formats.kv_dtype, block_size=block_size)
+    block = footprint.block_bytes(
+        model, machine.platform, kv_dtype=formats.kv_dtype, block_size=block_size, num_devices=divided
+    )
     held = weights + _excess_bytes(formats, config, model, machine)
     sharing = 1 if machine.platform == "cpu" else divided
     if config.num_blocks is not None:  # the cache has this size, so the question is whether it fits
@@ -225,7 +227,13 @@ def _reason(formats: Formats, config: EngineConfig, model: ModelConfig, machine:
     if config.num_blocks is not None:
         return f"{needed} for {config.num_blocks} KV blocks"
     tokens = _needed(config, model, USABLE_CONTEXT)
-    cache = footprint.block_bytes(model, machine.platform, kv_dtype=formats.kv_dtype, block_size=tokens)
+    cache = footprint.block_bytes(
+        model,
+        machine.platform,
+        kv_dtype=formats.kv_dtype,
+        block_size=tokens,
+        num_devices=config.tensor_parallel or 1,
+    )
     return f"{needed} for {tokens:,} tokens of {formats.kv_dtype} KV cache ({footprint.size(cache)})"
 
 
@@ -243,9 +251,12 @@ def _refusal(options: Sequence[Formats], config: EngineConfig, model: ModelConfi
     cache_tokens = tokens
     if config.num_blocks is not None:
         cache_tokens = config.num_blocks * (config.block_size or default_block_size(machine.platform, smallest.kv_dtype))
-    cache = footprint.block_bytes(model, machine.platform, kv_dtype=smallest.kv_dtype, block_size=cache_tokens)
+    divided = config.tensor_parallel or 1
+    cache = footprint.block_bytes(
+        model, machine.platform, kv_dtype=smallest.kv_dtype, block_size=cache_tokens, num_devices=divided
+    )
     if machine.platform != "cpu":
-        cache //= config.tensor_parallel or 1
+        cache //= divided
     if memory.is_host:
         needed, usable = weights + _loading_bytes(smallest, model) + cache, int(HOST_WEIGHTS["most"] * memory.limit)
     else:
@@ -268,7 +279,7 @@ def _remedies(needed: int, config: EngineConfig, model: ModelConfig, machine: Ma
     remedies = [*chosen, "free memory", "choose a smaller model"]
     divided = config.tensor_parallel or 1
     for more in (2, 4, 8, 16, 32, 64):
-        if more > divided and not machine.memory.is_host and model.num_kv_heads % more == 0:
+        if more > divided and not machine.memory.is_host and more <= model.num_heads:
             wider = replace(config, tensor_parallel=more)
             if _first(candidates(wider, machine, model), wider, model, machine, "usual") is not None:
                 have = f" (this machine has {machine.num_devices})" if machine.num_devices < more else ""

@@ -97,6 +97,10 @@ def _kept_bits(checkpoint: Checkpoint) -> tuple[tuple[str, float], ...]:
     return tuple((path, kind.bits) for path, kind in kept_in_blocks(checkpoint).items())
 
 
+def _keeps_any(config: ResolvedConfig) -> bool:
+    return config.choices.formats is not None and bool(config.choices.formats.kept)
+
+
 def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: bool | Phases) -> Params:
     return load_params(
         checkpoint,
@@ -184,7 +188,7 @@ def _ladder(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -
     device = jax.devices()[0]
     cost = ladder.cost_model(
         model,
-        bytes_per_weight=1 if config.quantize else jnp.dtype(config.dtype).itemsize,
+        bytes_per_weight=1 if config.quantize or _keeps_any(config) else jnp.dtype(config.dtype).itemsize,
         device_kind=None if device.platform == "cpu" else device.device_kind,
         skips_padding=config.packed_weights,
     )

@@ -37,7 +37,7 @@ def prepare_leaf(
     """
     dtype = {"weights": config.dtype, "activations": config.activation_dtype, "float32": "float32"}[spec.dtype]
     if config.tensor_parallel is not None:
-        return _divided(spec, array, config, dtype)
+        return _divided(spec, array, model, config, dtype)
     quantize = quantization_of(spec, config.quantize)
     if isinstance(array, BlockWeight):
         return prepare(array, platform="cpu", gated=spec.gated, dtype=dtype)
@@ -71,12 +71,14 @@ def _expansions(array: np.ndarray, model: ModelConfig) -> Expansions:
     return Expansions(k_up=pack(np.ascontiguousarray(k_up)), v_up=pack(np.ascontiguousarray(v_up)))
 
 
-def _divided(spec: WeightSpec, array: HostWeight, config: ResolvedConfig, dtype: DTypeLike) -> jax.Array | Int8Weight:
+def _divided(
+    spec: WeightSpec, array: HostWeight, model: ModelConfig, config: ResolvedConfig, dtype: DTypeLike
+) -> jax.Array | Int8Weight:
     """One weight sharded over the devices of `config`; one that is sharded already is returned as it is."""
     if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
         return array
     host = host_leaf(spec, array, dtype=dtype, quantize=config.quantize)
-    return divide_leaf(spec, host, tensor_mesh(jax.local_devices()[: config.tensor_parallel]))
+    return divide_leaf(spec, host, tensor_mesh(jax.local_devices()[: config.tensor_parallel]), model)
 
 
 def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:

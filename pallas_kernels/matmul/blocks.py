@@ -105,7 +105,8 @@ class BlockWeight:
         """The matrix that the blocks stand for."""
         n, k = self.values.shape
         scales = self.scales.astype(np.float32)
-        values = self.values.reshape(n, scales.shape[1], -1).astype(np.float32) * scales[..., None]
+        values = self.values.reshape(n, scales.shape[1], -1).astype(np.float32)
+        values *= scales[..., None]
         if self.offsets is not None:
             values += self.offsets.astype(np.float32)[..., None]
         elif self.format.bits == 4:
@@ -117,11 +118,11 @@ def concatenate(weights: Sequence[BlockWeight]) -> BlockWeight:
     """The columns of several weights of one format, side by side."""
     if len(weights) == 1:
         return weights[0]
-    has_offsets = weights[0].offsets is not None
+    offsets = [weight.offsets for weight in weights if weight.offsets is not None]
     return BlockWeight(
         values=np.concatenate([weight.values for weight in weights]),
         scales=np.concatenate([weight.scales for weight in weights]),
-        offsets=np.concatenate([weight.offsets for weight in weights]) if has_offsets else None,  # pyright: ignore[reportArgumentType] (equal formats)
+        offsets=np.concatenate(offsets) if offsets else None,
     )
 
 
