@@ -16,18 +16,21 @@ test-all: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --run-slow
 
 # The oldest jax, among the packages of Colab: installing this one changes none of them, and the engine and its kernels work.
-# Prefers the Python that Colab has. Colab's anyio has a plugin for pytest that uses deprecated names.
+# Prefers the Python that Colab has. Colab's anyio has a plugin for pytest that uses deprecated names, and its matplotlib uses
+# those of pyparsing.
 COLAB_VENV := .venv-colab
 COLAB_PYTHON ?= $(shell for python in python3.13 python3.12 $(PYTHON); do \
   if $$python -c '' 2>/dev/null; then echo $$python; break; fi; done)
 COMPAT_TESTS ?= tests/core tests/pallas_kernels/ragged_attention/test_gpu.py tests/pallas_kernels/ragged_attention/test_oracle.py \
-  tests/pallas_kernels/grouped_matmul tests/engine/test_engine.py tests/engine/test_kv_dtype.py
+  tests/pallas_kernels/grouped_matmul tests/engine/test_engine.py tests/engine/test_kv_dtype.py \
+  tests/api tests/text tests/cli tests/bench tests/serving
 compat:
 	@if $(MAKE) --silent $(COLAB_VENV)/.installed; \
 	then $(COLAB_VENV)/bin/python -m tests.environments.add_package '.[serve,bench]' && \
 	  $(COLAB_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/environments/colab.txt \
-	    'pytest>=8' 'hypothesis>=6.100' 'jaxtyping>=0.3' 'beartype>=0.20' && \
-	  $(COLAB_VENV)/bin/python -m pytest -p no:anyio $(COMPAT_TESTS); \
+	    'pytest>=8' 'hypothesis>=6.100' 'jaxtyping>=0.3' 'beartype>=0.20' 'pandas>=2.2' 'openai>=1.60' && \
+	  $(COLAB_VENV)/bin/python -m pytest -p no:anyio -W ignore::DeprecationWarning:matplotlib._fontconfig_pattern \
+	    -W ignore::DeprecationWarning:matplotlib._mathtext $(COMPAT_TESTS); \
 	else echo 'compat SKIPPED: the packages of Colab cannot be installed here'; fi
 
 $(COLAB_VENV)/.installed: tests/environments/colab.txt

@@ -53,19 +53,20 @@ def _compile_ahead(model: str, choices: Any, topology: str, out: str | None) -> 
     from fastgen_jax.plan.source import describe
 
     programs: list[ProgramAhead] = []
-    print(f"{'tokens':>7} {'lowered':>9} {'compiled':>9} {'arguments':>11} {'temporaries':>12} {'saved':>10}")
+    print(f"{'tokens':>7} {'traced':>9} {'lowered':>9} {'compiled':>9} {'arguments':>11} {'temporaries':>12} {'saved':>10}")
 
     def report(program: ProgramAhead) -> None:
         programs.append(program)
         saved = f"{program.saved / MIB:.1f} MiB" if program.saved else "-"
         print(
-            f"{program.tokens:7} {program.lower_seconds:7.1f} s {program.compile_seconds:7.1f} s "
+            f"{program.tokens:7} {program.trace_seconds:7.1f} s {program.lower_seconds:7.1f} s "
+            f"{program.compile_seconds:7.1f} s "
             f"{program.arguments / MIB:7,.0f} MiB {program.temporaries / MIB:8,.0f} MiB {saved:>10}",
             flush=True,
         )
 
     config, place = compile_ahead(describe(model), choices, topology, out=out, report=report)
-    total = sum(program.lower_seconds + program.compile_seconds for program in programs)
+    total = sum(program.trace_seconds + program.lower_seconds + program.compile_seconds for program in programs)
     print(f"{len(programs)} programs in {total:.0f} s; {config.num_blocks:,} KV blocks of {config.block_size} tokens")
     if place:
         print(f"saved in {place}; a start there with the same options and --compile-cache-dir {place} loads them")

@@ -81,6 +81,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "loaded as": _loaded_as(checkpoint, stored),
         "weight bytes": weights,
         "KV bytes/token": kv,
+        "sampling": _sampling(checkpoint),
     }
     return {name: value for name, value in facts.items() if value}
 
@@ -106,3 +107,13 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     if not parts:
         return "dequantized"
     return f"CPUs with native kernels: {', '.join(parts)}; else dequantized"
+
+
+def _sampling(checkpoint: Checkpoint) -> str:
+    from fastgen_jax.engine.generation import defaults_of_model
+
+    try:
+        defaults = defaults_of_model(checkpoint.generation_config, checkpoint.path)
+    except ValueError as error:
+        return f"none: {error}"
+    return ", ".join(f"{name} {value}" for name, value in defaults) or "no defaults: temperature 1, all tokens kept"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -25,6 +26,7 @@ KVDType = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 Quantization = Literal["int8", "int4"]
 Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
+SHOWN = 500  # characters of a value in a repr, which the log has: a chat template can be long
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes among which a model or a measurement chooses
@@ -32,6 +34,15 @@ MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes among which a mode
 
 def _ladder(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _checked_template(value: object) -> object:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(
+            f"chat_template is {value!r}; pass a file, the text of a template, or the name of one of the model's"
+        )
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +127,9 @@ class EngineConfig:
     )
     """Defaults for options that a request omits: "auto" for those in the checkpoint's generation_config.json, "none", or
     the defaults as a mapping or as JSON, such as {"temperature": 0.6}. Stored as pairs."""
+    chat_template: str | None = converted(_checked_template, default=None)
+    """Chat template for all conversations: a file (.jinja, or .json with the field "chat_template"), the text of a template,
+    or the name of one of the model's templates, such as "rag". None: the model's own, "tool_use" if there are tools."""
     strict_config: bool = False
     """Refuse a checkpoint whose config.json has fields that are unknown for its architecture, instead of warning."""
     compile_cache_dir: str | None = None
@@ -265,7 +279,8 @@ class ResolvedConfig:
 
 
 def _shown(config: object, values: Mapping[str, object]) -> str:
-    shown = ", ".join(f"{name}={value!r}" for name, value in values.items() if name != "compile_cache_dir")
+    texts = {name: repr(value) for name, value in values.items() if name != "compile_cache_dir"}
+    shown = ", ".join(f"{name}={text if len(text) <= SHOWN else text[:SHOWN] + '...'}" for name, text in texts.items())
     return f"{type(config).__name__}({shown})"
 
 

@@ -64,7 +64,7 @@ def load(
         builds = _prefetch_kernels(checkpoint.config) if jax.default_backend() == "cpu" else ()
         if not builds:
             phases.names = [name for name in PHASES if name != BUILDING]
-        tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source).with_template(config.chat_template)
         if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
             log.warning(
                 "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
@@ -150,6 +150,7 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
         "background_compile",
         "prefix_caching",
         "generation_config",
+        "chat_template",
         "compile_cache_dir",
         "remeasure",
         "logits_processor",

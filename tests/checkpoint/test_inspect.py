@@ -32,6 +32,11 @@ def test_a_directory_is_described_without_reading_a_weight(tmp_path, capsys, mon
     assert lines["tokenizer"].startswith("tokenizer.json (byte-level BPE), 380 tokens, bos 0, eos (1, 2)")
     assert lines["chat templates"] == "default"
     assert lines["num_heads"] == "4"
+    assert lines["sampling"] == "no defaults: temperature 1, all tokens kept"
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 1.0}')
+    assert _lines(capsys, tmp_path)["sampling"] == "temperature 0.6, top_k 20"
+    (tmp_path / "generation_config.json").write_text('{"top_p": 90}')
+    assert _lines(capsys, tmp_path)["sampling"].startswith("none: the sampling defaults of")
 
 
 def test_a_gguf_file_shows_its_block_types_even_without_a_tokenizer(tmp_path, capsys):

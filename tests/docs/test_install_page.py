@@ -28,7 +28,7 @@ def commands(block: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in block.splitlines() if line.strip()]
 
 
-ONE_LINE, CHECK, TRY = map(commands, blocks(INSTALL)[:3])
+ONE_LINE, CHECK, TRY, WHEEL = map(commands, blocks(INSTALL)[:4])
 TERMINAL = next(commands(block) for block in blocks(QUICK_START) if "fastgen models" in block)
 
 
@@ -99,6 +99,20 @@ def test_the_package_is_tried_without_installing_it(clone: Path, venv: Path) -> 
         pytest.skip("uv is not installed")
     (command,) = TRY
     assert run(command, venv, clone).strip()
+
+
+@pytest.mark.slow
+def test_a_wheel_is_built_from_the_clone_and_installed(clone: Path, venv: Path) -> None:
+    for command in WHEEL:
+        if command.startswith("uvx ") and shutil.which("uvx") is None:
+            continue
+        # Once it is installed, pip does not replace a version by the same one; this would install the wheel in vain.
+        if ".whl" in command:
+            run("pip uninstall --yes fastgen_jax", venv, clone)
+        run(command, venv, clone)
+    (wheel,) = (clone / "dist").iterdir()
+    assert wheel.suffix == ".whl"
+    assert "fastgen_jax" in run("fastgen --version", venv, clone)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ HOME = Path(__file__).parents[2] / "notebooks"
 def run(path: Path) -> None:
     """Executes a notebook in its folder and writes it back with its outputs, without metadata of the run."""
     notebook = nbformat.read(path, as_version=4)
-    start = time.monotonic()
+    start, used_before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(HOME)}}, record_timing=False
     ).execute()
@@ -25,7 +26,9 @@ def run(path: Path) -> None:
             cell.outputs = kept(cell.outputs)
     notebook.metadata.language_info = {"name": "python"}  # without the version of the Python that ran it
     nbformat.write(notebook, path)
-    print(f"{path.name}: {time.monotonic() - start:.0f} s", flush=True)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = used.ru_utime + used.ru_stime - used_before.ru_utime - used_before.ru_stime
+    print(f"{path.name}: {time.monotonic() - start:.0f} s, {processor:.0f} processor seconds", flush=True)
 
 
 def kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
@@ -42,6 +45,7 @@ def kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
 
 
 def main(names: list[str]) -> None:
+    os.environ.pop("MPLBACKEND", None)  # the kernel's own makes figures outputs
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HOME.parent), os.environ.get("PYTHONPATH"))))
     for name in names or sorted(path.stem for path in HOME.glob("*.ipynb")):
         run(HOME / f"{name}.ipynb")

@@ -45,6 +45,9 @@ def test_a_model_fills_the_memory_of_its_devices() -> None:
     for reported in (0.96, 0.99):  # a start keeps a number of blocks in this range
         limit = reported * 16 * 2**30
         assert 0.75 * limit < weights + config.num_blocks * block < 0.9 * limit
+    h100 = resolve_for(EngineConfig(), llama(), parse_topology("h100:1"))
+    reported = 0.75 * 79.1 * 2**30  # by default JAX takes three quarters of a GPU
+    assert 0.75 * reported < 16.06e9 + h100.num_blocks * block * 4 < 0.9 * reported
     few = resolve_for(EngineConfig(tensor_parallel=4, max_num_seqs=1, token_budget=6), llama(), parse_topology("v5e:2x2"))
     assert few.num_blocks == 8192 // 32
     assert few.budget_ladder == (1, 2, 4, 6)

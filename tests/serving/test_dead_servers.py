@@ -151,9 +151,9 @@ def test_a_stream_that_stops_early_is_an_error():
 @pytest.mark.parametrize(
     "answer",
     [
-        b"HTTP/1.1 404 Not Found\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
-        b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
-        b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 4\r\n\r\n[{}]",
+        b"HTTP/1.1 404 Not Found\r\nconnection: close\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
+        b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
+        b"HTTP/1.1 502 Bad Gateway\r\nconnection: close\r\ncontent-length: 4\r\n\r\n[{}]",
     ],
 )
 def test_a_different_kind_of_server_is_recognized(answer):
