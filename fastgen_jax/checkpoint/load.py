@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastgen_jax.checkpoint.base import Checkpoint, HoldsBlocks, is_buffer, missing_tensor
-from fastgen_jax.checkpoint.block_kind import BlockKind
+from fastgen_jax.checkpoint.block_kind import BlockKind, common_kind
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
@@ -100,7 +100,7 @@ def load_params(
 
 
 def kept_in_blocks(checkpoint: Checkpoint) -> dict[str, BlockKind]:
-    """The weights, by path, that a checkpoint holds in blocks of one kind in all layers; "lm_head" too if it is tied."""
+    """The weights, by path, that a checkpoint holds in blocks in all layers, and their kind; "lm_head" too if it is tied."""
     if not isinstance(checkpoint, HoldsBlocks):
         return {}
     kinds: dict[str, set[BlockKind | None]] = {}
@@ -110,7 +110,7 @@ def kept_in_blocks(checkpoint: Checkpoint) -> dict[str, BlockKind]:
             kinds.setdefault(spec.path, set()).update(map(checkpoint.block_kind, weight.names))
     if checkpoint.config.tie_embeddings:
         kinds["lm_head"] = {checkpoint.block_kind(checkpoint.sources["embed"].names[0])}
-    return {path: kind for path, found in kinds.items() if len(found) == 1 and (kind := next(iter(found))) is not None}
+    return {path: kind for path, found in kinds.items() if (kind := common_kind(found)) is not None}
 
 
 def _tied_head(checkpoint: Checkpoint) -> Leaf:
@@ -217,7 +217,7 @@ def _read(
     checkpoint: Checkpoint,
     weight: _Weight,
     *,
-    kept: Container[str],
+    kept: Mapping[str, BlockKind],
     dtype: DType | None,
     sharding: Callable[[WeightSpec], Sharding] | None,
 ) -> Leaf:
@@ -225,9 +225,10 @@ def _read(
     import jax
 
     if weight.spec.path in kept and isinstance(checkpoint, HoldsBlocks):
-        from pallas_kernels.matmul import concatenate
+        from pallas_kernels.matmul import concatenate, widen
 
-        return concatenate([checkpoint.read_blocks(name) for name in weight.names])
+        kind, parts = kept[weight.spec.path], [checkpoint.read_blocks(name) for name in weight.names]
+        return concatenate([widen(part, kind.size) for part in parts] if kind.is_common else parts)
     if sharding is None:
         array = _assemble(checkpoint, weight)
         return _in_memory(array) if isinstance(array, np.memmap) else array

@@ -5,7 +5,7 @@
 scale for every few inputs.
 """
 
-from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockWeight, concatenate, quantize_int4
+from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockWeight, concatenate, quantize_int4, widen
 from pallas_kernels.matmul.ops import linear, swiglu
 from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight, prepare, quantize_int8
 
@@ -22,4 +22,5 @@ __all__ = [
     "quantize_int4",
     "quantize_int8",
     "swiglu",
+    "widen",
 ]

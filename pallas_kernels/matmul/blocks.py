@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Float32, Int8, Shaped, UInt8
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048)
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 """Inputs of a block that the native kernel knows."""
 INT4_BLOCK = 32
 """Inputs of a block in `quantize_int4`."""
@@ -46,6 +46,7 @@ _NUMBERS = {
     (4, True, "float32"): 2,
     (8, False, "float16"): 3,
     (8, False, "float32"): 4,
+    (8, True, "float32"): 5,
 }
 
 
@@ -124,6 +125,16 @@ def concatenate(weights: Sequence[BlockWeight]) -> BlockWeight:
         scales=np.concatenate([weight.scales for weight in weights]),
         offsets=np.concatenate(offsets) if offsets else None,
     )
+
+
+def widen(w: BlockWeight, size: int) -> BlockWeight:
+    """The same weight in 8 bits, with a scale and an offset in float32 for every `size` inputs, which divides `w.size`."""
+    scales = w.scales.astype(np.float32)
+    offsets = np.zeros_like(scales) if w.offsets is None else w.offsets.astype(np.float32)
+    if w.offsets is None and w.format.bits == 4:
+        offsets = -8 * scales
+    scales, offsets = (array.repeat(w.size // size, axis=1) for array in (scales, offsets))
+    return BlockWeight(values=w.values.view(np.int8), scales=scales, offsets=offsets)
 
 
 def quantize_int4(w: Float[np.ndarray, "K N"]) -> BlockWeight:

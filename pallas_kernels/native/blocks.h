@@ -181,6 +181,7 @@ struct Blocks {
       case 2: use<BlockFormat<4, true, float, Wide>>(); break;
       case 3: use<BlockFormat<8, false, Half, Wide>>(); break;
       case 4: use<BlockFormat<8, false, float, Wide>>(); break;
+      case 5: use<BlockFormat<8, true, float, Wide>>(); break;
     }
   }
 

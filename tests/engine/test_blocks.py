@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from fastgen_jax import Engine, EngineConfig, Research
 from fastgen_jax.checkpoint import kept_in_blocks, load_params, open_checkpoint
 from fastgen_jax.engine.fit import choose_formats
 from pallas_kernels import native
-from pallas_kernels.matmul import PackedWeight
+from pallas_kernels.matmul import BlockWeight, PackedWeight
 from tests.checkpoint.tiny_files import write_gguf
 from tests.engine.fit_cases import MACHINES, model
 from tests.tiny import drain, greedy, tokens_of
@@ -99,6 +100,24 @@ def test_a_model_in_blocks_fits_where_its_values_do_not():
     chosen = choose_formats(EngineConfig(), llama, here, kept=bits)
     assert (chosen.quantize, chosen.kept) == (None, bits)
     assert choose_formats(EngineConfig(quantize="int8"), llama, here, kept=bits).kept == ()
+
+
+def test_layers_of_different_kinds_take_a_common_one_with_the_same_values(tmp_path):
+    def kind(name: str) -> str:
+        return "Q8_0" if "layers.1." in name and ("v_proj" in name or "down_proj" in name) else "Q4_1"
+
+    write_gguf(tmp_path / "mixed.gguf", kind=kind)
+    checkpoint = open_checkpoint(tmp_path / "mixed.gguf")
+    kept = kept_in_blocks(checkpoint)
+    assert {path for path, kind in kept.items() if kind.is_common} == {"layers.qkv", "layers.down"}
+    assert kept.keys() == KEPT
+    values = load_params(
+        checkpoint,
+        dtype="float32",
+        keep_blocks=True,
+        prepare=lambda spec, array: array.dequantize() if isinstance(array, BlockWeight) else np.asarray(array),
+    )
+    jax.tree.map(np.testing.assert_array_equal, values, {**load_params(checkpoint, dtype="float32")})
 
 
 def test_a_file_with_other_kinds_in_some_layers_is_dequantized(tmp_path):

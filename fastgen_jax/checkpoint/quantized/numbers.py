@@ -121,17 +121,17 @@ class Groups:
             size = max((each for each in BLOCK_SIZES if size % each == 0), default=0)
             wide = scale != "float16"
             return (
-                BlockKind(f"8 bits in groups of {size}{', float32 scales' * wide}", 8 + 16 * (1 + wide) / size)
+                BlockKind(f"8 bits in groups of {size}{', float32 scales' * wide}", 8 + 16 * (1 + wide) / size, size)
                 if size
                 else None
             )
         if self.bits != 4 or size not in BLOCK_SIZES or scale not in ("float16", "bfloat16"):
             return None
         if self.biases is None and is_even and scale == "float16":
-            return BlockKind(f"4 bits in groups of {size}", 4 + 16 / size)
+            return BlockKind(f"4 bits in groups of {size}", 4 + 16 / size, size)
         if self.biases is not None and scale == self.biases.dtype.name == "float16":
-            return BlockKind(f"4 bits and offsets in groups of {size}", 4 + 32 / size)
-        return BlockKind(f"4 bits and float32 offsets in groups of {size}", 4 + 64 / size)
+            return BlockKind(f"4 bits and offsets in groups of {size}", 4 + 32 / size, size)
+        return BlockKind(f"4 bits and float32 offsets in groups of {size}", 4 + 64 / size, size)
 
     def _blocks_in_group(self) -> int:
         """Into how many blocks a group of 8 bits is divided, because the kernels know no block of its size."""
