@@ -82,6 +82,10 @@ KEPT = {
     **dict.fromkeys(["int8_packed", "int8_channels", "int8_tensor", "bnb_int8"], "8 bits in groups of 64, float32 scales"),
     "int8_groups": "8 bits in groups of 32, float32 scales",
     **dict.fromkeys([f"gptq4{form}" for form in ("", "_v2")], "4 bits and float32 offsets in groups of 32"),
+    **dict.fromkeys(
+        [f"gptq{bits}" for bits in ("2", "3", "5", "8", "2_v2", "3_v2", "8_v2")],
+        "8 bits and float32 offsets in groups of 32",
+    ),
     "gptq4_symmetric": "4 bits in groups of 32",
     "gptq8_symmetric": "8 bits in groups of 32",
     "int4_bfloat16": "4 bits and float32 offsets in groups of 32",
@@ -95,7 +99,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_a_matrix_of_4_or_8_bits_is_kept_in_its_bits_if_that_rounds_nothing(case):
+def test_a_matrix_is_kept_in_4_or_8_bits_if_that_rounds_nothing(case):
     stored = unpack(tensors_of(case, "m"), settings_of(case))["m.weight"]
     kind = stored.block_kind()
     assert (kind and kind.name) == KEPT.get(case)
