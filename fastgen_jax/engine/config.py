@@ -1,4 +1,4 @@
-"""The operator's choices, and the values that `resolve` finds for those left open."""
+"""The operator's choices."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from typing import Any, Literal, get_args
 import jax
 
 from fastgen_jax.core.devices import supports_bfloat16
-from fastgen_jax.engine import footprint, generation
-from fastgen_jax.engine.memory import memory_now
+from fastgen_jax.engine import generation
 from fastgen_jax.engine.option_names import unknown_engine_option
-from fastgen_jax.engine.sampling.processor import LogitsProcessor, check_processor
-from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.division import check_num_devices
-from fastgen_jax.scheduling import NEED_PROMISE, Policy, Promise, checked_policy, longest_sequence
+from fastgen_jax.engine.sampling.processor import LogitsProcessor
+from fastgen_jax.scheduling import NEED_PROMISE, Policy, Promise, checked_policy
 from fastgen_jax.scheduling.converted import converted
-from pallas_kernels import native
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -27,9 +23,6 @@ Quantization = Literal["int8", "int4"]
 Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
 SHOWN = 500  # characters of a value in a repr, which the log has: a chat template can be long
-BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
-NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
-MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes among which a model or a measurement chooses
 
 
 def _ladder(value: object) -> object:
@@ -182,7 +175,7 @@ class EngineConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     def __repr__(self) -> str:
-        return _shown(self, self.changed)
+        return shown(self, self.changed)
 
     @property
     def promise(self) -> Promise | None:
@@ -205,159 +198,10 @@ class EngineConfig:
         return cls(**options)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class ResolvedConfig:
-    """The settings of a running engine: a value for every field that `EngineConfig` may leave open.
-
-    Fields with the same name as in `EngineConfig` have the same meaning.
-    """
-
-    choices: EngineConfig
-    """The operator's config. Settings that need no resolving are read from here."""
-    dtype: DType
-    quantize: Quantization | None
-    kv_dtype: KVDType
-    block_size: int
-    max_context_len: int
-    num_blocks: int
-    stack_layers: bool
-    activation_dtype: DType
-    """Data type of the residual stream: float32 with the native CPU kernels, which return it, and in float16 for a model
-    whose activations exceed its range; otherwise `dtype`."""
-    prefix_caching: bool
-    budget_ladder: tuple[int, ...]
-    """Step sizes in tokens, smallest first; the last is the token budget. Only candidates until some are chosen."""
-    generation_config: generation.Pairs
-    fitted: str
-    """What `fit` chose and why, in one line; empty without it."""
-
-    def __repr__(self) -> str:
-        resolved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "choices"}
-        return _shown(
-            self, {**resolved, **{k: v for k, v in self.choices.changed.items() if k not in resolved and k != "formats"}}
-        )
-
-    @property
-    def token_budget(self) -> int:
-        """Maximum number of tokens per step."""
-        return self.budget_ladder[-1]
-
-    @property
-    def max_num_seqs(self) -> int:
-        """Maximum number of sequences that run at the same time."""
-        return self.choices.max_num_seqs
-
-    @property
-    def tensor_parallel(self) -> int | None:
-        """Number of devices over which the model is sharded; None: one device, no sharding."""
-        return self.choices.tensor_parallel
-
-    @property
-    def packed_weights(self) -> bool:
-        """Whether matrices are packed for the native CPU kernels."""
-        return _packs_weights(self.choices)
-
-    @property
-    def keeps_blocks(self) -> bool:
-        """Whether matrices that a checkpoint holds in blocks of 4 or 8 bits stay in them."""
-        return self.choices.quantize is None and self.quantize is None and self.packed_weights
-
-    @property
-    def longest_sequence(self) -> int:
-        """Tokens that a sequence can actually have: the context limit, or the whole KV cache if that holds less."""
-        return longest_sequence(max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size)
-
-    @property
-    def max_blocks(self) -> int:
-        """KV blocks of a sequence as long as the context limit."""
-        return -(-self.max_context_len // self.block_size)
-
-    @property
-    def max_sample_rows(self) -> int:
-        """Rows of logits that the largest program returns."""
-        return min(self.token_budget, self.max_num_seqs)
-
-
-def _shown(config: object, values: Mapping[str, object]) -> str:
+def shown(config: object, values: Mapping[str, object]) -> str:
     texts = {name: repr(value) for name, value in values.items() if name != "compile_cache_dir"}
     shown = ", ".join(f"{name}={text if len(text) <= SHOWN else text[:SHOWN] + '...'}" for name, text in texts.items())
     return f"{type(config).__name__}({shown})"
-
-
-def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | None = None) -> ResolvedConfig:
-    """Returns `config` with a value for every open field, chosen for this model and device.
-
-    Without a token budget, `budget_ladder` contains the candidates among which to choose. `earlier_blocks` is the
-    `num_blocks` of an earlier start; it is kept if it suits the memory that is free now. Raises ValueError if the
-    choices are incompatible with the model or the free memory.
-    """
-    platform = jax.default_backend()
-    if config.logits_processor is not None:
-        check_processor(config.logits_processor, model.vocab_size)
-    if config.quantize in get_args(Quantization) and platform not in ("cpu", "tpu", "gpu"):
-        raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
-    if config.quantize == "int4" and not _packs_weights(config):
-        raise ValueError(
-            f"quantize='int4' needs the native kernels of a CPU and a single device, but this is {platform} "
-            f"{'without them' if config.tensor_parallel is None else 'with tensor_parallel'}; use quantize='int8'"
-        )
-    dtype, quantize, kv_dtype = formats_of(config, platform)
-    num_devices = config.tensor_parallel or 1
-    if config.tensor_parallel is not None:
-        _check_tensor_parallel(config, model, config.tensor_parallel, platform)
-    if config.max_context_len is not None and config.max_context_len > model.max_context_len:
-        raise ValueError(
-            f"max_context_len={config.max_context_len} exceeds the model's {model.max_context_len}; choose at most that"
-        )
-    max_context_len = config.max_context_len or model.max_context_len
-    block_size = config.block_size or default_block_size(platform, kv_dtype)
-    blocks_per_sequence = -(-max_context_len // block_size)
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        bytes_per_block = footprint.block_bytes(
-            model, platform, kv_dtype=kv_dtype, block_size=block_size, num_devices=num_devices
-        )
-        num_blocks = (
-            memory_now(platform)
-            .room()
-            .num_blocks(
-                bytes_per_block,
-                wanted=config.max_num_seqs * blocks_per_sequence,
-                earlier=earlier_blocks,
-                share=1 if platform == "cpu" else num_devices,  # CPU devices share the memory of one host
-            )
-        )
-        if num_blocks < 1:
-            raise ValueError(
-                f"no memory for a single KV block of {bytes_per_block / 2**20:.1f} MiB; free memory, choose a smaller "
-                f"block_size than {block_size}, or a smaller kv_dtype than {kv_dtype}"
-            )
-        if config.fit and config.max_context_len is None:
-            max_context_len = max(min(max_context_len, num_blocks * block_size), 2)  # a prompt and a generated token
-    # A key rotated for a prompt of one length is wrong for a longer prompt with the same prefix.
-    prefix_caching = config.prefix_caching and not model.rope_depends_on_length
-    stack_layers = config.stack_layers
-    if stack_layers is None:
-        stack_layers = platform != "cpu" or config.tensor_parallel is not None or _packs_weights(config)
-    return ResolvedConfig(
-        choices=config,
-        dtype=dtype,
-        quantize=quantize,
-        kv_dtype=kv_dtype,
-        block_size=block_size,
-        max_context_len=max_context_len,
-        num_blocks=num_blocks,
-        stack_layers=stack_layers,
-        activation_dtype="float32" if _packs_weights(config) or (dtype == "float16" and model.exceeds_float16) else dtype,
-        prefix_caching=prefix_caching,
-        budget_ladder=_step_sizes(
-            config,
-            longest=longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size),
-            padding_is_cheap=_packs_weights(config),
-        ),
-        generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
-        fitted=_fitted(config, model, platform, dtype, quantize, kv_dtype, max_context_len, num_blocks * block_size),
-    )
 
 
 def formats_of(config: EngineConfig, platform: str) -> tuple[DType, Quantization | None, KVDType]:
@@ -381,57 +225,3 @@ def default_dtype(platform: str, *, bfloat16: bool) -> DType:
 def default_block_size(platform: str, kv_dtype: KVDType) -> int:
     """Tokens per KV block: kernels cannot read smaller blocks of an 8-bit cache than these."""
     return 128 if platform in ("tpu", "gpu") and kv_dtype in QUANTIZED_DTYPES else 32
-
-
-def _fitted(
-    config: EngineConfig,
-    model: ModelConfig,
-    platform: str,
-    dtype: DType,
-    quantize: Quantization | None,
-    kv_dtype: KVDType,
-    max_context_len: int,
-    cache_tokens: int,
-) -> str:
-    """What was chosen to fit the memory, and why, in one line; empty without `fit`."""
-    if not config.fit:
-        return ""
-    num_devices = config.tensor_parallel or 1
-    a_token = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=1, num_devices=num_devices)
-    cache = a_token * cache_tokens
-    longest, wanted = min(max_context_len, cache_tokens), config.max_context_len or model.max_context_len
-    line = (
-        f"{quantize or dtype} weights, {footprint.size(cache)} of {kv_dtype} KV cache for {cache_tokens:,} tokens, "
-        f"context {longest:,}"
-    )
-    if longest < wanted:
-        line += f" of {wanted:,} tokens because no more fit"
-    return f"{line}; {config.formats.why}" if config.formats is not None and config.formats.why else line
-
-
-def _packs_weights(config: EngineConfig) -> bool:
-    """A weight that is divided over CPU devices stays a plain array."""
-    return jax.default_backend() == "cpu" and config.tensor_parallel is None and native.available()
-
-
-def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -> tuple[int, ...]:
-    if config.token_budget is None:  # a step that is measured is one sequence, so it must fit in the cache
-        return tuple(budget for budget in MEASURED_BUDGETS if budget <= longest)
-    smaller = config.budget_ladder
-    if smaller is None:
-        smaller = tuple(b for b in (NATIVE_BUDGETS if padding_is_cheap else BUDGETS) if b < config.token_budget)
-    return tuple(sorted({*smaller, config.token_budget}))
-
-
-def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices: int, platform: str) -> None:
-    """ValueError if there are too few devices, or the model or another choice is incompatible with them."""
-    here = len(jax.local_devices())
-    if here < num_devices:
-        remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} splits a CPU into that many"
-        raise ValueError(
-            f"tensor_parallel={num_devices} but this process has {here} {platform} device(s); "
-            f"choose 1 to {here}" + (remedy if platform == "cpu" else "")
-        )
-    if config.stack_layers is False:
-        raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; omit stack_layers")
-    check_num_devices(model, num_devices)

@@ -7,7 +7,7 @@ import os
 import jax
 
 from fastgen_jax.engine import footprint
-from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 

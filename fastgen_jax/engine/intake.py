@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from fastgen_jax.engine import generation
-from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.prompts import Prompt, TokenIds, in_vocabulary, plain_prompt
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.tables import validate
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request, SamplingParams, max_total_tokens

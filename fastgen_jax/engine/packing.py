@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from fastgen_jax.core import RaggedBatch
-from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
 from fastgen_jax.scheduling import Step
 from pallas_kernels.ragged_attention import RaggedIndex

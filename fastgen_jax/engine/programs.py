@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine import executables
-from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.packing import Bucket
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state

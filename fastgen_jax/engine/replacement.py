@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided

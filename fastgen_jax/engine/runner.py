@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from fastgen_jax.core import KVCache, copy_block
-from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, memory_shardings
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.state import SamplerState, reset_slot, set_masks
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import tensor_mesh

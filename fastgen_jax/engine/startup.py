@@ -23,8 +23,9 @@ from fastgen_jax.checkpoint import (
 from fastgen_jax.core import environment
 from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, ResolvedConfig, formats_of, resolve
+from fastgen_jax.engine.config import EngineConfig, formats_of
 from fastgen_jax.engine.generation import defaults_of_model
+from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.config import ModelConfig

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.journal import InFlight, Journal
 from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes, compile_count
 from fastgen_jax.engine.outputs import SampledRows
 from fastgen_jax.engine.packing import Bucket, Packer
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.sampling.tables import SamplingTables
 from fastgen_jax.scheduling import Scheduler, Sequence, Step

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from fastgen_jax.checkpoint.layer_stack import LayerStack
-from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.footprint import quantization_of
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided_shape
 from fastgen_jax.models.mla import Expansions, split_by_head

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from fastgen_jax.devices import Topology, parse_topology
 from fastgen_jax.engine import executables, fit, footprint, ladder, saved_choices, startup
-from fastgen_jax.engine.config import BUDGETS, MEASURED_BUDGETS, EngineConfig, ResolvedConfig, default_block_size
+from fastgen_jax.engine.config import EngineConfig, default_block_size
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import FOLDER, program_name, step_program
+from fastgen_jax.engine.resolve import BUDGETS, MEASURED_BUDGETS, ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of

@@ -17,9 +17,10 @@ from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullErro
 from fastgen_jax.api.deployment import check_name, default_name
 from fastgen_jax.api.engine_thread import Event, Failure
 from fastgen_jax.checkpoint import open_checkpoint, resolve_model
-from fastgen_jax.engine.config import EngineConfig, ResolvedConfig
+from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.app import create_app
 from fastgen_jax.serving.remote import RoutedRequest

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from fastgen_jax.api.async_engine import EVENTS_PER_TURN, MAX_QUEUE, ClosedError, QueueFullError, Stream
 from fastgen_jax.api.engine_thread import Event, Failure
-from fastgen_jax.engine.config import EngineConfig, ResolvedConfig
+from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.frames import read

@@ -12,9 +12,9 @@ from fastgen_jax import EngineConfig, Pipeline, SamplingParams
 from fastgen_jax.api import options
 from fastgen_jax.api.options import generation_of, sampling_params
 from fastgen_jax.engine import option_names
-from fastgen_jax.engine.config import resolve
 from fastgen_jax.engine.generation import DEFAULTS
 from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.resolve import resolve
 from tests.tiny import drain, tiny_engine, tiny_model, tokens_of
 
 GREEDY = {"do_sample": False, "ignore_eos": True}

@@ -20,7 +20,8 @@ from fastgen_jax.checkpoint.quantized.floats import fp8_values, mxfp4_values
 from fastgen_jax.checkpoint.quantized.integers import awq_values, gptq_values
 from fastgen_jax.checkpoint.quantized.numbers import unpack_bits
 from fastgen_jax.checkpoint.tensor_files import read_safetensors
-from fastgen_jax.engine.config import EngineConfig, resolve
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import host_leaf, prepare_leaf
 from pallas_kernels.matmul import PackedWeight
 from tests.checkpoint.test_tensor_files import write_torch

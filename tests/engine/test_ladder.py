@@ -9,7 +9,6 @@ import pytest
 
 from fastgen_jax import devices
 from fastgen_jax.engine import ladder
-from fastgen_jax.engine.config import MEASURED_BUDGETS
 from fastgen_jax.engine.ladder import (
     CostModel,
     choose_budget,
@@ -19,6 +18,7 @@ from fastgen_jax.engine.ladder import (
     modeled_ladder,
     save_choice,
 )
+from fastgen_jax.engine.resolve import MEASURED_BUDGETS
 from fastgen_jax.models.config import ModelConfig
 
 SMOLLM2 = ModelConfig(

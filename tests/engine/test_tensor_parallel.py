@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastgen_jax import EngineConfig
-from fastgen_jax.engine.config import resolve
+from fastgen_jax.engine.resolve import resolve
 from tests.tiny import tiny_model
 
 

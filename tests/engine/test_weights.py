@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastgen_jax import Engine, EngineConfig, Research
-from fastgen_jax.engine.config import resolve
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.params import stack, unstack
 from tests.tiny import drain, greedy, random_params, tiny_engine, tiny_model, tokens_of

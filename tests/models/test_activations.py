@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastgen_jax.engine.config import EngineConfig, resolve
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.families.common import activation
 from fastgen_jax.models.families.fields import Fields

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.cli import main
-from fastgen_jax.engine.config import EngineConfig, resolve
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.config import RopeConfig
 from fastgen_jax.models.counts import count_params

@@ -14,8 +14,9 @@ import pytest
 
 from fastgen_jax.checkpoint import open_checkpoint
 from fastgen_jax.core import KVCache
-from fastgen_jax.engine.config import EngineConfig, resolve
+from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.packing import Bucket
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.params import init_params

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fastgen_jax.checkpoint import open_checkpoint
-from fastgen_jax.engine.config import EngineConfig, resolve
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import host_leaf, prepare_leaf
 from fastgen_jax.models import families
 from fastgen_jax.models.mla import Expansions

@@ -7,8 +7,8 @@ import pytest
 from fastgen_jax import Engine, EngineConfig
 from fastgen_jax.checkpoint.convert import tokenizer_files
 from fastgen_jax.cli import main
-from fastgen_jax.engine.config import resolve
 from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.text import load_tokenizer
 from fastgen_jax.text.gguf import load_gguf
 from tests.checkpoint.tiny_files import write_hf

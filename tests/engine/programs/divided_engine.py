@@ -14,7 +14,7 @@ import numpy as np
 
 from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.checkpoint import load_params, open_checkpoint
-from fastgen_jax.engine.config import resolve
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_leaf
 from tests.tiny import HOME, drain, greedy, tiny_model, tokens_of
 

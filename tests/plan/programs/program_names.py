@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax import EngineConfig
-from fastgen_jax.engine.config import resolve
 from fastgen_jax.engine.programs import program_name
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.sharding import tensor_mesh
