@@ -203,6 +203,7 @@ def _roofline(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
 
     from fastgen_jax.core import scale_bytes, stored_head_dim
     from fastgen_jax.devices import Device
+    from fastgen_jax.models.division import divided
     from fastgen_jax.models.params import param_specs
     from fastgen_jax.plan.estimate import read_weight_bytes
     from fastgen_jax.plan.roofline import roofline
@@ -214,7 +215,7 @@ def _roofline(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
     if "lm_head" in param_specs(model):  # of a separate embedding only the rows of these tokens are read
         weights -= (model.vocab_size - tokens) * model.embed_dim * itemsize // num_devices
     platform = jax.default_backend()
-    kv_bytes = model.kv_bytes_per_token(
+    kv_bytes = divided(model, num_devices).kv_bytes_per_token(
         jnp.dtype(config.kv_dtype).itemsize,
         stored_head_dim=stored_head_dim(model.head_dim, platform),
         scale_bytes=scale_bytes(config.kv_dtype),

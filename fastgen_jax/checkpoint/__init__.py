@@ -2,7 +2,7 @@
 
 from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.built_in import BUILT_IN
-from fastgen_jax.checkpoint.load import check_tensors, load_params
+from fastgen_jax.checkpoint.load import check_tensors, kept_in_blocks, load_params
 from fastgen_jax.checkpoint.open import open_checkpoint
 from fastgen_jax.checkpoint.resolve import resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
@@ -12,6 +12,7 @@ __all__ = [
     "Checkpoint",
     "SnapshotCheckpoint",
     "check_tensors",
+    "kept_in_blocks",
     "load_params",
     "open_checkpoint",
     "resolve_model",

@@ -6,14 +6,18 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.gguf_file import GGUFFile
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import BlockWeight
 
 # Saved by old versions of transformers, in any number format: rotary frequencies and causal masks.
 _BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
@@ -43,6 +47,11 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def quantization(self) -> str:
+        """The method and the settings with which the checkpoint says that it is quantized; empty if it does not."""
+        ...
+
+    @property
     def tensor_names(self) -> frozenset[str]:
         """All tensors, by their Hugging Face names."""
         ...
@@ -67,6 +76,19 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """One tensor: float32, float16 or bfloat16; a quantized one is returned as float32. Matrices are [out, in]."""
+        ...
+
+
+@runtime_checkable
+class HoldsBlocks(Protocol):
+    """A checkpoint some of whose quantized matrices the native CPU kernels multiply as they are stored."""
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        """How `read_blocks` stores the matrix of a tensor; None if it cannot read it."""
+        ...
+
+    def read_blocks(self, name: str) -> BlockWeight:
+        """The matrix [in, out] of a quantized tensor [out, in] in the bits of the file; `read` returns its values."""
         ...
 
 

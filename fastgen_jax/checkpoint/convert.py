@@ -13,6 +13,9 @@ from fastgen_jax.models.weight_spec import Leaf, WeightSpec
 
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "config.json",  # names the class of a tokenizer in the two files above
     "tokenizer.model",
     "tokenizer.gguf",
     "*.tiktoken",
@@ -22,6 +25,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
 
@@ -37,7 +41,7 @@ def convert(
     """
     check_target(out, source=checkpoint.path)
     files = tokenizer_files(checkpoint.tokenizer_source)
-    if not files:
+    if not files.keys() - {"config.json", "generation_config.json"}:
         raise ValueError(
             f"{checkpoint.path} has no tokenizer files; put tokenizer.json or tokenizer.model next to the weights"
         )

@@ -6,13 +6,16 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastgen_jax.checkpoint import gguf_blocks
 from fastgen_jax.checkpoint.base import missing_tensor
+from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture, config_json
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, dequantize, read_gguf
 from fastgen_jax.checkpoint.gguf_metadata import ROPE_TENSORS
@@ -22,6 +25,9 @@ from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import all_specs
 from fastgen_jax.models.weight_spec import Kind
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import BlockWeight
 
 # keys below "general.sampling." -> names in the generation_config.json of Hugging Face
 _SAMPLING = {
@@ -45,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFCheckpoint:
-    """See `Checkpoint`."""
+    """See `Checkpoint` and `HoldsBlocks`."""
 
     file: GGUFFile
     config: ModelConfig
@@ -97,6 +103,10 @@ class GGUFCheckpoint:
         }
 
     @property
+    def quantization(self) -> str:
+        return ""
+
+    @property
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self.places)
 
@@ -123,6 +133,19 @@ class GGUFCheckpoint:
         kind = gguf.GGMLQuantizationType(self.file.tensors[self._place(name).names[0]].type_id).name
         return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kind, kind)
 
+    def block_kind(self, name: str) -> BlockKind | None:
+        place = self._place(name)
+        stored = place.names[0]
+        special = len(place.names) > 1 or place.entry is not None or self._is_swapped(stored)
+        if special or self._is_transposed(name) or self._is_flattened(name) or len(self.file.tensors[stored].shape) != 2:
+            return None
+        return gguf_blocks.block_kind(self.file.tensors[stored].type_id)
+
+    def read_blocks(self, name: str) -> BlockWeight:
+        (stored,) = self._place(name).names
+        rows, reorder = self.file.rows(stored), self._reordering(stored)
+        return gguf_blocks.read_blocks(reorder(rows) if reorder else rows, self.file.tensors[stored].type_id)
+
     def read(self, name: str) -> np.ndarray:
         place = self._place(name)
         values = [self._values(stored, place.entry) for stored in place.names]
@@ -138,15 +161,10 @@ class GGUFCheckpoint:
 
     def _values(self, stored: str, entry: int | None) -> np.ndarray:
         """One tensor of the file, or an entry of its first axis, with its rows in the order of Hugging Face."""
-        tensor, rows, config = self.file.tensors[stored], self.file.rows(stored), self.config
+        tensor, rows = self.file.tensors[stored], self.file.rows(stored)
         if entry is not None:
             return dequantize(rows[entry], tensor.type_id, tensor.shape[1:])
-        reorder = None
-        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(stored.split(".")[-2], 0)
-        if heads and self.architecture.halves_interleaved:
-            reorder = functools.partial(undo_permutation, num_heads=heads)
-        elif ".attn_qkv." in stored and self.architecture.qkv_by_kind:
-            reorder = functools.partial(head_by_head, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+        reorder = self._reordering(stored)
         if reorder and len(tensor.shape) == 1:  # in a bias, the values are permuted instead of rows
             return reorder(dequantize(rows, tensor.type_id, tensor.shape))
         values = dequantize(reorder(rows) if reorder else rows, tensor.type_id, tensor.shape)
@@ -155,6 +173,16 @@ class GGUFCheckpoint:
         if self.architecture.stored_norm_offset and stored in self.norm_scales:
             return values - np.asarray(self.architecture.stored_norm_offset, values.dtype)
         return values
+
+    def _reordering(self, stored: str) -> Callable[[np.ndarray], np.ndarray] | None:
+        """The function that puts the rows of a tensor into the order of Hugging Face; None: they are."""
+        config = self.config
+        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(stored.split(".")[-2], 0)
+        if heads and self.architecture.halves_interleaved:
+            return functools.partial(undo_permutation, num_heads=heads)
+        if ".attn_qkv." in stored and self.architecture.qkv_by_kind:
+            return functools.partial(head_by_head, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+        return None
 
     def _place(self, name: str) -> Place:
         if name not in self.places:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgen_jax.checkpoint.gguf_blocks import block_kind, read_blocks
 from fastgen_jax.json_types import JsonFields
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -83,7 +84,10 @@ def dequantize(rows: np.ndarray, type_id: int, shape: tuple[int, ...]) -> np.nda
         try:
             # A plain array: arithmetic on a memory map would create more maps.
             piece = np.array(flat[start : start + step], subok=False)
-            out[start : start + step] = gguf.quants.dequantize(piece, kind)
+            if block_kind(type_id):
+                out[start : start + step] = read_blocks(piece, type_id).dequantize().T
+            else:
+                out[start : start + step] = gguf.quants.dequantize(piece, kind)
         except NotImplementedError as error:
             known = ", ".join(sorted(kind.name for kind in gguf.quants._type_traits))
             raise ValueError(
@@ -241,7 +245,22 @@ class _Header:
             self.at += struct.calcsize(f"<{number}{_SCALARS[kind]}")
             return list(values)
         number = self.count(8)
-        return [self.value(kind) for _ in range(number)]
+        return self.strings(number) if kind == _STRING else [self.value(kind) for _ in range(number)]
+
+    def strings(self, number: int) -> list[str]:
+        """`number` strings; a vocabulary has a hundred thousand, so the loop calls nothing of ours."""
+        data, at, size, found = self.data, self.at, len(self.data), []
+        length_at = struct.Struct("<Q").unpack_from
+        for _ in range(number):
+            (length,) = length_at(data, at)
+            at += 8 + length
+            if at > size:
+                raise ValueError(
+                    f"truncated or corrupt: a string ends at byte {at:,}, the file at {size:,}; download it again"
+                )
+            found.append(str(data[at - length : at], "utf-8"))
+        self.at = at
+        return found
 
     def tensor(self) -> tuple[str, GGUFTensor]:
         name, rank = self.string(), self.scalar("I")

@@ -6,17 +6,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import is_buffer, missing_tensor
+from fastgen_jax.checkpoint.base import BlockKind, is_buffer, missing_tensor
 from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES, is_of_model
-from fastgen_jax.checkpoint.quantized import PackedTensor, unpack
+from fastgen_jax.checkpoint.quantized import PackedTensor, settings_beside, shown, split_settings, unpack
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import BlockWeight
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -26,18 +30,20 @@ _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceCheckpoint:
-    """See `Checkpoint`. Tensors are memory-mapped; reading one touches only its own pages."""
+    """See `Checkpoint` and `HoldsBlocks`. Tensors are memory-mapped; reading one touches only its own pages."""
 
     path: Path
     config: ModelConfig
     config_json: JsonFields
     tensors: Mapping[str, StoredTensor | PackedTensor]
+    quantization: str
 
     @classmethod
     def open(cls, path: Path, *, strict_config: bool = False) -> HuggingFaceCheckpoint:
         """Reads config.json, generation_config.json and the headers of all shards; ValueError names a damaged file."""
         hf = config_json(path)
-        quantization = hf.pop("quantization_config", None)  # tensors are dequantized when they are read
+        quantization, hf = split_settings(hf)  # tensors are dequantized when they are read
+        quantization = quantization or settings_beside(path)
         config = model_config(hf, path / "config.json", strict=strict_config)
         tensors: dict[str, StoredTensor] = {}
         for file, expected in _shards(path).items():
@@ -66,7 +72,8 @@ class HuggingFaceCheckpoint:
                     f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: "
                     f"{', '.join(_FLOATS)}, or a quantized dtype with its quantization_config in config.json"
                 )
-        return cls(path=path, config=config, config_json=hf, tensors=plain)
+        said = shown(quantization) if quantization else ""
+        return cls(path=path, config=config, config_json=hf, tensors=plain, quantization=said)
 
     @property
     def generation_config(self) -> JsonFields:
@@ -92,6 +99,15 @@ class HuggingFaceCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         return self._stored(name).map()
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        stored = self.tensors.get(name)
+        return stored.block_kind() if isinstance(stored, PackedTensor) else None
+
+    def read_blocks(self, name: str) -> BlockWeight:
+        stored = self._stored(name)
+        assert isinstance(stored, PackedTensor), "it has a block_kind"
+        return stored.blocks()
 
     def _stored(self, name: str) -> StoredTensor | PackedTensor:
         if name not in self.tensors:

@@ -6,20 +6,21 @@ import functools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import Checkpoint, is_buffer, missing_tensor
+from fastgen_jax.checkpoint.base import Checkpoint, HoldsBlocks, is_buffer, missing_tensor
+from fastgen_jax.checkpoint.block_kind import BlockKind, common_kind
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
-from fastgen_jax.models.params import layer_specs, layers_with, model_specs
-from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
+from fastgen_jax.models.params import head_spec, layer_specs, layers_with, model_specs
+from fastgen_jax.models.weight_spec import DType, Kind, Leaf, Params, WeightSpec
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding
@@ -53,6 +54,7 @@ def load_params(
     stack_layers: bool = True,
     prepare: Callable[[WeightSpec, Leaf], Leaf] | None = None,
     sharding: Callable[[WeightSpec], Sharding] | None = None,
+    keep_blocks: bool = False,
     progress: bool | Phases = False,
 ) -> Params:
     """All weights of a checkpoint as `Params`. A missing or unknown tensor, or one of another shape, is a ValueError.
@@ -60,16 +62,18 @@ def load_params(
     `prepare(spec, array)` returns the leaf of one weight (of one layer), given its declaration and the array [in, out] as
     stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without
     `prepare`, the leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then
-    receives an array that is already on its devices. An int8 snapshot yields `Int8Weight`s instead of matrices. Weights are
-    loaded one after another, so that the host never holds more than a few in addition to what `prepare` returned.
-    `progress` shows a bar on stderr, or is the display of a start of which this is a phase.
+    receives an array that is already on its devices. With `keep_blocks`, `prepare` receives a `BlockWeight` for each of
+    `kept_in_blocks`. An int8 snapshot yields `Int8Weight`s instead of matrices. Weights are loaded one after another, so
+    that the host never holds more than a few in addition to what `prepare` returned. `progress` shows a bar on stderr, or
+    is the display of a start of which this is a phase.
     """
     from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 
     weights = list(_weights(checkpoint))
     check_tensors(checkpoint)
     make = prepare or functools.partial(_plain, dtype=dtype)
-    read = functools.partial(_read, checkpoint, dtype=dtype, sharding=sharding)
+    kept = kept_in_blocks(checkpoint) if keep_blocks else {}
+    read = functools.partial(_read, checkpoint, kept=kept, dtype=dtype, sharding=sharding)
     params: Params = {}
     layers: list[dict[str, Leaf]] = [{} for _ in range(checkpoint.config.num_layers)]
     having = layers_with(checkpoint.config)
@@ -89,8 +93,29 @@ def load_params(
             else:
                 layers[weight.layer][name] = leaf
             advance()
+        if "lm_head" in kept and checkpoint.config.tie_embeddings:
+            params["lm_head"] = make(head_spec(checkpoint.config), _tied_head(checkpoint))
     params["layers"] = {name: stack.leaf() for name, stack in stacks.items()} if stack_layers else tuple(layers)
     return params
+
+
+def kept_in_blocks(checkpoint: Checkpoint) -> dict[str, BlockKind]:
+    """The weights, by path, that a checkpoint holds in blocks in all layers, and their kind; "lm_head" too if it is tied."""
+    if not isinstance(checkpoint, HoldsBlocks):
+        return {}
+    kinds: dict[str, set[BlockKind | None]] = {}
+    for weight in _weights(checkpoint):
+        spec, source = weight.spec, weight.source
+        if spec.kind is Kind.MATRIX and source.transpose and not source.stacked and source.rearrange is None:
+            kinds.setdefault(spec.path, set()).update(map(checkpoint.block_kind, weight.names))
+    if checkpoint.config.tie_embeddings:
+        kinds["lm_head"] = {checkpoint.block_kind(checkpoint.sources["embed"].names[0])}
+    return {path: kind for path, found in kinds.items() if (kind := common_kind(found)) is not None}
+
+
+def _tied_head(checkpoint: Checkpoint) -> Leaf:
+    assert isinstance(checkpoint, HoldsBlocks), "it has kept weights"
+    return checkpoint.read_blocks(checkpoint.sources["embed"].names[0])
 
 
 def _plain(spec: WeightSpec, array: Leaf, *, dtype: DType | None) -> Leaf:
@@ -110,7 +135,8 @@ def _plain(spec: WeightSpec, array: Leaf, *, dtype: DType | None) -> Leaf:
 def check_tensors(checkpoint: Checkpoint) -> None:
     """Raises ValueError unless the checkpoint holds exactly the tensors that its config requires, in the right shapes.
 
-    Reads only headers, except for the head of a checkpoint with tied embeddings, if it has one: it must equal the embedding.
+    Reads only headers, except for tensors that are not in the config: the head of a checkpoint with tied embeddings must
+    equal the embedding, and biases must be zeros.
     """
     config, names = checkpoint.config, checkpoint.tensor_names
     expected: dict[str, tuple[int, ...]] = {}
@@ -129,6 +155,9 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     if config.tie_embeddings and "lm_head.weight" in extra:
         _check_tied(checkpoint)
         extra.remove("lm_head.weight")
+    # Tools for quantization add biases to all layers. Reading stops at the first one that is not zero.
+    if extra and all(name.endswith(".bias") and not checkpoint.read(name).any() for name in sorted(extra)):
+        return
     if extra:
         some = ", ".join(map(repr, sorted(extra)[:3]))
         raise ValueError(
@@ -185,11 +214,21 @@ def _read_ahead(
 
 
 def _read(
-    checkpoint: Checkpoint, weight: _Weight, *, dtype: DType | None, sharding: Callable[[WeightSpec], Sharding] | None
+    checkpoint: Checkpoint,
+    weight: _Weight,
+    *,
+    kept: Mapping[str, BlockKind],
+    dtype: DType | None,
+    sharding: Callable[[WeightSpec], Sharding] | None,
 ) -> Leaf:
     """One weight in memory, not mapped: on the host, or on devices as `sharding` says."""
     import jax
 
+    if weight.spec.path in kept and isinstance(checkpoint, HoldsBlocks):
+        from pallas_kernels.matmul import concatenate, widen
+
+        kind, parts = kept[weight.spec.path], [checkpoint.read_blocks(name) for name in weight.names]
+        return concatenate([widen(part, kind.size) for part in parts] if kind.is_common else parts)
     if sharding is None:
         array = _assemble(checkpoint, weight)
         return _in_memory(array) if isinstance(array, np.memmap) else array

@@ -97,6 +97,10 @@ class SnapshotCheckpoint:
         return read_generation_config(self.path) or read_generation_config(self.path / "tokenizer")
 
     @property
+    def quantization(self) -> str:
+        return self.quantize or ""
+
+    @property
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self.arrays)
 

@@ -23,10 +23,23 @@ _SAFETENSORS_DTYPES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E8M0": "float8_e8m0fnu",
-    "U8": "uint8",
-    "I32": "int32",  # parts of quantized matrices
+    "U8": "uint8",  # this and the following are parts of quantized matrices
+    "U32": "uint32",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
 }
-_TORCH_STORAGES = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
+_TORCH_STORAGES = {
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "ByteStorage": "uint8",
+    "CharStorage": "int8",
+    "ShortStorage": "int16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+}
 _ZIP_ENTRY_HEADER = 30  # bytes of a local file header before the name and the extra field
 _OLD_FORMAT = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # torch.save before PyTorch 1.6 starts with this number
 
@@ -42,12 +55,17 @@ class StoredTensor:
 
     def map(self) -> np.ndarray:
         """The tensor, memory-mapped; its pages are released with the array."""
-        import ml_dtypes
-
-        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+        dtype = number_type(self.dtype)
         if not math.prod(self.shape):  # an empty file range cannot be mapped
             return np.zeros(self.shape, dtype)
         return np.memmap(self.file, dtype=dtype, mode="r", offset=self.offset, shape=self.shape)
+
+
+def number_type(name: str) -> np.dtype:
+    """The type with this name in NumPy or ml_dtypes."""
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
@@ -163,7 +181,8 @@ def _place(file: Path, tensor: _Tensor, entry: zipfile.ZipInfo) -> StoredTensor:
         header = stream.read(_ZIP_ENTRY_HEADER)
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     start = entry.header_offset + _ZIP_ENTRY_HEADER + name_length + extra_length
-    itemsize = {"float32": 4, "float16": 2, "bfloat16": 2}.get(tensor.storage.dtype, 1)
+    known = tensor.storage.dtype in _TORCH_STORAGES.values()
+    itemsize = number_type(tensor.storage.dtype).itemsize if known else 1
     if entry.file_size < tensor.storage.size * itemsize:
         raise ValueError(f"{entry.filename} has {entry.file_size} bytes, fewer than its {tensor.storage.size} numbers")
     return StoredTensor(file=file, dtype=tensor.storage.dtype, shape=tensor.shape, offset=start + tensor.start * itemsize)

@@ -13,7 +13,9 @@ from fastgen_jax.flags import MODEL_HELP
 
 if TYPE_CHECKING:
     from fastgen_jax.checkpoint import Checkpoint
+    from fastgen_jax.checkpoint.base import BlockKind
 
+_PLAIN = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes per number
 
 
@@ -70,11 +72,48 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         f"{config.kv_bytes_per_token(size, scale_bytes=scale_bytes(dtype)):,} as {dtype}"
         for dtype, size in KV_DTYPES.items()
     )
-    return {
+    facts = {
         "path": str(checkpoint.path),
         "architecture": ", ".join(checkpoint.config_json["architectures"]),
         "parameters": f"{parameters:,}",
+        "quantization": checkpoint.quantization,
         "stored as": shares,
-        "weight bytes": weights,  # weights that are quantized in the file are dequantized when loaded
+        "loaded as": _loaded_as(checkpoint, stored),
+        "weight bytes": weights,
         "KV bytes/token": kv,
+        "sampling": _sampling(checkpoint),
     }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
+    """What becomes of quantized weights; empty if there are none, and for a snapshot, whose weights stay as they are."""
+    from fastgen_jax.checkpoint import kept_in_blocks
+    from fastgen_jax.checkpoint.base import HoldsBlocks
+
+    if not isinstance(checkpoint, HoldsBlocks) or all(dtype in _PLAIN for dtype in stored):
+        return ""
+    kept: Counter[BlockKind] = Counter()
+    for path, kind in kept_in_blocks(checkpoint).items():
+        source = checkpoint.sources.get(path)
+        layers = range(checkpoint.config.num_layers)
+        names = {name.format(layer=layer) for name in source.names for layer in layers} if source else set()
+        kept[kind] += sum(math.prod(checkpoint.shape(name)) for name in names & checkpoint.tensor_names)
+    parts = [
+        f"{100 * count / stored.total():.1f} % in {kind.name} ({kind.bits:.2f} bits each)"
+        for kind, count in kept.most_common()
+        if count
+    ]
+    if not parts:
+        return "dequantized"
+    return f"CPUs with native kernels: {', '.join(parts)}; else dequantized"
+
+
+def _sampling(checkpoint: Checkpoint) -> str:
+    from fastgen_jax.engine.generation import defaults_of_model
+
+    try:
+        defaults = defaults_of_model(checkpoint.generation_config, checkpoint.path)
+    except ValueError as error:
+        return f"none: {error}"
+    return ", ".join(f"{name} {value}" for name, value in defaults) or "no defaults: temperature 1, all tokens kept"

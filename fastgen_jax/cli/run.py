@@ -80,7 +80,7 @@ def answer(model: str, prompt: str, engine: EngineConfig) -> int:
 
     with pipeline(model, config=engine) as pipe:
         tokenizer = pipe.engine.tokenizer
-        chats = tokenizer is not None and bool(tokenizer.templates)
+        chats = tokenizer is not None and tokenizer.template() is not None
         for output in pipe.stream([{"role": "user", "content": prompt}] if chats else prompt, max_new_tokens=MAX_NEW_TOKENS):
             print(output.text, end="", flush=True)
         print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ from fastgen_jax.engine.memory import memory_now
 from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, check_processor
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.sharding import check_divisible
+from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.scheduling import NEED_PROMISE, Policy, Promise, checked_policy, longest_sequence
 from fastgen_jax.scheduling.converted import converted
 from pallas_kernels import native
@@ -22,9 +23,10 @@ from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
 DType = Literal["float32", "bfloat16", "float16"]
 KVDType = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
-Quantization = Literal["int8"]
+Quantization = Literal["int8", "int4"]
 Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
+SHOWN = 500  # characters of a value in a repr, which the log has: a chat template can be long
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
 MEASURED_BUDGETS = (1, 4, 16, 64, 128, 256, 512)  # the sizes among which a model or a measurement chooses
@@ -34,6 +36,15 @@ def _ladder(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _checked_template(value: object) -> object:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(
+            f"chat_template is {value!r}; pass a file, the text of a template, or the name of one of the model's"
+        )
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Formats:
     """Number formats for a model on a device; see `fit.choose_formats`."""
@@ -41,6 +52,8 @@ class Formats:
     dtype: DType
     quantize: Quantization | None
     kv_dtype: KVDType
+    kept: tuple[tuple[str, float], ...] = ()
+    """The weights, by path, that stay in the blocks of the checkpoint, with their bits per value."""
     why: str = ""
     """Why they differ from the defaults, for the log; empty if they do not."""
 
@@ -57,8 +70,11 @@ class EngineConfig:
     dtype: DType | None = None
     """Data type of the weights and activations; native CPU kernels use float32 activations with any type. None: float32
     on a CPU, float16 on a GPU without bfloat16 (T4, V100), bfloat16 elsewhere."""
-    quantize: Quantization | None = None
-    """Weight-only quantization with one scale per output channel. None: the weights stay in `dtype`."""
+    quantize: Quantization | Literal["none"] | None = None
+    """Weight-only quantization: "int8" with one scale per output channel; "int4", on CPUs with native kernels, with one
+    per 32 inputs, and int8 for the head and experts. None: as in the checkpoint where the kernels multiply its format
+    (GGUF's Q4_0, Q4_1, Q4_K and Q8_0 on CPUs), with exactly the values that it stands for, else `dtype`. "none": `dtype`
+    in any case."""
     kv_dtype: KVDType | None = None
     """Data type of the KV cache; 8-bit types have one scale per token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None
@@ -111,6 +127,9 @@ class EngineConfig:
     )
     """Defaults for options that a request omits: "auto" for those in the checkpoint's generation_config.json, "none", or
     the defaults as a mapping or as JSON, such as {"temperature": 0.6}. Stored as pairs."""
+    chat_template: str | None = converted(_checked_template, default=None)
+    """Chat template for all conversations: a file (.jinja, or .json with the field "chat_template"), the text of a template,
+    or the name of one of the model's templates, such as "rag". None: the model's own, "tool_use" if there are tools."""
     strict_config: bool = False
     """Refuse a checkpoint whose config.json has fields that are unknown for its architecture, instead of warning."""
     compile_cache_dir: str | None = None
@@ -124,7 +143,7 @@ class EngineConfig:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
         choices: dict[str, tuple[str | None, ...]] = {
             "dtype": (*get_args(DType), None),
-            "quantize": (*get_args(Quantization), None),
+            "quantize": (*get_args(Quantization), "none", None),
             "kv_dtype": (*get_args(KVDType), None),
             "attention": (*get_args(Attention), None),
         }
@@ -239,6 +258,11 @@ class ResolvedConfig:
         return _packs_weights(self.choices)
 
     @property
+    def keeps_blocks(self) -> bool:
+        """Whether matrices that a checkpoint holds in blocks of 4 or 8 bits stay in them."""
+        return self.choices.quantize is None and self.quantize is None and self.packed_weights
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens that a sequence can actually have: the context limit, or the whole KV cache if that holds less."""
         return longest_sequence(max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size)
@@ -255,7 +279,8 @@ class ResolvedConfig:
 
 
 def _shown(config: object, values: Mapping[str, object]) -> str:
-    shown = ", ".join(f"{name}={value!r}" for name, value in values.items() if name != "compile_cache_dir")
+    texts = {name: repr(value) for name, value in values.items() if name != "compile_cache_dir"}
+    shown = ", ".join(f"{name}={text if len(text) <= SHOWN else text[:SHOWN] + '...'}" for name, text in texts.items())
     return f"{type(config).__name__}({shown})"
 
 
@@ -269,8 +294,13 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     platform = jax.default_backend()
     if config.logits_processor is not None:
         check_processor(config.logits_processor, model.vocab_size)
-    if config.quantize and platform not in ("cpu", "tpu", "gpu"):
+    if config.quantize in get_args(Quantization) and platform not in ("cpu", "tpu", "gpu"):
         raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
+    if config.quantize == "int4" and not _packs_weights(config):
+        raise ValueError(
+            f"quantize='int4' needs the native kernels of a CPU and a single device, but this is {platform} "
+            f"{'without them' if config.tensor_parallel is None else 'with tensor_parallel'}; use quantize='int8'"
+        )
     dtype, quantize, kv_dtype = formats_of(config, platform)
     num_devices = config.tensor_parallel or 1
     if config.tensor_parallel is not None:
@@ -284,7 +314,9 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     blocks_per_sequence = -(-max_context_len // block_size)
     num_blocks = config.num_blocks
     if num_blocks is None:
-        bytes_per_block = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=block_size)
+        bytes_per_block = footprint.block_bytes(
+            model, platform, kv_dtype=kv_dtype, block_size=block_size, num_devices=num_devices
+        )
         num_blocks = (
             memory_now(platform)
             .room()
@@ -333,7 +365,12 @@ def formats_of(config: EngineConfig, platform: str) -> tuple[DType, Quantization
     if config.formats is not None:
         return config.formats.dtype, config.formats.quantize, config.formats.kv_dtype
     dtype = config.dtype or default_dtype(platform, bfloat16=supports_bfloat16(jax.local_devices()[0]))
-    return dtype, config.quantize, config.kv_dtype or dtype
+    return dtype, quantization(config), config.kv_dtype or dtype
+
+
+def quantization(config: EngineConfig) -> Quantization | None:
+    """How the engine itself quantizes weights."""
+    return None if config.quantize == "none" else config.quantize
 
 
 def default_dtype(platform: str, *, bfloat16: bool) -> DType:
@@ -359,7 +396,9 @@ def _fitted(
     """What was chosen to fit the memory, and why, in one line; empty without `fit`."""
     if not config.fit:
         return ""
-    cache = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=1) * cache_tokens
+    num_devices = config.tensor_parallel or 1
+    a_token = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=1, num_devices=num_devices)
+    cache = a_token * cache_tokens
     longest, wanted = min(max_context_len, cache_tokens), config.max_context_len or model.max_context_len
     line = (
         f"{quantize or dtype} weights, {footprint.size(cache)} of {kv_dtype} KV cache for {cache_tokens:,} tokens, "
@@ -395,4 +434,4 @@ def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices
         )
     if config.stack_layers is False:
         raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; omit stack_layers")
-    check_divisible(model, num_devices)
+    check_num_devices(model, num_devices)

@@ -16,10 +16,16 @@ def describe(name: str, model: ModelConfig, config: ResolvedConfig) -> str:
     """Name, model, number formats, devices and the size of the KV cache."""
     name = f"{os.path.basename(name.rstrip('/'))!r}, " if name else ""
     weights = f"{config.dtype}, {config.quantize} weights" if config.quantize else config.dtype
+    if config.choices.formats is not None and config.choices.formats.kept:
+        weights += ", matrices in the blocks of the file"
     devices = jax.local_devices()[: config.tensor_parallel or 1]
     on = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
     cache_bytes = config.num_blocks * footprint.block_bytes(
-        model, jax.default_backend(), kv_dtype=config.kv_dtype, block_size=config.block_size
+        model,
+        jax.default_backend(),
+        kv_dtype=config.kv_dtype,
+        block_size=config.block_size,
+        num_devices=config.tensor_parallel or 1,
     )
     return (
         f"{name}{model.family}, {_count(count_params(model))} parameters, {weights}, on {on}; "

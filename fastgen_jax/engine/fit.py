@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.engine import footprint, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, Formats, default_block_size, default_dtype
+from fastgen_jax.engine.config import EngineConfig, Formats, default_block_size, default_dtype, quantization
 from fastgen_jax.engine.memory import Memory, memory_now
 from fastgen_jax.models.config import ModelConfig
 from pallas_kernels import native
@@ -63,36 +63,46 @@ class Machine:
         )
 
 
-def with_formats(config: EngineConfig, model: ModelConfig, folder: Folder | None) -> EngineConfig:
+def with_formats(
+    config: EngineConfig, model: ModelConfig, folder: Folder | None, *, kept: tuple[tuple[str, float], ...] = ()
+) -> EngineConfig:
     """`config` with the formats for a checkpoint of `model` on this machine; unchanged without `fit`.
 
+    `kept` are the weights, by path, that could stay in the blocks of the checkpoint, with their bits per value.
     The formats of an earlier start are kept while they suit what is free now: `folder` remembers them. Raises ValueError
     if the model fits in no format.
     """
     if not config.fit:
         return config
     options = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
-    facts = (asdict(model), [getattr(config, name) for name in (*options, "num_blocks", "token_budget")])
+    facts = (asdict(model), [getattr(config, name) for name in (*options, "num_blocks", "token_budget")], kept)
     path = folder.path / FILE if folder else None
     earlier = (saved_choices.load(path, facts) if path else None) or {}
-    formats = choose_formats(config, model, Machine.here(), earlier=earlier.get("formats"))
+    formats = choose_formats(config, model, Machine.here(), earlier=earlier.get("formats"), kept=kept)
     chosen = _names(formats)
     if path and folder and folder.writable and earlier.get("formats") != chosen:
         saved_choices.save(path, facts, {"model": ladder.describe(model), "formats": chosen})
     return replace(config, formats=formats)
 
 
-def choose_formats(config: EngineConfig, model: ModelConfig, machine: Machine, *, earlier: object = None) -> Formats:
+def choose_formats(
+    config: EngineConfig,
+    model: ModelConfig,
+    machine: Machine,
+    *,
+    earlier: object = None,
+    kept: tuple[tuple[str, float], ...] = (),
+) -> Formats:
     """The first of `candidates` in which a usable context fits, else the smallest if any context does.
 
     `earlier` are the names of the formats of an earlier start; they are kept while more memory than they need is free, and
     not so much that better ones clearly fit. Raises ValueError, with the numbers, if nothing fits.
     """
-    options = candidates(config, machine, model)
+    options = candidates(config, machine, model, kept=kept)
     best, least, most = (_first(options, config, model, machine, share) for share in ("usual", "least", "most"))
-    kept = [i for i, formats in enumerate(options) if _names(formats) == earlier]
-    if kept and most is not None and most <= kept[0] <= (len(options) if least is None else least):
-        best = kept[0]
+    unchanged = [i for i, formats in enumerate(options) if _names(formats) == earlier]
+    if unchanged and most is not None and most <= unchanged[0] <= (len(options) if least is None else least):
+        best = unchanged[0]
     elif best is None:
         best = most
     if best is None:
@@ -102,7 +112,9 @@ def choose_formats(config: EngineConfig, model: ModelConfig, machine: Machine, *
     return replace(options[best], why=_reason(options[0], config, model, machine))
 
 
-def candidates(config: EngineConfig, machine: Machine, model: ModelConfig) -> list[Formats]:
+def candidates(
+    config: EngineConfig, machine: Machine, model: ModelConfig, *, kept: tuple[tuple[str, float], ...] = ()
+) -> list[Formats]:
     """The formats that may be used, best first: those that were chosen or are the default, then
 
     1. bfloat16 weights and cache instead of float32, on a CPU
@@ -111,9 +123,11 @@ def candidates(config: EngineConfig, machine: Machine, model: ModelConfig) -> li
     4. both
     """
     dtype = config.dtype or default_dtype(machine.platform, bfloat16=machine.bfloat16)
-    options = [Formats(dtype=dtype, quantize=config.quantize, kv_dtype=config.kv_dtype or dtype)]
+    quantize = quantization(config)
+    kept = kept if machine.packs and config.tensor_parallel is None and config.quantize is None else ()
+    options = [Formats(dtype=dtype, quantize=quantize, kv_dtype=config.kv_dtype or dtype, kept=kept)]
     if machine.platform == "cpu" and config.dtype is None:
-        options.append(Formats(dtype="bfloat16", quantize=config.quantize, kv_dtype=config.kv_dtype or "bfloat16"))
+        options.append(replace(options[0], dtype="bfloat16", kv_dtype=config.kv_dtype or "bfloat16"))
     narrow_cache = (
         machine.platform in ("tpu", "gpu")
         and config.kv_dtype is None
@@ -125,9 +139,9 @@ def candidates(config: EngineConfig, machine: Machine, model: ModelConfig) -> li
     if narrow_cache:
         options.append(replace(wide, kv_dtype="int8"))
     if config.quantize is None:
-        options.append(replace(wide, quantize="int8"))
+        options.append(replace(wide, quantize="int8", kept=()))
         if narrow_cache:
-            options.append(replace(wide, quantize="int8", kv_dtype="int8"))
+            options.append(replace(wide, quantize="int8", kv_dtype="int8", kept=()))
     return options
 
 
@@ -141,7 +155,9 @@ def tokens_that_fit(
     if memory.is_host and weights + _loading_bytes(formats, model) > HOST_WEIGHTS[share] * memory.limit:
         return 0
     block_size = config.block_size or default_block_size(machine.platform, formats.kv_dtype)
-    block = footprint.block_bytes(model, machine.platform, kv_dtype=formats.kv_dtype, block_size=block_size)
+    block = footprint.block_bytes(
+        model, machine.platform, kv_dtype=formats.kv_dtype, block_size=block_size, num_devices=divided
+    )
     held = weights + _excess_bytes(formats, config, model, machine)
     sharing = 1 if machine.platform == "cpu" else divided
     if config.num_blocks is not None:  # the cache has this size, so the question is whether it fits
@@ -175,7 +191,7 @@ def _weight_bytes(formats: Formats, config: EngineConfig, model: ModelConfig, ma
     if packed and formats.dtype == "float16":
         itemsize = 4  # packed matrices are bfloat16 or float32
     divided = config.tensor_parallel or 1
-    weights = footprint.weight_bytes(model, divided, itemsize, quantize=formats.quantize, packed=packed)
+    weights = footprint.weight_bytes(model, divided, itemsize, quantize=formats.quantize, packed=packed, kept=formats.kept)
     return weights * divided if machine.platform == "cpu" else weights  # CPU devices share the memory of one host
 
 
@@ -211,7 +227,13 @@ def _reason(formats: Formats, config: EngineConfig, model: ModelConfig, machine:
     if config.num_blocks is not None:
         return f"{needed} for {config.num_blocks} KV blocks"
     tokens = _needed(config, model, USABLE_CONTEXT)
-    cache = footprint.block_bytes(model, machine.platform, kv_dtype=formats.kv_dtype, block_size=tokens)
+    cache = footprint.block_bytes(
+        model,
+        machine.platform,
+        kv_dtype=formats.kv_dtype,
+        block_size=tokens,
+        num_devices=config.tensor_parallel or 1,
+    )
     return f"{needed} for {tokens:,} tokens of {formats.kv_dtype} KV cache ({footprint.size(cache)})"
 
 
@@ -229,9 +251,12 @@ def _refusal(options: Sequence[Formats], config: EngineConfig, model: ModelConfi
     cache_tokens = tokens
     if config.num_blocks is not None:
         cache_tokens = config.num_blocks * (config.block_size or default_block_size(machine.platform, smallest.kv_dtype))
-    cache = footprint.block_bytes(model, machine.platform, kv_dtype=smallest.kv_dtype, block_size=cache_tokens)
+    divided = config.tensor_parallel or 1
+    cache = footprint.block_bytes(
+        model, machine.platform, kv_dtype=smallest.kv_dtype, block_size=cache_tokens, num_devices=divided
+    )
     if machine.platform != "cpu":
-        cache //= config.tensor_parallel or 1
+        cache //= divided
     if memory.is_host:
         needed, usable = weights + _loading_bytes(smallest, model) + cache, int(HOST_WEIGHTS["most"] * memory.limit)
     else:
@@ -254,7 +279,7 @@ def _remedies(needed: int, config: EngineConfig, model: ModelConfig, machine: Ma
     remedies = [*chosen, "free memory", "choose a smaller model"]
     divided = config.tensor_parallel or 1
     for more in (2, 4, 8, 16, 32, 64):
-        if more > divided and not machine.memory.is_host and model.num_kv_heads % more == 0:
+        if more > divided and not machine.memory.is_host and more <= model.num_heads:
             wider = replace(config, tensor_parallel=more)
             if _first(candidates(wider, machine, model), wider, model, machine, "usual") is not None:
                 have = f" (this machine has {machine.num_devices})" if machine.num_devices < more else ""

@@ -11,29 +11,56 @@ import jax.numpy as jnp
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import divided
 from fastgen_jax.models.params import head_spec, layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
-from fastgen_jax.models.weight_spec import DType, WeightSpec
+from fastgen_jax.models.weight_spec import DType, Kind, WeightSpec
+from pallas_kernels.matmul import INT4_BLOCK
 
+INT4_BITS = 4 + 16 / INT4_BLOCK  # of a value, with its share of the scale
 SAMPLER_COPIES = 4  # f32[R, V] arrays that the sampler holds at the same time: logits, their order, probabilities, noise
+
+
+def quantization_of(spec: WeightSpec, quantize: str | None) -> str | None:
+    """The format of a weight in an engine with this `quantize`.
+
+    With "int4", what has no kernel for 4 bits, and the head, which is sensitive, has 8.
+    """
+    if quantize is None or not spec.quantizable:
+        return None
+    narrow = spec.kind is Kind.MATRIX and spec.per_layer and spec.shape[0] % INT4_BLOCK == 0
+    return "int8" if quantize == "int4" and not narrow else quantize
 
 
 @functools.lru_cache(maxsize=64)
 def weight_bytes(
-    model: ModelConfig, num_devices: int, itemsize: float, *, quantize: str | None = None, packed: bool = False
+    model: ModelConfig,
+    num_devices: int,
+    itemsize: float,
+    *,
+    quantize: str | None = None,
+    packed: bool = False,
+    kept: tuple[tuple[str, float], ...] = (),
 ) -> int:
     """Bytes of the weights on one device: weights with a divided axis are divided, the others are on every device.
 
-    `packed`: matrices are stored for the native CPU kernels, so that a tied head cannot share the embedding's memory.
+    `kept`: weights, by path, that have another number of bits per value, scales included. `packed`: matrices are stored for
+    the native CPU kernels, so that a tied head cannot share the embedding's memory.
     """
+    model = divided(model, num_devices)
     specs, having = param_specs(model), layers_with(model)
 
     def held(spec: WeightSpec, copies: int = 1) -> float:
-        divided = num_devices if DIVIDED_AXES & set(spec.axes) else 1
-        if quantize is None or not spec.quantizable:
-            return copies * math.prod(spec.shape) * itemsize / divided
+        shares = num_devices if DIVIDED_AXES & set(spec.axes) else 1
+        if bits := dict(kept).get(spec.path):
+            return copies * math.prod(spec.shape) * bits / 8 / shares
+        form = quantization_of(spec, quantize)
+        if form is None:
+            return copies * math.prod(spec.shape) * itemsize / shares
+        if form == "int4":
+            return copies * math.prod(spec.shape) * INT4_BITS / 8 / shares
         scales = 4 * math.prod(spec.shape) / spec.shape[-2] / (num_devices if spec.axes[-1] in DIVIDED_AXES else 1)
-        return copies * (math.prod(spec.shape) / divided + scales)
+        return copies * (math.prod(spec.shape) / shares + scales)
 
     layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
     rest = sum(held(spec) for name, spec in specs.items() if name != "layers")
@@ -51,9 +78,9 @@ def largest_weight(model: ModelConfig) -> int:
     )
 
 
-def block_bytes(model: ModelConfig, platform: str, *, kv_dtype: DType, block_size: int) -> int:
-    """Bytes of a KV block: keys and values of all heads and layers."""
-    return block_size * model.kv_bytes_per_token(
+def block_bytes(model: ModelConfig, platform: str, *, kv_dtype: DType, block_size: int, num_devices: int = 1) -> int:
+    """Bytes of a KV block on all devices together: keys and values of all heads and layers."""
+    return block_size * divided(model, num_devices).kv_bytes_per_token(
         jnp.dtype(kv_dtype).itemsize,
         stored_head_dim=stored_head_dim(model.head_dim, platform),
         scale_bytes=scale_bytes(kv_dtype),
@@ -62,6 +89,7 @@ def block_bytes(model: ModelConfig, platform: str, *, kv_dtype: DType, block_siz
 
 def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, max_num_seqs: int, itemsize: int) -> int:
     """An estimate of the bytes that a step needs besides its arguments; the compile check knows the real number."""
+    model = divided(model, num_devices)
     h, k, d = model.num_heads, model.num_kv_heads, model.head_dim
     bytes_per_token = (
         itemsize * (4 * model.embed_dim + (2 * h + 4 * k) * d / num_devices) + 4 * 3 * model.mlp_dim / num_devices

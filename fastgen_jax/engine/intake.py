@@ -23,7 +23,7 @@ class Intake:
     """Builds checked requests for an engine with this model and config."""
 
     def __init__(self, tokenizer: Tokenizer | None, model: ModelConfig, config: ResolvedConfig) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer and tokenizer.with_template(config.choices.chat_template)
         self.model = model
         self.config = config
         self._numbers = itertools.count()

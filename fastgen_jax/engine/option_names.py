@@ -45,7 +45,7 @@ _OTHER_NAMES = {
     "quantization_mode": "quantize",
     "quantization_config": "quantize",
     "load_in_8bit": "use quantize='int8'",
-    "load_in_4bit": "use quantize='int8'; 4-bit weights are not supported",
+    "load_in_4bit": "use quantize='int4'",
     "gpu_memory_utilization": _MEMORY,
     "mem_fraction_static": _MEMORY,
     "swap_space": _MEMORY,

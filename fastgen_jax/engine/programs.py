@@ -21,8 +21,10 @@ from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, samp
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
+from fastgen_jax.models.division import divided
 from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
 from fastgen_jax.models.weight_spec import Params
+from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
 from pallas_kernels.pytree import pytree
 
@@ -85,16 +87,16 @@ class Programs:
         cache = KVCache.zeros(
             num_layers=model.num_layers,
             num_blocks=config.num_blocks,
-            num_kv_heads=model.num_kv_heads,
+            num_kv_heads=divided(model, config.tensor_parallel or 1).num_kv_heads,
             block_size=config.block_size,
             dtype=jnp.dtype(config.kv_dtype),
             head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
         )
         return cache, self.idle_state()
 
-    def idle_state(self) -> SamplerState:
-        """The state of idle slots."""
-        return init_state(self.config.max_num_seqs, self.model.vocab_size)
+    def idle_state(self, *, on_host: bool = False) -> SamplerState:
+        """The state of idle slots; see `init_state`."""
+        return init_state(self.config.max_num_seqs, self.model.vocab_size, on_host=on_host)
 
     def memory(self) -> tuple[KVCache, SamplerState]:
         """The shapes of `zeros`, with their shardings if there is a mesh."""
@@ -175,6 +177,10 @@ def step_program(
         logits_processor=logits_processor,
     )
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if (device_kind or device.device_kind) == "cpu":
+        # JAX's own cache goes by the name, too. What it has from an older version would load, but could not be saved as an
+        # executable, so that every later start would trace this program again.
+        step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device_kind or device.device_kind))
     if mesh is None:
         return jit(step)
@@ -216,6 +222,7 @@ def _step(
     logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
+        logits = logits[:, : config.vocab_size]
     process = None
     if logits_processor is not None:
         last_tokens = jnp.take(batch.token_ids, batch.sample_rows)

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import divided
 from fastgen_jax.models.mla import Expansions
 from fastgen_jax.models.params import head_spec, layer_specs, layers_with, param_specs
 from fastgen_jax.models.weight_spec import Params
@@ -26,7 +28,12 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
     Raises:
         ValueError: a weight is missing, unexpected, of another shape, or prepared for another config.
     """
-    _check_shapes(params, current, model)
+    _check_shapes(params, current, model, config.tensor_parallel or 1)
+    if config.keeps_blocks and any(kind.startswith("uint8") for kind in _kinds(current).values()):
+        raise ValueError(
+            "the engine computes with weights in the quantized blocks of its checkpoint, which no others can replace; "
+            "load it with quantize='none'"
+        )
     prepared = prepare_params(params, model, config)
     old, new = (_kinds(tree) for tree in (current, prepared))
     for path in [*old, *new]:
@@ -46,9 +53,13 @@ def _kinds(tree: Params) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def _check_shapes(params: Params, current: Params, model: ModelConfig) -> None:
-    """ValueError unless the tree has the weights of the model; every form of a weight has the shape of the original."""
+def _check_shapes(params: Params, current: Params, model: ModelConfig, num_devices: int) -> None:
+    """ValueError unless the tree has the weights of the model.
+
+    Every form of a weight has the shape of the original, except one that is divided over devices.
+    """
     given, wanted = _weights_and_shapes(params, model)
+    _, shapes_of_divided = _weights_and_shapes(params, divided(model, num_devices))
     # A tied head may be stored separately; if the new weights lack it, it is made from their embedding.
     if model.tie_embeddings and "lm_head" in current:
         wanted["params['lm_head']"] = head_spec(model).shape
@@ -60,10 +71,15 @@ def _check_shapes(params: Params, current: Params, model: ModelConfig) -> None:
             raise ValueError(f"{name} is not a weight of this model; remove it")
         if not isinstance(leaf, jax.Array | np.ndarray | Int8Weight | PackedWeight | PackedGroups | Expansions):
             raise ValueError(f"{name} is a {type(leaf).__name__}, but must be an array {list(wanted[name])}")
-        if tuple(leaf.shape) != wanted[name]:
+        if tuple(leaf.shape) not in (wanted[name], shapes_of_divided.get(name) if _is_on_a_mesh(leaf) else None):
             raise ValueError(f"{name} has shape {list(leaf.shape)}, but this model has {list(wanted[name])}")
         if isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {leaf.dtype}, but must be floating point")
+
+
+def _is_on_a_mesh(leaf: object) -> bool:
+    parts = jax.tree.leaves(leaf)
+    return all(isinstance(part, jax.Array) and isinstance(part.sharding, NamedSharding) for part in parts)
 
 
 def _weights_and_shapes(params: Params, model: ModelConfig) -> tuple[dict[str, object], dict[str, _Shape]]:

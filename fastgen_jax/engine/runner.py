@@ -39,7 +39,7 @@ class Runner:
         self._made: list[weakref.ref[jax.Array]] = []
         self.is_asleep = False
         """Whether cache, state and weights have been released."""
-        use_huge_pages(params)
+        use_huge_pages(_read_whole(params))
         self._allocate()
 
     def reset(self, *, keep: bool = False) -> None:
@@ -93,7 +93,7 @@ class Runner:
         if self.mesh is None:
             leaves, structure = jax.tree.flatten(jax.eval_shape(zeros)[0])
             self.kv_cache = jax.tree.unflatten(structure, unfilled(leaves))  # no step reads what none has written
-            self.state = self.programs.idle_state()
+            self.state = self.programs.idle_state(on_host=True)
         else:  # each device allocates its own shard: the whole may not fit on any device
             self.kv_cache, self.state = jax.jit(zeros, out_shardings=memory_shardings(self.mesh, *jax.eval_shape(zeros)))()
 
@@ -146,7 +146,7 @@ class Runner:
 
         It does not own them: they may share arrays with weights of the caller.
         """
-        use_huge_pages(params)
+        use_huge_pages(_read_whole(params))
         self._made = []
         self.params = params
 
@@ -194,6 +194,11 @@ class Runner:
             jax.block_until_ready(self.run(buffer, bucket))
             times.append(time.perf_counter() - start)
         return min(times[1:])
+
+
+def _read_whole(params: Params) -> Params:
+    """The weights that every step reads completely."""
+    return {name: leaf for name, leaf in params.items() if name != "embed" or "lm_head" not in params}
 
 
 def _delete(arrays: Sequence[jax.Array]) -> None:

@@ -12,7 +12,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.checkpoint import Checkpoint, SnapshotCheckpoint, load_params, open_checkpoint, resolve_model
+from fastgen_jax.checkpoint import (
+    Checkpoint,
+    SnapshotCheckpoint,
+    kept_in_blocks,
+    load_params,
+    open_checkpoint,
+    resolve_model,
+)
 from fastgen_jax.core import environment
 from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
@@ -52,12 +59,12 @@ def load(
             config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
         # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
         folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
-        config = fit.with_formats(config, checkpoint.config, folder)
+        config = fit.with_formats(config, checkpoint.config, folder, kept=_kept_bits(checkpoint))
         resolved = resolve(config, checkpoint.config)
         builds = _prefetch_kernels(checkpoint.config) if jax.default_backend() == "cpu" else ()
         if not builds:
             phases.names = [name for name in PHASES if name != BUILDING]
-        tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source).with_template(config.chat_template)
         if tokenizer.vocab_size > checkpoint.config.vocab_size:  # e.g. an image placeholder that only the vision part uses
             log.warning(
                 "%s: the tokenizer has %s tokens but the embedding only %s rows; prompts with one of the others are refused",
@@ -86,12 +93,21 @@ def reload(path: Path, model: ModelConfig, config: ResolvedConfig) -> Params:
     return prepare_params(_read_weights(checkpoint, config, progress=False), model, config)
 
 
+def _kept_bits(checkpoint: Checkpoint) -> tuple[tuple[str, float], ...]:
+    return tuple((path, kind.bits) for path, kind in kept_in_blocks(checkpoint).items())
+
+
+def _keeps_any(config: ResolvedConfig) -> bool:
+    return config.choices.formats is not None and bool(config.choices.formats.kept)
+
+
 def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: bool | Phases) -> Params:
     return load_params(
         checkpoint,
         dtype=config.dtype,
         stack_layers=config.stack_layers,
         prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, config),
+        keep_blocks=config.keeps_blocks,
         progress=progress,
     )
 
@@ -134,6 +150,7 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
         "background_compile",
         "prefix_caching",
         "generation_config",
+        "chat_template",
         "compile_cache_dir",
         "remeasure",
         "logits_processor",
@@ -172,7 +189,7 @@ def _ladder(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -
     device = jax.devices()[0]
     cost = ladder.cost_model(
         model,
-        bytes_per_weight=1 if config.quantize else jnp.dtype(config.dtype).itemsize,
+        bytes_per_weight=1 if config.quantize or _keeps_any(config) else jnp.dtype(config.dtype).itemsize,
         device_kind=None if device.platform == "cpu" else device.device_kind,
         skips_padding=config.packed_weights,
     )

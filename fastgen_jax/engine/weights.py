@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.engine.config import ResolvedConfig
+from fastgen_jax.engine.footprint import quantization_of
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, head_spec, stack, unstack
@@ -20,10 +21,10 @@ from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels.grouped_matmul import GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
-from pallas_kernels.matmul import Int8Weight, Weight, prepare, quantize_int8
+from pallas_kernels.matmul import BlockWeight, Int8Weight, Weight, prepare, quantize_int8
 
-HostWeight = np.ndarray | jax.Array | Int8Weight
-"""A weight as loaded from a checkpoint: floating point, or int8 if it is from a quantized snapshot."""
+HostWeight = np.ndarray | jax.Array | Int8Weight | BlockWeight
+"""A weight as loaded from a checkpoint: floating point, int8 from a quantized snapshot, or in the blocks of the file."""
 
 
 def prepare_leaf(
@@ -36,8 +37,10 @@ def prepare_leaf(
     """
     dtype = {"weights": config.dtype, "activations": config.activation_dtype, "float32": "float32"}[spec.dtype]
     if config.tensor_parallel is not None:
-        return _divided(spec, array, config, dtype)
-    quantize = config.quantize if spec.quantizable else None
+        return _divided(spec, array, model, config, dtype)
+    quantize = quantization_of(spec, config.quantize)
+    if isinstance(array, BlockWeight):
+        return prepare(array, platform="cpu", gated=spec.gated, dtype=dtype)
     if not (config.packed_weights and spec.is_product):
         if quantize is None and not isinstance(array, Int8Weight):
             return jnp.asarray(array, dtype)
@@ -68,12 +71,14 @@ def _expansions(array: np.ndarray, model: ModelConfig) -> Expansions:
     return Expansions(k_up=pack(np.ascontiguousarray(k_up)), v_up=pack(np.ascontiguousarray(v_up)))
 
 
-def _divided(spec: WeightSpec, array: HostWeight, config: ResolvedConfig, dtype: DTypeLike) -> jax.Array | Int8Weight:
+def _divided(
+    spec: WeightSpec, array: HostWeight, model: ModelConfig, config: ResolvedConfig, dtype: DTypeLike
+) -> jax.Array | Int8Weight:
     """One weight sharded over the devices of `config`; one that is sharded already is returned as it is."""
     if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
         return array
     host = host_leaf(spec, array, dtype=dtype, quantize=config.quantize)
-    return divide_leaf(spec, host, tensor_mesh(jax.local_devices()[: config.tensor_parallel]))
+    return divide_leaf(spec, host, tensor_mesh(jax.local_devices()[: config.tensor_parallel]), model)
 
 
 def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:
@@ -126,5 +131,4 @@ def _needs_separate_head(config: ResolvedConfig) -> bool:
 
     The embedding stays an array, because its rows are looked up.
     """
-    probe = prepare(np.zeros((8, 8), np.float32), quantize=config.quantize, platform=jax.default_backend())
-    return not isinstance(probe, jax.Array)
+    return config.packed_weights or config.quantize is not None

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
+from fastgen_jax.models.division import row_norm_heads
 from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import Rotation, rotation
@@ -37,6 +38,7 @@ class Step:
     num_tokens: Int[Array, ""]  # tokens from this index on are padding
     rotations: dict[RopeConfig, Rotation]
     query_scale: Float[Array, " T"] | None  # for models that scale queries by position
+    row_norm_heads: tuple[int, int]  # query and key heads over which a norm of all heads averages
     num_blocks: int  # N
     mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
     attend: Attention  # `ragged_attention` or a replacement for it
@@ -84,6 +86,7 @@ def prepare_step(
         num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
         query_scale=scale,
+        row_norm_heads=((config.num_heads, config.num_kv_heads) if mesh is None else row_norm_heads(config, mesh.size)),
         num_blocks=kv_cache.k.shape[0] // config.num_layers,
         mesh=mesh,
         attend=attend if mesh is None else divide_heads(attend, mesh),
@@ -108,6 +111,8 @@ def attention(
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if step.query_scale is not None:
         q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
+    if config.attention_scale_by_layer:
+        q = (q.astype(jnp.float32) / (jnp.asarray(index, jnp.float32) + 1.0)).astype(q.dtype)
     if cache.k.shape[-1] != d:  # heads are zero-padded in the cache, which does not change a dot product
         q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))) for part in (q, key, value))
     out, k_cache, v_cache = step.attend(
@@ -135,6 +140,8 @@ def _heads(
     if config.mla is not None:
         assert turn is not None, "latent attention rotates in every layer"
         q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h, num_tokens=step.num_tokens)
+        if step.mesh is not None:  # every device has a copy
+            latent = jnp.broadcast_to(latent, (x.shape[0], k, d))
         return q, latent, latent
     qkv = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D]
     if step.mesh is not None:  # one fused pass over all heads would gather them on every device
@@ -143,12 +150,14 @@ def _heads(
         )
         if config.qk_norm is not None:
             q, key = (_qk_norm(part, w, name, step, config) for part, name in ((q, "q_norm"), (key, "k_norm")))
+        q, key, value = (_clipped(part, config) for part in (q, key, value))
         return (q, key, value) if turn is None else (rotate(q, *turn), rotate(key, *turn), value)
     qkv = qkv.reshape(-1, h + 2 * k, d)
     if config.qk_norm is not None:
         parts = ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm"))
         q, key = (_qk_norm(part, w, name, step, config) for part, name in parts)
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
+    qkv = _clipped(qkv, config)
     if turn is None:
         return qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
     return rotary(qkv, *turn, num_heads=h)
@@ -157,8 +166,25 @@ def _heads(
 def _qk_norm(x: jax.Array, w: LayerWeights, name: str, step: Step, config: ModelConfig) -> jax.Array:
     """Queries or keys, normalized per head or over all heads together."""
     if config.qk_norm == "row":
+        num_heads = step.row_norm_heads[name == "k_norm"]
+        if num_heads != x.shape[1]:  # the other heads are zeros
+            return _row_norm(x, w[name], num_heads, config)
         return norm(x.reshape(x.shape[0], -1), w, name, config=config, num_rows=step.num_tokens).reshape(x.shape)
     return norm(x, w, name, config=config, num_rows=step.num_tokens)
+
+
+def _row_norm(x: jax.Array, scale: jax.Array, num_heads: int, config: ModelConfig) -> jax.Array:
+    """The norm over all heads of x [T, heads, D], of which `num_heads` are not padding."""
+    assert config.norm == "rms", "no model has a LayerNorm over all heads"
+    x32 = x.astype(jnp.float32)
+    mean = jnp.sum(jnp.square(x32), axis=(1, 2), keepdims=True) / (num_heads * config.head_dim)
+    scale = scale.reshape(1, *x.shape[1:]).astype(jnp.float32) + config.norm_offset
+    return (x32 * jax.lax.rsqrt(mean + config.norm_eps) * scale).astype(x.dtype)
+
+
+def _clipped(x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Queries, keys or values within the limits of the model."""
+    return x if config.clip_qkv is None else jnp.clip(x, -config.clip_qkv, config.clip_qkv)
 
 
 def _rotation_of(step: Step, config: ModelConfig, index: Int[Array, ""] | int) -> Rotation | None:

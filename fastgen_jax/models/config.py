@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
+from fastgen_jax.models.moe_config import Activation, MLAConfig, MoEConfig
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "stepped_ntk"]
 LENGTH_DEPENDENT = ("dynamic", "longrope", "stepped_ntk")  # rotary scalings whose angles depend on the whole sequence
 
@@ -71,6 +70,7 @@ class ModelConfig:
     # normalization
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    norm_scale: bool = True  # norms have a scale
     norm_bias: bool = False  # norms have a bias as well
     norm_offset: float = 0.0  # added to the stored scale: Gemma stores scale - 1
     norm_placement: Literal["input", "output", "both", "residual"] = "input"  # of attention and MLP; see decoder.py
@@ -96,7 +96,9 @@ class ModelConfig:
     o_bias: bool = False
     qk_norm: Literal["head", "per_head", "row"] | None = None  # scale [D] shared by heads; [H, D]; over all heads [H*D]
     qk_norm_bias: bool = False
+    clip_qkv: float | None = None  # queries, keys and values are clipped to [-this, this], after their norms
     attention_scale: float | None = None  # of the dot products; None: 1 / sqrt(D)
+    attention_scale_by_layer: bool = False  # the scale of layer i, counted from 0, is also divided by i + 1
     attention_soft_cap: float | None = None
     alibi_slopes: tuple[float, ...] = ()  # one per head; (): no ALiBi (arXiv:2108.12409)
     rope: RopeConfig | None = field(default_factory=RopeConfig)  # None: no rotary embedding
@@ -133,6 +135,8 @@ class ModelConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
                 f"every KV head must serve the same number of query heads"
             )
+        if self.clip_qkv is not None and self.clip_qkv <= 0:
+            raise ValueError(f"clip_qkv is {self.clip_qkv}; it must be positive, or None for no clipping")
         for name in ("layer_ropes", "layer_windows"):
             if len(getattr(self, name)) not in (0, self.num_layers):
                 raise ValueError(

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.attention import LayerCall, Step, attention, prepare_step, take_rows
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import divided
 from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
@@ -59,14 +60,19 @@ def forward(
     `docs/research.md`.
     """
     rows, kv_cache = hidden_rows(params, kv_cache, batch, config=config, execution=execution)
-    return head(rows, params, batch.num_sample_rows, config=config), kv_cache
+    return head(rows, params, batch.num_sample_rows, config=config)[:, : config.vocab_size], kv_cache
 
 
 def hidden_rows(
     params: Params, kv_cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, execution: Execution = Execution()
 ) -> tuple[Float[Array, "R E"], KVCache]:
-    """The input of `head`: the residual stream of `batch.sample_rows` after the final norm, and the cache."""
+    """The input of `head`: the residual stream of `batch.sample_rows` after the final norm, and the cache.
+
+    With a mesh, weights and cache are those of the divided model (see `division`).
+    """
     step = prepare_step(batch, kv_cache, config=config, implementation=execution.attention, mesh=execution.mesh)
+    if execution.mesh is not None:
+        config = divided(config, execution.mesh.size)
     run = _parallel_layer if config.parallel_residual else _sequential_layer
     layer = partial(run, step=step, config=config)
     x = _embed(params, batch, config, execution.activation_dtype)
@@ -271,7 +277,10 @@ def _parallel_layer(
 
 
 def head(rows: Float[Array, "R E"], params: Params, num_rows: Int[Array, ""], *, config: ModelConfig) -> Float[Array, "R V"]:
-    """Logits in float32 of `rows`, of which the first `num_rows` are used."""
+    """Logits in float32 of `rows`, of which the first `num_rows` are used.
+
+    Columns from V on, which the head of a divided model may have, are padding.
+    """
     weight = params["lm_head"] if "lm_head" in params else params["embed"].T
     logits = linear(rows, weight, num_rows=num_rows).astype(jnp.float32)
     if config.head_bias:

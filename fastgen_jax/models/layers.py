@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,11 +18,26 @@ from pallas_kernels.norm import layer_norm, rms_norm
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
+# The normal distribution nearest to the squared ReLU (arXiv:2209.10655, appendix).
+_LAPLACE_MEAN, _LAPLACE_DEVIATION = 0.707107, 0.282095
+
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu_clipped": lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10.0, 10.0),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": partial(jax.nn.leaky_relu, negative_slope=0.01),
+    "hard_swish": jax.nn.hard_swish,
+    "mish": jax.nn.mish,
+    "sigmoid": jax.nn.sigmoid,
+    "sqrt_softplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "tanh": jnp.tanh,
+    "laplace": lambda x: 0.5 * (1.0 + jax.lax.erf((x - _LAPLACE_MEAN) / (_LAPLACE_DEVIATION * math.sqrt(2.0)))),
+    "linear": lambda x: x,
 }
 
 
@@ -32,9 +48,10 @@ def norm(
 
     Entries of the first axis from `num_rows` on are padding.
     """
+    scale = w[name] if config.norm_scale else jnp.ones(x.shape[-1:], x.dtype)
     if config.norm == "rms":
-        return rms_norm(x, w[name], eps=config.norm_eps, offset=config.norm_offset, num_rows=num_rows)
-    return layer_norm(x, w[name], w.get(f"{name}_bias"), eps=config.norm_eps, num_rows=num_rows)
+        return rms_norm(x, scale, eps=config.norm_eps, offset=config.norm_offset, num_rows=num_rows)
+    return layer_norm(x, scale, w.get(f"{name}_bias"), eps=config.norm_eps, num_rows=num_rows)
 
 
 def project(

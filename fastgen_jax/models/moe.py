@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from fastgen_jax.models.layers import ACTIVATIONS
 from fastgen_jax.models.moe_config import MoEConfig
 from fastgen_jax.models.params import expert_specs
 from fastgen_jax.models.sharding import divide_experts
@@ -146,13 +147,18 @@ def _experts(
 ) -> Float[Array, "Tk E"]:
     """In float32: every row through its expert. Rows are sorted by `expert`; `sizes` counts the rows of each expert."""
     down = partial(grouped_matmul, w=w["expert_down"], group_sizes=sizes, first_group=first, out_dtype=jnp.float32)
-    if config.swiglu_limit is None:
+    if config.fused_swiglu:
         return down(grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first))
     # Padding has expert number X, one past the last bias; any bias will do.
     hidden = grouped_matmul(rows, w["expert_gate_up"], sizes, first_group=first)
     if config.expert_bias:
         hidden = hidden + jnp.take(w["expert_gate_up_bias"], expert, axis=0, mode="clip")
-    y = down(clamped_swiglu(*jnp.split(hidden, 2, axis=-1), limit=config.swiglu_limit))
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    if config.swiglu_limit is None:
+        hidden = ACTIVATIONS[config.activation](gate) * up
+    else:
+        hidden = clamped_swiglu(gate, up, limit=config.swiglu_limit)
+    y = down(hidden)
     if not config.expert_bias:
         return y
     return y + jnp.take(w["expert_down_bias"], expert, axis=0, mode="clip").astype(jnp.float32)
@@ -169,7 +175,11 @@ def _shared_expert(
     x: Float[Array, "T E"], w: LayerWeights, num_tokens: Int[Array, ""], *, config: MoEConfig
 ) -> Float[Array, "T E"]:
     """In float32."""
-    hidden = swiglu(x, w["shared_gate_up"], num_rows=num_tokens)
+    if config.activation == "silu":
+        hidden = swiglu(x, w["shared_gate_up"], num_rows=num_tokens)
+    else:
+        gate, up = jnp.split(linear(x, w["shared_gate_up"], num_rows=num_tokens), 2, axis=-1)
+        hidden = ACTIVATIONS[config.activation](gate) * up
     y = linear(hidden, w["shared_down"], num_rows=num_tokens, out_dtype=jnp.float32)
     if not config.shared_gate:
         return y

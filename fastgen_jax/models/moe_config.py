@@ -5,6 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Activation = Literal[
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "gelu_quick",
+    "gelu_clipped",
+    "relu",
+    "relu2",
+    "relu6",
+    "leaky_relu",
+    "hard_swish",
+    "mish",
+    "sigmoid",
+    "sqrt_softplus",
+    "tanh",
+    "laplace",
+    "linear",
+]
+"""The functions of `layers.ACTIVATIONS`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -22,10 +42,16 @@ class MoEConfig:
     num_groups: int = 1  # groups of adjacent experts; experts are chosen from the best few groups (arXiv:2405.04434)
     groups_per_token: int = 1
     group_score: Literal["max", "two_best"] = "max"  # score of a group: its best expert, or the sum of its best two
+    activation: Activation = "silu"  # of the routed experts and the shared one
     expert_bias: bool = False
-    swiglu_limit: float | None = None  # clamp of the gpt-oss activation, see `moe.clamped_swiglu`; None: SwiGLU
+    swiglu_limit: float | None = None  # clamp of the gpt-oss activation, see `moe.clamped_swiglu`; None: `activation`
     shared_dim: int = 0  # F of the expert that is applied to every token; 0: none
     shared_gate: bool = False  # scale the output of the shared expert by a sigmoid
+
+    @property
+    def fused_swiglu(self) -> bool:
+        """Whether the routed experts are the SwiGLU that `pallas_kernels.grouped_matmul.grouped_swiglu` computes."""
+        return self.activation == "silu" and self.swiglu_limit is None and not self.expert_bias
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:

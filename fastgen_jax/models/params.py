@@ -120,7 +120,8 @@ def _layer_norm_specs(config: ModelConfig) -> Iterator[WeightSpec]:
 
 def _norm_specs(name: str, config: ModelConfig) -> Iterator[WeightSpec]:
     scale = norm(name, (config.embed_dim,), ("E",), initial=_neutral_scale(config))
-    yield scale
+    if config.norm_scale:
+        yield scale
     if config.norm_bias:
         yield bias(scale)
 
@@ -145,11 +146,11 @@ def _attention_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     if config.attention_sinks:
         yield vector("sinks", h, "H")
     if config.qk_norm is not None:
-        for name, heads in {"q_norm": h, "k_norm": k}.items():
+        for name, heads, letter in (("q_norm", h, "H"), ("k_norm", k, "K")):
             shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
                 "head": ((d,), ("D",)),
-                "per_head": ((heads, d), ("H", "D")),
-                "row": ((heads * d,), ("HD",)),
+                "per_head": ((heads, d), (letter, "D")),
+                "row": ((heads * d,), (f"{letter}D",)),
             }
             shape, axes = shapes[config.qk_norm]
             scale = norm(name, shape, axes, initial=_neutral_scale(config))
@@ -210,14 +211,13 @@ def _router_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
 
 def _expert_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
     x, f, s = moe.num_experts, moe.expert_dim, moe.shared_dim
-    plain_swiglu = moe.swiglu_limit is None
-    gate_up = experts("expert_gate_up", (x, e, 2 * f), ("X", "E", "F"), parts=(f, f), gated=plain_swiglu)
+    gate_up = experts("expert_gate_up", (x, e, 2 * f), ("X", "E", "F"), parts=(f, f), gated=moe.fused_swiglu)
     down = experts("expert_down", (x, f, e), ("X", "F", "E"))
     yield from (gate_up, down)
     if moe.expert_bias:
         yield from (bias(gate_up), bias(down))
     if s:
-        yield matrix("shared_gate_up", (e, 2 * s), ("E", "F"), parts=(s, s), gated=True)
+        yield matrix("shared_gate_up", (e, 2 * s), ("E", "F"), parts=(s, s), gated=moe.activation == "silu")
         yield matrix("shared_down", (s, e), ("F", "E"))
     if moe.shared_gate:
         yield matrix("shared_gate", (e, 1), ("E", "one"), never_quantized=_ROUTES, dtype="activations")

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fastgen_jax.core import KVCache
 from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import divided_array, divided_parts
 from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels.matmul import Int8Weight
@@ -31,23 +32,7 @@ T = TypeVar("T")
 TENSOR = "tensor"
 """Name of the mesh axis."""
 
-DIVIDED_AXES = frozenset({"HD", "F", "V"})  # logical axes of `WeightSpec`; all others are replicated
-
-
-def check_divisible(config: ModelConfig, num_devices: int) -> None:
-    """Raises ValueError if the model cannot be divided over `num_devices`; the message lists what is possible."""
-    sizes = {"num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim, "vocab_size": config.vocab_size}
-    if config.moe is not None:
-        sizes |= {"expert_dim": config.moe.expert_dim, "shared_dim": config.moe.shared_dim}  # 0 is divisible by any number
-        if len(config.moe.layers) == config.num_layers:  # no layer has an MLP
-            del sizes["mlp_dim"]
-    for name, size in sizes.items():
-        if size % num_devices:
-            possible = [n for n in range(1, num_devices) if all(s % n == 0 for s in sizes.values())]
-            raise ValueError(
-                f"{name}={size} cannot be divided over {num_devices} devices; "
-                f"choose a number of devices among {', '.join(map(str, possible))}"
-            )
+DIVIDED_AXES = frozenset({"HD", "KD", "F", "V"})  # logical axes of `WeightSpec`; all others are replicated
 
 
 def tensor_mesh(devices: Sequence[object]) -> Mesh:
@@ -73,14 +58,24 @@ def partition_leaf(spec: WeightSpec, leaf: Leaf) -> Leaf:
     return partition(axes, leaf.ndim)
 
 
-def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh) -> Leaf:
-    """A weight of a checkpoint, plain or `Int8Weight`, sharded over `mesh` with its columns reordered (see `columns`)."""
+def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh, config: ModelConfig) -> Leaf:
+    """A weight of a checkpoint, plain or `Int8Weight`, sharded over `mesh`.
 
-    def placed(array: jax.Array | np.ndarray, partition: PartitionSpec) -> jax.Array:
-        array = deal_columns(array, spec.parts, mesh.size) if len(spec.parts) > 1 else np.asarray(array)
+    It has the sizes of the divided model (see `division`) and its columns are reordered (see `columns`).
+    """
+    every_axis = range(-len(spec.axes), 0)
+    parts = divided_parts(spec, config, mesh.size)
+
+    def placed(array: jax.Array | np.ndarray, partition: PartitionSpec, axes: Sequence[int], fill: int = 0) -> jax.Array:
+        array = divided_array(spec, np.asarray(array), config, mesh.size, axes=axes, fill=fill)
+        array = deal_columns(array, parts, mesh.size) if len(parts) > 1 else array
         return jax.device_put(array, NamedSharding(mesh, partition))
 
-    return jax.tree.map(placed, leaf, partition_leaf(spec, leaf))
+    partition = partition_leaf(spec, leaf)
+    if not isinstance(leaf, Int8Weight):
+        return placed(leaf, partition, every_axis)
+    scales = placed(leaf.scales, partition.scales, [axis for axis in every_axis if axis != -2], fill=1)
+    return Int8Weight(values=placed(leaf.values, partition.values, every_axis), scales=scales)
 
 
 def partition_kv_cache(cache: KVCache) -> KVCache:

@@ -39,7 +39,7 @@ class Kind(enum.Enum):
 
 
 _PRODUCTS = frozenset({Kind.MATRIX, Kind.EXPERTS, Kind.HEADS})
-_STACK_AXES = frozenset({"H", "X"})
+_STACK_AXES = frozenset({"H", "K", "X"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,8 @@ class WeightSpec:
     kind: Kind
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    """Logical axes: the axis letters of the project, "HD" for all heads together, and names for the rest."""
+    """Logical axes: the axis letters of the project, "HD" for all query heads (or queries, keys and values) together, "KD"
+    for all KV heads, and names for the rest."""
     parts: tuple[int, ...] = ()
     """Widths of the projections that are fused along the last axis; () for a single one."""
     initial: float | None = None

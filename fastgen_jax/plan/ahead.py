@@ -19,8 +19,8 @@ from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import FOLDER, program_name, step_program
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
-from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
 from pallas_kernels.buckets import Bucket as RemoteFolder
@@ -88,7 +88,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         raise ValueError(
             "stack_layers=False and logits_processor are not supported for devices that are not here; omit them"
         )
-    check_divisible(model, num_devices)
+    check_num_devices(model, num_devices)
     memory = Memory(limit=int(REPORTED_SHARE[platform] * target.device.memory_bytes))
     machine = fit.Machine(platform=platform, kind=target.device.kind, memory=memory, num_devices=target.num_devices)
     formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
@@ -98,7 +98,9 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
     if num_blocks is None:
         weights = footprint.weight_bytes(model, num_devices, jnp.dtype(formats.dtype).itemsize, quantize=formats.quantize)
         num_blocks = memory.room(weights).num_blocks(
-            footprint.block_bytes(model, platform, kv_dtype=formats.kv_dtype, block_size=block_size),
+            footprint.block_bytes(
+                model, platform, kv_dtype=formats.kv_dtype, block_size=block_size, num_devices=num_devices
+            ),
             wanted=choices.max_num_seqs * -(-context // block_size),
             share=num_devices,
         )

@@ -69,7 +69,9 @@ def read_weight_bytes(
 
 def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, kv_dtype: DType) -> int:
     """Bytes of a KV block on one device: keys and values of the heads on it, all layers."""
-    whole = footprint.block_bytes(model, topology.device.platform, kv_dtype=kv_dtype, block_size=block_size)
+    whole = footprint.block_bytes(
+        model, topology.device.platform, kv_dtype=kv_dtype, block_size=block_size, num_devices=topology.num_devices
+    )
     return whole // topology.num_devices
 
 

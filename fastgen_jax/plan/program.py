@@ -24,8 +24,9 @@ from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import memory_shardings, step_program
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.params import head_spec, init_params, param_specs
-from fastgen_jax.models.sharding import check_divisible, partition_params, shardings, tensor_mesh
+from fastgen_jax.models.sharding import partition_params, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
 from pallas_kernels.jax_versions import COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
 from pallas_kernels.matmul import Int8Weight
@@ -148,7 +149,7 @@ def compile_step(
 
     Raises DoesNotCompile with the compiler's message, ValueError if the model cannot be divided.
     """
-    check_divisible(model, mesh.size)
+    check_num_devices(model, mesh.size)
     max_blocks = -(-max_context_len // block_size)
     bucket = Bucket(
         token_budget,
@@ -203,9 +204,12 @@ def step_arguments(
     quantize: str | None,
 ) -> tuple[Params, KVCache, SamplerState, jax.ShapeDtypeStruct]:
     """Shapes of what an engine passes to `step_program`: divided over a mesh as it divides them, or on one device."""
+    mesh, device = (place, place.devices.flat[0]) if isinstance(place, Mesh) else (None, place)
+    vocab_size = model.vocab_size
+    if mesh is not None:
+        model = divided(model, mesh.size)
     params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
     params = jax.tree.map(functools.partial(_as_stored, quantize=quantize), param_specs(model), params)
-    mesh, device = (place, place.devices.flat[0]) if isinstance(place, Mesh) else (None, place)
     if quantize is not None and mesh is None and "lm_head" not in params:  # a tied head is stored separately
         head = head_spec(model)
         tied = jax.ShapeDtypeStruct(head.shape, params["embed"].dtype)
@@ -220,7 +224,7 @@ def step_arguments(
             dtype=kv_dtype,
         )
     )
-    state = jax.eval_shape(lambda: init_state(max_num_seqs, model.vocab_size))
+    state = jax.eval_shape(lambda: init_state(max_num_seqs, vocab_size))
     packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
     arguments = (params, cache, state, packed)
     if mesh is None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from fastgen_jax.checkpoint.quantized import quantization_method
+from fastgen_jax.checkpoint.quantized import quantization_method, split_settings
 from fastgen_jax.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
 from fastgen_jax.engine import footprint
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
+from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
-from fastgen_jax.models.sharding import check_divisible
 from fastgen_jax.plan import estimate
 from fastgen_jax.plan.estimate import Memory, PlannedStep
 
@@ -78,12 +78,10 @@ def make_plan(
     beyond the model's limit, and if the model cannot be divided over the devices.
     """
     devices = parse_topology(topology)
-    quantization = config.get("quantization_config")
+    quantization, config = split_settings(config)
     stored_as = quantization_method(quantization) if quantization else stored_as
-    model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(
-        {name: value for name, value in config.items() if name != "quantization_config"}
-    )
-    check_divisible(model, devices.num_devices)
+    model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(config)
+    check_num_devices(model, devices.num_devices)
     context = model.max_context_len if context is None else context
     if context > model.max_context_len:
         raise ValueError(
@@ -233,7 +231,7 @@ def _advice(
     if sequences < 1:
         if left >= block_size:
             advice.append(f"a context of at most {left} tokens: --context {left}")
-        sizes = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n > topology.num_devices and model.num_kv_heads % n == 0]
+        sizes = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if topology.num_devices < n <= model.num_heads]
         for n in sizes:
             weights = footprint.weight_bytes(model, n, itemsize, quantize=quantize)
             cache = -(-context // block_size) * memory.block * topology.num_devices // n

@@ -75,6 +75,7 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
         }
         if server.backend is not None:
             card["max_model_len"] = server.backend.intake.config.longest_sequence
+            card["generation_config"] = server.backend.intake.defaults
         return card
 
     @app.get("/v1/models", responses=_ERRORS)
@@ -111,7 +112,7 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
             **names,
             "tokenizer_class": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size,
-            "chat_template": tokenizer.templates.get("default"),
+            "chat_template": template.text if (template := tokenizer.template()) is not None else None,
         }
 
     @app.post("/detokenize", responses=_ERRORS)

@@ -273,6 +273,11 @@ async def _chat_prompt(
 
 
 def _template_variables(variables: JsonFields) -> JsonFields:
+    if "chat_template" in variables:
+        raise ValueError(
+            "chat_template_kwargs has 'chat_template', but requests cannot choose the template; "
+            "start the server with --chat-template"
+        )
     taken = {"messages", "tools", "add_generation_prompt"} & set(variables)
     if taken:
         raise ValueError(f"chat_template_kwargs has {sorted(taken)}; pass them as fields of the request instead")

@@ -225,7 +225,7 @@ def _loader(
     def several() -> Callable[[], Awaitable[Backend]]:
         # Config and tokenizer only: this process must not use an accelerator that belongs to a replica.
         checkpoint = open_checkpoint(resolve_model(model))
-        tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source).with_template(engine_config.chat_template)
         router = Router(
             model,
             engine_config,

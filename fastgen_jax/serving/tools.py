@@ -16,8 +16,8 @@ from fastgen_jax.json_types import JsonFields
 from fastgen_jax.serving.errors import unsupported
 from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
 from fastgen_jax.text import Tokenizer
+from fastgen_jax.text.adapt import CALL_CLOSE, CALL_OPEN
 from fastgen_jax.text.grammar import Grammar
-from fastgen_jax.text.messages import CALL_CLOSE, CALL_OPEN
 
 _VALUE_KEYWORDS = frozenset({"const", "default", "enum", "examples"})  # their values are data, not schemas
 
@@ -67,7 +67,8 @@ def prepare_messages(
     own form; ApiError if that form cannot be read here.
     """
     described = [tool.model_dump(exclude_none=True) for tool in tools]
-    source = tokenizer.templates.get("tool_use") or tokenizer.templates.get("default", "")
+    template = tokenizer.template(with_tools=True)
+    source = template.text if template is not None else ""
     if not described:
         return messages, None
     if "tools" in source:

@@ -18,6 +18,7 @@ from fastgen_jax.devices import DEVICES, GIB, Device
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
+from fastgen_jax.models.division import divided
 from fastgen_jax.plan.roofline import Efficiency, Roofline, StepShape, roofline
 from fastgen_jax.scheduling import Chunk, Step
 from fastgen_jax.simulation.models import MODELS
@@ -144,7 +145,7 @@ class RooflineCost:
 
     @property
     def _kv_bytes_per_token(self) -> float:
-        return self.model.kv_bytes_per_token(1) * self.bytes_per_kv
+        return divided(self.model, self.num_devices).kv_bytes_per_token(1) * self.bytes_per_kv
 
     def __call__(self, shape: StepShape) -> float:
         """Seconds for a step of this shape; ValueError if it exceeds the largest compiled step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastgen_jax.text.chat import ChatTemplate, template_fields
 from fastgen_jax.text.pieces import piece_bytes
 from fastgen_jax.text.splits import ADDS_BOS, COMPOSES, IGNORES_MERGES, SPLITS, SYNONYMS
 from fastgen_jax.text.spm import SentencePieceEncoder, build_model
@@ -62,7 +63,7 @@ def load_gguf(metadata: Metadata) -> Tokenizer:
         drops_leading_space=drops_space,
         bos_token_id=ids["bos"],
         eos_token_ids=tuple(dict.fromkeys(id for id in ends if id is not None)),
-        templates=_templates(metadata),
+        **template_fields(_templates(metadata)),
         named_tokens={new: texts[id] for name, new in names.items() if (id := ids[name]) is not None},
     )
 
@@ -90,10 +91,11 @@ def _token_id(metadata: Metadata, name: str, vocab_size: int) -> int | None:
     return id
 
 
-def _templates(metadata: Metadata) -> dict[str, str]:
+def _templates(metadata: Metadata) -> dict[str, ChatTemplate]:
     base = "tokenizer.chat_template"
     found = {"default": metadata[base]} if metadata.get(base) else {}
-    return found | {name[len(base) + 1 :]: text for name, text in metadata.items() if name.startswith(base + ".")}
+    found |= {name[len(base) + 1 :]: text for name, text in metadata.items() if name.startswith(base + ".")}
+    return {name: ChatTemplate(name=name, text=text, origin="the GGUF file's metadata") for name, text in found.items()}
 
 
 def _byte_level_bpe(metadata: Metadata, texts: list[str], types: list[int], pre: str) -> Encoder:

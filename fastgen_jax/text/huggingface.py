@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories: tokenizer.json, SentencePiece's tokenizer.model, or tiktoken's ranks."""
+"""Tokenizers of Hugging Face directories: tokenizer.json, vocab.json, SentencePiece's tokenizer.model, tiktoken's ranks."""
 
 from __future__ import annotations
 
@@ -8,30 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.checkpoint.huggingface import read_json
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.text.pieces import piece_bytes, scheme_of_decoder
+from fastgen_jax.text import byte_level
+from fastgen_jax.text.chat import ChatTemplate, template_fields
+from fastgen_jax.text.pieces import Scheme, piece_bytes, scheme_of_decoder
+from fastgen_jax.text.settings import added_tokens, named_tokens, read_settings, read_templates, special_texts
 from fastgen_jax.text.spm import SentencePieceEncoder, open_model
 from fastgen_jax.text.tiktoken import encoder_backend, find_tiktoken, read_tiktoken
 from fastgen_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import tokenizers
     from sentencepiece import SentencePieceProcessor
 
 Settings = JsonFields  # the JSON of tokenizer_config.json
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def load_directory(path: Path) -> Tokenizer:
     """Returns the tokenizer of a checkpoint directory; tokenizer.json takes precedence over other files."""
-    settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+    settings = read_settings(path)
     if (path / "tokenizer.json").exists():
         return _from_json(path, settings)
     if (ranks := find_tiktoken(path)) is not None:
         return _from_tiktoken(path, settings, ranks)
     if (path / "tokenizer.model").exists():
         return _from_sentencepiece(path, settings)
+    if (path / "vocab.json").exists() or (path / "merges.txt").exists():
+        return _from_merges(path, settings)
     raise ValueError(
-        f"{path} has neither tokenizer.json nor tokenizer.model, *.tiktoken or tekken.json; it has: "
-        f"{', '.join(sorted(file.name for file in path.iterdir())) or 'nothing'}"
+        f"{path} has neither tokenizer.json nor tokenizer.model, vocab.json with merges.txt, *.tiktoken or tekken.json; "
+        f"it has: {', '.join(sorted(file.name for file in path.iterdir())) or 'nothing'}"
     )
 
 
@@ -50,6 +55,58 @@ def _from_json(path: Path, settings: Settings) -> Tokenizer:
         scheme, drops_space = scheme_of_decoder(description.get("decoder"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    names = named_tokens(settings)
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    further = {id: token for id, token in added_tokens(path, settings).items() if token[0] not in known}
+    _add_tokens(backend, further, [*names.values(), *special_texts(settings)])
+
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        # The file's own post-processor adds tokens: add_bos_token and add_eos_token beside it have no effect.
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    kind = f"tokenizer.json ({scheme} {description['model'].get('type', 'BPE')})"
+    vocabulary = _vocabulary(backend, scheme)
+    return _assemble(path, settings, names, kind=kind, encoder=encode, drops_leading_space=drops_space, **vocabulary)
+
+
+def _from_merges(path: Path, settings: Settings) -> Tokenizer:
+    added, names = added_tokens(path, settings), named_tokens(settings)
+    family = byte_level.family_of(path, settings)
+    backend = byte_level.read_backend(path, family, added, prefix_space=bool(settings.get("add_prefix_space")))
+    names = byte_level.default_tokens(family, settings, backend) | names
+    _add_tokens(backend, added, [*names.values(), *special_texts(settings)])
+    ends = {}
+    for name in ("bos", "eos"):
+        token = names.get(f"{name}_token")
+        ends[name] = [backend.token_to_id(token)] if settings.get(f"add_{name}_token") and token is not None else []
+
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        return [*ends["bos"], *ids, *ends["eos"]] if add_special_tokens else ids
+
+    return _assemble(
+        path,
+        settings,
+        names,
+        kind=f"vocab.json and merges.txt (byte-level BPE, {family})",
+        encoder=encode,
+        drops_leading_space=False,
+        **_vocabulary(backend, "byte-level"),
+    )
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, added: Mapping[int, tuple[str, Mapping[str, bool]]], special: list[str]
+) -> None:
+    """Adds tokens in order of their ids, then special tokens. One that is in the vocabulary keeps its id."""
+    from tokenizers import AddedToken
+
+    backend.add_tokens([AddedToken(text, **flags) for _, (text, flags) in sorted(added.items())])
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+
+
+def _vocabulary(backend: tokenizers.Tokenizer, scheme: Scheme) -> dict[str, Any]:
+    """The fields of a `Tokenizer` that list its tokens."""
     ids = backend.get_vocab(with_added_tokens=True)
     texts: list[str | None] = [None] * (max(ids.values()) + 1)
     for text, id in ids.items():
@@ -61,30 +118,17 @@ def _from_json(path: Path, settings: Settings) -> Tokenizer:
         b"" if text is None else text.encode() if id in literal else piece_bytes(text, scheme)
         for id, text in enumerate(texts)
     ]
-    names = _named_tokens(path, settings)
-
-    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
-
-    kind = f"tokenizer.json ({scheme} {description['model'].get('type', 'BPE')})"
-    return _assemble(
-        path,
-        settings,
-        names,
-        ids,
-        kind=kind,
-        encoder=encode,
-        texts=texts,
-        pieces=pieces,
-        special_ids=special,
-        drops_leading_space=drops_space,
-    )
+    return {"ids": ids, "texts": texts, "pieces": pieces, "special_ids": special}
 
 
 def _from_tiktoken(path: Path, settings: Settings, file: Path) -> Tokenizer:
     vocabulary = read_tiktoken(file)
     backend, specials = encoder_backend(vocabulary), vocabulary.specials
     first = [specials[vocabulary.bos]] if vocabulary.bos else []
+    templates = read_templates(path, settings)
+    if "default" not in templates and vocabulary.conversations is not None:
+        template = ChatTemplate(name="default", text=vocabulary.conversations, origin=f"the format that {file} names")
+        templates = {"default": template, **templates}
 
     def encode(text: str, *, add_special_tokens: bool) -> list[int]:
         ids = backend.encode(text, add_special_tokens=False).ids
@@ -99,7 +143,7 @@ def _from_tiktoken(path: Path, settings: Settings, file: Path) -> Tokenizer:
         drops_leading_space=False,
         bos_token_id=first[0] if first else None,
         eos_token_ids=tuple(specials[text] for text in vocabulary.eos),
-        templates=_templates(path, settings),
+        **template_fields(templates),
         named_tokens={"eos_token": vocabulary.eos[0]} | ({"bos_token": vocabulary.bos} if vocabulary.bos else {}),
     )
 
@@ -113,29 +157,32 @@ def _from_sentencepiece(path: Path, settings: Settings) -> Tokenizer:
     size = model.get_piece_size()
     texts: list[str | None] = [model.id_to_piece(i) for i in range(size)]
     special = {i for i in range(size) if model.is_control(i) or model.is_unknown(i)}
-    added = _added_tokens(path, settings)
-    for id, (text, is_special) in added.items():
+    added = added_tokens(path, settings)
+    for id, (text, flags) in added.items():
         texts += [None] * (id + 1 - len(texts))
         texts[id] = text
-        special = special | {id} if is_special else special - {id}
-    pieces = [
-        b"" if text is None else text.encode() if id in added or id in special else piece_bytes(text, "metaspace")
-        for id, text in enumerate(texts)
-    ]
-    ids = {text: id for id, text in enumerate(texts) if text is not None}
+        special = special | {id} if flags.get("special") else special - {id}
     names = {
         "bos_token": _piece(model, model.bos_id()),
         "eos_token": _piece(model, model.eos_id()),
         "unk_token": _piece(model, model.unk_id()),
     }
-    names = {name: text for name, text in names.items() if text} | _named_tokens(path, settings)
+    names = {name: text for name, text in names.items() if text} | named_tokens(settings)
+    for text in dict.fromkeys([*names.values(), *special_texts(settings)]):
+        if text not in texts:
+            special, texts = special | {len(texts)}, [*texts, text]
+    pieces = [
+        b"" if text is None else text.encode() if id in added or id in special else piece_bytes(text, "metaspace")
+        for id, text in enumerate(texts)
+    ]
+    ids = {text: id for id, text in enumerate(texts) if text is not None}
     ends = {}
-    for name, default in (("bos", True), ("eos", False)):
+    for name, default in (("bos", "bos_token" in names), ("eos", False)):
         enabled = settings.get(f"add_{name}_token", default)
-        if enabled and names.get(f"{name}_token") not in ids:
+        if enabled and f"{name}_token" not in names:
             raise ValueError(
-                f"{path}: add_{name}_token is set, but the vocabulary has no {name} token; "
-                f"set add_{name}_token to false in tokenizer_config.json"
+                f"{path}: add_{name}_token is set, but there is no {name} token; "
+                f"set {name}_token, or set add_{name}_token to false, in tokenizer_config.json"
             )
         ends[name] = [ids[names[f"{name}_token"]]] if enabled else []
     encoder = SentencePieceEncoder(
@@ -149,7 +196,7 @@ def _from_sentencepiece(path: Path, settings: Settings) -> Tokenizer:
         path,
         settings,
         names,
-        ids,
+        ids=ids,
         kind="SentencePiece (tokenizer.model)",
         encoder=encoder,
         texts=texts,
@@ -159,13 +206,8 @@ def _from_sentencepiece(path: Path, settings: Settings) -> Tokenizer:
     )
 
 
-def _assemble(path: Path, settings: Settings, names: dict[str, str], ids: Mapping[str, int], **rest: Any) -> Tokenizer:
-    """Completes the tokenizer with what both formats keep in other files."""
-    for name in ("bos_token", "eos_token"):
-        if name in names and names[name] not in ids:
-            raise ValueError(
-                f"{path}: {name} is {names[name]!r}, which is not in the vocabulary; correct tokenizer_config.json"
-            )
+def _assemble(path: Path, settings: Settings, names: dict[str, str], *, ids: Mapping[str, int], **rest: Any) -> Tokenizer:
+    """Completes the tokenizer with what all formats keep in other files."""
     ends = [ids[names["eos_token"]]] if "eos_token" in names else []
     for file in ("config.json", "generation_config.json"):
         more = read_json(path / file).get("eos_token_id") if (path / file).exists() else None
@@ -173,7 +215,7 @@ def _assemble(path: Path, settings: Settings, names: dict[str, str], ids: Mappin
     return Tokenizer(
         bos_token_id=ids[names["bos_token"]] if "bos_token" in names else None,
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        templates=_templates(path, settings),
+        **template_fields(read_templates(path, settings)),
         named_tokens=names,
         **rest,
     )
@@ -181,42 +223,3 @@ def _assemble(path: Path, settings: Settings, names: dict[str, str], ids: Mappin
 
 def _piece(model: SentencePieceProcessor, id: int) -> str | None:
     return model.id_to_piece(id) if id >= 0 else None
-
-
-def _named_tokens(path: Path, settings: Settings) -> dict[str, str]:
-    """bos_token, eos_token, ...: each is a string, or an object with the string as "content"."""
-    older = path / "special_tokens_map.json"
-    merged = {**(read_json(older) if older.exists() else {}), **settings}
-    found = {}
-    for name in _NAMED:
-        value = merged.get(name)
-        text = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(text, str):
-            found[name] = text
-    return found
-
-
-def _added_tokens(path: Path, settings: Settings) -> dict[int, tuple[str, bool]]:
-    """Tokens added to the SentencePiece model: id -> (text, whether it is special)."""
-    file = path / "added_tokens.json"
-    added = {id: (text, False) for text, id in (read_json(file) if file.exists() else {}).items()}
-    for id, token in (settings.get("added_tokens_decoder") or {}).items():
-        added[int(id)] = (token["content"], bool(token.get("special")))
-    return added
-
-
-def _templates(path: Path, settings: Settings) -> dict[str, str]:
-    """Chat templates by name; separate files take precedence over tokenizer_config.json."""
-    value = settings.get("chat_template")
-    found: dict[str, str] = {}
-    if isinstance(value, str):
-        found["default"] = value
-    elif isinstance(value, list):
-        found = {entry["name"]: entry["template"] for entry in value}
-    elif isinstance(value, Mapping):
-        found = dict(value)
-    if (path / "chat_template.jinja").exists():
-        found["default"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
-        found[file.stem] = file.read_text(encoding="utf-8")
-    return found

@@ -1,19 +1,39 @@
-"""Conversations: validating messages from any client or server and adapting them to a chat template."""
+"""Conversations: validating the messages of any client or server."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fastgen_jax.json_types import JsonFields, JsonObject
 
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # around a call in the format of Hermes, Qwen, SmolLM and many others
+Message = JsonObject  # checked
+Content = str | list[JsonObject] | None  # text, its parts as {"type": "text", "text": ...}, or nothing beside calls
 
-_TESTS_FOR_NONE = re.compile(r"\bcontent\b[\"'\]\s]*(?:is\s+(?:not\s+)?|[!=]=\s*)[nN]one\b")
-_NAMES_TOOL_ROLE = re.compile(r"[\"']tool[\"']")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names under which servers return, and templates read, an assistant's reasoning; the most common one first."""
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
-Message = JsonObject  # checked, and adapted to a template
+
+class Arguments(dict[str, object]):
+    """The arguments of a call: an object for templates that read it, JSON for those that print it.
+
+    Templates were written for either form: some convert an object to JSON or iterate over its names, others join the JSON
+    of OpenAI's protocol with other text.
+    """
+
+    def __init__(self, fields: Mapping[str, object], text: str | None = None) -> None:
+        super().__init__(fields)
+        self._text = text
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False) if self._text is None else self._text
+
+    def __add__(self, after: object) -> str:
+        return str(self) + str(after)
+
+    def __radd__(self, before: object) -> str:
+        return str(before) + str(self)
 
 
 def short(value: object) -> str:
@@ -28,37 +48,19 @@ def short(value: object) -> str:
 def checked_messages(messages: Sequence[JsonFields]) -> list[Message]:
     """Returns the messages without empty fields; ValueError names a malformed message and what is wrong.
 
-    Text parts are joined by newlines. Arguments of tool calls are parsed if they are JSON text, because templates expect
-    objects but OpenAI's protocol sends strings; other text stays as the model wrote it. Null fields and an empty list of
-    calls are removed, because templates test whether a field exists. An assistant's message without content and calls gets
-    the content "".
+    A list of text parts keeps only types and texts. Arguments of tool calls become `Arguments` if they are an object, or
+    JSON text of one; other text stays as the model wrote it. Null fields and an empty list of calls are removed, because
+    templates test whether a field exists. An assistant's message without content and calls gets the content "". Parts with
+    reasoning become the field "reasoning_content".
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages must be a non-empty list of {{'role': ..., 'content': ...}}, got {short(messages)}")
     return [_checked_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def versions(messages: Sequence[Message], template: str) -> Iterator[list[Message]]:
-    """Yields versions of checked messages that `template` may accept, the most faithful one first.
-
-    Tool calls and their results become text if the template does not support them. A developer's message becomes a system
-    message if the template does not know the role, and in a further version part of the user's next message, for models
-    without system messages. In the last versions, arguments of calls that are not objects are wrapped in one.
-    """
-    fitted = _with_contents(_with_calls_as_text(messages, template), template)
-    forms: list[Callable[[list[Message]], list[Message]]] = [lambda same: same]
-    if "developer" not in template and instructions(messages):
-        forms = [_developer_as_system, _developer_in_user]
-    for arguments in (lambda same: same, _wrapped_arguments):
-        for form in forms:
-            yield arguments(form(fitted))
-        if _wrapped_arguments(fitted) == fitted:
-            return
-
-
-def instructions(messages: Sequence[Message]) -> list[str]:
-    """Returns the texts of developer messages, which the prompt must contain."""
-    return [message["content"].strip() for message in messages if message["role"] == "developer"]
+def text_of(content: Content) -> str:
+    """The text of a content; parts are joined by newlines."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def _checked_message(message: object, where: str) -> Message:
@@ -79,28 +81,37 @@ def _checked_message(message: object, where: str) -> Message:
     content = checked.get("content")
     if content is None and role == "assistant":
         content = checked.get("refusal", None if calls else "")
-    elif content is None and not calls:
+    elif content is None and not calls and role != "tool":
         raise ValueError(f"{where} ({role}) has no content; pass a string")
-    elif content is None:
+    elif content is None:  # a tool that returns nothing
         content = ""
-    if content is not None and not isinstance(content, str):
-        content = _joined_text(content, f"{where} ({role})")
-    return {**checked, "content": content}
+    if content is None or isinstance(content, str):
+        return {**checked, "content": content}
+    parts, thoughts = _checked_parts(content, f"{where} ({role})")
+    if thoughts and not any(checked.get(name) for name in REASONING):
+        checked["reasoning_content"] = "\n".join(thoughts)
+    return {**checked, "content": parts or ""}
 
 
-def _joined_text(content: object, where: str) -> str:
+def _checked_parts(content: object, where: str) -> tuple[list[JsonObject], list[str]]:
+    """The text parts of a content, and the texts of its parts with reasoning."""
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise ValueError(f"{where} has content {short(content)}; it must be a string or a list of text parts")
-    texts = []
+    parts, thoughts = [], []
     for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get(kind) if kind in ("text", "refusal") else None
+        given = {"type": "text", "text": part} if isinstance(part, str) else part if isinstance(part, Mapping) else {}
+        kind = given.get("type", "text")
+        if kind == "thinking":
+            inner = given.get("thinking")
+            thoughts.append(inner if isinstance(inner, str) else text_of(_checked_parts(inner, where)[0]))
+            continue
+        text = given.get("refusal" if kind == "refusal" else "text") if kind in _TEXT_PARTS else None
         if not isinstance(text, str):
             raise ValueError(
                 f"{where} has the content part {short(part)}; only text is supported: {{'type': 'text', 'text': ...}}"
             )
-        texts.append(text)
-    return "\n".join(texts)
+        parts.append({"type": "text", "text": text})
+    return parts, thoughts
 
 
 def _checked_call(call: object, where: str) -> Message:
@@ -111,88 +122,13 @@ def _checked_call(call: object, where: str) -> Message:
     return {**plain, "function": {**function, "arguments": _read_arguments(function.get("arguments"))}}
 
 
-def _read_arguments(arguments: object) -> object:
-    if isinstance(arguments, str) and arguments:
+def _read_arguments(given: object) -> object:
+    arguments, text = given, None
+    if isinstance(given, str) and given:
         try:
-            arguments = json.loads(arguments)
+            arguments, text = json.loads(given), given
         except (ValueError, RecursionError):
-            return arguments
-    return {} if arguments in (None, "") else arguments
-
-
-def _with_contents(messages: list[Message], template: str) -> list[Message]:
-    """Replaces null content, which comes with tool calls, by "" for a template that would print it as None."""
-    if _TESTS_FOR_NONE.search(template):
-        return messages
-    return [{**message, "content": "" if message["content"] is None else message["content"]} for message in messages]
-
-
-def _with_calls_as_text(messages: Sequence[Message], template: str) -> list[Message]:
-    converted = list(messages)
-    if "tool_calls" not in template:
-        converted = [_calls_as_text(message) if "tool_calls" in message else message for message in converted]
-    if _NAMES_TOOL_ROLE.search(template):
-        return converted
-    result: list[Message] = []
-    for message in converted:
-        if message["role"] != "tool":
-            result.append(message)
-            continue
-        text = f"<tool_response>\n{message['content']}\n</tool_response>"
-        if result and result[-1].get("role") == "user" and result[-1]["content"].endswith("</tool_response>"):
-            result[-1] = {**result[-1], "content": f"{result[-1]['content']}\n{text}"}
-        else:
-            result.append({"role": "user", "content": text})
-    return result
-
-
-def _calls_as_text(message: Message) -> Message:
-    texts = [message["content"]] if message["content"] else []
-    for call in message["tool_calls"]:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        texts.append(f'{CALL_OPEN}{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {written}}}{CALL_CLOSE}')
-    rest = {name: value for name, value in message.items() if name != "tool_calls"}
-    return {**rest, "content": "\n".join(texts)}
-
-
-def _developer_as_system(messages: list[Message]) -> list[Message]:
-    """Turns developer messages into system messages, merged with a preceding one, as many templates accept only one."""
-    result: list[Message] = []
-    for message in messages:
-        role = "system" if message["role"] == "developer" else message["role"]
-        if role == "system" and result and result[-1]["role"] == "system":
-            result[-1] = {**result[-1], "content": f"{result[-1]['content']}\n\n{message['content']}"}
-        else:
-            result.append({**message, "role": role})
-    return result
-
-
-def _developer_in_user(messages: list[Message]) -> list[Message]:
-    """Puts developer messages before the user's next message; after the last one, they become a user message."""
-    result: list[Message] = []
-    waiting: list[str] = []
-    for message in messages:
-        if message["role"] == "developer":
-            waiting.append(message["content"])
-        elif message["role"] == "user" and waiting:
-            result.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
-            waiting = []
-        else:
-            result.append(message)
-    return [*result, {"role": "user", "content": "\n\n".join(waiting)}] if waiting else result
-
-
-def _wrapped_arguments(messages: list[Message]) -> list[Message]:
-    """Wraps arguments that are not objects, for templates that iterate over the names of arguments."""
-
-    def wrapped(call: Message) -> Message:
-        arguments = call["function"]["arguments"]
-        if isinstance(arguments, Mapping):
-            return call
-        return {**call, "function": {**call["function"], "arguments": {"arguments": arguments}}}
-
-    return [
-        {**message, "tool_calls": [wrapped(call) for call in message["tool_calls"]]} if "tool_calls" in message else message
-        for message in messages
-    ]
+            return given
+    if arguments in (None, ""):
+        return Arguments({})
+    return Arguments(arguments, text) if isinstance(arguments, Mapping) else arguments

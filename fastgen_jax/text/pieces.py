@@ -26,15 +26,20 @@ def byte_alphabet() -> Mapping[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+@functools.cache
+def _bytes_as_latin_1() -> Mapping[int, int]:
+    """For `str.translate`: the alphabet to its bytes as Latin-1 characters, the rest of Latin-1 to a character outside."""
+    return dict.fromkeys(range(256), 0x2581) | {ord(character): byte for character, byte in byte_alphabet().items()}
+
+
 def piece_bytes(piece: str, scheme: Scheme) -> bytes:
     """Returns the bytes of one vocabulary entry."""
     if scheme == "metaspace":
         byte = _BYTE_PIECE.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode("utf-8", "replace")
-    alphabet = byte_alphabet()
     try:
-        return bytes([alphabet[character] for character in piece])
-    except KeyError:  # not in the alphabet: an added token, which is plain text
+        return piece.translate(_bytes_as_latin_1()).encode("latin-1")
+    except UnicodeEncodeError:  # not in the alphabet: an added token, which is plain text
         return piece.encode("utf-8", "replace")
 
 

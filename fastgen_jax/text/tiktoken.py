@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgen_jax.text.mistral import FORMATS, conversation_template
 from fastgen_jax.text.pieces import byte_alphabet
 from fastgen_jax.text.splits import SPLITS
 
@@ -73,6 +74,7 @@ class TiktokenVocabulary:
     composes: bool  # whether text is normalized to NFC first
     bos: str | None
     eos: Sequence[str]
+    conversations: str | None = None  # a chat template, if the file determines one
 
     @property
     def specials(self) -> Mapping[str, int]:
@@ -181,9 +183,12 @@ def _read_tekken(file: Path) -> TiktokenVocabulary:
         config = content["config"]
         num_special = config["default_num_special_tokens"]
         pieces = [base64.b64decode(entry["token_bytes"]) for entry in content["vocab"]]
-        given = [entry["token_str"] for entry in content.get("special_tokens") or ()] or list(_TEKKEN_SPECIALS)
+        listed = sorted(content.get("special_tokens") or (), key=lambda entry: entry["rank"])
+        given = [entry["token_str"] for entry in listed] or list(_TEKKEN_SPECIALS)
         size, pattern = config["default_vocab_size"], config["pattern"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, binascii.Error) as error:
+        version = config.get("version")
+        effort = ((content.get("model_settings_builder") or {}).get("reasoning_effort") or {}).get("default")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, binascii.Error) as error:
         raise ValueError(f"{file} is broken ({error!r}); download it again") from error
     specials = given + [f"<SPECIAL_{i}>" for i in range(len(given), num_special)]
     return TiktokenVocabulary(
@@ -194,4 +199,5 @@ def _read_tekken(file: Path) -> TiktokenVocabulary:
         composes=False,
         bos="<s>",
         eos=("</s>",),
+        conversations=conversation_template(version, reasoning_effort=effort) if version in FORMATS else None,
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.text.chat import render_chat
+from fastgen_jax.text.chat import ChatTemplate, find_template, render_chat
 
 
 class Encoder(Protocol):
@@ -31,6 +31,8 @@ class Tokenizer:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     templates: Mapping[str, str] = field(default_factory=dict)  # chat templates by name; the main one is "default"
+    template_origins: Mapping[str, str] = field(default_factory=dict)  # where they come from, by name, for messages
+    given_template: ChatTemplate | None = None  # a user's choice, for all conversations
     named_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... for the templates
 
     def __repr__(self) -> str:
@@ -87,6 +89,27 @@ class Tokenizer:
             raise ValueError(f"token id {id} has no entry in the vocabulary; ids are 0 to {self.vocab_size - 1}")
         return text
 
+    def with_template(self, given: str | None) -> Self:
+        """Returns this tokenizer with the user's template; None changes nothing.
+
+        `given` is the path of a file, the text of a template, or the name of one of `templates`. ValueError if it is none of
+        these, or does not parse.
+        """
+        if given is None:
+            return self
+        named = {name: self._named_template(name) for name in self.templates}
+        return replace(self, given_template=find_template(given, named))
+
+    def template(self, *, with_tools: bool = False) -> ChatTemplate | None:
+        """The template of a conversation: the user's, else "tool_use" with tools, else "default"; None if there is none."""
+        if self.given_template is not None:
+            return self.given_template
+        name = "tool_use" if with_tools and "tool_use" in self.templates else "default"
+        return self._named_template(name) if name in self.templates else None
+
+    def _named_template(self, name: str) -> ChatTemplate:
+        return ChatTemplate(name=name, text=self.templates[name], origin=self.template_origins.get(name))
+
     def apply_chat_template(
         self,
         messages: Sequence[JsonFields],
@@ -94,18 +117,27 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[JsonFields] | None = None,
+        chat_template: str | None = None,
         **extra: object,
     ) -> str:
-        """Returns the prompt that the model's chat template renders for a conversation.
+        """Returns the prompt that a chat template renders for a conversation.
 
         `messages` have a "role" and a "content" (a string, or a list of {"type": "text", "text": ...}, which is joined by
-        newlines); `tools` are JSON schemas; `extra` are variables of the template (`enable_thinking=False`, ...). Messages
-        may have the form in which servers return them, with null fields and arguments of tool calls as text. Developer
-        messages, tool calls and their results that a template does not support are converted to roles that it does. Raises
-        ValueError if there is no template, a message is malformed, or the template refuses it.
+        newlines unless the template loops over it); `tools` are JSON schemas; `chat_template` as in `with_template`; `extra`
+        are variables of the template (`enable_thinking=False`, `documents=[...]`, ...). Messages may have the form in which
+        servers return them, with null fields, arguments of tool calls as text, and reasoning under any of its names.
+        Developer messages, tool calls and their results that a template does not support are converted to roles that it
+        does. Raises ValueError if there is no template, a message is malformed, or the template refuses it.
         """
+        template = self.with_template(chat_template).template(with_tools=bool(tools))
+        if template is None:
+            named = f" named 'default'; it has {', '.join(map(repr, self.templates))}" if self.templates else ""
+            raise ValueError(
+                f"this tokenizer has no chat template{named}; pass one as chat_template (a file, a text or a name). The "
+                "tokenizer of a base model has none: pass a plain prompt, or use an instruction-tuned checkpoint"
+            )
         return render_chat(
-            self.templates,
+            template,
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
@@ -120,8 +152,11 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[JsonFields] | None = None,
+        chat_template: str | None = None,
         **extra: object,
     ) -> list[int]:
         """Returns the token ids of `apply_chat_template`. Templates write their own special tokens, so none are added."""
-        text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tools=tools, **extra)
+        text = self.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, chat_template=chat_template, **extra
+        )
         return self.encode(text, add_special_tokens=False)

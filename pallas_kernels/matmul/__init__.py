@@ -1,10 +1,26 @@
 """Matrix products of activations with weights that are stored the way the platform reads them fastest.
 
 `prepare` turns a checkpoint's weight into a plain array, an `Int8Weight` or, on CPUs with a C++ compiler, a
-`PackedWeight`; `linear` and `swiglu` accept all of them.
+`PackedWeight`; `linear` and `swiglu` accept all of them. A `BlockWeight` is a checkpoint's weight in 4 or 8 bits, with a
+scale for every few inputs.
 """
 
+from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockWeight, concatenate, quantize_int4, widen
 from pallas_kernels.matmul.ops import linear, swiglu
 from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight, prepare, quantize_int8
 
-__all__ = ["Int8Weight", "PackedWeight", "Weight", "linear", "prepare", "quantize_int8", "swiglu"]
+__all__ = [
+    "BLOCK_SIZES",
+    "INT4_BLOCK",
+    "BlockWeight",
+    "Int8Weight",
+    "PackedWeight",
+    "Weight",
+    "concatenate",
+    "linear",
+    "prepare",
+    "quantize_int4",
+    "quantize_int8",
+    "swiglu",
+    "widen",
+]

@@ -47,7 +47,7 @@ def pack(w: Num[np.ndarray, "K N"], *, gated: bool) -> Num[np.ndarray, "P steps 
     matrix is [gate | up], N = 2F, and each panel holds width/2 columns of gate followed by the same columns of up, so that
     one tile has both factors of its outputs in registers.
     """
-    group = 1 if w.dtype == np.float32 else narrow_group()
+    group = narrow_group() if w.dtype in (np.int8, jnp.bfloat16) else 1
     parts = np.split(w, 2, axis=1) if gated else [w]
     share = panel_width() // len(parts)
     return np.concatenate([_panels(part, share, group) for part in parts], axis=2)
@@ -83,7 +83,7 @@ def _refuse(context: mlir.LoweringRuleContext, x: mlir.Value) -> NoReturn:
 mlir.register_lowering(_cpu_only_p, _refuse)
 
 
-@functools.partial(jax.jit, static_argnames=("num_outputs", "gated"))
+@functools.partial(jax.jit, static_argnames=("num_outputs", "gated", "blocks"))
 def multiply(
     x: Float[Array, "M K"],
     panels: Num[Array, "*layers P steps width group"],
@@ -94,15 +94,17 @@ def multiply(
     *,
     num_outputs: int,
     gated: bool,
+    blocks: tuple[int, int, bool] | None = None,
 ) -> Float[Array, "M N"]:
     """float32[M, num_outputs] = x[M, K] @ panels (* scales) (+ residual), zero from row `num_rows` on.
 
     The layout of the panels is that of `PackedWeight`; `layer` selects those of one layer, if they are those of several.
+    `blocks`, if the panels hold blocks: the number of their format, their size, and whether to round to bfloat16.
     """
-    return _multiply(x, panels, scales, layer, residual, num_rows, num_outputs, gated)
+    return _multiply(x, panels, scales, layer, residual, num_rows, num_outputs, gated, blocks)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8))
 def _multiply(
     x: Float[Array, "M K"],
     panels: Num[Array, "*layers P steps width group"],
@@ -112,6 +114,7 @@ def _multiply(
     num_rows: Int[Array, ""] | None,
     num_outputs: int,
     gated: bool,
+    blocks: tuple[int, int, bool] | None,
 ) -> Float[Array, "M N"]:
     if not ensure_loaded():
         raise RuntimeError(
@@ -124,11 +127,14 @@ def _multiply(
     others = [array for array in (scales, residual) if array is not None]
     result = jax.ShapeDtypeStruct((x.shape[0], num_outputs), jnp.float32)
     call = jax.ffi.ffi_call(_TARGET, result)
-    return call(_cpu_only_p.bind(x), panels, index, rows, *others, gated=gated, has_residual=residual is not None)
+    format, size, rounds = blocks or (0, 0, False)
+    options = {"format": np.int64(format), "block_size": np.int64(size), "rounds": rounds}
+    has_residual = residual is not None
+    return call(_cpu_only_p.bind(x), panels, index, rows, *others, gated=gated, has_residual=has_residual, **options)
 
 
 @_multiply.defjvp
-def _no_derivative(num_outputs: int, gated: bool, primals: tuple, tangents: tuple) -> NoReturn:
+def _no_derivative(num_outputs: int, gated: bool, blocks: object, primals: tuple, tangents: tuple) -> NoReturn:
     raise ValueError(
         "a PackedWeight has no derivative, and neither do products with it; differentiate with the plain array that it "
         "was prepared from, as load_params(..., prepare=None) returns it"

@@ -111,5 +111,6 @@ def _packed(x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows:
         num_rows,
         num_outputs=w.num_outputs,
         gated=w.gated,
+        blocks=None if w.blocks is None else (w.blocks.number, w.blocks.size, w.rounds),
     )
     return y.reshape(*x.shape[:-1], w.num_outputs)

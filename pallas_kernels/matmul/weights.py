@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from pallas_kernels.matmul import cpu
+from pallas_kernels.matmul import blocks, cpu
+from pallas_kernels.matmul.blocks import BlockFormat, BlockWeight
 from pallas_kernels.pytree import pytree, static
 
 if TYPE_CHECKING:
@@ -49,10 +51,13 @@ class PackedWeight:
       panels: float32, bfloat16 or int8 [..., P, steps, width, group]; panel p holds output columns
         [p * width, (p + 1) * width), or width / 2 columns of gate and the same of up when gated; a step has one value
         per column, or two adjacent values along K if the CPU multiplies pairs (`cpu.narrow_group`).
+        In blocks, uint8 [..., P, K / size, bytes of a block, 1].
       scales: float32[..., P, width] when the panels are int8, else None.
       num_inputs: K.
       num_outputs: columns of the result: N, or F = N / 2 when gated.
       gated: made for `swiglu`, not for `linear`.
+      blocks: how blocks are stored, if the panels hold blocks.
+      rounds: with blocks, values and activations are rounded to bfloat16 before they are multiplied.
       layer: i32 scalar, the selected layer; None: the weights of all layers, or a weight without a layer axis.
     """
 
@@ -61,6 +66,8 @@ class PackedWeight:
     num_inputs: int = static()
     num_outputs: int = static()
     gated: bool = static()
+    blocks: BlockFormat | None = static(default=None)
+    rounds: bool = static(default=False)
     layer: Int[Array, ""] | None = None
 
     @property
@@ -78,35 +85,52 @@ Weight = jax.Array | Int8Weight | PackedWeight
 
 
 def prepare(
-    w: np.ndarray | jax.Array | Int8Weight, *, quantize: str | None = None, platform: str, gated: bool = False
+    w: np.ndarray | jax.Array | Int8Weight | BlockWeight,
+    *,
+    quantize: str | None = None,
+    platform: str,
+    gated: bool = False,
+    dtype: DTypeLike | None = None,
 ) -> Weight:
     """The form of `w` that `linear` (`swiglu` when `gated`) multiplies with fastest on `platform`.
 
     On a CPU with native kernels this is a `PackedWeight`, in bfloat16 if `w` is bfloat16 and otherwise in float32. If the
     CPU multiplies bfloat16 (AVX512_BF16), activations are rounded to bfloat16 before they are multiplied by a bfloat16
     or int8 weight. Elsewhere it is the unchanged array, or an `Int8Weight`. Int8 is rounded to nearest, with one scale per
-    output column; the error of a weight is at most half a scale, max|column| / 254.
+    output column; the error of a weight is at most half a scale, max|column| / 254. Int4 is `quantize_int4`, for native CPU
+    kernels only. A `BlockWeight` keeps its bits there, and elsewhere becomes an array of `dtype`.
 
     Args:
       w: [K, N], floating point or already quantized; when `gated`, [K, 2F] with gate columns before up columns.
-      quantize: None or "int8".
+      quantize: None, "int8" or "int4".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
       gated: the weight is for `swiglu`.
+      dtype: that of the matrix which a `BlockWeight` stands for (default: float32). With bfloat16, products are those of
+        bfloat16 if the CPU multiplies it. Other weights have their own dtype.
     """
+    if isinstance(w, BlockWeight) and quantize is not None:
+        raise ValueError(f"the weight is in blocks already, so quantize must be None, not {quantize!r}; dequantize it first")
     if len(w.shape) != 2:
         raise ValueError(f"w has shape {w.shape}, but must be [K, N]; prepare stacked weights one by one")
     if isinstance(w, Int8Weight):
         quantize = "int8"
-    elif not jnp.issubdtype(w.dtype, jnp.floating):
+    elif not isinstance(w, BlockWeight) and not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"w has dtype {w.dtype}, but must be floating point; pass quantize='int8' to get int8 weights")
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize is {quantize!r}, but must be None or 'int8'")
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f"quantize is {quantize!r}, but must be None, 'int8' or 'int4'")
     if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):
         raise ValueError(f"platform is {platform!r}, but must be 'cpu', 'gpu', 'cuda', 'rocm' or 'tpu'")
     if gated and w.shape[1] % 2:
         raise ValueError(f"a gated w is [gate | up], so its width must be even, not {w.shape[1]}")
 
     packed = platform == "cpu" and cpu.ensure_loaded()
+    if quantize == "int4":
+        if not packed:
+            raise ValueError("quantize='int4' needs the native kernels of a CPU, which are not available; use 'int8'")
+        return _packed_blocks(blocks.quantize_int4(np.asarray(w)), gated=gated, dtype=jnp.bfloat16)
+    if isinstance(w, BlockWeight):
+        whole = jnp.float32 if dtype is None else dtype
+        return _packed_blocks(w, gated=gated, dtype=whole) if packed else jnp.asarray(w.dequantize(), whole)
     if isinstance(w, Int8Weight):
         values, scales = np.asarray(w.values), np.asarray(w.scales)
     elif quantize is None and not packed:
@@ -145,4 +169,17 @@ def _packed(w: np.ndarray, scales: np.ndarray | None, *, gated: bool) -> PackedW
         num_inputs=w.shape[0],
         num_outputs=w.shape[1] // (1 + gated),
         gated=gated,
+    )
+
+
+def _packed_blocks(w: BlockWeight, *, gated: bool, dtype: DTypeLike) -> PackedWeight:
+    k, n = w.shape
+    return PackedWeight(
+        panels=jax.device_put(blocks.pack(w, gated=gated), jax.devices("cpu")[0]),
+        scales=None,
+        num_inputs=k,
+        num_outputs=n // (1 + gated),
+        gated=gated,
+        blocks=w.format,
+        rounds=blocks.rounds_to_bfloat16(jnp.dtype(dtype)),
     )

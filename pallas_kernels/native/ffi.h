@@ -19,6 +19,7 @@ namespace xla::ffi {
 
 enum DataType {
   S8 = XLA_FFI_DataType_S8,
+  U8 = XLA_FFI_DataType_U8,
   S32 = XLA_FFI_DataType_S32,
   F32 = XLA_FFI_DataType_F32,
   BF16 = XLA_FFI_DataType_BF16,

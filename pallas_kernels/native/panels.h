@@ -168,6 +168,38 @@ Tile<Weight> tile_for(int64_t rows) {
   return tile_among<Weight>(rows, std::make_index_sequence<kMaxRows>{});
 }
 
+// Weights of one storage type in panels [num_panels, steps, kWidth, group].
+template <class Storage>
+struct Dense {
+  using Element = typename Storage::Element;
+  using Wide = typename Storage::Wide;
+  using Factor = typename Storage::Factor;
+  static constexpr int kGroup = Storage::kGroup;
+
+  const Element* data;
+  int64_t steps;
+
+  int64_t panel_bytes() const { return steps * step_bytes(); }
+  int64_t step_bytes() const { return kStep<Storage> * static_cast<int64_t>(sizeof(Element)); }
+  const char* part(int64_t panel, int64_t step) const {
+    return reinterpret_cast<const char*>(data) + panel * panel_bytes() + step * step_bytes();
+  }
+
+  // With several row blocks, unpacking a panel once pays off. With one, elements are widened as they are loaded.
+  bool widens(int64_t num_blocks, int64_t) const { return !std::is_same_v<Storage, Wide> && num_blocks > 1; }
+
+  void widen(const char* from, int64_t num_steps, typename Wide::Element* to) const {
+    if constexpr (!std::is_same_v<Storage, Wide>) {
+      pallas_kernels::widen<Storage>(reinterpret_cast<const Element*>(from), num_steps, to);
+    }
+  }
+
+  void multiply(int64_t rows, int64_t num_steps, const Factor* a, const char* b, float* sums, bool first,
+                const char* ahead, int64_t ahead_step) const {
+    tile_for<Storage>(rows)(num_steps, a, reinterpret_cast<const Element*>(b), sums, first, ahead, ahead_step);
+  }
+};
+
 // ---- activations -----------------------------------------------------------------------------------------------
 
 // The factors of kLanes steps starting at x. Only `left` values exist; the rest are zero.
@@ -259,19 +291,27 @@ struct Output {
   }
 };
 
+// Calls f. Returns an error that names `kernel` if it runs out of memory.
+template <class F>
+ffi::Error with_memory(const char* kernel, F&& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(kernel) + ": out of memory for packed activations");
+  }
+}
+
 // Calls f with the storage type of `type`. Returns an error that names `kernel` if the type is not supported.
 template <class F>
 ffi::Error with_storage(ffi::DataType type, const char* kernel, F&& f) {
-  try {
+  return with_memory(kernel, [&] {
     switch (type) {
       case ffi::F32: return f(Float32{});
       case ffi::BF16: return f(BFloat16{});
       case ffi::S8: return f(Int8{});
       default: return ffi::Error::InvalidArgument(std::string(kernel) + ": weights must be float32, bfloat16 or int8");
     }
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(kernel) + ": out of memory for packed activations");
-  }
+  });
 }
 
 }  // namespace

@@ -37,6 +37,11 @@ TOKENIZER = ["merges.txt", "special_tokens_map.json", "tokenizer.json", "tokeniz
             ["adapter_model.safetensors", "adapter_config.json", "model-Q8_0.gguf", ".gitattributes"],
         ),
         (["config.json", "pytorch_model.bin", "qwen.tiktoken"], ["checkpoint-100/model.safetensors"]),
+        # several chat templates
+        (
+            ["additional_chat_templates/rag.jinja", "chat_template.json", "config.json", "model.safetensors", *TOKENIZER],
+            ["checkpoint-100/additional_chat_templates/rag.jinja", "additional_chat_templates/README.md"],
+        ),
     ],
 )
 def test_a_model_is_its_config_its_tokenizer_and_one_copy_of_its_weights(model, besides):

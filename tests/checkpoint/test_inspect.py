@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastgen_jax.cli import main
 from tests.checkpoint.tiny_files import write_gguf, write_hf
 from tests.text.vocabularies import gguf_metadata, write_json
+
+REFERENCE = Path(__file__).parents[1] / "reference" / "families"
 
 
 def _lines(capsys, *arguments) -> dict[str, str]:
@@ -28,6 +32,11 @@ def test_a_directory_is_described_without_reading_a_weight(tmp_path, capsys, mon
     assert lines["tokenizer"].startswith("tokenizer.json (byte-level BPE), 380 tokens, bos 0, eos (1, 2)")
     assert lines["chat templates"] == "default"
     assert lines["num_heads"] == "4"
+    assert lines["sampling"] == "no defaults: temperature 1, all tokens kept"
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 1.0}')
+    assert _lines(capsys, tmp_path)["sampling"] == "temperature 0.6, top_k 20"
+    (tmp_path / "generation_config.json").write_text('{"top_p": 90}')
+    assert _lines(capsys, tmp_path)["sampling"].startswith("none: the sampling defaults of")
 
 
 def test_a_gguf_file_shows_its_block_types_even_without_a_tokenizer(tmp_path, capsys):
@@ -38,6 +47,24 @@ def test_a_gguf_file_shows_its_block_types_even_without_a_tokenizer(tmp_path, ca
     assert lines["chat templates"] == "none"
     write_gguf(tmp_path / "b.gguf")
     assert _lines(capsys, tmp_path / "b.gguf")["tokenizer"].startswith("none: ")
+
+
+def test_a_quantized_directory_shows_its_format_and_what_it_becomes(tmp_path, capsys):
+    lines = _lines(capsys, REFERENCE / "qwen3" / "compressed")
+    assert lines["quantization"] == "compressed-tensors (format=mixed-precision)"
+    assert lines["stored as"] == "int8 33.9 %, INT4 28.3 %, bfloat16 23.7 %, float8_e4m3fn 14.1 %"
+    assert lines["loaded as"] == (
+        "CPUs with native kernels: 33.9 % in 8 bits in groups of 32, float32 scales (9.00 bits each), "
+        "28.3 % in 4 bits and float32 offsets in groups of 32 (6.00 bits each); else dequantized"
+    )
+    lines = _lines(capsys, REFERENCE / "qwen2" / "nf4")
+    assert lines["quantization"].startswith("bitsandbytes (load_in_4bit=True, ")
+    assert lines["stored as"] == "NF4 89.4 %, float32 10.6 %"
+    assert lines["loaded as"] == "dequantized"
+    write_gguf(tmp_path / "a.gguf", kind="Q8_0", vocab_size=512)
+    lines = _lines(capsys, tmp_path / "a.gguf")
+    assert "quantization" not in lines
+    assert lines["loaded as"].startswith("CPUs with native kernels: ")
 
 
 def test_the_template_is_printed_on_request(tmp_path, capsys):

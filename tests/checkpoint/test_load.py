@@ -109,7 +109,7 @@ def _set(name, value):
             _set("model.layers.3.mlp.up_proj.weight", np.zeros((64, 32), np.float32)),
             r"holds 1 tensors that the llama family does not know \('model.layers.3.mlp.up_proj.weight'\)",
         ),
-        (_set("model.layers.0.self_attn.q_proj.bias", np.zeros(64, np.float32)), r"'model.layers.0.self_attn.q_proj.bias'"),
+        (_set("model.layers.0.self_attn.q_proj.bias", np.ones(64, np.float32)), r"'model.layers.0.self_attn.q_proj.bias'"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused_with_the_tensor(tmp_path, change, message):

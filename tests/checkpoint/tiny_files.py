@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def write_hf(
 def write_gguf(
     path: Path,
     *,
-    kind: str = "F32",
+    kind: str | Callable[[str], str] = "F32",
     metadata: dict[str, Any] | None = None,
     extra: dict[str, np.ndarray] | None = None,
     arrays: dict[str, Any] | None = None,
@@ -92,7 +93,10 @@ def write_gguf(
     tensors_per_part: int = 0,
     **overrides: Any,
 ) -> dict[str, np.ndarray]:
-    """Writes a GGUF file as llama.cpp's converter does, q and k interleaved, and returns the Hugging Face tensors."""
+    """Writes a GGUF file as llama.cpp's converter does, q and k interleaved, and returns the Hugging Face tensors.
+
+    `kind` is the type of the matrices, or a function of their Hugging Face names.
+    """
     config = CONFIG | overrides
     made = tensors(config)
     path.parent.mkdir(exist_ok=True)
@@ -123,7 +127,8 @@ def write_gguf(
         if heads:  # each head's rows 0, D/2, 1, D/2 + 1, ...
             half = array.shape[0] // heads // 2
             array = array.reshape(heads, 2, half, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        quantized = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        of_matrix = kind if isinstance(kind, str) else kind(name)
+        quantized = gguf.GGMLQuantizationType[of_matrix if array.ndim == 2 else "F32"]
         writer.add_tensor(
             _gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), quantized), raw_dtype=quantized
         )

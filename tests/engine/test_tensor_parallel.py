@@ -28,9 +28,14 @@ def test_tokens_do_not_depend_on_the_number_of_devices() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["tied_embeddings", "experts"])
+@pytest.mark.parametrize("program", ["tied_embeddings", "experts", "replaced"])
 def test_tokens_of_other_models_do_not_depend_on_the_number_of_devices(program: str) -> None:
     run(program)
+
+
+@pytest.mark.slow
+def test_tokens_do_not_depend_on_a_number_of_devices_that_divides_nothing() -> None:
+    run("uneven", PALLAS_KERNELS_NATIVE="0")  # as above
 
 
 def test_too_many_devices_are_refused_with_the_remedy() -> None:

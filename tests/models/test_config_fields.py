@@ -18,7 +18,7 @@ def hf_config(family: str, variant: str | None = None) -> JsonObject:
     variant = variant or next(second for first, second in variants() if first == family)
     hf = json.loads((folder(family, variant) / "config.json").read_text())
     hf.pop("quantization_config", None)  # read by the checkpoint, not by the family
-    return hf
+    return hf if variant != "not_normalized" else hf | {"norm_topk_prob": False}  # it has a warning of its own
 
 
 @pytest.mark.parametrize(("family", "variant"), variants())
@@ -49,6 +49,7 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
     # Sizes, which the shapes of the tensors must match; settings that all families read or that mean nothing alone.
     alone = {
         *("do_layer_norm_before", "ffn_dim", "ffn_hidden_size"),
+        *("hidden_activation", "layer_norm_elementwise_affine"),
         *("hidden_size", "intermediate_size", "kv_channels", "layer_norm_eps", "layer_norm_epsilon", "v_head_dim"),
         *("max_position_embeddings", "max_window_layers", "model_max_length", "n_embd", "n_head", "n_inner", "n_layer"),
         *("n_positions", "norm_epsilon", "num_attention_heads", "num_hidden_layers", "num_kv_heads", "seq_length"),
@@ -109,6 +110,77 @@ def test_a_field_that_says_what_is_computed_anyway_is_read(family, usual, other)
     read(hf | usual, strict=True)
     with pytest.raises(ValueError, match="which is not supported"):
         read(hf | usual | other)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("qwen2", {"attention_bias": True}),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
+        ("qwen2_moe", {"use_sliding_window": False, "sliding_window": 32_768, "max_window_layers": 21, "layer_types": None}),
+        ("qwen3_moe", {"use_sliding_window": False, "sliding_window": 32_768, "max_window_layers": 48}),
+        ("smollm3", {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}),
+    ],
+)
+def test_fields_of_releases_that_change_nothing_are_read(family, fields):
+    hf, read = hf_config(family), FAMILIES[family].config_from_hf
+    assert read(hf | fields, strict=True) == read(hf)
+
+
+def test_remarks_within_the_rotary_settings_are_read():
+    hf = {name: value for name, value in hf_config("llama").items() if not name.startswith("rope_")}
+    read, yarn = FAMILIES["llama"].config_from_hf, {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16}
+    published = yarn | {"finetuned": True, "extrapolation_factor": 1.0, "attn_factor": 1}
+    assert read(hf | {"rope_scaling": published}, strict=True) == read(hf | {"rope_scaling": yarn})
+    with pytest.raises(ValueError, match=r"unknown fields {'attn_factor': 0.8}; remove them"):
+        read(hf | {"rope_scaling": yarn | {"attn_factor": 0.8}})
+
+
+WITHOUT_EFFECT = [
+    ("deepseek_v2", "lite", {"norm_topk_prob": True}),
+    ("llama", "default", {"partial_rotary_factor": 0.5}),
+    ("mixtral", "default", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}),
+]
+
+
+@pytest.mark.parametrize(("family", "variant", "changes"), WITHOUT_EFFECT)
+def test_a_field_that_transformers_ignores_for_an_architecture_is_ignored_with_a_warning(family, variant, changes, caplog):
+    hf, read = hf_config(family, variant), FAMILIES[family].config_from_hf
+    fields._warn_of_no_effect.cache_clear()
+    assert read(hf | changes) == read(hf | changes) == read(hf)
+    (warning,) = caplog.messages
+    assert "which is ignored for this architecture, as in transformers; other implementations may" in warning
+    with pytest.raises(ValueError, match=r"which transformers ignores for this architecture .* strict_config=False"):
+        read(hf | changes, strict=True)
+
+
+def test_partial_rotation_with_scaling_is_refused_where_transformers_cannot_compute_it_either():
+    hf = hf_config("llama", "rope_linear")
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0.5 with scaled rotary embeddings .* remove it"):
+        FAMILIES["llama"].config_from_hf(hf | {"partial_rotary_factor": 0.5})
+
+
+# Of their own functions: BLOOM's GELU, the clamped SwiGLU of gpt-oss, the SiLU of Qwen 1.
+FIXED_ACTIVATION = ("bloom", "gpt_oss", "qwen")
+ACTIVATION_FIELDS = {
+    **dict.fromkeys(("opt", "gpt2"), "activation_function"),
+    "falcon": "activation",
+    **dict.fromkeys(("gemma", "gemma2", "gemma3"), "hidden_activation"),
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(FIXED_ACTIVATION)))
+def test_every_family_reads_its_activation(family):
+    hf, name = hf_config(family), ACTIVATION_FIELDS.get(family, "hidden_act")
+    if name == "hidden_activation":
+        hf.pop("hidden_act", None)
+    config = FAMILIES[family].config_from_hf(hf | {name: "mish"}, strict=True)
+    of_layers = [] if config.moe is None else [config.moe.activation]
+    if config.moe is None or len(config.moe.layers) < config.num_layers:
+        of_layers.append(config.activation)
+    assert set(of_layers) == {"mish"}
+    with pytest.raises(ValueError, match=f"{name}='prelu', which is not supported; supported: silu, .*, mish"):
+        FAMILIES[family].config_from_hf(hf | {name: "prelu"})
 
 
 DEFAULTS = json.loads((Path(__file__).parent.parent / "reference" / "config_defaults.json").read_text())

@@ -137,6 +137,8 @@ def test_scanned_layers_that_differ_look_up_their_own_settings():
         ("granite", "default", {"residual_multiplier": 1.0}),
         ("granite", "default", {"embed_multiplier": 1.0}),
         ("opt", "default", {"position_offset": 0}),
+        ("olmo", "clipped", {"clip_qkv": None}),
+        ("gpt2", "scaled_by_layer", {"attention_scale_by_layer": False}),
     ],
 )
 def test_the_checkpoints_are_sensitive_to_what_sets_a_family_apart(family, variant, changes):
@@ -186,9 +188,10 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
     ("family", "variant", "changes", "message"),
     [
         ("bloom", "default", {"apply_residual_connection_post_layernorm": True}, "connection_post_layernorm=True"),
-        ("opt", "default", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
-        ("opt", "default", {"activation_function": "quick_gelu"}, "activation_function='quick_gelu'"),
-        ("gpt2", "default", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ("gpt2", "default", {"add_cross_attention": True}, "add_cross_attention=True"),
+        ("gemma2", "default", {"hidden_act": "relu"}, "hidden_act='relu', which is not supported; supported: 'gelu_pytorch"),
+        ("mixtral", "default", {"attention_bias": True}, "attention_bias=True"),
+        ("olmoe", "clipped", {"clip_qkv": -1.0}, "clip_qkv is -1.0; it must be positive"),
         ("falcon", "40b", {"parallel_attn": False}, "parallel_attn=False"),
         ("falcon", "7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
         ("gemma", "default", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
@@ -211,7 +214,6 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mystery": 1}},
             "mystery",
         ),
-        ("llama", "default", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ("cohere2", "default", {"position_embedding_type": "rope_neox"}, "position_embedding_type='rope_neox'"),
         ("starcoder2", "default", {"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
         (

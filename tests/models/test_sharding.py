@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.moe_config import MoEConfig
-from fastgen_jax.models.sharding import check_divisible
+from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.division import Heads, check_num_devices, divided, divided_array, divided_heads
+from fastgen_jax.models.families.common import alibi_slopes
+from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
+from fastgen_jax.models.params import layer_specs
 
 TINY = ModelConfig(
     family="llama",
@@ -39,15 +42,98 @@ EXPERTS = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("model", [pytest.param("dense", marks=pytest.mark.slow), "experts"])
-def test_a_step_divided_over_two_devices_gives_the_same_logits(model: str) -> None:
+# Nothing divides evenly: 6 query heads and 3 KV heads, an MLP of 47, 61 tokens.
+UNEVEN = dataclasses.replace(
+    TINY, vocab_size=61, num_heads=6, num_kv_heads=3, mlp_dim=47, qkv_bias=True, o_bias=True, mlp_bias=True
+)
+NORMS = dataclasses.replace(TINY, num_heads=6, num_kv_heads=3, clip_qkv=2.0)
+# Models, the numbers of devices that divide them, and the implementation of attention.
+MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
+    "dense": (TINY, 2, "xla"),
+    "experts": (EXPERTS, 2, None),
+    "one KV head": (dataclasses.replace(TINY, num_heads=7, num_kv_heads=1, attention_sinks=True), 4, None),
+    "uneven": (UNEVEN, 4, None),
+    "uneven experts": (
+        dataclasses.replace(
+            EXPERTS,
+            vocab_size=63,
+            moe=dataclasses.replace(EXPERTS.moe, expert_dim=23, shared_dim=15, activation="gelu", swiglu_limit=None),
+        ),
+        4,
+        None,
+    ),
+    "latent attention": (
+        dataclasses.replace(
+            TINY,
+            num_heads=5,
+            num_kv_heads=1,
+            head_dim=14,
+            rope=RopeConfig(dim=4),
+            mla=MLAConfig(kv_rank=10, rope_dim=4, nope_dim=6, v_dim=9, q_rank=11),
+        ),
+        4,
+        None,
+    ),
+    "norm over all heads": (dataclasses.replace(NORMS, qk_norm="row"), 4, None),
+    "norms per head": (
+        dataclasses.replace(NORMS, qk_norm="per_head", norm="layer", alibi_slopes=alibi_slopes(6), rope=None),
+        4,
+        None,
+    ),
+}
+QUICK = ["uneven experts", "latent attention"]
+
+
+@pytest.mark.parametrize(
+    "models", [QUICK, pytest.param([name for name in MODELS if name not in QUICK], marks=pytest.mark.slow)]
+)
+def test_a_step_divided_over_devices_gives_the_same_logits(models: list[str]) -> None:
     # In another process: the number of devices is fixed when JAX starts.
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.models.programs.divided_step", model]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.models.programs.divided_step", *models]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.strip().endswith("equal"), done.stderr
 
 
-def test_a_model_that_cannot_be_divided_is_refused_with_the_possible_numbers() -> None:
-    with pytest.raises(ValueError, match=r"num_kv_heads=2 cannot be divided over 4 devices; choose .* among 1, 2"):
-        check_divisible(TINY, 4)
+@pytest.mark.parametrize(
+    ("heads", "devices", "query", "kv"),
+    [
+        ((4, 2), 2, (0, 1, 2, 3), (0, 1)),  # as it is
+        ((6, 3), 2, (0, 1, 2, 3, 4, 5, None, None), (0, 1, 2, None)),
+        ((6, 1), 4, (0, 1, 2, 3, 4, 5, None, None), (0, 0, 0, 0)),
+        ((6, 2), 4, (0, 1, 2, None, 3, 4, 5, None), (0, 0, 1, 1)),
+        ((5, 1), 4, (0, 1, 2, 3, 4, None, None, None), (0, 0, 0, 0)),
+    ],
+)
+def test_heads_are_repeated_and_filled_up(heads, devices, query, kv) -> None:
+    assert divided_heads(*heads, devices) == Heads(query=query, kv=kv)
+
+
+@pytest.mark.parametrize("num_devices", range(1, 13))
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 4, 6, 12])
+def test_every_query_head_is_on_the_device_of_its_kv_head(num_kv_heads: int, num_devices: int) -> None:
+    heads = divided_heads(12, num_kv_heads, num_devices)
+    assert len(heads.kv) % num_devices == len(heads.query) % len(heads.kv) == 0
+    share, group = len(heads.query) // len(heads.kv), 12 // num_kv_heads
+    assert sorted(head for head in heads.query if head is not None) == list(range(12))
+    for place, head in enumerate(heads.query):
+        assert head is None or heads.kv[place // share] == head // group
+
+
+def test_a_model_that_devices_divide_as_it_is_stays_the_same() -> None:
+    assert divided(EXPERTS, 2) == EXPERTS
+    array = np.arange(32 * 64.0).reshape(32, 64)
+    assert divided_array(layer_specs(TINY, 0)["qkv"], array, TINY, 2, axes=(-2, -1), fill=0) is array
+
+
+def test_scales_of_8_bit_weights_are_filled_up_with_ones() -> None:
+    spec = layer_specs(UNEVEN, 0)["gate_up"]
+    scales = divided_array(spec, np.full((2, 94), 3.0), UNEVEN, 4, axes=(-1,), fill=1)
+    assert scales.shape == (2, 96)
+    assert (scales[:, [47, 95]] == 1).all()
+    assert (scales == 3).sum() == 2 * 94
+
+
+def test_more_devices_than_heads_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"4 attention heads cannot be divided over 5 devices.*choose at most 4 devices"):
+        check_num_devices(TINY, 5)

@@ -71,6 +71,7 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             "post_norm": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
             "no_bias_untied": OPT | {"enable_bias": False, "tie_word_embeddings": False, "activation_function": "gelu"},
             "no_final_norm": OPT | {"_remove_final_layer_norm": True},
+            "plain_norms": OPT | {"layer_norm_elementwise_affine": False, "activation_function": "relu2"},
         },
     ),
     "falcon": (
@@ -179,6 +180,8 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             "default": GPT2,
             "unscaled_inner": GPT2
             | {"n_inner": 48, "scale_attn_weights": False, "activation_function": "relu", "tie_word_embeddings": False},
+            "scaled_by_layer": GPT2
+            | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_layer": 3},
         },
     ),
     "gpt_neox": (
@@ -200,6 +203,13 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         {
             "default": BLOOM,
             "six_heads": BLOOM | {"hidden_size": 24, "n_head": 6},
+        },
+    ),
+    "olmo": (
+        "olmo",
+        {
+            "clipped": {**LLAMA_LIKE, "clip_qkv": 1.0},
+            "bias_tied": LLAMA_LIKE | {"attention_bias": True, "tie_word_embeddings": True, "hidden_act": "mish"},
         },
     ),
     "olmo2": (
@@ -370,6 +380,8 @@ def main() -> None:
     for family in sys.argv[1:] or FAMILIES:
         model_type, variants = FAMILIES[family]
         for variant, fields in variants.items():
+            if (home / family / variant).exists():  # made with another version of torch, so its weights would differ
+                continue
             torch.manual_seed(0)
             config = AutoConfig.for_model(model_type, **fields)
             # transformers 5.23 adds Falcon's ALiBi twice in its eager attention; its others lack Gemma 2's soft cap.

@@ -58,13 +58,29 @@ GROUPS = {"n_group": 4, "topk_group": 2}
 
 # family -> (model_type of transformers, variant -> fields of its config)
 FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "mixtral": ("mixtral", {"default": MIXTRAL, "window": {**MIXTRAL, "sliding_window": 16, "head_dim": 12}}),
+    "mixtral": (
+        "mixtral",
+        {
+            "default": MIXTRAL,
+            "window": {**MIXTRAL, "sliding_window": 16, "head_dim": 12},
+            "relu2": {**MIXTRAL, "hidden_act": "relu2"},
+        },
+    ),
     "qwen2_moe": (
         "qwen2_moe",
         {
             "default": QWEN2,
             "dense_first": QWEN2 | {"num_hidden_layers": 3, "mlp_only_layers": [0], "norm_topk_prob": True},
             "every_second": QWEN2 | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "qkv_bias": False},
+            "window": QWEN2
+            | {
+                "num_hidden_layers": 4,
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "max_window_layers": 3,
+                "mlp_only_layers": [3],
+                "hidden_act": "gelu",
+            },
         },
     ),
     "qwen3_moe": (
@@ -72,10 +88,18 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         {
             "default": QWEN | {"head_dim": 12, "norm_topk_prob": True},
             "dense_last": QWEN | {"num_hidden_layers": 3, "mlp_only_layers": [2], "tie_word_embeddings": True},
+            "window": QWEN | {"use_sliding_window": True, "sliding_window": 16, "hidden_act": "tanh"},
         },
     ),
     "gpt_oss": ("gpt_oss", {"default": GPT_OSS, "tied_no_bias": GPT_OSS | {"attention_bias": False}}),
-    "olmoe": ("olmoe", {"default": OLMOE, "normalized": OLMOE | {"norm_topk_prob": True}}),
+    "olmoe": (
+        "olmoe",
+        {
+            "default": OLMOE,
+            "normalized": OLMOE | {"norm_topk_prob": True},
+            "clipped": OLMOE | {"clip_qkv": 1.0, "attention_bias": True},
+        },
+    ),
     "granitemoe": (
         "granitemoe",
         {
@@ -108,6 +132,7 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "deepseek_v2",
         {
             "lite": DEEPSEEK | {"topk_method": "greedy", "routed_scaling_factor": 1.5},
+            "not_normalized": DEEPSEEK | {"norm_topk_prob": True, "hidden_act": "quick_gelu"},
             "groups": DEEPSEEK
             | GROUPS
             | {"topk_method": "group_limited_greedy", "q_lora_rank": 14, "norm_topk_prob": False}
@@ -147,6 +172,8 @@ def main() -> None:
     for family in sys.argv[1:] or FAMILIES:
         model_type, variants = FAMILIES[family]
         for variant, fields in variants.items():
+            if (home / family / variant).exists():  # made with another version of torch, so its weights would differ
+                continue
             torch.manual_seed(0)
             config = AutoConfig.for_model(model_type, **fields)
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()

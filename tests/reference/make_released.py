@@ -2,14 +2,18 @@
 
     python tests/reference/make_released.py [FAMILY/VARIANT ...]    # needs torch and transformers; the tests need neither
 
-These are gpt-oss with its experts in MXFP4, DeepSeek V3 in blocks of FP8, and multimodal models with the tensor names of
-their files on the hub. The logits of quantized models are computed from the weights as dequantized by transformers.
+These are gpt-oss with its experts in MXFP4, DeepSeek V3 in blocks of FP8, Qwen3 in three formats of compressed-tensors,
+Qwen2 in NF4 (both also need the library of the format, compressed-tensors or bitsandbytes), and multimodal models with the
+tensor names of their files on the hub. The logits of quantized models are computed from the weights as dequantized by
+transformers or the library.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +160,67 @@ def quantized(
     expected = compute(model, torch.randint(3, config.vocab_size, (PROMPT_LENGTH,)))
     model.to(torch.bfloat16).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    plain = {name.removesuffix("_blocks") for name in stored}
+    plain = {name.removesuffix("_blocks").removesuffix("_packed") for name in stored}
     save_file({name: value for name, value in tensors.items() if name not in plain} | stored, folder / "model.safetensors")
     hf = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(hf | settings, indent=2) + "\n")
     return expected
+
+
+def compressed(model: Any) -> dict[str, torch.Tensor]:
+    """Quantizes the layers' matrices, each kind in its own way, and returns them as stored by compressed-tensors."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    stored = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or "layers." not in name:
+            continue
+        fields = next(group for group in COMPRESSED.values() if re.match(group["targets"][0].removeprefix("re:"), name))
+        scheme = QuantizationScheme(**fields)
+        outputs, inputs = module.weight.shape
+        groups = inputs // 32 if scheme.weights.strategy == "group" else 1
+        shape = (1,) if scheme.weights.strategy == "tensor" else (outputs, groups)
+        steps = 448.0 if scheme.weights.type == "float" else 2.0 ** (scheme.weights.num_bits - 1)
+        state = {"weight": module.weight.data.clone(), "weight_scale": ((torch.rand(shape) + 1) / steps).bfloat16().float()}
+        if not scheme.weights.symmetric:
+            state["weight_zero_point"] = torch.randint(-4, 4, shape).to(torch.int8)
+        compressor = BaseCompressor.get_value_from_registry(fields["format"])
+        packed = compressor.compress(state, scheme)
+        module.weight.data = compressor.decompress(packed, scheme)["weight"]
+        packed["weight_scale"] = packed["weight_scale"].bfloat16()
+        stored |= {f"{name}.{ending}": tensor for ending, tensor in packed.items()}
+    return stored
+
+
+def bits_and_bytes(folder: Path) -> dict[str, Any]:
+    """Writes a Qwen2 that transformers quantized to NF4, and returns what it computes with bitsandbytes' dequantization."""
+    import bitsandbytes
+    from transformers import BitsAndBytesConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks in a row: see make_quantized.py
+    config = AutoConfig.for_model("qwen2", **{**LLAMA_LIKE, **sizes})
+    model = AutoModelForCausalLM.from_config(config).float()
+    randomise(model)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    with tempfile.TemporaryDirectory() as plain:
+        model.save_pretrained(plain)
+        narrow = AutoModelForCausalLM.from_pretrained(
+            plain, quantization_config=settings, dtype=torch.float32, device_map="cpu", attn_implementation="eager"
+        )
+    narrow.save_pretrained(folder)
+    for name, module in list(narrow.named_modules()):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):  # on CPUs it multiplies in bfloat16
+            wide = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            wide.weight.data = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            wide.bias = module.bias
+            narrow.set_submodule(name, wide)
+    return compute(narrow.eval(), torch.randint(3, config.vocab_size, (PROMPT_LENGTH,)))
 
 
 def multimodal(made: tuple[Any, dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -187,6 +247,24 @@ DEEPSEEK_RELEASED = (
         "num_hidden_layers": 2,
     }
 )
+COMPRESSED = {
+    "attention": {
+        "targets": ["re:.*self_attn.*"],
+        "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
+        "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+        "format": "int-quantized",
+    },
+    "down": {
+        "targets": ["re:.*down_proj"],
+        "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        "format": "float-quantized",
+    },
+    "up": {
+        "targets": ["re:.*(gate|up)_proj"],
+        "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False},
+        "format": "pack-quantized",
+    },
+}
 VARIANTS = {
     "gpt_oss/mxfp4": lambda folder: quantized(
         "gpt_oss", GPT_OSS_RELEASED, mxfp4, {"quantization_config": {"quant_method": "mxfp4"}}, folder
@@ -206,6 +284,21 @@ VARIANTS = {
         },
         folder,
     ),
+    "qwen3/compressed": lambda folder: quantized(
+        "qwen3",
+        {**LLAMA_LIKE, "head_dim": 8},
+        compressed,
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "mixed-precision",
+                "config_groups": COMPRESSED,
+                "ignore": ["lm_head"],
+            }
+        },
+        folder,
+    ),
+    "qwen2/nf4": bits_and_bytes,
     "gemma3/multimodal": lambda folder: multimodal(gemma3(), folder),
     "mistral/multimodal": lambda folder: multimodal(mistral3(), folder),
 }

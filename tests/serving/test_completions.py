@@ -183,7 +183,7 @@ def test_the_generation_options_of_the_pipeline_work_over_http():
 def test_models_health_and_version_are_served():
     async def scenario(client, _):
         models = (await client.get("/v1/models")).json()
-        assert [m["id"] for m in models["data"]] == [MODEL]
+        assert [(m["id"], m["generation_config"]) for m in models["data"]] == [(MODEL, {})]
         assert (await client.get("/v1/models/other")).json()["error"]["code"] == "model_not_found"
         assert (await client.get("/health")).json()["status"] == "ready"
         assert (await client.get("/version")).status_code == 200

@@ -52,6 +52,8 @@ def test_http_answers_follow_the_models_defaults(with_defaults):
         answers = [(await http.post("/v1/chat/completions", json=chat)).json() for _ in range(2)]
         greedy = (await http.post("/v1/chat/completions", json={**chat, "temperature": 0, "max_tokens": 7})).json()
         plain = (await http.post("/mii/here", json={"prompts": "Hi", "ignore_eos": True})).json()
+        (model,) = (await http.get("/v1/models")).json()["data"]
+        assert model["generation_config"] == {"do_sample": False, "max_new_tokens": 5}
         return answers, greedy, plain
 
     answers, greedy, (plain,) = tiny_server.with_server(scenario)

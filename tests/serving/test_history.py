@@ -151,6 +151,7 @@ def test_developer_messages_reach_the_model_with_every_template(monkeypatch, tem
         ("{% if %}", {}, "does not parse, line 1"),
         (COUNTING, {"chat_template_kwargs": {"self": 1, "template": 2}}, None),
         (COUNTING, {"chat_template_kwargs": {"messages": []}}, "pass them as fields of the request instead"),
+        (COUNTING, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "start the server with --chat-template"),
         (
             COUNTING,
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastgen_jax.text import load_tokenizer
-from fastgen_jax.text.chat import render_chat
+from fastgen_jax.text.chat import ChatTemplate, render_chat
 from fastgen_jax.text.gguf import load_gguf
 from tests.text.vocabularies import gguf_metadata, write_json
 
@@ -18,7 +18,7 @@ PLAIN = (
 
 def _render(template, messages=USER, *, tools=None, add_generation_prompt=True, **extra):
     return render_chat(
-        {"default": template},
+        ChatTemplate(name="default", text=template),
         messages,
         add_generation_prompt=add_generation_prompt,
         tools=tools,
@@ -47,7 +47,7 @@ def test_json_time_and_exceptions_in_templates_work():
     assert _render("{{ tools[0] | tojson }}", tools=[{"b": "<é>", "a": 1}]) == '{"b": "<é>", "a": 1}'
     assert _render("{{ tools | tojson(indent=1) }}", tools=[{"b": 1}]) == '[\n {\n  "b": 1\n }\n]'
     assert _render("{{ strftime_now('%Y') | length }}") == "4"
-    with pytest.raises(ValueError, match="refuses this conversation: roles must alternate"):
+    with pytest.raises(ValueError, match=r"refuses this conversation: roles must alternate$"):
         _render("{{ raise_exception('roles must alternate') }}")
 
 
@@ -109,10 +109,10 @@ def test_malformed_tools_are_refused():
 
 
 def test_a_tokenizer_without_a_chat_template_is_reported(tokenizers):
-    with pytest.raises(ValueError, match="no chat template; it belongs to a base model"):
+    with pytest.raises(ValueError, match=r"no chat template; pass one as chat_template .* base model"):
         tokenizers["json"].apply_chat_template(USER)
     only_tools = load_gguf(gguf_metadata("gpt-2", **{"tokenizer.chat_template.rag": PLAIN}))
-    with pytest.raises(ValueError, match=r"named 'default', only \['rag'\]"):
+    with pytest.raises(ValueError, match="named 'default'; it has 'rag'"):
         only_tools.apply_chat_template(USER)
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastgen_jax.text.chat import render_chat
+from fastgen_jax.text.chat import ChatTemplate, render_chat
 
 USER = {"role": "user", "content": "hi"}
 ANY_ROLE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -43,7 +43,14 @@ EMPTY = {"tool_calls": None, "refusal": None, "function_call": None, "audio": No
 
 
 def render(template, *messages):
-    return render_chat({"default": template}, messages, add_generation_prompt=False, tools=None, named_tokens={}, extra={})
+    return render_chat(
+        ChatTemplate(name="default", text=template),
+        messages,
+        add_generation_prompt=False,
+        tools=None,
+        named_tokens={},
+        extra={},
+    )
 
 
 def call(arguments, **more):
@@ -103,6 +110,24 @@ def test_calls_and_results_become_text_if_the_template_does_not_support_them():
     )
     assert "</tool_response>" in render(NO_SYSTEM, USER, call("{}"), result)
     assert render(LLAMA, USER, call("{}"), result).endswith("ipython:4\n")  # this template supports them
+
+
+def test_results_keep_their_role_if_a_template_with_tools_prints_any_role():
+    result = {"role": "tool", "tool_call_id": "c", "content": "4"}
+    with_tools = "{% if tools %}{{ tools }}{% endif %}"
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    any_role = f"{with_tools}{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content }}}}{calls}{{% endfor %}}"
+    assert render(any_role, USER, call("{}"), result) == "<user>hi<assistant>f<tool>4"
+    assert "<tool_response>\n4\n</tool_response>" in render(with_tools + DROPS_OTHERS, USER, call("{}"), result)
+    assert "<tool_response>\n4\n</tool_response>" in render(with_tools + NO_SYSTEM, USER, call("{}"), result)
+
+
+def test_null_content_becomes_empty_if_the_test_for_it_does_not_help():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' and m.content is none %}{% elif m.content | length > 1 %}"
+        "{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor %}"
+    )
+    assert render(template, USER, call("{}")) == "hif"
 
 
 def test_a_developer_message_becomes_a_system_message_if_the_role_is_unknown():

@@ -38,15 +38,20 @@ class SamplerState:
     """Bit v % 32 of word v // 32 is 1 if token v may come next. Read for rows with a mask."""
 
 
-def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
-    """The state of `max_num_seqs` unused slots; 2.125 * vocab_size + 2404 bytes each."""
-    return SamplerState(
-        last_tokens=jnp.zeros(max_num_seqs, jnp.int32),
-        token_counts=jnp.zeros((max_num_seqs, vocab_size), jnp.int16),
-        bias_ids=jnp.full((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), vocab_size, jnp.int32),
-        bias_values=jnp.zeros((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), jnp.float32),
-        token_masks=jnp.zeros((max_num_seqs, -(-vocab_size // 32)), jnp.int32),
+def init_state(max_num_seqs: int, vocab_size: int, *, on_host: bool = False) -> SamplerState:
+    """The state of `max_num_seqs` unused slots; 2.125 * vocab_size + 2404 bytes each.
+
+    `on_host` makes it without compiling anything, which takes longer than copying it to a device.
+    """
+    xp = np if on_host else jnp
+    state = SamplerState(
+        last_tokens=xp.zeros(max_num_seqs, jnp.int32),
+        token_counts=xp.zeros((max_num_seqs, vocab_size), jnp.int16),
+        bias_ids=xp.full((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), vocab_size, jnp.int32),
+        bias_values=xp.zeros((max_num_seqs, MAX_LOGIT_BIAS_ENTRIES), jnp.float32),
+        token_masks=xp.zeros((max_num_seqs, -(-vocab_size // 32)), jnp.int32),
     )
+    return jax.device_put(state) if on_host else state
 
 
 def set_masks(state: SamplerState, slots: Sequence[int], masks: Int32[np.ndarray, "n words"]) -> SamplerState:

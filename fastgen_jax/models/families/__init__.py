@@ -26,6 +26,7 @@ _NAMES = (
     "gpt2",
     "gpt_neox",
     "bloom",
+    "olmo",
     "olmo2",
     "olmo3",
     "smollm3",

@@ -66,21 +66,39 @@ def eos_ids(hf: JsonFields) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
 
+# By their names in transformers, without the two that have learned parameters (prelu, xielu).
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_10": "gelu_clipped",
+    "quick_gelu": "gelu_quick",
+    "relu": "relu",
+    "relu2": "relu2",
+    "relu6": "relu6",
+    "leaky_relu": "leaky_relu",
+    "hardswish": "hard_swish",
+    "mish": "mish",
+    "sigmoid": "sigmoid",
+    "sqrtsoftplus": "sqrt_softplus",
+    "tanh": "tanh",
+    "laplace": "laplace",
+    "linear": "linear",
+}
+
+
 def activation(hf: Fields, name: str = "hidden_act", *, default: str) -> Activation:
     """The field `name` as an `activation` of `ModelConfig`; ValueError if it is not supported."""
-    known: dict[str, Activation] = {
-        "silu": "silu",
-        "swish": "silu",
-        "gelu": "gelu",
-        "relu": "relu",
-        "gelu_new": "gelu_tanh",
-        "gelu_fast": "gelu_tanh",
-        "gelu_pytorch_tanh": "gelu_tanh",
-    }
     value = hf.get(name) or default
-    if value not in known:
-        raise ValueError(f"config.json has {name}={value!r}, which is not supported; supported: {', '.join(known)}")
-    return known[value]
+    if value not in _ACTIVATIONS:
+        raise ValueError(f"config.json has {name}={value!r}, which is not supported; supported: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[value]
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:

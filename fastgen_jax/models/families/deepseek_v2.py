@@ -26,16 +26,11 @@ FEATURES = "latent attention (latents are cached); dense layers first; experts i
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    # transformers never normalizes the weights of the chosen experts, whatever norm_topk_prob says.
-    common.refuse_unsupported(
-        hf,
-        {
-            "topk_method": ("greedy", "group_limited_greedy"),
-            "scoring_func": ("softmax",),
-            "norm_topk_prob": (False, None),
-        },
-    )
-    in_groups = hf.first("topk_method", "scoring_func", "norm_topk_prob", default="greedy") == "group_limited_greedy"
+    common.refuse_unsupported(hf, {"topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",)})
+    hf.ignore("scoring_func")
+    in_groups = hf.get("topk_method") == "group_limited_greedy"
+    if hf.get("norm_topk_prob"):  # transformers never normalizes the weights of the chosen experts
+        hf.have_no_effect(norm_topk_prob=True)
     num_groups, groups_per_token = hf.get("n_group") or 1, hf.get("topk_group") or 1
     return ModelConfig(
         family="deepseek_v2",
@@ -50,10 +45,9 @@ def config_from_hf(hf: Fields) -> ModelConfig:
 
 def latent_model(hf: Fields, *, max_context_len: int) -> ModelFields:
     """Everything except the experts, as keyword arguments of `ModelConfig`."""
-    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "mlp_bias": (False,), "moe_layer_freq": (1,)})
+    common.refuse_unsupported(hf, {"mlp_bias": (False,), "moe_layer_freq": (1,)})
     # The others follow from the sizes, or concern training and multi-token prediction.
     hf.ignore(
-        "hidden_act",
         "mlp_bias",
         "moe_layer_freq",
         "head_dim",
@@ -91,6 +85,7 @@ def latent_model(hf: Fields, *, max_context_len: int) -> ModelFields:
             rope_interleaved=hf.get("rope_interleave", True),
             kv_bias=bias,
         ),
+        "activation": common.activation(hf, default="silu"),
         "tie_embeddings": hf.get("tie_word_embeddings", False),
         **common.special_tokens(hf),
     }
@@ -104,6 +99,7 @@ def experts(hf: Fields, *, num_dense: int, num_shared: int, scale: float) -> Mod
         "expert_dim": hf["moe_intermediate_size"],
         "layers": tuple(range(hf.get("first_k_dense_replace", num_dense), hf["num_hidden_layers"])),
         "scale": hf.get("routed_scaling_factor", scale),
+        "activation": common.activation(hf, default="silu"),
         "shared_dim": hf["moe_intermediate_size"] * (hf.get("n_shared_experts", num_shared) or 0),
     }
 

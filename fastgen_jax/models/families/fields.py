@@ -205,6 +205,7 @@ class Fields(Mapping[str, Any]):
     def __init__(self, hf: JsonFields) -> None:
         self._hf = hf
         self._read: set[str] = set()
+        self._without_effect: JsonObject = {}
 
     def __getitem__(self, name: str) -> Any:
         self._read.add(name)
@@ -234,6 +235,11 @@ class Fields(Mapping[str, Any]):
         """Counts these fields as read, because they have no effect in this family or were checked elsewhere."""
         self._read.update(names)
 
+    def have_no_effect(self, **fields: Any) -> None:
+        """Records fields, with their values, that have an effect in other implementations but not in transformers."""
+        self.ignore(*fields)
+        self._without_effect.update(fields)
+
     def check_unread(self, *, strict: bool) -> None:
         """Checks the fields that were not read: harmless or unset ones are ignored, others refused or named in a warning.
 
@@ -245,17 +251,25 @@ class Fields(Mapping[str, Any]):
         }
         changes = [name for name in unread if changes_output(name)]
         if changes:
+            shown = _shown({name: unread[name] for name in changes})
             raise ValueError(
-                f"config.json has {_shown(unread, changes)}, which would change the output and is not supported for this "
+                f"config.json has {shown}, which would change the output and is not supported for this "
                 "architecture; remove it from config.json if the model was trained without it"
             )
         if unread and strict:
             raise ValueError(
-                f"config.json has {_shown(unread, list(unread))}, which is unknown for this architecture; "
+                f"config.json has {_shown(unread)}, which is unknown for this architecture; "
                 "strict_config=False loads the model without it"
+            )
+        if self._without_effect and strict:
+            raise ValueError(
+                f"config.json has {_shown(self._without_effect)}, which transformers ignores for this architecture and "
+                "other implementations may not; strict_config=False ignores it as well"
             )
         if unread:
             _warn(tuple(unread))
+        if self._without_effect:
+            _warn_of_no_effect(_shown(self._without_effect))
 
 
 def is_harmless(name: str, value: object) -> bool:
@@ -277,9 +291,18 @@ def _warn(names: tuple[str, ...]) -> None:
     )
 
 
-def _shown(values: Mapping[str, object], names: list[str]) -> str:
+@functools.cache
+def _warn_of_no_effect(shown: str) -> None:
+    log.warning(
+        "config.json has %s, which is ignored for this architecture, as in transformers; other implementations may compute "
+        "something else; strict_config=True refuses it",
+        shown,
+    )
+
+
+def _shown(values: Mapping[str, object]) -> str:
     """`a=1 and b=2`; long values are shortened."""
-    texts = [f"{name}={text if len(text := repr(values[name])) <= 60 else text[:57] + '...'}" for name in names]
+    texts = [f"{name}={text if len(text := repr(value)) <= 60 else text[:57] + '...'}" for name, value in values.items()]
     return " and ".join(texts)
 
 

@@ -18,8 +18,9 @@ FEATURES = "2B and 7B, version 1.1; CodeGemma"
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
-    # The first release says "gelu" but uses the tanh approximation.
-    common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu", "gelu_pytorch_tanh", None)))
+    name = "hidden_activation" if hf.get("hidden_activation") else "hidden_act"
+    activation = common.activation(hf, name, default="gelu_pytorch_tanh")
+    hf.ignore("hidden_act")
     return ModelConfig(
         family="gemma",
         exceeds_float16=True,
@@ -31,7 +32,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         tie_embeddings=hf.get("tie_word_embeddings", True),
         qkv_bias=bias,
         o_bias=bias,
-        activation="gelu_tanh",
+        activation="gelu_tanh" if activation == "gelu" else activation,  # the first release says "gelu"
     )
 
 

@@ -25,7 +25,9 @@ NAMES = common.LLAMA_NAMES | {
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     bias = hf.get("attention_bias", False)
-    common.refuse_unsupported(hf, dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", None)))
+    hidden = hf.get("hidden_activation") or "gelu_pytorch_tanh"
+    common.refuse_unsupported(hf, {"hidden_act": (hidden, None)})  # not read by any implementation, so it must agree
+    hf.ignore("hidden_act")
     window = hf.get("sliding_window", 4096)
     common.refuse_unsupported(hf, {"sliding_window_size": (window, None)})  # an older name, written beside the newer
     hf.ignore("sliding_window_size")
@@ -45,7 +47,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         o_bias=bias,
         attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
         attention_soft_cap=hf.get("attn_logit_softcapping", 50.0),
-        activation="gelu_tanh",
+        activation=common.activation(hf, "hidden_activation", default="gelu_pytorch_tanh"),
     )
 
 

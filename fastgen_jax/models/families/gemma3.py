@@ -27,8 +27,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         {
             "attn_logit_softcapping": (None,),
             "use_bidirectional_attention": (False, None),
-            "hidden_activation": ("gelu_pytorch_tanh",),
-            "hidden_act": ("gelu_pytorch_tanh",),
+            "hidden_act": (hf.get("hidden_activation") or "gelu_pytorch_tanh", None),
         },
     )
     period = hf.first("sliding_window_pattern", "_sliding_window_pattern", default=6)
@@ -55,7 +54,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         o_bias=bias,
         qk_norm="head",
         attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
-        activation="gelu_tanh",
+        activation=common.activation(hf, "hidden_activation", default="gelu_pytorch_tanh"),
     )
 
 

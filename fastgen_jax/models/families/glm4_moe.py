@@ -18,9 +18,9 @@ FEATURES = "GLM-4.5, Air, 4.6, 4.7; norms on queries and keys; experts in groups
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})
+    common.refuse_unsupported(hf, {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})
     # The others follow from these, or concern multi-token prediction.
-    hf.ignore("hidden_act", "topk_method", "scoring_func", "num_local_experts", "num_nextn_predict_layers", "num_mtp_layers")
+    hf.ignore("topk_method", "scoring_func", "num_local_experts", "num_nextn_predict_layers", "num_mtp_layers")
     sizes = common.sizes(hf, assumed={"num_key_value_heads": 8})
     return ModelConfig(
         family="glm4_moe",
@@ -30,6 +30,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         tie_embeddings=hf.get("tie_word_embeddings", False),
         qkv_bias=hf.get("attention_bias", False),
         qk_norm="head" if hf.get("use_qk_norm", False) else None,
+        activation=common.activation(hf, default="silu"),
         moe=MoEConfig(
             **experts(hf, num_dense=1, num_shared=1, scale=1.0),
             scores="sigmoid",

@@ -8,7 +8,7 @@ from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
-FEATURES = "all sizes, DistilGPT-2; n_inner; unscaled attention"
+FEATURES = "all sizes, DistilGPT-2; n_inner; unscaled attention, or scaled by layer"
 
 _LAYER = "transformer.h.{layer}."
 NAMES = {
@@ -28,7 +28,7 @@ NAMES = {
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    common.refuse_unsupported(hf, {"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)})
+    common.refuse_unsupported(hf, {"add_cross_attention": (False,)})
     # `reorder_and_upcast_attn` guards against overflow in half precision; our scores are in float32 anyway.
     hf.ignore("reorder_and_upcast_attn", "n_ctx")
     num_heads, embed_dim = hf["n_head"], hf["n_embd"]
@@ -52,6 +52,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         qkv_bias=True,
         o_bias=True,
         attention_scale=None if hf.get("scale_attn_weights", True) else 1.0,
+        attention_scale_by_layer=hf.get("scale_attn_by_inverse_layer_idx", False),
         activation=common.activation(hf, "activation_function", default="gelu_new"),
         mlp_gated=False,
         mlp_bias=True,

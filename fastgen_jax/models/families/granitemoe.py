@@ -16,8 +16,6 @@ FEATURES = "one tensor of experts per layer; multipliers; biases"
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    common.refuse_unsupported(hf, {"hidden_act": ("silu",)})
-    hf.ignore("hidden_act")
     bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="granitemoe",
@@ -37,6 +35,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             expert_dim=hf["intermediate_size"],
             layers=tuple(range(hf["num_hidden_layers"])),
             scores="softmax_of_chosen",
+            activation=common.activation(hf, default="silu"),
         ),
     )
 

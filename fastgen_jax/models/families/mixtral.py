@@ -17,8 +17,8 @@ FEATURES = "top-2 of 8 experts in every layer; window; every rotary scaling"
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "attention_bias": (False,)})
-    hf.ignore("hidden_act", "attention_bias", "router_jitter_noise")  # the last one is noise for training
+    common.refuse_unsupported(hf, {"attention_bias": (False,)})
+    hf.ignore("attention_bias", "router_jitter_noise")  # the last one is noise for training
     return ModelConfig(
         family="mixtral",
         **common.sizes(hf, assumed={"num_key_value_heads": 8}),
@@ -32,6 +32,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             expert_dim=hf["intermediate_size"],
             layers=tuple(range(hf["num_hidden_layers"])),
             normalize=True,
+            activation=common.activation(hf, default="silu"),
         ),
     )
 

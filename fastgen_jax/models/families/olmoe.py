@@ -11,20 +11,22 @@ from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.moe_config import MoEConfig
 
 ARCHITECTURES = ("OlmoeForCausalLM",)
-FEATURES = "experts; norms over all heads; no clipping of q, k and v"
+FEATURES = "experts; norms over all heads, clipping of q, k and v; biases"
 
 
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    common.refuse_unsupported(hf, {"hidden_act": ("silu",), "attention_bias": (False,), "clip_qkv": (None,)})
-    hf.ignore("hidden_act", "attention_bias", "clip_qkv")
+    bias = hf.get("attention_bias", False)
     return ModelConfig(
         family="olmoe",
         **common.sizes(hf),
         **rotary(hf, max_context_len=4096),
         norm_eps=hf.get("rms_norm_eps", 1e-5),
+        qkv_bias=bias,
+        o_bias=bias,
         qk_norm="row",
+        clip_qkv=hf.get("clip_qkv"),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         moe=MoEConfig(
             num_experts=hf.first("num_experts", "num_local_experts", default=64),
@@ -32,6 +34,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             expert_dim=hf["intermediate_size"],
             layers=tuple(range(hf["num_hidden_layers"])),
             normalize=hf.get("norm_topk_prob", False),
+            activation=common.activation(hf, default="silu"),
         ),
     )
 

@@ -31,11 +31,10 @@ _POSITION_OFFSET = 2  # the first rows of the table are for padding
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    common.refuse_unsupported(hf, {"layer_norm_elementwise_affine": (True,)})
     num_heads, embed_dim = hf["num_attention_heads"], hf["hidden_size"]
     pre_norm = hf.get("do_layer_norm_before", True)
     proj_dim = hf.get("word_embed_proj_dim") or embed_dim
-    bias = hf.get("enable_bias", True)
+    bias, affine = hf.get("enable_bias", True), hf.get("layer_norm_elementwise_affine", True)
     context = hf.get("max_position_embeddings", 2048)
     return ModelConfig(
         family="opt",
@@ -48,7 +47,8 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         mlp_dim=hf["ffn_dim"],
         max_context_len=context,
         norm="layer",
-        norm_bias=True,
+        norm_scale=affine,
+        norm_bias=affine,
         norm_placement="input" if pre_norm else "residual",
         final_norm=pre_norm and not hf.get("_remove_final_layer_norm", False),
         embed_proj_dim=None if proj_dim == embed_dim else proj_dim,

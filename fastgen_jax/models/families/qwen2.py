@@ -24,6 +24,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     settings = rotary(hf, max_context_len=32_768)
     if chunks := hf.get("dual_chunk_attention_config"):  # it changes nothing within the first chunk
         settings["max_context_len"] = min(settings["max_context_len"], chunks["chunk_size"])
+    hf.ignore("attention_bias")  # not read by transformers either: queries, keys and values always have biases
     return ModelConfig(
         family="qwen2",
         **common.sizes(hf),

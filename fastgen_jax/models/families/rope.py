@@ -7,6 +7,7 @@ from typing import Any, cast
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import RopeConfig, RopeKind
 from fastgen_jax.models.families.common import ModelFields
+from fastgen_jax.models.families.fields import Fields
 
 _KNOWN = {
     "default": (),
@@ -24,6 +25,12 @@ _KNOWN = {
         "truncate",
     ),
     "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+}
+# Fields of other implementations, with the values that change nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "finetuned": (True, False),  # a remark of the first YaRN releases
+    "attn_factor": (1,),
+    "extrapolation_factor": (1,),
 }
 _RENAMED = {"su": "longrope"}  # the name of LongRoPE in the first Phi-3 releases
 
@@ -48,14 +55,20 @@ def rope_from_hf(
 ) -> RopeConfig:
     """The rotary settings, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
-    `theta` and `partial`, the rotated fraction of a head of `head_dim` dimensions, are the family's defaults.
+    `theta` and `partial`, the rotated fraction of a head of `head_dim` dimensions, are the family's defaults. Without
+    `head_dim`, whole heads are rotated: transformers reads `partial_rotary_factor` in some architectures only.
     """
     fields = dict(hf.get("rope_scaling") or {})
     fields.update(hf.get("rope_parameters") or {})
     given = (fields.pop("partial_rotary_factor", None), hf.get("partial_rotary_factor"))
     partial = next((value for value in given if value is not None), partial)
     if partial != 1.0 and head_dim is None:
-        raise ValueError(f"partial_rotary_factor={partial} is not supported by this family; supported: 1.0")
+        if (fields.get("rope_type") or fields.get("type") or "default") != "default" or not isinstance(hf, Fields):
+            raise ValueError(
+                f"partial_rotary_factor={partial} with scaled rotary embeddings is not supported for this architecture, nor "
+                "by its implementation in transformers; remove it from config.json if whole heads are rotated"
+            )
+        hf.have_no_effect(partial_rotary_factor=partial)
     return rope_from_fields(
         fields,
         max_context_len=max_context_len,
@@ -102,7 +115,9 @@ def rope_from_fields(
     unknown = {
         name: value
         for name, value in fields.items()
-        if name not in (*_KNOWN[kind], "original_max_position_embeddings") and value is not None
+        if name not in (*_KNOWN[kind], "original_max_position_embeddings")
+        and value is not None
+        and value not in _NEUTRAL.get(name, ())
     }
     if unknown:
         raise ValueError(f"rope_type {kind!r} has unknown fields {unknown}; remove them if they do not matter")

@@ -21,7 +21,9 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     turns = hf.get("no_rope_layers") or [
         (layer + 1) % interval != 0 for layer in range(count)
     ]  # true: with rotary embedding
-    window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
+    window = hf.get("sliding_window")
+    if not hf.get("use_sliding_window", False):
+        window = None
     hf.ignore("max_window_layers")  # unused: windows are in the layers without rotary embedding
     return ModelConfig(
         family="smollm3",

@@ -67,6 +67,34 @@ def experts() -> None:
         assert tokens(params, checkpoint.config, tensor_parallel=2) == tokens(params, checkpoint.config), family
 
 
+def uneven() -> None:
+    """Numbers of devices that divide neither heads nor MLP nor vocabulary: 4 query heads, 1 or 2 KV heads, 64 tokens."""
+    for family, variant, num_devices, options in (
+        ("falcon", "7b", 4, {}),
+        ("deepseek_v2", "lite", 3, {"quantize": "int8"}),
+        ("gpt_oss", "default", 3, {}),
+        ("olmo2", "default", 3, {"kv_dtype": "int8"}),
+    ):
+        checkpoint = open_checkpoint(HOME.parent / "families" / family / variant)
+        params, model = load_params(checkpoint, dtype="float32"), checkpoint.config
+        divided = tokens(params, model, **options, tensor_parallel=num_devices)
+        assert divided == tokens(params, model, **options, stack_layers=True), (family, variant)
+
+
+def replaced() -> None:
+    """New weights for an engine whose weights have another shape than those of the model: plain, and its own."""
+    params, model = tiny_model("default")
+    engine = Engine(params, model, EngineConfig(**SMALL, tensor_parallel=3))
+    assert engine.params["layers"]["qkv"].shape[-1] > params["layers"][0]["qkv"].shape[-1]
+    answers = []
+    for new in (None, params, engine.params):
+        if new is not None:
+            engine.params = new
+        engine.add(PROMPTS[2], greedy(6))
+        answers += [tokens_of(outputs) for outputs in drain(engine).values()]
+    assert answers[0] == answers[1] == answers[2]
+
+
 if __name__ == "__main__":
-    {function.__name__: function for function in (in_8_bits, tied_embeddings, experts)}[sys.argv[1]]()
+    {function.__name__: function for function in (in_8_bits, tied_embeddings, experts, uneven, replaced)}[sys.argv[1]]()
     print("equal")

@@ -1,8 +1,8 @@
-"""A step divided over the two devices of this process against the same step on one device; prints "equal" at the end.
+"""A step divided over devices of this process against the same step on one; prints "equal" at the end.
 
-Its argument is the model, "dense" or "experts".
+Its arguments are names of models in `test_sharding.MODELS`; each is divided over the number of devices given there.
 
-The number of devices is fixed when JAX starts: XLA_FLAGS=--xla_force_host_platform_device_count=2
+The number of devices is fixed when JAX starts: XLA_FLAGS=--xla_force_host_platform_device_count=4
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import numpy as np
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
-from fastgen_jax.models.params import param_specs
+from fastgen_jax.models.division import divided, divided_heads
+from fastgen_jax.models.params import init_params, param_specs
 from fastgen_jax.models.sharding import TENSOR, divide_leaf, partition_kv_cache, partition_params, shardings, tensor_mesh
 from fastgen_jax.plan.program import count_in_loops
 from pallas_kernels.ragged_attention import RaggedIndex
-from tests.models.test_sharding import EXPERTS, TINY
+from tests.models.test_sharding import MODELS
 from tests.tiny import random_params
 
 
-def zeros() -> KVCache:
+def zeros(config: ModelConfig) -> KVCache:
     return KVCache.zeros(
-        num_layers=TINY.num_layers,
+        num_layers=config.num_layers,
         num_blocks=8,
-        num_kv_heads=TINY.num_kv_heads,
+        num_kv_heads=config.num_kv_heads,
         block_size=4,
-        head_dim=TINY.head_dim,
+        head_dim=config.head_dim,
         dtype=jnp.float32,
     )
 
@@ -55,27 +56,35 @@ BATCH = RaggedBatch(
 )
 
 
-def check(config: ModelConfig, attention: str | None) -> None:
-    mesh = tensor_mesh(jax.devices())
+def check(config: ModelConfig, num_devices: int, attention: str | None) -> None:
+    mesh = tensor_mesh(jax.devices()[:num_devices])
+    wide = divided(config, num_devices)
     params = random_params(config)  # not `init_params`: its biases are zeros, which could be added any number of times
 
     def step(params, cache, mesh=None):
         return forward(params, cache, BATCH, config=config, execution=Execution(attention=attention, mesh=mesh))
 
-    whole, cache_whole = jax.jit(step)(params, zeros())
-    divided = jax.tree.map(lambda spec, leaf: divide_leaf(spec, leaf, mesh), param_specs(config), params)
-    assert jax.tree.map(lambda x: x.sharding, divided) == shardings(mesh, partition_params(config, params))
-    cache = jax.device_put(zeros(), shardings(mesh, partition_kv_cache(zeros())))
-    qkv = divided["layers"]["qkv"]
-    assert qkv.addressable_shards[0].data.size * 2 == qkv.size
-    program = jax.jit(lambda params, cache: step(params, cache, mesh)).lower(divided, cache).compile()
-    assert count_in_loops(program.as_text()) == 2, "a sum behind attention and one behind the MLP or the experts"
-    logits, cache = program(divided, cache)
+    whole, cache_whole = jax.jit(step)(params, zeros(config))
+    shares = jax.tree.map(lambda spec, leaf: divide_leaf(spec, leaf, mesh, config), param_specs(config), params)
+    assert jax.tree.map(lambda x: x.sharding, shares) == shardings(mesh, partition_params(config, params))
+    shapes = jax.eval_shape(lambda: init_params(wide, jax.random.key(0)))
+    assert jax.tree.map(lambda x: x.shape, shares) == jax.tree.map(lambda x: x.shape, shapes)
+    cache = jax.device_put(zeros(wide), shardings(mesh, partition_kv_cache(zeros(wide))))
+    o = shares["layers"]["o"]
+    assert o.addressable_shards[0].data.size * num_devices == o.size
+    program = jax.jit(lambda params, cache: step(params, cache, mesh)).lower(shares, cache).compile()
+    if config.qk_norm is None:  # a norm over all heads needs sums of its own, and native kernels are not divided
+        assert count_in_loops(program.as_text()) == 2, "a sum behind attention and one behind the MLP or the experts"
+    logits, cache = program(shares, cache)
     assert cache.k.sharding.spec[1] == TENSOR
     np.testing.assert_allclose(logits, whole, atol=2e-5)
-    np.testing.assert_allclose(cache.k, cache_whole.k, atol=2e-5)
+    heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices).kv
+    for place, head in enumerate(heads):
+        kept = 0 if head is None else cache_whole.k[:, head]
+        np.testing.assert_allclose(cache.k[:, place], kept, atol=2e-5)
 
 
-assert jax.device_count() == 2
-check(*{"dense": (TINY, "xla"), "experts": (EXPERTS, None)}[sys.argv[1]])
+assert jax.device_count() == 4
+for model in sys.argv[1:]:
+    check(*MODELS[model])
 print("equal")

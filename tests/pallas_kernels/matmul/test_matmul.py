@@ -249,8 +249,8 @@ def test_a_packed_weight_is_refused_for_other_platforms():
         ({"w": np.zeros((2, 3, 4), np.float32), "platform": "cpu"}, r"shape \(2, 3, 4\).*one by one"),
         ({"w": np.zeros((3, 4), np.int8), "platform": "cpu"}, "dtype int8.*floating point"),
         (
-            {"w": np.zeros((3, 4), np.float32), "platform": "cpu", "quantize": "int4"},
-            "'int4'.*None or 'int8'",
+            {"w": np.zeros((3, 4), np.float32), "platform": "cpu", "quantize": "int2"},
+            "'int2'.*None, 'int8' or 'int4'",
         ),
         ({"w": np.zeros((3, 4), np.float32), "platform": "metal"}, "'metal'"),
         ({"w": np.zeros((3, 5), np.float32), "platform": "tpu", "gated": True}, "even, not 5"),

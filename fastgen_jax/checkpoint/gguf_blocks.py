@@ -1,0 +1,117 @@
+"""Quantized tensors of GGUF files whose blocks the native CPU kernels multiply as they are stored.
+
+Source: the block layouts in ggml-common.h of ggml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fastgen_jax.checkpoint.block_kind import BlockKind
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import BlockWeight
+
+
+class _Type(NamedTuple):
+    kind: BlockKind
+    block_bytes: int
+    read: Callable[[np.ndarray], BlockWeight]
+
+
+def block_kind(type_id: int) -> BlockKind | None:
+    """How `read_blocks` stores a tensor of this type; None if it cannot read it."""
+    return _TYPES[type_id].kind if type_id in _TYPES else None
+
+
+def read_blocks(rows: np.ndarray, type_id: int) -> BlockWeight:
+    """The weight [in, out] of stored rows uint8[out, bytes]; ValueError for a type that is not one of `block_kind`."""
+    if type_id not in _TYPES:
+        raise ValueError(f"tensors of type {type_id} are not kept in blocks; types that are: {sorted(_TYPES)}")
+    found = _TYPES[type_id]
+    return found.read(np.array(rows, subok=False).reshape(len(rows), -1, found.block_bytes))
+
+
+def _halves(block: np.ndarray) -> np.ndarray:
+    """[..., 2n] values of bytes [..., n]: all low halves, then all high halves."""
+    return np.concatenate([block & 15, block >> 4], axis=-1)
+
+
+def _float16(block: np.ndarray, start: int) -> np.ndarray:
+    return np.ascontiguousarray(block[..., start : start + 2]).view("<f2")[..., 0]
+
+
+def _q4_0(blocks: np.ndarray) -> BlockWeight:
+    from pallas_kernels.matmul import BlockWeight
+
+    return BlockWeight(values=_halves(blocks[..., 2:]).reshape(len(blocks), -1), scales=_float16(blocks, 0))
+
+
+def _q4_1(blocks: np.ndarray) -> BlockWeight:
+    from pallas_kernels.matmul import BlockWeight
+
+    values = _halves(blocks[..., 4:]).reshape(len(blocks), -1)
+    return BlockWeight(values=values, scales=_float16(blocks, 0), offsets=_float16(blocks, 2))
+
+
+def _q8_0(blocks: np.ndarray) -> BlockWeight:
+    from pallas_kernels.matmul import BlockWeight
+
+    return BlockWeight(values=blocks[..., 2:].view(np.int8).reshape(len(blocks), -1), scales=_float16(blocks, 0))
+
+
+def _q4_k(blocks: np.ndarray) -> BlockWeight:
+    """Superblocks of 8 blocks of 32: scales and offsets are a float16 times 6 bits, which fill 12 bytes."""
+    from pallas_kernels.matmul import BlockWeight
+
+    scales, offsets = _scales_and_offsets(blocks)
+    values = _halves(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32))
+    return BlockWeight(values=values.reshape(len(blocks), -1), scales=scales, offsets=offsets)
+
+
+def _scales_and_offsets(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of Q4_K and Q5_K, float32[rows, blocks of 32] each."""
+    scale, offset = (_float16(blocks, start).astype(np.float32)[..., None] for start in (0, 2))
+    low, middle, high = (blocks[..., start : start + 4] for start in (4, 8, 12))
+    scales = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], axis=-1)
+    offsets = np.concatenate([middle & 63, (high >> 4) | (middle >> 6) << 4], axis=-1)
+    return (scale * scales).reshape(len(blocks), -1), (-offset * offsets).reshape(len(blocks), -1)
+
+
+def _q5_k(blocks: np.ndarray) -> BlockWeight:
+    """As Q4_K, with the fifth bits of all blocks in 32 bytes: bit i of each for block i."""
+    from pallas_kernels.matmul import BlockWeight
+
+    n = len(blocks)
+    scales, offsets = _scales_and_offsets(blocks)
+    fifth = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    values = _halves(blocks[..., 48:].reshape(*blocks.shape[:2], 4, 32)).reshape(fifth.shape) | fifth << 4
+    return BlockWeight(values=values.view(np.int8).reshape(n, -1), scales=scales, offsets=offsets)
+
+
+def _q6_k(blocks: np.ndarray) -> BlockWeight:
+    """Superblocks of 16 blocks of 16: scales are a float16 times 8 bits. Values are in two halves of 128.
+
+    Of a half, 64 bytes hold four bits each of two values 64 apart, and 32 bytes two bits each of four values 32 apart.
+    """
+    from pallas_kernels.matmul import BlockWeight
+
+    n = len(blocks)
+    low = _halves(blocks[..., :128].reshape(*blocks.shape[:2], 2, 64)).reshape(*blocks.shape[:2], 2, 4, 32)
+    high = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    values = (low | high << 4).view(np.int8) - np.int8(32)
+    scales = _float16(blocks, 208).astype(np.float32)[..., None] * blocks[..., 192:208].view(np.int8)
+    return BlockWeight(values=values.reshape(n, -1), scales=scales.reshape(n, -1))
+
+
+_TYPES = {
+    2: _Type(BlockKind("Q4_0", 4.5, 32), 18, _q4_0),
+    3: _Type(BlockKind("Q4_1", 5.0, 32), 20, _q4_1),
+    8: _Type(BlockKind("Q8_0", 8.5, 32), 34, _q8_0),
+    12: _Type(BlockKind("Q4_K", 6.0, 32), 144, _q4_k),
+    13: _Type(BlockKind("Q5_K", 10.0, 32), 176, _q5_k),
+    14: _Type(BlockKind("Q6_K", 10.0, 16), 210, _q6_k),
+}

@@ -1,0 +1,143 @@
+"""A model in the form that a number of devices can divide evenly: heads are repeated, and widths are filled up with zeros.
+
+    3 KV heads of 2 query heads each, on 2 devices                       one KV head of 6 query heads, on 4 devices
+
+    KV       k0      k1     |  k2      -                                 KV       k0   |  k0   |  k0   |  k0
+    queries  q0 q1   q2 q3  |  q4 q5   - -                               queries  q0 q1|  q2 q3|  q4 q5|  - -
+
+A head that is only padding (-) has queries, keys and values of zero, and the output projection multiplies its result by
+zero. The same is true of the additional columns of an MLP and of the vocabulary, so the logits are those of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.weight_spec import WeightSpec
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The heads of a divided model, in the order of the devices: numbers of heads of the model, None for padding."""
+
+    query: tuple[int | None, ...]
+    kv: tuple[int | None, ...]
+
+
+def check_num_devices(config: ModelConfig, num_devices: int) -> None:
+    """Raises ValueError if a device would have no attention head."""
+    if num_devices > config.num_heads:
+        raise ValueError(
+            f"a model of {config.num_heads} attention heads cannot be divided over {num_devices} devices: each computes at "
+            f"least one head; choose at most {config.num_heads} devices"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def divided_heads(num_heads: int, num_kv_heads: int, num_devices: int) -> Heads:
+    """The fewest KV heads, and among those the fewest query heads, that `num_devices` divide."""
+    group = num_heads // num_kv_heads
+
+    def size(repeats: int) -> tuple[int, int]:
+        """KV heads, and query heads, if each KV head is repeated and serves its share of the queries of its group."""
+        kv = -(-num_kv_heads * repeats // num_devices) * num_devices
+        return kv, kv * -(-group // repeats)
+
+    repeats = min(range(group, 0, -1), key=size)  # of equal sizes the first, which has the least padding
+    share = -(-group // repeats)
+    kv: list[int | None] = [head for head in range(num_kv_heads) for _ in range(repeats)]
+    query: list[int | None] = []
+    for head in range(num_kv_heads):
+        own: list[int | None] = list(range(head * group, (head + 1) * group))
+        query += own + [None] * (repeats * share - group)
+    padding = size(repeats)[0] - len(kv)
+    return Heads(query=(*query, *[None] * (padding * share)), kv=(*kv, *[None] * padding))
+
+
+@functools.lru_cache(maxsize=64)
+def divided(config: ModelConfig, num_devices: int) -> ModelConfig:
+    """The model that the devices compute; `config` itself if they divide it as it is."""
+    heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
+    moe = config.moe
+
+    def wide(size: int) -> int:
+        return -(-size // num_devices) * num_devices
+
+    slopes = config.alibi_slopes and tuple(0.0 if head is None else config.alibi_slopes[head] for head in heads.query)
+    return dataclasses.replace(
+        config,
+        num_heads=len(heads.query),
+        num_kv_heads=len(heads.kv),
+        mlp_dim=wide(config.mlp_dim),
+        vocab_size=wide(config.vocab_size),
+        alibi_slopes=slopes,
+        moe=moe and dataclasses.replace(moe, expert_dim=wide(moe.expert_dim), shared_dim=wide(moe.shared_dim)),
+    )
+
+
+def row_norm_heads(config: ModelConfig, num_devices: int) -> tuple[int, int]:
+    """Over how many heads a norm over all query heads, and all key heads, averages: without padding, with repetitions."""
+    heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
+    return sum(head is not None for head in heads.query), sum(head is not None for head in heads.kv)
+
+
+def divided_parts(spec: WeightSpec, config: ModelConfig, num_devices: int) -> tuple[int, ...]:
+    """`spec.parts` of the weight in the divided model."""
+    return tuple(map(len, _sources(spec, -1, config, num_devices))) if len(spec.parts) > 1 else spec.parts
+
+
+def divided_array(
+    spec: WeightSpec,
+    array: Shaped[np.ndarray, "*shape"],
+    config: ModelConfig,
+    num_devices: int,
+    *,
+    axes: Sequence[int],
+    fill: int,
+) -> Shaped[np.ndarray, "*_"]:
+    """`array` as a weight of the divided model: heads repeated, and everything that is added equal to `fill`.
+
+    Its last axes are those of `spec` that `axes` lists, counted from the end; axes before them are those of a stack.
+    """
+    for place, axis in enumerate(reversed(axes), 1):
+        size = array.shape[-place]
+        sources = np.concatenate(_sources(spec, axis, config, num_devices))
+        if len(sources) == size and (sources == np.arange(size)).all():
+            continue
+        added = [(0, 0)] * array.ndim
+        added[-place] = (0, 1)
+        array = np.take(np.pad(array, added, constant_values=fill), sources, axis=-place)
+    return array
+
+
+def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int) -> list[np.ndarray]:
+    """For each part of an axis, the entries of the axis that the divided model has; one past the end for padding."""
+    size, letter = spec.shape[axis], spec.axes[axis]
+    parts = spec.parts if axis == -1 and len(spec.parts) > 1 else (size,)
+    starts = np.cumsum((0, *parts[:-1]))
+    if letter in ("F", "V"):
+        wide = [np.arange(-(-part // num_devices) * num_devices) for part in parts]
+        return [np.where(i < part, start + i, size) for i, part, start in zip(wide, parts, starts, strict=True)]
+    if letter not in ("HD", "H", "KD", "K"):
+        return [np.arange(size)]
+    heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
+    # The parts of a fused axis are queries, keys and values.
+    of_parts = (heads.query, heads.kv, heads.kv) if len(parts) == 3 else (heads.query if letter[0] == "H" else heads.kv,)
+    found = []
+    for own, part, start in zip(of_parts, parts, starts, strict=True):
+        width = part // (config.num_heads if own is heads.query else config.num_kv_heads)
+        found.append(
+            np.concatenate(
+                [np.full(width, size) if head is None else start + head * width + np.arange(width) for head in own]
+            )
+        )
+    return found

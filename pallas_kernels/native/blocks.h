@@ -1,0 +1,211 @@
+// Weights in blocks: a few bits per value, and one scale, perhaps also an offset, for `size` consecutive inputs of a column.
+//
+//      weight = scale * q + offset, in float32
+//
+// Without stored offsets, q of 4 bits stands for q - 8, and q of 8 bits is signed. Products with a weight are those with the
+// float32 (or rounded bfloat16) matrix that it stands for, bit for bit: only the form in memory differs.
+//
+// A panel holds the blocks of its kWidth columns one after another:
+//
+//      scales [kWidth], offsets [kWidth] if stored, words uint32 [size * bits / 32, kWidth]
+//
+// A word holds consecutive inputs of one column, the first in the lowest bits.
+#pragma once
+
+#include "panels.h"
+
+namespace pallas_kernels {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+
+KERNEL_INLINE Vec load_scales(const float* p) { return load(p); }
+
+// float16[kLanes] -> float[kLanes], exact.
+KERNEL_INLINE Vec load_scales(const Half* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t half = p[i].bits, exponent = half >> 10 & 31, fraction = half & 1023;
+    // A subnormal number is fraction * 2^-24; the others get float32's bias. Infinity and NaN are not valid scales.
+    const uint32_t word = (exponent + 112) << 23 | fraction << 13;
+    float x;
+    std::memcpy(&x, &word, sizeof x);
+    x = exponent ? x : static_cast<float>(fraction) * 5.9604644775390625e-8f;
+    v[i] = half >> 15 ? -x : x;
+  }
+  return v;
+#endif
+}
+
+// The values number j of kLanes words.
+template <int Bits>
+KERNEL_INLINE Vec unpack(IntVec words, int j) {
+  if constexpr (Bits == 8) {
+    return __builtin_convertvector((words << (24 - 8 * j)) >> 24, Vec);
+  } else {
+#if defined(__AVX512F__)
+    // The table lookup ignores all but the lowest four bits, and returns the value as a float.
+    const Vec table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return _mm512_permutexvar_ps((__m512i)(words >> (4 * j)), table);
+#else
+    return __builtin_convertvector((words >> (4 * j)) & 15, Vec);
+#endif
+  }
+}
+
+// One step of a panel of float32 or bfloat16 values: those of one input, or of two.
+KERNEL_INLINE Vec as_step(Float32, const Vec* inputs) { return inputs[0]; }
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+KERNEL_INLINE __m512i as_step(BFloat16, const Vec* inputs) {
+  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                               21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(interleaved, (__m512i)_mm512_cvtne2ps_pbh(inputs[1], inputs[0]));
+}
+#endif
+
+// How blocks are read. `Arithmetic` is the storage type whose products they take.
+template <int Bits, bool Offsets, class Scale, class Arithmetic>
+struct BlockFormat {
+  using Wide = Arithmetic;
+  using Factor = typename Wide::Factor;
+  static constexpr int kGroup = Wide::kGroup;
+  static constexpr int kPerWord = 32 / Bits;
+  static constexpr int64_t kScaleBytes = kWidth * static_cast<int64_t>(sizeof(Scale)) * (1 + Offsets);
+  static constexpr int64_t kWordBytes = kWidth * 4;
+
+  static int64_t block_bytes(int64_t size) { return kScaleBytes + size / kPerWord * kWordBytes; }
+
+  // Calls f(j, v, row) for each step j of a word and vector v of columns, with the values as `Wide` has them, and next()
+  // after each word.
+  template <class F, class Next>
+  static KERNEL_INLINE void for_each_step(int64_t size, int64_t steps, const char* from, F&& f, Next&& next) {
+    for (int64_t block = 0; block < steps * kGroup / size; ++block) {
+      Vec scale[kVecs], offset[kVecs];
+      const Scale* scales = reinterpret_cast<const Scale*>(from);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        scale[v] = load_scales(scales + v * kLanes);
+        offset[v] = Offsets ? load_scales(scales + kWidth + v * kLanes) : scale[v] * -8.0f;
+      }
+      from += kScaleBytes;
+      for (int64_t word = 0; word < size / kPerWord; ++word, from += kWordBytes) {
+        IntVec words[kVecs];
+        std::memcpy(words, from, sizeof words);
+#pragma GCC unroll 8
+        for (int j = 0; j < kPerWord; j += kGroup) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVecs; ++v) {
+            Vec inputs[kGroup];
+#pragma GCC unroll 2
+            for (int i = 0; i < kGroup; ++i) {
+              const Vec q = unpack<Bits>(words[v], j + i);
+              inputs[i] = Bits == 8 && !Offsets ? scale[v] * q : scale[v] * q + offset[v];
+            }
+            f(j / kGroup, v, as_step(Wide{}, inputs));
+          }
+        }
+        next();
+      }
+    }
+  }
+
+  static void widen(int64_t size, int64_t steps, const char* from, typename Wide::Element* to) {
+    for_each_step(
+        size, steps, from, [&](int j, int v, auto row) { Wide::put(to + (j * kVecs + v) * kLanes * kGroup, row); },
+        [&] { to += kPerWord / kGroup * kStep<Wide>; });
+  }
+
+  // As `tile` in panels.h.
+  template <int Rows>
+  static void tile(int64_t size, int64_t steps, const Factor* a, const char* b, float* sums, bool first, const char* ahead,
+                   int64_t ahead_step) {
+    Vec acc[Rows][kVecs];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = first ? Vec{} : load(sums + r * kWidth + v * kLanes);
+    }
+    ahead_step *= kPerWord / kGroup;
+    for_each_step(
+        size, steps, b,
+        [&](int j, int v, auto row) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+          for (int r = 0; r < Rows; ++r) acc[r][v] = Wide::multiply_add(acc[r][v], a[j * Rows + r], row);
+        },
+        [&]() __attribute__((always_inline)) {
+          __builtin_prefetch(ahead);
+          __builtin_prefetch(ahead + 64);
+          ahead += ahead_step;
+          a += kPerWord / kGroup * Rows;
+        });
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) store(sums + r * kWidth + v * kLanes, acc[r][v]);
+    }
+  }
+};
+
+// Weights with the interface of `Dense` in panels.h, in blocks of any format.
+template <class Arithmetic>
+struct Blocks {
+  using Wide = Arithmetic;
+  using Factor = typename Wide::Factor;
+  static constexpr int kGroup = Wide::kGroup;
+  // Unpacking costs more than reading, so with more rows it is done once for all of them.
+  static constexpr int kDirectRows = 2;
+
+  const char* data;
+  int64_t size;         // inputs of a block
+  int64_t depth;        // inputs of a panel, a multiple of `size`
+  int64_t block_bytes;  // 0: there are no blocks of this format and size
+  void (*widen_panel)(int64_t, int64_t, const char*, typename Wide::Element*);
+  void (*tiles[kDirectRows])(int64_t, int64_t, const Factor*, const char*, float*, bool, const char*, int64_t);
+
+  // The numbers of the formats are also in blocks.py.
+  Blocks(int64_t format, const void* data, int64_t size, int64_t depth)
+      : data(static_cast<const char*>(data)), size(size), depth(depth), block_bytes(0) {
+    if (size <= 0 || kDepth % size) return;
+    switch (format) {
+      case 0: use<BlockFormat<4, false, Half, Wide>>(); break;
+      case 1: use<BlockFormat<4, true, Half, Wide>>(); break;
+      case 2: use<BlockFormat<4, true, float, Wide>>(); break;
+      case 3: use<BlockFormat<8, false, Half, Wide>>(); break;
+      case 4: use<BlockFormat<8, false, float, Wide>>(); break;
+      case 5: use<BlockFormat<8, true, float, Wide>>(); break;
+    }
+  }
+
+  template <class Format>
+  void use() {
+    if (size % Format::kPerWord) return;
+    block_bytes = Format::block_bytes(size);
+    widen_panel = Format::widen;
+    tiles[0] = Format::template tile<1>;
+    tiles[1] = Format::template tile<2>;
+  }
+
+  int64_t panel_bytes() const { return depth / size * block_bytes; }
+  int64_t step_bytes() const { return block_bytes * kGroup / size; }
+  const char* part(int64_t panel, int64_t step) const {
+    return data + panel * panel_bytes() + step * kGroup / size * block_bytes;
+  }
+  bool widens(int64_t num_blocks, int64_t rows) const { return num_blocks > 1 || rows > kDirectRows; }
+  void widen(const char* from, int64_t steps, typename Wide::Element* to) const { widen_panel(size, steps, from, to); }
+  void multiply(int64_t rows, int64_t steps, const Factor* a, const char* b, float* sums, bool first, const char* ahead,
+                int64_t ahead_step) const {
+    tiles[rows - 1](size, steps, a, b, sums, first, ahead, ahead_step);
+  }
+};
+
+}  // namespace
+}  // namespace pallas_kernels
