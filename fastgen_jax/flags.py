@@ -48,9 +48,9 @@ def add_fields(group: argparse._ActionsContainer, cls: type, *, skip: Collection
 def flag_form(hint: object) -> dict[str, Any] | None:
     """The arguments of `add_argument` that parse a value of this type; None if it cannot be written as text."""
     kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]
+    if choices := [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]:
+        return {"choices": choices, "type": type(choices[0])}
     for kind in kinds:
-        if get_origin(kind) is Literal:
-            return {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         if get_origin(kind) in (tuple, list, Sequence, Iterable) and get_args(kind)[0] in (int, float, str):
             item = get_args(kind)[0]
             return {"type": item, "nargs": "+", "action": "extend", "metavar": item.__name__.upper()}

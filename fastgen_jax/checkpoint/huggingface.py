@@ -115,6 +115,13 @@ class HuggingFaceCheckpoint:
         return self.tensors[name]
 
 
+def how_to_replace(file: Path) -> str:
+    """The remedy for a damaged file. A clone without Git LFS has pointers in place of large files."""
+    with file.open("rb") as stream:
+        is_pointer = stream.read(30).startswith(b"version https://git-lfs")
+    return "it is a pointer of Git LFS: run `git lfs pull` in its folder" if is_pointer else "download it again"
+
+
 def read_json(path: Path) -> JsonObject:
     """The JSON object in a file; ValueError names the file if it is absent, invalid or not an object."""
     try:
@@ -122,7 +129,7 @@ def read_json(path: Path) -> JsonObject:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; a Hugging Face checkpoint directory requires it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); {how_to_replace(path)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value

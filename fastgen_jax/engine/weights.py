@@ -15,6 +15,7 @@ from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.engine.config import ResolvedConfig
 from fastgen_jax.engine.footprint import quantization_of
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import divided_shape
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, head_spec, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
@@ -76,7 +77,9 @@ def _divided(
 ) -> jax.Array | Int8Weight:
     """One weight sharded over the devices of `config`; one that is sharded already is returned as it is."""
     if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
-        return array
+        wanted = divided_shape(spec, model, array.sharding.mesh.size)
+        if array.shape[-len(wanted) :] == wanted:
+            return array
     host = host_leaf(spec, array, dtype=dtype, quantize=config.quantize)
     return divide_leaf(spec, host, tensor_mesh(jax.local_devices()[: config.tensor_parallel]), model)
 

@@ -95,6 +95,11 @@ def divided_parts(spec: WeightSpec, config: ModelConfig, num_devices: int) -> tu
     return tuple(map(len, _sources(spec, -1, config, num_devices))) if len(spec.parts) > 1 else spec.parts
 
 
+def divided_shape(spec: WeightSpec, config: ModelConfig, num_devices: int) -> tuple[int, ...]:
+    """`spec.shape` of the weight in the divided model."""
+    return tuple(sum(map(len, _sources(spec, axis, config, num_devices))) for axis in range(-len(spec.axes), 0))
+
+
 def divided_array(
     spec: WeightSpec,
     array: Shaped[np.ndarray, "*shape"],

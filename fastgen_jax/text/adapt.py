@@ -11,6 +11,12 @@ from fastgen_jax.text.template_traits import Traits
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # around a call in the format of Hermes, Qwen, SmolLM and many others
 
+# Of which roles a template may loop over the contents: of all, of the turns but not of a system message, of none.
+_ROLES_IN_PARTS: tuple[Callable[[str], bool], ...] = (
+    lambda role: True,
+    lambda role: role in ("user", "assistant"),
+    lambda role: False,
+)
 _TESTS_FOR_NONE = re.compile(r"\bcontent\b[\"'\]\s]*(?:is\s+(?:not\s+)?|[!=]=\s*)[nN]one\b")
 _NAMES_TOOL_ROLE = re.compile(r"[\"']tool[\"']")
 
@@ -32,17 +38,16 @@ def versions(messages: Sequence[Message], template: str, traits: Traits) -> Iter
 
 
 def _versions(messages: Sequence[Message], template: str, traits: Traits) -> Iterator[list[Message]]:
-    joined = [{**message, "content": _joined(message["content"])} for message in messages]
-    for parts in (True, False) if traits.iterates_content else (False,):
-        given = messages if parts else joined
-        calls = list(given) if "tool_calls" in template else [_calls_as_text(message) for message in given]
+    for in_parts in _ROLES_IN_PARTS if traits.iterates_content else _ROLES_IN_PARTS[-1:]:
+        given = [message if in_parts(message["role"]) else _joined(message) for message in messages]
+        calls = given if "tool_calls" in template else [_calls_as_text(message) for message in given]
         forms = [calls] if _knows_results(template) else [_results_as_text(calls)]
         forms = [calls, *forms] if _may_know_results(template) else forms
         # Null content comes with tool calls. A template that does not test for it would print it as None.
         forms = [*(forms if _TESTS_FOR_NONE.search(template) else ()), *map(_without_null_contents, forms)]
         for form in forms:
             for version in _of_roles(form, template):
-                yield [_fitted(message, traits, parts=parts) for message in version]
+                yield [_fitted(message, traits, parts=in_parts(message["role"])) for message in version]
 
 
 def required_texts(messages: Sequence[Message], template: str) -> list[str]:
@@ -86,14 +91,15 @@ def _fitted(message: Message, traits: Traits, *, parts: bool) -> Message:
         fitted[read[0]] = thought
     content = fitted["content"]
     if isinstance(content, str) and (as_part or (parts and not traits.tests_for_text)):
-        fitted["content"] = [{"type": "text", "text": content}] if content else []
+        fitted["content"] = [{"type": "text", "text": content}] if content or not as_part else []
     if as_part:
         fitted["content"] = [{"type": "thinking", "thinking": thought}, *(fitted["content"] or ())]
     return fitted
 
 
-def _joined(content: Content) -> str | None:
-    return text_of(content) if isinstance(content, list) else content
+def _joined(message: Message) -> Message:
+    content = message["content"]
+    return {**message, "content": text_of(content)} if isinstance(content, list) else message
 
 
 def _texts(content: Content) -> list[str]:

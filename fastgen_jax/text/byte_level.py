@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastgen_jax.checkpoint.huggingface import read_json
+from fastgen_jax.checkpoint.huggingface import how_to_replace, read_json
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.text.splits import SPLITS
 
@@ -84,7 +84,7 @@ def read_backend(
     except ValueError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{merges} does not match {vocab.name} ({error}); download both again") from error
+        raise ValueError(f"{merges} does not match {vocab.name} ({error}); {how_to_replace(merges)}") from error
     if family == "GPT-2":
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     elif family == "GPT-NeoX":

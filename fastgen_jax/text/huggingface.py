@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen_jax.checkpoint.huggingface import read_json
+from fastgen_jax.checkpoint.huggingface import how_to_replace, read_json
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.text import byte_level
 from fastgen_jax.text.chat import ChatTemplate, template_fields
@@ -153,7 +153,8 @@ def _from_sentencepiece(path: Path, settings: Settings) -> Tokenizer:
     try:
         model = open_model(proto)
     except ValueError as error:
-        raise ValueError(f"{path / 'tokenizer.model'}: {error}; download it again") from error
+        file = path / "tokenizer.model"
+        raise ValueError(f"{file}: {error}; {how_to_replace(file)}") from error
     size = model.get_piece_size()
     texts: list[str | None] = [model.id_to_piece(i) for i in range(size)]
     special = {i for i in range(size) if model.is_control(i) or model.is_unknown(i)}

@@ -37,7 +37,7 @@ def named_tokens(settings: JsonFields) -> dict[str, str]:
     found = {}
     for name, value in fields.items():
         text = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(text, str) and (name in _NAMED or name.endswith("_token")):
+        if isinstance(text, str) and text and (name in _NAMED or name.endswith("_token")):
             found[name] = text
     return found
 
@@ -66,7 +66,7 @@ def special_texts(settings: JsonFields) -> list[str]:
     """The texts of further special tokens that have no name."""
     listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
     values = [value.get("content") if isinstance(value, Mapping) else value for value in listed]
-    return [value for value in values if isinstance(value, str)] if not isinstance(listed, Mapping) else []
+    return [value for value in values if isinstance(value, str) and value] if not isinstance(listed, Mapping) else []
 
 
 def read_templates(folder: Path, settings: JsonFields) -> dict[str, ChatTemplate]:

@@ -111,7 +111,7 @@ def test_a_damaged_directory_is_refused_with_the_file_and_the_cause(tmp_path, da
     ("overrides", "message"),
     [
         ({"architectures": ["LlamaForCausalLm"]}, "nearest supported: LlamaForCausalLM"),
-        ({"hidden_act": "mish"}, r"config.json: config.json has hidden_act='mish'|hidden_act='mish'"),
+        ({"hidden_act": "sinc"}, r"config.json: config.json has hidden_act='sinc'|hidden_act='sinc'"),
         ({"quantization_config": {"quant_method": "hqq"}}, r"quant_method is 'hqq'; supported: mxfp4, fp8, .* GGUF file"),
         ({"num_attention_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
     ],

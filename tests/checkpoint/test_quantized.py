@@ -82,6 +82,10 @@ KEPT = {
     **dict.fromkeys(["int8_packed", "int8_channels", "int8_tensor", "bnb_int8"], "8 bits in groups of 64, float32 scales"),
     "int8_groups": "8 bits in groups of 32, float32 scales",
     **dict.fromkeys([f"gptq4{form}" for form in ("", "_v2")], "4 bits and float32 offsets in groups of 32"),
+    **dict.fromkeys(
+        [f"gptq{bits}" for bits in ("2", "3", "5", "8", "2_v2", "3_v2", "8_v2")],
+        "8 bits and float32 offsets in groups of 32",
+    ),
     "gptq4_symmetric": "4 bits in groups of 32",
     "gptq8_symmetric": "8 bits in groups of 32",
     "int4_bfloat16": "4 bits and float32 offsets in groups of 32",
@@ -95,7 +99,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_a_matrix_of_4_or_8_bits_is_kept_in_its_bits_if_that_rounds_nothing(case):
+def test_a_matrix_is_kept_in_4_or_8_bits_if_that_rounds_nothing(case):
     stored = unpack(tensors_of(case, "m"), settings_of(case))["m.weight"]
     kind = stored.block_kind()
     assert (kind and kind.name) == KEPT.get(case)
@@ -103,21 +107,20 @@ def test_a_matrix_of_4_or_8_bits_is_kept_in_its_bits_if_that_rounds_nothing(case
         np.testing.assert_array_equal(stored.blocks().dequantize(), stored.map().T)
 
 
-@pytest.mark.parametrize("stack_layers", [False, True])
-def test_a_model_in_the_bits_of_the_file_has_the_logits_of_transformers(stack_layers):
+def test_a_model_in_the_bits_of_the_file_has_the_logits_of_transformers():
     # attention in int8, gate and up in int4 with zero points; FP8 is dequantized
     checkpoint = open_checkpoint(parity.folder("qwen3", "compressed"))
-    config = resolve(EngineConfig(dtype="float32", num_blocks=8, stack_layers=stack_layers), checkpoint.config)
+    config = resolve(EngineConfig(dtype="float32", num_blocks=8), checkpoint.config)
     if not config.keeps_blocks:
         pytest.skip("needs the native kernels of a CPU")
     params = load_params(
         checkpoint,
         dtype="float32",
-        stack_layers=stack_layers,
+        stack_layers=config.stack_layers,
         prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, config),
         keep_blocks=True,
     )
-    layer = params["layers"] if stack_layers else params["layers"][0]
+    layer = params["layers"] if config.stack_layers else params["layers"][0]
     assert {name: leaf.panels.dtype for name, leaf in layer.items() if isinstance(leaf, PackedWeight)} == {
         "qkv": "uint8",
         "o": "uint8",
@@ -158,7 +161,7 @@ def test_gptq_without_g_idx_has_consecutive_groups():
 
 @pytest.mark.parametrize("packed_zeros", [True, False])
 def test_older_compressed_tensors_pack_whole_numbers_into_words_and_order_inputs(packed_zeros):
-    # Until 0.13, ten 3-bit numbers in each word; `weight_g_idx` is the group of each input.
+    # Ten 3-bit numbers in each word; `weight_g_idx` is the group of each input.
     rng = np.random.default_rng(0)
     numbers, zeros = rng.integers(0, 8, (20, 64)), rng.integers(0, 8, (20, 2))
     scales, group = rng.random((20, 2)).astype(np.float32), rng.permutation(GROUPS)
@@ -257,6 +260,23 @@ def test_mlx_stacks_experts(tmp_path, layer, name):
     assert got.keys() == {f"a.{layer}.experts.{expert}.{name}.weight" for expert in range(2)}
     np.testing.assert_array_equal(got[f"a.{layer}.experts.0.{name}.weight"].map(), want)
     np.testing.assert_array_equal(got[f"a.{layer}.experts.1.{name}.weight"].map(), want[::-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("nf4", {"load_in_4bit": True}),
+        ("bnb_int8", {"load_in_8bit": True}),
+        ("int8_channels", {"config_groups": INT8["config_groups"]}),
+        ("gptq4_v2", {"quant_method": "gptq", "method": "gptq", "format": "gptq_v2", "bits": 4, "group_size": 32}),
+        ("gemv", {"quant_method": "awq", "checkpoint_format": "gemv", "bits": 4, "group_size": 64, "sym": False}),
+        ("modelopt_nvfp4", {"quant_method": "modelopt_fp4", "quant_algo": "nvfp4_awq"}),
+        ("int4_groups", SETTINGS["int4_groups"] | {"quant_method": "compressed_tensors"}),
+    ],
+)
+def test_other_names_for_the_same_settings_are_known(case, settings):
+    want = unpack(tensors_of(case, "m"), settings_of(case))["m.weight"].map()
+    np.testing.assert_array_equal(unpack(tensors_of(case, "m"), settings)["m.weight"].map(), want)
 
 
 def test_scales_of_activations_and_caches_are_not_used():

@@ -151,6 +151,8 @@ def test_every_field_that_can_be_written_as_text_is_a_flag_of_serve_or_generate(
 def test_choices_are_those_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
     policy = next(action for action in parser_of("serve")._actions if action.dest == "policy")
     assert set(policy.choices or ()) == set(POLICIES)
+    quantize = next(action for action in parser_of("serve")._actions if action.dest == "quantize")
+    assert list(quantize.choices or ()) == ["int8", "int4", "none"]
     with pytest.raises(SystemExit) as left:
         main(["serve", "m", "--policy", "fastest"])
     assert left.value.code == 2

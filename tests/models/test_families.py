@@ -224,6 +224,13 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
         ),
         ("exaone4", "default", {"layer_types": None, "sliding_window_pattern": "LGLG"}, "sliding_window_pattern='LGLG'"),
         ("glm4_moe", "default", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ("deepseek_v2", "lite", {"mlp_bias": True}, "mlp_bias=True, which is not supported; supported: False"),
+        ("deepseek_v2", "lite", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ("deepseek_v2", "lite", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+        ("gpt_oss", "default", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0"),
+        ("gpt_oss", "default", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", "default", {"rope_interleaved": True}, "rope_interleaved=True"),
+        ("starcoder2", "default", {"mlp_type": "gated"}, "mlp_type='gated'"),
     ],
 )
 def test_unsupported_fields_are_refused_by_name(family, variant, changes, message):

@@ -109,7 +109,7 @@ def test_mxfp4_scales_of_another_shape_are_refused(tmp_path: Path):
     name = "model.layers.1.mlp.experts.down_proj_scales"
     save_file(tensors | {name: tensors[name][:, :-1].copy()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"scales of 'model.layers.1.mlp.experts.down_proj' have shape \(4, 31, 1\)"):
+    with pytest.raises(ValueError, match=r"down_proj_scales' has shape \(4, 31, 1\); .* require \(4, 32, 1\)"):
         open_checkpoint(tmp_path)
 
 

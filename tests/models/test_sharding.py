@@ -11,10 +11,18 @@ import numpy as np
 import pytest
 
 from fastgen_jax.models.config import ModelConfig, RopeConfig
-from fastgen_jax.models.division import Heads, check_num_devices, divided, divided_array, divided_heads
+from fastgen_jax.models.division import (
+    Heads,
+    check_num_devices,
+    divided,
+    divided_array,
+    divided_heads,
+    divided_parts,
+    divided_shape,
+)
 from fastgen_jax.models.families.common import alibi_slopes
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
-from fastgen_jax.models.params import layer_specs
+from fastgen_jax.models.params import all_specs, layer_specs
 
 TINY = ModelConfig(
     family="llama",
@@ -27,19 +35,17 @@ TINY = ModelConfig(
     mlp_dim=48,
     max_context_len=64,
 )
-EXPERTS = dataclasses.replace(
-    TINY,
-    moe=MoEConfig(
-        num_experts=4,
-        experts_per_token=2,
-        expert_dim=24,
-        layers=(0, 1),
-        shared_dim=16,
-        shared_gate=True,
-        expert_bias=True,
-        swiglu_limit=3.0,
-    ),
+MOE = MoEConfig(
+    num_experts=4,
+    experts_per_token=2,
+    expert_dim=24,
+    layers=(0, 1),
+    shared_dim=16,
+    shared_gate=True,
+    expert_bias=True,
+    swiglu_limit=3.0,
 )
+EXPERTS = dataclasses.replace(TINY, moe=MOE)
 
 
 # Nothing divides evenly: 6 query heads and 3 KV heads, an MLP of 47, 61 tokens.
@@ -57,7 +63,7 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         dataclasses.replace(
             EXPERTS,
             vocab_size=63,
-            moe=dataclasses.replace(EXPERTS.moe, expert_dim=23, shared_dim=15, activation="gelu", swiglu_limit=None),
+            moe=dataclasses.replace(MOE, expert_dim=23, shared_dim=15, activation="gelu", swiglu_limit=None),
         ),
         4,
         None,
@@ -118,6 +124,18 @@ def test_every_query_head_is_on_the_device_of_its_kv_head(num_kv_heads: int, num
     assert sorted(head for head in heads.query if head is not None) == list(range(12))
     for place, head in enumerate(heads.query):
         assert head is None or heads.kv[place // share] == head // group
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_divided_weights_have_the_shapes_of_the_divided_model(name: str) -> None:
+    config, num_devices, _ = MODELS[name]
+    wide = all_specs(divided(config, num_devices))
+    for path, spec in all_specs(config).items():
+        assert divided_shape(spec, config, num_devices) == wide[path].shape
+        assert divided_parts(spec, config, num_devices) == wide[path].parts
+        array = divided_array(spec, np.ones(spec.shape), config, num_devices, axes=range(-len(spec.shape), 0), fill=0)
+        assert array.shape == wide[path].shape
+        assert array.sum() >= np.prod(spec.shape)
 
 
 def test_a_model_that_devices_divide_as_it_is_stays_the_same() -> None:

@@ -6,7 +6,8 @@ Each `families/FAMILY/VARIANT` has config.json and model.safetensors as written 
 them small) and expected.npz, computed in float32 from the same rounded weights: `token_ids` i64[P + N], a random
 prompt of P tokens and the N tokens that greedy decoding appends, and `logits` f32[P + N, V], the first P rows from the
 whole prompt in one pass, the others from decoding token by token with transformers' cache. Norms and biases are random
-too, so that a missing or swapped one is detected. The prompt is longer than every window and every rotary threshold.
+too, so that a missing or swapped one is detected. A folder that exists is kept: another version of torch would make
+other weights. The prompt is longer than every window and every rotary threshold.
 """
 
 from __future__ import annotations
@@ -380,7 +381,7 @@ def main() -> None:
     for family in sys.argv[1:] or FAMILIES:
         model_type, variants = FAMILIES[family]
         for variant, fields in variants.items():
-            if (home / family / variant).exists():  # made with another version of torch, so its weights would differ
+            if (home / family / variant).exists():
                 continue
             torch.manual_seed(0)
             config = AutoConfig.for_model(model_type, **fields)

@@ -172,7 +172,7 @@ def main() -> None:
     for family in sys.argv[1:] or FAMILIES:
         model_type, variants = FAMILIES[family]
         for variant, fields in variants.items():
-            if (home / family / variant).exists():  # made with another version of torch, so its weights would differ
+            if (home / family / variant).exists():
                 continue
             torch.manual_seed(0)
             config = AutoConfig.for_model(model_type, **fields)

@@ -180,3 +180,15 @@ def test_limits_of_templates_and_grammars_are_errors_of_the_client(monkeypatch, 
     if message:
         assert message in response.json()["error"]["message"]
         assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_template_of_the_operator_serves_all_conversations(monkeypatch):
+    own = "own {{ messages[-1].content }}"
+    monkeypatch.setattr(engine().intake, "tokenizer", tokenizer().with_template(own))
+
+    async def scenario(client, _):
+        info = (await client.get("/tokenizer_info")).json()
+        tokens = (await client.post("/tokenize", json={"messages": [USER]})).json()["tokens"]
+        return info["chat_template"], tokenizer().decode(tokens)
+
+    assert with_server(scenario) == (own, f"own {USER['content']}")

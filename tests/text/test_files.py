@@ -51,7 +51,7 @@ def test_added_tokens_keep_the_ids_that_their_file_states(tmp_path):
         ("vocab.json", "{", r"vocab\.json is not valid JSON .*download it again"),
         ("vocab.json", "{}", r"vocab\.json has no tokens"),
         ("vocab.json", '{"a": "b"}', r"vocab\.json: 'a' has the id 'b', which is not"),
-        ("vocab.json", '{"a": 0}', r"merges\.txt does not match vocab\.json \(.*download both again"),
+        ("vocab.json", '{"a": 0}', r"merges\.txt does not match vocab\.json \(.*download it again"),
         ("merges.txt", "#version: 0.2\nt h\nt h e\n", r"merges\.txt, line 3: expected two pieces .* got 't h e'"),
         ("merges.txt", "\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin-1"), r"merges\.txt is not text in UTF-8"),
         (
@@ -98,6 +98,14 @@ def test_a_damaged_file_is_named_with_a_remedy(tmp_path, file, content, message)
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"])
+def test_a_clone_without_its_large_files_is_recognized(tmp_path, file):
+    write(tmp_path, OPT)
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1\n")
+    with pytest.raises(ValueError, match=rf"{file}.*it is a pointer of Git LFS: run `git lfs pull`"):
+        load_tokenizer(tmp_path)
+
+
 def test_chat_template_json_is_used_if_there_is_no_other_default(tmp_path):
     (tmp_path / "chat_template.json").write_text('{"chat_template": "of the processor"}')
     assert load_tokenizer(write_json(tmp_path)).apply_chat_template(USER) == "of the processor"
@@ -130,6 +138,14 @@ def test_special_tokens_that_a_sentencepiece_model_lacks_are_added(tmp_path):
     assert tokenizer.eos_token_ids == (422,)
     assert tokenizer.encode("<end><more>", add_special_tokens=False) == [422, 423]
     assert tokenizer.decode([422, 423]) == ""
+
+
+def test_a_named_token_without_a_text_is_none(tmp_path):
+    for folder in (write_json(tmp_path / "json", bos_token=""), write_spm(tmp_path / "spm", pad_token="", sep_token=None)):
+        tokenizer = load_tokenizer(folder)
+        assert not {"pad_token", "sep_token"} & tokenizer.named_tokens.keys()
+        assert tokenizer.encode("x")
+    assert load_tokenizer(tmp_path / "json").bos_token_id is None
 
 
 # Templates of the user

@@ -186,6 +186,17 @@ def test_a_template_that_only_loops_over_parts_gets_text_as_one_part():
     answer = {"role": "assistant", "content": "Cold."}
     assert render("only_parts", USER, answer) == f"User:{USER['content']}Assistant:{answer['content']}"
     assert render("parts", USER) == render("parts", {**USER, "content": [USER["content"]]})
+    first = "{% for m in messages %}{{ m.content[0].type }}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endfor %}"
+    assert _plain(first, {"role": "assistant", "content": ""}, USER) == f"text<>text<{USER['content']}>"
+
+
+def test_the_parts_of_a_system_message_are_joined_if_only_those_of_turns_are_read():
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}[{{ m.content }}]{% elif m.content is string %}{{ m.content }}"
+        "{% else %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": TWO}, {"role": "user", "content": TWO}]
+    assert _plain(template, *messages) == "[ one\ntwo ]< one><two >"
 
 
 def test_developer_messages_in_parts_keep_their_text():

@@ -37,6 +37,11 @@ _METHODS: dict[str, Callable[[Mapping[str, StoredTensor], JsonFields], dict[str,
 _FIELDS = ("quantization_config", "compression_config", "quantization")
 _FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _AWQ_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
+_IMPLIED = {  # fields that only one method has; it was not named in 2023
+    "load_in_4bit": "bitsandbytes",
+    "load_in_8bit": "bitsandbytes",
+    "config_groups": "compressed-tensors",
+}
 _SHOWN = (
     *("format", "version", "checkpoint_format", "packing_format", "quant_algo", "mode", "bits", "group_size", "desc_act"),
     *("weight_block_size", "activation_scheme", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"),
@@ -54,7 +59,7 @@ def unpack(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[st
 
 def quantization_method(settings: JsonFields) -> str:
     """The `quant_method` of a `quantization_config`; ValueError if it is not supported."""
-    method = settings.get("quant_method")
+    method = settings.get("quant_method") or next((name for field, name in _IMPLIED.items() if settings.get(field)), None)
     method = _OTHER_NAMES.get(str(method), method)
     if method not in _METHODS:
         raise ValueError(f"quantization_config.quant_method is {method!r}; supported: {', '.join(_METHODS)}; {REMEDY}")

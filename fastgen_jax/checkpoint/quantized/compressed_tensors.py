@@ -161,7 +161,7 @@ def integer_values(
 ) -> Groups:
     """[out, in] of i32[out, words], scales [out, groups] and zero points, packed along the outputs or int8.
 
-    A word holds whole numbers only (until version 0.13 of the library), or numbers continue in the next word.
+    A word holds whole numbers only (older versions of the library), or numbers continue in the next word.
     """
     outputs, inputs = shape
     middle = 2 ** (bits - 1)

@@ -133,9 +133,9 @@ _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "NVFP4", 
 def read_modelopt(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
     """FP8, MXFP8 and NVFP4 of NVIDIA's modelopt."""
     settings = settings.get("quantization") or settings  # as in hf_quant_config.json
-    algorithms = {str(settings.get("quant_algo"))}
+    algorithms = {str(settings.get("quant_algo")).upper()}
     if algorithms == {"MIXED_PRECISION"}:
-        algorithms = {str(layer.get("quant_algo")) for layer in (settings.get("quantized_layers") or {}).values()}
+        algorithms = {str(layer.get("quant_algo")).upper() for layer in (settings.get("quantized_layers") or {}).values()}
     if unknown := sorted(algorithms - {*_MODELOPT}):
         raise ValueError(
             f"quantization_config has quant_algo={unknown[0]!r}; supported: {', '.join(map(repr, _MODELOPT))}, and "

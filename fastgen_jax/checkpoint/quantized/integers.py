@@ -26,10 +26,10 @@ _AUTO_ROUND = {
 
 def read_gptq(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
     """GPTQ, in any order of inputs. The original format stores zero points minus one."""
-    form = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format")
+    form = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format") or settings.get("format")
     if form == "marlin":
         return read_marlin(tensors, settings)
-    only(settings, {"checkpoint_format": ("gptq", "gptq_v2", None)})
+    only({"checkpoint_format": form}, {"checkpoint_format": ("gptq", "gptq_v2", None)})
     return _gptq(tensors, settings, offset=0 if form == "gptq_v2" else 1)
 
 
@@ -83,7 +83,7 @@ def gptq_values(
         shape=(outputs, inputs),
         rows=lambda some: unpack_bits(packed[:, some].T, bits, inputs),
         scales=scales.T,
-        zeros=_one_for_all(unpack_bits(zeros, bits, outputs).T.astype(np.float32) + offset, bits),
+        zeros=_one_for_all(unpack_bits(zeros, bits, outputs).T.astype(np.uint16) + np.uint16(offset), bits),
         group=group,
         bits=bits,
     )
@@ -91,8 +91,8 @@ def gptq_values(
 
 def _one_for_all(zeros: np.ndarray, bits: int) -> np.ndarray | float:
     """The zero points, as one number if all are in the middle."""
-    middle = float(2 ** (bits - 1))
-    return middle if (zeros == middle).all() else zeros
+    middle = 2 ** (bits - 1)
+    return float(middle) if (zeros == middle).all() else zeros
 
 
 def _settings_of(module: str, settings: JsonFields) -> JsonFields:
@@ -115,7 +115,8 @@ def _settings_of(module: str, settings: JsonFields) -> JsonFields:
 
 def read_awq(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[str, StoredTensor | PackedTensor]:
     """AutoAWQ's layouts; that of its exllama versions is gemm."""
-    layout = str(settings.get("version") or "gemm").lower()
+    names = ("version", "checkpoint_format", "format")  # AutoAWQ's, GPTQModel's
+    layout = str(next((settings[name] for name in names if settings.get(name)), "gemm")).lower()
     if layout == "marlin":
         only(settings, {"bits": (4,), "zero_point": (False, None)})
         return read_marlin(tensors, settings)
@@ -126,7 +127,7 @@ def read_awq(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dict[
     size = settings.get("group_size", settings.get("q_group_size", -1))
     form = Format(
         needs=(".qweight", ".qzeros", ".scales"),
-        dtypes=("int32", "int16"),
+        dtypes=("int16",) if layout == "gemv_fast" else ("int32",),
         weight=functools.partial(known[layout], size=size),
     )
     return assemble(tensors, [form])

@@ -125,8 +125,11 @@ class Groups:
                 if size
                 else None
             )
-        if self.bits != 4 or size not in BLOCK_SIZES or scale not in ("float16", "bfloat16"):
+        if self.bits is None or size not in BLOCK_SIZES or scale not in ("float16", "bfloat16"):
             return None
+        if self.bits != 4:
+            kind = BlockKind(f"8 bits and float32 offsets in groups of {size}", 8 + 64 / size, size)
+            return kind if self.bits < 8 or self.biases is None else None
         if self.biases is None and is_even and scale == "float16":
             return BlockKind(f"4 bits in groups of {size}", 4 + 16 / size, size)
         if self.biases is not None and scale == self.biases.dtype.name == "float16":
@@ -150,17 +153,17 @@ class Groups:
                 f"a matrix {self.shape} of {self.bits} bits with scales {self.scales.shape} is not kept in blocks"
             )
         numbers = self.rows(slice(0, self.shape[0]))
-        if self.bits == 8:
-            signed = numbers if self.zeros is None else (numbers ^ 128).view(np.int8)
+        zeros = np.asarray(0 if self.zeros is None else self.zeros, np.float32)
+        if self.bits == 8 and numbers.dtype == np.uint8:
+            numbers, zeros = numbers ^ 128, zeros - 128
+        values = numbers if self.bits == 4 else numbers.view(np.int8)
+        if self.bits == 8 and "offsets" not in kind.name:
             scales = self.scales.astype(np.float32) if "float32" in kind.name else self.scales
-            return BlockWeight(values=signed, scales=np.repeat(scales, self._blocks_in_group(), axis=1))
+            return BlockWeight(values=values, scales=np.repeat(scales, self._blocks_in_group(), axis=1))
         if "offsets" not in kind.name:
-            return BlockWeight(values=numbers, scales=self.scales)
+            return BlockWeight(values=values, scales=self.scales)
         if "float32" not in kind.name:
-            return BlockWeight(values=numbers, scales=self.scales, offsets=self.biases)
+            return BlockWeight(values=values, scales=self.scales, offsets=self.biases)
         scales = self.scales.astype(np.float32)
-        if self.biases is not None:
-            offsets = self.biases.astype(np.float32)
-        else:
-            offsets = -scales * np.asarray(self.zeros, np.float32)
-        return BlockWeight(values=numbers, scales=scales, offsets=offsets)
+        offsets = -scales * zeros if self.biases is None else self.biases.astype(np.float32)
+        return BlockWeight(values=values, scales=scales, offsets=offsets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def init_state(max_num_seqs: int, vocab_size: int, *, on_host: bool = False) -> 
 
     `on_host` makes it without compiling anything, which takes longer than copying it to a device.
     """
-    xp = np if on_host else jnp
+    xp: Any = np if on_host else jnp
     state = SamplerState(
         last_tokens=xp.zeros(max_num_seqs, jnp.int32),
         token_counts=xp.zeros((max_num_seqs, vocab_size), jnp.int16),
