@@ -120,7 +120,7 @@ def test_a_wheel_is_built_from_the_clone_and_installed(clone: Path, venv: Path) 
 def test_the_commands_of_the_quick_start_run(command: str) -> None:
     done = subprocess.run(
         ["bash", "-c", command.replace("fastgen ", f"{sys.executable} -m fastgen_jax.cli ", 1)],
-        stdin=subprocess.DEVNULL,
+        input="Name three colors.\n",  # which `fastgen chat` asks for
         capture_output=True,
         text=True,
         timeout=SECONDS,

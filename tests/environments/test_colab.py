@@ -7,8 +7,8 @@ these, pip resolves the cell's requirements against the list but installs nothin
 from __future__ import annotations
 
 import json
-import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.notebooks.test_notebooks import HOME, WITHOUT_MODEL, execute, kernel_
 
 HERE = Path(__file__).parent
 COLAB = HOME.parent / ".venv-colab"
-NEW = {"fastgen-jax", "gguf", "httpx-sse", "llguidance"}  # the others are there
+NEW = {"fastgen-jax", "gguf", "httpx-sse", "llguidance", "shtab"}  # the others are there
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not COLAB.exists(), reason="no environment with Colab's packages; `make compat` makes one"),
@@ -46,10 +46,12 @@ def check_unchanged(chosen: dict[str, str], listed: str) -> None:
     }
 
 
-def options(report: Path, listed: str) -> dict[str, str]:
-    """Options of pip, by environment variable: it resolves against a list of versions and installs nothing."""
-    values = {"DRY_RUN": "1", "IGNORE_INSTALLED": "1", "REPORT": report, "CONSTRAINT": HERE / listed}
-    return {f"PIP_{name}": str(value) for name, value in values.items()}
+def install(report: Path, listed: str) -> list[str]:
+    """`install` with options of pip: it resolves against a list of versions and installs nothing.
+
+    As variables, pip would pass them on to the environment in which it builds the package, which would lack setuptools.
+    """
+    return ["install", "--dry-run", "--ignore-installed", "--report", str(report), "--constraint", str(HERE / listed)]
 
 
 @pytest.mark.parametrize(
@@ -66,9 +68,8 @@ def test_the_first_cell_changes_no_package(
         (tmp_path / "modules" / module / "__init__.py").touch()
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     report = tmp_path / "report.json"
-    for name, value in options(report, listed).items():
-        monkeypatch.setenv(name, value)
-    execute(WITHOUT_MODEL, HOME, kernel=kernel, num_cells=1)
+    changes = {'pip install --quiet "': f'pip {shlex.join(install(report, listed))} --quiet "'}
+    execute(WITHOUT_MODEL, HOME, kernel=kernel, num_cells=1, changes=changes)
     chosen = resolved(report)
     assert chosen["jax"] == "0.7.2"
     check_unchanged(chosen, listed)
@@ -76,8 +77,8 @@ def test_the_first_cell_changes_no_package(
 
 def test_the_extra_for_cuda_12_changes_no_package_of_the_gpu_runtime(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = [COLAB / "bin" / "python", "-m", "pip", "install", "--quiet", f"{HOME.parent}[cuda12,serve]"]
-    subprocess.run(command, check=True, env=os.environ | options(report, "colab_gpu.txt"))
+    pip = [COLAB / "bin" / "python", "-m", "pip", *install(report, "colab_gpu.txt")]
+    subprocess.run([*pip, "--quiet", f"{HOME.parent}[cuda12,serve]"], check=True)
     chosen = resolved(report)
     assert {"jax-cuda12-plugin", "nvidia-cudnn-cu12", "fastapi"} <= chosen.keys()
     check_unchanged(chosen, "colab_gpu.txt")

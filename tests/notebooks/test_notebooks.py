@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -45,19 +46,19 @@ def execute(
     kernel: str = "python3",
     num_cells: int | None = None,
     first: Path | None = None,
-    repository: str | None = None,
+    changes: Mapping[str, str] | None = None,
 ) -> None:
     """Runs a notebook, or its first code cells, as if it were in `folder`; a program in `first` runs before them.
 
-    `repository` replaces the address that the first cell clones.
+    `changes` are new texts for old ones in the first code cell.
     """
     notebook = nbformat.read(path, as_version=4)
     if num_cells is not None:
         notebook.cells = code_cells(path)[:num_cells]
-    if repository is not None:
-        install = next(cell for cell in notebook.cells if cell.cell_type == "code")
-        assert ADDRESS in install.source
-        install.source = install.source.replace(ADDRESS, repository)
+    install = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    for old, new in (changes or {}).items():
+        assert old in install.source
+        install.source = install.source.replace(old, new)
     if first is not None:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(first.read_text()))
     NotebookClient(notebook, timeout=900, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}).execute()
@@ -156,14 +157,14 @@ def test_without_the_package_a_notebook_clones_its_repository(fresh: str, tmp_pa
     git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@example.com"]
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
         subprocess.run([*git, *command], check=True)
-    execute(WITHOUT_MODEL, folder, kernel=fresh, num_cells=2, repository=repository.as_uri())
+    execute(WITHOUT_MODEL, folder, kernel=fresh, num_cells=2, changes={ADDRESS: repository.as_uri()})
     assert (folder / "fastgen_jax" / "pyproject.toml").exists()
 
 
 def test_without_anything_to_install_the_first_cell_explains_what_to_do(fresh: str, tmp_path: Path) -> None:
     nowhere = (tmp_path / "nowhere").as_uri()
     with pytest.raises(CellExecutionError, match="nowhere: put its wheel or a clone there"):
-        execute(HOME / "quick_start.ipynb", tmp_path, kernel=fresh, num_cells=1, repository=nowhere)
+        execute(HOME / "quick_start.ipynb", tmp_path, kernel=fresh, num_cells=1, changes={ADDRESS: nowhere})
 
 
 def test_notebooks_install_the_package_first_and_have_a_badge() -> None:
