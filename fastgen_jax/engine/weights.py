@@ -50,8 +50,9 @@ def prepare_leaf(
         array = np.asarray(array).astype(dtype, copy=False)
         if spec.kind is Kind.HEADS:
             return _expansions(array, model)
-    make = prepare_groups if spec.kind is Kind.EXPERTS else prepare
-    return make(array, quantize=quantize, platform="cpu", gated=spec.gated)
+    if spec.kind is Kind.EXPERTS:
+        return prepare_groups(array, quantize=quantize, platform="cpu", gated=spec.gated)
+    return prepare(array, quantize=quantize, platform="cpu", gated=spec.gated, dtype=dtype)
 
 
 def host_leaf(spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize: str | None) -> np.ndarray | Int8Weight:

@@ -105,8 +105,8 @@ def prepare(
       quantize: None, "int8" or "int4".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
       gated: the weight is for `swiglu`.
-      dtype: that of the matrix which a `BlockWeight` stands for (default: float32). With bfloat16, products are those of
-        bfloat16 if the CPU multiplies it. Other weights have their own dtype.
+      dtype: that of the matrix which a `BlockWeight` or an int4 weight stands for (default: float32). With bfloat16, products
+        are those of bfloat16 if the CPU multiplies it. Other weights have their own dtype.
     """
     if isinstance(w, BlockWeight) and quantize is not None:
         raise ValueError(f"the weight is in blocks already, so quantize must be None, not {quantize!r}; dequantize it first")
@@ -127,7 +127,7 @@ def prepare(
     if quantize == "int4":
         if not packed:
             raise ValueError("quantize='int4' needs the native kernels of a CPU, which are not available; use 'int8'")
-        return _packed_blocks(blocks.quantize_int4(np.asarray(w)), gated=gated, dtype=jnp.bfloat16)
+        return _packed_blocks(blocks.quantize_int4(np.asarray(w)), gated=gated, dtype=dtype or jnp.float32)
     if isinstance(w, BlockWeight):
         whole = jnp.float32 if dtype is None else dtype
         return _packed_blocks(w, gated=gated, dtype=whole) if packed else jnp.asarray(w.dequantize(), whole)

@@ -162,7 +162,7 @@ struct Blocks {
   using Factor = typename Wide::Factor;
   static constexpr int kGroup = Wide::kGroup;
   // Unpacking costs more than reading, so with more rows it is done once for all of them.
-  static constexpr int kDirectRows = 2;
+  static constexpr int kDirectRows = 4;
 
   const char* data;
   int64_t size;         // inputs of a block
@@ -192,6 +192,8 @@ struct Blocks {
     widen_panel = Format::widen;
     tiles[0] = Format::template tile<1>;
     tiles[1] = Format::template tile<2>;
+    tiles[2] = Format::template tile<3>;
+    tiles[3] = Format::template tile<4>;
   }
 
   int64_t panel_bytes() const { return depth / size * block_bytes; }

@@ -23,7 +23,7 @@ from pallas_kernels.native import isa
 # contract=fast: a * b + c becomes one fused instruction, in all kernels alike. No flag here lets sums be reordered.
 FLAGS = (
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-fPIC",
     "-shared",
     "-pthread",

@@ -80,6 +80,7 @@ def test_a_machine_without_a_compiler_gets_the_command_that_installs_one(tmp_pat
     assert report["cpu_kernels"]["compilers"] == {}
 
 
+@pytest.mark.slow
 def test_kernels_that_were_turned_off_are_shown_and_are_not_a_problem() -> None:
     _, report, _ = diagnose(PALLAS_KERNELS_NATIVE="0")
     assert report["cpu_kernels"]["unavailable"] == "PALLAS_KERNELS_NATIVE=0 turns native kernels off"

@@ -48,7 +48,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     ("module", "argv"),
     [
         ("uvicorn", ["serve", "some-model"]),
-        ("fastapi", ["batch", __file__, "/tmp/out.jsonl"]),
+        pytest.param("fastapi", ["batch", __file__, "/tmp/out.jsonl"], marks=pytest.mark.slow),
     ],
 )
 def test_a_command_without_its_extra_names_it(module: str, argv: list[str]) -> None:

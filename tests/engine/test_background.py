@@ -212,6 +212,7 @@ def test_a_process_ends_after_the_program_that_is_being_compiled() -> None:
     assert output.splitlines() == ["compiling 32", "compiling 4", "answered", "compiled 4"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_a_compilation_in_the_background_ends_the_process() -> None:
     process = run("forever")
     assert process.stdout is not None

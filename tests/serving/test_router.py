@@ -237,6 +237,7 @@ def test_a_replica_that_keeps_dying_is_given_up_and_reported(monkeypatch):
     run(scenario)
 
 
+@pytest.mark.slow
 def test_a_model_that_no_replica_can_load_is_reported():
     async def scenario():
         router = Router("nowhere/at-all", EngineConfig(), tokenizer(), engine().model, replicas=2)
