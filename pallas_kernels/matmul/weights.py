@@ -105,7 +105,7 @@ def prepare(
       quantize: None, "int8" or "int4".
       platform: "cpu", "gpu", "cuda", "rocm" or "tpu".
       gated: the weight is for `swiglu`.
-      dtype: that of the matrix which a `BlockWeight` or an int4 weight stands for (default: float32). With bfloat16, products
+      dtype: that of the matrix that a `BlockWeight` or an int4 weight stands for (default: float32). With bfloat16, products
         are those of bfloat16 if the CPU multiplies it. Other weights have their own dtype.
     """
     if isinstance(w, BlockWeight) and quantize is not None:

@@ -87,7 +87,7 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         None,
     ),
 }
-QUICK = ["uneven experts", "latent attention"]
+QUICK = ["uneven experts"]
 
 
 @pytest.mark.parametrize(
