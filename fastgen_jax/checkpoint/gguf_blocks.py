@@ -63,6 +63,27 @@ def _q8_0(blocks: np.ndarray) -> BlockWeight:
     return BlockWeight(values=blocks[..., 2:].view(np.int8).reshape(len(blocks), -1), scales=_float16(blocks, 0))
 
 
+def _q5_0(blocks: np.ndarray) -> BlockWeight:
+    from pallas_kernels.matmul import BlockWeight
+
+    values = _five_bits(blocks, 2).view(np.int8) - np.int8(16)
+    return BlockWeight(values=values.reshape(len(blocks), -1), scales=_float16(blocks, 0))
+
+
+def _q5_1(blocks: np.ndarray) -> BlockWeight:
+    from pallas_kernels.matmul import BlockWeight
+
+    scales, offsets = (_float16(blocks, start).astype(np.float32) for start in (0, 2))
+    values = _five_bits(blocks, 4).view(np.int8).reshape(len(blocks), -1)
+    return BlockWeight(values=values, scales=scales, offsets=offsets)
+
+
+def _five_bits(blocks: np.ndarray, start: int) -> np.ndarray:
+    """The 32 values of blocks of Q5: four bytes hold the fifth bits, and 16 bytes two times four bits each."""
+    fifth = np.unpackbits(np.ascontiguousarray(blocks[..., start : start + 4]), axis=-1, bitorder="little")
+    return _halves(blocks[..., start + 4 :]) | fifth << 4
+
+
 def _q4_k(blocks: np.ndarray) -> BlockWeight:
     """Superblocks of 8 blocks of 32: scales and offsets are a float16 times 6 bits, which fill 12 bytes."""
     from pallas_kernels.matmul import BlockWeight
@@ -110,6 +131,8 @@ def _q6_k(blocks: np.ndarray) -> BlockWeight:
 _TYPES = {
     2: _Type(BlockKind("Q4_0", 4.5, 32), 18, _q4_0),
     3: _Type(BlockKind("Q4_1", 5.0, 32), 20, _q4_1),
+    6: _Type(BlockKind("Q5_0", 8.5, 32), 22, _q5_0),
+    7: _Type(BlockKind("Q5_1", 10.0, 32), 24, _q5_1),
     8: _Type(BlockKind("Q8_0", 8.5, 32), 34, _q8_0),
     12: _Type(BlockKind("Q4_K", 6.0, 32), 144, _q4_k),
     13: _Type(BlockKind("Q5_K", 10.0, 32), 176, _q5_k),

@@ -10,8 +10,14 @@ from fastgen_jax.checkpoint import gguf_blocks
 from fastgen_jax.checkpoint.block_kind import BlockKind, common_kind
 from pallas_kernels.matmul import concatenate, widen
 
-KINDS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
-SCALES = {"Q4_0": (0, 2), "Q8_0": (0, 2), "Q6_K": (208, 210)}  # bytes of a block that hold float16 numbers; others: (0, 4)
+KINDS = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+# The bytes of a block that hold float16 numbers, if not (0, 4).
+SCALES = {
+    "Q4_0": (0, 2),
+    "Q5_0": (0, 2),
+    "Q8_0": (0, 2),
+    "Q6_K": (208, 210),
+}
 
 
 def _rows(name: str, n: int = 5, k: int = 512) -> np.ndarray:
@@ -50,5 +56,5 @@ def test_matrices_of_different_kinds_take_a_common_one_with_the_same_values():
 
 def test_other_types_are_not_kept():
     assert gguf_blocks.block_kind(gguf.GGMLQuantizationType.Q3_K) is None
-    with pytest.raises(ValueError, match=r"type 11 are not kept.*\[2, 3, 8, 12, 13, 14\]"):
+    with pytest.raises(ValueError, match=r"type 11 are not kept.*\[2, 3, 6, 7, 8, 12, 13, 14\]"):
         gguf_blocks.read_blocks(np.zeros((2, 110), np.uint8), 11)
