@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="number format of the weights (default: float32 on a CPU, bfloat16 elsewhere)",
     )
-    parser.add_argument("--quantize", choices=("int8",), help="quantize matrices to int8 (default: no)")
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4", "none"),
+        help="quantize matrices, or with none dequantize those of the checkpoint (default: as the engine does)",
+    )
     parser.add_argument(
         "--kv-dtype",
         choices=("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
