@@ -211,8 +211,9 @@ def _roofline(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
     model, config = engine.model, engine.config
     num_devices = config.tensor_parallel or 1
     itemsize = jnp.dtype(config.dtype).itemsize
-    weights = read_weight_bytes(model, num_devices, itemsize, tokens=tokens, quantize=config.quantize)
-    if "lm_head" in param_specs(model):  # of a separate embedding only the rows of these tokens are read
+    kept = config.choices.formats.kept if config.choices.formats is not None else ()
+    weights = read_weight_bytes(model, num_devices, itemsize, tokens=tokens, quantize=config.quantize, kept=kept)
+    if "lm_head" in {*param_specs(model), *dict(kept)}:  # of a separate embedding only the rows of these tokens are read
         weights -= (model.vocab_size - tokens) * model.embed_dim * itemsize // num_devices
     platform = jax.default_backend()
     kv_bytes = divided(model, num_devices).kv_bytes_per_token(

@@ -55,10 +55,20 @@ class PlannedStep:
 
 
 def read_weight_bytes(
-    model: ModelConfig, num_devices: int, itemsize: float, *, tokens: int, quantize: str | None = None
+    model: ModelConfig,
+    num_devices: int,
+    itemsize: float,
+    *,
+    tokens: int,
+    quantize: str | None = None,
+    kept: tuple[tuple[str, float], ...] = (),
 ) -> int:
-    """The part of `weight_bytes` that a step of `tokens` tokens reads if every expert is chosen equally often."""
-    weights = weight_bytes(model, num_devices, itemsize, quantize=quantize)
+    """The part of `weight_bytes` that a step of `tokens` tokens reads if every expert is chosen equally often.
+
+    A tied head that is among `kept` is read beside the embedding.
+    """
+    packed = "lm_head" in dict(kept)
+    weights = weight_bytes(model, num_devices, itemsize, quantize=quantize, kept=kept, packed=packed)
     moe = model.moe
     if moe is None:
         return weights
