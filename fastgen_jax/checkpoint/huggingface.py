@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import BlockKind, is_buffer, missing_tensor
+from fastgen_jax.checkpoint.base import is_buffer, missing_tensor
+from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES, is_of_model
 from fastgen_jax.checkpoint.quantized import PackedTensor, settings_beside, shown, split_settings, unpack
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch

@@ -13,7 +13,7 @@ from fastgen_jax.flags import MODEL_HELP
 
 if TYPE_CHECKING:
     from fastgen_jax.checkpoint import Checkpoint
-    from fastgen_jax.checkpoint.base import BlockKind
+    from fastgen_jax.checkpoint.block_kind import BlockKind
 
 _PLAIN = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes per number

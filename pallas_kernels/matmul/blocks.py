@@ -73,10 +73,8 @@ class BlockWeight:
             raise ValueError(f"values are {self.values.dtype}, but must be uint8 (4 bits) or int8 (8 bits)")
         if self.scales.ndim != 2 or self.scales.shape[0] != n or k % self.scales.shape[1]:
             raise ValueError(f"scales are {list(self.scales.shape)}, but must be [{n}, K / size] for values [{n}, {k}]")
-        if k // self.scales.shape[1] not in BLOCK_SIZES:
-            raise ValueError(
-                f"blocks have {k // self.scales.shape[1]} inputs; supported: {', '.join(map(str, BLOCK_SIZES))}"
-            )
+        if self.size not in BLOCK_SIZES:
+            raise ValueError(f"blocks have {self.size} inputs; supported: {', '.join(map(str, BLOCK_SIZES))}")
         if self.offsets is not None and (self.offsets.shape, self.offsets.dtype) != (self.scales.shape, self.scales.dtype):
             raise ValueError(f"offsets are {self.offsets.dtype}{list(self.offsets.shape)}, unlike the scales")
         if self.format[:3] not in _NUMBERS:
@@ -98,9 +96,7 @@ class BlockWeight:
     def format(self) -> BlockFormat:
         """How the blocks are stored."""
         bits = 4 if self.values.dtype == np.uint8 else 8
-        return BlockFormat(
-            bits, self.offsets is not None, self.scales.dtype.name, self.values.shape[1] // self.scales.shape[1]
-        )
+        return BlockFormat(bits, self.offsets is not None, self.scales.dtype.name, self.size)
 
     def dequantize(self) -> Float32[np.ndarray, "K N"]:
         """The matrix that the blocks stand for."""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import BlockKind
+from fastgen_jax.checkpoint.block_kind import BlockKind
 
 if TYPE_CHECKING:
     from pallas_kernels.matmul import BlockWeight
+    from pallas_kernels.matmul.blocks import BlockFormat
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values of the low three bits of a 4-bit float; the fourth is the sign
 E8M0_BIAS = 127
@@ -110,45 +111,43 @@ class Groups:
 
     def block_kind(self) -> BlockKind | None:
         """How `blocks` stores the matrix; None if no kernel multiplies it without rounding its values."""
+        form = self._block_format()
+        if form is None:
+            return None
+        scale_bits = 8 * np.dtype(form.scale_dtype).itemsize * (1 + form.has_offsets)
+        wide = form.scale_dtype == "float32"
+        what = f" and {'float32 ' * wide}offsets" if form.has_offsets else ""
+        name = f"{form.bits} bits{what} in groups of {form.size}{', float32 scales' * (wide and not form.has_offsets)}"
+        return BlockKind(name, form.bits + scale_bits / form.size, form.size)
+
+    def _block_format(self) -> BlockFormat | None:
         from pallas_kernels.matmul import BLOCK_SIZES
+        from pallas_kernels.matmul.blocks import BlockFormat
 
         size, rest = divmod(self.shape[1], self.scales.shape[1])
         scale = self.scales.dtype.name
         is_even = not isinstance(self.zeros, np.ndarray)
         if self.group is not None or rest:
             return None
-        if self.bits == 8 and is_even and self.biases is None:
+        if self.bits == 8 and is_even and self.biases is None:  # a group of another size is divided into blocks
             size = max((each for each in BLOCK_SIZES if size % each == 0), default=0)
-            wide = scale != "float16"
-            return (
-                BlockKind(f"8 bits in groups of {size}{', float32 scales' * wide}", 8 + 16 * (1 + wide) / size, size)
-                if size
-                else None
-            )
+            return BlockFormat(8, False, "float16" if scale == "float16" else "float32", size) if size else None
         if self.bits is None or size not in BLOCK_SIZES or scale not in ("float16", "bfloat16"):
             return None
         if self.bits != 4:
-            kind = BlockKind(f"8 bits and float32 offsets in groups of {size}", 8 + 64 / size, size)
-            return kind if self.bits < 8 or self.biases is None else None
+            return BlockFormat(8, True, "float32", size) if self.bits < 8 or self.biases is None else None
         if self.biases is None and is_even and scale == "float16":
-            return BlockKind(f"4 bits in groups of {size}", 4 + 16 / size, size)
+            return BlockFormat(4, False, "float16", size)
         if self.biases is not None and scale == self.biases.dtype.name == "float16":
-            return BlockKind(f"4 bits and offsets in groups of {size}", 4 + 32 / size, size)
-        return BlockKind(f"4 bits and float32 offsets in groups of {size}", 4 + 64 / size, size)
-
-    def _blocks_in_group(self) -> int:
-        """Into how many blocks a group of 8 bits is divided, because the kernels know no block of its size."""
-        from pallas_kernels.matmul import BLOCK_SIZES
-
-        size = self.shape[1] // self.scales.shape[1]
-        return size // max(each for each in BLOCK_SIZES if size % each == 0)
+            return BlockFormat(4, True, "float16", size)
+        return BlockFormat(4, True, "float32", size)
 
     def blocks(self) -> BlockWeight:
         """The matrix [in, out] in its bits; ValueError if it has no `block_kind`."""
         from pallas_kernels.matmul import BlockWeight
 
-        kind = self.block_kind()
-        if kind is None:
+        form = self._block_format()
+        if form is None:
             raise ValueError(
                 f"a matrix {self.shape} of {self.bits} bits with scales {self.scales.shape} is not kept in blocks"
             )
@@ -157,12 +156,10 @@ class Groups:
         if self.bits == 8 and numbers.dtype == np.uint8:
             numbers, zeros = numbers ^ 128, zeros - 128
         values = numbers if self.bits == 4 else numbers.view(np.int8)
-        if self.bits == 8 and "offsets" not in kind.name:
-            scales = self.scales.astype(np.float32) if "float32" in kind.name else self.scales
-            return BlockWeight(values=values, scales=np.repeat(scales, self._blocks_in_group(), axis=1))
-        if "offsets" not in kind.name:
-            return BlockWeight(values=values, scales=self.scales)
-        if "float32" not in kind.name:
+        if not form.has_offsets:
+            blocks_in_group = self.shape[1] // self.scales.shape[1] // form.size
+            return BlockWeight(values=values, scales=self.scales.astype(form.scale_dtype).repeat(blocks_in_group, axis=1))
+        if form.scale_dtype == "float16":
             return BlockWeight(values=values, scales=self.scales, offsets=self.biases)
         scales = self.scales.astype(np.float32)
         offsets = -scales * zeros if self.biases is None else self.biases.astype(np.float32)

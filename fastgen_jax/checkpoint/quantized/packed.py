@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.base import BlockKind
+from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.quantized.numbers import Groups
 from fastgen_jax.checkpoint.tensor_files import StoredTensor
 from fastgen_jax.json_types import JsonFields
