@@ -364,6 +364,23 @@ def _logprobs(
     )
 
 
+
+
+@jax.custom_jvp
+def token_logprobs(logits: Float32[Array, "R V"], tokens: Int32[Array, " R"]) -> Float32[Array, " R"]:
+    """The natural logarithm of the probability of one token per row: `SampleOutput.logprobs`, but differentiable."""
+    return _logprobs(logits, tokens, max_logprobs=1)[0]
+
+
+@token_logprobs.defjvp
+def _token_logprobs_derivative(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (logits, tokens), (change, _) = primals, tangents
+    of_token = jnp.take_along_axis(change, tokens[:, None], axis=1, mode="clip")[:, 0]
+    return token_logprobs(logits, tokens), of_token - jnp.sum(jax.nn.softmax(logits, axis=1) * change, axis=1)
+
+
 def _no_logprobs(
     logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], *, max_logprobs: int
 ) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:

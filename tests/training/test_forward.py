@@ -1,0 +1,109 @@
+"""The trainable forward pass against the engine, bit for bit where it promises that, and against plain JAX."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastgen_jax import SamplingParams
+from fastgen_jax.models.dense import dense_forward
+from fastgen_jax.models.params import unstack
+from fastgen_jax.training import Options, logits, logprobs, pack, padded_batch
+from pallas_kernels import native
+from tests.models.parity import load
+from tests.tiny import drain, random_params, tiny_engine, tiny_model, tokens_of
+
+RNG = np.random.default_rng(0)
+SEQUENCES = [RNG.integers(3, 60, length).tolist() for length in (9, 1, 5, 12)]
+PROMPTS = [2, 1, 4, 1]
+ROUNDING = 2e-5  # two float32 programs that sum in different orders
+
+
+def dense_logprobs(params, config) -> list[np.ndarray]:
+    """Log-probabilities of the predicted tokens of each of SEQUENCES, by the dense forward."""
+    result = []
+    for tokens, prompt in zip(SEQUENCES, PROMPTS, strict=True):
+        scores = jax.nn.log_softmax(dense_forward(params, jnp.asarray([tokens], jnp.int32), config=config)[0])
+        result.append(np.asarray(scores)[np.arange(prompt - 1, len(tokens) - 1), tokens[prompt:]])
+    return result
+
+
+def plain_loss(params, config) -> jax.Array:
+    """What `loss` computes, by the dense forward and JAX's own log-softmax."""
+    total = jnp.float32(0)
+    for tokens, prompt in zip(SEQUENCES, PROMPTS, strict=True):
+        scores = jax.nn.log_softmax(dense_forward(params, jnp.asarray([tokens], jnp.int32), config=config)[0])
+        chosen = jnp.take_along_axis(scores[:-1], jnp.asarray(tokens[1:], jnp.int32)[:, None], axis=1)[:, 0]
+        total = total - jnp.sum(chosen[prompt - 1 :] * jnp.arange(len(tokens) - prompt, dtype=jnp.float32))
+    return total
+
+
+def loss(params, batch, config, options=Options()) -> jax.Array:
+    weights = jnp.concatenate([jnp.arange(len(s) - p, dtype=jnp.float32) for s, p in zip(SEQUENCES, PROMPTS, strict=True)])
+    weights = jnp.pad(weights, (0, batch.targets.shape[0] - len(weights)))
+    return -jnp.sum(logprobs(params, batch, config=config, options=options) * weights)
+
+
+def assert_alike(got, want, tolerance=ROUNDING) -> None:
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        scale = float(jnp.abs(b).max() + 1e-3)
+        np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_batch_has_the_tokens_after_each_prompt_as_targets():
+    batch = pack(SEQUENCES, PROMPTS, num_tokens=32, num_rows=24, num_sequences=5)
+    rows, used = np.asarray(batch.ragged.sample_rows), np.asarray(batch.is_used)
+    tokens = np.asarray(batch.ragged.token_ids)
+    answers = [token for s, p in zip(SEQUENCES, PROMPTS, strict=True) for token in s[p:]]
+    assert used.sum() == len(answers)
+    np.testing.assert_array_equal(np.asarray(batch.targets)[used], answers)
+    np.testing.assert_array_equal(tokens[rows[used] + 1], answers)
+    np.testing.assert_array_equal(np.asarray(batch.sums(batch.is_used.astype(jnp.float32))), [7, 0, 1, 11, 0])
+    with pytest.raises(ValueError, match="num_tokens is 8, but these sequences need 27"):
+        pack(SEQUENCES, PROMPTS, num_tokens=8)
+    with pytest.raises(ValueError, match=r"prompt_lengths\[0\] is 10, but sequences\[0\] has 9 tokens"):
+        pack(SEQUENCES, [10, 1, 1, 1])
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_logprobs_equal_those_of_a_rollout_and_of_a_scored_prompt_bit_for_bit():
+    params, config = tiny_model(stack_layers=True)
+    engine = tiny_engine()
+    sampled = SamplingParams(max_new_tokens=20, seed=3, logprobs=0, ignore_eos=True)
+    for i, tokens in enumerate(SEQUENCES):
+        engine.add(tokens, sampled, request_id=str(i))
+    outputs = drain(engine)
+    answers = [tokens_of(outputs[str(i)]) for i in range(len(SEQUENCES))]
+    whole = [[*tokens, *answer] for tokens, answer in zip(SEQUENCES, answers, strict=True)]
+    batch = pack(whole, list(map(len, SEQUENCES)), num_tokens=128, num_rows=96)
+    drawn = [entry.logprob for i in range(len(whole)) for output in outputs[str(i)] for entry in output.logprobs]
+
+    program = jax.jit(partial(logprobs, config=config, options=Options(head_rows=30)))
+    np.testing.assert_array_equal(np.asarray(program(params, batch))[: len(drawn)], drawn)
+
+    # Under a derivative, too: the ratio to the rollout is exactly 1 in the first update.
+    total = jax.jit(jax.value_and_grad(lambda params: (x := program(params, batch)).sum() + 0, has_aux=False))(params)[0]
+    assert float(total) == float(program(params, batch).sum())
+    under_derivative = jax.jit(lambda params: jax.vjp(lambda p: program(p, batch), params)[0])(params)
+    np.testing.assert_array_equal(np.asarray(under_derivative)[: len(drawn)], drawn)
+
+    engine.add(whole[3], SamplingParams(max_new_tokens=1, prompt_logprobs=0), request_id="scored")
+    scored = [entry.logprob for output in drain(engine)["scored"] for entry in output.prompt_logprobs or ()]
+    np.testing.assert_array_equal(scored[len(SEQUENCES[3]) - 1 :], drawn[-20:])
+
+
+@pytest.mark.parametrize("options", [Options(), Options(remat=False, attention="reference")], ids=["default", "plain"])
+def test_values_and_gradients_are_those_of_the_dense_forward(options):
+    _, config = tiny_model(stack_layers=True)
+    params = random_params(config)
+    batch = pack(SEQUENCES, PROMPTS, num_tokens=40, num_rows=24, num_sequences=6)
+    values = jax.jit(partial(logprobs, config=config, options=options))(params, batch)
+    want = np.concatenate(dense_logprobs(params, config))
+    np.testing.assert_allclose(np.asarray(values)[: len(want)], want, atol=ROUNDING)
+    assert not np.asarray(values)[len(want) :].any()
+    got = jax.jit(jax.grad(partial(loss, config=config, options=options)))(params, batch)
+    assert_alike(got, jax.jit(jax.grad(partial(plain_loss, config=config)))(params), 1e-4)
