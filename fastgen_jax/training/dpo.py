@@ -32,10 +32,10 @@ def dpo_loss(
     change = batch.sums(logprobs(params, batch, config=config, options=options) - reference)
     preferred, rejected = jnp.moveaxis(change.reshape(s // 2, 2), 1, 0)
     is_pair = batch.ragged.index.context_lens[::2] > 0
-    count = jnp.maximum(jnp.sum(is_pair), 1)
+    count = jnp.maximum(jnp.sum(is_pair, dtype=jnp.float32), 1.0)
     margins = beta * (preferred - rejected)
     loss = -jnp.sum(jnp.where(is_pair, jax.nn.log_sigmoid(margins), 0.0)) / count
     return loss, {
-        "accuracy": jnp.sum(is_pair & (margins > 0)) / count,
+        "accuracy": jnp.sum(is_pair & (margins > 0), dtype=jnp.float32) / count,
         "margin": jnp.sum(jnp.where(is_pair, margins, 0.0)) / count,
     }

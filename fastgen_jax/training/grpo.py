@@ -21,15 +21,13 @@ import optax
 
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.prompts import Prompt
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import SamplingParams
 from fastgen_jax.training.batch import TrainingBatch, pack, per_row
 from fastgen_jax.training.forward import Options, logprobs
 from fastgen_jax.training.update import Metrics, make_update
-
-Reward = Callable[[str, str], float]
-"""(prompt, answer) -> reward"""
 
 _EPSILON = 1e-4  # added to the deviation of a group's rewards
 
@@ -64,12 +62,25 @@ class Settings:
 
 @dataclass(kw_only=True)
 class Answer:
-    """An answer while it is generated."""
+    """An answer, or the part of it that has been generated."""
 
+    text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    finished: bool = False
+    """Those with which the tokens were drawn; empty in an evaluation."""
+    finish_reason: str | None = None
+    """"stop" or "length"; None: it is not finished."""
+
+    def extend(self, output: RequestOutput) -> None:
+        """Adds an output of the engine."""
+        if output.error:
+            raise RuntimeError(f"an answer failed: {output.error}")
+        self.token_ids += output.new_token_ids
+        self.text += output.text
+        self.finish_reason = output.finish_reason
+
+
+Reward = Callable[[Prompt, Answer], float]
 
 
 @dataclass(kw_only=True)
@@ -77,7 +88,7 @@ class Group:
     """The answers to one prompt."""
 
     number: int
-    prompt: str
+    prompt: Prompt
     prompt_ids: tuple[int, ...]
     answers: list[Answer]
 
@@ -95,7 +106,7 @@ class Rollouts:
         self.num_tokens = 0
         """Tokens generated so far."""
 
-    def start(self, number: int, prompt: str) -> None:
+    def start(self, number: int, prompt: Prompt) -> None:
         """Begins group `number`. Its other answers begin when the first one has computed the prompt, and share its blocks."""
         answers = [Answer() for _ in range(self._settings.group_size)]
         group = Group(
@@ -128,13 +139,10 @@ class Rollouts:
             return  # of someone else
         group, i = self._requests[output.request_id]
         answer = group.answers[i]
-        if output.error:
-            raise RuntimeError(f"an answer to {group.prompt!r} failed: {output.error}")
         if i == 0 and not answer.token_ids:
             for other in range(1, len(group.answers)):
                 self._add(group, other)
-        answer.token_ids += output.new_token_ids
-        answer.text += output.text
+        answer.extend(output)
         for entry in output.logprobs or ():
             # At temperature 1 the model's own, whose bits are those of the forward pass.
             drawn = entry.logprob if self._settings.temperature == 1.0 else entry.sampled_logprob
@@ -143,8 +151,7 @@ class Rollouts:
         self.num_tokens += len(output.new_token_ids)
         if output.finished:
             del self._requests[output.request_id]
-            answer.finished = True
-            if all(answer.finished for answer in group.answers):
+            if all(answer.finish_reason for answer in group.answers):
                 self._finished.append(group)
                 self.num_running -= 1
 
@@ -177,7 +184,7 @@ def grpo_loss(
     loss = -jnp.sum(jnp.where(used, gain, 0.0)) / count
     return loss, {
         "difference": jnp.max(jnp.abs(change)),
-        "clipped": jnp.sum(used & (ratio * advantages > clipped * advantages)) / count,
+        "clipped": jnp.sum(used & (ratio * advantages > clipped * advantages), dtype=jnp.float32) / count,
         "entropy": -jnp.sum(jnp.where(used, current, 0.0)) / count,
     }
 
@@ -189,7 +196,7 @@ class GRPO:
         self,
         engine: Engine,
         params: Params,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         reward: Reward,
         optimizer: optax.GradientTransformation,
         *,
@@ -222,7 +229,7 @@ class GRPO:
         groups = self._rollouts.take(settings.prompts_per_step)
         times.append(time.perf_counter())
 
-        rewards = np.array([[self._reward(group.prompt, answer.text) for answer in group.answers] for group in groups])
+        rewards = np.array([[self._reward(group.prompt, answer) for answer in group.answers] for group in groups])
         advantages = rewards - rewards.mean(axis=1, keepdims=True)
         if settings.normalize:
             advantages = advantages / (rewards.std(axis=1, keepdims=True) + _EPSILON)
@@ -260,22 +267,20 @@ class GRPO:
             "load_seconds": float(load),
         }
 
-    def evaluate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> tuple[float, list[str]]:
+    def evaluate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> tuple[float, list[Answer]]:
         """The mean reward of an answer to each of `prompts`, and the answers: the most likely ones, unless `params` differ."""
         params = params or SamplingParams(max_new_tokens=self.settings.max_new_tokens, do_sample=False)
-        texts = {self._engine.add(prompt, params): "" for prompt in prompts}
-        missing = set(texts)
-        while missing:
+        answers = {self._engine.add(prompt, params): Answer() for prompt in prompts}
+        while not all(answer.finish_reason for answer in answers.values()):
             for output in self._engine.step():
-                if output.request_id in texts:
-                    texts[output.request_id] += output.text
-                    missing -= {output.request_id} if output.finished else set()
+                if output.request_id in answers:
+                    answers[output.request_id].extend(output)
                 else:
                     self._rollouts.extend(output)
-        answers = list(texts.values())
-        return float(np.mean([self._reward(*pair) for pair in zip(prompts, answers, strict=True)])), answers
+        pairs = list(zip(prompts, answers.values(), strict=True))
+        return float(np.mean([self._reward(*pair) for pair in pairs])), [answer for _, answer in pairs]
 
-    def _prompt(self, number: int) -> str:
+    def _prompt(self, number: int) -> Prompt:
         """The prompt of a group: all prompts in a random order, then all of them in another one."""
         turn, place = divmod(number, len(self._prompts))
         order = np.random.default_rng((self.settings.seed, turn)).permutation(len(self._prompts))

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 try:
     import optax
@@ -30,7 +31,8 @@ def make_update(loss: Loss, optimizer: optax.GradientTransformation) -> Callable
     def update(trained: Any, state: optax.OptState, *data: Any) -> tuple[Any, optax.OptState, Metrics]:
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(trained, *data)
         changes, state = optimizer.update(gradient, state, trained)
-        metrics = {**metrics, "loss": value, "gradient_norm": optax.global_norm(gradient)}
+        squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(gradient)]
+        metrics = {**metrics, "loss": value, "gradient_norm": jnp.sqrt(jnp.sum(jnp.stack(squares)))}
         return optax.apply_updates(trained, changes), state, metrics
 
     return update
