@@ -9,7 +9,7 @@ import numpy as np
 
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
-from fastgen_jax.engine.prompts import TokenIdsInput, checked_token_ids
+from fastgen_jax.engine.prompts import TokenIds, TokenIdsInput, checked_token_ids
 from fastgen_jax.scheduling import Request, SamplingParams
 
 
@@ -61,7 +61,7 @@ def scoring_requests(
     return requests
 
 
-def _request(intake: Intake, tokens: tuple[int, ...], params: SamplingParams | None, *, start: int, num_top: int) -> Request:
+def _request(intake: Intake, tokens: TokenIds, params: SamplingParams | None, *, start: int, num_top: int) -> Request:
     """All but the last token are a prompt, after which the last one comes instead of a sampled one."""
     fixed = {"max_new_tokens": 1, "ignore_eos": True, "logprobs": num_top, "prompt_logprobs": num_top}
     if params is None:
@@ -78,7 +78,7 @@ def _request(intake: Intake, tokens: tuple[int, ...], params: SamplingParams | N
             prompt_logprobs_start=start,
             logprobs_mode="processed",
         )
-    return replace(intake.request(tokens[:-1], scored), next_token_id=tokens[-1])
+    return replace(intake.request(TokenIds(tokens[:-1]), scored), next_token_id=tokens[-1])
 
 
 def scores_of(request: Request, output: RequestOutput | None) -> Scores:

@@ -196,7 +196,7 @@ def test_a_pause_can_finish_requests_while_later_ones_wait(engine: Engine):
     expected = [run_alone(engine, old(), prompt, NUM_NEW) for prompt in PROMPTS]
     box, ids = Outbox(), []
     for prompt in PROMPTS * 3:  # more than run at the same time
-        ids.append(engine.add_request(engine.intake.request(tuple(prompt), greedy(NUM_NEW)), box=box))
+        ids.append(engine.add_request(engine.intake.request(engine.encode(prompt), greedy(NUM_NEW)), box=box))
     add_late = threading.Event()
 
     def add() -> None:
