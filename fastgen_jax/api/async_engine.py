@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,8 +15,12 @@ from fastgen_jax.api.snapshot import take_snapshot
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.outputs import RequestOutput
-from fastgen_jax.engine.prompts import Prompt
+from fastgen_jax.engine.prompts import Prompt, TokenIdsInput
+from fastgen_jax.engine.scoring import Scores, scores_of, scoring_requests
+from fastgen_jax.engine.sleep import WeightsPlace
+from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.json_types import JsonObject
+from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
@@ -259,6 +264,54 @@ class AsyncEngine:
             raise ClosedError(str(error)) from None
         return await future
 
+    async def update_params(
+        self, params: Params | str | os.PathLike[str], *, version: int | None = None, recompute: bool = False
+    ) -> int:
+        """See `Engine.update_params`; steps go on while the weights are read and prepared."""
+        return await self._beside_steps(lambda e: e.update_params(params, version=version, recompute=recompute))
+
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """See `Engine.pause`; requests that are submitted meanwhile wait."""
+        await self._beside_steps(lambda e: e.pause(mode))
+
+    async def resume(self) -> None:
+        """See `Engine.resume`."""
+        await self._beside_steps(lambda e: e.resume())
+
+    async def release_memory(self, *, weights: WeightsPlace | None = "device") -> None:
+        """See `Engine.release_memory`."""
+        await self._beside_steps(lambda e: e.release_memory(weights=weights))
+
+    async def restore_memory(self, params: Params | None = None, *, version: int | None = None) -> None:
+        """See `Engine.restore_memory`."""
+        await self._beside_steps(lambda e: e.restore_memory(params, version=version))
+
+    async def score(
+        self,
+        tokens: Sequence[TokenIdsInput],
+        params: SamplingParams | None = None,
+        *,
+        start: int | Sequence[int] = 1,
+        num_top: int = 0,
+    ) -> list[Scores]:
+        """See `Engine.score`. Raises QueueFullError and ClosedError as `submit` does."""
+        requests = await asyncio.to_thread(scoring_requests, self.intake, tokens, params, start=start, num_top=num_top)
+        streams: list[Stream] = []
+        try:
+            for request in requests:
+                streams.append(self.submit(request))
+            outputs = [[output async for output in stream] for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+        return [scores_of(request, output[-1]) for request, output in zip(requests, outputs, strict=True)]
+
+    async def _beside_steps(self, function: Callable[[Engine], T]) -> T:
+        """Returns `function(engine)`, run in a thread of its own; ClosedError if the engine's thread has ended."""
+        if self._thread.has_ended:
+            raise ClosedError(self.failure or "the engine's thread has ended")
+        return await asyncio.to_thread(function, self._thread.engine)
+
     async def snapshots(self, *, since_step: int | None = None) -> list[JsonObject]:
         """The snapshot of the engine by `take_snapshot`, in a list of one; waits for the current step."""
         snapshot = await self.call(lambda engine: take_snapshot(engine, since_step=since_step))
@@ -268,6 +321,8 @@ class AsyncEngine:
     async def drain(self, timeout: float) -> bool:
         """Refuses new requests and waits until all have ended; False if some have not after `timeout` seconds."""
         self._closed = True
+        if not self._thread.has_ended:
+            await self.resume()  # requests that are paused can end only then
         end = time.monotonic() + timeout
         while self._streams and time.monotonic() < end:
             await asyncio.sleep(0.02)

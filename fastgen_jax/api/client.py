@@ -136,6 +136,7 @@ class _Connection:
             finish_reason=answer["finish_reason"],
             token_ids=tuple(answer["token_ids"]),
             cached_length=answer["cached_length"],
+            weight_versions=tuple((version, count) for version, count in answer["weight_versions"]),
             **logprobs,
         )
 
@@ -344,11 +345,12 @@ def _parse(data: str, counts: dict[int, int]) -> tuple[int, RequestOutput]:
         num_prompt_tokens=event["prompt_length"],
         num_cached_tokens=event["cached_length"],
         num_generated_tokens=counts[index],
+        weight_version=event["weight_version"],
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
 
 
 def _logprob(entry: Sequence[Any]) -> TokenLogprob:
-    token_id, logprob, rank, top, *sampled = entry
-    return TokenLogprob(token_id, logprob, rank, {int(key): value for key, value in top.items()}, *sampled)
+    token_id, logprob, rank, top, *processed = entry
+    return TokenLogprob(token_id, logprob, rank, {int(key): value for key, value in top.items()}, *processed)

@@ -97,6 +97,7 @@ class EngineThread:
         self._step_seconds = 0.0
         self._next_estimate = 0.0
         self._publish()
+        engine.wakers.append(self._nudge)
         self._thread = threading.Thread(target=self._run, name="fastgen-engine", daemon=True)
         _living.add(self)
         _threads.add(self._thread)
@@ -126,6 +127,10 @@ class EngineThread:
         Never blocks, not even on a lock, so that a destructor may call it.
         """
         self._inbox.put(lambda: [self.engine.abort(request_id) for request_id in request_ids])
+
+    def _nudge(self) -> None:
+        """Makes the thread look for work, if it waits for commands."""
+        self._inbox.put(lambda: None)
 
     def call(self, function: Callable[[Engine], object]) -> None:
         """Runs `function` between two steps. Raises RuntimeError if the thread has ended."""
@@ -168,6 +173,8 @@ class EngineThread:
             log.exception("the engine could not recover; it accepts no more requests")
         finally:
             self.has_ended = True
+            with contextlib.suppress(ValueError):
+                self.engine.wakers.remove(self._nudge)
             self._take_last_commands()  # commands that arrived in the meantime must fail too
             self._fail(self.engine.requests_of(self._box), "shutdown", "the server is shutting down")
             self._events += self._box.outputs  # of requests that ended without a step
@@ -178,7 +185,7 @@ class EngineThread:
     def _take_commands(self, *, wait: bool) -> None:
         while True:
             try:
-                command = self._inbox.get(block=wait, timeout=self._seconds_awake if wait else None)
+                command = self._inbox.get(block=wait, timeout=self._seconds_to_wait if wait else None)
             except queue.Empty:
                 return
             command()
@@ -200,6 +207,14 @@ class EngineThread:
         self._stopping = True
 
     @property
+    def _seconds_to_wait(self) -> float | None:
+        """Seconds until something is due although no command comes; None: nothing is."""
+        due = [] if (awake := self._seconds_awake) is None else [awake]
+        if self._deadlines:  # of requests that are paused
+            due.append(max(0.0, self._deadlines[0][0] - time.monotonic()))
+        return min(due, default=None)
+
+    @property
     def _seconds_awake(self) -> float | None:
         """Seconds until the engine sleeps if nothing happens; None: it does not."""
         if self._sleep_idle is None or self.engine.is_asleep:
@@ -211,9 +226,9 @@ class EngineThread:
             self._last_work = time.monotonic()
         elif self._seconds_awake == 0.0:
             self._last_work = time.monotonic()  # if it is busy with the requests of others, try again later
-            if not self.engine.has_work:
+            if not self.engine.has_work and not self.engine.request_ids:
                 with contextlib.suppress(ValueError):
-                    self.engine.sleep(keep_weights=None)
+                    self.engine.release_memory(weights=None)
 
     def _add(self, request: Request, matcher: GrammarMatcher | None, deadline: float | None) -> None:
         self._last_work = time.monotonic()
@@ -230,7 +245,7 @@ class EngineThread:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request_id = heapq.heappop(self._deadlines)
             self._fail([request_id], "deadline", "the deadline of the request passed before it was finished")
-        if not self._has_work:
+        if not self._has_work and not self.engine.is_paused:
             self._deadlines.clear()
 
     @property

@@ -13,7 +13,7 @@ from fastgen_jax.api.progress import Progress
 from fastgen_jax.api.sharing import Outputs, SharedEngine, Stream
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
-from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
+from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob, VersionRuns
 from fastgen_jax.engine.prompts import Prompt, TokenIds, split_prompts
 from fastgen_jax.scheduling import SamplingParams
 
@@ -38,6 +38,8 @@ class Response:
     """One entry for each prompt token except the first, with `prompt_logprobs`."""
     cached_length: int = 0
     """Prompt tokens whose keys and values were in the prefix cache."""
+    weight_versions: tuple[tuple[int, int], ...] = ()
+    """Versions of the weights that generated the tokens, in order, each with how many; see `Engine.update_params`."""
 
     def __str__(self) -> str:
         return self.generated_text
@@ -184,6 +186,7 @@ class _Answer:
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
+        self._versions = VersionRuns()
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: tuple[TokenLogprob, ...] | None = None
         self._last: RequestOutput | None = None
@@ -191,6 +194,7 @@ class _Answer:
     def add(self, output: RequestOutput) -> None:
         self._texts.append(output.text)
         self._token_ids += output.new_token_ids
+        self._versions.add(output)
         self._logprobs += output.logprobs or ()
         self._prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
         self._last = output
@@ -208,6 +212,7 @@ class _Answer:
             logprobs=tuple(self._logprobs) if last.logprobs is not None else None,
             prompt_logprobs=self._prompt_logprobs,
             cached_length=last.num_cached_tokens,
+            weight_versions=self._versions.runs,
         )
 
 

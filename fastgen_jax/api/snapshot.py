@@ -22,6 +22,8 @@ def take_snapshot(engine: Engine, *, since_step: int | None = None) -> JsonObjec
         steps = [tuple(step) for step in metrics.timeline if step.number >= since_step]
     return {
         "asleep": engine.is_asleep,
+        "paused": engine.is_paused,
+        "weight_version": engine.weight_version,
         "running": engine.num_running,
         "waiting": engine.num_waiting,
         "blocks": engine.config.num_blocks,

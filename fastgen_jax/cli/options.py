@@ -21,7 +21,8 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_flag(parser)
     add_fields(parser.add_argument_group("engine"), EngineConfig)
     # The commands print one text per prompt.
-    add_fields(parser.add_argument_group("generation"), SamplingParams, skip=("n", "logprobs", "prompt_logprobs"))
+    skip = ("n", "logprobs", "prompt_logprobs", "prompt_logprobs_start", "logprobs_mode")
+    add_fields(parser.add_argument_group("generation"), SamplingParams, skip=skip)
 
 
 def make_pipeline(options: Options) -> tuple[Pipeline, Options]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -21,10 +21,11 @@ from fastgen_jax.engine.journal import Journal
 from fastgen_jax.engine.metrics import Metrics
 from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState
 from fastgen_jax.engine.programs import Program
-from fastgen_jax.engine.prompts import Prompt, TokenIds
-from fastgen_jax.engine.replacement import replacement_params
-from fastgen_jax.engine.sleep import Sleep
+from fastgen_jax.engine.prompts import Prompt, TokenIds, TokenIdsInput
+from fastgen_jax.engine.scoring import Scores, scores_of, scoring_requests
+from fastgen_jax.engine.sleep import Sleep, WeightsPlace
 from fastgen_jax.engine.stepper import Stepper
+from fastgen_jax.engine.updating import PauseMode, Updating
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import Request, SamplingParams, Scheduler
@@ -97,6 +98,9 @@ class Engine:
         self._journal = Journal(self.runner, self.scheduler, self.manual_sequences, self.metrics)
         self._stepper = Stepper(self.config, self.runner, self.scheduler, self._journal, self.metrics)
         self._sleep = Sleep(self.runner, self.scheduler, self.metrics)
+        self._updating = Updating(
+            self.runner, self.scheduler, self._journal, self.manual_sequences, self._stepper, self._sleep, step=self.step
+        )
         missing = [budget for budget in self.config.budget_ladder if budget not in self.runner.budgets]
         self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)
         if missing:
@@ -166,7 +170,8 @@ class Engine:
         journal, request_id, state = self._journal, request.request_id, None
         try:
             with journal.turn, journal.lock:
-                self._wake_if_asleep()
+                if not self.scheduler.is_held:  # else the memory may be in use, and the request cannot run yet
+                    self._wake_if_asleep()
                 journal.begin()
                 try:
                     sequence = self.scheduler.add(request)
@@ -202,7 +207,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is unfinished, a step has not been read, or outputs have not been taken."""
+        """Whether a request is unfinished and not paused, a step has not been read, or outputs have not been taken."""
         return self._journal.has_work
 
     def has_work_for(self, box: Outbox) -> bool:
@@ -251,13 +256,7 @@ class Engine:
             pass
         with journal.lock:
             if not (journal.is_destroyed and box.outputs):
-                journal.begin()
-                try:
-                    self._stepper.step()
-                except Exception as error:
-                    journal.failure = f"{type(error).__name__}: {error}"
-                    raise
-                journal.is_open = False
+                journal.run(self._stepper.step)
         # No calls from here on: an exception from outside is raised before all of this, or after the caller has the outputs.
         outputs = box.outputs
         box.outputs = []
@@ -281,7 +280,8 @@ class Engine:
         journal = self._journal
         with journal.turn, journal.lock:
             journal.check()
-            self._refuse_while_busy("a step can be measured")
+            self._updating.refuse_requests("a step can be measured")
+            self._updating.refuse_sequences("a step can be measured")
             self._wake_if_asleep()
             journal.begin()
             self.scheduler.start_over(())
@@ -297,7 +297,8 @@ class Engine:
         with journal.turn, journal.lock:
             if journal.is_destroyed:
                 return False
-            if journal.is_open or self.runner.is_asleep:  # interrupted, and the next user repairs it; or without memory
+            # Interrupted, and the next user repairs it; or without memory or weights.
+            if journal.is_open or self.runner.is_asleep or self.runner.weights_are_lost:
                 self.runner.add(program, warm=False)
             else:
                 journal.exclusive(lambda: self.runner.add(program))
@@ -317,73 +318,133 @@ class Engine:
             self._wake_if_asleep()
             return journal.exclusive(operation)
 
+    # Weights and pauses
+
     @property
     def params(self) -> Params:
-        """The weights in the form that the engine uses: in its dtype, packed for a CPU, or quantized as configured.
-
-        Assign weights of the same model, plain (as `load_params` and `init_params` return them) or prepared, to replace
-        them; an engine that is asleep wakes with them. Plain weights are prepared as at startup; the compiled programs
-        are kept; cached prefixes are dropped. For a moment both sets are in memory. Raises ValueError, and changes
-        nothing, if a weight is missing, unexpected or of another shape or kind, and while there are requests or manual
-        sequences, whose keys and values come from the old weights.
-        """
+        """The weights in the form that the engine uses: in its dtype, packed for a CPU, or quantized as configured."""
         if self.is_asleep:
-            raise ValueError("the engine is asleep; call engine.wake() before its weights are read")
+            raise ValueError("the engine is asleep; call engine.restore_memory() before its weights are read")
         return self.runner.params
 
-    @params.setter
-    def params(self, params: Params) -> None:
-        def replace() -> None:
-            if self.is_asleep:
-                return self._sleep.wake(params)
-            self._refuse_while_busy("weights can be replaced")
-            prepared = replacement_params(params, self.runner.params, self.model, self.config)
-            self.scheduler.reset_prefix_cache()  # first: an interrupt between the two then costs no more than the prefixes
-            self._sleep.reload = None
-            self.runner.replace_params(prepared)
-            return None
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights: 0 at first. Each output has that of the weights that computed its token."""
+        return self.runner.weight_version
 
-        self._journal.exclusive(replace)
+    def update_params(
+        self, params: Params | str | os.PathLike[str], *, version: int | None = None, recompute: bool = False
+    ) -> int:
+        """Replaces the weights between two steps and returns their version, `version` or the next one.
+
+        `params` are weights of the same model: plain, as `load_params` and `init_params` return them, prepared, or a
+        checkpoint in any form that `from_pretrained` reads. Arrays that have the dtype, the form and the place with which
+        the engine computes are used as they are, without a copy; they stay the caller's and are never deleted. Others are
+        prepared as at startup. Nothing is compiled. For a moment both sets are in memory.
+
+        No later request uses a cached prefix of the old weights. Unfinished requests continue with the new weights after
+        their last token; the keys and values of their tokens stay those of the old weights or, with `recompute`, are
+        computed again. Log-probabilities of a prompt come from one version: if they are incomplete, they start over.
+
+        An engine without memory (`release_memory`) takes it with these weights. Raises ValueError, and changes nothing, if
+        a weight is missing, unexpected or of another shape or kind, or there are sequences of `Research`.
+        """
+        return self._updating.update(params, version=version, recompute=recompute)
+
+    def pause(self, mode: PauseMode = "keep") -> None:
+        """Returns when no step runs and none will until `resume`; requests that are added meanwhile wait.
+
+        Unfinished requests stay as they are with "keep", end with reason "abort" and the tokens that they have with
+        "abort", and are finished first with "wait". While the engine is paused, `has_work` is false for requests that are
+        kept, and `step` returns nothing of them.
+        """
+        self._updating.pause(mode)
+
+    def resume(self) -> None:
+        """Ends a pause. If the memory was released and there are requests, it is restored first."""
+        self._updating.resume()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether no request may run until `resume`."""
+        return self.scheduler.is_paused
+
+    @property
+    def wakers(self) -> list[Callable[[], object]]:
+        """Functions to call after `pause` and `resume`, for threads that step and wait while there is nothing to do."""
+        return self._updating.wakers
+
+    def score(
+        self,
+        tokens: Sequence[TokenIdsInput],
+        params: SamplingParams | None = None,
+        *,
+        start: int | Sequence[int] = 1,
+        num_top: int = 0,
+    ) -> list[Scores]:
+        """The log-probability of each token of some sequences, given the tokens before it.
+
+        They are the numbers that `logprobs` of the same tokens has when they are generated: the same steps compute both. On
+        a CPU with native kernels they are equal to the last bit. With `params`, the processed ones are computed too, for
+        its temperature, top-k, top-p, min-p and logit bias; its other fields have no effect.
+
+        `start`, one number or one per sequence, is the position of the first token to score; the tokens before it may come
+        from the prefix cache. `num_top` is how many of the most likely tokens `Scores.top` lists at each position. The
+        requests run beside others, in the steps of this call. No array is larger than `max_num_seqs` rows of logits.
+
+        Raises ValueError for a sequence that could not run, or of fewer than 2 tokens, and while the engine is paused.
+        """
+        requests = scoring_requests(self.intake, tokens, params, start=start, num_top=num_top)
+        if self.scheduler.is_held:
+            raise ValueError("the engine is paused, so that nothing can be scored; call engine.resume() first")
+        box, outputs = Outbox(), dict[str, RequestOutput]()
+        try:
+            for request in requests:
+                self.add_request(request, box=box)
+            while self.has_work_for(box):
+                outputs.update((output.request_id, output) for output in self.step(box))
+        except BaseException:
+            for request in requests:
+                self.abort(request.request_id)
+            raise
+        return [scores_of(request, outputs.get(request.request_id)) for request in requests]
 
     def reset_prefix_cache(self) -> None:
         """Drops every cached prefix: no later request finds one computed before this call. Running requests continue."""
         self._journal.exclusive(self.scheduler.reset_prefix_cache)
 
-    # Sleep
+    # Memory
 
     @property
     def is_asleep(self) -> bool:
-        """Whether the memory of cache and weights has been given back; see `sleep`."""
+        """Whether the engine has released its memory; see `release_memory`."""
         return self.runner.is_asleep
 
-    def sleep(self, *, keep_weights: bool | None = False) -> None:
-        """Gives the memory of the KV cache and the weights back until `wake`, or until the next request; programs stay.
+    def release_memory(self, *, weights: WeightsPlace | None = "device") -> None:
+        """Gives the memory of the KV cache back until `restore_memory`, or until the next request; programs stay.
 
-        `keep_weights` keeps a copy of the weights in host memory, so that waking does not read them; on a CPU only the
-        cache is freed then. Without it, an engine wakes with the weights of its checkpoint; one that was made from
-        weights in memory, or whose `params` were replaced, wakes only with new ones: `wake(params)`. None: keep them if
-        they cannot be read again, or if an accelerator's fit easily on the host. Cached prefixes are dropped. Raises
-        ValueError while there are requests or manual sequences.
+        The weights stay where they are, or move to "host" memory, or are "dropped". The engine then restores those of its
+        checkpoint; if they do not come from one, it needs new ones: `restore_memory(params)`. Weights of the caller are
+        never deleted, and on a CPU "host" and "device" are the same. None: drop them if they can be read again, unless an
+        accelerator's fit easily on the host.
+
+        Cached prefixes are dropped, and requests that a pause has kept are computed again. Raises ValueError while there
+        are requests and the engine is not paused, and while there are sequences of `Research`.
         """
+        self._updating.release(weights)
 
-        def fall_asleep() -> None:
-            self._refuse_while_busy("it can sleep")
-            self._sleep.fall_asleep(keep_weights=self._sleep.keeps_weights if keep_weights is None else keep_weights)
+    def restore_memory(self, params: Params | None = None, *, version: int | None = None) -> None:
+        """Takes the memory again after `release_memory`, with new weights if given; does nothing if the engine has it.
 
-        self._journal.exclusive(fall_asleep)
-
-    def wake(self, params: Params | None = None) -> None:
-        """Takes the memory again after `sleep`, with `params` if given; does nothing if the engine is awake.
-
-        `params` are new weights of the same model, as for `params`. A request does the same without arguments. An exception
-        leaves the engine asleep, and the next call tries again. Raises ValueError if there are no weights to wake with, or
-        the checkpoint is gone.
+        `params` and `version` are as for `update_params`. A request does the same without arguments, unless the engine is
+        paused. An exception leaves the engine without memory, and the next call tries again. Raises ValueError if there are
+        no weights, or the checkpoint is gone.
         """
-        self._journal.exclusive(lambda: self._sleep.wake(params))
+        self._updating.restore(params, version=version)
 
     def _wake_if_asleep(self) -> None:
         if self.runner.is_asleep:
-            self.wake()
+            self.restore_memory()
 
     def destroy(self) -> None:
         """Frees the cache, and the weights if the engine loaded them; any later use raises ValueError.
@@ -395,10 +456,3 @@ class Engine:
         self._journal.destroy()
         self._compiler.wait()
         self._sleep.forget()
-
-    def _refuse_while_busy(self, what: str) -> None:
-        if self.has_work or len(self.manual_sequences):
-            raise ValueError(
-                f"the engine has {self.num_running + self.num_waiting} requests and {len(self.manual_sequences)} sequences "
-                f"of put; {what} only while it is idle: finish or abort the requests, flush the sequences"
-            )

@@ -25,6 +25,8 @@ class InFlight(NamedTuple):
     timer: StepTimer
     times: StepTimes
     """Times up to the dispatch."""
+    weight_version: int
+    """Of the weights that it computes with."""
 
 
 class Journal:
@@ -57,13 +59,19 @@ class Journal:
         self.is_destroyed = False
 
     @property
-    def has_work(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether a request is unfinished, a step has not been read, or outputs have not been taken."""
         return bool(self.states or self.in_flight or self.box.outputs)
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something: the engine is busy, and not only with requests that are paused."""
+        return self.is_busy and bool(self.in_flight or self.box.outputs or not self._scheduler.is_paused)
+
     def has_work_for(self, box: Outbox) -> bool:
         """Whether a step would do something for the requests of `box`, or for a step in flight that no request waits for."""
-        states = [*self.states.values()]  # copied by one call: another thread may be stepping
+        # Copied by one call: another thread may be stepping.
+        states = [] if self._scheduler.is_paused else [*self.states.values()]
         # In this order: the last output of a request is in the box no later than the request is removed.
         return any(state.box is box for state in states) or bool(self.in_flight and not states) or bool(box.outputs)
 
@@ -109,10 +117,43 @@ class Journal:
         with self.turn, self.lock:
             self.is_destroyed = True
             for state in [*self.states.values()]:
-                self.publish(state.failed("the engine was destroyed"), state)
+                self.publish(state.ended("the engine was destroyed"), state)
             self.in_flight.clear()
             self.dispatching = None
             self._runner.destroy()
+
+    def run(self, operation: Callable[[], object]) -> None:
+        """Runs an operation of the stepper, which fails as a step does: if it raises, its requests end.
+
+        They continue if someone deleted the weights: the engine is then paused, so that new ones can be passed.
+        """
+        self.begin()
+        try:
+            operation()
+        except Exception as error:
+            if self._runner.weights_are_lost:
+                self._scheduler.hold(only_new=False)
+                raise RuntimeError(
+                    "the weights of the engine were deleted, for example because a trainer's step has donated them; the "
+                    "engine is paused: pass the new ones to engine.update_params(params), then call engine.resume()"
+                ) from error
+            self.failure = f"{type(error).__name__}: {error}"
+            raise
+        self.is_open = False
+
+    def start_over(self) -> None:
+        """Completes an operation by computing everything that unfinished requests need again; forgets steps in flight."""
+        self.is_open = True
+        self._repair(None)
+
+    def abort_all(self) -> None:
+        """Ends all requests, each with an output."""
+        self.begin()
+        for request_id, state in [*self.states.items()]:
+            self.publish(state.ended(), state)
+            self._scheduler.abort(request_id)
+            self._metrics.aborted += 1
+        self.is_open = False
 
     def publish(self, output: RequestOutput, state: RequestState) -> None:
         """Puts an output into its box, and counts its tokens as known."""
@@ -136,7 +177,7 @@ class Journal:
                 self.states.pop(state.sequence.request_id)
             else:
                 why = f"the step that computed this request failed ({self.failure}); send it again"
-                self.publish(state.failed(why), state)
+                self.publish(state.ended(why), state)
             self._metrics.aborted += 1
         self._runner.reset(keep=not failed)
         self.in_flight.clear()

@@ -17,17 +17,21 @@ from fastgen_jax.text.grammar import GrammarMatcher
 
 
 class TokenLogprob(NamedTuple):
-    """Log-probability of one token under the model: before logits processor, penalties, bias and temperature."""
+    """Log-probabilities of one token: raw, and processed."""
 
     token_id: int
     logprob: float
+    """Raw, of the model: before logits processor, penalties, bias and temperature."""
     rank: int
-    """1 for the most probable token of the vocabulary."""
+    """1 for the most probable token of the vocabulary, raw."""
     top: dict[int, float]
-    """The most probable tokens, best first: token id -> log-probability."""
-    sampled_logprob: float | None = None
-    """Log-probability with which this token was drawn, after all of the above and top-k, top-p and min-p; 0 for greedy
-    decoding. None for a prompt token."""
+    """The most probable tokens, best first: token id -> raw log-probability."""
+    processed_logprob: float | None = None
+    """With which this token was drawn: after all of the above, masks, and top-k, top-p and min-p. 0 for greedy decoding,
+    -inf for a prompt token that is never drawn. None for a prompt token, unless `logprobs_mode` is "processed"."""
+    log_kept_mass: float | None = None
+    """Natural logarithm of the probability that top-k, top-p and min-p kept. `processed_logprob + log_kept_mass` is the
+    log-probability without these three, over the whole vocabulary. None as above."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -49,6 +53,8 @@ class RequestOutput:
     num_cached_tokens: int
     """Prompt tokens whose keys and values were already in the cache."""
     num_generated_tokens: int
+    weight_version: int = 0
+    """The version of the weights that computed the new token; see `Engine.update_params`."""
     queue_seconds: float = 0.0
     """From the request's arrival to the first step that computed for it."""
     error: str | None = None
@@ -58,6 +64,26 @@ class RequestOutput:
         end = f", finish_reason={self.finish_reason!r}" if self.finished else ""
         error = f", error={self.error!r}" if self.error else ""
         return f"RequestOutput({self.request_id!r}, {self.text!r}, new_token_ids={self.new_token_ids}{end}{error})"
+
+
+class VersionRuns:
+    """The versions of the weights that generated the tokens of an answer, run-length encoded."""
+
+    def __init__(self) -> None:
+        self._runs: list[list[int]] = []
+
+    def add(self, output: RequestOutput) -> None:
+        """Adds the tokens of the next output."""
+        count = len(output.new_token_ids)
+        if self._runs and self._runs[-1][0] == output.weight_version:
+            self._runs[-1][1] += count
+        elif count:
+            self._runs.append([output.weight_version, count])
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Each version, in order, with its number of tokens."""
+        return tuple((version, count) for version, count in self._runs)
 
 
 class Outbox:
@@ -86,7 +112,9 @@ class RequestState:
         self._tokenizer = tokenizer
         params = sequence.request.params
         self.prompt_logprobs: list[TokenLogprob] = []
+        self._first_prompt_logprob = max(1, params.prompt_logprobs_start)
         self._num_returned = 0
+        self._weight_version = 0
         self._queue_seconds: float | None = None
         self._detokenizer = None
         self._stops = None
@@ -102,15 +130,20 @@ class RequestState:
         for token_id in self.sequence.output_token_ids:
             state.advance([token_id], [])
         state.num_known = self.num_known
-        state._queue_seconds = self._queue_seconds
+        state._queue_seconds, state._weight_version = self._queue_seconds, self._weight_version
         return state
 
-    def failed(self, error: str) -> RequestOutput:
-        """The last output of a request that ends without another token, because of `error`."""
+    def ended(self, error: str | None = None) -> RequestOutput:
+        """The last output of a request that ends without another token: it was aborted, or there was an `error`."""
+        text = ""
+        if error is None and self._detokenizer is not None:
+            text = self._detokenizer.flush()
+            if self._stops is not None:  # a stop string that has not come whole is text
+                text = self._stops.push(text, may_end=False)[0] + self._stops.flush()[0]
         return RequestOutput(
             request_id=self.sequence.request_id,
             new_token_ids=(),
-            text="",
+            text=text,
             finished=True,
             finish_reason="abort",
             logprobs=None,
@@ -118,9 +151,15 @@ class RequestState:
             num_prompt_tokens=self.sequence.num_prompt_tokens,
             num_cached_tokens=self.sequence.num_cached,
             num_generated_tokens=self.num_known,
+            weight_version=self._weight_version,
             queue_seconds=self._queue_seconds or 0.0,
             error=error,
         )
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted and have not been returned."""
+        return not self._num_returned and self.sequence.request.params.prompt_logprobs is not None
 
     def note_start(self) -> None:
         """Records that the request runs now; calls after a preemption have no effect."""
@@ -129,10 +168,10 @@ class RequestState:
 
     def add_prompt_logprob(self, position: int, logprob: TokenLogprob) -> None:
         """Stores the log-probability of the prompt token at `position`, unless it was computed again after a preemption."""
-        if position == len(self.prompt_logprobs) + 1:
+        if position == len(self.prompt_logprobs) + self._first_prompt_logprob:
             self.prompt_logprobs.append(logprob)
 
-    def advance(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob]) -> RequestOutput:
+    def advance(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob], *, weight_version: int = 0) -> RequestOutput:
         """The output for `token_ids`; finished if the sequence or its grammar has ended, or a stop string was found."""
         sequence = self.sequence
         params = sequence.request.params
@@ -152,6 +191,7 @@ class RequestState:
                     rest, match = self._stops.flush()
                     text += rest
                 stopped = match is not None
+        self._weight_version = weight_version
         first = self._num_returned == 0
         self._num_returned += len(token_ids)
         finished = stopped or ended
@@ -169,6 +209,7 @@ class RequestState:
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached,
             num_generated_tokens=self._num_returned,
+            weight_version=weight_version,
             queue_seconds=self._queue_seconds or 0.0,
             error=error,
         )
@@ -191,7 +232,8 @@ class SampledRows:
                 wants_logprobs |= params.logprobs is not None or params.prompt_logprobs is not None
         self._logprobs: tuple[np.ndarray, ...] | None = None
         if wants_logprobs:
-            arrays = (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs, sampled.sampled_logprobs)
+            arrays = (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
+            arrays += (sampled.processed_logprobs, sampled.log_kept_masses)
             self._logprobs = tuple(map(np.asarray, arrays))
 
     @property
@@ -199,19 +241,20 @@ class SampledRows:
         """The tokens of the sequences in `Step.sampled`, in order."""
         return [self.tokens[end - 1] for end, chunk in self.chunks if chunk.samples]
 
-    def logprob(self, row: int, token_id: int, num_top: int, *, sampled: bool) -> TokenLogprob:
-        """The log-probability of `token_id`, which is the token sampled in `row` or, if not `sampled`, the row's target."""
+    def logprob(self, row: int, token_id: int, num_top: int, *, processed: bool) -> TokenLogprob:
+        """The log-probabilities of `token_id`, which is the token sampled in `row` or the row's target."""
         assert self._logprobs is not None
-        logprobs, ranks, top_ids, top_logprobs, sampled_logprobs = self._logprobs
+        logprobs, ranks, top_ids, top_logprobs, processed_logprobs, log_kept_masses = self._logprobs
         top = dict(zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True))
-        return TokenLogprob(
-            token_id, float(logprobs[row]), int(ranks[row]), top, float(sampled_logprobs[row]) if sampled else None
-        )
+        more = (float(processed_logprobs[row]), float(log_kept_masses[row])) if processed else ()
+        return TokenLogprob(token_id, float(logprobs[row]), int(ranks[row]), top, *more)
 
-    def prompt_logprobs(self, end: int, chunk: Chunk, num_top: int) -> Iterator[tuple[int, TokenLogprob]]:
+    def prompt_logprobs(self, end: int, chunk: Chunk) -> Iterator[tuple[int, TokenLogprob]]:
         """Position and log-probability of each prompt token that a row of `chunk`, which ends before row `end`, predicts."""
-        prompt = chunk.sequence.request.prompt_token_ids
+        params, prompt = chunk.sequence.request.params, chunk.sequence.request.prompt_token_ids
+        processed = params.logprobs_mode == "processed"
+        assert params.prompt_logprobs is not None
         for back in range(chunk.num_sample_rows, 0, -1):
             position = chunk.start + chunk.length - back + 1
             if position < len(prompt):
-                yield position, self.logprob(end - back, prompt[position], num_top, sampled=False)
+                yield position, self.logprob(end - back, prompt[position], params.prompt_logprobs, processed=processed)

@@ -13,7 +13,7 @@ import numpy as np
 from fastgen_jax.core import RaggedBatch
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
-from fastgen_jax.scheduling import Step
+from fastgen_jax.scheduling import Chunk, Step
 from pallas_kernels.ragged_attention import RaggedIndex
 
 T = TypeVar("T")
@@ -173,6 +173,9 @@ class Packer:
             rows, row_slots, positions = ends[sampled] - 1, slots[sampled], contexts[sampled]
             writes = np.array([step.chunks[i].samples for i in sampled], np.int32)
             wanted: dict[int, int] = {}
+            if not writes.all():
+                chunks = [step.chunks[i] for i in sampled]
+                wanted = {row: t for row, chunk in enumerate(chunks) if (t := _token_after(chunk)) is not None}
         else:
             rows, row_slots, positions, writes, wanted = [], [], [], [], {}
             for i, chunk in enumerate(step.chunks):
@@ -187,10 +190,19 @@ class Packer:
                     positions.append(position)
                     writes.append(int(samples))
             rows, row_slots, positions, writes = (np.array(x, np.int32) for x in (rows, row_slots, positions, writes))
+        given = self._tables.next_tokens
+        if given:
+            wanted |= {row: given[slot] for row, slot in enumerate(row_slots.tolist()) if slot in given and writes[row]}
         n = len(rows)
         v["sample_rows"][:n] = rows
         v["num_sample_rows"][...] = n
         self._tables.fill(_sampling_part(v), slots=row_slots, positions=positions, writes_token=writes, targets=wanted)
+
+
+def _token_after(chunk: Chunk) -> int | None:
+    """The prompt token that the last row of a chunk predicts; None if it samples one."""
+    prompt, position = chunk.sequence.request.prompt_token_ids, chunk.start + chunk.length
+    return prompt[position] if not chunk.samples and position < len(prompt) else None
 
 
 def _sampling_part(arrays: Mapping[str, T]) -> dict[str, T]:

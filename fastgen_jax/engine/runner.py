@@ -30,6 +30,8 @@ class Runner:
     def __init__(self, params: Params, model: ModelConfig, config: ResolvedConfig, *, folder: Folder | None = None) -> None:
         """Allocates the memory; `folder` is that of `Programs`."""
         self.params = params
+        self.weight_version = 0
+        """The version of the weights, which outputs carry."""
         self.model = model
         self.config = config
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
@@ -39,7 +41,7 @@ class Runner:
         self._made: list[weakref.ref[jax.Array]] = []
         self.is_asleep = False
         """Whether cache, state and weights have been released."""
-        use_huge_pages(_read_whole(params))
+        use_huge_pages(read_whole(params))
         self._allocate()
 
     def reset(self, *, keep: bool = False) -> None:
@@ -70,11 +72,12 @@ class Runner:
             _delete([array for ref in self._made if (array := ref()) is not None])
         self.params = {}
 
-    def restore(self, params: Params, *, own: bool) -> None:
-        """Undoes `release`, with weights as before and an empty cache; with `own` it becomes the owner of the weights."""
+    def restore(self, params: Params, *, version: int, own: bool) -> None:
+        """Undoes `release`, with an empty cache; with `own` it becomes the owner of the weights."""
         _delete(jax.tree.leaves((self.kv_cache, self.state)))
         self._allocate()
-        self.replace_params(params)
+        use_huge_pages(read_whole(params))
+        self.replace_params(params, version=version)
         if own:
             self.own_params()
         self.is_asleep = False
@@ -137,18 +140,22 @@ class Runner:
         return output
 
     @property
+    def weights_are_lost(self) -> bool:
+        """Whether someone deleted the weights, for example a trainer whose step has donated them."""
+        return not self._made and any(leaf.is_deleted() for leaf in jax.tree.leaves(self.params))
+
+    @property
     def memory_is_lost(self) -> bool:
         """Whether a step took the KV cache or the sampler's state and its results were lost, so that a `reset` is needed."""
         return not self.is_asleep and any(leaf.is_deleted() for leaf in jax.tree.leaves((self.kv_cache, self.state)))
 
-    def replace_params(self, params: Params) -> None:
+    def replace_params(self, params: Params, *, version: int) -> None:
         """Computes with `params` from the next step on; they must have the shapes and dtypes that the programs expect.
 
         It does not own them: they may share arrays with weights of the caller.
         """
-        use_huge_pages(_read_whole(params))
         self._made = []
-        self.params = params
+        self.params, self.weight_version = params, version
 
     def copy_block(self, source: int, target: int) -> None:
         """Copies KV block `source` to block `target` in all layers. One small program serves all blocks."""
@@ -196,7 +203,7 @@ class Runner:
         return min(times[1:])
 
 
-def _read_whole(params: Params) -> Params:
+def read_whole(params: Params) -> Params:
     """The weights that every step reads completely."""
     return {name: leaf for name, leaf in params.items() if name != "embed" or "lm_head" not in params}
 

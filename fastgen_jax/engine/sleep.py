@@ -1,10 +1,11 @@
-"""An engine without work gives its memory back, and takes it again for the next request."""
+"""An engine gives its memory back, and takes it again."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import numpy as np
@@ -19,11 +20,14 @@ from fastgen_jax.scheduling import Scheduler
 
 log = logging.getLogger(__name__)
 
+WeightsPlace = Literal["device", "host", "dropped"]
+"""Where the weights of an engine are that has released its memory."""
+
 HOST_SHARE = 0.5  # of the host's free memory: an accelerator's weights that take less are kept there
 
 
 class Sleep:
-    """Frees the cache and the weights of an idle engine and restores them; compiled programs stay.
+    """Frees the cache and, if told, the weights of an engine that runs nothing, and restores them; programs stay.
 
     The caller holds the engine's locks. An exception leaves the engine asleep or awake, and a repetition finishes the work.
     """
@@ -34,41 +38,42 @@ class Sleep:
         self._metrics = metrics
         self.reload: Callable[[], Params] | None = None
         """Reads the current weights again; None if they are not those of a checkpoint."""
-        self._form: Params = {}  # shapes, dtypes and places of the weights
+        self.form: Params = {}
+        """Shapes, dtypes and places of the weights, while asleep."""
         self._kept: Params | None = None  # the weights, while asleep
 
     @property
-    def keeps_weights(self) -> bool:
-        """Whether to keep the weights when nobody has decided: if they cannot be read again, or fit on the host."""
+    def best_place(self) -> WeightsPlace:
+        """Where to keep the weights when nobody has decided: nowhere if they can be read again."""
         if self.reload is None:
-            return True
+            return "host"
         if jax.default_backend() == "cpu":
-            return False
-        return _num_bytes(self._runner.params) < HOST_SHARE * available()
+            return "dropped"
+        return "host" if _num_bytes(self._runner.params) < HOST_SHARE * available() else "dropped"
 
-    def fall_asleep(self, *, keep_weights: bool) -> None:
-        """Frees the cache, and the weights or, with `keep_weights`, the device's copy of them."""
+    def fall_asleep(self, weights: WeightsPlace) -> None:
+        """Frees the cache, and the device's weights unless they stay there; on a CPU the device is the host."""
         runner = self._runner
         if runner.is_asleep:
-            if not keep_weights:
+            if weights == "dropped":
                 self._kept = None
             return
         form = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), runner.params)
         freed = _num_bytes((runner.kv_cache, runner.state))
-        kept = None
-        on_host = jax.default_backend() == "cpu"
-        if keep_weights:
-            kept = runner.params if on_host else jax.tree.map(np.asarray, runner.params)
-        if not (keep_weights and on_host):
+        stay = weights == "device" or (weights == "host" and jax.default_backend() == "cpu")
+        kept = runner.params if stay else None
+        if weights == "host" and not stay:
+            kept = jax.tree.map(np.asarray, runner.params)
+        if not stay:
             freed += _num_bytes(runner.params)
         self._scheduler.reset_prefix_cache()
-        self._form, self._kept = form, kept
-        runner.release(delete_params=not (keep_weights and on_host))
+        self.form, self._kept = form, kept
+        runner.release(delete_params=not stay)
         give_back()
         self._metrics.sleeps += 1
         log.info("asleep: %s freed", size(freed))
 
-    def wake(self, params: Params | None) -> None:
+    def wake(self, params: Params | None, *, version: int | None = None) -> None:
         """Takes the memory again, with `params`, or the weights from before.
 
         Raises ValueError if there are none, or as `replacement_params` and loading a checkpoint do.
@@ -76,13 +81,14 @@ class Sleep:
         runner = self._runner
         if not runner.is_asleep:
             if params is not None:
-                raise ValueError("the engine is awake; assign engine.params to replace its weights")
+                raise ValueError("the engine has its memory; call engine.update_params(params) to replace its weights")
             return
         start = time.perf_counter()
         if params is not None:
-            restored, own, reload = replacement_params(params, self._form, runner.model, runner.config), False, None
+            restored, own, reload = replacement_params(params, self.form, runner.model, runner.config), False, None
+            version = runner.weight_version + 1 if version is None else version
         elif self._kept is not None:
-            restored, own, reload = _placed(self._kept, self._form), runner.owned_params, self.reload
+            restored, own, reload = _placed(self._kept, self.form), runner.owned_params, self.reload
         elif self.reload is not None:
             try:
                 restored, own, reload = self.reload(), True, self.reload
@@ -93,9 +99,9 @@ class Sleep:
         else:
             raise ValueError(
                 "the engine is asleep without its weights, which are not those of a checkpoint; pass them to "
-                "engine.wake(params), or keep them with engine.sleep(keep_weights=True)"
+                "engine.restore_memory(params), or keep them with engine.release_memory(weights='host')"
             )
-        runner.restore(restored, own=own)
+        runner.restore(restored, version=runner.weight_version if version is None else version, own=own)
         self._kept, self.reload = None, reload
         self._metrics.wakes += 1
         log.info("awake after %.1f s", time.perf_counter() - start)
@@ -106,7 +112,7 @@ class Sleep:
 
 
 def _placed(kept: Params, form: Params) -> Params:
-    """The kept weights where they were; on a CPU they are there."""
+    """The kept weights where they were; those that stayed there are not copied."""
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), kept, form)
 
 

@@ -84,13 +84,13 @@ def load(
 
 
 def reload(path: Path, model: ModelConfig, config: ResolvedConfig) -> Params:
-    """The weights of a checkpoint that was loaded before, in the form that its engine computes with.
+    """The weights of a checkpoint in the form that an engine of this model computes with.
 
-    Raises ValueError if it is gone, or no longer a checkpoint of this model.
+    Raises ValueError if there is none, or it is one of another model.
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.config != model:
-        raise ValueError(f"{path} now holds another model than the one that was loaded from it")
+        raise ValueError(f"{path} holds another model than this engine's")
     return prepare_params(_read_weights(checkpoint, config, progress=False), model, config)
 
 

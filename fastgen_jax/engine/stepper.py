@@ -39,7 +39,9 @@ class Stepper:
                 packed = self._pack(step, bucket)
             with timer("dispatch"):
                 output = self._runner.run(packed, bucket)
-            journal.in_flight.append(InFlight(step, output, timer, self._count(step, bucket, timer)))
+            journal.in_flight.append(
+                InFlight(step, output, timer, self._count(step, bucket, timer), self._runner.weight_version)
+            )
             journal.dispatching = None
         self._end_refused()
         # With overlap one step stays in flight while the host works, unless no step was dispatched after it.
@@ -48,6 +50,12 @@ class Stepper:
             self._commit(journal.in_flight[0])
             journal.in_flight.popleft()
         self._metrics.compiles_while_serving += compile_count() - compiles
+
+    def drain(self) -> None:
+        """Commits the steps in flight."""
+        while self._journal.in_flight:
+            self._commit(self._journal.in_flight[0])
+            self._journal.in_flight.popleft()
 
     def _pack(self, step: Step, bucket: Bucket) -> np.ndarray:
         for sequence in step.admitted:
@@ -67,6 +75,7 @@ class Stepper:
             seed=request.seed,
             num_prompt_tokens=sequence.num_prompt_tokens,
             has_mask=sequence.awaits_each_token,
+            next_token_id=request.next_token_id,
         )
         self._journal.states[request.request_id].note_start()
         if needs_history:
@@ -107,16 +116,16 @@ class Stepper:
             self._journal.publish(state.advance([], []), state)
 
     def _commit(self, entry: InFlight) -> None:
-        step, output, timer, times = entry
+        step, output, timer, times, weight_version = entry
         with timer("wait"):
             rows = SampledRows(step, output.sampled)
         with timer("commit"):
             advanced = self._scheduler.commit(step, rows.new_tokens)
         with timer("output"):
-            self._publish_outputs(rows, set(advanced))
+            self._publish_outputs(rows, set(advanced), weight_version)
         self._metrics.count_commit(times, timer, num_sampled=len(step.sampled), num_advanced=len(advanced))
 
-    def _publish_outputs(self, rows: SampledRows, advanced: set[Sequence]) -> None:
+    def _publish_outputs(self, rows: SampledRows, advanced: set[Sequence], weight_version: int) -> None:
         for end, chunk in rows.chunks:
             sequence = chunk.sequence
             state = self._journal.states.get(sequence.request_id)
@@ -124,13 +133,13 @@ class Stepper:
                 continue  # aborted, or finished by an earlier step
             params = sequence.request.params
             if params.prompt_logprobs is not None:
-                for position, logprob in rows.prompt_logprobs(end, chunk, params.prompt_logprobs):
+                for position, logprob in rows.prompt_logprobs(end, chunk):
                     state.add_prompt_logprob(position, logprob)
             if not chunk.samples or sequence not in advanced:
                 continue
             token_id = rows.tokens[end - 1]
-            logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs, sampled=True)]
-            output = state.advance([token_id], logprobs)
+            logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs, processed=True)]
+            output = state.advance([token_id], logprobs, weight_version=weight_version)
             if output.finished and sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "abort" if output.error else "stop")
             self._metrics.finished += output.finished

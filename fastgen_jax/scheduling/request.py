@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fastgen_jax.scheduling.checks import as_tuple, check_float, check_int, check_token_ids
 from fastgen_jax.scheduling.converted import converted
 
+LogprobsMode = Literal["raw", "processed"]
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 16
 MAX_LOGIT_BIAS_ENTRIES = 300
@@ -109,6 +110,11 @@ class SamplingParams:
     log-probabilities."""
     prompt_logprobs: int | None = None
     """The same for the prompt tokens. None: no log-probabilities."""
+    prompt_logprobs_start: int = 0
+    """Position of the first prompt token with a log-probability; what precedes it may come from the prefix cache."""
+    logprobs_mode: LogprobsMode = "raw"
+    """"processed": prompt tokens have, besides the log-probability of the model, the one after logit bias, temperature,
+    top-k, top-p and min-p. Generated tokens have both in either mode."""
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -135,6 +141,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 check_int(name, value, 0, MAX_TOP_LOGPROBS, "use None for no log-probabilities")
+        check_int("prompt_logprobs_start", self.prompt_logprobs_start, 0, None, "use 0 for the whole prompt")
         for name in ("ignore_eos", "do_sample"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -155,6 +162,7 @@ class SamplingParams:
             check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32, or use None for a random one")
 
     def _check_contradictions(self) -> None:
+        self._check_mode()
         if self.max_new_tokens is not None and self.max_length is not None:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} and max_length={self.max_length} are both set; "
@@ -184,6 +192,24 @@ class SamplingParams:
                 "use n=1, or sample with a temperature above 0"
             )
 
+    def _check_mode(self) -> None:
+        if self.logprobs_mode not in get_args(LogprobsMode):
+            raise ValueError(f"logprobs_mode is {self.logprobs_mode!r}; choose one of {', '.join(get_args(LogprobsMode))}")
+        if self.logprobs_mode == "raw" or self.prompt_logprobs is None:
+            return
+        if self.greedy:
+            raise ValueError(
+                "logprobs_mode='processed' requires a temperature above 0 for the prompt: with greedy decoding every other "
+                "token than the most likely one is impossible; set a temperature, or use logprobs_mode='raw'"
+            )
+        names = ("presence_penalty", "frequency_penalty", "repetition_penalty", "min_new_tokens")
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which depends on the tokens generated before, so that "
+                    f"logprobs_mode='processed' cannot apply it to prompt tokens; omit {name}, or use logprobs_mode='raw'"
+                )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -192,7 +218,8 @@ class Request:
     `request_id` is unique among unfinished requests. A lower `priority` runs first; requests with the same priority run
     in order of `arrival_time`, in seconds on any one clock, then in the order in which they were added. `seed` is the
     seed in use, even if `params.seed` is None. `awaits_each_token` means that the tokens allowed next depend on the last
-    one, so none is sampled while one is in flight.
+    one, so none is sampled while one is in flight. A request with `next_token_id` samples nothing: it scores its prompt and
+    that token, which ends it.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -206,6 +233,7 @@ class Request:
     arrival_time: float = 0.0
     seed: int
     awaits_each_token: bool = False
+    next_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:
@@ -223,6 +251,15 @@ class Request:
             )
         for name in ("prompt_token_ids", "eos_token_ids"):
             check_token_ids(name, getattr(self, name))
+        if self.next_token_id is not None:
+            check_token_ids("next_token_id", (self.next_token_id,))
+            if self.params.max_new_tokens != 1:
+                raise ValueError(f"max_new_tokens is {self.params.max_new_tokens}; with a next_token_id it must be 1")
+        if self.params.prompt_logprobs_start > len(self.prompt_token_ids):
+            raise ValueError(
+                f"prompt_logprobs_start is {self.params.prompt_logprobs_start} but the prompt has "
+                f"{len(self.prompt_token_ids)} tokens; use a position in it"
+            )
         check_int("priority", self.priority, None, None, "lower runs first")
         check_float("arrival_time", self.arrival_time, None, None, "use seconds on one clock")
         check_int("seed", self.seed, 0, _MAX_SEED, "reduce it modulo 2**32")

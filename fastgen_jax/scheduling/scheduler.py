@@ -107,6 +107,7 @@ class Scheduler:
         self._steps_in_flight: deque[Step] = deque()
         self._refused: list[Sequence] = []
         self._num_added = 0
+        self._first_held: int | None = None  # sequences added as number this or later do not run
 
     @property
     def num_waiting(self) -> int:
@@ -122,6 +123,17 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any sequence is unfinished."""
         return bool(self._state.unfinished)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether `hold` was called and `release` was not."""
+        return self._first_held is not None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing may run: every unfinished sequence is held."""
+        first = self._first_held
+        return first is not None and all(sequence.order[2] >= first for sequence in self._state.unfinished.values())
 
     @property
     def num_free_blocks(self) -> int:
@@ -196,6 +208,31 @@ class Scheduler:
         self._borrowed.clear()
         self._state.start_over(unfinished)
 
+    # Pauses
+
+    def hold(self, *, only_new: bool) -> None:
+        """From now on `schedule` runs no sequence or, with `only_new`, none that is added from now on, until `release`."""
+        self._first_held = self._num_added if only_new else 0
+
+    def release(self) -> None:
+        """Ends the effect of `hold`."""
+        self._first_held = None
+
+    def score_prompts_again(self) -> list[Sequence]:
+        """Makes sequences whose prompt log-probabilities are incomplete compute all of them again; returns these.
+
+        Call it while no step is in flight.
+        """
+        state, again = self._state, []
+        for sequence in state.unfinished.values():
+            if sequence.output_token_ids or sequence.first_prompt_row == sequence.num_prompt_tokens:
+                continue
+            if sequence.slot is not None:
+                state.preempt(sequence)
+            sequence.next_prompt_row = sequence.first_prompt_row
+            again.append(sequence)
+        return again
+
     # Steps
 
     def schedule(self) -> Step | None:
@@ -207,10 +244,15 @@ class Scheduler:
         state = self._state
         if not state.unfinished:
             return None
+        waiting = state.waiting
+        if self._first_held is not None:
+            if self.is_paused:
+                return None
+            waiting = [sequence for sequence in waiting if sequence.order[2] < self._first_held]
         plan = self._policy(
             Planner(
                 state.running,
-                state.waiting,
+                waiting,
                 limits=self.limits,
                 blocks=BlockLedger(self._pool),
                 cached_prefix=self._cached_prefix,

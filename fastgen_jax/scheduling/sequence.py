@@ -84,7 +84,7 @@ class Sequence:
         self.num_cached = 0
         self.num_preemptions = 0
         self.num_bypasses = 0
-        self.next_prompt_row = 0 if params.prompt_logprobs is not None else self.num_prompt_tokens
+        self.next_prompt_row = self.first_prompt_row
         self.block_digests: list[bytes] = []  # of full blocks of known tokens, computed on demand
         self.next_block_end = 0  # the end of the first block that is not registered with the prefix cache
 
@@ -107,6 +107,12 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens left to compute: 1 for a sequence that generates."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def first_prompt_row(self) -> int:
+        """The first prompt position whose logits are needed for `prompt_logprobs`; `num_prompt_tokens` if none are."""
+        params = self.request.params
+        return self.num_prompt_tokens if params.prompt_logprobs is None else max(0, params.prompt_logprobs_start - 1)
 
     @property
     def first_row(self) -> int:
@@ -137,8 +143,7 @@ class Sequence:
         self.slot, self.block_ids, self.block_digests = None, [], []
         self.status, self.finish_reason = SequenceStatus.WAITING, None
         # The log-probabilities of a prompt are returned with the first output token.
-        needed = self.request.params.prompt_logprobs is not None and not self.output_token_ids
-        self.next_prompt_row = 0 if needed else self.num_prompt_tokens
+        self.next_prompt_row = self.num_prompt_tokens if self.output_token_ids else self.first_prompt_row
 
     def __repr__(self) -> str:
         return (

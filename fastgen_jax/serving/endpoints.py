@@ -13,11 +13,11 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from fastgen_jax.api.options import generation_of
-from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
+from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob, VersionRuns
 from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError
-from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
+from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice, finite
 from fastgen_jax.serving.errors import context_exceeded
 from fastgen_jax.serving.protocol import (
     MAX_STOPS,
@@ -46,6 +46,7 @@ class GeneratedAnswer(TypedDict):
     generated_length: NotRequired[int]
     finish_reason: NotRequired[str | None]
     cached_length: NotRequired[int]
+    weight_versions: NotRequired[Sequence[tuple[int, int]]]
     logprobs: NotRequired[list[TokenLogprob]]
     prompt_logprobs: NotRequired[Sequence[TokenLogprob]]
 
@@ -131,9 +132,13 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
 
     async def complete() -> list[GeneratedAnswer]:
         answers: list[GeneratedAnswer] = [{"generated_text": "", "token_ids": []} for _ in work.streams]
+        versions = [VersionRuns() for _ in work.streams]
         async for index, outputs in work:
             for output in outputs:
                 _add_output(answers[index], output)
+                versions[index].add(output)
+        for answer, runs in zip(answers, versions, strict=True):
+            answer["weight_versions"] = runs.runs
         if body.return_full_text:
             for index, answer in enumerate(answers):
                 answer["generated_text"] = (
@@ -221,12 +226,20 @@ def _plain(output: RequestOutput) -> dict[str, object]:
         "finish_reason": output.finish_reason,
         "prompt_length": output.num_prompt_tokens,
         "cached_length": output.num_cached_tokens,
+        "weight_version": output.weight_version,
     }
     if output.logprobs is not None:
-        plain["logprobs"] = output.logprobs
+        plain["logprobs"] = [*map(_finite, output.logprobs)]
     if output.prompt_logprobs is not None:
-        plain["prompt_logprobs"] = output.prompt_logprobs
+        plain["prompt_logprobs"] = [*map(_finite, output.prompt_logprobs)]
     return plain
+
+
+def _finite(entry: TokenLogprob) -> TokenLogprob:
+    """An entry for JSON, which has no infinity."""
+    if entry.processed_logprob is None:
+        return entry
+    return entry._replace(processed_logprob=finite(entry.processed_logprob))
 
 
 def _add_output(answer: GeneratedAnswer, output: RequestOutput) -> None:
@@ -237,9 +250,9 @@ def _add_output(answer: GeneratedAnswer, output: RequestOutput) -> None:
     answer["finish_reason"] = output.finish_reason
     answer["cached_length"] = output.num_cached_tokens
     if output.logprobs is not None:
-        answer.setdefault("logprobs", []).extend(output.logprobs)
+        answer.setdefault("logprobs", []).extend(map(_finite, output.logprobs))
     if output.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = output.prompt_logprobs
+        answer["prompt_logprobs"] = [*map(_finite, output.prompt_logprobs)]
 
 
 def _at_end(server: ServerState, operation: str, work: Work, request: Request) -> Callable[[], None]:

@@ -229,10 +229,10 @@ def test_ctrl_c_during_a_compilation_in_the_background_ends_the_process() -> Non
 def test_a_program_that_is_ready_while_the_engine_sleeps_is_there_when_it_wakes(gate) -> None:
     engine = start()
     expected = answer(engine)
-    engine.sleep(keep_weights=True)
+    engine.release_memory(weights="host")
     gate.open()
     engine.wait_until_compiled()
     assert engine.runner.budgets == (4, 8, 32)
-    engine.wake()
+    engine.restore_memory()
     assert answer(engine) == expected
     engine.destroy()

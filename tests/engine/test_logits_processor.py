@@ -65,7 +65,7 @@ def test_log_probabilities_of_the_model_are_those_before_the_processor(counting)
     Research(counting).flush("a")
     assert entries[0].logprob == pytest.approx(float(logits[11] - np.log(np.exp(logits).sum())), abs=1e-4)
     assert entries[0].token_id == 11
-    assert entries[0].sampled_logprob == 0
+    assert entries[0].processed_logprob == 0
     assert np.argmax(logits) in entries[0].top
 
 

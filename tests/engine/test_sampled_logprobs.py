@@ -1,4 +1,4 @@
-"""The probability with which a token was drawn, against the definition in float64."""
+"""Processed log-probabilities, with which tokens are drawn, against their definition in float64."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from tests.engine.sampling_rig import R, S, V, batch_of, run, sampling_rows, vie
 from tests.engine.test_sampling import kept_tokens, softmax
 from tests.tiny import drain, greedy, tiny_engine
 
-# Probabilities are multiples of 2**-30, rounded twice in float32: a share above 1e-4 is right to 1e-5 of itself.
+# Differences of logits of up to 100 by a temperature of 0.3, rounded to float32.
 TOLERANCE = 2e-5
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_probability_is_that_after_everything_that_precedes_the_draw(seed):
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
+def test_the_probability_is_that_after_everything_that_precedes_the_draw(seed, given):
     rng = np.random.default_rng(seed)
     logits = (3 * rng.normal(size=(R, V))).astype(np.float32)
     adjusted = logits.astype(np.float64)
@@ -31,8 +32,10 @@ def test_the_probability_is_that_after_everything_that_precedes_the_draw(seed):
     for name, value in {**settings, **penalties}.items():
         views[name][...] = value
     views["slots"][...], views["seeds"][...] = np.arange(R), rng.integers(0, 2**32, R)
-    for flag in ("any_sampling", "any_penalties", "any_bias", "any_masks", "any_bans"):
+    for flag in ("any_sampling", "any_penalties", "any_bias", "any_masks", "any_bans", "any_logprobs"):
         views[flag][...] = 1
+    if given:
+        views["targets"][...] = rng.integers(0, V, R)
     views["has_bias"][...] = views["has_mask"][...] = 1
     views["ban_before"][...], views["stop_ids"][:, 0] = 100, 11
     for row in range(R):
@@ -53,7 +56,8 @@ def test_the_probability_is_that_after_everything_that_precedes_the_draw(seed):
         x[11] = -np.inf
         x[~allowed] = -np.inf
     output, _ = run(logits, batch_of(views), state)
-    tokens, logprobs = np.asarray(output.tokens), np.asarray(output.sampled_logprobs)
+    tokens, logprobs = np.asarray(output.tokens), np.asarray(output.processed_logprobs)
+    assert not given or (tokens == views["targets"]).all()
     for row in range(R):
         temperature = settings["temperature"][row]
         kept = kept_tokens(
@@ -64,17 +68,31 @@ def test_the_probability_is_that_after_everything_that_precedes_the_draw(seed):
             min_p=settings["min_p"][row],
         )
         shares = dict(zip(kept, softmax(adjusted[row][kept] / temperature), strict=True))
-        share = shares[int(tokens[row])]
-        assert logprobs[row] == pytest.approx(np.log(share), abs=TOLERANCE + 1e-9 / share)
+        share = shares.get(int(tokens[row]), 0.0)
+        assert share > 0 or given
+        assert logprobs[row] == pytest.approx(np.log(share) if share else -np.inf, abs=TOLERANCE)
+        everything = np.exp(adjusted[row] / temperature - np.max(adjusted[row] / temperature))
+        mass = everything[kept].sum() / everything.sum()
+        assert np.asarray(output.log_kept_masses)[row] == pytest.approx(np.log(mass), abs=TOLERANCE)
+
+
+def test_without_any_limit_processed_and_raw_log_probabilities_are_equal_to_the_last_bit():
+    logits = (6 * np.random.default_rng(3).normal(size=(R, V))).astype(np.float32)
+    output, _ = run(logits, sampling_rows(R, any_logprobs=1, seeds=np.arange(R)))
+    np.testing.assert_array_equal(output.processed_logprobs, output.logprobs)
+    assert (np.asarray(output.log_kept_masses) == 0).all()
+    targets = np.argsort(logits, axis=1)[:, 0]  # the least likely: far below the precision of the weights to draw from
+    output, _ = run(logits, sampling_rows(R, any_logprobs=1, targets=targets))
+    np.testing.assert_array_equal(output.processed_logprobs, output.logprobs)
 
 
 def test_greedy_rows_are_certain_in_a_batch_that_samples():
     logits = np.random.default_rng(1).normal(size=(R, V)).astype(np.float32)
-    batch = sampling_rows(R, temperature=np.where(np.arange(R) % 2, 0, 1))
-    logprobs = np.asarray(run(logits, batch)[0].sampled_logprobs)
+    batch = sampling_rows(R, temperature=np.where(np.arange(R) % 2, 0, 1), any_logprobs=1)
+    logprobs = np.asarray(run(logits, batch)[0].processed_logprobs)
     assert (logprobs[1::2] == 0).all()
     assert (logprobs[::2] < 0).all()
-    assert (np.asarray(run(logits, batch_of(views_of(R)))[0].sampled_logprobs) == 0).all()
+    assert (np.asarray(run(logits, batch_of(views_of(R)))[0].processed_logprobs) == 0).all()
 
 
 def test_requests_with_logprobs_get_both_log_probabilities_and_prompts_one():
@@ -85,7 +103,7 @@ def test_requests_with_logprobs_get_both_log_probabilities_and_prompts_one():
     outputs = drain(engine)
     plain, sharp, likeliest = ([entry for output in outputs[i] for entry in output.logprobs] for i in ids)
     for entry in plain:  # nothing changes the logits before the draw
-        assert entry.sampled_logprob == pytest.approx(entry.logprob, abs=TOLERANCE)
-    assert any(abs(entry.sampled_logprob - entry.logprob) > 0.1 for entry in sharp)
-    assert [entry.sampled_logprob for entry in likeliest] == [0.0] * 6
-    assert [entry.sampled_logprob for entry in outputs[ids[0]][0].prompt_logprobs] == [None, None]
+        assert entry.processed_logprob == pytest.approx(entry.logprob, abs=TOLERANCE)
+    assert any(abs(entry.processed_logprob - entry.logprob) > 0.1 for entry in sharp)
+    assert [entry.processed_logprob for entry in likeliest] == [0.0] * 6
+    assert [entry.processed_logprob for entry in outputs[ids[0]][0].prompt_logprobs] == [None, None]

@@ -49,7 +49,7 @@ def expected(shared: Engine) -> list[list[int]]:
 @pytest.fixture
 def engine(shared: Engine, expected: list[list[int]]):
     """An engine of a checkpoint, awake and idle."""
-    shared.wake()
+    shared.restore_memory()
     yield shared
     assert not shared.has_work
     shared.scheduler.check_integrity()
@@ -65,17 +65,17 @@ def in_memory() -> Engine:
     return Engine(params, model, EngineConfig(**SETTINGS))
 
 
-@pytest.mark.parametrize("keep_weights", [False, True, None])
-def test_memory_is_given_back_and_a_request_takes_it_again(engine: Engine, expected, keep_weights: bool | None) -> None:
+@pytest.mark.parametrize("weights", ["device", "dropped", "host", None])
+def test_memory_is_given_back_and_a_request_takes_it_again(engine: Engine, expected, weights) -> None:
     runner, compiles, wakes = engine.runner, compile_count(), engine.metrics.wakes
     cache = jax.tree.leaves((runner.kv_cache, runner.state))
-    weights = jax.tree.leaves(engine.params)
-    engine.sleep(keep_weights=keep_weights)
+    arrays = jax.tree.leaves(engine.params)
+    engine.release_memory(weights=weights)
     assert engine.is_asleep
     assert all(array.is_deleted() for array in cache)
-    assert all(array.is_deleted() for array in weights) == (not keep_weights)
+    assert all(array.is_deleted() for array in arrays) == (weights in ("dropped", None))
     assert not jax.tree.leaves(runner.params)
-    del weights
+    del arrays
     assert answer(engine, PROMPTS[3]) == expected[3]
     assert not engine.is_asleep
     assert engine.metrics.wakes == wakes + 1
@@ -84,11 +84,11 @@ def test_memory_is_given_back_and_a_request_takes_it_again(engine: Engine, expec
 
 
 def test_sleeping_and_waking_twice_changes_nothing(engine: Engine, expected) -> None:
-    engine.wake()
-    for keep_weights in (True, True, False):
-        engine.sleep(keep_weights=keep_weights)
+    engine.restore_memory()
+    for weights in ("host", "device", "dropped"):
+        engine.release_memory(weights=weights)
     for _ in range(2):
-        engine.wake()
+        engine.restore_memory()
     assert answer(engine, PROMPTS[0]) == expected[0]
 
 
@@ -101,22 +101,22 @@ def test_cached_prefixes_are_lost(engine: Engine, expected) -> None:
 
     num_cached()
     assert num_cached() > 0
-    engine.sleep()
+    engine.release_memory(weights="dropped")
     assert num_cached() == 0
     assert num_cached() > 0
 
 
 def test_an_engine_with_work_does_not_sleep(engine: Engine) -> None:
     engine.add(PROMPTS[0], greedy(3))
-    with pytest.raises(ValueError, match=r"1 requests .* it can sleep only while it is idle"):
-        engine.sleep()
+    with pytest.raises(ValueError, match=r"1 requests; memory can be released only while it is idle or paused"):
+        engine.release_memory(weights="dropped")
     drain(engine)
     research = Research(engine)
     research.put(["x"], [[5, 6, 7]])
-    with pytest.raises(ValueError, match=r"1 sequences .* it can sleep only while it is idle"):
-        engine.sleep()
+    with pytest.raises(ValueError, match=r"1 sequences .* memory can be released only without them"):
+        engine.release_memory(weights="dropped")
     research.flush("x")
-    engine.sleep()
+    engine.release_memory(weights="dropped")
     logits = research.put(["x"], [[5, 6, 7]])  # wakes it
     assert np.isfinite(logits).all()
     research.flush("x")
@@ -124,19 +124,19 @@ def test_an_engine_with_work_does_not_sleep(engine: Engine) -> None:
 
 def test_weights_in_memory_are_kept_or_given_again(expected, monkeypatch) -> None:
     engine = in_memory()
-    engine.sleep(keep_weights=True)
+    engine.release_memory(weights="host")
     assert answer(engine, PROMPTS[1]) == expected[1]
-    engine.sleep(keep_weights=None)  # they cannot be read again
+    engine.release_memory(weights=None)  # they cannot be read again
     assert answer(engine, PROMPTS[1]) == expected[1]
     with monkeypatch.context() as patch:  # an accelerator's weights move to the host
         patch.setattr(jax, "default_backend", lambda: "tpu")
-        engine.sleep(keep_weights=True)
+        engine.release_memory(weights="host")
     assert answer(engine, PROMPTS[1]) == expected[1]
-    engine.sleep()
-    with pytest.raises(ValueError, match=r"asleep; call engine\.wake"):
+    engine.release_memory(weights="dropped")
+    with pytest.raises(ValueError, match=r"asleep; call engine\.restore_memory"):
         _ = engine.params
-    for attempt in (engine.wake, lambda: engine.add(PROMPTS[1], greedy(2)), lambda: engine.measure_step(8)):
-        with pytest.raises(ValueError, match=r"engine\.wake\(params\).*keep_weights=True"):
+    for attempt in (engine.restore_memory, lambda: engine.add(PROMPTS[1], greedy(2)), lambda: engine.measure_step(8)):
+        with pytest.raises(ValueError, match=r"engine\.restore_memory\(params\).*weights='host'"):
             attempt()
     assert engine.is_asleep
     assert not engine.has_work
@@ -144,45 +144,45 @@ def test_weights_in_memory_are_kept_or_given_again(expected, monkeypatch) -> Non
     assert engine.is_asleep
     params, _ = tiny_model()
     with pytest.raises(ValueError, match=r"params\['embed'\] has shape"):
-        engine.wake({**params, "embed": params["embed"][1:]})
-    engine.wake(params)
+        engine.restore_memory({**params, "embed": params["embed"][1:]})
+    engine.restore_memory(params)
     assert answer(engine, PROMPTS[1]) == expected[1], "weights of the caller must not be deleted"
-    with pytest.raises(ValueError, match=r"awake; assign engine\.params"):
-        engine.wake(params)
-    engine.sleep()
-    engine.params = params
+    with pytest.raises(ValueError, match=r"has its memory; call engine\.update_params"):
+        engine.restore_memory(params)
+    engine.release_memory(weights="dropped")
+    engine.update_params(params)
     assert not engine.is_asleep
     assert answer(engine, PROMPTS[1]) == expected[1]
-    engine.sleep(keep_weights=True)
+    engine.release_memory(weights="host")
     engine.destroy()
-    for use in (engine.wake, lambda: engine.add(PROMPTS[0])):
+    for use in (engine.restore_memory, lambda: engine.add(PROMPTS[0])):
         with pytest.raises(ValueError, match="destroyed"):
             use()
 
 
 def test_replaced_weights_are_never_exchanged_for_those_of_the_checkpoint(checkpoint: Path, expected) -> None:
     engine = Engine.from_pretrained(checkpoint, **SETTINGS)
-    engine.sleep()
+    engine.release_memory(weights="dropped")
     engine.wait_until_compiled()  # programs that are ready while it sleeps do not wake it
     assert engine.is_asleep
     assert engine.runner.budgets == engine.config.budget_ladder
     assert answer(engine, PROMPTS[2]) == expected[2]
     params, _ = tiny_model()
     other = {**params, "final_norm": params["final_norm"] * jax.random.normal(jax.random.key(0), params["final_norm"].shape)}
-    engine.params = other
+    engine.update_params(other)
     changed = answer(engine, PROMPTS[2])
     assert changed != expected[2]
-    engine.sleep(keep_weights=None)
+    engine.release_memory(weights=None)
     assert answer(engine, PROMPTS[2]) == changed
-    engine.sleep()
+    engine.release_memory(weights="dropped")
     with pytest.raises(ValueError, match="not those of a checkpoint"):
         engine.add(PROMPTS[2], greedy(2))
-    engine.wake(other)
+    engine.restore_memory(other)
     assert answer(engine, PROMPTS[2]) == changed
 
 
 def test_a_missing_checkpoint_is_an_error_until_it_is_back(engine: Engine, checkpoint: Path, expected, tmp_path) -> None:
-    engine.sleep()
+    engine.release_memory(weights="dropped")
     moved = checkpoint.rename(tmp_path / "moved")
     try:
         for _ in range(2):
@@ -195,8 +195,8 @@ def test_a_missing_checkpoint_is_an_error_until_it_is_back(engine: Engine, check
         text = config.read_text()
         config.write_text(text.replace('"rms_norm_eps": ', '"rms_norm_eps": 1'))
         assert config.read_text() != text
-        with pytest.raises(ValueError, match="now holds another model"):
-            engine.wake()
+        with pytest.raises(ValueError, match="holds another model than this engine"):
+            engine.restore_memory()
         config.write_text(text)
         assert answer(engine, PROMPTS[4]) == expected[4]
     finally:
@@ -205,8 +205,8 @@ def test_a_missing_checkpoint_is_an_error_until_it_is_back(engine: Engine, check
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from destructors
-@pytest.mark.parametrize("keep_weights", [False, True])
-def test_an_interrupt_while_falling_asleep_or_waking_loses_nothing(engine: Engine, expected, keep_weights: bool) -> None:
+@pytest.mark.parametrize("weights", ["dropped", "host"])
+def test_an_interrupt_while_falling_asleep_or_waking_loses_nothing(engine: Engine, expected, weights) -> None:
     points = Points()
 
     def interrupted(operation, at: int) -> None:
@@ -222,16 +222,16 @@ def test_an_interrupt_while_falling_asleep_or_waking_loses_nothing(engine: Engin
         return 10**9 - points.left
 
     def fall_asleep() -> None:
-        engine.sleep(keep_weights=keep_weights)
+        engine.release_memory(weights=weights)
 
-    asleep, awake = points_of(fall_asleep), points_of(engine.wake)
+    asleep, awake = points_of(fall_asleep), points_of(engine.restore_memory)
     raised = points.num_raised
     for part in range(8):
-        engine.wake()
+        engine.restore_memory()
         interrupted(fall_asleep, 1 + part * asleep // 8)
         assert answer(engine, PROMPTS[part]) == expected[part], f"after an interrupt in part {part} of falling asleep"
         fall_asleep()
-        interrupted(engine.wake, 1 + part * awake // 8)
+        interrupted(engine.restore_memory, 1 + part * awake // 8)
         assert answer(engine, PROMPTS[part]) == expected[part], f"after an interrupt in part {part} of waking"
     assert points.num_raised >= raised + 12, "most of the interrupts must have happened"
 
@@ -287,7 +287,7 @@ def test_a_request_that_cannot_wake_the_engine_fails_and_the_next_one_tries_agai
 ) -> None:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     thread = EngineThread(engine, lambda some: [events.put(event) for event in some])
-    engine.sleep()
+    engine.release_memory(weights="dropped")
     moved = checkpoint.rename(tmp_path / "moved")
     try:
         thread.submit(engine.intake.request(tuple(PROMPTS[5]), greedy(12), request_id="first"))

@@ -46,7 +46,7 @@ def test_only_a_request_wakes_a_sleeping_server(engine: Engine) -> None:
     async def scenario(client: httpx.AsyncClient, backend) -> None:
         before = (await client.post("/v1/completions", json=BODY)).json()["choices"][0]["text"]
         assert asleep((await client.get("/metrics")).text) == 0
-        await backend.call(lambda e: e.sleep())
+        await backend.call(lambda e: e.release_memory(weights="dropped"))
         await status_becomes(client, "sleeping")
         for path in ("/", "/v1/models", "/stats", "/version", "/metrics"):
             assert (await client.get(path)).status_code == 200
@@ -79,14 +79,14 @@ def test_streams_are_whole_although_the_engine_sleeps_as_soon_as_it_is_idle(engi
     sleeps = engine.metrics.sleeps
     with_server(scenario, shared=engine)
     assert engine.metrics.sleeps >= sleeps + 4
-    engine.wake()
+    engine.restore_memory()
 
 
 def test_a_server_that_cannot_wake_says_why_and_tries_again(engine: Engine, tmp_path: Path) -> None:
     checkpoint = Path(engine.name)
 
     async def scenario(client: httpx.AsyncClient, backend) -> None:
-        await backend.call(lambda e: e.sleep())
+        await backend.call(lambda e: e.release_memory(weights="dropped"))
         moved = checkpoint.rename(tmp_path / "moved")
         try:
             answer = await client.post("/v1/completions", json=BODY)

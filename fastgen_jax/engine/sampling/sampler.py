@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +44,17 @@ _PIECE_WIDTH = 128  # lanes of a vector register on TPU; a vocabulary then has a
 class SampleOutput:
     """One entry per sampled row. All but the first two are zeros in a step without requests for log-probabilities.
 
-    Log-probabilities are those of the model: before the logits processor, penalties, bias and temperature.
+    `logprobs`, `ranks` and `top_*` are raw, of the model: before the logits processor, penalties, bias and temperature.
     """
 
     tokens: Int32[Array, " R"]
     """The sampled token, or the row's target."""
-    sampled_logprobs: Float32[Array, " R"]
-    """Natural logarithm of the probability with which the token was drawn, after everything that precedes the draw; 0 for
-    a token that was taken as the most likely one."""
+    processed_logprobs: Float32[Array, " R"]
+    """Natural logarithm of the probability with which `tokens` is drawn, after everything that precedes the draw; -inf for a
+    token that is never drawn, 0 in a row that takes the most likely one."""
+    log_kept_masses: Float32[Array, " R"]
+    """Natural logarithm of the share of the probability, after penalties, bias, masks and temperature, that belongs to the
+    tokens that top-k, top-p and min-p kept."""
     logprobs: Float32[Array, " R"]
     """Natural logarithm of the probability of `tokens`."""
     ranks: Int32[Array, " R"]
@@ -88,7 +91,9 @@ def sample(
     adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
     branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
     branches = (lambda logits, *_: _certain(_argmax(logits)), _adjusted_argmax, _sampled)
-    chosen, sampled_logprobs = lax.switch(branch, branches, logits if process is None else process(logits), state, batch)
+    chosen, processed_logprobs, log_kept_masses = lax.switch(
+        branch, branches, logits if process is None else process(logits), state, batch
+    )
     tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen)
     logprobs, ranks, top_ids, top_logprobs = lax.cond(
         batch.any_logprobs > 0,
@@ -99,7 +104,8 @@ def sample(
     )
     output = SampleOutput(
         tokens=tokens,
-        sampled_logprobs=sampled_logprobs,
+        processed_logprobs=processed_logprobs,
+        log_kept_masses=log_kept_masses,
         logprobs=logprobs,
         ranks=ranks,
         top_ids=top_ids,
@@ -161,34 +167,57 @@ def _argmax(logits: Float32[Array, "R V"]) -> Int32[Array, " R"]:
     return jnp.minimum(index, logits.shape[1] - 1)  # a NaN equals nothing, not even in the last piece
 
 
-def _certain(tokens: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
-    """Tokens chosen with certainty, and their log-probabilities: zeros."""
-    return tokens, jnp.zeros(tokens.shape, jnp.float32)
+class _Kept(NamedTuple):
+    """Which tokens of each row `_weights` kept: for top-k and for top-p, the threshold and the last index at it."""
+
+    top_k: tuple[Int32[Array, " R"], Int32[Array, " R"]]
+    top_p: tuple[Int32[Array, " R"], Int32[Array, " R"]]
+    scale: Float32[Array, " R"]
+    """Of ratios to fixed-point masses."""
+
+
+def _certain(tokens: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
+    """Tokens chosen with certainty, and zeros as the logarithms of their probabilities and of what was kept."""
+    zeros = jnp.zeros(tokens.shape, jnp.float32)
+    return tokens, zeros, zeros
 
 
 def _adjusted_argmax(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
-) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
+) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
     return _certain(_argmax(_adjusted(logits, state, batch)))
 
 
 def _sampled(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
-) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
+) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
     logits = _adjusted(logits, state, batch)
-    weights = _weights(logits, batch)
+    weights, kept = _weights(logits, batch)
     is_drawn = batch.temperature > 0
     speeds = _speeds(weights, random_bits(batch.seeds, batch.positions, logits.shape[1]))
     tokens = _argmax(jnp.where(is_drawn[:, None], speeds, logits))
-    return tokens, jnp.where(is_drawn, _log_share(weights, tokens), 0.0)
+    tokens = jnp.where(batch.targets < logits.shape[1], batch.targets, tokens)
+    # One pass, or none if no request wants log-probabilities; see `sample` about conditionals.
+    measure = lambda _, __: _processed_logprobs(logits, tokens, kept, batch)  # noqa: E731
+    _, *zeros = _certain(tokens)
+    of_tokens, of_kept = lax.fori_loop(0, jnp.minimum(batch.any_logprobs, 1), measure, tuple(zeros))
+    return tokens, jnp.where(is_drawn, of_tokens, 0.0), jnp.where(is_drawn, of_kept, 0.0)
 
 
-def _log_share(weights: Int32[Array, "R V"], tokens: Int32[Array, " R"]) -> Float32[Array, " R"]:
-    """The logarithm of the share of the weight of each row's token in the sum of the row's weights."""
-    weight = jnp.take_along_axis(weights, tokens[:, None], axis=1, mode="clip")[:, 0]
-    # For a token that was drawn both are at least 1. log1p, unlike log, rounds alike in full vectors and in the remainder.
-    of_weight, of_sum = (jnp.log1p((x - 1).astype(jnp.float32)) for x in (weight, _sum(weights)))
-    return of_weight - of_sum
+def _processed_logprobs(
+    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], kept: _Kept, batch: SamplingBatch
+) -> tuple[Float32[Array, " R"], Float32[Array, " R"]]:
+    """The log-probabilities of `tokens` among what is kept of adjusted logits, and that of what is kept among all.
+
+    Without limits, and at temperature 1, the first is computed as `_logprobs` does, to the last bit.
+    """
+    exponents, ratios = _ratios(logits, batch)
+    in_top_k, masses = _masses(logits, ratios, kept)
+    keep = in_top_k & (_reaches(masses, kept.top_p) | (batch.top_p >= 1)[:, None]) & (ratios >= batch.min_p[:, None])
+    log_kept, log_all = (jnp.log1p(_sum_in_any_order(x) - 1) for x in (jnp.where(keep, ratios, 0), ratios))
+    chosen = jnp.where(keep, exponents, -jnp.inf)
+    chosen = jnp.take_along_axis(chosen, tokens[:, None], axis=1, mode="clip")[:, 0]
+    return chosen - log_kept, log_kept - log_all
 
 
 def _adjusted(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> Float32[Array, "R V"]:
@@ -248,39 +277,54 @@ def _speeds(weights: Int32[Array, "R V"], bits: UInt32[Array, "R V"]) -> Float32
     return jnp.where(weights > 0, weights.astype(jnp.float32) / seconds, -1)
 
 
-def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Int32[Array, "R V"]:
-    """The weights to draw from, 0 for a token that is not kept; a row sums to less than 2**31."""
-    vocab_size = logits.shape[1]
+def _ratios(logits: Float32[Array, "R V"], batch: SamplingBatch) -> tuple[Float32[Array, "R V"], Float32[Array, "R V"]]:
+    """The logarithm of each probability as a fraction of the row's largest, and the fraction itself."""
     largest = _largest(logits)[:, None]
     # The largest is set to 0 and not computed, because inf - inf is NaN.
     below = jnp.where(logits == largest, 0, logits - largest)
-    ratios = jnp.exp(below / jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None])
+    exponents = below / jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+    return exponents, jnp.exp(exponents)
 
-    uses_top_k = (batch.top_k > 0) & (batch.top_k < vocab_size)
-    keep = _keep(_sortable(logits), lambda reach: reach.astype(jnp.int32), batch.top_k, uses_top_k, num_bits=32)
-    ratios = jnp.where(keep, ratios, 0)
 
-    masses = jnp.round(ratios * (2.0**_ONE / _sum_in_any_order(ratios))[:, None]).astype(jnp.int32)
+def _masses(
+    logits: Float32[Array, "R V"], ratios: Float32[Array, "R V"], kept: _Kept
+) -> tuple[Bool[Array, "R V"], Int32[Array, "R V"]]:
+    """Whether top-k lets each token through, and the fixed-point probability of each that it does."""
+    in_top_k = _reaches(_sortable(logits), kept.top_k)
+    return in_top_k, jnp.round(jnp.where(in_top_k, ratios, 0) * kept.scale[:, None]).astype(jnp.int32)
+
+
+def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> tuple[Int32[Array, "R V"], _Kept]:
+    """The weights to draw from, 0 for a token that is not kept, and which are kept; a row sums to less than 2**31."""
+    _, ratios = _ratios(logits, batch)
+    uses_top_k = (batch.top_k > 0) & (batch.top_k < logits.shape[1])
+    keys = _sortable(logits)
+    top_k = _threshold(keys, lambda reach: reach.astype(jnp.int32), batch.top_k, uses_top_k, num_bits=32)
+    ratios = jnp.where(_reaches(keys, top_k), ratios, 0)
+
+    scale = 2.0**_ONE / _sum_in_any_order(ratios)
+    masses = jnp.round(ratios * scale[:, None]).astype(jnp.int32)
     total = _sum(masses)
     enough = jnp.floor(batch.top_p * (1 - _TOP_P_SLACK) * total.astype(jnp.float32)).astype(jnp.int32)
     enough = jnp.clip(enough, 1, total)
-    keep = _keep(masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31)
-    return jnp.where(keep & (ratios >= batch.min_p[:, None]), masses, 0)
+    top_p = _threshold(masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31)
+    keep = _reaches(masses, top_p) & (ratios >= batch.min_p[:, None])
+    return jnp.where(keep, masses, 0), _Kept(top_k, top_p, scale)
 
 
-def _keep(
+def _threshold(
     keys: Int32[Array, "R V"],
     weigh: Callable[[Array], Array],
     enough: Int32[Array, " R"],
     is_limited: Bool[Array, " R"],
     *,
     num_bits: int,
-) -> Bool[Array, "R V"]:
-    """The fewest of the largest `keys` that weigh `enough` together; all keys of a row that is not limited.
+) -> tuple[Int32[Array, " R"], Int32[Array, " R"]]:
+    """A threshold and an index that `_reaches` the fewest of the largest `keys` that weigh `enough` together.
 
-    Keys above a threshold are kept, and the first of those equal to it. The threshold is the largest at which the keys
-    that reach it weigh enough. It is found bit by bit from the highest: exact, in `num_bits` passes over the keys (32, or
-    31 if none is negative), and many times faster than a sort. No pass is made if no row is limited.
+    In a row that is not limited, all relevant keys reach them. The threshold is the largest at which the keys that reach it
+    weigh enough. It is found bit by bit from the highest: exact, in `num_bits` passes over the keys (32, or 31 if none is
+    negative), and many times faster than a sort. No pass is made if no row is limited.
     """
     any_limited = jnp.any(is_limited)
 
@@ -296,9 +340,14 @@ def _keep(
     threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
     last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
     # Every relevant key is above the lowest: that of -inf for logits, 0 for masses.
-    threshold = jnp.where(is_limited, threshold, lowest)[:, None]
+    return jnp.where(is_limited, threshold, lowest), last
+
+
+def _reaches(keys: Int32[Array, "R V"], limit: tuple[Int32[Array, " R"], Int32[Array, " R"]]) -> Bool[Array, "R V"]:
+    """Whether each key is above the threshold of its row, or equal to it and no later than the last index at it."""
+    threshold, last = (x[:, None] for x in limit)
     ids = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
-    return (keys > threshold) | ((keys == threshold) & (ids <= last[:, None]))
+    return (keys > threshold) | ((keys == threshold) & (ids <= last))
 
 
 def _sum(x: Shaped[Array, "R n"]) -> Int32[Array, " R"]:

@@ -121,6 +121,9 @@ class SamplingTables:
         self._columns = {name: np.full(max_num_seqs + 1, default, dtype) for name, dtype, default in _COLUMNS}
         self._stop_ids = np.full((max_num_seqs + 1, _MAX_BANNED_IDS), vocab_size, np.int32)
         self._flags = np.zeros(max_num_seqs + 1, np.uint8)
+        self._process_prompt = np.zeros(max_num_seqs + 1, bool)
+        self.next_tokens: dict[int, int] = {}
+        """The token to report instead of a sampled one, of each slot that has one."""
 
     @staticmethod
     def clear(views: Mapping[str, np.ndarray], *, max_num_seqs: int, vocab_size: int) -> None:
@@ -142,6 +145,7 @@ class SamplingTables:
         seed: int,
         num_prompt_tokens: int,
         has_mask: bool = False,
+        next_token_id: int | None = None,
     ) -> bool:
         """Writes the parameters of a sequence to `slot`; true if the device needs a `reset_slot` before its next step."""
         has_penalties = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
@@ -169,6 +173,10 @@ class SamplingTables:
         self._stop_ids[slot, len(banned) :] = self._vocab_size
         raised = (not params.greedy, has_penalties, has_bias, params.logprobs is not None, has_mask)
         self._flags[slot] = sum(1 << bit for bit, is_raised in enumerate(raised) if is_raised)
+        self._process_prompt[slot] = params.logprobs_mode == "processed" and params.prompt_logprobs is not None
+        self.next_tokens.pop(slot, None)
+        if next_token_id is not None:
+            self.next_tokens[slot] = next_token_id
         return has_penalties or has_bias
 
     def fill(
@@ -182,11 +190,14 @@ class SamplingTables:
     ) -> None:
         """Writes the first rows of a step into `views`, cleared arrays by the names of `sampling_fields`.
 
-        `positions` are those of the tokens to be sampled. `writes_token` is 0 for a row that samples nothing; such a row is
-        neutral except for its target, if `targets` (row to token id) has one.
+        `positions` are those of the tokens to be sampled. `targets` maps a row to the token that it reports instead of a
+        sampled one. `writes_token` is 0 for a row of a prompt, which is neutral except for its target, unless its request
+        wants processed log-probabilities of the prompt.
         """
         n = len(slots)
-        rows = slots if writes_token.all() else np.where(writes_token, slots, self._max_num_seqs)
+        rows = slots
+        if not writes_token.all():
+            rows = np.where(writes_token | self._process_prompt.take(slots), slots, self._max_num_seqs)
         views["slots"][:n] = rows
         views["positions"][:n] = positions
         views["writes_token"][:n] = writes_token

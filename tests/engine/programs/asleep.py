@@ -30,10 +30,10 @@ if __name__ == "__main__":
     before = answer()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((engine.params, engine.runner.kv_cache, engine.runner.state)))
     awake = resident()
-    engine.sleep()
+    engine.release_memory(weights="dropped")
     asleep = resident()
     start, start_cpu = time.perf_counter(), time.process_time()
-    engine.wake()
+    engine.restore_memory()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     again = answer()
     memory = {"awake": awake, "asleep": asleep, "again": resident(), "held": held}

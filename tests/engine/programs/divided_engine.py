@@ -89,7 +89,7 @@ def replaced() -> None:
     answers = []
     for new in (None, params, engine.params):
         if new is not None:
-            engine.params = new
+            engine.update_params(new)
         engine.add(PROMPTS[2], greedy(6))
         answers += [tokens_of(outputs) for outputs in drain(engine).values()]
     assert answers[0] == answers[1] == answers[2]
