@@ -65,12 +65,14 @@ def pack(
     """
     prompts = [1] * len(sequences) if prompt_lengths is None else list(map(int, prompt_lengths))
     if not sequences or len(prompts) != len(sequences):
-        raise ValueError(f"{len(sequences)} sequences and {len(prompts)} prompt lengths; pass at least one, and one length each")
+        raise ValueError(
+            f"{len(sequences)} sequences and {len(prompts)} prompt lengths; pass at least one, and one length each"
+        )
     for i, (tokens, prompt) in enumerate(zip(sequences, prompts, strict=True)):
         if not 1 <= prompt <= len(tokens):
             raise ValueError(
-                f"prompt_lengths[{i}] is {prompt}, but sequences[{i}] has {len(tokens)} tokens; a prompt has at least one token "
-                "and is part of its sequence"
+                f"prompt_lengths[{i}] is {prompt}, but sequences[{i}] has {len(tokens)} tokens; a prompt has at least "
+                "one token and is part of its sequence"
             )
     lengths = np.array([len(tokens) for tokens in sequences], np.int32)
     answers = lengths - np.array(prompts, np.int32)
@@ -129,7 +131,7 @@ def padded_batch(token_ids: jax.Array) -> TrainingBatch:
 
 
 def per_row(values: Sequence[Sequence[float]] | np.ndarray, batch: TrainingBatch) -> jax.Array:
-    """f32[R]: numbers for the predicted tokens of each sequence, in the rows of `batch`; one number a sequence is repeated."""
+    """f32[R]: numbers for the predicted tokens of each sequence, in the rows of `batch`; a single number is repeated."""
     counts = np.bincount(np.asarray(batch.sequences), minlength=len(values))
     parts = [np.broadcast_to(np.asarray(x, np.float32), (counts[i],)) for i, x in enumerate(values)]
     row = np.zeros(batch.targets.shape[0], np.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.training.batch import TrainingBatch
-from fastgen_jax.training.forward import Options, logprobs
+from fastgen_jax.training.forward import DEFAULTS, Options, logprobs
 from fastgen_jax.training.update import Metrics
 
 
@@ -19,7 +19,7 @@ def dpo_loss(
     *,
     config: ModelConfig,
     beta: float = 0.1,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
 ) -> tuple[jax.Array, Metrics]:
     """The loss of pairs of answers: sequences 0, 2, 4, ... of `batch` are preferred to the ones after them.
 
@@ -28,7 +28,9 @@ def dpo_loss(
     """
     s = batch.num_sequences
     if s % 2:
-        raise ValueError(f"the batch has {s} sequences, but needs pairs; pass the preferred and the rejected answer in turns")
+        raise ValueError(
+            f"the batch has {s} sequences, but needs pairs; pass the preferred and the rejected answer in turns"
+        )
     change = batch.sums(logprobs(params, batch, config=config, options=options) - reference)
     preferred, rejected = jnp.moveaxis(change.reshape(s // 2, 2), 1, 0)
     is_pair = batch.ragged.index.context_lens[::2] > 0

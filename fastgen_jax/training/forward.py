@@ -51,7 +51,10 @@ class Options:
     native kernels is float32."""
 
 
-def logits(params: Params, batch: TrainingBatch, *, config: ModelConfig, options: Options = Options()) -> jax.Array:
+DEFAULTS = Options()
+
+
+def logits(params: Params, batch: TrainingBatch, *, config: ModelConfig, options: Options = DEFAULTS) -> jax.Array:
     """f32[R, V]: logits of the rows of `batch`; those of padding are finite and have no meaning."""
     params = _in_dtype(params, config, options)
     rows = _hidden_rows(params, batch, config, options)
@@ -63,13 +66,13 @@ def logprobs(
     batch: TrainingBatch,
     *,
     config: ModelConfig,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
     temperature: float = 1.0,
 ) -> jax.Array:
     """f32[R]: the log-probability of each target of `batch`; 0 for padding.
 
-    They are those of the engine's `logprobs`, for a temperature other than 1 of logits divided by it. Logits exist for a few
-    rows at a time: see `Options.head_rows`.
+    They are those of logits divided by `temperature`: at 1 the engine's raw ones, otherwise its processed ones without
+    top-k, top-p and min-p. Logits exist for a few rows at a time: see `Options.head_rows`.
     """
     params = _in_dtype(params, config, options)
     rows, targets = _hidden_rows(params, batch, config, options), batch.targets
@@ -79,10 +82,13 @@ def logprobs(
     pieces = -(-targets.shape[0] // size)
     padding = pieces * size - targets.shape[0]
 
+    # A compiler would replace the division by a constant with a product, which rounds differently.
+    divisor = jnp.where(count < 0, 1.0, jnp.float32(temperature))
+
     def of_piece(piece: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         rows, targets, first = piece
         scores = head(rows, weights, jnp.clip(count - first, 0, size), config=config)
-        return token_logprobs(scores if temperature == 1.0 else scores / temperature, targets)
+        return token_logprobs(scores, targets, divisor)
 
     firsts = jnp.arange(pieces, dtype=jnp.int32) * size
     rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(pieces, size, -1)
@@ -97,9 +103,7 @@ def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, opti
     layers = params["layers"]
 
     def wrapped(layer: Layer) -> Layer:
-        def run(
-            x: jax.Array, cache: KVCache, weights: LayerWeights, call: LayerCall
-        ) -> tuple[jax.Array, KVCache]:
+        def run(x: jax.Array, cache: KVCache, weights: LayerWeights, call: LayerCall) -> tuple[jax.Array, KVCache]:
             def compute(x: jax.Array, weights: LayerWeights) -> jax.Array:
                 pairs = {name: _paired(specs[f"layers.{name}"], leaf) for name, leaf in weights.items()}
                 return layer(x, cache, pairs, call)[0]
@@ -111,7 +115,14 @@ def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, opti
         return run
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, k_cache: Any, v_cache: Any, index: RaggedIndex, layer: CacheLayer, scoring: Scoring
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        k_cache: Any,
+        v_cache: Any,
+        index: RaggedIndex,
+        layer: CacheLayer,
+        scoring: Scoring,
     ) -> tuple[jax.Array, Any, Any]:
         return packed_attention(q, k, v, index.query_starts, scoring, implementation=options.attention), k_cache, v_cache
 

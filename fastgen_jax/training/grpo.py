@@ -1,10 +1,10 @@
 """Group relative policy optimization (arXiv:2402.03300), whole: rollouts, rewards, advantages, updates, new weights.
 
-    engine      a a a a | b b b b         groups of answers to one prompt, whose prompt blocks are shared
-    reward      1 0 0 1 | 0 0 1 0
-    advantage   + - - + | - - + -         within a group, so that no model of values is needed
-    update      log-probabilities of the tokens by the trainable forward pass, against those of the rollout
-    engine      the new weights, for the next step
+engine      a a a a | b b b b         groups of answers to one prompt, whose prompt blocks are shared
+reward      1 0 0 1 | 0 0 1 0
+advantage   + - - + | - - + -         within a group, so that no model of values is needed
+update      log-probabilities of the tokens by the trainable forward pass, against those of the rollout
+engine      the new weights, for the next step
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 import optax
 
 from fastgen_jax.engine.engine import Engine
-from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.outputs import RequestOutput, VersionRuns
 from fastgen_jax.engine.prompts import Prompt
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import SamplingParams
 from fastgen_jax.training.batch import TrainingBatch, pack, per_row
-from fastgen_jax.training.forward import Options, logprobs
+from fastgen_jax.training.forward import DEFAULTS, Options, logprobs
 from fastgen_jax.training.update import Metrics, make_update
 
 _EPSILON = 1e-4  # added to the deviation of a group's rewards
@@ -68,6 +68,8 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     """Those with which the tokens were drawn; empty in an evaluation."""
+    versions: VersionRuns = field(default_factory=VersionRuns)
+    """Of the weights that generated the tokens."""
     finish_reason: str | None = None
     """"stop" or "length"; None: it is not finished."""
 
@@ -77,6 +79,7 @@ class Answer:
             raise RuntimeError(f"an answer failed: {output.error}")
         self.token_ids += output.new_token_ids
         self.text += output.text
+        self.versions.add(output)
         self.finish_reason = output.finish_reason
 
 
@@ -107,11 +110,9 @@ class Rollouts:
         """Tokens generated so far."""
 
     def start(self, number: int, prompt: Prompt) -> None:
-        """Begins group `number`. Its other answers begin when the first one has computed the prompt, and share its blocks."""
+        """Begins group `number`: with one answer, and when that has computed the prompt, the others share its blocks."""
         answers = [Answer() for _ in range(self._settings.group_size)]
-        group = Group(
-            number=number, prompt=prompt, prompt_ids=tuple(map(int, self._engine.encode(prompt))), answers=answers
-        )
+        group = Group(number=number, prompt=prompt, prompt_ids=tuple(map(int, self._engine.encode(prompt))), answers=answers)
         self._add(group, 0)
         self.num_running += 1
 
@@ -144,10 +145,8 @@ class Rollouts:
                 self._add(group, other)
         answer.extend(output)
         for entry in output.logprobs or ():
-            # At temperature 1 the model's own, whose bits are those of the forward pass.
-            drawn = entry.logprob if self._settings.temperature == 1.0 else entry.sampled_logprob
-            assert drawn is not None, "a generated token was drawn"
-            answer.logprobs.append(drawn)
+            assert entry.processed_logprob is not None, "a generated token was drawn"
+            answer.logprobs.append(entry.processed_logprob)
         self.num_tokens += len(output.new_token_ids)
         if output.finished:
             del self._requests[output.request_id]
@@ -165,12 +164,12 @@ def grpo_loss(
     *,
     config: ModelConfig,
     settings: Settings,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
 ) -> tuple[jax.Array, Metrics]:
     """The clipped objective per token, negated; all arrays are f32[R], `rollout` and `reference` are log-probabilities.
 
-    `difference` among the metrics is the largest one between these log-probabilities and those of the rollout: 0 in the
-    first update after a rollout on a CPU in float32.
+    `difference` among the metrics is the largest one between these log-probabilities and those of the rollout: 0 on a CPU in
+    float32 for tokens that the same weights have generated.
     """
     current = logprobs(params, batch, config=config, options=options, temperature=settings.temperature)
     used, count = batch.is_used, jnp.maximum(batch.ragged.num_sample_rows, 1).astype(jnp.float32)
@@ -201,7 +200,7 @@ class GRPO:
         optimizer: optax.GradientTransformation,
         *,
         settings: Settings = Settings(),
-        options: Options = Options(),
+        options: Options = DEFAULTS,
     ) -> None:
         """`params` are plain and become those of the engine, whose model they are of."""
         self.params = params
@@ -214,7 +213,7 @@ class GRPO:
         self._update = make_update(loss, optimizer)
         self._logprobs = jax.jit(partial(logprobs, config=engine.model, options=options, temperature=settings.temperature))
         self._reference = params if settings.kl else None
-        engine.params = params
+        engine.update_params(params)
 
     def step(self) -> dict[str, float]:
         """Generates answers, updates the weights with them, and passes these to the engine; returns metrics.
@@ -253,7 +252,7 @@ class GRPO:
             metrics.append(values)
         jax.block_until_ready(self.params)
         times.append(time.perf_counter())
-        self._engine.params = self.params
+        self._engine.update_params(self.params)
         times.append(time.perf_counter())
         rollout, train, load = np.diff(times)
         return {
@@ -268,7 +267,7 @@ class GRPO:
         }
 
     def evaluate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> tuple[float, list[Answer]]:
-        """The mean reward of an answer to each of `prompts`, and the answers: the most likely ones, unless `params` differ."""
+        """The mean reward of an answer to each of `prompts`, and the answers: greedy ones, unless `params` differ."""
         params = params or SamplingParams(max_new_tokens=self.settings.max_new_tokens, do_sample=False)
         answers = {self._engine.add(prompt, params): Answer() for prompt in prompts}
         while not all(answer.finish_reason for answer in answers.values()):

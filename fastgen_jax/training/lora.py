@@ -34,7 +34,9 @@ def lora_params(
         raise ValueError(f"rank is {rank}, but must be at least 1")
     for name in targets or ():
         if name not in specs or specs[name].kind is not Kind.MATRIX:
-            raise ValueError(f"targets has {name!r}, which is not a matrix of this model's layers; choose from {', '.join(known)}")
+            raise ValueError(
+                f"targets has {name!r}, which is not a matrix of this model's layers; choose from {', '.join(known)}"
+            )
     layers = {}
     for j, name in enumerate(known if targets is None else targets):
         count, (inputs, outputs) = len(having[name]), specs[name].shape

@@ -9,7 +9,7 @@ import jax
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.training.batch import TrainingBatch
-from fastgen_jax.training.forward import Options, logits, logprobs
+from fastgen_jax.training.forward import DEFAULTS, Options, logits, logprobs
 
 try:
     from flax import nnx
@@ -50,7 +50,7 @@ class Decoder(Weights):
         return logprobs(params_of(self), batch, config=self.config, options=self.options, temperature=temperature)
 
 
-def as_nnx(params: Params, config: ModelConfig, *, options: Options = Options()) -> Decoder:
+def as_nnx(params: Params, config: ModelConfig, *, options: Options = DEFAULTS) -> Decoder:
     """A module whose parameters are the arrays of `params`, which are stacked; nothing is copied.
 
     `module(batch)` returns logits and `module.logprobs(batch)` log-probabilities. It splits and merges, and trains with

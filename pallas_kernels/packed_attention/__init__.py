@@ -10,10 +10,12 @@ results: no array of T x T numbers exists (FlashAttention-2, arXiv:2307.08691).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.packed_attention import tiles
 from pallas_kernels.packed_attention.cpu import packed_attention_cpu
@@ -77,12 +79,7 @@ def packed_attention(
     scoring = jax.tree.map(jnp.asarray, scoring)
     if implementation == "reference":
         return packed_attention_reference(q, k, v, query_starts, scoring)
-    forward = packed_attention_cpu if implementation == "cpu" else tiles.packed_attention_tiles
+    forward: tiles.Packed = packed_attention_cpu if implementation == "cpu" else tiles.packed_attention_tiles
     if implementation is None and has_kernel:
-
-        def forward(*arguments):
-            return jax.lax.platform_dependent(
-                *arguments, cpu=packed_attention_cpu, default=tiles.packed_attention_tiles
-            )
-
+        forward = partial(lax.platform_dependent, cpu=packed_attention_cpu, default=tiles.packed_attention_tiles)
     return tiles.with_derivative(forward)(q, k, v, query_starts, scoring)

@@ -23,7 +23,7 @@ def packed_attention_reference(
     scoring: Scoring,
 ) -> Float[Array, "T H D"]:
     """See `packed_attention`."""
-    (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+    (num_tokens, _, head_dim), num_kv_heads = q.shape, k.shape[1]
     queries = q.reshape(num_tokens, num_kv_heads, -1, head_dim).astype(jnp.float32)  # [T, K, G, D]
     keys, values = k.astype(jnp.float32), v.astype(jnp.float32)
     scores = scoring.scale * jnp.einsum("tkgd,jkd->kgtj", queries, keys, precision=HIGHEST)

@@ -34,9 +34,7 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferr
 class _Tiles:
     """The inputs in float32 as tiles: queries [n, C, K, G, D], keys and values [n * C, K, D], C tokens in a tile."""
 
-    def __init__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, query_starts: jax.Array, scoring: Scoring
-    ) -> None:
+    def __init__(self, q: jax.Array, k: jax.Array, v: jax.Array, query_starts: jax.Array, scoring: Scoring) -> None:
         self.num_tokens, num_heads, self.head_dim = q.shape
         self.heads = (k.shape[1], num_heads // k.shape[1])  # K, G
         self.size = min(_TILE, self.num_tokens)
@@ -76,7 +74,10 @@ class _Tiles:
         return one(self.keys), one(self.values)
 
     def scores(self, i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Scores [K, G, C, C] of queries of tile i and keys of tile j, -inf where invisible, without and with slopes; distances."""
+        """Of queries of tile i and keys of tile j: capped scores, scores (-inf where invisible), and distances.
+
+        They are [K, G, C, C], [K, G, C, C] and [C, C], with queries before keys.
+        """
         scoring = self.scoring
         capped = scoring.scale * _einsum("ckgd,jkd->kgcj", self.queries[i], self.keys_at(j)[0])
         if scoring.soft_cap is not None:

@@ -11,10 +11,8 @@ import pytest
 
 from fastgen_jax import SamplingParams
 from fastgen_jax.models.dense import dense_forward
-from fastgen_jax.models.params import unstack
-from fastgen_jax.training import Options, logits, logprobs, pack, padded_batch
+from fastgen_jax.training import Options, logprobs, pack
 from pallas_kernels import native
-from tests.models.parity import load
 from tests.tiny import drain, random_params, tiny_engine, tiny_model, tokens_of
 
 RNG = np.random.default_rng(0)
@@ -70,24 +68,28 @@ def test_a_batch_has_the_tokens_after_each_prompt_as_targets():
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
-def test_logprobs_equal_those_of_a_rollout_and_of_a_scored_prompt_bit_for_bit():
+def test_logprobs_equal_those_of_a_rollout_and_of_its_score_bit_for_bit():
     params, config = tiny_model(stack_layers=True)
     engine = tiny_engine()
-    sampled = SamplingParams(max_new_tokens=20, seed=3, logprobs=0, ignore_eos=True)
+    sampled = SamplingParams(max_new_tokens=20, seed=3, temperature=0.7, logprobs=0, ignore_eos=True)
     for i, tokens in enumerate(SEQUENCES):
         engine.add(tokens, sampled, request_id=str(i))
     outputs = drain(engine)
-    answers = [tokens_of(outputs[str(i)]) for i in range(len(SEQUENCES))]
-    whole = [[*tokens, *answer] for tokens, answer in zip(SEQUENCES, answers, strict=True)]
+    whole = [[*tokens, *tokens_of(outputs[str(i)])] for i, tokens in enumerate(SEQUENCES)]
+    entries = [entry for i in range(len(whole)) for output in outputs[str(i)] for entry in output.logprobs]
     batch = pack(whole, list(map(len, SEQUENCES)), num_tokens=128, num_rows=96)
-    drawn = [entry.logprob for i in range(len(whole)) for output in outputs[str(i)] for entry in output.logprobs]
 
-    program = jax.jit(partial(logprobs, config=config, options=Options(head_rows=30)))
-    np.testing.assert_array_equal(np.asarray(program(params, batch))[: len(drawn)], drawn)
+    @jax.jit
+    def both(params):
+        """At two temperatures, of which one is computed for a derivative."""
+        function = partial(logprobs, batch=batch, config=config, options=Options(head_rows=30))
+        return jax.vjp(function, params)[0], function(params, temperature=0.7)
 
-    engine.add(whole[3], SamplingParams(max_new_tokens=1, prompt_logprobs=0), request_id="scored")
-    scored = [entry.logprob for output in drain(engine)["scored"] for entry in output.prompt_logprobs or ()]
-    np.testing.assert_array_equal(scored[len(SEQUENCES[3]) - 1 :], drawn[-20:])
+    raw, processed = (np.asarray(values)[: len(entries)] for values in both(params))
+    np.testing.assert_array_equal(raw, [entry.logprob for entry in entries])
+    np.testing.assert_array_equal(processed, [entry.processed_logprob for entry in entries])
+    (scores,) = engine.score([whole[3]], start=len(SEQUENCES[3]))
+    np.testing.assert_array_equal(scores.logprobs, raw[-20:])
 
 
 @pytest.mark.parametrize("options", [Options(), Options(remat=False, attention="reference")], ids=["default", "plain"])

@@ -31,7 +31,7 @@ from tests.tiny import tiny_engine, tiny_model
 
 SEQUENCES = [[5, 9, 8, 7, 6], [5, 9, 3, 4], [7, 1, 2, 3, 9], [7, 1, 9, 9, 9, 9]]
 PROMPTS = [2, 2, 2, 2]
-pytestmark = pytest.mark.usefixtures("fast_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture
@@ -141,7 +141,9 @@ def test_adapters_change_nothing_at_first_and_then_train_alone():
         adapters, state, metrics = update(adapters, state, params)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.1
-    with pytest.raises(ValueError, match="targets has 'embed', which is not a matrix of this model's layers; choose from qkv"):
+    with pytest.raises(
+        ValueError, match="targets has 'embed', which is not a matrix of this model's layers; choose from qkv"
+    ):
         lora_params(config, 2, jax.random.key(0), targets=("embed",))
 
 
@@ -167,4 +169,4 @@ def test_grpo_raises_a_reward_and_repeats_to_the_bit():
         assert reward == np.mean([share_of_large_ids(None, answer) for answer in answers])
         assert [m["reward"] for m in train(3)[1]] == [m["reward"] for m in metrics[:3]]
     finally:
-        engine.params = tiny_model()[0]
+        engine.update_params(tiny_model()[0])

@@ -413,21 +413,32 @@ def _logprobs(
     )
 
 
-
-
 @jax.custom_jvp
-def token_logprobs(logits: Float32[Array, "R V"], tokens: Int32[Array, " R"]) -> Float32[Array, " R"]:
-    """The natural logarithm of the probability of one token per row: `SampleOutput.logprobs`, but differentiable."""
-    return _logprobs(logits, tokens, max_logprobs=1)[0]
+def token_logprobs(
+    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], temperature: Float32[Array, ""]
+) -> Float32[Array, " R"]:
+    """The natural logarithm of the probability of one token per row, of `logits / temperature`; differentiable.
+
+    These are the numbers of `SampleOutput`: raw at a temperature of 1, and otherwise processed.
+    """
+    largest = _largest(logits)[:, None]
+
+    def exponents(x: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
+        return jnp.where(x == largest, 0, x - largest) / temperature[None, None]
+
+    log_total = jnp.log1p(_sum_in_any_order(jnp.exp(exponents(logits))) - 1)
+    return exponents(jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip"))[:, 0] - log_total
 
 
 @token_logprobs.defjvp
 def _token_logprobs_derivative(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+    primals: tuple[jax.Array, jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    (logits, tokens), (change, _) = primals, tangents
+    (logits, tokens, temperature), (change, _, _) = primals, tangents  # the temperature is a constant
+    change = change / temperature
     of_token = jnp.take_along_axis(change, tokens[:, None], axis=1, mode="clip")[:, 0]
-    return token_logprobs(logits, tokens), of_token - jnp.sum(jax.nn.softmax(logits, axis=1) * change, axis=1)
+    share = jax.nn.softmax(logits / temperature, axis=1)
+    return token_logprobs(*primals), of_token - jnp.sum(share * change, axis=1)
 
 
 def _no_logprobs(
