@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgen_jax.training.batch import TrainingBatch, pack, padded_batch, per_row
     from fastgen_jax.training.dpo import dpo_loss
-    from fastgen_jax.training.forward import Options, logits, logprobs
+    from fastgen_jax.training.forward import DEFAULTS, Options, logits, logprobs
     from fastgen_jax.training.grpo import GRPO, Settings, grpo_loss
     from fastgen_jax.training.lora import lora_params, merge_lora
     from fastgen_jax.training.module import as_nnx, params_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "batch": ("TrainingBatch", "pack", "padded_batch", "per_row"),
     "dpo": ("dpo_loss",),
-    "forward": ("Options", "logits", "logprobs"),
+    "forward": ("DEFAULTS", "Options", "logits", "logprobs"),
     "grpo": ("GRPO", "Settings", "grpo_loss"),
     "lora": ("lora_params", "merge_lora"),
     "module": ("as_nnx", "params_of"),
@@ -38,6 +38,7 @@ _EXPORTS = {
 }
 _HOMES = {name: module for module, names in _EXPORTS.items() for name in names}
 __all__ = [  # a literal, which type checkers can read
+    "DEFAULTS",
     "GRPO",
     "Options",
     "Settings",

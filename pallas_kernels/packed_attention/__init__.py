@@ -10,8 +10,9 @@ results: no array of T x T numbers exists (FlashAttention-2, arXiv:2307.08691).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def packed_attention(
     scoring = jax.tree.map(jnp.asarray, scoring)
     if implementation == "reference":
         return packed_attention_reference(q, k, v, query_starts, scoring)
-    forward: tiles.Packed = packed_attention_cpu if implementation == "cpu" else tiles.packed_attention_tiles
+    forward: Callable[..., Any] = packed_attention_cpu if implementation == "cpu" else tiles.packed_attention_tiles
     if implementation is None and has_kernel:
         forward = partial(lax.platform_dependent, cpu=packed_attention_cpu, default=tiles.packed_attention_tiles)
     return tiles.with_derivative(forward)(q, k, v, query_starts, scoring)

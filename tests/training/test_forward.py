@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastgen_jax import SamplingParams
+from fastgen_jax import Engine, EngineConfig, SamplingParams
 from fastgen_jax.models.dense import dense_forward
-from fastgen_jax.training import Options, logprobs, pack
+from fastgen_jax.training import DEFAULTS, Options, logprobs, pack, padded_batch
 from pallas_kernels import native
+from tests.models.parity import expected, load, variants
 from tests.tiny import drain, random_params, tiny_engine, tiny_model, tokens_of
 
 RNG = np.random.default_rng(0)
@@ -40,7 +41,7 @@ def plain_loss(params, config) -> jax.Array:
     return total
 
 
-def loss(params, batch, config, options=Options()) -> jax.Array:
+def loss(params, batch, config, options=DEFAULTS) -> jax.Array:
     weights = jnp.concatenate([jnp.arange(len(s) - p, dtype=jnp.float32) for s, p in zip(SEQUENCES, PROMPTS, strict=True)])
     weights = jnp.pad(weights, (0, batch.targets.shape[0] - len(weights)))
     return -jnp.sum(logprobs(params, batch, config=config, options=options) * weights)
@@ -103,3 +104,46 @@ def test_values_and_gradients_are_those_of_the_dense_forward(options):
     assert not np.asarray(values)[len(want) :].any()
     got = jax.jit(jax.grad(partial(loss, config=config, options=options)))(params, batch)
     assert_alike(got, jax.jit(jax.grad(partial(plain_loss, config=config)))(params), 1e-4)
+
+
+PROGRAM = jax.jit(logprobs, static_argnames=("config", "options"))
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_a_sequence_has_the_same_bits_alone_among_others_and_padded():
+    _, config = tiny_model(stack_layers=True)
+    params = random_params(config)
+    sizes = {"num_tokens": 40, "num_rows": 32, "num_sequences": 6}
+    together = np.asarray(PROGRAM(params, pack(SEQUENCES, **sizes), config=config))
+    padded = np.zeros((4, 12), np.int32)
+    for row, tokens in zip(padded, SEQUENCES, strict=True):
+        row[: len(tokens)] = tokens
+    in_rows = np.asarray(PROGRAM(params, padded_batch(jnp.asarray(padded)), config=config)).reshape(4, 11)
+    start = 0
+    for tokens, row in zip(SEQUENCES, in_rows, strict=True):
+        part = together[start : start + len(tokens) - 1]
+        start += len(part)
+        alone = np.asarray(PROGRAM(params, pack([tokens], **sizes), config=config))
+        np.testing.assert_array_equal(alone[: len(part)], part)
+        np.testing.assert_array_equal(row[: len(part)], part)
+
+
+def rounds_differently(config) -> bool:
+    """Whether products of experts or of latent attention are those of XLA in training."""
+    return config.moe is not None or config.mla is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({family for family, _ in variants()}))
+def test_every_family_has_the_numbers_of_its_engine(family):
+    variant = next(variant for name, variant in variants() if name == family)
+    params, config = load(family, variant, stack_layers=True)
+    engine = Engine(
+        params, config, EngineConfig(dtype="float32", token_budget=16, budget_ladder=(), num_blocks=16, block_size=4)
+    )
+    tokens, _, _ = expected(family, variant)
+    tokens = tokens[:20].tolist()
+    (scores,) = engine.score([tokens], start=1)
+    values = np.asarray(PROGRAM(jax.tree.map(jnp.asarray, params), pack([tokens]), config=config))
+    np.testing.assert_allclose(values, scores.logprobs, atol=1e-4)
+    assert rounds_differently(config) or (values == np.float32(scores.logprobs)).all()
