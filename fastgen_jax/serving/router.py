@@ -178,11 +178,11 @@ class Router:
     async def update_params(self, params: str, *, version: int | None = None, recompute: bool = False) -> int:
         """Replaces the weights of every replica by those of a checkpoint; see `Engine.update_params`."""
         async with self._changing:
-            if version is None:
-                version = 1 + (self._weights["version"] if self._weights else 0)
-            await self._call_all("update_params", params=params, version=version, recompute=recompute)
-            self._weights = {"params": params, "version": version}
-        return version
+            following = 1 + (self._weights["version"] if self._weights else 0)
+            number = following if version is None else version
+            await self._call_all("update_params", params=params, version=number, recompute=recompute)
+            self._weights = {"params": params, "version": number}
+        return number
 
     async def pause(self, mode: PauseMode = "keep") -> None:
         """See `Engine.pause`."""

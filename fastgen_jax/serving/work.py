@@ -188,11 +188,8 @@ class Work:
         timing = max(self.timings, key=lambda t: t.last or t.start)
         first, last = timing.first or timing.start, timing.last or timing.start
         gaps = max(1, self.generated[self.timings.index(timing)] - 1)
-        versions = [runs.runs for runs in self.versions]
-        updated = any(version for runs in versions for version, _ in runs)
-        return {
+        usage: Usage = {
             **self.usage_so_far(),
-            **({"weight_versions": versions} if updated else {}),
             "prompt_tokens_details": {"cached_tokens": cached},
             "timing": {
                 "queue_ms": round(1e3 * timing.queue, 3),
@@ -202,6 +199,10 @@ class Work:
                 "longest_gap_ms": round(1e3 * timing.longest_gap, 3),
             },
         }
+        versions = [runs.runs for runs in self.versions]
+        if any(version for runs in versions for version, _ in runs):
+            usage["weight_versions"] = versions
+        return usage
 
     def _note(self, index: int, outputs: Sequence[RequestOutput]) -> None:
         timing = self.timings[index]
