@@ -29,15 +29,15 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
         ValueError: a weight is missing, unexpected, of another shape, or prepared for another config.
     """
     _check_shapes(params, current, model, config.tensor_parallel or 1)
-    if config.keeps_blocks and any(kind.startswith("uint8") for kind in _kinds(current).values()):
-        raise ValueError(
-            "the engine computes with weights in the quantized blocks of its checkpoint, which no others can replace; "
-            "load it with quantize='none'"
-        )
     prepared = prepare_params(params, model, config)
     old, new = (_kinds(tree) for tree in (current, prepared))
     for path in [*old, *new]:
         if old.get(path) != new.get(path):
+            if config.keeps_blocks and old.get(path, "").startswith("uint8"):
+                raise ValueError(
+                    "the engine computes with weights in the quantized blocks of its checkpoint, which only those of "
+                    "another checkpoint in the same format can replace; load it with quantize='none'"
+                )
             raise ValueError(
                 f"params{path} is {new.get(path)} but the engine computes with {old.get(path)}; pass plain weights, or "
                 "weights prepared for an engine with the same config"

@@ -31,6 +31,7 @@ from fastgen_jax.serving.protocol import (
 from fastgen_jax.serving.sse import ClientDisconnectedError
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.trace import perfetto
+from fastgen_jax.serving.weights import add_weights
 
 # Any, as in FastAPI's own annotation for the descriptions of responses.
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -53,6 +54,7 @@ def create_app(server: ServerState) -> FastAPI:
     _add_errors(app)
     _add_openai(app, server)
     _add_operations(app, server)
+    add_weights(app, server, _ERRORS)
     app.add_middleware(
         RequestMiddleware,
         api_keys=config.api_key,

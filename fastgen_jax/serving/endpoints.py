@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from fastgen_jax.api.options import generation_of
-from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob, VersionRuns
+from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError
@@ -132,12 +132,10 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
 
     async def complete() -> list[GeneratedAnswer]:
         answers: list[GeneratedAnswer] = [{"generated_text": "", "token_ids": []} for _ in work.streams]
-        versions = [VersionRuns() for _ in work.streams]
         async for index, outputs in work:
             for output in outputs:
                 _add_output(answers[index], output)
-                versions[index].add(output)
-        for answer, runs in zip(answers, versions, strict=True):
+        for answer, runs in zip(answers, work.versions, strict=True):
             answer["weight_versions"] = runs.runs
         if body.return_full_text:
             for index, answer in enumerate(answers):

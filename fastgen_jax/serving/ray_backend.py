@@ -21,6 +21,7 @@ from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.resolve import ResolvedConfig
+from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.app import create_app
 from fastgen_jax.serving.remote import RoutedRequest
@@ -133,6 +134,18 @@ class RayBackend:
             return await asyncio.to_thread(answers.results, timeout_s=SNAPSHOT_SECONDS)
         except Exception:  # Ray's, of several kinds: a replica is being replaced
             return []
+
+    async def update_params(self, params: str, *, version: int | None = None, recompute: bool = False) -> int:
+        """ValueError: a replica that Ray starts later would have other weights."""
+        raise ValueError("the weights of replicas under Ray cannot be replaced; use `fastgen serve --replicas`")
+
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """ValueError, as for `update_params`."""
+        raise ValueError("replicas under Ray cannot be paused; use `fastgen serve --replicas`")
+
+    async def resume(self) -> None:
+        """ValueError, as for `pause`."""
+        raise ValueError("replicas under Ray cannot be paused; use `fastgen serve --replicas`")
 
     async def drain(self, timeout: float) -> bool:
         """Accepts no more requests and waits for the running ones; returns whether all have ended."""

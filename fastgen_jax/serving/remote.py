@@ -13,13 +13,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.api.engine_thread import Event, Failure, Load
 from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.frames import pack
 from fastgen_jax.serving.replica import ReplicaPlan
-from fastgen_jax.serving.work import Snapshot
 from fastgen_jax.text.grammar import Grammar
 
 PIECE = 64  # tokens: prefixes are remembered in pieces of this size
@@ -87,7 +87,7 @@ class ReplicaHandle:
         self.num_starts = 0
         self.started = 0.0
         self.process: subprocess.Popen[bytes] | None = None
-        self.snapshots: dict[int, asyncio.Future[Snapshot]] = {}
+        self.answers: dict[int, asyncio.Future[Any]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._prefixes: OrderedDict[bytes, None] = OrderedDict()
         self._new = 0  # submitted since the replica last reported its load
@@ -122,6 +122,25 @@ class ReplicaHandle:
         """Sends a message if the replica's process is running."""
         if self._writer is not None:
             self._writer.write(pack(message))
+
+    async def ask(self, number: int, *message: object) -> Any:
+        """Sends ("kind", ...) with a `number` after the kind, and returns the answer; ValueError if it is an error.
+
+        Cancelled if the replica ends.
+        """
+        future = self.answers[number] = asyncio.get_running_loop().create_future()
+        kind, *rest = message
+        self.write(kind, number, *rest)
+        return await future
+
+    def note_answer(self, number: int, answer: object, error: str | None) -> None:
+        """Settles the `ask` of that number."""
+        future = self.answers.pop(number, None)
+        if future is not None and not future.done():
+            if error is None:
+                future.set_result(answer)
+            else:
+                future.set_exception(ValueError(error))
 
     def update_load(self, load: Load) -> None:
         """Records the load that the replica reports."""
@@ -158,9 +177,9 @@ class ReplicaHandle:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        for future in self.snapshots.values():
+        for future in self.answers.values():
             future.cancel()
-        self.snapshots.clear()
+        self.answers.clear()
         if self.process is not None:
             process, self.process = self.process, None
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,7 +1,8 @@
 """A replica: an engine in a separate process, connected by a socket. Run as `python -m fastgen_jax.serving.replica FD`.
 
-It receives ("submit", request, grammar, deadline), ("abort", id), ("snapshot", number, since_step) and ("stop",). It sends
-("ready", resolved config), ("events", events, load), ("snapshot", number, snapshot) and ("failed", message).
+It receives ("submit", request, grammar, deadline), ("abort", id), ("snapshot", number, since_step), ("call", number, name of
+a method of the engine, options) and ("stop",). It sends ("ready", resolved config), ("events", events, load), ("answer",
+number, snapshot or result, error or None) and ("failed", message).
 """
 
 from __future__ import annotations
@@ -100,7 +101,15 @@ def main(descriptor: int) -> None:
     def snapshot(number: int, since_step: int | None) -> None:
         plain = take_snapshot(engine, since_step=since_step)
         plain["counters"]["failed_steps"] = thread.num_failed_steps
-        outbox.put(pack(("snapshot", number, plain)))
+        outbox.put(pack(("answer", number, plain, None)))
+
+    def call(number: int, name: str, options: Mapping[str, Any]) -> None:
+        try:
+            answer = {"update_params": engine.update_params, "pause": engine.pause, "resume": engine.resume}[name](**options)
+        except Exception as error:
+            outbox.put(pack(("answer", number, None, str(error))))
+        else:
+            outbox.put(pack(("answer", number, answer, None)))
 
     while True:
         try:
@@ -119,6 +128,8 @@ def main(descriptor: int) -> None:
             thread.abort(*rest)
         elif kind == "snapshot":
             thread.call(lambda _, rest=rest: snapshot(*rest))
+        elif kind == "call":
+            threading.Thread(target=call, args=rest, daemon=True).start()  # beside the steps
         else:  # "stop"
             thread.close()
             return

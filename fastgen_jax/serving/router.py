@@ -16,6 +16,7 @@ from fastgen_jax.api.engine_thread import Event, Failure
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.resolve import ResolvedConfig
+from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.frames import read
@@ -84,6 +85,10 @@ class Router:
         self._numbers = itertools.count()
         self._supervisors: list[asyncio.Task[None]] = []
         self._failure: str | None = None
+        self._changing = asyncio.Lock()  # held while weights are exchanged
+        self._weights: dict[str, Any] | None = None  # what replaced those of the model
+        self._is_paused = False
+        self._catching_up: set[asyncio.Task[None]] = set()
 
     async def start(self) -> Router:
         """Starts the replicas; returns when all are ready or given up. ValueError if none is ready."""
@@ -165,16 +170,35 @@ class Router:
         waiting = []
         for replica in self.replicas:
             if replica.is_ready:
-                number = next(self._numbers)
-                future = replica.snapshots[number] = asyncio.get_running_loop().create_future()
-                replica.write("snapshot", number, since_step)
-                waiting.append(asyncio.wait_for(future, SNAPSHOT_SECONDS))
+                answer = replica.ask(next(self._numbers), "snapshot", since_step)
+                waiting.append(asyncio.wait_for(answer, SNAPSHOT_SECONDS))
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def update_params(self, params: str, *, version: int | None = None, recompute: bool = False) -> int:
+        """Replaces the weights of every replica by those of a checkpoint; see `Engine.update_params`."""
+        async with self._changing:
+            following = 1 + (self._weights["version"] if self._weights else 0)
+            number = following if version is None else version
+            await self._call_all("update_params", params=params, version=number, recompute=recompute)
+            self._weights = {"params": params, "version": number}
+        return number
+
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """See `Engine.pause`."""
+        self._is_paused = True
+        await self._call_all("pause", mode=mode)
+
+    async def resume(self) -> None:
+        """See `Engine.resume`."""
+        self._is_paused = False
+        await self._call_all("resume")
 
     async def drain(self, timeout: float) -> bool:
         """Accepts no more requests and waits for the running ones; returns whether all ended in `timeout` seconds."""
         self._closed = True
+        if self._is_paused:
+            await self.resume()  # paused requests can end only then
         if self._requests:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout)
@@ -230,22 +254,52 @@ class Router:
             events, load = rest
             replica.update_load(load)
             self._deliver(replica, events)
-        elif kind == "snapshot":
-            number, snapshot = rest
-            future = replica.snapshots.pop(number, None)
-            if future is not None and not future.done():
-                future.set_result(snapshot)
+        elif kind == "answer":
+            replica.note_answer(*rest)
         elif kind == "ready":
             config: ResolvedConfig = rest[0]
             self._intake = self._intake or Intake(self._tokenizer, self._model_config, config)
-            replica.is_ready = True
-            ready.set()
-            unassigned, self._unassigned = self._unassigned, []
-            for routed in unassigned:
-                self._route(routed)
+            if self._weights is None and not self._is_paused and not self._changing.locked():
+                self._admit(replica, ready)
+            else:
+                self._catching_up.add(task := asyncio.create_task(self._catch_up(replica, ready)))
+                task.add_done_callback(self._catching_up.discard)
         else:  # "failed"
             self._failure = rest[0]
             replica.num_starts = MAX_STARTS  # it would fail each time
+
+    def _admit(self, replica: ReplicaHandle, ready: asyncio.Event) -> None:
+        replica.is_ready = True
+        ready.set()
+        unassigned, self._unassigned = self._unassigned, []
+        for routed in unassigned:
+            self._route(routed)
+
+    async def _catch_up(self, replica: ReplicaHandle, ready: asyncio.Event) -> None:
+        """Gives a replica that started again the weights and the pause of the others."""
+        async with self._changing:
+            try:
+                if self._weights is not None:
+                    await replica.ask(next(self._numbers), "call", "update_params", self._weights)
+                if self._is_paused:
+                    await replica.ask(next(self._numbers), "call", "pause", {"mode": "keep"})
+            except ValueError as error:
+                self._failure = f"replica {replica.number} could not load the current weights: {error}"
+                log.error("%s", self._failure)
+                replica.write("stop")
+            else:
+                self._admit(replica, ready)
+
+    async def _call_all(self, name: str, **options: object) -> None:
+        """Calls a method of every engine; ValueError if one fails, which the others may not have."""
+        ready = [replica for replica in self.replicas if replica.is_ready]
+        calls = [replica.ask(next(self._numbers), "call", name, options) for replica in ready]
+        for replica, answer in zip(ready, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(answer, ValueError):
+                where = f" (replica {replica.number})" if len(ready) > 1 else ""
+                raise ValueError(f"{answer}{where}")
+            if isinstance(answer, asyncio.CancelledError):
+                log.warning("replica %d ended during %s; it catches up when it has started again", replica.number, name)
 
     def _route(self, routed: RoutedRequest) -> None:
         if routed.request.request_id not in self._requests:

@@ -45,6 +45,9 @@ class ServerConfig:
     sleep_idle: float | None = None
     """Seconds without a request after which an engine gives the memory of its weights and KV cache back; the next request
     wakes it. None: never."""
+    weights_folder: str | None = None
+    """Folder of checkpoints that POST /v1/weights may load into the running engine; it also allows /v1/pause and
+    /v1/resume. None: these are refused."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log; json writes one object per line."""
 
@@ -54,6 +57,8 @@ class ServerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
         if self.sleep_idle is not None and self.sleep_idle <= 0:
             raise ValueError(f"sleep_idle is {self.sleep_idle}; it must be a positive number of seconds, or None")
+        if self.weights_folder is not None and not os.path.isdir(self.weights_folder):
+            raise ValueError(f"weights_folder is {self.weights_folder!r}, which is not a folder; create it, or omit it")
         if self.port > 65535:
             raise ValueError(f"port is {self.port}; it must be at most 65535")
         if (self.tls_certificate is None) != (self.tls_key is None):

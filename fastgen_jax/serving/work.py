@@ -7,12 +7,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.engine.intake import Intake, samples
-from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.outputs import RequestOutput, VersionRuns
 from fastgen_jax.engine.prompts import Prompt, TokenIds
+from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
@@ -50,6 +51,9 @@ class Usage(TokenUsage):
 
     prompt_tokens_details: CachedTokens
     timing: Milliseconds
+    weight_versions: NotRequired[list[tuple[tuple[int, int], ...]]]
+    """For each sample the versions of the weights that generated it, with the number of tokens of each; an extension.
+    Omitted while the weights are those from the start."""
 
 
 class Backend(Protocol):
@@ -100,6 +104,18 @@ class Backend(Protocol):
         """Returns one snapshot per replica."""
         ...
 
+    async def update_params(self, params: str, *, version: int | None = None, recompute: bool = False) -> int:
+        """Replaces the weights by those of a checkpoint; see `Engine.update_params`."""
+        ...
+
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """See `Engine.pause`."""
+        ...
+
+    async def resume(self) -> None:
+        """See `Engine.resume`."""
+        ...
+
     async def drain(self, timeout: float) -> bool:
         """Accepts no more requests and waits for the running ones; returns whether all ended in `timeout` seconds."""
         ...
@@ -142,6 +158,7 @@ class Work:
     generated: list[int] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
+    versions: list[VersionRuns] = field(default_factory=list)
     on_gap: Callable[[float | None, Timing], object] = lambda gap, timing: None
     """Called for each output with the seconds since the previous one, None for the first."""
 
@@ -171,7 +188,7 @@ class Work:
         timing = max(self.timings, key=lambda t: t.last or t.start)
         first, last = timing.first or timing.start, timing.last or timing.start
         gaps = max(1, self.generated[self.timings.index(timing)] - 1)
-        return {
+        usage: Usage = {
             **self.usage_so_far(),
             "prompt_tokens_details": {"cached_tokens": cached},
             "timing": {
@@ -182,6 +199,10 @@ class Work:
                 "longest_gap_ms": round(1e3 * timing.longest_gap, 3),
             },
         }
+        versions = [runs.runs for runs in self.versions]
+        if any(version for runs in versions for version, _ in runs):
+            usage["weight_versions"] = versions
+        return usage
 
     def _note(self, index: int, outputs: Sequence[RequestOutput]) -> None:
         timing = self.timings[index]
@@ -190,6 +211,7 @@ class Work:
             self.reasons[index] = output.finish_reason
             self.generated[index] += len(output.new_token_ids)
             self.cached[index] = output.num_cached_tokens
+            self.versions[index].add(output)
 
     async def _outputs(self) -> AsyncIterator[tuple[int, list[RequestOutput]]]:
         try:
@@ -269,7 +291,8 @@ async def start_work(
         raise
     zeros = [0] * len(streams)
     timings = [Timing(arrival) for _ in streams]
-    return Work(encoded, every * len(encoded), streams, timings, [*zeros], [*zeros], [None] * len(streams))
+    versions = [VersionRuns() for _ in streams]
+    return Work(encoded, every * len(encoded), streams, timings, [*zeros], [*zeros], [None] * len(streams), versions)
 
 
 def _all_samples(params: SamplingParams, num_samples: int) -> list[SamplingParams]:

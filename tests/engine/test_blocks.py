@@ -80,6 +80,9 @@ def test_an_engine_with_blocks_sleeps_and_wakes_and_refuses_other_weights(path, 
     Research(engine).flush("a")
     with pytest.raises(ValueError, match=r"blocks of its checkpoint.*quantize='none'"):
         engine.update_params(load_params(open_checkpoint(path), dtype="float32"))
+    engine.update_params(path)
+    np.testing.assert_array_equal(Research(engine).put(["a"], [PROMPT]), before)
+    Research(engine).flush("a")
 
 
 def test_int4_weights_take_four_bits_in_layers_and_eight_in_the_head(path):
