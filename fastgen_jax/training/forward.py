@@ -82,13 +82,11 @@ def logprobs(
     pieces = -(-targets.shape[0] // size)
     padding = pieces * size - targets.shape[0]
 
-    # A compiler would replace the division by a constant with a product, which rounds differently.
-    divisor = jnp.where(count < 0, 1.0, jnp.float32(temperature))
-
     def of_piece(piece: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         rows, targets, first = piece
         scores = head(rows, weights, jnp.clip(count - first, 0, size), config=config)
-        return token_logprobs(scores, targets, divisor)
+        # One divisor per row, as in the engine: XLA divides by a constant in another way, which rounds differently.
+        return token_logprobs(scores, targets, jnp.where(targets < 0, 1.0, jnp.float32(temperature)))
 
     firsts = jnp.arange(pieces, dtype=jnp.int32) * size
     rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(pieces, size, -1)

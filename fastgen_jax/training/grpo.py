@@ -218,7 +218,8 @@ class GRPO:
     def step(self) -> dict[str, float]:
         """Generates answers, updates the weights with them, and passes these to the engine; returns metrics.
 
-        `reward` is the mean of the answers' rewards. `*_seconds` are where the time went.
+        `reward` is the mean of the answers' rewards, `continued_answers` how many of them were begun before an earlier
+        update, and `*_seconds` are where the time went.
         """
         settings, times = self.settings, [time.perf_counter()]
         before = self._rollouts.num_tokens
@@ -258,6 +259,7 @@ class GRPO:
         return {
             "reward": float(rewards.mean()),
             "reward_deviation": float(rewards.std(axis=1).mean()),
+            "continued_answers": sum(len(answer.versions.runs) > 1 for _, answer in answers),
             "answer_tokens": float(np.mean([len(answer.token_ids) for _, answer in answers])),
             **{name: float(value) for name, value in metrics[0].items()},
             "generated_tokens": self._rollouts.num_tokens - before,

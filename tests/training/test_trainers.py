@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from fastgen_jax import Engine
 from fastgen_jax.training import (
     GRPO,
     Settings,
@@ -31,6 +32,8 @@ from tests.tiny import tiny_engine, tiny_model
 
 SEQUENCES = [[5, 9, 8, 7, 6], [5, 9, 3, 4], [7, 1, 2, 3, 9], [7, 1, 9, 9, 9, 9]]
 PROMPTS = [2, 2, 2, 2]
+# The logarithm of older versions of XLA rounds differently in full vectors and in the remainder.
+ROUNDING = 0.0 if jax.__version_info__ >= (0, 10) else 1e-6
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
@@ -147,26 +150,44 @@ def test_adapters_change_nothing_at_first_and_then_train_alone():
         lora_params(config, 2, jax.random.key(0), targets=("embed",))
 
 
-def share_of_large_ids(prompt, answer) -> float:
-    return sum(token >= 40 for token in answer.token_ids) / len(answer.token_ids)
+def small_ids(prompt, answer) -> float:
+    return sum(token < 40 for token in answer.token_ids) / len(answer.token_ids)
 
 
-def test_grpo_raises_a_reward_and_repeats_to_the_bit():
-    params, _ = tiny_model(stack_layers=True)
+@pytest.fixture
+def engine() -> Iterator[Engine]:
     engine = tiny_engine()
-    settings = Settings(prompts_per_step=2, group_size=6, max_new_tokens=6, seed=1)
+    yield engine
+    engine.update_params(tiny_model()[0], version=0)
 
-    def train(steps: int):
-        grpo = GRPO(engine, params, SEQUENCES, share_of_large_ids, optax.adam(1e-2), settings=settings)
-        return grpo, [grpo.step() for _ in range(steps)]
 
-    try:
-        grpo, metrics = train(10)
-        assert np.mean([m["reward"] for m in metrics[-3:]]) > np.mean([m["reward"] for m in metrics[:3]]) + 0.2
-        if native.available():
-            assert [m["difference"] for m in metrics] == [0.0] * 10
-        reward, answers = grpo.evaluate(SEQUENCES)
-        assert reward == np.mean([share_of_large_ids(None, answer) for answer in answers])
-        assert [m["reward"] for m in train(3)[1]] == [m["reward"] for m in metrics[:3]]
-    finally:
-        engine.update_params(tiny_model()[0])
+def train(engine: Engine, steps: int, **options) -> tuple[GRPO, list[dict[str, float]]]:
+    params, _ = tiny_model(stack_layers=True)
+    settings = Settings(prompts_per_step=2, group_size=6, seed=1, **options)
+    prompts = [tokens[:3] for tokens in SEQUENCES]
+    grpo = GRPO(engine, params, prompts, small_ids, optax.adam(1e-2), settings=settings)
+    return grpo, [grpo.step() for _ in range(steps)]
+
+
+def test_grpo_raises_a_reward_and_repeats_to_the_bit(engine):
+    grpo, metrics = train(engine, 10, max_new_tokens=4)
+    rewards = [step["reward"] for step in metrics]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
+    if native.available():
+        assert max(step["difference"] for step in metrics) <= ROUNDING, "engine and trainer have the same numbers"
+    value, answers = grpo.evaluate(SEQUENCES)
+    assert value == np.mean([small_ids(None, answer) for answer in answers])
+    _, repeated = train(engine, 3, max_new_tokens=4)
+    assert [step["reward"] for step in repeated] == rewards[:3]
+    assert [step["loss"] for step in repeated] == [step["loss"] for step in metrics[:3]]
+
+
+@pytest.mark.slow
+def test_answers_continue_over_updates_with_their_tokens(engine):
+    _, metrics = train(engine, 6, max_new_tokens=16, groups_in_flight=5, kl=0.1, temperature=0.8, passes=2)
+    assert metrics[0]["continued_answers"] == 0
+    assert sum(step["continued_answers"] for step in metrics[2:]) > 0
+    assert all(step["reward"] > 0 and np.isfinite(step["loss"]) for step in metrics)
+    assert max(step["difference"] for step in metrics) > 0, "they come from older weights"
+    while engine.has_work:
+        engine.step()

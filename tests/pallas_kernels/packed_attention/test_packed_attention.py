@@ -34,9 +34,14 @@ def results(implementation, q, k, v, arrays, *, window, cap):
     return jnp.sum(out.astype(jnp.float32) * weights), out
 
 
-@pytest.mark.parametrize("implementation", ["tiles", None])
+@pytest.mark.usefixtures("fast_compilation")
+@pytest.mark.parametrize("implementation", ["tiles", pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("window", "cap", "extra"), [(None, None, False), (5, 2.0, True)], ids=["plain", "window, cap, slopes, sinks"]
+    ("window", "cap", "extra"),
+    [
+        pytest.param(None, None, False, marks=pytest.mark.slow, id="plain"),
+        pytest.param(5, 2.0, True, id="window, cap, slopes, sinks"),
+    ],
 )
 def test_results_and_derivatives_are_those_of_the_reference(monkeypatch, implementation, window, cap, extra):
     monkeypatch.setattr(tiles, "_TILE", 16)
