@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgen_jax.training.batch import TrainingBatch, pack, padded_batch, per_row
     from fastgen_jax.training.dpo import dpo_loss
-    from fastgen_jax.training.forward import DEFAULTS, Options, logits, logprobs
+    from fastgen_jax.training.forward import DEFAULTS, Options, logits, logprobs, options_of
     from fastgen_jax.training.grpo import GRPO, Settings, grpo_loss
     from fastgen_jax.training.lora import lora_params, merge_lora
     from fastgen_jax.training.module import as_nnx, params_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "batch": ("TrainingBatch", "pack", "padded_batch", "per_row"),
     "dpo": ("dpo_loss",),
-    "forward": ("DEFAULTS", "Options", "logits", "logprobs"),
+    "forward": ("DEFAULTS", "Options", "logits", "logprobs", "options_of"),
     "grpo": ("GRPO", "Settings", "grpo_loss"),
     "lora": ("lora_params", "merge_lora"),
     "module": ("as_nnx", "params_of"),
@@ -51,6 +51,7 @@ __all__ = [  # a literal, which type checkers can read
     "lora_params",
     "make_update",
     "merge_lora",
+    "options_of",
     "pack",
     "padded_batch",
     "params_of",

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache
+from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.sampling.sampler import token_logprobs
 from fastgen_jax.models.attention import LayerCall
 from fastgen_jax.models.config import ModelConfig
@@ -29,7 +30,7 @@ from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, Wei
 from fastgen_jax.training.batch import TrainingBatch
 from pallas_kernels.matmul import pair
 from pallas_kernels.packed_attention import packed_attention
-from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention import QUANTIZED_DTYPES, CacheLayer, RaggedIndex, Scoring
 
 _NUMBERS_OF_LOGITS = 2**24  # that exist at a time: 64 MiB
 
@@ -47,11 +48,22 @@ class Options:
     dtype: DTypeLike | None = None
     """Dtype of matrices and tables in products, such as the engine's; None: that of `params`."""
     activation_dtype: DTypeLike | None = None
-    """Dtype of the residual stream and of norms and biases; None: that of the embedding. That of an engine on a CPU with
-    native kernels is float32."""
+    """Dtype of the residual stream and of norms and biases; None: that of the embedding."""
+    kv_dtype: DTypeLike | None = None
+    """Dtype to which keys and values are rounded; None: that of the residual stream."""
 
 
 DEFAULTS = Options()
+
+
+def options_of(engine: Engine) -> Options:
+    """The options with which the forward pass has the number formats of an engine.
+
+    Not those of weights and caches of 8 bits and less: their rounding has no derivative.
+    """
+    config = engine.config
+    kv_dtype = None if config.kv_dtype in QUANTIZED_DTYPES else config.kv_dtype
+    return Options(dtype=config.dtype, activation_dtype=config.activation_dtype, kv_dtype=kv_dtype)
 
 
 def logits(params: Params, batch: TrainingBatch, *, config: ModelConfig, options: Options = DEFAULTS) -> jax.Array:
@@ -122,6 +134,8 @@ def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, opti
         layer: CacheLayer,
         scoring: Scoring,
     ) -> tuple[jax.Array, Any, Any]:
+        if options.kv_dtype is not None:
+            k, v = k.astype(options.kv_dtype), v.astype(options.kv_dtype)
         return packed_attention(q, k, v, index.query_starts, scoring, implementation=options.attention), k_cache, v_cache
 
     nothing = KVCache.zeros(

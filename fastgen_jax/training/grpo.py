@@ -26,10 +26,8 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import SamplingParams
 from fastgen_jax.training.batch import TrainingBatch, pack, per_row
-from fastgen_jax.training.forward import DEFAULTS, Options, logprobs
+from fastgen_jax.training.forward import DEFAULTS, Options, logprobs, options_of
 from fastgen_jax.training.update import Metrics, make_update
-
-_EPSILON = 1e-4  # added to the deviation of a group's rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +121,9 @@ class Rollouts:
                 raise RuntimeError(f"the engine has no work, but only {len(self._finished)} of {count} groups are finished")
             for output in self._engine.step():
                 self.extend(output)
-        taken, self._finished = self._finished[:count], self._finished[count:]
-        return sorted(taken, key=lambda group: group.number)
+        taken = sorted(self._finished[:count], key=lambda group: group.number)
+        del self._finished[:count]
+        return taken
 
     def _add(self, group: Group, i: int) -> None:
         settings = self._settings
@@ -200,18 +199,21 @@ class GRPO:
         optimizer: optax.GradientTransformation,
         *,
         settings: Settings = Settings(),
-        options: Options = DEFAULTS,
+        options: Options | None = None,
     ) -> None:
-        """`params` are plain and become those of the engine, whose model they are of."""
+        """`params` are plain and become those of the engine, whose model they are of.
+
+        Without `options`, updates have the number formats of the engine; the weights keep theirs.
+        """
         self.params = params
         self.settings = settings
         self._engine, self._prompts, self._reward = engine, list(prompts), reward
         self._rollouts = Rollouts(engine, settings)
         self._num_started = 0
         self._opt_state = optimizer.init(params)
-        loss = partial(grpo_loss, config=engine.model, settings=settings, options=options)
-        self._update = make_update(loss, optimizer)
-        self._logprobs = jax.jit(partial(logprobs, config=engine.model, options=options, temperature=settings.temperature))
+        how = {"config": engine.model, "options": options or options_of(engine)}
+        self._update = make_update(partial(grpo_loss, settings=settings, **how), optimizer)
+        self._logprobs = jax.jit(partial(logprobs, temperature=settings.temperature, **how))
         self._reference = params if settings.kl else None
         engine.update_params(params)
 
@@ -232,7 +234,7 @@ class GRPO:
         rewards = np.array([[self._reward(group.prompt, answer) for answer in group.answers] for group in groups])
         advantages = rewards - rewards.mean(axis=1, keepdims=True)
         if settings.normalize:
-            advantages = advantages / (rewards.std(axis=1, keepdims=True) + _EPSILON)
+            advantages = advantages / (rewards.std(axis=1, keepdims=True) + 1e-4)  # it may be 0
         answers = [(group.prompt_ids, answer) for group in groups for answer in group.answers]
         sequences = [(*prompt, *answer.token_ids) for prompt, answer in answers]
         batch = pack(

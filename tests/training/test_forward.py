@@ -11,7 +11,7 @@ import pytest
 
 from fastgen_jax import Engine, EngineConfig, SamplingParams
 from fastgen_jax.models.dense import dense_forward
-from fastgen_jax.training import DEFAULTS, Options, logprobs, pack, padded_batch
+from fastgen_jax.training import DEFAULTS, Options, logprobs, options_of, pack, padded_batch
 from pallas_kernels import native
 from tests.models.parity import expected, load, variants
 from tests.tiny import drain, random_params, tiny_engine, tiny_model, tokens_of
@@ -128,6 +128,17 @@ def test_a_sequence_has_the_same_bits_alone_among_others_and_padded():
         alone = np.asarray(PROGRAM(params, pack([tokens], **sizes), config=config))
         assert_same_bits(alone[: len(part)], part)
         assert_same_bits(row[: len(part)], part)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_options_of_an_engine_have_its_number_formats():
+    params, config = tiny_model(stack_layers=True)
+    engine = tiny_engine(dtype="bfloat16", kv_dtype="bfloat16")
+    batch = pack(SEQUENCES[:1])
+    (scores,) = engine.score(SEQUENCES[:1])
+    assert_same_bits(PROGRAM(params, batch, config=config, options=options_of(engine)), scores.logprobs)
+    assert np.abs(PROGRAM(params, batch, config=config) - scores.logprobs).max() > 1e-4
 
 
 def rounds_differently(config) -> bool:
