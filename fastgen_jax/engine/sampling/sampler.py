@@ -167,13 +167,19 @@ def _argmax(logits: Float32[Array, "R V"]) -> Int32[Array, " R"]:
     return jnp.minimum(index, logits.shape[1] - 1)  # a NaN equals nothing, not even in the last piece
 
 
-class _Kept(NamedTuple):
-    """Which tokens of each row `_weights` kept: for top-k and for top-p, the threshold and the last index at it."""
+class _Weights(NamedTuple):
+    """What a token is drawn from."""
 
+    values: Int32[Array, "R V"]
+    """0 for a token that is not kept; a row sums to less than 2**31."""
+    largest: Float32[Array, " R"]
+    """The largest logit of each row."""
+    sum_of_ratios: Float32[Array, " R"]
+    """Of what top-k let through; see `_ratios`."""
+    sum_of_masses: Int32[Array, " R"]
+    """The same in fixed point: the weights before top-p and min-p."""
     top_k: tuple[Int32[Array, " R"], Int32[Array, " R"]]
-    top_p: tuple[Int32[Array, " R"], Int32[Array, " R"]]
-    scale: Float32[Array, " R"]
-    """Of ratios to fixed-point masses."""
+    """What a logit `_reaches` that top-k let through."""
 
 
 def _certain(tokens: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
@@ -192,32 +198,41 @@ def _sampled(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
     logits = _adjusted(logits, state, batch)
-    weights, kept = _weights(logits, batch)
+    weights = _weights(logits, batch)
     is_drawn = batch.temperature > 0
-    speeds = _speeds(weights, random_bits(batch.seeds, batch.positions, logits.shape[1]))
+    speeds = _speeds(weights.values, random_bits(batch.seeds, batch.positions, logits.shape[1]))
     tokens = _argmax(jnp.where(is_drawn[:, None], speeds, logits))
     tokens = jnp.where(batch.targets < logits.shape[1], batch.targets, tokens)
-    # One pass, or none if no request wants log-probabilities; see `sample` about conditionals.
-    measure = lambda _, __: _processed_logprobs(logits, tokens, kept, batch)  # noqa: E731
-    _, *zeros = _certain(tokens)
-    of_tokens, of_kept = lax.fori_loop(0, jnp.minimum(batch.any_logprobs, 1), measure, tuple(zeros))
-    return tokens, jnp.where(is_drawn, of_tokens, 0.0), jnp.where(is_drawn, of_kept, 0.0)
+    logprobs, log_kept_masses = _processed_logprobs(logits, tokens, weights, batch)
+    return tokens, jnp.where(is_drawn, logprobs, 0.0), jnp.where(is_drawn, log_kept_masses, 0.0)
 
 
 def _processed_logprobs(
-    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], kept: _Kept, batch: SamplingBatch
+    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], weights: _Weights, batch: SamplingBatch
 ) -> tuple[Float32[Array, " R"], Float32[Array, " R"]]:
     """The log-probabilities of `tokens` among what is kept of adjusted logits, and that of what is kept among all.
 
-    Without limits, and at temperature 1, the first is computed as `_logprobs` does, to the last bit.
+    Without limits, and at temperature 1, the first is computed as `_logprobs` does, to the last bit. Sums over the
+    vocabulary are those that the draw needs too; only what top-k excluded takes another pass.
     """
-    exponents, ratios = _ratios(logits, batch)
-    in_top_k, masses = _masses(logits, ratios, kept)
-    keep = in_top_k & (_reaches(masses, kept.top_p) | (batch.top_p >= 1)[:, None]) & (ratios >= batch.min_p[:, None])
-    log_kept, log_all = (jnp.log1p(_sum_in_any_order(x) - 1) for x in (jnp.where(keep, ratios, 0), ratios))
-    chosen = jnp.where(keep, exponents, -jnp.inf)
-    chosen = jnp.take_along_axis(chosen, tokens[:, None], axis=1, mode="clip")[:, 0]
-    return chosen - log_kept, log_kept - log_all
+    index = tokens[:, None]
+    logit, weight = (jnp.take_along_axis(x, index, axis=1, mode="clip") for x in (logits, weights.values))
+    exponent = _below(logit, weights.largest) / _divisor(batch)
+    unlimited = _reaches(_sortable(logit), weights.top_k, ids=index) & ((batch.top_p >= 1) & (batch.min_p <= 0))[:, None]
+    # Least likely tokens have a weight of 0 although they are kept. One that was drawn has not.
+    is_kept = ((weight > 0) | unlimited)[:, 0]
+
+    def log_of_all() -> Float32[Array, " R"]:
+        return jnp.log1p(_sum_in_any_order(_ratios(logits, weights.largest, batch)) - 1)
+
+    # log1p, unlike log, rounds alike in full vectors and in the remainder.
+    log_in_top_k = jnp.log1p(weights.sum_of_ratios - 1)
+    log_all = lax.cond((batch.any_logprobs > 0) & jnp.any(_uses_top_k(logits, batch)), log_of_all, lambda: log_in_top_k)
+    masses = (_sum(weights.values), weights.sum_of_masses)
+    of_kept, of_top_k = (jnp.log1p((x - 1).astype(jnp.float32)) for x in masses)
+    log_kept = of_kept - of_top_k
+    logprobs = exponent[:, 0] - log_in_top_k - log_kept
+    return jnp.where(is_kept, logprobs, -jnp.inf), log_kept + (log_in_top_k - log_all)
 
 
 def _adjusted(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> Float32[Array, "R V"]:
@@ -277,39 +292,40 @@ def _speeds(weights: Int32[Array, "R V"], bits: UInt32[Array, "R V"]) -> Float32
     return jnp.where(weights > 0, weights.astype(jnp.float32) / seconds, -1)
 
 
-def _ratios(logits: Float32[Array, "R V"], batch: SamplingBatch) -> tuple[Float32[Array, "R V"], Float32[Array, "R V"]]:
-    """The logarithm of each probability as a fraction of the row's largest, and the fraction itself."""
-    largest = _largest(logits)[:, None]
-    # The largest is set to 0 and not computed, because inf - inf is NaN.
-    below = jnp.where(logits == largest, 0, logits - largest)
-    exponents = below / jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
-    return exponents, jnp.exp(exponents)
+def _uses_top_k(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Bool[Array, " R"]:
+    return (batch.top_k > 0) & (batch.top_k < logits.shape[1])
 
 
-def _masses(
-    logits: Float32[Array, "R V"], ratios: Float32[Array, "R V"], kept: _Kept
-) -> tuple[Bool[Array, "R V"], Int32[Array, "R V"]]:
-    """Whether top-k lets each token through, and the fixed-point probability of each that it does."""
-    in_top_k = _reaches(_sortable(logits), kept.top_k)
-    return in_top_k, jnp.round(jnp.where(in_top_k, ratios, 0) * kept.scale[:, None]).astype(jnp.int32)
+def _below(logits: Float32[Array, "R n"], largest: Float32[Array, " R"]) -> Float32[Array, "R n"]:
+    """How far logits are below the largest, for which it is set and not computed, because inf - inf is NaN."""
+    largest = largest[:, None]
+    return jnp.where(logits == largest, 0, logits - largest)
 
 
-def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> tuple[Int32[Array, "R V"], _Kept]:
-    """The weights to draw from, 0 for a token that is not kept, and which are kept; a row sums to less than 2**31."""
-    _, ratios = _ratios(logits, batch)
-    uses_top_k = (batch.top_k > 0) & (batch.top_k < logits.shape[1])
+def _divisor(batch: SamplingBatch) -> Float32[Array, "R 1"]:
+    return jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+
+
+def _ratios(logits: Float32[Array, "R V"], largest: Float32[Array, " R"], batch: SamplingBatch) -> Float32[Array, "R V"]:
+    """Each probability as a fraction of the row's largest."""
+    return jnp.exp(_below(logits, largest) / _divisor(batch))
+
+
+def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> _Weights:
+    largest = _largest(logits)
+    ratios = _ratios(logits, largest, batch)
     keys = _sortable(logits)
-    top_k = _threshold(keys, lambda reach: reach.astype(jnp.int32), batch.top_k, uses_top_k, num_bits=32)
+    top_k = _threshold(keys, lambda reach: reach.astype(jnp.int32), batch.top_k, _uses_top_k(logits, batch), num_bits=32)
     ratios = jnp.where(_reaches(keys, top_k), ratios, 0)
 
-    scale = 2.0**_ONE / _sum_in_any_order(ratios)
-    masses = jnp.round(ratios * scale[:, None]).astype(jnp.int32)
+    sum_of_ratios = _sum_in_any_order(ratios)
+    masses = jnp.round(ratios * (2.0**_ONE / sum_of_ratios)[:, None]).astype(jnp.int32)
     total = _sum(masses)
     enough = jnp.floor(batch.top_p * (1 - _TOP_P_SLACK) * total.astype(jnp.float32)).astype(jnp.int32)
     enough = jnp.clip(enough, 1, total)
     top_p = _threshold(masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31)
     keep = _reaches(masses, top_p) & (ratios >= batch.min_p[:, None])
-    return jnp.where(keep, masses, 0), _Kept(top_k, top_p, scale)
+    return _Weights(jnp.where(keep, masses, 0), largest, sum_of_ratios, total, top_k)
 
 
 def _threshold(
@@ -343,10 +359,19 @@ def _threshold(
     return jnp.where(is_limited, threshold, lowest), last
 
 
-def _reaches(keys: Int32[Array, "R V"], limit: tuple[Int32[Array, " R"], Int32[Array, " R"]]) -> Bool[Array, "R V"]:
-    """Whether each key is above the threshold of its row, or equal to it and no later than the last index at it."""
+def _reaches(
+    keys: Int32[Array, "R n"],
+    limit: tuple[Int32[Array, " R"], Int32[Array, " R"]],
+    *,
+    ids: Int32[Array, "R n"] | None = None,
+) -> Bool[Array, "R n"]:
+    """Whether each key is above the threshold of its row, or equal to it and no later than the last index at it.
+
+    `ids` are the indices of the keys; None: they are whole rows.
+    """
     threshold, last = (x[:, None] for x in limit)
-    ids = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
+    if ids is None:
+        ids = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
     return (keys > threshold) | ((keys == threshold) & (ids <= last))
 
 
