@@ -111,8 +111,8 @@ class Sampling(Body):
     stop_token_ids: list[TokenId] | None = Field(None, description="Extension.")
     logprobs_mode: LogprobsMode | None = Field(
         None,
-        description='Extension: "processed" reports the log-probabilities after temperature, top_k, top_p and min_p, with which '
-        "tokens are drawn, and the logarithm of the probability that the last three kept.",
+        description='Extension: "processed" reports the log-probabilities after temperature, top_k, top_p and min_p, with '
+        "which tokens are drawn, and the logarithm of the probability that the last three kept.",
     )
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = Field(0, description="Extension: lower values run first.")
     timeout: Annotated[float, Field(gt=0)] | None = Field(

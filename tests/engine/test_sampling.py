@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fastgen_jax.engine.sampling import sampler as sampling
 from fastgen_jax.engine.sampling.random_bits import random_bits
+from fastgen_jax.engine.sampling.rows import row_argmax
 from fastgen_jax.engine.sampling.tables import SamplingBatch
 from tests.engine.sampling_rig import R, V, batch_of, run, sampling_rows, views_of
 
@@ -20,7 +21,7 @@ from tests.engine.sampling_rig import R, V, batch_of, run, sampling_rows, views_
 MASS_TOLERANCE = 1e-5
 
 weights_of = jax.jit(lambda logits, batch: sampling._weights(logits, batch).values)
-argmax_of = jax.jit(sampling._argmax)
+argmax_of = jax.jit(row_argmax)
 
 
 def draws(logits: np.ndarray, count: int = 4096, **columns: Any) -> np.ndarray:
@@ -201,7 +202,7 @@ def test_neither_end_of_the_random_range_draws_a_token_of_probability_zero() -> 
     weights[2, V - 1] = 1
     weights[3] = 1
     for bits in (0, 1, 2**31, 2**32 - 1):
-        drawn = sampling._argmax(sampling._speeds(jnp.asarray(weights), jnp.full((4, V), bits, jnp.uint32)))
+        drawn = row_argmax(sampling._speeds(jnp.asarray(weights), jnp.full((4, V), bits, jnp.uint32)))
         np.testing.assert_array_equal(drawn, [150, 3, V - 1, 0])
 
 
@@ -218,7 +219,7 @@ def test_logits_that_differ_in_their_last_bits_draw_the_same_tokens() -> None:
     @jax.jit
     def draw(x):
         weights = weights_of(jnp.broadcast_to(x, (count, vocab_size)), batch)
-        return sampling._argmax(sampling._speeds(weights, bits))
+        return row_argmax(sampling._speeds(weights, bits))
 
     want = np.asarray(draw(logits))
     changed = sum((np.asarray(draw(other)) != want).sum() for other in noisy)

@@ -20,24 +20,31 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from fastgen_jax.engine.sampling.random_bits import random_bits
+from fastgen_jax.engine.sampling.rows import (
+    find_threshold,
+    reaches,
+    row_argmax,
+    row_max,
+    row_sum,
+    sortable,
+    sum_in_any_order,
+)
 from fastgen_jax.engine.sampling.state import MAX_TIMES, SamplerState
 from fastgen_jax.engine.sampling.tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
 from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float32, Int16, Int32, Shaped, UInt32
+    from jaxtyping import Array, Bool, Float32, Int16, Int32, UInt32
 
 MAX_LOGPROBS = MAX_TOP_LOGPROBS
 
 _ONE = 30  # log2 of probability 1 in fixed point; rounding adds at most V / 2, so that sums stay below 2**31
 _TOP_P_SLACK = 2.0**-22  # float32 rounds p and the total by 2**-24 each: without slack 0.9 of ten equals would be ten
-_PIECE_WIDTH = 128  # lanes of a vector register on TPU; a vocabulary then has a few hundred pieces
 
 
 @pytree
@@ -90,7 +97,7 @@ def sample(
     # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
     adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
     branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
-    branches = (lambda logits, *_: _certain(_argmax(logits)), _adjusted_argmax, _sampled)
+    branches = (lambda logits, *_: _certain(row_argmax(logits)), _adjusted_argmax, _sampled)
     chosen, processed_logprobs, log_kept_masses = lax.switch(
         branch, branches, logits if process is None else process(logits), state, batch
     )
@@ -132,41 +139,6 @@ def _has_penalties(batch: SamplingBatch) -> Bool[Array, " R"]:
     return (batch.presence_penalty != 0) | (batch.frequency_penalty != 0) | (batch.repetition_penalty != 1)
 
 
-def _pieces(x: Shaped[Array, "R V"], *, fill: int | float) -> Shaped[Array, "R pieces width"]:
-    """`x` in pieces, padded with `fill`.
-
-    Reductions and searches have two levels: over each piece, then over the pieces. The first one vectorizes on every
-    platform; a CPU needs ten times as long for an argmax over whole rows, and many passes for a running sum.
-    """
-    num_rows, length = x.shape
-    width = min(_PIECE_WIDTH, length)
-    return jnp.pad(x, ((0, 0), (0, -length % width)), constant_values=fill).reshape(num_rows, -1, width)
-
-
-def _piece(pieces: Shaped[Array, "R pieces width"], index: Int32[Array, " R"]) -> Shaped[Array, "R width"]:
-    """One piece of each row."""
-    return jnp.take_along_axis(pieces, index[:, None, None], axis=1, mode="clip")[:, 0]
-
-
-def _largest(logits: Float32[Array, "R V"]) -> Float32[Array, " R"]:
-    return jnp.max(jnp.max(_pieces(logits, fill=-jnp.inf), axis=2), axis=1)
-
-
-def _argmax(logits: Float32[Array, "R V"]) -> Int32[Array, " R"]:
-    """The lowest index of the largest value."""
-
-    def first(x: jax.Array, value: jax.Array) -> jax.Array:
-        ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        return jnp.min(jnp.where(x == value[:, None], ids, x.shape[1] - 1), axis=1)
-
-    pieces = _pieces(logits, fill=-jnp.inf)
-    maxima = jnp.max(pieces, axis=2)
-    largest = jnp.max(maxima, axis=1)
-    piece = first(maxima, largest)
-    index = piece * pieces.shape[2] + first(_piece(pieces, piece), largest)
-    return jnp.minimum(index, logits.shape[1] - 1)  # a NaN equals nothing, not even in the last piece
-
-
 class _Weights(NamedTuple):
     """What a token is drawn from."""
 
@@ -179,7 +151,7 @@ class _Weights(NamedTuple):
     sum_of_masses: Int32[Array, " R"]
     """The same in fixed point: the weights before top-p and min-p."""
     top_k: tuple[Int32[Array, " R"], Int32[Array, " R"]]
-    """What a logit `_reaches` that top-k let through."""
+    """What a logit `reaches` that top-k let through."""
 
 
 def _certain(tokens: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
@@ -191,7 +163,7 @@ def _certain(tokens: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], Float32[Ar
 def _adjusted_argmax(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
-    return _certain(_argmax(_adjusted(logits, state, batch)))
+    return _certain(row_argmax(_adjusted(logits, state, batch)))
 
 
 def _sampled(
@@ -201,7 +173,7 @@ def _sampled(
     weights = _weights(logits, batch)
     is_drawn = batch.temperature > 0
     speeds = _speeds(weights.values, random_bits(batch.seeds, batch.positions, logits.shape[1]))
-    tokens = _argmax(jnp.where(is_drawn[:, None], speeds, logits))
+    tokens = row_argmax(jnp.where(is_drawn[:, None], speeds, logits))
     tokens = jnp.where(batch.targets < logits.shape[1], batch.targets, tokens)
     logprobs, log_kept_masses = _processed_logprobs(logits, tokens, weights, batch)
     return tokens, jnp.where(is_drawn, logprobs, 0.0), jnp.where(is_drawn, log_kept_masses, 0.0)
@@ -218,17 +190,17 @@ def _processed_logprobs(
     index = tokens[:, None]
     logit, weight = (jnp.take_along_axis(x, index, axis=1, mode="clip") for x in (logits, weights.values))
     exponent = _below(logit, weights.largest) / _divisor(batch)
-    unlimited = _reaches(_sortable(logit), weights.top_k, ids=index) & ((batch.top_p >= 1) & (batch.min_p <= 0))[:, None]
+    unlimited = reaches(sortable(logit), weights.top_k, ids=index) & ((batch.top_p >= 1) & (batch.min_p <= 0))[:, None]
     # Least likely tokens have a weight of 0 although they are kept. One that was drawn has not.
     is_kept = ((weight > 0) | unlimited)[:, 0]
 
     def log_of_all() -> Float32[Array, " R"]:
-        return jnp.log1p(_sum_in_any_order(_ratios(logits, weights.largest, batch)) - 1)
+        return jnp.log1p(sum_in_any_order(_ratios(logits, weights.largest, batch)) - 1)
 
     # log1p, unlike log, rounds alike in full vectors and in the remainder.
     log_in_top_k = jnp.log1p(weights.sum_of_ratios - 1)
     log_all = lax.cond((batch.any_logprobs > 0) & jnp.any(_uses_top_k(logits, batch)), log_of_all, lambda: log_in_top_k)
-    masses = (_sum(weights.values), weights.sum_of_masses)
+    masses = (row_sum(weights.values), weights.sum_of_masses)
     of_kept, of_top_k = (jnp.log1p((x - 1).astype(jnp.float32)) for x in masses)
     log_kept = of_kept - of_top_k
     logprobs = exponent[:, 0] - log_in_top_k - log_kept
@@ -312,121 +284,36 @@ def _ratios(logits: Float32[Array, "R V"], largest: Float32[Array, " R"], batch:
 
 
 def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> _Weights:
-    largest = _largest(logits)
+    largest = row_max(logits)
     ratios = _ratios(logits, largest, batch)
-    keys = _sortable(logits)
-    top_k = _threshold(keys, lambda reach: reach.astype(jnp.int32), batch.top_k, _uses_top_k(logits, batch), num_bits=32)
-    ratios = jnp.where(_reaches(keys, top_k), ratios, 0)
+    keys = sortable(logits)
+    top_k = find_threshold(keys, lambda reach: reach.astype(jnp.int32), batch.top_k, _uses_top_k(logits, batch), num_bits=32)
+    ratios = jnp.where(reaches(keys, top_k), ratios, 0)
 
-    sum_of_ratios = _sum_in_any_order(ratios)
+    sum_of_ratios = sum_in_any_order(ratios)
     masses = jnp.round(ratios * (2.0**_ONE / sum_of_ratios)[:, None]).astype(jnp.int32)
-    total = _sum(masses)
+    total = row_sum(masses)
     enough = jnp.floor(batch.top_p * (1 - _TOP_P_SLACK) * total.astype(jnp.float32)).astype(jnp.int32)
     enough = jnp.clip(enough, 1, total)
-    top_p = _threshold(masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31)
-    keep = _reaches(masses, top_p) & (ratios >= batch.min_p[:, None])
+    top_p = find_threshold(masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31)
+    keep = reaches(masses, top_p) & (ratios >= batch.min_p[:, None])
     return _Weights(jnp.where(keep, masses, 0), largest, sum_of_ratios, total, top_k)
-
-
-def _threshold(
-    keys: Int32[Array, "R V"],
-    weigh: Callable[[Array], Array],
-    enough: Int32[Array, " R"],
-    is_limited: Bool[Array, " R"],
-    *,
-    num_bits: int,
-) -> tuple[Int32[Array, " R"], Int32[Array, " R"]]:
-    """A threshold and an index that `_reaches` the fewest of the largest `keys` that weigh `enough` together.
-
-    In a row that is not limited, all relevant keys reach them. The threshold is the largest at which the keys that reach it
-    weigh enough. It is found bit by bit from the highest: exact, in `num_bits` passes over the keys (32, or 31 if none is
-    negative), and many times faster than a sort. No pass is made if no row is limited.
-    """
-    any_limited = jnp.any(is_limited)
-
-    def set_bit(i: Int32[Array, ""], threshold: Int32[Array, " R"]) -> Int32[Array, " R"]:
-        higher = threshold + (jnp.int32(1) << (num_bits - 1 - i))  # the sign bit, added to the lowest int32, makes 0
-        return jnp.where(_sum(weigh(keys >= higher[:, None])) >= enough, higher, threshold)
-
-    def last_at(threshold: Int32[Array, " R"]) -> Int32[Array, " R"]:
-        above = _sum(weigh(keys > threshold[:, None]))
-        return _first_reaching(weigh(keys == threshold[:, None]), enough - above)
-
-    lowest = jnp.full_like(enough, -(2**31) if num_bits == 32 else 0)
-    threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
-    last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
-    # Every relevant key is above the lowest: that of -inf for logits, 0 for masses.
-    return jnp.where(is_limited, threshold, lowest), last
-
-
-def _reaches(
-    keys: Int32[Array, "R n"],
-    limit: tuple[Int32[Array, " R"], Int32[Array, " R"]],
-    *,
-    ids: Int32[Array, "R n"] | None = None,
-) -> Bool[Array, "R n"]:
-    """Whether each key is above the threshold of its row, or equal to it and no later than the last index at it.
-
-    `ids` are the indices of the keys; None: they are whole rows.
-    """
-    threshold, last = (x[:, None] for x in limit)
-    if ids is None:
-        ids = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
-    return (keys > threshold) | ((keys == threshold) & (ids <= last))
-
-
-def _sum(x: Shaped[Array, "R n"]) -> Int32[Array, " R"]:
-    return jnp.sum(x, axis=1, dtype=jnp.int32)
-
-
-def _sortable(x: Float32[Array, "R V"]) -> Int32[Array, "R V"]:
-    """Integers that compare like the floats `x`; both zeros are equal."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
-
-
-def _sum_in_any_order(ratios: Float32[Array, "R V"]) -> Float32[Array, " R"]:
-    """The sum of each row, the same to the last bit in whatever order it is computed. Ratios are at most 1, V < 2**19.
-
-    Each ratio is 39 bits in three digits, whose sums are exact.
-    """
-    total, rest = jnp.zeros(ratios.shape[0], jnp.float32), ratios
-    digits = []
-    for _ in range(3):
-        rest = rest * 2.0**13
-        digit = jnp.floor(rest)
-        digits.append(jnp.sum(digit.astype(jnp.uint32), axis=1, dtype=jnp.uint32))
-        rest = rest - digit
-    for place, digit in reversed(list(enumerate(digits, 1))):
-        total = total + digit.astype(jnp.float32) * 2.0 ** (-13 * place)
-    return total
-
-
-def _first_reaching(weights: Int32[Array, "R V"], enough: Int32[Array, " R"]) -> Int32[Array, " R"]:
-    """The lowest index up to which the non-negative `weights` sum to `enough`, which is at least 1."""
-    enough = enough[:, None]
-    pieces = _pieces(weights, fill=0)
-    sums = jnp.cumsum(jnp.sum(pieces, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
-    piece = jnp.minimum(_sum(sums < enough), sums.shape[1] - 1)
-    before = jnp.take_along_axis(jnp.pad(sums, ((0, 0), (1, 0))), piece[:, None], axis=1, mode="clip")
-    inside = jnp.cumsum(_piece(pieces, piece), axis=1, dtype=jnp.int32)
-    return jnp.minimum(piece * pieces.shape[2] + _sum(inside < enough - before), weights.shape[1] - 1)
 
 
 def _logprobs(
     logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], *, max_logprobs: int
 ) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
     vocab_size = logits.shape[1]
-    largest = _largest(logits)[:, None]
+    largest = row_max(logits)[:, None]
 
     def below_largest(x: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
         return jnp.where(x == largest, 0, x - largest)  # inf - inf would be NaN
 
     # The sum is at least 1. XLA's log, unlike its log1p, rounds differently in full vectors and in the remainder.
-    log_total = jnp.log1p(_sum_in_any_order(jnp.exp(below_largest(logits))) - 1)[:, None]
+    log_total = jnp.log1p(sum_in_any_order(jnp.exp(below_largest(logits))) - 1)[:, None]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
     logprobs = (below_largest(chosen) - log_total)[:, 0]
-    ranks = 1 + _sum(logits > chosen)
+    ranks = 1 + row_sum(logits > chosen)
     num_top = min(max_logprobs, vocab_size)
     values, top_ids = lax.top_k(logits, num_top)
     fill = ((0, 0), (0, max_logprobs - num_top))
