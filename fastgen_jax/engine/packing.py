@@ -99,7 +99,8 @@ class Bucket:
         """The typed batches inside `packed`, on the device."""
         arrays = self.layout.unpack(packed)
         sampling = SamplingBatch(**_sampling_part(arrays))
-        index = RaggedIndex(**{field.name: arrays.pop(field.name) for field in dataclasses.fields(RaggedIndex)})
+        names = [field.name for field in dataclasses.fields(RaggedIndex) if field.name in arrays]
+        index = RaggedIndex(**{name: arrays.pop(name) for name in names})
         rest = {name: array for name, array in arrays.items() if not name.startswith("sampling.")}
         return RaggedBatch(index=index, **rest), sampling
 

@@ -124,13 +124,15 @@ def run_layers(
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
 
         def body(
-            carry: tuple[jax.Array, KVCache], xs: tuple[LayerWeights, jax.Array]
-        ) -> tuple[tuple[jax.Array, KVCache], None]:
-            weights, index = xs
-            return layer(*carry, weights, LayerCall(index=index)), None
+            carry: tuple[jax.Array, KVCache, jax.Array], weights: LayerWeights
+        ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
+            x, cache, index = carry
+            x, cache = layer(x, cache, weights, LayerCall(index=index))
+            return (x, cache, index + 1), None
 
-        carry, _ = jax.lax.scan(body, (x, kv_cache), (layers, jnp.arange(config.num_layers, dtype=jnp.int32)))
-        return jnp.take(carry[0], rows, axis=0), carry[1]
+        # XLA makes one counter of the loop's and of one that is carried; an array of numbers would be sliced in every layer.
+        (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), layers)
+        return jnp.take(x, rows, axis=0), kv_cache
 
     carry = (x, kv_cache)
     for start, stop in _runs(having, config.num_layers):
