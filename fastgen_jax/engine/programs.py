@@ -26,6 +26,7 @@ from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
+from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.pytree import pytree
 
 FOLDER = "executables"  # within the cache folder
@@ -38,6 +39,10 @@ _COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
     "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False},
     "cpu": {"xla_disable_hlo_passes": "tree_reduction_rewriter"},
 }
+# XLA's Triton products on a GPU copy a layer's weights out of the stack before they read them, three times the traffic. It
+# can wrap those of cuBLAS so that they read the stack in place; but cuBLAS does not convert 8-bit weights, which would be
+# written to memory as 16 bits and read again.
+_GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 
 @pytree
@@ -112,6 +117,7 @@ class Programs:
             activation_dtype=self.config.activation_dtype,
             mesh=self.mesh,
             logits_processor=self.config.choices.logits_processor,
+            has_int8_weights=has_int8(self.params),
         )
         return program.lower(*self._arguments(bucket))
 
@@ -128,6 +134,12 @@ class Programs:
 
     def _arguments(self, bucket: Bucket) -> tuple[Any, KVCache, SamplerState, jax.ShapeDtypeStruct]:
         return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+
+
+def has_int8(params: Any) -> bool:
+    """Whether some of the weights, arrays or shapes, are `Int8Weight`."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Weight))
+    return any(isinstance(leaf, Int8Weight) for leaf in leaves)
 
 
 def program_name(
@@ -159,13 +171,15 @@ def step_program(
     activation_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     logits_processor: LogitsProcessor | None = None,
-    device_kind: str | None = None,
+    has_int8_weights: bool = False,
+    device: Any = None,
 ) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
     weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
-    `device_kind` is that of the devices to compile for; None: those of the mesh, or of this process.
+    `has_int8_weights` affects only how products are compiled. `device` is one of those to compile for; None: of the mesh, or
+    of this process.
     """
     step = partial(
         _step,
@@ -176,12 +190,15 @@ def step_program(
         mesh=mesh,
         logits_processor=logits_processor,
     )
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if (device_kind or device.device_kind) == "cpu":
+    device = device or (jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+    if device.platform == "cpu":
         # JAX's own cache goes by the name, too. What it has from an older version would load, but could not be saved as an
         # executable, so that every later start would trace this program again.
         step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
-    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device_kind or device.device_kind))
+    options = _COMPILER_OPTIONS.get(device.device_kind)
+    if device.platform == "gpu" and not has_int8_weights:
+        options = _GPU_OPTIONS
+    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
     if mesh is None:
         return jit(step)
     whole = NamedSharding(mesh, PartitionSpec())

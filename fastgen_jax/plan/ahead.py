@@ -168,7 +168,8 @@ def _compile(model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int,
         attention=config.choices.attention,
         activation_dtype=config.activation_dtype,
         mesh=mesh if divided else None,
-        device_kind=devices[0].device_kind,
+        has_int8_weights=config.quantize == "int8",
+        device=devices[0],
     )
     start = time.perf_counter()
     with lowering_for(mesh):

@@ -171,7 +171,7 @@ def compile_step(
     )
     cache = arguments[1]
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
-    step = step_program(model, bucket, attention=attention, mesh=mesh)
+    step = step_program(model, bucket, attention=attention, mesh=mesh, has_int8_weights=quantize == "int8")
     start = time.perf_counter()
     with lowering_for(mesh):
         lowered = step.lower(*arguments)
