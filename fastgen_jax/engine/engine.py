@@ -97,7 +97,7 @@ class Engine:
         self._journal = Journal(self.runner, self.scheduler, self.manual_sequences, self.metrics)
         self._stepper = Stepper(self.config, self.runner, self.scheduler, self._journal, self.metrics)
         self._sleep = Sleep(self.runner, self.scheduler, self.metrics)
-        missing = [budget for budget in self.config.budget_ladder if budget not in self.runner.budgets]
+        missing = self.runner.missing(self.config.budget_ladder)
         self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)
         if missing:
             self._compiler.start()

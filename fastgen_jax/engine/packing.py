@@ -12,6 +12,7 @@ import numpy as np
 
 from fastgen_jax.core import RaggedBatch
 from fastgen_jax.engine.resolve import ResolvedConfig
+from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
 from fastgen_jax.scheduling import Step
 from pallas_kernels.ragged_attention import RaggedIndex
@@ -94,6 +95,12 @@ class Bucket:
         """
         buffer = self._empty.copy()
         return buffer, self.layout.views(buffer)
+
+    def work_of(self, packed: np.ndarray) -> Work:
+        """The least that a program must be able to do for a packed step."""
+        flags = {name: bool(view) for name, view in self.layout.views(packed).items() if name.startswith("sampling.any_")}
+        draws = flags.pop("sampling.any_sampling")
+        return "any" if any(flags.values()) else "sampled" if draws else "greedy"
 
     def unpack(self, packed: jax.Array) -> tuple[RaggedBatch, SamplingBatch]:
         """The typed batches inside `packed`, on the device."""

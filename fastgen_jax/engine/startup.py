@@ -27,6 +27,7 @@ from fastgen_jax.engine.config import EngineConfig, formats_of
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
+from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
@@ -129,7 +130,7 @@ def start(params: Params, model: ModelConfig, choices: EngineConfig, *, phases: 
         runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
     if choices.remeasure:
         config = replace(config, budget_ladder=_measured_ladder(runner, config, model, folder, phases=phases))
-    largest_first = config.budget_ladder[::-1]
+    largest_first = runner.missing(config.budget_ladder[::-1])
     _compile(runner, largest_first[:1] if choices.background_compile else largest_first, phases=phases)
     runner.warm_up()
     _save_seconds(phases, folder, model, config)
@@ -202,7 +203,7 @@ def _measured_ladder(
 ) -> tuple[int, ...]:
     """Compiles and times every candidate; only the programs of the chosen sizes are kept."""
     candidates = config.budget_ladder
-    _compile(runner, candidates, phases=phases)
+    _compile(runner, runner.missing(candidates), phases=phases)
     costs = {budget: runner.measure(budget) for budget in candidates}
     log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
     chosen = ladder.choose_ladder(
@@ -236,11 +237,10 @@ def _start_facts(model: ModelConfig, config: ResolvedConfig) -> object:
     return asdict(model), config.dtype, config.quantize, config.tensor_parallel
 
 
-def _compile(runner: Runner, budgets: Sequence[int], *, phases: Phases) -> None:
-    missing = [budget for budget in budgets if budget not in runner.budgets]
+def _compile(runner: Runner, missing: Sequence[tuple[int, Work]], *, phases: Phases) -> None:
     if missing:
         with phases.phase("compiling", total=len(missing), unit="program") as advance:
-            runner.compile(missing, on_done=lambda budget: advance())
+            runner.compile(missing, on_done=advance)
 
 
 def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]) -> tuple[object, ...]:

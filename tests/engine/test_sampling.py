@@ -217,7 +217,7 @@ def test_logits_that_differ_in_their_last_bits_draw_the_same_tokens() -> None:
 
     @jax.jit
     def draw(x):
-        weights = sampling._weights(jnp.broadcast_to(x, (count, vocab_size)), batch)
+        weights = sampling._weights(jnp.broadcast_to(x, (count, vocab_size)), batch, has_branches=True)
         return sampling._argmax(sampling._speeds(weights, bits))
 
     want = np.asarray(draw(logits))

@@ -97,8 +97,8 @@ def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> 
     words = complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
     if program.collectives != COLLECTIVES_PER_LAYER:
         words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_PER_LAYER}"
-    if program.copied > COPY_PER_LAYER:
-        words = words or f"every layer copies {program.copied / MIB:.0f} MiB, so a weight"
+    if program.copies:
+        words = words or f"{program.copies[0].name} copies a weight: {program.copies[0].bytes / MIB:.0f} MiB"
     return program.temporaries, words
 
 
