@@ -187,18 +187,19 @@ def compile_step(
         collectives=hlo.count_in_loops(text),
         operations=hlo.operations_per_layer(text),
         waits=hlo.waits(text),
-        copies=hlo.copied_weights(text, _matrix_shapes(arguments[0])),
+        copies=hlo.copied_weights(text, _matrix_shapes(arguments[0], token_budget)),
         compiled=compiled,
     )
 
 
-def _matrix_shapes(params: Params) -> set[tuple[int, ...]]:
-    """The shapes on one device of the large weights, of one layer and of all."""
+def _matrix_shapes(params: Params, num_tokens: int) -> set[tuple[int, ...]]:
+    """The shapes on one device of the large weights, of one layer and of all; without those that activations may have."""
     shapes = set()
     for leaf in jax.tree.leaves(params):
         shape = leaf.sharding.shard_shape(leaf.shape)
         while math.prod(shape) * leaf.dtype.itemsize >= LARGE and len(shape) >= 2:
-            shapes.add(tuple(shape))
+            if num_tokens not in shape:
+                shapes.add(tuple(shape))
             shape = shape[1:]
     return shapes
 
