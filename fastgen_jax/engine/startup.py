@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, formats_of
 from fastgen_jax.engine.generation import defaults_of_model
+from fastgen_jax.engine.refinement import Refinement
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
@@ -119,12 +121,20 @@ def _prefetch_kernels(model: ModelConfig) -> Sequence[native.Build]:
     return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary", "unfilled"))
 
 
-def start(params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases) -> tuple[ResolvedConfig, Runner]:
-    """The resolved config, and a runner with warm programs: all, or with `background_compile` that of a full step."""
+def start(
+    params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases
+) -> tuple[ResolvedConfig, Runner, Refinement | None]:
+    """The resolved config, a runner with warm programs, and what to do about the step sizes while the engine is idle.
+
+    The programs are all, or with `background_compile` that of a full step.
+    """
     folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
     config = _resolve_as_before(choices, model, folder)
+    candidates, measured, cost = config.budget_ladder, None, _cost_model(config, model)
     if choices.token_budget is None and not choices.remeasure:
-        config = replace(config, budget_ladder=_ladder(config, model, folder))
+        measured = _measured_before(config, model, folder)
+        sizes = measured or ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
+        config = replace(config, budget_ladder=sizes)
     with phases.phase("allocating memory"):
         runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
     if choices.remeasure:
@@ -137,7 +147,13 @@ def start(params: Params, model: ModelConfig, choices: EngineConfig, *, phases: 
     if config.fitted:
         log.info("fit: %s", config.fitted)
     log.info("engine ready: %s", config)
-    return config, runner
+    modeled = choices.token_budget is None and not choices.remeasure and measured is None
+    if not (modeled and choices.refine_ladder and folder and folder.writable):
+        return config, runner, None
+    save = partial(
+        ladder.save_choice, folder.path / ladder.FILE, _facts(config, model, candidates), model=ladder.describe(model)
+    )
+    return config, runner, Refinement(runner, cost, candidates, save=save)
 
 
 def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place | None = None) -> str:
@@ -154,6 +170,7 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
         "chat_template",
         "compile_cache_dir",
         "remeasure",
+        "refine_ladder",
         "logits_processor",
         "formats",
         "strict_config",
@@ -181,20 +198,21 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
     return config
 
 
-def _ladder(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -> tuple[int, ...]:
-    """The step sizes that were measured here for such a model and config; those of the cost model if none were."""
+def _measured_before(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -> tuple[int, ...] | None:
+    """The step sizes that were measured here for such a model and config; None if none were."""
     candidates = config.budget_ladder
     measured = ladder.load_choice(folder.path / ladder.FILE, _facts(config, model, candidates)) if folder else None
-    if measured is not None and set(measured) <= set(candidates):
-        return measured
+    return measured if measured is not None and set(measured) <= set(candidates) else None
+
+
+def _cost_model(config: ResolvedConfig, model: ModelConfig) -> ladder.CostModel:
     device = jax.devices()[0]
-    cost = ladder.cost_model(
+    return ladder.cost_model(
         model,
         bytes_per_weight=1 if config.quantize or _keeps_any(config) else jnp.dtype(config.dtype).itemsize,
         device_kind=None if device.platform == "cpu" else device.device_kind,
         skips_padding=config.packed_weights,
     )
-    return ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
 
 
 def _measured_ladder(
@@ -205,9 +223,9 @@ def _measured_ladder(
     _compile(runner, candidates, phases=phases)
     costs = {budget: runner.measure(budget) for budget in candidates}
     log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
-    chosen = ladder.choose_ladder(
+    chosen = ladder.choose(
         costs,
-        ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
+        max_num_seqs=config.max_num_seqs,
         seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
     )
     runner.keep_only(chosen)
