@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _THREADS = 3  # NumPy releases the GIL
-# Weights in work behind the oldest, which take host memory beyond the model: so many, or more while they are small.
+# Weights in work behind the oldest, which take host memory beyond the model: so many, or more if they are together no larger
+# than the oldest, so that an embedding does not keep the layers waiting.
 _AHEAD = 3
-_AHEAD_BYTES = 128 << 20  # as float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +217,7 @@ def _loaded(
     upcoming = deque(weights)
     ahead = 0  # bytes of all pending weights but the oldest
     while pending or upcoming:
-        while upcoming and (len(pending) <= _AHEAD or ahead + upcoming[0].num_bytes <= _AHEAD_BYTES):
+        while upcoming and (len(pending) <= _AHEAD or ahead + upcoming[0].num_bytes <= pending[0][0].num_bytes):
             weight = upcoming.popleft()
             ahead += weight.num_bytes if pending else 0
             pending.append((weight, pool.submit(load, weight)))

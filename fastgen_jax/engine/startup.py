@@ -23,9 +23,10 @@ from fastgen_jax.checkpoint import (
 )
 from fastgen_jax.core import environment
 from fastgen_jax.core.progress import Phases
-from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
+from fastgen_jax.engine import compile_cache, executables, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, formats_of
 from fastgen_jax.engine.generation import defaults_of_model
+from fastgen_jax.engine.programs import devices_of, saved_in
 from fastgen_jax.engine.refinement import Refinement
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 BUILDING = "building C++ kernels"  # those that are not ready when the weights are loaded, once per machine
 PHASES = ("opening the model", "loading weights", BUILDING, "allocating memory", "compiling")
-SECONDS_FILE = "starts.json"  # how long they took
+STARTS_FILE = "starts.json"  # how long the phases took, and the program that was needed first
 BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depend on it
 
 
@@ -55,7 +56,10 @@ def load(
     """
     with phases.phase(PHASES[0]):
         environment.warn_about_accelerators()
-        checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            if jax.default_backend() == "cpu":
+                beside.submit(native.available)  # asks the compiler for its version, once per process
+            checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
         if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
             config = replace(config, quantize="int8")
         if config.generation_config == "auto":
@@ -64,6 +68,7 @@ def load(
         folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
         config = fit.with_formats(config, checkpoint.config, folder, kept=_kept_bits(checkpoint))
         resolved = resolve(config, checkpoint.config)
+        _prepare_as_before(phases, folder, checkpoint.config, resolved)
         builds = _prefetch_kernels(checkpoint.config) if jax.default_backend() == "cpu" else ()
         if not builds:
             phases.names = [name for name in PHASES if name != BUILDING]
@@ -75,7 +80,6 @@ def load(
                 f"{tokenizer.vocab_size:,}",
                 f"{checkpoint.config.vocab_size:,}",
             )
-        _expect_seconds(phases, folder, checkpoint.config, resolved)
     params = _read_weights(checkpoint, resolved, progress=phases)
     if builds:
         with phases.phase(BUILDING, total=len(builds), unit="kernel") as advance:
@@ -142,7 +146,8 @@ def start(
     largest_first = config.budget_ladder[::-1]
     _compile(runner, largest_first[:1] if choices.background_compile else largest_first, phases=phases)
     runner.warm_up()
-    _save_seconds(phases, folder, model, config)
+    _save_start(phases, folder, runner, config)
+    executables.forget_prefetched()
     compile_cache.send_soon(folder)
     if config.fitted:
         log.info("fit: %s", config.fitted)
@@ -235,19 +240,23 @@ def _measured_ladder(
     return chosen
 
 
-def _expect_seconds(phases: Phases, folder: Folder | None, model: ModelConfig, config: ResolvedConfig) -> None:
-    """Tells the display how long the phases of the last start of such a model took on this machine."""
-    saved = saved_choices.load(folder.path / SECONDS_FILE, _start_facts(model, config)) if folder else None
-    seconds = saved.get("seconds") if saved else None
+def _prepare_as_before(phases: Phases, folder: Folder | None, model: ModelConfig, config: ResolvedConfig) -> None:
+    """Tells the display how long the last start of such a model took, and begins to load the program that it needed."""
+    saved = saved_choices.load(folder.path / STARTS_FILE, _start_facts(model, config)) if folder else None
+    seconds, program = (saved.get("seconds"), saved.get("program")) if saved else (None, None)
+    if folder is not None and isinstance(program, str):
+        executables.prefetch(saved_in(folder), program, devices=devices_of(config))
     if isinstance(seconds, dict):
         phases.expected = {name: float(took) for name, took in seconds.items() if isinstance(took, int | float)}
 
 
-def _save_seconds(phases: Phases, folder: Folder | None, model: ModelConfig, config: ResolvedConfig) -> None:
+def _save_start(phases: Phases, folder: Folder | None, runner: Runner, config: ResolvedConfig) -> None:
+    model = runner.model
     if folder and folder.writable and "loading weights" in phases.seconds:
         seconds = {name: round(took, 3) for name, took in phases.seconds.items()}
-        entry = {"model": ladder.describe(model), "seconds": seconds}
-        saved_choices.save(folder.path / SECONDS_FILE, _start_facts(model, config), entry)
+        program = runner.programs.saved_name(config.token_budget)
+        entry = {"model": ladder.describe(model), "seconds": seconds, "program": program}
+        saved_choices.save(folder.path / STARTS_FILE, _start_facts(model, config), entry)
 
 
 def _start_facts(model: ModelConfig, config: ResolvedConfig) -> object:

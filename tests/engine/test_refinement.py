@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from fastgen_jax import Engine, EngineConfig, Research
@@ -203,7 +204,8 @@ def test_a_step_that_fails_while_idle_ends_the_refinement_and_no_request(engine,
 
     def lost(runner: Runner, program: Any, tokens: int) -> float:
         runner._run(program, program.bucket.new_buffer()[0])
-        runner.kv_cache.k.delete()
+        for leaf in jax.tree.leaves(runner.kv_cache):
+            leaf.delete()
         raise RuntimeError("the device is lost")
 
     monkeypatch.setattr(Runner, "time_step", lost)
@@ -252,16 +254,17 @@ def test_the_thread_times_steps_while_idle_and_takes_a_request_after_the_step_th
     monkeypatch.setattr(engine, "refine", refine)
     thread = EngineThread(engine, lambda some: [events.put(event) for event in some], refine_idle=0.0)
     assert began.wait(TIMEOUT)
-    thread.submit(engine.intake.request((5, 6), greedy(3), request_id="during a step"))
+    thread.submit(engine.intake.request(engine.encode([5, 6]), greedy(3), request_id="during a step"))
     go_on.set()
     outputs: list[Any] = []
     while not (outputs and outputs[-1].finished):
         outputs.append(events.get(timeout=TIMEOUT))
     assert len(tokens_of(outputs)) == 3
     assert finished.wait(TIMEOUT)
-    thread.submit(engine.intake.request((5, 6), greedy(1), request_id="after all"))
-    while not events.get(timeout=TIMEOUT).finished:
-        pass
+    thread.submit(engine.intake.request(engine.encode([5, 6]), greedy(1), request_id="after all"))
+    last: Any = None
+    while last is None or not last.finished:
+        last = events.get(timeout=TIMEOUT)
     thread.close(TIMEOUT)
     assert calls == [0, 0, 0, 0], "no step is timed while there is a request, and none after all were"
 
