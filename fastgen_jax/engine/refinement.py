@@ -15,6 +15,7 @@ from fastgen_jax.engine.runner import Runner, is_measured, shortest
 log = logging.getLogger(__name__)
 
 PAUSE = 0.5  # seconds between two looks at a compilation
+NEAR = 1.05  # of the shortest run: so near must be the next two, or other programs disturb the measurement
 LONGEST_STEP = 2.0  # seconds: a longer step is estimated from shorter ones, because a request that arrives waits for it
 
 
@@ -50,6 +51,9 @@ class Refinement:
         """
         if self._compiler is not None and not self._compiler.is_done:
             return PAUSE
+        if any(is_measured(times, repeats=20, at_least=1.6) and not _is_steady(times) for times in self._times.values()):
+            log.info("step sizes are not measured: other programs disturb it; the next start tries again")
+            return None
         point = self._next_point()
         if point is not None:
             tokens, size = point
@@ -108,7 +112,7 @@ class Refinement:
         wanted = [
             point
             for point in dict.fromkeys(points)
-            if not is_measured(self._times[point])
+            if not (is_measured(self._times[point]) and _is_steady(self._times[point]))
             and (not any(self._times.values()) or self._seconds(point[1], tokens=point[0]) <= LONGEST_STEP)
         ]
         return min(wanted, key=lambda point: (len(self._times[point]), point), default=None)
@@ -127,3 +131,8 @@ class Refinement:
         if padded is None:
             return unit * cost(tokens, within=size)
         return measured[tokens, padded] * cost(tokens, within=size) / cost(tokens, within=padded)
+
+
+def _is_steady(times: Sequence[float]) -> bool:
+    """Whether the three shortest runs of a step agree, not counting the first."""
+    return max(sorted(times[1:] or times)[:3]) <= NEAR * shortest(times)

@@ -6,6 +6,7 @@ import json
 import logging
 import queue
 import threading
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,17 @@ def test_a_step_that_would_take_long_is_estimated_from_shorter_ones() -> None:
     assert saved[1] == pytest.approx({size: 1.2 * cost(size, within=size) for size in SIZES}, rel=0.02)
 
 
+def test_nothing_is_chosen_on_a_machine_that_other_programs_disturb(caplog, monkeypatch) -> None:
+    cost = model(100.0, skips_padding=True)
+    runner = FakeRunner((16, 256), cost)
+    undisturbed, factors = runner.time_step, cycle(range(10, 30))
+    monkeypatch.setattr(runner, "time_step", lambda *step: next(factors) / 10 * undisturbed(*step))
+    with caplog.at_level(logging.INFO):
+        assert refine(runner, cost) is None
+    assert "other programs disturb it" in caplog.text
+    assert len(runner.timed) < 1000
+
+
 def test_a_program_that_cannot_be_compiled_ends_it_and_nothing_is_saved(caplog, monkeypatch) -> None:
     modeled, real = (model(knee, skips_padding=False) for knee in (30.0, 110.0))
     runner = FakeRunner(ladder.modeled_ladder(modeled, SIZES, max_num_seqs=64), real)
@@ -144,7 +156,7 @@ def saved() -> list[Any]:
 @pytest.fixture
 def engine(shared: Engine, saved: list[Any], monkeypatch) -> Engine:
     """An idle engine of a device on which padding costs time, where one run of each step is enough."""
-    monkeypatch.setattr("fastgen_jax.engine.refinement.is_measured", lambda times: len(times) > 0)
+    monkeypatch.setattr("fastgen_jax.engine.refinement.is_measured", lambda times, **limits: len(times) > 0)
     cost = CostModel(knee=24.0, skips_padding=False)
     shared._refinement = Refinement(
         shared.runner, cost, (1, 4, 16), save=lambda chosen, seconds: saved.append((chosen, seconds))
