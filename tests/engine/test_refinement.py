@@ -229,7 +229,8 @@ def test_a_step_that_fails_while_idle_ends_the_refinement_and_no_request(engine,
 
 
 @pytest.mark.slow  # five engines
-def test_the_next_start_uses_what_was_measured(tmp_path, fast_compilation) -> None:
+def test_the_next_start_uses_what_was_measured(tmp_path, fast_compilation, monkeypatch) -> None:
+    monkeypatch.setattr("fastgen_jax.engine.refinement.is_measured", lambda times, **limits: len(times) > 0)
     engine = start(tmp_path)
     while (pause := engine.refine()) is not None:
         threading.Event().wait(pause)
