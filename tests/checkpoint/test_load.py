@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -166,9 +167,11 @@ class AtOnce:
 
 def test_behind_a_large_weight_small_ones_go_on_up_to_its_size() -> None:
     sizes = [100, *[10] * 30, *[60] * 6]
-    weights = [SimpleNamespace(number=i, num_bytes=size) for i, size in enumerate(sizes)]
-    pool, ahead = AtOnce(), []
-    for weight, leaf in loading._loaded(lambda weight: -weight.number, weights, pool):  # pyright: ignore[reportArgumentType]
+    weights: Any = [SimpleNamespace(number=i, num_bytes=size) for i, size in enumerate(sizes)]
+    pool: Any = AtOnce()
+    ahead, load = [], cast("Any", lambda weight: -weight.number)
+    weight: Any
+    for weight, leaf in loading._loaded(load, weights, pool):
         assert leaf == -weight.number
         ahead.append(len(pool.done) - weight.number - 1)
     assert pool.done == list(range(len(sizes)))
