@@ -24,8 +24,20 @@ class BackgroundCompiler:
     with the programs that it has.
     """
 
-    def __init__(self, programs: Programs, missing: Sequence[tuple[int, Work]], add: Callable[[Program], bool]) -> None:
-        """`missing` are arguments of `programs.compile`; `add` is a bound method, false if no more programs are wanted."""
+    def __init__(
+        self,
+        programs: Programs,
+        missing: Sequence[tuple[int, Work]],
+        add: Callable[[Program], bool],
+        *,
+        otherwise: str = "the engine goes on with its larger programs, smaller steps take longer. To see the failure at the "
+        "start, set background_compile=False",
+    ) -> None:
+        """`missing` are arguments of `programs.compile`; `add` is a bound method, false if no more programs are wanted.
+
+        `otherwise`: what a failure means.
+        """
+        self._otherwise = otherwise
         self._stopping = threading.Event()
         self.failure: str | None = None
         """The error that ended the compilation early."""
@@ -70,10 +82,10 @@ class BackgroundCompiler:
             except Exception as error:
                 self.failure = f"{type(error).__name__}: {error}"
                 log.warning(
-                    "compiling the program for steps of %d tokens failed (%s); the engine goes on with its larger programs, "
-                    "smaller steps take longer. To see the failure at the start, set background_compile=False",
+                    "compiling the program for steps of %d tokens failed (%s); %s",
                     budget,
                     self.failure,
+                    self._otherwise,
                 )
                 return
             log.info(

@@ -130,14 +130,19 @@ class Programs:
 
     def compile(self, budget: int, work: Work = "any") -> Program:
         """A program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved."""
-        bucket = self.bucket(budget)
-        if self.folder is None or self.config.choices.logits_processor is not None:  # which has no name to look up
+        bucket, name = self.bucket(budget), self.saved_name(budget, work)
+        if self.folder is None or name is None:
             return Program(bucket, self.lower(bucket, work).compile(), work)
-        saved = Folder(path=self.folder.path / FOLDER, writable=self.folder.writable)
-        devices = jax.local_devices()[: self.config.tensor_parallel or 1]
-        name = program_name(self._arguments(bucket)[:3], self.model, self.config, budget, work, devices=devices)
-        program = executables.load(saved, name, devices=devices)
+        saved = saved_in(self.folder)
+        program = executables.load(saved, name, devices=devices_of(self.config))
         return Program(bucket, program or executables.compile_and_save(self.lower(bucket, work), saved, name), work)
+
+    def saved_name(self, budget: int, work: Work = "any") -> str | None:
+        """The name under which a program for steps of `budget` tokens is saved; None if it is not."""
+        if self.folder is None or self.config.choices.logits_processor is not None:  # which has no name to look up
+            return None
+        arguments = self._arguments(self.bucket(budget))[:3]
+        return program_name(arguments, self.model, self.config, budget, work, devices=devices_of(self.config))
 
     def _arguments(self, bucket: Bucket) -> tuple[Any, KVCache, SamplerState, jax.ShapeDtypeStruct]:
         return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
@@ -152,6 +157,16 @@ def has_int8(params: Any) -> bool:
 def works_on(platform: str) -> tuple[Work, ...]:
     """What the programs of one budget can do on a platform: see `sampler.Work`."""
     return ("any", "greedy", "sampled") if platform == "gpu" else ("any",)
+
+
+def saved_in(folder: Folder) -> Folder:
+    """The folder of the programs within a cache folder."""
+    return Folder(path=folder.path / FOLDER, writable=folder.writable)
+
+
+def devices_of(config: ResolvedConfig) -> list[jax.Device]:
+    """The devices that an engine runs on."""
+    return jax.local_devices()[: config.tensor_parallel or 1]
 
 
 def program_name(

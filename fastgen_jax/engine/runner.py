@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -104,6 +104,11 @@ class Runner:
         """Token budgets of the compiled programs, smallest first."""
         return tuple(sorted(self._compiled))
 
+    @property
+    def compiled(self) -> Mapping[int, Program]:
+        """The programs by their token budgets."""
+        return self._compiled
+
     def bucket(self, num_tokens: int) -> Bucket:
         """The smallest compiled shape for `num_tokens`."""
         compiled = self._compiled
@@ -185,29 +190,42 @@ class Runner:
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
         self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
 
-    def measure(self, budget: int, *, num_tokens: int | None = None, repeats: int = 5, at_least: float = 0.4) -> float:
-        """Seconds of a step of `num_tokens` (default: all) in the program of `budget`.
+    def time_step(self, program: Program, num_tokens: int) -> float:
+        """Seconds of a step of `num_tokens` in a program: one prompt chunk at the start of its sequence.
 
-        The step is one prompt chunk at the start of its sequence. The result is the minimum of `repeats` runs, or of
-        more if these take less than `at_least` seconds, because other load on the machine can only add to it. Overwrites
-        the first blocks of the cache.
+        Neither the KV cache nor the state of a slot changes.
         """
-        bucket = self._compiled[budget].bucket
-        used = budget if num_tokens is None else num_tokens
+        buffer, views = program.bucket.new_buffer()  # whose slots in the cache are out of range, so that nothing is written
+        views["query_starts"][1:] = num_tokens
+        views["context_lens"][0] = num_tokens
+        blocks = -(-num_tokens // self.config.block_size)
+        views["block_tables"][0, :blocks] = np.arange(blocks)
+        views["positions"][:num_tokens] = np.arange(num_tokens)
+        views["sample_rows"][0] = num_tokens - 1
+        views["num_sample_rows"][...] = 1
+        start = time.perf_counter()
+        jax.block_until_ready(self._run(program, buffer))
+        return time.perf_counter() - start
+
+    def measure(self, budget: int, *, num_tokens: int | None = None, **limits: float) -> float:
+        """Seconds of a step of `num_tokens` (default: all) in the program of `budget`: the `shortest` of several runs.
+
+        `limits` are those of `is_measured`.
+        """
         times: list[float] = []
-        while len(times) <= repeats or sum(times[1:]) < at_least:  # the first run pays for page faults
-            buffer, views = bucket.new_buffer()
-            views["query_starts"][1:] = used
-            views["context_lens"][0] = used
-            blocks = -(-used // self.config.block_size)
-            views["block_tables"][0, :blocks] = np.arange(blocks)
-            views["positions"][:used] = views["kv_slots"][:used] = np.arange(used)
-            views["sample_rows"][0] = used - 1
-            views["num_sample_rows"][...] = 1
-            start = time.perf_counter()
-            jax.block_until_ready(self.run(buffer, bucket))
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+        while not is_measured(times, **limits):
+            times.append(self.time_step(self._compiled[budget], budget if num_tokens is None else num_tokens))
+        return shortest(times)
+
+
+def is_measured(times: Sequence[float], *, repeats: float = 5, at_least: float = 0.4) -> bool:
+    """Whether a step ran often enough: `repeats` times and for `at_least` seconds, after a run that pays for page faults."""
+    return len(times) > repeats and sum(times[1:]) >= at_least
+
+
+def shortest(times: Sequence[float]) -> float:
+    """The time of a step, from its runs: other load on the machine can only add to it."""
+    return min(times[1:] or times)
 
 
 def _read_whole(params: Params) -> Params:
