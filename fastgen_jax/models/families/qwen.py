@@ -45,6 +45,8 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     trained = hf.get("seq_length", 2048)
     ntk, logn = hf.get("use_dynamic_ntk", True), hf.get("use_logn_attn", True)
     theta = float(hf.get("rotary_emb_base", 10_000))
+    common.refuse_unsupported(hf, {"rope_theta": (theta,)})  # a copy that its code does not read
+    hf.ignore("rope_theta")
     longest = hf.get("max_position_embeddings", trained)
     return ModelConfig(
         family="qwen",
