@@ -249,11 +249,12 @@ def table() -> list[str]:
 
 def _reason(message: str) -> str:
     message = message.split(": ", 1)[1].split("; ")[0]
-    return "not supported" if message.startswith("architecture ") else message
+    return "architecture not supported" if message.startswith("architecture ") else message
 
 
 def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.3g} G" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
+    unit, size = next((unit, size) for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if parameters >= size)
+    return f"{parameters / size:.3g} {unit}"
 
 
 def _config_cell(release: Release, said: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,20 @@ def test_names_from_before_transformers_had_a_family_mean_the_family():
     ]
 
 
+def test_the_first_releases_of_qwen_name_the_sizes_as_gpt_2_does():
+    renamed = {
+        "num_attention_heads": "n_head",
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "intermediate_size": "ffn_hidden_size",
+        "max_position_embeddings": "n_positions",
+    }
+    release = BY_NAME["stvlynn/Qwen-7B-Chat-Cantonese"]
+    first = {renamed.get(name, name): value for name, value in release.config.items()}
+    first |= {"activation": "swiglu", "pos_emb": "rotary", "bias_dropout_fusion": True, "n_inner": None}
+    assert released.read(replace(release, config=first)) == released.read(release)
+
+
 def test_parts_beside_the_text_model_are_left_out(tmp_path):
     """As in Qwen2.5-VL, whose fields of the text model are beside `vision_config`, and in MiMo."""
     source = folder("qwen2", "tied")
@@ -109,4 +124,4 @@ def test_parts_beside_the_text_model_are_left_out(tmp_path):
 def test_a_copy_of_a_field_that_says_something_else_is_refused(model, changes, message):
     release = BY_NAME[model]
     with pytest.raises(ValueError, match=message):
-        released.read(released.Release(model=model, source="", config=release.config | changes))
+        released.read(replace(release, config=release.config | changes))
