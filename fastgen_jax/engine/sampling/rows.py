@@ -86,14 +86,14 @@ def find_threshold(
     is_limited: Bool[Array, " R"],
     *,
     num_bits: int,
+    has_branches: bool,
 ) -> tuple[Int32[Array, " R"], Int32[Array, " R"]]:
     """A threshold and an index that `reaches` the fewest of the largest `keys` that weigh `enough` together.
 
     In a row that is not limited, all relevant keys reach them. The threshold is the largest at which the keys that reach it
     weigh enough. It is found bit by bit from the highest: exact, in `num_bits` passes over the keys (32, or 31 if none is
-    negative), and many times faster than a sort. No pass is made if no row is limited.
+    negative), and many times faster than a sort. With branches, no pass is made if no row is limited.
     """
-    any_limited = jnp.any(is_limited)
 
     def set_bit(i: Int32[Array, ""], threshold: Int32[Array, " R"]) -> Int32[Array, " R"]:
         higher = threshold + (jnp.int32(1) << (num_bits - 1 - i))  # the sign bit, added to the lowest int32, makes 0
@@ -104,8 +104,13 @@ def find_threshold(
         return first_reaching(weigh(keys == threshold[:, None]), enough - above)
 
     lowest = jnp.full_like(enough, -(2**31) if num_bits == 32 else 0)
-    threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
-    last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
+    if has_branches:
+        any_limited = jnp.any(is_limited)
+        threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
+        last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
+    else:
+        threshold = lax.fori_loop(0, num_bits, set_bit, lowest)
+        last = last_at(threshold)
     # Every relevant key is above the lowest: that of -inf for logits, 0 for masses.
     return jnp.where(is_limited, threshold, lowest), last
 

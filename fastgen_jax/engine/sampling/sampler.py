@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
@@ -43,13 +43,18 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = MAX_TOP_LOGPROBS
 
+Work: TypeAlias = Literal["any", "greedy", "sampled"]
+"""What a program can do: "any" does what the flags of its batch ask for, by branches. A GPU's host has to read the flag of a
+branch in the middle of a step, so it has two more programs without branches: "greedy" takes the most likely tokens, and
+"sampled" also draws. They require that the flags ask for nothing else."""
+
 _ONE = 30  # log2 of probability 1 in fixed point; rounding adds at most V / 2, so that sums stay below 2**31
 _TOP_P_SLACK = 2.0**-22  # float32 rounds p and the total by 2**-24 each: without slack 0.9 of ten equals would be ten
 
 
 @pytree
 class SampleOutput:
-    """One entry per sampled row. All but the first two are zeros in a step without requests for log-probabilities.
+    """One entry per sampled row. All but the first are zeros in a step without requests for log-probabilities.
 
     `logprobs`, `ranks` and `top_*` are raw, of the model: before the logits processor, penalties, bias and temperature.
     """
@@ -78,11 +83,13 @@ def sample(
     *,
     max_logprobs: int,
     process: Callable[[Array], Array] | None = None,
+    work: Work = "any",
 ) -> tuple[SampleOutput, SamplerState]:
     """The next token of every row of `logits`, and the state updated with it.
 
     `process` changes the logits before anything else does; the model's log-probabilities are those of the unchanged logits.
-    A step whose rows are all greedy costs an argmax. Donate `state`: it is then updated in place.
+    A step whose rows are all greedy costs an argmax. No token depends on `work`, if it suffices. Donate
+    `state`: it is then updated in place.
 
     Raises:
         ValueError: `logits` is not a float32 matrix, or its vocabulary is not the state's.
@@ -93,21 +100,17 @@ def sample(
             f"logits are {logits.dtype}{list(logits.shape)} but the sampler requires float32[R, {vocab_size}]; "
             "convert them, and initialize the state with the model's vocab_size"
         )
-    # One switch whose branches have loops that may make zero passes, instead of nested conditionals: on a CPU with two
-    # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
-    adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
-    branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
-    branches = (lambda logits, *_: _certain(row_argmax(logits)), _adjusted_argmax, _sampled)
-    chosen, processed_logprobs, log_kept_masses = lax.switch(
-        branch, branches, logits if process is None else process(logits), state, batch
-    )
+    processed = logits if process is None else process(logits)
+    if work == "any":
+        chosen, processed_logprobs, log_kept_masses = _branch(processed, state, batch)
+    else:  # without log-probabilities
+        chosen, processed_logprobs, log_kept_masses = _certain(
+            row_argmax(processed) if work == "greedy" else _drawn(processed, batch, has_branches=False)[0]
+        )
     tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen)
-    logprobs, ranks, top_ids, top_logprobs = lax.cond(
-        batch.any_logprobs > 0,
-        partial(_logprobs, max_logprobs=max_logprobs),
-        partial(_no_logprobs, max_logprobs=max_logprobs),
-        logits,
-        tokens,
+    some, none = (partial(of, max_logprobs=max_logprobs) for of in (_logprobs, _no_logprobs))
+    logprobs, ranks, top_ids, top_logprobs = (
+        lax.cond(batch.any_logprobs > 0, some, none, logits, tokens) if work == "any" else none(logits, tokens)
     )
     output = SampleOutput(
         tokens=tokens,
@@ -119,6 +122,18 @@ def sample(
         top_logprobs=top_logprobs,
     )
     return output, _remember(state, batch, tokens)
+
+
+def _branch(
+    logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
+) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
+    """The tokens and their log-probabilities, by what the flags of the batch ask for."""
+    # One switch whose branches have loops that may make zero passes, instead of nested conditionals: on a CPU with two
+    # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
+    adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
+    branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
+    branches = (lambda logits, *_: _certain(row_argmax(logits)), _adjusted_argmax, _sampled)
+    return lax.switch(branch, branches, logits, state, batch)
 
 
 def _remember(state: SamplerState, batch: SamplingBatch, tokens: Int32[Array, " R"]) -> SamplerState:
@@ -170,13 +185,20 @@ def _sampled(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
     logits = _adjusted(logits, state, batch)
-    weights = _weights(logits, batch)
-    is_drawn = batch.temperature > 0
-    speeds = _speeds(weights.values, random_bits(batch.seeds, batch.positions, logits.shape[1]))
-    tokens = row_argmax(jnp.where(is_drawn[:, None], speeds, logits))
+    tokens, weights = _drawn(logits, batch, has_branches=True)
     tokens = jnp.where(batch.targets < logits.shape[1], batch.targets, tokens)
     logprobs, log_kept_masses = _processed_logprobs(logits, tokens, weights, batch)
-    return tokens, jnp.where(is_drawn, logprobs, 0.0), jnp.where(is_drawn, log_kept_masses, 0.0)
+    is_wanted = (batch.temperature > 0) & (batch.any_logprobs > 0)
+    return tokens, jnp.where(is_wanted, logprobs, 0.0), jnp.where(is_wanted, log_kept_masses, 0.0)
+
+
+def _drawn(
+    logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branches: bool
+) -> tuple[Int32[Array, " R"], _Weights]:
+    weights = _weights(logits, batch, has_branches=has_branches)
+    is_drawn = batch.temperature > 0
+    speeds = _speeds(weights.values, random_bits(batch.seeds, batch.positions, logits.shape[1]))
+    return row_argmax(jnp.where(is_drawn[:, None], speeds, logits)), weights
 
 
 def _processed_logprobs(
@@ -283,11 +305,18 @@ def _ratios(logits: Float32[Array, "R V"], largest: Float32[Array, " R"], batch:
     return jnp.exp(_below(logits, largest) / _divisor(batch))
 
 
-def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> _Weights:
+def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branches: bool) -> _Weights:
     largest = row_max(logits)
     ratios = _ratios(logits, largest, batch)
     keys = sortable(logits)
-    top_k = find_threshold(keys, lambda reach: reach.astype(jnp.int32), batch.top_k, _uses_top_k(logits, batch), num_bits=32)
+    top_k = find_threshold(
+        keys,
+        lambda reach: reach.astype(jnp.int32),
+        batch.top_k,
+        _uses_top_k(logits, batch),
+        num_bits=32,
+        has_branches=has_branches,
+    )
     ratios = jnp.where(reaches(keys, top_k), ratios, 0)
 
     sum_of_ratios = sum_in_any_order(ratios)
@@ -295,7 +324,9 @@ def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> _Weights:
     total = row_sum(masses)
     enough = jnp.floor(batch.top_p * (1 - _TOP_P_SLACK) * total.astype(jnp.float32)).astype(jnp.int32)
     enough = jnp.clip(enough, 1, total)
-    top_p = find_threshold(masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31)
+    top_p = find_threshold(
+        masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31, has_branches=has_branches
+    )
     keep = reaches(masses, top_p) & (ratios >= batch.min_p[:, None])
     return _Weights(jnp.where(keep, masses, 0), largest, sum_of_ratios, total, top_k)
 
