@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
-from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest
+from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, Sampling
 from fastgen_jax.serving.tools import CallDelta, ToolCall, ToolReader, merge_calls
 from fastgen_jax.serving.work import TokenUsage, Usage, Work
 from fastgen_jax.text import Tokenizer
@@ -24,6 +24,8 @@ class CompletionLogprobs(TypedDict):
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+    log_kept_masses: NotRequired[list[float | None]]
+    """With `logprobs_mode` "processed": an extension."""
 
 
 class CompletionChoice(TypedDict):
@@ -42,6 +44,8 @@ class ChatLogprob(TypedDict):
     logprob: float
     bytes: list[int] | None
     top_logprobs: NotRequired[list[ChatLogprob]]
+    log_kept_mass: NotRequired[float]
+    """With `logprobs_mode` "processed": an extension."""
 
 
 class ChatLogprobs(TypedDict):
@@ -104,6 +108,12 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
+def reported(entry: TokenLogprob, body: Sampling) -> float:
+    """The log-probability of a token that a request wants: raw, or processed."""
+    processed = entry.processed_logprob if body.logprobs_mode == "processed" else None
+    return finite(entry.logprob if processed is None else processed)
+
+
 class CompletionAnswer:
     """Builds the response to POST /v1/completions."""
 
@@ -153,6 +163,8 @@ class CompletionAnswer:
                     "top_logprobs": [x for part in parts for x in part["top_logprobs"]],
                     "text_offset": [x for part in parts for x in part["text_offset"]],
                 }
+                if self.body.logprobs_mode == "processed":
+                    logprobs["log_kept_masses"] = [x for part in parts for x in part.get("log_kept_masses", ())]
             choices.append(
                 {
                     "index": index,
@@ -180,10 +192,12 @@ class CompletionAnswer:
             # The prompt's first token, a plain id, follows nothing, so it has no probability.
             text = self._texts.text(entry if isinstance(entry, int) else entry.token_id)
             result["tokens"].append(text)
-            result["token_logprobs"].append(None if isinstance(entry, int) else finite(entry.logprob))
+            result["token_logprobs"].append(None if isinstance(entry, int) else reported(entry, self.body))
             result["top_logprobs"].append(None if isinstance(entry, int) else self._top(entry))
             result["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(text)
+        if self.body.logprobs_mode == "processed":
+            result["log_kept_masses"] = [None if isinstance(entry, int) else entry.log_kept_mass for entry in entries]
         return result
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
@@ -191,7 +205,7 @@ class CompletionAnswer:
         top: dict[str, float] = {}
         for token_id, logprob in entry.top.items():
             top.setdefault(self._texts.text(token_id), finite(logprob))
-        return top | {self._texts.text(entry.token_id): finite(entry.logprob)}
+        return top | {self._texts.text(entry.token_id): reported(entry, self.body)}
 
 
 class ChatAnswer:
@@ -272,7 +286,10 @@ class ChatAnswer:
 
         # The sampled token comes last if it is not among the most likely.
         top = entry.top | {entry.token_id: entry.logprob} if entry.top else {}
-        return {**spelled(entry.token_id, entry.logprob), "top_logprobs": [spelled(i, value) for i, value in top.items()]}
+        told = spelled(entry.token_id, reported(entry, self.body))
+        if self.body.logprobs_mode == "processed" and entry.log_kept_mass is not None:
+            told["log_kept_mass"] = entry.log_kept_mass
+        return {**told, "top_logprobs": [spelled(i, value) for i, value in top.items()]}
 
 
 class SseEncoder:

@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.scheduling import SamplingParams
-from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
+from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS, LogprobsMode
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.intake import Intake
 
+_NO_TOP = "{name}={value} requests other tokens, whose log-probabilities are raw only; {remedy} with logprobs_mode=processed"
 MAX_CHOICES = 128  # samples of one prompt
 MAX_STOPS = 16
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -30,6 +31,7 @@ _SAME_NAMES = (
     "ignore_eos",
     "stop",
     "stop_token_ids",
+    "logprobs_mode",
 )
 
 
@@ -107,6 +109,11 @@ class Sampling(Body):
     )
     ignore_eos: bool | None = Field(None, description="Extension.")
     stop_token_ids: list[TokenId] | None = Field(None, description="Extension.")
+    logprobs_mode: LogprobsMode | None = Field(
+        None,
+        description='Extension: "processed" reports the log-probabilities after temperature, top_k, top_p and min_p, with '
+        "which tokens are drawn, and the logarithm of the probability that the last three kept.",
+    )
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = Field(0, description="Extension: lower values run first.")
     timeout: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Extension: seconds until the request is aborted."
@@ -165,6 +172,8 @@ class CompletionRequest(Sampling):
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
+        if self.logprobs_mode == "processed" and self.logprobs:
+            raise ValueError(_NO_TOP.format(name="logprobs", value=self.logprobs, remedy="use logprobs=0"))
         if self.best_of is not None and self.best_of != self.num_choices:
             raise ValueError(f"best_of={self.best_of} is not supported unless it equals n={self.num_choices}; remove it")
         if self.max_tokens == 0 and not self.echo:
@@ -255,6 +264,8 @@ class ChatRequest(Sampling):
             raise ValueError("max_tokens and max_completion_tokens mean the same; pass only one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs requires logprobs=true")
+        if self.logprobs_mode == "processed" and self.top_logprobs:
+            raise ValueError(_NO_TOP.format(name="top_logprobs", value=self.top_logprobs, remedy="omit it"))
         if self.tool_choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice requires tools")
         if isinstance(self.tool_choice, NamedTool):

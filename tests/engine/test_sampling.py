@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 
 from fastgen_jax.engine.sampling import sampler as sampling
 from fastgen_jax.engine.sampling.random_bits import random_bits
+from fastgen_jax.engine.sampling.rows import row_argmax
+from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.engine.sampling.tables import SamplingBatch
-from tests.engine.sampling_rig import R, V, batch_of, run, sampling_rows, views_of
+from tests.engine.sampling_rig import TOP, R, S, V, batch_of, run, sampling_rows, views_of
 
 # Probabilities are float32 and top-p's limit is a product of such: either side is right within this distance.
 MASS_TOLERANCE = 1e-5
 
-weights_of = jax.jit(sampling._weights)
-argmax_of = jax.jit(sampling._argmax)
+weights_of = jax.jit(lambda logits, batch: sampling._weights(logits, batch, has_branches=True).values)
+argmax_of = jax.jit(row_argmax)
 
 
 def draws(logits: np.ndarray, count: int = 4096, **columns: Any) -> np.ndarray:
@@ -201,7 +203,7 @@ def test_neither_end_of_the_random_range_draws_a_token_of_probability_zero() -> 
     weights[2, V - 1] = 1
     weights[3] = 1
     for bits in (0, 1, 2**31, 2**32 - 1):
-        drawn = sampling._argmax(sampling._speeds(jnp.asarray(weights), jnp.full((4, V), bits, jnp.uint32)))
+        drawn = row_argmax(sampling._speeds(jnp.asarray(weights), jnp.full((4, V), bits, jnp.uint32)))
         np.testing.assert_array_equal(drawn, [150, 3, V - 1, 0])
 
 
@@ -217,8 +219,8 @@ def test_logits_that_differ_in_their_last_bits_draw_the_same_tokens() -> None:
 
     @jax.jit
     def draw(x):
-        weights = sampling._weights(jnp.broadcast_to(x, (count, vocab_size)), batch)
-        return sampling._argmax(sampling._speeds(weights, bits))
+        weights = weights_of(jnp.broadcast_to(x, (count, vocab_size)), batch)
+        return row_argmax(sampling._speeds(weights, bits))
 
     want = np.asarray(draw(logits))
     changed = sum((np.asarray(draw(other)) != want).sum() for other in noisy)
@@ -232,6 +234,29 @@ def test_the_bits_are_those_of_jax_whatever_its_flags() -> None:
     with jax.threefry_partitionable(True):
         expected = [jax.random.bits(key, (1001,), jnp.uint32) for key in keys]
     np.testing.assert_array_equal(bits, expected)
+
+
+@pytest.mark.parametrize("work", ["greedy", "sampled"])
+def test_a_program_without_branches_gives_the_results_of_one_with_branches(work: sampling.Work) -> None:
+    rng = np.random.default_rng(7)
+    logits = jnp.asarray(rng.normal(size=(R, V)) * 2, jnp.float32)
+    columns: dict[str, Any] = {"temperature": 0, "any_sampling": 0}
+    if work == "sampled":
+        columns = {
+            "temperature": [0, 0.7, 1, 3, 1, 1, 1, 1],
+            "top_k": [0, 5, 0, 20, 1, 0, 0, 100],
+            "top_p": [1, 0.5, 0.9, 1, 1, 1, 0.1, 0.8],
+            "min_p": [0, 0, 0, 0.2, 0, 0.1, 0, 0],
+            "seeds": np.arange(R),
+        }
+    batch = sampling_rows(R, **columns, slots=np.arange(R), writes_token=1, targets=np.where(np.arange(R) == 5, 3, V))
+    expected = run(np.asarray(logits), batch)
+    sample = jax.jit(sampling.sample, static_argnames=("max_logprobs", "work"))
+    program = sample.lower(logits, init_state(S, V), batch, max_logprobs=TOP, work=work)
+    assert "stablehlo.case" not in program.as_text()
+    found = program.compile()(logits, init_state(S, V), batch)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("num_rows", [1, R])

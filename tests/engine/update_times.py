@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
@@ -99,7 +100,7 @@ def main() -> None:
     print(f"arrays in the engine's form: {shown} ms (of processor time); 0 bytes copied")
     for name, params in (("plain arrays", plain), ("the checkpoint read again", path)):
         seconds, steps = streams.beside(lambda params=params: engine.update_params(params))
-        copied = copied_bytes(params, engine.params) if params is plain else num_bytes
+        copied = num_bytes if isinstance(params, Path) else copied_bytes(params, engine.params)
         print(
             f"{name}, in another thread: {1e3 * seconds:.0f} ms, {copied / 1e6:.0f} MB written, while {len(steps)} steps "
             f"took {1e3 * statistics.median(steps):.1f} ms (median) and {1e3 * max(steps):.1f} ms (longest)"

@@ -15,7 +15,15 @@ DONE = "data: [DONE]\n\n"
 
 
 def event(text: str, *, finish: str | None = None) -> str:
-    fields = {"index": 0, "text": text, "token_ids": [1], "finish_reason": finish, "prompt_length": 1, "cached_length": 0}
+    fields = {
+        "index": 0,
+        "text": text,
+        "token_ids": [1],
+        "finish_reason": finish,
+        "prompt_length": 1,
+        "cached_length": 0,
+        "weight_version": 0,
+    }
     return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
 
 

@@ -139,7 +139,7 @@ def test_a_connection_that_breaks_during_an_answer_is_an_error():
 def test_a_stream_that_stops_early_is_an_error():
     event = (
         b'data: {"index": 0, "text": "a", "token_ids": [1], "finish_reason": null, "prompt_length": 1, '
-        b'"cached_length": 0}\n\n'
+        b'"cached_length": 0, "weight_version": 0}\n\n'
     )
     with listening(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + event) as url:
         client, seen = Client(deployment(url)), []

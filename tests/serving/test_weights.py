@@ -13,11 +13,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fastgen_jax
+from fastgen_jax import SamplingParams
 from fastgen_jax.serving.settings import ServerConfig
 from tests.serving.checkpoint import write_checkpoint
 from tests.serving.test_router import Fixture, run
-from tests.serving.tiny_server import MODEL, Watch, ask, engine, eventually, offline, with_server
+from tests.serving.tiny_server import CHARACTERS, MODEL, SPECIALS, Watch, ask, engine, eventually, offline, with_server
 
+TEXTS = (*SPECIALS, *CHARACTERS)
 BODY = {"model": MODEL, "prompt": "ab", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 
 
@@ -224,3 +226,42 @@ def test_replicas_of_a_real_server_get_new_weights(folder: Path, tmp_path: Path,
     finally:
         client.terminate_server()
         client.close()
+
+
+def test_log_probabilities_are_reported_as_they_are_drawn_from():
+    params = {"temperature": 0.5, "top_p": 0.7, "seed": 3, "logprobs_mode": "processed", "ignore_eos": True}
+    body = {"model": MODEL, "prompt": "abcd", "max_tokens": 6, "logprobs": 0, "echo": True, **params}
+    told = ask("/v1/completions", body).json()["choices"][0]["logprobs"]
+    assert len(told["token_logprobs"]) == len(told["log_kept_masses"]) == len(told["tokens"]) == 11
+    assert told["token_logprobs"][0] is told["log_kept_masses"][0] is None
+    ids = [1, *(TEXTS.index(text) for text in told["tokens"][1:])]
+    (scores,) = engine().score([ids], SamplingParams(temperature=0.5, top_p=0.7))
+    assert scores.processed_logprobs is not None
+    assert scores.log_kept_masses is not None
+    assert told["token_logprobs"][1:] == np.maximum(scores.processed_logprobs, -9999).tolist()
+    assert told["log_kept_masses"][1:] == scores.log_kept_masses.tolist()
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "max_tokens": 4, "logprobs": True, **params}
+    for entry in ask("/v1/chat/completions", chat).json()["choices"][0]["logprobs"]["content"]:
+        assert entry["logprob"] <= 0
+        assert np.log(0.7) - 1e-5 <= entry["log_kept_mass"] <= 0
+    scored = {"prompts": [[5, 6, 7]], "prompt_logprobs": 0, "max_new_tokens": 1, "top_k": 1, "logprobs_mode": "processed"}
+    (answer,) = ask("/mii/here", scored).json()
+    assert {entry[4] for entry in answer["prompt_logprobs"]} <= {0, -9999}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("completions", {"prompt": "a", "logprobs": 2}, "logprobs=2 requests other tokens"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2},
+            "omit it",
+        ),
+        ("completions", {"prompt": "a", "logprobs": 0, "echo": True, "presence_penalty": 1}, "presence_penalty is 1"),
+    ],
+)
+def test_what_has_no_processed_log_probability_is_refused(path: str, body, message: str):
+    answer = ask(f"/v1/{path}", {"model": MODEL, "logprobs_mode": "processed", **body})
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]

@@ -18,31 +18,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from fastgen_jax.engine.sampling.random_bits import random_bits
+from fastgen_jax.engine.sampling.rows import (
+    find_threshold,
+    reaches,
+    row_argmax,
+    row_max,
+    row_sum,
+    sortable,
+    sum_in_any_order,
+)
 from fastgen_jax.engine.sampling.state import MAX_TIMES, SamplerState
 from fastgen_jax.engine.sampling.tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
 from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float32, Int16, Int32, Shaped, UInt32
+    from jaxtyping import Array, Bool, Float32, Int16, Int32, UInt32
 
 MAX_LOGPROBS = MAX_TOP_LOGPROBS
 
+Work: TypeAlias = Literal["any", "greedy", "sampled"]
+"""What a program can do: "any" does what the flags of its batch ask for, by branches. A GPU's host has to read the flag of a
+branch in the middle of a step, so it has two more programs without branches: "greedy" takes the most likely tokens, and
+"sampled" also draws. They require that the flags ask for nothing else."""
+
 _ONE = 30  # log2 of probability 1 in fixed point; rounding adds at most V / 2, so that sums stay below 2**31
 _TOP_P_SLACK = 2.0**-22  # float32 rounds p and the total by 2**-24 each: without slack 0.9 of ten equals would be ten
-_PIECE_WIDTH = 128  # lanes of a vector register on TPU; a vocabulary then has a few hundred pieces
 
 
 @pytree
 class SampleOutput:
-    """One entry per sampled row. All but the first two are zeros in a step without requests for log-probabilities.
+    """One entry per sampled row. All but the first are zeros in a step without requests for log-probabilities.
 
     `logprobs`, `ranks` and `top_*` are raw, of the model: before the logits processor, penalties, bias and temperature.
     """
@@ -71,11 +83,13 @@ def sample(
     *,
     max_logprobs: int,
     process: Callable[[Array], Array] | None = None,
+    work: Work = "any",
 ) -> tuple[SampleOutput, SamplerState]:
     """The next token of every row of `logits`, and the state updated with it.
 
     `process` changes the logits before anything else does; the model's log-probabilities are those of the unchanged logits.
-    A step whose rows are all greedy costs an argmax. Donate `state`: it is then updated in place.
+    A step whose rows are all greedy costs an argmax. No token depends on `work`, if it suffices. Donate
+    `state`: it is then updated in place.
 
     Raises:
         ValueError: `logits` is not a float32 matrix, or its vocabulary is not the state's.
@@ -86,21 +100,17 @@ def sample(
             f"logits are {logits.dtype}{list(logits.shape)} but the sampler requires float32[R, {vocab_size}]; "
             "convert them, and initialize the state with the model's vocab_size"
         )
-    # One switch whose branches have loops that may make zero passes, instead of nested conditionals: on a CPU with two
-    # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
-    adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
-    branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
-    branches = (lambda logits, *_: _certain(_argmax(logits)), _adjusted_argmax, _sampled)
-    chosen, processed_logprobs, log_kept_masses = lax.switch(
-        branch, branches, logits if process is None else process(logits), state, batch
-    )
+    processed = logits if process is None else process(logits)
+    if work == "any":
+        chosen, processed_logprobs, log_kept_masses = _branch(processed, state, batch)
+    else:  # without log-probabilities
+        chosen, processed_logprobs, log_kept_masses = _certain(
+            row_argmax(processed) if work == "greedy" else _drawn(processed, batch, has_branches=False)[0]
+        )
     tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen)
-    logprobs, ranks, top_ids, top_logprobs = lax.cond(
-        batch.any_logprobs > 0,
-        partial(_logprobs, max_logprobs=max_logprobs),
-        partial(_no_logprobs, max_logprobs=max_logprobs),
-        logits,
-        tokens,
+    some, none = (partial(of, max_logprobs=max_logprobs) for of in (_logprobs, _no_logprobs))
+    logprobs, ranks, top_ids, top_logprobs = (
+        lax.cond(batch.any_logprobs > 0, some, none, logits, tokens) if work == "any" else none(logits, tokens)
     )
     output = SampleOutput(
         tokens=tokens,
@@ -112,6 +122,18 @@ def sample(
         top_logprobs=top_logprobs,
     )
     return output, _remember(state, batch, tokens)
+
+
+def _branch(
+    logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
+) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
+    """The tokens and their log-probabilities, by what the flags of the batch ask for."""
+    # One switch whose branches have loops that may make zero passes, instead of nested conditionals: on a CPU with two
+    # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
+    adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
+    branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
+    branches = (lambda logits, *_: _certain(row_argmax(logits)), _adjusted_argmax, _sampled)
+    return lax.switch(branch, branches, logits, state, batch)
 
 
 def _remember(state: SamplerState, batch: SamplingBatch, tokens: Int32[Array, " R"]) -> SamplerState:
@@ -132,48 +154,19 @@ def _has_penalties(batch: SamplingBatch) -> Bool[Array, " R"]:
     return (batch.presence_penalty != 0) | (batch.frequency_penalty != 0) | (batch.repetition_penalty != 1)
 
 
-def _pieces(x: Shaped[Array, "R V"], *, fill: int | float) -> Shaped[Array, "R pieces width"]:
-    """`x` in pieces, padded with `fill`.
+class _Weights(NamedTuple):
+    """What a token is drawn from."""
 
-    Reductions and searches have two levels: over each piece, then over the pieces. The first one vectorizes on every
-    platform; a CPU needs ten times as long for an argmax over whole rows, and many passes for a running sum.
-    """
-    num_rows, length = x.shape
-    width = min(_PIECE_WIDTH, length)
-    return jnp.pad(x, ((0, 0), (0, -length % width)), constant_values=fill).reshape(num_rows, -1, width)
-
-
-def _piece(pieces: Shaped[Array, "R pieces width"], index: Int32[Array, " R"]) -> Shaped[Array, "R width"]:
-    """One piece of each row."""
-    return jnp.take_along_axis(pieces, index[:, None, None], axis=1, mode="clip")[:, 0]
-
-
-def _largest(logits: Float32[Array, "R V"]) -> Float32[Array, " R"]:
-    return jnp.max(jnp.max(_pieces(logits, fill=-jnp.inf), axis=2), axis=1)
-
-
-def _argmax(logits: Float32[Array, "R V"]) -> Int32[Array, " R"]:
-    """The lowest index of the largest value."""
-
-    def first(x: jax.Array, value: jax.Array) -> jax.Array:
-        ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        return jnp.min(jnp.where(x == value[:, None], ids, x.shape[1] - 1), axis=1)
-
-    pieces = _pieces(logits, fill=-jnp.inf)
-    maxima = jnp.max(pieces, axis=2)
-    largest = jnp.max(maxima, axis=1)
-    piece = first(maxima, largest)
-    index = piece * pieces.shape[2] + first(_piece(pieces, piece), largest)
-    return jnp.minimum(index, logits.shape[1] - 1)  # a NaN equals nothing, not even in the last piece
-
-
-class _Kept(NamedTuple):
-    """Which tokens of each row `_weights` kept: for top-k and for top-p, the threshold and the last index at it."""
-
+    values: Int32[Array, "R V"]
+    """0 for a token that is not kept; a row sums to less than 2**31."""
+    largest: Float32[Array, " R"]
+    """The largest logit of each row."""
+    sum_of_ratios: Float32[Array, " R"]
+    """Of what top-k let through; see `_ratios`."""
+    sum_of_masses: Int32[Array, " R"]
+    """The same in fixed point: the weights before top-p and min-p."""
     top_k: tuple[Int32[Array, " R"], Int32[Array, " R"]]
-    top_p: tuple[Int32[Array, " R"], Int32[Array, " R"]]
-    scale: Float32[Array, " R"]
-    """Of ratios to fixed-point masses."""
+    """What a logit `reaches` that top-k let through."""
 
 
 def _certain(tokens: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
@@ -185,39 +178,55 @@ def _certain(tokens: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], Float32[Ar
 def _adjusted_argmax(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
-    return _certain(_argmax(_adjusted(logits, state, batch)))
+    return _certain(row_argmax(_adjusted(logits, state, batch)))
 
 
 def _sampled(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
     logits = _adjusted(logits, state, batch)
-    weights, kept = _weights(logits, batch)
-    is_drawn = batch.temperature > 0
-    speeds = _speeds(weights, random_bits(batch.seeds, batch.positions, logits.shape[1]))
-    tokens = _argmax(jnp.where(is_drawn[:, None], speeds, logits))
+    tokens, weights = _drawn(logits, batch, has_branches=True)
     tokens = jnp.where(batch.targets < logits.shape[1], batch.targets, tokens)
-    # One pass, or none if no request wants log-probabilities; see `sample` about conditionals.
-    measure = lambda _, __: _processed_logprobs(logits, tokens, kept, batch)  # noqa: E731
-    _, *zeros = _certain(tokens)
-    of_tokens, of_kept = lax.fori_loop(0, jnp.minimum(batch.any_logprobs, 1), measure, tuple(zeros))
-    return tokens, jnp.where(is_drawn, of_tokens, 0.0), jnp.where(is_drawn, of_kept, 0.0)
+    logprobs, log_kept_masses = _processed_logprobs(logits, tokens, weights, batch)
+    is_wanted = (batch.temperature > 0) & (batch.any_logprobs > 0)
+    return tokens, jnp.where(is_wanted, logprobs, 0.0), jnp.where(is_wanted, log_kept_masses, 0.0)
+
+
+def _drawn(
+    logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branches: bool
+) -> tuple[Int32[Array, " R"], _Weights]:
+    weights = _weights(logits, batch, has_branches=has_branches)
+    is_drawn = batch.temperature > 0
+    speeds = _speeds(weights.values, random_bits(batch.seeds, batch.positions, logits.shape[1]))
+    return row_argmax(jnp.where(is_drawn[:, None], speeds, logits)), weights
 
 
 def _processed_logprobs(
-    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], kept: _Kept, batch: SamplingBatch
+    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], weights: _Weights, batch: SamplingBatch
 ) -> tuple[Float32[Array, " R"], Float32[Array, " R"]]:
     """The log-probabilities of `tokens` among what is kept of adjusted logits, and that of what is kept among all.
 
-    Without limits, and at temperature 1, the first is computed as `_logprobs` does, to the last bit.
+    Without limits, and at temperature 1, the first is computed as `_logprobs` does, to the last bit. Sums over the
+    vocabulary are those that the draw needs too; only what top-k excluded takes another pass.
     """
-    exponents, ratios = _ratios(logits, batch)
-    in_top_k, masses = _masses(logits, ratios, kept)
-    keep = in_top_k & (_reaches(masses, kept.top_p) | (batch.top_p >= 1)[:, None]) & (ratios >= batch.min_p[:, None])
-    log_kept, log_all = (jnp.log1p(_sum_in_any_order(x) - 1) for x in (jnp.where(keep, ratios, 0), ratios))
-    chosen = jnp.where(keep, exponents, -jnp.inf)
-    chosen = jnp.take_along_axis(chosen, tokens[:, None], axis=1, mode="clip")[:, 0]
-    return chosen - log_kept, log_kept - log_all
+    index = tokens[:, None]
+    logit, weight = (jnp.take_along_axis(x, index, axis=1, mode="clip") for x in (logits, weights.values))
+    exponent = _below(logit, weights.largest) / _divisor(batch)
+    unlimited = reaches(sortable(logit), weights.top_k, ids=index) & ((batch.top_p >= 1) & (batch.min_p <= 0))[:, None]
+    # Least likely tokens have a weight of 0 although they are kept. One that was drawn has not.
+    is_kept = ((weight > 0) | unlimited)[:, 0]
+
+    def log_of_all() -> Float32[Array, " R"]:
+        return jnp.log1p(sum_in_any_order(_ratios(logits, weights.largest, batch)) - 1)
+
+    # log1p, unlike log, rounds alike in full vectors and in the remainder.
+    log_in_top_k = jnp.log1p(weights.sum_of_ratios - 1)
+    log_all = lax.cond((batch.any_logprobs > 0) & jnp.any(_uses_top_k(logits, batch)), log_of_all, lambda: log_in_top_k)
+    masses = (row_sum(weights.values), weights.sum_of_masses)
+    of_kept, of_top_k = (jnp.log1p((x - 1).astype(jnp.float32)) for x in masses)
+    log_kept = of_kept - of_top_k
+    logprobs = exponent[:, 0] - log_in_top_k - log_kept
+    return jnp.where(is_kept, logprobs, -jnp.inf), log_kept + (log_in_top_k - log_all)
 
 
 def _adjusted(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> Float32[Array, "R V"]:
@@ -277,131 +286,65 @@ def _speeds(weights: Int32[Array, "R V"], bits: UInt32[Array, "R V"]) -> Float32
     return jnp.where(weights > 0, weights.astype(jnp.float32) / seconds, -1)
 
 
-def _ratios(logits: Float32[Array, "R V"], batch: SamplingBatch) -> tuple[Float32[Array, "R V"], Float32[Array, "R V"]]:
-    """The logarithm of each probability as a fraction of the row's largest, and the fraction itself."""
-    largest = _largest(logits)[:, None]
-    # The largest is set to 0 and not computed, because inf - inf is NaN.
-    below = jnp.where(logits == largest, 0, logits - largest)
-    exponents = below / jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
-    return exponents, jnp.exp(exponents)
+def _uses_top_k(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Bool[Array, " R"]:
+    return (batch.top_k > 0) & (batch.top_k < logits.shape[1])
 
 
-def _masses(
-    logits: Float32[Array, "R V"], ratios: Float32[Array, "R V"], kept: _Kept
-) -> tuple[Bool[Array, "R V"], Int32[Array, "R V"]]:
-    """Whether top-k lets each token through, and the fixed-point probability of each that it does."""
-    in_top_k = _reaches(_sortable(logits), kept.top_k)
-    return in_top_k, jnp.round(jnp.where(in_top_k, ratios, 0) * kept.scale[:, None]).astype(jnp.int32)
+def _below(logits: Float32[Array, "R n"], largest: Float32[Array, " R"]) -> Float32[Array, "R n"]:
+    """How far logits are below the largest, for which it is set and not computed, because inf - inf is NaN."""
+    largest = largest[:, None]
+    return jnp.where(logits == largest, 0, logits - largest)
 
 
-def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> tuple[Int32[Array, "R V"], _Kept]:
-    """The weights to draw from, 0 for a token that is not kept, and which are kept; a row sums to less than 2**31."""
-    _, ratios = _ratios(logits, batch)
-    uses_top_k = (batch.top_k > 0) & (batch.top_k < logits.shape[1])
-    keys = _sortable(logits)
-    top_k = _threshold(keys, lambda reach: reach.astype(jnp.int32), batch.top_k, uses_top_k, num_bits=32)
-    ratios = jnp.where(_reaches(keys, top_k), ratios, 0)
+def _divisor(batch: SamplingBatch) -> Float32[Array, "R 1"]:
+    return jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
 
-    scale = 2.0**_ONE / _sum_in_any_order(ratios)
-    masses = jnp.round(ratios * scale[:, None]).astype(jnp.int32)
-    total = _sum(masses)
+
+def _ratios(logits: Float32[Array, "R V"], largest: Float32[Array, " R"], batch: SamplingBatch) -> Float32[Array, "R V"]:
+    """Each probability as a fraction of the row's largest."""
+    return jnp.exp(_below(logits, largest) / _divisor(batch))
+
+
+def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branches: bool) -> _Weights:
+    largest = row_max(logits)
+    ratios = _ratios(logits, largest, batch)
+    keys = sortable(logits)
+    top_k = find_threshold(
+        keys,
+        lambda reach: reach.astype(jnp.int32),
+        batch.top_k,
+        _uses_top_k(logits, batch),
+        num_bits=32,
+        has_branches=has_branches,
+    )
+    ratios = jnp.where(reaches(keys, top_k), ratios, 0)
+
+    sum_of_ratios = sum_in_any_order(ratios)
+    masses = jnp.round(ratios * (2.0**_ONE / sum_of_ratios)[:, None]).astype(jnp.int32)
+    total = row_sum(masses)
     enough = jnp.floor(batch.top_p * (1 - _TOP_P_SLACK) * total.astype(jnp.float32)).astype(jnp.int32)
     enough = jnp.clip(enough, 1, total)
-    top_p = _threshold(masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31)
-    keep = _reaches(masses, top_p) & (ratios >= batch.min_p[:, None])
-    return jnp.where(keep, masses, 0), _Kept(top_k, top_p, scale)
-
-
-def _threshold(
-    keys: Int32[Array, "R V"],
-    weigh: Callable[[Array], Array],
-    enough: Int32[Array, " R"],
-    is_limited: Bool[Array, " R"],
-    *,
-    num_bits: int,
-) -> tuple[Int32[Array, " R"], Int32[Array, " R"]]:
-    """A threshold and an index that `_reaches` the fewest of the largest `keys` that weigh `enough` together.
-
-    In a row that is not limited, all relevant keys reach them. The threshold is the largest at which the keys that reach it
-    weigh enough. It is found bit by bit from the highest: exact, in `num_bits` passes over the keys (32, or 31 if none is
-    negative), and many times faster than a sort. No pass is made if no row is limited.
-    """
-    any_limited = jnp.any(is_limited)
-
-    def set_bit(i: Int32[Array, ""], threshold: Int32[Array, " R"]) -> Int32[Array, " R"]:
-        higher = threshold + (jnp.int32(1) << (num_bits - 1 - i))  # the sign bit, added to the lowest int32, makes 0
-        return jnp.where(_sum(weigh(keys >= higher[:, None])) >= enough, higher, threshold)
-
-    def last_at(threshold: Int32[Array, " R"]) -> Int32[Array, " R"]:
-        above = _sum(weigh(keys > threshold[:, None]))
-        return _first_reaching(weigh(keys == threshold[:, None]), enough - above)
-
-    lowest = jnp.full_like(enough, -(2**31) if num_bits == 32 else 0)
-    threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
-    last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
-    # Every relevant key is above the lowest: that of -inf for logits, 0 for masses.
-    return jnp.where(is_limited, threshold, lowest), last
-
-
-def _reaches(keys: Int32[Array, "R V"], limit: tuple[Int32[Array, " R"], Int32[Array, " R"]]) -> Bool[Array, "R V"]:
-    """Whether each key is above the threshold of its row, or equal to it and no later than the last index at it."""
-    threshold, last = (x[:, None] for x in limit)
-    ids = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
-    return (keys > threshold) | ((keys == threshold) & (ids <= last))
-
-
-def _sum(x: Shaped[Array, "R n"]) -> Int32[Array, " R"]:
-    return jnp.sum(x, axis=1, dtype=jnp.int32)
-
-
-def _sortable(x: Float32[Array, "R V"]) -> Int32[Array, "R V"]:
-    """Integers that compare like the floats `x`; both zeros are equal."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
-
-
-def _sum_in_any_order(ratios: Float32[Array, "R V"]) -> Float32[Array, " R"]:
-    """The sum of each row, the same to the last bit in whatever order it is computed. Ratios are at most 1, V < 2**19.
-
-    Each ratio is 39 bits in three digits, whose sums are exact.
-    """
-    total, rest = jnp.zeros(ratios.shape[0], jnp.float32), ratios
-    digits = []
-    for _ in range(3):
-        rest = rest * 2.0**13
-        digit = jnp.floor(rest)
-        digits.append(jnp.sum(digit.astype(jnp.uint32), axis=1, dtype=jnp.uint32))
-        rest = rest - digit
-    for place, digit in reversed(list(enumerate(digits, 1))):
-        total = total + digit.astype(jnp.float32) * 2.0 ** (-13 * place)
-    return total
-
-
-def _first_reaching(weights: Int32[Array, "R V"], enough: Int32[Array, " R"]) -> Int32[Array, " R"]:
-    """The lowest index up to which the non-negative `weights` sum to `enough`, which is at least 1."""
-    enough = enough[:, None]
-    pieces = _pieces(weights, fill=0)
-    sums = jnp.cumsum(jnp.sum(pieces, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
-    piece = jnp.minimum(_sum(sums < enough), sums.shape[1] - 1)
-    before = jnp.take_along_axis(jnp.pad(sums, ((0, 0), (1, 0))), piece[:, None], axis=1, mode="clip")
-    inside = jnp.cumsum(_piece(pieces, piece), axis=1, dtype=jnp.int32)
-    return jnp.minimum(piece * pieces.shape[2] + _sum(inside < enough - before), weights.shape[1] - 1)
+    top_p = find_threshold(
+        masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31, has_branches=has_branches
+    )
+    keep = reaches(masses, top_p) & (ratios >= batch.min_p[:, None])
+    return _Weights(jnp.where(keep, masses, 0), largest, sum_of_ratios, total, top_k)
 
 
 def _logprobs(
     logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], *, max_logprobs: int
 ) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
     vocab_size = logits.shape[1]
-    largest = _largest(logits)[:, None]
+    largest = row_max(logits)[:, None]
 
     def below_largest(x: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
         return jnp.where(x == largest, 0, x - largest)  # inf - inf would be NaN
 
     # The sum is at least 1. XLA's log, unlike its log1p, rounds differently in full vectors and in the remainder.
-    log_total = jnp.log1p(_sum_in_any_order(jnp.exp(below_largest(logits))) - 1)[:, None]
+    log_total = jnp.log1p(sum_in_any_order(jnp.exp(below_largest(logits))) - 1)[:, None]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
     logprobs = (below_largest(chosen) - log_total)[:, 0]
-    ranks = 1 + _sum(logits > chosen)
+    ranks = 1 + row_sum(logits > chosen)
     num_top = min(max_logprobs, vocab_size)
     values, top_ids = lax.top_k(logits, num_top)
     fill = ((0, 0), (0, max_logprobs - num_top))
