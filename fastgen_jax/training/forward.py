@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache
 from fastgen_jax.engine.engine import Engine
-from fastgen_jax.engine.sampling.sampler import token_logprobs
+from fastgen_jax.engine.sampling.token_logprobs import token_logprobs
 from fastgen_jax.models.attention import LayerCall
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, Layer, head, hidden_rows

@@ -356,34 +356,6 @@ def _logprobs(
     )
 
 
-@jax.custom_jvp
-def token_logprobs(
-    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], temperature: Float32[Array, " R"]
-) -> Float32[Array, " R"]:
-    """The natural logarithm of the probability of one token per row, of `logits / temperature`; differentiable.
-
-    These are the numbers of `SampleOutput`: raw at a temperature of 1, and otherwise processed.
-    """
-    # As `_ratios`: XLA multiplies by reciprocals instead of dividing, but only if one divisor serves many numbers.
-    largest = _largest(logits)[:, None]
-    exponents = jnp.where(logits == largest, 0, logits - largest) / temperature[:, None]
-    chosen = jnp.take_along_axis(exponents, tokens[:, None], axis=1, mode="clip")[:, 0]
-    log_total = jnp.log1p(_sum_in_any_order(jnp.exp(exponents)) - 1)
-    # Without the selection, a compiler may merge product and difference into one operation, which rounds once.
-    return jnp.where(chosen <= 0, chosen, -jnp.inf) - log_total
-
-
-@token_logprobs.defjvp
-def _token_logprobs_derivative(
-    primals: tuple[jax.Array, jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    (logits, tokens, temperature), (change, _, _) = primals, tangents  # the temperature is a constant
-    change = change / temperature[:, None]
-    of_token = jnp.take_along_axis(change, tokens[:, None], axis=1, mode="clip")[:, 0]
-    share = jax.nn.softmax(logits / temperature[:, None], axis=1)
-    return token_logprobs(*primals), of_token - jnp.sum(share * change, axis=1)
-
-
 def _no_logprobs(
     logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], *, max_logprobs: int
 ) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
