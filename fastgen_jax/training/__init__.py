@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from fastgen_jax.training.batch import TrainingBatch, pack, padded_batch, per_row
     from fastgen_jax.training.dpo import dpo_loss
     from fastgen_jax.training.forward import DEFAULTS, Options, logits, logprobs, options_of
-    from fastgen_jax.training.grpo import GRPO, Settings, grpo_loss
+    from fastgen_jax.training.grpo import GRPO, grpo_loss
     from fastgen_jax.training.lora import lora_params, merge_lora
     from fastgen_jax.training.module import as_nnx, params_of
+    from fastgen_jax.training.settings import Settings
     from fastgen_jax.training.sft import sft_loss
     from fastgen_jax.training.update import make_update
 
@@ -30,9 +31,10 @@ _EXPORTS = {
     "batch": ("TrainingBatch", "pack", "padded_batch", "per_row"),
     "dpo": ("dpo_loss",),
     "forward": ("DEFAULTS", "Options", "logits", "logprobs", "options_of"),
-    "grpo": ("GRPO", "Settings", "grpo_loss"),
+    "grpo": ("GRPO", "grpo_loss"),
     "lora": ("lora_params", "merge_lora"),
     "module": ("as_nnx", "params_of"),
+    "settings": ("Settings",),
     "sft": ("sft_loss",),
     "update": ("make_update",),
 }

@@ -27,35 +27,8 @@ from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import SamplingParams
 from fastgen_jax.training.batch import TrainingBatch, pack, per_row
 from fastgen_jax.training.forward import DEFAULTS, Options, logprobs, options_of
+from fastgen_jax.training.settings import Settings
 from fastgen_jax.training.update import Metrics, make_update
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a training with GRPO is like."""
-
-    prompts_per_step: int = 8
-    """Groups in an update."""
-    group_size: int = 8
-    """Answers to a prompt."""
-    max_new_tokens: int = 32
-    """Length limit of an answer."""
-    temperature: float = 1.0
-    """Of rollouts; the trained probabilities are those of logits divided by it."""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    """A token counts while its probability is within [1 - clip_low, 1 + clip_high] times that of the rollout."""
-    kl: float = 0.0
-    """Strength with which the first weights are held on to; 0: not at all, and they are not kept."""
-    normalize: bool = True
-    """Divide advantages by the standard deviation of their group."""
-    passes: int = 1
-    """Updates with the same answers."""
-    groups_in_flight: int | None = None
-    """Groups that are generated at a time. Those that are not finished when an update begins go on after it, with their
-    tokens and the log-probabilities with which these were drawn. None: `prompts_per_step`, so that none goes on."""
-    seed: int = 0
-    """Of the answers and the order of the prompts; the same seed gives the same weights."""
 
 
 @dataclass(kw_only=True)
@@ -198,7 +171,7 @@ class GRPO:
         reward: Reward,
         optimizer: optax.GradientTransformation,
         *,
-        settings: Settings = Settings(),
+        settings: Settings,
         options: Options | None = None,
     ) -> None:
         """`params` are plain and become those of the engine, whose model they are of.

@@ -191,3 +191,10 @@ def test_answers_continue_over_updates_with_their_tokens(engine):
     assert max(step["difference"] for step in metrics) > 0, "they come from older weights"
     while engine.has_work:
         engine.step()
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="group_size is 1; it must be at least 2"):
+        Settings(group_size=1)
+    with pytest.raises(ValueError, match=r"groups_in_flight is 3, but an update needs 8 groups \(prompts_per_step\)"):
+        Settings(groups_in_flight=3)
