@@ -92,8 +92,11 @@ class RequestState:
         self._stops = None
         if tokenizer is not None:
             stops, marks = stops_with_tokens(tuple(params.stop), tokenizer)
+            unseen = marks.values()
+            if shown := sequence.request.shown_token_ids:
+                marks = {**{id: tokenizer.token_bytes(id).decode(errors="replace") for id in shown}, **marks}
             self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=sequence.request.prompt_token_ids, marks=marks)
-            self._stops = StopStrings(stops, unseen=marks.values()) if stops else None
+            self._stops = StopStrings(stops, unseen=unseen) if stops else None
 
     def restarted(self) -> RequestState:
         """A new state rebuilt from the tokens of the sequence, whatever state an exception left this one in."""

@@ -192,7 +192,7 @@ class Request:
     `request_id` is unique among unfinished requests. A lower `priority` runs first; requests with the same priority run
     in order of `arrival_time`, in seconds on any one clock, then in the order in which they were added. `seed` is the
     seed in use, even if `params.seed` is None. `awaits_each_token` means that the tokens allowed next depend on the last
-    one, so none is sampled while one is in flight.
+    one, so none is sampled while one is in flight. `shown_token_ids` are special tokens that appear in the text.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -206,6 +206,7 @@ class Request:
     arrival_time: float = 0.0
     seed: int
     awaits_each_token: bool = False
+    shown_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NotRequired, TypedDict
 
 from fastapi import Request
@@ -18,6 +17,7 @@ from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
+from fastgen_jax.serving.chat import chat_prompt, start_chat
 from fastgen_jax.serving.errors import context_exceeded
 from fastgen_jax.serving.protocol import (
     MAX_STOPS,
@@ -32,9 +32,8 @@ from fastgen_jax.serving.protocol import (
 from fastgen_jax.serving.spans import record_span
 from fastgen_jax.serving.sse import EventStream, while_connected
 from fastgen_jax.serving.state import ServerState
-from fastgen_jax.serving.tools import grammar_of, prepare_messages
-from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
-from fastgen_jax.text import Tokenizer
+from fastgen_jax.serving.tools import grammar_of
+from fastgen_jax.serving.work import Backend, Work, start_work
 
 
 class GeneratedAnswer(TypedDict):
@@ -78,29 +77,8 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
 
 async def chat(server: ServerState, body: ChatRequest, request: Request) -> Response:
     """POST /v1/chat/completions."""
-    server.check_model(body.model)
-    backend = server.ready()
-    tokenizer = backend.intake.need_tokenizer("a chat")
-    prompt = await _chat_prompt(tokenizer, body, writes_calls=not body.forces_tool)
-    params = body.sampling_params(
-        backend.intake,
-        max_new_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    try:
-        work = await start_work(
-            backend,
-            [prompt],
-            params,
-            num_samples=body.num_choices,
-            priority=body.priority,
-            timeout=body.timeout,
-            grammar=grammar_of(body),
-            new_tokens=backend.intake.default_new_tokens,
-        )
-    except ContextLengthError as error:
-        raise context_exceeded(error, "messages") from error
-    return await _answer(server, "chat", body, work, ChatAnswer(body, work, tokenizer), request)
+    work, answer = await start_chat(server, body)
+    return await _answer(server, "chat", body, work, answer, request)
 
 
 async def generate(server: ServerState, body: GenerateRequest, request: Request) -> Response:
@@ -154,7 +132,7 @@ async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, obje
     intake = server.ready().intake
     tokenizer = intake.need_tokenizer("/tokenize")
     if body.messages is not None:
-        ids = await _chat_prompt(tokenizer, body, add_generation_prompt=body.add_generation_prompt)
+        ids = await chat_prompt(server.model.config, tokenizer, body, add_generation_prompt=body.add_generation_prompt)
     else:
         ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=body.add_special_tokens)
     return {"tokens": list(ids), "count": len(ids), "max_model_len": intake.config.longest_sequence}
@@ -248,40 +226,6 @@ def _at_end(server: ServerState, operation: str, work: Work, request: Request) -
         record_span(operation, server.model.name, work, request.headers)
 
     return end
-
-
-async def _chat_prompt(
-    tokenizer: Tokenizer,
-    body: ChatRequest | TokenizeRequest,
-    *,
-    writes_calls: bool = False,
-    add_generation_prompt: bool = True,
-) -> list[int]:
-    """Token ids of a conversation; with `writes_calls` the model may write tool calls in its own format."""
-    given = body.messages or []
-    messages, tools = prepare_messages(tokenizer, given, body.described_tools, writes_calls=writes_calls)
-    encode = partial(
-        tokenizer.encode_chat,
-        messages,
-        tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        **_template_variables(body.chat_template_kwargs or {}),
-    )
-    contents = [message.get("content") or "" for message in messages]
-    is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
-    return await asyncio.to_thread(encode) if is_long else encode()
-
-
-def _template_variables(variables: JsonFields) -> JsonFields:
-    if "chat_template" in variables:
-        raise ValueError(
-            "chat_template_kwargs has 'chat_template', but requests cannot choose the template; "
-            "start the server with --chat-template"
-        )
-    taken = {"messages", "tools", "add_generation_prompt"} & set(variables)
-    if taken:
-        raise ValueError(f"chat_template_kwargs has {sorted(taken)}; pass them as fields of the request instead")
-    return variables
 
 
 def _with_token_ids(options: JsonFields) -> JsonFields:

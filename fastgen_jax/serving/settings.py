@@ -8,6 +8,20 @@ from typing import Literal
 
 from fastgen_jax.api.deployment import SERVER_KEYS_VARIABLE
 
+TOOL_FORMATS = (
+    "hermes",
+    "llama",
+    "pythonic",
+    "mistral",
+    "mistral-v11",
+    "qwen3-coder",
+    "glm",
+    "deepseek-v3",
+    "deepseek-v3.1",
+    "harmony",
+)
+REASONING_FORMATS = ("think", "mistral", "seed", "harmony", "none")
+
 
 def _keys_of_environment() -> tuple[str, ...]:
     return tuple(filter(None, os.environ.get(SERVER_KEYS_VARIABLE, "").split(",")))
@@ -45,6 +59,11 @@ class ServerConfig:
     sleep_idle: float | None = None
     """Seconds without a request after which an engine gives the memory of its weights and KV cache back; the next request
     wakes it. None: never."""
+    tool_format: str | None = None
+    """How the model writes tool calls: hermes, llama, pythonic, mistral, mistral-v11, qwen3-coder, glm, deepseek-v3,
+    deepseek-v3.1 or harmony. None: chosen by the chat template."""
+    reasoning_format: str | None = None
+    """How the model marks its reasoning: think, mistral, seed, harmony, or none. None: chosen by the chat template."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log; json writes one object per line."""
 
@@ -58,6 +77,11 @@ class ServerConfig:
             raise ValueError(f"port is {self.port}; it must be at most 65535")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together; set both or neither")
+        for name, known in (("tool_format", TOOL_FORMATS), ("reasoning_format", REASONING_FORMATS)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; choose {', '.join(known[:-1])} or {known[-1]}, or omit it"
+                )
         if self.log_format not in ("text", "json"):
             raise ValueError(f"log_format is {self.log_format!r}; choose text or json")
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.engine.intake import Intake, samples
@@ -45,8 +45,16 @@ class Milliseconds(TypedDict):
     longest_gap_ms: float
 
 
+class ReasoningTokens(TypedDict):
+    """Generated tokens that belong to the reasoning."""
+
+    reasoning_tokens: int
+
+
 class Usage(TokenUsage):
     """Token counts and times of a finished request."""
+
+    completion_tokens_details: NotRequired[ReasoningTokens]
 
     prompt_tokens_details: CachedTokens
     timing: Milliseconds
@@ -225,11 +233,12 @@ async def start_work(
     timeout: float | None = None,
     grammar: Grammar | None = None,
     new_tokens: int | None = None,
+    shown_token_ids: TokenIds = (),
 ) -> Work:
     """Validates all samples, then submits them: either all run or none.
 
-    `new_tokens` limits answers for which `params` has no limit; without it they may fill the context. Raises ValueError,
-    QueueFullError and ClosedError as `AsyncEngine.submit` does.
+    `new_tokens` limits answers for which `params` has no limit; without it they may fill the context. `shown_token_ids`
+    are special tokens that the text shows. Raises ValueError, QueueFullError and ClosedError as `AsyncEngine.submit` does.
     """
     intake, arrival = backend.intake, time.monotonic()
     if len(prompts) * num_samples > backend.max_queue:
@@ -248,6 +257,7 @@ async def start_work(
                     intake.limited(sample, len(ids), new_tokens),
                     priority=priority,
                     awaits_each_token=grammar is not None,
+                    shown_token_ids=shown_token_ids,
                 ),
                 intake.matcher(grammar) if grammar else None,
             )

@@ -17,16 +17,38 @@ from fastgen_jax.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReasoningLimits:
+    """The tokens that delimit the reasoning at the start of an answer."""
+
+    opening: tuple[int, ...]
+    """They begin it, if the model reasons at all; empty if the prompt has begun it."""
+    closing: tuple[int, ...]
+    """They end it."""
+    forced: tuple[int, ...]
+    """They are written after `budget` tokens, to end it."""
+    then: tuple[int, ...] = ()
+    """They are written after it ended by itself."""
+    budget: int | None = None
+    """Its maximum number of tokens; None: no limit."""
+
+
 # Limits the white space in JSON: a model that may write any amount of it may never stop.
 _JSON_LAYOUT = {"whitespace_pattern": " ?"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grammar:
-    """A constraint on a text: a JSON schema, a regular expression, or llguidance's variant of a Lark grammar."""
+    """A constraint on a text: a JSON schema, a regular expression, or llguidance's variant of a Lark grammar.
 
-    kind: Literal["json_schema", "regex", "lark"]
+    "free" is no constraint, for texts of which only the reasoning is limited.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "free"]
     source: str
+    reasoning: ReasoningLimits | None = None
+    """The reasoning that may precede the text."""
 
     @staticmethod
     def json_schema(schema: Mapping[str, object]) -> Grammar:
