@@ -8,7 +8,7 @@ import re
 
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.serving.tool_formats.format import Rules, ToolFormat
-from fastgen_jax.serving.tool_formats.pieces import Piece, Schemas, Source, Steps, json_call, spaces, until
+from fastgen_jax.serving.tool_formats.pieces import Piece, Schemas, Source, Steps, json_call, skip, spaces, until
 
 _TAG = "<|python_tag|>"
 _START, _END = "<|python_start|>", "<|python_end|>"
@@ -17,27 +17,20 @@ _SEPARATORS = "; ,\n"
 
 def _read_json(source: Source, schemas: Schemas) -> Steps[None]:
     yield from spaces(source)
-    yield from _optional(source, _TAG)
+    yield from skip(source, _TAG)
     while (yield from json_call(source, ())):
         while source.text[:1] in _SEPARATORS:
             source.text = source.text.lstrip(_SEPARATORS)
             if source.text or source.ended:
                 break
             yield None
-        yield from _optional(source, _TAG)
+        yield from skip(source, _TAG)
     yield from until(source, (), "content")
 
 
 def _write_json(rules: Rules, name: str, schema: JsonFields) -> str:
     head = rules.text(f'{{"name": {json.dumps(name)}, "parameters": ')
     return " ".join((head, rules.json(schema), rules.text("}")))
-
-
-def _optional(source: Source, mark: str) -> Steps[None]:
-    """Removes `mark` if the text starts with it."""
-    while source.text != mark and mark.startswith(source.text) and not source.ended:
-        yield None
-    source.text = source.text.removeprefix(mark)
 
 
 _CALL = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*\(\s*")
@@ -49,7 +42,7 @@ _NAMES = {"true": True, "false": False, "null": None}
 
 def _read_python(source: Source, schemas: Schemas) -> Steps[None]:
     yield from spaces(source)
-    yield from _optional(source, _START)
+    yield from skip(source, _START)
     yield from spaces(source)
     if source.text.startswith("["):
         text = source.text
@@ -60,7 +53,7 @@ def _read_python(source: Source, schemas: Schemas) -> Steps[None]:
             source.take(1)
             while (yield from _python_call(source)):
                 pass
-            yield from _optional(source, _END)
+            yield from skip(source, _END)
     yield from until(source, (), "content")
 
 

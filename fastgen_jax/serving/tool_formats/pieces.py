@@ -167,6 +167,16 @@ def spaces(source: Source) -> Steps[None]:
         yield None
 
 
+def skip(source: Source, mark: str) -> Steps[None]:
+    """Removes `mark` if it comes next, or its beginning if the text ends within it."""
+    while mark.startswith(source.text) and source.text != mark:
+        if source.ended:
+            source.text = ""
+            return
+        yield None
+    source.text = source.text.removeprefix(mark)
+
+
 def json_value(source: Source, marks: Sequence[str]) -> Steps[None]:
     """Yields one JSON value as arguments, as it arrives; it ends at the latest before the first of `marks`.
 

@@ -14,6 +14,7 @@ from fastgen_jax.serving.tool_formats.pieces import (
     Steps,
     escaped,
     gather,
+    skip,
     spaces,
     typed,
     types_of,
@@ -64,9 +65,7 @@ def _read_qwen(source: Source, schemas: Schemas) -> Steps[None]:
         yield Piece("call", name)
         yield from _qwen_parameters(source, schemas, name)
         yield from spaces(source)
-        while CALL_CLOSE.startswith(source.text) and source.text != CALL_CLOSE and not source.ended:
-            yield None
-        source.text = source.text.removeprefix(CALL_CLOSE)
+        yield from skip(source, CALL_CLOSE)
 
 
 def _qwen_parameters(source: Source, schemas: Schemas, name: str) -> Steps[None]:
