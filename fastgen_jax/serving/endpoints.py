@@ -102,8 +102,7 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
         )
     except ContextLengthError as error:
         raise context_exceeded(error, "prompts") from error
-    work.on_gap = server.metrics.note_gap
-    end = _at_end(server, "generate", work, request)
+    end = at_end(server, "generate", work, request)
     if body.stream:
         return EventStream(work, _plain_events(work), end)
 
@@ -148,8 +147,7 @@ async def detokenize(server: ServerState, body: DetokenizeRequest) -> dict[str, 
 async def _answer(
     server: ServerState, operation: str, body: Sampling, work: Work, answer: CompletionAnswer | ChatAnswer, request: Request
 ) -> Response:
-    work.on_gap = server.metrics.note_gap
-    end = _at_end(server, operation, work, request)
+    end = at_end(server, operation, work, request)
     if body.user is not None:
         request.state.log = {"user": body.user}
     if body.stream:
@@ -220,7 +218,10 @@ def _add_output(answer: GeneratedAnswer, output: RequestOutput) -> None:
         answer["prompt_logprobs"] = output.prompt_logprobs
 
 
-def _at_end(server: ServerState, operation: str, work: Work, request: Request) -> Callable[[], None]:
+def at_end(server: ServerState, operation: str, work: Work, request: Request) -> Callable[[], None]:
+    """The function to call when the answer has ended: it counts it, and records a span."""
+    work.on_gap = server.metrics.note_gap
+
     def end() -> None:
         server.metrics.note_end(work)
         record_span(operation, server.model.name, work, request.headers)
