@@ -16,7 +16,8 @@ from starlette.exceptions import HTTPException
 from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.serving import endpoints
-from fastgen_jax.serving.errors import ApiError, ErrorResponses, as_api_error, from_validation_errors, unsupported
+from fastgen_jax.serving.embeddings import add_embeddings
+from fastgen_jax.serving.errors import ApiError, ErrorResponses, as_api_error, from_validation_errors
 from fastgen_jax.serving.messages.answer import error_body
 from fastgen_jax.serving.messages.endpoints import PATH as MESSAGES_PATH
 from fastgen_jax.serving.messages.endpoints import add_messages
@@ -56,6 +57,7 @@ def create_app(server: ServerState) -> FastAPI:
     _add_openai(app, server)
     add_responses(app, server, _ERRORS)
     add_messages(app, server, _ERRORS)
+    add_embeddings(app, server, _ERRORS)
     _add_operations(app, server)
     app.add_middleware(
         RequestMiddleware,
@@ -98,10 +100,6 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await endpoints.chat(server, body, request)
-
-    @app.post("/v1/embeddings", responses=_ERRORS)
-    async def embeddings() -> Response:
-        raise unsupported("endpoint", "/v1/embeddings", "this server generates text; use an embedding server")
 
     @app.post("/tokenize", responses=_ERRORS)
     async def tokenize(body: TokenizeRequest) -> dict[str, object]:

@@ -64,6 +64,11 @@ class ServerConfig:
     deepseek-v3.1 or harmony. None: chosen by the chat template."""
     reasoning_format: str | None = None
     """How the model marks its reasoning: think, mistral, seed, harmony, or none. None: chosen by the chat template."""
+    pooling: Literal["last", "mean"] = "last"
+    """What /v1/embeddings returns: the vector of the last token, or the average over all tokens."""
+    scoring: Literal["cosine", "yes-no"] | None = None
+    """How /v1/score and /rerank compare texts: the cosine of their vectors, or the probability of "yes", as
+    Qwen3-Reranker does. None: yes-no if the model's name contains "rerank", otherwise cosine."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log; json writes one object per line."""
 
@@ -82,6 +87,10 @@ class ServerConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; choose {', '.join(known[:-1])} or {known[-1]}, or omit it"
                 )
+        if self.pooling not in ("last", "mean"):
+            raise ValueError(f"pooling is {self.pooling!r}; choose last or mean")
+        if self.scoring not in (None, "cosine", "yes-no"):
+            raise ValueError(f"scoring is {self.scoring!r}; choose cosine or yes-no, or omit it")
         if self.log_format not in ("text", "json"):
             raise ValueError(f"log_format is {self.log_format!r}; choose text or json")
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NotRequired, Protocol, TypedDict
 
 from fastgen_jax.api.async_engine import Stream
+from fastgen_jax.api.pooling import Pooled, Pooling
 from fastgen_jax.engine.intake import Intake, samples
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.engine.prompts import Prompt, TokenIds
@@ -106,6 +107,10 @@ class Backend(Protocol):
 
     async def snapshots(self, *, since_step: int | None = None) -> list[Snapshot]:
         """Returns one snapshot per replica."""
+        ...
+
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: TokenIds = ()) -> list[Pooled]:
+        """See `fastgen_jax.api.pooling.pool`."""
         ...
 
     async def drain(self, timeout: float) -> bool:
