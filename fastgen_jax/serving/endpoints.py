@@ -14,13 +14,15 @@ from fastapi.responses import JSONResponse, Response
 
 from fastgen_jax.api.options import generation_of
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
-from fastgen_jax.engine.prompts import split_prompts
+from fastgen_jax.engine.prompts import Prompt, split_prompts
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.scheduling import ContextLengthError
+from fastgen_jax.scheduling import ContextLengthError, SamplingParams
 from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
-from fastgen_jax.serving.errors import context_exceeded
+from fastgen_jax.serving.errors import ApiError, context_exceeded
+from fastgen_jax.serving.fields import MAX_STOP_CHARACTERS
+from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.protocol import (
-    MAX_STOPS,
+    ChatPrompt,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -32,9 +34,12 @@ from fastgen_jax.serving.protocol import (
 from fastgen_jax.serving.spans import record_span
 from fastgen_jax.serving.sse import EventStream, while_connected
 from fastgen_jax.serving.state import ServerState
-from fastgen_jax.serving.tools import grammar_of, prepare_messages
+from fastgen_jax.serving.tools import guide_of, prepare_messages
 from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
 from fastgen_jax.text import Tokenizer
+from fastgen_jax.text.grammar import GrammarError
+
+RELAXED = "x-fastgen-schema-relaxed"  # the header that names what is not enforced of a schema
 
 
 class GeneratedAnswer(TypedDict):
@@ -54,53 +59,80 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
     """POST /v1/completions."""
     server.check_model(body.model)
     backend = server.ready()
+    request.state.names = body.names
     wants_prompt = body.echo and body.logprobs is not None
+    limit = body.max_completion_tokens or body.max_tokens
     params = body.sampling_params(
         backend.intake,
-        max_new_tokens=None if body.max_tokens is None else max(1, body.max_tokens),
-        logprobs=body.logprobs,
+        max_new_tokens=None if limit is None else max(1, limit),
+        logprobs=0 if body.selects and body.logprobs is None else body.logprobs,
         prompt_logprobs=body.logprobs if wants_prompt else None,
     )
-    work = await start_work(
-        backend,
-        body.prompts,
-        params,
-        num_samples=body.num_choices,
-        priority=body.priority,
-        timeout=body.timeout,
-        grammar=grammar_of(body),
-        new_tokens=backend.intake.default_new_tokens,
-    )
-    return await _answer(
-        server, "text_completion", body, work, CompletionAnswer(body, work, backend.intake.tokenizer), request
-    )
+    guide = await _guide(body)
+    work = await _start(backend, body, body.prompts, params, guide, add_special_tokens=body.add_special_tokens is not False)
+    answer = CompletionAnswer(body, work, backend.intake.tokenizer, fingerprint=server.fingerprint)
+    return await _answer(server, "text_completion", body, work, answer, request, guide)
 
 
 async def chat(server: ServerState, body: ChatRequest, request: Request) -> Response:
     """POST /v1/chat/completions."""
     server.check_model(body.model)
     backend = server.ready()
+    request.state.names = body.names
     tokenizer = backend.intake.need_tokenizer("a chat")
-    prompt = await _chat_prompt(tokenizer, body, writes_calls=not body.forces_tool)
+    prompt = await _chat_prompt(server, tokenizer, body, writes_calls=not body.forces_tool)
     params = body.sampling_params(
         backend.intake,
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs=(body.top_logprobs or 0) if body.logprobs or body.selects else None,
     )
+    guide = await _guide(body)
     try:
-        work = await start_work(
-            backend,
-            [prompt],
-            params,
-            num_samples=body.num_choices,
-            priority=body.priority,
-            timeout=body.timeout,
-            grammar=grammar_of(body),
-            new_tokens=backend.intake.default_new_tokens,
-        )
+        work = await _start(backend, body, [prompt], params, guide)
     except ContextLengthError as error:
         raise context_exceeded(error, "messages") from error
-    return await _answer(server, "chat", body, work, ChatAnswer(body, work, tokenizer), request)
+    answer = ChatAnswer(body, work, tokenizer, fingerprint=server.fingerprint)
+    return await _answer(server, "chat", body, work, answer, request, guide)
+
+
+async def render(server: ServerState, body: ChatRequest) -> dict[str, object]:
+    """POST /v1/chat/completions/render and /apply-template: the prompt of a chat, without an answer to it."""
+    server.check_model(body.model)
+    tokenizer = server.ready().intake.need_tokenizer("a chat")
+    ids = await _chat_prompt(server, tokenizer, body, writes_calls=not body.forces_tool)
+    return {"prompt": tokenizer.decode(ids, skip_special_tokens=False), "token_ids": ids, "count": len(ids)}
+
+
+async def _guide(body: ChatRequest | CompletionRequest) -> Guide | None:
+    is_guided = body.is_guided or (isinstance(body, ChatRequest) and body.forces_tool)
+    return await asyncio.to_thread(guide_of, body) if is_guided else None
+
+
+async def _start(
+    backend: Backend,
+    body: Sampling,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    guide: Guide | None,
+    *,
+    add_special_tokens: bool = True,
+) -> Work:
+    try:
+        return await start_work(
+            backend,
+            prompts,
+            params,
+            num_samples=body.num_samples,
+            priority=body.priority,
+            timeout=body.timeout,
+            grammar=guide.grammar if guide else None,
+            new_tokens=backend.intake.default_new_tokens,
+            add_special_tokens=add_special_tokens,
+            keep_tokens=body.truncate_prompt_tokens,
+            cache_salt=body.cache_salt or "",
+        )
+    except GrammarError as error:
+        raise ApiError(str(error), param=guide.field if guide else None) from None
 
 
 async def generate(server: ServerState, body: GenerateRequest, request: Request) -> Response:
@@ -108,9 +140,8 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
     backend = server.ready()
     call = generation_of(backend.intake, None, _with_token_ids(body.model_extra or {}))
     params = call.params
-    stops = tuple(params.stop)
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"stop has {len(stops)} strings but at most {MAX_STOPS} are allowed; keep the most likely")
+    if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
+        raise ValueError(f"stop has more than {MAX_STOP_CHARACTERS} characters in all; keep the most likely strings")
     prompts = split_prompts(body.prompts)
     try:
         work = await start_work(
@@ -140,6 +171,9 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
                     _prompt_text(backend, prompts[index // params.n], work.prompts[index // params.n])
                     + answer["generated_text"]
                 )
+        if body.echo:
+            for index, answer in enumerate(answers):
+                answer["token_ids"] = [*work.prompts[index // params.n], *answer["token_ids"]]
         return answers
 
     try:
@@ -154,10 +188,14 @@ async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, obje
     intake = server.ready().intake
     tokenizer = intake.need_tokenizer("/tokenize")
     if body.messages is not None:
-        ids = await _chat_prompt(tokenizer, body, add_generation_prompt=body.add_generation_prompt)
+        ids = await _chat_prompt(server, tokenizer, body)
     else:
-        ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=body.add_special_tokens)
-    return {"tokens": list(ids), "count": len(ids), "max_model_len": intake.config.longest_sequence}
+        add = body.add_special_tokens is not False
+        ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=add)
+    answer: dict[str, object] = {"tokens": list(ids), "count": len(ids), "max_model_len": intake.config.longest_sequence}
+    if body.return_token_strs is not None:
+        answer["token_strs"] = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+    return answer
 
 
 async def detokenize(server: ServerState, body: DetokenizeRequest) -> dict[str, str]:
@@ -168,26 +206,35 @@ async def detokenize(server: ServerState, body: DetokenizeRequest) -> dict[str, 
 
 
 async def _answer(
-    server: ServerState, operation: str, body: Sampling, work: Work, answer: CompletionAnswer | ChatAnswer, request: Request
+    server: ServerState,
+    operation: str,
+    body: Sampling,
+    work: Work,
+    answer: CompletionAnswer | ChatAnswer,
+    request: Request,
+    guide: Guide | None,
 ) -> Response:
+    relaxed = {RELAXED: _ascii(", ".join(guide.relaxed))} if guide and guide.relaxed else {}
     work.on_gap = server.metrics.note_gap
     end = _at_end(server, operation, work, request)
     if body.user is not None:
         request.state.log = {"user": body.user}
     if body.stream:
-        return EventStream(work, _events(work, answer, body.stream_options or StreamOptions()), end)
+        events = _events(work, answer, body.stream_options or StreamOptions())
+        return EventStream(work, events, end, headers=relaxed)
 
     try:
         result = await while_connected(request.receive, work, answer.collect())
     finally:
         end()
-    timing = work.usage()["timing"]
+    timing = work.timing()
     return JSONResponse(
         result,
         headers={
             "x-fastgen-queue-ms": str(timing["queue_ms"]),
             "x-fastgen-first-token-ms": str(timing["first_token_ms"]),
             "x-fastgen-total-ms": str(timing["total_ms"]),
+            **relaxed,
         },
     )
 
@@ -197,15 +244,22 @@ async def _events(work: Work, answer: CompletionAnswer | ChatAnswer, options: St
     async for index, outputs in work:
         choices = answer.chunk(index, outputs)
         if _has_content(choices[0]):
-            usage = work.usage_so_far() if options.continuous_usage_stats else options.include_usage
+            usage = work.usage_so_far() if options.counts_in_each_event else bool(options.include_usage)
             yield encoder.choices(choices, usage=usage)
-    if options.include_usage:
-        yield encoder.usage(answer.usage())
+    if options.include_usage or options.include_timing:
+        usage = answer.usage() if options.include_usage else None
+        yield encoder.usage(usage, work.timing() if options.include_timing else None)
 
 
 def _has_content(choice: CompletionChoice | ChatChoice) -> bool:
     # A token may add no text yet: part of a character, or the possible start of a stop string.
-    return bool(choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"])
+    is_shown = choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"]
+    return bool(is_shown or choice.get("token_ids"))
+
+
+def _ascii(text: str) -> str:
+    """The text as the value of a header."""
+    return text.encode("ascii", "backslashreplace").decode()[:1000].replace("\r", " ").replace("\n", " ")
 
 
 async def _plain_events(work: Work) -> AsyncIterator[bytes]:
@@ -222,6 +276,8 @@ def _plain(output: RequestOutput) -> dict[str, object]:
         "prompt_length": output.num_prompt_tokens,
         "cached_length": output.num_cached_tokens,
     }
+    if output.stop_reason is not None:
+        plain["stop_reason"] = output.stop_reason
     if output.logprobs is not None:
         plain["logprobs"] = output.logprobs
     if output.prompt_logprobs is not None:
@@ -251,11 +307,7 @@ def _at_end(server: ServerState, operation: str, work: Work, request: Request) -
 
 
 async def _chat_prompt(
-    tokenizer: Tokenizer,
-    body: ChatRequest | TokenizeRequest,
-    *,
-    writes_calls: bool = False,
-    add_generation_prompt: bool = True,
+    server: ServerState, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, *, writes_calls: bool = False
 ) -> list[int]:
     """Token ids of a conversation; with `writes_calls` the model may write tool calls in its own format."""
     given = body.messages or []
@@ -264,21 +316,43 @@ async def _chat_prompt(
         tokenizer.encode_chat,
         messages,
         tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        **_template_variables(body.chat_template_kwargs or {}),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=bool(body.add_special_tokens),
+        chat_template=_checked_template(server, body),
+        **_template_variables(body),
     )
     contents = [message.get("content") or "" for message in messages]
     is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
     return await asyncio.to_thread(encode) if is_long else encode()
 
 
-def _template_variables(variables: JsonFields) -> JsonFields:
+def _checked_template(server: ServerState, body: ChatPrompt) -> str | None:
+    if body.chat_template is None:
+        return None
+    if not server.model.config.trust_request_chat_template:
+        raise ApiError(
+            "chat_template is set, but this server does not run templates of its clients; start it with --chat-template, "
+            "or with --trust-request-chat-template",
+            param="chat_template",
+            code="unsupported_parameter",
+        )
+    if "{{" not in body.chat_template and "{%" not in body.chat_template:  # it could be the path of a file
+        raise ApiError("chat_template is not the text of a template, which contains {{ or {%", param="chat_template")
+    return body.chat_template
+
+
+def _template_variables(body: ChatPrompt) -> JsonFields:
+    variables = body.chat_template_kwargs or {}
     if "chat_template" in variables:
         raise ValueError(
             "chat_template_kwargs has 'chat_template', but requests cannot choose the template; "
             "start the server with --chat-template"
         )
-    taken = {"messages", "tools", "add_generation_prompt"} & set(variables)
+    if body.documents is not None:
+        variables = {**variables, "documents": body.documents}
+    fields = {"messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens"}
+    taken = fields & set(variables)
     if taken:
         raise ValueError(f"chat_template_kwargs has {sorted(taken)}; pass them as fields of the request instead")
     return variables

@@ -200,6 +200,12 @@ class Ingress:
         config = self._server
         checkpoint = open_checkpoint(resolve_model(self._model))
         intake = Intake(load_tokenizer(checkpoint.tokenizer_source), checkpoint.config, self._config)
-        name = config.served_model_name or default_name(self._model)
-        served = ServedModel(name=name, deployment=check_name(config.deployment_name or name), config=config)
+        name, *others = config.served_model_name or (default_name(self._model),)
+        served = ServedModel(
+            name=name,
+            deployment=check_name(config.deployment_name or name),
+            config=config,
+            other_names=tuple(others),
+            root=self._model,
+        )
         return create_app(ServerState(served, RayBackend(self._engines, intake, max_queue=config.max_queue)))

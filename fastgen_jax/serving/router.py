@@ -154,7 +154,9 @@ class Router:
         stream = Stream(request, self._on_stream_closed)
         limit = request.params.max_new_tokens or EXPECTED_OUTPUT
         work = len(request.prompt_token_ids) + min(limit, EXPECTED_OUTPUT)
-        routed = RoutedRequest(request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids), work)
+        routed = RoutedRequest(
+            request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids, salt=request.cache_salt), work
+        )
         self._requests[request.request_id] = routed
         self._idle.clear()
         self._route(routed)

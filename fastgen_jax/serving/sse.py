@@ -7,7 +7,7 @@ an error status; there are no pings, and a stream runs two tasks instead of a ta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from fastapi.responses import Response
@@ -32,8 +32,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, work: Work, events: AsyncIterator[bytes], on_end: Callable[[], object]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self,
+        work: Work,
+        events: AsyncIterator[bytes],
+        on_end: Callable[[], object],
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
         self._work = work
         self._events = events
@@ -58,6 +65,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": SseEncoder.error(answer.body), "more_body": True})
                 await send({"type": "http.response.body", "body": DONE, "more_body": False})
         finally:
+            if watcher.done() and not self._work.is_complete:
+                scope.setdefault("state", {})["left"] = True  # for the log: the status has been sent
             watcher.cancel()
             self._work.close()
             self._on_end()

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.serving.errors import unsupported
+from fastgen_jax.serving.errors import ApiError, unsupported
+from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.adapt import CALL_CLOSE, CALL_OPEN
-from fastgen_jax.text.grammar import Grammar
+from fastgen_jax.text.grammar import JSON_LAYOUT, Grammar, GrammarError
+from fastgen_jax.text.schemas import Fitted, fitted
 
 _VALUE_KEYWORDS = frozenset({"const", "default", "enum", "examples"})  # their values are data, not schemas
 
@@ -46,16 +48,29 @@ class ToolCall(TypedDict):
     function: FunctionDelta
 
 
-def grammar_of(body: Sampling) -> Grammar | None:
-    """Returns the grammar that a request demands of its answer, if any."""
-    if isinstance(body, ChatRequest) and body.forces_tool:
-        return Grammar.json_schema(_forced_schema(body))
-    form = body.response_format
-    if form is None or form.type == "text":
-        return None
-    if form.json_schema is not None:
-        return Grammar.json_schema(form.json_schema.schema_)
-    return Grammar.json_schema({"type": "object"})
+def guide_of(body: Sampling) -> Guide | None:
+    """Returns the grammar that a request demands of its answer, if any; a large schema takes up to a second."""
+    if not isinstance(body, ChatRequest) or not body.forces_tool:
+        try:
+            return body.guide()
+        except GrammarError as error:
+            raise ApiError(str(error), param=next(iter(body.constraints))) from None
+    usable = [_schema_of(i, tool) for i, tool in enumerate(body.tools or ())]
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    if named is not None:
+        index = next(i for i, tool in enumerate(body.tools or ()) if tool.function.name == named)
+        return Guide("tools", Grammar.json_schema(usable[index].schema), usable[index].relaxed)
+    schemas = {tool.function.name: schema.schema for tool, schema in zip(body.tools or (), usable, strict=True)}
+    relaxed = dict.fromkeys(word for schema in usable for word in schema.relaxed)
+    return Guide("tools", Grammar.json_schema(_forced_schema(schemas)), tuple(relaxed))
+
+
+def _schema_of(index: int, tool: Tool) -> Fitted:
+    """The schema of a tool's arguments; ApiError for a strict one that cannot be enforced to the letter."""
+    try:
+        return fitted(tool.function.schema_of_arguments, strict=bool(tool.function.strict))
+    except GrammarError as error:
+        raise ApiError(f"tools[{index}].function.parameters: {error}", param="tools") from None
 
 
 def prepare_messages(
@@ -82,7 +97,7 @@ def prepare_messages(
         return messages, described
     text = (
         "You may call functions. These are available, one JSON object per line:\n"
-        + "\n".join(json.dumps(tool["function"]) for tool in described)
+        + "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in described)
         + f'\nTo call one, write: {CALL_OPEN}{{"name": "function name", "arguments": {{...}}}}{CALL_CLOSE}'
     )
     start = int(messages[0].get("role") == "system")
@@ -173,7 +188,11 @@ class ToolReader:
             return None
         if self._one and self.num_calls:
             return []
-        return [self._delta(self.num_calls, name, arguments if isinstance(arguments, str) else json.dumps(arguments))]
+        return [
+            self._delta(
+                self.num_calls, name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            )
+        ]
 
     def _delta(self, index: int, name: str, arguments: str) -> CallDelta:
         if index < self.num_calls:
@@ -198,25 +217,19 @@ def merge_calls(deltas: Sequence[CallDelta]) -> list[ToolCall]:
     return calls
 
 
-def _forced_schema(body: ChatRequest) -> dict[str, object]:
-    tools: Sequence[Tool] = body.tools or ()
-    if isinstance(body.tool_choice, NamedTool):
-        named = body.tool_choice.function.name
-        return next(tool.function.parameters for tool in tools if tool.function.name == named)
-    return {
-        "anyOf": [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool.function.name},
-                    "arguments": _relocated(tool.function.parameters, f"#/anyOf/{i}/properties/arguments"),
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for i, tool in enumerate(tools)
-        ]
-    }
+def _forced_schema(schemas: Mapping[str, JsonFields]) -> JsonFields:
+    """The schema of a call of one of the functions with these names and schemas of arguments."""
+    lenient = any("x-guidance" in schema for schema in schemas.values())
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": _relocated(schema, f"#/anyOf/{i}/properties/arguments")},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for i, (name, schema) in enumerate(schemas.items())
+    ]
+    return {"anyOf": calls, **({"x-guidance": {**JSON_LAYOUT, "lenient": True}} if lenient else {})}
 
 
 def _relocated(schema: object, place: str) -> object:
