@@ -72,12 +72,16 @@ def create_app(server: ServerState) -> FastAPI:
 
 
 def _add_openai(app: FastAPI, server: ServerState) -> None:
-    def model_card() -> dict[str, object]:
+    def model_card(name: str) -> dict[str, object]:
         card: dict[str, object] = {
-            "id": server.model.name,
+            "id": name,
             "object": "model",
             "created": int(server.started),
             "owned_by": "fastgen_jax",
+            "root": server.model.root or name,
+            "parent": None,
+            "max_model_len": None,  # until the model is loaded
+            "permission": [],
         }
         if server.backend is not None:
             card["max_model_len"] = server.backend.intake.config.longest_sequence
@@ -86,12 +90,12 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
 
     @app.get("/v1/models", responses=_ERRORS)
     async def list_models() -> dict[str, object]:
-        return {"object": "list", "data": [model_card()]}
+        return {"object": "list", "data": [model_card(name) for name in server.model.names]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
     async def get_model(model: str) -> dict[str, object]:
         server.check_model(model)
-        return model_card()
+        return model_card(model)
 
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -100,6 +104,11 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await endpoints.chat(server, body, request)
+
+    @app.post("/v1/chat/completions/render", responses=_ERRORS)
+    @app.post("/apply-template", responses=_ERRORS, include_in_schema=False)
+    async def render(body: ChatRequest) -> dict[str, object]:
+        return await endpoints.render(server, body)
 
     @app.post("/tokenize", responses=_ERRORS)
     async def tokenize(body: TokenizeRequest) -> dict[str, object]:
@@ -200,6 +209,12 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        path = request.url.path
+        with_version = f"/v1{path}"
+        if error.status_code == 404 and any(getattr(route, "path", "") == with_version for route in app.routes):
+            return ApiError(
+                f"there is no {path} here, but {with_version}; end the client's base_url with /v1", status=404, code=code
+            ).response()
         if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
             return ApiError(f"the body is not JSON in UTF-8: {str(error.__cause__)[:200]}").response()
         return ApiError(
@@ -225,7 +240,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    answer = as_api_error(error)
+    answer = as_api_error(error, getattr(request.state, "names", None))
     request.state.log = {**getattr(request.state, "log", {}), "error": str(answer)}
     if request.url.path.startswith(MESSAGES_PATH):
         return JSONResponse(error_body(answer.status, answer.body), answer.status, headers=answer.headers)

@@ -10,11 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from fastgen_jax.json_types import JsonFields, JsonObject
-from fastgen_jax.scheduling import ContextLengthError
+from fastgen_jax.engine.prompts import Prompt
+from fastgen_jax.json_types import JsonFields
+from fastgen_jax.scheduling import ContextLengthError, SamplingParams
 from fastgen_jax.serving.answers import ChatAnswer
-from fastgen_jax.serving.errors import context_exceeded, unsupported
-from fastgen_jax.serving.protocol import ChatRequest, NamedTool, TokenizeRequest
+from fastgen_jax.serving.errors import ApiError, context_exceeded, unsupported
+from fastgen_jax.serving.guided import Guide
+from fastgen_jax.serving.protocol import (
+    ChatPrompt,
+    ChatRequest,
+    CompletionRequest,
+    NamedTool,
+    Sampling,
+    TokenizeRequest,
+)
 from fastgen_jax.serving.reasoning import (
     ReasoningFormat,
     effort_variables,
@@ -26,11 +35,11 @@ from fastgen_jax.serving.settings import ServerConfig
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.tool_formats import FORMATS, ToolFormat, tool_format
 from fastgen_jax.serving.tool_formats.pieces import Reader, Schemas, Source, Steps, until
-from fastgen_jax.serving.tools import grammar_of, prepare_messages
-from fastgen_jax.serving.work import LONG_PROMPT, Work, start_work
+from fastgen_jax.serving.tools import guide_of, guide_of_calls, prepare_messages
+from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.chat import variables_of
-from fastgen_jax.text.grammar import Grammar
+from fastgen_jax.text.grammar import Grammar, GrammarError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,68 +79,130 @@ class AnswerForm:
         yield from until(source, (), "content")
 
 
-async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, ChatAnswer]:
-    """Validates a conversation and starts its answer; raises as `start_work` does."""
+async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, ChatAnswer, Guide | None]:
+    """Validates a conversation and starts its answer; also returns the grammar that the answer must follow.
+
+    Raises as `start_work` does.
+    """
     server.check_model(body.model)
     backend = server.ready()
     tokenizer = backend.intake.need_tokenizer("a chat")
     form = _form(server.model.config, tokenizer, body)
-    prompt = await chat_prompt(server.model.config, tokenizer, body)
+    prompt = await chat_prompt(server, tokenizer, body)
     if form.reasoning is not None:
         opened = is_open(form.reasoning, tokenizer, prompt)
         form = replace(form, reasoning=None if opened is None else form.reasoning, opened=bool(opened))
     params = body.sampling_params(
         backend.intake,
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs=(body.top_logprobs or 0) if body.logprobs or body.selects else None,
     )
+    guide = await guide_for(body, form.tools, tokenizer)
     try:
-        work = await start_work(
+        work = await start_answer(
             backend,
+            body,
             [prompt],
             params,
-            num_samples=body.num_choices,
-            priority=body.priority,
-            timeout=body.timeout,
-            grammar=_grammar(form, tokenizer, body),
-            new_tokens=backend.intake.default_new_tokens,
+            guide,
+            grammar=_with_reasoning(form, tokenizer, body, guide.grammar if guide else None),
             shown_token_ids=form.shown_token_ids(tokenizer),
         )
     except ContextLengthError as error:
         raise context_exceeded(error, "messages") from error
-    return work, ChatAnswer(body, work, tokenizer, form.reader)
+    answer = ChatAnswer(body, work, tokenizer, make_reader=form.reader, fingerprint=server.fingerprint)
+    return work, answer, guide
 
 
-async def chat_prompt(
-    config: ServerConfig,
-    tokenizer: Tokenizer,
-    body: ChatRequest | TokenizeRequest,
+async def guide_for(
+    body: ChatRequest | CompletionRequest, form: ToolFormat | None = None, tokenizer: Tokenizer | None = None
+) -> Guide | None:
+    """The grammar that a request demands; `form` is that of the model's calls, if it may write any."""
+    if isinstance(body, ChatRequest) and body.forces_tool and form is not None and tokenizer is not None:
+        return await asyncio.to_thread(guide_of_calls, body, form, tokenizer)
+    return await asyncio.to_thread(guide_of, body) if body.is_guided else None
+
+
+async def start_answer(
+    backend: Backend,
+    body: Sampling,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    guide: Guide | None,
     *,
-    add_generation_prompt: bool = True,
-) -> list[int]:
+    grammar: Grammar | None = None,
+    add_special_tokens: bool = True,
+    shown_token_ids: tuple[int, ...] = (),
+) -> Work:
+    """`start_work` with the fields that all bodies share. `grammar` is that of `guide`, or extends it."""
+    try:
+        return await start_work(
+            backend,
+            prompts,
+            params,
+            num_samples=body.num_samples,
+            priority=body.priority,
+            timeout=body.timeout,
+            grammar=grammar or (guide.grammar if guide else None),
+            new_tokens=backend.intake.default_new_tokens,
+            add_special_tokens=add_special_tokens,
+            keep_tokens=body.truncate_prompt_tokens,
+            cache_salt=body.cache_salt or "",
+            shown_token_ids=shown_token_ids,
+        )
+    except GrammarError as error:
+        raise ApiError(str(error), param=guide.field if guide else None) from None
+
+
+async def chat_prompt(server: ServerState, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
     """Token ids of a conversation."""
     messages, tools = prepare_messages(tokenizer, body.messages or [], body.described_tools)
     template = tokenizer.template(with_tools=bool(tools))
-    variables = _template_variables(body.chat_template_kwargs or {})
+    variables = _template_variables(body)
     if isinstance(body, ChatRequest) and body.reasoning_effort is not None:
         known = frozenset() if template is None else variables_of(template)
         variables = {**effort_variables(body.reasoning_effort, known), **variables}
-    encode = partial(tokenizer.encode_chat, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
-    return await asyncio.to_thread(encode) if _is_long(messages) else encode()
-
-
-def _is_long(messages: Sequence[JsonFields]) -> bool:
+    encode = partial(
+        tokenizer.encode_chat,
+        messages,
+        tools=tools,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=bool(body.add_special_tokens),
+        chat_template=_checked_template(server, body),
+        **variables,
+    )
     contents = [message.get("content") or "" for message in messages]
-    return any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
+    is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
+    return await asyncio.to_thread(encode) if is_long else encode()
 
 
-def _template_variables(variables: JsonFields) -> JsonFields:
+def _checked_template(server: ServerState, body: ChatPrompt) -> str | None:
+    if body.chat_template is None:
+        return None
+    if not server.model.config.trust_request_chat_template:
+        raise ApiError(
+            "chat_template is set, but this server does not run templates of its clients; start it with --chat-template, "
+            "or with --trust-request-chat-template",
+            param="chat_template",
+            code="unsupported_parameter",
+        )
+    if "{{" not in body.chat_template and "{%" not in body.chat_template:  # it could be the path of a file
+        raise ApiError("chat_template is not the text of a template, which contains {{ or {%", param="chat_template")
+    return body.chat_template
+
+
+def _template_variables(body: ChatPrompt) -> JsonFields:
+    variables = body.chat_template_kwargs or {}
     if "chat_template" in variables:
         raise ValueError(
             "chat_template_kwargs has 'chat_template', but requests cannot choose the template; "
             "start the server with --chat-template"
         )
-    taken = {"messages", "tools", "add_generation_prompt"} & set(variables)
+    if body.documents is not None:
+        variables = {**variables, "documents": body.documents}
+    fields = {"messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens"}
+    taken = fields & set(variables)
     if taken:
         raise ValueError(f"chat_template_kwargs has {sorted(taken)}; pass them as fields of the request instead")
     return variables
@@ -146,7 +217,7 @@ def _form(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequest) -> Answ
     form = tool_format(config.tool_format, source)
     if body.budget is not None and reasoning is None:
         raise unsupported("thinking_budget", body.budget, "this model does not mark its reasoning; remove it")
-    schemas: dict[str, JsonObject] = {tool.function.name: tool.function.parameters for tool in tools}
+    schemas: dict[str, JsonFields] = {tool.function.name: tool.function.schema_of_arguments for tool in tools}
     if isinstance(body.tool_choice, NamedTool):
         schemas = {body.tool_choice.function.name: schemas[body.tool_choice.function.name]}
     if not tools:
@@ -168,11 +239,8 @@ def _form(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequest) -> Answ
     )
 
 
-def _grammar(form: AnswerForm, tokenizer: Tokenizer, body: ChatRequest) -> Grammar | None:
-    if body.forces_tool and form.tools is not None:
-        grammar = form.tools.grammar(form.schemas, tokenizer, several=form.several)
-    else:
-        grammar = grammar_of(body)
+def _with_reasoning(form: AnswerForm, tokenizer: Tokenizer, body: ChatRequest, grammar: Grammar | None) -> Grammar | None:
+    """The grammar of an answer whose text, after its reasoning, follows `grammar`."""
     if form.reasoning is None or (grammar is None and body.budget is None):
         return grammar
     limits = form.reasoning.limits(

@@ -132,7 +132,9 @@ class RequestMiddleware:
                 await refusal.response()(scope, receive, named)
         finally:
             # The path of the route, not of the request: clients can send any number of different paths.
-            self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_DISCONNECTED)
+            if scope["state"].get("left") or not state["status"]:
+                state["status"] = CLIENT_DISCONNECTED
+            self._on_response(getattr(scope.get("route"), "path", "other"), state["status"])
             is_expected = state["status"] < 400 or state["status"] == 503  # 503 while the model loads
             is_poll = scope["path"] in QUIET_PATHS and is_expected
             level = logging.DEBUG if is_poll else logging.INFO

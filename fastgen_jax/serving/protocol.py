@@ -6,18 +6,24 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from fastgen_jax.json_types import JsonObject
+from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.scheduling import SamplingParams
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
+from fastgen_jax.serving.fields import (
+    MAX_CHOICES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    Body,
+    Seed,
+    StopString,
+    TokenId,
+    short,
+)
+from fastgen_jax.serving.guided import Guided
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.intake import Intake
 
-MAX_CHOICES = 128  # samples of one prompt
-MAX_STOPS = 16
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 # Fields with the same names in `SamplingParams`.
 _SAME_NAMES = (
     "temperature",
@@ -30,66 +36,51 @@ _SAME_NAMES = (
     "ignore_eos",
     "stop",
     "stop_token_ids",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "bad_words",
+    "allowed_token_ids",
 )
-
-
-def short(value: object) -> str:
-    """Returns a value as error messages show it: at most 100 characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number with too many digits, or a list nested too deeply
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-class Body(BaseModel):
-    """Base of the bodies; refuses unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class StreamOptions(Body):
     """Options of a streamed response."""
 
-    include_usage: bool = False
-    continuous_usage_stats: Annotated[bool, Field(description="Extension: send the token counts so far in every event.")] = (
-        False
-    )
-    include_obfuscation: Literal[False] | None = None
+    include_usage: bool | None = None
+    continuous_usage_stats: Annotated[
+        bool | None,
+        Field(description="Extension: send the token counts so far in every event, unless include_usage is false."),
+    ] = None
+    include_timing: Annotated[bool | None, Field(description="Extension: send the times in the last event.")] = None
+    include_obfuscation: Annotated[bool | None, Field(description="Means nothing here.")] = None
+
+    @property
+    def counts_in_each_event(self) -> bool:
+        """Whether every event has the token counts so far."""
+        return bool(self.continuous_usage_stats) and self.include_usage is not False
 
 
-class JsonSchema(Body):
-    """A named schema. It is always enforced, whatever `strict` is."""
-
-    name: str = "answer"
-    description: str | None = None
-    schema_: JsonObject = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """Free text, any JSON object, or JSON that follows a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema and type 'json_schema' belong together; set both or neither")
-        return self
-
-
-class Sampling(Body):
+class Sampling(Guided):
     """Fields common to completions and chats. Those described as extensions are not in OpenAI's API."""
 
-    # Unsupported fields of OpenAI's API -> values that change nothing and are therefore accepted.
-    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {}
+    # Unsupported fields -> values that change nothing and are therefore accepted.
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
+        "store": (None, False),
+        "prompt_logprobs": (None,),
+        "logits_processors": (None, []),
+        "kv_transfer_params": (None,),
+        "mm_processor_kwargs": (None, {}),
+        "vllm_xargs": (None, {}),
+    }
 
     model: str
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None, description="Samples of which the n with the highest mean log-probability are returned."
+    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
@@ -98,7 +89,13 @@ class Sampling(Body):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Seed | None = None
     user: str | None = Field(None, description="Identifies the end user; written to the log.")
-    response_format: ResponseFormat | None = None
+    metadata: JsonObject | None = Field(None, description="Means nothing here.")
+    prompt_cache_key: str | None = Field(None, description="Means nothing here: prefixes are found by their tokens.")
+    prompt_cache_retention: str | None = Field(None, description="Means nothing here.")
+    safety_identifier: str | None = Field(None, description="Means nothing here.")
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
+        None, description="Means nothing here: the answer's service_tier is default."
+    )
     top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="Extension: -1 and 0 keep all tokens.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Extension.")
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(None, description="Extension.")
@@ -107,10 +104,34 @@ class Sampling(Body):
     )
     ignore_eos: bool | None = Field(None, description="Extension.")
     stop_token_ids: list[TokenId] | None = Field(None, description="Extension.")
+    include_stop_str_in_output: bool | None = Field(None, description="Extension: the text ends with the stop string.")
+    skip_special_tokens: bool | None = Field(None, description="Extension: false shows special tokens in the text.")
+    spaces_between_special_tokens: bool | None = Field(None, description="Means nothing here.")
+    bad_words: list[str] | None = Field(None, description="Extension: texts that the answer must not contain.")
+    allowed_token_ids: list[TokenId] | None = Field(None, description="Extension: no other token is sampled.")
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="Extension: keep only this many tokens at the end of the prompt; -1: as many as the model takes."
+    )
+    return_token_ids: bool | None = Field(None, description="Extension: return the token ids of prompt and answer.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Extension: log-probabilities name tokens as token_id:7."
+    )
+    cache_salt: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Extension: cached prefixes are shared only with requests that have the same salt."
+    )
+    request_id: Annotated[str, StringConstraints(pattern=r"^[\w.:-]{1,128}$")] | None = Field(
+        None, description="Extension: the id of the answer ends with it."
+    )
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = Field(0, description="Extension: lower values run first.")
     timeout: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Extension: seconds until the request is aborted."
     )
+    store: object = None
+    prompt_logprobs: object = None
+    logits_processors: object = None
+    kv_transfer_params: object = None
+    mm_processor_kwargs: object = None
+    vllm_xargs: object = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -118,6 +139,15 @@ class Sampling(Body):
         for key in value or {}:
             if not (key.isascii() and key.isdigit() and len(key) < 11 and int(key) < 2**31):
                 raise ValueError(f"logit_bias has the key {key[:100]!r}; keys must be token ids, such as '50256'")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_too_long(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value and sum(map(len, value)) > MAX_STOP_CHARACTERS:
+            raise ValueError(
+                f"stop has {sum(map(len, value))} characters in all, more than {MAX_STOP_CHARACTERS}; keep the most likely"
+            )
         return value
 
     @model_validator(mode="after")
@@ -128,12 +158,32 @@ class Sampling(Body):
                 raise ValueError(f"{name}={short(value)} is not supported here; remove it")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options require stream=true; set it, or remove them")
+        if self.best_of is not None and self.best_of < self.num_choices:
+            raise ValueError(f"best_of={self.best_of} is less than n={self.num_choices}; raise it, or remove it")
+        if self.selects and self.stream:
+            raise ValueError(f"best_of={self.best_of} selects among complete answers; set stream=false, or best_of=n")
         return self
 
     @property
     def num_choices(self) -> int:
-        """Samples of each prompt."""
+        """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of each prompt, of which `num_choices` are returned."""
+        return self.best_of or self.num_choices
+
+    @property
+    def selects(self) -> bool:
+        """Whether more samples are drawn than returned."""
+        return self.num_samples > self.num_choices
+
+    @property
+    def names(self) -> JsonFields:
+        """The client's names of `SamplingParams`' fields that have others there, for messages."""
+        limit = "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
+        return {"max_new_tokens": limit, "min_new_tokens": "min_tokens"}
 
     def sampling_params(self, intake: Intake, *, max_new_tokens: int | None, **more: object) -> SamplingParams:
         """Returns the engine's parameters, with the model's defaults for omitted fields; n is left to the caller.
@@ -154,19 +204,20 @@ class Sampling(Body):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    NEUTRAL: ClassVar = {"suffix": (None, "")}
+    NEUTRAL: ClassVar = {**Sampling.NEUTRAL, "suffix": (None, ""), "prompt_embeds": (None,)}
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(max_length=10_000_000)
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = False
-    best_of: int | None = None
-    suffix: str | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Extension: false adds no beginning-of-sequence token to a prompt of text."
+    )
+    suffix: object = None
+    prompt_embeds: object = None
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.num_choices:
-            raise ValueError(f"best_of={self.best_of} is not supported unless it equals n={self.num_choices}; remove it")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 requests no output; raise it, or set echo=true to get the prompt back")
         if not self.prompts:
@@ -183,19 +234,36 @@ class CompletionRequest(Sampling):
 
 
 class Function(Body):
-    """A function that the model may call; `parameters` is a JSON schema."""
+    """A function that the model may call; `parameters` is a JSON schema. The chat template sees further fields."""
+
+    model_config = ConfigDict(extra="allow")
 
     name: Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
     description: str | None = None
-    parameters: JsonObject = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    parameters: JsonObject | None = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool | None = None
+
+    @property
+    def schema_of_arguments(self) -> JsonFields:
+        """The schema of the arguments: an object, without any property if `parameters` describes none."""
+        given = self.parameters or {}
+        schema: JsonFields = {"type": "object", **given}
+        describes = {name for name in given if name not in _ANNOTATIONS and given[name] not in ({}, [])}
+        return schema if describes else {**schema, "additionalProperties": False}
+
+
+# Words of a schema that describe no property.
+_ANNOTATIONS = frozenset({"type", "title", "description", "$schema", "$id", "$defs", "definitions", "strict"})
 
 
 class Tool(Body):
-    """A tool; functions are the only kind."""
+    """A tool; functions are the only kind. The chat template sees further fields, except `cache_control`."""
+
+    model_config = ConfigDict(extra="allow")
 
     type: Literal["function"]
     function: Function
+    cache_control: object = Field(None, exclude=True, description="Means nothing here.")
 
 
 class NamedFunction(Body):
@@ -211,33 +279,57 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class ChatRequest(Sampling):
+class ChatPrompt(Body):
+    """The fields of a conversation that become its prompt."""
+
+    add_generation_prompt: bool = Field(True, description="Extension: end the prompt with the start of an answer.")
+    continue_final_message: bool = Field(False, description="Extension: continue the last message.")
+    add_special_tokens: bool | None = Field(
+        None, description="Extension: true adds the tokenizer's special tokens to those that the template writes."
+    )
+    chat_template: str | None = Field(
+        None, description="Extension: replaces the model's template, if the server allows that."
+    )
+    chat_template_kwargs: JsonObject | None = Field(None, description="Extension: variables for the chat template.")
+    documents: list[JsonObject] | None = Field(None, description="Extension: the template's variable of that name.")
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> ChatPrompt:
+        # As in vLLM, whose clients set both because add_generation_prompt is true by default.
+        if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other; set one of them to false")
+        return self
+
+    @property
+    def described_tools(self) -> list[Tool]:
+        """The tools that are described to the model."""
+        return self.tools or []
+
+
+class ChatRequest(ChatPrompt, Sampling):
     """POST /v1/chat/completions."""
 
     NEUTRAL: ClassVar = {
-        "store": (None, False),
-        "service_tier": (None, "auto", "default"),
+        **Sampling.NEUTRAL,
         "modalities": (None, ["text"]),
         "audio": (None,),
         "prediction": (None,),
-        "functions": (None,),
-        "function_call": (None,),
-        "verbosity": (None,),
+        "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "verbosity": (None, "medium"),
         "web_search_options": (None,),
-        "metadata": (None, {}),
     }
 
     messages: Annotated[list[JsonObject], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: JsonObject | None = Field(None, description="Extension: variables for the chat template.")
-    store: object = None
-    service_tier: object = None
+    echo: bool | None = Field(
+        None, description="Extension: with continue_final_message, the answer starts with that message."
+    )
     modalities: object = None
     audio: object = None
     prediction: object = None
@@ -251,21 +343,25 @@ class ChatRequest(Sampling):
     include_reasoning: bool | None = Field(None, description="Extension: false leaves the reasoning out of the answer.")
     verbosity: object = None
     web_search_options: object = None
-    metadata: object = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; pass only one of them")
-        if self.top_logprobs is not None and not self.logprobs:
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise ValueError(
+                f"max_tokens={both[0]} and max_completion_tokens={both[1]} mean the same; pass only one of them"
+            )
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs requires logprobs=true")
-        if self.tool_choice not in (None, "none") and not self.tools:
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice requires tools")
+        if self.echo and not self.continue_final_message:
+            raise ValueError("echo requires continue_final_message=true in a chat; set it, or remove echo")
         if isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools or ()]
             if self.tool_choice.function.name not in names:
                 raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not in tools: {names}")
-        if self.forces_tool and self.response_format and self.response_format.type != "text":
+        if self.forces_tool and self.is_guided:
             raise ValueError("response_format cannot be combined with a forced tool call, which is JSON already; remove it")
         return self
 
@@ -285,30 +381,23 @@ class ChatRequest(Sampling):
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(ChatPrompt):
     """POST /tokenize: a text, or a conversation with the fields of a chat that become part of its prompt."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[JsonObject], Field(min_length=1)] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    chat_template_kwargs: JsonObject | None = None
+    return_token_strs: bool | None = Field(None, description="Extension: return the text of each token.")
+    mm_processor_kwargs: Literal[None] = None
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("pass either prompt or messages")
-        for name in ("tools", "chat_template_kwargs"):
+        for name in ("tools", "chat_template_kwargs", "chat_template", "continue_final_message", "documents"):
             if self.messages is None and getattr(self, name):
                 raise ValueError(f"{name} require messages; remove them")
         return self
-
-    @property
-    def described_tools(self) -> list[Tool]:
-        """The tools that are described to the model."""
-        return self.tools or []
 
 
 class DetokenizeRequest(Body):
@@ -326,5 +415,12 @@ class GenerateRequest(BaseModel):
     prompts: str | list[str] | list[TokenId] | list[list[TokenId]] | list[list[JsonObject]] | list[JsonObject]
     stream: bool = False
     return_full_text: bool = False
+    echo: bool = False
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     timeout: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> GenerateRequest:
+        if self.stream and (self.return_full_text or self.echo):
+            raise ValueError("return_full_text and echo apply to complete answers; omit them with stream=true")
+        return self

@@ -76,7 +76,7 @@ class EngineReplica:
         finally:
             stream.close()
 
-    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, token_ids: TokenIds) -> list[Pooled]:
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, token_ids: tuple[int, ...]) -> list[Pooled]:
         """See `AsyncEngine.pool`."""
         return await self._engine.pool(texts, pooling, token_ids=token_ids)
 
@@ -140,7 +140,7 @@ class RayBackend:
         except Exception:  # Ray's, of several kinds: a replica is being replaced
             return []
 
-    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: TokenIds = ()) -> list[Pooled]:
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
         """See `AsyncEngine.pool`."""
         return await self._engines.pool.remote(list(texts), pooling, token_ids)
 
@@ -210,6 +210,12 @@ class Ingress:
         config = self._server
         checkpoint = open_checkpoint(resolve_model(self._model))
         intake = Intake(load_tokenizer(checkpoint.tokenizer_source), checkpoint.config, self._config)
-        name = config.served_model_name or default_name(self._model)
-        served = ServedModel(name=name, deployment=check_name(config.deployment_name or name), config=config)
+        name, *others = config.served_model_name or (default_name(self._model),)
+        served = ServedModel(
+            name=name,
+            deployment=check_name(config.deployment_name or name),
+            config=config,
+            other_names=tuple(others),
+            root=self._model,
+        )
         return create_app(ServerState(served, RayBackend(self._engines, intake, max_queue=config.max_queue)))

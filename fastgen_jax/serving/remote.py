@@ -170,9 +170,9 @@ class ReplicaHandle:
         return None
 
 
-def prefix_pieces(token_ids: Sequence[int]) -> list[bytes]:
+def prefix_pieces(token_ids: Sequence[int], *, salt: str = "") -> list[bytes]:
     """Returns the hashes of a prompt's prefixes of one piece, two pieces, and so on."""
-    hashes, digest = [], hashlib.blake2b(digest_size=8)
+    hashes, digest = [], hashlib.blake2b(salt.encode(), digest_size=8)
     for start in range(0, len(token_ids) - PIECE + 1, PIECE):
         digest.update(struct.pack(f"<{PIECE}i", *token_ids[start : start + PIECE]))
         hashes.append(digest.digest())

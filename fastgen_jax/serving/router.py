@@ -156,7 +156,9 @@ class Router:
         stream = Stream(request, self._on_stream_closed)
         limit = request.params.max_new_tokens or EXPECTED_OUTPUT
         work = len(request.prompt_token_ids) + min(limit, EXPECTED_OUTPUT)
-        routed = RoutedRequest(request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids), work)
+        routed = RoutedRequest(
+            request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids, salt=request.cache_salt), work
+        )
         self._requests[request.request_id] = routed
         self._idle.clear()
         self._route(routed)
@@ -171,7 +173,7 @@ class Router:
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, dict)]
 
-    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: TokenIds = ()) -> list[Pooled]:
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
         """See `AsyncEngine.pool`. One replica computes all texts of a call."""
         ready = [replica for replica in self.replicas if replica.is_ready]
         if self._closed or not ready:

@@ -33,8 +33,8 @@ class ServerConfig:
 
     deployment_name: str | None = None
     """Name by which clients on this machine find the server. None: the last part of the model's path or id."""
-    served_model_name: str | None = None
-    """Name of the model in requests. None: the last part of the model's path or id."""
+    served_model_name: tuple[str, ...] = ()
+    """Names of the model in requests; metrics have the first. None: the last part of the model's path or id."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 accepts connections from other machines; set `api_key` with it."""
     port: int = 8000
@@ -69,10 +69,15 @@ class ServerConfig:
     scoring: Literal["cosine", "yes-no"] | None = None
     """How /v1/score and /rerank compare texts: the cosine of their vectors, or the probability of "yes", as
     Qwen3-Reranker does. None: yes-no if the model's name contains "rerank", otherwise cosine."""
+    trust_request_chat_template: bool = False
+    """Lets requests replace the model's chat template. A template is a program; it runs in a sandbox, but without a limit
+    on its time and memory."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log; json writes one object per line."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.served_model_name, str):  # the usual case of one name
+            object.__setattr__(self, "served_model_name", (self.served_model_name,))
         for name, lowest in (("port", 0), ("replicas", 1), ("max_queue", 1), ("drain_seconds", 0), ("max_body_mb", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
@@ -100,7 +105,16 @@ class ServedModel:
     """Names of the served model, and the settings it is served with."""
 
     name: str
-    """The model's name in requests."""
+    """The model's name in requests and metrics."""
     deployment: str
     """The deployment's name on this machine."""
     config: ServerConfig = field(default_factory=ServerConfig)
+    other_names: tuple[str, ...] = ()
+    """Further names in requests."""
+    root: str | None = None
+    """Where the model comes from: its directory, file or repo id."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names in requests."""
+        return (self.name, *self.other_names)

@@ -45,11 +45,12 @@ class EventStream(Response):
         events: AsyncIterator[bytes],
         on_end: Callable[[], object],
         *,
+        headers: Mapping[str, str] | None = None,
         done: bytes = DONE,
         error: Callable[[Mapping[str, Any]], bytes] = SseEncoder.error,
     ) -> None:
         """`done` follows the last event, and `error` makes the event of an error after the first one."""
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
         self._work = work
         self._events = events
@@ -76,6 +77,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": self._error(answer.body), "more_body": True})
                 await send({"type": "http.response.body", "body": self._done, "more_body": False})
         finally:
+            if watcher.done() and not self._work.is_complete:
+                scope.setdefault("state", {})["left"] = True  # for the log: the status has been sent
             watcher.cancel()
             self._work.close()
             self._on_end()

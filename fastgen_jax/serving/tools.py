@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.serving.protocol import Sampling, Tool
+from fastgen_jax.serving.errors import ApiError
+from fastgen_jax.serving.guided import Guide
+from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
+from fastgen_jax.serving.tool_formats import ToolFormat
 from fastgen_jax.serving.tool_formats.pieces import Piece
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.adapt import CALL_CLOSE, CALL_OPEN
-from fastgen_jax.text.grammar import Grammar
+from fastgen_jax.text.grammar import GrammarError
+from fastgen_jax.text.schemas import Fitted, fitted
 
 
 class FunctionDelta(TypedDict):
@@ -39,14 +43,31 @@ class ToolCall(TypedDict):
     function: FunctionDelta
 
 
-def grammar_of(body: Sampling) -> Grammar | None:
-    """Returns the grammar that `response_format` demands of an answer, if any."""
-    form = body.response_format
-    if form is None or form.type == "text":
-        return None
-    if form.json_schema is not None:
-        return Grammar.json_schema(form.json_schema.schema_)
-    return Grammar.json_schema({"type": "object"})
+def guide_of(body: Sampling) -> Guide | None:
+    """Returns the grammar of the text that a request demands, if any; a large schema takes up to a second."""
+    try:
+        return body.guide()
+    except GrammarError as error:
+        raise ApiError(str(error), param=next(iter(body.constraints))) from None
+
+
+def guide_of_calls(body: ChatRequest, form: ToolFormat, tokenizer: Tokenizer) -> Guide:
+    """Returns the grammar of the calls that a request demands, in the form of the model; it may take up to a second."""
+    tools = list(enumerate(body.tools or ()))
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    usable = {tool.function.name: _schema_of(i, tool) for i, tool in tools if named in (None, tool.function.name)}
+    schemas = {name: schema.schema for name, schema in usable.items()}
+    relaxed = dict.fromkeys(word for schema in usable.values() for word in schema.relaxed)
+    several = named is None and body.parallel_tool_calls is not False
+    return Guide("tools", form.grammar(schemas, tokenizer, several=several), tuple(relaxed))
+
+
+def _schema_of(index: int, tool: Tool) -> Fitted:
+    """The schema of a tool's arguments; ApiError for a strict one that cannot be enforced to the letter."""
+    try:
+        return fitted(tool.function.schema_of_arguments, strict=bool(tool.function.strict))
+    except GrammarError as error:
+        raise ApiError(f"tools[{index}].function.parameters: {error}", param="tools") from None
 
 
 def prepare_messages(
@@ -64,7 +85,7 @@ def prepare_messages(
         return messages, described
     text = (
         "You may call functions. These are available, one JSON object per line:\n"
-        + "\n".join(json.dumps(tool["function"]) for tool in described)
+        + "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in described)
         + f'\nTo call one, write: {CALL_OPEN}{{"name": "function name", "arguments": {{...}}}}{CALL_CLOSE}'
     )
     start = int(messages[0].get("role") == "system")

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.serving.tool_formats.pieces import Parser, Schemas
 from fastgen_jax.text import Tokenizer
-from fastgen_jax.text.grammar import Grammar
-
-_LAYOUT = {"x-guidance": {"whitespace_pattern": " ?"}}  # a model that may write any white space may never stop
+from fastgen_jax.text.grammar import JSON_LAYOUT, Grammar
 
 
 class Rules:
@@ -34,7 +32,7 @@ class Rules:
 
     def json(self, schema: JsonFields) -> str:
         """JSON that follows a schema."""
-        return self._named(f"%json {json.dumps({**schema, **_LAYOUT}, ensure_ascii=False)}")
+        return self._named(f"%json {json.dumps({'x-guidance': JSON_LAYOUT, **schema}, ensure_ascii=False)}")
 
     def free(self, end: str) -> str:
         """Any text up to the first `end`, which is included and contains no mark."""
