@@ -22,9 +22,7 @@ PARAMETERS = {
     "h": {"type": "object", "properties": {}, "additionalProperties": False},
 }
 PARAMETERS["g"]["additionalProperties"] = False
-CHAT_TOOLS = [
-    {"type": "function", "function": {"name": n, "description": "d", "parameters": p}} for n, p in PARAMETERS.items()
-]
+CHAT_TOOLS = [{"type": "function", "function": {"name": n, "parameters": p}} for n, p in PARAMETERS.items()]
 LIMIT = 100  # tokens of an answer, which are characters
 
 
@@ -106,7 +104,9 @@ def test_anthropic_messages(url, stream):
         assert counted.input_tokens > 0
 
 
-def test_litellm(url):
+@pytest.mark.filterwarnings("ignore")  # litellm's own
+def test_litellm(url, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # otherwise it is downloaded
     litellm = pytest.importorskip("litellm")
     messages = [{"role": "user", "content": "Go"}]
     for turn in range(TURNS):
