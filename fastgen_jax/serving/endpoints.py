@@ -151,6 +151,7 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
             num_samples=params.n,
             priority=body.priority,
             timeout=body.timeout,
+            grammar=call.grammar,
             new_tokens=call.new_tokens,
         )
     except ContextLengthError as error:
