@@ -18,6 +18,7 @@ from fastgen_jax.scheduling import Request, SamplingParams, max_total_tokens
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.filters import Matcher, TokenFilter, spellings
 from fastgen_jax.text.grammar import Grammar, GrammarCompiler, GrammarMatcher
+from fastgen_jax.text.reasoning import ReasoningMatcher
 
 
 class Intake:
@@ -83,10 +84,12 @@ class Intake:
         priority: int = 0,
         awaits_each_token: bool = False,
         cache_salt: str = "",
+        shown_token_ids: tuple[int, ...] = (),
     ) -> Request:
         """A request for a prompt from `encode`; ValueError if it could never run, with the numbers that show why.
 
-        Without `params`, the model's defaults apply; `params` are used as they are.
+        Without `params`, the model's defaults apply; `params` are used as they are. `shown_token_ids` are special tokens
+        that the text shows.
         """
         if params is None:
             params = self.limited(self.sampling_params({}), len(token_ids), self.default_new_tokens)
@@ -116,6 +119,7 @@ class Intake:
             seed=params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "little"),
             awaits_each_token=awaits_each_token or (tokens is not None and not tokens.is_static),
             cache_salt=cache_salt,
+            shown_token_ids=shown_token_ids,
         )
         config = self.config
         max_total_tokens(
@@ -127,7 +131,10 @@ class Intake:
         """A matcher at the start of `grammar`; ValueError if it is not supported. A complex grammar takes up to a second."""
         self.need_tokenizer("a grammar")
         assert self._grammars is not None  # there is a tokenizer
-        return self._grammars.matcher(grammar)
+        if grammar.reasoning is None:
+            return self._grammars.matcher(grammar)
+        after = None if grammar.kind == "free" else self._grammars.matcher(replace(grammar, reasoning=None))
+        return ReasoningMatcher(grammar.reasoning, after, eos_token_ids=self.eos_token_ids)
 
     def token_filter(self, params: SamplingParams, matcher: Matcher | None = None) -> TokenFilter | None:
         """The tokens that `params` and `matcher` allow; None if `params` exclude none."""

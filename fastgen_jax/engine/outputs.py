@@ -96,11 +96,12 @@ class RequestState:
         if tokenizer is not None:
             skips = params.skip_special_tokens
             stops, self._marks = stops_with_tokens(tuple(params.stop), tokenizer) if skips else (tuple(params.stop), {})
+            shown = {id: tokenizer.token_bytes(id).decode(errors="replace") for id in sequence.request.shown_token_ids}
             self._detokenizer = IncrementalDetokenizer(
                 tokenizer,
                 prompt_ids=sequence.request.prompt_token_ids,
                 skip_special_tokens=skips,
-                marks=self._marks,
+                marks={**shown, **self._marks},
             )
             if stops:
                 self._stops = StopStrings(

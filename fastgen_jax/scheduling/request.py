@@ -219,7 +219,7 @@ class Request:
     in order of `arrival_time`, in seconds on any one clock, then in the order in which they were added. `seed` is the
     seed in use, even if `params.seed` is None. `awaits_each_token` means that the tokens allowed next depend on the last
     one, so none is sampled while one is in flight. Cached prefixes are shared only among requests with the same
-    `cache_salt`.
+    `cache_salt`. `shown_token_ids` are special tokens that appear in the text.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -234,6 +234,7 @@ class Request:
     seed: int
     awaits_each_token: bool = False
     cache_salt: str = ""
+    shown_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:

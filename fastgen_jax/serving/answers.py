@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, Sampling
-from fastgen_jax.serving.tools import CallDelta, ToolCall, ToolReader, merge_calls
+from fastgen_jax.serving.tool_formats.pieces import Piece, Reader
+from fastgen_jax.serving.tools import CallDelta, CallWriter, ToolCall, merge_calls
 from fastgen_jax.serving.work import Milliseconds, TokenUsage, Usage, Work
 from fastgen_jax.text import IncrementalDetokenizer, Tokenizer
 from fastgen_jax.text.messages import checked_messages, text_of
@@ -59,6 +60,8 @@ class ChatDelta(TypedDict, total=False):
 
     role: str
     content: str
+    reasoning_content: str
+    reasoning: str
     tool_calls: list[CallDelta]
 
 
@@ -79,6 +82,10 @@ class ChatMessage(TypedDict):
     role: str
     content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    """The name of DeepSeek, SGLang and llama.cpp."""
+    reasoning: NotRequired[str]
+    """The same text under the name of vLLM and OpenRouter."""
     tool_calls: NotRequired[list[ToolCall]]
 
 
@@ -279,16 +286,24 @@ class ChatAnswer:
     object = "chat.completion"
 
     def __init__(
-        self, body: ChatRequest, work: Work, tokenizer: Tokenizer | None, *, fingerprint: str | None = None
+        self,
+        body: ChatRequest,
+        work: Work,
+        tokenizer: Tokenizer | None,
+        make_reader: Callable[[], Reader | None] = lambda: None,
+        *,
+        fingerprint: str | None = None,
     ) -> None:
+        """`make_reader` makes a reader of the text of one sample; None: all of the text is content."""
         self.body, self.work, self.tokenizer = body, work, tokenizer
         self._head = head_of(body, "chatcmpl", f"{self.object}.chunk" if body.stream else self.object, fingerprint)
         self._texts = TokenTexts(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._scores = Scores(body, len(work.streams))
         self._before = text_of(checked_messages(body.messages[-1:])[0]["content"]) if body.echo else ""
         self._started = [False] * len(work.streams)
-        uses_tools = bool(body.tools) and body.tool_choice != "none"
-        self._readers = [ToolReader(body) if uses_tools else None for _ in work.streams]
+        self._readers = [make_reader() for _ in work.streams]
+        self._writers = [CallWriter() for _ in work.streams]
+        self._num_reasoning = 0
 
     def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[ChatChoice]:
         """Returns the choice that `outputs` of sample `index` add; a stream sends it as one event."""
@@ -299,13 +314,12 @@ class ChatAnswer:
         delta: ChatDelta = {"content": text} if text else {}
         reader = self._readers[index]
         if reader is not None:
-            content, calls = reader.push(text)
+            pieces = reader.push(text)
             if finished:
-                rest, more = reader.flush()
-                content, calls = content + rest, calls + more
-            delta = {"content": content} if content else {}
-            if calls:
-                delta["tool_calls"] = calls
+                pieces += reader.flush()
+            delta = self._delta(index, pieces)
+            if reader.is_reasoning:
+                self._num_reasoning += sum(len(output.new_token_ids) for output in outputs)
             if finish == "stop" and reader.num_calls:
                 finish = "tool_calls"
         if not self._started[index]:
@@ -332,11 +346,14 @@ class ChatAnswer:
             mine = [chunk for chunk in chunks if chunk["index"] == index]
             calls = merge_calls([call for chunk in mine for call in chunk["delta"].get("tool_calls", ())])
             content = "".join(chunk["delta"].get("content", "") for chunk in mine)
+            thoughts = "".join(chunk["delta"].get("reasoning", "") for chunk in mine)
             message: ChatMessage = {
                 "role": "assistant",
-                "content": content if content or not calls else None,
+                "content": content if content or not (calls or thoughts) else None,
                 "refusal": None,
             }
+            if thoughts:
+                message["reasoning_content"] = message["reasoning"] = thoughts
             if calls:
                 message["tool_calls"] = calls
             logprobs: ChatLogprobs | None = None
@@ -360,7 +377,23 @@ class ChatAnswer:
 
     def usage(self) -> Usage:
         """Returns the request's token counts."""
-        return self.work.usage()
+        usage = self.work.usage()
+        if any(self._readers):
+            usage["completion_tokens_details"] = {"reasoning_tokens": self._num_reasoning}
+        return usage
+
+    def _delta(self, index: int, pieces: Sequence[Piece]) -> ChatDelta:
+        delta: ChatDelta = {}
+        content = "".join(piece.text for piece in pieces if piece.kind == "content")
+        thoughts = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
+        calls = self._writers[index].deltas(pieces)
+        if thoughts and self.body.include_reasoning is not False:
+            delta["reasoning_content"] = delta["reasoning"] = thoughts
+        if content:
+            delta["content"] = content
+        if calls:
+            delta["tool_calls"] = calls
+        return delta
 
     def encoder(self) -> SseEncoder:
         """Returns the encoder of this response's events."""

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,7 +16,11 @@ from starlette.exceptions import HTTPException
 from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.serving import endpoints
-from fastgen_jax.serving.errors import ApiError, as_api_error, from_validation_errors, unsupported
+from fastgen_jax.serving.embeddings import add_embeddings
+from fastgen_jax.serving.errors import ApiError, ErrorResponses, as_api_error, from_validation_errors
+from fastgen_jax.serving.messages.answer import error_body
+from fastgen_jax.serving.messages.endpoints import PATH as MESSAGES_PATH
+from fastgen_jax.serving.messages.endpoints import add_messages
 from fastgen_jax.serving.metrics import CONTENT_TYPE
 from fastgen_jax.serving.middleware import CLIENT_DISCONNECTED, RequestMiddleware
 from fastgen_jax.serving.page_html import load_page
@@ -28,12 +31,12 @@ from fastgen_jax.serving.protocol import (
     GenerateRequest,
     TokenizeRequest,
 )
+from fastgen_jax.serving.responses.endpoints import add_responses
 from fastgen_jax.serving.sse import ClientDisconnectedError
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.trace import perfetto
 
-# Any, as in FastAPI's own annotation for the descriptions of responses.
-_ERRORS: dict[int | str, dict[str, Any]] = {
+_ERRORS: ErrorResponses = {
     status: {"description": "An error in OpenAI's format."} for status in (400, 401, 404, 408, 413, 429, 500, 503)
 }
 
@@ -52,6 +55,9 @@ def create_app(server: ServerState) -> FastAPI:
     app.state.server = server
     _add_errors(app)
     _add_openai(app, server)
+    add_responses(app, server, _ERRORS)
+    add_messages(app, server, _ERRORS)
+    add_embeddings(app, server, _ERRORS)
     _add_operations(app, server)
     app.add_middleware(
         RequestMiddleware,
@@ -99,10 +105,6 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await endpoints.chat(server, body, request)
 
-    @app.post("/v1/embeddings", responses=_ERRORS)
-    async def embeddings() -> Response:
-        raise unsupported("endpoint", "/v1/embeddings", "this server generates text; use an embedding server")
-
     @app.post("/v1/chat/completions/render", responses=_ERRORS)
     @app.post("/apply-template", responses=_ERRORS, include_in_schema=False)
     async def render(body: ChatRequest) -> dict[str, object]:
@@ -147,6 +149,7 @@ def _add_operations(app: FastAPI, server: ServerState) -> None:
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers=page_headers)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_ERRORS)
     async def health() -> JSONResponse:
         backend = server.backend
@@ -160,6 +163,12 @@ def _add_operations(app: FastAPI, server: ServerState) -> None:
             {"status": status, "model": server.model.name, "deployment": server.model.deployment, "failure": failure},
             200 if ready else 503,
         )
+
+    @app.get("/ping", responses=_ERRORS)
+    @app.post("/ping", responses=_ERRORS)
+    async def ping() -> JSONResponse:
+        """The same as /health, for SageMaker."""
+        return await health()
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -233,4 +242,6 @@ def _add_errors(app: FastAPI) -> None:
 def _answer_error(request: Request, error: Exception) -> JSONResponse:
     answer = as_api_error(error, getattr(request.state, "names", None))
     request.state.log = {**getattr(request.state, "log", {}), "error": str(answer)}
+    if request.url.path.startswith(MESSAGES_PATH):
+        return JSONResponse(error_body(answer.status, answer.body), answer.status, headers=answer.headers)
     return answer.response()

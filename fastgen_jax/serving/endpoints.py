@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NotRequired, TypedDict
 
 from fastapi import Request
@@ -14,15 +13,14 @@ from fastapi.responses import JSONResponse, Response
 
 from fastgen_jax.api.options import generation_of
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
-from fastgen_jax.engine.prompts import Prompt, split_prompts
+from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.scheduling import ContextLengthError, SamplingParams
+from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
-from fastgen_jax.serving.errors import ApiError, context_exceeded
+from fastgen_jax.serving.chat import chat_prompt, start_chat
+from fastgen_jax.serving.errors import context_exceeded
 from fastgen_jax.serving.fields import MAX_STOP_CHARACTERS
-from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.protocol import (
-    ChatPrompt,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -32,14 +30,10 @@ from fastgen_jax.serving.protocol import (
     TokenizeRequest,
 )
 from fastgen_jax.serving.spans import record_span
-from fastgen_jax.serving.sse import EventStream, while_connected
+from fastgen_jax.serving.sse import EventStream, relaxed_header, while_connected
+from fastgen_jax.serving.start import guide_of, start
 from fastgen_jax.serving.state import ServerState
-from fastgen_jax.serving.tools import guide_of, prepare_messages
-from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
-from fastgen_jax.text import Tokenizer
-from fastgen_jax.text.grammar import GrammarError
-
-RELAXED = "x-fastgen-schema-relaxed"  # the header that names what is not enforced of a schema
+from fastgen_jax.serving.work import Backend, Work, start_work
 
 
 class GeneratedAnswer(TypedDict):
@@ -68,71 +62,25 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
         logprobs=0 if body.selects and body.logprobs is None else body.logprobs,
         prompt_logprobs=body.logprobs if wants_prompt else None,
     )
-    guide = await _guide(body)
-    work = await _start(backend, body, body.prompts, params, guide, add_special_tokens=body.add_special_tokens is not False)
+    add = body.add_special_tokens is not False
+    work = await start(backend, body, body.prompts, params, await guide_of(body), add_special_tokens=add)
     answer = CompletionAnswer(body, work, backend.intake.tokenizer, fingerprint=server.fingerprint)
-    return await _answer(server, "text_completion", body, work, answer, request, guide)
+    return await _answer(server, "text_completion", body, work, answer, request)
 
 
 async def chat(server: ServerState, body: ChatRequest, request: Request) -> Response:
     """POST /v1/chat/completions."""
-    server.check_model(body.model)
-    backend = server.ready()
     request.state.names = body.names
-    tokenizer = backend.intake.need_tokenizer("a chat")
-    prompt = await _chat_prompt(server, tokenizer, body, writes_calls=not body.forces_tool)
-    params = body.sampling_params(
-        backend.intake,
-        max_new_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs or body.selects else None,
-    )
-    guide = await _guide(body)
-    try:
-        work = await _start(backend, body, [prompt], params, guide)
-    except ContextLengthError as error:
-        raise context_exceeded(error, "messages") from error
-    answer = ChatAnswer(body, work, tokenizer, fingerprint=server.fingerprint)
-    return await _answer(server, "chat", body, work, answer, request, guide)
+    work, answer = await start_chat(server, body)
+    return await _answer(server, "chat", body, work, answer, request)
 
 
 async def render(server: ServerState, body: ChatRequest) -> dict[str, object]:
     """POST /v1/chat/completions/render and /apply-template: the prompt of a chat, without an answer to it."""
     server.check_model(body.model)
     tokenizer = server.ready().intake.need_tokenizer("a chat")
-    ids = await _chat_prompt(server, tokenizer, body, writes_calls=not body.forces_tool)
+    ids = await chat_prompt(server.model.config, tokenizer, body)
     return {"prompt": tokenizer.decode(ids, skip_special_tokens=False), "token_ids": ids, "count": len(ids)}
-
-
-async def _guide(body: ChatRequest | CompletionRequest) -> Guide | None:
-    is_guided = body.is_guided or (isinstance(body, ChatRequest) and body.forces_tool)
-    return await asyncio.to_thread(guide_of, body) if is_guided else None
-
-
-async def _start(
-    backend: Backend,
-    body: Sampling,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    guide: Guide | None,
-    *,
-    add_special_tokens: bool = True,
-) -> Work:
-    try:
-        return await start_work(
-            backend,
-            prompts,
-            params,
-            num_samples=body.num_samples,
-            priority=body.priority,
-            timeout=body.timeout,
-            grammar=guide.grammar if guide else None,
-            new_tokens=backend.intake.default_new_tokens,
-            add_special_tokens=add_special_tokens,
-            keep_tokens=body.truncate_prompt_tokens,
-            cache_salt=body.cache_salt or "",
-        )
-    except GrammarError as error:
-        raise ApiError(str(error), param=guide.field if guide else None) from None
 
 
 async def generate(server: ServerState, body: GenerateRequest, request: Request) -> Response:
@@ -156,8 +104,7 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
         )
     except ContextLengthError as error:
         raise context_exceeded(error, "prompts") from error
-    work.on_gap = server.metrics.note_gap
-    end = _at_end(server, "generate", work, request)
+    end = at_end(server, "generate", work, request)
     if body.stream:
         return EventStream(work, _plain_events(work), end)
 
@@ -189,7 +136,7 @@ async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, obje
     intake = server.ready().intake
     tokenizer = intake.need_tokenizer("/tokenize")
     if body.messages is not None:
-        ids = await _chat_prompt(server, tokenizer, body)
+        ids = await chat_prompt(server.model.config, tokenizer, body)
     else:
         add = body.add_special_tokens is not False
         ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=add)
@@ -207,22 +154,14 @@ async def detokenize(server: ServerState, body: DetokenizeRequest) -> dict[str, 
 
 
 async def _answer(
-    server: ServerState,
-    operation: str,
-    body: Sampling,
-    work: Work,
-    answer: CompletionAnswer | ChatAnswer,
-    request: Request,
-    guide: Guide | None,
+    server: ServerState, operation: str, body: Sampling, work: Work, answer: CompletionAnswer | ChatAnswer, request: Request
 ) -> Response:
-    relaxed = {RELAXED: _ascii(", ".join(guide.relaxed))} if guide and guide.relaxed else {}
-    work.on_gap = server.metrics.note_gap
-    end = _at_end(server, operation, work, request)
+    end = at_end(server, operation, work, request)
     if body.user is not None:
         request.state.log = {"user": body.user}
     if body.stream:
         events = _events(work, answer, body.stream_options or StreamOptions())
-        return EventStream(work, events, end, headers=relaxed)
+        return EventStream(work, events, end, headers=relaxed_header(work))
 
     try:
         result = await while_connected(request.receive, work, answer.collect())
@@ -235,7 +174,7 @@ async def _answer(
             "x-fastgen-queue-ms": str(timing["queue_ms"]),
             "x-fastgen-first-token-ms": str(timing["first_token_ms"]),
             "x-fastgen-total-ms": str(timing["total_ms"]),
-            **relaxed,
+            **relaxed_header(work),
         },
     )
 
@@ -256,11 +195,6 @@ def _has_content(choice: CompletionChoice | ChatChoice) -> bool:
     # A token may add no text yet: part of a character, or the possible start of a stop string.
     is_shown = choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"]
     return bool(is_shown or choice.get("token_ids"))
-
-
-def _ascii(text: str) -> str:
-    """The text as the value of a header."""
-    return text.encode("ascii", "backslashreplace").decode()[:1000].replace("\r", " ").replace("\n", " ")
 
 
 async def _plain_events(work: Work) -> AsyncIterator[bytes]:
@@ -299,64 +233,15 @@ def _add_output(answer: GeneratedAnswer, output: RequestOutput) -> None:
         answer["prompt_logprobs"] = output.prompt_logprobs
 
 
-def _at_end(server: ServerState, operation: str, work: Work, request: Request) -> Callable[[], None]:
+def at_end(server: ServerState, operation: str, work: Work, request: Request) -> Callable[[], None]:
+    """The function to call when the answer has ended: it counts it, and records a span."""
+    work.on_gap = server.metrics.note_gap
+
     def end() -> None:
         server.metrics.note_end(work)
         record_span(operation, server.model.name, work, request.headers)
 
     return end
-
-
-async def _chat_prompt(
-    server: ServerState, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest, *, writes_calls: bool = False
-) -> list[int]:
-    """Token ids of a conversation; with `writes_calls` the model may write tool calls in its own format."""
-    given = body.messages or []
-    messages, tools = prepare_messages(tokenizer, given, body.described_tools, writes_calls=writes_calls)
-    encode = partial(
-        tokenizer.encode_chat,
-        messages,
-        tools=tools,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        add_special_tokens=bool(body.add_special_tokens),
-        chat_template=_checked_template(server, body),
-        **_template_variables(body),
-    )
-    contents = [message.get("content") or "" for message in messages]
-    is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
-    return await asyncio.to_thread(encode) if is_long else encode()
-
-
-def _checked_template(server: ServerState, body: ChatPrompt) -> str | None:
-    if body.chat_template is None:
-        return None
-    if not server.model.config.trust_request_chat_template:
-        raise ApiError(
-            "chat_template is set, but this server does not run templates of its clients; start it with --chat-template, "
-            "or with --trust-request-chat-template",
-            param="chat_template",
-            code="unsupported_parameter",
-        )
-    if "{{" not in body.chat_template and "{%" not in body.chat_template:  # it could be the path of a file
-        raise ApiError("chat_template is not the text of a template, which contains {{ or {%", param="chat_template")
-    return body.chat_template
-
-
-def _template_variables(body: ChatPrompt) -> JsonFields:
-    variables = body.chat_template_kwargs or {}
-    if "chat_template" in variables:
-        raise ValueError(
-            "chat_template_kwargs has 'chat_template', but requests cannot choose the template; "
-            "start the server with --chat-template"
-        )
-    if body.documents is not None:
-        variables = {**variables, "documents": body.documents}
-    fields = {"messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens"}
-    taken = fields & set(variables)
-    if taken:
-        raise ValueError(f"chat_template_kwargs has {sorted(taken)}; pass them as fields of the request instead")
-    return variables
 
 
 def _with_token_ids(options: JsonFields) -> JsonFields:

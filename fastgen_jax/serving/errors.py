@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi.responses import JSONResponse
 
@@ -15,6 +16,10 @@ from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest
 
 _FIELDS = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *SamplingParams.__dataclass_fields__}
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients check it before they retry
+
+
+# Any, as in FastAPI's own annotation for the descriptions of responses.
+ErrorResponses = dict[int | str, dict[str, Any]]
 
 
 class ApiError(Exception):

@@ -317,7 +317,6 @@ class ChatRequest(ChatPrompt, Sampling):
         "prediction": (None,),
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
-        "reasoning_effort": (None, "none"),
         "verbosity": (None, "medium"),
         "web_search_options": (None,),
     }
@@ -336,7 +335,12 @@ class ChatRequest(ChatPrompt, Sampling):
     prediction: object = None
     functions: object = None
     function_call: object = None
-    reasoning_effort: object = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    thinking_budget: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Extension: maximum number of tokens of reasoning, which is then ended."
+    )
+    thinking_token_budget: Annotated[int, Field(ge=0)] | None = Field(None, description="vLLM's name of thinking_budget.")
+    include_reasoning: bool | None = Field(None, description="Extension: false leaves the reasoning out of the answer.")
     verbosity: object = None
     web_search_options: object = None
 
@@ -365,6 +369,11 @@ class ChatRequest(ChatPrompt, Sampling):
     def described_tools(self) -> list[Tool]:
         """The tools that are described to the model."""
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def budget(self) -> int | None:
+        """Maximum number of tokens of reasoning."""
+        return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
 
     @property
     def forces_tool(self) -> bool:

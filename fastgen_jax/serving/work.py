@@ -7,9 +7,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 from fastgen_jax.api.async_engine import Stream
+from fastgen_jax.api.pooling import Pooled, Pooling
 from fastgen_jax.engine.intake import Intake, samples
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.engine.prompts import Prompt, TokenIds
@@ -45,8 +46,16 @@ class Milliseconds(TypedDict):
     longest_gap_ms: float
 
 
+class ReasoningTokens(TypedDict):
+    """Generated tokens that belong to the reasoning."""
+
+    reasoning_tokens: int
+
+
 class Usage(TokenUsage):
     """Token counts of a finished request."""
+
+    completion_tokens_details: NotRequired[ReasoningTokens]
 
     prompt_tokens_details: CachedTokens
 
@@ -99,6 +108,10 @@ class Backend(Protocol):
         """Returns one snapshot per replica."""
         ...
 
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: TokenIds = ()) -> list[Pooled]:
+        """See `fastgen_jax.api.pooling.pool`."""
+        ...
+
     async def drain(self, timeout: float) -> bool:
         """Accepts no more requests and waits for the running ones; returns whether all ended in `timeout` seconds."""
         ...
@@ -141,6 +154,8 @@ class Work:
     generated: list[int] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
+    relaxed: tuple[str, ...] = ()
+    """What the grammar of the answer leaves out of the schema of the request."""
     on_gap: Callable[[float | None, Timing], object] = lambda gap, timing: None
     """Called for each output with the seconds since the previous one, None for the first."""
 
@@ -231,12 +246,13 @@ async def start_work(
     add_special_tokens: bool = True,
     keep_tokens: int | None = None,
     cache_salt: str = "",
+    shown_token_ids: tuple[int, ...] = (),
 ) -> Work:
     """Validates all samples, then submits them: either all run or none.
 
     `new_tokens` limits answers for which `params` has no limit; without it they may fill the context. `keep_tokens` is how
-    many tokens at the end of each prompt are kept, -1 for as many as fit. Raises ValueError, QueueFullError and
-    ClosedError as `AsyncEngine.submit` does.
+    many tokens at the end of each prompt are kept, -1 for as many as fit. `shown_token_ids` are special tokens that the
+    text shows. Raises ValueError, QueueFullError and ClosedError as `AsyncEngine.submit` does.
     """
     intake, arrival = backend.intake, time.monotonic()
     if len(prompts) * num_samples > backend.max_queue:
@@ -259,6 +275,7 @@ async def start_work(
                     priority=priority,
                     awaits_each_token=grammar is not None,
                     cache_salt=cache_salt,
+                    shown_token_ids=shown_token_ids,
                 ),
                 intake.matcher(grammar) if grammar else None,
             )

@@ -81,6 +81,11 @@ def find_template(given: str, templates: Mapping[str, ChatTemplate]) -> ChatTemp
     return found
 
 
+def variables_of(template: ChatTemplate) -> frozenset[str]:
+    """The variables that a template reads, such as "messages", "tools" or "enable_thinking"."""
+    return traits_of(template.text, _environment()).variables
+
+
 def render_chat(
     template: ChatTemplate,
     messages: Sequence[JsonFields],

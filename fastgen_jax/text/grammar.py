@@ -18,6 +18,23 @@ from fastgen_jax.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReasoningLimits:
+    """The tokens that delimit the reasoning at the start of an answer."""
+
+    opening: tuple[int, ...]
+    """They begin it, if the model reasons at all; empty if the prompt has begun it."""
+    closing: tuple[int, ...]
+    """They end it."""
+    forced: tuple[int, ...]
+    """They are written after `budget` tokens, to end it."""
+    then: tuple[int, ...] = ()
+    """They are written after it ended by itself."""
+    budget: int | None = None
+    """Its maximum number of tokens; None: no limit."""
+
+
 JSON_LAYOUT = {"whitespace_pattern": " ?"}
 """Limits the white space in JSON: a model that may write any amount of it may never stop."""
 CACHED_GRAMMARS = 64  # compiled ones of a model, a few hundred kilobytes each
@@ -29,11 +46,16 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grammar:
-    """A constraint on a text: a JSON schema, a regular expression, or a context-free grammar."""
+    """A constraint on a text: a JSON schema, a regular expression, or a context-free grammar.
 
-    kind: Literal["json_schema", "regex", "lark", "grammar"]
-    """"lark" is llguidance's variant of Lark; "grammar" is that, or GBNF as in llama.cpp."""
+    "lark" is llguidance's variant of Lark; "grammar" is that, or GBNF as in llama.cpp. "free" is no constraint, for texts
+    of which only the reasoning is limited.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "grammar", "free"]
     source: str
+    reasoning: ReasoningLimits | None = None
+    """The reasoning that may precede the text."""
 
     @staticmethod
     def json_schema(schema: Mapping[str, object], *, space: str | None = None) -> Grammar:
@@ -55,10 +77,11 @@ class Grammar:
 class GrammarMatcher:
     """The position of a text in its grammar. `make` returns a new matcher of llguidance at the start."""
 
+    is_static = False  # the tokens that may come next change
+
     def __init__(self, matcher: LLMatcher, make: Callable[[], LLMatcher]) -> None:
         self._matcher = matcher
         self._make = make
-        self.is_static = False
         self.error: str | None = None
         """Why the grammar cannot be followed any further, for example because it became too complex."""
 

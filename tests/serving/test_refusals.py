@@ -80,7 +80,7 @@ def test_wrong_models_paths_methods_and_bodies_are_refused():
         assert response.status_code == 400
         assert "not JSON" in response.json()["error"]["message"]
         response = await client.post("/v1/embeddings", json={"input": "x"})
-        assert (response.status_code, response.json()["error"]["code"]) == (400, "unsupported_parameter")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
 
     with_server(scenario)
 

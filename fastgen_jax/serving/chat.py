@@ -1,0 +1,220 @@
+"""Starting the answer to a conversation: its prompt, its grammar, and how its text is read.
+
+Every endpoint for conversations ends here, so that all of them treat tools and reasoning alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from fastgen_jax.json_types import JsonFields
+from fastgen_jax.scheduling import ContextLengthError
+from fastgen_jax.serving.answers import ChatAnswer
+from fastgen_jax.serving.errors import ApiError, context_exceeded, unsupported
+from fastgen_jax.serving.guided import Guide
+from fastgen_jax.serving.protocol import ChatPrompt, ChatRequest, NamedTool, TokenizeRequest
+from fastgen_jax.serving.reasoning import (
+    ReasoningFormat,
+    effort_variables,
+    is_open,
+    read_reasoning,
+    reasoning_format,
+)
+from fastgen_jax.serving.settings import ServerConfig
+from fastgen_jax.serving.start import guide_of, start
+from fastgen_jax.serving.state import ServerState
+from fastgen_jax.serving.tool_formats import FORMATS, ToolFormat, tool_format
+from fastgen_jax.serving.tool_formats.pieces import Reader, Schemas, Source, Steps, until
+from fastgen_jax.serving.tools import prepare_messages
+from fastgen_jax.serving.work import LONG_PROMPT, Work
+from fastgen_jax.text import Tokenizer
+from fastgen_jax.text.chat import variables_of
+from fastgen_jax.text.grammar import Grammar, GrammarError
+from fastgen_jax.text.schemas import fitted
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerForm:
+    """In which form a model answers a request."""
+
+    schemas: Schemas
+    """The parameters of the functions that it may call."""
+    tools: ToolFormat | None
+    """How it writes calls; None if it may not call any."""
+    reasoning: ReasoningFormat | None
+    """How it marks its reasoning; None if there is none."""
+    opened: bool = False
+    """Whether the prompt has begun the reasoning."""
+    several: bool = True
+    """Whether it may call more than one function."""
+
+    def reader(self) -> Reader | None:
+        """A reader of one answer; None if all of its text is content."""
+        if self.tools is None and self.reasoning is None:
+            return None
+        return Reader(self._parse, self.schemas, several=self.several)
+
+    def shown_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The special tokens that the text of an answer must show, so that it can be read."""
+        marks = [*(self.tools.marks if self.tools else ())]
+        if self.reasoning is not None:
+            marks += [self.reasoning.open, self.reasoning.close]
+        ids = {ids[0] for mark in marks if len(ids := tokenizer.encode(mark, add_special_tokens=False)) == 1}
+        return tuple(sorted(ids & tokenizer.special_ids))
+
+    def _parse(self, source: Source, schemas: Schemas) -> Steps[None]:
+        if self.reasoning is not None and not self.reasoning.channels:
+            yield from read_reasoning(source, self.reasoning, opened=self.opened)
+        if self.tools is not None:
+            yield from self.tools.read(source, schemas)
+        yield from until(source, (), "content")
+
+
+async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, ChatAnswer]:
+    """Validates a conversation and starts its answer; raises as `start_work` does."""
+    server.check_model(body.model)
+    backend = server.ready()
+    tokenizer = backend.intake.need_tokenizer("a chat")
+    form = _form(server.model.config, tokenizer, body)
+    prompt = await chat_prompt(server.model.config, tokenizer, body)
+    if form.reasoning is not None:
+        opened = is_open(form.reasoning, tokenizer, prompt)
+        form = replace(form, reasoning=None if opened is None else form.reasoning, opened=bool(opened))
+    params = body.sampling_params(
+        backend.intake,
+        max_new_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs or body.selects else None,
+    )
+    guide = await _guide(form, tokenizer, body)
+    try:
+        work = await start(backend, body, [prompt], params, guide, shown_token_ids=form.shown_token_ids(tokenizer))
+    except ContextLengthError as error:
+        raise context_exceeded(error, "messages") from error
+    return work, ChatAnswer(body, work, tokenizer, form.reader, fingerprint=server.fingerprint)
+
+
+async def chat_prompt(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
+    """Token ids of a conversation."""
+    messages, tools = prepare_messages(tokenizer, body.messages or [], body.described_tools)
+    template = tokenizer.template(with_tools=bool(tools))
+    variables = _template_variables(body)
+    if isinstance(body, ChatRequest) and body.reasoning_effort is not None:
+        known = frozenset() if template is None else variables_of(template)
+        variables = {**effort_variables(body.reasoning_effort, known), **variables}
+    encode = partial(
+        tokenizer.encode_chat,
+        messages,
+        tools=tools,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=bool(body.add_special_tokens),
+        chat_template=_checked_template(config, body),
+        **variables,
+    )
+    return await asyncio.to_thread(encode) if _is_long(messages) else encode()
+
+
+def _is_long(messages: Sequence[JsonFields]) -> bool:
+    contents = [message.get("content") or "" for message in messages]
+    return any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
+
+
+def _checked_template(config: ServerConfig, body: ChatPrompt) -> str | None:
+    if body.chat_template is None:
+        return None
+    if not config.trust_request_chat_template:
+        raise ApiError(
+            "chat_template is set, but this server does not run templates of its clients; start it with --chat-template, "
+            "or with --trust-request-chat-template",
+            param="chat_template",
+            code="unsupported_parameter",
+        )
+    if "{{" not in body.chat_template and "{%" not in body.chat_template:  # it could be the path of a file
+        raise ApiError("chat_template is not the text of a template, which contains {{ or {%", param="chat_template")
+    return body.chat_template
+
+
+def _template_variables(body: ChatPrompt) -> JsonFields:
+    variables = body.chat_template_kwargs or {}
+    if "chat_template" in variables:
+        raise ValueError(
+            "chat_template_kwargs has 'chat_template', but requests cannot choose the template; "
+            "start the server with --chat-template"
+        )
+    if body.documents is not None:
+        variables = {**variables, "documents": body.documents}
+    fields = {"messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens"}
+    taken = fields & set(variables)
+    if taken:
+        raise ValueError(f"chat_template_kwargs has {sorted(taken)}; pass them as fields of the request instead")
+    return variables
+
+
+def _form(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequest) -> AnswerForm:
+    """The form of the answer, as far as it does not depend on the end of the prompt."""
+    tools = body.described_tools
+    template = tokenizer.template(with_tools=bool(tools))
+    source = template.text if template is not None else ""
+    reasoning = reasoning_format(config.reasoning_format, source)
+    form = tool_format(config.tool_format, source)
+    if body.budget is not None and reasoning is None:
+        raise unsupported("thinking_budget", body.budget, "this model does not mark its reasoning; remove it")
+    schemas: dict[str, JsonFields] = {tool.function.name: tool.function.schema_of_arguments for tool in tools}
+    if isinstance(body.tool_choice, NamedTool):
+        schemas = {body.tool_choice.function.name: schemas[body.tool_choice.function.name]}
+    if not tools:
+        form = form if form is not None and form.channels else None
+    elif form is None and ("tools" not in source or body.forces_tool):
+        form = FORMATS["hermes"]
+    elif form is None:
+        raise unsupported(
+            "tool_choice",
+            "auto",
+            "this model writes tool calls in a format that this server cannot read; use tool_choice='required' or name a "
+            "function, which is enforced by a grammar, or start the server with --tool-format",
+        )
+    return AnswerForm(
+        schemas=schemas,
+        tools=form,
+        reasoning=reasoning,
+        several=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool),
+    )
+
+
+async def _guide(form: AnswerForm, tokenizer: Tokenizer, body: ChatRequest) -> Guide | None:
+    """The grammar of the answer, if it has one."""
+    if body.forces_tool and form.tools is not None:
+        guide = await asyncio.to_thread(_guide_of_calls, form, form.tools, tokenizer, body)
+    else:
+        guide = await guide_of(body)
+    if form.reasoning is None or (guide is None and body.budget is None):
+        return guide
+    limits = form.reasoning.limits(
+        tokenizer,
+        is_open=form.opened,
+        budget=body.budget,
+        calls=body.forces_tool,
+        constrained=guide is not None,
+    )
+    guide = guide or Guide("thinking_budget", Grammar(kind="free", source=""))
+    return guide._replace(grammar=replace(guide.grammar, reasoning=limits))
+
+
+def _guide_of_calls(form: AnswerForm, tools: ToolFormat, tokenizer: Tokenizer, body: ChatRequest) -> Guide:
+    """The grammar of calls; ApiError for a strict schema that cannot be enforced to the letter."""
+    schemas: dict[str, JsonFields] = {}
+    relaxed: dict[str, None] = {}
+    for index, tool in enumerate(body.described_tools):
+        name = tool.function.name
+        if name not in form.schemas:
+            continue
+        try:
+            usable = fitted(form.schemas[name], strict=bool(tool.function.strict))
+        except GrammarError as error:
+            raise ApiError(f"tools[{index}].function.parameters: {error}", param="tools") from None
+        schemas[name] = usable.schema
+        relaxed |= dict.fromkeys(usable.relaxed)
+    return Guide("tools", tools.grammar(schemas, tokenizer, several=form.several), tuple(relaxed))
