@@ -50,12 +50,14 @@ class AnswerForm:
     """Whether the prompt has begun the reasoning."""
     several: bool = True
     """Whether it may call more than one function."""
+    only_calls: bool = False
+    """Whether it must call a function."""
 
     def reader(self) -> Reader | None:
         """A reader of one answer; None if all of its text is content."""
         if self.tools is None and self.reasoning is None:
             return None
-        return Reader(self._parse, self.schemas, several=self.several)
+        return Reader(self._parse, self.schemas, several=self.several, only_calls=self.only_calls)
 
     def shown_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The special tokens that the text of an answer must show, so that it can be read."""
@@ -180,6 +182,7 @@ def _form(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequest) -> Answ
         schemas=schemas,
         tools=form,
         reasoning=reasoning,
+        only_calls=body.forces_tool,
         several=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool),
     )
 
