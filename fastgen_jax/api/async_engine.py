@@ -268,7 +268,7 @@ class AsyncEngine:
         snapshot["counters"]["failed_steps"] = self.num_failed_steps
         return [snapshot]
 
-    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: TokenIds = ()) -> list[Pooled]:
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
         """The hidden states of texts; see `fastgen_jax.api.pooling.pool`. Runs between the steps of requests."""
         if not self.is_ready:
             raise ClosedError(self.failure or "this server accepts no more requests: it is shutting down")

@@ -12,7 +12,6 @@ import numpy as np
 
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.packing import Packer
-from fastgen_jax.engine.prompts import TokenIds
 from fastgen_jax.engine.sampling.tables import SamplingTables
 
 Pooling = Literal["last", "mean"]
@@ -36,13 +35,15 @@ class _Text:
     """A text of which the first `done` tokens are computed."""
 
     index: int
-    token_ids: TokenIds
+    token_ids: tuple[int, ...]
     name: str = field(default_factory=lambda: f"pooled-{next(_numbers)}")
     done: int = 0
     total: np.ndarray | float = 0.0
 
 
-def pool(engine: Engine, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: TokenIds = ()) -> list[Pooled]:
+def pool(
+    engine: Engine, texts: Sequence[tuple[int, ...]], pooling: Pooling, *, token_ids: tuple[int, ...] = ()
+) -> list[Pooled]:
     """The results for texts, in order. Call it in any thread, and not twice at the same time for an engine.
 
     It runs one step at a time between the steps of requests, with the same programs, which compute the head for
@@ -77,7 +78,7 @@ def pool(engine: Engine, texts: Sequence[TokenIds], pooling: Pooling, *, token_i
 class _Run:
     """Computes texts with the steps of an engine."""
 
-    def __init__(self, engine: Engine, pooling: Pooling, token_ids: TokenIds) -> None:
+    def __init__(self, engine: Engine, pooling: Pooling, token_ids: tuple[int, ...]) -> None:
         self._engine = engine
         self._pooling = pooling
         self._token_ids = list(token_ids)
@@ -94,7 +95,7 @@ class _Run:
         tokens_left = min(limits.token_budget, rows) if self._pooling == "mean" else limits.token_budget
         while waiting and len(active) < rows and self._fits([*active, waiting[-1]]):
             active.append(waiting.pop())
-        pieces: list[tuple[_Text, TokenIds]] = []
+        pieces: list[tuple[_Text, tuple[int, ...]]] = []
         for text in active:
             piece = text.token_ids[text.done : text.done + tokens_left]
             if piece and self._has_room([*pieces, (text, piece)]):
@@ -135,7 +136,7 @@ class _Run:
     def _fits(self, texts: Sequence[_Text]) -> bool:
         return self._has_room([(text, text.token_ids[text.done :]) for text in texts])
 
-    def _has_room(self, pieces: Sequence[tuple[_Text, TokenIds]]) -> bool:
+    def _has_room(self, pieces: Sequence[tuple[_Text, tuple[int, ...]]]) -> bool:
         try:
             self._sequences.check_room({text.name: len(piece) for text, piece in pieces})
         except ValueError:

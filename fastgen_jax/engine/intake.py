@@ -83,8 +83,8 @@ class Intake:
         request_id: str | None = None,
         priority: int = 0,
         awaits_each_token: bool = False,
-        cache_salt: str = "",
         shown_token_ids: tuple[int, ...] = (),
+        cache_salt: str = "",
     ) -> Request:
         """A request for a prompt from `encode`; ValueError if it could never run, with the numbers that show why.
 

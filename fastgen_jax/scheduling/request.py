@@ -233,8 +233,8 @@ class Request:
     arrival_time: float = 0.0
     seed: int
     awaits_each_token: bool = False
-    cache_salt: str = ""
     shown_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:

@@ -290,8 +290,8 @@ class ChatAnswer:
         body: ChatRequest,
         work: Work,
         tokenizer: Tokenizer | None,
-        make_reader: Callable[[], Reader | None] = lambda: None,
         *,
+        make_reader: Callable[[], Reader | None] = lambda: None,
         fingerprint: str | None = None,
     ) -> None:
         """`make_reader` makes a reader of the text of one sample; None: all of the text is content."""

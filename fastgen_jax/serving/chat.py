@@ -10,12 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from fastgen_jax.engine.prompts import Prompt
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.scheduling import ContextLengthError
+from fastgen_jax.scheduling import ContextLengthError, SamplingParams
 from fastgen_jax.serving.answers import ChatAnswer
 from fastgen_jax.serving.errors import ApiError, context_exceeded, unsupported
 from fastgen_jax.serving.guided import Guide
-from fastgen_jax.serving.protocol import ChatPrompt, ChatRequest, NamedTool, TokenizeRequest
+from fastgen_jax.serving.protocol import (
+    ChatPrompt,
+    ChatRequest,
+    CompletionRequest,
+    NamedTool,
+    Sampling,
+    TokenizeRequest,
+)
 from fastgen_jax.serving.reasoning import (
     ReasoningFormat,
     effort_variables,
@@ -24,16 +32,14 @@ from fastgen_jax.serving.reasoning import (
     reasoning_format,
 )
 from fastgen_jax.serving.settings import ServerConfig
-from fastgen_jax.serving.start import guide_of, start
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.tool_formats import FORMATS, ToolFormat, tool_format
 from fastgen_jax.serving.tool_formats.pieces import Reader, Schemas, Source, Steps, until
-from fastgen_jax.serving.tools import prepare_messages
-from fastgen_jax.serving.work import LONG_PROMPT, Work
+from fastgen_jax.serving.tools import guide_of, guide_of_calls, prepare_messages
+from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.chat import variables_of
 from fastgen_jax.text.grammar import Grammar, GrammarError
-from fastgen_jax.text.schemas import fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +81,16 @@ class AnswerForm:
         yield from until(source, (), "content")
 
 
-async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, ChatAnswer]:
-    """Validates a conversation and starts its answer; raises as `start_work` does."""
+async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, ChatAnswer, Guide | None]:
+    """Validates a conversation and starts its answer; also returns the grammar that the answer must follow.
+
+    Raises as `start_work` does.
+    """
     server.check_model(body.model)
     backend = server.ready()
     tokenizer = backend.intake.need_tokenizer("a chat")
     form = _form(server.model.config, tokenizer, body)
-    prompt = await chat_prompt(server.model.config, tokenizer, body)
+    prompt = await chat_prompt(server, tokenizer, body)
     if form.reasoning is not None:
         opened = is_open(form.reasoning, tokenizer, prompt)
         form = replace(form, reasoning=None if opened is None else form.reasoning, opened=bool(opened))
@@ -90,15 +99,64 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs or body.selects else None,
     )
-    guide = await _guide(form, tokenizer, body)
+    guide = await guide_for(body, form.tools, tokenizer)
     try:
-        work = await start(backend, body, [prompt], params, guide, shown_token_ids=form.shown_token_ids(tokenizer))
+        work = await start_answer(
+            backend,
+            body,
+            [prompt],
+            params,
+            guide,
+            grammar=_with_reasoning(form, tokenizer, body, guide.grammar if guide else None),
+            shown_token_ids=form.shown_token_ids(tokenizer),
+        )
     except ContextLengthError as error:
         raise context_exceeded(error, "messages") from error
-    return work, ChatAnswer(body, work, tokenizer, form.reader, fingerprint=server.fingerprint)
+    answer = ChatAnswer(body, work, tokenizer, make_reader=form.reader, fingerprint=server.fingerprint)
+    return work, answer, guide
 
 
-async def chat_prompt(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
+async def guide_for(
+    body: ChatRequest | CompletionRequest, form: ToolFormat | None = None, tokenizer: Tokenizer | None = None
+) -> Guide | None:
+    """The grammar that a request demands; `form` is that of the model's calls, if it may write any."""
+    if isinstance(body, ChatRequest) and body.forces_tool and form is not None and tokenizer is not None:
+        return await asyncio.to_thread(guide_of_calls, body, form, tokenizer)
+    return await asyncio.to_thread(guide_of, body) if body.is_guided else None
+
+
+async def start_answer(
+    backend: Backend,
+    body: Sampling,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    guide: Guide | None,
+    *,
+    grammar: Grammar | None = None,
+    add_special_tokens: bool = True,
+    shown_token_ids: tuple[int, ...] = (),
+) -> Work:
+    """`start_work` with the fields that all bodies share. `grammar` is that of `guide`, or extends it."""
+    try:
+        return await start_work(
+            backend,
+            prompts,
+            params,
+            num_samples=body.num_samples,
+            priority=body.priority,
+            timeout=body.timeout,
+            grammar=grammar or (guide.grammar if guide else None),
+            new_tokens=backend.intake.default_new_tokens,
+            add_special_tokens=add_special_tokens,
+            keep_tokens=body.truncate_prompt_tokens,
+            cache_salt=body.cache_salt or "",
+            shown_token_ids=shown_token_ids,
+        )
+    except GrammarError as error:
+        raise ApiError(str(error), param=guide.field if guide else None) from None
+
+
+async def chat_prompt(server: ServerState, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
     """Token ids of a conversation."""
     messages, tools = prepare_messages(tokenizer, body.messages or [], body.described_tools)
     template = tokenizer.template(with_tools=bool(tools))
@@ -113,21 +171,18 @@ async def chat_prompt(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequ
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         add_special_tokens=bool(body.add_special_tokens),
-        chat_template=_checked_template(config, body),
+        chat_template=_checked_template(server, body),
         **variables,
     )
-    return await asyncio.to_thread(encode) if _is_long(messages) else encode()
-
-
-def _is_long(messages: Sequence[JsonFields]) -> bool:
     contents = [message.get("content") or "" for message in messages]
-    return any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
+    is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
+    return await asyncio.to_thread(encode) if is_long else encode()
 
 
-def _checked_template(config: ServerConfig, body: ChatPrompt) -> str | None:
+def _checked_template(server: ServerState, body: ChatPrompt) -> str | None:
     if body.chat_template is None:
         return None
-    if not config.trust_request_chat_template:
+    if not server.model.config.trust_request_chat_template:
         raise ApiError(
             "chat_template is set, but this server does not run templates of its clients; start it with --chat-template, "
             "or with --trust-request-chat-template",
@@ -187,37 +242,15 @@ def _form(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequest) -> Answ
     )
 
 
-async def _guide(form: AnswerForm, tokenizer: Tokenizer, body: ChatRequest) -> Guide | None:
-    """The grammar of the answer, if it has one."""
-    if body.forces_tool and form.tools is not None:
-        guide = await asyncio.to_thread(_guide_of_calls, form, form.tools, tokenizer, body)
-    else:
-        guide = await guide_of(body)
-    if form.reasoning is None or (guide is None and body.budget is None):
-        return guide
+def _with_reasoning(form: AnswerForm, tokenizer: Tokenizer, body: ChatRequest, grammar: Grammar | None) -> Grammar | None:
+    """The grammar of an answer whose text, after its reasoning, follows `grammar`."""
+    if form.reasoning is None or (grammar is None and body.budget is None):
+        return grammar
     limits = form.reasoning.limits(
         tokenizer,
         is_open=form.opened,
         budget=body.budget,
         calls=body.forces_tool,
-        constrained=guide is not None,
+        constrained=grammar is not None,
     )
-    guide = guide or Guide("thinking_budget", Grammar(kind="free", source=""))
-    return guide._replace(grammar=replace(guide.grammar, reasoning=limits))
-
-
-def _guide_of_calls(form: AnswerForm, tools: ToolFormat, tokenizer: Tokenizer, body: ChatRequest) -> Guide:
-    """The grammar of calls; ApiError for a strict schema that cannot be enforced to the letter."""
-    schemas: dict[str, JsonFields] = {}
-    relaxed: dict[str, None] = {}
-    for index, tool in enumerate(body.described_tools):
-        name = tool.function.name
-        if name not in form.schemas:
-            continue
-        try:
-            usable = fitted(form.schemas[name], strict=bool(tool.function.strict))
-        except GrammarError as error:
-            raise ApiError(f"tools[{index}].function.parameters: {error}", param="tools") from None
-        schemas[name] = usable.schema
-        relaxed |= dict.fromkeys(usable.relaxed)
-    return Guide("tools", tools.grammar(schemas, tokenizer, several=form.several), tuple(relaxed))
+    return replace(grammar or Grammar(kind="free", source=""), reasoning=limits)

@@ -154,8 +154,7 @@ async def _encoded(server: ServerState, texts: Sequence[str | list[int]], param:
     intake = server.ready().intake
 
     def encode() -> list[TokenIds]:
-        tokenizer = intake.need_tokenizer("a text") if any(isinstance(text, str) for text in texts) else None
-        ids = [tokenizer.encode(text) if tokenizer and isinstance(text, str) else text for text in texts]
+        ids = [intake.need_tokenizer("a text").encode(text) if isinstance(text, str) else text for text in texts]
         return [in_vocabulary(one, param, vocab_size=intake.model.vocab_size) for one in ids]
 
     try:
@@ -203,19 +202,14 @@ async def _judged(server: ServerState, pairs: Sequence[tuple[str, str]], instruc
     tokenizer = server.ready().intake.need_tokenizer("a score")
     answers = [tokenizer.encode(word, add_special_tokens=False)[0] for word in ("no", "yes")]
 
+    def encode_pair(query: str, text: str) -> TokenIds:
+        question = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {text}"
+        messages = [{"role": "system", "content": _JUDGE}, {"role": "user", "content": question}]
+        ids = tokenizer.encode_chat(messages, enable_thinking=False)
+        return in_vocabulary(ids, "the prompt", vocab_size=server.ready().intake.model.vocab_size)
+
     def encode() -> list[TokenIds]:
-        return [
-            tuple(
-                tokenizer.encode_chat(
-                    [
-                        {"role": "system", "content": _JUDGE},
-                        {"role": "user", "content": f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {text}"},
-                    ],
-                    enable_thinking=False,
-                )
-            )
-            for query, text in pairs
-        ]
+        return [encode_pair(query, text) for query, text in pairs]
 
     if len(pairs) > MAX_TEXTS:
         raise ApiError(f"documents has {len(pairs)} texts; pass at most {MAX_TEXTS}", param="documents")

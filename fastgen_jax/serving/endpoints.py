@@ -17,9 +17,10 @@ from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
-from fastgen_jax.serving.chat import chat_prompt, start_chat
+from fastgen_jax.serving.chat import chat_prompt, guide_for, start_answer, start_chat
 from fastgen_jax.serving.errors import context_exceeded
 from fastgen_jax.serving.fields import MAX_STOP_CHARACTERS
+from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -30,10 +31,11 @@ from fastgen_jax.serving.protocol import (
     TokenizeRequest,
 )
 from fastgen_jax.serving.spans import record_span
-from fastgen_jax.serving.sse import EventStream, relaxed_header, while_connected
-from fastgen_jax.serving.start import guide_of, start
+from fastgen_jax.serving.sse import EventStream, while_connected
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.work import Backend, Work, start_work
+
+RELAXED = "x-fastgen-schema-relaxed"  # the header that names what is not enforced of a schema
 
 
 class GeneratedAnswer(TypedDict):
@@ -62,24 +64,26 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
         logprobs=0 if body.selects and body.logprobs is None else body.logprobs,
         prompt_logprobs=body.logprobs if wants_prompt else None,
     )
-    add = body.add_special_tokens is not False
-    work = await start(backend, body, body.prompts, params, await guide_of(body), add_special_tokens=add)
+    guide = await guide_for(body)
+    work = await start_answer(
+        backend, body, body.prompts, params, guide, add_special_tokens=body.add_special_tokens is not False
+    )
     answer = CompletionAnswer(body, work, backend.intake.tokenizer, fingerprint=server.fingerprint)
-    return await _answer(server, "text_completion", body, work, answer, request)
+    return await _answer(server, "text_completion", body, work, answer, request, guide)
 
 
 async def chat(server: ServerState, body: ChatRequest, request: Request) -> Response:
     """POST /v1/chat/completions."""
     request.state.names = body.names
-    work, answer = await start_chat(server, body)
-    return await _answer(server, "chat", body, work, answer, request)
+    work, answer, guide = await start_chat(server, body)
+    return await _answer(server, "chat", body, work, answer, request, guide)
 
 
 async def render(server: ServerState, body: ChatRequest) -> dict[str, object]:
     """POST /v1/chat/completions/render and /apply-template: the prompt of a chat, without an answer to it."""
     server.check_model(body.model)
     tokenizer = server.ready().intake.need_tokenizer("a chat")
-    ids = await chat_prompt(server.model.config, tokenizer, body)
+    ids = await chat_prompt(server, tokenizer, body)
     return {"prompt": tokenizer.decode(ids, skip_special_tokens=False), "token_ids": ids, "count": len(ids)}
 
 
@@ -136,7 +140,7 @@ async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, obje
     intake = server.ready().intake
     tokenizer = intake.need_tokenizer("/tokenize")
     if body.messages is not None:
-        ids = await chat_prompt(server.model.config, tokenizer, body)
+        ids = await chat_prompt(server, tokenizer, body)
     else:
         add = body.add_special_tokens is not False
         ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=add)
@@ -154,14 +158,21 @@ async def detokenize(server: ServerState, body: DetokenizeRequest) -> dict[str, 
 
 
 async def _answer(
-    server: ServerState, operation: str, body: Sampling, work: Work, answer: CompletionAnswer | ChatAnswer, request: Request
+    server: ServerState,
+    operation: str,
+    body: Sampling,
+    work: Work,
+    answer: CompletionAnswer | ChatAnswer,
+    request: Request,
+    guide: Guide | None,
 ) -> Response:
+    relaxed = {RELAXED: _ascii(", ".join(guide.relaxed))} if guide and guide.relaxed else {}
     end = at_end(server, operation, work, request)
     if body.user is not None:
         request.state.log = {"user": body.user}
     if body.stream:
         events = _events(work, answer, body.stream_options or StreamOptions())
-        return EventStream(work, events, end, headers=relaxed_header(work))
+        return EventStream(work, events, end, headers=relaxed)
 
     try:
         result = await while_connected(request.receive, work, answer.collect())
@@ -174,7 +185,7 @@ async def _answer(
             "x-fastgen-queue-ms": str(timing["queue_ms"]),
             "x-fastgen-first-token-ms": str(timing["first_token_ms"]),
             "x-fastgen-total-ms": str(timing["total_ms"]),
-            **relaxed_header(work),
+            **relaxed,
         },
     )
 
@@ -195,6 +206,11 @@ def _has_content(choice: CompletionChoice | ChatChoice) -> bool:
     # A token may add no text yet: part of a character, or the possible start of a stop string.
     is_shown = choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"]
     return bool(is_shown or choice.get("token_ids"))
+
+
+def _ascii(text: str) -> str:
+    """The text as the value of a header."""
+    return text.encode("ascii", "backslashreplace").decode()[:1000].replace("\r", " ").replace("\n", " ")
 
 
 async def _plain_events(work: Work) -> AsyncIterator[bytes]:

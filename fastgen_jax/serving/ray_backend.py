@@ -76,7 +76,7 @@ class EngineReplica:
         finally:
             stream.close()
 
-    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, token_ids: TokenIds) -> list[Pooled]:
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, token_ids: tuple[int, ...]) -> list[Pooled]:
         """See `AsyncEngine.pool`."""
         return await self._engine.pool(texts, pooling, token_ids=token_ids)
 
@@ -140,7 +140,7 @@ class RayBackend:
         except Exception:  # Ray's, of several kinds: a replica is being replaced
             return []
 
-    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: TokenIds = ()) -> list[Pooled]:
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
         """See `AsyncEngine.pool`."""
         return await self._engines.pool.remote(list(texts), pooling, token_ids)
 

@@ -108,7 +108,7 @@ def main(descriptor: int) -> None:
 
     pooler = ThreadPoolExecutor(1)
 
-    def answer_pool(number: int, texts: Sequence[TokenIds], pooling: Pooling, token_ids: TokenIds) -> None:
+    def answer_pool(number: int, texts: Sequence[TokenIds], pooling: Pooling, token_ids: tuple[int, ...]) -> None:
         try:
             answer: object = pool(engine, texts, pooling, token_ids=token_ids)
         except Exception as error:

@@ -173,7 +173,7 @@ class Router:
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, dict)]
 
-    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: TokenIds = ()) -> list[Pooled]:
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
         """See `AsyncEngine.pool`. One replica computes all texts of a call."""
         ready = [replica for replica in self.replicas if replica.is_ready]
         if self._closed or not ready:

@@ -59,9 +59,6 @@ class ServerConfig:
     sleep_idle: float | None = None
     """Seconds without a request after which an engine gives the memory of its weights and KV cache back; the next request
     wakes it. None: never."""
-    trust_request_chat_template: bool = False
-    """Lets requests replace the model's chat template. A template is a program; it runs in a sandbox, but without a limit
-    on its time and memory."""
     tool_format: str | None = None
     """How the model writes tool calls: hermes, llama, pythonic, mistral, mistral-v11, qwen3-coder, glm, deepseek-v3,
     deepseek-v3.1 or harmony. None: chosen by the chat template."""
@@ -72,6 +69,9 @@ class ServerConfig:
     scoring: Literal["cosine", "yes-no"] | None = None
     """How /v1/score and /rerank compare texts: the cosine of their vectors, or the probability of "yes", as
     Qwen3-Reranker does. None: yes-no if the model's name contains "rerank", otherwise cosine."""
+    trust_request_chat_template: bool = False
+    """Lets requests replace the model's chat template. A template is a program; it runs in a sandbox, but without a limit
+    on its time and memory."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log; json writes one object per line."""
 

@@ -27,12 +27,6 @@ def typed_event(kind: str, fields: JsonFields) -> bytes:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields}, ensure_ascii=False)}\n\n".encode()
 
 
-def relaxed_header(work: Work) -> dict[str, str]:
-    """The header that names what of a schema is not enforced; none if all of it is."""
-    text = ", ".join(work.relaxed).encode("ascii", "backslashreplace").decode()
-    return {"x-fastgen-schema-relaxed": " ".join(text.split())[:1000]} if text else {}
-
-
 class ClientDisconnectedError(Exception):
     """The client disconnected before the response was complete."""
 

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.serving.protocol import Tool
+from fastgen_jax.serving.errors import ApiError
+from fastgen_jax.serving.guided import Guide
+from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
+from fastgen_jax.serving.tool_formats import ToolFormat
 from fastgen_jax.serving.tool_formats.pieces import Piece
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.adapt import CALL_CLOSE, CALL_OPEN
+from fastgen_jax.text.grammar import GrammarError
+from fastgen_jax.text.schemas import Fitted, fitted
 
 
 class FunctionDelta(TypedDict):
@@ -36,6 +41,33 @@ class ToolCall(TypedDict):
     id: str
     type: str
     function: FunctionDelta
+
+
+def guide_of(body: Sampling) -> Guide | None:
+    """Returns the grammar of the text that a request demands, if any; a large schema takes up to a second."""
+    try:
+        return body.guide()
+    except GrammarError as error:
+        raise ApiError(str(error), param=next(iter(body.constraints))) from None
+
+
+def guide_of_calls(body: ChatRequest, form: ToolFormat, tokenizer: Tokenizer) -> Guide:
+    """Returns the grammar of the calls that a request demands, in the form of the model; it may take up to a second."""
+    tools = list(enumerate(body.tools or ()))
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    usable = {tool.function.name: _schema_of(i, tool) for i, tool in tools if named in (None, tool.function.name)}
+    schemas = {name: schema.schema for name, schema in usable.items()}
+    relaxed = dict.fromkeys(word for schema in usable.values() for word in schema.relaxed)
+    several = named is None and body.parallel_tool_calls is not False
+    return Guide("tools", form.grammar(schemas, tokenizer, several=several), tuple(relaxed))
+
+
+def _schema_of(index: int, tool: Tool) -> Fitted:
+    """The schema of a tool's arguments; ApiError for a strict one that cannot be enforced to the letter."""
+    try:
+        return fitted(tool.function.schema_of_arguments, strict=bool(tool.function.strict))
+    except GrammarError as error:
+        raise ApiError(f"tools[{index}].function.parameters: {error}", param="tools") from None
 
 
 def prepare_messages(

@@ -108,7 +108,7 @@ class Backend(Protocol):
         """Returns one snapshot per replica."""
         ...
 
-    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: TokenIds = ()) -> list[Pooled]:
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
         """See `fastgen_jax.api.pooling.pool`."""
         ...
 
@@ -154,8 +154,6 @@ class Work:
     generated: list[int] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
-    relaxed: tuple[str, ...] = ()
-    """What the grammar of the answer leaves out of the schema of the request."""
     on_gap: Callable[[float | None, Timing], object] = lambda gap, timing: None
     """Called for each output with the seconds since the previous one, None for the first."""
 
@@ -274,8 +272,8 @@ async def start_work(
                     intake.limited(sample, len(ids), new_tokens),
                     priority=priority,
                     awaits_each_token=grammar is not None,
-                    cache_salt=cache_salt,
                     shown_token_ids=shown_token_ids,
+                    cache_salt=cache_salt,
                 ),
                 intake.matcher(grammar) if grammar else None,
             )

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 
+JSON_LAYOUT = {"whitespace_pattern": " ?"}
+"""Limits the white space in JSON: a model that may write any amount of it may never stop."""
+CACHED_GRAMMARS = 64  # compiled ones of a model, a few hundred kilobytes each
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be used: it is malformed, or needs something that is not supported."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReasoningLimits:
     """The tokens that delimit the reasoning at the start of an answer."""
@@ -35,24 +44,13 @@ class ReasoningLimits:
     """Its maximum number of tokens; None: no limit."""
 
 
-JSON_LAYOUT = {"whitespace_pattern": " ?"}
-"""Limits the white space in JSON: a model that may write any amount of it may never stop."""
-CACHED_GRAMMARS = 64  # compiled ones of a model, a few hundred kilobytes each
-
-
-class GrammarError(ValueError):
-    """A grammar that cannot be used: it is malformed, or needs something that is not supported."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grammar:
-    """A constraint on a text: a JSON schema, a regular expression, or a context-free grammar.
-
-    "lark" is llguidance's variant of Lark; "grammar" is that, or GBNF as in llama.cpp. "free" is no constraint, for texts
-    of which only the reasoning is limited.
-    """
+    """A constraint on a text: a JSON schema, a regular expression, or a context-free grammar."""
 
     kind: Literal["json_schema", "regex", "lark", "grammar", "free"]
+    """"lark" is llguidance's variant of Lark; "grammar" is that, or GBNF as in llama.cpp. "free" is no constraint, for
+    texts of which only the reasoning is limited."""
     source: str
     reasoning: ReasoningLimits | None = None
     """The reasoning that may precede the text."""
@@ -77,11 +75,10 @@ class Grammar:
 class GrammarMatcher:
     """The position of a text in its grammar. `make` returns a new matcher of llguidance at the start."""
 
-    is_static = False  # the tokens that may come next change
-
     def __init__(self, matcher: LLMatcher, make: Callable[[], LLMatcher]) -> None:
         self._matcher = matcher
         self._make = make
+        self.is_static = False
         self.error: str | None = None
         """Why the grammar cannot be followed any further, for example because it became too complex."""
 

@@ -15,6 +15,7 @@ class ReasoningMatcher(GrammarMatcher):
 
     def __init__(self, limits: ReasoningLimits, after: GrammarMatcher | None, *, eos_token_ids: tuple[int, ...]) -> None:
         self.error = None
+        self.is_static = False
         self._limits = limits
         self._after = after
         self._eos_token_ids = eos_token_ids

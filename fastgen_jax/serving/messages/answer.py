@@ -24,6 +24,7 @@ class MessageAnswer:
     def __init__(self, body: MessagesRequest, work: Work, chat: ChatAnswer) -> None:
         self._work, self._chat = work, chat
         self._finish: str | None = None
+        self._stopped_by: str | int | None = None
         self._blocks: list[JsonObject] = []
         self._is_open = False
         self._arguments = ""  # of the block that is open
@@ -60,6 +61,7 @@ class MessageAnswer:
     def _add(self, choice: ChatChoice) -> list[bytes]:
         delta, events = choice["delta"], []
         self._finish = choice["finish_reason"]
+        self._stopped_by = choice.get("stop_reason")
         if text := delta.get("reasoning"):
             events += self._text("thinking", text)
         if text := delta.get("content"):
@@ -100,6 +102,8 @@ class MessageAnswer:
         return [typed_event("content_block_stop", {"index": len(self._blocks) - 1})]
 
     def _stop(self) -> JsonFields:
+        if isinstance(self._stopped_by, str):
+            return {"stop_reason": "stop_sequence", "stop_sequence": self._stopped_by}
         return {"stop_reason": _REASONS.get(self._finish or "", "end_turn"), "stop_sequence": None}
 
     def _usage(self) -> JsonFields:

@@ -28,7 +28,7 @@ def add_messages(app: FastAPI, server: ServerState, errors: ErrorResponses) -> N
     @app.post(PATH, responses=errors)
     async def create(body: MessagesRequest, request: Request) -> Response:
         try:
-            work, chat = await start_chat(server, chat_of(body, switches=switches(body)))
+            work, chat, _ = await start_chat(server, chat_of(body, switches=switches(body)))
         except ApiError as error:
             raise renamed(error) from error
         end = at_end(server, "messages", work, request)
@@ -44,4 +44,4 @@ def add_messages(app: FastAPI, server: ServerState, errors: ErrorResponses) -> N
     async def count_tokens(body: CountRequest) -> dict[str, int]:
         chat = chat_of(body, switches=switches(body))
         tokenizer = server.ready().intake.need_tokenizer("a chat")
-        return {"input_tokens": len(await chat_prompt(server.model.config, tokenizer, chat))}
+        return {"input_tokens": len(await chat_prompt(server, tokenizer, chat))}

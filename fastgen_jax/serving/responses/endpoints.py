@@ -29,7 +29,7 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
         if not conversation:
             raise ApiError("input is empty; pass a string or a list of items", param="input")
         try:
-            work, chat = await start_chat(server, chat_of(body, conversation))
+            work, chat, _ = await start_chat(server, chat_of(body, conversation))
         except ApiError as error:
             raise renamed(error) from error
         end = at_end(server, "responses", work, request)

@@ -32,8 +32,7 @@ class Rules:
 
     def json(self, schema: JsonFields) -> str:
         """JSON that follows a schema."""
-        guided = {**schema, "x-guidance": {**JSON_LAYOUT, **schema.get("x-guidance", {})}}
-        return self._named(f"%json {json.dumps(guided, ensure_ascii=False)}")
+        return self._named(f"%json {json.dumps({'x-guidance': JSON_LAYOUT, **schema}, ensure_ascii=False)}")
 
     def free(self, end: str) -> str:
         """Any text up to the first `end`, which is included and contains no mark."""

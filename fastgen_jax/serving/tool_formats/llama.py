@@ -131,7 +131,7 @@ def _write_python(rules: Rules, name: str, schema: JsonFields) -> str:
     properties = schema.get("properties") or {}
     required = [key for key in properties if key in (schema.get("required") or ())]
     optional = [key for key in properties if key not in required]
-    shared = {key: value for key, value in schema.items() if key in ("$defs", "definitions")}
+    shared = {key: value for key, value in schema.items() if key in ("$defs", "definitions", "x-guidance")}
 
     def argument(key: str) -> str:
         value = properties[key] if isinstance(properties[key], dict) else {}

@@ -100,7 +100,7 @@ def _write_qwen(rules: Rules, name: str, schema: JsonFields) -> str:
 
 def _arguments(schema: JsonFields) -> list[tuple[str, JsonFields, bool]]:
     """Name, schema, and whether it must be given, of each property of a schema."""
-    shared = {key: value for key, value in schema.items() if key in ("$defs", "definitions")}
+    shared = {key: value for key, value in schema.items() if key in ("$defs", "definitions", "x-guidance")}
     properties, required = schema.get("properties") or {}, schema.get("required") or ()
     return [
         (key, {**shared, **(value if isinstance(value, dict) else {})}, key in required) for key, value in properties.items()
