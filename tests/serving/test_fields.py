@@ -9,6 +9,7 @@ import pytest
 from fastgen_jax.api.client import Client
 from tests.serving.test_history import local_client
 from tests.serving.tiny_server import MODEL, ask, engine, events, offline, tokenizer, with_server
+from tests.tiny import drain, greedy
 
 COMPLETION = {"model": MODEL, "prompt": "Once upon", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
 USER = {"role": "user", "content": "Hi"}
@@ -302,3 +303,39 @@ def test_the_client_takes_the_options_of_the_pipeline(url):
     assert len(guided.generated_text) == 3
     assert json.loads("1" + guided.generated_text)
     client.close()
+
+
+# Beam search
+
+
+def search(prompt, *, width, max_tokens):
+    """The same search, with the engine itself."""
+    shared, beams = engine(), [((), 0.0)]
+    for _ in range(max_tokens):
+        found = []
+        for ids, total in beams:
+            request_id = shared.add([*prompt, *ids], greedy(1, logprobs=2 * width))
+            (entry,) = drain(shared)[request_id][0].logprobs
+            found += [((*ids, token), total + value) for token, value in entry.top.items()]
+        beams = sorted(found, key=lambda beam: -beam[1])[:width]
+    return [list(ids) for ids, _ in beams]
+
+
+def test_beam_search_returns_the_most_likely_answers():
+    body = {**COMPLETION, "use_beam_search": True, "n": 3, "max_tokens": 4, "return_token_ids": True}
+    answer = ask("/v1/completions", body).json()
+    prompt = engine().encode(TEXT)
+    assert [c["token_ids"] for c in answer["choices"]] == search(prompt, width=3, max_tokens=4)
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
+    assert answer["usage"]["completion_tokens"] == 12
+    one = {**CHAT, "use_beam_search": True}
+    assert choice("chat/completions", one)["message"] == choice("chat/completions", CHAT)["message"]
+    stopped = {**body, "stop_token_ids": [answer["choices"][0]["token_ids"][1]], "length_penalty": 0.0}
+    reasons = {c["finish_reason"] for c in ask("/v1/completions", stopped).json()["choices"]}
+    assert "stop" in reasons
+    for field in ({"stream": True}, {"stop": "x"}, {"temperature": 0.5}, {"n": 11}, {"guided_regex": "a"}, {"logprobs": 1}):
+        error = ask("/v1/completions", {**body, **field}).json()["error"]
+        assert error["param"] == next(iter(field)), error
+    assert (
+        "requires use_beam_search" in ask("/v1/completions", {**COMPLETION, "length_penalty": 2}).json()["error"]["message"]
+    )
