@@ -54,7 +54,7 @@ ODD = {
         "logit_bias has 10000 entries but at most 300",
     ),
     "a long key": ("completions", {**COMPLETION, "logit_bias": {"9" * 5000: 1}}, "keys must be token ids"),
-    "many stops": ("completions", {**COMPLETION, "stop": ["x"] * 10_000}, "at most 16 items"),
+    "many stops": ("completions", {**COMPLETION, "stop": ["x"] * 10_000}, "at most 1024 items"),
     "a long stop": ("completions", {**COMPLETION, "stop": "x" * 10_000}, "at most 1000 characters"),
     "many stops, MII": ("/mii/here", {"prompts": "Hi", "stop": ["x"] * 10_000}, "stop has 10000 strings but at most 16"),
     "many samples, MII": ("/mii/here", {"prompts": "Hi", "n": 10**30}, "more than the 64 requests that may wait"),
