@@ -6,14 +6,17 @@ Every endpoint for conversations ends here, so that all of them treat tools and 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from fastgen_jax.api.options import DEFAULT_NEW_TOKENS
 from fastgen_jax.engine.prompts import Prompt
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError, SamplingParams
 from fastgen_jax.serving.answers import ChatAnswer
+from fastgen_jax.serving.beams import start_beams
 from fastgen_jax.serving.errors import ApiError, context_exceeded, unsupported
 from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.protocol import (
@@ -36,7 +39,7 @@ from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.tool_formats import FORMATS, ToolFormat, tool_format
 from fastgen_jax.serving.tool_formats.pieces import Reader, Schemas, Source, Steps, until
 from fastgen_jax.serving.tools import guide_of, guide_of_calls, prepare_messages
-from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
+from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work, truncated
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.chat import variables_of
 from fastgen_jax.text.grammar import Grammar, GrammarError
@@ -56,12 +59,14 @@ class AnswerForm:
     """Whether the prompt has begun the reasoning."""
     several: bool = True
     """Whether it may call more than one function."""
+    only_calls: bool = False
+    """Whether it must call a function."""
 
     def reader(self) -> Reader | None:
         """A reader of one answer; None if all of its text is content."""
         if self.tools is None and self.reasoning is None:
             return None
-        return Reader(self._parse, self.schemas, several=self.several)
+        return Reader(self._parse, self.schemas, several=self.several, only_calls=self.only_calls)
 
     def shown_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The special tokens that the text of an answer must show, so that it can be read."""
@@ -135,6 +140,8 @@ async def start_answer(
     shown_token_ids: tuple[int, ...] = (),
 ) -> Work:
     """`start_work` with the fields that all bodies share. `grammar` is that of `guide`, or extends it."""
+    if body.use_beam_search:
+        return await _start_search(backend, body, prompts, params, add_special_tokens=add_special_tokens)
     try:
         return await start_work(
             backend,
@@ -152,6 +159,27 @@ async def start_answer(
         )
     except GrammarError as error:
         raise ApiError(str(error), param=guide.field if guide else None) from None
+
+
+async def _start_search(
+    backend: Backend, body: Sampling, prompts: Sequence[Prompt], params: SamplingParams, *, add_special_tokens: bool
+) -> Work:
+    intake, (prompt, *others) = backend.intake, prompts
+    if others:
+        raise ValueError(f"prompt has {len(prompts)} prompts, but beam search takes one; send a request for each")
+    encoded = await asyncio.to_thread(intake.encode, prompt, add_special_tokens=add_special_tokens)
+    ids = truncated(encoded, body.truncate_prompt_tokens, intake, params)
+    limit = intake.default_new_tokens or DEFAULT_NEW_TOKENS
+    return start_beams(
+        backend,
+        ids,
+        intake.limited(params, len(ids), limit),
+        width=body.num_choices,
+        length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
+        priority=body.priority,
+        deadline=None if body.timeout is None else time.monotonic() + body.timeout,
+        cache_salt=body.cache_salt or "",
+    )
 
 
 async def chat_prompt(server: ServerState, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
@@ -235,6 +263,7 @@ def _form(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequest) -> Answ
         schemas=schemas,
         tools=form,
         reasoning=reasoning,
+        only_calls=body.forces_tool,
         several=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool),
     )
 

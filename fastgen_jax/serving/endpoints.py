@@ -19,7 +19,7 @@ from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice
 from fastgen_jax.serving.chat import chat_prompt, guide_for, start_answer, start_chat
 from fastgen_jax.serving.errors import context_exceeded
-from fastgen_jax.serving.fields import MAX_STOP_CHARACTERS
+from fastgen_jax.serving.fields import MAX_STOP_CHARACTERS, MAX_STOPS
 from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.protocol import (
     ChatRequest,
@@ -92,8 +92,12 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
     backend = server.ready()
     call = generation_of(backend.intake, None, _with_token_ids(body.model_extra or {}))
     params = call.params
-    if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
-        raise ValueError(f"stop has more than {MAX_STOP_CHARACTERS} characters in all; keep the most likely strings")
+    stops = tuple(params.stop)
+    if len(stops) > MAX_STOPS or sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        raise ValueError(
+            f"stop has {len(stops)} strings with {sum(map(len, stops))} characters in all, but at most {MAX_STOPS} with "
+            f"{MAX_STOP_CHARACTERS} are allowed; keep the most likely"
+        )
     prompts = split_prompts(body.prompts)
     try:
         work = await start_work(
@@ -103,6 +107,7 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
             num_samples=params.n,
             priority=body.priority,
             timeout=body.timeout,
+            grammar=call.grammar,
             new_tokens=call.new_tokens,
         )
     except ContextLengthError as error:

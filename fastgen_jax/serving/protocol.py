@@ -41,6 +41,25 @@ _SAME_NAMES = (
     "bad_words",
     "allowed_token_ids",
 )
+MAX_BEAMS = MAX_TOP_LOGPROBS // 2  # each beam is continued with twice as many tokens as there are beams
+# Fields that have no meaning in a search for the most likely answers -> their values that change nothing.
+_WITHOUT_BEAMS: dict[str, tuple[object, ...]] = {
+    "stream": (False,),
+    "best_of": (),
+    "echo": (False,),
+    "temperature": (0, 1),
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "stop": ([],),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+}
 
 
 class StreamOptions(Body):
@@ -80,6 +99,10 @@ class Sampling(Guided):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         None, description="Samples of which the n with the highest mean log-probability are returned."
+    )
+    use_beam_search: bool | None = Field(None, description="Extension: return the n most likely answers that are found.")
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
+        None, description="Extension: a power of the length, by which beam search divides log-probabilities; 1 by default."
     )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -162,7 +185,23 @@ class Sampling(Guided):
             raise ValueError(f"best_of={self.best_of} is less than n={self.num_choices}; raise it, or remove it")
         if self.selects and self.stream:
             raise ValueError(f"best_of={self.best_of} selects among complete answers; set stream=false, or best_of=n")
+        if self.use_beam_search:
+            self._check_beam_search()
+        elif self.length_penalty is not None and self.length_penalty != 1:
+            raise ValueError(f"length_penalty={self.length_penalty} requires use_beam_search=true; set it, or remove it")
         return self
+
+    def _check_beam_search(self) -> None:
+        if self.num_choices > MAX_BEAMS:
+            raise ValueError(f"n={self.num_choices} is too large for beam search; use at most {MAX_BEAMS}")
+        for name, neutral in _WITHOUT_BEAMS.items():
+            if getattr(self, name, None) not in (None, *neutral):
+                raise ValueError(f"{name} cannot be combined with use_beam_search; remove one of them")
+        logprobs = getattr(self, "logprobs", None)
+        if logprobs is not None and logprobs is not False:  # 0 asks for those of the tokens
+            raise ValueError("logprobs cannot be combined with use_beam_search; remove one of them")
+        if self.is_guided:
+            raise ValueError(f"{next(iter(self.constraints))} cannot be combined with use_beam_search; remove one of them")
 
     @property
     def num_choices(self) -> int:

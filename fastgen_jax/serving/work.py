@@ -262,7 +262,7 @@ async def start_work(
 
     def prepare() -> tuple[list[TokenIds], list[tuple[Request, GrammarMatcher | None]]]:
         encoded = [
-            _truncated(intake.encode(prompt, add_special_tokens=add_special_tokens), keep_tokens, intake, params)
+            truncated(intake.encode(prompt, add_special_tokens=add_special_tokens), keep_tokens, intake, params)
             for prompt in prompts
         ]
         return encoded, [
@@ -298,7 +298,8 @@ async def start_work(
     return Work(encoded, every * len(encoded), streams, timings, [*zeros], [*zeros], [None] * len(streams))
 
 
-def _truncated(ids: TokenIds, keep_tokens: int | None, intake: Intake, params: SamplingParams) -> TokenIds:
+def truncated(ids: TokenIds, keep_tokens: int | None, intake: Intake, params: SamplingParams) -> TokenIds:
+    """The last `keep_tokens` of a prompt; -1: as many as fit before the answer; None: all."""
     if keep_tokens is None:
         return ids
     if keep_tokens == -1:

@@ -259,3 +259,38 @@ def test_a_client_that_disconnects_frees_its_blocks(stream):
 
     sent = with_server(scenario)
     assert sum(m["type"] == "http.response.body" for m in sent) < 80
+
+
+def test_a_client_that_leaves_a_stream_is_logged_with_status_499(caplog):
+    body = json.dumps({**COMPLETION, "max_tokens": 90, "ignore_eos": True, "stream": True, "temperature": 0}).encode()
+
+    async def scenario(client, backend):
+        resume, watch = pause_after_outputs(backend), Watch(backend)
+        gone = asyncio.Event()
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive():
+            message = next(messages, None)
+            if message is None:
+                await gone.wait()
+                return {"type": "http.disconnect"}
+            return message
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                gone.set()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+        task = asyncio.create_task(client._transport.app(scope, receive, send))
+        await watch.first_output.wait()
+        await gone.wait()
+        await asyncio.sleep(0)  # the watcher of the connection runs before more outputs arrive
+        resume.set()
+        await task
+        return (await client.get("/metrics")).text
+
+    with caplog.at_level("INFO", "fastgen_jax.access"):
+        metrics = with_server(scenario)
+    assert [record.status for record in caplog.records if record.path == "/v1/completions"] == [499]
+    assert 'path="/v1/completions",status="499"' in metrics

@@ -47,13 +47,15 @@ class Reader:
     """Splits the text of one answer into pieces.
 
     White space is dropped between calls, and around reasoning. Without `several`, only the first call is returned.
+    With `only_calls`, text for the user is dropped: a grammar allows none, so it is the start of a call that was cut off.
     """
 
-    def __init__(self, parser: Parser, schemas: Schemas, *, several: bool = True) -> None:
+    def __init__(self, parser: Parser, schemas: Schemas, *, several: bool = True, only_calls: bool = False) -> None:
         self.num_calls = 0
         self._source = Source()
         self._steps = parser(self._source, schemas)
         self._several = several
+        self._only_calls = only_calls
         self._last: Kind | None = None  # of the last piece that was not white space
         self._space = ""  # held back
         self._skips = False  # the call is not returned
@@ -82,6 +84,8 @@ class Reader:
                 self._note_call(piece)
                 if not self._skips:
                     pieces.append(piece)
+            elif self._only_calls and piece.kind == "content":
+                continue
             elif text := self._trimmed(piece):
                 pieces.append(Piece(piece.kind, text))
         return pieces
