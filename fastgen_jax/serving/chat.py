@@ -91,7 +91,7 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
     """
     server.check_model(body.model)
     backend = server.ready()
-    tokenizer = backend.intake.need_tokenizer("a chat")
+    tokenizer = _with_template(server, backend.intake.need_tokenizer("a chat"), body)
     form = _form(server.model.config, tokenizer, body)
     prompt = await chat_prompt(server, tokenizer, body)
     if form.reasoning is not None:
@@ -191,6 +191,7 @@ async def _start_search(
 
 async def chat_prompt(server: ServerState, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
     """Token ids of a conversation."""
+    tokenizer = _with_template(server, tokenizer, body)
     messages, tools = prepare_messages(tokenizer, body.messages or [], body.described_tools)
     template = tokenizer.template(with_tools=bool(tools))
     variables = _template_variables(body)
@@ -204,7 +205,6 @@ async def chat_prompt(server: ServerState, tokenizer: Tokenizer, body: ChatReque
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         add_special_tokens=bool(body.add_special_tokens),
-        chat_template=_checked_template(server, body),
         **variables,
     )
     contents = [message.get("content") or "" for message in messages]
@@ -212,9 +212,10 @@ async def chat_prompt(server: ServerState, tokenizer: Tokenizer, body: ChatReque
     return await asyncio.to_thread(encode) if is_long else encode()
 
 
-def _checked_template(server: ServerState, body: ChatPrompt) -> str | None:
+def _with_template(server: ServerState, tokenizer: Tokenizer, body: ChatPrompt) -> Tokenizer:
+    """The tokenizer with the template of the request, if it has one."""
     if body.chat_template is None:
-        return None
+        return tokenizer
     if not server.model.config.trust_request_chat_template:
         raise ApiError(
             "chat_template is set, but this server does not run templates of its clients; start it with --chat-template, "
@@ -224,7 +225,7 @@ def _checked_template(server: ServerState, body: ChatPrompt) -> str | None:
         )
     if "{{" not in body.chat_template and "{%" not in body.chat_template:  # it could be the path of a file
         raise ApiError("chat_template is not the text of a template, which contains {{ or {%", param="chat_template")
-    return body.chat_template
+    return tokenizer.with_template(body.chat_template)
 
 
 def _template_variables(body: ChatPrompt) -> JsonFields:

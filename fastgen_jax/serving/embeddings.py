@@ -25,7 +25,7 @@ from fastgen_jax.serving.state import ServerState
 
 MAX_TEXTS = 2048  # of one request, as in OpenAI's API
 # The texts with which Qwen3-Reranker was trained.
-_JUDGE = (
+JUDGE = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
     'Note that the answer can only be "yes" or "no".'
 )
@@ -204,7 +204,7 @@ async def _judged(server: ServerState, pairs: Sequence[tuple[str, str]], instruc
 
     def encode_pair(query: str, text: str) -> TokenIds:
         question = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {text}"
-        messages = [{"role": "system", "content": _JUDGE}, {"role": "user", "content": question}]
+        messages = [{"role": "system", "content": JUDGE}, {"role": "user", "content": question}]
         ids = tokenizer.encode_chat(messages, enable_thinking=False)
         return in_vocabulary(ids, "the prompt", vocab_size=server.ready().intake.model.vocab_size)
 

@@ -10,7 +10,7 @@ from fastgen_jax.serving.chat import AnswerForm
 from fastgen_jax.serving.protocol import ChatRequest
 from fastgen_jax.serving.tool_formats import FORMATS
 from fastgen_jax.serving.tools import prepare_messages
-from tests.serving.tiny_server import MODEL, ask, engine, events, offline, tokenizer
+from tests.serving.tiny_server import MODEL, ask, events, offline, tokenizer
 
 CHAT = {
     "model": MODEL,
@@ -221,12 +221,13 @@ def test_tools_are_described_in_a_message_if_the_template_has_none():
 
 
 def test_a_template_with_an_unknown_format_of_tool_calls_is_refused_with_tool_choice_auto():
-    shared = engine("{{ tools | length }}")
-    got = ask("/v1/chat/completions", {**CHAT, "tools": [WEATHER]}, shared=shared)
+    body = {**CHAT, "tools": [WEATHER], "chat_template": "{{ tools | length }}"}
+    got = ask("/v1/chat/completions", body, trust_request_chat_template=True)
     assert got.status_code == 400
     assert "in a format that this server cannot read" in got.json()["error"]["message"]
     assert got.json()["error"]["param"] == "tool_choice"
-    body = {**CHAT, "tools": [WEATHER], "tool_choice": "required", "max_tokens": 90}
-    (call,) = ask("/v1/chat/completions", body, shared=shared).json()["choices"][0]["message"]["tool_calls"][:1]
-    assert call["function"]["name"] == "f"
-    assert ask("/v1/chat/completions", {**CHAT, "tools": [WEATHER]}, shared=shared, tool_format="llama").status_code == 200
+    assert ask("/v1/chat/completions", body, trust_request_chat_template=True, tool_format="llama").status_code == 200
+    forced = ask(
+        "/v1/chat/completions", {**body, "tool_choice": "required", "max_tokens": 90}, trust_request_chat_template=True
+    )
+    assert forced.json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"

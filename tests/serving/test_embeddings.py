@@ -10,7 +10,8 @@ import pytest
 
 from fastgen_jax.api.pooling import pool
 from fastgen_jax.api.research import Research
-from tests.serving.tiny_server import MODEL, ask, engine, tokenizer, with_server
+from fastgen_jax.serving.embeddings import JUDGE
+from tests.serving.tiny_server import MODEL, SHORT_TEMPLATE, ask, engine, tokenizer, with_server
 from tests.tiny import drain, greedy, tokens_of
 
 TEXTS = ["Hello", "The cat sat on the mat and it was glad, very glad.", "x"]
@@ -78,13 +79,14 @@ def test_scores_are_cosines_and_documents_are_sorted_by_them():
 
 
 def test_a_reranker_answers_yes_or_no():
-    shared = engine("{{ messages[1].content[-9:] }}a:")
+    shared = engine(SHORT_TEMPLATE)
     body = {"model": MODEL, "query": "q", "documents": ["Hello", "x"]}
     got = ask("/rerank", body, shared=shared, scoring="yes-no").json()["results"]
     research = Research(shared)
     want = {}
     for i, text in enumerate(body["documents"]):
-        prompt = f"<Document>: {text}"[-9:] + "a:"
+        question = f"<Query>: q\n<Document>: {text}"
+        prompt = f"s:{JUDGE[-20:]}\nu:{question[-20:]}\na:<think>"
         (row,) = research.put(["a"], [tokenizer().encode(prompt, add_special_tokens=False)])
         research.flush("a")
         yes, no = (np.exp(row[tokenizer().encode(c, add_special_tokens=False)[0]]) for c in "yn")

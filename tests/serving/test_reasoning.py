@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastgen_jax.serving.tool_formats import FORMATS
-from tests.serving.tiny_server import MODEL, ask, engine, events
+from tests.serving.tiny_server import MODEL, ask, events
 
 TEMPLATE = (
     "{# </think> #}{% if tools %}t{% endif %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
@@ -19,8 +19,13 @@ SCHEMA = {"type": "object", "properties": {"c": {"enum": ["A", "B"]}}, "required
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 
 
-def chat(template=TEMPLATE, **fields):
-    response = ask("/v1/chat/completions", {**CHAT, **fields}, shared=engine(template), **fields.pop("config", {}))
+def post(template=TEMPLATE, *, tool_format=None, **fields):
+    config = {"trust_request_chat_template": True, "tool_format": tool_format}
+    return ask("/v1/chat/completions", {**CHAT, **fields, "chat_template": template}, **config)
+
+
+def chat(**fields):
+    response = post(**fields)
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -32,8 +37,8 @@ def test_a_budget_ends_the_reasoning_and_the_rest_is_the_answer():
     assert 0 < len(message["reasoning"]) <= 5
     assert len(message["content"]) == 40 - 5 - len("\n</think>\n\n")
     assert got["usage"]["completion_tokens_details"]["reasoning_tokens"] >= 5
-    body = {**CHAT, "thinking_token_budget": 5, "ignore_eos": True, "stream": True}
-    deltas = [e["choices"][0]["delta"] for e in events(ask("/v1/chat/completions", body, shared=engine(TEMPLATE)))]
+    got = events(post(thinking_token_budget=5, ignore_eos=True, stream=True))
+    deltas = [e["choices"][0]["delta"] for e in got]
     assert "".join(delta.get("reasoning", "") for delta in deltas) == message["reasoning"]
     assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
     hidden = chat(thinking_budget=5, ignore_eos=True, include_reasoning=False)["choices"][0]["message"]
@@ -80,8 +85,8 @@ def test_a_required_call_is_written_in_the_format_of_the_model(name):
         "additionalProperties": False,
     }
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    body = {**CHAT, "max_tokens": 200, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
-    response = ask("/v1/chat/completions", body, shared=engine("{{ tools | length }}a:"), tool_format=name)
+    fields = {"max_tokens": 200, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    response = post("{{ tools | length }}a:", tool_format=name, **fields)
     (got,) = response.json()["choices"]
     (call,) = got["message"]["tool_calls"]
     arguments = json.loads(call["function"]["arguments"])
@@ -100,8 +105,8 @@ def test_a_string_of_a_forced_call_without_quotes_ends_at_its_tag():
             "parameters": {"type": "object", "properties": {"t": {"type": "string"}}, "required": ["t"]},
         },
     }
-    body = {**CHAT, "max_tokens": 150, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    fields = {"max_tokens": 150, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
     for name in ("qwen3-coder", "glm"):
-        response = ask("/v1/chat/completions", body, shared=engine("{{ tools | length }}a:"), tool_format=name)
+        response = post("{{ tools | length }}a:", tool_format=name, **fields)
         (call,) = response.json()["choices"][0]["message"]["tool_calls"]
         assert call["function"]["arguments"].startswith('{"t": "')

@@ -11,14 +11,10 @@ from fastgen_jax.serving.messages.request import MessagesRequest
 from fastgen_jax.serving.messages.request import chat_of as chat_of_message
 from fastgen_jax.serving.responses.items import input_items, messages_of
 from fastgen_jax.serving.responses.store import ResponseStore
-from tests.serving.tiny_server import MODEL, ask, engine, with_server
+from tests.serving.tiny_server import MODEL, SHORT_TEMPLATE, ask, engine, with_server
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 HI = [{"role": "user", "content": "Hi"}]
-TEMPLATE = (
-    "{# </think> #}{% if tools %}t{% endif %}{% for m in messages %}{{ m.role[0] }}:{{ (m.content or '')[-20:] }}\n"
-    "{% endfor %}a:<think>"
-)
 SCHEMA = {"type": "object", "properties": {"c": {"enum": ["A", "B"]}}, "required": ["c"], "additionalProperties": False}
 
 
@@ -57,12 +53,12 @@ def test_reasoning_and_calls_are_items_and_go_back_as_input():
     tool = {"type": "function", "name": "f", "parameters": SCHEMA}
     body = {"model": MODEL, "input": "Hi", "max_output_tokens": 90, "thinking_budget": 4, "seed": 1, "tools": [tool]}
     body |= {"tool_choice": "required", "parallel_tool_calls": False}
-    got = ask("/v1/responses", body, shared=engine(TEMPLATE)).json()
+    got = ask("/v1/responses", body, shared=engine(SHORT_TEMPLATE)).json()
     reasoning, call = got["output"]
     assert reasoning["content"][0]["type"] == "reasoning_text"
     assert json.loads(call["arguments"])["c"] in ("A", "B")
     assert got["usage"]["output_tokens_details"]["reasoning_tokens"] >= 4
-    events = typed_events(ask("/v1/responses", {**body, "stream": True}, shared=engine(TEMPLATE)))
+    events = typed_events(ask("/v1/responses", {**body, "stream": True}, shared=engine(SHORT_TEMPLATE)))
     arguments = [e["delta"] for e in events if e["type"] == "response.function_call_arguments.delta"]
     assert "".join(arguments) == call["arguments"]
     assert [item["type"] for item in events[-1]["response"]["output"]] == ["reasoning", "function_call"]
@@ -156,12 +152,12 @@ def test_a_message_has_thoughts_and_calls_as_blocks():
     tool = {"name": "f", "input_schema": SCHEMA}
     body = {"model": MODEL, "messages": HI, "max_tokens": 90, "tools": [tool], "seed": 1}
     body |= {"tool_choice": {"type": "tool", "name": "f"}, "thinking": {"type": "enabled", "budget_tokens": 4}}
-    got = ask("/v1/messages", body, shared=engine(TEMPLATE)).json()
+    got = ask("/v1/messages", body, shared=engine(SHORT_TEMPLATE)).json()
     thinking, call = got["content"]
     assert thinking["type"] == "thinking"
     assert call["input"]["c"] in ("A", "B")
     assert got["stop_reason"] == "tool_use"
-    events = typed_events(ask("/v1/messages", {**body, "stream": True}, shared=engine(TEMPLATE)))
+    events = typed_events(ask("/v1/messages", {**body, "stream": True}, shared=engine(SHORT_TEMPLATE)))
     deltas = [e["delta"] for e in events if e["type"] == "content_block_delta"]
     assert json.loads("".join(d.get("partial_json", "") for d in deltas)) == call["input"]
     assert "".join(d.get("thinking", "") for d in deltas) == thinking["thinking"]

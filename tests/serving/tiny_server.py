@@ -31,6 +31,11 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
+SHORT_TEMPLATE = (
+    "{# </think> #}{% if tools %}t{% endif %}{% for m in messages %}{{ m.role[0] }}:{{ (m.content or '')[-20:] }}\n"
+    "{% endfor %}a:<think>"
+)
+"""Shows the end of each message, and that there are tools, and begins the reasoning of the answer."""
 MODEL = "tiny"
 
 

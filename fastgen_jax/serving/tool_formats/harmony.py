@@ -44,7 +44,7 @@ def _read(source: Source, schemas: Schemas) -> Steps[None]:
 
 def _write(rules: Rules, name: str, schema: JsonFields) -> str:
     head = f"{_CHANNEL}commentary to=functions.{name} {_CONSTRAIN}json{_MESSAGE}"
-    return f"{rules.text(head)} {rules.json(schema)} {rules.text('<|call|>')}"
+    return f"{rules.text(head)} {rules.json(schema)}"  # <|call|> ends the sequence
 
 
 FORMAT = ToolFormat(
@@ -53,6 +53,6 @@ FORMAT = ToolFormat(
     read=_read,
     write=_write,
     marks=(_START, _CHANNEL, _CONSTRAIN, _MESSAGE, *_ENDS[:3]),
-    between=NEXT,
+    between=f"<|end|>{NEXT}",
     channels=True,
 )
