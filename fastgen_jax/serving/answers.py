@@ -11,7 +11,7 @@ from typing import NotRequired, TypedDict
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, Sampling
 from fastgen_jax.serving.tool_formats.pieces import Piece, Reader
-from fastgen_jax.serving.tools import CallDelta, CallWriter, ToolCall, merge_calls
+from fastgen_jax.serving.tools import CALL_ID_LENGTH, CallDelta, CallWriter, ToolCall, merge_calls
 from fastgen_jax.serving.work import Milliseconds, TokenUsage, Usage, Work
 from fastgen_jax.text import IncrementalDetokenizer, Tokenizer
 from fastgen_jax.text.messages import checked_messages, text_of
@@ -292,9 +292,11 @@ class ChatAnswer:
         tokenizer: Tokenizer | None,
         *,
         make_reader: Callable[[], Reader | None] = lambda: None,
+        id_length: int = CALL_ID_LENGTH,
         fingerprint: str | None = None,
     ) -> None:
-        """`make_reader` makes a reader of the text of one sample; None: all of the text is content."""
+        """`make_reader` makes a reader of the text of one sample; None: all of the text is content. `id_length` is that of
+        the ids of calls."""
         self.body, self.work, self.tokenizer = body, work, tokenizer
         self._head = head_of(body, "chatcmpl", f"{self.object}.chunk" if body.stream else self.object, fingerprint)
         self._texts = TokenTexts(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
@@ -302,7 +304,7 @@ class ChatAnswer:
         self._before = text_of(checked_messages(body.messages[-1:])[0]["content"]) if body.echo else ""
         self._started = [False] * len(work.streams)
         self._readers = [make_reader() for _ in work.streams]
-        self._writers = [CallWriter() for _ in work.streams]
+        self._writers = [CallWriter(id_length) for _ in work.streams]
         self._num_reasoning = 0
 
     def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[ChatChoice]:

@@ -38,7 +38,7 @@ from fastgen_jax.serving.settings import ServerConfig
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.tool_formats import FORMATS, ToolFormat, tool_format
 from fastgen_jax.serving.tool_formats.pieces import Reader, Schemas, Source, Steps, until
-from fastgen_jax.serving.tools import guide_of, guide_of_calls, prepare_messages
+from fastgen_jax.serving.tools import CALL_ID_LENGTH, guide_of, guide_of_calls, prepare_messages
 from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work, truncated
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.chat import variables_of
@@ -115,7 +115,14 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
         )
     except ContextLengthError as error:
         raise context_exceeded(error, "messages") from error
-    answer = ChatAnswer(body, work, tokenizer, make_reader=form.reader, fingerprint=server.fingerprint)
+    answer = ChatAnswer(
+        body,
+        work,
+        tokenizer,
+        make_reader=form.reader,
+        id_length=form.tools.id_length if form.tools else CALL_ID_LENGTH,
+        fingerprint=server.fingerprint,
+    )
     return work, answer, guide
 
 

@@ -90,8 +90,8 @@ def from_validation_errors(errors: Sequence[JsonFields]) -> ApiError:
 
 def _named(message: str) -> str | None:
     """The parameter that an error is about: messages of the engine and of the protocol start with its name."""
-    name = re.match(r"\w*", message)
-    return name[0] if name and name[0] in _FIELDS else None
+    name = re.match(r"(\w+)(=?)", message)
+    return name[1] if name and (name[2] or name[1] in _FIELDS) else None
 
 
 def as_written(message: str, names: Mapping[str, str]) -> str:

@@ -40,17 +40,20 @@ class ReasoningFormat:
         `is_open`: the prompt has begun the reasoning.
         """
         then = self.before_calls if calls else self.before_text
-        opening, closing, forced, after = (
-            tuple(tokenizer.encode(text, add_special_tokens=False))
-            for text in (self.open, self.close, self.forced + then, then)
-        )
+        texts = (self.open, self.close, self.forced + then, then)
+        opening, closing, forced, after = (_ids(tokenizer, text) for text in texts)
         return ReasoningLimits(
             opening=() if is_open else opening,
             closing=closing,
+            blanks=tuple(ids[0] for blank in ("\n", "\n\n") if len(ids := _ids(tokenizer, blank)) == 1),
             forced=forced,
             then=after if constrained else (),
             budget=budget,
         )
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 FORMATS = {

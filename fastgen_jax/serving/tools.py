@@ -18,6 +18,8 @@ from fastgen_jax.text.adapt import CALL_CLOSE, CALL_OPEN
 from fastgen_jax.text.grammar import GrammarError
 from fastgen_jax.text.schemas import Fitted, fitted
 
+CALL_ID_LENGTH = 24  # characters after "call_"
+
 
 class FunctionDelta(TypedDict):
     """The part of a function call in one event; the name comes with the first."""
@@ -95,8 +97,9 @@ def prepare_messages(
 class CallWriter:
     """Turns pieces of one answer into deltas of its tool calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, id_length: int) -> None:
         self._index = -1
+        self._id_length = id_length
 
     def deltas(self, pieces: Sequence[Piece]) -> list[CallDelta]:
         """The deltas for the pieces of one event, at most one for each call."""
@@ -107,7 +110,7 @@ class CallWriter:
                 deltas.append(
                     {
                         "index": self._index,
-                        "id": f"call_{uuid.uuid4().hex[:24]}",
+                        "id": self._new_id(),
                         "type": "function",
                         "function": {"name": piece.text, "arguments": ""},
                     }
@@ -117,6 +120,10 @@ class CallWriter:
                     deltas.append({"index": self._index, "function": {"arguments": ""}})
                 deltas[-1]["function"]["arguments"] += piece.text
         return deltas
+
+    def _new_id(self) -> str:
+        text = uuid.uuid4().hex[: self._id_length]
+        return text if self._id_length < CALL_ID_LENGTH else f"call_{text}"
 
 
 def merge_calls(deltas: Sequence[CallDelta]) -> list[ToolCall]:

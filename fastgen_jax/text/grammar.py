@@ -36,6 +36,8 @@ class ReasoningLimits:
     """They begin it, if the model reasons at all; empty if the prompt has begun it."""
     closing: tuple[int, ...]
     """They end it."""
+    blanks: tuple[int, ...] = ()
+    """White space, of which one token may precede it."""
     forced: tuple[int, ...]
     """They are written after `budget` tokens, to end it."""
     then: tuple[int, ...] = ()

@@ -20,6 +20,7 @@ class ReasoningMatcher(GrammarMatcher):
         self._after = after
         self._eos_token_ids = eos_token_ids
         self._num_opened = 0
+        self._is_first = True  # no token has come
         self._num_tokens = 0  # of the reasoning
         self._recent: tuple[int, ...] = ()
         self._forced: list[int] = []  # tokens that come next
@@ -49,10 +50,12 @@ class ReasoningMatcher(GrammarMatcher):
         else:
             self._after.fill_mask(words)
             if self._phase == "opening":
-                _allow(words, self._limits.opening[0])
+                for token_id in (self._limits.opening[0], *(self._limits.blanks if self._is_first else ())):
+                    _allow(words, token_id)
 
     def advance(self, token_id: int) -> bool:
         """Consumes a token; returns whether the text is complete, or there is an `error`."""
+        is_first, self._is_first = self._is_first, False
         if self._forced:
             self._forced.pop(0)
             if self._phase == "opening" and not self._forced:
@@ -70,7 +73,7 @@ class ReasoningMatcher(GrammarMatcher):
                 self._forced = [*self._limits.opening[self._num_opened :]]
             if self._num_opened == len(self._limits.opening):
                 self._begin()
-        else:
+        elif not (is_first and self._phase == "opening" and token_id in self._limits.blanks):
             self._phase = "after"
             if self._after is not None:
                 ended = self._after.advance(token_id)

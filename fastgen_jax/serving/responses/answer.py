@@ -19,7 +19,7 @@ Event = tuple[str, JsonObject]  # its type, and its other fields
 class ResponseAnswer:
     """Builds the response to POST /v1/responses. Only one item is open at a time: the last one of the output."""
 
-    def __init__(self, body: ResponsesRequest, work: Work, chat: ChatAnswer) -> None:
+    def __init__(self, body: ResponsesRequest, work: Work, chat: ChatAnswer, *, model: str) -> None:
         self._work, self._chat = work, chat
         self._wants_logprobs = body.wants_logprobs
         form = body.text.format if body.text else None
@@ -38,7 +38,7 @@ class ResponseAnswer:
             "max_output_tokens": body.max_output_tokens,
             "max_tool_calls": body.max_tool_calls,
             "metadata": body.metadata or {},
-            "model": body.model,
+            "model": model,
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,

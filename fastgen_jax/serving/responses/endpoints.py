@@ -6,12 +6,13 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from fastgen_jax.json_types import JsonObject
-from fastgen_jax.serving.chat import start_chat
+from fastgen_jax.serving.chat import chat_prompt, start_chat
 from fastgen_jax.serving.endpoints import at_end
 from fastgen_jax.serving.errors import ApiError, ErrorResponses
+from fastgen_jax.serving.protocol import ChatRequest
 from fastgen_jax.serving.responses.answer import ResponseAnswer
 from fastgen_jax.serving.responses.items import input_items
-from fastgen_jax.serving.responses.request import ResponsesRequest, chat_of, renamed
+from fastgen_jax.serving.responses.request import ConversationRequest, ResponsesRequest, chat_of, renamed
 from fastgen_jax.serving.responses.store import ResponseStore
 from fastgen_jax.serving.sse import EventStream, while_connected
 from fastgen_jax.serving.state import ServerState
@@ -21,19 +22,22 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
     """Adds the endpoints; the responses are stored in the memory of this process."""
     store = ResponseStore()
 
+    def chat_to_start(body: ConversationRequest, items: list[JsonObject]) -> ChatRequest:
+        server.check_model(body.model)
+        conversation = [*store.conversation(body.previous_response_id), *items]
+        if not conversation and not body.instructions:
+            raise ApiError("input is empty; pass a string or a list of items", param="input")
+        return chat_of(body, conversation, model=body.model or server.model.name)
+
     @app.post("/v1/responses", responses=errors)
     async def create(body: ResponsesRequest, request: Request) -> Response:
-        server.check_model(body.model)
-        items = input_items(body.input)
-        conversation = [*store.conversation(body.previous_response_id), *items]
-        if not conversation:
-            raise ApiError("input is empty; pass a string or a list of items", param="input")
+        items = input_items(body.input or "")
         try:
-            work, chat, _ = await start_chat(server, chat_of(body, conversation))
+            work, chat, _ = await start_chat(server, chat_to_start(body, items))
         except ApiError as error:
             raise renamed(error) from error
         end = at_end(server, "responses", work, request)
-        answer = ResponseAnswer(body, work, chat)
+        answer = ResponseAnswer(body, work, chat, model=body.model or server.model.name)
 
         def stored_at_end() -> None:
             end()
@@ -46,6 +50,12 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
             return JSONResponse(await while_connected(request.receive, work, answer.collect()))
         finally:
             stored_at_end()
+
+    @app.post("/v1/responses/input_tokens", responses=errors)
+    async def count_tokens(body: ConversationRequest) -> JsonObject:
+        chat = chat_to_start(body, input_items(body.input or ""))
+        tokenizer = server.ready().intake.need_tokenizer("a chat")
+        return {"object": "response.input_tokens", "input_tokens": len(await chat_prompt(server, tokenizer, chat))}
 
     @app.get("/v1/responses/{response_id}", responses=errors)
     async def retrieve(response_id: str, stream: bool = False) -> JsonObject:

@@ -34,6 +34,8 @@ class Reasoning(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
 
 
 class TextFormat(Body):
@@ -53,15 +55,38 @@ class TextOptions(Body):
     verbosity: Literal["medium"] | None = None
 
 
-class ResponsesRequest(Body):
+class ConversationRequest(Body):
+    """POST /v1/responses/input_tokens: the fields that become part of the prompt, and those that only shape the answer."""
+
+    model: str | None = Field(None, description="None: the served model.")
+    input: str | list[JsonObject] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    tools: Annotated[list[JsonObject], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | JsonObject | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: TextOptions | None = None
+    conversation: None = None
+    truncation: Literal["disabled"] | None = None
+    chat_template_kwargs: JsonObject | None = Field(None, description="Extension.")
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ConversationRequest:
+        if self.text is not None and self.text.format is not None:
+            form = self.text.format
+            if (form.type == "json_schema") != (form.schema_ is not None):
+                raise ValueError("text.format: schema and type 'json_schema' belong together; set both or neither")
+        return self
+
+
+class ResponsesRequest(ConversationRequest):
     """The body. Fields described as extensions are not in OpenAI's API."""
 
     # Fields that this server cannot fulfil -> values that ask for nothing.
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
         "background": (None, False),
-        "conversation": (None,),
         "prompt": (None,),
-        "truncation": (None, "disabled"),
         "service_tier": (None, "auto", "default"),
         "context_management": (None, []),
         "moderation": (None,),
@@ -80,23 +105,14 @@ class ResponsesRequest(Body):
         }
     )
 
-    model: str
-    input: str | list[JsonObject] = ""
-    instructions: str | None = None
-    previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[JsonObject], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | JsonObject | None = None
-    parallel_tool_calls: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tool_calls: int | None = Field(None, description="Limits built-in tools, of which there are none.")
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: int | None = None
-    reasoning: Reasoning | None = None
-    text: TextOptions | None = None
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
@@ -105,9 +121,7 @@ class ResponsesRequest(Body):
     prompt_cache_retention: str | None = None
     prompt_cache_options: JsonObject | None = None
     background: object = None
-    conversation: object = None
     prompt: object = None
-    truncation: object = None
     service_tier: object = None
     context_management: object = None
     moderation: object = None
@@ -123,7 +137,6 @@ class ResponsesRequest(Body):
     priority: int | None = Field(None, description="Extension.")
     timeout: float | None = Field(None, description="Extension.")
     thinking_budget: int | None = Field(None, description="Extension.")
-    chat_template_kwargs: JsonObject | None = Field(None, description="Extension.")
 
     @model_validator(mode="after")
     def _supported(self) -> ResponsesRequest:
@@ -133,10 +146,6 @@ class ResponsesRequest(Body):
         for name in self.include or ():
             if name not in self.INCLUDABLE:
                 raise ValueError(f"include has {short(name)}; choose among {', '.join(sorted(self.INCLUDABLE))}")
-        if self.text is not None and self.text.format is not None:
-            form = self.text.format
-            if (form.type == "json_schema") != (form.schema_ is not None):
-                raise ValueError("text.format: schema and type 'json_schema' belong together; set both or neither")
         return self
 
     @property
@@ -145,20 +154,22 @@ class ResponsesRequest(Body):
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
 
-def chat_of(body: ResponsesRequest, items: Sequence[JsonObject]) -> ChatRequest:
+def chat_of(body: ConversationRequest, items: Sequence[JsonObject], *, model: str) -> ChatRequest:
     """The chat of a request whose conversation is `items`; ApiError with the names of this API if there can be none."""
-    fields: JsonObject = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    given = {name: getattr(body, name) for name in _SAME if name in type(body).model_fields}
+    fields: JsonObject = {"model": model, **{name: value for name, value in given.items() if value is not None}}
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     tools, choice = _tools(body)
     fields |= {
         "messages": [*system, *messages_of(items)],
-        "max_completion_tokens": body.max_output_tokens,
         "tools": tools or None,
         "tool_choice": choice,
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
         "response_format": _response_format(body.text.format if body.text else None),
     }
-    if body.wants_logprobs:
+    if isinstance(body, ResponsesRequest):
+        fields["max_completion_tokens"] = body.max_output_tokens
+    if isinstance(body, ResponsesRequest) and body.wants_logprobs:
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     try:
         return ChatRequest.model_validate(fields)
@@ -173,7 +184,7 @@ def renamed(error: ApiError) -> ApiError:
     return error
 
 
-def _tools(body: ResponsesRequest) -> tuple[list[JsonFields], str | JsonFields | None]:
+def _tools(body: ConversationRequest) -> tuple[list[JsonFields], str | JsonFields | None]:
     """Tools and choice in the form of chats."""
     tools = []
     for i, tool in enumerate(body.tools or ()):

@@ -68,6 +68,8 @@ class ToolFormat:
     """What is written before the first call and after the last."""
     between: str = "\n"
     """What is written between two calls."""
+    id_length: int = 24
+    """Length of the ids of calls; templates of Mistral accept only nine letters and digits."""
     channels: bool = False
     """Whether the format has parts for reasoning and for the user, in every answer; `read` separates them too."""
 

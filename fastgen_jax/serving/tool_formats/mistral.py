@@ -58,6 +58,7 @@ ARRAY = ToolFormat(
     write=_write_array,
     marks=(_CALLS,),
     around=(f"{_CALLS}[", "]"),
+    id_length=9,
     between=", ",
 )
 NAMED = ToolFormat(
@@ -67,4 +68,5 @@ NAMED = ToolFormat(
     write=_write_named,
     marks=(_CALLS, _ID, _ARGUMENTS),
     between="",
+    id_length=9,
 )
