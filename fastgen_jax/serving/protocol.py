@@ -115,6 +115,7 @@ class Sampling(Guided):
     metadata: JsonObject | None = Field(None, description="Means nothing here.")
     prompt_cache_key: str | None = Field(None, description="Means nothing here: prefixes are found by their tokens.")
     prompt_cache_retention: str | None = Field(None, description="Means nothing here.")
+    prompt_cache_options: JsonObject | None = Field(None, description="Means nothing here.")
     safety_identifier: str | None = Field(None, description="Means nothing here.")
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
         None, description="Means nothing here: the answer's service_tier is default."
@@ -358,6 +359,7 @@ class ChatRequest(ChatPrompt, Sampling):
         "function_call": (None, "none", "auto"),
         "verbosity": (None, "medium"),
         "web_search_options": (None,),
+        "moderation": (None,),
     }
 
     messages: Annotated[list[JsonObject], Field(min_length=1)]
@@ -382,6 +384,7 @@ class ChatRequest(ChatPrompt, Sampling):
     include_reasoning: bool | None = Field(None, description="Extension: false leaves the reasoning out of the answer.")
     verbosity: object = None
     web_search_options: object = None
+    moderation: object = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
