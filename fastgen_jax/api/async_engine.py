@@ -140,6 +140,7 @@ class AsyncEngine:
         self._closed = False
         self._engine = engine
         self._pooling = asyncio.Lock()
+        self._num_pooling = 0
         self._thread = EngineThread(engine, self._hand_over, sleep_idle=sleep_idle)
 
     def __repr__(self) -> str:
@@ -272,8 +273,14 @@ class AsyncEngine:
         """The hidden states of texts; see `fastgen_jax.api.pooling.pool`. Runs between the steps of requests."""
         if not self.is_ready:
             raise ClosedError(self.failure or "this server accepts no more requests: it is shutting down")
-        async with self._pooling:
-            return await asyncio.to_thread(pool, self._engine, texts, pooling, token_ids=token_ids)
+        if self._num_pooling >= self.max_queue:
+            raise QueueFullError(self._num_pooling, self.max_queue, 1.0)
+        self._num_pooling += 1
+        try:
+            async with self._pooling:
+                return await asyncio.to_thread(pool, self._engine, texts, pooling, token_ids=token_ids)
+        finally:
+            self._num_pooling -= 1
 
     async def drain(self, timeout: float) -> bool:
         """Refuses new requests and waits until all have ended; False if some have not after `timeout` seconds."""

@@ -179,6 +179,8 @@ class Router:
         if self._closed or not ready:
             raise ClosedError(self.failure or "no replica is ready; they are being restarted")
         replica = min(ready, key=lambda replica: (len(replica.answers), replica.work))
+        if len(replica.answers) >= self.max_queue:
+            raise QueueFullError(len(replica.answers), self.max_queue, 1.0)
         try:
             answer = await self._ask(replica, "pool", list(texts), pooling, token_ids)
         except asyncio.CancelledError:

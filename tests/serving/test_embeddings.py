@@ -115,6 +115,14 @@ def test_vectors_are_computed_between_the_steps_of_requests_and_do_not_change_th
             np.testing.assert_allclose(entry["embedding"], expected(text, "last"), atol=1e-5)
 
 
+def test_vectors_wait_in_a_queue_of_limited_length():
+    async def scenario(client, _):
+        got = await asyncio.gather(*(client.post("/v1/embeddings", json={"model": MODEL, "input": "x"}) for _ in range(5)))
+        return sorted(response.status_code for response in got)
+
+    assert with_server(scenario, max_queue=2) == [200, 200, 429, 429, 429]
+
+
 def test_a_failed_step_returns_the_blocks(monkeypatch):
     shared = engine()
     monkeypatch.setattr(type(shared.runner), "run", lambda *_: 1 / 0)
