@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +14,8 @@ from hypothesis import strategies as st
 from fastgen_jax.serving.chat import AnswerForm
 from fastgen_jax.serving.reasoning import FORMATS as REASONING
 from fastgen_jax.serving.tool_formats import FORMATS, tool_format
+from fastgen_jax.text.grammar import GrammarCompiler
+from tests.serving.tiny_server import tokenizer
 
 SCHEMAS = {
     "get_weather": {
@@ -212,6 +217,48 @@ def test_calls_follow_reasoning():
     content, thoughts, calls = read(form_of("hermes", "think"), text)
     assert (content, thoughts, len(calls)) == ("Let me look.\n", "Hm.", 2)
     assert read(form_of("harmony", "harmony"), ANSWERS["harmony"][0])[1] == "I think."
+
+
+MARKED = {"hermes": ("<tool_call>", "</tool_call>"), "mistral": ("[TOOL_CALLS]",), "harmony": FORMATS["harmony"].marks}
+
+
+@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("special", [False, True])
+def test_marks_that_are_tokens_are_forced_as_such(name, special):
+    marks = MARKED[name]
+    known = tokenizer()
+    first = known.vocab_size
+
+    def encode(text, *, add_special_tokens):
+        pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+        ids = [[first + marks.index(p)] if p in marks else known.encoder(p, add_special_tokens=False) for p in pieces]
+        return [i for part in ids for i in part]
+
+    marked = replace(
+        known,
+        encoder=encode,
+        texts=[*known.texts, *marks],
+        pieces=[*known.pieces, *(mark.encode() for mark in marks)],
+        special_ids=known.special_ids | (set(range(first, first + len(marks))) if special else set()),
+    )
+    form = FORMATS[name]
+    schemas = {"f": {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": False}}
+    compiler = GrammarCompiler(marked, vocab_size=marked.vocab_size, eos_token_ids=(2,))
+    matcher = compiler.matcher(form.grammar(schemas, marked, several=True))
+    words, ids = np.zeros(-(-marked.vocab_size // 32), np.int32), []
+    while len(ids) < 200:
+        words[:] = 0
+        matcher.fill_mask(words)
+        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        ids.append(2 if 2 in allowed else int(allowed[-1]))
+        if matcher.advance(ids[-1]):
+            break
+    assert matcher.error is None
+    text = marked.decode([i for i in ids if i != 2], skip_special_tokens=False)
+    assert [(n, json.loads(a)) for n, a in read(form_of(name), text)[2]] == [("f", {"x": 1})]
+    used = [mark for mark in marks if mark in text]
+    assert used
+    assert {first + marks.index(mark) for mark in used} <= set(ids)
 
 
 TEMPLATES = {

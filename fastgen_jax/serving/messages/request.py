@@ -71,6 +71,8 @@ class MessagesRequest(CountRequest):
         "mcp_servers": (None, []),
         "service_tier": (None, "auto", "standard_only"),
         "inference_geo": (None,),
+        "speed": (None, "standard"),
+        "diagnostics": (None,),
     }
 
     max_tokens: Annotated[int, Field(ge=1)]
@@ -85,6 +87,8 @@ class MessagesRequest(CountRequest):
     mcp_servers: object = None
     service_tier: object = None
     inference_geo: object = None
+    speed: object = None
+    diagnostics: object = None
     min_p: float | None = Field(None, description="Extension.")
     seed: int | None = Field(None, description="Extension.")
     priority: int | None = Field(None, description="Extension.")
