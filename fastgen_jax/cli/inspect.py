@@ -95,9 +95,10 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
         return ""
     kept: Counter[BlockKind] = Counter()
     for path, kind in kept_in_blocks(checkpoint).items():
-        source = checkpoint.sources.get(path)
+        # A tied head is the embedding once more.
+        source = checkpoint.sources.get(path) or checkpoint.sources["embed"]
         layers = range(checkpoint.config.num_layers)
-        names = {name.format(layer=layer) for name in source.names for layer in layers} if source else set()
+        names = {name.format(layer=layer) for name in source.names for layer in layers}
         kept[kind] += sum(math.prod(checkpoint.shape(name)) for name in names & checkpoint.tensor_names)
     parts = [
         f"{100 * count / stored.total():.1f} % in {kind.name} ({kind.bits:.2f} bits each)"
