@@ -10,10 +10,11 @@ from typing import NotRequired, TypedDict
 
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, Sampling
+from fastgen_jax.serving.samples import Scores, TextOffsets
 from fastgen_jax.serving.tool_formats.pieces import Piece, Reader
 from fastgen_jax.serving.tools import CALL_ID_LENGTH, CallDelta, CallWriter, ToolCall, merge_calls
 from fastgen_jax.serving.work import Milliseconds, TokenUsage, Usage, Work
-from fastgen_jax.text import IncrementalDetokenizer, Tokenizer
+from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.messages import checked_messages, text_of
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # built once: it runs for every token
@@ -118,25 +119,6 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-class TextOffsets:
-    """Where tokens start in the text of an answer, in characters; a token within a character starts where that does."""
-
-    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], *, echo: bool) -> None:
-        self._tokenizer = tokenizer
-        self._next = 0
-        self._prompt_ids = prompt_ids
-        self._prompt = self._answer = None
-        if tokenizer is not None:
-            self._prompt = IncrementalDetokenizer(tokenizer, skip_special_tokens=False) if echo else None
-            self._answer = IncrementalDetokenizer(tokenizer, prompt_ids=prompt_ids)
-
-    def start_of(self, token_id: int, *, in_prompt: bool = False) -> int:
-        """Returns where the next token starts."""
-        start, detokenizer = self._next, self._prompt if in_prompt else self._answer
-        self._next += len(detokenizer.push((token_id,))) if detokenizer is not None else 0
-        return start
-
-
 def head_of(body: Sampling, kind: str, object: str, fingerprint: str | None) -> dict[str, object]:
     """The fields that the response and every event start with."""
     head = {
@@ -147,28 +129,6 @@ def head_of(body: Sampling, kind: str, object: str, fingerprint: str | None) -> 
         "system_fingerprint": fingerprint,
     }
     return head if body.service_tier is None else {**head, "service_tier": "default"}
-
-
-class Scores:
-    """The mean log-probability of each sample, from which the best are chosen."""
-
-    def __init__(self, body: Sampling, num_samples: int) -> None:
-        self._body = body
-        self._sums = [0.0] * num_samples
-        self._counts = [0] * num_samples
-
-    def add(self, index: int, outputs: Sequence[RequestOutput]) -> None:
-        """Adds the tokens of `outputs` to those of sample `index`."""
-        for output in outputs if self._body.selects else ():
-            self._sums[index] += sum(entry.logprob for entry in output.logprobs or ())
-            self._counts[index] += len(output.new_token_ids)
-
-    def chosen(self) -> list[int]:
-        """The samples to return, for each prompt the best ones first."""
-        each, count = self._body.num_samples, self._body.num_choices
-        means = [total / max(1, number) for total, number in zip(self._sums, self._counts, strict=True)]
-        groups = (range(start, start + each) for start in range(0, len(means), each))
-        return [i for group in groups for i in (sorted(group, key=lambda i: -means[i])[:count] if each > count else group)]
 
 
 class CompletionAnswer:

@@ -59,7 +59,8 @@ def start_beams(
             outputs = [output async for output in stream]
         finally:
             stream.close()
-        (entry,) = outputs[-1].logprobs or ()
+        assert outputs[-1].logprobs is not None  # they were requested
+        (entry,) = outputs[-1].logprobs
         ends = frozenset((*(() if params.ignore_eos else intake.eos_token_ids), *params.stop_token_ids))
         return [Beam((*beam.token_ids, i), beam.logprob + value, i in ends) for i, value in entry.top.items()]
 

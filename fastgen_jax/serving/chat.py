@@ -17,13 +17,12 @@ from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError, SamplingParams
 from fastgen_jax.serving.answers import ChatAnswer
 from fastgen_jax.serving.beams import start_beams
+from fastgen_jax.serving.conversation import ChatPrompt, NamedTool
 from fastgen_jax.serving.errors import ApiError, context_exceeded, unsupported
 from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.protocol import (
-    ChatPrompt,
     ChatRequest,
     CompletionRequest,
-    NamedTool,
     Sampling,
     TokenizeRequest,
 )

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from fastgen_jax.engine.prompts import TokenIds, in_vocabulary
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.serving.errors import ApiError, ErrorResponses, unsupported
-from fastgen_jax.serving.protocol import Body, TokenId
+from fastgen_jax.serving.fields import Body, TokenId
 from fastgen_jax.serving.state import ServerState
 
 MAX_TEXTS = 2048  # of one request, as in OpenAI's API

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 from fastgen_jax.json_types import JsonFields
+from fastgen_jax.serving.conversation import NamedTool, Tool
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.guided import Guide
-from fastgen_jax.serving.protocol import ChatRequest, NamedTool, Sampling, Tool
+from fastgen_jax.serving.protocol import ChatRequest, Sampling
 from fastgen_jax.serving.tool_formats import ToolFormat
 from fastgen_jax.serving.tool_formats.pieces import Piece
 from fastgen_jax.text import Tokenizer

@@ -101,7 +101,7 @@ class TokenFilter:
             before = len(sequence) - 1
             if tuple(self._output[-before:]) == sequence[:-1]:
                 word, bit = divmod(sequence[-1], 32)
-                words[word] &= np.int32(~np.int64(1 << bit).astype(np.int32))
+                words.view(np.uint32)[word] &= ~np.uint32(1 << bit)
 
     def advance(self, token_id: int) -> bool:
         """Consumes a token; returns whether the inner matcher is complete, or has an error."""

@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.serving.errors import ApiError, from_validation_errors, unsupported
-from fastgen_jax.serving.protocol import Body, ChatRequest, short
+from fastgen_jax.serving.fields import Body, short
+from fastgen_jax.serving.protocol import ChatRequest
 
 _SAME = ("model", "temperature", "top_p", "top_k", "stream", "min_p", "seed", "priority", "timeout", "chat_template_kwargs")
 # Names of a chat in errors -> those of this API.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.serving.errors import ApiError
-from fastgen_jax.serving.protocol import short
+from fastgen_jax.serving.fields import short
 
 ROLES = ("user", "assistant", "system", "developer")
 

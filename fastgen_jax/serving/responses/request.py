@@ -9,7 +9,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.serving.errors import ApiError, from_validation_errors, unsupported
-from fastgen_jax.serving.protocol import Body, ChatRequest, StreamOptions, short
+from fastgen_jax.serving.fields import Body, short
+from fastgen_jax.serving.protocol import ChatRequest, StreamOptions
 from fastgen_jax.serving.responses.items import messages_of
 
 # Fields that a chat has under the same name.
