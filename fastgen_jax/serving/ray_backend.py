@@ -16,10 +16,12 @@ from fastapi import FastAPI
 from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError, Stream
 from fastgen_jax.api.deployment import check_name, default_name
 from fastgen_jax.api.engine_thread import Event, Failure
+from fastgen_jax.api.pooling import Pooled, Pooling
 from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.prompts import TokenIds
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.app import create_app
@@ -73,6 +75,10 @@ class EngineReplica:
             yield [error.failure]
         finally:
             stream.close()
+
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, token_ids: tuple[int, ...]) -> list[Pooled]:
+        """See `AsyncEngine.pool`."""
+        return await self._engine.pool(texts, pooling, token_ids=token_ids)
 
     async def snapshot(self, since_step: int | None) -> Snapshot:
         """See `take_snapshot`."""
@@ -133,6 +139,10 @@ class RayBackend:
             return await asyncio.to_thread(answers.results, timeout_s=SNAPSHOT_SECONDS)
         except Exception:  # Ray's, of several kinds: a replica is being replaced
             return []
+
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
+        """See `AsyncEngine.pool`."""
+        return await self._engines.pool.remote(list(texts), pooling, token_ids)
 
     async def drain(self, timeout: float) -> bool:
         """Accepts no more requests and waits for the running ones; returns whether all have ended."""
@@ -200,6 +210,12 @@ class Ingress:
         config = self._server
         checkpoint = open_checkpoint(resolve_model(self._model))
         intake = Intake(load_tokenizer(checkpoint.tokenizer_source), checkpoint.config, self._config)
-        name = config.served_model_name or default_name(self._model)
-        served = ServedModel(name=name, deployment=check_name(config.deployment_name or name), config=config)
+        name, *others = config.served_model_name or (default_name(self._model),)
+        served = ServedModel(
+            name=name,
+            deployment=check_name(config.deployment_name or name),
+            config=config,
+            other_names=tuple(others),
+            root=self._model,
+        )
         return create_app(ServerState(served, RayBackend(self._engines, intake, max_queue=config.max_queue)))

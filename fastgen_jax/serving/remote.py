@@ -13,13 +13,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any  # of answers: what the replica was asked for
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.api.engine_thread import Event, Failure, Load
 from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.frames import pack
 from fastgen_jax.serving.replica import ReplicaPlan
-from fastgen_jax.serving.work import Snapshot
 from fastgen_jax.text.grammar import Grammar
 
 PIECE = 64  # tokens: prefixes are remembered in pieces of this size
@@ -87,7 +87,7 @@ class ReplicaHandle:
         self.num_starts = 0
         self.started = 0.0
         self.process: subprocess.Popen[bytes] | None = None
-        self.snapshots: dict[int, asyncio.Future[Snapshot]] = {}
+        self.answers: dict[int, asyncio.Future[Any]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._prefixes: OrderedDict[bytes, None] = OrderedDict()
         self._new = 0  # submitted since the replica last reported its load
@@ -158,9 +158,9 @@ class ReplicaHandle:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        for future in self.snapshots.values():
+        for future in self.answers.values():
             future.cancel()
-        self.snapshots.clear()
+        self.answers.clear()
         if self.process is not None:
             process, self.process = self.process, None
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -170,9 +170,9 @@ class ReplicaHandle:
         return None
 
 
-def prefix_pieces(token_ids: Sequence[int]) -> list[bytes]:
+def prefix_pieces(token_ids: Sequence[int], *, salt: str = "") -> list[bytes]:
     """Returns the hashes of a prompt's prefixes of one piece, two pieces, and so on."""
-    hashes, digest = [], hashlib.blake2b(digest_size=8)
+    hashes, digest = [], hashlib.blake2b(salt.encode(), digest_size=8)
     for start in range(0, len(token_ids) - PIECE + 1, PIECE):
         digest.update(struct.pack(f"<{PIECE}i", *token_ids[start : start + PIECE]))
         hashes.append(digest.digest())

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from fastgen_jax.api.async_engine import EVENTS_PER_TURN, MAX_QUEUE, ClosedError, QueueFullError, Stream
 from fastgen_jax.api.engine_thread import Event, Failure
+from fastgen_jax.api.pooling import Pooled, Pooling
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.prompts import TokenIds
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request
@@ -154,7 +156,9 @@ class Router:
         stream = Stream(request, self._on_stream_closed)
         limit = request.params.max_new_tokens or EXPECTED_OUTPUT
         work = len(request.prompt_token_ids) + min(limit, EXPECTED_OUTPUT)
-        routed = RoutedRequest(request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids), work)
+        routed = RoutedRequest(
+            request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids, salt=request.cache_salt), work
+        )
         self._requests[request.request_id] = routed
         self._idle.clear()
         self._route(routed)
@@ -165,12 +169,34 @@ class Router:
         waiting = []
         for replica in self.replicas:
             if replica.is_ready:
-                number = next(self._numbers)
-                future = replica.snapshots[number] = asyncio.get_running_loop().create_future()
-                replica.write("snapshot", number, since_step)
-                waiting.append(asyncio.wait_for(future, SNAPSHOT_SECONDS))
+                waiting.append(asyncio.wait_for(self._ask(replica, "snapshot", since_step), SNAPSHOT_SECONDS))
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
+        """See `AsyncEngine.pool`. One replica computes all texts of a call."""
+        ready = [replica for replica in self.replicas if replica.is_ready]
+        if self._closed or not ready:
+            raise ClosedError(self.failure or "no replica is ready; they are being restarted")
+        replica = min(ready, key=lambda replica: (len(replica.answers), replica.work))
+        if len(replica.answers) >= self.max_queue:
+            raise QueueFullError(len(replica.answers), self.max_queue, 1.0)
+        try:
+            answer = await self._ask(replica, "pool", list(texts), pooling, token_ids)
+        except asyncio.CancelledError:
+            if replica.is_ready:  # not the replica, but the caller has gone
+                raise
+            raise ClosedError("the replica that computed this died; send it again") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _ask(self, replica: ReplicaHandle, kind: str, *rest: object) -> asyncio.Future[Any]:
+        """The future answer of a replica; cancelled if the replica ends."""
+        number = next(self._numbers)
+        future = replica.answers[number] = asyncio.get_running_loop().create_future()
+        replica.write(kind, number, *rest)
+        return future
 
     async def drain(self, timeout: float) -> bool:
         """Accepts no more requests and waits for the running ones; returns whether all ended in `timeout` seconds."""
@@ -230,11 +256,11 @@ class Router:
             events, load = rest
             replica.update_load(load)
             self._deliver(replica, events)
-        elif kind == "snapshot":
-            number, snapshot = rest
-            future = replica.snapshots.pop(number, None)
+        elif kind == "answer":
+            number, answer = rest
+            future = replica.answers.pop(number, None)
             if future is not None and not future.done():
-                future.set_result(snapshot)
+                future.set_result(answer)
         elif kind == "ready":
             config: ResolvedConfig = rest[0]
             self._intake = self._intake or Intake(self._tokenizer, self._model_config, config)
