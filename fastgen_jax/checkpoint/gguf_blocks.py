@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from fastgen_jax.checkpoint.block_kind import BlockKind
@@ -61,6 +62,13 @@ def _q8_0(blocks: np.ndarray) -> BlockWeight:
     from pallas_kernels.matmul import BlockWeight
 
     return BlockWeight(values=blocks[..., 2:].view(np.int8).reshape(len(blocks), -1), scales=_float16(blocks, 0))
+
+
+def _mxfp4(blocks: np.ndarray) -> BlockWeight:
+    from pallas_kernels.matmul import BlockWeight
+
+    values = _halves(blocks[..., 1:]).view(ml_dtypes.float4_e2m1fn).reshape(len(blocks), -1)
+    return BlockWeight(values=values, scales=blocks[..., 0].view(ml_dtypes.float8_e8m0fnu))
 
 
 def _q5_0(blocks: np.ndarray) -> BlockWeight:
@@ -137,4 +145,5 @@ _TYPES = {
     12: _Type(BlockKind("Q4_K", 6.0, 32), 144, _q4_k),
     13: _Type(BlockKind("Q5_K", 10.0, 32), 176, _q5_k),
     14: _Type(BlockKind("Q6_K", 10.0, 16), 210, _q6_k),
+    39: _Type(BlockKind("MXFP4", 4.25, 32, is_float=True), 17, _mxfp4),
 }

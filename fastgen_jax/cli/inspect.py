@@ -90,15 +90,15 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     """What becomes of quantized weights; empty if there are none, and for a snapshot, whose weights stay as they are."""
     from fastgen_jax.checkpoint import kept_in_blocks
     from fastgen_jax.checkpoint.base import HoldsBlocks
+    from fastgen_jax.models.params import all_specs, layers_with
 
     if not isinstance(checkpoint, HoldsBlocks) or all(dtype in _PLAIN for dtype in stored):
         return ""
+    specs, having = all_specs(checkpoint.config), layers_with(checkpoint.config)
     kept: Counter[BlockKind] = Counter()
     for path, kind in kept_in_blocks(checkpoint).items():
-        source = checkpoint.sources.get(path)
-        layers = range(checkpoint.config.num_layers)
-        names = {name.format(layer=layer) for name in source.names for layer in layers} if source else set()
-        kept[kind] += sum(math.prod(checkpoint.shape(name)) for name in names & checkpoint.tensor_names)
+        if path in specs:  # and not a tied head, which is counted as the embedding
+            kept[kind] += math.prod(specs[path].shape) * (len(having[specs[path].name]) if specs[path].per_layer else 1)
     parts = [
         f"{100 * count / stored.total():.1f} % in {kind.name} ({kind.bits:.2f} bits each)"
         for kind, count in kept.most_common()

@@ -1,7 +1,7 @@
 """Weights in blocks: 4 or 8 bits per value, and a scale for every 32 (or more) consecutive inputs of a column.
 
-Sources: the formats Q4_0, Q4_1, Q4_K and Q8_0 of GGUF, and the group-wise formats of GPTQ (arXiv:2210.17323) and AWQ
-(arXiv:2306.00978), are all of this form.
+Sources: the formats Q4_0, Q4_1, Q4_K and Q8_0 of GGUF, the group-wise formats of GPTQ (arXiv:2210.17323) and AWQ
+(arXiv:2306.00978), and the microscaling formats of OCP (arXiv:2310.10537) are all of this form.
 """
 
 from __future__ import annotations
@@ -10,43 +10,67 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float4_e2m1fn, float8_e4m3fn
 
 from pallas_kernels.matmul import cpu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Float, Float32, Int8, Shaped, UInt8
+    from jaxtyping import Float, Float32, Int, Shaped, UInt8
 
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 """Inputs of a block that the native kernel knows."""
 INT4_BLOCK = 32
 """Inputs of a block in `quantize_int4`."""
+# The name and the bits of the values of a dtype: a number of 4 bits fills a byte of an array.
+_NUMBERS = {
+    np.dtype(np.uint8): ("uint4", 4),
+    np.dtype(np.int8): ("int8", 8),
+    np.dtype(float4_e2m1fn): ("float4_e2m1fn", 4),
+    np.dtype(float8_e4m3fn): ("float8_e4m3fn", 8),
+}
+_BITS = dict(_NUMBERS.values())
+_SCALE_BITS = {"float8_e8m0fnu": 8, "float16": 16, "float32": 32}
 
 
 class BlockFormat(NamedTuple):
     """How blocks are stored."""
 
-    bits: int
+    numbers: str
+    """What the values are: "uint4", "int8", "float4_e2m1fn" or "float8_e4m3fn"."""
     has_offsets: bool
     scale_dtype: str
     size: int
+    """Inputs of a block."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value."""
+        return _BITS[self.numbers]
+
+    @property
+    def bits_with_scales(self) -> float:
+        """Bits of memory per value, with its share of the scale and of the offset."""
+        return self.bits + _SCALE_BITS[self.scale_dtype] * (1 + self.has_offsets) / self.size
 
     @property
     def number(self) -> int:
         """The number of this format in the native kernel, regardless of the size of its blocks."""
-        return _NUMBERS[self[:3]]
+        return _FORMATS[self[:3]]
 
 
-# The same numbers are in cpu.cc.
-_NUMBERS = {
-    (4, False, "float16"): 0,
-    (4, True, "float16"): 1,
-    (4, True, "float32"): 2,
-    (8, False, "float16"): 3,
-    (8, False, "float32"): 4,
-    (8, True, "float32"): 5,
+# The same numbers are in blocks.h.
+_FORMATS = {
+    ("uint4", False, "float16"): 0,
+    ("uint4", True, "float16"): 1,
+    ("uint4", True, "float32"): 2,
+    ("int8", False, "float16"): 3,
+    ("int8", False, "float32"): 4,
+    ("int8", True, "float32"): 5,
+    ("float4_e2m1fn", False, "float8_e8m0fnu"): 6,
+    ("float4_e2m1fn", False, "float32"): 7,
+    ("float8_e4m3fn", False, "float32"): 8,
 }
 
 
@@ -58,27 +82,29 @@ class BlockWeight:
     bits.
 
     Attributes:
-      values: [N, K]: 0 to 15 in uint8 for 4 bits, int8 for 8 bits.
-      scales: [N, K / size], float16 or float32.
-      offsets: like `scales`. None: zero, but for 4 bits -8 times the scale.
+      values: [N, K]: 0 to 15 in uint8 for 4 bits, int8 for 8 bits, or float4_e2m1fn or float8_e4m3fn.
+      scales: [N, K / size], float16 or float32; powers of two may be float8_e8m0fnu.
+      offsets: like `scales`. None: zero, but for integers of 4 bits -8 times the scale.
     """
 
-    values: UInt8[np.ndarray, "N K"] | Int8[np.ndarray, "N K"]
-    scales: Float[np.ndarray, "N blocks"]
+    values: Shaped[np.ndarray, "N K"]
+    scales: Shaped[np.ndarray, "N blocks"]
     offsets: Float[np.ndarray, "N blocks"] | None = None
 
     def __post_init__(self) -> None:
         n, k = self.values.shape
-        if self.values.dtype not in (np.uint8, np.int8):
-            raise ValueError(f"values are {self.values.dtype}, but must be uint8 (4 bits) or int8 (8 bits)")
+        if self.values.dtype not in _NUMBERS:
+            raise ValueError(
+                f"values are {self.values.dtype}, but must be uint8 (4 bits), int8 (8 bits), float4_e2m1fn or float8_e4m3fn"
+            )
         if self.scales.ndim != 2 or self.scales.shape[0] != n or k % self.scales.shape[1]:
             raise ValueError(f"scales are {list(self.scales.shape)}, but must be [{n}, K / size] for values [{n}, {k}]")
         if self.size not in BLOCK_SIZES:
             raise ValueError(f"blocks have {self.size} inputs; supported: {', '.join(map(str, BLOCK_SIZES))}")
         if self.offsets is not None and (self.offsets.shape, self.offsets.dtype) != (self.scales.shape, self.scales.dtype):
             raise ValueError(f"offsets are {self.offsets.dtype}{list(self.offsets.shape)}, unlike the scales")
-        if self.format[:3] not in _NUMBERS:
-            known = "; ".join(f"{bits} bits with {kind} scales{', offsets' * on}" for bits, on, kind in _NUMBERS)
+        if self.format[:3] not in _FORMATS:
+            known = "; ".join(f"{numbers} with {kind} scales{', offsets' * on}" for numbers, on, kind in _FORMATS)
             raise ValueError(f"blocks of the format {self.format} are not supported; supported: {known}")
 
     @property
@@ -95,8 +121,13 @@ class BlockWeight:
     @property
     def format(self) -> BlockFormat:
         """How the blocks are stored."""
-        bits = 4 if self.values.dtype == np.uint8 else 8
-        return BlockFormat(bits, self.offsets is not None, self.scales.dtype.name, self.size)
+        numbers, _ = _NUMBERS[self.values.dtype]
+        return BlockFormat(numbers, self.offsets is not None, self.scales.dtype.name, self.size)
+
+    @property
+    def implied_offset(self) -> int:
+        """What a value is counted from if there are no offsets, in units of the scale."""
+        return -8 if self.format.numbers == "uint4" else 0
 
     def dequantize(self) -> Float32[np.ndarray, "K N"]:
         """The matrix that the blocks stand for."""
@@ -106,9 +137,14 @@ class BlockWeight:
         values *= scales[..., None]
         if self.offsets is not None:
             values += self.offsets.astype(np.float32)[..., None]
-        elif self.format.bits == 4:
-            values -= 8 * scales[..., None]
+        elif self.implied_offset:
+            values += self.implied_offset * scales[..., None]
         return values.reshape(n, k).T
+
+    def columns(self, order: Int[np.ndarray, " columns"]) -> BlockWeight:
+        """The weight with these columns, in this order."""
+        offsets = None if self.offsets is None else self.offsets[order]
+        return BlockWeight(values=self.values[order], scales=self.scales[order], offsets=offsets)
 
 
 def concatenate(weights: Sequence[BlockWeight]) -> BlockWeight:
@@ -124,11 +160,14 @@ def concatenate(weights: Sequence[BlockWeight]) -> BlockWeight:
 
 
 def widen(w: BlockWeight, size: int) -> BlockWeight:
-    """The same weight in 8 bits, with a scale and an offset in float32 for every `size` inputs, which divides `w.size`."""
+    """The same weight in int8, with a scale and an offset in float32 for every `size` inputs, which divides `w.size`.
+
+    ValueError if its values are not integers.
+    """
+    if w.format.numbers not in ("uint4", "int8"):
+        raise ValueError(f"blocks of {w.format.numbers} have no equal in int8; leave them as they are, or dequantize them")
     scales = w.scales.astype(np.float32)
-    offsets = np.zeros_like(scales) if w.offsets is None else w.offsets.astype(np.float32)
-    if w.offsets is None and w.format.bits == 4:
-        offsets = -8 * scales
+    offsets = w.implied_offset * scales if w.offsets is None else w.offsets.astype(np.float32)
     scales, offsets = (array.repeat(w.size // size, axis=1) for array in (scales, offsets))
     return BlockWeight(values=w.values.view(np.int8), scales=scales, offsets=offsets)
 
@@ -162,13 +201,19 @@ def quantize_int4(w: Float[np.ndarray, "K N"]) -> BlockWeight:
 def pack(w: BlockWeight, *, gated: bool) -> UInt8[np.ndarray, "P blocks bytes one"]:
     """Panels [P, K / size, bytes of a block, 1] of a matrix [K, N]; `native/blocks.h` says what a block holds."""
     _, k = w.values.shape
-    bytes_ = w.values[:, 0::2] | w.values[:, 1::2] << 4 if w.format.bits == 4 else w.values.view(np.uint8)
+    codes = w.values.view(np.uint8)
+    bytes_ = codes[:, 0::2] | codes[:, 1::2] << 4 if w.format.bits == 4 else codes
     words = np.ascontiguousarray(bytes_).view("<u4")
-    packed = [cpu.pack(array.T, gated=gated) for array in (w.scales, w.offsets) if array is not None]
+    packed = [cpu.pack(_words(array).T, gated=gated) for array in (w.scales, w.offsets) if array is not None]
     packed.append(cpu.pack(words.T, gated=gated))
     panels, count = len(packed[0]), k // w.format.size
     parts = [_bytes(array.reshape(panels, count, -1)) for array in packed]
     return np.concatenate(parts, axis=2)[..., None]
+
+
+def _words(scales: Shaped[np.ndarray, "N blocks"]) -> Shaped[np.ndarray, "N blocks"]:
+    """Exponents have no zero, with which panels are padded."""
+    return scales.view(np.uint8) if scales.dtype.itemsize == 1 else scales
 
 
 def _bytes(array: Shaped[np.ndarray, "P blocks words"]) -> UInt8[np.ndarray, "P blocks bytes"]:

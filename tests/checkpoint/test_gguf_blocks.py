@@ -10,7 +10,7 @@ from fastgen_jax.checkpoint import gguf_blocks
 from fastgen_jax.checkpoint.block_kind import BlockKind, common_kind
 from pallas_kernels.matmul import concatenate, widen
 
-KINDS = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+KINDS = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "MXFP4": 39}
 # The bytes of a block that hold float16 numbers, if not (0, 4).
 SCALES = {
     "Q4_0": (0, 2),
@@ -26,6 +26,9 @@ def _rows(name: str, n: int = 5, k: int = 512) -> np.ndarray:
     kind = gguf.GGMLQuantizationType[name]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = generator.integers(0, 256, (n, k // block, size), np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] %= 253  # an exponent; larger ones overflow
+        return blocks.reshape(n, -1)
     start, end = SCALES.get(name, (0, 4))
     scales = generator.uniform(-0.01, 0.01, (n, k // block, (end - start) // 2)).astype(np.float16)
     blocks[..., start:end] = scales.view(np.uint8)
@@ -56,5 +59,5 @@ def test_matrices_of_different_kinds_take_a_common_one_with_the_same_values():
 
 def test_other_types_are_not_kept():
     assert gguf_blocks.block_kind(gguf.GGMLQuantizationType.Q3_K) is None
-    with pytest.raises(ValueError, match=r"type 11 are not kept.*\[2, 3, 6, 7, 8, 12, 13, 14\]"):
+    with pytest.raises(ValueError, match=r"type 11 are not kept.*\[2, 3, 6, 7, 8, 12, 13, 14, 39\]"):
         gguf_blocks.read_blocks(np.zeros((2, 110), np.uint8), 11)
