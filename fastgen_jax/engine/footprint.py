@@ -25,11 +25,11 @@ SAMPLER_COPIES = 4  # f32[R, V] arrays that the sampler holds at the same time: 
 def quantization_of(spec: WeightSpec, quantize: str | None) -> str | None:
     """The format of a weight in an engine with this `quantize`.
 
-    With "int4", what has no kernel for 4 bits, and the head, which is sensitive, has 8.
+    With "int4", the head, which is sensitive, and matrices that whole blocks do not fill have 8 bits.
     """
     if quantize is None or not spec.quantizable:
         return None
-    narrow = spec.kind is not Kind.HEADS and spec.per_layer and spec.shape[-2] % INT4_BLOCK == 0
+    narrow = spec.per_layer and spec.shape[-2] % INT4_BLOCK == 0
     return "int8" if quantize == "int4" and not narrow else quantize
 
 

@@ -61,6 +61,10 @@ def test_a_quantized_directory_shows_its_format_and_what_it_becomes(tmp_path, ca
     assert lines["quantization"].startswith("bitsandbytes (load_in_4bit=True, ")
     assert lines["stored as"] == "NF4 89.4 %, float32 10.6 %"
     assert lines["loaded as"] == "dequantized"
+    lines = _lines(capsys, REFERENCE / "gpt_oss" / "mxfp4")  # experts only
+    assert lines["loaded as"] == (
+        "CPUs with native kernels: 62.5 % in 4-bit floats in groups of 32 (4.25 bits each); else dequantized"
+    )
     write_gguf(tmp_path / "a.gguf", kind="Q8_0", vocab_size=512)
     lines = _lines(capsys, tmp_path / "a.gguf")
     assert "quantization" not in lines
