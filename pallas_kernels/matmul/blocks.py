@@ -159,17 +159,19 @@ def concatenate(weights: Sequence[BlockWeight]) -> BlockWeight:
     )
 
 
-def widen(w: BlockWeight, size: int) -> BlockWeight:
-    """The same weight in int8, with a scale and an offset in float32 for every `size` inputs, which divides `w.size`.
+def widen(w: BlockWeight, size: int, bits: int) -> BlockWeight:
+    """The same weight in 4 or 8 bits, with a scale and an offset in float32 for every `size` inputs, which divides `w.size`.
 
-    ValueError if its values are not integers.
+    ValueError if its values are not integers of at most so many bits.
     """
-    if w.format.numbers not in ("uint4", "int8"):
-        raise ValueError(f"blocks of {w.format.numbers} have no equal in int8; leave them as they are, or dequantize them")
+    if w.format.numbers not in ("uint4", "int8") or w.format.bits > bits:
+        raise ValueError(
+            f"blocks of {w.format.numbers} have no equal in integers of {bits} bits; leave them as they are, or dequantize"
+        )
     scales = w.scales.astype(np.float32)
     offsets = w.implied_offset * scales if w.offsets is None else w.offsets.astype(np.float32)
     scales, offsets = (array.repeat(w.size // size, axis=1) for array in (scales, offsets))
-    return BlockWeight(values=w.values.view(np.int8), scales=scales, offsets=offsets)
+    return BlockWeight(values=w.values if bits == 4 else w.values.view(np.int8), scales=scales, offsets=offsets)
 
 
 def quantize_int4(w: Float[np.ndarray, "K N"]) -> BlockWeight:

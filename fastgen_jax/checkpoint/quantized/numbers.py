@@ -113,7 +113,7 @@ class Groups:
         what = f" and {'float32 ' * wide}offsets" if form.has_offsets else ""
         numbers = f"{form.bits} bits" if self.bits is not None else f"{form.bits}-bit floats"
         name = f"{numbers}{what} in groups of {form.size}{', float32 scales' * (wide and not form.has_offsets)}"
-        return BlockKind(name, form.bits_with_scales, form.size, is_float=self.bits is None)
+        return BlockKind(name, form.bits_with_scales, form.size, form.bits, is_float=self.bits is None)
 
     def _block_format(self) -> BlockFormat | None:
         from pallas_kernels.matmul import BLOCK_SIZES

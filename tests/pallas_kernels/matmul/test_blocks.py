@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.matmul import BlockWeight, PackedWeight, concatenate, linear, prepare, quantize_int4, swiglu
+from pallas_kernels.matmul import BlockWeight, PackedWeight, concatenate, linear, prepare, quantize_int4, swiglu, widen
 from tests.pallas_kernels.matmul.random_blocks import FORMATS, random_blocks
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
@@ -110,6 +110,12 @@ def test_other_platforms_get_the_matrix():
     blocks = random_blocks(64, 6, 32, "uint4", True, "float16")
     plain = prepare(blocks, platform="tpu", dtype="float32")
     np.testing.assert_array_equal(plain, blocks.dequantize())
+
+
+@pytest.mark.parametrize(("form", "bits"), [(("int8", False, "float16"), 4), (("float8_e4m3fn", False, "float32"), 8)])
+def test_values_that_other_bits_cannot_hold_are_not_widened(form, bits):
+    with pytest.raises(ValueError, match=rf"blocks of {form[0]} have no equal in integers of {bits} bits"):
+        widen(random_blocks(64, 3, 32, *form), 32, bits)
 
 
 def test_weights_side_by_side_are_one():
