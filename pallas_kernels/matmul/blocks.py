@@ -6,7 +6,7 @@ Sources: the formats Q4_0, Q4_1, Q4_K and Q8_0 of GGUF, the group-wise formats o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,6 +23,16 @@ BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 """Inputs of a block that the native kernel knows."""
 INT4_BLOCK = 32
 """Inputs of a block in `quantize_int4`."""
+# Also in blocks.h.
+NF4 = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+        *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+"""The numbers that NF4 indexes: quantiles of a normal distribution (QLoRA, arXiv:2305.14314)."""
 # The name and the bits of the values of a dtype: a number of 4 bits fills a byte of an array.
 _NUMBERS = {
     np.dtype(np.uint8): ("uint4", 4),
@@ -30,7 +40,7 @@ _NUMBERS = {
     np.dtype(float4_e2m1fn): ("float4_e2m1fn", 4),
     np.dtype(float8_e4m3fn): ("float8_e4m3fn", 8),
 }
-_BITS = dict(_NUMBERS.values())
+_BITS = {**dict(_NUMBERS.values()), "nf4": 4}
 _SCALE_BITS = {"float8_e8m0fnu": 8, "float16": 16, "float32": 32}
 
 
@@ -38,7 +48,7 @@ class BlockFormat(NamedTuple):
     """How blocks are stored."""
 
     numbers: str
-    """What the values are: "uint4", "int8", "float4_e2m1fn" or "float8_e4m3fn"."""
+    """What the values are: "uint4", "int8", "float4_e2m1fn", "float8_e4m3fn" or "nf4"."""
     has_offsets: bool
     scale_dtype: str
     size: int
@@ -71,6 +81,7 @@ _FORMATS = {
     ("float4_e2m1fn", False, "float8_e8m0fnu"): 6,
     ("float4_e2m1fn", False, "float32"): 7,
     ("float8_e4m3fn", False, "float32"): 8,
+    ("nf4", False, "float32"): 9,
 }
 
 
@@ -85,11 +96,13 @@ class BlockWeight:
       values: [N, K]: 0 to 15 in uint8 for 4 bits, int8 for 8 bits, or float4_e2m1fn or float8_e4m3fn.
       scales: [N, K / size], float16 or float32; powers of two may be float8_e8m0fnu.
       offsets: like `scales`. None: zero, but for integers of 4 bits -8 times the scale.
+      is_nf4: the values, in uint8, are indices of `NF4`.
     """
 
     values: Shaped[np.ndarray, "N K"]
     scales: Shaped[np.ndarray, "N blocks"]
     offsets: Float[np.ndarray, "N blocks"] | None = None
+    is_nf4: bool = False
 
     def __post_init__(self) -> None:
         n, k = self.values.shape
@@ -121,7 +134,7 @@ class BlockWeight:
     @property
     def format(self) -> BlockFormat:
         """How the blocks are stored."""
-        numbers, _ = _NUMBERS[self.values.dtype]
+        numbers = "nf4" if self.is_nf4 else _NUMBERS[self.values.dtype][0]
         return BlockFormat(numbers, self.offsets is not None, self.scales.dtype.name, self.size)
 
     @property
@@ -133,7 +146,8 @@ class BlockWeight:
         """The matrix that the blocks stand for."""
         n, k = self.values.shape
         scales = self.scales.astype(np.float32)
-        values = self.values.reshape(n, scales.shape[1], -1).astype(np.float32)
+        values = NF4[self.values] if self.is_nf4 else self.values.astype(np.float32)
+        values = values.reshape(n, scales.shape[1], -1)
         values *= scales[..., None]
         if self.offsets is not None:
             values += self.offsets.astype(np.float32)[..., None]
@@ -144,7 +158,7 @@ class BlockWeight:
     def columns(self, order: Int[np.ndarray, " columns"]) -> BlockWeight:
         """The weight with these columns, in this order."""
         offsets = None if self.offsets is None else self.offsets[order]
-        return BlockWeight(values=self.values[order], scales=self.scales[order], offsets=offsets)
+        return replace(self, values=self.values[order], scales=self.scales[order], offsets=offsets)
 
 
 def concatenate(weights: Sequence[BlockWeight]) -> BlockWeight:
@@ -152,7 +166,8 @@ def concatenate(weights: Sequence[BlockWeight]) -> BlockWeight:
     if len(weights) == 1:
         return weights[0]
     offsets = [weight.offsets for weight in weights if weight.offsets is not None]
-    return BlockWeight(
+    return replace(
+        weights[0],
         values=np.concatenate([weight.values for weight in weights]),
         scales=np.concatenate([weight.scales for weight in weights]),
         offsets=np.concatenate(offsets) if offsets else None,

@@ -2,7 +2,7 @@
 //
 //      weight = scale * q + offset, in float32
 //
-// Numbers q are integers or small floats. Without stored offsets, an integer of 4 bits stands for q - 8; integers of 8 bits
+// Numbers q are integers, small floats or indices of a table. Without stored offsets, an integer of 4 bits stands for q - 8; integers of 8 bits
 // are signed. Products with a weight are those with the float32 (or rounded bfloat16) matrix that it stands for, bit for
 // bit: only the form in memory differs.
 //
@@ -96,27 +96,42 @@ struct SInt8 {
 };
 
 // A sign, two bits of exponent and one of fraction (E2M1).
-struct Float4 {
+constexpr float kFloat4[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+// Quantiles of a normal distribution; also in blocks.py.
+constexpr float kNormalFloat4[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+    -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// Indices of a table.
+template <const float (&Table)[16]>
+struct Coded4 {
   static constexpr int kBits = 4;
   static constexpr float kMiddle = 0;
   static KERNEL_INLINE Vec unpack(IntVec words, int j) {
+    const IntVec codes = words >> (4 * j);
 #if defined(__AVX512F__)
-    const Vec table = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-    return _mm512_permutexvar_ps((__m512i)(words >> (4 * j)), table);
+    return _mm512_permutexvar_ps((__m512i)codes, load(Table));  // ignores all but the lowest four bits
+#elif defined(__AVX2__)
+    // The lookups ignore all but the lowest three bits; the fourth, as the sign, chooses between them.
+    const __m256 low = _mm256_permutevar8x32_ps(load(Table), (__m256i)codes);
+    const __m256 high = _mm256_permutevar8x32_ps(load(Table + 8), (__m256i)codes);
+    return _mm256_blendv_ps(low, high, (__m256)(words << (28 - 4 * j)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(Table);
+    const uint8x16x4_t table = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
+    const IntVec four_bytes = (codes & 15) * 0x04040404 + 0x03020100;
+    return (Vec)vqtbl4q_u8(table, (uint8x16_t)four_bytes);
 #else
-    const IntVec sign = (words << (28 - 4 * j)) & INT32_MIN;
-#if defined(__AVX2__)
-    const Vec table = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};  // the lookup ignores all but the lowest three bits
-    return as_floats((IntVec)_mm256_permutevar8x32_ps(table, (__m256i)(words >> (4 * j))) | sign);
-#else
-    const IntVec code = (words >> (4 * j)) & 7;
-    // As float32, with its bias; 0 and 1 are the two subnormal numbers, 0 and 0.5.
-    const IntVec bits = (code << 22) + (126 << 23) - ((code == 1) & (1 << 22));
-    return as_floats((bits & (code != 0)) | sign);
-#endif
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = Table[codes[i] & 15];
+    return v;
 #endif
   }
 };
+
+using Float4 = Coded4<kFloat4>;
+using NormalFloat4 = Coded4<kNormalFloat4>;
 
 // A sign, four bits of exponent and three of fraction (E4M3). NaN is not a valid weight.
 struct Float8 {
@@ -254,6 +269,7 @@ struct Blocks {
       case 6: use<BlockFormat<Float4, false, Exponent, Wide>>(); break;
       case 7: use<BlockFormat<Float4, false, float, Wide>>(); break;
       case 8: use<BlockFormat<Float8, false, float, Wide>>(); break;
+      case 9: use<BlockFormat<NormalFloat4, false, float, Wide>>(); break;
     }
   }
 

@@ -38,6 +38,7 @@ KEPT = {
     "gemv_fast": "4 bits and offsets in groups of 64",
     "marlin": "4 bits in groups of 128",
     "marlin_one_group": "4 bits in groups of 256",
+    **dict.fromkeys(["nf4", "nf4_nested"], "NF4 in groups of 64, float32 scales"),
     **dict.fromkeys(["fp8_channels", "fp8_tensor"], "8-bit floats in groups of 64, float32 scales"),
     "fp8_blocks": "8-bit floats in groups of 32, float32 scales",
     **dict.fromkeys(["mxfp8", "mlx_mxfp8"], "8-bit floats in groups of 32, float32 scales"),

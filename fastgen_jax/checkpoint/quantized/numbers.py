@@ -83,13 +83,15 @@ class Groups:
     """i32[in]: the group of each input. None: consecutive groups of equal size."""
     bits: int | None = None
     """Of unsigned numbers, or of signed ones if there are no zeros. None: the numbers are floats of 4 or 8 bits."""
+    table: np.ndarray | None = None
+    """float32[16]: the numbers, in uint8, are indices of it."""
 
     def values(self) -> np.ndarray:
         """float32[out, in]."""
         out = np.empty(self.shape, np.float32)
         for start in range(0, self.shape[0], _ROWS):
             some = slice(start, min(start + _ROWS, self.shape[0]))
-            numbers = _wide(self.rows(some))
+            numbers = _wide(self.rows(some)) if self.table is None else self.table[self.rows(some)]
             if self.group is None:
                 numbers = numbers.reshape(len(numbers), self.scales.shape[1], -1)
             if self.zeros is not None:
@@ -112,18 +114,22 @@ class Groups:
         wide = form.scale_dtype == "float32"
         what = f" and {'float32 ' * wide}offsets" if form.has_offsets else ""
         numbers = f"{form.bits} bits" if self.bits is not None else f"{form.bits}-bit floats"
+        numbers = numbers if self.table is None else "NF4"
         name = f"{numbers}{what} in groups of {form.size}{', float32 scales' * (wide and not form.has_offsets)}"
         return BlockKind(name, form.bits_with_scales, form.size, form.bits, is_float=self.bits is None)
 
     def _block_format(self) -> BlockFormat | None:
         from pallas_kernels.matmul import BLOCK_SIZES
-        from pallas_kernels.matmul.blocks import BlockFormat
+        from pallas_kernels.matmul.blocks import NF4, BlockFormat
 
         size, rest = divmod(self.shape[1], self.scales.shape[1])
         scale = self.scales.dtype.name
         is_even = not isinstance(self.zeros, np.ndarray)
         if self.group is not None or rest:
             return None
+        if self.table is not None:
+            is_kept = size in BLOCK_SIZES and np.array_equal(self.table, NF4)
+            return BlockFormat("nf4", False, "float32", size) if is_kept else None
         if self.bits in (8, None) and is_even and self.biases is None:
             numbers = self.rows(slice(0, 1)).dtype.name if self.bits is None else "int8"
             if numbers == "float4_e2m1fn" and size in BLOCK_SIZES:
@@ -162,7 +168,7 @@ class Groups:
         if not form.has_offsets:
             blocks_in_group = self.shape[1] // self.scales.shape[1] // form.size
             scales = self.scales if self.scales.dtype.name == form.scale_dtype else self.scales.astype(form.scale_dtype)
-            return BlockWeight(values=values, scales=scales.repeat(blocks_in_group, axis=1))
+            return BlockWeight(values=values, scales=scales.repeat(blocks_in_group, axis=1), is_nf4=self.table is not None)
         if form.scale_dtype == "float16":
             return BlockWeight(values=values, scales=self.scales, offsets=self.biases)
         scales = self.scales.astype(np.float32)

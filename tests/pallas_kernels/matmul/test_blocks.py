@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import native
 from pallas_kernels.matmul import BlockWeight, PackedWeight, concatenate, linear, prepare, quantize_int4, swiglu, widen
+from pallas_kernels.matmul.blocks import NF4
 from tests.pallas_kernels.matmul.random_blocks import FORMATS, random_blocks
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
@@ -63,7 +64,8 @@ def test_blocks_take_the_memory_of_their_bits():
 def test_dequantizing_follows_the_definition(form):
     blocks = random_blocks(64, 3, 32, *form)
     for n, k in ((0, 0), (1, 31), (2, 32), (2, 63)):
-        scale, q = np.float64(blocks.scales[n, k // 32]), float(blocks.values[n, k])
+        scale, q = np.float64(blocks.scales[n, k // 32]), blocks.values[n, k]
+        q = float(NF4[q] if blocks.is_nf4 else q)
         offset = 0 if blocks.offsets is None else np.float64(blocks.offsets[n, k // 32])
         if form[:2] == ("uint4", False):
             offset = -8 * scale
