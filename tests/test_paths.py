@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastgen_jax import cli, paths
-from fastgen_jax.engine import ladder
+from fastgen_jax.engine import fit, ladder, startup
 from pallas_kernels.native.loader import library_folder
 from pallas_kernels.ragged_attention.measured_tiles import measured_file
 
@@ -61,8 +61,12 @@ def test_fastgen_cache_lists_the_folders_and_measurements(kept, capsys) -> None:
 
 
 def test_fastgen_cache_clear_removes_everything_but_models_or_the_named_kind(kept, capsys) -> None:
+    names = [ladder.FILE, startup.BLOCKS_FILE, startup.STARTS_FILE, fit.FILE]
+    for name in names:
+        (kept / name).write_text("{}")
     assert cli.main(["cache", "--clear", "measurements"]) == 0
     assert ladder.known() == []
+    assert not any((kept / name).exists() for name in names)
     assert (kept / "xla" / "file").exists()
     assert cli.main(["cache", "--clear"]) == 0
     assert "removed compiled programs: 2.0 MB" in capsys.readouterr().out

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 ESTIMATE_EVERY = 0.25  # seconds; an estimate replays the queue, which takes a millisecond for a thousand waiting requests
 STEP_TIME_DECAY = 0.9  # weight of the old value in the moving average of the step time
+REFINE_IDLE = 30.0  # seconds without a request after which steps are timed
 EXIT_TIMEOUT = 10.0  # seconds allowed for the current steps when the program ends
 
 _living: weakref.WeakSet[EngineThread] = weakref.WeakSet()
@@ -75,11 +76,18 @@ class EngineThread:
 
     It steps while requests that were submitted to it are unfinished; other threads may use the engine too.
     `deliver` gets the events of each step, in the engine's thread, and must return quickly; it gets no events when only
-    `load` has changed. After `sleep_idle` seconds without a request the engine sleeps; the next one wakes it.
+    `load` has changed. After `sleep_idle` seconds without a request the engine sleeps; the next one wakes it. After
+    `refine_idle` seconds it times steps for the next start, if none were timed on this machine, and takes requests in
+    between.
     """
 
     def __init__(
-        self, engine: Engine, deliver: Callable[[Sequence[Event]], object], *, sleep_idle: float | None = None
+        self,
+        engine: Engine,
+        deliver: Callable[[Sequence[Event]], object],
+        *,
+        sleep_idle: float | None = None,
+        refine_idle: float = REFINE_IDLE,
     ) -> None:
         self.engine = engine
         self.load = Load()
@@ -88,6 +96,8 @@ class EngineThread:
         """Whether no more requests are accepted, because it was closed or could not recover from an error."""
         self._deliver = deliver
         self._sleep_idle = sleep_idle
+        self._refine_idle = refine_idle
+        self._refine_at: float | None = 0.0  # when the engine wants to time a step; None: never again
         self._last_work = time.monotonic()
         self._box = Outbox()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -156,6 +166,7 @@ class EngineThread:
                 try:
                     self._take_commands(wait=not self._has_work)
                     self._sleep_if_idle()
+                    self._refine_if_idle()
                     self._expire()
                     if self._has_work and not self._stopping:
                         self._step()
@@ -178,7 +189,7 @@ class EngineThread:
     def _take_commands(self, *, wait: bool) -> None:
         while True:
             try:
-                command = self._inbox.get(block=wait, timeout=self._seconds_awake if wait else None)
+                command = self._inbox.get(block=wait, timeout=self._seconds_idle if wait else None)
             except queue.Empty:
                 return
             command()
@@ -205,6 +216,23 @@ class EngineThread:
         if self._sleep_idle is None or self.engine.is_asleep:
             return None
         return max(0.0, self._last_work + self._sleep_idle - time.monotonic())
+
+    @property
+    def _seconds_to_refine(self) -> float | None:
+        """Seconds until a step is timed if nothing happens; None: none is."""
+        if self._refine_at is None or self.engine.is_asleep:
+            return None
+        return max(0.0, max(self._last_work + self._refine_idle, self._refine_at) - time.monotonic())
+
+    @property
+    def _seconds_idle(self) -> float | None:
+        """Seconds for which there is nothing to do without a command; None: any number."""
+        return min((s for s in (self._seconds_awake, self._seconds_to_refine) if s is not None), default=None)
+
+    def _refine_if_idle(self) -> None:
+        if not self._has_work and self._seconds_to_refine == 0.0:
+            pause = self.engine.refine()
+            self._refine_at = None if pause is None else time.monotonic() + pause
 
     def _sleep_if_idle(self) -> None:
         if self._has_work:

@@ -122,7 +122,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
             )
             packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32, sharding=place)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                program = step_program(model, bucket, device_kind=device.device_kind)
+                program = step_program(model, bucket, device=device)
                 lowered = program.lower(params, cache, state, packed)
             memory = lowered.compile().memory_analysis()
             assert memory is not None  # the TPU compiler always reports it

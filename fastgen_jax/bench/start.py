@@ -73,6 +73,7 @@ def report(starts: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
 def _start(path: Path, options: Mapping[str, Any], folder: Path) -> dict[str, float]:
     variables = {**os.environ, "FASTGEN_CACHE_DIR": str(folder / "engine"), "XDG_CACHE_HOME": str(folder)}
     variables.pop("JAX_COMPILATION_CACHE_DIR", None)
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)  # an installation has byte code
     command = [sys.executable, "-m", __name__, str(path), json.dumps(options), str(time.monotonic())]
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:

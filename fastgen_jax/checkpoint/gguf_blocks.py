@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from pallas_kernels.matmul import BlockWeight
 
 
+_HALF = np.uint64(4)  # bits
+_LOW_HALVES = np.uint64(0x0F0F_0F0F_0F0F_0F0F)
+
+
 class _Type(NamedTuple):
     kind: BlockKind
     block_bytes: int
@@ -37,12 +41,19 @@ def read_blocks(rows: np.ndarray, type_id: int) -> BlockWeight:
 
 
 def _halves(block: np.ndarray) -> np.ndarray:
-    """[..., 2n] values of bytes [..., n]: all low halves, then all high halves."""
-    return np.concatenate([block & 15, block >> 4], axis=-1)
+    """[..., 2n] values of bytes [..., n]: all low halves, then all high halves. n is a multiple of 8."""
+    words = block.view("<u8")  # eight bytes at a time, of all blocks
+    count = words.shape[-1]
+    out = np.empty((*words.shape[:-1], 2 * count), "<u8")
+    for i in range(count):
+        word = np.ascontiguousarray(words[..., i])
+        np.bitwise_and(word, _LOW_HALVES, out=out[..., i])
+        np.bitwise_and(word >> _HALF, _LOW_HALVES, out=out[..., count + i])
+    return out.view(np.uint8)
 
 
 def _float16(block: np.ndarray, start: int) -> np.ndarray:
-    return np.ascontiguousarray(block[..., start : start + 2]).view("<f2")[..., 0]
+    return np.ascontiguousarray(block[..., start : start + 2].view("<f2")[..., 0])
 
 
 def _q4_0(blocks: np.ndarray) -> BlockWeight:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.models.weight_spec import Leaf
+from pallas_kernels.aligned import aligned_empty
 
 if TYPE_CHECKING:
     import jax

@@ -6,9 +6,9 @@ import functools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,11 +17,11 @@ from fastgen_jax.checkpoint.base import Checkpoint, HoldsBlocks, is_buffer, miss
 from fastgen_jax.checkpoint.block_kind import BlockKind, common_kind
 from fastgen_jax.checkpoint.kept_blocks import read_kept
 from fastgen_jax.checkpoint.layer_stack import LayerStack
-from fastgen_jax.checkpoint.orbax_arrays import aligned_empty
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import head_spec, layer_specs, layers_with, model_specs
 from fastgen_jax.models.weight_spec import DType, Kind, Leaf, Params, WeightSpec
+from pallas_kernels.aligned import aligned_empty
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_THREADS = 2  # NumPy releases the GIL; two keep up with the device copies
-_AHEAD = 3  # weights read in advance: they take host memory beyond the model, a fraction of a layer
+_THREADS = 3  # NumPy releases the GIL
+# Weights in work behind the oldest, which take host memory beyond the model: so many, or more if they are together no larger
+# than the oldest, so that an embedding does not keep the layers waiting.
+_AHEAD = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,11 @@ class _Weight:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name.format(layer=self.layer).removeprefix(self.omitted) for name in self.source.names)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the array in float32."""
+        return 4 * math.prod(self.spec.shape)
 
 
 def load_params(
@@ -64,9 +71,9 @@ def load_params(
     stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without
     `prepare`, the leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then
     receives an array that is already on its devices. With `keep_blocks`, `prepare` receives a `BlockWeight` or `BlockGroups`
-    for each of `kept_in_blocks`. An int8 snapshot yields `Int8Weight`s instead of matrices. Weights are loaded one after
-    another, so that the host never holds more than a few in addition to what `prepare` returned. `progress` shows a bar on
-    stderr, or is the display of a start of which this is a phase.
+    for each of `kept_in_blocks`. An int8 snapshot yields `Int8Weight`s instead of matrices. Threads call `prepare` for a few
+    weights at a time, so that the host never holds more in addition to what it returned. `progress` shows a bar on stderr,
+    or is the display of a start of which this is a phase.
     """
     from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 
@@ -74,18 +81,21 @@ def load_params(
     check_tensors(checkpoint)
     make = prepare or functools.partial(_plain, dtype=dtype)
     kept = kept_in_blocks(checkpoint) if keep_blocks else {}
-    read = functools.partial(_read, checkpoint, kept=kept, dtype=dtype, sharding=sharding)
     params: Params = {}
     layers: list[dict[str, Leaf]] = [{} for _ in range(checkpoint.config.num_layers)]
     having = layers_with(checkpoint.config)
     stacks = {name: LayerStack(f"layers.{name}", len(rows)) for name, rows in having.items()}
     count = sum(math.prod(weight.spec.shape) // (weight.spec.shape[0] if weight.source.stacked else 1) for weight in weights)
     log.info("loading %s from %s: %s parameters", checkpoint.config.family, checkpoint.path, f"{count:,}")
+    if "lm_head" in kept and checkpoint.config.tie_embeddings:
+        weights.insert(0, _tied_head(checkpoint, weights))
+
+    def load(weight: _Weight) -> Leaf:
+        return make(weight.spec, _read(checkpoint, weight, kept=kept, dtype=dtype, sharding=sharding))
+
     progressing = shown(log, "loading weights", total=len(weights), unit="weight", bar=progress)
     with ThreadPoolExecutor(_THREADS) as pool, progressing as advance:
-        for weight, array in _read_ahead(read, weights, pool):
-            leaf = make(weight.spec, array)
-            del array
+        for weight, leaf in _loaded(load, weights, pool):
             name = weight.spec.name
             if weight.layer is None:
                 params[name] = leaf
@@ -94,8 +104,6 @@ def load_params(
             else:
                 layers[weight.layer][name] = leaf
             advance()
-        if "lm_head" in kept and checkpoint.config.tie_embeddings:
-            params["lm_head"] = make(head_spec(checkpoint.config), _tied_head(checkpoint))
     params["layers"] = {name: stack.leaf() for name, stack in stacks.items()} if stack_layers else tuple(layers)
     return params
 
@@ -113,9 +121,9 @@ def kept_in_blocks(checkpoint: Checkpoint) -> dict[str, BlockKind]:
     return {path: kind for path, found in kinds.items() if (kind := common_kind(found)) is not None}
 
 
-def _tied_head(checkpoint: Checkpoint) -> Leaf:
-    assert isinstance(checkpoint, HoldsBlocks), "it has kept weights"
-    return checkpoint.read_blocks(checkpoint.sources["embed"].names[0])
+def _tied_head(checkpoint: Checkpoint, weights: Sequence[_Weight]) -> _Weight:
+    embed = next(weight for weight in weights if weight.spec.name == "embed")
+    return replace(embed, spec=head_spec(checkpoint.config))
 
 
 def _plain(spec: WeightSpec, array: Leaf, *, dtype: DType | None) -> Leaf:
@@ -201,16 +209,21 @@ def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
     return shapes * (len(source.names) // pieces)
 
 
-def _read_ahead(
-    read: Callable[[_Weight], Leaf], weights: list[_Weight], pool: ThreadPoolExecutor
+def _loaded(
+    load: Callable[[_Weight], Leaf], weights: Sequence[_Weight], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[_Weight, Leaf]]:
-    """The weights in order, each with its array; the pool reads a few ahead."""
-    pending: deque[Future[Leaf]] = deque()
-    submitted = iter(weights)
-    for weight in weights:
-        while len(pending) < _AHEAD and (upcoming := next(submitted, None)) is not None:
-            pending.append(pool.submit(read, upcoming))
-        yield weight, pending.popleft().result()
+    """The weights in order, each with its leaf; the pool works ahead."""
+    pending: deque[tuple[_Weight, Future[Leaf]]] = deque()
+    upcoming = deque(weights)
+    ahead = 0  # bytes of all pending weights but the oldest
+    while pending or upcoming:
+        while upcoming and (len(pending) <= _AHEAD or ahead + upcoming[0].num_bytes <= pending[0][0].num_bytes):
+            weight = upcoming.popleft()
+            ahead += weight.num_bytes if pending else 0
+            pending.append((weight, pool.submit(load, weight)))
+        weight, future = pending.popleft()
+        ahead -= pending[0][0].num_bytes if pending else 0
+        yield weight, future.result()
 
 
 def _read(

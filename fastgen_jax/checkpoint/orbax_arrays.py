@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgen_jax.models.weight_spec import DType, Leaf
+from pallas_kernels.aligned import aligned_empty
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding
@@ -75,13 +76,3 @@ def _part(array: TensorStore, dtype: DType | None) -> np.ndarray:
     target = tensorstore.array(values, copy=False)[tensorstore.d[:].translate_to[array.domain.origin]]
     target.write(array).result()
     return values if dtype is None else values.astype(jnp.dtype(dtype), copy=False)
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
-    """An uninitialized array that a JAX CPU device can use without copying it."""
-    alignment = 64  # bytes, XLA's for buffers on a CPU
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.empty(size + alignment, np.uint8)
-    start = -buffer.ctypes.data % alignment
-    return buffer[start : start + size].view(dtype).reshape(shape)

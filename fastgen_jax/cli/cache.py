@@ -10,7 +10,7 @@ from fastgen_jax.cli.parser import Options
 
 KINDS = {
     "programs": "compiled programs",
-    "measurements": "measured step sizes, KV cache sizes and number formats",
+    "measurements": "measured step sizes, times of starts, KV cache sizes and number formats",
     "native": "C++ kernels built for this CPU",
     "models": "downloaded models",
 }
@@ -63,7 +63,9 @@ def _places() -> dict[str, list[Path]]:
     engine = [settled.path for folder in paths.engine_dirs() if (settled := paths.settle_engine(folder)) is not None]
     return {
         "programs": [folder / name for folder in engine for name in ("xla", programs.FOLDER)],
-        "measurements": [folder / name for folder in engine for name in (ladder.FILE, startup.BLOCKS_FILE, fit.FILE)],
+        "measurements": [
+            folder / name for folder in engine for name in (ladder.FILE, startup.BLOCKS_FILE, startup.STARTS_FILE, fit.FILE)
+        ],
         "native": [library_folder()],
         "models": [paths.models_dir()],
     }

@@ -90,15 +90,17 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     """What becomes of quantized weights; empty if there are none, and for a snapshot, whose weights stay as they are."""
     from fastgen_jax.checkpoint import kept_in_blocks
     from fastgen_jax.checkpoint.base import HoldsBlocks
-    from fastgen_jax.models.params import all_specs, layers_with
+    from fastgen_jax.models.params import all_specs, head_spec, layers_with
 
     if not isinstance(checkpoint, HoldsBlocks) or all(dtype in _PLAIN for dtype in stored):
         return ""
-    specs, having = all_specs(checkpoint.config), layers_with(checkpoint.config)
+    head, having = head_spec(checkpoint.config), layers_with(checkpoint.config)
+    specs = {head.path: head} | all_specs(checkpoint.config)
     kept: Counter[BlockKind] = Counter()
     for path, kind in kept_in_blocks(checkpoint).items():
-        if path in specs:  # and not a tied head, which is counted as the embedding
-            kept[kind] += math.prod(specs[path].shape) * (len(having[specs[path].name]) if specs[path].per_layer else 1)
+        # A tied head is the embedding once more.
+        copies = len(having[specs[path].name]) if specs[path].per_layer else 1
+        kept[kind] += copies * math.prod(specs[path].shape)
     parts = [
         f"{100 * count / stored.total():.1f} % in {kind.name} ({kind.bits:.2f} bits each)"
         for kind, count in kept.most_common()

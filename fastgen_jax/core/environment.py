@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+
+if TYPE_CHECKING:  # imported where there is something to compare, since `packaging` takes a while
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ _PJRT = {"cuda12": "jax-cuda12-pjrt", "cuda13": "jax-cuda13-pjrt"}
 _OTHERS = ("jax", "jaxlib", "flax")
 # NVIDIA's oldest drivers for user space of CUDA 12 and of CUDA 13.
 _MIN_DRIVER = {"cuda12": 525, "cuda13": 580}
-_FLAX_FOR_NEW_JAX = (Version("0.11.1"), Version("0.12.9"))  # from this jax on, flax.nnx needs this flax
+_FLAX_FOR_NEW_JAX = ("0.11.1", "0.12.9")  # from this jax on, flax.nnx needs this flax
 _GOOGLE = "0x1ae0"  # vendor of PCI devices
 _TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v2 and v3 to TPU7x, as in JAX
 
@@ -94,7 +96,7 @@ def problems_of(environment: Environment) -> list[str]:
         ]
     problems = accelerator_problems(environment)
     new_jax, new_flax = _FLAX_FOR_NEW_JAX
-    if flax_version is not None and Version(jax_version) >= new_jax and Version(flax_version) < new_flax:
+    if flax_version is not None and not _is_older(jax_version, new_jax) and _is_older(flax_version, new_flax):
         problems.append(
             f"flax.nnx of flax {flax_version} cannot be imported with jax {jax_version}: "
             f"pip install 'flax>={new_flax}', then restart the session"
@@ -142,17 +144,27 @@ def _plugin_problems(environment: Environment, extra: str, jax_version: str) -> 
     return problems
 
 
+def _is_older(version: str, other: str) -> bool:
+    from packaging.version import Version
+
+    return Version(version) < Version(other)
+
+
 def _fits(version: str, wanted: SpecifierSet) -> bool:
     """Whether the version is one that jax asks for, or of libtpu one that is up to two releases older.
 
     Colab has libtpu 0.0.21.1 beside jax 0.7.2, which asks for 0.0.23.
     """
+    from packaging.version import Version
+
     *most, last = Version(version).release[:3]
     newer = [".".join(map(str, (*most, last + more))) for more in range(3 if most == [0, 0] else 1)]
     return any(wanted.contains(candidate, prereleases=True) for candidate in (version, *newer))
 
 
 def _required(required: tuple[str, ...], package: str, extra: str) -> Requirement | None:
+    from packaging.requirements import Requirement
+
     for line in required:
         requirement = Requirement(line)
         if requirement.name == package and requirement.marker and requirement.marker.evaluate({"extra": extra}):

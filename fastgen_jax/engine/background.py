@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 
 from fastgen_jax.engine import compile_cache
 from fastgen_jax.engine.programs import Program, Programs
+from fastgen_jax.engine.sampling.sampler import Work
 
 log = logging.getLogger(__name__)
 
 
 class BackgroundCompiler:
-    """Compiles `programs` of several budgets in a thread and passes each to `add`, which makes it available.
+    """Compiles some of `programs` in a thread and passes each to `add`, which makes it available.
 
     The thread holds no reference to the engine: `add` is looked up again for each program, and the thread ends if its
     object is gone. It also ends after the program that it is compiling when `stop` is called or the main thread ends,
@@ -23,13 +24,25 @@ class BackgroundCompiler:
     with the programs that it has.
     """
 
-    def __init__(self, programs: Programs, budgets: Sequence[int], add: Callable[[Program], bool]) -> None:
-        """`add` is a bound method; it returns False if no more programs are wanted."""
+    def __init__(
+        self,
+        programs: Programs,
+        missing: Sequence[tuple[int, Work]],
+        add: Callable[[Program], bool],
+        *,
+        otherwise: str = "the engine goes on with its larger programs, smaller steps take longer. To see the failure at the "
+        "start, set background_compile=False",
+    ) -> None:
+        """`missing` are arguments of `programs.compile`; `add` is a bound method, false if no more programs are wanted.
+
+        `otherwise`: what a failure means.
+        """
+        self._otherwise = otherwise
         self._stopping = threading.Event()
         self.failure: str | None = None
         """The error that ended the compilation early."""
         self._thread = threading.Thread(
-            target=self._run, args=(programs, tuple(budgets), weakref.WeakMethod(add)), name="fastgen-compiler"
+            target=self._run, args=(programs, tuple(missing), weakref.WeakMethod(add)), name="fastgen-compiler"
         )
 
     def start(self) -> None:
@@ -50,13 +63,18 @@ class BackgroundCompiler:
         """Makes the thread end after the program that it is compiling, without waiting for it."""
         self._stopping.set()
 
-    def _run(self, programs: Programs, budgets: Sequence[int], add: weakref.WeakMethod[Callable[[Program], bool]]) -> None:
+    def _run(
+        self,
+        programs: Programs,
+        missing: Sequence[tuple[int, Work]],
+        add: weakref.WeakMethod[Callable[[Program], bool]],
+    ) -> None:
         start = time.monotonic()
-        for done, budget in enumerate(budgets):
+        for done, (budget, work) in enumerate(missing):
             if self._stopping.is_set() or not threading.main_thread().is_alive():
                 return
             try:
-                program = programs.compile(budget)
+                program = programs.compile(budget, work)
                 use = add()
                 if use is None or self._stopping.is_set() or not use(program):
                     return
@@ -64,13 +82,13 @@ class BackgroundCompiler:
             except Exception as error:
                 self.failure = f"{type(error).__name__}: {error}"
                 log.warning(
-                    "compiling the program for steps of %d tokens failed (%s); the engine goes on with its larger programs, "
-                    "smaller steps take longer. To see the failure at the start, set background_compile=False",
+                    "compiling the program for steps of %d tokens failed (%s); %s",
                     budget,
                     self.failure,
+                    self._otherwise,
                 )
                 return
             log.info(
-                "compiled %d of %d programs in the background in %.1f s", done + 1, len(budgets), time.monotonic() - start
+                "compiled %d of %d programs in the background in %.1f s", done + 1, len(missing), time.monotonic() - start
             )
         compile_cache.send(programs.folder)

@@ -73,13 +73,16 @@ class EngineConfig:
     tensor_parallel: int | None = None
     """Number of devices over which heads, MLP columns and vocabulary are sharded. None: one device, no sharding."""
     token_budget: int | None = None
-    """Maximum number of tokens per step. None: derived from the device's ratio of arithmetic to memory bandwidth, or the
-    result of a measurement with `remeasure` on this device."""
+    """Maximum number of tokens per step. None: derived from the device's ratio of arithmetic to memory bandwidth, or from
+    steps that an earlier engine measured on this device."""
     budget_ladder: tuple[int, ...] | None = converted(_ladder, default=None)
     """Sizes of the smaller steps for a lightly loaded engine, in tokens. None: chosen like `token_budget`."""
     remeasure: bool = False
     """Compile and time seven step sizes before the first request, choose token budget and ladder by the results, and save
     them for later starts on this device."""
+    refine_ladder: bool = True
+    """Without a token budget: time the steps of an engine that has had no request for a while, once per device and model,
+    and save the better choice of step sizes for later starts."""
     background_compile: bool | None = None
     """Start with the program of a full step, and compile those of smaller steps while it serves. None: yes in
     `from_pretrained`, unless policy "sla" needs to know how long steps take; no for an engine made from weights."""

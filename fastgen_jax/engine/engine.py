@@ -22,6 +22,7 @@ from fastgen_jax.engine.metrics import Metrics
 from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState
 from fastgen_jax.engine.programs import Program
 from fastgen_jax.engine.prompts import Prompt, TokenIds
+from fastgen_jax.engine.refinement import PAUSE
 from fastgen_jax.engine.replacement import replacement_params
 from fastgen_jax.engine.sleep import Sleep
 from fastgen_jax.engine.stepper import Stepper
@@ -73,7 +74,9 @@ class Engine:
         self.model = model
         phases = progress if isinstance(progress, Phases) else Phases(log, bar=progress)
         with contextlib.nullcontext() if phases is progress else phases:
-            self.config, self.runner = startup.start(params, model, config or EngineConfig(), phases=phases)
+            self.config, self.runner, self._refinement = startup.start(
+                params, model, config or EngineConfig(), phases=phases
+            )
         """The settings in use, and the compiled programs with their device memory; use `runner` only within `exclusive`."""
         choices = self.config.choices
         self.tokenizer = tokenizer
@@ -97,7 +100,7 @@ class Engine:
         self._journal = Journal(self.runner, self.scheduler, self.manual_sequences, self.metrics)
         self._stepper = Stepper(self.config, self.runner, self.scheduler, self._journal, self.metrics)
         self._sleep = Sleep(self.runner, self.scheduler, self.metrics)
-        missing = [budget for budget in self.config.budget_ladder if budget not in self.runner.budgets]
+        missing = self.runner.missing(self.config.budget_ladder)
         self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)
         if missing:
             self._compiler.start()
@@ -276,18 +279,35 @@ class Engine:
     def measure_step(self, num_tokens: int) -> float:
         """Seconds of one full step of the bucket for `num_tokens`, measured now; ValueError unless the engine is idle.
 
-        It overwrites the cache, so cached prefixes are dropped.
+        It writes nowhere, so cached prefixes stay.
+        """
+        with self._journal.turn, self._journal.lock:
+            self._journal.check()
+            self._refuse_while_busy("a step can be measured")
+            return self.exclusive(lambda: self.runner.measure(self.runner.bucket(num_tokens).num_tokens, repeats=1))
+
+    def refine(self) -> float | None:
+        """Times one step of an idle engine, to choose the step sizes of later starts; see `EngineConfig.refine_ladder`.
+
+        Returns seconds after which the next call makes sense, None if none does. No request of this engine is affected.
         """
         journal = self._journal
         with journal.turn, journal.lock:
-            journal.check()
-            self._refuse_while_busy("a step can be measured")
-            self._wake_if_asleep()
-            journal.begin()
-            self.scheduler.start_over(())
-            seconds = self.runner.measure(self.runner.bucket(num_tokens).num_tokens, repeats=1)
-            journal.is_open = False
-        return seconds
+            if self._refinement is None or journal.is_destroyed:
+                return None
+            is_idle = not (journal.is_open or self.has_work or len(self.manual_sequences) or self.is_asleep)
+            if not (is_idle and self._compiler.is_done):
+                return PAUSE
+            pause = None
+            try:
+                pause = journal.exclusive(self._refinement.advance)
+            except Exception as error:  # the next operation repairs what it left behind
+                log.warning(
+                    "timing a step while idle failed (%s: %s); step sizes are not measured", type(error).__name__, error
+                )
+            if pause is None:
+                self._refinement = None
+        return pause
 
     # Between steps
 
@@ -394,6 +414,8 @@ class Engine:
         self._compiler.stop()
         self._journal.destroy()
         self._compiler.wait()
+        if self._refinement is not None:
+            self._refinement.close()
         self._sleep.forget()
 
     def _refuse_while_busy(self, what: str) -> None:

@@ -15,6 +15,7 @@ import pickle
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class _Hits(threading.local):
 
 
 _hits = _Hits()
+_prefetched: dict[tuple[Path, str], Future[jax.stages.Compiled | None]] = {}
 jax.monitoring.register_event_listener(_hits.listen)
 
 
@@ -64,11 +66,33 @@ def key(arguments: Any, *facts: object, devices: Sequence[Any]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
+def prefetch(folder: Folder, name: str, *, devices: Sequence[Any]) -> None:
+    """Begins `load` in a thread, for a start that will probably want this program; `load` then waits for it."""
+
+    def begin() -> jax.stages.Compiled | None:
+        sources()  # a part of every name: all files are read
+        return _load(folder, name, devices)
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="fastgen-prefetch")
+    _prefetched[folder.path, name] = pool.submit(begin)
+    pool.shutdown(wait=False)
+
+
+def forget_prefetched() -> None:
+    """Drops programs of `prefetch` that were not asked for."""
+    _prefetched.clear()
+
+
 def load(folder: Folder, name: str, *, devices: Sequence[Any]) -> jax.stages.Compiled | None:
     """The program called `name` that an earlier process saved, ready to run on `devices`; None if there is none.
 
     The log says why a program that exists is not loaded.
     """
+    begun = _prefetched.pop((folder.path, name), None)
+    return _load(folder, name, devices) if begun is None else begun.result()
+
+
+def _load(folder: Folder, name: str, devices: Sequence[Any]) -> jax.stages.Compiled | None:
     path = folder.path / (name + SUFFIX)
     if not path.exists():
         return None

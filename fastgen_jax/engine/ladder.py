@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastgen_jax import devices, paths
@@ -48,6 +49,21 @@ class CostModel:
             return math.hypot(num_tokens / self.knee, 1.0) + PADDED_ROW * padding / self.knee
         return math.hypot(within / self.knee, 1.0)
 
+    def fitted(self, seconds: Mapping[tuple[int, int], float]) -> tuple[CostModel, float]:
+        """The model that is nearest to measured steps, and the seconds of its unit.
+
+        `seconds` maps (tokens, size of the program) to the time of a step; it has at least one entry. The knee is changed by
+        a factor of 4 at most, so that noise in a few small steps does not decide about large ones.
+        """
+        best = (math.inf, self, 0.0)
+        for eighth in sorted(range(-16, 17), key=abs):  # the unchanged knee wins if all are equally near, as for one step
+            model = replace(self, knee=self.knee * 2 ** (eighth / 8))
+            units = [math.log(took / model(tokens, within=size)) for (tokens, size), took in seconds.items()]
+            spread = statistics.pvariance(units)
+            if spread < best[0] - 1e-9:
+                best = (spread, model, math.exp(statistics.fmean(units)))
+        return best[1:]
+
 
 def cost_model(model: ModelConfig, *, bytes_per_weight: float, device_kind: str | None, skips_padding: bool) -> CostModel:
     """The cost of steps on a device, by its data sheet; an unknown accelerator counts as an A100, None is a CPU.
@@ -66,10 +82,17 @@ def cost_model(model: ModelConfig, *, bytes_per_weight: float, device_kind: str 
 def modeled_ladder(cost: CostModel, candidates: Sequence[int], *, max_num_seqs: int) -> tuple[int, ...]:
     """The step sizes among `candidates` that are worth a program, smallest first; the last is the token budget."""
     full = {budget: cost(budget, within=budget) for budget in candidates}
-    budget = choose_budget(full, max_num_seqs=max_num_seqs)
-    chosen = choose_ladder(full, budget, seconds_within=lambda budget, num_tokens: cost(num_tokens, within=budget))
-    few = max((budget for budget in candidates if budget <= FEW_ROWS), default=budget)
-    return tuple(sorted({few, *chosen}))
+    within = lambda budget, num_tokens: cost(num_tokens, within=budget)  # noqa: E731
+    return choose(full, max_num_seqs=max_num_seqs, seconds_within=within)
+
+
+def choose(
+    seconds: Mapping[int, float], *, max_num_seqs: int, seconds_within: Callable[[int, int], float]
+) -> tuple[int, ...]:
+    """The step sizes that are worth a program, smallest first; the arguments are those of the next two functions."""
+    budget = choose_budget(seconds, max_num_seqs=max_num_seqs)
+    few = max((size for size in seconds if size <= FEW_ROWS), default=budget)
+    return tuple(sorted({few, *choose_ladder(seconds, budget, seconds_within=seconds_within)}))
 
 
 def choose_budget(seconds: Mapping[int, float], *, max_num_seqs: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastgen_jax.core import RaggedBatch
 from fastgen_jax.engine.resolve import ResolvedConfig
+from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
 from fastgen_jax.scheduling import Step
 from pallas_kernels.ragged_attention import RaggedIndex
@@ -95,11 +96,18 @@ class Bucket:
         buffer = self._empty.copy()
         return buffer, self.layout.views(buffer)
 
+    def work_of(self, packed: np.ndarray) -> Work:
+        """The least that a program must be able to do for a packed step."""
+        flags = {name: bool(view) for name, view in self.layout.views(packed).items() if name.startswith("sampling.any_")}
+        draws = flags.pop("sampling.any_sampling")
+        return "any" if any(flags.values()) else "sampled" if draws else "greedy"
+
     def unpack(self, packed: jax.Array) -> tuple[RaggedBatch, SamplingBatch]:
         """The typed batches inside `packed`, on the device."""
         arrays = self.layout.unpack(packed)
         sampling = SamplingBatch(**_sampling_part(arrays))
-        index = RaggedIndex(**{field.name: arrays.pop(field.name) for field in dataclasses.fields(RaggedIndex)})
+        names = [field.name for field in dataclasses.fields(RaggedIndex) if field.name in arrays]
+        index = RaggedIndex(**{name: arrays.pop(name) for name in names})
         rest = {name: array for name, array in arrays.items() if not name.startswith("sampling.")}
         return RaggedBatch(index=index, **rest), sampling
 

@@ -17,7 +17,7 @@ from fastgen_jax.engine import executables
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
-from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, sample
+from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, Work, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
@@ -26,6 +26,7 @@ from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
+from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.pytree import pytree
 
 FOLDER = "executables"  # within the cache folder
@@ -38,6 +39,10 @@ _COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
     "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False},
     "cpu": {"xla_disable_hlo_passes": "tree_reduction_rewriter"},
 }
+# XLA's Triton products on a GPU copy a layer's weights out of the stack before they read them, three times the traffic. It
+# can wrap those of cuBLAS so that they read the stack in place; but cuBLAS does not convert 8-bit weights, which would be
+# written to memory as 16 bits and read again.
+_GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 
 @pytree
@@ -56,6 +61,7 @@ class Program(NamedTuple):
 
     bucket: Bucket
     run: jax.stages.Compiled
+    work: Work = "any"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,12 @@ class Programs:
         shapes = jax.eval_shape(self.zeros)
         return shapes if self.mesh is None else abstract(shapes, memory_shardings(self.mesh, *shapes))
 
-    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """What the programs of one budget can do; "any" suffices for all steps."""
+        return works_on(jax.default_backend())
+
+    def lower(self, bucket: Bucket, work: Work = "any") -> jax.stages.Lowered:
         """The lowered step program of `bucket` for the current device."""
         program = step_program(
             self.model,
@@ -112,30 +123,58 @@ class Programs:
             activation_dtype=self.config.activation_dtype,
             mesh=self.mesh,
             logits_processor=self.config.choices.logits_processor,
+            has_int8_weights=has_int8(self.params),
+            work=work,
         )
         return program.lower(*self._arguments(bucket))
 
-    def compile(self, budget: int) -> Program:
-        """The program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved."""
-        bucket = self.bucket(budget)
+    def compile(self, budget: int, work: Work = "any") -> Program:
+        """A program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved."""
+        bucket, name = self.bucket(budget), self.saved_name(budget, work)
+        if self.folder is None or name is None:
+            return Program(bucket, self.lower(bucket, work).compile(), work)
+        saved = saved_in(self.folder)
+        program = executables.load(saved, name, devices=devices_of(self.config))
+        return Program(bucket, program or executables.compile_and_save(self.lower(bucket, work), saved, name), work)
+
+    def saved_name(self, budget: int, work: Work = "any") -> str | None:
+        """The name under which a program for steps of `budget` tokens is saved; None if it is not."""
         if self.folder is None or self.config.choices.logits_processor is not None:  # which has no name to look up
-            return Program(bucket, self.lower(bucket).compile())
-        saved = Folder(path=self.folder.path / FOLDER, writable=self.folder.writable)
-        devices = jax.local_devices()[: self.config.tensor_parallel or 1]
-        name = program_name(self._arguments(bucket)[:3], self.model, self.config, budget, devices=devices)
-        program = executables.load(saved, name, devices=devices)
-        return Program(bucket, program or executables.compile_and_save(self.lower(bucket), saved, name))
+            return None
+        arguments = self._arguments(self.bucket(budget))[:3]
+        return program_name(arguments, self.model, self.config, budget, work, devices=devices_of(self.config))
 
     def _arguments(self, bucket: Bucket) -> tuple[Any, KVCache, SamplerState, jax.ShapeDtypeStruct]:
         return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
 
 
+def has_int8(params: Any) -> bool:
+    """Whether some of the weights, arrays or shapes, are `Int8Weight`."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Weight))
+    return any(isinstance(leaf, Int8Weight) for leaf in leaves)
+
+
+def works_on(platform: str) -> tuple[Work, ...]:
+    """What the programs of one budget can do on a platform: see `sampler.Work`."""
+    return ("any", "greedy", "sampled") if platform == "gpu" else ("any",)
+
+
+def saved_in(folder: Folder) -> Folder:
+    """The folder of the programs within a cache folder."""
+    return Folder(path=folder.path / FOLDER, writable=folder.writable)
+
+
+def devices_of(config: ResolvedConfig) -> list[jax.Device]:
+    """The devices that an engine runs on."""
+    return jax.local_devices()[: config.tensor_parallel or 1]
+
+
 def program_name(
-    arguments: object, model: ModelConfig, config: ResolvedConfig, budget: int, *, devices: Sequence[Any]
+    arguments: object, model: ModelConfig, config: ResolvedConfig, budget: int, work: Work, *, devices: Sequence[Any]
 ) -> str:
     """The name under which a step's program is saved; `arguments` are weights, KV cache and state, arrays or shapes."""
     shape = (budget, config.max_num_seqs, config.max_blocks, config.num_blocks, config.block_size)
-    form = (config.choices.attention, config.activation_dtype, config.tensor_parallel)
+    form = (config.choices.attention, config.activation_dtype, config.tensor_parallel, work)
     return executables.key(arguments, asdict(model), shape, form, devices=devices)
 
 
@@ -159,13 +198,16 @@ def step_program(
     activation_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     logits_processor: LogitsProcessor | None = None,
-    device_kind: str | None = None,
+    has_int8_weights: bool = False,
+    work: Work = "any",
+    device: Any = None,
 ) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
     weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
-    `device_kind` is that of the devices to compile for; None: those of the mesh, or of this process.
+    `has_int8_weights` affects only how products are compiled; `work` is what the sampler can do. `device` is one of those to
+    compile for; None: of the mesh, or of this process.
     """
     step = partial(
         _step,
@@ -175,13 +217,17 @@ def step_program(
         activation_dtype=activation_dtype,
         mesh=mesh,
         logits_processor=logits_processor,
+        work=work,
     )
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if (device_kind or device.device_kind) == "cpu":
+    device = device or (jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+    if device.platform == "cpu":
         # JAX's own cache goes by the name, too. What it has from an older version would load, but could not be saved as an
         # executable, so that every later start would trace this program again.
         step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
-    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=_COMPILER_OPTIONS.get(device_kind or device.device_kind))
+    options = _COMPILER_OPTIONS.get(device.device_kind)
+    if device.platform == "gpu" and not has_int8_weights:
+        options = _GPU_OPTIONS
+    jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
     if mesh is None:
         return jit(step)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -207,6 +253,7 @@ def _step(
     activation_dtype: DTypeLike | None,
     mesh: Mesh | None,
     logits_processor: LogitsProcessor | None,
+    work: Work,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
@@ -228,5 +275,5 @@ def _step(
         last_tokens = jnp.take(batch.token_ids, batch.sample_rows)
         rows = LogitsRows(positions=sampling.positions, last_tokens=last_tokens, seeds=sampling.seeds)
         process = lambda logits: logits_processor(logits, rows)  # noqa: E731
-    sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS, process=process)
+    sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS, process=process, work=work)
     return StepOutput(sampled=sampled, logits=logits, hidden=hidden), kv_cache, state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, memory_shardings
 from fastgen_jax.engine.resolve import ResolvedConfig
+from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.state import SamplerState, reset_slot, set_masks
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import tensor_mesh
@@ -35,6 +36,7 @@ class Runner:
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
         self.programs = Programs(model=model, config=config, mesh=self.mesh, params=abstract(params), folder=folder)
         self._compiled: dict[int, Program] = {}  # replaced, never changed: another thread may add a program during a step
+        self._narrow: dict[tuple[int, Work], Program] = {}  # as `_compiled`: programs that suffice for some steps
         self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self._made: list[weakref.ref[jax.Array]] = []
         self.is_asleep = False
@@ -81,7 +83,7 @@ class Runner:
 
     def destroy(self) -> None:
         """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
-        self._compiled = {}
+        self._compiled = self._narrow = {}
         made = [array for ref in self._made if (array := ref()) is not None]
         _delete([*jax.tree.leaves((self.kv_cache, self.state)), *made])
         self.params = {}
@@ -102,6 +104,11 @@ class Runner:
         """Token budgets of the compiled programs, smallest first."""
         return tuple(sorted(self._compiled))
 
+    @property
+    def compiled(self) -> Mapping[int, Program]:
+        """The programs by their token budgets."""
+        return self._compiled
+
     def bucket(self, num_tokens: int) -> Bucket:
         """The smallest compiled shape for `num_tokens`."""
         compiled = self._compiled
@@ -110,27 +117,39 @@ class Runner:
             raise ValueError(f"a step of {num_tokens} tokens exceeds the largest compiled budget {max(compiled)}")
         return compiled[min(fitting)].bucket
 
-    def compile(self, budgets: Sequence[int], *, on_done: Callable[[int], object] = lambda budget: None) -> None:
-        """Compiles and warms a program for each budget that has none yet; calls `on_done(budget)` after each."""
-        for budget in budgets:
-            if budget not in self._compiled:
-                self.add(self.programs.compile(budget))
-            on_done(budget)
+    def missing(self, budgets: Sequence[int]) -> list[tuple[int, Work]]:
+        """Which programs of these budgets have not been compiled: first those that can do everything."""
+        wanted = [(budget, work) for work in self.programs.works for budget in budgets]
+        return [key for key in wanted if key not in self._narrow and (key[1] != "any" or key[0] not in self._compiled)]
+
+    def compile(self, programs: Sequence[tuple[int, Work]], *, on_done: Callable[[], object] = lambda: None) -> None:
+        """Compiles and warms programs that are `missing`; calls `on_done` after each."""
+        for budget, work in programs:
+            self.add(self.programs.compile(budget, work))
+            on_done()
 
     def add(self, program: Program, *, warm: bool = True) -> None:
         """Makes a program available to the next step; with `warm` after one empty run, so that its first step is fast."""
         if warm:
             self._run(program, program.bucket.new_buffer()[0])
             jax.block_until_ready(self.kv_cache)
-        self._compiled = {**self._compiled, program.bucket.num_tokens: program}
+        budget = program.bucket.num_tokens
+        if program.work == "any":
+            self._compiled = {**self._compiled, budget: program}
+        else:
+            self._narrow = {**self._narrow, (budget, program.work): program}
 
     def keep_only(self, budgets: Sequence[int]) -> None:
         """Drops the programs of all other budgets."""
         self._compiled = {budget: self._compiled[budget] for budget in budgets}
+        self._narrow = {key: program for key, program in self._narrow.items() if key[0] in budgets}
 
     def run(self, packed: np.ndarray, bucket: Bucket) -> StepOutput:
         """Dispatches a step and returns immediately; reading the output waits for it."""
-        return self._run(self._compiled[bucket.num_tokens], packed)
+        budget, program = bucket.num_tokens, None
+        if self._narrow:
+            program = self._narrow.get((budget, bucket.work_of(packed)))
+        return self._run(program or self._compiled[budget], packed)
 
     def _run(self, program: Program, packed: np.ndarray) -> StepOutput:
         output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed)
@@ -171,29 +190,42 @@ class Runner:
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
         self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
 
-    def measure(self, budget: int, *, num_tokens: int | None = None, repeats: int = 5, at_least: float = 0.4) -> float:
-        """Seconds of a step of `num_tokens` (default: all) in the program of `budget`.
+    def time_step(self, program: Program, num_tokens: int) -> float:
+        """Seconds of a step of `num_tokens` in a program: one prompt chunk at the start of its sequence.
 
-        The step is one prompt chunk at the start of its sequence. The result is the minimum of `repeats` runs, or of
-        more if these take less than `at_least` seconds, because other load on the machine can only add to it. Overwrites
-        the first blocks of the cache.
+        Neither the KV cache nor the state of a slot changes.
         """
-        bucket = self._compiled[budget].bucket
-        used = budget if num_tokens is None else num_tokens
+        buffer, views = program.bucket.new_buffer()  # whose slots in the cache are out of range, so that nothing is written
+        views["query_starts"][1:] = num_tokens
+        views["context_lens"][0] = num_tokens
+        blocks = -(-num_tokens // self.config.block_size)
+        views["block_tables"][0, :blocks] = np.arange(blocks)
+        views["positions"][:num_tokens] = np.arange(num_tokens)
+        views["sample_rows"][0] = num_tokens - 1
+        views["num_sample_rows"][...] = 1
+        start = time.perf_counter()
+        jax.block_until_ready(self._run(program, buffer))
+        return time.perf_counter() - start
+
+    def measure(self, budget: int, *, num_tokens: int | None = None, **limits: float) -> float:
+        """Seconds of a step of `num_tokens` (default: all) in the program of `budget`: the `shortest` of several runs.
+
+        `limits` are those of `is_measured`.
+        """
         times: list[float] = []
-        while len(times) <= repeats or sum(times[1:]) < at_least:  # the first run pays for page faults
-            buffer, views = bucket.new_buffer()
-            views["query_starts"][1:] = used
-            views["context_lens"][0] = used
-            blocks = -(-used // self.config.block_size)
-            views["block_tables"][0, :blocks] = np.arange(blocks)
-            views["positions"][:used] = views["kv_slots"][:used] = np.arange(used)
-            views["sample_rows"][0] = used - 1
-            views["num_sample_rows"][...] = 1
-            start = time.perf_counter()
-            jax.block_until_ready(self.run(buffer, bucket))
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+        while not is_measured(times, **limits):
+            times.append(self.time_step(self._compiled[budget], budget if num_tokens is None else num_tokens))
+        return shortest(times)
+
+
+def is_measured(times: Sequence[float], *, repeats: float = 5, at_least: float = 0.4) -> bool:
+    """Whether a step ran often enough: `repeats` times and for `at_least` seconds, after a run that pays for page faults."""
+    return len(times) > repeats and sum(times[1:]) >= at_least
+
+
+def shortest(times: Sequence[float]) -> float:
+    """The time of a step, from its runs: other load on the machine can only add to it."""
+    return min(times[1:] or times)
 
 
 def _read_whole(params: Params) -> Params:

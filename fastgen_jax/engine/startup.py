@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,11 +23,14 @@ from fastgen_jax.checkpoint import (
 )
 from fastgen_jax.core import environment
 from fastgen_jax.core.progress import Phases
-from fastgen_jax.engine import compile_cache, fit, ladder, saved_choices
+from fastgen_jax.engine import compile_cache, executables, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, formats_of
 from fastgen_jax.engine.generation import defaults_of_model
+from fastgen_jax.engine.programs import devices_of, saved_in
+from fastgen_jax.engine.refinement import Refinement
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
+from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
@@ -38,7 +42,7 @@ log = logging.getLogger(__name__)
 
 BUILDING = "building C++ kernels"  # those that are not ready when the weights are loaded, once per machine
 PHASES = ("opening the model", "loading weights", BUILDING, "allocating memory", "compiling")
-SECONDS_FILE = "starts.json"  # how long they took
+STARTS_FILE = "starts.json"  # how long the phases took, and the program that was needed first
 BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depend on it
 
 
@@ -53,7 +57,10 @@ def load(
     """
     with phases.phase(PHASES[0]):
         environment.warn_about_accelerators()
-        checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            if jax.default_backend() == "cpu":
+                beside.submit(native.available)  # asks the compiler for its version, once per process
+            checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
         if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
             config = replace(config, quantize="int8")
         if config.generation_config == "auto":
@@ -62,6 +69,7 @@ def load(
         folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
         config = fit.with_formats(config, checkpoint.config, folder, kept=_kept_bits(checkpoint))
         resolved = resolve(config, checkpoint.config)
+        _prepare_as_before(phases, folder, checkpoint.config, resolved)
         builds = _prefetch_kernels(checkpoint.config) if jax.default_backend() == "cpu" else ()
         if not builds:
             phases.names = [name for name in PHASES if name != BUILDING]
@@ -73,7 +81,6 @@ def load(
                 f"{tokenizer.vocab_size:,}",
                 f"{checkpoint.config.vocab_size:,}",
             )
-        _expect_seconds(phases, folder, checkpoint.config, resolved)
     params = _read_weights(checkpoint, resolved, progress=phases)
     if builds:
         with phases.phase(BUILDING, total=len(builds), unit="kernel") as advance:
@@ -119,25 +126,40 @@ def _prefetch_kernels(model: ModelConfig) -> Sequence[native.Build]:
     return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary", "unfilled"))
 
 
-def start(params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases) -> tuple[ResolvedConfig, Runner]:
-    """The resolved config, and a runner with warm programs: all, or with `background_compile` that of a full step."""
+def start(
+    params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases
+) -> tuple[ResolvedConfig, Runner, Refinement | None]:
+    """The resolved config, a runner with warm programs, and what to do about the step sizes while the engine is idle.
+
+    The programs are all, or with `background_compile` that of a full step.
+    """
     folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
     config = _resolve_as_before(choices, model, folder)
+    candidates, measured, cost = config.budget_ladder, None, _cost_model(config, model)
     if choices.token_budget is None and not choices.remeasure:
-        config = replace(config, budget_ladder=_ladder(config, model, folder))
+        measured = _measured_before(config, model, folder)
+        sizes = measured or ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
+        config = replace(config, budget_ladder=sizes)
     with phases.phase("allocating memory"):
         runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
     if choices.remeasure:
         config = replace(config, budget_ladder=_measured_ladder(runner, config, model, folder, phases=phases))
-    largest_first = config.budget_ladder[::-1]
+    largest_first = runner.missing(config.budget_ladder[::-1])
     _compile(runner, largest_first[:1] if choices.background_compile else largest_first, phases=phases)
     runner.warm_up()
-    _save_seconds(phases, folder, model, config)
+    _save_start(phases, folder, runner, config)
+    executables.forget_prefetched()
     compile_cache.send_soon(folder)
     if config.fitted:
         log.info("fit: %s", config.fitted)
     log.info("engine ready: %s", config)
-    return config, runner
+    modeled = choices.token_budget is None and not choices.remeasure and measured is None
+    if not (modeled and choices.refine_ladder and folder and folder.writable):
+        return config, runner, None
+    save = partial(
+        ladder.save_choice, folder.path / ladder.FILE, _facts(config, model, candidates), model=ladder.describe(model)
+    )
+    return config, runner, Refinement(runner, cost, candidates, save=save)
 
 
 def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place | None = None) -> str:
@@ -154,6 +176,7 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
         "chat_template",
         "compile_cache_dir",
         "remeasure",
+        "refine_ladder",
         "logits_processor",
         "formats",
         "strict_config",
@@ -181,20 +204,21 @@ def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder
     return config
 
 
-def _ladder(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -> tuple[int, ...]:
-    """The step sizes that were measured here for such a model and config; those of the cost model if none were."""
+def _measured_before(config: ResolvedConfig, model: ModelConfig, folder: Folder | None) -> tuple[int, ...] | None:
+    """The step sizes that were measured here for such a model and config; None if none were."""
     candidates = config.budget_ladder
     measured = ladder.load_choice(folder.path / ladder.FILE, _facts(config, model, candidates)) if folder else None
-    if measured is not None and set(measured) <= set(candidates):
-        return measured
+    return measured if measured is not None and set(measured) <= set(candidates) else None
+
+
+def _cost_model(config: ResolvedConfig, model: ModelConfig) -> ladder.CostModel:
     device = jax.devices()[0]
-    cost = ladder.cost_model(
+    return ladder.cost_model(
         model,
         bytes_per_weight=1 if config.quantize or _keeps_any(config) else jnp.dtype(config.dtype).itemsize,
         device_kind=None if device.platform == "cpu" else device.device_kind,
         skips_padding=config.packed_weights,
     )
-    return ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
 
 
 def _measured_ladder(
@@ -202,12 +226,12 @@ def _measured_ladder(
 ) -> tuple[int, ...]:
     """Compiles and times every candidate; only the programs of the chosen sizes are kept."""
     candidates = config.budget_ladder
-    _compile(runner, candidates, phases=phases)
+    _compile(runner, runner.missing(candidates), phases=phases)
     costs = {budget: runner.measure(budget) for budget in candidates}
     log.info("measured step costs: %s", ", ".join(f"{t} tokens {1e3 * s:.1f} ms" for t, s in costs.items()))
-    chosen = ladder.choose_ladder(
+    chosen = ladder.choose(
         costs,
-        ladder.choose_budget(costs, max_num_seqs=config.max_num_seqs),
+        max_num_seqs=config.max_num_seqs,
         seconds_within=lambda budget, num_tokens: runner.measure(budget, num_tokens=num_tokens),
     )
     runner.keep_only(chosen)
@@ -217,30 +241,33 @@ def _measured_ladder(
     return chosen
 
 
-def _expect_seconds(phases: Phases, folder: Folder | None, model: ModelConfig, config: ResolvedConfig) -> None:
-    """Tells the display how long the phases of the last start of such a model took on this machine."""
-    saved = saved_choices.load(folder.path / SECONDS_FILE, _start_facts(model, config)) if folder else None
-    seconds = saved.get("seconds") if saved else None
+def _prepare_as_before(phases: Phases, folder: Folder | None, model: ModelConfig, config: ResolvedConfig) -> None:
+    """Tells the display how long the last start of such a model took, and begins to load the program that it needed."""
+    saved = saved_choices.load(folder.path / STARTS_FILE, _start_facts(model, config)) if folder else None
+    seconds, program = (saved.get("seconds"), saved.get("program")) if saved else (None, None)
+    if folder is not None and isinstance(program, str):
+        executables.prefetch(saved_in(folder), program, devices=devices_of(config))
     if isinstance(seconds, dict):
         phases.expected = {name: float(took) for name, took in seconds.items() if isinstance(took, int | float)}
 
 
-def _save_seconds(phases: Phases, folder: Folder | None, model: ModelConfig, config: ResolvedConfig) -> None:
+def _save_start(phases: Phases, folder: Folder | None, runner: Runner, config: ResolvedConfig) -> None:
+    model = runner.model
     if folder and folder.writable and "loading weights" in phases.seconds:
         seconds = {name: round(took, 3) for name, took in phases.seconds.items()}
-        entry = {"model": ladder.describe(model), "seconds": seconds}
-        saved_choices.save(folder.path / SECONDS_FILE, _start_facts(model, config), entry)
+        program = runner.programs.saved_name(config.token_budget)
+        entry = {"model": ladder.describe(model), "seconds": seconds, "program": program}
+        saved_choices.save(folder.path / STARTS_FILE, _start_facts(model, config), entry)
 
 
 def _start_facts(model: ModelConfig, config: ResolvedConfig) -> object:
     return asdict(model), config.dtype, config.quantize, config.tensor_parallel
 
 
-def _compile(runner: Runner, budgets: Sequence[int], *, phases: Phases) -> None:
-    missing = [budget for budget in budgets if budget not in runner.budgets]
+def _compile(runner: Runner, missing: Sequence[tuple[int, Work]], *, phases: Phases) -> None:
     if missing:
         with phases.phase("compiling", total=len(missing), unit="program") as advance:
-            runner.compile(missing, on_done=lambda budget: advance())
+            runner.compile(missing, on_done=advance)
 
 
 def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]) -> tuple[object, ...]:

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
-from fastgen_jax.models.division import row_norm_heads
+from fastgen_jax.models.division import divided, row_norm_heads
 from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.weight_spec import LayerWeights
-from pallas_kernels.ragged_attention import Attention, CacheLayer, Scoring, ragged_attention
+from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring, plan_layers, ragged_attention
 from pallas_kernels.rotary import rotary, rotate
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Step:
     """Values shared by all layers of a step."""
 
     batch: RaggedBatch
+    indices: dict[int | None, RaggedIndex]  # `batch.index` for each sliding window
     num_tokens: Int[Array, ""]  # tokens from this index on are padding
     rotations: dict[RopeConfig, Rotation]
     query_scale: Float[Array, " T"] | None  # for models that scale queries by position
@@ -81,13 +82,30 @@ def prepare_step(
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
+    num_blocks, num_devices = kv_cache.k.shape[0] // config.num_layers, 1 if mesh is None else mesh.size
+    local = config if mesh is None else divided(config, num_devices)
+    windows = tuple(dict.fromkeys(config.layer_windows or (None,)))
+    indices = [batch.index] * len(windows)
+    if not callable(implementation):
+        indices = plan_layers(
+            batch.index,
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // num_devices, *x.shape[2:]), x.dtype), kv_cache.k
+            ),
+            windows,
+            num_tokens=batch.positions.shape[0],
+            num_heads=local.num_heads // num_devices,
+            num_blocks=num_blocks,
+            implementation=implementation,
+        )
     return Step(
         batch=batch,
+        indices=dict(zip(windows, indices, strict=True)),
         num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
         query_scale=scale,
         row_norm_heads=((config.num_heads, config.num_kv_heads) if mesh is None else row_norm_heads(config, mesh.size)),
-        num_blocks=kv_cache.k.shape[0] // config.num_layers,
+        num_blocks=num_blocks,
         mesh=mesh,
         attend=attend if mesh is None else divide_heads(attend, mesh),
     )
@@ -121,7 +139,7 @@ def attention(
         value,
         cache.k,
         cache.v,
-        step.batch.index,
+        _index_of(step, config, index),
         CacheLayer(number=index, num_blocks=step.num_blocks),
         _scoring_of(config, w, index),
     )
@@ -211,6 +229,17 @@ def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) ->
         soft_cap=config.attention_soft_cap,
         alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
         sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
+    )
+
+
+def _index_of(step: Step, config: ModelConfig, index: jax.Array | int) -> RaggedIndex:
+    """The batch's index with the plan for the window of a layer."""
+    windows = config.layer_windows or (None,)
+    if same_for_all(windows) or isinstance(index, int):
+        return step.indices[windows[0] if same_for_all(windows) else windows[int(index)]]
+    kind = jnp.asarray([list(step.indices).index(window) for window in windows], jnp.int32)[index]
+    return jax.tree.map(
+        lambda *plans: plans[0] if all(x is plans[0] for x in plans) else jnp.stack(plans)[kind], *step.indices.values()
     )
 
 

@@ -124,22 +124,25 @@ def run_layers(
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
 
         def body(
-            carry: tuple[jax.Array, KVCache], xs: tuple[LayerWeights, jax.Array]
-        ) -> tuple[tuple[jax.Array, KVCache], None]:
-            weights, index = xs
-            return layer(*carry, weights, LayerCall(index=index)), None
+            carry: tuple[jax.Array, KVCache, jax.Array], weights: LayerWeights
+        ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
+            x, cache, index = carry
+            x, cache = layer(x, cache, weights, LayerCall(index=index))
+            return (x, cache, index + 1), None
 
-        carry, _ = jax.lax.scan(body, (x, kv_cache), (layers, jnp.arange(config.num_layers, dtype=jnp.int32)))
-        return jnp.take(carry[0], rows, axis=0), carry[1]
+        # The counter is carried: XLA makes one of it and the loop's own, and products on a GPU read their weights in place
+        # only if it is the index. An array of layer numbers would be sliced in every layer.
+        (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), layers)
+        return jnp.take(x, rows, axis=0), kv_cache
 
-    carry = (x, kv_cache)
     for start, stop in _runs(having, config.num_layers):
         first_row = {name: rows.index(start) for name, rows in having.items() if start in rows}
         expert_row = with_experts.index(start) if start in with_experts else None
 
         def some(
-            carry: tuple[jax.Array, KVCache], i: jax.Array, start=start, first_row=first_row, expert_row=expert_row
-        ) -> tuple[tuple[jax.Array, KVCache], None]:
+            carry: tuple[jax.Array, KVCache, jax.Array], _: None, start=start, first_row=first_row, expert_row=expert_row
+        ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
+            x, cache, i = carry
             # The same as slicing the xs of a scan, but the stacks also hold the layers of other runs.
             weights = {
                 name: jax.tree.map(
@@ -153,10 +156,11 @@ def run_layers(
                 assert config.moe is not None, "only a model with experts has layers with experts"
                 weights |= experts
                 first_expert = (expert_row + i) * config.moe.num_experts
-            return layer(*carry, weights, LayerCall(index=start + i, first_expert=first_expert)), None
+            x, cache = layer(x, cache, weights, LayerCall(index=start + i, first_expert=first_expert))
+            return (x, cache, i + 1), None
 
-        carry, _ = jax.lax.scan(some, carry, jnp.arange(stop - start, dtype=jnp.int32))
-    return jnp.take(carry[0], rows, axis=0), carry[1]
+        (x, kv_cache, _), _ = jax.lax.scan(some, (x, kv_cache, jnp.int32(0)), length=stop - start)
+    return jnp.take(x, rows, axis=0), kv_cache
 
 
 def _run_packed(

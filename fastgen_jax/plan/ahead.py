@@ -17,8 +17,9 @@ from fastgen_jax.engine import executables, fit, footprint, ladder, saved_choice
 from fastgen_jax.engine.config import EngineConfig, default_block_size
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.programs import FOLDER, program_name, step_program
+from fastgen_jax.engine.programs import FOLDER, program_name, step_program, works_on
 from fastgen_jax.engine.resolve import BUDGETS, MEASURED_BUDGETS, ResolvedConfig
+from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
@@ -39,6 +40,7 @@ class ProgramAhead:
     """One compiled program; bytes are per device."""
 
     tokens: int
+    work: Work
     trace_seconds: float
     lower_seconds: float
     compile_seconds: float
@@ -68,8 +70,9 @@ def compile_ahead(
     saves = out is not None and target.device.platform == "tpu"
     place = saved_choices.elsewhere(all_devices)
     with _place_for(out if saves else None, startup.group(choices, model, place)) as folder:
-        for tokens in config.budget_ladder:
-            report(_compile(model, config, mesh, tokens, folder))
+        for work in works_on("tpu" if target.device.platform == "tpu" else "gpu"):
+            for tokens in config.budget_ladder:
+                report(_compile(model, config, mesh, tokens, work, folder))
         if folder is not None and choices.num_blocks is None:
             entry = {"model": ladder.describe(model), "num_blocks": config.num_blocks}
             facts = startup.facts_of_cache(choices, model, (config.dtype, config.quantize, config.kv_dtype))
@@ -141,7 +144,9 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
     )
 
 
-def _compile(model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int, folder: Path | None) -> ProgramAhead:
+def _compile(
+    model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int, work: Work, folder: Path | None
+) -> ProgramAhead:
     divided = config.tensor_parallel is not None
     devices = list(mesh.devices.flat)
     bucket = Bucket(
@@ -168,7 +173,9 @@ def _compile(model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int,
         attention=config.choices.attention,
         activation_dtype=config.activation_dtype,
         mesh=mesh if divided else None,
-        device_kind=devices[0].device_kind,
+        has_int8_weights=config.quantize == "int8",
+        work=work,
+        device=devices[0],
     )
     start = time.perf_counter()
     with lowering_for(mesh):
@@ -182,12 +189,13 @@ def _compile(model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int,
     assert memory is not None, "the compiler has no memory analysis"
     size = 0
     if folder is not None:
-        name = program_name(arguments[:3], model, config, tokens, devices=devices)
+        name = program_name(arguments[:3], model, config, tokens, work, devices=devices)
         saved = Folder(path=folder / FOLDER, writable=True)
         if executables.save(saved, name, program):
             size = (saved.path / (name + executables.SUFFIX)).stat().st_size
     return ProgramAhead(
         tokens=tokens,
+        work=work,
         trace_seconds=traced_at - start,
         lower_seconds=lowered_at - traced_at,
         compile_seconds=done - lowered_at,

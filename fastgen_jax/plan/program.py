@@ -22,24 +22,20 @@ from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.devices import NoCompiler, Topology
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import memory_shardings, step_program
+from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import partition_params, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
+from fastgen_jax.plan import hlo
 from pallas_kernels.jax_versions import COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
 from pallas_kernels.matmul import Int8Weight
 
-# An asynchronous collective is counted where it starts.
-_COLLECTIVE = re.compile(
-    r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
-    r"(?:-start)?\("
-)
-_COPY = re.compile(r" = (?:bf|[sufi])(\d+)(?:e\w+)?\[([\d,]+)\]\S* copy\(")
-_CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
 # JAX on a v4 chip treats its two cores as one device; without this the compiler assumes two.
 _CHIP_CONFIGS = {"v4": "megacore"}
+LARGE = 2**20  # bytes of a weight, from which it matters whether a step copies it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +48,9 @@ class Program:
     temporaries: int
     cache: int  # of the KV cache; all of it must be aliased
     collectives: int  # number per layer
-    copied: int  # size of the largest array that each layer copies; weights must not be copied
+    operations: int  # number per layer; on a GPU, kernel launches
+    waits: int  # how often a GPU's host has to read a value in the middle of the step
+    copies: list[hlo.Copy]  # weights that a step writes anew: there should be none
     compiled: jax.stages.Compiled
 
 
@@ -144,6 +142,7 @@ def compile_step(
     kv_dtype: DType | None = None,
     quantize: str | None = None,
     attention: str | None = None,
+    work: Work = "any",
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
 
@@ -171,24 +170,38 @@ def compile_step(
     )
     cache = arguments[1]
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
-    step = step_program(model, bucket, attention=attention, mesh=mesh)
+    step = step_program(model, bucket, attention=attention, mesh=mesh, has_int8_weights=quantize == "int8", work=work)
     start = time.perf_counter()
     with lowering_for(mesh):
         lowered = step.lower(*arguments)
         compiled = compile_lowered(lowered)
-    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None, "the compiler has no memory analysis"
-    assert hlo is not None, "the compiler does not show its program"
+    assert text is not None, "the compiler does not show its program"
     return Program(
         seconds=time.perf_counter() - start,
         arguments=memory.argument_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         cache=cache_bytes,
-        collectives=count_in_loops(hlo),
-        copied=copied_in_loops(hlo),
+        collectives=hlo.count_in_loops(text),
+        operations=hlo.operations_per_layer(text),
+        waits=hlo.waits(text),
+        copies=hlo.copied_weights(text, _matrix_shapes(arguments[0], token_budget)),
         compiled=compiled,
     )
+
+
+def _matrix_shapes(params: Params, num_tokens: int) -> set[tuple[int, ...]]:
+    """The shapes on one device of the large weights, of one layer and of all; without those that activations may have."""
+    shapes = set()
+    for leaf in jax.tree.leaves(params):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        while math.prod(shape) * leaf.dtype.itemsize >= LARGE and len(shape) >= 2:
+            if num_tokens not in shape:
+                shapes.add(tuple(shape))
+            shape = shape[1:]
+    return shapes
 
 
 def step_arguments(
@@ -243,53 +256,6 @@ def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str 
     return jax.eval_shape(
         lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros((*shape[:-2], shape[-1]), jnp.float32))
     )
-
-
-def count_in_loops(hlo: str) -> int:
-    """How many collectives the loop over layers of an optimized program runs: of all loops, the one with the most.
-
-    Some backends put collectives into separate computations that the loop calls; TPU7x does, for its SparseCores.
-    """
-    counts: dict[str, int] = {}
-    calls: dict[str, list[str]] = {}
-    for name, line in _lines(hlo):
-        counts[name] = counts.get(name, 0) + bool(_COLLECTIVE.search(line))
-        if "-done(" not in line:  # counted where it started
-            calls.setdefault(name, []).extend(_CALLED.findall(line))
-
-    @functools.cache
-    def total(name: str) -> int:
-        return counts.get(name, 0) + sum(map(total, calls.get(name, ())))
-
-    return max(map(total, _bodies(hlo)), default=0)
-
-
-def copied_in_loops(hlo: str) -> int:
-    """Bytes of the largest array that a loop of an optimized program copies.
-
-    A large copy means that a weight is stored in another layout than the one that the computation uses.
-    """
-    bodies = _bodies(hlo)
-    largest = 0
-    for name, line in _lines(hlo):
-        copy = _COPY.search(line)
-        if copy and name in bodies:
-            largest = max(largest, math.prod(map(int, copy[2].split(","))) * int(copy[1]) // 8)
-    return largest
-
-
-def _lines(hlo: str) -> Iterator[tuple[str, str]]:
-    """Each line of a program, with the name of the computation that contains it."""
-    name = ""
-    for line in hlo.splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if header:
-            name = header[1]
-        yield name, line
-
-
-def _bodies(hlo: str) -> set[str]:
-    return set(re.findall(r"\bbody=%?([\w.\-]+)", hlo))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from pallas_kernels import native
+from pallas_kernels.cpu_only import cpu_only
 from pallas_kernels.matmul import cpu as matrix
 
 if TYPE_CHECKING:
@@ -40,23 +39,6 @@ def pack(w: Num[np.ndarray, "G K N"], *, gated: bool) -> Num[np.ndarray, "G P st
 def pack_scales(scales: Float[np.ndarray, "G N"], *, gated: bool) -> Float[np.ndarray, "G P width"]:
     """float32[G, P, width] of the scales float32[G, N] of the columns."""
     return np.stack([matrix.pack_scales(row, gated=gated) for row in scales])
-
-
-# Returns its argument on the CPU; lowering it for another platform raises an error that names the remedy.
-_cpu_only_p = Primitive("packed_groups_on_cpu")
-_cpu_only_p.def_abstract_eval(lambda x: x)
-mlir.register_lowering(_cpu_only_p, lambda context, x: [x], platform="cpu")
-
-
-def _refuse(context: mlir.LoweringRuleContext, x: mlir.Value) -> NoReturn:
-    platforms = ", ".join(context.module_context.platforms)
-    raise ValueError(
-        f"PackedGroups were lowered for platform {platforms!r}, but their layout is only for 'cpu'; "
-        f"call prepare(w, platform={platforms!r}) on the original weights"
-    )
-
-
-mlir.register_lowering(_cpu_only_p, _refuse)
 
 
 @partial(jax.jit, static_argnames=("num_outputs", "gated", "blocks"))
@@ -98,7 +80,8 @@ def _multiply(
     call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], num_outputs), jnp.float32))
     format, size, rounds = blocks or (0, 0, False)
     options = {"format": np.int64(format), "block_size": np.int64(size), "rounds": rounds}
-    return call(_cpu_only_p.bind(x), panels, scales, group_sizes, first_group, gated=gated, **options)
+    checked = cpu_only(x, what="PackedGroups were")
+    return call(checked, panels, scales, group_sizes, first_group, gated=gated, **options)
 
 
 @_multiply.defjvp

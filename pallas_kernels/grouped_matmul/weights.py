@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.aligned import aligned_empty
 from pallas_kernels.grouped_matmul import cpu
 from pallas_kernels.matmul import BlockFormat, BlockWeight, Int8Weight, quantize_int4, quantize_int8
 from pallas_kernels.matmul.blocks import pack, rounds_to_bfloat16
@@ -20,8 +20,6 @@ from pallas_kernels.pytree import pytree, static
 if TYPE_CHECKING:
     from jaxtyping import Array, Float32, Int, Num
 
-_THREADS = 2  # NumPy releases the GIL
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BlockGroups:
@@ -29,7 +27,7 @@ class BlockGroups:
 
     shape: tuple[int, int, int]
     read: Callable[[int], BlockWeight]
-    """The weight [K, N] of a group; several threads may call it."""
+    """The weight [K, N] of a group."""
 
 
 @pytree
@@ -164,23 +162,20 @@ def _dequantized(w: BlockGroups, dtype: DTypeLike) -> jax.Array:
 
 def _packed_blocks(w: BlockGroups, *, gated: bool, dtype: DTypeLike) -> PackedGroups:
     groups, k, n = w.shape
-    first = w.read(0)
-    form, example = first.format, pack(first, gated=gated)
-    panels = np.empty((groups, *example.shape), np.uint8)
-    panels[0] = example
-
-    def put(group: int) -> None:
+    form: BlockFormat | None = None
+    panels = np.empty(0, np.uint8)
+    for group in range(groups):
         weight = w.read(group)
+        packed = pack(weight, gated=gated)
+        if form is None:
+            form, panels = weight.format, aligned_empty((groups, *packed.shape), np.uint8)
         if (weight.shape, weight.format) != ((k, n), form):
             raise ValueError(
                 f"the weight of group {group} is {weight.format} {weight.shape}, but that of group 0 is {form} {(k, n)}; "
                 "one kernel call reads blocks of one format"
             )
-        panels[group] = pack(weight, gated=gated)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for _ in pool.map(put, range(1, groups)):
-            pass
+        panels[group] = packed
+        del weight, packed  # before the next one is read
     host = jax.devices("cpu")[0]
     return PackedGroups(
         panels=jax.device_put(panels, host),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from ml_dtypes import bfloat16, float4_e2m1fn, float8_e4m3fn
 
+from pallas_kernels.aligned import aligned_empty
 from pallas_kernels.matmul import cpu
 
 if TYPE_CHECKING:
@@ -217,24 +218,28 @@ def quantize_int4(w: Float[np.ndarray, "K N"]) -> BlockWeight:
 
 def pack(w: BlockWeight, *, gated: bool) -> UInt8[np.ndarray, "P blocks bytes one"]:
     """Panels [P, K / size, bytes of a block, 1] of a matrix [K, N]; `native/blocks.h` says what a block holds."""
-    _, k = w.values.shape
-    codes = w.values.view(np.uint8)
-    bytes_ = codes[:, 0::2] | codes[:, 1::2] << 4 if w.format.bits == 4 else codes
-    words = np.ascontiguousarray(bytes_).view("<u4")
-    packed = [cpu.pack(_words(array).T, gated=gated) for array in (w.scales, w.offsets) if array is not None]
-    packed.append(cpu.pack(words.T, gated=gated))
-    panels, count = len(packed[0]), k // w.format.size
-    parts = [_bytes(array.reshape(panels, count, -1)) for array in packed]
-    return np.concatenate(parts, axis=2)[..., None]
+    n, k = w.values.shape
+    values = np.ascontiguousarray(w.values)
+    if w.format.bits == 4:
+        pairs = values.view("<u2")  # the first value of each pair is the low byte
+        values = (pairs | pairs >> 4).astype(np.uint8)
+    arrays = [_storable(array) for array in (w.scales, w.offsets) if array is not None]
+    arrays.append(values.view("<u4"))
+    count, parts = k // w.format.size, 1 + gated
+    share = cpu.panel_width() // parts
+    sizes = [array.shape[1] // count * cpu.panel_width() * array.itemsize for array in arrays]  # bytes in a block
+    panels = aligned_empty((-(-n // (parts * share)), count, sum(sizes)), np.uint8)
+    start = 0
+    for array, size in zip(arrays, sizes, strict=True):
+        piece = panels[..., start : start + size].view(array.dtype)
+        cpu.fill_panels(piece.reshape(*piece.shape[:2], -1, parts, share, 1), array.T)
+        start += size
+    return panels[..., None]
 
 
-def _words(scales: Shaped[np.ndarray, "N blocks"]) -> Shaped[np.ndarray, "N blocks"]:
-    """Exponents have no zero, with which panels are padded."""
+def _storable(scales: Shaped[np.ndarray, "N blocks"]) -> Shaped[np.ndarray, "N blocks"]:
+    """Exponents as bytes: they have no zero, with which panels are padded."""
     return scales.view(np.uint8) if scales.dtype.itemsize == 1 else scales
-
-
-def _bytes(array: Shaped[np.ndarray, "P blocks words"]) -> UInt8[np.ndarray, "P blocks bytes"]:
-    return array.view(np.uint8)
 
 
 def rounds_to_bfloat16(dtype: np.dtype) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from pallas_kernels import native
+from pallas_kernels.aligned import aligned_empty
+from pallas_kernels.cpu_only import cpu_only
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Num
@@ -48,9 +49,12 @@ def pack(w: Num[np.ndarray, "K N"], *, gated: bool) -> Num[np.ndarray, "P steps 
     one tile has both factors of its outputs in registers.
     """
     group = narrow_group() if w.dtype in (np.int8, jnp.bfloat16) else 1
-    parts = np.split(w, 2, axis=1) if gated else [w]
-    share = panel_width() // len(parts)
-    return np.concatenate([_panels(part, share, group) for part in parts], axis=2)
+    parts = 1 + gated
+    share = panel_width() // parts
+    shape = (-(-w.shape[1] // (parts * share)), -(-w.shape[0] // group), parts, share, group)
+    panels = aligned_empty(shape, w.dtype)
+    fill_panels(panels, w)
+    return panels.reshape(*shape[:2], -1, group)
 
 
 def pack_scales(scales: Float[np.ndarray, " N"], *, gated: bool) -> Float[np.ndarray, "P width"]:
@@ -58,29 +62,17 @@ def pack_scales(scales: Float[np.ndarray, " N"], *, gated: bool) -> Float[np.nda
     return pack(scales[None, :], gated=gated)[:, 0, :, 0]
 
 
-def _panels(w: np.ndarray, width: int, group: int) -> np.ndarray:
-    depth, columns = w.shape
-    count, steps = -(-columns // width), -(-depth // group)
-    padded = np.zeros((steps * group, count * width), w.dtype)
-    padded[:depth, :columns] = w
-    return np.ascontiguousarray(padded.reshape(steps, group, count, width).transpose(2, 0, 3, 1))
-
-
-# Returns its argument on the CPU; lowering it for another platform raises an error that names the remedy.
-_cpu_only_p = Primitive("packed_weight_on_cpu")
-_cpu_only_p.def_abstract_eval(lambda x: x)
-mlir.register_lowering(_cpu_only_p, lambda context, x: [x], platform="cpu")
-
-
-def _refuse(context: mlir.LoweringRuleContext, x: mlir.Value) -> NoReturn:
-    platforms = ", ".join(context.module_context.platforms)
-    raise ValueError(
-        f"a PackedWeight was lowered for platform {platforms!r}, but its layout is only for 'cpu'; "
-        f"call prepare(w, platform={platforms!r}) on the original weight"
-    )
-
-
-mlir.register_lowering(_cpu_only_p, _refuse)
+def fill_panels(panels: Num[np.ndarray, "P *steps parts share group"], w: Num[np.ndarray, "K N"]) -> None:
+    """Writes a matrix [K, N] into panels in one pass, however many axes the steps have; parts = 2 for [gate | up]."""
+    count, *steps, parts, share, group = panels.shape
+    rows, columns = math.prod(steps) * group, count * share
+    for part, source in enumerate(np.split(w, parts, axis=1)):
+        if source.shape != (rows, columns):
+            padded = np.zeros((rows, columns), w.dtype)
+            padded[: source.shape[0], : source.shape[1]] = source
+            source = padded
+        split = source.reshape(*steps, group, count, share)
+        panels[..., part, :, :] = np.moveaxis(split, (-2, -1, -3), (0, -2, -1))
 
 
 @functools.partial(jax.jit, static_argnames=("num_outputs", "gated", "blocks"))
@@ -130,7 +122,16 @@ def _multiply(
     format, size, rounds = blocks or (0, 0, False)
     options = {"format": np.int64(format), "block_size": np.int64(size), "rounds": rounds}
     has_residual = residual is not None
-    return call(_cpu_only_p.bind(x), panels, index, rows, *others, gated=gated, has_residual=has_residual, **options)
+    return call(
+        cpu_only(x, what="a PackedWeight was"),
+        panels,
+        index,
+        rows,
+        *others,
+        gated=gated,
+        has_residual=has_residual,
+        **options,
+    )
 
 
 @_multiply.defjvp

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_attention import contract
-from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, Plans, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.cpu import call as cpu
 from pallas_kernels.ragged_attention.cpu.call import ragged_attention_cpu
 from pallas_kernels.ragged_attention.derivative import with_derivative
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizedCache",
     "RaggedIndex",
     "Scoring",
+    "plan_layers",
     "ragged_attention",
 ]
 
@@ -124,20 +126,70 @@ def ragged_attention(
     kernels: dict[str, Attention] = {}
     if k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
         kernels["cpu"] = ragged_attention_cpu
-    if tpu_support.may_be_lowered():
-        reason = tpu_support.unsupported(k_cache, index.block_tables.shape[1])
-        if reason is None:
-            kernels["tpu"] = _ragged_attention_tpu
-        else:
-            _warn_once("TPU", reason)
-    if generation := gpu_support.generation():
-        reason = gpu_support.unsupported(k_cache, q.shape[1], generation)
-        if reason is None:
-            kernels["cuda"] = _ragged_attention_gpu
-        else:
-            _warn_once("GPU", reason)
+    if _runs_on_tpu(k_cache, index):
+        kernels["tpu"] = _ragged_attention_tpu
+    if _runs_on_gpu(k_cache, q.shape[1]):
+        kernels["cuda"] = _ragged_attention_gpu
     best = partial(jax.lax.platform_dependent, **kernels, default=ragged_attention_xla)
     return with_derivative(best)(*operands)
+
+
+def plan_layers(
+    index: RaggedIndex,
+    k_cache: Cache,
+    windows: Sequence[int | None],
+    *,
+    num_tokens: int,
+    num_heads: int,
+    num_blocks: int,
+    implementation: str | None = None,
+) -> list[RaggedIndex]:
+    """`index` with what a kernel derives from it, so that a loop over layers does not derive it in every layer.
+
+    Args:
+      index: as for `ragged_attention`.
+      k_cache: an array or a `jax.ShapeDtypeStruct` like the cache of later calls; H and K are those of one device.
+      windows: the sliding windows of the layers, without repetitions.
+      num_tokens, num_heads, num_blocks: T, H and N of later calls.
+      implementation: as for `ragged_attention`.
+
+    Returns:
+      one index for each window. Where kernels derive nothing, as on a CPU, they are `index` itself.
+    """
+    plan_tpu = plan_gpu = None
+    if implementation == "tpu" or (implementation is None and _runs_on_tpu(k_cache, index)):
+        from pallas_kernels.ragged_attention.tpu.call import plan_tpu
+    if implementation == "gpu" or (implementation is None and _runs_on_gpu(k_cache, num_heads)):
+        from pallas_kernels.ragged_attention.gpu.call import plan_gpu
+    if plan_tpu is None and plan_gpu is None:
+        return [index] * len(windows)
+    shape: dict[str, int] = {"num_tokens": num_tokens, "num_heads": num_heads, "num_blocks": num_blocks}
+    tpu = None if plan_tpu is None else plan_tpu(k_cache, index, **shape)
+    gpu = [None if plan_gpu is None else plan_gpu(k_cache, index, window, **shape) for window in windows]
+    # Without the barrier XLA moves parts of a plan into every layer.
+    tpu, gpu = jax.lax.optimization_barrier((tpu, gpu))
+    return [dataclasses.replace(index, plans=Plans(tpu=tpu, gpu=plan)) for plan in gpu]
+
+
+def _runs_on_tpu(k_cache: Cache, index: RaggedIndex) -> bool:
+    """Whether the program may be lowered for a TPU, and its kernel supports the cache; the log says why not."""
+    if not tpu_support.may_be_lowered():
+        return False
+    reason = tpu_support.unsupported(k_cache, index.block_tables.shape[1])
+    if reason is not None:
+        _warn_once("TPU", reason)
+    return reason is None
+
+
+def _runs_on_gpu(k_cache: Cache, num_heads: int) -> bool:
+    """Whether the program may be lowered for a GPU, and its kernel supports the cache; the log says why not."""
+    generation = gpu_support.generation()
+    if generation is None:
+        return False
+    reason = gpu_support.unsupported(k_cache, num_heads, generation)
+    if reason is not None:
+        _warn_once("GPU", reason)
+    return reason is None
 
 
 @functools.cache

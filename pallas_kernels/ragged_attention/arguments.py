@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,14 @@ from pallas_kernels.ragged_attention.quantized import Cache
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+
+@pytree
+class Plans:
+    """What the kernel of a platform derives from the rest of a `RaggedIndex`; made by `plan_layers`."""
+
+    gpu: Any = None
+    tpu: Any = None
 
 
 @pytree
@@ -36,6 +44,8 @@ class RaggedIndex:
     block_tables: Int[Array, "S M"]
     """The blocks of each sequence, relative to the layer. Entries past the context, or before the window of every query,
     are never read."""
+    plans: Plans | None = None
+    """Made once for all layers by `plan_layers`; None: each call makes its own."""
 
 
 @pytree

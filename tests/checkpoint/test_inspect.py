@@ -45,6 +45,11 @@ def test_a_gguf_file_shows_its_block_types_even_without_a_tokenizer(tmp_path, ca
     write_gguf(tmp_path / "a.gguf", kind="Q8_0", vocab_size=512, arrays=gguf_metadata("qwen2"))
     lines = _lines(capsys, tmp_path / "a.gguf")
     assert lines["stored as"].startswith("Q8_0 99.")
+    assert lines["loaded as"].startswith("CPUs with native kernels: ")
+    write_gguf(tmp_path / "tied.gguf", kind="Q8_0", vocab_size=512, tie_word_embeddings=True)
+    tied = _lines(capsys, tmp_path / "tied.gguf")
+    share = tied["stored as"].split()[1]
+    assert tied["loaded as"].startswith(f"CPUs with native kernels: {share} % in Q8_0"), "the head is the embedding"
     assert lines["tokenizer"].startswith("byte-level BPE from GGUF, pre-tokenizer qwen2")
     assert lines["chat templates"] == "none"
     write_gguf(tmp_path / "b.gguf")

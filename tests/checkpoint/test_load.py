@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from fastgen_jax.checkpoint import load as loading
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.core import progress
 from fastgen_jax.models.params import param_specs
@@ -145,3 +150,31 @@ def test_progress_is_shown_only_on_request(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     load_params(open_checkpoint(tmp_path), dtype=jnp.float32, progress=True)
     assert "21/21" in capsys.readouterr().err  # 6 weights a layer, 3 layers, embedding, norm, head
+
+
+class AtOnce:
+    """A pool that does what it gets at once, and notes what."""
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+
+    def submit(self, load, weight) -> Future:
+        future: Future = Future()
+        future.set_result(load(weight))
+        self.done.append(weight.number)
+        return future
+
+
+def test_behind_a_large_weight_small_ones_go_on_up_to_its_size() -> None:
+    sizes = [100, *[10] * 30, *[60] * 6]
+    weights: Any = [SimpleNamespace(number=i, num_bytes=size) for i, size in enumerate(sizes)]
+    pool: Any = AtOnce()
+    ahead, load = [], cast("Any", lambda weight: -weight.number)
+    weight: Any
+    for weight, leaf in loading._loaded(load, weights, pool):
+        assert leaf == -weight.number
+        ahead.append(len(pool.done) - weight.number - 1)
+    assert pool.done == list(range(len(sizes)))
+    assert ahead[0] == 10
+    assert ahead[10] == ahead[20] == ahead[-4] == 3, "at least three"
+    assert ahead[-1] == 0

@@ -161,7 +161,7 @@ def test_loading_needs_memory_for_the_model_and_a_few_weights(tmp_path):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    # Two weights being read, three read ahead, one on its way to the device, and the allocator's own.
+    # Four weights in work, each once as read and once as prepared, and the allocator's own.
     assert int(done.stdout) < model + 8 * largest + 16e6, f"{int(done.stdout) / model:.2f} times the model"
 
 

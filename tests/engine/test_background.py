@@ -12,11 +12,13 @@ import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fastgen_jax import Engine, EngineConfig
-from fastgen_jax.engine.programs import Program, Programs
+from fastgen_jax import Engine, EngineConfig, SamplingParams
+from fastgen_jax.engine.programs import Program, Programs, StepOutput
 from fastgen_jax.engine.runner import Runner
+from fastgen_jax.engine.sampling.sampler import Work
 from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,8 +30,8 @@ def start(**options) -> Engine:
     return Engine(params, model, EngineConfig(**{**OPTIONS, "background_compile": True, **options}))
 
 
-def answer(engine: Engine) -> list[int]:
-    request_id = engine.add([5, 6, 7], greedy(4))
+def answer(engine: Engine, params: SamplingParams | None = None) -> list[int]:
+    request_id = engine.add([5, 6, 7], params or greedy(4))
     return tokens_of(drain(engine)[request_id])
 
 
@@ -54,9 +56,9 @@ class Gate:
 def gate(monkeypatch):
     gate, compile_program = Gate(), Programs.compile
 
-    def gated(programs: Programs, budget: int) -> Program:
+    def gated(programs: Programs, budget: int, work: Work) -> Program:
         gate.pass_through(budget)
-        return compile_program(programs, budget)
+        return compile_program(programs, budget, work)
 
     monkeypatch.setattr(Programs, "compile", gated)
     yield gate
@@ -136,10 +138,10 @@ def test_an_engine_that_nobody_holds_is_freed_while_a_program_is_being_compiled(
 def test_if_a_program_cannot_be_compiled_the_engine_goes_on_and_the_log_says_so(monkeypatch, caplog) -> None:
     compile_program = Programs.compile
 
-    def failing(programs: Programs, budget: int) -> Program:
+    def failing(programs: Programs, budget: int, work: Work) -> Program:
         if budget == 8:
             raise RuntimeError("out of memory")
-        return compile_program(programs, budget)
+        return compile_program(programs, budget, work)
 
     monkeypatch.setattr(Programs, "compile", failing)
     with caplog.at_level(logging.WARNING):
@@ -235,4 +237,27 @@ def test_a_program_that_is_ready_while_the_engine_sleeps_is_there_when_it_wakes(
     assert engine.runner.budgets == (4, 8, 32)
     engine.wake()
     assert answer(engine) == expected
+    engine.destroy()
+
+
+def test_on_a_gpu_each_step_runs_the_narrowest_program_that_suffices(monkeypatch) -> None:
+    """On a CPU that is treated as a GPU in this respect."""
+    requests = {
+        "greedy": SamplingParams(do_sample=False, max_new_tokens=3),
+        "sampled": SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_new_tokens=3),
+        "any": SamplingParams(temperature=0.8, repetition_penalty=1.2, seed=1, max_new_tokens=3),
+    }
+    expected = {work: answer(tiny_engine(), params) for work, params in requests.items()}
+    monkeypatch.setattr("fastgen_jax.engine.programs.works_on", lambda platform: ("any", "greedy", "sampled"))
+    engine, ran, run_program = start(budget_ladder=(), background_compile=False), [], Runner._run
+
+    def recorded(runner: Runner, program: Program, packed: np.ndarray) -> StepOutput:
+        ran.append(program.work)
+        return run_program(runner, program, packed)
+
+    monkeypatch.setattr(Runner, "_run", recorded)
+    for work, params in requests.items():
+        ran.clear()
+        assert answer(engine, params) == expected[work]
+        assert set(ran) == {work}
     engine.destroy()

@@ -54,6 +54,23 @@ def test_a_loaded_program_computes_the_same_and_takes_its_donated_argument(folde
     assert not list(folder.path.glob("*.loading"))
 
 
+def test_a_program_that_is_loaded_ahead_is_there_once_for_the_one_who_asks_for_it(folder) -> None:
+    ahead, other = save(folder, 3.0), save(folder, 4.0)
+    executables.prefetch(folder, ahead, devices=jax.devices()[:1])
+    first = load(folder, other)
+    assert first is not None
+    assert first(jnp.array(X))[1] == 4.0
+    executables._prefetched[folder.path, ahead].result()
+    (folder.path / (ahead + executables.SUFFIX)).unlink()
+    second = load(folder, ahead)
+    assert second is not None
+    assert second(jnp.array(X))[1] == 3.0
+    assert load(folder, ahead) is None
+    executables.prefetch(folder, other, devices=jax.devices()[:1])
+    executables.forget_prefetched()
+    assert not executables._prefetched
+
+
 def test_a_name_depends_on_shapes_facts_sources_and_settings_but_not_on_values_or_folders(monkeypatch, tmp_path) -> None:
     names = {
         name(),

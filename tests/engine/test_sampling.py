@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 
 from fastgen_jax.engine.sampling import sampler as sampling
 from fastgen_jax.engine.sampling.random_bits import random_bits
+from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.engine.sampling.tables import SamplingBatch
-from tests.engine.sampling_rig import R, V, batch_of, run, sampling_rows, views_of
+from tests.engine.sampling_rig import TOP, R, S, V, batch_of, run, sampling_rows, views_of
 
 # Probabilities are float32 and top-p's limit is a product of such: either side is right within this distance.
 MASS_TOLERANCE = 1e-5
 
-weights_of = jax.jit(sampling._weights)
+weights_of = jax.jit(functools.partial(sampling._weights, has_branches=True))
 argmax_of = jax.jit(sampling._argmax)
 
 
@@ -217,7 +219,7 @@ def test_logits_that_differ_in_their_last_bits_draw_the_same_tokens() -> None:
 
     @jax.jit
     def draw(x):
-        weights = sampling._weights(jnp.broadcast_to(x, (count, vocab_size)), batch)
+        weights = sampling._weights(jnp.broadcast_to(x, (count, vocab_size)), batch, has_branches=True)
         return sampling._argmax(sampling._speeds(weights, bits))
 
     want = np.asarray(draw(logits))
@@ -232,6 +234,29 @@ def test_the_bits_are_those_of_jax_whatever_its_flags() -> None:
     with jax.threefry_partitionable(True):
         expected = [jax.random.bits(key, (1001,), jnp.uint32) for key in keys]
     np.testing.assert_array_equal(bits, expected)
+
+
+@pytest.mark.parametrize("work", ["greedy", "sampled"])
+def test_a_program_without_branches_gives_the_results_of_one_with_branches(work: sampling.Work) -> None:
+    rng = np.random.default_rng(7)
+    logits = jnp.asarray(rng.normal(size=(R, V)) * 2, jnp.float32)
+    columns: dict[str, Any] = {"temperature": 0, "any_sampling": 0}
+    if work == "sampled":
+        columns = {
+            "temperature": [0, 0.7, 1, 3, 1, 1, 1, 1],
+            "top_k": [0, 5, 0, 20, 1, 0, 0, 100],
+            "top_p": [1, 0.5, 0.9, 1, 1, 1, 0.1, 0.8],
+            "min_p": [0, 0, 0, 0.2, 0, 0.1, 0, 0],
+            "seeds": np.arange(R),
+        }
+    batch = sampling_rows(R, **columns, slots=np.arange(R), writes_token=1, targets=np.where(np.arange(R) == 5, 3, V))
+    expected = run(np.asarray(logits), batch)
+    sample = jax.jit(sampling.sample, static_argnames=("max_logprobs", "work"))
+    program = sample.lower(logits, init_state(S, V), batch, max_logprobs=TOP, work=work)
+    assert "stablehlo.case" not in program.as_text()
+    found = program.compile()(logits, init_state(S, V), batch)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("num_rows", [1, R])

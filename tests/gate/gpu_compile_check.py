@@ -1,8 +1,9 @@
 """Compiles for an H100 and an A100 without a GPU: `make gpu-compile-check`.
 
-A check fails if its program does not compile, copies the KV cache, or exceeds the bound on temporary memory; or if a kernel
-spills more than a few registers, uses more shared memory than a thread block has, or has matrix instructions that the
-assembler had to serialize. Checks that require a newer jax are listed as skipped, not failed.
+A check fails if its program does not compile, copies the KV cache or a weight, exceeds the bounds on temporary memory and on
+launches per layer, or makes the host wait in the middle of a step; or if a kernel spills more than a few registers, uses
+more shared memory than a thread block has, or has matrix instructions that the assembler had to serialize. Checks that
+require a newer jax are listed as skipped, not failed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from tests.gate.shapes import CALLS, LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B, Call
 MIB = 2**20
 KERNEL_TEMPORARIES = 96 * MIB  # results per tile; the cache has 500 MiB or more
 STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
+LAUNCHES_PER_LAYER = 22  # of kernels in a layer of a Llama, which has four products, two norms and two kernels of attention
+LAUNCHES_PER_LAYER_WITH_EXPERTS = 46
 SPILLED_BYTES = 32  # per thread, for plain attention
 SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks together, or an accumulator of 256 columns
 SHARED_BYTES = 232448  # maximum for a thread block on an H100
@@ -130,8 +133,21 @@ def kernel_complaint(kernels: list[Kernel], spilled: int, mesh: Any) -> str:
     return ""
 
 
-def check_step(hf: dict[str, Any], mesh: Any) -> tuple[int, list[Kernel], str]:
-    """The whole step: the kernel must have been chosen, the cache updated in place."""
+def check_step(
+    hf: dict[str, Any],
+    mesh: Any,
+    *,
+    tokens: int = 512,
+    work: str = "any",
+    quantize: str | None = None,
+    launches: int = LAUNCHES_PER_LAYER,
+    may_copy: int = 0,
+    facts: list[str],
+) -> tuple[int, list[Kernel], str]:
+    """The whole step: the kernel must have been chosen, the cache updated in place, and every weight read where it is.
+
+    `may_copy`: MiB of weights that today's step still copies, so that they do not become more.
+    """
     from fastgen_jax.models.families import family_of
     from fastgen_jax.plan.program import compile_step
 
@@ -139,12 +155,41 @@ def check_step(hf: dict[str, Any], mesh: Any) -> tuple[int, list[Kernel], str]:
     kernels: list[Kernel] = []
     with assembler_reports(kernels):
         program = compile_step(
-            model, mesh, token_budget=512, max_num_seqs=64, max_context_len=8192, block_size=32, num_blocks=4096
+            model,
+            mesh,
+            token_budget=tokens,
+            max_num_seqs=64,
+            max_context_len=8192,
+            block_size=32,
+            num_blocks=4096,
+            quantize=quantize,
+            work=work,  # pyright: ignore[reportArgumentType]
         )
+    copied = sum(copy.bytes * copy.times for copy in program.copies)
+    facts.append(f"{program.operations} launches, {program.waits} waits, {copied / MIB:.0f} MiB of weights copied")
     words = memory_complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
     if not words and "ragged_attention_chunks" not in program.compiled.as_text():
         words = "the GPU kernel was not chosen"
-    return program.temporaries, kernels, words or kernel_complaint(kernels, SPILLED_BYTES, mesh)
+    words = words or kernel_complaint(kernels, SPILLED_BYTES, mesh)
+    if not words and copied > may_copy * MIB:
+        words = f"weights are copied: {program.copies[0].name} writes {program.copies[0].bytes / MIB:.0f} MiB"
+    if not words and program.operations > launches:
+        words = f"each layer launches {program.operations} kernels, more than {launches}"
+    if not words and program.waits and work != "any" and model.moe is None:
+        words = f"the host waits for {program.waits} values in the middle of a step"
+    return program.temporaries, kernels, words
+
+
+def check_copies(mesh: Any) -> tuple[int, list[Kernel], str]:
+    """Tests the gate itself: XLA's Triton products copy the weights of each layer, which must be reported."""
+    from fastgen_jax.engine import programs
+
+    kept, programs._GPU_OPTIONS = programs._GPU_OPTIONS, {}
+    try:
+        *rest, words = check_step(LLAMA_3_8B, mesh, facts=[])
+    finally:
+        programs._GPU_OPTIONS = kept
+    return *rest, "" if "weights are copied" in words else f"copies of weights went unnoticed ({words!r})"
 
 
 def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
@@ -192,15 +237,25 @@ def main() -> int:
     }
     checks["H100 a too large tile is refused"] = functools.partial(check_refusal, h100)
     checks["H100 spilled registers are detected"] = functools.partial(check_spills, h100)
-    checks["H100 step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, h100)
-    checks["H100 step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight_h100)
-    checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(check_step, MIXTRAL_8X7B, eight_h100)
+    checks["H100 copied weights are detected"] = functools.partial(check_copies, h100)
+    facts: list[str] = []
+    step = functools.partial(check_step, facts=facts)
+    checks["H100 step: Llama-3-8B"] = functools.partial(step, LLAMA_3_8B, h100)
+    for work in ("greedy", "sampled"):
+        checks[f"H100 step of 64: Llama-3-8B, {work}"] = functools.partial(step, LLAMA_3_8B, h100, tokens=64, work=work)
+    checks["H100 step of 64: Llama-3-8B, int8"] = functools.partial(
+        step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="int8", launches=27, may_copy=6656
+    )
+    checks["H100 step: Llama-3-70B on 8"] = functools.partial(step, LLAMA_3_70B, eight_h100, launches=26)
+    checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(
+        step, MIXTRAL_8X7B, eight_h100, launches=LAUNCHES_PER_LAYER_WITH_EXPERTS, may_copy=2636
+    )
     too_old = jax_versions.too_old(jax_versions.AMPERE_KERNEL)
     if too_old is None:
         checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in AMPERE_CALLS}
         checks["8.9 attention: mixed"] = functools.partial(check_kernel, MIXED, ada)
-        checks["A100 step: Llama-3-8B"] = functools.partial(check_step, LLAMA_3_8B, a100)
-        checks["A100 step: Llama-3-70B on 8"] = functools.partial(check_step, LLAMA_3_70B, eight_a100)
+        checks["A100 step: Llama-3-8B"] = functools.partial(step, LLAMA_3_8B, a100)
+        checks["A100 step: Llama-3-70B on 8"] = functools.partial(step, LLAMA_3_70B, eight_a100, launches=26)
     else:
         print(f"A100 and compute capability 8.9 SKIPPED: the kernel {too_old}")
 
@@ -216,12 +271,15 @@ def main() -> int:
             continue
         start = time.process_time()
         temporaries, kernels, words = 0, [], ""
+        facts.clear()
         try:
             temporaries, kernels, words = check()
         except Exception as error:  # any error of the compiler or the lowering; the next check is independent of it
             words = f"{type(error).__name__}: {error}"[:600]
         failed += bool(words)
-        figures = ", ".join(f"{k.name.removeprefix('ragged_attention_')} {k.registers}/{k.spilled}" for k in kernels)
+        figures = ", ".join(
+            [f"{k.name.removeprefix('ragged_attention_')} {k.registers}/{k.spilled}" for k in kernels] + facts
+        )
         print(
             f"{name:42} {time.process_time() - start:6.1f} s {temporaries / MIB:8.0f} MiB  {figures}"
             f"{'  FAILED ' + words if words else ''}",

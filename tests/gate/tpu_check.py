@@ -26,7 +26,6 @@ KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and val
 STEP_TEMPORARIES = 640 * MIB  # activations of 512 tokens and their logits
 SECONDS_PER_PROGRAM = 180  # of processor time
 COLLECTIVES_PER_LAYER = 2
-COPY_PER_LAYER = 24 * MIB  # float32 activations; in each of the models, the largest weight of a layer is larger
 # The checks that CI has time for: a test of the gate itself, the kernels with both kinds of cache, and one whole step.
 QUICK = (
     "a too large tile is refused",
@@ -43,6 +42,7 @@ class Result:
     passed: bool
     seconds: float
     temporaries: int = 0  # bytes
+    operations: int = 0  # per layer of a step
     words: str = ""
 
 
@@ -76,8 +76,11 @@ def complaint(memory: Any, cache_bytes: int, bound: int) -> str:
     return ""
 
 
-def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> tuple[int, str]:
-    """Compiles a whole tensor-parallel step. The minimum of collectives per layer is one sum after each half."""
+def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> tuple[int, str, int]:
+    """Compiles a whole tensor-parallel step; also returns the number of operations per layer.
+
+    The minimum of collectives per layer is one sum after each half.
+    """
     import jax.numpy as jnp
 
     from fastgen_jax.models.families import family_of
@@ -97,9 +100,9 @@ def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> 
     words = complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
     if program.collectives != COLLECTIVES_PER_LAYER:
         words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_PER_LAYER}"
-    if program.copied > COPY_PER_LAYER:
-        words = words or f"every layer copies {program.copied / MIB:.0f} MiB, so a weight"
-    return program.temporaries, words
+    if program.copies:
+        words = words or f"{program.copies[0].name} copies a weight: {program.copies[0].bytes / MIB:.0f} MiB"
+    return program.temporaries, words, program.operations
 
 
 def check_step_refused(hf: dict[str, Any], mesh: Any) -> tuple[int, str]:
@@ -127,14 +130,14 @@ def check_refusal(mesh: Any) -> tuple[int, str]:
     return 0, "a tile of 128 MiB was accepted in 16 MiB of VMEM"
 
 
-def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> dict[str, Callable[[], tuple[int, str]]]:
+def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> dict[str, Callable[[], tuple[Any, ...]]]:
     """All checks of a kind, most important first; `small` is a mesh of one device.
 
     Each model's step is compiled over a cache of each of the `kv_dtypes`.
     """
     from tests.gate import shapes
 
-    checks: dict[str, Callable[[], tuple[int, str]]] = {}
+    checks: dict[str, Callable[[], tuple[Any, ...]]] = {}
     checks["a too large tile is refused"] = functools.partial(check_refusal, small)
     for call in shapes.CALLS:
         checks[f"attention: {call.name}"] = functools.partial(check_kernel, call, small)
@@ -159,15 +162,23 @@ def run_kind(kind: str, only: str, *, quick: bool, kv_dtypes: Sequence[str]) -> 
         if only not in name or (quick and name not in QUICK):
             continue
         start = time.process_time()  # excludes other processes
-        temporaries = 0
+        temporaries, operations = 0, ()
         try:
-            temporaries, words = check()
+            temporaries, words, *operations = check()
         except (DoesNotCompile, ValueError, NotImplementedError) as error:
             words = f"{type(error).__name__}: {error}"
         seconds = time.process_time() - start
         if seconds > SECONDS_PER_PROGRAM and not words:
             words = f"took more than {SECONDS_PER_PROGRAM} processor seconds"
-        result = Result(kind=kind, check=name, passed=not words, seconds=seconds, temporaries=temporaries, words=words)
+        result = Result(
+            kind=kind,
+            check=name,
+            passed=not words,
+            seconds=seconds,
+            temporaries=temporaries,
+            operations=sum(operations),
+            words=words,
+        )
         print(json.dumps(dataclasses.asdict(result)), flush=True)
 
 
@@ -221,7 +232,8 @@ def main() -> int:
             passed += result.passed
             print(
                 f"{kind:6} {result.check:42} {result.seconds:6.1f} s {result.temporaries / MIB:8.0f} MiB"
-                f"  {'' if result.passed else 'FAILED ' + result.words}",
+                f"{f'  {result.operations} operations a layer' if result.operations else ''}"
+                f"{'' if result.passed else '  FAILED ' + result.words}",
                 flush=True,
             )
         failed += crashed

@@ -13,7 +13,7 @@ from fastgen_jax.cli import main
 from fastgen_jax.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.engine.footprint import weight_bytes
 from fastgen_jax.plan.estimate import read_weight_bytes
-from fastgen_jax.plan.program import copied_in_loops, count_in_loops
+from fastgen_jax.plan.hlo import copied_weights, count_in_loops, operations_per_layer, waits
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.checkpoint.tiny_files import write_gguf
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B
@@ -123,20 +123,47 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     assert count_in_loops(hlo) == 2
 
 
-def test_a_weight_that_is_copied_in_a_loop_is_detected() -> None:
-    hlo = """
+PROGRAM = """
+%fused (p: bf16[8,4096,3584]) -> bf16[1,4096,3584] {
+  ROOT %inside = bf16[1,4096,3584]{2,1,0} dynamic-slice(%p, %i)
+}
+%branch (p: f32[64]) -> f32[64] {
+  ROOT %b = f32[64]{0} negate(%p)
+}
 %body (p: bf16[8,4]) -> bf16[8,4] {
   %a = bf16[1,4096,3584]{1,2,0:T(8,128)(2,1)} copy(%slice), metadata={op_name="slice"}
-  %b = f32[512,4096]{1,0} copy(%a)
+  %s = ((bf16[8,4096,3584]{2,1,0}, s32[]), bf16[1,4096,3584]{2,1,0}, u32[]) fusion-start(%p), calls=%fused
+  %e = bf16[1,4096,3584]{2,1,0} fusion-done(%s)
+  %f = bf16[4096,3584]{1,0:T(8,128)(2,1)S(1)} copy(%e)
+  %g = f32[512,4096]{1,0} custom-call(%f), custom_call_target="gemm"
   ROOT %c = (f32[64]{0}, f32[64]{0}, u32[]) copy-start(%b)
 }
+%search (p: s32[8]) -> s32[8] {
+  ROOT %r = s32[8] add(%p, %p)
+}
 ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
-  %d = bf16[32,4096,3584]{2,1,0} copy(%p)
-  ROOT %w = bf16[8,4] while(%p), condition=%condition, body=%body
+  %d = bf16[8,3584,4224]{2,1,0} pad(%p)
+  %x = s32[8] while(%p), condition=%condition, body=%search
+  %y = f32[64] conditional(%flag, %p, %p), branch_computations={%branch, %branch}
+  ROOT %w = bf16[8,4] while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"8"}}
 }
 """
-    assert copied_in_loops(hlo) == 4096 * 3584 * 2
-    assert copied_in_loops(hlo.replace("%a = bf16", "%a = f8e4m3fn")) == 4096 * 3584
+
+
+def test_weights_that_are_copied_in_a_loop_or_outside_are_detected() -> None:
+    shapes = {(4096, 3584), (8, 4096, 3584), (4100, 3584), (8, 4100, 3584)}
+    size = 4096 * 3584 * 2
+    # The slice of a fusion that is named, a copy in another layout, a padded stack; but not what goes into VMEM.
+    expected = {("a", size, 8), ("e", size, 8), ("d", 8 * 4224 * 3584 * 2, 1)}
+    assert set(copied_weights(PROGRAM, shapes)) == expected
+    assert copied_weights(PROGRAM.replace("%a = bf16", "%a = f8e4m3fn"), shapes)[-1].bytes == size // 2
+    assert copied_weights(PROGRAM, {(512, 28672)}) == []
+
+
+def test_the_operations_of_a_layer_and_what_the_host_waits_for_are_counted() -> None:
+    assert operations_per_layer(PROGRAM) == 5  # not the end of the fusion
+    assert waits(PROGRAM) == 2  # a branch, and a loop of unknown length
+    assert waits(PROGRAM.replace("conditional", "add")) == 1
 
 
 def test_the_command_prints_a_table_or_json(tmp_path, capsys) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float32, Int16, Int32, Shaped, UInt32
 
 MAX_LOGPROBS = MAX_TOP_LOGPROBS
+
+Work: TypeAlias = Literal["any", "greedy", "sampled"]
+"""What a program can do: "any" does what the flags of its batch ask for, by branches. A GPU's host has to read the flag of a
+branch in the middle of a step, so it has two more programs without branches: "greedy" takes the most likely tokens, and
+"sampled" also draws. They require that the flags ask for nothing else."""
 
 _ONE = 30  # log2 of probability 1 in fixed point; rounding adds at most V / 2, so that sums stay below 2**31
 _TOP_P_SLACK = 2.0**-22  # float32 rounds p and the total by 2**-24 each: without slack 0.9 of ten equals would be ten
@@ -68,11 +73,13 @@ def sample(
     *,
     max_logprobs: int,
     process: Callable[[Array], Array] | None = None,
+    work: Work = "any",
 ) -> tuple[SampleOutput, SamplerState]:
     """The next token of every row of `logits`, and the state updated with it.
 
     `process` changes the logits before anything else does; the model's log-probabilities are those of the unchanged logits.
-    A step whose rows are all greedy costs an argmax. Donate `state`: it is then updated in place.
+    A step whose rows are all greedy costs an argmax. No token depends on `work`, if it suffices. Donate
+    `state`: it is then updated in place.
 
     Raises:
         ValueError: `logits` is not a float32 matrix, or its vocabulary is not the state's.
@@ -83,19 +90,17 @@ def sample(
             f"logits are {logits.dtype}{list(logits.shape)} but the sampler requires float32[R, {vocab_size}]; "
             "convert them, and initialize the state with the model's vocab_size"
         )
-    # One switch whose branches have loops that may make zero passes, instead of nested conditionals: on a CPU with two
-    # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
-    adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
-    branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
-    branches = (lambda logits, *_: _certain(_argmax(logits)), _adjusted_argmax, _sampled)
-    chosen, sampled_logprobs = lax.switch(branch, branches, logits if process is None else process(logits), state, batch)
+    processed = logits if process is None else process(logits)
+    if work == "any":
+        chosen, sampled_logprobs = _branch(processed, state, batch)
+    else:
+        chosen, sampled_logprobs = (
+            _certain(_argmax(processed)) if work == "greedy" else _drawn(processed, batch, has_branches=False)
+        )
     tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen)
-    logprobs, ranks, top_ids, top_logprobs = lax.cond(
-        batch.any_logprobs > 0,
-        partial(_logprobs, max_logprobs=max_logprobs),
-        partial(_no_logprobs, max_logprobs=max_logprobs),
-        logits,
-        tokens,
+    some, none = (partial(of, max_logprobs=max_logprobs) for of in (_logprobs, _no_logprobs))
+    logprobs, ranks, top_ids, top_logprobs = (
+        lax.cond(batch.any_logprobs > 0, some, none, logits, tokens) if work == "any" else none(logits, tokens)
     )
     output = SampleOutput(
         tokens=tokens,
@@ -106,6 +111,18 @@ def sample(
         top_logprobs=top_logprobs,
     )
     return output, _remember(state, batch, tokens)
+
+
+def _branch(
+    logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
+) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
+    """The tokens and their log-probabilities, by what the flags of the batch ask for."""
+    # One switch whose branches have loops that may make zero passes, instead of nested conditionals: on a CPU with two
+    # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
+    adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
+    branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
+    branches = (lambda logits, *_: _certain(_argmax(logits)), _adjusted_argmax, _sampled)
+    return lax.switch(branch, branches, logits, state, batch)
 
 
 def _remember(state: SamplerState, batch: SamplingBatch, tokens: Int32[Array, " R"]) -> SamplerState:
@@ -175,8 +192,13 @@ def _adjusted_argmax(
 def _sampled(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
 ) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
-    logits = _adjusted(logits, state, batch)
-    weights = _weights(logits, batch)
+    return _drawn(_adjusted(logits, state, batch), batch, has_branches=True)
+
+
+def _drawn(
+    logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branches: bool
+) -> tuple[Int32[Array, " R"], Float32[Array, " R"]]:
+    weights = _weights(logits, batch, has_branches=has_branches)
     is_drawn = batch.temperature > 0
     speeds = _speeds(weights, random_bits(batch.seeds, batch.positions, logits.shape[1]))
     tokens = _argmax(jnp.where(is_drawn[:, None], speeds, logits))
@@ -248,7 +270,7 @@ def _speeds(weights: Int32[Array, "R V"], bits: UInt32[Array, "R V"]) -> Float32
     return jnp.where(weights > 0, weights.astype(jnp.float32) / seconds, -1)
 
 
-def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Int32[Array, "R V"]:
+def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branches: bool) -> Int32[Array, "R V"]:
     """The weights to draw from, 0 for a token that is not kept; a row sums to less than 2**31."""
     vocab_size = logits.shape[1]
     largest = _largest(logits)[:, None]
@@ -257,14 +279,28 @@ def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Int32[Array
     ratios = jnp.exp(below / jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None])
 
     uses_top_k = (batch.top_k > 0) & (batch.top_k < vocab_size)
-    keep = _keep(_sortable(logits), lambda reach: reach.astype(jnp.int32), batch.top_k, uses_top_k, num_bits=32)
+    keep = _keep(
+        _sortable(logits),
+        lambda reach: reach.astype(jnp.int32),
+        batch.top_k,
+        uses_top_k,
+        num_bits=32,
+        has_branches=has_branches,
+    )
     ratios = jnp.where(keep, ratios, 0)
 
     masses = jnp.round(ratios * (2.0**_ONE / _sum_in_any_order(ratios))[:, None]).astype(jnp.int32)
     total = _sum(masses)
     enough = jnp.floor(batch.top_p * (1 - _TOP_P_SLACK) * total.astype(jnp.float32)).astype(jnp.int32)
     enough = jnp.clip(enough, 1, total)
-    keep = _keep(masses, lambda reach: jnp.where(reach, masses, 0), enough, batch.top_p < 1, num_bits=31)
+    keep = _keep(
+        masses,
+        lambda reach: jnp.where(reach, masses, 0),
+        enough,
+        batch.top_p < 1,
+        num_bits=31,
+        has_branches=has_branches,
+    )
     return jnp.where(keep & (ratios >= batch.min_p[:, None]), masses, 0)
 
 
@@ -275,14 +311,14 @@ def _keep(
     is_limited: Bool[Array, " R"],
     *,
     num_bits: int,
+    has_branches: bool,
 ) -> Bool[Array, "R V"]:
     """The fewest of the largest `keys` that weigh `enough` together; all keys of a row that is not limited.
 
     Keys above a threshold are kept, and the first of those equal to it. The threshold is the largest at which the keys
     that reach it weigh enough. It is found bit by bit from the highest: exact, in `num_bits` passes over the keys (32, or
-    31 if none is negative), and many times faster than a sort. No pass is made if no row is limited.
+    31 if none is negative), and many times faster than a sort. With branches, no pass is made if no row is limited.
     """
-    any_limited = jnp.any(is_limited)
 
     def set_bit(i: Int32[Array, ""], threshold: Int32[Array, " R"]) -> Int32[Array, " R"]:
         higher = threshold + (jnp.int32(1) << (num_bits - 1 - i))  # the sign bit, added to the lowest int32, makes 0
@@ -293,8 +329,13 @@ def _keep(
         return _first_reaching(weigh(keys == threshold[:, None]), enough - above)
 
     lowest = jnp.full_like(enough, -(2**31) if num_bits == 32 else 0)
-    threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
-    last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
+    if has_branches:
+        any_limited = jnp.any(is_limited)
+        threshold = lax.fori_loop(0, jnp.where(any_limited, num_bits, 0), set_bit, lowest)
+        last = lax.cond(any_limited, last_at, jnp.zeros_like, threshold)
+    else:
+        threshold = lax.fori_loop(0, num_bits, set_bit, lowest)
+        last = last_at(threshold)
     # Every relevant key is above the lowest: that of -inf for logits, 0 for masses.
     threshold = jnp.where(is_limited, threshold, lowest)[:, None]
     ids = lax.broadcasted_iota(jnp.int32, keys.shape, 1)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import ampere, hopper, support
-from pallas_kernels.ragged_attention.gpu.plan import combine, plan_chunks, plan_pieces
+from pallas_kernels.ragged_attention.gpu.plan import GpuPlan, combine, most_pieces, plan_step
 from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, Spec
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, choose
 from pallas_kernels.ragged_attention.measured_tiles import Shape
@@ -53,92 +53,143 @@ def ragged_attention_gpu(
     used. `interpret` is passed to `plgpu.kernel`. Raises ValueError if `support.unsupported` returns a reason.
     """
     num_tokens, num_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = k_cache.shape
-    generation = generation or support.generation() or "hopper"
-    reason = support.unsupported(k_cache, num_heads, generation, interpreted=bool(interpret))
-    if reason:
-        raise ValueError(f"implementation='gpu' {reason}, or use implementation='xla'")
-    body = BODIES[generation]
-    group = num_heads // num_kv_heads
-    if tiles is None:
-        shape = Shape(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            block_size=block_size,
-            num_tokens=num_tokens,
-            num_sequences=index.block_tables.shape[0],
-            dtype=jnp.dtype(k_cache.dtype).name,
-        )
-        tiles = choose(shape, generation)
-    dtype = jnp.dtype(jnp.bfloat16) if isinstance(k_cache, QuantizedCache) else k_cache.dtype  # of operands
+    _, num_kv_heads, _, _ = k_cache.shape
+    call = _Call.of(k_cache, index, scoring, num_tokens, num_heads, layer.num_blocks, tiles, generation, bool(interpret))
+    plan = index.plans.gpu if index.plans is not None else None
+    if plan is None:
+        plan = call.plan(index, scoring)
+    group, dtype = call.group, call.pieces.dtype
     k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
 
-    window = NO_WINDOW if scoring.sliding_window is None else jnp.minimum(scoring.sliding_window, NO_WINDOW)
-    window = jnp.asarray(window, jnp.int32)
     queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype)
-    operands = {"tables": index.block_tables}
+    operands = {"tables": index.block_tables, "layer": jnp.asarray(layer.number, jnp.int32).reshape(1)}
     for name, cache in (("k", k_cache), ("v", v_cache)):
         if isinstance(cache, QuantizedCache):
             operands |= {f"{name}_cache": cache.values, f"{name}_scales": cache.scales}
         else:
             operands[f"{name}_cache"] = cache
     of_heads = {name: x for name, x in (("slopes", scoring.alibi_slopes), ("sinks", scoring.sinks)) if x is not None}
-    query_starts, context_lens = index.query_starts, index.context_lens
-    lengths = query_starts[1:] - query_starts[:-1]
-    planned = (query_starts, context_lens, layer.first_block, window)
-
-    def spec_for(*, partial: bool, keys: int, stages: int) -> Spec:
-        rows_in, rows, rows_out = body.tile_rows(group, head_dim, partial=partial)
-        return Spec(
-            group=group,
-            head_dim=head_dim,
-            block_size=block_size,
-            rows=rows,
-            rows_in=rows_in,
-            rows_out=rows_out,
-            keys=keys,
-            stages=stages,
-            blocks=tiles.blocks,
-            scale=scoring.scale,
-            soft_cap=scoring.soft_cap,
-            has_window=scoring.sliding_window is not None,
-            partial=partial,
-            dtype=dtype,
-            cache_dtype=k_cache.dtype,
-            interpreted=bool(interpret),
-        )
 
     def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Sequence[jax.Array]:
-        return launch(body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
+        return launch(call.body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
 
-    spec = spec_for(partial=True, keys=tiles.single_keys, stages=tiles.single_stages)
-    work, starts, pieces, most = plan_pieces(*planned, num_kv_heads=num_kv_heads, tiles=tiles, spec=spec)
-    rows = queries[jnp.minimum(query_starts[:-1], num_tokens - 1)]  # [S, K, G, D]
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spec.rows_in - group), (0, 0)))
-    partial, lse = launch_tiles(work, rows, spec)
-    single = combine(partial[:, :, :group], lse[:, :, :group], starts, pieces, most=most)  # f32[S, K, G, D]
-
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    sequence = jnp.sum(query_starts[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
-    in_a_chunk = (token >= query_starts[0]) & (token < query_starts[-1])
-    sequence = jnp.minimum(sequence, context_lens.shape[0] - 1)  # of each token
-    out = single[sequence].astype(q.dtype)  # [T, K, G, D]
-    if num_tokens > 1:
-        spec = spec_for(partial=False, keys=tiles.chunk_keys, stages=tiles.chunk_stages)
-        work, tile, row = plan_chunks(*planned, num_tokens=num_tokens, sequence=sequence, spec=spec)
+    rows = queries[jnp.minimum(index.query_starts[:-1], num_tokens - 1)]  # [S, K, G, D]
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, call.pieces.rows_in - group), (0, 0)))
+    partial, lse = launch_tiles(plan.pieces, rows, call.pieces)
+    most = most_pieces(index.block_tables.shape[0], num_kv_heads, call.tiles)
+    single = combine(partial[:, :, :group], lse[:, :, :group], plan.first_piece, plan.num_pieces, most=most)
+    out = single[plan.sequence].astype(q.dtype)  # [T, K, G, D]
+    if plan.chunks is not None and plan.tile is not None and plan.row is not None:
         # Rows of the G heads of a KV head are adjacent; the last tile extends past T.
         rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
-        rows = jnp.pad(rows, ((0, 0), (0, spec.rows + -(num_tokens * group) % GRANULE), (0, 0)))
-        (rows,) = launch_tiles(work, rows, spec)  # [tiles, K, R, D]
-        first = (tile[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]) * spec.rows + row[
-            :, None
-        ]
+        rows = jnp.pad(rows, ((0, 0), (0, call.chunks.rows + -(num_tokens * group) % GRANULE), (0, 0)))
+        (rows,) = launch_tiles(plan.chunks, rows, call.chunks)  # [tiles, K, R, D]
+        head = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]
+        first = (plan.tile[:, None] * num_kv_heads + head) * call.chunks.rows + plan.row[:, None]
         at = first[:, :, None] + jnp.arange(group, dtype=jnp.int32)[None, None, :]  # [T, K, G]
         chunk = rows.reshape(-1, head_dim)[at].astype(q.dtype)
-        out = jnp.where((lengths[sequence] == 1)[:, None, None, None], out, chunk)
-    out = jnp.where(in_a_chunk[:, None, None, None], out, jnp.zeros((), q.dtype))
+        out = jnp.where(plan.is_single[:, None, None, None], out, chunk)
+    out = jnp.where(plan.is_used[:, None, None, None], out, jnp.zeros((), q.dtype))
     return out.reshape(q.shape), k_cache, v_cache
+
+
+def plan_gpu(
+    k_cache: Cache, index: RaggedIndex, window: int | None, *, num_tokens: int, num_heads: int, num_blocks: int
+) -> GpuPlan:
+    """What `ragged_attention_gpu` otherwise computes in every such call; only the shape of k_cache is read."""
+    scoring = Scoring(scale=1.0, sliding_window=window)
+    return _Call.of(k_cache, index, scoring, num_tokens, num_heads, num_blocks, None, None, False).plan(index, scoring)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static properties of both kernels of a call."""
+
+    body: ModuleType
+    tiles: GpuTiles
+    pieces: Spec
+    chunks: Spec
+    num_tokens: int
+    num_kv_heads: int
+
+    @property
+    def group(self) -> int:
+        return self.pieces.group
+
+    @staticmethod
+    def of(
+        k_cache: Cache,
+        index: RaggedIndex,
+        scoring: Scoring,
+        num_tokens: int,
+        num_heads: int,
+        num_blocks: int,
+        tiles: GpuTiles | None,
+        generation: str | None,
+        interpreted: bool,
+    ) -> _Call:
+        """Raises ValueError if `support.unsupported` returns a reason."""
+        _, num_kv_heads, block_size, head_dim = k_cache.shape
+        generation = generation or support.generation() or "hopper"
+        reason = support.unsupported(k_cache, num_heads, generation, interpreted=interpreted)
+        if reason:
+            raise ValueError(f"implementation='gpu' {reason}, or use implementation='xla'")
+        body, group = BODIES[generation], num_heads // num_kv_heads
+        if tiles is None:
+            shape = Shape(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                block_size=block_size,
+                num_tokens=num_tokens,
+                num_sequences=index.block_tables.shape[0],
+                dtype=jnp.dtype(k_cache.dtype).name,
+            )
+            tiles = choose(shape, generation)
+        # 8-bit numbers are multiplied as bfloat16.
+        dtype = jnp.dtype(jnp.bfloat16) if isinstance(k_cache, QuantizedCache) else k_cache.dtype
+
+        def spec_for(*, partial: bool, keys: int, stages: int) -> Spec:
+            rows_in, rows, rows_out = body.tile_rows(group, head_dim, partial=partial)
+            return Spec(
+                group=group,
+                head_dim=head_dim,
+                block_size=block_size,
+                rows=rows,
+                rows_in=rows_in,
+                rows_out=rows_out,
+                keys=keys,
+                stages=stages,
+                blocks=tiles.blocks,
+                num_blocks=num_blocks,
+                scale=scoring.scale,
+                soft_cap=scoring.soft_cap,
+                has_window=scoring.sliding_window is not None,
+                partial=partial,
+                dtype=dtype,
+                cache_dtype=k_cache.dtype,
+                interpreted=interpreted,
+            )
+
+        return _Call(
+            body=body,
+            tiles=tiles,
+            pieces=spec_for(partial=True, keys=tiles.single_keys, stages=tiles.single_stages),
+            chunks=spec_for(partial=False, keys=tiles.chunk_keys, stages=tiles.chunk_stages),
+            num_tokens=num_tokens,
+            num_kv_heads=num_kv_heads,
+        )
+
+    def plan(self, index: RaggedIndex, scoring: Scoring) -> GpuPlan:
+        window = NO_WINDOW if scoring.sliding_window is None else jnp.minimum(scoring.sliding_window, NO_WINDOW)
+        return plan_step(
+            index,
+            jnp.asarray(window, jnp.int32),
+            num_tokens=self.num_tokens,
+            num_kv_heads=self.num_kv_heads,
+            tiles=self.tiles,
+            specs=(self.pieces, self.chunks),
+        )
 
 
 def _by_row(of_heads: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Divides the GPU kernels' work into tiles, and combines the results of pieces."""
+"""Divides the GPU kernels' work into tiles, the same in all layers with one window, and combines the results of pieces."""
 
 from __future__ import annotations
 
@@ -7,11 +7,80 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.pytree import pytree
+from pallas_kernels.ragged_attention.arguments import RaggedIndex
 from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, NUM_COLUMNS, Spec
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
+
+
+@pytree
+class GpuPlan:
+    """The tiles of both kernels, and where the result of each token is."""
+
+    pieces: Int[Array, "rows columns"]
+    """Work list of the kernel for pieces of the contexts of single queries."""
+    first_piece: Int[Array, " S"]
+    num_pieces: Int[Array, " S"]
+    chunks: Int[Array, "rows columns"] | None
+    """Work list of the kernel for chunks of several queries; None for a step of one token, which has none."""
+    tile: Int[Array, " T"] | None
+    """The chunk tile of each token, and the row of its first head in it."""
+    row: Int[Array, " T"] | None
+    sequence: Int[Array, " T"]
+    is_single: Bool[Array, " T"]
+    """Whether the token is the only one of its chunk."""
+    is_used: Bool[Array, " T"]
+    """Whether the token belongs to a chunk."""
+
+
+def plan_step(
+    index: RaggedIndex,
+    window: Int[Array, ""],
+    *,
+    num_tokens: int,
+    num_kv_heads: int,
+    tiles: GpuTiles,
+    specs: tuple[Spec, Spec],
+) -> GpuPlan:
+    """The plan of a step; `specs` are those of the kernels for pieces and for chunks."""
+    query_starts, context_lens = index.query_starts, index.context_lens
+    lengths = query_starts[1:] - query_starts[:-1]
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    sequence = jnp.sum(query_starts[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
+    sequence = jnp.minimum(sequence, context_lens.shape[0] - 1)
+    pieces, first_piece, num_pieces = plan_pieces(
+        query_starts, context_lens, window, num_kv_heads=num_kv_heads, tiles=tiles, spec=specs[0]
+    )
+    chunks = tile = row = None
+    if num_tokens > 1:
+        chunks, tile, row = plan_chunks(
+            query_starts, context_lens, window, num_tokens=num_tokens, sequence=sequence, spec=specs[1]
+        )
+    return GpuPlan(
+        pieces=pieces,
+        first_piece=first_piece,
+        num_pieces=num_pieces,
+        chunks=chunks,
+        tile=tile,
+        row=row,
+        sequence=sequence,
+        is_single=lengths[sequence] == 1,
+        is_used=(token >= query_starts[0]) & (token < query_starts[-1]),
+    )
+
+
+def _bounds(num_sequences: int, num_kv_heads: int, tiles: GpuTiles) -> tuple[int, int]:
+    """How many pieces are wanted, and the most that a sequence has, so that their results can be gathered and combined."""
+    wanted = max(1, tiles.pieces // num_kv_heads)
+    return wanted, max(1, min(wanted, max(8, 1024 // num_sequences)))
+
+
+def most_pieces(num_sequences: int, num_kv_heads: int, tiles: GpuTiles) -> int:
+    """The maximum number of pieces of a sequence."""
+    return _bounds(num_sequences, num_kv_heads, tiles)[1]
 
 
 def _first_key(position: jax.Array, window: jax.Array, spec: Spec) -> jax.Array:
@@ -31,22 +100,19 @@ def _work_list(active: jax.Array, columns: list[jax.Array]) -> jax.Array:
 def plan_pieces(
     query_starts: Int[Array, " starts"],
     context_lens: Int[Array, " S"],
-    first_block: Int[Array, ""],
     window: Int[Array, ""],
     *,
     num_kv_heads: int,
     tiles: GpuTiles,
     spec: Spec,
-) -> tuple[Int[Array, "rows columns"], Int[Array, " S"], Int[Array, " S"], int]:
+) -> tuple[Int[Array, "rows columns"], Int[Array, " S"], Int[Array, " S"]]:
     """Splits the contexts of single queries into pieces of about the same size, enough to keep the device busy.
 
     Returns:
-      the work list; the first piece and the number of pieces of each sequence, i32[S]; the maximum number of pieces.
+      the work list; the first piece and the number of pieces of each sequence, i32[S].
     """
     num_sequences = context_lens.shape[0]
-    wanted = max(1, tiles.pieces // num_kv_heads)
-    # The number of pieces per sequence is bounded, so that their results can be gathered and combined.
-    most = max(1, min(wanted, max(8, 1024 // num_sequences)))
+    wanted, most = _bounds(num_sequences, num_kv_heads, tiles)
     lengths = query_starts[1:] - query_starts[:-1]
     first = _first_key(context_lens - 1, window, spec)
     steps = jnp.where((lengths == 1) & (context_lens > 0), -(-(context_lens - first) // spec.keys), 0)
@@ -71,17 +137,15 @@ def plan_pieces(
             begin,
             end,
             window,
-            first_block,
             (piece == 0).astype(jnp.int32),
         ],
     )
-    return work, starts, pieces, most
+    return work, starts, pieces
 
 
 def plan_chunks(
     query_starts: Int[Array, " starts"],
     context_lens: Int[Array, " S"],
-    first_block: Int[Array, ""],
     window: Int[Array, ""],
     *,
     num_tokens: int,
@@ -115,7 +179,6 @@ def plan_chunks(
             _first_key(position, window, spec),
             end,
             window,
-            first_block,
             jnp.ones_like(s),
         ],
     )

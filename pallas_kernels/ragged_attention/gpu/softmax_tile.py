@@ -31,8 +31,8 @@ LOG2E = math.log2(math.e)
 NO_KEY = -1e30
 
 # Columns of the work list, i32[tiles + 1, NUM_COLUMNS]; the last row holds the number of tiles that have work.
-SEQUENCE, ROW, POSITION, FIRST, END, WINDOW, FIRST_BLOCK, HAS_SINK = range(8)
-NUM_COLUMNS = 8
+SEQUENCE, ROW, POSITION, FIRST, END, WINDOW, HAS_SINK = range(7)
+NUM_COLUMNS = 7
 
 State = TypeVar("State")
 
@@ -50,6 +50,7 @@ class Spec:
     keys: int  # keys per step, a power of two
     stages: int  # steps whose keys and values are in shared memory at the same time
     blocks: int  # thread blocks that share the tiles
+    num_blocks: int  # N, blocks of the cache per layer
     scale: float
     soft_cap: float | None
     has_window: bool
@@ -82,6 +83,7 @@ class Tile:
         self.index = lax.div(ordinal, jnp.int32(num_kv_heads))
         self.head = ordinal - self.index * num_kv_heads
         self.columns = [refs["work"][self.index, column] for column in range(NUM_COLUMNS)]
+        self.first_block = refs["layer"][0] * spec.num_blocks
         self.first, self.end = self.columns[FIRST], self.columns[END]
         self.num_steps = lax.div(self.end - self.first + (spec.keys - 1), jnp.int32(spec.keys))
         # A chunk tile begins at a granule boundary, so its own first row may come later.
@@ -127,7 +129,7 @@ def over_steps(tile: Tile, spec: Spec, step: Callable[[jax.Array, State, bool], 
 
 def blocks_of(tile: Tile, i: jax.Array, refs: dict[str, Ref], spec: Spec) -> list[tuple[jax.Array, jax.Array | int]]:
     """The blocks of the pool, and the first key in them, that hold the keys of the tile's step i."""
-    sequence, base = tile.columns[SEQUENCE], tile.columns[FIRST_BLOCK]
+    sequence, base = tile.columns[SEQUENCE], tile.first_block
     key = tile.first + i * spec.keys
     block = lax.div(key, jnp.int32(spec.block_size))
     if spec.keys <= spec.block_size:

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pallas_types import Ref, Scratch
+from pallas_kernels.pytree import pytree
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tpu import tile_sizes
@@ -18,11 +20,11 @@ from pallas_kernels.ragged_attention.tpu.copies import NO_WINDOW, TABLE_PIECE, R
 from pallas_kernels.ragged_attention.tpu.kernel import attend_tiles
 from pallas_kernels.ragged_attention.tpu.support import LANES, MAX_TABLE_WORDS, unsupported
 from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
-from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
+from pallas_kernels.ragged_attention.tpu.write import Granules, granules_of, write_kv_tpu
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 
 def ragged_attention_tpu(
@@ -46,42 +48,112 @@ def ragged_attention_tpu(
     reason = unsupported(k_cache, index.block_tables.shape[1], interpreted=bool(interpret))
     if reason:
         raise ValueError(f"implementation='tpu' {reason}, or use implementation='xla'")
-    num_tokens, num_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = k_cache.shape
-    num_sequences, max_blocks = index.block_tables.shape
-    tiles = tiles or tile_sizes.choose(
-        tile_sizes.Shape(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            block_size=block_size,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            dtype=k_cache.dtype.name,
-        )
-    )
+    num_tokens, num_heads, _ = q.shape
     write: Any = write_kv_tpu  # the types do not say that both caches are of one form
     product_dtype = k_cache.dtype
     if isinstance(k_cache, QuantizedCache):
         # 8-bit numbers are exact in bfloat16, which the MXU multiplies.
         write, product_dtype = write_kv_quantized_tpu, q.dtype if q.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
-    k_cache, v_cache = write(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer, interpret=interpret)
+    shape = _shape(k_cache, index, num_tokens=num_tokens, num_heads=num_heads)
+    tiles = tiles or tile_sizes.choose(shape)
+    spec = _spec(shape, tiles, index, scoring, product_dtype=product_dtype, zero_values=k_cache.dtype != jnp.int8)
+    plan = index.plans.tpu if index.plans is not None else None
+    if plan is None:
+        plan = _plan(k_cache, index, spec, num_tokens=num_tokens, num_blocks=layer.num_blocks)
+    k_cache, v_cache = write(k, v, k_cache, v_cache, granules=plan.granules, layer=layer, interpret=interpret)
+    window = NO_WINDOW if scoring.sliding_window is None else scoring.sliding_window
+    scalars = jnp.stack([plan.num_single_tiles, plan.num_tiles, layer.first_block, jnp.asarray(window, jnp.int32)])
+    out = _attend(
+        scalars,
+        plan.members,
+        q,
+        k_cache,
+        v_cache,
+        plan.tables,
+        slopes=_by_kv_head(scoring.alibi_slopes, spec),
+        sinks=_by_kv_head(scoring.sinks, spec),
+        spec=spec,
+        tiles=tiles,
+        interpret=interpret,
+    )
+    return jnp.where(plan.is_used[:, None, None], out, jnp.zeros((), q.dtype)), k_cache, v_cache
 
+
+@pytree
+class TpuPlan:
+    """What is the same in all layers: the granules that are written, and the tiles."""
+
+    granules: Granules
+    members: list[Int[Array, " members"]]
+    """See `plan_tiles`."""
+    num_single_tiles: Int[Array, ""]
+    num_tiles: Int[Array, ""]
+    tables: Int[Array, "S W 1 P"]
+    """The block tables in pieces of `TABLE_PIECE`."""
+    is_used: Bool[Array, " T"]
+    """Whether the token belongs to a chunk."""
+
+
+def plan_tpu(k_cache: Cache, index: RaggedIndex, *, num_tokens: int, num_heads: int, num_blocks: int) -> TpuPlan:
+    """What `ragged_attention_tpu` otherwise computes in every such call; only the shape of k_cache is read."""
+    shape = _shape(k_cache, index, num_tokens=num_tokens, num_heads=num_heads)
+    spec = _spec(shape, tile_sizes.choose(shape), index, Scoring(scale=1.0), product_dtype=k_cache.dtype, zero_values=True)
+    return _plan(k_cache, index, spec, num_tokens=num_tokens, num_blocks=num_blocks)
+
+
+def _plan(k_cache: Cache, index: RaggedIndex, spec: Spec, *, num_tokens: int, num_blocks: int) -> TpuPlan:
+    query_starts, (num_sequences, max_blocks) = index.query_starts, index.block_tables.shape
+    members, num_single_tiles, num_tiles = plan_tiles(query_starts, index.context_lens, num_tokens=num_tokens, spec=spec)
+    tables = jnp.pad(index.block_tables, ((0, 0), (0, -max_blocks % TABLE_PIECE)))
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    return TpuPlan(
+        granules=granules_of(index.kv_slots, k_cache, num_blocks=num_blocks),
+        members=members,
+        num_single_tiles=num_single_tiles,
+        num_tiles=num_tiles,
+        tables=tables.reshape(num_sequences, -1, 1, TABLE_PIECE),
+        is_used=(token >= query_starts[0]) & (token < query_starts[-1]),
+    )
+
+
+def _shape(k_cache: Cache, index: RaggedIndex, *, num_tokens: int, num_heads: int) -> tile_sizes.Shape:
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    return tile_sizes.Shape(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        num_tokens=num_tokens,
+        num_sequences=index.block_tables.shape[0],
+        dtype=k_cache.dtype.name,
+    )
+
+
+def _spec(
+    shape: tile_sizes.Shape,
+    tiles: Tiles,
+    index: RaggedIndex,
+    scoring: Scoring,
+    *,
+    product_dtype: np.dtype,
+    zero_values: bool,
+) -> Spec:
+    num_sequences, max_blocks = index.block_tables.shape
     width = -(-max_blocks // TABLE_PIECE)
     sequences = tiles.sequences
     while sequences > 1 and 2 * sequences * width * TABLE_PIECE > MAX_TABLE_WORDS:
         sequences //= 2
-    share = max(1, tiles.keys // (sequences * block_size))
-    spec = Spec(
-        num_kv_heads=num_kv_heads,
-        group=num_heads // num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        piece=sequences * max(share, -(-LANES // block_size)),
+    share = max(1, tiles.keys // (sequences * shape.block_size))
+    return Spec(
+        num_kv_heads=shape.num_kv_heads,
+        group=shape.num_heads // shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=shape.block_size,
+        piece=sequences * max(share, -(-LANES // shape.block_size)),
         sequences=sequences,
         queries=tiles.queries,
         max_single_tiles=-(-num_sequences // sequences),
-        has_chunks=num_tokens > 1,
+        has_chunks=shape.num_tokens > 1,
         has_window=scoring.sliding_window is not None,
         cores=tiles.cores,
         scale=scoring.scale,
@@ -89,30 +161,8 @@ def ragged_attention_tpu(
         # The MXU multiplies bfloat16; full float32 precision takes several passes.
         precision=lax.Precision.HIGHEST if product_dtype == jnp.float32 else lax.Precision.DEFAULT,
         product_dtype=product_dtype,
-        zero_values=k_cache.dtype != jnp.int8,
+        zero_values=zero_values,
     )
-    query_starts, context_lens = index.query_starts, index.context_lens
-    work, num_single_tiles, num_tiles = plan_tiles(query_starts, context_lens, num_tokens=num_tokens, spec=spec)
-    window = NO_WINDOW if scoring.sliding_window is None else scoring.sliding_window
-    scalars = jnp.stack([num_single_tiles, num_tiles, layer.first_block, jnp.asarray(window, jnp.int32)])
-    tables = jnp.pad(index.block_tables, ((0, 0), (0, width * TABLE_PIECE - max_blocks)))
-    tables = tables.reshape(num_sequences, width, 1, TABLE_PIECE)
-    out = _attend(
-        scalars,
-        work,
-        q,
-        k_cache,
-        v_cache,
-        tables,
-        slopes=_by_kv_head(scoring.alibi_slopes, spec),
-        sinks=_by_kv_head(scoring.sinks, spec),
-        spec=spec,
-        tiles=tiles,
-        interpret=interpret,
-    )
-    row = jnp.arange(num_tokens, dtype=jnp.int32)[:, None, None]
-    in_a_chunk = (row >= query_starts[0]) & (row < query_starts[-1])
-    return jnp.where(in_a_chunk, out, jnp.zeros((), q.dtype)), k_cache, v_cache
 
 
 def plan_tiles(

@@ -22,7 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pallas_types import Ref
+from pallas_kernels.pytree import pytree
 from pallas_kernels.ragged_attention.arguments import CacheLayer
+from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
 
 if TYPE_CHECKING:
@@ -39,24 +41,21 @@ def write_kv_tpu(
     k_cache: Float[Array, "pool K B D"],
     v_cache: Float[Array, "pool K B D"],
     *,
-    kv_slots: Int[Array, " T"],
+    granules: Granules,
     layer: CacheLayer,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "pool K B D"], Float[Array, "pool K B D"]]:
-    """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
+    """The caches with `k[t]`, `v[t]` at the slots of `layer` for which `granules_of` made `granules`.
 
     Shapes as in `ragged_attention`. The caches are updated in place. Any order of tokens is correct; it is fastest if
     tokens with adjacent slots are adjacent, as in a chunk.
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     rows = granule_rows(k_cache.dtype)
-    first_token, slot, count, clash, num_granules = split_into_granules(
-        kv_slots, rows=rows, num_slots=layer.num_blocks * block_size
-    )
     # All rows of a granule are copied, even if its first tokens are from earlier steps.
     pad = ((rows, rows), (0, 0), (0, 0))
     k, v = (jnp.pad(x.astype(k_cache.dtype), pad) for x in (k, v))
-    scalars = jnp.stack([layer.first_block, num_granules])
+    scalars = jnp.stack([layer.first_block, granules.number])
     buffer = pltpu.VMEM((RING, num_kv_heads, rows, head_dim), k_cache.dtype)
     new = pltpu.VMEM((RING, rows, num_kv_heads, head_dim), k_cache.dtype)
     semaphores = pltpu.SemaphoreType.DMA((RING,))
@@ -77,18 +76,30 @@ def write_kv_tpu(
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=8 * k.shape[0] * row_bytes),
         interpret=interpret,
         name="write_kv",
-    )(scalars, first_token, slot, count, clash, k, v, k_cache, v_cache)
+    )(scalars, granules.first_token, granules.slot, granules.count, granules.clash, k, v, k_cache, v_cache)
 
 
-def split_into_granules(
-    kv_slots: Int[Array, " T"], *, rows: int, num_slots: int
-) -> tuple[Int[Array, " T"], Int[Array, " T"], Int[Array, " T"], Int[Array, " T"], Int[Array, ""]]:
-    """Runs of tokens that fill consecutive rows of one granule.
+@pytree
+class Granules:
+    """Runs of tokens that fill consecutive rows of one granule."""
 
-    Returns:
-      i32[T] each: the first token of a run, its slot, its number of tokens, and whether one of the preceding runs fills
-      the same granule (a clash); and the number of runs.
-    """
+    first_token: Int[Array, " T"]
+    slot: Int[Array, " T"]
+    """Of the first token."""
+    count: Int[Array, " T"]
+    """Number of tokens."""
+    clash: Int[Array, " T"]
+    """Nonzero if one of the preceding runs fills the same granule."""
+    number: Int[Array, ""]
+    """Of runs; the rest of the arrays is unused."""
+
+
+def granules_of(kv_slots: Int[Array, " T"], cache: Cache, *, num_blocks: int) -> Granules:
+    """How a step writes to these slots of a layer; slots outside [0, N*B) are dropped. Of `cache` only the shape is read."""
+    block_size = cache.shape[2]
+    # The scales of a block are one memory tile.
+    rows = block_size if isinstance(cache, QuantizedCache) else granule_rows(cache.dtype)
+    num_slots = num_blocks * block_size
     num_tokens = kv_slots.shape[0]
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     real = (kv_slots >= 0) & (kv_slots < num_slots)
@@ -103,7 +114,13 @@ def split_into_granules(
     clash = jnp.zeros((num_tokens,), bool)
     for back in range(1, min(RING, num_tokens)):
         clash |= jnp.concatenate([jnp.zeros((back,), bool), granule[back:] == granule[:-back]])
-    return first, slot, last - first + 1, clash.astype(jnp.int32), jnp.sum(begins, dtype=jnp.int32)
+    return Granules(
+        first_token=first,
+        slot=slot,
+        count=last - first + 1,
+        clash=clash.astype(jnp.int32),
+        number=jnp.sum(begins, dtype=jnp.int32),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

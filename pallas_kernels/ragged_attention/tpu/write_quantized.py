@@ -29,8 +29,8 @@ from pallas_kernels.ragged_attention.tpu.write import (
     FIRST_BLOCK,
     NUM_GRANULES,
     RING,
+    Granules,
     pipeline_granules,
-    split_into_granules,
 )
 
 UNIT_BITS = 5
@@ -38,7 +38,7 @@ UNIT = 1 << UNIT_BITS
 BUFFER_BYTES = 6 * 2**20  # of VMEM, for all granules in flight
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float
 
 
 def write_kv_quantized_tpu(
@@ -47,19 +47,16 @@ def write_kv_quantized_tpu(
     k_cache: QuantizedCache,
     v_cache: QuantizedCache,
     *,
-    kv_slots: Int[Array, " T"],
+    granules: Granules,
     layer: CacheLayer,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[QuantizedCache, QuantizedCache]:
-    """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
+    """The caches with `k[t]`, `v[t]` at the slots of `layer` for which `granules_of` made `granules`.
 
     Shapes as in `ragged_attention`; B is a power of two of at least 128. The caches are updated in place.
     """
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    num_tokens, (_, num_kv_heads, block_size, head_dim) = k.shape[0], k_cache.shape
     assert granule_rows(k_cache.dtype) == UNIT
-    first_token, slot, count, clash, num_granules = split_into_granules(
-        kv_slots, rows=block_size, num_slots=layer.num_blocks * block_size
-    )
     # Whole units are copied, including rows before and after this step's tokens.
     pad = ((block_size, block_size), (0, 0), (0, 0))
     wide = jnp.bfloat16 if k.dtype == jnp.bfloat16 else jnp.float32
@@ -74,7 +71,7 @@ def write_kv_quantized_tpu(
     semaphores = pltpu.SemaphoreType.DMA((ring,))
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     caches = (k_cache.values, k_cache.scales, v_cache.values, v_cache.scales)
-    scalars = jnp.stack([layer.first_block, num_granules])
+    scalars = jnp.stack([layer.first_block, granules.number])
     row_bytes = num_kv_heads * (head_dim + 4)
     written = pl.pallas_call(
         functools.partial(_write, block_size=block_size, ring=ring),
@@ -88,10 +85,10 @@ def write_kv_quantized_tpu(
         ),
         input_output_aliases={7: 0, 8: 1, 9: 2, 10: 3},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=8 * kv_slots.shape[0] * row_bytes),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=8 * num_tokens * row_bytes),
         interpret=interpret,
         name="write_kv_quantized",
-    )(scalars, first_token, slot, count, clash, k, v, *caches)
+    )(scalars, granules.first_token, granules.slot, granules.count, granules.clash, k, v, *caches)
     return (QuantizedCache(values=written[0], scales=written[1]), QuantizedCache(values=written[2], scales=written[3]))
 
 

@@ -19,7 +19,7 @@ from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.division import divided, divided_heads
 from fastgen_jax.models.params import init_params, param_specs
 from fastgen_jax.models.sharding import TENSOR, divide_leaf, partition_kv_cache, partition_params, shardings, tensor_mesh
-from fastgen_jax.plan.program import count_in_loops
+from fastgen_jax.plan.hlo import count_in_loops
 from pallas_kernels.ragged_attention import RaggedIndex
 from tests.models.test_sharding import MODELS
 from tests.tiny import random_params

@@ -31,7 +31,7 @@ from pallas_kernels.ragged_attention.autotune import main as autotune_command
 from pallas_kernels.ragged_attention.gpu import ampere, hopper
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu.call import BODIES, ragged_attention_gpu
-from pallas_kernels.ragged_attention.gpu.plan import combine, plan_chunks, plan_pieces
+from pallas_kernels.ragged_attention.gpu.plan import combine, most_pieces, plan_chunks, plan_pieces
 from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     END,
     FIRST,
@@ -90,6 +90,7 @@ def spec(
         keys=tiles.single_keys if partial else tiles.chunk_keys,
         stages=tiles.single_stages if partial else tiles.chunk_stages,
         blocks=tiles.blocks,
+        num_blocks=1,
         scale=1.0,
         soft_cap=None,
         has_window=True,
@@ -114,7 +115,7 @@ def plans(group: int, num_kv_heads: int, generation: str):
     kind: Any = {"group": group, "generation": generation}
 
     def run(index: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        *pieces, most = plan_pieces(
+        pieces = plan_pieces(
             **index,
             num_kv_heads=num_kv_heads,
             tiles=modeled(128, group, generation),
@@ -124,7 +125,7 @@ def plans(group: int, num_kv_heads: int, generation: str):
         sequence = jnp.sum(index["query_starts"][None, 1:] <= tokens[:, None], axis=1, dtype=jnp.int32)
         sequence = jnp.minimum(sequence, NUM_SEQUENCES - 1)
         chunks = plan_chunks(**index, num_tokens=NUM_TOKENS, sequence=sequence, spec=spec(**kind, partial=False))
-        return (*pieces, jnp.int32(most), *chunks, sequence)
+        return (*pieces, *chunks, sequence)
 
     compiled = jax.jit(run)
     return lambda index: [np.asarray(x) for x in compiled(index)]
@@ -147,7 +148,6 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
     index = {
         "query_starts": jnp.asarray(starts, jnp.int32),
         "context_lens": jnp.asarray(contexts, jnp.int32),
-        "first_block": jnp.int32(0),
         "window": jnp.int32(window),
     }
     seen: dict[int, np.ndarray] = {}  # token -> the positions made visible to it by some tile
@@ -158,9 +158,9 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
         assert len(np.unique(both)) == len(both)  # no key twice
         seen[token] = np.sort(both)
 
-    work, first_piece, pieces, most, tiles, tile, first_row, sequence = plans(group, num_kv_heads, generation)(index)
+    work, first_piece, pieces, tiles, tile, first_row, sequence = plans(group, num_kv_heads, generation)(index)
     work, count = work[:-1], int(work[-1, 0])
-    assert pieces.max() <= most
+    assert pieces.max() <= most_pieces(NUM_SEQUENCES, num_kv_heads, modeled(128, group, generation))
     assert count == pieces.sum()
     for i, row in enumerate(work[:count]):
         s = row[SEQUENCE]

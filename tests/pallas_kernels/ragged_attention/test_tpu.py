@@ -25,7 +25,7 @@ from pallas_kernels.ragged_attention.measured_tiles import entries
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
 from pallas_kernels.ragged_attention.tpu.tile_sizes import DEVICES, Shape, Tiles, choose, modeled, vmem_bytes
-from pallas_kernels.ragged_attention.tpu.write import write_kv_tpu
+from pallas_kernels.ragged_attention.tpu.write import granules_of, write_kv_tpu
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 from pallas_kernels.ragged_attention.xla import write_kv
 from tests.pallas_kernels.races import races_found
@@ -184,7 +184,9 @@ def test_scattered_slots_are_written_in_any_order() -> None:
     arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
-    written = jax.jit(lambda *arrays: write_kv_tpu(*arrays, **arguments, interpret=interpret))(k, v, *caches)
+    granules = granules_of(arguments["kv_slots"], caches[0], num_blocks=num_blocks)
+    write = functools.partial(write_kv_tpu, granules=granules, layer=arguments["layer"], interpret=interpret)
+    written = jax.jit(write)(k, v, *caches)
     assert races_found() is False
     for ours, expected in zip(written, jax.jit(lambda *arrays: write_kv(*arrays, **arguments))(k, v, *caches), strict=True):
         np.testing.assert_array_equal(ours, expected)
@@ -205,7 +207,9 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     arguments = {"kv_slots": jnp.asarray(slots), "layer": CacheLayer(number=1, num_blocks=num_blocks)}
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
-    written = jax.jit(lambda *arrays: write_kv_quantized_tpu(*arrays, **arguments, interpret=interpret))(k, v, *caches)
+    granules = granules_of(arguments["kv_slots"], caches[0], num_blocks=num_blocks)
+    write = functools.partial(write_kv_quantized_tpu, granules=granules, layer=arguments["layer"], interpret=interpret)
+    written = jax.jit(write)(k, v, *caches)
     assert races_found() is False
     expected = jax.jit(lambda *arrays: write_kv(*arrays, **arguments))(k, v, *caches)
     for ours, other in zip(jax.tree.leaves(written), jax.tree.leaves(expected), strict=True):

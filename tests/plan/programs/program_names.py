@@ -36,7 +36,7 @@ def names(variant: str, **options) -> tuple[str, str]:
     config = resolve(choices, model)
     programs = Runner(prepare_params(params, model, config), model, config).programs
     devices, bucket = jax.devices()[: config.tensor_parallel or 1], programs.bucket(8)
-    real = program_name(programs._arguments(bucket)[:3], model, config, 8, devices=devices)
+    real = program_name(programs._arguments(bucket)[:3], model, config, 8, "any", devices=devices)
     shapes = step_arguments(
         model,
         bucket,
@@ -48,7 +48,7 @@ def names(variant: str, **options) -> tuple[str, str]:
         kv_dtype=jnp.dtype(config.kv_dtype),
         quantize=config.quantize,
     )
-    return real, program_name(shapes[:3], model, config, 8, devices=devices)
+    return real, program_name(shapes[:3], model, config, 8, "any", devices=devices)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,204 @@
+"""What an optimized program does, read from its text."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+# An asynchronous collective is counted where it starts.
+_COLLECTIVE = re.compile(
+    r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
+    r"(?:-start)?\("
+)
+_CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+)(\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_LOOP = re.compile(r" while\(.*\bbody=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# These run nothing: names for parts of other results, or the end of what was started before.
+_NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "after-all"}
+
+
+class _Array(NamedTuple):
+    shape: tuple[int, ...]
+    bytes: int
+    on_chip: bool  # on a TPU: in VMEM, where weights are meant to go
+
+
+class _Instruction(NamedTuple):
+    name: str
+    result: str  # its type
+    operation: str
+    line: str
+
+    @property
+    def arrays(self) -> list[_Array]:
+        """The arrays of the result."""
+        found = []
+        for kind, rest, dims, layout in _ARRAY.findall(self.result):
+            shape = tuple(map(int, filter(None, dims.split(","))))
+            bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))
+            del rest  # as in f8e4m3fn
+            found.append(_Array(shape, max(1, math.prod(shape) * bits // 8), "S(1)" in layout))
+        return found
+
+
+class Copy(NamedTuple):
+    """An array of the shape of a weight that a program writes to memory."""
+
+    name: str
+    bytes: int
+    times: int
+    """How often in a step."""
+
+
+def copied_weights(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
+    """Every result that has the shape of a weight, in any order of the axes and padded to whole tiles or not, largest first.
+
+    A program should read its weights where they are: such a result is a slice of a stack, a conversion, a copy in another
+    layout, or a padded copy. On a TPU, prefetches into VMEM do not count.
+
+    Args:
+      shapes: those of the weights on one device, of one layer and of all.
+    """
+    wanted = {form for shape in shapes for form in (_axes(shape), _axes(_padded(shape)))}
+    copies = []
+    for computation, times in _executed(hlo).items():
+        for instruction in _instructions(hlo).get(computation, ()):
+            if instruction.operation in _NO_WORK or not _may_copy(instruction):
+                continue
+            largest = max((a.bytes for a in instruction.arrays if _axes(a.shape) in wanted and not a.on_chip), default=0)
+            if largest:
+                copies.append(Copy(instruction.name, largest, times))
+    return sorted(copies, key=lambda copy: -copy.bytes * copy.times)
+
+
+def _axes(shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(n for n in shape if n != 1))
+
+
+def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], *(-(-n // 128) * 128 for n in shape[-2:]))
+
+
+def _may_copy(instruction: _Instruction) -> bool:
+    """Whether the instruction computes its results, instead of passing on or updating arrays that exist."""
+    passes_on = {"while", "conditional", "call", "custom-call", "optimization-barrier", "dynamic-update-slice"}
+    if instruction.operation in passes_on or instruction.operation.endswith("-start"):
+        return False
+    return "__custom_fusion" not in instruction.line  # a library's product, with a slice of its operand as an address
+
+
+def operations_per_layer(hlo: str) -> int:
+    """How many operations the loop over layers runs: of all loops, the one with the most. On a GPU, kernel launches."""
+    computations = _instructions(hlo)
+    return max((_operations(computations[body]) for body in _bodies(hlo)), default=0)
+
+
+def _operations(instructions: list[_Instruction]) -> int:
+    return sum(
+        instruction.operation not in _NO_WORK and not instruction.operation.endswith("-done") for instruction in instructions
+    )
+
+
+def waits(hlo: str) -> int:
+    """How often a GPU's host has to read a value before it can launch the rest of a step.
+
+    That is, branches, and loops whose number of passes is not known when the program is compiled.
+    """
+    executed, computations = _executed(hlo), _instructions(hlo)
+    return sum(
+        instruction.operation == "conditional" or (instruction.operation == "while" and not _TRIPS.search(instruction.line))
+        for name in executed
+        for instruction in computations.get(name, ())
+    )
+
+
+def count_in_loops(hlo: str) -> int:
+    """How many collectives the loop over layers of an optimized program runs: of all loops, the one with the most.
+
+    Some backends put collectives into separate computations that the loop calls; TPU7x does, for its SparseCores.
+    """
+    counts: dict[str, int] = {}
+    calls: dict[str, list[str]] = {}
+    for name, line in _lines(hlo):
+        counts[name] = counts.get(name, 0) + bool(_COLLECTIVE.search(line))
+        if "-done(" not in line:  # counted where it started
+            calls.setdefault(name, []).extend(_CALLED.findall(line))
+
+    @functools.cache
+    def total(name: str) -> int:
+        return counts.get(name, 0) + sum(map(total, calls.get(name, ())))
+
+    return max(map(total, _bodies(hlo)), default=0)
+
+
+def _executed(hlo: str) -> dict[str, int]:
+    """The computations whose instructions run one after another, with how often: the program, its loops and branches."""
+    computations = _instructions(hlo)
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
+    executed: dict[str, int] = {}
+    pending = [(entry[1], 1)] if entry else []
+    while pending:
+        name, times = pending.pop()
+        executed[name] = max(times, executed.get(name, 0))
+        for instruction in computations.get(name, ()):
+            if instruction.operation == "while":
+                trips = _TRIPS.search(instruction.line)
+                passes = times * int(trips[1]) if trips else times
+                pending += [(body, passes) for body in re.findall(r"\bbody=%?([\w.\-]+)", instruction.line)]
+            elif instruction.operation == "conditional":
+                branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.line)
+                for listed in re.findall(r"branch_computations=\{([^}]*)\}", instruction.line):
+                    branches += re.findall(r"%?([\w.\-]+)", listed)
+                pending += [(branch, times) for branch in branches]
+            elif instruction.operation == "call":
+                pending += [(called, times) for called in _CALLED.findall(instruction.line)]
+    return executed
+
+
+@functools.lru_cache(maxsize=1)
+def _instructions(hlo: str) -> dict[str, list[_Instruction]]:
+    """The instructions of each computation."""
+    computations: dict[str, list[_Instruction]] = {}
+    for name, line in _lines(hlo):
+        instruction = _parsed(line)
+        if instruction is not None:
+            computations.setdefault(name, []).append(instruction)
+    return computations
+
+
+def _parsed(line: str) -> _Instruction | None:
+    head = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+    if head is None:
+        return None
+    rest = line[head.end() :]
+    end = _balanced(rest) if rest.startswith("(") else rest.find(" ")
+    operation = re.match(r" ([\w\-]+)\(", rest[end:])
+    return None if operation is None else _Instruction(head[1], rest[:end], operation[1], line)
+
+
+def _balanced(text: str) -> int:
+    """The length of the parenthesis with which `text` begins."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+def _lines(hlo: str) -> Iterator[tuple[str, str]]:
+    """Each line of a program, with the name of the computation that contains it."""
+    name = ""
+    for line in hlo.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header:
+            name = header[1]
+        yield name, line
+
+
+def _bodies(hlo: str) -> set[str]:
+    return {body for body in _LOOP.findall(hlo) if body in _instructions(hlo)}
