@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all compat soak check format docs wheels wheels-check tpu-check gpu-compile-check gpu-check clean
+.PHONY: demo test test-all compat soak check format docs models-table wheels wheels-check tpu-check gpu-compile-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
@@ -53,6 +53,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The table of released checkpoints in docs/models.md, from the data in tests/reference/released.
+models-table: $(VENV)/.dev
+	$(BIN)/python -m tests.checkpoint.released
 
 # The documentation, in site/; any warning is an error. The variable suppresses the theme's announcement of its successor.
 docs: $(VENV)/.dev

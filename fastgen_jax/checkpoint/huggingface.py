@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.fields import is_multimodal
 from fastgen_jax.models.params import all_specs
 from fastgen_jax.models.weight_spec import Kind
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _FLOATS = ("float32", "float16", "bfloat16")
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
+T = TypeVar("T")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
@@ -65,11 +67,7 @@ class HuggingFaceCheckpoint:
             plain = _as_in_model(unpack(tensors, quantization), config) if quantization else tensors
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if "text_config" in hf:
-            plain = {inner: tensor for name, tensor in plain.items() if (inner := text_name(name)) is not None}
-        extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
-        predictors = tuple(f"model.layers.{layer}." for layer in extra)  # multi-token prediction, which is not used
-        plain = {name: tensor for name, tensor in plain.items() if not name.startswith(predictors)}
+        plain = decoder_tensors(plain, hf, config)
         for name, tensor in plain.items():
             if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not is_buffer(name):
                 raise ValueError(
@@ -165,10 +163,22 @@ def model_config(hf: JsonFields, where: object, *, strict: bool = False) -> Mode
         raise ValueError(f"{where}: {error}") from error
 
 
+def decoder_tensors(tensors: Mapping[str, T], hf: JsonFields, config: ModelConfig) -> dict[str, T]:
+    """The tensors of a checkpoint that belong to its text model, under the names that they have there.
+
+    The others are those of the vision part and of multi-token prediction, which is not used.
+    """
+    if is_multimodal(hf):
+        tensors = {inner: tensor for name, tensor in tensors.items() if (inner := text_name(name)) is not None}
+    extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
+    predictors = ("model.mtp_layers.", *(f"model.layers.{layer}." for layer in extra))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(predictors)}
+
+
 def text_name(name: str) -> str | None:
     """The name in the text model of a tensor of a multimodal model; None if it belongs to the vision part."""
     name = name.removeprefix("model.")  # since transformers 4.52 all parts except the head are in "model."
-    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+    if name.startswith(("vision_tower.", "multi_modal_projector.", "visual.")):
         return None
     inner = name.removeprefix("language_model.")
     return inner if inner.startswith(("model.", "lm_head.")) else f"model.{inner}"

@@ -147,10 +147,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     equal the embedding, and biases must be zeros.
     """
     config, names = checkpoint.config, checkpoint.tensor_names
-    expected: dict[str, tuple[int, ...]] = {}
-    for weight in _weights(checkpoint):
-        for name, shape in zip(weight.names, _stored_shapes(weight), strict=True):
-            expected[name] = shape
+    expected = required_tensors(checkpoint)
     for name, shape in expected.items():
         if name not in names:
             raise missing_tensor(name, checkpoint.path, names)
@@ -172,6 +169,14 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds {len(extra)} tensors that the {config.family} family does not know "
             f"({some}{', ...' if len(extra) > 3 else ''}); ignoring them would change the model's output"
         )
+
+
+def required_tensors(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors that the config of a checkpoint requires; reads none of them."""
+    required: dict[str, tuple[int, ...]] = {}
+    for weight in _weights(checkpoint):
+        required |= dict(zip(weight.names, _stored_shapes(weight), strict=True))
+    return required
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -106,8 +105,8 @@ class Bucket:
         """The typed batches inside `packed`, on the device."""
         arrays = self.layout.unpack(packed)
         sampling = SamplingBatch(**_sampling_part(arrays))
-        names = [field.name for field in dataclasses.fields(RaggedIndex) if field.name in arrays]
-        index = RaggedIndex(**{name: arrays.pop(name) for name in names})
+        kinds = ("kv_slots", "query_starts", "context_lens", "block_tables")
+        index = RaggedIndex(**{name: arrays.pop(name) for name in kinds}, plans=None)
         rest = {name: array for name, array in arrays.items() if not name.startswith("sampling.")}
         return RaggedBatch(index=index, **rest), sampling
 

@@ -164,7 +164,7 @@ def saved_in(folder: Folder) -> Folder:
     return Folder(path=folder.path / FOLDER, writable=folder.writable)
 
 
-def devices_of(config: ResolvedConfig) -> list[jax.Device]:
+def devices_of(config: ResolvedConfig) -> list[Any]:  # of jax.Device, which type checkers do not accept as a type
     """The devices that an engine runs on."""
     return jax.local_devices()[: config.tensor_parallel or 1]
 

@@ -83,7 +83,7 @@ class Runner:
 
     def destroy(self) -> None:
         """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
-        self._compiled = self._narrow = {}
+        self._compiled, self._narrow = {}, {}
         made = [array for ref in self._made if (array := ref()) is not None]
         _delete([*jax.tree.leaves((self.kv_cache, self.state)), *made])
         self.params = {}
@@ -119,7 +119,7 @@ class Runner:
 
     def missing(self, budgets: Sequence[int]) -> list[tuple[int, Work]]:
         """Which programs of these budgets have not been compiled: first those that can do everything."""
-        wanted = [(budget, work) for work in self.programs.works for budget in budgets]
+        wanted: list[tuple[int, Work]] = [(budget, work) for work in self.programs.works for budget in budgets]
         return [key for key in wanted if key not in self._narrow and (key[1] != "any" or key[0] not in self._compiled)]
 
     def compile(self, programs: Sequence[tuple[int, Work]], *, on_done: Callable[[], object] = lambda: None) -> None:

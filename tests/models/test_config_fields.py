@@ -51,6 +51,7 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
         *("do_layer_norm_before", "ffn_dim", "ffn_hidden_size"),
         *("hidden_activation", "layer_norm_elementwise_affine"),
         *("hidden_size", "intermediate_size", "kv_channels", "layer_norm_eps", "layer_norm_epsilon", "v_head_dim"),
+        *("n_head_kv",),
         *("max_position_embeddings", "max_window_layers", "model_max_length", "n_embd", "n_head", "n_inner", "n_layer"),
         *("n_positions", "norm_epsilon", "num_attention_heads", "num_hidden_layers", "num_kv_heads", "seq_length"),
         *("num_ln_in_parallel_attn", "qk_nope_head_dim", "qk_rope_head_dim", "rms_norm_eps"),
@@ -100,6 +101,8 @@ PUBLISHED = [
     ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1}, {"full_attn_mod": 2}),
     ("gemma2", {"sliding_window_size": 4096, "sliding_window": 4096}, {"sliding_window_size": 512}),
     ("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False}, {"use_qk_norm": False}),
+    ("phi", {"rotary_dim": 4}, {"rotary_dim": 8}),
+    ("stablelm", {"rotary_scaling_factor": 1.0, "num_heads": 4}, {"rotary_scaling_factor": 2.0}),
 ]
 
 

@@ -206,8 +206,8 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
         (
             "qwen2",
             "tied",
-            {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}},
-            "rope_type 'mrope' is not supported",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "rope_type 'proportional' is not supported",
         ),
         (
             "qwen2",

@@ -7,7 +7,7 @@ from fastgen_jax.models.families import common
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 
-ARCHITECTURES = ("BloomForCausalLM",)
+ARCHITECTURES = ("BloomForCausalLM", "BloomModel")
 FEATURES = "all sizes, BLOOMZ"
 
 _LAYER = "transformer.h.{layer}."

@@ -8,7 +8,7 @@ from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
-ARCHITECTURES = ("Ernie4_5ForCausalLM",)
+ARCHITECTURES = ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM")
 FEATURES = "0.3B; with or without biases"
 
 

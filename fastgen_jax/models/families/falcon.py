@@ -32,14 +32,16 @@ NAMES = {
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    grouped, parallel = hf.get("new_decoder_architecture", False), hf.get("parallel_attn", True)
+    # The first release of the 40B does not say that it has the new architecture, but only it has this field.
+    grouped = hf.get("new_decoder_architecture", hf.get("n_head_kv") is not None)
+    parallel = hf.get("parallel_attn", True)
     num_norms = hf.first("num_ln_in_parallel_attn", default=2 if grouped else 1)
     common.refuse_unsupported(
         {"parallel_attn": parallel, "num_ln_in_parallel_attn": num_norms},
         {"parallel_attn": (True,), "num_ln_in_parallel_attn": (1, 2)} if grouped else {"num_ln_in_parallel_attn": (1,)},
     )
     num_heads, embed_dim = hf.first("num_attention_heads", "n_head"), hf.first("hidden_size", "n_embed")
-    multi_query, kv_heads = hf.get("multi_query", True), hf.first("num_kv_heads", default=num_heads)
+    multi_query, kv_heads = hf.get("multi_query", True), hf.first("num_kv_heads", "n_head_kv", default=num_heads)
     head_dim, bias = embed_dim // num_heads, hf.get("bias", False)
     positions = rotary(hf, max_context_len=2048)
     if hf.get("alibi", False):

@@ -118,7 +118,9 @@ _CHANGES_OUTPUT = frozenset(
         "rope_theta",
         "rotary_dim",
         "rotary_emb_base",
+        "rope_pct",
         "rotary_pct",
+        "rotary_scaling_factor",
         "use_dynamic_ntk",
         # biases
         "attention_bias",
@@ -185,6 +187,10 @@ _AROUND_TEXT = frozenset(
         "text_config",
         "image_token_index",
         "image_token_id",
+        "video_token_id",
+        "vision_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
         "boi_token_index",
         "boi_token_id",
         "eoi_token_index",
@@ -311,7 +317,7 @@ def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[..., Mo
 
     @functools.wraps(read)
     def config_from_hf(hf: JsonFields, *, strict: bool = False) -> ModelConfig:
-        fields = Fields(_text_part(hf) if "text_config" in hf else hf)
+        fields = Fields(_text_part(hf) if is_multimodal(hf) else hf)
         config = read(fields)
         fields.check_unread(strict=strict)
         return config
@@ -319,8 +325,15 @@ def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[..., Mo
     return config_from_hf
 
 
+def is_multimodal(hf: JsonFields) -> bool:
+    """Whether a config.json describes more than a text model, whose fields may be beside the others."""
+    return "text_config" in hf or "vision_config" in hf
+
+
 def _text_part(hf: JsonFields) -> JsonObject:
     """The fields of the text model of a multimodal checkpoint, with the outer fields as defaults."""
-    around = {name: value for name, value in hf.items() if name not in _AROUND_TEXT}
+    around, text = (
+        {name: value for name, value in part.items() if name not in _AROUND_TEXT} for part in (hf, hf.get("text_config", {}))
+    )
     ends = {name: around[name] for name in ("eos_token_id", "bos_token_id") if around.get(name)}
-    return around | hf["text_config"] | ends
+    return around | text | ends

@@ -8,7 +8,7 @@ from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")
 FEATURES = "every rotary scaling; biases; explicit head_dim; tied or separate head"
 
 

@@ -26,10 +26,13 @@ NAMES = common.LLAMA_NAMES | {
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     sizes = common.sizes(hf)
+    positions = rotary(hf, max_context_len=2048, head_dim=sizes["head_dim"], partial=0.5)
+    common.refuse_unsupported(hf, {"rotary_dim": (positions["rope"].dim or sizes["head_dim"],)})  # a copy
+    hf.ignore("rotary_dim")
     return ModelConfig(
         family="phi",
         **sizes,
-        **rotary(hf, max_context_len=2048, head_dim=sizes["head_dim"], partial=0.5),
+        **positions,
         norm="layer",
         norm_eps=hf.get("layer_norm_eps", 1e-5),
         norm_bias=True,

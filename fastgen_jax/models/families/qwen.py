@@ -33,28 +33,37 @@ _OF_ITS_CODE = (
     "softmax_in_fp32",
     "attn_dropout_prob",
     "emb_dropout_prob",
+    "bias_dropout_fusion",
+    "padded_vocab_size",
+    "params_dtype",
+    "tokenizer_type",
 )  # these affect how it runs, not its results
 
 
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    common.refuse_unsupported(hf, {"no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)})
-    hf.ignore(*_OF_ITS_CODE)
-    num_heads, embed_dim = hf["num_attention_heads"], hf["hidden_size"]
+    supported = {"no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)}
+    # In the first releases, which also have other names for the sizes.
+    supported |= {"activation": ("swiglu",), "pos_emb": ("rotary",)}
+    common.refuse_unsupported(hf, supported)
+    hf.ignore(*_OF_ITS_CODE, *supported)
+    num_heads, embed_dim = hf.first("num_attention_heads", "n_head"), hf.first("hidden_size", "n_embd")
     trained = hf.get("seq_length", 2048)
     ntk, logn = hf.get("use_dynamic_ntk", True), hf.get("use_logn_attn", True)
     theta = float(hf.get("rotary_emb_base", 10_000))
-    longest = hf.get("max_position_embeddings", trained)
+    common.refuse_unsupported(hf, {"rope_theta": (theta,)})  # a copy that its code does not read
+    hf.ignore("rope_theta")
+    longest = hf.first("max_position_embeddings", "n_positions", default=trained)
     return ModelConfig(
         family="qwen",
         vocab_size=hf["vocab_size"],
-        num_layers=hf["num_hidden_layers"],
+        num_layers=hf.first("num_hidden_layers", "n_layer"),
         embed_dim=embed_dim,
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=hf.get("kv_channels") or embed_dim // num_heads,
-        mlp_dim=hf["intermediate_size"] // 2,
+        mlp_dim=hf.first("intermediate_size", "ffn_hidden_size") // 2,
         max_context_len=max(longest, trained) if ntk else trained,
         norm_eps=hf.get("layer_norm_epsilon", 1e-6),
         rope=RopeConfig(kind="stepped_ntk", theta=theta, original_max_position=trained) if ntk else RopeConfig(theta=theta),

@@ -1,4 +1,7 @@
-"""Qwen 1.5, 2 and 2.5: Llama with biases on queries, keys and values, and sliding windows in the upper layers."""
+"""Qwen 1.5, 2 and 2.5: Llama with biases on queries, keys and values, and sliding windows in the upper layers.
+
+Multimodal checkpoints are read without their vision part. MiMo 7B is a Qwen2 with another name.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,13 @@ from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
-ARCHITECTURES = ("Qwen2ForCausalLM",)
-FEATURES = "window from max_window_layers on; YaRN; tied head"
+ARCHITECTURES = (
+    "Qwen2ForCausalLM",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "MiMoForCausalLM",
+)
+FEATURES = "window from max_window_layers on; YaRN; tied head; Qwen2-VL and 2.5-VL without images; MiMo 7B"
 
 
 def window_layers(hf: Fields) -> tuple[int | None, ...]:
@@ -24,6 +32,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     settings = rotary(hf, max_context_len=32_768)
     if chunks := hf.get("dual_chunk_attention_config"):  # it changes nothing within the first chunk
         settings["max_context_len"] = min(settings["max_context_len"], chunks["chunk_size"])
+    hf.ignore("num_nextn_predict_layers")  # multi-token prediction, which is not used
     hf.ignore("attention_bias")  # not read by transformers either: queries, keys and values always have biases
     return ModelConfig(
         family="qwen2",

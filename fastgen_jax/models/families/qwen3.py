@@ -1,4 +1,4 @@
-"""Qwen3: Llama with a norm on each query and key head."""
+"""Qwen3: Llama with a norm on each query and key head. Multimodal checkpoints are read without their vision part."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.qwen2 import window_layers
 from fastgen_jax.models.families.rope import rotary
 
-ARCHITECTURES = ("Qwen3ForCausalLM",)
-FEATURES = "norms on queries and keys; window from max_window_layers on; biases; YaRN; tied head"
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration")
+FEATURES = "norms on queries and keys; window from max_window_layers on; biases; YaRN; tied head; Qwen3-VL without images"
 
 
 @reads_every_field

@@ -32,7 +32,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "attn_factor": (1,),
     "extrapolation_factor": (1,),
 }
-_RENAMED = {"su": "longrope"}  # the name of LongRoPE in the first Phi-3 releases
+_RENAMED = {
+    "su": "longrope",  # the name of LongRoPE in the first Phi-3 releases
+    "mrope": "default",
+}
+# How positions in images divide a head. All sections have the same position in text.
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
 
 def rotary(hf: JsonFields, *, max_context_len: int, **assumed: Any) -> ModelFields:
@@ -115,7 +120,7 @@ def rope_from_fields(
     unknown = {
         name: value
         for name, value in fields.items()
-        if name not in (*_KNOWN[kind], "original_max_position_embeddings")
+        if name not in (*_KNOWN[kind], *_OF_IMAGES, "original_max_position_embeddings")
         and value is not None
         and value not in _NEUTRAL.get(name, ())
     }

@@ -8,7 +8,7 @@ from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
-ARCHITECTURES = ("StableLmForCausalLM",)
+ARCHITECTURES = ("StableLmForCausalLM", "StableLMEpochForCausalLM")
 FEATURES = "sequential or parallel; per-head norms on queries and keys; biases on queries, keys and values"
 
 
@@ -16,12 +16,14 @@ FEATURES = "sequential or parallel; per-head norms on queries and keys; biases o
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     sizes, parallel = common.sizes(hf), hf.get("use_parallel_residual", False)
+    common.refuse_unsupported(hf, {"rotary_scaling_factor": (1.0,), "num_heads": (sizes["num_heads"],)})
+    hf.ignore("rotary_scaling_factor", "num_heads")  # of the releases before transformers had the family
     return ModelConfig(
         family="stablelm",
         **sizes,
-        **rotary(hf, max_context_len=4096, head_dim=sizes["head_dim"], partial=0.25),
+        **rotary(hf, max_context_len=4096, head_dim=sizes["head_dim"], partial=hf.get("rope_pct", 0.25)),
         norm="layer",
-        norm_eps=hf.get("layer_norm_eps", 1e-5),
+        norm_eps=hf.first("layer_norm_eps", "norm_eps", default=1e-5),
         norm_bias=True,
         parallel_residual=parallel,
         shared_norm=parallel,

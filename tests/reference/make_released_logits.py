@@ -1,0 +1,79 @@
+"""Regenerates `released/logits.npz`: what transformers computes for the released configurations, scaled down.
+
+    python tests/reference/make_released_logits.py [MODEL ...]   # needs torch and transformers 5.15; the tests need neither
+
+A model is saved under the tensor names of transformers and loaded again with the weights of `shrunk.py`, float32, eager
+attention. Kept are the logits of a few rows of a prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from shrunk import ROWS, prompt, random_tensor, shrunk
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils.logging import disable_progress_bar
+
+RELEASED = Path(__file__).with_name("released")
+
+
+def of_transformers(config: dict[str, Any]) -> dict[str, Any]:
+    """A shrunk config in the terms of transformers, for releases that are older than its implementation of the family."""
+    model_type = config["model_type"]
+    if model_type == "RefinedWeb":
+        renamed = {"num_kv_heads": config["n_head_kv"], "new_decoder_architecture": True}
+        sizes = {"num_attention_heads": config["n_head"], "num_hidden_layers": config["n_layer"]}
+        return {**config, "model_type": "falcon", **renamed, **sizes}
+    if model_type == "stablelm_epoch":
+        renamed = {"layer_norm_eps": config["norm_eps"], "partial_rotary_factor": config["rope_pct"]}
+        return {**config, "model_type": "stablelm", **renamed}
+    return {**config, "model_type": {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}.get(model_type, model_type)}
+
+
+def logits(config: dict[str, Any]) -> np.ndarray:
+    """f32[ROWS, V] of transformers."""
+    fields = of_transformers(shrunk(config))
+    hf = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    kind = AutoModelForImageTextToText if "vision_config" in fields else AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as folder:
+        kind.from_config(hf, dtype=torch.float32).save_pretrained(folder)
+        file = Path(folder) / "model.safetensors"
+        with safe_open(file, "pt") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        weights = {name: torch.from_numpy(random_tensor(name, tuple(shape))) for name, shape in shapes.items()}
+        save_file(weights, file, metadata={"format": "pt"})
+        attention = "sdpa" if fields.get("alibi") else "eager"
+        model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    with torch.no_grad():
+        found = model(torch.from_numpy(prompt())[None]).logits[0]
+    return found[list(ROWS)].numpy()
+
+
+def main() -> None:
+    """Computes the models named on the command line, or all that transformers implements."""
+    disable_progress_bar()
+    file = RELEASED / "logits.npz"
+    found = dict(np.load(file)) if file.exists() and sys.argv[1:] else {}
+    for line in (RELEASED / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if sys.argv[1:] and row["model"] not in sys.argv[1:]:
+            continue
+        try:
+            found[row["model"]] = logits(row["config"])
+        except (ValueError, KeyError) as error:
+            print(f"{row['model']}: none ({str(error).splitlines()[0]})", flush=True)
+            continue
+        print(f"{row['model']}: logits of up to {np.abs(found[row['model']]).max():.1f}", flush=True)
+    np.savez_compressed(file, **dict(sorted(found.items())))
+
+
+if __name__ == "__main__":
+    main()
