@@ -5,13 +5,14 @@
 scale for every few inputs.
 """
 
-from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockWeight, concatenate, quantize_int4, widen
+from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, BlockWeight, concatenate, quantize_int4, widen
 from pallas_kernels.matmul.ops import linear, swiglu
 from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight, prepare, quantize_int8
 
 __all__ = [
     "BLOCK_SIZES",
     "INT4_BLOCK",
+    "BlockFormat",
     "BlockWeight",
     "Int8Weight",
     "PackedWeight",
