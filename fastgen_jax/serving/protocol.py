@@ -62,6 +62,7 @@ _WITHOUT_BEAMS: dict[str, tuple[object, ...]] = {
     "min_tokens": (0,),
     "bad_words": ([],),
     "allowed_token_ids": (),
+    "logprobs_mode": (),
 }
 
 
